@@ -81,7 +81,7 @@ def _parse(annotation: Any, value: Any, components: Sequence[type]) -> Any:
         raise _Mismatch
     if origin is typing.Literal:
         for option in arguments:
-            if value == option and type(value) is type(option) or value == str(option):
+            if (value == option and type(value) is type(option)) or value == str(option):
                 return option
         raise _Mismatch
     if origin is tuple:
@@ -147,9 +147,7 @@ def _switch(cls: type, old: Any, changes: Mapping[str, Any], prefix: str, compon
         f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING or
         f.default_factory is not dataclasses.MISSING
     }  # fmt: skip
-    missing = [
-        n for n in field_types(cls) if n not in kept and n not in defaults and n not in _heads(changes)
-    ]
+    missing = [n for n in field_types(cls) if n not in kept and n not in defaults and n not in _heads(changes)]
     if missing:
         raise UserError(
             f"{prefix.rstrip('.')}={cls.__name__} also needs {', '.join(prefix + n for n in missing)}: give them too"
@@ -281,8 +279,7 @@ def _from_json(annotation: Any, data: Any, components: Sequence[type], key: str)
         name = data.get("type")
         if name not in known:
             raise UserError(
-                f"{where} names the class {name!r}, which this package does not have: "
-                f"pass it with components=({name},)"
+                f"{where} names the class {name!r}, which this package does not have: pass it with components=({name},)"
             )
         cls = known[name]
         types_of = field_types(cls)
@@ -310,9 +307,7 @@ def config_directories() -> list[Path]:
 
 def config_names() -> list[str]:
     """Names that `load_config` knows."""
-    return sorted(
-        {f.stem for d in config_directories() for f in d.glob("*.py") if not f.stem.startswith("_")}
-    )
+    return sorted({f.stem for d in config_directories() for f in d.glob("*.py") if not f.stem.startswith("_")})
 
 
 def find_config(name: str | Path) -> Path:
@@ -327,9 +322,7 @@ def find_config(name: str | Path) -> Path:
             return file
     near = difflib.get_close_matches(str(name), config_names(), n=1)
     hint = (
-        f"did you mean '{near[0]}'?"
-        if near
-        else f"there are {', '.join(config_names())}, or give a path to a .py file"
+        f"did you mean '{near[0]}'?" if near else f"there are {', '.join(config_names())}, or give a path to a .py file"
     )
     raise UserError(f"there is no config '{name}': {hint}")
 
@@ -354,6 +347,4 @@ def read_json(file: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"'{file}' does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"'{file}' is not valid JSON ({error}): it is damaged or not what it should be"
-        ) from None
+        raise UserError(f"'{file}' is not valid JSON ({error}): it is damaged or not what it should be") from None
