@@ -1,0 +1,1 @@
+"""One file per attention, each with its own cache, and the kernels they share."""

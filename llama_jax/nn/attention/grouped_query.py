@@ -1,0 +1,85 @@
+"""Grouped-query attention; multi-head (K = N) and multi-query (K = 1) are its ends."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from llama_jax.config import UserError
+from llama_jax.nn.attention.kernels import attend
+from llama_jax.nn.masks import AttentionMask
+from llama_jax.nn.mixer import Mixer, MixerModule
+from llama_jax.nn.parameters import Projection, child
+from llama_jax.nn.positions import Rope
+from llama_jax.parallel import shard
+
+Cache = dict[str, Float[Array, "b k s h"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedQuery(Mixer):
+    """Attention whose N query heads share K key/value heads (Ainslie et al. 2023)."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: Rope | None
+    qkv_bias: bool
+    out_bias: bool
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 1:
+            raise UserError(f"num_heads={self.num_heads} must be at least 1")
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            divisors = [k for k in range(1, self.num_heads + 1) if self.num_heads % k == 0]
+            raise UserError(
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}: "
+                f"take one of {', '.join(map(str, divisors))}"
+            )
+        if self.head_dim < 1 or (self.rope is not None and self.head_dim % 2):
+            raise UserError(f"head_dim={self.head_dim} must be positive, and even for rotary positions")
+
+    def build(self, width: int, *, rngs: nnx.Rngs) -> "GroupedQueryModule":
+        return GroupedQueryModule(self, width, rngs=rngs)
+
+
+class GroupedQueryModule(MixerModule):
+    def __init__(self, config: GroupedQuery, width: int, *, rngs: nnx.Rngs):
+        self.config = config
+        heads = {"heads": config.num_heads, "_head_dim": config.head_dim}
+        kv_heads = {"kv_heads": config.num_kv_heads, "_head_dim": config.head_dim}
+        outer = {"embed": width}
+        self.q_proj = Projection(outer, heads, bias=config.qkv_bias, rngs=child(rngs, "q_proj"))
+        self.k_proj = Projection(outer, kv_heads, bias=config.qkv_bias, rngs=child(rngs, "k_proj"))
+        self.v_proj = Projection(outer, kv_heads, bias=config.qkv_bias, rngs=child(rngs, "v_proj"))
+        self.o_proj = Projection(heads, outer, bias=config.out_bias, rngs=child(rngs, "o_proj"))
+
+    def __call__(
+        self, x: Float[Array, "b t d"], *, positions: Int[Array, "b t"], mask: AttentionMask, cache: Cache | None = None
+    ) -> tuple[Float[Array, "b t d"], Cache | None]:
+        q_BTNH, k_BTKH, v_BTKH = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if (rope := self.config.rope) is not None:
+            q_BTNH, k_BTKH = rope.rotate(q_BTNH, positions), rope.rotate(k_BTKH, positions)
+        k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+        if cache is not None:
+            assert mask.q_index is not None
+            start = mask.q_index[:, 0]
+            cache = {"k": _write(cache["k"], k_BKSH, start), "v": _write(cache["v"], v_BKSH, start)}
+            k_BKSH, v_BKSH = cache["k"].astype(x.dtype), cache["v"].astype(x.dtype)
+        y_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, mask, scale=self.config.head_dim**-0.5)
+        return self.o_proj(y_BTNH), cache
+
+    def init_cache(self, batch: int, length: int, dtype: Any) -> Cache:
+        shape = (batch, self.config.num_kv_heads, length, self.config.head_dim)
+        return {
+            name: shard(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None) for name in ("k", "v")
+        }  # [B, K, S, H]: with S before K the TPU program keeps a second, transposed cache.
+
+
+def _write(cache: Float[Array, "b k s h"], new: Float[Array, "b k t h"], start: Int[Array, " b"]) -> jax.Array:
+    """Each row's new entries at its own place; per-row slices, which need no communication on a mesh."""
+    place = jax.vmap(lambda row, new_row, at: jax.lax.dynamic_update_slice_in_dim(row, new_row, at, axis=1))
+    return place(cache, new.astype(cache.dtype), start)

@@ -1,0 +1,45 @@
+"""What a piece has to be: the base classes of the configs, and the contracts of what they build."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from llama_jax.config import Component
+from llama_jax.nn.masks import AttentionMask
+
+
+class MixerModule(nnx.Module):
+    """Mixes information along the sequence: attention, or a recurrence."""
+
+    def __call__(
+        self, x: jax.Array, *, positions: jax.Array, mask: AttentionMask, cache: Any = None
+    ) -> tuple[jax.Array, Any]:
+        """[B, T, D] -> ([B, T, D], cache). With a cache, `mask.q_index` says where in it the T inputs go."""
+        raise NotImplementedError
+
+    def init_cache(self, batch: int, length: int, dtype: Any) -> Any:
+        """An empty cache: any pytree of arrays with a leading batch dimension."""
+        raise NotImplementedError
+
+
+class Mixer(Component):
+    """Config of a mixer."""
+
+    def build(self, width: int, *, rngs: nnx.Rngs) -> MixerModule:
+        raise NotImplementedError
+
+
+class FeedForwardModule(nnx.Module):
+    """Acts on every position alone."""
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """[B, T, D] -> ([B, T, D], auxiliary scalars by name; {} where there are none)."""
+        raise NotImplementedError
+
+
+class FeedForward(Component):
+    """Config of a feed-forward."""
+
+    def build(self, width: int, *, rngs: nnx.Rngs) -> FeedForwardModule:
+        raise NotImplementedError

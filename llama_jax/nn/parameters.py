@@ -1,0 +1,88 @@
+"""Parameters and the projection that every module uses.
+
+A parameter is declared once, with shape, logical axes and initialiser. Its first value depends on the seed and on its
+name alone: a module hands each child `child(rngs, name)`, so neither the mesh, nor scanning, nor a new neighbour
+changes it.
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llama_jax.parallel import fitting, mesh_axis_sizes, reshape, shard, spec
+
+
+def child(rngs: nnx.Rngs, name: str) -> nnx.Rngs:
+    """The key stream of the child called `name`."""
+    key = rngs["params"].key[...]
+    return nnx.Rngs(params=jax.random.fold_in(key, zlib.crc32(name.encode())))
+
+
+def parameter(
+    rngs: nnx.Rngs, name: str, shape: Sequence[int], axes: Sequence[str | None], *, std: float | None
+) -> nnx.Param:
+    """A float32 parameter: normal with standard deviation `std`; with `std=None` ones."""
+    partition = spec(*axes, shape=shape)
+    if std is None:
+        value = jnp.ones(shape, jnp.float32, out_sharding=partition)
+    else:
+        key = child(rngs, name)["params"].key[...]
+        value = std * jax.random.normal(key, tuple(shape), jnp.float32, out_sharding=partition)
+    return nnx.Param(value, axes=tuple(axes))
+
+
+def use(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+    """A parameter's value as the computation wants it: cast, then gathered over the axis that only storage has."""
+    return shard(param[...].astype(dtype), *_gathered(param.get_metadata("axes")))
+
+
+class Projection(nnx.Module):
+    """y = x W + b, contracting the last dimensions of x; each side may have several (heads x head_dim)."""
+
+    def __init__(
+        self,
+        in_dims: dict[str, int],
+        out_dims: dict[str, int],
+        *,
+        bias: bool,
+        rngs: nnx.Rngs,
+        std: float | None = None,
+    ):
+        """Dims are `{logical axis: size}`; axes that only name a size (`head_dim`) start with `_`."""
+        self.in_shape, self.out_shape = tuple(in_dims.values()), tuple(out_dims.values())
+        self.in_axes, self.out_axes = _axes(in_dims), _axes(out_dims)
+        std = math.prod(self.in_shape) ** -0.5 if std is None else std
+        self.weight = parameter(rngs, "weight", self.in_shape + self.out_shape, self.in_axes + self.out_axes, std=std)
+        self.bias = parameter(rngs, "bias", self.out_shape, self.out_axes, std=0.0) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, *in_dims] -> [B, T, *out_dims], in the dtype of x."""
+        lead = x.shape[: x.ndim - len(self.in_shape)]
+        in_size, out_size = math.prod(self.in_shape), math.prod(self.out_shape)
+        batch, sequence = fitting("batch", lead[0]), fitting("sequence", lead[1])
+        in_axis = fitting(_gathered(self.in_axes)[0], self.in_shape[0])
+        out_axes = _gathered(self.out_axes)
+        out_axis = fitting(out_axes[0], self.out_shape[0])
+        w = use(self.weight, x.dtype).reshape(in_size, out_size)
+        # XLA:CPU compiles the weight gradient of a three-dimensional product badly: flatten batch and sequence, unless
+        # the sequence is split too (merging two split dimensions is a shuffle).
+        if mesh_axis_sizes().get("context", 1) == 1:
+            y = reshape(x, (lead[0] * lead[1], in_size), batch, in_axis)
+            y = jnp.einsum("td,df->tf", y, w, out_sharding=spec(batch, out_axis))
+        else:
+            y = reshape(x, (*lead, in_size), batch, sequence, in_axis)
+            y = jnp.einsum("btd,df->btf", y, w, out_sharding=spec(batch, sequence, out_axis))
+        y = reshape(y, (*lead, *self.out_shape), batch, sequence, *out_axes)
+        return y if self.bias is None else y + use(self.bias, x.dtype)
+
+
+def _gathered(axes: Sequence[str | None]) -> tuple[str | None, ...]:
+    return tuple(None if axis == "embed" else axis for axis in axes)
+
+
+def _axes(dims: dict[str, int]) -> tuple[str | None, ...]:
+    return tuple(None if name.startswith("_") else name for name in dims)

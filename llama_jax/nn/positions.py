@@ -1,0 +1,143 @@
+"""Rotary positions and the ways to stretch them over longer contexts."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from llama_jax.config import Component, UserError
+
+
+class RopeScaling(Component):
+    """Config of a change to the rotary frequencies for contexts longer than those of pretraining."""
+
+    def frequencies(self, frequencies: np.ndarray, theta: float, head_dim: int) -> np.ndarray:
+        """The scaled inverse frequencies, [H/2]."""
+        raise NotImplementedError
+
+    def magnitude(self) -> float:
+        """What cos and sin are multiplied by."""
+        return 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (Su et al. 2021): position p turns pair i of a head by p * theta^(-2i/head_dim).
+
+    Pairs are (i, i + head_dim/2): the rotated halves of Hugging Face's Llama. Weights of families that interleave pairs
+    are permuted when imported.
+    """
+
+    theta: float
+    scaling: RopeScaling | None
+
+    def __post_init__(self) -> None:
+        if self.theta <= 1:
+            raise UserError(f"theta={self.theta} must be above 1")
+
+    def frequencies(self, head_dim: int) -> np.ndarray:
+        """Angle per position of each pair, float64 [H/2]."""
+        frequencies = self.theta ** (-np.arange(0, head_dim, 2) / head_dim)
+        return frequencies if self.scaling is None else self.scaling.frequencies(frequencies, self.theta, head_dim)
+
+    def rotate(self, x: Float[Array, "b t n h"], positions: Int[Array, "b t"]) -> Float[Array, "b t n h"]:
+        """x turned by its positions; angles in float32 whatever the dtype of x."""
+        frequencies = jnp.asarray(self.frequencies(x.shape[-1]), jnp.float32)
+        angles = positions[..., None, None].astype(jnp.float32) * frequencies
+        magnitude = 1.0 if self.scaling is None else self.scaling.magnitude()
+        cos, sin = magnitude * jnp.cos(angles), magnitude * jnp.sin(angles)
+        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return rotated.astype(x.dtype)
+
+
+def _check_factor(factor: float) -> None:
+    if factor < 1:
+        raise UserError(f"factor={factor} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearScaling(RopeScaling):
+    """Positions divided by `factor` (Chen et al. 2023, position interpolation)."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        _check_factor(self.factor)
+
+    def frequencies(self, frequencies: np.ndarray, theta: float, head_dim: int) -> np.ndarray:
+        return frequencies / self.factor
+
+
+@dataclasses.dataclass(frozen=True)
+class NTKScaling(RopeScaling):
+    """theta raised so that the slowest pair slows down by `factor` and the fastest keeps its speed ("NTK-aware")."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        _check_factor(self.factor)
+
+    def frequencies(self, frequencies: np.ndarray, theta: float, head_dim: int) -> np.ndarray:
+        base = theta * self.factor ** (head_dim / (head_dim - 2))
+        return base ** (-np.arange(0, head_dim, 2) / head_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnScaling(RopeScaling):
+    """YaRN (Peng et al. 2023): slow pairs are interpolated, fast ones kept, with a ramp between; attention is scaled.
+
+    cos and sin are multiplied by m(mscale) / m(mscale_all_dim) where m(s) = 0.1 s ln(factor) + 1; with both 0, by m(1).
+    """
+
+    factor: float
+    original_max_positions: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+
+    def __post_init__(self) -> None:
+        _check_factor(self.factor)
+
+    def _m(self, scale: float) -> float:
+        return 0.1 * scale * math.log(self.factor) + 1.0
+
+    def magnitude(self) -> float:
+        if self.mscale and self.mscale_all_dim:
+            return self._m(self.mscale) / self._m(self.mscale_all_dim)
+        return self._m(1.0)
+
+    def frequencies(self, frequencies: np.ndarray, theta: float, head_dim: int) -> np.ndarray:
+        def pair_with(turns: float) -> float:
+            """The pair that turns so many times within the original context."""
+            return head_dim * math.log(self.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        low = max(math.floor(pair_with(self.beta_fast)), 0)
+        high = min(math.ceil(pair_with(self.beta_slow)), head_dim - 1)
+        ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
+        return frequencies / self.factor * ramp + frequencies * (1 - ramp)
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling(RopeScaling):
+    """Llama 3.1's piecewise scaling by wavelength: long ones are interpolated, short ones kept, a ramp between."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+    def __post_init__(self) -> None:
+        _check_factor(self.factor)
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise UserError(
+                f"high_freq_factor={self.high_freq_factor} must be above low_freq_factor={self.low_freq_factor}"
+            )
+
+    def frequencies(self, frequencies: np.ndarray, theta: float, head_dim: int) -> np.ndarray:
+        turns = self.original_max_positions * frequencies / (2 * math.pi)
+        keep = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
+        return frequencies / self.factor * (1 - keep) + frequencies * keep
