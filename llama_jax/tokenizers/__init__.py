@@ -1,0 +1,11 @@
+"""Text to token ids and back.
+
+In: a tokenizer file of any kind, or text to train one on. Out: a `Tokenizer`. A new kind of file is one subclass of
+`Tokenizer` and one line in `loading.py` that recognises it by its content.
+"""
+
+from llama_jax.tokenizers.base import TextStream, Tokenizer
+from llama_jax.tokenizers.loading import load_tokenizer
+from llama_jax.tokenizers.training import TokenizerConfig, train_tokenizer
+
+__all__ = ["TextStream", "Tokenizer", "TokenizerConfig", "load_tokenizer", "train_tokenizer"]

@@ -1,0 +1,271 @@
+"""Every kind of tokenizer file: the original's ids, exact round trips, streams that join to the whole text."""
+
+import base64
+import functools
+import itertools
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
+
+from llama_jax.config import UserError
+from llama_jax.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+
+TEXT = (
+    "The quick brown fox\n\tjumps over   the lazy dog, 12345 times; don't ask.\n    def f(x):\n        return x + 1\n"
+    "naïve café 漢字かな 🦙🦙 Ωmega\n"
+) * 8
+
+anything = st.text(st.characters(codec="utf-8", exclude_characters="\u2581")) | st.text(
+    "a \n\t\0é漢🦙'1<s>|", max_size=30
+)
+
+
+@functools.cache
+def toy_ranks(num_merges: int = 40) -> dict[bytes, int]:
+    """Byte-level BPE trained on TEXT's words, as tiktoken keeps it: token -> rank."""
+    ranks = {bytes([b]): b for b in range(256)}
+    words = [[bytes([b]) for b in word.encode()] for word in TEXT.replace(" ", "\x00 ").split("\x00")]
+    for _ in range(num_merges):
+        counts: dict[bytes, int] = {}
+        for word in words:
+            for left, right in itertools.pairwise(word):
+                counts[left + right] = counts.get(left + right, 0) + 1
+        best = max((token for token in counts if token not in ranks), key=lambda t: (counts[t], t))
+        ranks[best] = len(ranks)
+        words = [tiktoken_merge(b"".join(word), ranks) for word in words]
+    return ranks
+
+
+def tiktoken_merge(word: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """tiktoken's algorithm: a known word as it is, else join the leftmost pair of lowest rank until none is known."""
+    if word in ranks:
+        return [word]
+    parts = [bytes([b]) for b in word]
+    while True:
+        pairs = [(ranks[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks]
+        if not pairs:
+            return parts
+        _, i = min(pairs)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+def tiktoken_file(ranks: dict[bytes, int]) -> bytes:
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
+
+
+def byte_level_json() -> bytes:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return tokenizer.to_str().encode()
+
+
+def llama2c_file(model: bytes) -> bytes:
+    """llama2.c's export of a SentencePiece model (tokenizer.py)."""
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    pieces = []
+    for i in range(processor.vocab_size()):
+        text = processor.id_to_piece(i).replace("\u2581", " ")
+        pieces.append((f"\n{text}\n" if i in (1, 2) else text, processor.get_score(i)))
+    encoded = [(text.encode(), score) for text, score in pieces]
+    content = struct.pack("<I", max(len(text) for text, _ in encoded))
+    return content + b"".join(struct.pack("<fI", score, len(text)) + text for text, score in encoded)
+
+
+KINDS = ("bpe", "unigram", "llama2c", "llama3", "json")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("tokenizers")
+    bpe, unigram = (train_tokenizer([TEXT], kind=kind, vocab_size=310) for kind in ("bpe", "unigram"))
+    contents = {
+        "bpe": bpe.files["tokenizer.model"],
+        "unigram": unigram.files["tokenizer.model"],
+        "llama2c": llama2c_file(bpe.files["tokenizer.model"]),
+        "llama3": tiktoken_file(toy_ranks()),
+        "json": byte_level_json(),
+    }
+    for name, content in contents.items():
+        (directory / name).write_bytes(content)
+    return {name: directory / name for name in contents}
+
+
+@pytest.fixture(scope="module")
+def loaded(files) -> dict[str, Tokenizer]:
+    return {name: load_tokenizer(file) for name, file in files.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)
+@given(text=anything)
+def test_every_string_survives(loaded, kind: str, text: str):
+    tokenizer = loaded[kind]
+    ids = tokenizer.encode(text, bos=True, eos=True)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert ids[0] == tokenizer.bos_id
+    assert ids[-1] == tokenizer.eos_ids[0]
+    assert not set(ids[1:-1]) & {tokenizer.bos_id, *tokenizer.eos_ids}
+    np.testing.assert_array_equal(tokenizer.encode_batch([text, "x"])[0], tokenizer.encode(text))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)
+@given(text=anything)
+def test_stream_emits_whole_characters_only(loaded, kind: str, text: str):
+    assume("\ufffd" not in text)
+    tokenizer = loaded[kind]
+    stream = tokenizer.stream()
+    chunks = [stream.feed(i) for i in tokenizer.encode(text, bos=True)]
+    assert "\ufffd" not in "".join(chunks)
+    assert "".join(chunks) + stream.flush() == text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)
+@given(data=st.data())
+def test_stream_of_any_ids_joins_to_decode(loaded, kind: str, data: st.DataObject):
+    tokenizer = loaded[kind]
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
+    stream = tokenizer.stream()
+    assert "".join(stream.feed(i) for i in ids) + stream.flush() == tokenizer.decode(ids)
+
+
+@settings(deadline=None)
+@given(ids=st.lists(st.integers(0, 309), max_size=30), kind=st.sampled_from(["bpe", "unigram"]))
+def test_decoding_is_sentencepieces(files, loaded, ids: list[int], kind: str):
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(files[kind]))
+    expected = processor.decode(ids)
+    assume("\ufffd" not in expected)  # it shows one for every stray byte, Python one for a stray prefix
+    assert loaded[kind].decode(ids) == expected
+
+
+@settings(deadline=None)
+@given(word=st.text("Thequick brown漢🦙", max_size=12))
+def test_llama3_merges_as_tiktoken_does(loaded, word: str):
+    ranks = toy_ranks()
+    word = "".join(c for c in word if c.isalpha())  # one word of Llama-3's split
+    assert loaded["llama3"].encode(word) == [ranks[part] for part in tiktoken_merge(word.encode(), ranks) if part]
+
+
+def test_llama3_splits_and_specials(loaded):
+    tokenizer = loaded["llama3"]
+    words = ["The", " quick", "  ", " fox", "123", "45", "'ll", ".\n\n", "\t", "x", " ==", "\n"]
+    ranks = toy_ranks()
+    expected = [ranks[part] for word in words for part in tiktoken_merge(word.encode(), ranks)]
+    assert tokenizer.encode("".join(words)) == expected
+    first = len(ranks)
+    assert tokenizer.vocab_size == first + 256
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (first, (first + 1, first + 8, first + 9))  # 128000, 128001, -8, -9
+    assert len(tokenizer.encode("<|begin_of_text|>")) > 1
+
+
+def test_llama2c_file_is_its_sentencepiece_model(loaded):
+    assert loaded["llama2c"].encode(TEXT) == loaded["bpe"].encode(TEXT)
+    assert loaded["llama2c"].vocab_size == loaded["bpe"].vocab_size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_tokenizer_is_the_same(loaded, kind: str, tmp_path: Path):
+    tokenizer = loaded[kind]
+    path = tokenizer.save(tmp_path / "run")
+    for again in (load_tokenizer(path), load_tokenizer(tmp_path / "run")):
+        assert again.fingerprint == tokenizer.fingerprint
+        assert again.encode(TEXT) == tokenizer.encode(TEXT)
+    others = {t.fingerprint for name, t in loaded.items() if name != kind}
+    assert tokenizer.fingerprint not in others
+
+
+def test_tokenizer_config_names_the_special_tokens(files, tmp_path: Path):
+    tokenizer = tokenizers.Tokenizer.from_file(str(files["json"]))
+    tokenizer.add_special_tokens(["<start>", "<stop>", "<|eot_id|>", "<hole>"])
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    settings = {"bos_token": None, "eos_token": {"content": "<stop>"}, "pad_token": "<hole>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.bos_id is None
+    assert loaded.eos_ids == (tokenizer.token_to_id("<stop>"), tokenizer.token_to_id("<|eot_id|>"))
+    assert loaded.pad_id == tokenizer.token_to_id("<hole>")
+    assert loaded.encode("x", bos=True) == loaded.encode("x")
+    assert load_tokenizer(loaded.save(tmp_path / "again")).eos_ids == loaded.eos_ids
+
+
+def test_wrong_files_are_one_sentence(files, tmp_path: Path):
+    damaged = {name: file.read_bytes()[:-3] for name, file in files.items()}
+    damaged |= {"random": bytes(range(256)), "empty": b"", "text": b"hello world 12\n", "config": b'{"bos": 1}'}
+    for name, content in damaged.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=name) as error:
+            load_tokenizer(tmp_path / name)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="does not exist"):
+        load_tokenizer(tmp_path / "nowhere")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match=r"has no tokenizer\.model or tokenizer\.json"):
+        load_tokenizer(tmp_path / "bare")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_ids_and_text_are_refused(loaded, kind: str):
+    tokenizer = loaded[kind]
+    for wrong in (tokenizer.vocab_size, -1):
+        with pytest.raises(UserError, match="outside this tokenizer's vocabulary"):
+            tokenizer.decode([wrong])
+    with pytest.raises(UserError, match=r"U\+D800 at character 1"):
+        tokenizer.encode("a\ud800")
+
+
+def cases(directory: Path, name: str) -> list[tuple[str, list[int]]]:
+    with (directory / f"ggml-vocab-{name}.gguf.inp").open(newline="", encoding="utf-8") as file:
+        inputs = file.read().split("\n__ggml_vocab_test__\n")
+    lines = (directory / f"ggml-vocab-{name}.gguf.out").read_text().split("\n")
+    return list(zip(inputs, ([int(i) for i in line.split()] for line in lines), strict=True))
+
+
+def test_llama_cases(shared_data: Path):
+    tokenizer = load_tokenizer(shared_data / "llama2c" / "tokenizer.model")
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (32000, 1, (2,), None)
+    for text, ids in cases(shared_data / "tokenizer_cases", "llama-spm"):
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids) == text
+
+
+def test_gpt2_cases_from_a_tokenizer_json(shared_data: Path, tmp_path: Path):
+    names = [str(shared_data / "gpt2" / name) for name in ("gpt2_vocab.json", "gpt2_merges.txt")]
+    tokenizer = tokenizers.Tokenizer(models.BPE.from_file(*names))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.vocab_size, loaded.bos_id, loaded.eos_ids) == (50257, 50256, (50256,))
+    for text, ids in cases(shared_data / "tokenizer_cases", "gpt-2"):
+        assert loaded.encode(text) == ids
+        assert loaded.decode(ids) == text
+
+
+def test_llama2c_tok512_is_its_rebuilt_model(shared_data: Path):
+    binary, rebuilt = (
+        load_tokenizer(shared_data / "llama2c" / name) for name in ("tok512.bin", "tok512_rebuilt.model")
+    )
+    text = (shared_data / "tinyshakespeare" / "input.txt").read_text()[:100_000]
+    story = (shared_data / "llama2c" / "stories260K_expected_greedy200.txt").read_text()
+    for sample in (text, story):
+        assert binary.encode(sample) == rebuilt.encode(sample)
+        assert binary.decode(binary.encode(sample, bos=True)) == sample
