@@ -25,7 +25,7 @@ class AttentionMask:
     kernel: str = "auto"
 
     def allowed(self, queries: slice, first_key: int | Array, num_keys: int) -> Bool[Array, "#b t s"]:
-        """Dense mask of a block of queries (a slice with both ends) against `num_keys` keys; `first_key` may be traced."""
+        """Dense mask of a block of queries against `num_keys` keys from `first_key` on, which may be traced."""
         key_index = first_key + jnp.arange(num_keys)
         if self.q_index is None:
             q_index = jnp.arange(queries.start, queries.stop)[None]

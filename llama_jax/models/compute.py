@@ -1,0 +1,47 @@
+"""How a model is computed. Nothing here changes what it computes, beyond rounding."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.config import UserError
+
+# What the backward pass of a layer finds saved; the rest it computes again.
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "inputs": jax.checkpoint_policies.save_only_these_names("attention", "feed_forward"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """Execution options of a run."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of activations; auto is bfloat16 on TPU and GPU, float32 on CPU. Softmax, norms and loss stay float32."""
+    scan_layers: bool = True
+    """Compile the repeating pattern of layers once and scan over it; off: every layer by itself, faster on CPU."""
+    remat: Literal["none", "full", "dots", "attention", "inputs"] = "none"
+    """What to recompute in the backward pass: nothing; all of a layer; all but matrix products; all but attention
+    outputs; all but attention and feed-forward outputs."""
+    attention_kernel: str = "auto"
+    """Kernel by name, or auto."""
+    loss_chunk: int = 128
+    """Positions of each row whose logits exist at a time in the loss."""
+
+    def __post_init__(self) -> None:
+        if self.loss_chunk < 1:
+            raise UserError(f"loss_chunk={self.loss_chunk} must be at least 1")
+
+    @property
+    def jax_dtype(self) -> jnp.dtype:
+        """The activation type, auto resolved for the default device."""
+        name = self.dtype
+        if name == "auto":
+            name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        return jnp.dtype(name)

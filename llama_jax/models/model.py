@@ -1,0 +1,77 @@
+"""A model with its weights: what notebooks and the sampler hold."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from llama_jax.models.compute import Compute
+from llama_jax.models.decoder import Decoder, DecoderConfig
+from llama_jax.models.layout import Params, assemble, flatten, init_params
+
+
+class Model:
+    """Callable on tokens; enters its own mesh and is jitted. `module` is the NNX module inside, with its layers."""
+
+    def __init__(self, module: Decoder, mesh: Mesh | None = None):
+        self.graphdef, self.state = nnx.split(module)
+        self.mesh = mesh
+
+    @property
+    def module(self) -> Decoder:
+        return nnx.merge(self.graphdef, self.state)
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self.module.config
+
+    @property
+    def layers(self) -> Any:
+        """The blocks, by index."""
+        return self.module.layers
+
+    def params(self) -> Params:
+        """Parameters by canonical name, stacked over layers."""
+        with self.on_mesh():
+            return flatten(self.module)
+
+    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
+
+    def __call__(
+        self,
+        tokens: Int[Array, "b t"],
+        *,
+        positions: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> Float[Array, "b t v"]:
+        """int32 [B, T] -> float32 logits [B, T, V]."""
+        return self.run(_logits, tokens, positions, segment_ids)
+
+    def run(self, function: Callable[..., Any], *arguments: Any, **static: Any) -> Any:
+        """`jit(function)(module, *arguments, **static)` on the model's mesh; keyword arguments are static."""
+        with self.on_mesh():
+            return _run(function, self.graphdef, tuple(static.items()), self.state, *arguments)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(function: Callable[..., Any], graphdef: Any, static: tuple[tuple[str, Any], ...], state: Any, *arguments: Any):
+    return function(nnx.merge(graphdef, state), *arguments, **dict(static))
+
+
+def _logits(module: Decoder, tokens: Any, positions: Any, segment_ids: Any) -> jax.Array:
+    return module(tokens, positions=positions, segment_ids=segment_ids)
+
+
+def build(config: DecoderConfig, *, seed: int = 0, compute: Compute | None = None) -> Model:
+    """A model with random weights on the current mesh (`jax.set_mesh`), or on one device."""
+    compute = compute or Compute()
+    make = jax.jit(lambda seed: nnx.split(assemble(config, init_params(config, seed), compute, scan=False)))
+    mesh = jax.sharding.get_mesh()
+    graphdef, state = make(seed)
+    return Model(nnx.merge(graphdef, state), None if mesh.empty else mesh)
