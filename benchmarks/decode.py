@@ -1,0 +1,10 @@
+"""Tokens generated a second, ours and the peers': greedy, after a prompt of 8 tokens, in float32 on the CPU.
+
+python benchmarks/decode.py --torch-python .../bin/python --tunix-python .../bin/python
+"""
+
+from rounds import main
+from works import DECODE
+
+if __name__ == "__main__":
+    main("Compare the speed of greedy decoding with the peers'.", DECODE, steps=3)

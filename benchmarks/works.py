@@ -1,0 +1,36 @@
+"""The two shapes that the speed figures are about, and how much of each a turn does."""
+
+STORIES15M = {
+    "vocab_size": 32000,
+    "hidden_size": 288,
+    "num_layers": 6,
+    "num_heads": 6,
+    "num_kv_heads": 6,
+    "head_dim": 48,
+    "intermediate_size": 768,
+    "tie_embeddings": True,
+}
+LLAMA56M = {
+    "vocab_size": 32000,
+    "hidden_size": 512,
+    "num_layers": 8,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "head_dim": 64,
+    "intermediate_size": 1376,
+    "tie_embeddings": False,
+}
+
+TRAIN_STEP = {
+    "stories15m": STORIES15M | {"task": "train", "batch_size": 8, "sequence_length": 256},
+    "56m": LLAMA56M | {"task": "train", "batch_size": 4, "sequence_length": 512},
+}
+DECODE = {
+    f"stories15m-batch{b}": STORIES15M | {"task": "decode", "batch_size": b, "prompt_length": 8, "new_tokens": 128}
+    for b in (1, 8)
+}
+
+
+def tokens_per_step(work: dict) -> int:
+    """Tokens that one step trains on, or that one decoding generates."""
+    return work["batch_size"] * (work["sequence_length"] if work["task"] == "train" else work["new_tokens"])
