@@ -1,0 +1,375 @@
+"""Import and export of weights, each ending with a comparison of logits whose result is kept with the weights."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax import zoo
+from llama_jax.checkpoint.formats import Tensor, Tensors
+from llama_jax.checkpoint.formats.huggingface import read_directory, write_safetensors
+from llama_jax.checkpoint.formats.llama2c import is_llama2c, read_llama2c
+from llama_jax.checkpoint.formats.meta import is_meta, read_meta
+from llama_jax.checkpoint.reference import llama_logits
+from llama_jax.config import UserError, read_json
+from llama_jax.models import Compute, DecoderConfig, Model, assemble, layers_with
+from llama_jax.tokenizers import Tokenizer
+from llama_jax.tokenizers.loading import FILE_NAMES
+from llama_jax.zoo import Weight, llama
+
+RECEIPT = "conversion.json"
+MAX_SHARD_BYTES = 5 * 10**9
+# Of a large matrix so much is read, permuted and cast at a time.
+_BLOCK_BYTES = 1 << 24
+
+
+class ConversionError(RuntimeError):
+    """The converted weights do not compute what the original ones do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Somebody else's weights, opened: nothing of the tensors is read yet."""
+
+    path: Path
+    form: Literal["huggingface", "meta", "llama2c"]
+    config: DecoderConfig
+    tensors: Tensors
+    weights: tuple[Weight, ...]
+    ignored: tuple[str, ...]
+    tokenizer: Path | None
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """float32 [B, T, V] by the plain numpy model, which reads the tensors in their own layout."""
+        return llama_logits(self.config, self.tensors, tokens, interleaved=self.form != "huggingface")
+
+
+def open_source(path: str | Path) -> Source:
+    """Opens a Hugging Face directory, a Meta directory or a llama2.c `.bin`, told apart by what is in them.
+
+    Raises UserError for anything else, for damaged files and for a config that asks for what is not supported.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"'{path}' does not exist")
+    tokenizer = next((path / name for name in FILE_NAMES if (path / name).is_file()), None)
+    if path.is_file():
+        if not is_llama2c(path):
+            raise UserError(f"'{path}' is no llama2.c .bin; other weights are given as the directory they are in")
+        params, tensors = read_llama2c(path)
+    elif is_meta(path):
+        params, tensors = read_meta(path)
+        # Meta's download has the tokenizer beside the directories of the sizes.
+        beside = path.parent / FILE_NAMES[0]
+        tokenizer = tokenizer or (beside if beside.is_file() else None)
+    elif (path / "config.json").is_file():
+        data = read_json(path / "config.json")
+        if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
+            raise UserError(f"'{path / 'config.json'}' has no model_type: it is not a Hugging Face config")
+        family = zoo.family(data["model_type"])
+        return Source(
+            path,
+            "huggingface",
+            family.from_hf(data),
+            read_directory(path),
+            family.WEIGHTS,
+            family.IGNORED,
+            tokenizer,
+        )
+    else:
+        raise UserError(
+            f"'{path}' has neither config.json (Hugging Face) nor params.json and consolidated.*.pth (Meta)"
+        )
+    config = llama.from_meta(params, {name: tensor.shape for name, tensor in tensors.items()})
+    form = "llama2c" if path.is_file() else "meta"
+    return Source(path, form, config, tensors, llama.META_WEIGHTS, llama.META_IGNORED, tokenizer)
+
+
+def load_params(source: Source, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """The parameters of `source`, by name, in the shapes, dtypes and shardings of `abstract`.
+
+    Streams: beyond what the devices hold, host memory is at most one shard of one stacked parameter. Raises UserError
+    for missing, surplus and misshapen tensors before any is read.
+    """
+    places = _match(source, abstract)
+    return {name: _load(*places[name], a) for name, a in abstract.items()}
+
+
+def _match(source: Source, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, tuple[Weight, list[Tensor]]]:
+    """For each parameter its table entry and its tensors, one for each layer that has it."""
+    table = {weight.name: weight for weight in source.weights}
+    owners = layers_with(source.config)
+    places: dict[str, tuple[Weight, list[Tensor]]] = {}
+    used: set[str] = set()
+    for name, a in abstract.items():
+        if name not in table:
+            raise UserError(f"'{source.path}' can have no parameter '{name}': its format has no name for it")
+        weight = table[name]
+        shape = a.shape[1:] if name in owners else a.shape
+        tensors = []
+        for layer in owners.get(name, (None,)):
+            place = weight.source.format(layer=layer)
+            if place not in source.tensors:
+                raise UserError(f"'{source.path}' lacks the tensor '{place}'")
+            tensor = source.tensors[place]
+            if tensor.shape != weight.source_shape(shape):
+                raise UserError(
+                    f"'{source.path}' has '{place}' with shape {tensor.shape}, and its config asks for "
+                    f"{weight.source_shape(shape)}"
+                )
+            if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize < 2:
+                raise UserError(f"'{source.path}' has '{place}' in {tensor.dtype}: quantized weights are not supported")
+            tensors.append(tensor)
+            used.add(place)
+        places[name] = (weight, tensors)
+    for place in source.tensors.keys() - used:
+        if any(re.fullmatch(pattern, place) for pattern in source.ignored):
+            continue
+        if "lm_head.weight" in table and place == table["lm_head.weight"].source:
+            # Files of tied models may repeat the embedding as the head.
+            if _equal(source.tensors[place], source.tensors[table["embedding.weight"].source]):
+                continue
+            raise UserError(f"'{source.path}' has a '{place}' of its own, and its config says that it is tied")
+        raise UserError(f"'{source.path}' has the tensor '{place}', for which its config has no place")
+    return places
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    rows = max(1, _BLOCK_BYTES // (4 * a.shape[1]))
+    blocks = (slice(i, i + rows) for i in range(0, a.shape[0], rows))
+    return all(np.array_equal(a.read((block,)), b.read((block,))) for block in blocks)
+
+
+def _load(weight: Weight, tensors: list[Tensor], a: jax.ShapeDtypeStruct) -> jax.Array:
+    sharding = a.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    stacked = weight.name.startswith("layers.")
+    devices: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(a.shape).items():
+        assert index is not None
+        bounds = tuple(s.indices(size)[:2] for s, size in zip(index, a.shape, strict=True))
+        devices.setdefault(bounds, []).append(device)
+    arrays = []
+    for bounds, holders in devices.items():  # one shard after another, not all of them before the first is placed
+        slices = tuple(slice(*bound) for bound in bounds)
+        shard = np.empty([stop - start for start, stop in bounds], a.dtype)
+        if stacked:
+            for layer, out in zip(range(*bounds[0]), shard, strict=True):
+                _fill(out, weight, tensors[layer], slices[1:], a.shape[1:])
+        else:
+            _fill(shard, weight, tensors[0], slices, a.shape)
+        arrays += [jax.device_put(shard, device) for device in holders]
+        jax.block_until_ready(arrays)
+    return jax.make_array_from_single_device_arrays(a.shape, sharding, arrays)
+
+
+def _fill(out: np.ndarray, weight: Weight, tensor: Tensor, slices: tuple[slice, ...], shape: tuple[int, ...]) -> None:
+    """Writes the part `slices` of one layer of a parameter into `out`, block by block."""
+    dim = weight.contiguous_dim()
+    start, stop = slices[dim].start, slices[dim].stop
+    step = max(1, (stop - start) * _BLOCK_BYTES // max(1, 4 * out.size))
+    for begin in range(start, stop, step):
+        block = slice(begin, min(begin + step, stop))
+        wanted = (*slices[:dim], block, *slices[dim + 1 :])
+        part = tensor.read(weight.source_slices(wanted, shape))
+        place = (*(slice(None),) * dim, slice(block.start - start, block.stop - start))
+        out[place] = weight.to_canonical(part, wanted, shape)
+
+
+def params_logits(config: DecoderConfig, params: Mapping[str, jax.Array]) -> Callable[[np.ndarray], np.ndarray]:
+    """The package's own model of these parameters as a function from tokens to float32 logits."""
+    model = Model(assemble(config, dict(params), Compute(dtype="float32"), scan=True), _mesh(params))
+
+    def logits(tokens: np.ndarray) -> np.ndarray:
+        with jax.default_matmul_precision("highest"):
+            return np.asarray(model(jnp.asarray(tokens, jnp.int32)))
+
+    return logits
+
+
+def _mesh(params: Mapping[str, jax.Array]) -> jax.sharding.Mesh | None:
+    sharding = next(iter(params.values())).sharding
+    return sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None  # type: ignore[return-value]
+
+
+def check_conversion(
+    source: Source, logits: Callable[[np.ndarray], np.ndarray], *, dtype: Any = np.float32
+) -> dict[str, Any]:
+    """Compares the logits of `source` (plain numpy, its own layout) with those of the converted weights.
+
+    Returns the receipt. `dtype` is what the converted weights are stored in: where it is narrower than the source's,
+    rounding is allowed for. Raises ConversionError on disagreement.
+    """
+    config = source.config
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, min(32, config.max_positions)))
+    expected = source.logits(tokens)
+    difference = float(np.abs(expected - np.asarray(logits(tokens), np.float32)).max())
+    std = float(expected.std())
+    stored = max(tensor.dtype.itemsize for tensor in source.tensors.values())
+    tolerance = std * (1e-3 if np.dtype(dtype).itemsize >= min(stored, 4) else 5e-2)
+    if not difference <= tolerance:
+        raise ConversionError(
+            f"the converted weights differ from '{source.path}': logits by up to {difference:.3g} where "
+            f"{tolerance:.3g} is rounding; nothing was kept"
+        )
+    return {
+        "source": source.path.name,
+        "form": source.form,
+        "tensors": len(source.tensors),
+        "tokens_compared": tokens.size,
+        "max_abs_logit_difference": difference,
+        "logit_std": std,
+        "tolerance": tolerance,
+        "versions": {name: version(name) for name in ("llama_jax", "jax", "numpy")},
+    }
+
+
+def write_receipt(directory: Path, receipt: Mapping[str, Any]) -> None:
+    """Keeps a receipt beside the weights it is about."""
+    (directory / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_directory(directory: str | Path) -> Iterator[Path]:
+    """A folder to write into that becomes `directory` when all went well, and vanishes otherwise.
+
+    Raises UserError where `directory` exists and is not empty.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"'{directory}' exists already: give a new path, or remove it first")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        os.replace(partial, directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def export_hf(
+    config: DecoderConfig,
+    params: Mapping[str, jax.Array | np.ndarray],
+    directory: str | Path,
+    tokenizer: Tokenizer | None = None,
+) -> dict[str, Any]:
+    """Writes config.json, safetensors (with an index above 5 GB), tokenizer and receipt; returns the receipt.
+
+    The weights keep their dtype. Raises UserError for a model that no family on Hugging Face has, and for a
+    `directory` that is not empty; ConversionError, leaving nothing behind, where what was written and read again
+    computes other logits than `params`.
+    """
+    family, data = _family_of(config)
+    data["torch_dtype"] = str(next(iter(params.values())).dtype)
+    if tokenizer is not None:
+        data["bos_token_id"] = tokenizer.bos_id
+        data["eos_token_id"] = (
+            list(tokenizer.eos_ids) if len(tokenizer.eos_ids) > 1 else next(iter(tokenizer.eos_ids), None)
+        )
+    pieces = _pieces(config, params, family.WEIGHTS)
+    with new_directory(directory) as folder:
+        _write_weights(folder, pieces)
+        (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        written = open_source(folder)
+        jax_params = {name: jnp.asarray(value) for name, value in params.items()}
+        receipt = check_conversion(written, params_logits(config, jax_params))
+        receipt |= {"source": "llama_jax", "form": "native"}
+        write_receipt(folder, receipt)
+    return receipt
+
+
+def _family_of(config: DecoderConfig) -> tuple[Any, dict[str, Any]]:
+    """The first family that can express `config`, and its config.json."""
+    refusals = []
+    for model_type in zoo.families():
+        try:
+            return zoo.family(model_type), zoo.family(model_type).to_hf(config)
+        except UserError as error:
+            refusals.append(str(error))
+    raise UserError(f"this model cannot be exported: {'; '.join(refusals)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    value: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+def _pieces(
+    config: DecoderConfig, params: Mapping[str, jax.Array | np.ndarray], weights: tuple[Weight, ...]
+) -> list[_Piece]:
+    """Every tensor of the export, in the source's layout, its value fetched only when it is written."""
+    table = {weight.name: weight for weight in weights}
+    owners = layers_with(config)
+    pieces = []
+    for name, value in params.items():
+        if name not in table:
+            raise UserError(f"parameter '{name}' has no place in the exported format")
+        weight = table[name]
+        shape = weight.source_shape(value.shape[1:] if name in owners else value.shape)
+        for row, layer in enumerate(owners.get(name, (None,))):
+
+            def fetch(value: Any = value, weight: Weight = weight, row: int | None = None if layer is None else row):
+                return weight.to_source(_fetch(value, row))
+
+            pieces.append(_Piece(weight.source.format(layer=layer), np.dtype(value.dtype), shape, fetch))
+    return pieces
+
+
+def _fetch(value: jax.Array | np.ndarray, row: int | None) -> np.ndarray:
+    """One layer of a parameter on the host, without gathering the others."""
+    if not isinstance(value, jax.Array):
+        return np.asarray(value) if row is None else np.asarray(value[row])
+    if not value.is_fully_addressable:
+        raise UserError(
+            "exporting needs all weights on one host: load the checkpoint in a single process and export there"
+        )
+    out = np.empty(value.shape if row is None else value.shape[1:], value.dtype)
+    for shard in value.addressable_shards:
+        if shard.replica_id:
+            continue
+        if row is None:
+            out[shard.index] = np.asarray(shard.data)
+            continue
+        start, stop, _ = shard.index[0].indices(value.shape[0])
+        if start <= row < stop:
+            out[shard.index[1:]] = np.asarray(shard.data[row - start])
+    return out
+
+
+def _write_weights(folder: Path, pieces: list[_Piece]) -> None:
+    files: list[list[_Piece]] = [[]]
+    for piece in pieces:
+        if files[-1] and sum(p.nbytes for p in files[-1]) + piece.nbytes > MAX_SHARD_BYTES:
+            files.append([])
+        files[-1].append(piece)
+    places = {}
+    for i, content in enumerate(files):
+        name = "model.safetensors" if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        write_safetensors(folder / name, [(p.name, p.dtype, p.shape) for p in content], (p.value() for p in content))
+        places |= {piece.name: name for piece in content}
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(p.nbytes for p in pieces)}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

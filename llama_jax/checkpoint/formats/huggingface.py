@@ -1,0 +1,125 @@
+"""Weights of a Hugging Face directory: safetensors or `pytorch_model*.bin`, in one file or in shards with an index.
+
+https://github.com/huggingface/safetensors#format. The header is read here because the library's numpy front end
+cannot read a part of a bfloat16 tensor.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from llama_jax.checkpoint.formats.tensors import BFLOAT16, Stored, Tensors
+from llama_jax.checkpoint.formats.torch_pickle import read_torch
+from llama_jax.config import UserError, read_json
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": BFLOAT16,
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+_FORMS: tuple[tuple[str, Callable[[Path], Tensors]], ...] = (
+    ("model.safetensors", lambda file: read_safetensors(file)),
+    ("pytorch_model.bin", read_torch),
+)
+
+
+def read_safetensors(file: Path) -> Tensors:
+    """The tensors of a safetensors file, by name, none of them read yet.
+
+    Raises UserError for a missing, damaged or truncated file and for a dtype that numpy has no name for.
+    """
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            (header_size,) = struct.unpack("<Q", stream.read(8))
+            if header_size + 8 > size:
+                raise ValueError("its header is cut off")
+            header = json.loads(stream.read(header_size))
+        header.pop("__metadata__", None)
+        tensors: Tensors = {}
+        last = 8 + header_size
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise UserError(f"'{file}' has '{name}' in {entry['dtype']}, which is not supported")
+            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            begin, end = (8 + header_size + offset for offset in entry["data_offsets"])
+            if end - begin != math.prod(shape) * dtype.itemsize or begin < 8 + header_size:
+                raise ValueError(f"the size of '{name}' is wrong")
+            tensors[name] = Stored(file, begin, dtype, shape)
+            last = max(last, end)
+        if last != size:
+            raise ValueError(f"it has {size} bytes where its header says {last}")
+        return tensors
+    except FileNotFoundError:
+        raise UserError(f"'{file}' does not exist") from None
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise UserError(f"'{file}' is truncated or no safetensors file ({error}): download it again") from None
+
+
+def read_directory(directory: Path) -> Tensors:
+    """The tensors of a Hugging Face model directory, whichever of the four forms they are in.
+
+    Raises UserError where there are none, a file is missing or damaged, or an index names a file outside `directory`.
+    """
+    for name, read in _FORMS:
+        if (file := directory / name).is_file():
+            return read(file)
+        if (index := directory / f"{name}.index.json").is_file():
+            return _read_shards(index, read)
+    raise UserError(f"'{directory}' has neither model.safetensors nor pytorch_model.bin nor an index of shards")
+
+
+def _read_shards(index: Path, read: Callable[[Path], Tensors]) -> Tensors:
+    data = read_json(index)
+    places = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        raise UserError(f"'{index}' has no 'weight_map' from tensor to file: it is damaged")
+    tensors: Tensors = {}
+    for shard in sorted(set(places.values())):
+        # By name, not by resolved path: in Hugging Face's own cache the files are links to elsewhere.
+        if Path(shard).name != shard or shard in ("", ".", ".."):
+            raise UserError(f"'{index}' names '{shard}', a file outside its folder: it must name files beside it")
+        for name, tensor in read(index.parent / shard).items():
+            if name in tensors:
+                raise UserError(f"'{name}' is in two of the files that '{index}' names")
+            tensors[name] = tensor
+    for name, shard in places.items():
+        if name not in tensors:
+            raise UserError(f"'{index}' says that '{name}' is in '{shard}', but it is not: download it again")
+    return tensors
+
+
+def write_safetensors(file: Path, entries: list[tuple[str, np.dtype, tuple[int, ...]]], values: Iterator) -> None:
+    """Writes one safetensors file, tensor after tensor: `values` yields an array for each of `entries`, in order."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape in entries:
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for (name, dtype, shape), value in zip(entries, values, strict=True):
+            assert value.dtype == dtype, name
+            assert value.shape == shape, name
+            stream.write(np.ascontiguousarray(value).view(np.uint8).reshape(-1).data)

@@ -1,0 +1,142 @@
+"""PyTorch's zip checkpoints (`.pth`, `.bin`) without PyTorch, and without executing anything they contain.
+
+A checkpoint is a zip of `data.pkl`, a pickle of the tensors' shapes and strides, and one stored entry `data/N` for
+each storage. A pickle can call whatever it can name; this reader gives it the names in `_ALLOWED` and no others.
+"""
+
+import collections
+import dataclasses
+import io
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama_jax.checkpoint.formats.tensors import BFLOAT16, Stored, Tensors
+from llama_jax.config import UserError
+
+_STORAGES = {
+    "FloatStorage": np.dtype(np.float32),
+    "DoubleStorage": np.dtype(np.float64),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": BFLOAT16,
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _StorageType:
+    dtype: np.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: np.dtype
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Stored:
+    numbers = [offset, *shape, *strides]
+    if not isinstance(storage, _Storage) or len(shape) != len(strides):
+        raise pickle.UnpicklingError("a tensor without a storage")
+    if not all(isinstance(n, int) and n >= 0 for n in numbers):
+        raise pickle.UnpicklingError("a tensor with negative sizes")
+    itemsize = storage.dtype.itemsize
+    tensor = Stored(storage.file, storage.offset + offset * itemsize, storage.dtype, tuple(shape), tuple(strides))
+    if (offset + tensor.extent) * itemsize > storage.nbytes:
+        raise pickle.UnpicklingError("a tensor larger than its storage")
+    return tensor
+
+
+def _rebuild_parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+} | {("torch", name): _StorageType(dtype) for name, dtype in _STORAGES.items()}
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, storages: dict[str, tuple[int, int]], file: Path):
+        super().__init__(io.BytesIO(data), encoding="utf-8")
+        self._storages, self._file = storages, file
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        if (found := _ALLOWED.get((module_name, global_name))) is None:
+            raise UserError(
+                f"'{self._file}' wants to call '{module_name}.{global_name}', which a weight file has no need of: "
+                "get a safetensors version of it"
+            )
+        return found
+
+    def persistent_load(self, pid: Any, /) -> Any:
+        kind, storage_type, key = pid[:3]
+        if kind != "storage" or not isinstance(storage_type, _StorageType) or key not in self._storages:
+            raise pickle.UnpicklingError(f"an unknown storage {pid!r}")
+        return _Storage(self._file, *self._storages[key], storage_type.dtype)
+
+
+def read_torch(file: Path) -> Tensors:
+    """The tensors of a `.pth` or `.bin` file, by name, none of them read yet.
+
+    Raises UserError for a missing, damaged or truncated file, for the format before PyTorch 1.6, and for a pickle
+    that names anything but tensors.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return _read_archive(archive, file)
+    except FileNotFoundError:
+        raise UserError(f"'{file}' does not exist") from None
+    except zipfile.BadZipFile:
+        with open(file, "rb") as stream:
+            legacy = stream.read(2) == b"\x80\x02"
+        if legacy:
+            raise UserError(
+                f"'{file}' is in the format of PyTorch before 1.6: load and save it once with a newer PyTorch"
+            ) from None
+        raise UserError(f"'{file}' is not a PyTorch checkpoint, or it is truncated: download it again") from None
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise UserError(f"'{file}' is damaged ({error}): download it again") from None
+
+
+def _read_archive(archive: zipfile.ZipFile, file: Path) -> Tensors:
+    pickles = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
+    if len(pickles) != 1:
+        raise UserError(f"'{file}' is a zip file but no PyTorch checkpoint: it lacks data.pkl")
+    root = pickles[0].removesuffix("data.pkl")
+    if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+        raise UserError(f"'{file}' was written on a big-endian machine: convert it to safetensors there")
+    storages = {}
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        for entry in archive.infolist():
+            if not entry.filename.startswith(f"{root}data/"):
+                continue
+            stream.seek(entry.header_offset)
+            name_length, extra_length = struct.unpack("<26xHH", stream.read(30))
+            begin = entry.header_offset + 30 + name_length + extra_length
+            if entry.compress_type != zipfile.ZIP_STORED or begin + entry.file_size > size:
+                raise UserError(f"'{file}' is damaged at '{entry.filename}': download it again")
+            storages[entry.filename.removeprefix(f"{root}data/")] = (begin, entry.file_size)
+    state = _Unpickler(archive.read(pickles[0]), storages, file).load()
+    if not isinstance(state, dict):
+        raise UserError(f"'{file}' holds a {type(state).__name__}, not tensors by name")
+    for name, tensor in state.items():
+        if not isinstance(tensor, Stored):
+            raise UserError(f"'{file}' holds a {type(tensor).__name__} under '{name}' where a tensor should be")
+    return dict(state)

@@ -1,0 +1,102 @@
+"""A Llama in plain numpy that reads a checkpoint in the checkpoint's own layout.
+
+The witness of conversions: it knows nothing of the weight-name tables, the parameter layout or the JAX model, so an
+error in them cannot hide in both sides of a comparison. One matrix is in memory at a time.
+"""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from llama_jax.checkpoint.formats import Tensors
+from llama_jax.models import DecoderConfig
+from llama_jax.nn.attention.grouped_query import GroupedQuery
+from llama_jax.nn.feed_forward import SwiGLU
+from llama_jax.nn.norms import RMSNorm
+
+_HF_NAMES = {
+    "embedding": "model.embed_tokens",
+    "attention_norm": "model.layers.{}.input_layernorm",
+    "q": "model.layers.{}.self_attn.q_proj",
+    "k": "model.layers.{}.self_attn.k_proj",
+    "v": "model.layers.{}.self_attn.v_proj",
+    "o": "model.layers.{}.self_attn.o_proj",
+    "ffn_norm": "model.layers.{}.post_attention_layernorm",
+    "gate": "model.layers.{}.mlp.gate_proj",
+    "up": "model.layers.{}.mlp.up_proj",
+    "down": "model.layers.{}.mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+_META_NAMES = {
+    "embedding": "tok_embeddings",
+    "attention_norm": "layers.{}.attention_norm",
+    "q": "layers.{}.attention.wq",
+    "k": "layers.{}.attention.wk",
+    "v": "layers.{}.attention.wv",
+    "o": "layers.{}.attention.wo",
+    "ffn_norm": "layers.{}.ffn_norm",
+    "gate": "layers.{}.feed_forward.w1",
+    "up": "layers.{}.feed_forward.w3",
+    "down": "layers.{}.feed_forward.w2",
+    "norm": "norm",
+    "head": "output",
+}
+
+
+def _rotate_halves(x_BTNH: np.ndarray, cos_TH: np.ndarray, sin_TH: np.ndarray) -> np.ndarray:
+    first, second = np.split(x_BTNH, 2, axis=-1)
+    cos, sin = cos_TH[:, None], sin_TH[:, None]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _rotate_pairs(x_BTNH: np.ndarray, cos_TH: np.ndarray, sin_TH: np.ndarray) -> np.ndarray:
+    even, odd = x_BTNH[..., ::2], x_BTNH[..., 1::2]
+    cos, sin = cos_TH[:, None], sin_TH[:, None]
+    return np.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x_BTNH.shape)
+
+
+def _silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-np.maximum(x, -80)))
+
+
+def llama_logits(config: DecoderConfig, tensors: Tensors, tokens: np.ndarray, *, interleaved: bool) -> np.ndarray:
+    """float32 logits [B, T, V] of int tokens [B, T], from Hugging Face's tensors or (`interleaved`) from Meta's."""
+    names: Mapping[str, str] = _META_NAMES if interleaved else _HF_NAMES
+    rotate: Callable[..., np.ndarray] = _rotate_pairs if interleaved else _rotate_halves
+    attention, feed_forward, norm = config.attention, config.feed_forward, config.norm
+    assert isinstance(attention, GroupedQuery)
+    assert isinstance(feed_forward, SwiGLU)
+    assert isinstance(norm, RMSNorm)
+    assert attention.rope is not None
+
+    def tensor(name: str, layer: int | None, kind: str = "weight") -> np.ndarray:
+        return tensors[f"{names[name].format(layer)}.{kind}"].read().astype(np.float32)
+
+    def linear(x: np.ndarray, name: str, layer: int | None = None, bias: bool = False) -> np.ndarray:
+        y = x @ tensor(name, layer).T
+        return y + tensor(name, layer, "bias") if bias else y
+
+    def normalize(x: np.ndarray, name: str, layer: int | None = None) -> np.ndarray:
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(norm.eps)) * tensor(name, layer)
+
+    (b, t), heads, groups = tokens.shape, attention.num_heads, attention.num_heads // attention.num_kv_heads
+    angles = np.arange(t)[:, None] * attention.rope.frequencies(attention.head_dim)
+    magnitude = 1.0 if attention.rope.scaling is None else attention.rope.scaling.magnitude()
+    cos, sin = ((magnitude * f(angles)).astype(np.float32) for f in (np.cos, np.sin))
+    future = np.where(np.tri(t, dtype=bool), 0, -np.inf).astype(np.float32)
+    x = np.stack([tensors[f"{names['embedding']}.weight"].read((slice(i, i + 1),))[0] for i in tokens.reshape(-1)])
+    x = x.astype(np.float32).reshape(b, t, -1)
+    for layer in range(config.num_layers):
+        y = normalize(x, "attention_norm", layer)
+        q, k, v = (linear(y, name, layer, attention.qkv_bias).reshape(b, t, -1, attention.head_dim) for name in "qkv")
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        k, v = np.repeat(k, groups, axis=2), np.repeat(v, groups, axis=2)
+        scores = np.einsum("btnh,bsnh->bnts", q, k) * np.float32(attention.head_dim**-0.5) + future
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        y = np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
+        x = x + linear(y.reshape(b, t, heads * attention.head_dim), "o", layer, attention.out_bias)
+        y = normalize(x, "ffn_norm", layer)
+        y = _silu(linear(y, "gate", layer, feed_forward.bias)) * linear(y, "up", layer, feed_forward.bias)
+        x = x + linear(y, "down", layer, feed_forward.bias)
+    return linear(normalize(x, "norm"), "embedding" if config.tie_embeddings else "head")

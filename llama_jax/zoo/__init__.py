@@ -1,0 +1,110 @@
+"""Families of released models, one file each: presets, the mapping of Hugging Face's config, the weight-name table.
+
+In: a `model_type` or a preset's name. Out: a model config, and a table that says where each parameter comes from. A new
+family is one new module here, named after its `model_type`, with `PRESETS`, `from_hf`, `to_hf`, `WEIGHTS` and
+`IGNORED`; nothing lists the families.
+"""
+
+import dataclasses
+import functools
+import importlib
+import pkgutil
+import re
+from types import ModuleType
+
+import einops
+import numpy as np
+
+from llama_jax.config import UserError
+from llama_jax.models import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """Where a parameter lies in a checkpoint of other people, and in which layout: one declaration for both ways.
+
+    `source` is the name there, with `{layer}` for parameters that every layer has. `pattern` is einops from their
+    layout to ours without the layer dimension: `(n h) d -> d n h`. An axis called `two` has two entries: it is how
+    interleaved rotary pairs become halves, `(n h two) d -> d n (two h)`.
+    """
+
+    name: str
+    source: str
+    pattern: str
+
+    def _sides(self) -> tuple[list[list[str]], list[list[str]]]:
+        left, right = (
+            [part.strip("()").split() for part in re.findall(r"\([^)]*\)|\w+", side)]
+            for side in self.pattern.split("->")
+        )
+        return left, right
+
+    def _sizes(self, shape: tuple[int, ...]) -> dict[str, int]:
+        sizes = {"two": 2} if "two" in self.pattern else {}
+        _, right = self._sides()
+        for group, size in zip(right, shape, strict=True):
+            (free,) = (axis for axis in group if axis != "two")
+            sizes[free] = size // 2 if "two" in group else size
+        return sizes
+
+    def source_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that a parameter of `shape` (one layer of it) has in the source."""
+        sizes = self._sizes(shape)
+        return tuple(int(np.prod([sizes[axis] for axis in group])) for group in self._sides()[0])
+
+    def source_slices(self, slices: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+        """The least that must be read in the source for the part `slices` of a parameter of `shape`.
+
+        Along axes that the source merges into others, that is everything: `to_canonical` cuts the rest away.
+        """
+        left, right = self._sides()
+        sizes = self._sizes(shape)
+        wanted = {group[0]: s for group, s in zip(right, slices, strict=True) if len(group) == 1}
+        found = []
+        for group in left:
+            start, stop, _ = wanted.get(group[0], slice(None)).indices(sizes[group[0]])
+            step = int(np.prod([sizes[axis] for axis in group[1:]]))
+            found.append(slice(start * step, stop * step))
+        return tuple(found)
+
+    def to_canonical(self, part: np.ndarray, slices: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
+        """The part `slices` of a parameter of `shape`, from what `source_slices` said to read."""
+        left, right = self._sides()
+        sizes = self._sizes(shape)
+        first = {group[0] for group in left}
+        cuts = []
+        for group, cut in zip(right, slices, strict=True):
+            if len(group) == 1 and group[0] in first:  # already cut when it was read
+                start, stop, _ = cut.indices(sizes[group[0]])
+                sizes[group[0]] = stop - start
+                cut = slice(None)
+            cuts.append(cut)
+        return einops.rearrange(part, self.pattern, **sizes)[tuple(cuts)]
+
+    def contiguous_dim(self) -> int:
+        """Our dimension along which blocks of the parameter are blocks of rows in the source."""
+        left, right = self._sides()
+        return right.index([left[0][0]])
+
+    def to_source(self, value: np.ndarray) -> np.ndarray:
+        """One layer of a parameter in the source's layout."""
+        left, _, right = self.pattern.partition("->")
+        return einops.rearrange(value, f"{right} -> {left}", **self._sizes(value.shape))
+
+
+def family(model_type: str) -> ModuleType:
+    """The module of the family that Hugging Face calls `model_type`. Raises UserError when there is none."""
+    if model_type not in families():
+        raise UserError(f"model_type '{model_type}' is not one of the families that are known: {', '.join(families())}")
+    return importlib.import_module(f"{__name__}.{model_type}")
+
+
+@functools.cache
+def families() -> tuple[str, ...]:
+    """The `model_type` of every family, from the files of this folder."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+def presets() -> dict[str, ModelConfig]:
+    """Model configs of published models, by name: `llama2_7b`, `llama3_8b`, `stories15m`..."""
+    return {name: config for model_type in families() for name, config in family(model_type).PRESETS.items()}
