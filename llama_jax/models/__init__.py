@@ -18,7 +18,7 @@ from llama_jax.models.layout import (
     num_parameters,
     per_layer,
 )
-from llama_jax.models.model import Model, build
+from llama_jax.models.model import Model, build, from_params, initialize
 
 __all__ = [
     "Compute",
@@ -32,7 +32,9 @@ __all__ = [
     "assemble_unrolled",
     "build",
     "flatten",
+    "from_params",
     "init_params",
+    "initialize",
     "layers_with",
     "num_parameters",
     "per_layer",

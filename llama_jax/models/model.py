@@ -70,8 +70,21 @@ def _logits(module: Decoder, tokens: Any, positions: Any, segment_ids: Any) -> j
 
 def build(config: DecoderConfig, *, seed: int = 0, compute: Compute | None = None) -> Model:
     """A model with random weights on the current mesh (`jax.set_mesh`), or on one device."""
-    compute = compute or Compute()
-    make = jax.jit(lambda seed: nnx.split(assemble(config, init_params(config, seed), compute, scan=False)))
     mesh = jax.sharding.get_mesh()
-    graphdef, state = make(seed)
-    return Model(nnx.merge(graphdef, state), None if mesh.empty else mesh)
+    return from_params(config, initialize(config, seed), compute or Compute(), None if mesh.empty else mesh)
+
+
+initialize = jax.jit(init_params, static_argnums=0)
+"""`init_params` compiled, on the current mesh: always the same program, so always the same bits."""
+
+
+def from_params(config: DecoderConfig, params: Params, compute: Compute, mesh: Mesh | None = None) -> Model:
+    """A model of parameters by name."""
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        graphdef, state = _unrolled(config, compute, params)
+    return Model(nnx.merge(graphdef, state), mesh)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _unrolled(config: DecoderConfig, compute: Compute, params: Params) -> Any:
+    return nnx.split(assemble(config, params, compute, scan=False))

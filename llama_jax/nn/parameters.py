@@ -16,10 +16,19 @@ from flax import nnx
 from llama_jax.parallel import fitting, mesh_axis_sizes, reshape, shard, spec
 
 
-def child(rngs: nnx.Rngs, name: str) -> nnx.Rngs:
-    """The key stream of the child called `name`."""
-    key = rngs["params"].key[...]
-    return nnx.Rngs(params=jax.random.fold_in(key, zlib.crc32(name.encode())))
+class Keys(nnx.Rngs):
+    """The key stream of a module: NNX's own, which also knows the module's dotted name and the root key."""
+
+    def __init__(self, root: jax.Array, path: str = ""):
+        super().__init__(params=jax.random.fold_in(root, zlib.crc32(path.encode())))
+        self.root = nnx.data(root)
+        self.path = nnx.static(path)
+
+
+def child(rngs: nnx.Rngs, name: str) -> Keys:
+    """The key stream of the child called `name`. Names are folded in at once: a chain of folds compiles slowly."""
+    root, path = (rngs.root, rngs.path) if isinstance(rngs, Keys) else (rngs["params"].key[...], "")
+    return Keys(root, f"{path}.{name}")
 
 
 def parameter(
