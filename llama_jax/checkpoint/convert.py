@@ -170,7 +170,7 @@ def _load(weight: Weight, tensors: list[Tensor], a: jax.ShapeDtypeStruct) -> jax
                 _fill(out, weight, tensors[layer], slices[1:], a.shape[1:])
         else:
             _fill(shard, weight, tensors[0], slices, a.shape)
-        arrays += [jax.device_put(shard, device) for device in holders]
+        arrays += [jax.device_put(shard, device, may_alias=False) for device in holders]
         jax.block_until_ready(arrays)
     return jax.make_array_from_single_device_arrays(a.shape, sharding, arrays)
 
@@ -355,7 +355,8 @@ def _fetch(value: jax.Array | np.ndarray, row: int | None) -> np.ndarray:
             continue
         start, stop, _ = shard.index[0].indices(value.shape[0])
         if start <= row < stop:
-            out[shard.index[1:]] = np.asarray(shard.data[row - start])
+            with jax.set_mesh(None):  # a caller's mesh would claim the slicing for all of its devices
+                out[shard.index[1:]] = np.asarray(shard.data[row - start])
     return out
 
 
