@@ -14,7 +14,7 @@ from llama_jax.models.compute import REMAT_POLICIES, Compute
 from llama_jax.nn import FeedForward, Mixer, Norm
 from llama_jax.nn.masks import AttentionMask
 from llama_jax.nn.parameters import Projection, child, parameter, use
-from llama_jax.parallel import reshape, shard, spec
+from llama_jax.parallel import shard, spec
 
 # Of the embedding and the head: logits start near zero and the first loss near ln V.
 EMBEDDING_STD = 0.02
@@ -207,8 +207,7 @@ class Decoder(nnx.Module):
     @staticmethod
     def head(hidden: Float[Array, "b t d"], weight: Float[Array, "d v"]) -> Float[Array, "b t v"]:
         """float32 logits."""
-        (b, t, d), v = hidden.shape, weight.shape[1]
-        sharding = spec("batch", "sequence", "vocab", shape=(b, t, v))
+        sharding = spec("batch", "sequence", "vocab", shape=(*hidden.shape[:2], weight.shape[1]))
         return jnp.einsum("btd,dv->btv", hidden, weight, preferred_element_type=jnp.float32, out_sharding=sharding)
 
     def __call__(

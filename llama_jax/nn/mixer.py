@@ -29,6 +29,10 @@ class Mixer(Component):
     def build(self, width: int, *, rngs: nnx.Rngs) -> MixerModule:
         raise NotImplementedError
 
+    def score_flops(self, context: float) -> float:
+        """FLOPs of one token's forward pass beyond its parameters' products, when it sees `context` keys."""
+        return 0.0
+
 
 class FeedForwardModule(nnx.Module):
     """Acts on every position alone."""

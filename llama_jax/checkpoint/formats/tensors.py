@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +14,7 @@ type Tensors = dict[str, Tensor]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
+@runtime_checkable
 class Tensor(Protocol):
     """A tensor that can be read in part."""
 

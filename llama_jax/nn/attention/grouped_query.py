@@ -45,6 +45,9 @@ class GroupedQuery(Mixer):
     def build(self, width: int, *, rngs: nnx.Rngs) -> "GroupedQueryModule":
         return GroupedQueryModule(self, width, rngs=rngs)
 
+    def score_flops(self, context: float) -> float:
+        return 4 * self.num_heads * self.head_dim * context
+
 
 class GroupedQueryModule(MixerModule):
     def __init__(self, config: GroupedQuery, width: int, *, rngs: nnx.Rngs):

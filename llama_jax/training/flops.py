@@ -1,0 +1,63 @@
+"""The one MFU formula, and the peak it is a share of."""
+
+import functools
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.models import DecoderConfig, abstract_params
+from llama_jax.training.optimizer import is_matrix
+
+# Dense bfloat16 FLOP/s of a chip as its maker states it (TPU documentation; NVIDIA data sheets, without sparsity).
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def train_flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
+    """FLOPs of the matrix products of one token's forward and backward pass.
+
+    6 per matrix parameter, the embedding counted only where it is the head; attention scores counted at half, since
+    causal attention needs only that half; no recomputation counted (Chowdhery et al. 2022, appendix B, but for the half).
+    """
+    matrices = sum(
+        math.prod(p.shape) for name, p in abstract_params(config).items() if is_matrix(name, p)
+    ) - (0 if config.tie_embeddings else config.vocab_size * config.hidden_size)  # fmt: skip
+    scores = sum(mixer.score_flops(sequence_length / 2) for mixer, _ in config.layer_pieces())
+    return 6 * matrices + 3 * scores
+
+
+def peak_flops(device: jax.Device, dtype: jnp.dtype) -> float:
+    """FLOP/s of a device: its maker's figure for bfloat16; measured where there is none (CPU, other types)."""
+    if dtype == jnp.bfloat16:
+        for kind in sorted(PEAK_FLOPS, key=len, reverse=True):
+            if device.device_kind.startswith(kind):
+                return PEAK_FLOPS[kind]
+    return _measured_peak(device, jnp.dtype(dtype).name)
+
+
+@functools.cache
+def _measured_peak(device: jax.Device, dtype: str, size: int = 1536, repeats: int = 5) -> float:
+    """FLOP/s of the fastest of a few square products, shared by the devices of a host where these share its cores."""
+    a = jax.device_put(jnp.ones((size, size), dtype), device)
+    product = jax.jit(lambda a: a @ a)
+    product(a).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(a).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    sharing = jax.local_device_count() if device.platform == "cpu" else 1
+    return 2 * size**3 / min(seconds) / sharing

@@ -1,0 +1,83 @@
+"""AdamW with linear warm-up, cosine decay and clipping, its hyper-parameters traced."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llama_jax.config import UserError
+
+Hyper = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter 2019); the defaults are the Llama recipe."""
+
+    learning_rate: float
+    """Peak."""
+    warmup_steps: int
+    """Steps of linear warm-up to the peak."""
+    weight_decay: float = 0.1
+    """On matrices only: not on norms and biases."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient."""
+    final_fraction: float = 0.1
+    """Where the cosine ends, as a part of the peak."""
+    z_loss: float = 0.0
+    """Weight of logsumexp(logits)^2 in the loss."""
+    accumulation_steps: int = 1
+    """Parts a global batch is computed in; the result is that of the whole."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "eps", "clip_norm"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name}={getattr(self, name)} must be above 0")
+        for name in ("warmup_steps", "weight_decay", "z_loss"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} must not be below 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        if not 0 <= self.final_fraction <= 1:
+            raise UserError(f"final_fraction={self.final_fraction} must lie between 0 and 1")
+        if self.accumulation_steps < 1:
+            raise UserError(f"accumulation_steps={self.accumulation_steps} must be at least 1")
+
+    def hyper(self, num_steps: int) -> Hyper:
+        """What the train step takes as traced scalars; `num_steps` is where the cosine ends."""
+        names = [f.name for f in dataclasses.fields(self) if f.name != "accumulation_steps"]
+        return {name: jnp.float32(getattr(self, name)) for name in names} | {"num_steps": jnp.float32(num_steps)}
+
+
+def learning_rate(step: jax.Array | int, hyper: Hyper) -> jax.Array:
+    """Rate of the update that takes `step` to `step + 1`: warm-up reaches the peak after `warmup_steps` updates."""
+    step = jnp.float32(step)
+    warmup, peak, final = hyper["warmup_steps"], hyper["learning_rate"], hyper["final_fraction"]
+    progress = jnp.clip((step - warmup) / jnp.maximum(hyper["num_steps"] - warmup, 1), 0, 1)
+    cosine = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    return peak * jnp.where(step < warmup, (step + 1) / jnp.maximum(warmup, 1), cosine)
+
+
+def is_matrix(name: str, value: Any) -> bool:
+    """Whether a parameter is decayed: two dimensions or more in each layer, and no bias."""
+    return value.ndim - name.startswith("layers.") >= 2 and not name.endswith("bias")
+
+
+def make_optimizer(hyper: Hyper) -> optax.GradientTransformation:
+    """Clipping, Adam and decoupled decay; `update` wants the parameters, and its result is scaled by -learning rate."""
+    return optax.chain(
+        optax.clip_by_global_norm(hyper["clip_norm"]),
+        optax.scale_by_adam(b1=hyper["beta1"], b2=hyper["beta2"], eps=hyper["eps"]),
+        optax.add_decayed_weights(
+            hyper["weight_decay"], mask=lambda params: {name: is_matrix(name, p) for name, p in params.items()}
+        ),
+    )

@@ -1,0 +1,95 @@
+"""The train step: a pure function of state, batch and hyper-parameters."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llama_jax.models import Compute, DecoderConfig, assemble
+from llama_jax.models.layout import Params
+from llama_jax.training.losses import cross_entropy
+from llama_jax.training.optimizer import Hyper, learning_rate, make_optimizer
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that training changes. Randomness needs no state: it is a function of the run's seed and `step`."""
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+
+
+def init_state(params: Params, hyper: Hyper) -> TrainState:
+    """State before the first step. Jit it to get the moments sharded like the parameters."""
+    return TrainState(step=jnp.int32(0), params=params, opt_state=make_optimizer(hyper).init(params))
+
+
+def _loss(params: Params, batch: Batch, z_loss: Any, config: DecoderConfig, compute: Compute):
+    model = assemble(config, params, compute)
+    hidden, aux = model.trunk(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
+    loss, ce = cross_entropy(
+        model.head,
+        model.head_weight(),
+        hidden,
+        batch["targets"],
+        batch["weights"],
+        z_loss=z_loss,
+        chunk=compute.loss_chunk,
+    )
+    return loss, (ce, aux)
+
+
+def make_train_step(
+    config: DecoderConfig, compute: Compute, *, accumulation_steps: int = 1
+) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, Metrics]]:
+    """`train_step(state, batch, hyper) -> (state, metrics)`, jitted, with the state donated.
+
+    Batch arrays are [B, T] (`tokens`, `targets`, `weights`, `segment_ids`, `positions`). Metrics: `loss` is the mean
+    cross-entropy of the weighted targets in nats, `grad_norm` the global norm before clipping.
+    """
+
+    def train_step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:
+        denominator = jnp.maximum(batch["weights"].sum(), 1.0)
+
+        def gradient(part: Batch) -> tuple[Params, Metrics]:
+            def loss(params: Params):
+                value, (ce, aux) = _loss(params, part, hyper["z_loss"], config, compute)
+                return value / denominator, {"loss": ce / denominator} | aux
+
+            return jax.grad(loss, has_aux=True)(state.params)
+
+        if accumulation_steps == 1:
+            grads, metrics = gradient(batch)
+        else:
+            # Every n-th row: a part takes rows from every device.
+            parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulation_steps, *x.shape[1:]), 1, 0), batch)
+            total = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
+            zeros = (jax.tree.map(jnp.zeros_like, state.params), jax.tree.map(lambda a: jnp.zeros(a.shape), total[1]))
+            add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None)  # noqa: E731
+            (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
+        rate = learning_rate(state.step, hyper)
+        updates, opt_state = make_optimizer(hyper).update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        metrics |= {"learning_rate": rate, "grad_norm": optax.global_norm(grads), "num_targets": denominator}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(config: DecoderConfig, compute: Compute) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+    """`eval_step(params, batch) -> (summed cross-entropy in nats, number of targets)`, jitted."""
+
+    def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        _, (ce, _) = _loss(params, batch, 0.0, config, compute)
+        return ce, batch["weights"].sum()
+
+    return jax.jit(eval_step)
