@@ -1,0 +1,56 @@
+"""What every test stands on: eight virtual CPU devices, compiled programs kept between runs, shapes checked at run time."""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# As variables, so that the commands that tests start share them.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook("llama_jax", "beartype.beartype")
+
+from llama_jax.models import DecoderConfig  # noqa: E402
+from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU  # noqa: E402
+
+# On a shared machine the time of one example says nothing; the same examples every time, so that a failure stays.
+settings.register_profile("llama_jax", deadline=None, derandomize=True, database=None)
+settings.load_profile("llama_jax")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real files of others that are not part of this repository."""
+    folder = Path(os.environ.get("LLAMA_JAX_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("the real files to check against are absent: LLAMA_JAX_TEST_DATA names their folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> DecoderConfig:
+    """A decoder with everything in it and nothing large: 2 layers, grouped queries, an untied head."""
+    return DecoderConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_layers=2,
+        max_positions=64,
+        attention=GroupedQuery(
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=8,
+            rope=Rope(theta=10000.0, scaling=None),
+            qkv_bias=False,
+            out_bias=False,
+        ),
+        feed_forward=SwiGLU(intermediate_size=24, bias=False),
+        norm=RMSNorm(eps=1e-5),
+        tie_embeddings=False,
+    )
