@@ -1,4 +1,4 @@
-"""What every test stands on: eight virtual CPU devices, compiled programs kept between runs, shapes checked at run time."""
+"""What every test stands on: eight virtual CPU devices, kept compilations, shapes checked at run time."""
 
 import os
 from pathlib import Path
@@ -23,6 +23,13 @@ from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU  # noqa: E402
 # On a shared machine the time of one example says nothing; the same examples every time, so that a failure stays.
 settings.register_profile("llama_jax", deadline=None, derandomize=True, database=None)
 settings.load_profile("llama_jax")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # beartype draws the items of a list that it checks; nothing that a test sees depends on it.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Do not use the `random` module:hypothesis.errors.HypothesisDeprecationWarning"
+    )
 
 
 @pytest.fixture(scope="session")
