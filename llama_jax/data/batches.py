@@ -11,6 +11,8 @@ from grain.experimental import index_shuffle
 from llama_jax.config import UserError
 from llama_jax.data.windows import Batch, TokenStream, read_windows
 
+SMALL = 1 << 16  # windows; below, index_shuffle takes 2**16 / n times as long as above, and a permutation is cheap
+
 
 class Batches:
     """Training batches: the stream's full windows, permuted anew in every epoch, without end.
@@ -58,6 +60,8 @@ class Batches:
 
     def _window(self, place: int) -> int:
         epoch, index = divmod(place, self.num_windows)
+        if self.num_windows <= SMALL:
+            return int(_permutation(self._seed, epoch, self.num_windows)[index])
         return index_shuffle(index, max_index=self.num_windows - 1, seed=_epoch_seed(self._seed, epoch), rounds=4)
 
 
@@ -101,6 +105,11 @@ class ValidationBatches(Sequence[Batch]):
 def _epoch_seed(seed: int, epoch: int) -> int:
     """32 bits. Grain's own shuffle adds epoch and seed, so that seed 1 begins with the second epoch of seed 0."""
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+
+
+@functools.lru_cache(maxsize=16)
+def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(size)
 
 
 def _own_rows(global_batch_size: int, process_index: int, process_count: int) -> range:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -112,7 +112,6 @@ def loaded(files) -> dict[str, Tokenizer]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None)
 @given(text=anything)
 def test_every_string_survives(loaded, kind: str, text: str):
     tokenizer = loaded[kind]
@@ -126,7 +125,6 @@ def test_every_string_survives(loaded, kind: str, text: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None)
 @given(text=anything)
 def test_stream_emits_whole_characters_only(loaded, kind: str, text: str):
     assume("\ufffd" not in text)
@@ -138,7 +136,6 @@ def test_stream_emits_whole_characters_only(loaded, kind: str, text: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None)
 @given(data=st.data())
 def test_stream_of_any_ids_joins_to_decode(loaded, kind: str, data: st.DataObject):
     tokenizer = loaded[kind]
@@ -147,7 +144,6 @@ def test_stream_of_any_ids_joins_to_decode(loaded, kind: str, data: st.DataObjec
     assert "".join(stream.feed(i) for i in ids) + stream.flush() == tokenizer.decode(ids)
 
 
-@settings(deadline=None)
 @given(ids=st.lists(st.integers(0, 309), max_size=30), kind=st.sampled_from(["bpe", "unigram"]))
 def test_decoding_is_sentencepieces(files, loaded, ids: list[int], kind: str):
     processor = sentencepiece.SentencePieceProcessor(model_file=str(files[kind]))
@@ -156,7 +152,6 @@ def test_decoding_is_sentencepieces(files, loaded, ids: list[int], kind: str):
     assert loaded[kind].decode(ids) == expected
 
 
-@settings(deadline=None)
 @given(word=st.text("Thequick brown漢🦙", max_size=12))
 def test_llama3_merges_as_tiktoken_does(loaded, word: str):
     ranks = toy_ranks()

@@ -1,0 +1,152 @@
+"""Windows of a stream and their order, for random streams, sizes, processes and restart points."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_jax.config import UserError
+from llama_jax.data import Batch, Batches, TokenStream, ValidationBatches
+from llama_jax.data.windows import read_windows
+
+BOS, EOS = 1, 2
+
+
+def make_stream(sizes: list[int], *, num_shards: int = 1) -> TokenStream:
+    """Documents of `sizes` ordinary tokens between BOS and EOS; ordinary tokens are all different."""
+    number = itertools.count(3)
+    documents = [[BOS, *itertools.islice(number, size), EOS] for size in sizes]
+    starts = np.cumsum([0, *map(len, documents[:-1])])
+    tokens = np.array([*itertools.chain(*documents)], np.uint16)
+    return TokenStream(np.array_split(tokens, num_shards), starts)
+
+
+sizes = st.lists(st.integers(0, 9), min_size=1, max_size=12)
+
+
+def expected_row(stream: TokenStream, index: int, length: int) -> dict[str, list]:
+    """Window `index` said token by token."""
+    tokens = np.concatenate(stream.shards).astype(int).tolist()
+    document_of = np.cumsum(np.isin(np.arange(len(tokens)), stream.documents)).tolist()
+    start = index * length
+    row = {name: [] for name in ("tokens", "targets", "weights", "segment_ids", "positions")}
+    for p in range(start, start + length):
+        if p + 1 >= len(tokens):
+            values = (0, 0, 0, 0, 0)
+        else:
+            begin = max(start, max(int(d) for d in stream.documents if d <= p))
+            same = document_of[p] == document_of[p + 1]
+            values = (tokens[p], tokens[p + 1], int(same), document_of[p] - document_of[start] + 1, p - begin)
+        for name, value in zip(row, values, strict=True):
+            row[name].append(value)
+    return row
+
+
+@given(sizes=sizes, num_shards=st.integers(1, 4), length=st.integers(1, 12), data=st.data())
+def test_window_is_what_it_says(sizes: list[int], num_shards: int, length: int, data: st.DataObject):
+    stream = make_stream(sizes, num_shards=num_shards)
+    count = stream.num_windows(length, partial=True)
+    indices = data.draw(st.lists(st.integers(0, count + 1), min_size=1, max_size=4))
+    batch = read_windows(stream, indices, length)
+    for row, index in enumerate(indices):
+        for name, values in expected_row(stream, index, length).items():
+            assert batch[name][row].tolist() == values, (name, index)
+    assert {name: array.dtype.name for name, array in batch.items()} == {
+        "tokens": "int32", "targets": "int32", "weights": "float32", "segment_ids": "int32", "positions": "int32",
+    }  # fmt: skip
+
+
+@given(sizes=sizes, num_shards=st.integers(1, 4), length=st.integers(1, 12), batch_size=st.sampled_from([4, 8]))
+def test_validation_sees_every_target_once(sizes: list[int], num_shards: int, length: int, batch_size: int):
+    stream = make_stream(sizes, num_shards=num_shards)
+    batches = ValidationBatches(stream, global_batch_size=batch_size, sequence_length=length)
+    targets = np.concatenate([b["targets"][b["weights"] > 0] for b in batches])  # in order, too
+    tokens = np.concatenate(stream.shards)
+    assert targets.tolist() == np.delete(tokens, stream.documents).tolist()
+    assert all(b["tokens"].shape == (batch_size, length) for b in batches)
+    assert len(ValidationBatches(stream, global_batch_size=batch_size, sequence_length=length, max_batches=1)) == 1
+    for count in (2, 4):
+        parts = [
+            ValidationBatches(
+                stream, global_batch_size=batch_size, sequence_length=length, process_index=i, process_count=count
+            )
+            for i in range(count)
+        ]
+        for step, whole in enumerate(batches):
+            assert_equal(whole, concatenate([part[step] for part in parts]))
+
+
+def concatenate(parts: list[Batch]) -> Batch:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def assert_equal(a: Batch, b: Batch) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+STREAM = make_stream([5, 0, 17, 8, 40, 3] * 5, num_shards=3)
+
+
+def make_batches(*, seed: int = 0, size: int = 8, **options) -> Batches:
+    return Batches(STREAM, global_batch_size=size, sequence_length=7, seed=seed, **options)
+
+
+def order_of(batches: Batches, num_steps: int) -> list[int]:
+    return [window for step in range(num_steps) for window in batches.window_indices(step)]
+
+
+@given(seed=st.integers(0, 2**31), size=st.integers(1, 9))
+def test_every_epoch_is_a_permutation(seed: int, size: int):
+    check_epochs(seed, size)
+
+
+def test_every_epoch_of_a_long_stream_is_a_permutation(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("llama_jax.data.batches.SMALL", 10)
+    check_epochs(seed=3, size=4)
+
+
+def check_epochs(seed: int, size: int) -> None:
+    batches = make_batches(seed=seed, size=size)
+    n = batches.num_windows
+    assert n == (STREAM.num_tokens - 1) // 7
+    order = order_of(batches, 2 * n // size + 2)
+    first, second = order[:n], order[n : 2 * n]
+    assert sorted(first) == sorted(second) == list(range(n))
+    assert first != second
+    assert first != sorted(first)
+
+
+def test_seeds_have_orders_of_their_own():
+    n = make_batches().num_windows
+    orders = [order_of(make_batches(seed=seed, size=1), 2 * n) for seed in (0, 1)]
+    assert orders[0][:n] != orders[1][:n]
+    assert orders[0][n:] != orders[1][:n]  # not the same sequence shifted by an epoch
+
+
+@pytest.mark.parametrize("num_prefetch", [0, 1, 5])
+@pytest.mark.parametrize("start", [0, 3, 1000])
+def test_iterating_is_indexing(num_prefetch: int, start: int):
+    batches = make_batches(num_prefetch=num_prefetch)
+    for step, batch in zip(range(start, start + 12), batches.iterate(start), strict=False):
+        assert_equal(batch, batches.batch(step))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_processes_share_the_global_batch(count: int):
+    parts = [make_batches(process_index=i, process_count=count) for i in range(count)]
+    iterators = [part.iterate(2) for part in parts]
+    for step in range(2, 14):
+        whole = make_batches().batch(step)
+        assert_equal(concatenate([next(iterator) for iterator in iterators]), whole)
+        np.testing.assert_array_equal(whole["tokens"], make_batches().batch(step)["tokens"])
+
+
+def test_wrong_sizes():
+    with pytest.raises(UserError, match=r"sequence_length=300 needs 301 tokens, and the training text has 4"):
+        Batches(make_stream([2]), global_batch_size=1, sequence_length=300, seed=0)
+    with pytest.raises(UserError, match="global_batch_size=8 must be divisible by the number of processes, 3"):
+        make_batches(process_count=3)
