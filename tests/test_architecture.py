@@ -1,0 +1,97 @@
+"""The house stands as docs/architecture.md draws it: who imports whom, where Orbax and Grain live, file lengths."""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "llama_jax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# A room imports only from those before it. A new room takes its place here.
+ROOMS = (
+    "config", "parallel", "tokenizers", "data", "nn", "models", "zoo", "training", "checkpoint", "sampling",
+    "evaluation", "planning", "run", "ablation", "__main__",
+)  # fmt: skip
+MAX_LINES = 400
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of what a module imports, at its top or in a function; of a `from` import, with the name itself."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the room that they reach into"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def wrong_imports(room: str, source: str) -> list[str]:
+    """What a file of `room` imports and must not."""
+    wrong = []
+    for name in imports(ast.parse(source)):
+        top, _, rest = name.partition(".")
+        target = rest.split(".")[0]
+        stranger = top == "torch" or (top == "orbax" and room != "checkpoint") or (top == "grain" and room != "data")
+        below = top == "llama_jax" and room != "__init__" and target not in ROOMS[: ROOMS.index(room) + 1]
+        if stranger or below:
+            wrong.append(name)
+    return wrong
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_only_from_rooms_above(file: Path):
+    room = room_of(file)
+    assert room in (*ROOMS, "__init__"), f"'{room}' is a new room: give it a place in ROOMS and in docs/architecture.md"
+    assert wrong_imports(room, file.read_text(encoding="utf-8")) == []
+
+
+def test_wrong_imports_are_seen():
+    source = """
+import torch.nn
+import orbax.checkpoint as ocp
+from llama_jax import training
+from llama_jax.config import UserError
+def later():
+    from llama_jax.run.loop import run
+    import grain.python
+"""
+    forbidden = ["torch.nn", "orbax.checkpoint", "llama_jax.training", "llama_jax.run.loop.run", "grain.python"]
+    assert wrong_imports("models", source) == forbidden
+    assert wrong_imports("checkpoint", source) == ["torch.nn", "llama_jax.run.loop.run", "grain.python"]
+    assert wrong_imports("data", source) == [name for name in forbidden if name != "grain.python"]
+    assert wrong_imports("__init__", "from llama_jax.run import train") == []
+    assert wrong_imports("config", "import llama_jax") == ["llama_jax"]
+
+
+def test_files_are_short():
+    lines = {str(f.relative_to(ROOT)): len(f.read_text(encoding="utf-8").splitlines()) for f in FILES}
+    assert {name: n for name, n in lines.items() if n > MAX_LINES} == {}
+
+
+def test_every_module_says_what_it_is():
+    silent = [str(f.relative_to(ROOT)) for f in FILES if not ast.get_docstring(ast.parse(f.read_text("utf-8")))]
+    assert silent == []
+    folders = {f.parent for f in FILES}
+    assert [d for d in folders if not (d / "__init__.py").is_file()] == []
+
+
+def test_no_path_of_anyones_machine():
+    homes = re.compile("/(work|root|tmp|home|Users)" + "/")
+    try:
+        listed = subprocess.run(
+            ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        ).stdout.splitlines()  # fmt: skip
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout: the repository's own files cannot be told from others")
+    assert "llama_jax/config.py" in listed
+    present = [name for name in listed if (ROOT / name).is_file()]
+    assert [name for name in present if homes.search((ROOT / name).read_text("utf-8", errors="replace"))] == []
