@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -162,17 +164,26 @@ def _load(weight: Weight, tensors: list[Tensor], a: jax.ShapeDtypeStruct) -> jax
         bounds = tuple(s.indices(size)[:2] for s, size in zip(index, a.shape, strict=True))
         devices.setdefault(bounds, []).append(device)
     arrays = []
-    for bounds, holders in devices.items():  # one shard after another, not all of them before the first is placed
+    for bounds, holders in devices.items():
         slices = tuple(slice(*bound) for bound in bounds)
-        shard = np.empty([stop - start for start, stop in bounds], a.dtype)
+        shard = _host_buffer([stop - start for start, stop in bounds], a.dtype)
         if stacked:
-            for layer, out in zip(range(*bounds[0]), shard, strict=True):
-                _fill(out, weight, tensors[layer], slices[1:], a.shape[1:])
+            for row, layer in enumerate(range(*bounds[0])):
+                _fill(shard[row], weight, tensors[layer], slices[1:], a.shape[1:])
         else:
             _fill(shard, weight, tensors[0], slices, a.shape)
-        arrays += [jax.device_put(shard, device, may_alias=False) for device in holders]
+        arrays += [jax.device_put(shard, device) for device in holders]
         jax.block_until_ready(arrays)
+        del shard
+        gc.collect(0)  # JAX lets go of what it has copied only at the next collection
     return jax.make_array_from_single_device_arrays(a.shape, sharding, arrays)
+
+
+def _host_buffer(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised memory, aligned so that a CPU device takes it over instead of copying it."""
+    raw = np.empty(math.prod(shape) * dtype.itemsize + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : raw.size - 64 + start].view(dtype).reshape(shape)
 
 
 def _fill(out: np.ndarray, weight: Weight, tensor: Tensor, slices: tuple[slice, ...], shape: tuple[int, ...]) -> None:

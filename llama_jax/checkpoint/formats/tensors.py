@@ -50,14 +50,14 @@ class Stored:
 
     def read(self, slices: Slices = (), /) -> np.ndarray:
         if self.extent == 0:
-            return np.empty(self.shape, self.dtype)[slices]
+            return np.empty(self.shape, self.dtype)[(*slices, ...)]
         # A map of its own for each read: its pages leave this process's memory together with the result.
         flat = np.memmap(self.file, self.dtype, mode="r", offset=self.offset, shape=(self.extent,))
         if self.strides is None:
-            return flat.view(np.ndarray).reshape(self.shape)[slices]
+            return flat.view(np.ndarray).reshape(self.shape)[(*slices, ...)]
         strides = tuple(stride * self.dtype.itemsize for stride in self.strides)
         view = np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False)
-        return view.view(np.ndarray)[slices]
+        return view.view(np.ndarray)[(*slices, ...)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,47 @@
+"""Llama against Hugging Face's own code, layer by layer, so that a failure names its layer.
+
+The goldens are from `make_goldens.py` beside this file.
+"""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.checkpoint.convert import load_params, open_source
+from llama_jax.models import Compute, abstract_params, assemble
+from llama_jax.nn.masks import AttentionMask
+
+GOLDENS = Path(__file__).parent / "goldens"
+CASES = sorted(folder.name for folder in GOLDENS.iterdir() if folder.is_dir())
+TOLERANCE = 2e-5
+
+
+def _model(name: str, *, scan: bool):
+    source = open_source(GOLDENS / name)
+    params = load_params(source, abstract_params(source.config))
+    return assemble(source.config, params, Compute(dtype="float32"), scan=scan)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layer_by_layer(name):
+    expected = np.load(GOLDENS / name / "expected.npz")
+    model = _model(name, scan=False)
+    tokens = jnp.asarray(expected["ids"])
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    x = model.embedding(tokens, jnp.dtype(jnp.float32))
+    for layer in range(len(model.layers)):
+        x, _, _ = model.layers[layer](x, positions=positions, mask=AttentionMask())
+        np.testing.assert_allclose(x, expected[f"layer_{layer}"], atol=TOLERANCE, err_msg=f"layer {layer}")
+    assert 0.9 < expected["logits"].std() < 1.1
+    logits = model.head(model.norm(x), model.head_weight())
+    np.testing.assert_allclose(logits, expected["logits"], atol=TOLERANCE, err_msg="norm and head")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits(name):
+    expected = np.load(GOLDENS / name / "expected.npz")
+    for scan in (False, True):
+        logits = _model(name, scan=scan)(jnp.asarray(expected["ids"]))
+        np.testing.assert_allclose(logits, expected["logits"], atol=TOLERANCE, err_msg=f"scan={scan}")
