@@ -38,7 +38,8 @@ def choices(base: type, components: Sequence[type] = ()) -> dict[str, type]:
         stack += cls.__subclasses__()
         if dataclasses.is_dataclass(cls) and cls.__module__.split(".")[0] == __package__:
             found[cls.__name__] = cls
-    return found | {cls.__name__: cls for cls in components if issubclass(cls, base)}
+    found |= {cls.__name__: cls for cls in components if issubclass(cls, base)}
+    return dict(sorted(found.items()))
 
 
 @functools.cache
@@ -152,7 +153,7 @@ def _switch(cls: type, old: Any, changes: Mapping[str, Any], prefix: str, compon
         raise UserError(
             f"{prefix.rstrip('.')}={cls.__name__} also needs {', '.join(prefix + n for n in missing)}: give them too"
         )
-    nested = _nest(changes, prefix)
+    nested = _nest(changes)
     values = dict(kept)
     for name, change in nested.items():
         values[name] = _apply_field(cls, name, kept.get(name), change, prefix, components)
@@ -163,7 +164,7 @@ def _heads(changes: Mapping[str, Any]) -> set[str]:
     return {key.split(".")[0] for key in changes}
 
 
-def _nest(changes: Mapping[str, Any], prefix: str) -> dict[str, dict[str, Any]]:
+def _nest(changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     nested: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
         head, _, rest = key.partition(".")
@@ -222,7 +223,7 @@ def _component_choices(annotation: Any, components: Sequence[type]) -> dict[str,
 
 def _override(config: Any, changes: Mapping[str, Any], prefix: str, components: Sequence[type]) -> Any:
     values = {name: getattr(config, name) for name in field_types(type(config))}
-    for name, change in _nest(changes, prefix).items():
+    for name, change in _nest(changes).items():
         values[name] = _apply_field(type(config), name, values.get(name), change, prefix, components)
     return _build(type(config), values, prefix)
 
