@@ -41,7 +41,7 @@ def _llama(
         attention=GroupedQuery(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads or num_heads,
-            head_dim=head_dim or hidden_size // num_heads,
+            head_dim=head_dim or hidden_size // max(num_heads, 1),
             rope=Rope(theta=theta, scaling=scaling),
             qkv_bias=attention_bias,
             out_bias=attention_bias,
@@ -152,32 +152,33 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
     """
     rest = {key: value for key, value in data.items() if key not in _HARMLESS}
 
-    def take(key: str, default: Any = dataclasses.MISSING) -> Any:
+    def take(key: str, kind: Any, default: Any = dataclasses.MISSING) -> Any:
         value = rest.pop(key, None)
         if value is None:
             if default is dataclasses.MISSING:
                 raise UserError(f"config.json lacks '{key}'")
             return default
-        return value
+        return _typed(value, kind, f"config.json has {key}")
 
     for key, only in _ONLY.items():
-        if (value := take(key, only)) != only:
+        if (value := take(key, object, only)) != only:
             raise UserError(f"config.json has {key}={value!r}, and a Llama can only have {only!r}")
-    max_positions = take("max_position_embeddings", 2048)
-    rope = _rope_from_hf(take("rope_theta", None), take("rope_scaling", {}), take("rope_parameters", {}), max_positions)
+    max_positions = take("max_position_embeddings", int, 2048)
+    theta = take("rope_theta", float, 10_000.0)
+    rope = _rope_from_hf(theta, take("rope_scaling", dict, {}), take("rope_parameters", dict, {}), max_positions)
     config = _llama(
-        vocab_size=take("vocab_size"),
-        hidden_size=take("hidden_size"),
-        num_layers=take("num_hidden_layers"),
-        num_heads=take("num_attention_heads"),
-        num_kv_heads=take("num_key_value_heads", None),
-        head_dim=take("head_dim", None),
-        intermediate_size=take("intermediate_size"),
+        vocab_size=take("vocab_size", int),
+        hidden_size=take("hidden_size", int),
+        num_layers=take("num_hidden_layers", int),
+        num_heads=take("num_attention_heads", int),
+        num_kv_heads=take("num_key_value_heads", int, None),
+        head_dim=take("head_dim", int, None),
+        intermediate_size=take("intermediate_size", int),
         max_positions=max_positions,
-        eps=float(take("rms_norm_eps", 1e-6)),
-        attention_bias=take("attention_bias", False),
-        mlp_bias=take("mlp_bias", False),
-        tie_embeddings=take("tie_word_embeddings", False),
+        eps=take("rms_norm_eps", float, 1e-6),
+        attention_bias=take("attention_bias", bool, False),
+        mlp_bias=take("mlp_bias", bool, False),
+        tie_embeddings=take("tie_word_embeddings", bool, False),
         theta=rope.theta,
         scaling=rope.scaling,
     )
@@ -187,45 +188,58 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
     return config
 
 
-def _rope_from_hf(theta: float | None, old: dict, new: dict, max_positions: int) -> Rope:
+def _typed(value: Any, kind: Any, where: str) -> Any:
+    """`value`, or UserError where it is not of type `kind`; whole numbers count as float."""
+    if kind is float and type(value) is int:
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{where}={value!r}, which should be of type {kind.__name__}")
+    return value
+
+
+def _rope_from_hf(theta: float, old: dict, new: dict, max_positions: int) -> Rope:
     if old and new and old != new:
         raise UserError("config.json has both rope_scaling and rope_parameters, and they differ")
     rest = {key: value for key, value in (old | new).items() if value is not None}
-    theta = float(rest.pop("rope_theta", theta or 10_000.0))
     kind = rest.pop("rope_type", rest.pop("type", "default"))
     rest.pop("type", None)
+
+    def take(key: str, type_: Any = float, default: Any = dataclasses.MISSING) -> Any:
+        if key not in rest and default is dataclasses.MISSING:
+            raise UserError(f"config.json has rope_type={kind!r} without '{key}'")
+        return _typed(rest.pop(key, default), type_, f"config.json has rope_scaling.{key}")
+
+    theta = take("rope_theta", float, theta)
+    scaling: RopeScaling | None
+    if kind == "default":
+        scaling = None
+    elif kind == "linear":
+        scaling = LinearScaling(take("factor"))
+    elif kind == "llama3":
+        scaling = Llama3Scaling(
+            factor=take("factor"),
+            low_freq_factor=take("low_freq_factor"),
+            high_freq_factor=take("high_freq_factor"),
+            original_max_positions=take("original_max_position_embeddings", int),
+        )
+    elif kind == "yarn":
+        scaling = YarnScaling(
+            factor=take("factor"),
+            original_max_positions=take("original_max_position_embeddings", int, max_positions),
+            beta_fast=take("beta_fast", float, 32.0),
+            beta_slow=take("beta_slow", float, 1.0),
+            mscale=take("mscale", float, 0.0),
+            mscale_all_dim=take("mscale_all_dim", float, 0.0),
+        )
+        # What Hugging Face computes itself where it is not given; a value of its own would be another model.
+        if abs(take("attention_factor", float, scaling.magnitude()) - scaling.magnitude()) > 1e-6:
+            raise UserError("config.json has its own rope_scaling.attention_factor, which is not supported")
+        if not take("truncate", bool, True):
+            raise UserError("config.json has rope_scaling.truncate=False, which is not supported")
+    else:
+        raise UserError(f"config.json has rope_type={kind!r}, which is not supported: linear, yarn and llama3 are")
     if rest.pop("partial_rotary_factor", 1.0) != 1.0:
         raise UserError("config.json has a partial_rotary_factor, which is not supported for a Llama")
-    scaling: RopeScaling | None
-    try:
-        if kind == "default":
-            scaling = None
-        elif kind == "linear":
-            scaling = LinearScaling(float(rest.pop("factor")))
-        elif kind == "llama3":
-            scaling = Llama3Scaling(
-                factor=float(rest.pop("factor")),
-                low_freq_factor=float(rest.pop("low_freq_factor")),
-                high_freq_factor=float(rest.pop("high_freq_factor")),
-                original_max_positions=rest.pop("original_max_position_embeddings"),
-            )
-        elif kind == "yarn":
-            scaling = YarnScaling(
-                factor=float(rest.pop("factor")),
-                original_max_positions=rest.pop("original_max_position_embeddings", max_positions),
-                beta_fast=float(rest.pop("beta_fast", 32.0)),
-                beta_slow=float(rest.pop("beta_slow", 1.0)),
-                mscale=float(rest.pop("mscale", 0.0)),
-                mscale_all_dim=float(rest.pop("mscale_all_dim", 0.0)),
-            )
-            if rest.pop("truncate", True) is not True:
-                raise UserError("config.json has rope_scaling.truncate=False, which is not supported")
-            if abs(rest.pop("attention_factor", scaling.magnitude()) - scaling.magnitude()) > 1e-6:
-                raise UserError("config.json has its own rope_scaling.attention_factor, which is not supported")
-        else:
-            raise UserError(f"config.json has rope_type={kind!r}, which is not supported: linear, yarn and llama3 are")
-    except KeyError as error:
-        raise UserError(f"config.json has rope_type={kind!r} without {error}") from None
     if rest:
         raise UserError(f"config.json has rope_scaling.{next(iter(rest))}, which is not supported with {kind!r}")
     return Rope(theta=theta, scaling=scaling)
@@ -302,9 +316,20 @@ def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 
 _META_KEYS = {
-    "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps",
-    "rope_theta", "use_scaled_rope", "rope_scaling_factor", "max_seq_len", "max_batch_size",
-}  # fmt: skip
+    "dim": int,
+    "n_layers": int,
+    "n_heads": int,
+    "n_kv_heads": int,
+    "vocab_size": int,
+    "multiple_of": int,
+    "ffn_dim_multiplier": float,
+    "norm_eps": float,
+    "rope_theta": float,
+    "use_scaled_rope": bool,
+    "rope_scaling_factor": float,
+    "max_seq_len": int,
+    "max_batch_size": int,
+}
 
 
 def from_meta(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
@@ -318,6 +343,9 @@ def from_meta(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
     for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
         if name not in shapes:
             raise UserError(f"the weights lack '{name}'")
+    for key, kind in _META_KEYS.items():
+        if params.get(key) is not None:
+            _typed(params[key], kind, f"params.json has {key}")
     dim, theta = params["dim"], float(params.get("rope_theta") or 10_000.0)
     scaling = None
     if params.get("use_scaled_rope"):

@@ -157,6 +157,10 @@ def test_both_spellings_of_rotary_scaling(scaling, expected):
         ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}, "truncate"),
         ({"vocab_size": None}, "vocab_size"),
+        ({"hidden_size": "wide"}, "hidden_size='wide'.*int"),
+        ({"num_attention_heads": True}, "num_attention_heads"),
+        ({"num_attention_heads": 0}, "num_heads=0"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor='2'.*float"),
         ({"num_key_value_heads": 3}, "num_kv_heads=3"),
         ({"a_new_trick": True}, "a_new_trick"),
     ],
@@ -195,3 +199,5 @@ def test_meta_params():
     assert scaled.max_positions == 131_072
     with pytest.raises(UserError, match="moe"):
         llama.from_meta(params | {"moe": {}}, shapes)
+    with pytest.raises(UserError, match="n_heads='4'"):
+        llama.from_meta(params | {"n_heads": "4"}, shapes)
