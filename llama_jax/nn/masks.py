@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool
 
 
 @functools.partial(
@@ -20,8 +21,9 @@ class AttentionMask:
     """
 
     causal: bool = True
-    q_index: Int[Array, "b t"] | None = None
-    segment_ids: Int[Array, "b t"] | None = None
+    # Arrays or None; Any because JAX also rebuilds the tree with placeholders.
+    q_index: Any = None
+    segment_ids: Any = None
     kernel: str = "auto"
 
     def allowed(self, queries: slice, first_key: int | Array, num_keys: int) -> Bool[Array, "#b t s"]:

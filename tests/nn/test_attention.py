@@ -1,0 +1,147 @@
+"""Attention kernels: the reference against plain numpy, every other kernel against the reference, and its memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.config import UserError
+from llama_jax.nn import GroupedQuery, Rope
+from llama_jax.nn.attention import kernels
+from llama_jax.nn.masks import AttentionMask
+
+BATCH, HEADS, HEAD_DIM = 2, 4, 8
+SCALE = HEAD_DIM**-0.5
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks small enough that a few dozen positions span several, the last of them partly."""
+    monkeypatch.setattr(kernels, "MIN_QUERY_BLOCK", 12)
+    monkeypatch.setattr(kernels, "KEY_BLOCK", 8)
+
+
+def inputs(length: int, kv_heads: int, *, queries: int | None = None, dtype=jnp.float32) -> tuple[jax.Array, ...]:
+    """q, k, v and a random direction of the result."""
+    q_shape = (BATCH, queries or length, HEADS, HEAD_DIM)
+    kv_shape = (BATCH, kv_heads, length, HEAD_DIM)
+    rng = np.random.default_rng(0)
+    return tuple(jnp.asarray(rng.normal(size=s), dtype) for s in (q_shape, kv_shape, kv_shape, q_shape))
+
+
+def in_numpy(q: np.ndarray, k: np.ndarray, v: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """Multi-head attention as the formula says, a head and a query at a time; float64."""
+    out = np.zeros(q.shape)
+    for b, t, n in np.ndindex(q.shape[:3]):
+        scores = np.array([q[b, t, n] @ k[b, s, n] for s in range(k.shape[1])]) / np.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max()) * allowed[b, t]
+        out[b, t, n] = weights / weights.sum() @ v[b, :, n]
+    return out
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("causal", [True, False])
+def test_reference_is_the_formula(kv_heads: int, causal: bool):
+    length = 7
+    q, k, v, _ = inputs(length, kv_heads)
+    segments = np.array([[0] * 7, [0, 0, 0, 1, 1, 1, 1]])
+    mask = AttentionMask(causal=causal, segment_ids=jnp.asarray(segments))
+    allowed = segments[:, :, None] == segments[:, None]
+    if causal:
+        allowed &= np.tri(length, dtype=bool)
+    # Query head n reads kv head n // group: with K = N that is plain multi-head attention.
+    full_k, full_v = (np.repeat(np.asarray(x, np.float64), HEADS // kv_heads, axis=1).swapaxes(1, 2) for x in (k, v))
+    expected = in_numpy(np.asarray(q, np.float64), full_k, full_v, allowed)
+    np.testing.assert_allclose(kernels.reference(q, k, v, mask, scale=SCALE), expected, atol=2e-6)
+
+
+SEGMENTS = np.array([[0] * 5 + [1] * 20 + [2] * 14, [3] * 13 + [0] * 26])
+Q_INDEX = np.array([range(10, 23), range(22, 35)])
+CASES = {
+    "causal, multi-head, odd length": (39, 4, None, AttentionMask()),
+    "segments, grouped": (39, 2, None, AttentionMask(segment_ids=jnp.asarray(SEGMENTS))),
+    "not causal, multi-query": (24, 1, None, AttentionMask(causal=False)),
+    "queries at places of a cache": (37, 2, 13, AttentionMask(q_index=jnp.asarray(Q_INDEX))),
+}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def results(name: str, q, k, v, direction, mask: AttentionMask):
+    """The kernel's result, and its gradient in q, k and v along `direction`."""
+
+    def value(q, k, v):
+        return kernels.KERNELS[name](q, k, v, mask, scale=SCALE)
+
+    out, pull = jax.vjp(value, q, k, v)
+    return out, *pull(direction)
+
+
+@pytest.mark.parametrize("name", [name for name in kernels.KERNELS if name != "reference"])
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_is_the_reference(name: str, case: str):
+    length, kv_heads, queries, mask = CASES[case]
+    arrays = inputs(length, kv_heads, queries=queries)
+    expected = results("reference", *arrays, mask)
+    for array, wanted in zip(results(name, *arrays, mask), expected, strict=True):
+        np.testing.assert_allclose(array, wanted, atol=3e-6)
+        assert float(jnp.abs(wanted).max()) > 0.1
+
+
+def test_bfloat16_is_as_near_as_the_reference_in_bfloat16():
+    length, kv_heads, _, mask = CASES["segments, grouped"]
+    exact = results("reference", *inputs(length, kv_heads), mask)
+    rounded = inputs(length, kv_heads, dtype=jnp.bfloat16)
+    for mine, plain, wanted in zip(
+        results("blockwise", *rounded, mask), results("reference", *rounded, mask), exact, strict=True
+    ):
+        assert mine.dtype == jnp.bfloat16
+        error, usual = (np.abs(np.asarray(x, np.float32) - wanted).max() for x in (mine, plain))
+        assert error < 1.5 * usual, "the online softmax loses more than rounding does"
+
+
+def temporary_bytes(name: str, length: int) -> int:
+    compiled = results.lower(name, *inputs(length, 2), AttentionMask()).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_of_the_gradient_is_linear_in_the_sequence(monkeypatch: pytest.MonkeyPatch):
+    # As with the real sizes, the number of query blocks stays and their size grows.
+    monkeypatch.setattr(kernels, "MAX_QUERY_BLOCKS", 4)
+    short, long = (temporary_bytes("blockwise", length) for length in (128, 256))
+    assert long < 2.3 * short
+    plain_short, plain_long = (temporary_bytes("reference", length) for length in (128, 256))
+    assert plain_long > 3.5 * plain_short, "what the blocks avoid has to be visible, or this test shows nothing"
+    assert long < plain_long / 4
+
+
+def test_kernels_are_chosen_by_name_and_length(monkeypatch: pytest.MonkeyPatch):
+    called = []
+    for name in kernels.KERNELS:
+        monkeypatch.setitem(kernels.KERNELS, name, lambda q, *_, name=name, **__: called.append(name) or q)
+    for length, name in ((12, "auto"), (13, "auto"), (12, "blockwise"), (13, "reference")):
+        q, k, v, _ = inputs(length, 2)
+        kernels.attend(q, k, v, AttentionMask(kernel=name), scale=SCALE)
+    assert called == ["reference", "blockwise", "blockwise", "reference"]
+    with pytest.raises(UserError, match="attention_kernel='flsh' does not exist: the kernels are auto, reference, "):
+        kernels.attend(q, k, v, AttentionMask(kernel="flsh"), scale=SCALE)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "rope", "sentence"),
+    [
+        (0, 1, 8, None, "num_heads=0 must be at least 1"),
+        (6, 4, 8, None, "num_kv_heads=4 does not divide num_heads=6: take one of 1, 2, 3, 6"),
+        (4, 0, 8, None, "num_kv_heads=0 does not divide"),
+        (4, 2, 7, Rope(theta=1e4, scaling=None), "head_dim=7 must be positive, and even"),
+        (4, 2, 0, None, "head_dim=0 must be positive"),
+    ],
+)
+def test_impossible_heads(heads: int, kv_heads: int, head_dim: int, rope: Rope | None, sentence: str):
+    with pytest.raises(UserError, match=sentence):
+        GroupedQuery(heads, kv_heads, head_dim, rope, qkv_bias=False, out_bias=False)
+
+
+def test_odd_heads_are_possible_without_rotary_positions():
+    assert GroupedQuery(4, 2, 7, None, qkv_bias=False, out_bias=False).head_dim == 7

@@ -1,0 +1,57 @@
+"""The mesh and the table of logical axes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+from llama_jax.config import UserError
+from llama_jax.parallel import MESH_AXES, MeshConfig, einsum, fitting, make_mesh, reshape, shard, spec
+
+
+@given(st.permutations([1, 1, 2, 2, 2]), st.integers(0, 4))
+def test_one_open_axis_takes_what_is_left(sizes: list[int], hole: int):
+    full = dict(zip(MESH_AXES, sizes, strict=True))
+    assert MeshConfig(**(full | {MESH_AXES[hole]: -1})).sizes(8) == full
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sentence"),
+    [
+        ({"fsdp": 3}, r"mesh \(fsdp 3\) takes 3 devices and there are 8"),
+        ({"fsdp": -1, "tensor": 3}, r"mesh \(fsdp 2, tensor 3\) takes 6 devices and there are 8"),
+        ({"fsdp": -1, "tensor": 16}, r"mesh \(tensor 16\) takes 16 devices and there are 8"),
+        ({}, r"mesh \(all axes 1\) takes 1 devices and there are 8"),
+        ({"tensr": 8}, "mesh axis 'tensr' does not exist: the axes are data, fsdp, tensor, context, expert"),
+        ({"tensor": 0}, "tensor=0 must be at least 1, or -1"),
+        ({"tensor": -1, "fsdp": -1}, "tensor=-1: fsdp is -1 too"),
+    ],
+)
+def test_a_mesh_that_does_not_fit(mesh: dict[str, int], sentence: str):
+    with pytest.raises(UserError, match=sentence):
+        make_mesh(mesh)
+
+
+def test_without_a_mesh_nothing_happens():
+    x = jnp.arange(6.0).reshape(2, 3)
+    assert spec("batch", "heads") is None
+    assert shard(x, "batch", "vocab") is x
+    np.testing.assert_array_equal(einsum("bd,cd->bc", x, x, out=("batch", "embed")), x @ x.T)
+
+
+def test_axes_under_a_mesh():
+    with jax.set_mesh(make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
+        assert spec("batch", "sequence", None, "heads") == P(("data", "fsdp"), None, None, ("tensor",))
+        assert spec("embed", "mlp", shape=(6, 5)) == P(("fsdp",), None), "5 is not split in two: whole everywhere"
+        assert (fitting("heads", 6), fitting("heads", 7), fitting(None, 7)) == ("heads", None, None)
+        with pytest.raises(ValueError, match="'heads' and 'mlp' of one array both map to mesh axis 'tensor'"):
+            spec("heads", "mlp")
+        x = shard(jnp.arange(32.0).reshape(4, 8), "batch", "heads")
+        assert {s.data.shape for s in x.addressable_shards} == {(1, 4)}
+        product = einsum("bd,cd->bc", x, shard(jnp.ones((6, 8)), "mlp", None), out=("batch", "mlp"))
+        assert product.sharding.spec == P(("data", "fsdp"), ("tensor",))
+        np.testing.assert_array_equal(product, np.arange(32.0).reshape(4, 8).sum(1, keepdims=True).repeat(6, 1))
+        assert reshape(x, (4, 2, 4), "batch", "heads", None).sharding.spec == P(("data", "fsdp"), ("tensor",), None)
