@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import inspect
 import json
 import math
 import types
@@ -249,6 +250,23 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield prefix + name, annotation, value
         if is_config:
             yield from leaves(value, prefix + name + ".")
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """What the docstring of a config says of each field, in lines `name: meaning.`, which may go on indented."""
+    lines = inspect.cleandoc(cls.__doc__ or "").splitlines()
+    docs: dict[str, str] = {}
+    name = None
+    for line in lines:
+        head, colon, rest = line.partition(": ")
+        if colon and head in field_types(cls):
+            name = head
+            docs[name] = rest
+        elif name is not None and line.startswith(" "):
+            docs[name] += " " + line.strip()
+        else:
+            name = None
+    return docs
 
 
 def to_json(config: Any) -> Any:

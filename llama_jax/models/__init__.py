@@ -2,7 +2,7 @@
 
 In: a `ModelConfig` and parameters by name. Out: a module that turns tokens into logits.
 
-Dimension letters, here and everywhere: `B` batch, `T` query length, `S` key or cache length, `D` model, `N` query heads,
+Dimension letters everywhere: `B` batch, `T` query length, `S` key or cache length, `D` model, `N` query heads,
 `K` key/value heads, `G` = N/K, `H` head dim, `F` feed-forward, `V` vocabulary, `L` layers, `E` experts.
 """
 

@@ -20,19 +20,21 @@ REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """Execution options of a run."""
+    """Execution options of a run.
+
+    dtype: type of activations; auto is bfloat16 on TPU and GPU, float32 on CPU. Softmax, norms and loss stay float32.
+    scan_layers: compile the repeating pattern of layers once and scan over it; off is faster on CPU.
+    remat: what the backward pass computes again: none of it, a full layer, all but dots (matrix products), all but
+      attention outputs, all but the inputs of residual additions.
+    attention_kernel: kernel by name (reference, blockwise), or auto.
+    loss_chunk: positions of each row whose logits exist at a time in the loss.
+    """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of activations; auto is bfloat16 on TPU and GPU, float32 on CPU. Softmax, norms and loss stay float32."""
     scan_layers: bool = True
-    """Compile the repeating pattern of layers once and scan over it; off: every layer by itself, faster on CPU."""
     remat: Literal["none", "full", "dots", "attention", "inputs"] = "none"
-    """What to recompute in the backward pass: nothing; all of a layer; all but matrix products; all but attention
-    outputs; all but attention and feed-forward outputs."""
     attention_kernel: str = "auto"
-    """Kernel by name, or auto."""
     loss_chunk: int = 128
-    """Positions of each row whose logits exist at a time in the loss."""
 
     def __post_init__(self) -> None:
         if self.loss_chunk < 1:

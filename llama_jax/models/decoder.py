@@ -37,18 +37,27 @@ class LayerOverride:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig(ModelConfig):
-    """A causal language model of pre-norm blocks."""
+    """A causal language model of pre-norm blocks.
+
+    vocab_size: tokens, special ones included.
+    hidden_size: width of the residual stream.
+    num_layers: blocks.
+    max_positions: the longest sequence that the positions are meant for.
+    attention: of every layer.
+    feed_forward: of every layer.
+    norm: before attention, before the feed-forward and at the end.
+    tie_embeddings: whether the head is the embedding, transposed.
+    overrides: layers whose attention or feed-forward differs.
+    """
 
     vocab_size: int
     hidden_size: int
     num_layers: int
     max_positions: int
-    """The longest sequence that the positions are meant for."""
     attention: Mixer
     feed_forward: FeedForward
     norm: Norm
     tie_embeddings: bool
-    """Whether the head is the embedding, transposed."""
     overrides: tuple[LayerOverride, ...] = ()
 
     def __post_init__(self) -> None:
@@ -219,7 +228,15 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "b t v"]:
         """float32 logits at every position."""
         hidden, _ = self.trunk(tokens, positions=positions, segment_ids=segment_ids)
-        return self.head(hidden, self.head_weight())
+        return self.logits(hidden)
+
+    def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+        """float32 logits. A tied head reads the embedding as it lies: a few rows are not worth transposing it."""
+        if self.lm_head is not None:
+            return self.head(hidden, self.head_weight())
+        table = use(self.embedding.weight, self.compute.jax_dtype)
+        sharding = spec("batch", "sequence", "vocab", shape=(*hidden.shape[:2], table.shape[0]))
+        return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32, out_sharding=sharding)
 
     def init_cache(self, batch: int, length: int) -> list[Any]:
         """Empty caches of all layers for `length` positions."""

@@ -13,7 +13,11 @@ from llama_jax.nn.parameters import Projection, child
 
 @dataclasses.dataclass(frozen=True)
 class SwiGLU(FeedForward):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020, "GLU variants improve Transformer", eq. 6)."""
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, "GLU variants improve Transformer", eq. 6).
+
+    intermediate_size: width inside.
+    bias: biases on all three projections.
+    """
 
     intermediate_size: int
     bias: bool

@@ -20,7 +20,10 @@ class Norm(Component):
 
 @dataclasses.dataclass(frozen=True)
 class RMSNorm(Norm):
-    """x / rms(x) * weight, with no bias (Zhang and Sennrich 2019; every released Llama)."""
+    """x / rms(x) * weight, with no bias (Zhang and Sennrich 2019; every released Llama).
+
+    eps: added to the mean square.
+    """
 
     eps: float
 

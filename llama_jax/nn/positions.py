@@ -11,7 +11,11 @@ from llama_jax.config import Component, UserError
 
 
 class RopeScaling(Component):
-    """Config of a change to the rotary frequencies for contexts longer than those of pretraining."""
+    """Config of a change to the rotary frequencies for contexts longer than those of pretraining.
+
+    theta: base of the frequencies.
+    scaling: how they are stretched for long contexts, or none.
+    """
 
     def frequencies(self, frequencies: np.ndarray, theta: float, head_dim: int) -> np.ndarray:
         """The scaled inverse frequencies, [H/2]."""

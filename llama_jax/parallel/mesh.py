@@ -16,8 +16,11 @@ MESH_AXES = ("data", "fsdp", "tensor", "context", "expert")
 class MeshConfig:
     """How many devices each mesh axis spans; -1 (one axis at most) takes what the others leave.
 
-    `data` replicates parameters and splits the batch; `fsdp` splits the batch and the parameters; `tensor` splits
-    heads, feed-forward width and vocabulary; `context` splits the sequence; `expert` splits experts.
+    data: copies of the parameters; splits the batch.
+    fsdp: splits the batch and the parameters.
+    tensor: splits heads, feed-forward width and vocabulary.
+    context: splits the sequence.
+    expert: splits experts.
     """
 
     data: int = 1

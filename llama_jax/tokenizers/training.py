@@ -50,7 +50,6 @@ def train_tokenizer(
     if kind not in ("bpe", "unigram"):
         raise UserError(f"kind={kind!r} must be 'bpe' or 'unigram'")
     model = io.BytesIO()
-    sentencepiece.set_random_generator_seed(0)  # of the sample
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_lines(texts, progress),

@@ -30,7 +30,7 @@ def train_flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
     """FLOPs of the matrix products of one token's forward and backward pass.
 
     6 per matrix parameter, the embedding counted only where it is the head; attention scores counted at half, since
-    causal attention needs only that half; no recomputation counted (Chowdhery et al. 2022, appendix B, but for the half).
+    causal attention needs only that half; nothing recomputed counted (as Chowdhery et al. 2022, appendix B, but halved).
     """
     matrices = sum(
         math.prod(p.shape) for name, p in abstract_params(config).items() if is_matrix(name, p)

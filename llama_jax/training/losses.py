@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llama_jax.parallel import reshape
+
 Head = Callable[[jax.Array, Any], jax.Array]
 
 
@@ -37,8 +39,15 @@ def cross_entropy(
 
 
 def _split(x: jax.Array, num_chunks: int) -> jax.Array:
-    """[B, T, ...] -> [chunks, B, T / chunks, ...]."""
-    return jnp.moveaxis(x.reshape(x.shape[0], num_chunks, -1, *x.shape[2:]), 1, 0)
+    """[B, T, ...] -> [chunks, B, T / chunks, ...]; a chunk takes every n-th position, so a part from every device."""
+    shape = (x.shape[0], x.shape[1] // num_chunks, num_chunks, *x.shape[2:])
+    return jnp.moveaxis(reshape(x, shape, "batch", "sequence", *(None,) * (x.ndim - 1)), 2, 0)
+
+
+def _join(x: jax.Array) -> jax.Array:
+    x = jnp.moveaxis(x, 0, 2)
+    shape = (x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
+    return reshape(x, shape, "batch", "sequence", *(None,) * (len(shape) - 2))
 
 
 def _chunk_loss(logits: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: jax.Array) -> tuple[Any, ...]:
@@ -74,7 +83,7 @@ def _chunked_forward(head: Head, num_chunks: int, weight, hidden, targets, weigh
     xs = tuple(_split(x, num_chunks) for x in (hidden, targets, weights))
     d_weight = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), weight)
     (total, ce, d_weight), d_hidden = jax.lax.scan(step, (jnp.float32(0), jnp.float32(0), d_weight), xs)
-    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
+    d_hidden = _join(d_hidden)
     d_weight = jax.tree.map(lambda d, w: d.astype(w.dtype), d_weight, weight)
     return (total, ce), (d_weight, d_hidden)
 

@@ -14,28 +14,30 @@ Hyper = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter 2019); the defaults are the Llama recipe."""
+    """AdamW (Loshchilov and Hutter 2019); the defaults are the Llama recipe.
+
+    learning_rate: peak.
+    warmup_steps: steps of linear warm-up to the peak.
+    weight_decay: on matrices only, not on norms and biases.
+    beta1: decay of the first moment.
+    beta2: decay of the second moment.
+    eps: added to the root of the second moment.
+    clip_norm: largest global norm of the gradient.
+    final_fraction: where the cosine ends, as a part of the peak.
+    z_loss: weight of logsumexp(logits)^2 in the loss.
+    accumulation_steps: parts that a global batch is computed in; the result is that of the whole.
+    """
 
     learning_rate: float
-    """Peak."""
     warmup_steps: int
-    """Steps of linear warm-up to the peak."""
     weight_decay: float = 0.1
-    """On matrices only: not on norms and biases."""
     beta1: float = 0.9
-    """Decay of the first moment."""
     beta2: float = 0.95
-    """Decay of the second moment."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
     clip_norm: float = 1.0
-    """Largest global norm of the gradient."""
     final_fraction: float = 0.1
-    """Where the cosine ends, as a part of the peak."""
     z_loss: float = 0.0
-    """Weight of logsumexp(logits)^2 in the loss."""
     accumulation_steps: int = 1
-    """Parts a global batch is computed in; the result is that of the whole."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps", "clip_norm"):

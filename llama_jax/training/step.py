@@ -11,6 +11,7 @@ import optax
 
 from llama_jax.models import Compute, DecoderConfig, assemble
 from llama_jax.models.layout import Params
+from llama_jax.parallel import reshape
 from llama_jax.training.losses import cross_entropy
 from llama_jax.training.optimizer import Hyper, learning_rate, make_optimizer
 
@@ -48,6 +49,11 @@ def _loss(params: Params, batch: Batch, z_loss: Any, config: DecoderConfig, comp
     return loss, (ce, aux)
 
 
+def _split_rows(x: jax.Array, parts: int) -> jax.Array:
+    """[B, T] -> [B / parts, parts, T]."""
+    return reshape(x, (x.shape[0] // parts, parts, x.shape[1]), "batch", None, "sequence")
+
+
 def make_train_step(
     config: DecoderConfig, compute: Compute, *, accumulation_steps: int = 1
 ) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, Metrics]]:
@@ -71,7 +77,7 @@ def make_train_step(
             grads, metrics = gradient(batch)
         else:
             # Every n-th row: a part takes rows from every device.
-            parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulation_steps, *x.shape[1:]), 1, 0), batch)
+            parts = {name: jnp.moveaxis(_split_rows(x, accumulation_steps), 1, 0) for name, x in batch.items()}
             total = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
             zeros = (jax.tree.map(jnp.zeros_like, state.params), jax.tree.map(lambda a: jnp.zeros(a.shape), total[1]))
             add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None)  # noqa: E731

@@ -21,7 +21,15 @@ Cache = dict[str, Float[Array, "b k s h"]]
 
 @dataclasses.dataclass(frozen=True)
 class GroupedQuery(Mixer):
-    """Attention whose N query heads share K key/value heads (Ainslie et al. 2023)."""
+    """Attention whose N query heads share K key/value heads (Ainslie et al. 2023).
+
+    num_heads: query heads.
+    num_kv_heads: key/value heads; divides num_heads.
+    head_dim: size of a head.
+    rope: rotary positions, or none.
+    qkv_bias: biases on the query, key and value projections.
+    out_bias: a bias on the output projection.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -84,5 +92,7 @@ class GroupedQueryModule(MixerModule):
 
 def _write(cache: Float[Array, "b k s h"], new: Float[Array, "b k t h"], start: Int[Array, " b"]) -> jax.Array:
     """Each row's new entries at its own place; per-row slices, which need no communication on a mesh."""
+    if cache.shape[0] == 1:  # one slice is written in place; XLA:CPU copies what it scatters into
+        return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start[0], axis=2)
     place = jax.vmap(lambda row, new_row, at: jax.lax.dynamic_update_slice_in_dim(row, new_row, at, axis=1))
     return place(cache, new.astype(cache.dtype), start)

@@ -1,0 +1,146 @@
+"""The command line: `python -m llama_jax COMMAND`, one function a command."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+# XLA's C++ side prints its start-up to stderr; errors still show.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from llama_jax.checkpoint.convert import ConversionError
+from llama_jax.checkpoint.language_model import convert
+from llama_jax.config import (
+    UserError,
+    config_names,
+    field_docs,
+    find_config,
+    leaves,
+    load_config_module,
+    override,
+    type_name,
+)
+from llama_jax.data import cli as data_cli
+from llama_jax.run import Preempted, RunConfig, RunFailed, train
+from llama_jax.sampling import cli as sampling_cli
+from llama_jax.tokenizers import cli as tokenizers_cli
+
+TRAIN_USAGE = """usage: train.py CONFIG [--key value ...] [--run-dir DIR]
+
+Trains CONFIG, a name in configs/ or a path, in DIR (default: runs/CONFIG); the same command again continues it.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0 done, 1 failed, 2 a user's mistake, 75 preempted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["train"]:  # its options are the config's keys, which argparse does not know
+        return guarded(lambda: train_command(argv[1:]))
+    if argv[:1] == ["sample"]:
+        return guarded(lambda: sampling_cli.main(argv[1:]))
+    parser = argparse.ArgumentParser(prog="python -m llama_jax", description="Language models in JAX.")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    subparsers.add_parser("train", help="train a config, or continue a run", add_help=False)
+    subparsers.add_parser("sample", help="continue texts with a trained model", add_help=False)
+    convert_parser = subparsers.add_parser("convert", help="import or export weights, with the logit check")
+    convert_parser.add_argument("source", help="run, Hugging Face or Meta directory, or a llama2.c .bin")
+    convert_parser.add_argument("destination", help="directory to make")
+    convert_parser.add_argument("--to", choices=("hf", "native"), required=True)
+    convert_parser.set_defaults(main=convert_command)
+    tokenizers_cli.add_arguments(subparsers)
+    data_cli.add_arguments(subparsers)
+    args = parser.parse_args(argv)
+    return guarded(lambda: args.main(args))
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Runs a command; mistakes and failures become one sentence on stderr and an exit code."""
+    try:
+        return command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (RunFailed, ConversionError) as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except Preempted as error:
+        print(error, file=sys.stderr)
+        return 75
+    except KeyboardInterrupt:
+        return 130
+
+
+def train_command(argv: Sequence[str]) -> int:
+    """`train CONFIG [--key value ...] [--run-dir DIR]`."""
+    names, options, wants_help = _parse(argv)
+    if not names:
+        print(TRAIN_USAGE + f"\nconfigs: {', '.join(config_names())}\n`train.py CONFIG --help` lists the keys.")
+        return 0 if wants_help else 2
+    if len(names) > 1:
+        raise UserError(f"'{names[1]}' is one argument too many: give one config, then --key value pairs")
+    run_dir = options.pop("run_dir", None)
+    module = load_config_module(names[0])
+    config = override(module.get_config(), options)
+    if wants_help:
+        print(_help(names[0], module.__doc__, config))
+        return 0
+    run_dir = Path(run_dir or Path("runs") / find_config(names[0]).stem)
+    run = train(config, run_dir)
+    if hasattr(module, "report"):
+        module.report(run)
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> tuple[list[str], dict[str, str], bool]:
+    """(positional arguments, options by key, whether --help was there)."""
+    names: list[str] = []
+    options: dict[str, str] = {}
+    wants_help = False
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word in ("--help", "-h"):
+            wants_help = True
+        elif word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            if not equals:
+                # A switch may stand alone: `--logging.tensorboard`.
+                value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+            options[key.replace("-", "_")] = value
+        else:
+            names.append(word)
+    return names, options, wants_help
+
+
+def _help(name: str, doc: str | None, config: RunConfig) -> str:
+    lines = [TRAIN_USAGE, (doc or "").strip(), "", f"keys of {name}, with type, value and meaning:"]
+    docs: dict[str, str] = {}
+
+    def collect(part: object, prefix: str) -> None:
+        for field, text in field_docs(type(part)).items():
+            docs[prefix + field] = text
+            collect(getattr(part, field), f"{prefix}{field}.")
+
+    collect(config, "")
+    for key, annotation, value in leaves(config):
+        shown = type(value).__name__ if hasattr(value, "__dataclass_fields__") else value
+        if isinstance(value, tuple):
+            shown = ",".join(str(v) for v in value) or "(empty)"
+        flag = f"--{key.replace('_', '-')}"
+        lines.append(f"  {flag} <{type_name(annotation)}> = {shown}\n      {docs.get(key, '')}")
+    return "\n".join(lines)
+
+
+def convert_command(args: argparse.Namespace) -> int:
+    """`convert SRC DST --to {hf,native}`."""
+    receipt = convert(args.source, args.destination, to=args.to)
+    print(
+        f"{args.destination}: logits differ by at most {receipt['max_abs_logit_difference']:.2g} "
+        f"(logit standard deviation {receipt['logit_std']:.2g})"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

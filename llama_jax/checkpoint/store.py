@@ -1,0 +1,147 @@
+"""Checkpoints of a run: Orbax, asynchronous, one layout whatever the mesh.
+
+Saved is a flat dict: parameters by canonical name, the optimizer's arrays by path and the step, which is the place in
+the data and in every random stream too. Loading takes any mesh and dtype.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from llama_jax.config import UserError
+from llama_jax.training import TrainState
+
+_STATE = "state"
+_TEMPORARY = ".orbax-checkpoint-tmp"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run saves and what it keeps.
+
+    every_steps: steps between checkpoints; the last step is always saved.
+    keep_last: how many of the latest stay.
+    keep_best: how many of those with the lowest validation loss stay as well.
+    """
+
+    every_steps: int = 1000
+    keep_last: int = 2
+    keep_best: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("every_steps", 1), ("keep_last", 1), ("keep_best", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
+
+
+class CheckpointStore:
+    """The checkpoints under one directory, by step."""
+
+    def __init__(self, directory: str | Path, config: CheckpointConfig | None = None):
+        """With a config for writing, without one for reading only."""
+        self.directory = Path(directory).absolute()
+        self._config = config
+        if config is None:
+            if not self.directory.is_dir():
+                raise UserError(f"'{directory}' has no checkpoints: is it the directory of a run that saved one?")
+        else:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for leftover in self.directory.glob(f"*{_TEMPORARY}*"):  # of a process that was killed while saving
+                shutil.rmtree(leftover)
+        policies = ocp.training.preservation_policies
+        keep = config and policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(config.keep_last),
+                policies.BestN(
+                    get_metric_fn=lambda metrics: -metrics["val_loss"],
+                    n=config.keep_best,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        self._orbax = ocp.training.Checkpointer(self.directory, preservation_policy=keep or policies.PreserveAll())
+
+    def steps(self) -> list[int]:
+        """Steps that can be loaded, ascending."""
+        return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
+
+    def save(self, state: TrainState, *, val_loss: float | None = None) -> None:
+        """Starts saving `state` under its step; the arrays are copied before this returns, so they may be donated."""
+        metrics = None if val_loss is None else {"val_loss": val_loss}
+        self._orbax.save_checkpointables_async(int(state.step), {_STATE: to_disk(state)}, metrics=metrics)
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk."""
+        self._orbax.wait()
+
+    def close(self) -> None:
+        self._orbax.close()
+
+    def load(self, step: int, abstract: TrainState) -> TrainState:
+        """The state of `step`, bit for bit, in the shardings of `abstract`."""
+        return from_disk(self._load(step, to_disk(abstract), whole=True), abstract)
+
+    def load_params(self, step: int, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """The parameters of `step` in the shardings and dtypes of `abstract`, without the optimizer's."""
+        loaded = self._load(step, {_param_key(name): value for name, value in abstract.items()}, whole=False)
+        return {name: loaded[_param_key(name)] for name in abstract}
+
+    def _load(self, step: int, abstract: dict[str, Any], *, whole: bool) -> dict[str, jax.Array]:
+        if step not in self.steps():
+            there = ", ".join(map(str, self.steps())) or "none"
+            raise UserError(f"'{self.directory}' has no checkpoint of step {step}: there are {there}")
+        self._compare(step, abstract, whole)
+        options = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=not whole))
+        try:
+            with ocp.Context(pytree_options=options):
+                return self._orbax.load_checkpointables(step, {_STATE: abstract})[_STATE]
+        except (ValueError, FileNotFoundError, KeyError, TypeError) as error:
+            raise UserError(
+                f"checkpoint '{self.directory / str(step)}' is damaged ({str(error).splitlines()[0]}): "
+                "remove it to continue from the one before"
+            ) from error
+
+    def _compare(self, step: int, abstract: dict[str, Any], whole: bool) -> None:
+        try:
+            saved = self._orbax.checkpointables_metadata(step).metadata[_STATE]
+        except (ValueError, FileNotFoundError, KeyError) as error:
+            raise UserError(f"checkpoint '{self.directory / str(step)}' is damaged: remove it") from error
+        shapes = {name: tuple(value.shape) for name, value in saved.items()}
+        for name, value in abstract.items():
+            if name not in shapes:
+                raise UserError(f"checkpoint '{self.directory / str(step)}' lacks '{name}', which this config has")
+            if shapes[name] != tuple(value.shape):
+                raise UserError(
+                    f"checkpoint '{self.directory / str(step)}' has '{name}' of shape {shapes[name]}, "
+                    f"and this config wants {tuple(value.shape)}"
+                )
+        if whole and (surplus := shapes.keys() - abstract.keys()):
+            raise UserError(
+                f"checkpoint '{self.directory / str(step)}' has '{min(surplus)}', which this config does not have"
+            )
+
+
+def _param_key(name: str) -> str:
+    return f"params.{name}"
+
+
+def to_disk(state: TrainState) -> dict[str, Any]:
+    """A train state as the flat dict that is saved."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(state.opt_state)
+    optimizer = {"optimizer." + jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in paths}
+    return {"step": state.step} | {_param_key(name): value for name, value in state.params.items()} | optimizer
+
+
+def from_disk(flat: Mapping[str, Any], like: TrainState) -> TrainState:
+    """The inverse of `to_disk`, in the structure of `like`."""
+    opt_keys = [key for key in to_disk(like) if key.startswith("optimizer.")]
+    return TrainState(
+        step=flat["step"],
+        params={name: flat[_param_key(name)] for name in like.params},
+        opt_state=jax.tree.unflatten(jax.tree.structure(like.opt_state), [flat[key] for key in opt_keys]),
+    )

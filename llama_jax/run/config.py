@@ -1,0 +1,137 @@
+"""The config of a run."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_jax.checkpoint.store import CheckpointConfig
+from llama_jax.config import UserError, load_config_module, override
+from llama_jax.data import DataConfig
+from llama_jax.models import Compute, ModelConfig
+from llama_jax.parallel import MeshConfig
+from llama_jax.tokenizers import TokenizerConfig
+from llama_jax.training import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """What a run says, and where.
+
+    every_steps: steps between metrics.
+    validate_every_steps: steps between measurements on the held-out text; the last step is always measured.
+    validation_batches: measure on so many batches only; None takes all of the held-out text.
+    sample_prompts: texts to continue at the end of the run, into samples.txt.
+    tensorboard: write metrics to the run directory for TensorBoard, too (extra `tensorboard`).
+    wandb_project: send metrics to this Weights & Biases project, too (extra `wandb`).
+    """
+
+    every_steps: int = 10
+    validate_every_steps: int = 500
+    validation_batches: int | None = None
+    sample_prompts: tuple[str, ...] = ()
+    tensorboard: bool = False
+    wandb_project: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "validate_every_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.validation_batches is not None and self.validation_batches < 1:
+            raise UserError(f"validation_batches={self.validation_batches} must be at least 1, or none for all")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """A window of steps to record for a profile viewer, into the run directory's `profile/`.
+
+    start_step: first step to record; None records nothing.
+    num_steps: how many.
+    """
+
+    start_step: int | None = None
+    num_steps: int = 3
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise UserError(f"num_steps={self.num_steps} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run does.
+
+    model: what is trained.
+    tokenizer: text to tokens.
+    data: what it is trained on.
+    optimizer: how it is trained.
+    num_steps: updates of the parameters; the learning rate's cosine ends there.
+    global_batch_size: sequences of one update, over all devices.
+    sequence_length: tokens of a sequence.
+    seed: of initial values and of the order of the data.
+    mesh: how devices are used.
+    compute: how the model is computed; changes speed and memory, not the result.
+    checkpoint: when it is saved.
+    logging: what it says.
+    profile: a window of steps to record.
+    """
+
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    num_steps: int
+    global_batch_size: int
+    sequence_length: int
+    seed: int = 0
+    mesh: MeshConfig = MeshConfig()
+    compute: Compute = Compute()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    profile: ProfileConfig = ProfileConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "global_batch_size", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.sequence_length > self.model.max_positions:
+            raise UserError(
+                f"sequence_length={self.sequence_length} is longer than model.max_positions="
+                f"{self.model.max_positions}: shorten the one or raise the other"
+            )
+        parts = self.optimizer.accumulation_steps
+        if self.global_batch_size % parts:
+            raise UserError(
+                f"global_batch_size={self.global_batch_size} is not divisible by optimizer.accumulation_steps={parts}: "
+                f"take a multiple of {parts}"
+            )
+        if self.tokenizer.path is None and self.tokenizer.vocab_size > self.model.vocab_size:
+            raise UserError(
+                f"tokenizer.vocab_size={self.tokenizer.vocab_size} is more than model.vocab_size="
+                f"{self.model.vocab_size}: lower the one or raise the other"
+            )
+
+    def check_mesh(self, num_devices: int) -> None:
+        """Raises UserError where the mesh does not fit the devices, or the batch the mesh."""
+        sizes = self.mesh.sizes(num_devices)
+        rows, parts = sizes["data"] * sizes["fsdp"], self.optimizer.accumulation_steps
+        if self.global_batch_size // parts % rows:
+            accumulated = f" x optimizer.accumulation_steps={parts}" if parts > 1 else ""
+            raise UserError(
+                f"global_batch_size={self.global_batch_size} is not divisible by mesh.data x mesh.fsdp={rows}"
+                f"{accumulated}: take a multiple of {rows * parts}"
+            )
+        if self.sequence_length % sizes["context"]:
+            raise UserError(
+                f"sequence_length={self.sequence_length} is not divisible by mesh.context={sizes['context']}"
+            )
+
+
+def load_config(
+    name: str | Path, overrides: Mapping[str, Any] | None = None, components: Sequence[type] = ()
+) -> RunConfig:
+    """The config called `name` in `configs/`, or of the file at that path, with dotted keys changed.
+
+    Raises UserError for an unknown name, key or value.
+    """
+    return override(load_config_module(name).get_config(), overrides or {}, components)

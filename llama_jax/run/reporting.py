@@ -1,0 +1,126 @@
+"""Where a run's numbers go: the terminal, metrics.jsonl, TensorBoard, Weights & Biases."""
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from llama_jax.config import UserError
+from llama_jax.run.directory import METRICS_FILE, Run, write_text
+
+Metrics = dict[str, Any]
+
+
+class Writer(Protocol):
+    def write(self, metrics: Metrics) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """metrics.jsonl. Lines of steps that are going to be repeated after a restart are dropped."""
+
+    def __init__(self, run: Run, start_step: int):
+        file = run.directory / METRICS_FILE
+        kept = [line for line in run.metrics() if line["step"] <= start_step]
+        write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = file.open("a", encoding="utf-8")
+
+    def write(self, metrics: Metrics) -> None:
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    def __init__(self, directory: Path):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise UserError("logging.tensorboard needs an extra: pip install 'llama_jax[tensorboard]'") from None
+        self._writer = SummaryWriter(str(directory))
+
+    def write(self, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            if name != "step" and value is not None:
+                self._writer.add_scalar(name, value, metrics["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    def __init__(self, project: str, run: Run):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("logging.wandb_project needs an extra: pip install 'llama_jax[wandb]'") from None
+        self._run = wandb.init(project=project, name=run.directory.name, dir=str(run.directory), resume="allow")
+
+    def write(self, metrics: Metrics) -> None:
+        self._run.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Bar:
+    """A progress bar on a terminal, plain lines elsewhere; a quiet one (other processes) says nothing.
+
+    `total` counts steps; the bar's own clock estimates the rest from the steps of this process.
+    """
+
+    def __init__(
+        self, description: str, start: int, total: int, *, quiet: bool = False, console: Console | None = None
+    ):
+        self._console = console or Console(quiet=quiet)
+        self._total, self._start, self._began = total, start, time.monotonic()
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal or quiet,
+            expand=True,
+        )
+        self._task: TaskID = self._progress.add_task(description, total=total, completed=start, numbers="")
+
+    def __enter__(self) -> "Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def advance(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def show(self, metrics: Metrics) -> None:
+        """The metrics of a step."""
+        parts = [f"loss {metrics['loss']:.4f}"]
+        if metrics.get("tokens_per_second"):
+            parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+        if metrics.get("mfu"):
+            parts.append(f"MFU {100 * metrics['mfu']:.1f}%")
+        if self._progress.disable:
+            step = metrics["step"]
+            done = step - self._start
+            left = (time.monotonic() - self._began) / done * (self._total - step) if done else 0
+            eta = f"{left // 60:.0f}m{left % 60:02.0f}s left"
+            parts += [f"lr {metrics['learning_rate']:.2e}", f"grad norm {metrics['grad_norm']:.2f}", eta]
+            self.say(f"step {step}/{self._total}  " + "  ".join(parts))
+        else:
+            self._progress.update(self._task, numbers="  ".join(parts))

@@ -1,0 +1,303 @@
+"""The training loop: data in, steps, metrics, validation, checkpoints, samples."""
+
+import contextlib
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from llama_jax.checkpoint.language_model import CHECKPOINTS_DIRECTORY, TOKENIZER_DIRECTORY
+from llama_jax.checkpoint.store import CheckpointStore
+from llama_jax.config import UserError
+from llama_jax.data import Batches, Corpus, ValidationBatches, prepare, read_texts
+from llama_jax.models import initialize
+from llama_jax.parallel import make_mesh, spec
+from llama_jax.run.config import RunConfig
+from llama_jax.run.directory import SAMPLES_FILE, Run, start_run, write_text
+from llama_jax.run.reporting import Bar, JsonLines, TensorBoard, WeightsAndBiases, Writer
+from llama_jax.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from llama_jax.training import (
+    TrainState,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    peak_flops,
+    train_flops_per_token,
+)
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on; the command line exits with 1."""
+
+
+class Preempted(Exception):
+    """The run was asked to stop and saved a checkpoint; the command line exits with 75."""
+
+
+def train(config: RunConfig, run_dir: str | Path, *, components: Sequence[type] = ()) -> Run:
+    """Trains `config` in `run_dir`, or continues what is in it, bit for bit as if it had never stopped.
+
+    Returns the finished run. Raises UserError for a config that cannot run here or that is not this directory's,
+    RunFailed when the loss is no longer finite, Preempted after a termination signal, with a checkpoint saved.
+    """
+    config.check_mesh(jax.device_count())
+    run = start_run(Path(run_dir), config, components)
+    main = jax.process_index() == 0
+    tokenizer = _tokenizer(run)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, more than model.vocab_size={config.model.vocab_size}: "
+            f"set model.vocab_size to {tokenizer.vocab_size} or more"
+        )
+    corpus = _prepare(config, tokenizer, quiet=not main)
+    with jax.set_mesh(make_mesh(config.mesh)):
+        _Loop(run, tokenizer, corpus).run()
+    return run
+
+
+def _tokenizer(run: Run) -> Tokenizer:
+    """The run's tokenizer, from its directory once it is there."""
+    directory, config = run.directory / TOKENIZER_DIRECTORY, run.config
+    if directory.is_dir():
+        return load_tokenizer(directory)
+    if config.tokenizer.path is not None:
+        tokenizer = load_tokenizer(config.tokenizer.path)
+    else:
+        tokenizer = train_tokenizer(
+            read_texts(config.data, "train"), kind=config.tokenizer.kind, vocab_size=config.tokenizer.vocab_size
+        )
+    partial = directory.with_name(".tokenizer.partial")
+    tokenizer.save(partial)
+    partial.rename(directory)
+    return tokenizer
+
+
+def _prepare(config: RunConfig, tokenizer: Tokenizer, *, quiet: bool) -> Corpus:
+    bar: Bar | None = None
+    with contextlib.ExitStack() as stack:
+
+        def progress(done: int, total: int) -> None:
+            nonlocal bar
+            bar = bar or stack.enter_context(Bar("tokenizing", 0, total, quiet=quiet))
+            bar.advance(done)
+
+        return prepare(config.data, tokenizer, progress=progress)
+
+
+class _Loop:
+    """One process's part of a run."""
+
+    def __init__(self, run: Run, tokenizer: Tokenizer, corpus: Corpus):
+        config = run.config
+        self.run_, self.config, self.tokenizer, self.corpus = run, config, tokenizer, corpus
+        self.main = jax.process_index() == 0
+        shape: dict[str, Any] = {
+            "global_batch_size": config.global_batch_size,
+            "sequence_length": config.sequence_length,
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }
+        self.batches = Batches(corpus.train, seed=config.seed, num_prefetch=config.data.num_prefetch, **shape)
+        self.validation = ValidationBatches(corpus.validation, max_batches=config.logging.validation_batches, **shape)
+        self.train_step = make_train_step(
+            config.model, config.compute, accumulation_steps=config.optimizer.accumulation_steps
+        )
+        self.eval_step = make_eval_step(config.model, config.compute)
+        self.hyper = config.optimizer.hyper(config.num_steps)
+        self.store = CheckpointStore(run.directory / CHECKPOINTS_DIRECTORY, config.checkpoint)
+        self.tokens_per_step = config.global_batch_size * config.sequence_length
+        flops = train_flops_per_token(config.model, config.sequence_length)
+        peak = peak_flops(jax.local_devices()[0], config.compute.jax_dtype) * jax.device_count()
+        self.mfu_per_speed = flops / peak
+        self.stopped_by: int | None = None
+
+    def run(self) -> None:
+        config = self.config
+        state = self._state()
+        start = int(state.step)
+        with (
+            contextlib.closing(_Writers(self.run_, start, self.main)) as writers,
+            Bar("training", start, config.num_steps, quiet=not self.main) as bar,
+            self._signals(),
+        ):
+            if start:
+                bar.say(f"continuing '{self.run_.directory}' from step {start}")
+            state = self._steps(state, start, bar, writers)
+            self._finish(state, bar)
+
+    def _state(self) -> TrainState:
+        """The latest checkpoint's state, or a new one."""
+        make = jax.jit(init_state)
+        steps = self.store.steps()
+        if not steps:
+            return make(initialize(self.config.model, self.config.seed), self.hyper)
+        abstract = jax.eval_shape(lambda: make(initialize(self.config.model, self.config.seed), self.hyper))
+        mesh = jax.sharding.get_mesh()
+        placed = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, a.sharding.spec)), abstract
+        )
+        return self.store.load(steps[-1], placed)
+
+    def _steps(self, state: TrainState, start: int, bar: Bar, writers: "_Writers") -> TrainState:
+        config, log, num_steps = self.config, self.config.logging, self.config.num_steps
+        batches = self.batches.iterate(start)
+        pending: dict[str, Any] | None = None
+        clock = _Clock(start)
+        for step in range(start, num_steps):
+            self._profile(step)
+            state, metrics = self.train_step(state, to_devices(next(batches)), self.hyper)
+            done = step + 1
+            # Only now, with the next step already on its way, does the host wait for the last one's numbers.
+            if pending is not None:
+                self._log(pending, clock, bar, writers)
+            pending = {"step": done} | metrics
+            bar.advance(done)
+            stopping = self.stopped_by is not None
+            validates = len(self.validation) > 0 and (done % log.validate_every_steps == 0 or done == num_steps)
+            saves = done % config.checkpoint.every_steps == 0 or done == num_steps or stopping
+            if validates or saves:
+                val: dict[str, float] = {}
+                jax.block_until_ready(metrics)
+                with clock.paused():
+                    if validates:
+                        val = self._validate(state)
+                        bar.say(f"step {done}/{num_steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in val.items()))
+                    pending |= val
+                    self._log(pending, clock, bar, writers)
+                    pending = None
+                    if saves:
+                        self.store.save(state, val_loss=val.get("val_loss"))
+            if stopping:
+                self.store.wait()
+                raise Preempted(f"stopped at step {done} with a checkpoint saved: start again to continue")
+        self.store.wait()
+        return state
+
+    def _log(self, metrics: dict[str, Any], clock: "_Clock", bar: Bar, writers: "_Writers") -> None:
+        step = metrics["step"]
+        is_due = step % self.config.logging.every_steps == 0 or step == self.config.num_steps or "val_loss" in metrics
+        if not is_due and step != 1:
+            return
+        values = {k: v if isinstance(v, int) else float(v) for k, v in metrics.items()}
+        speed = clock.speed(step)
+        if speed is not None:
+            values["tokens_per_second"] = speed * self.tokens_per_step
+            values["mfu"] = values["tokens_per_second"] * self.mfu_per_speed
+        bar.show(values)
+        writers.write(values)
+        if not math.isfinite(values["loss"]):
+            raise RunFailed(
+                f"the loss at step {step} is {values['loss']}: lower optimizer.learning_rate or raise "
+                "optimizer.warmup_steps; the checkpoints before it are kept"
+            )
+
+    def _validate(self, state: TrainState) -> dict[str, float]:
+        nats, targets = 0.0, 0.0
+        for batch in self.validation:
+            part = self.eval_step(state.params, to_devices(batch))
+            nats, targets = nats + float(part[0]), targets + float(part[1])
+        values = {"val_loss": nats / targets}
+        if self.config.logging.validation_batches is None:
+            values["val_bits_per_byte"] = nats / math.log(2) / self.corpus.num_bytes["validation"]
+        return values
+
+    def _finish(self, state: TrainState, bar: Bar) -> None:
+        self.store.close()
+        prompts = self.config.logging.sample_prompts
+        if prompts and jax.process_count() == 1:
+            from llama_jax.sampling import generate_text
+
+            lm = self.run_.load()
+            texts = generate_text(lm, list(prompts), max_new_tokens=128, temperature=0.8, seed=self.config.seed)
+            samples = "\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True))
+            write_text(self.run_.directory / SAMPLES_FILE, samples + "\n")
+
+    def _profile(self, step: int) -> None:
+        profile = self.config.profile
+        if profile.start_step is None:
+            return
+        if step == profile.start_step:
+            jax.profiler.start_trace(str(self.run_.directory / "profile"))
+        elif step == profile.start_step + profile.num_steps:
+            jax.profiler.stop_trace()
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first termination signal ends the run after the current step; a second one ends it at once."""
+
+        def stop(number: int, _: Any) -> None:
+            if self.stopped_by is not None:
+                raise KeyboardInterrupt
+            self.stopped_by = number
+            print("stopping after this step; once more to stop at once", file=sys.stderr)
+
+        try:
+            before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not the main thread (a notebook server): no signals to handle
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Clock:
+    """Steps per second of training alone: the first step (compilation) and pauses are not counted."""
+
+    def __init__(self, start: int):
+        self._last_step, self._last, self._paused, self._first = start, time.perf_counter(), 0.0, True
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - began
+
+    def speed(self, step: int) -> float | None:
+        """Steps per second since the last call; None for the first."""
+        now = time.perf_counter()
+        seconds, steps = now - self._last - self._paused, step - self._last_step
+        first, self._first = self._first, False
+        self._last, self._last_step, self._paused = now, step, 0.0
+        return None if first or seconds <= 0 or steps <= 0 else steps / seconds
+
+
+class _Writers:
+    def __init__(self, run: Run, start: int, main: bool):
+        self._all: list[Writer] = []
+        if main:
+            self._all.append(JsonLines(run, start))
+            if run.config.logging.tensorboard:
+                self._all.append(TensorBoard(run.directory / "tensorboard"))
+            if (project := run.config.logging.wandb_project) is not None:
+                self._all.append(WeightsAndBiases(project, run))
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        for writer in self._all:
+            writer.write(metrics)
+
+    def close(self) -> None:
+        for writer in self._all:
+            writer.close()
+
+
+def to_devices(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's rows of a batch as global arrays on the current mesh."""
+    mesh = jax.sharding.get_mesh()
+    assert isinstance(mesh, Mesh)
+
+    def place(x: np.ndarray) -> jax.Array:
+        shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
+        partition = spec("batch", "sequence", shape=shape)
+        assert partition is not None
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, partition), x, shape)
+
+    return {name: place(value) for name, value in batch.items()}
