@@ -70,6 +70,7 @@ def test_cut_at_line_ends(tmp_path_factory, text: str, document_chars: int):
 
 def test_what_is_no_text_is_skipped_or_refused(tmp_path: Path):
     top = make_files(tmp_path)
+    (top / "late.txt").write_bytes(b"a good line\n" * 50_000 + b"\xff")
     (top / "g.jsonl").write_text('{"text": "half \\ud800"}\n{"text": "whole"}\n')
     for document_chars in (None, 4):
         skipped: dict[Path, str] = {}
@@ -77,9 +78,11 @@ def test_what_is_no_text_is_skipped_or_refused(tmp_path: Path):
         found = [d.text for d in read_documents(config, on_skip=skipped.__setitem__)]
         assert skipped == {
             top / "g.jsonl": "line 1 has half a surrogate pair",
+            top / "late.txt": "not UTF-8",
             top / "sub" / "picture.png": "not UTF-8",
         }
         assert "whole" in "".join(found)
+        assert "a good line" not in "".join(found)
         with pytest.raises(UserError, match=r"picture.png' is not UTF-8 text"):
             texts(top / "sub" / "picture.png", document_chars=document_chars)
 

@@ -47,6 +47,10 @@ def test_texts_that_one_skips_are_still_encoded():
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_long_lines_are_learned_from():
+    assert b"ab" in train_tokenizer(["ab cd " * 2000], vocab_size=267).pieces
+
+
 def test_impossible_sizes_name_the_possible_one():
     for kind in ("bpe", "unigram"):
         with pytest.raises(UserError, match=r"vocab_size=5000 .* \d+ is the largest possible size") as error:
