@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from llama_jax.checkpoint.convert import load_params, open_source
+from llama_jax.checkpoint.language_model import load
 from llama_jax.models import Compute, abstract_params, assemble
 from llama_jax.nn.masks import AttentionMask
+from llama_jax.sampling.generate import generate
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = sorted(folder.name for folder in GOLDENS.iterdir() if folder.is_dir())
@@ -45,3 +47,16 @@ def test_logits(name):
     for scan in (False, True):
         logits = _model(name, scan=scan)(jnp.asarray(expected["ids"]))
         np.testing.assert_allclose(logits, expected["logits"], atol=TOLERANCE, err_msg=f"scan={scan}")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_tokens(name):
+    """With the cache; the goldens' own margins are far above the error."""
+    expected = np.load(GOLDENS / name / "expected.npz")
+    generated, prompt_length = expected["generated"], 5
+    num_new = generated.shape[1] - prompt_length
+    assert num_new >= 16
+    assert expected["margin"] > 10 * TOLERANCE
+    assert all(len(set(row[prompt_length:].tolist())) > 5 for row in generated)
+    tokens = generate(load(GOLDENS / name), generated[:, :prompt_length], max_new_tokens=num_new)
+    np.testing.assert_array_equal(tokens, generated)
