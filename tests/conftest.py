@@ -1,6 +1,7 @@
 """What every test stands on: eight virtual CPU devices, kept compilations, shapes checked at run time."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -11,13 +12,16 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("llama_jax", "beartype.beartype")
 
-from llama_jax.models import DecoderConfig  # noqa: E402
+from llama_jax.models import DecoderConfig, abstract_params  # noqa: E402
 from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU  # noqa: E402
 
 # On a shared machine the time of one example says nothing; the same examples every time, so that a failure stays.
@@ -61,3 +65,17 @@ def tiny_config() -> DecoderConfig:
         norm=RMSNorm(eps=1e-5),
         tie_embeddings=False,
     )
+
+
+@pytest.fixture(scope="session")
+def random_params() -> Callable[[DecoderConfig], dict[str, jax.Array]]:
+    """Parameters by name in which every value is random and none is small: norms and biases too."""
+
+    def make(config: DecoderConfig) -> dict[str, jax.Array]:
+        rng = np.random.default_rng(0)
+        values = {
+            name: jnp.asarray(rng.normal(size=a.shape), jnp.float32) for name, a in abstract_params(config).items()
+        }
+        return {name: 1 + 0.3 * v if "norm" in name else 0.3 * v for name, v in values.items()}
+
+    return make

@@ -14,7 +14,6 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
-    "inputs": jax.checkpoint_policies.save_only_these_names("attention", "feed_forward"),
 }
 
 
@@ -24,15 +23,15 @@ class Compute:
 
     dtype: type of activations; auto is bfloat16 on TPU and GPU, float32 on CPU. Softmax, norms and loss stay float32.
     scan_layers: compile the repeating pattern of layers once and scan over it; off is faster on CPU.
-    remat: what the backward pass computes again: none of it, a full layer, all but dots (matrix products), all but
-      attention outputs, all but the inputs of residual additions.
+    remat: what the backward pass computes again: none of it, a full layer, all but dots (products with weights), all
+      but attention outputs.
     attention_kernel: kernel by name (reference, blockwise), or auto.
     loss_chunk: positions of each row whose logits exist at a time in the loss.
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     scan_layers: bool = True
-    remat: Literal["none", "full", "dots", "attention", "inputs"] = "none"
+    remat: Literal["none", "full", "dots", "attention"] = "none"
     attention_kernel: str = "auto"
     loss_chunk: int = 128
 

@@ -131,7 +131,7 @@ class Block(nnx.Module):
             x = x + checkpoint_name(y, "attention")
         with jax.named_scope("feed_forward"):
             y, aux = self.feed_forward(self.post_attention_layernorm(x))
-            x = x + checkpoint_name(y, "feed_forward")
+            x = x + y
         return x, aux, cache
 
 
