@@ -1,0 +1,35 @@
+# From a bare clone: `make demo`, `make test`. All of it happens in .venv.
+
+SHELL := /bin/bash
+# The first Python on the PATH that runs (pyenv's shims may not) and is new enough.
+PYTHON := $(shell for p in python3.12 python3 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+
+.PHONY: install test test-slow lint demo
+
+install: .venv/installed
+
+# Again only when the requirements change.
+.venv/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "llama_jax needs Python 3.12 or newer, and there is none on the PATH." >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@echo "Installing into .venv (minutes the first time)..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+test: lint
+	$(BIN)/pytest
+
+test-slow: install
+	$(BIN)/pytest -m slow
+
+# A small Llama on the interpreter's own standard library, then what it writes.
+demo: install
+	$(BIN)/python train.py tiny_python --run-dir runs/demo
+	$(BIN)/python sample.py runs/demo --prompt "def " --max-new-tokens 200
