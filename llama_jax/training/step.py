@@ -85,7 +85,7 @@ def make_train_step(
         rate = learning_rate(state.step, hyper)
         updates, opt_state = make_optimizer(hyper).update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-        metrics |= {"learning_rate": rate, "grad_norm": optax.global_norm(grads), "num_targets": denominator}
+        metrics |= {"learning_rate": rate, "grad_norm": optax.tree.norm(grads), "num_targets": denominator}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return jax.jit(train_step, donate_argnums=0)

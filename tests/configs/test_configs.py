@@ -1,0 +1,79 @@
+"""Every file of configs/ loads, its command is complete, and its train step builds with nothing allocated."""
+
+import shlex
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import llama_jax
+from llama_jax.__main__ import _parse
+from llama_jax.config import config_names, load_config_module, override
+from llama_jax.models import abstract_params
+from llama_jax.parallel import make_mesh
+from llama_jax.training import init_state, make_train_step, train_flops_per_token
+
+PRETRAINING = ("llama1_7b", "llama2_7b", "llama2_70b", "llama3_2_1b", "llama3_8b")
+
+
+def command(name: str) -> list[str]:
+    """The words of the first command in a config's docstring."""
+    lines = (load_config_module(name).__doc__ or "").splitlines()
+    return shlex.split(next((line for line in lines if line.startswith("python train.py ")), ""))
+
+
+def config_of(name: str) -> llama_jax.RunConfig:
+    """The config as its own command gives it."""
+    _, options, _ = _parse(command(name)[2:])
+    return override(load_config_module(name).get_config(), options)
+
+
+def test_the_configs_are_found():
+    assert {"tiny_python", "tiny_shakespeare", *PRETRAINING} <= set(config_names())
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_the_command_in_the_docstring_is_complete(name: str):
+    assert command(name)[:3] == ["python", "train.py", name]
+    assert config_of(name).data.path != ()
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_train_step_builds_with_nothing_allocated(name: str):
+    config = config_of(name)
+    config.check_mesh(8)
+    step = make_train_step(config.model, config.compute, accumulation_steps=config.optimizer.accumulation_steps)
+
+    def first_update(params: dict[str, jax.Array], batch: dict[str, jax.Array]):
+        hyper = config.optimizer.hyper(config.num_steps)
+        before = init_state(params, hyper)
+        after, metrics = step(before, batch, hyper)
+        return [(state.params, state.opt_state) for state in (before, after)], metrics
+
+    shape = (config.global_batch_size, config.sequence_length)
+    kinds = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {"weights": jnp.float32}
+    with jax.set_mesh(make_mesh(config.mesh)):
+        batch = {field: jax.ShapeDtypeStruct(shape, dtype) for field, dtype in kinds.items()}
+        (before, after), metrics = jax.eval_shape(first_update, abstract_params(config.model), batch)
+    # A step's result is the next one's argument: same shapes, types and, for what is not a scalar, shardings.
+    kind = lambda tree: [(a.shape, a.dtype, a.ndim and a.sharding) for a in jax.tree.leaves(tree)]  # noqa: E731
+    assert kind(after) == kind(before)
+    assert metrics["loss"].shape == ()
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_the_cost_in_the_docstring_is_the_config_s(name: str):
+    config, doc = config_of(name), load_config_module(name).__doc__ or ""
+    assert config.global_batch_size * config.sequence_length == 4 * 2**20
+    config.check_mesh(256)
+    tokens = config.num_steps * 4 * 2**20
+    flops = f"{train_flops_per_token(config.model, config.sequence_length) * tokens:.2e}".replace("e+", "e")
+    for figure in (f"{llama_jax.num_parameters(config.model):,} parameters", f"{config.num_steps:,} steps", flops):
+        assert figure in doc.replace("\n", " ")
+
+
+@pytest.mark.parametrize("name", ["tiny_shakespeare", *PRETRAINING])
+def test_a_forgotten_text_is_one_sentence(name: str, tmp_path):
+    with pytest.raises(llama_jax.UserError, match=r"--data\.path"):
+        llama_jax.train(llama_jax.load_config(name), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
