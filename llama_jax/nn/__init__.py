@@ -1,26 +1,38 @@
 """The pieces of a model, each a small frozen config dataclass with the module that it builds.
 
 In: a width and a stream of random keys, `config.build(width, rngs=rngs)`. Out: an NNX module. A new attention, norm or
-feed-forward is one file here, or one class in a notebook: derive the config from `Mixer`, `FeedForward` or `Norm`.
+feed-forward is one file here, or one class in a notebook: derive the config from `Mixer`, `FeedForward` or `Norm`, what
+it builds from `MixerModule` or `FeedForwardModule`.
 """
 
 from llama_jax.nn.attention.grouped_query import GroupedQuery
+from llama_jax.nn.attention.kernels import attend
 from llama_jax.nn.feed_forward import SwiGLU
-from llama_jax.nn.mixer import FeedForward, Mixer
+from llama_jax.nn.masks import AttentionMask
+from llama_jax.nn.mixer import FeedForward, FeedForwardModule, Mixer, MixerModule
 from llama_jax.nn.norms import Norm, RMSNorm
+from llama_jax.nn.parameters import Projection, child, parameter, use
 from llama_jax.nn.positions import LinearScaling, Llama3Scaling, NTKScaling, Rope, RopeScaling, YarnScaling
 
 __all__ = [
+    "AttentionMask",
     "FeedForward",
+    "FeedForwardModule",
     "GroupedQuery",
     "LinearScaling",
     "Llama3Scaling",
     "Mixer",
+    "MixerModule",
     "NTKScaling",
     "Norm",
+    "Projection",
     "RMSNorm",
     "Rope",
     "RopeScaling",
     "SwiGLU",
     "YarnScaling",
+    "attend",
+    "child",
+    "parameter",
+    "use",
 ]
