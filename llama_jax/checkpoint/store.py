@@ -73,13 +73,15 @@ class CheckpointStore:
     def save(self, state: TrainState, *, val_loss: float | None = None) -> None:
         """Starts saving `state` under its step; the arrays are copied before this returns, so they may be donated."""
         metrics = None if val_loss is None else {"val_loss": val_loss}
-        self._orbax.save_checkpointables_async(int(state.step), {_STATE: to_disk(state)}, metrics=metrics)
+        # Forced, or Orbax skips a save while the one before it is still being written.
+        self._orbax.save_checkpointables_async(int(state.step), {_STATE: to_disk(state)}, metrics=metrics, force=True)
 
     def wait(self) -> None:
         """Returns when everything saved is on disk."""
         self._orbax.wait()
 
     def close(self) -> None:
+        """Waits as `wait` does, and ends the threads that save."""
         self._orbax.close()
 
     def load(self, step: int, abstract: TrainState) -> TrainState:
@@ -96,9 +98,10 @@ class CheckpointStore:
             there = ", ".join(map(str, self.steps())) or "none"
             raise UserError(f"'{self.directory}' has no checkpoint of step {step}: there are {there}")
         self._compare(step, abstract, whole)
-        options = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=not whole))
+        context = ocp.Context()
+        context.pytree.loading.partial_load = not whole
         try:
-            with ocp.Context(pytree_options=options):
+            with context:
                 return self._orbax.load_checkpointables(step, {_STATE: abstract})[_STATE]
         except (ValueError, FileNotFoundError, KeyError, TypeError) as error:
             raise UserError(

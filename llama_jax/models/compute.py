@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.config import UserError
+from llama_jax.nn.attention.kernels import KERNELS
 
 # What the backward pass of a layer finds saved; the rest it computes again.
 REMAT_POLICIES = {
@@ -36,6 +37,10 @@ class Compute:
     loss_chunk: int = 128
 
     def __post_init__(self) -> None:
+        if self.attention_kernel != "auto" and self.attention_kernel not in KERNELS:
+            raise UserError(
+                f"attention_kernel={self.attention_kernel!r} does not exist: the kernels are auto, {', '.join(KERNELS)}"
+            )
         if self.loss_chunk < 1:
             raise UserError(f"loss_chunk={self.loss_chunk} must be at least 1")
 

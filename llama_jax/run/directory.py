@@ -23,6 +23,8 @@ from llama_jax.tokenizers import Tokenizer, load_tokenizer
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
+DATA_FILE = "data.json"
+_PARTIAL = ".partial"
 # What may differ when a run is continued: how it is computed and told, not what it learns.
 CHANGEABLE = (
     "num_steps",
@@ -48,7 +50,9 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """One dict per logged step: `step`, `loss`, `learning_rate`, `grad_norm`, ..., `val_loss` where measured."""
         file = self.directory / METRICS_FILE
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+        # A line without its end is one that a killed process did not finish.
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint."""
@@ -60,8 +64,19 @@ class Run:
 
     @functools.cached_property
     def corpus(self) -> Corpus:
-        """The run's text, tokenized; prepared again where the cache is gone."""
-        return prepare(self.config.data, self.tokenizer)
+        """The run's text, tokenized; prepared again where the cache is gone. Raises UserError where it has changed."""
+        corpus = prepare(self.config.data, self.tokenizer)
+        self.check_corpus(corpus)
+        return corpus
+
+    def check_corpus(self, corpus: Corpus) -> None:
+        """Raises UserError where `corpus` is not the one that this run began with."""
+        file = self.directory / DATA_FILE
+        if file.exists() and read_json(file) != _summary(corpus):
+            raise UserError(
+                f"the files of data.path={', '.join(self.config.data.path)} are not what '{self.directory}' began "
+                "with: bring them back, or give another --run-dir"
+            )
 
     def batch(self, step: int) -> Batch:
         """The exact global batch that the update from `step` to `step + 1` used: numpy arrays [B, T]."""
@@ -86,8 +101,11 @@ def open_run(directory: str | Path, components: Sequence[type] = ()) -> Run:
     return Run(directory, from_json(RunConfig, read_json(directory / CONFIG_FILE), components), components)
 
 
-def start_run(directory: Path, config: RunConfig, components: Sequence[type]) -> Run:
-    """A run of `config` in `directory`, new or continued. Raises UserError where another run is there."""
+def find_run(directory: Path, config: RunConfig, components: Sequence[type]) -> Run:
+    """A run of `config` in `directory`, new or to be continued; writes nothing.
+
+    Raises UserError where another run is there, or files of something else.
+    """
     if (directory / CONFIG_FILE).exists():
         before = {key: value for key, _, value in leaves(open_run(directory, components).config)}
         now = {key: value for key, _, value in leaves(config)}
@@ -97,15 +115,37 @@ def start_run(directory: Path, config: RunConfig, components: Sequence[type]) ->
                     f"'{directory}' holds a run with {key}={before.get(key)!r}, not {now.get(key)!r}: "
                     "continue it unchanged, or give another --run-dir"
                 )
-    elif directory.is_dir() and any(directory.iterdir()):
+    elif directory.exists() and not directory.is_dir():
+        raise UserError(f"'{directory}' is a file: give another --run-dir")
+    elif directory.is_dir() and any(not file.name.endswith(_PARTIAL) for file in directory.iterdir()):
         raise UserError(f"'{directory}' is not empty and not a run: give another --run-dir")
-    directory.mkdir(parents=True, exist_ok=True)
-    write_text(directory / CONFIG_FILE, json.dumps(to_json(config), indent=2) + "\n")
     return Run(directory, config, components)
+
+
+def start_run(run: Run, tokenizer: Tokenizer, corpus: Corpus) -> None:
+    """Writes the run's directory: config, tokenizer, and what identifies its text. Raises UserError where that differs
+    from a run that is continued."""
+    run.check_corpus(corpus)
+    directory = run.directory
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run directory '{directory}' cannot be made ({error.strerror}): give another") from None
+    # The config first: with it, a directory that was left half-made is a run to continue.
+    write_text(directory / CONFIG_FILE, json.dumps(to_json(run.config), indent=2) + "\n")
+    if not (directory / TOKENIZER_DIRECTORY).is_dir():
+        partial = directory / f".{TOKENIZER_DIRECTORY}{_PARTIAL}"
+        tokenizer.save(partial)
+        partial.rename(directory / TOKENIZER_DIRECTORY)
+    write_text(directory / DATA_FILE, json.dumps(_summary(corpus), indent=2) + "\n")
+
+
+def _summary(corpus: Corpus) -> dict[str, Any]:
+    return {"content_hash": corpus.content_hash, "num_tokens": corpus.num_tokens, "num_bytes": corpus.num_bytes}
 
 
 def write_text(file: Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
+    partial = file.with_name(f".{file.name}{_PARTIAL}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)

@@ -1,5 +1,6 @@
 """Where a run's numbers go: the terminal, metrics.jsonl, TensorBoard, Weights & Biases."""
 
+import importlib.util
 import json
 import time
 from pathlib import Path
@@ -10,9 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from llama_jax.config import UserError
+from llama_jax.run.config import LoggingConfig
 from llama_jax.run.directory import METRICS_FILE, Run, write_text
 
 Metrics = dict[str, Any]
+NOTEBOOK_SECONDS = 0.2  # between two drawings of a bar in a notebook
 
 
 class Writer(Protocol):
@@ -39,10 +42,8 @@ class JsonLines:
 
 class TensorBoard:
     def __init__(self, directory: Path):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise UserError("logging.tensorboard needs an extra: pip install 'llama_jax[tensorboard]'") from None
+        from tensorboardX import SummaryWriter
+
         self._writer = SummaryWriter(str(directory))
 
     def write(self, metrics: Metrics) -> None:
@@ -56,10 +57,8 @@ class TensorBoard:
 
 class WeightsAndBiases:
     def __init__(self, project: str, run: Run):
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("logging.wandb_project needs an extra: pip install 'llama_jax[wandb]'") from None
+        import wandb  # type: ignore[import-not-found]
+
         self._run = wandb.init(project=project, name=run.directory.name, dir=str(run.directory), resume="allow")
 
     def write(self, metrics: Metrics) -> None:
@@ -69,8 +68,18 @@ class WeightsAndBiases:
         self._run.finish()
 
 
+def check_writers(config: LoggingConfig) -> None:
+    """Raises UserError where a writer that is asked for is not installed."""
+    for key, wanted, module, extra in (
+        ("tensorboard", config.tensorboard, "tensorboardX", "tensorboard"),
+        ("wandb_project", config.wandb_project is not None, "wandb", "wandb"),
+    ):
+        if wanted and importlib.util.find_spec(module) is None:
+            raise UserError(f"logging.{key} needs an extra: pip install 'llama_jax[{extra}]'")
+
+
 class Bar:
-    """A progress bar on a terminal, plain lines elsewhere; a quiet one (other processes) says nothing.
+    """A progress bar on a terminal or in a notebook, plain lines elsewhere; a quiet one (other processes) says nothing.
 
     `total` counts steps; the bar's own clock estimates the rest from the steps of this process.
     """
@@ -80,6 +89,10 @@ class Bar:
     ):
         self._console = console or Console(quiet=quiet)
         self._total, self._start, self._began = total, start, time.monotonic()
+        self._notebook = self._console.is_jupyter and not quiet
+        self._plain = quiet or not (self._console.is_terminal or self._notebook)
+        self._cell: Any = None  # the notebook's handle on the bar
+        self._drawn = 0.0
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
@@ -87,22 +100,33 @@ class Bar:
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not self._console.is_terminal or quiet,
+            disable=self._plain,
             expand=True,
         )
         self._task: TaskID = self._progress.add_task(description, total=total, completed=start, numbers="")
 
     def __enter__(self) -> "Bar":
-        self._progress.start()
+        if self._notebook:  # rich's own live display needs ipywidgets there
+            from IPython.display import display  # type: ignore[import-not-found]
+
+            self._cell = display(self._progress, display_id=True)
+        else:
+            self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._notebook:
+            self._cell.update(self._progress)
+        else:
+            self._progress.stop()
 
     def advance(self, step: int) -> None:
         self._progress.update(self._task, completed=step)
+        if self._cell is not None and time.monotonic() - self._drawn > NOTEBOOK_SECONDS:
+            self._drawn = time.monotonic()
+            self._cell.update(self._progress)
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
@@ -115,7 +139,7 @@ class Bar:
             parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
         if metrics.get("mfu"):
             parts.append(f"MFU {100 * metrics['mfu']:.1f}%")
-        if self._progress.disable:
+        if self._plain:
             step = metrics["step"]
             done = step - self._start
             left = (time.monotonic() - self._began) / done * (self._total - step) if done else 0

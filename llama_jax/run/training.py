@@ -20,8 +20,9 @@ from llama_jax.data import Batches, Corpus, ValidationBatches, prepare, read_tex
 from llama_jax.models import initialize
 from llama_jax.parallel import make_mesh, spec
 from llama_jax.run.config import RunConfig
-from llama_jax.run.directory import SAMPLES_FILE, Run, start_run, write_text
-from llama_jax.run.reporting import Bar, JsonLines, TensorBoard, WeightsAndBiases, Writer
+from llama_jax.run.directory import SAMPLES_FILE, Run, find_run, start_run, write_text
+from llama_jax.run.reporting import Bar, JsonLines, TensorBoard, WeightsAndBiases, Writer, check_writers
+from llama_jax.sampling import generate_text
 from llama_jax.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from llama_jax.training import (
     TrainState,
@@ -31,6 +32,8 @@ from llama_jax.training import (
     peak_flops,
     train_flops_per_token,
 )
+
+SAMPLE_TOKENS = 128
 
 
 class RunFailed(RuntimeError):
@@ -47,36 +50,47 @@ def train(config: RunConfig, run_dir: str | Path, *, components: Sequence[type] 
     Returns the finished run. Raises UserError for a config that cannot run here or that is not this directory's,
     RunFailed when the loss is no longer finite, Preempted after a termination signal, with a checkpoint saved.
     """
+    # All that can be wrong is found out before anything is written.
     config.check_mesh(jax.device_count())
-    run = start_run(Path(run_dir), config, components)
-    main = jax.process_index() == 0
+    check_writers(config.logging)
+    run = find_run(Path(run_dir), config, components)
     tokenizer = _tokenizer(run)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, more than model.vocab_size={config.model.vocab_size}: "
             f"set model.vocab_size to {tokenizer.vocab_size} or more"
         )
-    corpus = _prepare(config, tokenizer, quiet=not main)
+    sample_tokens = _sample_tokens(config, tokenizer)
+    corpus = _prepare(config, tokenizer, quiet=jax.process_index() != 0)
     with jax.set_mesh(make_mesh(config.mesh)):
-        _Loop(run, tokenizer, corpus).run()
+        loop = _Loop(run, corpus, sample_tokens)
+        start_run(run, tokenizer, corpus)
+        loop.run()
     return run
 
 
 def _tokenizer(run: Run) -> Tokenizer:
     """The run's tokenizer, from its directory once it is there."""
-    directory, config = run.directory / TOKENIZER_DIRECTORY, run.config
-    if directory.is_dir():
-        return load_tokenizer(directory)
-    if config.tokenizer.path is not None:
-        tokenizer = load_tokenizer(config.tokenizer.path)
-    else:
-        tokenizer = train_tokenizer(
-            read_texts(config.data, "train"), kind=config.tokenizer.kind, vocab_size=config.tokenizer.vocab_size
-        )
-    partial = directory.with_name(".tokenizer.partial")
-    tokenizer.save(partial)
-    partial.rename(directory)
-    return tokenizer
+    if (run.directory / TOKENIZER_DIRECTORY).is_dir():
+        return run.tokenizer
+    config = run.config.tokenizer
+    if config.path is not None:
+        return load_tokenizer(config.path)
+    return train_tokenizer(read_texts(run.config.data, "train"), kind=config.kind, vocab_size=config.vocab_size)
+
+
+def _sample_tokens(config: RunConfig, tokenizer: Tokenizer) -> int:
+    """How many tokens the model can write after the longest of the prompts."""
+    left = config.model.max_positions
+    for prompt in config.logging.sample_prompts:
+        size = len(tokenizer.encode(prompt, bos=True))
+        if size >= config.model.max_positions:
+            raise UserError(
+                f"a prompt of logging.sample_prompts has {size} tokens, and model.max_positions="
+                f"{config.model.max_positions} leaves no room to continue it: shorten it"
+            )
+        left = min(left, config.model.max_positions - size)
+    return min(SAMPLE_TOKENS, left)
 
 
 def _prepare(config: RunConfig, tokenizer: Tokenizer, *, quiet: bool) -> Corpus:
@@ -94,9 +108,9 @@ def _prepare(config: RunConfig, tokenizer: Tokenizer, *, quiet: bool) -> Corpus:
 class _Loop:
     """One process's part of a run."""
 
-    def __init__(self, run: Run, tokenizer: Tokenizer, corpus: Corpus):
+    def __init__(self, run: Run, corpus: Corpus, sample_tokens: int):
         config = run.config
-        self.run_, self.config, self.tokenizer, self.corpus = run, config, tokenizer, corpus
+        self.run_, self.config, self.corpus, self.sample_tokens = run, config, corpus, sample_tokens
         self.main = jax.process_index() == 0
         shape: dict[str, Any] = {
             "global_batch_size": config.global_batch_size,
@@ -111,7 +125,6 @@ class _Loop:
         )
         self.eval_step = make_eval_step(config.model, config.compute)
         self.hyper = config.optimizer.hyper(config.num_steps)
-        self.store = CheckpointStore(run.directory / CHECKPOINTS_DIRECTORY, config.checkpoint)
         self.tokens_per_step = config.global_batch_size * config.sequence_length
         flops = train_flops_per_token(config.model, config.sequence_length)
         peak = peak_flops(jax.local_devices()[0], config.compute.jax_dtype) * jax.device_count()
@@ -120,7 +133,16 @@ class _Loop:
 
     def run(self) -> None:
         config = self.config
-        state = self._state()
+        with contextlib.closing(
+            CheckpointStore(self.run_.directory / CHECKPOINTS_DIRECTORY, config.checkpoint)
+        ) as store:
+            self._train(store)
+        if config.logging.sample_prompts and jax.process_count() == 1:
+            self._sample()
+
+    def _train(self, store: CheckpointStore) -> None:
+        config = self.config
+        state = self._state(store)
         start = int(state.step)
         with (
             contextlib.closing(_Writers(self.run_, start, self.main)) as writers,
@@ -129,74 +151,71 @@ class _Loop:
         ):
             if start:
                 bar.say(f"continuing '{self.run_.directory}' from step {start}")
-            state = self._steps(state, start, bar, writers)
-            self._finish(state, bar)
+            self._steps(state, start, store, bar, writers)
 
-    def _state(self) -> TrainState:
+    def _state(self, store: CheckpointStore) -> TrainState:
         """The latest checkpoint's state, or a new one."""
         make = jax.jit(init_state)
-        steps = self.store.steps()
+        steps = store.steps()
         if not steps:
             return make(initialize(self.config.model, self.config.seed), self.hyper)
         abstract = jax.eval_shape(lambda: make(initialize(self.config.model, self.config.seed), self.hyper))
         mesh = jax.sharding.get_mesh()
         placed = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, a.sharding.spec)), abstract
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, jax.typeof(a).sharding.spec)),
+            abstract,
         )
-        return self.store.load(steps[-1], placed)
+        return store.load(steps[-1], placed)
 
-    def _steps(self, state: TrainState, start: int, bar: Bar, writers: "_Writers") -> TrainState:
+    def _steps(self, state: TrainState, start: int, store: CheckpointStore, bar: Bar, writers: "_Writers") -> None:
         config, log, num_steps = self.config, self.config.logging, self.config.num_steps
         batches = self.batches.iterate(start)
         pending: dict[str, Any] | None = None
         clock = _Clock(start)
-        for step in range(start, num_steps):
-            self._profile(step)
-            state, metrics = self.train_step(state, to_devices(next(batches)), self.hyper)
-            done = step + 1
-            # Only now, with the next step already on its way, does the host wait for the last one's numbers.
-            if pending is not None:
-                self._log(pending, clock, bar, writers)
-            pending = {"step": done} | metrics
-            bar.advance(done)
-            stopping = self.stopped_by is not None
-            validates = len(self.validation) > 0 and (done % log.validate_every_steps == 0 or done == num_steps)
-            saves = done % config.checkpoint.every_steps == 0 or done == num_steps or stopping
-            if validates or saves:
-                val: dict[str, float] = {}
-                jax.block_until_ready(metrics)
-                with clock.paused():
-                    if validates:
-                        val = self._validate(state)
-                        bar.say(f"step {done}/{num_steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in val.items()))
-                    pending |= val
+        with contextlib.ExitStack() as recording:
+            for step in range(start, num_steps):
+                self._profile(step, state, recording)
+                state, metrics = self.train_step(state, to_devices(next(batches)), self.hyper)
+                done = step + 1
+                # Only now, with the next step already on its way, does the host wait for the last one's numbers.
+                if pending is not None:
                     self._log(pending, clock, bar, writers)
-                    pending = None
-                    if saves:
-                        self.store.save(state, val_loss=val.get("val_loss"))
-            if stopping:
-                self.store.wait()
-                raise Preempted(f"stopped at step {done} with a checkpoint saved: start again to continue")
-        self.store.wait()
-        return state
+                pending = {"step": done} | metrics
+                bar.advance(done)
+                stopping = self.stopped_by is not None
+                validates = len(self.validation) > 0 and (done % log.validate_every_steps == 0 or done == num_steps)
+                saves = done % config.checkpoint.every_steps == 0 or done == num_steps or stopping
+                if validates or saves:
+                    val: dict[str, float] = {}
+                    jax.block_until_ready(metrics)
+                    with clock.paused():
+                        if validates:
+                            val = self._validate(state)
+                            bar.say(f"step {done}/{num_steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in val.items()))
+                        self._log(pending | val, clock, bar, writers)
+                        pending = None
+                        if saves:
+                            store.save(state, val_loss=val.get("val_loss"))
+                if stopping:
+                    store.wait()
+                    raise Preempted(f"stopped at step {done} with a checkpoint saved: start again to continue")
 
     def _log(self, metrics: dict[str, Any], clock: "_Clock", bar: Bar, writers: "_Writers") -> None:
-        step = metrics["step"]
-        is_due = step % self.config.logging.every_steps == 0 or step == self.config.num_steps or "val_loss" in metrics
-        if not is_due and step != 1:
-            return
-        values = {k: v if isinstance(v, int) else float(v) for k, v in metrics.items()}
-        speed = clock.speed(step)
-        if speed is not None:
-            values["tokens_per_second"] = speed * self.tokens_per_step
-            values["mfu"] = values["tokens_per_second"] * self.mfu_per_speed
-        bar.show(values)
-        writers.write(values)
-        if not math.isfinite(values["loss"]):
-            raise RunFailed(
-                f"the loss at step {step} is {values['loss']}: lower optimizer.learning_rate or raise "
-                "optimizer.warmup_steps; the checkpoints before it are kept"
-            )
+        step, every = metrics["step"], self.config.logging.every_steps
+        if step % every == 0 or step in (1, self.config.num_steps) or "val_loss" in metrics:
+            values = {k: v if isinstance(v, int) else float(v) for k, v in metrics.items()}
+            speed = clock.speed(step)
+            if speed is not None:
+                values["tokens_per_second"] = speed * self.tokens_per_step
+                values["mfu"] = values["tokens_per_second"] * self.mfu_per_speed
+            bar.show(values)
+            writers.write(values)
+        for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
+            if not math.isfinite(value := float(metrics[name])):
+                raise RunFailed(
+                    f"the {what} at step {step} is {value}: lower optimizer.learning_rate or raise "
+                    "optimizer.warmup_steps; the checkpoints before it are kept"
+                )
 
     def _validate(self, state: TrainState) -> dict[str, float]:
         nats, targets = 0.0, 0.0
@@ -208,25 +227,23 @@ class _Loop:
             values["val_bits_per_byte"] = nats / math.log(2) / self.corpus.num_bytes["validation"]
         return values
 
-    def _finish(self, state: TrainState, bar: Bar) -> None:
-        self.store.close()
-        prompts = self.config.logging.sample_prompts
-        if prompts and jax.process_count() == 1:
-            from llama_jax.sampling import generate_text
+    def _sample(self) -> None:
+        prompts = list(self.config.logging.sample_prompts)
+        texts = generate_text(
+            self.run_.load(), prompts, max_new_tokens=self.sample_tokens, temperature=0.8, seed=self.config.seed
+        )
+        samples = "\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True))
+        write_text(self.run_.directory / SAMPLES_FILE, samples + "\n")
 
-            lm = self.run_.load()
-            texts = generate_text(lm, list(prompts), max_new_tokens=128, temperature=0.8, seed=self.config.seed)
-            samples = "\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True))
-            write_text(self.run_.directory / SAMPLES_FILE, samples + "\n")
-
-    def _profile(self, step: int) -> None:
+    def _profile(self, step: int, state: TrainState, recording: contextlib.ExitStack) -> None:
         profile = self.config.profile
         if profile.start_step is None:
             return
         if step == profile.start_step:
-            jax.profiler.start_trace(str(self.run_.directory / "profile"))
+            recording.enter_context(jax.profiler.trace(str(self.run_.directory / "profile")))
         elif step == profile.start_step + profile.num_steps:
-            jax.profiler.stop_trace()
+            jax.block_until_ready(state)
+            recording.close()
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -253,21 +270,27 @@ class _Clock:
     """Steps per second of training alone: the first step (compilation) and pauses are not counted."""
 
     def __init__(self, start: int):
-        self._last_step, self._last, self._paused, self._first = start, time.perf_counter(), 0.0, True
+        self._step, self._seconds, self._first = start, 0.0, True
+        self._since: float | None = time.perf_counter()  # None in a pause
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        began = time.perf_counter()
+        self._count()
+        self._since = None
         yield
-        self._paused += time.perf_counter() - began
+        self._since = time.perf_counter()
 
     def speed(self, step: int) -> float | None:
         """Steps per second since the last call; None for the first."""
-        now = time.perf_counter()
-        seconds, steps = now - self._last - self._paused, step - self._last_step
-        first, self._first = self._first, False
-        self._last, self._last_step, self._paused = now, step, 0.0
+        self._count()
+        seconds, steps, first = self._seconds, step - self._step, self._first
+        self._step, self._seconds, self._first = step, 0.0, False
         return None if first or seconds <= 0 or steps <= 0 else steps / seconds
+
+    def _count(self) -> None:
+        if self._since is not None:
+            now = time.perf_counter()
+            self._seconds, self._since = self._seconds + now - self._since, now
 
 
 class _Writers:

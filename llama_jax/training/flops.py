@@ -30,7 +30,7 @@ def train_flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
     """FLOPs of the matrix products of one token's forward and backward pass.
 
     6 per matrix parameter, the embedding counted only where it is the head; attention scores counted at half, since
-    causal attention needs only that half; nothing recomputed counted (as Chowdhery et al. 2022, appendix B, but halved).
+    causal attention needs only that half; nothing recomputed counted (as Chowdhery et al. 2022, appendix B, halved).
     """
     matrices = sum(
         math.prod(p.shape) for name, p in abstract_params(config).items() if is_matrix(name, p)
@@ -51,13 +51,14 @@ def peak_flops(device: jax.Device, dtype: jnp.dtype) -> float:
 @functools.cache
 def _measured_peak(device: jax.Device, dtype: str, size: int = 1536, repeats: int = 5) -> float:
     """FLOP/s of the fastest of a few square products, shared by the devices of a host where these share its cores."""
-    a = jax.device_put(jnp.ones((size, size), dtype), device)
     product = jax.jit(lambda a: a @ a)
-    product(a).block_until_ready()
     seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
+    with jax.set_mesh(jax.make_mesh((1,), ("one",), devices=[device])):
+        a = jnp.ones((size, size), dtype)
         product(a).block_until_ready()
-        seconds.append(time.perf_counter() - start)
+        for _ in range(repeats):
+            start = time.perf_counter()
+            product(a).block_until_ready()
+            seconds.append(time.perf_counter() - start)
     sharing = jax.local_device_count() if device.platform == "cpu" else 1
     return 2 * size**3 / min(seconds) / sharing
