@@ -13,7 +13,7 @@ from llama_jax.config import Component, UserError
 from llama_jax.models.compute import REMAT_POLICIES, Compute
 from llama_jax.nn import FeedForward, Mixer, Norm
 from llama_jax.nn.masks import AttentionMask
-from llama_jax.nn.parameters import Projection, child, parameter, use
+from llama_jax.nn.parameters import Projection, child, matmul, parameter, use
 from llama_jax.parallel import shard, spec
 
 # Of the embedding and the head: logits start near zero and the first loss near ln V.
@@ -187,10 +187,10 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, parts: dict[str, nnx.Module], layers: Layers, compute: Compute):
         self.config, self.compute = config, compute
-        self.embedding = parts["embedding"]
+        self.embedding: Any = parts["embedding"]
         self.layers = layers
         self.norm = parts["norm"]
-        self.lm_head = parts.get("lm_head")
+        self.lm_head: Any = parts.get("lm_head")
 
     def trunk(
         self,
@@ -207,17 +207,13 @@ class Decoder(nnx.Module):
         x, aux = self.layers(x, positions=positions, mask=mask, remat=self.compute.remat)
         return self.norm(x), aux
 
-    def head_weight(self) -> Float[Array, "d v"]:
-        """The matrix from hidden states to logits, ready for use."""
-        if self.lm_head is None:
-            return use(self.embedding.weight, self.compute.jax_dtype).T
-        return use(self.lm_head.weight, self.compute.jax_dtype)
+    def head_weight(self) -> jax.Array:
+        """What `head` multiplies with, as it is stored: [V, D] of a tied model, else [D, V]. Transposing would copy it."""
+        return use((self.embedding if self.lm_head is None else self.lm_head).weight, self.compute.jax_dtype)
 
-    @staticmethod
-    def head(hidden: Float[Array, "b t d"], weight: Float[Array, "d v"]) -> Float[Array, "b t v"]:
+    def head(self, hidden: Float[Array, "b t d"], weight: jax.Array) -> Float[Array, "b t v"]:
         """float32 logits."""
-        sharding = spec("batch", "sequence", "vocab", shape=(*hidden.shape[:2], weight.shape[1]))
-        return jnp.einsum("btd,dv->btv", hidden, weight, preferred_element_type=jnp.float32, out_sharding=sharding)
+        return matmul(hidden, weight, out_axis="vocab", transposed=self.lm_head is None, dtype=jnp.float32)
 
     def __call__(
         self,
@@ -231,12 +227,8 @@ class Decoder(nnx.Module):
         return self.logits(hidden)
 
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
-        """float32 logits. A tied head reads the embedding as it lies: a few rows are not worth transposing it."""
-        if self.lm_head is not None:
-            return self.head(hidden, self.head_weight())
-        table = use(self.embedding.weight, self.compute.jax_dtype)
-        sharding = spec("batch", "sequence", "vocab", shape=(*hidden.shape[:2], table.shape[0]))
-        return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32, out_sharding=sharding)
+        """float32 logits."""
+        return self.head(hidden, self.head_weight())
 
     def init_cache(self, batch: int, length: int) -> list[Any]:
         """Empty caches of all layers for `length` positions."""

@@ -71,22 +71,34 @@ class Projection(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, *in_dims] -> [B, T, *out_dims], in the dtype of x."""
         lead = x.shape[: x.ndim - len(self.in_shape)]
-        in_size, out_size = math.prod(self.in_shape), math.prod(self.out_shape)
-        batch, sequence = fitting("batch", lead[0]), fitting("sequence", lead[1])
-        in_axis = fitting(_gathered(self.in_axes)[0], self.in_shape[0])
-        out_axes = _gathered(self.out_axes)
-        out_axis = fitting(out_axes[0], self.out_shape[0])
-        w = use(self.weight, x.dtype).reshape(in_size, out_size)
-        # XLA:CPU compiles the weight gradient of a three-dimensional product badly: flatten batch and sequence, unless
-        # the sequence is split too (merging two split dimensions is a shuffle).
-        if mesh_axis_sizes().get("context", 1) == 1:
-            y = reshape(x, (lead[0] * lead[1], in_size), batch, in_axis)
-            y = jnp.einsum("td,df->tf", y, w, out_sharding=spec(batch, out_axis))
-        else:
-            y = reshape(x, (*lead, in_size), batch, sequence, in_axis)
-            y = jnp.einsum("btd,df->btf", y, w, out_sharding=spec(batch, sequence, out_axis))
-        y = reshape(y, (*lead, *self.out_shape), batch, sequence, *out_axes)
+        in_axis, out_axes = _gathered(self.in_axes)[0], _gathered(self.out_axes)
+        w = use(self.weight, x.dtype).reshape(math.prod(self.in_shape), math.prod(self.out_shape))
+        in_axis, out_axis = fitting(in_axis, self.in_shape[0]), fitting(out_axes[0], self.out_shape[0])
+        y = matmul(reshape(x, (*lead, w.shape[0]), "batch", "sequence", in_axis), w, in_axis=in_axis, out_axis=out_axis)
+        y = reshape(y, (*lead, *self.out_shape), "batch", "sequence", *out_axes)
         return y if self.bias is None else y + use(self.bias, x.dtype)
+
+
+def matmul(
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    in_axis: str | None = None,
+    out_axis: str | None,
+    transposed: bool = False,
+    dtype: jnp.dtype | None = None,
+) -> jax.Array:
+    """[B, T, I] x [I, O] (or [O, I], transposed) -> [B, T, O] in `dtype`; the axes say how I and O are split."""
+    (b, t, i), dims, o = x.shape, "fd" if transposed else "df", w.shape[0 if transposed else 1]
+    batch, sequence, out_axis = fitting("batch", b), fitting("sequence", t), fitting(out_axis, o)
+    if mesh_axis_sizes().get("context", 1) > 1:
+        sharding = spec(batch, sequence, out_axis)
+        return jnp.einsum(f"btd,{dims}->btf", x, w, preferred_element_type=dtype, out_sharding=sharding)
+    # XLA:CPU compiles the weight gradient of a three-dimensional product badly: flatten batch and sequence, unless the
+    # sequence is split too (merging two split dimensions is a shuffle).
+    x = reshape(x, (b * t, i), batch, in_axis)
+    y = jnp.einsum(f"td,{dims}->tf", x, w, preferred_element_type=dtype, out_sharding=spec(batch, out_axis))
+    return reshape(y, (b, t, o), batch, sequence, out_axis)
 
 
 def _gathered(axes: Sequence[str | None]) -> tuple[str | None, ...]:

@@ -1,0 +1,106 @@
+"""This library: `make_train_step` and `generate`, as a user would call them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from worker import (
+    BETAS,
+    CLIP,
+    EPS,
+    LEARNING_RATE,
+    NORM_EPS,
+    ROPE_THETA,
+    WEIGHT_DECAY,
+    Run,
+    Work,
+    parameters,
+    prompt_tokens,
+    serve,
+    training_tokens,
+)
+
+from llama_jax.models import Compute, DecoderConfig, from_params
+from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU
+from llama_jax.training import OptimizerConfig, init_state, make_train_step
+
+COMPUTE = Compute(dtype="float32", scan_layers=False)
+
+
+def model_config(work: Work) -> DecoderConfig:
+    heads = {name: work[name] for name in ("num_heads", "num_kv_heads", "head_dim")}
+    return DecoderConfig(
+        vocab_size=work["vocab_size"],
+        hidden_size=work["hidden_size"],
+        num_layers=work["num_layers"],
+        max_positions=1024,
+        attention=GroupedQuery(**heads, rope=Rope(ROPE_THETA, None), qkv_bias=False, out_bias=False),
+        feed_forward=SwiGLU(work["intermediate_size"], bias=False),
+        norm=RMSNorm(NORM_EPS),
+        tie_embeddings=work["tie_embeddings"],
+    )
+
+
+def weights(work: Work) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(value) for name, value in parameters(work).items()}
+
+
+def count(params: dict[str, jax.Array]) -> int:
+    return sum(value.size for value in params.values())
+
+
+def train(work: Work) -> tuple[int, Run]:
+    optimizer = OptimizerConfig(
+        learning_rate=LEARNING_RATE,
+        warmup_steps=0,
+        final_fraction=1.0,
+        weight_decay=WEIGHT_DECAY,
+        beta1=BETAS[0],
+        beta2=BETAS[1],
+        eps=EPS,
+        clip_norm=CLIP,
+    )
+    hyper = optimizer.hyper(num_steps=1000)
+    step = make_train_step(model_config(work), COMPUTE)
+    params = weights(work)
+    num_parameters = count(params)
+    state = init_state(params, hyper)
+    batches = training_tokens(work)
+
+    def run(steps: int) -> list:
+        nonlocal state
+        losses = []
+        for _ in range(steps):
+            state, metrics = step(state, batch(next(batches)), hyper)
+            losses.append(metrics["loss"])
+        return [float(loss) for loss in losses]
+
+    return num_parameters, run
+
+
+def batch(tokens: np.ndarray) -> dict[str, np.ndarray]:
+    weights = np.ones(tokens.shape, np.float32)
+    weights[:, -1] = 0  # the target of the last token is not in the batch
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    segment_ids = np.ones(tokens.shape, np.int32)
+    targets = np.roll(tokens, -1, axis=1)
+    fields = {"targets": targets, "weights": weights, "segment_ids": segment_ids, "positions": positions}
+    return {"tokens": tokens} | fields
+
+
+def decode(work: Work) -> tuple[int, Run]:
+    from llama_jax.sampling import generate
+
+    params = weights(work)
+    model = from_params(model_config(work), params, COMPUTE)
+    prompt = prompt_tokens(work)
+
+    def run(steps: int) -> list:
+        for _ in range(steps):
+            tokens = np.asarray(generate(model, prompt, max_new_tokens=work["new_tokens"]))
+        return tokens[:, prompt.shape[1] :].tolist()
+
+    return count(params), run
+
+
+if __name__ == "__main__":
+    serve(["jax", "flax"], {"train": train, "decode": decode})
