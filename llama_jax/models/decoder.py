@@ -208,7 +208,7 @@ class Decoder(nnx.Module):
         return self.norm(x), aux
 
     def head_weight(self) -> jax.Array:
-        """What `head` multiplies with, as it is stored: [V, D] of a tied model, else [D, V]. Transposing would copy it."""
+        """What `head` multiplies with, as it is stored: [V, D] where tied, else [D, V]; transposing would copy it."""
         return use((self.embedding if self.lm_head is None else self.lm_head).weight, self.compute.jax_dtype)
 
     def head(self, hidden: Float[Array, "b t d"], weight: jax.Array) -> Float[Array, "b t v"]:

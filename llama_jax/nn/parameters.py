@@ -8,6 +8,7 @@ changes it.
 import math
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ def matmul(
     in_axis: str | None = None,
     out_axis: str | None,
     transposed: bool = False,
-    dtype: jnp.dtype | None = None,
+    dtype: Any = None,
 ) -> jax.Array:
     """[B, T, I] x [I, O] (or [O, I], transposed) -> [B, T, O] in `dtype`; the axes say how I and O are split."""
     (b, t, i), dims, o = x.shape, "fd" if transposed else "df", w.shape[0 if transposed else 1]
