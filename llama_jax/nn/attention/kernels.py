@@ -52,10 +52,8 @@ def _sharded(kernel, q: Queries, k: Keys, v: Keys, mask: AttentionMask, tensor: 
     k, v = (shard(x, "batch", heads and "kv_heads", None, None) for x in (k, v))
     if mask.segment_ids is not None and q.shape[1] != k.shape[2]:
         raise ValueError("segment ids need as many queries as keys")
-    out = spec("batch", "sequence", "heads", None, shape=q.shape)
-    if fitting("sequence", 2) is None:  # a context axis: the queries of a shard are not the first ones
-        q = shard(q, "batch", None, "heads", None)
-        out = spec("batch", None, "heads", None, shape=q.shape)
+    q = shard(q, "batch", None, "heads", None)  # with a context axis, a shard's queries are not the first ones
+    out = spec("batch", None, "heads", None, shape=q.shape)
     mask = jax.tree.map(lambda x: shard(x, "batch", None), mask)
     y = jax.shard_map(kernel, out_specs=out, check_vma=False)(q, k, v, mask)
     return shard(y, "batch", "sequence", "heads", None)
