@@ -90,7 +90,13 @@ class CheckpointStore:
 
     def load_params(self, step: int, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """The parameters of `step` in the shardings and dtypes of `abstract`, without the optimizer's."""
-        loaded = self._load(step, {_param_key(name): value for name, value in abstract.items()}, whole=False)
+        # Without a sharding Orbax would take the one that it was saved with, on devices that need not exist here.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        placed = {
+            _param_key(name): jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or here)
+            for name, a in abstract.items()
+        }
+        loaded = self._load(step, placed, whole=False)
         return {name: loaded[_param_key(name)] for name in abstract}
 
     def _load(self, step: int, abstract: dict[str, Any], *, whole: bool) -> dict[str, jax.Array]:
