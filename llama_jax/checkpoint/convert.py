@@ -277,12 +277,15 @@ def export_hf(
     params: Mapping[str, jax.Array | np.ndarray],
     directory: str | Path,
     tokenizer: Tokenizer | None = None,
+    *,
+    source: Source | None = None,
 ) -> dict[str, Any]:
     """Writes config.json, safetensors (with an index above 5 GB), tokenizer and receipt; returns the receipt.
 
-    The weights keep their dtype. Raises UserError for a model that no family on Hugging Face has, and for a
-    `directory` that is not empty; ConversionError, leaving nothing behind, where what was written and read again
-    computes other logits than `params`.
+    The weights keep their dtype. Where `params` were imported from `source`, what was written is compared with that
+    too, so that the receipt covers the whole way. Raises UserError for a model that no family on Hugging Face has, and
+    for a `directory` that is not empty; ConversionError, leaving nothing behind, where what was written and read again
+    computes other logits.
     """
     family, data = _family_of(config)
     data["torch_dtype"] = str(next(iter(params.values())).dtype)
@@ -301,6 +304,8 @@ def export_hf(
         jax_params = {name: jnp.asarray(value) for name, value in params.items()}
         receipt = check_conversion(written, params_logits(config, jax_params))
         receipt |= {"source": "llama_jax", "form": "native"}
+        if source is not None:
+            receipt = check_conversion(source, written.logits, dtype=next(iter(jax_params.values())).dtype)
         write_receipt(folder, receipt)
     return receipt
 

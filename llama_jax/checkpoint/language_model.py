@@ -145,7 +145,9 @@ def convert(
     written. Nothing is kept where they disagree.
     """
     if to == "hf":
-        return save(load(source, dtype="float32", components=components), destination, format="hf")
+        lm = load(source, dtype="float32", components=components)
+        original = None if (Path(source) / CHECKPOINTS_DIRECTORY).is_dir() else open_source(source)
+        return export_hf(lm.config, lm.model.params(), destination, lm.tokenizer, source=original)
     opened = open_source(source)
     abstract = abstract_params(opened.config)
     params = load_params(opened, abstract)

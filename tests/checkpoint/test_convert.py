@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.checkpoint import convert
+from llama_jax.checkpoint import convert, language_model
 from llama_jax.checkpoint.formats import Stored
 from llama_jax.checkpoint.formats.huggingface import read_directory, write_safetensors
 from llama_jax.config import UserError
@@ -115,6 +115,16 @@ def test_a_wrong_rotary_layout_is_caught(form, name, monkeypatch):
     source, params = _load(name)
     with pytest.raises(convert.ConversionError, match="differ"):
         convert.check_conversion(source, convert.params_logits(source.config, params))
+
+
+def test_the_receipt_covers_the_way_from_the_source(tmp_path, monkeypatch):
+    """A mistake of the import that the export does not share is caught, though both sides of the export agree."""
+    assert language_model.convert(GOLDENS / "meta_llama2_2_shards", tmp_path / "good", to="hf")["form"] == "meta"
+    table = [dataclasses.replace(w, pattern=PAIRS.get(w.pattern, w.pattern)) for w in llama.META_WEIGHTS]
+    monkeypatch.setattr(llama, "META_WEIGHTS", tuple(table))
+    with pytest.raises(convert.ConversionError, match="meta_llama2_2_shards"):
+        language_model.convert(GOLDENS / "meta_llama2_2_shards", tmp_path / "bad", to="hf")
+    assert [folder.name for folder in tmp_path.iterdir()] == ["good"]
 
 
 def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
