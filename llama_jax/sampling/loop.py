@@ -47,9 +47,9 @@ class SamplingState:
 class Rows:
     """What a caller reads of a state, whole on every device."""
 
-    tokens: Int[Array, "b s"]
-    lengths: Int[Array, " b"]
-    done: Bool[Array, " b"]
+    tokens: Int[Array | np.ndarray, "b s"]
+    lengths: Int[Array | np.ndarray, " b"]
+    done: Bool[Array | np.ndarray, " b"]
 
 
 def bucket(length: int, limit: int) -> int:

@@ -14,20 +14,21 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt
 from llama_jax.config import UserError
 
 Logits = Float[Array, "b v"]
+Number = float | int | Array
 
 
-def top_k(logits: Logits, k: int | Array) -> Logits:
+def top_k(logits: Logits, k: Number) -> Logits:
     """float32 [B, V] with -inf at all but each row's k highest; of equal ones the first. `k` may be traced."""
     return jnp.where(_highest(logits, jnp.ones_like(logits), k), logits, -jnp.inf)
 
 
-def top_p(logits: Logits, p: float | Array) -> Logits:
+def top_p(logits: Logits, p: Number) -> Logits:
     """float32 [B, V] with -inf outside each row's nucleus (Holtzman et al. 2020), the smallest set of the most probable
     tokens that together reach probability p: at least one; of equally probable ones the first. `p` may be traced."""
     return jnp.where(_highest(logits, jax.nn.softmax(logits), p), logits, -jnp.inf)
 
 
-def _highest(logits: Logits, weights: Logits, target: float | Array) -> Bool[Array, "b v"]:
+def _highest(logits: Logits, weights: Logits, target: Number) -> Bool[Array, "b v"]:
     """The smallest set of highest logits whose weights sum to `target`; all of them where none does."""
     rank = _ordered_bits(logits)
 
@@ -63,12 +64,12 @@ def _argmax(x: Logits) -> Int[Array, " b"]:
 class Sampler:
     """How a token is chosen. The values are traced; what is None costs nothing, and greedy is all None."""
 
-    temperature: float | Array | None = None
-    top_k: int | Array | None = None
-    top_p: float | Array | None = None
+    temperature: Number | None = None
+    top_k: Number | None = None
+    top_p: Number | None = None
 
     @classmethod
-    def of(cls, temperature: float, top_k: int | None, top_p: float | None) -> "Sampler":
+    def of(cls, temperature: float | int, top_k: int | None, top_p: float | int | None) -> "Sampler":
         """The sampler of a user's settings; temperature 0 is greedy. Raises UserError for impossible ones."""
         if not 0 <= temperature < float("inf"):
             raise UserError(f"temperature={temperature} must be 0 (greedy) or above")

@@ -1,0 +1,179 @@
+"""Token ids continued: the same tokens as without a cache, a padding, a batch or a mesh."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.config import UserError
+from llama_jax.models import DecoderConfig, Model
+from llama_jax.parallel import make_mesh
+from llama_jax.sampling import Sampler, generate
+from llama_jax.sampling.loop import advance, bucket, start
+
+LENGTHS = np.array([5, 1, 9, 3])
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_config: DecoderConfig) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, tiny_config.vocab_size, (4, 9)).astype(np.int32)
+
+
+def greedy_by_full_forwards(model: Model, prompt: np.ndarray, count: int) -> list[int]:
+    """The plain way: the whole text again for every token. One shape only; what stands behind is never looked at."""
+    tokens = np.zeros((1, 32), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    for position in range(len(prompt), len(prompt) + count):
+        tokens[0, position] = np.asarray(model(jnp.asarray(tokens)))[0, position - 1].argmax()
+    return tokens[0, : len(prompt) + count].tolist()
+
+
+def test_cached_logits_are_those_of_the_full_forward(model: Model, prompts: np.ndarray):
+    """Rows of different lengths: prefill of the padded batch, then one token after another at each row's own end."""
+    full = np.asarray(model(jnp.asarray(prompts)))
+    first = np.array([2, 1, 5, 3])
+
+    def prefill(module, tokens):
+        hidden, cache = module.extend(tokens, cache=module.init_cache(4, 12), lengths=jnp.zeros(4, jnp.int32))
+        return module.logits(hidden), cache
+
+    def extend(module, tokens, cache, lengths):
+        hidden, cache = module.extend(tokens, cache=cache, lengths=lengths)
+        return module.logits(hidden), cache
+
+    logits, cache = model.run(prefill, prompts[:, :5])
+    for row, length in enumerate(first):
+        np.testing.assert_allclose(logits[row, :length], full[row, :length], atol=1e-4)
+    for i in range(4):
+        at = first + i
+        logits, cache = model.run(extend, prompts[np.arange(4), at][:, None], cache, jnp.asarray(at))
+        np.testing.assert_allclose(logits[:, 0], full[np.arange(4), at], atol=1e-4)
+
+
+def test_greedy_is_the_argmax_of_the_full_forward(model: Model, prompts: np.ndarray):
+    out = generate(model, prompts, max_new_tokens=12, prompt_lengths=LENGTHS)
+    assert out.shape == (4, 21)
+    assert out.dtype == np.int32
+    for row, length, prompt in zip(out, LENGTHS, prompts, strict=True):
+        expected = greedy_by_full_forwards(model, prompt[:length], 12)
+        assert len(set(expected[length:])) > 3, "a model that repeats itself proves nothing"
+        assert row[: length + 12].tolist() == expected
+        assert not row[length + 12 :].any()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_what_stands_behind_a_prompt_has_no_effect(model: Model, prompts: np.ndarray, temperature: float):
+    garbage = np.where(np.arange(9) < LENGTHS[:, None], prompts, -7)
+    wide = np.concatenate([garbage, np.full((4, 30), 10**6)], axis=1)
+    settings = {"max_new_tokens": 8, "temperature": temperature, "prompt_lengths": LENGTHS}
+    expected = generate(model, prompts, **settings)
+    np.testing.assert_array_equal(generate(model, garbage, **settings), expected)
+    np.testing.assert_array_equal(generate(model, wide, **settings)[:, :17], expected)
+
+
+def test_rows_know_nothing_of_each_other(model: Model, prompts: np.ndarray):
+    settings = {"max_new_tokens": 8}
+    out = generate(model, prompts, **settings, prompt_lengths=LENGTHS)
+    order = [2, 0, 3, 1]
+    np.testing.assert_array_equal(
+        generate(model, prompts[order], **settings, prompt_lengths=LENGTHS[order]), out[order]
+    )
+    alone = generate(model, prompts[:1, :5], **settings)
+    np.testing.assert_array_equal(alone[0], out[0, :13])
+    settings["temperature"] = 1.5
+    drawn = generate(model, prompts, **settings, prompt_lengths=LENGTHS)
+    np.testing.assert_array_equal(generate(model, prompts[:2], **settings, prompt_lengths=LENGTHS[:2]), drawn[:2])
+
+
+def test_seeds_choose_and_repeat(model: Model, prompts: np.ndarray):
+    def draw(seed: int) -> bytes:
+        return generate(model, prompts, temperature=1.0, top_k=20, top_p=0.95, seed=seed).tobytes()
+
+    assert draw(1) == draw(1)
+    assert len({draw(seed) for seed in range(4)}) == 4
+    same = generate(model, np.repeat(prompts[:1], 4, axis=0), temperature=1.5)
+    assert len({row.tobytes() for row in same}) == 4, "rows of one prompt have to differ"
+
+
+def test_settings_change_what_is_drawn(model: Model, prompts: np.ndarray):
+    def draw(**settings) -> bytes:
+        return generate(model, prompts, **{"temperature": 2.0} | settings).tobytes()
+
+    assert len({draw(), draw(temperature=1.0), draw(top_k=3), draw(top_p=0.3)}) == 4
+    assert draw(top_k=1) == draw(temperature=0.0)
+
+
+def test_a_row_ends_at_eos_and_is_filled_with_it(model: Model, prompts: np.ndarray):
+    settings = {"max_new_tokens": 12, "prompt_lengths": LENGTHS}
+    out = generate(model, prompts, **settings)
+    eos_id = int(out[0, LENGTHS[0] + 4])
+    stopped = generate(model, prompts, **settings, eos_id=eos_id)
+    for row, free, length in zip(stopped, out, LENGTHS, strict=True):
+        new = free[length : length + 12].tolist()
+        count = new.index(eos_id) + 1 if eos_id in new else 12
+        assert row[: length + count].tolist() == free[: length + count].tolist()
+        assert (row[length + count :] == eos_id).all()
+    assert (stopped[0, -8:] == eos_id).all()
+
+
+def test_one_compilation_serves_many_lengths():
+    assert [bucket(n, 300) for n in (1, 16, 17, 64, 65, 200, 300)] == [16, 16, 32, 64, 128, 256, 300]
+
+
+@pytest.mark.parametrize(
+    ("axes", "num_rows"),
+    [({"data": 2, "fsdp": 2, "tensor": 2}, 4), ({"fsdp": 2, "tensor": 4}, 3), ({"fsdp": 8}, 1)],
+)
+def test_a_mesh_changes_nothing(
+    axes: dict, num_rows: int, model: Model, make_model, tiny_config: DecoderConfig, prompts
+):
+    sharded = make_model(tiny_config, make_mesh(axes))
+    settings = {"prompt_lengths": LENGTHS[:num_rows], "eos_id": 7}
+    for drawn in ({}, {"temperature": 1.0, "top_k": 30, "top_p": 0.9, "seed": 3}):
+        out = generate(sharded, prompts[:num_rows], **settings, **drawn)
+        np.testing.assert_array_equal(out, generate(model, prompts[:num_rows], **settings, **drawn))
+
+
+def test_the_cache_is_donated(model: Model, prompts: np.ndarray):
+    settings = {"sampler": Sampler()}
+    state, _ = start(model, prompts, np.full(4, 9), max_new_tokens=8, seed=0, **settings)
+    advance(model, state, 7, **settings)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache))
+
+
+def test_the_context_is_the_limit(model: Model, prompts: np.ndarray):
+    longest = generate(model, prompts, max_new_tokens=55)
+    assert longest.shape == (4, 64)
+    with pytest.raises(UserError, match=r"9 tokens and max_new_tokens=56 .* 64 positions: take at most 55"):
+        generate(model, prompts, max_new_tokens=56)
+    with pytest.raises(UserError, match=r"64 tokens .* shorten the prompt"):
+        generate(model, longest, max_new_tokens=1)
+    # It is the longest prompt that counts, not the padding.
+    assert generate(model, longest, max_new_tokens=4, prompt_lengths=LENGTHS).shape == (4, 68)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"tokens": [[1, 40]]}, "token id 40 is outside the model's vocabulary of 40"),
+        ({"tokens": [[-1, 2]]}, "token id -1 is outside"),
+        ({"tokens": [[1, 2]], "prompt_lengths": [0]}, r"prompt_lengths\[0\]=0 must be from 1 to the tokens' length 2"),
+        ({"tokens": [[1, 2]], "prompt_lengths": [3]}, r"prompt_lengths\[0\]=3 must be"),
+        ({"tokens": [[1, 2]], "prompt_lengths": [1, 1]}, r"shape \(2,\) must have one number for each of 1 rows"),
+        ({"tokens": [1, 2]}, r"tokens of shape \(2,\)"),
+        ({"tokens": [[1.5]]}, "type float64 must be integers"),
+        ({"tokens": [[1]], "max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"tokens": [[1]], "temperature": -1.0}, "temperature=-1.0 must be"),
+    ],
+)
+def test_what_cannot_be_continued(change: dict, sentence: str, model: Model):
+    with pytest.raises(UserError, match=sentence):
+        generate(model, **change)
+
+
+def test_tied_heads_too(make_model, tiny_config: DecoderConfig, prompts: np.ndarray):
+    tied = make_model(dataclasses.replace(tiny_config, tie_embeddings=True))
+    out = generate(tied, prompts[:1], max_new_tokens=6)
+    assert out[0].tolist() == greedy_by_full_forwards(tied, prompts[0], 6)

@@ -1,0 +1,109 @@
+"""Which tokens top-k and top-p leave, and how often a token is drawn."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_jax.config import UserError
+from llama_jax.sampling import Sampler
+from llama_jax.sampling.processors import top_k, top_p
+
+# Small whole weights: many ties, and sums that no rounding moves across a target that lies between them.
+WEIGHTS = st.lists(st.integers(1, 6), min_size=12, max_size=12).filter(lambda w: sum(w) > 0)
+
+
+compiled_top_p = jax.jit(top_p)
+
+
+def kept(logits: jax.Array) -> np.ndarray:
+    return np.isfinite(np.asarray(logits))
+
+
+def highest(weights: np.ndarray, enough) -> np.ndarray:
+    """The plain way: go through the tokens from the highest on until `enough(count, weight so far)`."""
+    keep = np.zeros(len(weights), bool)
+    for token in np.argsort(-weights, kind="stable"):
+        if keep.any() and enough(keep.sum(), weights[keep].sum()):
+            break
+        keep[token] = True
+    return keep
+
+
+@given(st.lists(WEIGHTS, min_size=2, max_size=2), st.integers(1, 14))
+def test_top_k_keeps_the_k_highest_and_the_first_of_equals(rows: list[list[int]], k: int):
+    weights = np.array(rows)
+    logits = jnp.asarray(np.log(weights), jnp.float32)
+    np.testing.assert_array_equal(
+        kept(jax.jit(top_k)(logits, k)), [highest(row, lambda n, _: n >= k) for row in weights]
+    )
+
+
+@given(st.lists(WEIGHTS, min_size=2, max_size=2), st.integers(0, 80))
+def test_top_p_keeps_the_smallest_set_that_reaches_p(rows: list[list[int]], reach: int):
+    weights = np.array(rows)
+    logits = jnp.asarray(np.log(weights) - 3, jnp.float32)
+    for row, total in zip(weights, weights.sum(1), strict=True):
+        p = min((reach + 0.5) / total, 1.0)
+        expected = highest(row, lambda _, weight, p=p, total=total: weight >= p * total)
+        i = int(np.flatnonzero((weights == row).all(1))[0])
+        np.testing.assert_array_equal(kept(compiled_top_p(logits, p))[i], expected)
+
+
+def test_kept_logits_are_unchanged_and_negative_ones_are_ordered():
+    logits = jnp.array([[-5.0, -0.5, 0.0, 2.0, -jnp.inf, -2.0]])
+    np.testing.assert_array_equal(top_k(logits, 4), [[-jnp.inf, -0.5, 0.0, 2.0, -jnp.inf, -2.0]])
+
+
+def test_top_p_of_one_keeps_all():
+    assert kept(top_p(jax.random.normal(jax.random.key(0), (2, 500)), 1.0)).all()
+
+
+def draws(sampler: Sampler, logits: jax.Array, count: int = 4000) -> np.ndarray:
+    keys = jax.random.split(jax.random.key(1), count)
+    chosen = jax.jit(sampler.choose)(jnp.broadcast_to(logits, (count, logits.size)), keys)
+    return np.bincount(np.asarray(chosen), minlength=logits.size) / count
+
+
+def test_tokens_are_drawn_as_often_as_their_probability_says():
+    logits = jnp.log(jnp.array([0.1, 0.4, 0.2, 0.3]))
+    np.testing.assert_allclose(draws(Sampler(1.0), logits), [0.1, 0.4, 0.2, 0.3], atol=0.03)
+    sharper = np.array([0.1, 0.4, 0.2, 0.3]) ** 2
+    np.testing.assert_allclose(draws(Sampler(0.5), logits), sharper / sharper.sum(), atol=0.03)
+    np.testing.assert_allclose(draws(Sampler(1.0, top_k=2), logits), [0, 4 / 7, 0, 3 / 7], atol=0.03)
+
+
+def test_top_p_counts_after_temperature():
+    logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]]))
+    # At temperature 0.5 the highest two hold 0.83 of the probability, at 1 only 0.7.
+    assert (draws(Sampler(0.5, top_p=0.8), logits[0]) > 0).tolist() == [False, True, False, True]
+    assert (draws(Sampler(1.0, top_p=0.8), logits[0]) > 0).tolist() == [False, True, True, True]
+
+
+def test_greedy_takes_the_first_of_the_highest():
+    keys = jax.random.split(jax.random.key(0), 2)
+    assert Sampler().choose(jnp.array([[0.0, 3.0, 3.0], [-1.0, -2.0, -3.0]]), keys).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("settings", [(0.7, 1, None), (0.7, None, 1e-6)])
+def test_a_set_of_one_is_greedy(settings: tuple):
+    logits = jax.random.normal(jax.random.key(0), (8, 300))
+    keys = jax.random.split(jax.random.key(0), 8)
+    np.testing.assert_array_equal(Sampler.of(*settings).choose(logits, keys), logits.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ((-0.1, None, None), r"temperature=-0.1 must be 0 \(greedy\) or above"),
+        ((float("nan"), None, None), "temperature=nan must be"),
+        ((1.0, 0, None), "top_k=0 must be at least 1"),
+        ((1.0, None, 0.0), "top_p=0.0 must be above 0 and at most 1"),
+        ((1.0, None, 1.5), "top_p=1.5 must be"),
+    ],
+)
+def test_impossible_settings(settings: tuple, sentence: str):
+    with pytest.raises(UserError, match=sentence):
+        Sampler.of(*settings)

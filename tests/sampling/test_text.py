@@ -1,0 +1,129 @@
+"""Texts continued: `generate_text`, `stream_text` and the command."""
+
+import copy
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llama_jax.checkpoint.language_model import LanguageModel, save
+from llama_jax.config import UserError
+from llama_jax.sampling import Sampler, cli, complete, generate, generate_text, stream_text
+
+PROMPTS = ["one fish", "", "blue fish, red"]
+
+
+def test_the_text_is_that_of_the_tokens(lm: LanguageModel):
+    assert lm.tokenizer is not None
+    found = complete(lm, PROMPTS, max_new_tokens=10, sampler=Sampler(), seed=0)
+    for prompt, completion in zip(PROMPTS, found, strict=True):
+        ids = lm.tokenizer.encode(prompt, bos=True)
+        expected = generate(lm, [ids], max_new_tokens=10)[0, len(ids) :].tolist()
+        assert completion.token_ids == expected[: len(completion.token_ids)]
+        assert prompt + completion.completion == lm.tokenizer.decode(ids + completion.token_ids)
+        assert (completion.prompt, completion.finish_reason) == (prompt, "length")
+        assert len(completion.token_ids) == 10
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_stream_is_the_text(lm: LanguageModel, temperature: float):
+    texts = generate_text(lm, PROMPTS, max_new_tokens=20, temperature=temperature, seed=5)
+    for row, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True)):
+        pieces = list(stream_text(lm, prompt, max_new_tokens=20, temperature=temperature, seed=5, row=row))
+        assert "".join(pieces) == text
+        assert len(pieces) > 2, "it has to come in pieces"
+
+
+def stopping(lm: LanguageModel, token_id: int) -> LanguageModel:
+    """The same, with `token_id` as second end-of-text token."""
+    changed = copy.copy(lm.tokenizer)
+    assert changed is not None
+    changed.eos_ids = (2, token_id)
+    return dataclasses.replace(lm, tokenizer=changed)
+
+
+def test_a_text_stops_at_any_end_of_text_token(lm: LanguageModel):
+    (free,) = complete(lm, PROMPTS[:1], max_new_tokens=20, sampler=Sampler(), seed=0)
+    end = free.token_ids[7]
+    ending = stopping(lm, end)
+    (found,) = complete(ending, PROMPTS[:1], max_new_tokens=20, sampler=Sampler(), seed=0)
+    assert found.finish_reason == "stop"
+    assert found.token_ids == free.token_ids[: free.token_ids.index(end) + 1]
+    assert "".join(stream_text(ending, PROMPTS[0], max_new_tokens=20, temperature=0)) == found.completion
+
+
+def test_what_texts_need(lm: LanguageModel):
+    assert generate_text(lm, []) == []
+    with pytest.raises(UserError, match="came without a tokenizer"):
+        generate_text(dataclasses.replace(lm, tokenizer=None), ["a"])
+    with pytest.raises(UserError, match="shorten the prompt"):
+        generate_text(lm, ["one fish" * 60])
+
+
+@pytest.fixture(scope="module")
+def saved(lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sampling") / "model"
+    save(lm, path, format="hf")
+    return path
+
+
+def options(*more: str) -> list[str]:
+    return ["--max-new-tokens", "10", "--temperature", "0", *more]
+
+
+def test_the_command_prints_prompt_and_continuation(lm: LanguageModel, saved: Path, capsys: pytest.CaptureFixture):
+    texts = generate_text(lm, PROMPTS, max_new_tokens=10, temperature=0)
+    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    assert cli.main([str(saved), *prompts, *options()]) == 0
+    assert capsys.readouterr().out == "\n".join(p + text for p, text in zip(PROMPTS, texts, strict=True))
+    assert cli.main([str(saved), *prompts, *options("--json")]) == 0
+    objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [o["prompt"] for o in objects] == PROMPTS
+    assert [o["completion"] for o in objects] == texts
+    assert all(o["finish_reason"] == "length" and len(o["token_ids"]) == 10 for o in objects)
+
+
+def test_interactive_until_an_empty_line(
+    lm: LanguageModel, saved: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    too_long = "one fish" * 60
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"one fish\n{too_long}\nred\n\nnever read\n"))
+    assert cli.main([str(saved), *options()]) == 0
+    shown = capsys.readouterr()
+    texts = generate_text(lm, ["one fish", "red"], max_new_tokens=10, temperature=0)
+    assert shown.out == f"one fish{texts[0]}\nred{texts[1]}\n"
+    assert shown.err.count("prompt> ") == 4
+    assert "shorten the prompt" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["nowhere", "--prompt", "a"], "'nowhere' does not exist"),
+        (["{saved}", "--prompt", "a", "--top-p", "2"], "top_p=2.0 must be"),
+        (["{saved}", "--prompt", "a", "--max-new-tokens", "999"], "take at most"),
+        (["{saved}", "--json"], "at least one --prompt"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments: list[str], sentence: str, saved: Path, capsys: pytest.CaptureFixture):
+    from llama_jax.__main__ import main
+
+    assert main(["sample", *(word.format(saved=saved) for word in arguments)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert sentence in shown.err
+    assert shown.err.count("\n") == 1
+
+
+def test_real_weights_give_the_published_text(shared_data: Path):
+    """llama2.c's own test: 200 greedy steps of stories260K, every byte. Fails when q and k are not permuted."""
+    folder = shared_data / "llama2c"
+    command = [sys.executable, "sample.py", str(folder / "stories260K.bin"), "--tokenizer", str(folder / "tok512.bin")]
+    command += ["--prompt", "", "--temperature", "0", "--max-new-tokens", "200"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == (folder / "stories260K_expected_greedy200.txt").read_bytes()
