@@ -74,8 +74,16 @@ def build(config: DecoderConfig, *, seed: int = 0, compute: Compute | None = Non
     return from_params(config, initialize(config, seed), compute or Compute(), None if mesh.empty else mesh)
 
 
-initialize = jax.jit(init_params, static_argnums=0)
-"""`init_params` compiled, on the current mesh: always the same program, so always the same bits."""
+def initialize(config: DecoderConfig, seed: int) -> Params:
+    """`init_params` compiled, on the current mesh: always the same program, so always the same bits."""
+    return _initializer(jax.default_backend())(config, seed)
+
+
+@functools.cache
+def _initializer(platform: str) -> Callable[[DecoderConfig, int], Params]:
+    # Runs once: fully optimized, XLA:CPU compiles random bits for a second per shape, and they come no faster.
+    options = {"xla_backend_optimization_level": 1} if platform == "cpu" else None
+    return jax.jit(init_params, static_argnums=0, compiler_options=options)
 
 
 def from_params(config: DecoderConfig, params: Params, compute: Compute, mesh: Mesh | None = None) -> Model:

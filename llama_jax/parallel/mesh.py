@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -51,7 +52,7 @@ class MeshConfig:
         return sizes
 
 
-def make_mesh(config: MeshConfig | dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig | dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with explicit axes over `devices` (default: all). Raises UserError when the sizes do not fit them."""
     if isinstance(config, dict):
         for axis in config.keys() - set(MESH_AXES):
