@@ -1,0 +1,143 @@
+"""The optimizer does what the Llama recipe says, in numbers worked out otherwise."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llama_jax.config import UserError
+from llama_jax.models import DecoderConfig, abstract_params
+from llama_jax.training import OptimizerConfig, init_state, learning_rate, make_optimizer, train_flops_per_token
+from llama_jax.training.optimizer import is_matrix
+
+CONFIG = OptimizerConfig(learning_rate=0.02, warmup_steps=4, final_fraction=0.1)
+
+
+def test_schedule_by_hand():
+    hyper = CONFIG.hyper(20)
+    for step in range(25):
+        if step < 4:
+            expected = 0.02 * (step + 1) / 4
+        else:
+            progress = min((step - 4) / 16, 1)
+            expected = 0.02 * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+        assert float(learning_rate(step, hyper)) == pytest.approx(expected, rel=1e-6), step
+
+
+def test_schedule_is_optax_one():
+    # Optax's first update has the initial value, ours the first step towards the peak.
+    theirs = optax.warmup_cosine_decay_schedule(0.005, 0.02, warmup_steps=3, decay_steps=19, end_value=0.002)
+    ours = [float(learning_rate(step, OptimizerConfig(0.02, 4).hyper(19))) for step in range(4)]
+    np.testing.assert_allclose(ours, [theirs(step) for step in range(4)], rtol=1e-6)
+    theirs = optax.cosine_decay_schedule(0.02, decay_steps=15, alpha=0.1)
+    ours = [float(learning_rate(4 + step, OptimizerConfig(0.02, 4).hyper(19))) for step in range(20)]
+    np.testing.assert_allclose(ours, [theirs(step) for step in range(20)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("warmup", "num_steps"), [(0, 5), (5, 5), (9, 5)])
+def test_schedule_at_its_ends(warmup: int, num_steps: int):
+    rates = [float(learning_rate(step, OptimizerConfig(1.0, warmup).hyper(num_steps))) for step in range(num_steps)]
+    assert all(0 < rate <= 1 for rate in rates)
+    assert rates[0] == (pytest.approx(1 / warmup) if warmup else 1)
+
+
+def params() -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    shapes = {"embedding.weight": (5, 3), "layers.norm.weight": (2, 3), "layers.proj.weight": (2, 3, 4)}
+    shapes |= {"layers.proj.bias": (2, 4, 2), "norm.weight": (3,)}
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+
+
+def updates(config: OptimizerConfig, steps: int = 3) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Parameters after some updates at rate 0.01: ours, and those of optax.adamw with the config's numbers."""
+    ours, theirs = params(), params()
+    optimizer = make_optimizer(config.hyper(10))
+    reference = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            0.01,
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask={name: name in ("embedding.weight", "layers.proj.weight") for name in ours},
+        ),
+    )
+    state, reference_state = optimizer.init(ours), reference.init(theirs)
+    for step in range(steps):
+        grads = {name: jnp.sin(7 * p + step) for name, p in theirs.items()}
+        change, state = optimizer.update(grads, state, ours)
+        ours = {name: p - 0.01 * change[name] for name, p in ours.items()}
+        change, reference_state = reference.update(grads, reference_state, theirs)
+        theirs = optax.apply_updates(theirs, change)
+    return ours, theirs  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"weight_decay": 0.0}, {"clip_norm": 1e9}, {"beta1": 0.5, "beta2": 0.7, "eps": 0.1}], ids=str
+)
+def test_adamw_is_optax_one(change: dict[str, float]):
+    ours, theirs = updates(dataclasses.replace(CONFIG, **change))
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-7)
+
+
+def test_decay_is_for_matrices_alone():
+    with_decay, _ = updates(dataclasses.replace(CONFIG, weight_decay=0.5), steps=1)
+    without, _ = updates(dataclasses.replace(CONFIG, weight_decay=0.0), steps=1)
+    for name, before in params().items():
+        expected = 0.01 * 0.5 * before if name in ("embedding.weight", "layers.proj.weight") else 0 * before
+        np.testing.assert_allclose(without[name] - with_decay[name], expected, atol=1e-6)
+
+
+def test_matrices_of_the_decoder(tiny_config: DecoderConfig):
+    config = dataclasses.replace(
+        tiny_config,
+        attention=dataclasses.replace(tiny_config.attention, qkv_bias=True, out_bias=True),
+        feed_forward=dataclasses.replace(tiny_config.feed_forward, bias=True),
+    )
+    parameters = abstract_params(config)
+    decayed = {name for name, p in parameters.items() if is_matrix(name, p)}
+    assert decayed == {name for name in parameters if name.endswith("weight") and "norm" not in name}
+    assert any(name.endswith("bias") for name in parameters)
+
+
+def test_first_moments_are_zero_and_all_is_float32():
+    state = init_state(params(), CONFIG.hyper(10))
+    for leaf in jax.tree.leaves(state.opt_state):
+        assert leaf.dtype in (jnp.float32, jnp.int32)
+        assert not leaf.any()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("clip_norm", 0.0),
+        ("eps", 0.0),
+        ("warmup_steps", -1),
+        ("weight_decay", -0.1),
+        ("z_loss", -1.0),
+        ("beta1", 1.0),
+        ("beta2", -0.1),
+        ("final_fraction", 1.1),
+        ("accumulation_steps", 0),
+    ],
+)
+def test_impossible_values_are_named(field: str, value: float):
+    with pytest.raises(UserError, match=rf"^{field}={value} must"):
+        dataclasses.replace(CONFIG, **{field: value})
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_flops_counted_by_hand(tiny_config: DecoderConfig, tied: bool):
+    # D 16, 4 heads of 8, 2 kv heads, F 24, V 40, 2 layers.
+    layer = 16 * 32 + 2 * 16 * 16 + 32 * 16 + 3 * 16 * 24
+    head = 16 * 40
+    attention = 2 * 2 * 4 * 8 * (10 / 2)  # scores and values, 2 FLOPs each, of 4 heads of 8 with half of 10 keys
+    expected = 6 * (2 * layer + head) + 3 * 2 * attention
+    assert train_flops_per_token(dataclasses.replace(tiny_config, tie_embeddings=tied), 10) == expected

@@ -1,0 +1,148 @@
+"""The train step: accumulation, donation, tracing, meshes."""
+
+import dataclasses
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.models import Compute, DecoderConfig, initialize
+from llama_jax.parallel import make_mesh
+from llama_jax.run.training import to_devices
+from llama_jax.training import OptimizerConfig, TrainState, init_state, make_eval_step, make_train_step
+
+ROWS, LENGTH = 8, 16
+OPTIMIZER = OptimizerConfig(learning_rate=0.01, warmup_steps=2, z_loss=1e-2)
+HYPER = OPTIMIZER.hyper(10)
+
+
+def batch_of(seed: int = 0) -> dict[str, np.ndarray]:
+    """A batch in which rows have different numbers of targets."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 40, (ROWS, LENGTH + 1), dtype=np.int32)
+    starts = rng.integers(1, LENGTH, (ROWS, 1))
+    columns = np.arange(LENGTH)
+    second = columns >= starts
+    weights = (rng.random((ROWS, LENGTH)) < np.linspace(0.2, 1, ROWS)[:, None]).astype(np.float32)
+    return {
+        "tokens": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "weights": weights,
+        "segment_ids": (1 + second).astype(np.int32),
+        "positions": np.where(second, columns - starts, columns).astype(np.int32),
+    }
+
+
+def run(
+    config: DecoderConfig,
+    mesh: dict[str, int] | None,
+    *,
+    compute: Compute | None = None,
+    parts: int = 1,
+    steps: int = 3,
+) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
+    """Metrics of some steps on a mesh of eight devices (None: one device) and the parameters after them."""
+    devices = jax.devices() if mesh else jax.devices()[:1]
+    step = make_train_step(config, compute or Compute(loss_chunk=4), accumulation_steps=parts)
+    with jax.set_mesh(make_mesh(mesh or {}, devices)):
+        state = jax.jit(init_state)(initialize(config, 0), HYPER)
+        seen = []
+        for i in range(steps):
+            state, metrics = step(state, to_devices(batch_of(i)), HYPER)
+            seen.append({name: float(value) for name, value in metrics.items()})
+        for name, value in state.params.items():
+            moment = state.opt_state[1].mu[name]
+            assert moment.sharding == value.sharding, name
+        return seen, {name: np.asarray(value) for name, value in state.params.items()}
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tiny_config: DecoderConfig):
+    return run(tiny_config, None)
+
+
+def assert_same(a: Any, b: Any) -> None:
+    for ours, theirs in zip(a[0], b[0], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4), "metrics"
+    for name, value in b[1].items():
+        np.testing.assert_allclose(a[1][name], value, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"context": 2, "fsdp": 4}],
+    ids=lambda m: "-".join(f"{axis}{size}" for axis, size in m.items()),
+)
+def test_three_steps_on_a_mesh_are_those_of_one_device(
+    tiny_config: DecoderConfig, on_one_device: Any, mesh: dict[str, int]
+):
+    assert_same(run(tiny_config, mesh), on_one_device)
+
+
+@pytest.mark.parametrize(("mesh", "parts"), [(None, 2), (None, 8), ({"fsdp": 2, "tensor": 4}, 4)], ids=str)
+def test_accumulation_is_the_large_batch(tiny_config: DecoderConfig, on_one_device: Any, mesh: Any, parts: int):
+    """Also though the parts have different numbers of targets."""
+    assert_same(run(tiny_config, mesh, parts=parts), on_one_device)
+
+
+def test_unrolled_layer_and_tied_head_on_a_mesh(tiny_config: DecoderConfig):
+    config = dataclasses.replace(tiny_config, tie_embeddings=True, num_layers=1)
+    unrolled = run(config, {"fsdp": 4, "tensor": 2}, compute=Compute(scan_layers=False, loss_chunk=8))
+    assert_same(unrolled, run(config, None))
+
+
+def start(config: DecoderConfig) -> TrainState:
+    return jax.jit(init_state)(initialize(config, 0), HYPER)
+
+
+def test_loss_is_the_mean_over_targets(tiny_config: DecoderConfig):
+    batch, state = batch_of(), start(tiny_config)
+    nats, targets = make_eval_step(tiny_config, Compute())(state.params, batch)
+    _, metrics = make_train_step(tiny_config, Compute())(state, batch, HYPER)
+    assert float(targets) == float(metrics["num_targets"]) == batch["weights"].sum()
+    # The z-loss is trained on and not told.
+    assert float(metrics["loss"]) == pytest.approx(float(nats / targets), rel=1e-6)
+    assert float(metrics["loss"]) == pytest.approx(np.log(40), rel=0.02)
+
+
+def test_state_is_donated(tiny_config: DecoderConfig):
+    state = start(tiny_config)
+    make_train_step(tiny_config, Compute())(state, batch_of(), HYPER)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
+
+
+def test_other_hyper_parameters_compile_nothing(tiny_config: DecoderConfig, caplog: pytest.LogCaptureFixture):
+    step = make_train_step(tiny_config, Compute())
+    state, batch = start(tiny_config), jax.tree.map(jnp.asarray, batch_of())
+    rates = []
+    other = OptimizerConfig(0.3, 7, 0.2, 0.8, 0.9, 1e-6, 0.5, 0.3, 0.1).hyper(77)
+    assert all(float(other[name]) != float(HYPER[name]) for name in other)
+    with jax.log_compiles():
+        for i, hyper in enumerate((HYPER, other, HYPER)):
+            with caplog.at_level(logging.WARNING):
+                caplog.clear()
+                state, metrics = step(state, batch, hyper)
+                rates.append(float(metrics["learning_rate"]))
+            compiled = [r.message for r in caplog.records if "Compiling" in r.message and "train_step" in r.message]
+            assert len(compiled) == (i == 0), compiled
+    assert rates[0] != rates[1]
+
+
+def test_same_step_twice_gives_the_same_bits(tiny_config: DecoderConfig):
+    first, second = (run(tiny_config, {"fsdp": 8}, steps=2) for _ in range(2))
+    assert first[0] == second[0]
+    assert all(np.array_equal(value, second[1][name]) for name, value in first[1].items())
+
+
+def test_overfits_one_batch(tiny_config: DecoderConfig):
+    step, state, batch = make_train_step(tiny_config, Compute()), start(tiny_config), batch_of()
+    hyper = OptimizerConfig(learning_rate=0.03, warmup_steps=5, weight_decay=0.0).hyper(60)
+    losses = []
+    for _ in range(60):
+        state, metrics = step(state, batch, hyper)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] > 3.5
+    assert losses[-1] < 0.3
