@@ -1,0 +1,231 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Quickstart
+#
+# Train a small Llama, look inside, replace one of its pieces and train it again. Nothing is downloaded: the text is the
+# interpreter's own standard library. It takes minutes on two CPU cores.
+
+# %%
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import rich
+
+import llama_jax
+from llama_jax.nn import AttentionMask, FeedForward, FeedForwardModule, Projection, child
+
+folder = Path(tempfile.mkdtemp(prefix="quickstart_"))
+jax.devices()
+
+# %% [markdown]
+# ## A config, with two keys changed
+#
+# A config is a tree of frozen dataclasses. `load_config` finds `configs/tiny_python.py` by its name and changes what it
+# is told to, by dotted keys. A wrong key or value is one sentence.
+
+# %%
+config = llama_jax.load_config("tiny_python", {"num_steps": 100, "model.num_layers": 4})
+if os.environ.get("LLAMA_JAX_QUICK"):  # the tests run the notebook so: every cell, hardly any work
+    config = llama_jax.override(
+        config,
+        {
+            "model.num_layers": 2,
+            "data.path": [str(Path(os.__file__).parent / "asyncio" / "*.py")],
+            "data.cache_dir": str(folder / "cache"),
+            "tokenizer.vocab_size": 512,
+            "num_steps": 8,
+            "global_batch_size": 4,
+            "sequence_length": 64,
+            "logging.every_steps": 1,
+            "logging.sample_prompts": [],
+            "optimizer.warmup_steps": 2,
+        },
+    )
+print(f"{llama_jax.num_parameters(config.model):,} parameters")
+rich.print(config.model)
+
+# %%
+try:
+    llama_jax.override(config, {"model.attention.num_kv_head": 3})
+except llama_jax.UserError as error:
+    print(error)
+
+# %% [markdown]
+# ## Train
+#
+# `train` does what `python train.py` does: it tokenizes the text once, trains, validates on held-out files and saves
+# checkpoints. Called again with the same directory it continues.
+
+# %%
+run = llama_jax.train(config, folder / "swiglu")
+
+# %%
+metrics = run.metrics()
+{name: round(value, 4) for name, value in metrics[-1].items()}
+
+
+# %%
+def plot_losses(**runs: llama_jax.Run) -> None:
+    """Training loss of each run, and its validation loss as a point where it was measured."""
+    fig, ax = plt.subplots(figsize=(7, 3.5))
+    for name, run in runs.items():
+        rows = run.metrics()
+        (line,) = ax.plot([row["step"] for row in rows], [row["loss"] for row in rows], label=f"{name}, training")
+        measured = [row for row in rows if "val_loss" in row]
+        ax.plot(
+            [row["step"] for row in measured],
+            [row["val_loss"] for row in measured],
+            "o",
+            color=line.get_color(),
+            label=f"{name}, held out",
+        )
+    ax.set(xlabel="step", ylabel="loss (nats per token)")
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    fig.tight_layout()
+    plt.show()
+
+
+plot_losses(SwiGLU=run)
+
+# %% [markdown]
+# The tokens of the training text cost about as much as held-out ones: the model has not seen any of it twice. The first
+# loss is near the logarithm of the vocabulary's size, a uniform guess.
+
+# %%
+metrics[0]["loss"], np.log(config.model.vocab_size)
+
+# %% [markdown]
+# ## Sample
+#
+# `load` needs nothing but the directory: config, tokenizer and weights travel together.
+
+# %%
+lm = run.load()  # the same as llama_jax.load(folder / "swiglu")
+prompt = "def read(self, size):\n"
+for text in llama_jax.generate_text(lm, [prompt, prompt], max_new_tokens=48, temperature=0.7, seed=0):
+    print(prompt + text, end="\n\n" + "-" * 60 + "\n")
+
+# %% [markdown]
+# ## One layer's attention
+#
+# The model is made of plain modules. `lm.model.run` calls a function with them, jitted, on the model's own mesh; the
+# function below repeats the first half of a block and stops at the attention weights.
+
+
+# %%
+def attention_weights(module, tokens, layer):
+    """[B, T] tokens to [B, N, T, T]: how much each query (row) takes from each key (column)."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    x = module.embedding(tokens, jnp.float32)
+    for i in range(layer):
+        x, _, _ = module.layers[i](x, positions=positions, mask=AttentionMask())
+    block = module.layers[layer]
+    attention, x = block.attention, block.input_layernorm(x)
+    q_BTNH = attention.config.rope.rotate(attention.q_proj(x), positions)
+    k_BSKH = attention.config.rope.rotate(attention.k_proj(x), positions)
+    num_groups = attention.config.num_heads // attention.config.num_kv_heads
+    k_BSNH = jnp.repeat(k_BSKH, num_groups, axis=2)  # query head n reads kv head n // num_groups
+    scores = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH) * attention.config.head_dim**-0.5
+    return jax.nn.softmax(jnp.where(jnp.tri(tokens.shape[1], dtype=bool), scores, -jnp.inf))
+
+
+text = "if name in self.names:\n    return self.names[name]"
+ids = lm.tokenizer.encode(text, bos=True)
+weights = np.asarray(lm.model.run(attention_weights, jnp.array([ids]), layer=1))[0]
+
+stream = lm.tokenizer.stream()
+labels = ["BOS"] + [stream.feed(i).replace("\n", "⏎").replace(" ", "·") for i in ids[1:]]
+fig, axes = plt.subplots(2, 3, figsize=(11, 8), sharex=True, sharey=True, layout="constrained")
+for head, ax in enumerate(axes.flat):
+    image = ax.imshow(weights[head], cmap="Blues", vmin=0, vmax=1)
+    ax.set_title(f"head {head}", fontsize=9)
+    ax.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
+    ax.set_yticks(range(len(labels)), labels, fontsize=6)
+fig.supxlabel("key", fontsize=9)
+fig.supylabel("query", fontsize=9)
+fig.colorbar(image, ax=axes, shrink=0.6, label="attention weight")
+plt.show()
+
+# %% [markdown]
+# ## A feed-forward of one's own
+#
+# A piece is a frozen config and the module that it builds. This one is the squared ReLU of Primer (So et al. 2021),
+# `down(relu(up(x))²)`: two matrices where SwiGLU has three, so 1.5 times the width has the same number of parameters.
+# Dimensions are named (`embed`, `mlp`), which is all that sharding needs to know.
+
+
+# %%
+@dataclasses.dataclass(frozen=True)
+class SquaredReLU(FeedForward):
+    """down(relu(up(x))^2) (So et al. 2021).
+
+    intermediate_size: width inside.
+    """
+
+    intermediate_size: int
+
+    def build(self, width, *, rngs):
+        return SquaredReLUModule(self, width, rngs=rngs)
+
+
+class SquaredReLUModule(FeedForwardModule):
+    def __init__(self, config, width, *, rngs):
+        outer, inner = {"embed": width}, {"mlp": config.intermediate_size}
+        self.up_proj = Projection(outer, inner, bias=False, rngs=child(rngs, "up_proj"))
+        self.down_proj = Projection(inner, outer, bias=False, rngs=child(rngs, "down_proj"))
+
+    def __call__(self, x):
+        return self.down_proj(jnp.square(jax.nn.relu(self.up_proj(x)))), {}
+
+
+width = config.model.feed_forward.intermediate_size * 3 // 2
+config_2 = llama_jax.override(
+    config,
+    {
+        "model.feed_forward": SquaredReLU(intermediate_size=width),
+        "tokenizer.path": str(folder / "swiglu" / "tokenizer"),  # the same tokens, without training it again
+    },
+)
+assert llama_jax.num_parameters(config_2.model) == llama_jax.num_parameters(config.model)
+
+# %% [markdown]
+# The saved config names a class that the package does not have, so `components` brings it along. The order of the data
+# and the initial values of all other parameters are those of the first run: they depend on the seed, the step and the
+# parameter's name, and on nothing else.
+
+# %%
+run_2 = llama_jax.train(config_2, folder / "squared_relu", components=(SquaredReLU,))
+
+# %%
+plot_losses(SwiGLU=run, squared_ReLU=run_2)
+for name, a_run in {"SwiGLU": run, "squared ReLU": run_2}.items():
+    last = a_run.metrics()[-1]
+    print(f"{name:14}held-out loss {last['val_loss']:.4f}, {last['val_bits_per_byte']:.4f} bits per byte")
+
+# %% [markdown]
+# One run of each: the difference between them is of the size that another seed makes, and says nothing about which
+# feed-forward is better. That takes several seeds and more than a minute of training.
+
+# %%
+lm_2 = llama_jax.load(folder / "squared_relu", components=(SquaredReLU,))
+print(lm_2.config.feed_forward, type(lm_2.model.layers[0].feed_forward).__name__)

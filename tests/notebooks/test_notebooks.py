@@ -1,0 +1,58 @@
+"""The notebooks run, show what they promise, and are what their scripts say."""
+
+import os
+from pathlib import Path
+
+import jupytext
+import nbclient
+import nbformat
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
+by_name = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def cells(notebook) -> list[tuple[str, str]]:
+    return [(cell.cell_type, cell.source) for cell in notebook.cells]
+
+
+def test_there_are_notebooks():
+    scripts = {path.stem for path in NOTEBOOKS[0].parent.glob("*.py")}
+    assert "quickstart" in scripts
+    assert {path.stem for path in NOTEBOOKS} == scripts
+
+
+@by_name
+def test_notebook_and_script_are_paired(path: Path):
+    script = path.with_suffix(".py")
+    assert cells(nbformat.read(path, 4)) == cells(jupytext.read(script)), (
+        f"after an edit of the script: jupytext --update --to ipynb notebooks/{script.name}; "
+        f"after one of the notebook: jupytext --to py:percent notebooks/{path.name}"
+    )
+
+
+@by_name
+def test_outputs_are_stripped(path: Path):
+    code = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    assert [cell.source for cell in code if cell.outputs or cell.execution_count] == []
+    assert [cell.source for cell in code if "execution" in cell.metadata] == []
+
+
+def test_quickstart_runs(tmp_path: Path):
+    notebook = nbformat.read(next(path for path in NOTEBOOKS if path.stem == "quickstart"), 4)
+    # One device: what a notebook has on a laptop.
+    env = os.environ | {"LLAMA_JAX_QUICK": "1", "TMPDIR": str(tmp_path), "XLA_FLAGS": ""}
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute(env=env, cwd=str(tmp_path))
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    shown = [output.data for output in outputs if "data" in output]
+    said = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    warned = [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]
+    assert warned == []
+    assert sum("image/png" in data for data in shown) == 3
+    # The bars at their ends, one display each, and not a line a step.
+    bars = [data["text/html"] for data in shown if "training" in data.get("text/html", "")]
+    assert ["8/8" in bar for bar in bars] == [True, True]
+    assert not any("step 1/8" in data.get("text/html", "") for data in shown)
+    assert "Did you mean 'model.attention.num_kv_heads'?" in said
+    assert said.count("held-out loss") == 2
+    assert "SquaredReLUModule" in said
