@@ -1,15 +1,19 @@
 """What the pages show is so: their code runs, their tables are those of the package."""
 
 import dataclasses
+import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_run import write_texts
 
 import llama_jax
+from llama_jax.__main__ import _parse
 from llama_jax.checkpoint.language_model import LanguageModel
 from llama_jax.models import Compute, DecoderConfig, from_params
 from llama_jax.nn import Rope
@@ -17,6 +21,7 @@ from llama_jax.parallel import make_mesh
 from llama_jax.training import init_state, make_train_step
 
 ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
 
 
 def snippets(page: str) -> list[str]:
@@ -81,6 +86,45 @@ def test_own_attention_is_saved_and_loaded(own_config: DecoderConfig, own_attent
     loaded = llama_jax.load(tmp_path / "saved", components=(own_attention,))
     tokens = jnp.array([[3, 5, 7]], jnp.int32)
     assert (loaded.model(tokens) == model(tokens)).all()
+
+
+def test_readme_example_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (source,) = snippets("README.md")
+    texts = write_texts(tmp_path / "texts")
+    shrunk = {
+        "model.hidden_size": 16, "model.num_layers": 1, "model.max_positions": 64, "num_steps": 2,
+        "global_batch_size": 8, "sequence_length": 16, "data.path": [str(texts)], "data.validation_fraction": 0.2,
+        "data.exclude": [], "data.cache_dir": str(tmp_path / "cache"), "tokenizer.vocab_size": 300,
+        "logging.sample_prompts": [],
+    }  # fmt: skip
+    load_config = llama_jax.load_config
+    monkeypatch.setattr(llama_jax, "load_config", lambda *args: llama_jax.override(load_config(*args), shrunk))
+    monkeypatch.chdir(tmp_path)
+    shown: dict = {}
+    exec(compile(source, "README.md", "exec"), shown)
+    assert shown["config"].model.attention.num_kv_heads == 1
+    assert shown["logits"].shape == (*shown["tokens"].shape, shown["config"].model.vocab_size)
+    again = llama_jax.load(tmp_path / "one_kv_head_hf").model(shown["tokens"])
+    np.testing.assert_allclose(again, shown["logits"], rtol=0, atol=1e-5)
+
+
+def test_readme_tables_are_the_package_s():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    assert README.count("6,738,415,616") == 2  # Llama 1 and 2
+    assert tables.with_tables(README) == README, "run: python docs/tables.py"
+
+
+def test_readme_commands_parse():
+    commands = [line.split("  #")[0] for line in re.findall(r"^python train\.py .*$", README, re.MULTILINE)]
+    assert len(commands) >= 3
+    for command in commands:
+        (name,), options, _ = _parse(shlex.split(command)[2:])
+        options.pop("run_dir", None)
+        llama_jax.load_config(name, options)
 
 
 def test_architecture_names_every_room():
