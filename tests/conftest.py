@@ -21,8 +21,12 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("llama_jax", "beartype.beartype")
 
+import tiny_run  # noqa: E402
+
+from llama_jax.config import override  # noqa: E402
 from llama_jax.models import DecoderConfig, abstract_params  # noqa: E402
 from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU  # noqa: E402
+from llama_jax.run import Run, RunConfig, train  # noqa: E402
 
 # On a shared machine the time of one example says nothing; the same examples every time, so that a failure stays.
 settings.register_profile("llama_jax", deadline=None, derandomize=True, database=None)
@@ -79,3 +83,17 @@ def random_params() -> Callable[[DecoderConfig], dict[str, jax.Array]]:
         return {name: 1 + 0.3 * v if "norm" in name else 0.3 * v for name, v in values.items()}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def run_config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run of a dozen steps on texts made for it, on all eight devices."""
+    folder = tmp_path_factory.mktemp("tiny_run")
+    texts = tiny_run.write_texts(folder / "texts")
+    return override(tiny_run.get_config(), {"data.path": (str(texts),), "data.cache_dir": str(folder / "cache")})
+
+
+@pytest.fixture(scope="session")
+def finished_run(run_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """That run, finished. Only to be read: copy its directory to change it."""
+    return train(run_config, tmp_path_factory.mktemp("finished") / "run")

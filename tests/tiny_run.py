@@ -48,10 +48,10 @@ def get_config() -> RunConfig:
 
 
 def write_texts(folder: Path) -> Path:
-    """A folder with 30 short documents, always the same."""
+    """A folder with 15 short documents, always the same."""
     folder.mkdir(parents=True)
     rng = random.Random(0)
-    for i in range(30):
+    for i in range(15):
         words = rng.choices(TEXT.split(), k=rng.randint(40, 120))
         (folder / f"{i:02}.txt").write_text(" ".join(words) + ".\n")
     return folder

@@ -64,7 +64,10 @@ class CheckpointStore:
                 ),
             ]
         )
-        self._orbax = ocp.training.Checkpointer(self.directory, preservation_policy=keep or policies.PreserveAll())
+        self._orbax = ocp.training.Checkpointer(
+            str(self.directory),
+            preservation_policy=keep or policies.PreserveAll(),  # type: ignore[arg-type]
+        )
 
     def steps(self) -> list[int]:
         """Steps that can be loaded, ascending."""
@@ -72,7 +75,7 @@ class CheckpointStore:
 
     def save(self, state: TrainState, *, val_loss: float | None = None) -> None:
         """Starts saving `state` under its step; the arrays are copied before this returns, so they may be donated."""
-        metrics = None if val_loss is None else {"val_loss": val_loss}
+        metrics: Any = None if val_loss is None else {"val_loss": val_loss}
         # Forced, or Orbax skips a save while the one before it is still being written.
         self._orbax.save_checkpointables_async(int(state.step), {_STATE: to_disk(state)}, metrics=metrics, force=True)
 

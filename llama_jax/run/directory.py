@@ -1,5 +1,6 @@
 """The directory of a run: everything about it."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Sequence
@@ -107,8 +108,7 @@ def find_run(directory: Path, config: RunConfig, components: Sequence[type]) -> 
     Raises UserError where another run is there, or files of something else.
     """
     if (directory / CONFIG_FILE).exists():
-        before = {key: value for key, _, value in leaves(open_run(directory, components).config)}
-        now = {key: value for key, _, value in leaves(config)}
+        before, now = _values(open_run(directory, components).config), _values(config)
         for key in [*now, *(key for key in before if key not in now)]:
             if before.get(key) != now.get(key) and not key.startswith(CHANGEABLE):
                 raise UserError(
@@ -122,9 +122,16 @@ def find_run(directory: Path, config: RunConfig, components: Sequence[type]) -> 
     return Run(directory, config, components)
 
 
+def _values(config: RunConfig) -> dict[str, Any]:
+    """Leaves by key, of a component its class name: its fields are leaves of their own."""
+    return {key: type(value).__name__ if dataclasses.is_dataclass(value) else value for key, _, value in leaves(config)}
+
+
 def start_run(run: Run, tokenizer: Tokenizer, corpus: Corpus) -> None:
-    """Writes the run's directory: config, tokenizer, and what identifies its text. Raises UserError where that differs
-    from a run that is continued."""
+    """Writes the run's directory: config, tokenizer, and what identifies its text.
+
+    Raises UserError where the text is not that of the run that is continued.
+    """
     run.check_corpus(corpus)
     directory = run.directory
     try:

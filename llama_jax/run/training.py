@@ -17,7 +17,7 @@ from llama_jax.checkpoint.language_model import CHECKPOINTS_DIRECTORY, TOKENIZER
 from llama_jax.checkpoint.store import CheckpointStore
 from llama_jax.config import UserError
 from llama_jax.data import Batches, Corpus, ValidationBatches, prepare, read_texts
-from llama_jax.models import initialize
+from llama_jax.models import abstract_params, initialize
 from llama_jax.parallel import make_mesh, spec
 from llama_jax.run.config import RunConfig
 from llama_jax.run.directory import SAMPLES_FILE, Run, find_run, start_run, write_text
@@ -159,7 +159,7 @@ class _Loop:
         steps = store.steps()
         if not steps:
             return make(initialize(self.config.model, self.config.seed), self.hyper)
-        abstract = jax.eval_shape(lambda: make(initialize(self.config.model, self.config.seed), self.hyper))
+        abstract = jax.eval_shape(make, abstract_params(self.config.model), self.hyper)
         mesh = jax.sharding.get_mesh()
         placed = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, jax.typeof(a).sharding.spec)),

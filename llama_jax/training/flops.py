@@ -6,6 +6,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llama_jax.models import DecoderConfig, abstract_params
 from llama_jax.training.optimizer import is_matrix
@@ -39,7 +40,7 @@ def train_flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
     return 6 * matrices + 3 * scores
 
 
-def peak_flops(device: jax.Device, dtype: jnp.dtype) -> float:
+def peak_flops(device: jax.Device, dtype: np.dtype) -> float:
     """FLOP/s of a device: its maker's figure for bfloat16; measured where there is none (CPU, other types)."""
     if dtype == jnp.bfloat16:
         for kind in sorted(PEAK_FLOPS, key=len, reverse=True):

@@ -76,10 +76,12 @@ def is_matrix(name: str, value: Any) -> bool:
 
 def make_optimizer(hyper: Hyper) -> optax.GradientTransformation:
     """Clipping, Adam and decoupled decay; `update` wants the parameters, and its result is scaled by -learning rate."""
+
+    def decayed(params: Any) -> dict[str, bool]:
+        return {name: is_matrix(name, value) for name, value in params.items()}
+
     return optax.chain(
         optax.clip_by_global_norm(hyper["clip_norm"]),
         optax.scale_by_adam(b1=hyper["beta1"], b2=hyper["beta2"], eps=hyper["eps"]),
-        optax.add_decayed_weights(
-            hyper["weight_decay"], mask=lambda params: {name: is_matrix(name, p) for name, p in params.items()}
-        ),
+        optax.add_decayed_weights(hyper["weight_decay"], mask=decayed),
     )

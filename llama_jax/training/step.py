@@ -22,10 +22,13 @@ Metrics = dict[str, jax.Array]
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that training changes. Randomness needs no state: it is a function of the run's seed and `step`."""
+    """All that training changes, as arrays or as their abstract values.
 
-    step: jax.Array
-    params: Params
+    Randomness needs no state: it is a function of the run's seed and `step`.
+    """
+
+    step: Any
+    params: dict[str, Any]
     opt_state: Any
 
 
