@@ -97,6 +97,11 @@ def test_seeds_choose_and_repeat(model: Model, prompts: np.ndarray):
     assert len({row.tobytes() for row in same}) == 4, "rows of one prompt have to differ"
 
 
+def test_every_position_draws_anew(model: Model, prompts: np.ndarray):
+    new = generate(model, prompts[:1], temperature=1e6)[0, 9:]  # all tokens alike: only the draw decides
+    assert len(set(new.tolist())) > 6
+
+
 def test_settings_change_what_is_drawn(model: Model, prompts: np.ndarray):
     def draw(**settings) -> bytes:
         return generate(model, prompts, **{"temperature": 2.0} | settings).tobytes()

@@ -56,6 +56,17 @@ def test_a_text_stops_at_any_end_of_text_token(lm: LanguageModel):
     assert "".join(stream_text(ending, PROMPTS[0], max_new_tokens=20, temperature=0)) == found.completion
 
 
+def test_ids_beyond_the_tokenizer_have_no_text(lm: LanguageModel, make_model):
+    config = dataclasses.replace(lm.config, vocab_size=4 * lm.config.vocab_size)
+    padded = dataclasses.replace(lm, config=config, model=make_model(config))
+    (found,) = complete(padded, PROMPTS[:1], max_new_tokens=16, sampler=Sampler(1e6), seed=0)
+    assert max(found.token_ids) >= lm.config.vocab_size
+    assert lm.tokenizer is not None
+    known = [i for i in found.token_ids if i < lm.config.vocab_size]
+    ids = lm.tokenizer.encode(PROMPTS[0], bos=True)
+    assert PROMPTS[0] + found.completion == lm.tokenizer.decode(ids + known)
+
+
 def test_what_texts_need(lm: LanguageModel):
     assert generate_text(lm, []) == []
     with pytest.raises(UserError, match="came without a tokenizer"):
