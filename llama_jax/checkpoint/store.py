@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from llama_jax.config import UserError
@@ -88,18 +89,12 @@ class CheckpointStore:
         self._orbax.close()
 
     def load(self, step: int, abstract: TrainState) -> TrainState:
-        """The state of `step`, bit for bit, in the shardings of `abstract`."""
+        """The state of `step`, bit for bit, in the shardings of `abstract` on the current mesh."""
         return from_disk(self._load(step, to_disk(abstract), whole=True), abstract)
 
     def load_params(self, step: int, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """The parameters of `step` in the shardings and dtypes of `abstract`, without the optimizer's."""
-        # Without a sharding Orbax would take the one that it was saved with, on devices that need not exist here.
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        placed = {
-            _param_key(name): jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or here)
-            for name, a in abstract.items()
-        }
-        loaded = self._load(step, placed, whole=False)
+        loaded = self._load(step, {_param_key(name): value for name, value in abstract.items()}, whole=False)
         return {name: loaded[_param_key(name)] for name in abstract}
 
     def _load(self, step: int, abstract: dict[str, Any], *, whole: bool) -> dict[str, jax.Array]:
@@ -107,22 +102,28 @@ class CheckpointStore:
             there = ", ".join(map(str, self.steps())) or "none"
             raise UserError(f"'{self.directory}' has no checkpoint of step {step}: there are {there}")
         self._compare(step, abstract, whole)
+        placed = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_placed(a)) for name, a in abstract.items()}
         context = ocp.Context()
         context.pytree.loading.partial_load = not whole
         try:
             with context:
-                return self._orbax.load_checkpointables(step, {_STATE: abstract})[_STATE]
-        except (ValueError, FileNotFoundError, KeyError, TypeError) as error:
-            raise UserError(
-                f"checkpoint '{self.directory / str(step)}' is damaged ({str(error).splitlines()[0]}): "
-                "remove it to continue from the one before"
-            ) from error
+                return self._orbax.load_checkpointables(step, {_STATE: placed})[_STATE]
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            raise self._damaged(step, error) from error
+
+    def _damaged(self, step: int, error: Exception) -> UserError:
+        reason = " ".join(str(error).split())[:200]
+        return UserError(
+            f"checkpoint '{self.directory / str(step)}' is damaged ({reason}): remove it to use the one before"
+        )
 
     def _compare(self, step: int, abstract: dict[str, Any], whole: bool) -> None:
         try:
             saved = self._orbax.checkpointables_metadata(step).metadata[_STATE]
-        except (ValueError, FileNotFoundError, KeyError) as error:
-            raise UserError(f"checkpoint '{self.directory / str(step)}' is damaged: remove it") from error
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            raise self._damaged(step, error) from error
+        if saved is None:
+            raise self._damaged(step, ValueError("its list of arrays cannot be read"))
         shapes = {name: tuple(value.shape) for name, value in saved.items()}
         for name, value in abstract.items():
             if name not in shapes:
@@ -136,6 +137,18 @@ class CheckpointStore:
             raise UserError(
                 f"checkpoint '{self.directory / str(step)}' has '{min(surplus)}', which this config does not have"
             )
+
+
+def _placed(abstract: Any) -> Sharding:
+    """The sharding of an abstract array on the current mesh, or this host's first device where there is none.
+
+    Without a sharding Orbax would take the one that it was saved with, on devices that need not exist here.
+    """
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return abstract.sharding or SingleDeviceSharding(jax.local_devices()[0])
+    assert isinstance(mesh, Mesh)
+    return NamedSharding(mesh, jax.typeof(abstract).sharding.spec)
 
 
 def _param_key(name: str) -> str:

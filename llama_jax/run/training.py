@@ -160,12 +160,7 @@ class _Loop:
         if not steps:
             return make(initialize(self.config.model, self.config.seed), self.hyper)
         abstract = jax.eval_shape(make, abstract_params(self.config.model), self.hyper)
-        mesh = jax.sharding.get_mesh()
-        placed = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, jax.typeof(a).sharding.spec)),
-            abstract,
-        )
-        return store.load(steps[-1], placed)
+        return store.load(steps[-1], abstract)
 
     def _steps(self, state: TrainState, start: int, store: CheckpointStore, bar: Bar, writers: "_Writers") -> None:
         config, log, num_steps = self.config, self.config.logging, self.config.num_steps

@@ -3,6 +3,7 @@
 import functools
 import math
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ def train_flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
     return 6 * matrices + 3 * scores
 
 
-def peak_flops(device: jax.Device, dtype: np.dtype) -> float:
+def peak_flops(device: Any, dtype: np.dtype) -> float:
     """FLOP/s of a device: its maker's figure for bfloat16; measured where there is none (CPU, other types)."""
     if dtype == jnp.bfloat16:
         for kind in sorted(PEAK_FLOPS, key=len, reverse=True):
@@ -50,7 +51,7 @@ def peak_flops(device: jax.Device, dtype: np.dtype) -> float:
 
 
 @functools.cache
-def _measured_peak(device: jax.Device, dtype: str, size: int = 1536, repeats: int = 5) -> float:
+def _measured_peak(device: Any, dtype: str, size: int = 1536, repeats: int = 5) -> float:
     """FLOP/s of the fastest of a few square products, shared by the devices of a host where these share its cores."""
     product = jax.jit(lambda a: a @ a)
     seconds = []
