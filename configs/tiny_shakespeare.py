@@ -4,8 +4,8 @@ python train.py tiny_shakespeare --data.path input.txt
 python sample.py runs/tiny_shakespeare --prompt "ROMEO:"
 
 One file is one document; it is cut at line ends into documents of about 4000 characters, so that a tenth of them can be
-held out. Cost: 500 steps of 4096 tokens with a model of 2,558,400 parameters, minutes on a few CPU cores.
-Expected result: a loss that starts near ln 1024 = 6.9, and text with the form of the one given.
+held out. Cost: 500 steps of 4096 tokens with a model of 2,558,400 parameters, minutes on a few CPU cores. Expected
+result: a loss that starts near ln 1024 = 6.93; on Tiny Shakespeare the run sees every token about five times.
 """
 
 from llama_jax.checkpoint.store import CheckpointConfig

@@ -108,8 +108,9 @@ def plot_losses(**runs: llama_jax.Run) -> None:
 plot_losses(SwiGLU=run)
 
 # %% [markdown]
-# The tokens of the training text cost about as much as held-out ones: the model has not seen any of it twice. The first
-# loss is near the logarithm of the vocabulary's size, a uniform guess.
+# A point of the training loss is one batch; the held-out one is all held-out files. The model has seen no text twice,
+# so they differ by what is in them, not by what it remembers. The first loss is near the logarithm of the vocabulary's
+# size, a uniform guess.
 
 # %%
 metrics[0]["loss"], np.log(config.model.vocab_size)
@@ -223,8 +224,8 @@ for name, a_run in {"SwiGLU": run, "squared ReLU": run_2}.items():
     print(f"{name:14}held-out loss {last['val_loss']:.4f}, {last['val_bits_per_byte']:.4f} bits per byte")
 
 # %% [markdown]
-# One run of each: the difference between them is of the size that another seed makes, and says nothing about which
-# feed-forward is better. That takes several seeds and more than a minute of training.
+# One run of each. How much another seed would change is not measured here, so the difference does not say which
+# feed-forward is better: that takes several seeds, and more than a minute of training.
 
 # %%
 lm_2 = llama_jax.load(folder / "squared_relu", components=(SquaredReLU,))
