@@ -1,6 +1,7 @@
 """The command line: `python -m llama_jax COMMAND`, one function a command."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -34,6 +35,8 @@ Trains CONFIG, a name in configs/ or a path, in DIR (default: runs/CONFIG); the 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0 done, 1 failed, 2 a user's mistake, 75 preempted."""
+    # What Orbax has to say of a damaged checkpoint comes as one sentence of ours.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["train"]:  # its options are the config's keys, which argparse does not know
         return guarded(lambda: train_command(argv[1:]))
@@ -107,6 +110,8 @@ def _parse(argv: Sequence[str]) -> tuple[list[str], dict[str, str], bool]:
             if not equals:
                 # A switch may stand alone: `--logging.tensorboard`.
                 value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+                if key == "run-dir" and value == "true":
+                    raise UserError("--run-dir needs a directory")
             options[key.replace("-", "_")] = value
         else:
             names.append(word)

@@ -11,11 +11,7 @@ from llama_jax.config import Component, UserError
 
 
 class RopeScaling(Component):
-    """Config of a change to the rotary frequencies for contexts longer than those of pretraining.
-
-    theta: base of the frequencies.
-    scaling: how they are stretched for long contexts, or none.
-    """
+    """Config of a change to the rotary frequencies for contexts longer than those of pretraining."""
 
     def frequencies(self, frequencies: np.ndarray, theta: float, head_dim: int) -> np.ndarray:
         """The scaled inverse frequencies, [H/2]."""
@@ -32,6 +28,9 @@ class Rope:
 
     Pairs are (i, i + head_dim/2): the rotated halves of Hugging Face's Llama. Weights of families that interleave pairs
     are permuted when imported.
+
+    theta: base of the frequencies.
+    scaling: how they are stretched for long contexts, or none.
     """
 
     theta: float
@@ -64,7 +63,10 @@ def _check_factor(factor: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LinearScaling(RopeScaling):
-    """Positions divided by `factor` (Chen et al. 2023, position interpolation)."""
+    """Positions divided by `factor` (Chen et al. 2023, position interpolation).
+
+    factor: how many times longer the context becomes.
+    """
 
     factor: float
 
@@ -77,7 +79,10 @@ class LinearScaling(RopeScaling):
 
 @dataclasses.dataclass(frozen=True)
 class NTKScaling(RopeScaling):
-    """theta raised so that the slowest pair slows down by `factor` and the fastest keeps its speed ("NTK-aware")."""
+    """theta raised so that the slowest pair slows down by `factor` and the fastest keeps its speed ("NTK-aware").
+
+    factor: how many times longer the context becomes.
+    """
 
     factor: float
 
@@ -94,6 +99,13 @@ class YarnScaling(RopeScaling):
     """YaRN (Peng et al. 2023): slow pairs are interpolated, fast ones kept, with a ramp between; attention is scaled.
 
     cos and sin are multiplied by m(mscale) / m(mscale_all_dim) where m(s) = 0.1 s ln(factor) + 1; with both 0, by m(1).
+
+    factor: how many times longer the context becomes.
+    original_max_positions: the context of pretraining.
+    beta_fast: pairs that turn more often than this within it are kept.
+    beta_slow: pairs that turn less often are interpolated.
+    mscale: numerator of the magnitude, as above.
+    mscale_all_dim: denominator of the magnitude, as above.
     """
 
     factor: float
@@ -127,7 +139,13 @@ class YarnScaling(RopeScaling):
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling(RopeScaling):
-    """Llama 3.1's piecewise scaling by wavelength: long ones are interpolated, short ones kept, a ramp between."""
+    """Llama 3.1's piecewise scaling by wavelength: long ones are interpolated, short ones kept, a ramp between.
+
+    factor: how many times longer the context becomes.
+    low_freq_factor: pairs that turn less often than this within the original context are interpolated.
+    high_freq_factor: pairs that turn more often are kept.
+    original_max_positions: the context of pretraining.
+    """
 
     factor: float
     low_freq_factor: float

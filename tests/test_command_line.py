@@ -1,0 +1,239 @@
+"""The command line: what it tells, its exit codes, and one sentence for every mistake."""
+
+import gc
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llama_jax.__main__ import main
+from llama_jax.config import config_names, leaves
+from llama_jax.run import Run, RunConfig, load_config
+
+HERE = Path(__file__).resolve().parent
+GOLDENS = HERE / "parity" / "goldens"
+TINY = str(HERE / "tiny_run.py")
+
+
+@pytest.fixture
+def options(run_config: RunConfig, tmp_path: Path) -> list[str]:
+    """Of a run that would start if nothing else were wrong."""
+    data = run_config.data
+    return [
+        "train",
+        TINY,
+        "--data.path",
+        data.path[0],
+        "--data.cache-dir",
+        f"{tmp_path}/cache",
+        "--run-dir",
+        f"{tmp_path}/run",
+    ]
+
+
+def listing(folder: Path) -> set[str]:
+    """What is there, the cache's empty folder and lock files aside."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix != ".lock"} - {
+        "cache",
+        "cache/corpora",
+    }
+
+
+def refused(argv: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence that the command ends with; the code is 2 and nothing is left behind."""
+    before = listing(folder)
+    capsys.readouterr()
+    code = main(argv)
+    captured = capsys.readouterr()
+    assert code == 2, captured.err
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1, captured.err
+    assert captured.out == ""
+    assert listing(folder) == before
+    return captured.err.removeprefix("error: ").rstrip()
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ("--optimizer.learning-rat 3", r"unknown key 'optimizer.learning_rat'.*mean 'optimizer.learning_rate'\?"),
+        ("--model.attention.num-kv-head 1", r"unknown key.*mean 'model.attention.num_kv_heads'\?"),
+        ("--num-steps many", "num_steps='many' is not of type int"),
+        ("--compute.scan-layers 2", "compute.scan_layers='2' is not of type bool"),
+        ("--model.attention.num-kv-heads 3", "model.attention.num_kv_heads=3 does not divide num_heads=4: take one of"),
+        ("--sequence-length 65", "sequence_length=65 is longer than model.max_positions=64: shorten"),
+        ("--global-batch-size 12", "global_batch_size=12 is not divisible by mesh.data x mesh.fsdp=8: take a multiple"),
+        ("--optimizer.accumulation-steps 3", "global_batch_size=8 is not divisible by optimizer.accumulation_steps=3"),
+        ("--mesh.tensor 3", "devices and there are 8"),
+        (
+            "--mesh.context 8 --mesh.fsdp 1 --sequence-length 20",
+            "sequence_length=20 is not divisible by mesh.context=8",
+        ),
+        ("--tokenizer.vocab-size 305", "tokenizer.vocab_size=305 is more than model.vocab_size=304"),
+        ("--compute.attention-kernel quick", "compute.attention_kernel='quick' does not exist: the kernels are"),
+        ("--data.path absent/", "path 'absent/' is no file, no directory"),
+        ("--tokenizer.path absent.model", "tokenizer file 'absent.model' does not exist"),
+        ("--data.validation-fraction 0.0001", "leaves no document for validation"),
+        ("--logging.wandb-project x", "logging.wandb_project needs an extra: pip install"),
+        ("--checkpoint.keep-last 0", "checkpoint.keep_last=0 must be at least 1"),
+        ("surplus", "'surplus' is one argument too many"),
+    ],
+)
+def test_wrong_options(options: list[str], tmp_path: Path, capsys, monkeypatch, more: str, sentence: str):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert re.search(sentence, refused([*options, *more.split(" ")], tmp_path, capsys))
+
+
+def test_no_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    sentence = refused(["train", "tiny_pyton", "--run-dir", f"{tmp_path}/run"], tmp_path, capsys)
+    assert sentence == "there is no config 'tiny_pyton': did you mean 'tiny_python'?"
+    sentence = refused(["train", f"{tmp_path}/absent.py"], tmp_path, capsys)
+    assert sentence == f"config file '{tmp_path}/absent.py' does not exist"
+    (tmp_path / "empty.py").write_text("")
+    assert "has no function get_config()" in refused(["train", f"{tmp_path}/empty.py"], tmp_path, capsys)
+    assert refused(["train", TINY, "--run-dir"], tmp_path, capsys) == "--run-dir needs a directory"
+
+
+def test_a_text_too_small(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], finished_run: Run):
+    text = tmp_path / "text.txt"
+    options += ["--data.path", str(text), "--data.validation-fraction", "0", "--sequence-length", "64"]
+    options += ["--tokenizer.path", str(finished_run.directory / "tokenizer")]
+    text.write_text("")
+    assert "has no text" in refused(options, tmp_path, capsys)
+    text.write_text("too short for a window")
+    assert main(options) == 2
+    assert re.search(r"sequence_length=64 needs 65 tokens, and the training text has \d+:", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()  # what remains is the text's place in the cache
+
+
+def test_loss_that_is_no_number_exits_with_1(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    code = main([*options, "--optimizer.learning-rate", "1e30", "--logging.sample-prompts", ""])
+    error = capsys.readouterr().err
+    assert code == 1
+    assert error.count("\n") == 1
+    assert re.match(r"failed: the (loss|norm of the gradient) at step 2 is nan: lower optimizer.learning_rate", error)
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [1, 2]
+
+
+def test_continuing_with_another_key(finished_run: Run, run_config: RunConfig, tmp_path: Path, capsys):
+    copy = shutil.copytree(finished_run.directory, tmp_path / "run")
+    argv = ["train", TINY, "--data.path", run_config.data.path[0], "--seed", "3", "--run-dir", str(copy)]
+    assert f"'{copy}' holds a run with seed=0, not 3" in refused(argv, tmp_path, capsys)
+
+
+def truncate(file: Path) -> None:
+    with file.open("r+b") as f:
+        f.truncate(file.stat().st_size // 2)
+
+
+def damaged_checkpoint(folder: Path, finished_run: Run) -> None:
+    shutil.copytree(finished_run.directory, folder / "x")
+    for file in (folder / "x" / "checkpoints" / "12" / "state").rglob("*"):
+        if file.is_file():
+            truncate(file)
+
+
+def damaged_config(folder: Path, finished_run: Run) -> None:
+    shutil.copytree(finished_run.directory, folder / "x")
+    truncate(folder / "x" / "config.json")
+
+
+def without_checkpoints(folder: Path, finished_run: Run) -> None:
+    shutil.copytree(finished_run.directory, folder / "x")
+    shutil.rmtree(folder / "x" / "checkpoints")
+    (folder / "x" / "checkpoints").mkdir()
+
+
+def not_a_run(folder: Path, _: Run) -> None:
+    (folder / "x").mkdir()
+    (folder / "x" / "thesis.txt").write_text("mine")
+
+
+def truncated_safetensors(folder: Path, _: Run) -> None:
+    shutil.copytree(GOLDENS / "llama_gqa", folder / "x")
+    truncate(folder / "x" / "model.safetensors")
+
+
+def index_outside(folder: Path, _: Run) -> None:
+    shutil.copytree(GOLDENS / "llama_gqa", folder / "x")
+    (folder / "x" / "model.safetensors").rename(folder / "outside.safetensors")
+    index = {"weight_map": {"model.embed_tokens.weight": "../outside.safetensors"}}
+    (folder / "x" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def wrong_shapes(folder: Path, _: Run) -> None:
+    shutil.copytree(GOLDENS / "llama_gqa", folder / "x")
+    config = json.loads((folder / "x" / "config.json").read_text())
+    (folder / "x" / "config.json").write_text(
+        json.dumps(config | {"intermediate_size": config["intermediate_size"] * 2})
+    )
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("command", ["sample", "convert"])
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda *_: None, "does not exist"),
+        (damaged_checkpoint, "checkpoint .*12' is damaged"),
+        (damaged_config, "config.json' is not valid JSON"),
+        (without_checkpoints, "has no finished checkpoint yet"),
+        (not_a_run, "has neither config.json"),
+        (truncated_safetensors, "model.safetensors'? is (damaged|truncated)|truncated"),
+        (index_outside, "outside"),
+        (wrong_shapes, "with shape .* and its config asks for"),
+    ],
+)
+def test_wrong_source(
+    finished_run: Run, tmp_path: Path, capsys, command: str, damage: Callable[[Path, Run], None], sentence: str
+):
+    damage(tmp_path, finished_run)
+    end = ["--prompt", "a"] if command == "sample" else [f"{tmp_path}/made", "--to", "hf"]
+    assert re.search(sentence, refused([command, f"{tmp_path}/x", *end], tmp_path, capsys))
+    gc.collect()
+
+
+def test_prompt_longer_than_the_context(finished_run: Run, capsys: pytest.CaptureFixture[str]):
+    argv = ["sample", str(finished_run.directory), "--prompt", "the cat " * 64]
+    said = refused(argv, finished_run.directory, capsys)
+    assert re.search(r"prompt of \d+ tokens .* more than the model's 64 positions: shorten the prompt", said)
+
+
+def test_as_a_process(tmp_path: Path):
+    """No traceback and no chatter of the libraries, from a start outside the checkout."""
+    command = [sys.executable, HERE.parent / "train.py", "tiny_python", "--num-step", "3"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ, timeout=120)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == ("error: unknown key 'num_step': RunConfig has no 'num_step'. Did you mean 'num_steps'?\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_of_every_config_names_every_key(capsys: pytest.CaptureFixture[str]):
+    for name in config_names():
+        assert main(["train", name, "--help"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        for key, _, _ in leaves(load_config(name)):
+            [index] = [i for i, line in enumerate(lines) if line.startswith(f"  --{key.replace('_', '-')} <")]
+            assert re.fullmatch(r"  --\S+ <[^>]+> = .+", lines[index]), lines[index]
+            assert re.fullmatch(r" {6}\S.*", lines[index + 1]), f"{name}: {key} has no line of meaning"
+
+
+def test_help_without_a_config_names_the_configs(capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "--help"]) == 0
+    assert "tiny_python" in capsys.readouterr().out
+    assert main(["train"]) == 2
+
+
+@pytest.mark.parametrize("command", ["sample", "convert", "prepare", "tokenizer"])
+def test_help_of_the_other_commands(command: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert "usage" in capsys.readouterr().out
