@@ -77,11 +77,13 @@ def report(run: Run) -> None:
     table.add_row("", *(f"{x:.3f}" for x in (run.metrics()[-1]["val_bits_per_byte"], *packed)))
     Console().print(table)
 
-    num_samples, num_tokens, temperature = 64, 96, 0.7
+    num_samples, num_tokens, temperature = 64, 64, 0.5
     ours = generate_text(
         run.load(), [""] * num_samples, max_new_tokens=num_tokens, temperature=temperature, seed=run.config.seed
     )
-    trigram = Trigram(run.corpus.train.read(0, run.corpus.train.num_tokens), run.tokenizer.bos_id)
+    bos_id = run.tokenizer.bos_id
+    assert bos_id is not None
+    trigram = Trigram(run.corpus.train.read(0, run.corpus.train.num_tokens), bos_id)
     rng = np.random.default_rng(run.config.seed)
     theirs = [run.tokenizer.decode(trigram.sample(num_tokens, temperature, rng)) for _ in range(num_samples)]
     table = Table("accepted by ast.parse", "model", "trigram", title=f"{num_samples} samples of {num_tokens} tokens")
@@ -100,7 +102,7 @@ def is_python(text: str) -> bool:
 class Trigram:
     """The trigram model of a token stream: the next token as often as it followed the last two."""
 
-    def __init__(self, tokens: np.ndarray, bos_id: int | None):
+    def __init__(self, tokens: np.ndarray, bos_id: int):
         self._bos_id, self._size = bos_id, int(tokens.max()) + 1
         contexts = tokens[:-2].astype(np.int64) * self._size + tokens[1:-1]
         order = np.argsort(contexts, kind="stable")

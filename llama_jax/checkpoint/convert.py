@@ -25,7 +25,7 @@ from llama_jax.checkpoint.formats.llama2c import is_llama2c, read_llama2c
 from llama_jax.checkpoint.formats.meta import is_meta, read_meta
 from llama_jax.checkpoint.reference import llama_logits
 from llama_jax.config import UserError, read_json
-from llama_jax.models import Compute, DecoderConfig, Model, assemble, layers_with
+from llama_jax.models import Compute, DecoderConfig, Model, ModelConfig, assemble, layers_with
 from llama_jax.tokenizers import Tokenizer
 from llama_jax.tokenizers.loading import FILE_NAMES
 from llama_jax.zoo import Weight, llama
@@ -199,7 +199,7 @@ def _fill(out: np.ndarray, weight: Weight, tensor: Tensor, slices: tuple[slice, 
         out[place] = weight.to_canonical(part, wanted, shape)
 
 
-def params_logits(config: DecoderConfig, params: Mapping[str, jax.Array]) -> Callable[[np.ndarray], np.ndarray]:
+def params_logits(config: ModelConfig, params: Mapping[str, jax.Array]) -> Callable[[np.ndarray], np.ndarray]:
     """The package's own model of these parameters as a function from tokens to float32 logits."""
     model = Model(assemble(config, dict(params), Compute(dtype="float32"), scan=True), _mesh(params))
 
@@ -273,7 +273,7 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
 
 
 def export_hf(
-    config: DecoderConfig,
+    config: ModelConfig,
     params: Mapping[str, jax.Array | np.ndarray],
     directory: str | Path,
     tokenizer: Tokenizer | None = None,
@@ -310,7 +310,7 @@ def export_hf(
     return receipt
 
 
-def _family_of(config: DecoderConfig) -> tuple[Any, dict[str, Any]]:
+def _family_of(config: ModelConfig) -> tuple[Any, dict[str, Any]]:
     """The first family that can express `config`, and its config.json."""
     refusals = []
     for model_type in zoo.families():
@@ -334,7 +334,7 @@ class _Piece:
 
 
 def _pieces(
-    config: DecoderConfig, params: Mapping[str, jax.Array | np.ndarray], weights: tuple[Weight, ...]
+    config: ModelConfig, params: Mapping[str, jax.Array | np.ndarray], weights: tuple[Weight, ...]
 ) -> list[_Piece]:
     """Every tensor of the export, in the source's layout, its value fetched only when it is written."""
     table = {weight.name: weight for weight in weights}

@@ -21,10 +21,25 @@ EMBEDDING_STD = 0.02
 
 
 class ModelConfig(Component):
-    """Config of a model."""
+    """Config of a model: what every room below needs to know of one."""
 
     vocab_size: int
+    hidden_size: int
+    num_layers: int
     max_positions: int
+    tie_embeddings: bool
+
+    def layer_pieces(self) -> tuple[tuple[Mixer, FeedForward], ...]:
+        """Attention and feed-forward of every layer."""
+        raise NotImplementedError
+
+    def build_parts(self, *, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+        """What stands around the blocks, by name."""
+        raise NotImplementedError
+
+    def build_block(self, pieces: tuple[Mixer, FeedForward], *, rngs: nnx.Rngs) -> "Block":
+        """The block of a layer with these pieces."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +89,6 @@ class DecoderConfig(ModelConfig):
                 raise UserError(f"overrides hold {change.piece!r}: it must be an attention or a feed-forward")
 
     def layer_pieces(self) -> tuple[tuple[Mixer, FeedForward], ...]:
-        """Attention and feed-forward of every layer."""
         layers: list[tuple[Mixer, FeedForward]] = [(self.attention, self.feed_forward)] * self.num_layers
         for change in self.overrides:
             for i in change.layers:
@@ -84,7 +98,6 @@ class DecoderConfig(ModelConfig):
         return tuple(layers)
 
     def build_parts(self, *, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
-        """What stands around the blocks, by name."""
         parts: dict[str, nnx.Module] = {
             "embedding": Embedding(self.vocab_size, self.hidden_size, rngs=child(rngs, "embedding")),
             "norm": self.norm.build(self.hidden_size, rngs=child(rngs, "norm")),
@@ -185,7 +198,7 @@ def _add(a: dict[str, jax.Array], b: dict[str, jax.Array]) -> dict[str, jax.Arra
 class Decoder(nnx.Module):
     """Tokens to logits. Made by `assemble` from parameters by name, or by `build`."""
 
-    def __init__(self, config: DecoderConfig, parts: dict[str, nnx.Module], layers: Layers, compute: Compute):
+    def __init__(self, config: ModelConfig, parts: dict[str, nnx.Module], layers: Layers, compute: Compute):
         self.config, self.compute = config, compute
         self.embedding: Any = parts["embedding"]
         self.layers = layers

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llama_jax.models.compute import Compute
-from llama_jax.models.decoder import Decoder, DecoderConfig, Layers
+from llama_jax.models.decoder import Decoder, Layers, ModelConfig
 from llama_jax.nn.parameters import child
 
 Params = dict[str, jax.Array]
@@ -49,7 +49,7 @@ def _dotted(path: Any) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _templates(config: DecoderConfig) -> tuple[dict[str, _Template], list[_Template]]:
+def _templates(config: ModelConfig) -> tuple[dict[str, _Template], list[_Template]]:
     """Templates of the parts by name, and of each layer's block (one object per kind of block)."""
     key = jax.random.key(0)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
@@ -64,7 +64,7 @@ def _templates(config: DecoderConfig) -> tuple[dict[str, _Template], list[_Templ
     return parts, [kinds[pieces] for pieces in config.layer_pieces()]
 
 
-def layers_with(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+def layers_with(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Of every stacked parameter, the layers that have it, in the order of its first dimension."""
     found: dict[str, list[int]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -79,7 +79,7 @@ def layers_with(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(layers) for name, layers in found.items()}
 
 
-def init_params(config: DecoderConfig, seed: int | jax.Array) -> Params:
+def init_params(config: ModelConfig, seed: int | jax.Array) -> Params:
     """First values: a function of the seed, the parameter's name and its layer alone. Jit it to get it sharded."""
     rngs = nnx.Rngs(params=jax.random.key(seed))
     params: Params = {}
@@ -106,7 +106,7 @@ def init_params(config: DecoderConfig, seed: int | jax.Array) -> Params:
     return params
 
 
-def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and, under a mesh, shardings of all parameters; nothing is allocated."""
     abstract = jax.eval_shape(functools.partial(init_params, config), 0)
     mesh = jax.sharding.get_mesh()
@@ -118,7 +118,7 @@ def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> dict[str
     }
 
 
-def num_parameters(config: DecoderConfig) -> int:
+def num_parameters(config: ModelConfig) -> int:
     """The exact number of parameters; nothing is allocated."""
     parts, blocks = _templates(config)
     return sum(math.prod(v.shape) for template in (*parts.values(), *blocks) for v in template.shapes.values())
@@ -137,7 +137,7 @@ def repeating_pattern(pieces: tuple[Any, ...]) -> tuple[int, int]:
     return best
 
 
-def per_layer(config: DecoderConfig, params: Params) -> list[dict[str, jax.Array]]:
+def per_layer(config: ModelConfig, params: Params) -> list[dict[str, jax.Array]]:
     """Each layer's parameters, from the stacked ones."""
     # split, not indexing: its transpose is one concatenation, where L slices would add L full-size arrays.
     layers: list[dict[str, jax.Array]] = [{} for _ in range(config.num_layers)]
@@ -147,7 +147,7 @@ def per_layer(config: DecoderConfig, params: Params) -> list[dict[str, jax.Array
     return layers
 
 
-def assemble(config: DecoderConfig, params: Params, compute: Compute, *, scan: bool | None = None) -> Decoder:
+def assemble(config: ModelConfig, params: Params, compute: Compute, *, scan: bool | None = None) -> Decoder:
     """The module of these parameters; `scan` (default: what `compute` says) leaves repeating layers stacked."""
     if not (compute.scan_layers if scan is None else scan):
         return assemble_unrolled(config, params, per_layer(config, params), compute)
@@ -167,14 +167,14 @@ def assemble(config: DecoderConfig, params: Params, compute: Compute, *, scan: b
 
 
 def assemble_unrolled(
-    config: DecoderConfig, params: Params, layers: list[dict[str, jax.Array]], compute: Compute
+    config: ModelConfig, params: Params, layers: list[dict[str, jax.Array]], compute: Compute
 ) -> Decoder:
     """The unrolled module: the parts around the layers from `params`, the layers one by one."""
     blocks = [block.merge(values) for block, values in zip(_templates(config)[1], layers, strict=True)]
     return Decoder(config, _merge_parts(config, params), Layers(blocks), compute)
 
 
-def _merge_parts(config: DecoderConfig, params: Params) -> dict[str, nnx.Module]:
+def _merge_parts(config: ModelConfig, params: Params) -> dict[str, nnx.Module]:
     parts, _ = _templates(config)
     return {name: part.merge({k: params[f"{name}.{k}"] for k in part.shapes}) for name, part in parts.items()}
 

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from llama_jax.models.compute import Compute
-from llama_jax.models.decoder import Decoder, DecoderConfig
+from llama_jax.models.decoder import Decoder, ModelConfig
 from llama_jax.models.layout import Params, assemble, flatten, init_params
 
 
@@ -27,7 +28,7 @@ class Model:
         return nnx.merge(self.graphdef, self.state)
 
     @property
-    def config(self) -> DecoderConfig:
+    def config(self) -> ModelConfig:
         return self.module.config
 
     @property
@@ -45,10 +46,10 @@ class Model:
 
     def __call__(
         self,
-        tokens: Int[Array, "b t"],
+        tokens: Int[Array | np.ndarray, "b t"],
         *,
-        positions: Int[Array, "b t"] | None = None,
-        segment_ids: Int[Array, "b t"] | None = None,
+        positions: Int[Array | np.ndarray, "b t"] | None = None,
+        segment_ids: Int[Array | np.ndarray, "b t"] | None = None,
     ) -> Float[Array, "b t v"]:
         """int32 [B, T] -> float32 logits [B, T, V]."""
         return self.run(_logits, tokens, positions, segment_ids)
@@ -68,25 +69,25 @@ def _logits(module: Decoder, tokens: Any, positions: Any, segment_ids: Any) -> j
     return module(tokens, positions=positions, segment_ids=segment_ids)
 
 
-def build(config: DecoderConfig, *, seed: int = 0, compute: Compute | None = None) -> Model:
+def build(config: ModelConfig, *, seed: int = 0, compute: Compute | None = None) -> Model:
     """A model with random weights on the current mesh (`jax.set_mesh`), or on one device."""
     mesh = jax.sharding.get_mesh()
     return from_params(config, initialize(config, seed), compute or Compute(), None if mesh.empty else mesh)
 
 
-def initialize(config: DecoderConfig, seed: int) -> Params:
+def initialize(config: ModelConfig, seed: int) -> Params:
     """`init_params` compiled, on the current mesh: always the same program, so always the same bits."""
     return _initializer(jax.default_backend())(config, seed)
 
 
 @functools.cache
-def _initializer(platform: str) -> Callable[[DecoderConfig, int], Params]:
+def _initializer(platform: str) -> Callable[[ModelConfig, int], Params]:
     # Runs once: fully optimized, XLA:CPU compiles random bits for a second per shape, and they come no faster.
     options = {"xla_backend_optimization_level": 1} if platform == "cpu" else None
     return jax.jit(init_params, static_argnums=0, compiler_options=options)
 
 
-def from_params(config: DecoderConfig, params: Params, compute: Compute, mesh: Mesh | None = None) -> Model:
+def from_params(config: ModelConfig, params: Params, compute: Compute, mesh: Mesh | None = None) -> Model:
     """A model of parameters by name."""
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         graphdef, state = _unrolled(config, compute, params)
@@ -94,5 +95,5 @@ def from_params(config: DecoderConfig, params: Params, compute: Compute, mesh: M
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _unrolled(config: DecoderConfig, compute: Compute, params: Params) -> Any:
+def _unrolled(config: ModelConfig, compute: Compute, params: Params) -> Any:
     return nnx.split(assemble(config, params, compute, scan=False))

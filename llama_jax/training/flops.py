@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.models import DecoderConfig, abstract_params
+from llama_jax.models import ModelConfig, abstract_params
 from llama_jax.training.optimizer import is_matrix
 
 # Dense bfloat16 FLOP/s of a chip as its maker states it (TPU documentation; NVIDIA data sheets, without sparsity).
@@ -28,7 +28,7 @@ PEAK_FLOPS = {
 }
 
 
-def train_flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
+def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs of the matrix products of one token's forward and backward pass.
 
     6 per matrix parameter, the embedding counted only where it is the head; attention scores counted at half, since

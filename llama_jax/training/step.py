@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llama_jax.models import Compute, DecoderConfig, assemble
+from llama_jax.models import Compute, ModelConfig, assemble
 from llama_jax.models.layout import Params
 from llama_jax.parallel import reshape
 from llama_jax.training.losses import cross_entropy
@@ -37,7 +37,7 @@ def init_state(params: Params, hyper: Hyper) -> TrainState:
     return TrainState(step=jnp.int32(0), params=params, opt_state=make_optimizer(hyper).init(params))
 
 
-def _loss(params: Params, batch: Batch, z_loss: Any, config: DecoderConfig, compute: Compute):
+def _loss(params: Params, batch: Batch, z_loss: Any, config: ModelConfig, compute: Compute):
     model = assemble(config, params, compute)
     hidden, aux = model.trunk(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
     loss, ce = cross_entropy(
@@ -58,7 +58,7 @@ def _split_rows(x: jax.Array, parts: int) -> jax.Array:
 
 
 def make_train_step(
-    config: DecoderConfig, compute: Compute, *, accumulation_steps: int = 1
+    config: ModelConfig, compute: Compute, *, accumulation_steps: int = 1
 ) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, Metrics]]:
     """`train_step(state, batch, hyper) -> (state, metrics)`, jitted, with the state donated.
 
@@ -94,7 +94,7 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(config: DecoderConfig, compute: Compute) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+def make_eval_step(config: ModelConfig, compute: Compute) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
     """`eval_step(params, batch) -> (summed cross-entropy in nats, number of targets)`, jitted."""
 
     def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -78,10 +78,11 @@ class GroupedQueryModule(MixerModule):
         if cache is not None:
             assert mask.q_index is not None
             start = mask.q_index[:, 0]
-            cache = {"k": _write(cache["k"], k_BKSH, start), "v": _write(cache["v"], v_BKSH, start)}
+            written = {"k": _write(cache["k"], k_BKSH, start), "v": _write(cache["v"], v_BKSH, start)}
             # Without it XLA:CPU writes once more inside what reads the cache, and copies the whole cache for that.
-            cache = jax.lax.optimization_barrier(cache)
-            k_BKSH, v_BKSH = cache["k"].astype(x.dtype), cache["v"].astype(x.dtype)
+            written = jax.lax.optimization_barrier(written)
+            k_BKSH, v_BKSH = written["k"].astype(x.dtype), written["v"].astype(x.dtype)
+            cache = written
         y_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, mask, scale=self.config.head_dim**-0.5)
         return self.o_proj(y_BTNH), cache
 
