@@ -27,18 +27,18 @@ def get_config() -> RunConfig:
     return RunConfig(
         model=DecoderConfig(
             vocab_size=4096,
-            hidden_size=192,
-            num_layers=6,
+            hidden_size=256,
+            num_layers=4,
             max_positions=512,
             attention=GroupedQuery(
-                num_heads=6,
+                num_heads=4,
                 num_kv_heads=2,
-                head_dim=32,
+                head_dim=64,
                 rope=Rope(theta=10000.0, scaling=None),
                 qkv_bias=False,
                 out_bias=False,
             ),
-            feed_forward=SwiGLU(intermediate_size=512, bias=False),
+            feed_forward=SwiGLU(intermediate_size=640, bias=False),
             norm=RMSNorm(eps=1e-5),
             tie_embeddings=True,
         ),
@@ -56,14 +56,14 @@ def get_config() -> RunConfig:
             ),
             validation_fraction=0.05,
         ),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
-        num_steps=500,
-        global_batch_size=16,
+        optimizer=OptimizerConfig(learning_rate=2.5e-3, warmup_steps=40),
+        num_steps=700,
+        global_batch_size=4,
         sequence_length=256,
-        compute=Compute(scan_layers=False),
-        checkpoint=CheckpointConfig(every_steps=100),
+        compute=Compute(dtype="bfloat16", scan_layers=False),
+        checkpoint=CheckpointConfig(every_steps=350),
         logging=LoggingConfig(
-            every_steps=10, validate_every_steps=250, sample_prompts=("def main(", "class ", "import ")
+            every_steps=10, validate_every_steps=350, sample_prompts=("def main(", "class ", "import ")
         ),
     )
 
