@@ -88,7 +88,8 @@ class Bar:
         self, description: str, start: int, total: int, *, quiet: bool = False, console: Console | None = None
     ):
         self._console = console or Console(quiet=quiet)
-        self._total, self._start, self._began = total, start, time.monotonic()
+        self._total = total
+        self._first: tuple[int, float] | None = None  # step and time of the first metrics, compilation behind them
         self._notebook = self._console.is_jupyter and not quiet
         self._plain = quiet or not (self._console.is_terminal or self._notebook)
         self._cell: Any = None  # the notebook's handle on the bar
@@ -141,10 +142,11 @@ class Bar:
             parts.append(f"MFU {100 * metrics['mfu']:.1f}%")
         if self._plain:
             step = metrics["step"]
-            done = step - self._start
-            left = (time.monotonic() - self._began) / done * (self._total - step) if done else 0
-            eta = f"{left // 60:.0f}m{left % 60:02.0f}s left"
-            parts += [f"lr {metrics['learning_rate']:.2e}", f"grad norm {metrics['grad_norm']:.2f}", eta]
+            parts += [f"lr {metrics['learning_rate']:.2e}", f"grad norm {metrics['grad_norm']:.2f}"]
+            first_step, began = self._first = self._first or (step, time.monotonic())
+            if step > first_step:
+                left = (time.monotonic() - began) / (step - first_step) * (self._total - step)
+                parts.append(f"{left // 60:.0f}m{left % 60:02.0f}s left")
             self.say(f"step {step}/{self._total}  " + "  ".join(parts))
         else:
             self._progress.update(self._task, numbers="  ".join(parts))
