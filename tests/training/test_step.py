@@ -131,6 +131,22 @@ def test_other_hyper_parameters_compile_nothing(tiny_config: DecoderConfig, capl
     assert rates[0] != rates[1]
 
 
+def test_every_hyper_parameter_matters(tiny_config: DecoderConfig):
+    step, batch = make_train_step(tiny_config, Compute()), jax.tree.map(jnp.asarray, batch_of())
+
+    def after(hyper: dict[str, Any]) -> list[np.ndarray]:
+        state = start(tiny_config)
+        for _ in range(5):
+            state, _ = step(state, batch, hyper)
+        return [np.asarray(value) for value in state.params.values()]
+
+    before = after(HYPER)
+    assert all(np.array_equal(a, b) for a, b in zip(before, after(HYPER), strict=True))
+    for name, value in HYPER.items():
+        changed = after(HYPER | {name: value / 2 + 1e-3})
+        assert not all(np.array_equal(a, b) for a, b in zip(before, changed, strict=True)), name
+
+
 def test_same_step_twice_gives_the_same_bits(tiny_config: DecoderConfig):
     first, second = (run(tiny_config, {"fsdp": 8}, steps=2) for _ in range(2))
     assert first[0] == second[0]

@@ -1,0 +1,325 @@
+"""Every option has a witness: changing it alone changes something that can be seen.
+
+The leaves are found by the test itself; one that nothing shows to matter fails. What can be seen is looked at from the
+cheap to the dear: an error, the parameters' shapes, hyper-parameters, the tokenizer, the corpus, batches, the mesh, the
+lowered programs, and at last what a run with a train step of no cost writes.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from llama_jax.checkpoint.store import CheckpointConfig
+from llama_jax.config import UserError, leaves, override
+from llama_jax.data import Batches, Corpus, DataConfig, prepare, read_texts
+from llama_jax.models import Compute, DecoderConfig, abstract_params
+from llama_jax.models.decoder import LayerOverride
+from llama_jax.nn import (
+    GroupedQuery,
+    LinearScaling,
+    Llama3Scaling,
+    NTKScaling,
+    RMSNorm,
+    RopeScaling,
+    SwiGLU,
+    YarnScaling,
+)
+from llama_jax.run import LoggingConfig, ProfileConfig, RunConfig, train, training
+from llama_jax.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
+from llama_jax.training import OptimizerConfig, TrainState, init_state, make_train_step
+
+
+class OtherAttention(GroupedQuery):
+    def build(self, width: int, *, rngs: nnx.Rngs) -> Any:
+        return (
+            dataclasses.replace(self, rope=None).build(width, rngs=rngs)
+            if self.rope
+            else super().build(width, rngs=rngs)
+        )
+
+
+class OtherFeedForward(SwiGLU):
+    def build(self, width: int, *, rngs: nnx.Rngs) -> Any:
+        return SwiGLU(self.intermediate_size, bias=True).build(width, rngs=rngs)
+
+
+class OtherNorm(RMSNorm):
+    def build(self, width: int, *, rngs: nnx.Rngs) -> Any:
+        return RMSNorm(0.5).build(width, rngs=rngs)
+
+
+class OtherModel(DecoderConfig):
+    def build_parts(self, *, rngs: nnx.Rngs) -> Any:
+        return DecoderConfig.build_parts(dataclasses.replace(self, norm=RMSNorm(0.5)), rngs=rngs)
+
+
+def other_class(cls: type, value: Any) -> Any:
+    return cls(**{f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
+
+
+# What a leaf becomes where doubling, halving, negating or the next choice would not do.
+CHANGES: dict[str, Callable[[RunConfig, Path], Any]] = {
+    "model": lambda config, _: other_class(OtherModel, config.model),
+    "model.attention": lambda config, _: other_class(OtherAttention, config.model.attention),
+    "model.feed_forward": lambda config, _: other_class(OtherFeedForward, config.model.feed_forward),
+    "model.norm": lambda config, _: other_class(OtherNorm, config.model.norm),
+    "model.overrides": lambda config, _: (LayerOverride((0,), other_class(OtherAttention, config.model.attention)),),
+    "model.max_positions": lambda *_: 16,  # shorter than the sequences
+    "model.attention.rope.scaling": lambda *_: LinearScaling(7.0),
+    "tokenizer.path": lambda _, folder: str(folder / "tokenizer"),
+    "tokenizer.vocab_size": lambda *_: 290,
+    "data.path": lambda config, _: (config.data.path[0] + "/1*.txt",),
+    "data.exclude": lambda *_: ("*7.txt",),
+    "data.text_field": lambda *_: "content",
+    "data.document_chars": lambda *_: 100,
+    "data.cache_dir": lambda _, folder: str(folder / "elsewhere"),
+    "compute.dtype": lambda *_: "bfloat16",
+    "compute.attention_kernel": lambda *_: "blockwise",
+    "compute.loss_chunk": lambda *_: 8,
+    "mesh.fsdp": lambda *_: 4,
+    "checkpoint.keep_best": lambda *_: 3,
+    "logging.validation_batches": lambda *_: 1,
+    "logging.sample_prompts": lambda *_: ("the cat", "a mat"),
+    "logging.wandb_project": lambda *_: "mine",
+    "profile.start_step": lambda *_: 5,
+}  # fmt: skip
+
+
+def changed(config: RunConfig, key: str, annotation: Any, value: Any, folder: Path) -> Any:
+    if key in CHANGES:
+        return CHANGES[key](config, folder)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return 2 * value or 1
+    if isinstance(value, float):
+        return value / 2 or 0.5
+    if typing.get_origin(annotation) is typing.Literal:
+        return next(option for option in typing.get_args(annotation) if option != value)
+    raise AssertionError(f"say in CHANGES what '{key}' becomes: it is {value!r}")
+
+
+@pytest.fixture(scope="module")
+def folder(run_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a JSONL file beside the texts, and a tokenizer of another kind."""
+    folder = tmp_path_factory.mktemp("witness")
+    texts = sorted(Path(run_config.data.path[0]).iterdir())
+    (folder / "texts").mkdir()
+    for file in texts:
+        (folder / "texts" / file.name).write_text(file.read_text())
+    (folder / "texts" / "more.jsonl").write_text('{"text": "a line of its own", "content": "another line"}\n')
+    train_tokenizer([file.read_text() for file in texts], kind="unigram", vocab_size=280).save(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(run_config: RunConfig, folder: Path) -> RunConfig:
+    """Saved, measured and profiled often enough for every policy to show."""
+    return dataclasses.replace(
+        run_config,
+        data=dataclasses.replace(run_config.data, path=(str(folder / "texts"),), cache_dir=str(folder / "cache")),
+        checkpoint=CheckpointConfig(every_steps=2, keep_last=2, keep_best=1),
+        logging=LoggingConfig(every_steps=3, validate_every_steps=2),
+        profile=ProfileConfig(start_step=3),
+    )
+
+
+def variants(base: RunConfig) -> list[RunConfig]:
+    """Configs that together have all leaves."""
+    scalings: list[RopeScaling] = [
+        LinearScaling(2.0),
+        NTKScaling(2.0),
+        YarnScaling(4.0, 32, 2.0, 1.0, 1.0, 0.5),
+        Llama3Scaling(4.0, 1.0, 4.0, 32),
+    ]
+    # A small theta and more pairs: each of the scalings' thresholds lies between two of them.
+    rope = {"model.attention.head_dim": 16, "model.attention.rope.theta": 10.0}
+    return [base, *(override(base, rope | {"model.attention.rope.scaling": scaling}) for scaling in scalings)]
+
+
+# What is seen of a config. Each returns something to be compared, or raises UserError.
+
+
+@functools.cache
+def tokenizer_of(config: TokenizerConfig, data: DataConfig) -> Tokenizer:
+    if config.path is not None:
+        return load_tokenizer(config.path)
+    return train_tokenizer(read_texts(data, "train"), kind=config.kind, vocab_size=config.vocab_size)
+
+
+@functools.cache
+def corpus_of(config: TokenizerConfig, data: DataConfig) -> Corpus:
+    return prepare(data, tokenizer_of(config, data))
+
+
+@functools.cache
+def first_batch(config: TokenizerConfig, data: DataConfig, rows: int, length: int, seed: int) -> Any:
+    """A batch, and how many were prepared when the first was taken."""
+    asked: list[int] = []
+
+    class Counted(Batches):
+        def batch(self, step: int) -> Any:
+            asked.append(step)
+            return super().batch(step)
+
+    found = Counted(
+        corpus_of(config, data).train,
+        global_batch_size=rows,
+        sequence_length=length,
+        seed=seed,
+        num_prefetch=data.num_prefetch,
+    )
+    iterator = found.iterate()
+    first = {name: x.tolist() for name, x in next(iterator).items()}
+    prepared = -1
+    while prepared != (prepared := len(asked)):
+        time.sleep(0.1)
+    return first, prepared
+
+
+@functools.cache
+def step_program(model: DecoderConfig, compute: Compute, optimizer: OptimizerConfig, rows: int, length: int) -> str:
+    names = ("tokens", "targets", "segment_ids", "positions")
+    batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
+    batch["weights"] = jax.ShapeDtypeStruct((rows, length), jnp.float32)
+    hyper = optimizer.hyper(1)
+    state = jax.eval_shape(init_state, abstract_params(model), hyper)
+    step = make_train_step(model, compute, accumulation_steps=optimizer.accumulation_steps)
+    return step.lower(state, batch, hyper).as_text()
+
+
+def parameters(config: RunConfig) -> Any:
+    return {name: a.shape for name, a in abstract_params(config.model).items()}
+
+
+def hyper(config: RunConfig) -> Any:
+    """That the step minds each of them is shown in tests/training."""
+    return {name: float(value) for name, value in config.optimizer.hyper(config.num_steps).items()}
+
+
+def mesh(config: RunConfig) -> Any:
+    config.check_mesh(8)
+    return config.mesh.sizes(8)
+
+
+def tokenizer(config: RunConfig) -> Any:
+    return tokenizer_of(config.tokenizer, config.data).fingerprint
+
+
+def corpus(config: RunConfig) -> Any:
+    found = corpus_of(config.tokenizer, config.data)
+    return found.directory, found.content_hash
+
+
+def batches(config: RunConfig) -> Any:
+    return first_batch(config.tokenizer, config.data, config.global_batch_size, config.sequence_length, config.seed)
+
+
+def program(config: RunConfig) -> Any:
+    """Of the train step; its hyper-parameters are traced, so that their values are not in it."""
+    optimizer = OptimizerConfig(1.0, 1, accumulation_steps=config.optimizer.accumulation_steps)
+    return step_program(config.model, config.compute, optimizer, config.global_batch_size, config.sequence_length)
+
+
+def files(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What a run writes and where it sends it, the steps' arithmetic left out."""
+    events: list[Any] = []
+
+    def make_train_step(*_: Any, **__: Any) -> Any:
+        def step(state: TrainState, batch: Any, hyper: Any) -> Any:
+            value = 1 / (1 + state.step)
+            return dataclasses.replace(state, step=state.step + 1), dict.fromkeys(
+                ("loss", "grad_norm", "learning_rate"), value
+            )
+
+        return step
+
+    evaluations = iter(range(10**6))
+    values = {
+        "make_train_step": make_train_step,
+        # Better every time, and not the same for every batch.
+        "make_eval_step": lambda *_: lambda *_: (np.float32(1 / (1 + next(evaluations))), np.float32(1)),
+        "generate_text": lambda lm, prompts, **_: ["..."] * len(prompts),
+        "train_tokenizer": lambda *_, **__: tokenizer_of(config.tokenizer, config.data),
+    }
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = ModuleSpec("wandb", None)
+    wandb.init = lambda **kwargs: types.SimpleNamespace(  # type: ignore[attr-defined]
+        log=lambda metrics, step: events.append(("wandb", step)), finish=lambda: None
+    )
+
+    @contextlib.contextmanager
+    def trace(directory: str) -> Iterator[None]:
+        events.append(("trace", Path(directory).name, len(taken)))
+        yield
+        events.append(("traced", len(taken)))
+
+    taken: list[int] = []
+    to_devices = training.to_devices
+    values["to_devices"] = lambda batch: taken.append(0) or to_devices(batch)
+    with monkeypatch.context() as patch:
+        for name, value in values.items():
+            patch.setattr(training, name, value)
+        patch.setattr(jax.profiler, "trace", trace)
+        patch.setitem(sys.modules, "wandb", wandb)
+        run = train(config, folder / "run")
+    told = [{k: v for k, v in m.items() if k not in ("mfu", "tokens_per_second")} for m in run.metrics()]
+    top = {path.name for path in run.directory.iterdir()} - {"config.json"}
+    samples = run.directory / "samples.txt"
+    return told, run.steps(), top, events, samples.read_text() if samples.exists() else None
+
+
+def seen(look: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return look(*arguments)
+    except UserError as error:
+        return str(error)
+
+
+def test_every_leaf_has_a_witness(base: RunConfig, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    @functools.cache
+    def written(config: RunConfig) -> Any:
+        directory = tmp_path / str(written.cache_info().misses)
+        directory.mkdir()
+        return files(config, directory, monkeypatch)
+
+    cheap = (parameters, hyper, mesh, tokenizer, corpus, batches)
+    witnesses: dict[str, str] = {}
+    for config in variants(base):
+        for key, annotation, value in leaves(config):
+            if key in witnesses:
+                continue
+            witnesses[key] = ""
+            try:
+                new = override(config, {key: changed(config, key, annotation, value, folder)})
+            except UserError:
+                witnesses[key] = "error"
+                continue
+            assert new != config, key
+            told_only = key.startswith(("checkpoint.", "logging.", "profile."))
+            for look in (*cheap, written) if told_only else (*cheap, program, written):
+                if seen(look, config) != seen(look, new):
+                    witnesses[key] = look.__name__
+                    break
+    unseen = [key for key, witness in witnesses.items() if not witness]
+    assert not unseen, f"nothing shows that these matter: {', '.join(unseen)}"
+    assert len(witnesses) > 60
+    # An error shows nothing where the value was meant to be possible.
+    assert [key for key, witness in witnesses.items() if witness == "error"] == ["model.max_positions"]
+    by = {look: [key for key, witness in witnesses.items() if witness == look] for look in set(witnesses.values())}
+    assert "model.attention.rope.theta" in by["program"]
+    assert "logging.tensorboard" in by["written"]
