@@ -9,6 +9,7 @@ import gzip
 import lzma
 import sysconfig
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -58,7 +59,7 @@ def get_config() -> RunConfig:
         ),
         optimizer=OptimizerConfig(learning_rate=2.5e-3, warmup_steps=40),
         num_steps=700,
-        global_batch_size=4,
+        global_batch_size=max(4, jax.device_count()),  # the demo runs on whatever is there
         sequence_length=256,
         compute=Compute(dtype="bfloat16", scan_layers=False),
         checkpoint=CheckpointConfig(every_steps=350),
