@@ -156,8 +156,9 @@ weights = np.asarray(lm.model.run(attention_weights, jnp.array([ids]), layer=1))
 
 stream = lm.tokenizer.stream()
 labels = ["BOS"] + [stream.feed(i).replace("\n", "⏎").replace(" ", "·") for i in ids[1:]]
-fig, axes = plt.subplots(2, 3, figsize=(11, 8), sharex=True, sharey=True, layout="constrained")
-for head, ax in enumerate(axes.flat):
+grid = (2, -(-len(weights) // 2))
+fig, axes = plt.subplots(*grid, figsize=(11, 8), sharex=True, sharey=True, layout="constrained", squeeze=False)
+for head, ax in enumerate(axes.flat[: len(weights)]):
     image = ax.imshow(weights[head], cmap="Blues", vmin=0, vmax=1)
     ax.set_title(f"head {head}", fontsize=9)
     ax.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
