@@ -43,7 +43,7 @@ jax.devices()
 # is told to, by dotted keys. A wrong key or value is one sentence.
 
 # %%
-config = llama_jax.load_config("tiny_python", {"num_steps": 100, "model.num_layers": 4})
+config = llama_jax.load_config("tiny_python", {"num_steps": 200, "model.num_layers": 3})
 if os.environ.get("LLAMA_JAX_QUICK"):  # the tests run the notebook so: every cell, hardly any work
     config = llama_jax.override(
         config,
