@@ -112,9 +112,10 @@ def _load_native(path: Path, compute: Compute, components: Sequence[type], step:
 
 
 def save(lm: LanguageModel, directory: str | Path, *, format: Literal["hf", "native"] = "native") -> dict[str, Any]:
-    """Writes config, weights and tokenizer, and returns the receipt of the logit comparison stored beside them.
+    """Writes config, weights and tokenizer; of an export, returns the receipt of the logit comparison stored with it.
 
-    Raises UserError where `directory` is not empty or the format cannot express the model.
+    A native copy converts nothing and returns {}. Raises UserError where `directory` is not empty or the format cannot
+    express the model.
     """
     params = lm.model.params()
     if format == "hf":
