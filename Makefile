@@ -10,12 +10,20 @@ BIN := .venv/bin
 
 install: .venv/installed
 
-# Again only when the requirements change.
+# Again only when the requirements change. The demo needs the library alone, development its tools as well.
+define pip_install
+@test -n "$(PYTHON)" || { echo "llama_jax needs Python 3.12 or newer, and there is none on the PATH." >&2; exit 1; }
+@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+@echo "Installing into .venv (minutes the first time)..."
+@$(BIN)/python -m pip install -q --disable-pip-version-check -e '$(1)' -c constraints.txt
+endef
+
 .venv/installed: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "llama_jax needs Python 3.12 or newer, and there is none on the PATH." >&2; exit 1; }
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	@echo "Installing into .venv (minutes the first time)..."
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	$(call pip_install,.[dev])
+	@touch .venv/library $@
+
+.venv/library: pyproject.toml constraints.txt
+	$(call pip_install,.)
 	@touch $@
 
 lint: install
@@ -30,6 +38,6 @@ test-slow: install
 	$(BIN)/pytest -m slow
 
 # A small Llama on the interpreter's own standard library, then what it writes.
-demo: install
+demo: .venv/library
 	$(BIN)/python train.py tiny_python --run-dir runs/demo
 	$(BIN)/python sample.py runs/demo --prompt "def " --max-new-tokens 200
