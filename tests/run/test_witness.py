@@ -211,8 +211,13 @@ def step_program(model: DecoderConfig, compute: Compute, optimizer: OptimizerCon
     return step.lower(state, batch, hyper).as_text()
 
 
+@functools.cache
+def shapes(model: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    return {name: a.shape for name, a in abstract_params(model).items()}
+
+
 def parameters(config: RunConfig) -> Any:
-    return {name: a.shape for name, a in abstract_params(config.model).items()}
+    return shapes(config.model)
 
 
 def hyper(config: RunConfig) -> Any:

@@ -82,7 +82,7 @@ def test_three_steps_on_a_mesh_are_those_of_one_device(
     assert_same(run(tiny_config, mesh), on_one_device)
 
 
-@pytest.mark.parametrize(("mesh", "parts"), [(None, 2), (None, 8), ({"fsdp": 2, "tensor": 4}, 4)], ids=str)
+@pytest.mark.parametrize(("mesh", "parts"), [(None, 8), ({"fsdp": 2, "tensor": 4}, 4)], ids=str)
 def test_accumulation_is_the_large_batch(tiny_config: DecoderConfig, on_one_device: Any, mesh: Any, parts: int):
     """Also though the parts have different numbers of targets."""
     assert_same(run(tiny_config, mesh, parts=parts), on_one_device)
