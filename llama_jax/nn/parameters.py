@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llama_jax.parallel import fitting, mesh_axis_sizes, reshape, shard, spec
+from jaxtyping import Array, Float, Int
+
+from llama_jax.parallel import axes_of, fitting, mesh_axis_sizes, reshape, shard, spec, split_over
 
 
 class Keys(nnx.Rngs):
@@ -47,7 +49,53 @@ def parameter(
 
 def use(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
     """A parameter's value as the computation wants it: cast, then gathered over the axis that only storage has."""
-    return shard(param[...].astype(dtype), *_gathered(param.get_metadata("axes")))
+    return gather(param[...].astype(dtype), param.get_metadata("axes"))
+
+
+def gather(value: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """A stored value whose dimensions carry these logical axes, whole along those that only storage splits."""
+    return shard(value, *_gathered(axes))
+
+
+def lookup(table: Float[Array, "v d"], index: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    """Rows of a table whose rows may be split over the vocabulary: no device ever holds all of it."""
+    if not mesh_axis_sizes():
+        return _rows(table, index)
+    axes = split_over("vocab", table.shape[0])
+
+    index = shard(index, "batch", "sequence")
+    batch_axes = tuple(axis for entry in axes_of(index) for axis in entry)
+
+    def local(table: jax.Array, index: jax.Array) -> jax.Array:
+        # From here on a gradient is a device's own; the transpose of this line sums it over the devices.
+        table = jax.lax.pcast(table, batch_axes, to="varying")
+        if not axes:
+            return _rows(table, index)
+        index = index - jax.lax.axis_index(axes) * table.shape[0]
+        here = (index >= 0) & (index < table.shape[0])
+        return jax.lax.psum(jnp.where(here[..., None], _rows(table, jnp.where(here, index, 0)), 0), axes)
+
+    out = spec("batch", "sequence", None, shape=(*index.shape, table.shape[1]))
+    return jax.shard_map(local, out_specs=out)(shard(table, "vocab", None), index)
+
+
+@jax.custom_vjp
+def _rows(table: jax.Array, index: jax.Array) -> jax.Array:
+    return table.at[index].get(mode="clip")
+
+
+def _rows_forward(table, index):
+    return _rows(table, index), (table, index)
+
+
+def _rows_backward(residuals, d_rows):
+    # Summed in float32: a frequent token's row gets thousands of addends.
+    table, index = residuals
+    d_table = jnp.zeros_like(table, jnp.float32).at[index].add(d_rows.astype(jnp.float32))
+    return d_table.astype(table.dtype), None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
 
 
 class Projection(nnx.Module):
