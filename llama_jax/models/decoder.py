@@ -121,7 +121,7 @@ class Embedding(nnx.Module):
         self.weight = parameter(rngs, "weight", (vocab_size, width), ("vocab", "embed"), std=EMBEDDING_STD)
 
     def __call__(self, tokens: Int[Array, "b t"], dtype: Any) -> Float[Array, "b t d"]:
-        return lookup(use(self.weight, dtype), tokens)
+        return lookup(self.weight[...].astype(dtype), tokens)
 
 
 class Block(nnx.Module):

@@ -152,7 +152,7 @@ def _gather(x: jax.Array, spec: tuple[tuple[str, ...], ...], kept: tuple[str, ..
 
 def _reduce(x: jax.Array, spec: tuple[tuple[str, ...], ...], batch_axes, kept: tuple[str, ...]) -> jax.Array:
     """The sum of all devices' gradients of a gathered weight, each device with the part that it stores."""
-    left = [axis for axis in batch_axes]
+    left = list(batch_axes)
     for dimension, axes in enumerate(spec):
         if not axes or axes == kept:
             continue
