@@ -147,7 +147,8 @@ def _errors(fast: _Attention, exact: _Attention, segments: Any) -> dict[str, jax
     k, v = random(keys[1], call.k, kv), random(keys[2], call.v, kv)
 
     def with_gradients(attention: _Attention, dtype: Any) -> tuple[jax.Array, ...]:
-        out, pull = jax.vjp(lambda *x: attention(*x, segments), *(x.astype(dtype) for x in (q, k, v)))
+        inputs = q.astype(dtype), k.astype(dtype), v.astype(dtype)
+        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, segments), *inputs)
         out = shard(out, *queries)
         return (out, *pull(direction.astype(out.dtype)))
 
