@@ -5,7 +5,16 @@ In: the configs of a run and the name of a topology. Out: what XLA's own compile
 """
 
 from llama_jax.planning.collectives import Collective, read_collectives
-from llama_jax.planning.compiled import CompiledStep, CompileRequest, Memory, compile_step
+from llama_jax.planning.compiled import CompiledStep, CompileRequest, DoesNotFit, Memory, compile_step
 from llama_jax.planning.hlo import Program
 
-__all__ = ["Collective", "CompileRequest", "CompiledStep", "Memory", "Program", "compile_step", "read_collectives"]
+__all__ = [
+    "Collective",
+    "CompileRequest",
+    "CompiledStep",
+    "DoesNotFit",
+    "Memory",
+    "Program",
+    "compile_step",
+    "read_collectives",
+]

@@ -47,6 +47,10 @@ ENVIRONMENT = {
 }
 
 
+class DoesNotFit(RuntimeError):
+    """The program needs more memory than a device has; the message is XLA's, with both figures."""
+
+
 @dataclasses.dataclass(frozen=True)
 class CompileRequest:
     """A train step, and the machine to compile it for.
@@ -115,7 +119,8 @@ def compile_step(request: CompileRequest) -> CompiledStep:
     """Compiles the train step for the request's topology, in another process.
 
     Waits while another such process of this machine runs. Raises UserError where libtpu is missing, where it does not
-    know the topology, and for a mesh that does not fit it; RuntimeError with XLA's words when it cannot compile.
+    know the topology, and for a mesh that does not fit it; DoesNotFit when a device's memory is too small; RuntimeError
+    with XLA's words when it cannot compile.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
@@ -132,11 +137,11 @@ def compile_step(request: CompileRequest) -> CompiledStep:
             env=os.environ | ENVIRONMENT | {"PYTHONPATH": path},
         )
     lines = done.stdout.splitlines()
-    answer = json.loads(lines[-1]) if done.returncode == 0 and lines else {"failed": done.stderr[-2000:]}
-    if "mistake" in answer:
-        raise UserError(answer["mistake"])
-    if "failed" in answer:
-        raise RuntimeError(f"the step could not be compiled for {request.topology}: {answer['failed']}")
+    if done.returncode or not lines:
+        raise RuntimeError(f"the step could not be compiled for {request.topology}:\n{done.stderr[-4000:]}")
+    answer = json.loads(lines[-1])
+    if error := {"UserError": UserError, "DoesNotFit": DoesNotFit}.get(answer["type"]):
+        raise error(answer["message"])
     return from_json(CompiledStep, answer)
 
 
@@ -198,18 +203,18 @@ def describe(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, seconds: fl
     )
 
 
-def _answer(request: CompileRequest) -> Any:
+def main() -> None:
+    """The process that compiles: a request on stdin, the answer as the last line of stdout."""
     try:
+        request = from_json(CompileRequest, json.load(sys.stdin))
         start = time.perf_counter()
         lowered, mesh = lower_step(request, get_devices(request.topology))
         compiled = lowered.compile()
-        return to_json(describe(compiled, mesh, time.perf_counter() - start))
+        answer = to_json(describe(compiled, mesh, time.perf_counter() - start))
     except UserError as error:
-        return {"mistake": str(error)}
+        answer = {"type": "UserError", "message": str(error)}
     except jax.errors.JaxRuntimeError as error:
-        return {"failed": str(error).splitlines()[0]}
-
-
-def main() -> None:
-    """The process that compiles: a request on stdin, the answer as the last line of stdout."""
-    print(json.dumps(_answer(from_json(CompileRequest, json.load(sys.stdin)))))
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        answer = {"type": "DoesNotFit", "message": str(error).splitlines()[0]}
+    print(json.dumps(answer))
