@@ -9,6 +9,7 @@ import dataclasses
 import fcntl
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -159,15 +160,19 @@ def _one_at_a_time() -> Iterator[None]:
 
 def get_devices(topology: str) -> list[Any]:
     """Stand-ins for the devices of a TPU topology. Raises UserError for one that libtpu does not know."""
-    found = re.fullmatch(r"(?:(\d+)x )?(\w+:\d+(?:x\d+)*)", topology)
+    found = re.fullmatch(r"(?:(\d+)x )?([a-z]\w*:(\d+(?:x\d+)*))", topology)
     if found is None:
         raise UserError(f"topology={topology!r} is not of the form v5e:8x8, v5p:4x4x8 or 2x v5e:8x8")
     slices = {"num_slices": int(found[1])} if found[1] else {}
     try:
-        return topologies.get_topology_desc(found[2], platform="tpu", **slices).devices
+        devices = topologies.get_topology_desc(found[2], platform="tpu", **slices).devices
+        cores = len(devices) // (math.prod(map(int, found[3].split("x"))) * int(found[1] or 1))
+        reason = "" if cores == 1 else f"it has {cores} devices on a chip"
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"topology={topology!r} is none that libtpu can compile for: {reason}") from None
+    if reason:
+        raise UserError(f"topology={topology!r} is none that libtpu can compile for: {reason}")
+    return devices
 
 
 def lower_step(request: CompileRequest, devices: list[Any]) -> tuple[jax.stages.Lowered, jax.sharding.Mesh]:

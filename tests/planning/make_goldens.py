@@ -15,10 +15,6 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from llama_jax.planning.compiled import ENVIRONMENT  # noqa: E402
-
-os.environ.update(ENVIRONMENT)
-
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
@@ -30,7 +26,7 @@ from llama_jax.models import Compute, DecoderConfig  # noqa: E402
 from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU  # noqa: E402
 from llama_jax.parallel import MeshConfig  # noqa: E402
 from llama_jax.planning import CompiledStep, CompileRequest, compile_step  # noqa: E402
-from llama_jax.planning.compiled import get_devices  # noqa: E402
+from llama_jax.planning.compiled import ENVIRONMENT, get_devices  # noqa: E402
 from llama_jax.training import OptimizerConfig  # noqa: E402
 
 # Wide enough that XLA does not combine the embedding's gradient with those of the norms, which hides a reduce-scatter.
@@ -182,6 +178,9 @@ def make_program(name: str) -> None:
 
 
 if __name__ == "__main__":
+    os.environ.update(ENVIRONMENT)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
     for name in sys.argv[1:] or [*PROGRAMS, *LAYOUTS]:
         print(name, flush=True)
         make_program(name) if name in PROGRAMS else make_golden(name)
