@@ -1,0 +1,225 @@
+"""The real train step, compiled by XLA for a machine that is not here.
+
+libtpu compiles for any TPU topology without one. Once it is loaded it changes what a process says and which devices it
+looks for, so that happens in a process of its own, JSON in and out.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+
+from llama_jax.config import UserError, from_json, to_json
+from llama_jax.models import Compute, ModelConfig, abstract_params
+from llama_jax.parallel import MeshConfig, make_mesh, spec
+from llama_jax.planning.collectives import Collective, read_collectives
+from llama_jax.planning.hlo import Program
+from llama_jax.training import OptimizerConfig, init_state, make_train_step
+
+BATCH_DTYPES = {
+    "tokens": jnp.int32,
+    "targets": jnp.int32,
+    "weights": jnp.float32,
+    "segment_ids": jnp.int32,
+    "positions": jnp.int32,
+}
+# For the process that loads libtpu: do not look for a TPU, do not mind that another process has one.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+class DoesNotFit(RuntimeError):
+    """The program needs more memory than a device has; the message is XLA's, with both figures."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileRequest:
+    """A train step, and the machine to compile it for.
+
+    topology: chips of a TPU, `v5e:8x8` or `v5p:4x4x8`; of several slices, `2x v5e:8x8`.
+    model: what is trained.
+    compute: how it is computed.
+    optimizer: how it is trained.
+    mesh: how the chips are used.
+    global_batch_size: sequences of one update.
+    sequence_length: tokens of a sequence.
+    """
+
+    topology: str
+    model: ModelConfig
+    compute: Compute
+    optimizer: OptimizerConfig
+    mesh: MeshConfig
+    global_batch_size: int
+    sequence_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes that a program needs on each device, by XLA's own count.
+
+    arguments: what it takes: parameters, moments, the batch.
+    outputs: what it makes.
+    aliased: what of the outputs lies where an argument lay.
+    temporaries: the most that is alive at one time between.
+    generated_code: the program itself.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    generated_code: int
+
+    @property
+    def total(self) -> int:
+        """Bytes that have to fit a device's memory."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.generated_code
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """What XLA says of a compiled train step.
+
+    num_devices: chips that it is compiled for.
+    memory: bytes on each of them.
+    flops: of the products of matrices in one step, on one device, with all that is computed again; Pallas kernels, into
+      which XLA does not see, are not counted.
+    collectives: what the devices exchange.
+    seconds: how long the compilation took.
+    """
+
+    num_devices: int
+    memory: Memory
+    flops: int
+    collectives: tuple[Collective, ...]
+    seconds: float
+
+
+def compile_step(request: CompileRequest) -> CompiledStep:
+    """Compiles the train step for the request's topology, in another process.
+
+    Waits while another such process of this machine runs. Raises UserError where libtpu is missing, where it does not
+    know the topology, and for a mesh that does not fit it; DoesNotFit when a device's memory is too small; RuntimeError
+    with XLA's words when it cannot compile.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"compiling for topology={request.topology!r} needs libtpu, which is not installed: "
+            "pip install 'llama_jax[plan]'"
+        )
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    with _one_at_a_time():
+        done = subprocess.run(
+            [sys.executable, "-c", f"from {__name__} import main; main()"],
+            input=json.dumps(to_json(request)),
+            capture_output=True,
+            text=True,
+            env=os.environ | ENVIRONMENT | {"PYTHONPATH": path},
+        )
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        raise RuntimeError(f"the step could not be compiled for {request.topology}:\n{done.stderr[-4000:]}")
+    answer = json.loads(lines[-1])
+    if error := {"UserError": UserError, "DoesNotFit": DoesNotFit}.get(answer["type"]):
+        raise error(answer["message"])
+    return from_json(CompiledStep, answer)
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Compilations take gigabytes: they wait for one another."""
+    with open(Path(tempfile.gettempdir()) / "llama_jax_compile.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("waiting for another compilation on this machine", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def get_devices(topology: str) -> list[Any]:
+    """Stand-ins for the devices of a TPU topology. Raises UserError for one that libtpu does not know."""
+    found = re.fullmatch(r"(?:(\d+)x )?([a-z]\w*:(\d+(?:x\d+)*))", topology)
+    if found is None:
+        raise UserError(f"topology={topology!r} is not of the form v5e:8x8, v5p:4x4x8 or 2x v5e:8x8")
+    slices = {"num_slices": int(found[1])} if found[1] else {}
+    try:
+        devices = topologies.get_topology_desc(found[2], platform="tpu", **slices).devices
+        cores = len(devices) // (math.prod(map(int, found[3].split("x"))) * int(found[1] or 1))
+        reason = "" if cores == 1 else f"it has {cores} devices on a chip"
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+    if reason:
+        raise UserError(f"topology={topology!r} is none that libtpu can compile for: {reason}")
+    return devices
+
+
+def lower_step(request: CompileRequest, devices: list[Any]) -> tuple[jax.stages.Lowered, jax.sharding.Mesh]:
+    """The train step on abstract state and batch, traced and lowered for a mesh of these devices."""
+    mesh = make_mesh(request.mesh, devices)
+    with jax.set_mesh(mesh):
+        hyper = jax.eval_shape(lambda: request.optimizer.hyper(1))
+        state = jax.eval_shape(init_state, abstract_params(request.model), hyper)
+        shape = (request.global_batch_size, request.sequence_length)
+        sharding = NamedSharding(mesh, spec("batch", "sequence", shape=shape))  # type: ignore[arg-type]
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_DTYPES.items()}
+        step = make_train_step(request.model, request.compute, accumulation_steps=request.optimizer.accumulation_steps)
+        return step.lower(state, batch, hyper), mesh
+
+
+def describe(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, seconds: float) -> CompiledStep:
+    """What a compiled program needs and communicates."""
+    stats: Any = compiled.memory_analysis()
+    program = Program(compiled.as_text() or "")
+    ids = [device.id for device in mesh.devices.flat]
+    return CompiledStep(
+        num_devices=mesh.size,
+        memory=Memory(
+            arguments=stats.argument_size_in_bytes,
+            outputs=stats.output_size_in_bytes,
+            aliased=stats.alias_size_in_bytes,
+            temporaries=stats.temp_size_in_bytes,
+            generated_code=stats.generated_code_size_in_bytes,
+        ),
+        flops=program.product_flops(),
+        collectives=read_collectives(program, dict(mesh.shape), ids),
+        seconds=seconds,
+    )
+
+
+def main() -> None:
+    """The process that compiles: a request on stdin, the answer as the last line of stdout."""
+    try:
+        request = from_json(CompileRequest, json.load(sys.stdin))
+        start = time.perf_counter()
+        lowered, mesh = lower_step(request, get_devices(request.topology))
+        compiled = lowered.compile()
+        answer = to_json(describe(compiled, mesh, time.perf_counter() - start))
+    except UserError as error:
+        answer = {"type": "UserError", "message": str(error)}
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        answer = {"type": "DoesNotFit", "message": str(error).splitlines()[0]}
+    print(json.dumps(answer))

@@ -1,0 +1,150 @@
+"""What the train step communicates in each layout: kinds on the CPU, bytes in what libtpu makes."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import jax
+import pytest
+from make_goldens import LAYOUTS, MODEL, compile_layout, totals
+from minimum import minimum
+
+from llama_jax.models import Compute, abstract_params
+from llama_jax.nn import SwiGLU
+from llama_jax.parallel import MeshConfig
+from llama_jax.planning import Collective, CompileRequest
+from llama_jax.planning.compiled import describe, lower_step
+from llama_jax.planning.hlo import bytes_of
+from llama_jax.training import OptimizerConfig
+
+GOLDENS = Path(__file__).parent / "goldens"
+BATCH, LENGTH = 8, 32
+TINY = dataclasses.replace(
+    MODEL,
+    vocab_size=512,
+    hidden_size=64,
+    num_layers=3,
+    attention=dataclasses.replace(MODEL.attention, head_dim=8),
+    feed_forward=SwiGLU(intermediate_size=96, bias=False),
+)
+PARAMETERS = 4 * sum(math.prod(p.shape) for p in abstract_params(TINY).values())
+HIDDEN = 4 * BATCH * LENGTH * TINY.hidden_size
+
+
+def on_cpu(**mesh: int) -> list[Collective]:
+    """Collectives of the train step on eight CPU devices, in float32; sums of a few scalars left out."""
+    kernel = "blockwise" if "context" in mesh else "reference"  # the latter has no ring
+    request = CompileRequest(
+        topology="",
+        model=TINY,
+        compute=Compute(dtype="float32", attention_kernel=kernel, loss_chunk=LENGTH),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=1),
+        mesh=MeshConfig(**({"fsdp": 1} | mesh)),
+        global_batch_size=BATCH,
+        sequence_length=LENGTH,
+    )
+    lowered, jax_mesh = lower_step(request, jax.devices())
+    step = describe(lowered.compile(), jax_mesh, 0.0)
+    # XLA:CPU keeps sums over groups of one device, in which nothing travels.
+    found = [c for c in step.collectives if c.wire_bytes > 256]
+    assert found
+    assert {axis for c in found for axis in c.axes} == {axis for axis, size in mesh.items() if size > 1}
+    return found
+
+
+def kinds(collectives: list[Collective]) -> set[tuple[str, tuple[str, ...]]]:
+    return {(c.kind, c.axes) for c in collectives}
+
+
+def total(collectives: list[Collective], *of_kinds: str) -> int:
+    return sum(c.count * c.bytes for c in collectives if c.kind in of_kinds)
+
+
+def test_data_reduces_the_gradients_and_nothing_else():
+    found = on_cpu(data=8)
+    assert kinds(found) == {("all-reduce", ("data",))}
+    assert PARAMETERS <= total(found, "all-reduce") < 1.01 * PARAMETERS
+
+
+def test_fsdp_gathers_the_parameters_and_reduces_the_gradients():
+    found = on_cpu(fsdp=8)
+    assert {kind for kind, _ in kinds(found)} <= {"all-gather", "all-reduce", "reduce-scatter"}
+    assert 0.99 * PARAMETERS <= total(found, "all-gather") <= 2 * PARAMETERS
+    assert 0.99 * PARAMETERS <= total(found, "all-reduce", "reduce-scatter") < 1.01 * PARAMETERS
+
+
+def test_tensor_sums_activations_and_never_gathers_logits():
+    found = on_cpu(tensor=8)
+    assert kinds(found) == {("all-reduce", ("tensor",))}
+    assert max(bytes_of(array) for c in found for array in c.arrays) == HIDDEN
+    # Forward once for each of attention and feed-forward; backward XLA:CPU sums each projection's part by itself.
+    assert (1 + 2 * TINY.num_layers) * HIDDEN < total(found, "all-reduce") < (3 + 8 * TINY.num_layers) * HIDDEN
+
+
+def test_a_ring_sends_keys_and_values_and_gathers_neither():
+    found = on_cpu(context=8)
+    assert {kind for kind, _ in kinds(found)} == {"collective-permute", "all-reduce", "all-gather"}
+    ids = 4 * BATCH * LENGTH
+    assert all(c.bytes == ids for c in found if c.kind == "all-gather")  # the batch, once, into zigzag order
+    keys = 4 * BATCH * LENGTH // 8 * TINY.attention.num_kv_heads * TINY.attention.head_dim  # type: ignore[attr-defined]
+    around = 7 * TINY.num_layers * 2 * keys  # keys and values
+    # Forward, backward, and their gradients backward; besides them little: segment ids.
+    assert 3 * around <= total(found, "collective-permute") < 1.1 * 3 * around
+    assert PARAMETERS <= total(found, "all-reduce") < 1.01 * PARAMETERS
+
+
+def test_together_each_kind_stays_on_its_axis():
+    found = on_cpu(fsdp=2, tensor=2, context=2)
+    assert {axes for kind, axes in kinds(found) if kind == "collective-permute"} == {("context",)}
+    assert {c.axes for c in found if c.kind == "all-gather" and c.bytes > 4 * BATCH * LENGTH} == {("fsdp",)}
+    assert {c.axes for c in found if c.kind == "reduce-scatter"} <= {("fsdp",)}
+    assert "all-to-all" not in {c.kind for c in found}
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def golden(layout: str) -> dict:
+    return json.loads((GOLDENS / f"{layout}.json").read_text())
+
+
+def test_tpu_programs_send_little_more_than_they_must(layout: str):
+    found: dict[str, float] = {}
+    for name, entry in golden(layout)["collectives"].items():
+        axes = name.split()[1]
+        found[axes] = found.get(axes, 0) + entry["bytes"]
+    scalars = {axes: size for axes, size in found.items() if "+" in axes}
+    assert all(size < 1024 for size in scalars.values())
+    for axis, least in minimum(LAYOUTS[layout]).items():
+        assert 0.999 * least <= found.get(axis, 0) <= 1.1 * least, axis
+
+
+def test_flops_are_those_of_the_model_wherever_it_runs(layout: str):
+    if layout == "context":
+        pytest.skip("blockwise attention computes a part of the masked scores, the ring another part")
+    model, tokens = MODEL, LAYOUTS[layout].global_batch_size * LAYOUTS[layout].sequence_length
+    attention, feed_forward = 4 * model.hidden_size**2, 3 * model.hidden_size * 2816
+    # Forward, again for remat (all but the last product, whose result the backward pass does not ask for), and twice
+    # backward; the head is not computed again. Scores: two products.
+    layer = 8 * (attention + feed_forward) - 2 * model.hidden_size * 2816
+    scores = 8 * 2 * LAYOUTS[layout].sequence_length * model.hidden_size
+    total = tokens * (model.num_layers * (layer + scores) + 6 * model.hidden_size * model.vocab_size)
+    assert golden(layout)["flops"] == total // 8
+
+
+def test_only_the_chosen_axis_crosses_slices():
+    for layout in LAYOUTS:
+        crossing = {name.split()[1] for name in golden(layout)["collectives"] if name.endswith("across slices")}
+        assert crossing == ({"data"} if layout == "two_slices" else set())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed (extra plan)")
+def test_libtpu_still_makes_the_golden_program(layout: str):
+    step = compile_layout(layout)
+    assert totals(step) == golden(layout)["collectives"]
+    assert step.flops == golden(layout)["flops"]

@@ -1,0 +1,114 @@
+"""Compiling for machines that are not here: what goes in and out, and what is said when it cannot be done."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import pytest
+from make_goldens import LAYOUTS
+
+from llama_jax.config import UserError, from_json, to_json
+from llama_jax.models import DecoderConfig
+from llama_jax.parallel import MeshConfig
+from llama_jax.planning import CompiledStep, CompileRequest, DoesNotFit, compile_step
+from llama_jax.planning.compiled import _one_at_a_time, describe, get_devices, lower_step
+
+needs_libtpu = pytest.mark.skipif(
+    not importlib.util.find_spec("libtpu"), reason="libtpu is not installed (extra `plan`)"
+)
+
+
+@pytest.fixture
+def small(tiny_config: DecoderConfig) -> CompileRequest:
+    return dataclasses.replace(
+        LAYOUTS["fsdp_tensor"], model=tiny_config, global_batch_size=8, sequence_length=16, topology="v5e:2x2"
+    )
+
+
+def test_arguments_are_what_a_device_holds(small: CompileRequest):
+    lowered, mesh = lower_step(small, jax.devices())
+    step = describe(lowered.compile(), mesh, 1.5)
+    held = [
+        a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape) if a.shape else ())
+        for a in jax.tree.leaves(lowered.in_avals)
+        if hasattr(a, "sharding")
+    ]
+    assert step.num_devices == 8
+    assert step.memory.arguments == sum(held)
+    assert step.memory.total >= step.memory.arguments + step.memory.temporaries
+    assert step.memory.aliased > 0.9 * step.memory.outputs  # the state is donated
+    assert from_json(CompiledStep, json.loads(json.dumps(to_json(step)))) == step
+    assert from_json(CompileRequest, json.loads(json.dumps(to_json(small)))) == small
+
+
+def test_without_libtpu_the_extra_is_named(small: CompileRequest, monkeypatch: pytest.MonkeyPatch):
+    found: Callable = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else found(name))
+    with pytest.raises(UserError, match=r"topology='v5e:2x2' needs libtpu.*pip install 'llama_jax\[plan\]'"):
+        compile_step(small)
+
+
+def test_a_topology_is_written_in_one_way():
+    for wrong in ("v5e", "v5e:2y2", "2xv5e:2x2", "x v5e:2x2", "v5e:2x2 "):
+        with pytest.raises(UserError, match="is not of the form"):
+            get_devices(wrong)
+
+
+def test_compilations_wait_for_one_another(capfd, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    order = []
+
+    def second() -> None:
+        with _one_at_a_time():
+            order.append("second")
+
+    with _one_at_a_time():
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(0.5)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    assert "waiting for another compilation" in capfd.readouterr().err
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"topology": "v9:2x2"}, "topology='v9:2x2' is none that libtpu can compile for"),
+        ({"topology": "v5e:3x5"}, "topology='v5e:3x5' is none that libtpu can compile for"),
+        ({"topology": "v4:2x2x1"}, "topology='v4:2x2x1' is none that libtpu can compile for"),
+        ({"mesh": MeshConfig(fsdp=3)}, "takes 3 devices and there are 4"),
+        ({"topology": "3x v5e:2x2", "mesh": MeshConfig(tensor=3)}, "do not fit 3 slices"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(small: CompileRequest, changes: dict, sentence: str):
+    with pytest.raises(UserError, match=sentence) as error:
+        compile_step(dataclasses.replace(small, **changes))
+    assert "\n" not in str(error.value)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_what_does_not_fit_is_told_apart(small: CompileRequest):
+    model = dataclasses.replace(LAYOUTS["data"].model, num_layers=100, max_positions=8192)
+    big = dataclasses.replace(small, model=model, mesh=MeshConfig(data=4, fsdp=1))
+    with pytest.raises(DoesNotFit, match="HBM"):
+        compile_step(big)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_mesh_that_no_side_of_the_torus_has(small: CompileRequest):
+    """v6e:4x4 has no side of 2 or 8, and jax.make_mesh alone refuses to split one."""
+    step = compile_step(dataclasses.replace(small, topology="v6e:4x4", mesh=MeshConfig(fsdp=8, tensor=2)))
+    assert step.num_devices == 16
+    assert {c.axes for c in step.collectives} >= {("fsdp",), ("tensor",)}
