@@ -53,7 +53,7 @@ def start(
     if not host or not port.isdigit():
         raise UserError(f"--coordinator-address='{coordinator_address}' must be HOST:PORT of process 0")
     if not 0 <= process_id < num_processes:
-        raise UserError(f"--process-id={process_id} must be from 0 to --num-processes={num_processes} less one")
+        raise UserError(f"--process-id={process_id} must be less than --num-processes={num_processes}, and not below 0")
     # Nothing is left to detect, and on Kubernetes the attempt would want a package and rights.
     jax.distributed.initialize(coordinator_address, num_processes, process_id, cluster_detection_method="deactivate")
 
