@@ -53,17 +53,17 @@ def train(config: RunConfig, run_dir: str | Path, *, components: Sequence[type] 
     run = Run(Path(run_dir), config, components)
     num_devices = jax.device_count()  # several processes find their devices together
     # All that can be wrong is found out before anything is written; of several processes, the first does it for all.
-    prepared = distributed.from_main(lambda: _prepare(run, num_devices))
+    corpus, sample_tokens = distributed.from_main(lambda: _prepare(run, num_devices))
     with jax.set_mesh(make_mesh(config.mesh)):
-        loop = distributed.agreed(lambda: _Loop(run, **prepared))
+        loop = distributed.agreed(lambda: _Loop(run, _open_corpus(config, Path(corpus)), sample_tokens))
         distributed.from_main(lambda: start_run(run, loop.corpus))
         distributed.agreed(lambda: check_shared(run.directory / CONFIG_FILE, "--run-dir"))
         loop.run()
     return run
 
 
-def _prepare(run: Run, num_devices: int) -> dict[str, Any]:
-    """What `_Loop` needs beside the config, as JSON. Raises UserError for all that cannot run here."""
+def _prepare(run: Run, num_devices: int) -> list[Any]:
+    """The tokenized corpus's directory and the length of samples. Raises UserError for all that cannot run here."""
     config = run.config
     config.check_mesh(num_devices)
     check_writers(config.logging)
@@ -75,7 +75,7 @@ def _prepare(run: Run, num_devices: int) -> dict[str, Any]:
             f"set model.vocab_size to {tokenizer.vocab_size} or more"
         )
     sample_tokens = _sample_tokens(config, tokenizer)
-    return {"corpus": str(_corpus(config, tokenizer).directory.absolute()), "sample_tokens": sample_tokens}
+    return [str(_prepare_corpus(config, tokenizer).directory.absolute()), sample_tokens]
 
 
 def check_shared(file: Path, key: str) -> None:
@@ -108,7 +108,7 @@ def _sample_tokens(config: RunConfig, tokenizer: Tokenizer) -> int:
     return min(SAMPLE_TOKENS, left)
 
 
-def _corpus(config: RunConfig, tokenizer: Tokenizer) -> Corpus:
+def _prepare_corpus(config: RunConfig, tokenizer: Tokenizer) -> Corpus:
     bar: Bar | None = None
     with contextlib.ExitStack() as stack:
 
@@ -120,14 +120,17 @@ def _corpus(config: RunConfig, tokenizer: Tokenizer) -> Corpus:
         return prepare(config.data, tokenizer, progress=progress)
 
 
+def _open_corpus(config: RunConfig, directory: Path) -> Corpus:
+    check_shared(directory, "data.cache_dir")
+    return Corpus(directory, config.data)
+
+
 class _Loop:
     """One process's part of a run."""
 
-    def __init__(self, run: Run, corpus: str, sample_tokens: int):
+    def __init__(self, run: Run, corpus: Corpus, sample_tokens: int):
         config = run.config
-        self.run_, self.config, self.sample_tokens = run, config, sample_tokens
-        check_shared(Path(corpus), "data.cache_dir")
-        self.corpus = Corpus(Path(corpus), config.data)
+        self.run_, self.config, self.corpus, self.sample_tokens = run, config, corpus, sample_tokens
         self.main = distributed.is_main()
         self.rows = distributed.local_rows((config.global_batch_size, config.sequence_length))
         shape: dict[str, Any] = {
@@ -135,10 +138,8 @@ class _Loop:
             "sequence_length": config.sequence_length,
             "rows": self.rows,
         }
-        self.batches = Batches(self.corpus.train, seed=config.seed, num_prefetch=config.data.num_prefetch, **shape)
-        self.validation = ValidationBatches(
-            self.corpus.validation, max_batches=config.logging.validation_batches, **shape
-        )
+        self.batches = Batches(corpus.train, seed=config.seed, num_prefetch=config.data.num_prefetch, **shape)
+        self.validation = ValidationBatches(corpus.validation, max_batches=config.logging.validation_batches, **shape)
         self.train_step = make_train_step(
             config.model, config.compute, accumulation_steps=config.optimizer.accumulation_steps
         )

@@ -60,13 +60,14 @@ class Processes:
         ]
 
     def end(self) -> tuple[list[int], list[str], list[str]]:
-        """Exit codes, and what each has printed on stdout (Gloo's own lines aside) and stderr."""
+        """Exit codes, and what each has printed on stdout (Gloo's own lines on the first aside) and stderr."""
         try:
             told = [process.communicate(timeout=TIMEOUT) for process in self.all]
         finally:
             for process in self.all:
                 process.kill()
-        outs = ["".join(li for li in out.splitlines(keepends=True) if not li.startswith("[Gloo]")) for out, _ in told]
+        outs = [out for out, _ in told]
+        outs[0] = "".join(line for line in outs[0].splitlines(keepends=True) if not line.startswith("[Gloo]"))
         return [process.returncode for process in self.all], outs, [error for _, error in told]
 
     def watched(self, name: str) -> dict[str, np.ndarray]:
