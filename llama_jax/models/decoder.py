@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Int
 from llama_jax.config import Component, UserError
 from llama_jax.models.compute import REMAT_POLICIES, Compute
 from llama_jax.nn import FeedForward, Mixer, Norm
-from llama_jax.nn.masks import AttentionMask
 from llama_jax.nn.attention.context import unzigzag, zigzag
-from llama_jax.nn.parameters import Projection, child, gather, lookup, matmul, parameter, use
+from llama_jax.nn.masks import AttentionMask
+from llama_jax.nn.parameters import Projection, child, gather, lookup, matmul, parameter
 
 # Of the embedding and the head: logits start near zero and the first loss near ln V.
 EMBEDDING_STD = 0.02
@@ -121,7 +121,7 @@ class Embedding(nnx.Module):
         self.weight = parameter(rngs, "weight", (vocab_size, width), ("vocab", "embed"), std=EMBEDDING_STD)
 
     def __call__(self, tokens: Int[Array, "b t"], dtype: Any) -> Float[Array, "b t d"]:
-        return lookup(use(self.weight, dtype), tokens)
+        return lookup(self.weight[...].astype(dtype), tokens)
 
 
 class Block(nnx.Module):

@@ -103,6 +103,7 @@ def _local_walk(
 
     zero = jnp.float32(0)
     d_weight = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), weight) if with_gradient else None
+    d_hidden: Any
     (totals, d_weight), d_hidden = jax.lax.scan(step, ((zero, zero), d_weight), xs)
     totals = tuple(_psum(total, batch_axes) for total in totals)
     if not with_gradient:
@@ -152,7 +153,7 @@ def _gather(x: jax.Array, spec: tuple[tuple[str, ...], ...], kept: tuple[str, ..
 
 def _reduce(x: jax.Array, spec: tuple[tuple[str, ...], ...], batch_axes, kept: tuple[str, ...]) -> jax.Array:
     """The sum of all devices' gradients of a gathered weight, each device with the part that it stores."""
-    left = [axis for axis in batch_axes]
+    left = list(batch_axes)
     for dimension, axes in enumerate(spec):
         if not axes or axes == kept:
             continue

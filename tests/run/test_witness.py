@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from llama_jax.checkpoint.store import CheckpointConfig
 from llama_jax.config import UserError, leaves, override
@@ -38,7 +39,7 @@ from llama_jax.nn import (
     SwiGLU,
     YarnScaling,
 )
-from llama_jax.parallel import make_mesh
+from llama_jax.parallel import make_mesh, spec
 from llama_jax.run import LoggingConfig, ProfileConfig, Run, RunConfig, train, training
 from llama_jax.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 from llama_jax.training import OptimizerConfig, TrainState, init_state, make_train_step
@@ -200,12 +201,20 @@ def first_batch(corpus: Corpus, rows: int, length: int, seed: int, num_prefetch:
     return first, prepared
 
 
-@functools.cache
 def step_program(model: DecoderConfig, compute: Compute, optimizer: OptimizerConfig, rows: int, length: int) -> str:
+    return step_program_on(jax.sharding.get_mesh(), model, compute, optimizer, rows, length)
+
+
+@functools.cache
+def step_program_on(
+    mesh: Any, model: DecoderConfig, compute: Compute, optimizer: OptimizerConfig, rows: int, length: int
+) -> str:
     names = ("tokens", "targets", "segment_ids", "positions")
     batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
     batch["weights"] = jax.ShapeDtypeStruct((rows, length), jnp.float32)
     hyper = optimizer.hyper(1)
+    if not mesh.empty:
+        batch = {k: x.update(sharding=NamedSharding(mesh, spec("batch", "sequence"))) for k, x in batch.items()}
     state = jax.eval_shape(init_state, abstract_params(model), hyper)
     step = make_train_step(model, compute, accumulation_steps=optimizer.accumulation_steps)
     return step.lower(state, batch, hyper).as_text()
@@ -251,6 +260,12 @@ def program(config: RunConfig) -> Any:
     return step_program(config.model, config.compute, optimizer, config.global_batch_size, config.sequence_length)
 
 
+def program_on_a_mesh(config: RunConfig) -> Any:
+    """With the sequence split."""
+    with jax.set_mesh(make_mesh({"context": 2}, jax.devices()[:2])):
+        return program(config)
+
+
 def files(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What a run writes and where it sends it, the steps' arithmetic left out."""
     events: list[Any] = []
@@ -269,6 +284,7 @@ def files(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> A
         "make_train_step": make_train_step,
         # Better every time, and not the same for every batch.
         "make_eval_step": lambda *_: lambda *_: (np.float32(1 / (1 + next(evaluations))), np.float32(1)),
+        "preflight": lambda *_: events.append("preflight") or [],
         "generate_text": lambda lm, prompts, **_: ["..."] * len(prompts),
         "train_tokenizer": lambda *_, **__: tokenizer_of(config.tokenizer, config.data),
     }
@@ -327,7 +343,7 @@ def test_every_leaf_has_a_witness(base: RunConfig, folder: Path, tmp_path: Path,
                 continue
             assert new != config, key
             told_only = key.startswith(("checkpoint.", "logging.", "profile."))
-            for look in (*cheap, written) if told_only else (*cheap, program, written):
+            for look in (*cheap, written) if told_only else (*cheap, program, program_on_a_mesh, written):
                 if seen(look, config) != seen(look, new):
                     witnesses[key] = look.__name__
                     break
