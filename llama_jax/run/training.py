@@ -190,7 +190,7 @@ class _Loop:
     def _preflight(self, start: int, bar: Bar) -> None:
         """The attention kernel against the reference, before anything is trained with it."""
         try:
-            agreements = preflight(self.config.model, self.config.compute, to_devices(self.batches.batch(start)))
+            agreements = preflight(self.config.model, self.config.compute, self._on_devices(self.batches.batch(start)))
         except PreflightFailed as error:
             raise RunFailed(str(error)) from error
         for agreement in agreements:

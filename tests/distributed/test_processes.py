@@ -1,6 +1,7 @@
 """Real processes on this machine, each with devices of its own, train as one process does."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -41,6 +42,7 @@ class Processes:
             "data.cache_dir": config.data.cache_dir,
             "num_steps": config.num_steps,
             "logging.sample_prompts": "",
+            "compute.preflight": "false",
             "run-dir": folder / "run",
             "coordinator-address": f"127.0.0.1:{free_port()}",
             "num-processes": count,
@@ -108,10 +110,13 @@ def test_saved_by_four_continued_by_two_then_by_one(
     assert errors == ["stopped at step 2 with a checkpoint saved: start again to continue\n", "", "", ""]
 
     # A context axis over several processes: both need all rows, and half of the columns.
-    two = Processes(2, 2, tmp_path, config, "stop@4", mesh__fsdp=1, mesh__context=4)
+    two = Processes(2, 2, tmp_path, config, "stop@4", mesh__fsdp=1, mesh__context=4, compute__preflight="true")
     codes, outs, errors = two.end()
     assert codes == [75, 75], errors
-    assert outs[0].startswith(f"continuing '{tmp_path / 'run'}' from step 2\nstep 3/6  loss")
+    first, second, third = outs[0].splitlines()[:3]
+    assert first == f"continuing '{tmp_path / 'run'}' from step 2"
+    assert re.match("attention kernel '.*' agrees with the reference", second)
+    assert third.startswith("step 3/6  loss")
     assert outs[1] + errors[1] == ""
 
     loaded: dict[str, Any] = {}
@@ -130,9 +135,9 @@ def test_saved_by_four_continued_by_two_then_by_one(
 
     assert_same(two.watched("loaded_2"), four.watched("saved_2"))
     assert_same(loaded["4"], two.watched("saved_4"))
-    for processes, first in ((four, 0), (two, 2)):
-        for i in range(2):
-            assert_same(processes.watched(f"batch_{i}"), reference.batch(first + i))
+    assert_same(two.watched("batch_0"), reference.batch(2))  # the preflight's
+    for processes, number, step in ((four, 0, 0), (four, 1, 1), (two, 1, 2), (two, 2, 3)):
+        assert_same(processes.watched(f"batch_{number}"), reference.batch(step))
     assert [m["step"] for m in run.metrics()] == list(range(1, 7))
     for ours, theirs in zip(losses(run), losses(reference), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
