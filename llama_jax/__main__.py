@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,13 +24,16 @@ from llama_jax.config import (
     type_name,
 )
 from llama_jax.data import cli as data_cli
+from llama_jax.parallel import distributed
 from llama_jax.run import Preempted, RunConfig, RunFailed, train
 from llama_jax.sampling import cli as sampling_cli
 from llama_jax.tokenizers import cli as tokenizers_cli
 
 TRAIN_USAGE = """usage: train.py CONFIG [--key value ...] [--run-dir DIR]
+                [--coordinator-address HOST:PORT --num-processes N --process-id I]
 
 Trains CONFIG, a name in configs/ or a path, in DIR (default: runs/CONFIG); the same command again continues it.
+On several hosts it is started once on each; the second line is for where SLURM, Open MPI or a TPU does not say it.
 """
 
 
@@ -61,38 +65,67 @@ def guarded(command: Callable[[], int]) -> int:
     """Runs a command; mistakes and failures become one sentence on stderr and an exit code."""
     try:
         return command()
+    except distributed.AgreedError as error:
+        return told(f"error: {error}", 2)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return distributed.leave(2)
     except (RunFailed, ConversionError) as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
+        return told(f"failed: {error}", 1)
     except Preempted as error:
-        print(error, file=sys.stderr)
-        return 75
+        return told(str(error), 75)
     except KeyboardInterrupt:
-        return 130
+        return distributed.leave(130)
+    except Exception:
+        if not distributed.several():
+            raise
+        traceback.print_exc()
+        return distributed.leave(1)
+
+
+def told(sentence: str, code: int) -> int:
+    """`code`, which every process ends with, told once."""
+    if distributed.is_main():
+        print(sentence, file=sys.stderr)
+    return code
 
 
 def train_command(argv: Sequence[str]) -> int:
-    """`train CONFIG [--key value ...] [--run-dir DIR]`."""
+    """`train CONFIG [--key value ...] [--run-dir DIR]`, as one of several processes where there are several."""
     names, options, wants_help = _parse(argv)
     if not names:
         print(TRAIN_USAGE + f"\nconfigs: {', '.join(config_names())}\n`train.py CONFIG --help` lists the keys.")
         return 0 if wants_help else 2
-    if len(names) > 1:
-        raise UserError(f"'{names[1]}' is one argument too many: give one config, then --key value pairs")
-    run_dir = options.pop("run_dir", None)
-    module = load_config_module(names[0])
-    config = override(module.get_config(), options)
+    if not wants_help:
+        join(options)
+
+    def load():
+        if len(names) > 1:
+            raise UserError(f"'{names[1]}' is one argument too many: give one config, then --key value pairs")
+        module = load_config_module(names[0])
+        return module, override(module.get_config(), {key: options[key] for key in options if key != "run_dir"})
+
+    module, config = distributed.agreed(load)
+    run_dir = options.get("run_dir")
     if wants_help:
         print(_help(names[0], module.__doc__, config))
         return 0
     run_dir = Path(run_dir or Path("runs") / find_config(names[0]).stem)
     run = train(config, run_dir)
     if hasattr(module, "report"):
-        module.report(run)
+        distributed.agreed(lambda: module.report(run))
     return 0
+
+
+def join(options: dict[str, str]) -> None:
+    """Joins the other processes, if any; of these only the first prints. Takes its own flags out of `options`."""
+    address, *numbers = (options.pop(key, None) for key in ("coordinator_address", "num_processes", "process_id"))
+    for flag, number in zip(("--num-processes", "--process-id"), numbers, strict=True):
+        if number is not None and not number.isdigit():
+            raise UserError(f"{flag}='{number}' must be a number")
+    distributed.start(address, *(None if number is None else int(number) for number in numbers))
+    if not distributed.is_main():  # what libraries print from C++ is no exception
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _parse(argv: Sequence[str]) -> tuple[list[str], dict[str, str], bool]:

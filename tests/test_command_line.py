@@ -83,6 +83,11 @@ def refused(argv: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -
         ("--logging.wandb-project x", "logging.wandb_project needs an extra: pip install"),
         ("--checkpoint.keep-last 0", "checkpoint.keep_last=0 must be at least 1"),
         ("surplus", "'surplus' is one argument too many"),
+        ("--num-processes 2", "--coordinator-address is missing: give --coordinator-address, --num-processes and"),
+        ("--coordinator-address a:1 --num-processes 2", "--process-id is missing"),
+        ("--coordinator-address a:1 --num-processes 2 --process-id 2", "--process-id=2 must be less than --num-proce"),
+        ("--coordinator-address a:1 --num-processes 2 --process-id -1", "--process-id='-1' must be a number"),
+        ("--coordinator-address a --num-processes 2 --process-id 0", "--coordinator-address='a' must be HOST:PORT"),
     ],
 )
 def test_wrong_options(options: list[str], tmp_path: Path, capsys, monkeypatch, more: str, sentence: str):

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from llama_jax.config import UserError
+from llama_jax.parallel import distributed
 from llama_jax.training import TrainState
 
 _STATE = "state"
@@ -41,7 +42,7 @@ class CheckpointConfig:
 
 
 class CheckpointStore:
-    """The checkpoints under one directory, by step."""
+    """The checkpoints under one directory, by step. Of several processes all do the same with it at the same time."""
 
     def __init__(self, directory: str | Path, config: CheckpointConfig | None = None):
         """With a config for writing, without one for reading only."""
@@ -51,9 +52,7 @@ class CheckpointStore:
             if not self.directory.is_dir():
                 raise UserError(f"'{directory}' has no checkpoints: is it the directory of a run that saved one?")
         else:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for leftover in self.directory.glob(f"*{_TEMPORARY}*"):  # of a process that was killed while saving
-                shutil.rmtree(leftover)
+            distributed.from_main(self._make_directory)
         policies = ocp.training.preservation_policies
         keep = config and policies.AnyPreservationPolicy(
             [
@@ -69,6 +68,11 @@ class CheckpointStore:
             str(self.directory),
             preservation_policy=keep or policies.PreserveAll(),  # type: ignore[arg-type]
         )
+
+    def _make_directory(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in self.directory.glob(f"*{_TEMPORARY}*"):  # of a process that was killed while saving
+            shutil.rmtree(leftover)
 
     def steps(self) -> list[int]:
         """Steps that can be loaded, ascending."""

@@ -17,9 +17,9 @@ SMALL = 1 << 16  # windows; below, index_shuffle takes 2**16 / n times as long a
 class Batches:
     """Training batches: the stream's full windows, permuted anew in every epoch, without end.
 
-    The window at place p = step * global_batch_size + row of the global sequence is number p % n of epoch p // n. Every
-    process gets its own rows of each global batch, in the order of `process_index`. Raises UserError where the stream
-    has no full window and where the batch cannot be divided among the processes.
+    The window at place p = step * global_batch_size + row of the global sequence is number p % n of epoch p // n. With
+    `rows`, only these of each global batch are read, in their order: those that a process's devices need. Raises
+    UserError where the stream has no full window.
     """
 
     def __init__(
@@ -29,8 +29,7 @@ class Batches:
         global_batch_size: int,
         sequence_length: int,
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
         num_prefetch: int = 4,
     ):
         self.num_windows = stream.num_windows(sequence_length, partial=False)
@@ -39,17 +38,17 @@ class Batches:
                 f"sequence_length={sequence_length} needs {sequence_length + 1} tokens, and the training text has "
                 f"{stream.num_tokens}: give more text or a shorter sequence_length"
             )
-        self._rows = _own_rows(global_batch_size, process_index, process_count)
+        self._rows = range(global_batch_size) if rows is None else rows
         self._stream, self._length, self._seed = stream, sequence_length, seed
         self._global_batch_size, self._num_prefetch = global_batch_size, num_prefetch
 
     def window_indices(self, step: int) -> list[int]:
-        """The windows of this process's rows at `step`."""
+        """The windows of the rows at `step`."""
         first = step * self._global_batch_size
         return [self._window(first + row) for row in self._rows]
 
     def batch(self, step: int) -> Batch:
-        """This process's rows of the global batch of `step`."""
+        """The rows of the global batch of `step`."""
         return read_windows(self._stream, self.window_indices(step), self._length)
 
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:
@@ -69,7 +68,7 @@ class ValidationBatches(Sequence[Batch]):
     """All of a stream once, in order, as a fixed sequence of batches: every token of a document but its first is a
     target exactly once. The last window and the last batch are padded with weight 0.
 
-    Only the first `max_batches` where given. Rows are divided among processes as in `Batches`.
+    Only the first `max_batches` where given, and of each only `rows`, as in `Batches`.
     """
 
     def __init__(
@@ -79,11 +78,10 @@ class ValidationBatches(Sequence[Batch]):
         global_batch_size: int,
         sequence_length: int,
         max_batches: int | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
     ):
         self._stream, self._length, self._global_batch_size = stream, sequence_length, global_batch_size
-        self._rows = _own_rows(global_batch_size, process_index, process_count)
+        self._rows = range(global_batch_size) if rows is None else rows
         total = -(-stream.num_windows(sequence_length, partial=True) // global_batch_size)
         self._num_batches = total if max_batches is None else min(total, max_batches)
 
@@ -110,12 +108,3 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 @functools.lru_cache(maxsize=16)
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(size)
-
-
-def _own_rows(global_batch_size: int, process_index: int, process_count: int) -> range:
-    if global_batch_size % process_count:
-        raise UserError(
-            f"global_batch_size={global_batch_size} must be divisible by the number of processes, {process_count}"
-        )
-    own = global_batch_size // process_count
-    return range(process_index * own, (process_index + 1) * own)

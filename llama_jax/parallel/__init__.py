@@ -1,9 +1,10 @@
 """The mesh, and the one table from logical axes to mesh axes.
 
 In: a mesh shape. Out: partition specs for parameters and activations, by the names of their dimensions. A new logical
-axis is one line in `axes.LOGICAL_AXES`.
+axis is one line in `axes.LOGICAL_AXES`. `distributed` makes one program of several processes.
 """
 
+from llama_jax.parallel import distributed
 from llama_jax.parallel.axes import (
     LOGICAL_AXES,
     axes_of,
@@ -24,6 +25,7 @@ __all__ = [
     "MESH_AXES",
     "MeshConfig",
     "axes_of",
+    "distributed",
     "einsum",
     "fitting",
     "make_mesh",

@@ -43,7 +43,7 @@ class Run:
     """A run that was started: its config, metrics, data and checkpoints."""
 
     def __init__(self, directory: Path, config: RunConfig, components: Sequence[type] = ()):
-        self.directory, self.config, self._components = directory, config, tuple(components)
+        self.directory, self.config, self.components = directory, config, tuple(components)
 
     def __repr__(self) -> str:
         return f"Run({str(self.directory)!r})"
@@ -91,7 +91,7 @@ class Run:
 
     def load(self, step: int | None = None, *, mesh: MeshLike = None, dtype: str | None = None) -> LanguageModel:
         """The model as it was at `step` (default: the latest checkpoint)."""
-        return load(self.directory, mesh=mesh, dtype=dtype, components=self._components, step=step)
+        return load(self.directory, mesh=mesh, dtype=dtype, components=self.components, step=step)
 
 
 def open_run(directory: str | Path, components: Sequence[type] = ()) -> Run:
@@ -102,13 +102,14 @@ def open_run(directory: str | Path, components: Sequence[type] = ()) -> Run:
     return Run(directory, from_json(RunConfig, read_json(directory / CONFIG_FILE), components), components)
 
 
-def find_run(directory: Path, config: RunConfig, components: Sequence[type]) -> Run:
-    """A run of `config` in `directory`, new or to be continued; writes nothing.
+def check_directory(run: Run) -> None:
+    """That the run is new or can be continued in its directory; writes nothing.
 
     Raises UserError where another run is there, or files of something else.
     """
+    directory = run.directory
     if (directory / CONFIG_FILE).exists():
-        before, now = _values(open_run(directory, components).config), _values(config)
+        before, now = _values(open_run(directory, run.components).config), _values(run.config)
         for key in [*now, *(key for key in before if key not in now)]:
             if before.get(key) != now.get(key) and not key.startswith(CHANGEABLE):
                 raise UserError(
@@ -119,7 +120,6 @@ def find_run(directory: Path, config: RunConfig, components: Sequence[type]) -> 
         raise UserError(f"'{directory}' is a file: give another --run-dir")
     elif directory.is_dir() and any(not file.name.endswith(_PARTIAL) for file in directory.iterdir()):
         raise UserError(f"'{directory}' is not empty and not a run: give another --run-dir")
-    return Run(directory, config, components)
 
 
 def _values(config: RunConfig) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _values(config: RunConfig) -> dict[str, Any]:
     return {key: type(value).__name__ if dataclasses.is_dataclass(value) else value for key, _, value in leaves(config)}
 
 
-def start_run(run: Run, tokenizer: Tokenizer, corpus: Corpus) -> None:
+def start_run(run: Run, corpus: Corpus) -> None:
     """Writes the run's directory: config, tokenizer, and what identifies its text.
 
     Raises UserError where the text is not that of the run that is continued.
@@ -142,7 +142,7 @@ def start_run(run: Run, tokenizer: Tokenizer, corpus: Corpus) -> None:
     write_text(directory / CONFIG_FILE, json.dumps(to_json(run.config), indent=2) + "\n")
     if not (directory / TOKENIZER_DIRECTORY).is_dir():
         partial = directory / f".{TOKENIZER_DIRECTORY}{_PARTIAL}"
-        tokenizer.save(partial)
+        run.tokenizer.save(partial)
         partial.rename(directory / TOKENIZER_DIRECTORY)
     write_text(directory / DATA_FILE, json.dumps(_summary(corpus), indent=2) + "\n")
 

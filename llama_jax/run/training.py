@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.experimental import multihost_utils
 
-from llama_jax.checkpoint.language_model import CHECKPOINTS_DIRECTORY, TOKENIZER_DIRECTORY
+from llama_jax.checkpoint.language_model import CHECKPOINTS_DIRECTORY, CONFIG_FILE, TOKENIZER_DIRECTORY
 from llama_jax.checkpoint.store import CheckpointStore
 from llama_jax.config import UserError
 from llama_jax.data import Batches, Corpus, ValidationBatches, prepare, read_texts
+from llama_jax.data.windows import Batch
 from llama_jax.models import abstract_params, initialize
-from llama_jax.parallel import make_mesh, spec
+from llama_jax.parallel import distributed, make_mesh
 from llama_jax.run.config import RunConfig
-from llama_jax.run.directory import SAMPLES_FILE, Run, find_run, start_run, write_text
+from llama_jax.run.directory import SAMPLES_FILE, Run, check_directory, start_run, write_text
 from llama_jax.run.reporting import Bar, JsonLines, TensorBoard, WeightsAndBiases, Writer, check_writers
 from llama_jax.sampling import generate_text
 from llama_jax.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
@@ -52,23 +52,38 @@ def train(config: RunConfig, run_dir: str | Path, *, components: Sequence[type] 
     Returns the finished run. Raises UserError for a config that cannot run here or that is not this directory's,
     RunFailed when the loss is no longer finite, Preempted after a termination signal, with a checkpoint saved.
     """
-    # All that can be wrong is found out before anything is written.
-    config.check_mesh(jax.device_count())
+    run = Run(Path(run_dir), config, components)
+    num_devices = jax.device_count()  # several processes find their devices together
+    # All that can be wrong is found out before anything is written; of several processes, the first does it for all.
+    corpus, sample_tokens = distributed.from_main(lambda: _prepare(run, num_devices))
+    with jax.set_mesh(make_mesh(config.mesh)):
+        loop = distributed.agreed(lambda: _Loop(run, _open_corpus(config, Path(corpus)), sample_tokens))
+        distributed.from_main(lambda: start_run(run, loop.corpus))
+        distributed.agreed(lambda: check_shared(run.directory / CONFIG_FILE, "--run-dir"))
+        loop.run()
+    return run
+
+
+def _prepare(run: Run, num_devices: int) -> list[Any]:
+    """The tokenized corpus's directory and the length of samples. Raises UserError for all that cannot run here."""
+    config = run.config
+    config.check_mesh(num_devices)
     check_writers(config.logging)
-    run = find_run(Path(run_dir), config, components)
-    tokenizer = _tokenizer(run)
+    check_directory(run)
+    tokenizer = run.tokenizer = _tokenizer(run)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, more than model.vocab_size={config.model.vocab_size}: "
             f"set model.vocab_size to {tokenizer.vocab_size} or more"
         )
     sample_tokens = _sample_tokens(config, tokenizer)
-    corpus = _prepare(config, tokenizer, quiet=jax.process_index() != 0)
-    with jax.set_mesh(make_mesh(config.mesh)):
-        loop = _Loop(run, corpus, sample_tokens)
-        start_run(run, tokenizer, corpus)
-        loop.run()
-    return run
+    return [str(_prepare_corpus(config, tokenizer).directory.absolute()), sample_tokens]
+
+
+def check_shared(file: Path, key: str) -> None:
+    """Raises UserError where process 0 has written a file that this process does not see."""
+    if not file.exists():
+        raise UserError(f"'{file}' was written by process 0 and is not here: set {key} to a place that all hosts share")
 
 
 def _tokenizer(run: Run) -> Tokenizer:
@@ -95,16 +110,21 @@ def _sample_tokens(config: RunConfig, tokenizer: Tokenizer) -> int:
     return min(SAMPLE_TOKENS, left)
 
 
-def _prepare(config: RunConfig, tokenizer: Tokenizer, *, quiet: bool) -> Corpus:
+def _prepare_corpus(config: RunConfig, tokenizer: Tokenizer) -> Corpus:
     bar: Bar | None = None
     with contextlib.ExitStack() as stack:
 
         def progress(done: int, total: int) -> None:
             nonlocal bar
-            bar = bar or stack.enter_context(Bar("tokenizing", 0, total, quiet=quiet))
+            bar = bar or stack.enter_context(Bar("tokenizing", 0, total))
             bar.advance(done)
 
         return prepare(config.data, tokenizer, progress=progress)
+
+
+def _open_corpus(config: RunConfig, directory: Path) -> Corpus:
+    check_shared(directory, "data.cache_dir")
+    return Corpus(directory, config.data)
 
 
 class _Loop:
@@ -113,12 +133,12 @@ class _Loop:
     def __init__(self, run: Run, corpus: Corpus, sample_tokens: int):
         config = run.config
         self.run_, self.config, self.corpus, self.sample_tokens = run, config, corpus, sample_tokens
-        self.main = jax.process_index() == 0
+        self.main = distributed.is_main()
+        self.rows = distributed.local_rows((config.global_batch_size, config.sequence_length))
         shape: dict[str, Any] = {
             "global_batch_size": config.global_batch_size,
             "sequence_length": config.sequence_length,
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
+            "rows": self.rows,
         }
         self.batches = Batches(corpus.train, seed=config.seed, num_prefetch=config.data.num_prefetch, **shape)
         self.validation = ValidationBatches(corpus.validation, max_batches=config.logging.validation_batches, **shape)
@@ -139,12 +159,12 @@ class _Loop:
             CheckpointStore(self.run_.directory / CHECKPOINTS_DIRECTORY, config.checkpoint)
         ) as store:
             self._train(store)
-        if config.logging.sample_prompts and jax.process_count() == 1:
+        if config.logging.sample_prompts:
             self._sample()
 
     def _train(self, store: CheckpointStore) -> None:
         config = self.config
-        state = self._state(store)
+        state = distributed.agreed(lambda: self._state(store))
         start = int(state.step)
         with (
             contextlib.closing(_Writers(self.run_, start, self.main)) as writers,
@@ -160,16 +180,17 @@ class _Loop:
     def _state(self, store: CheckpointStore) -> TrainState:
         """The latest checkpoint's state, or a new one."""
         make = jax.jit(init_state)
-        steps = store.steps()
-        if not steps:
+        # Process 0 says which: others' view of a shared file system may be older.
+        step = distributed.from_main(lambda: max(store.steps(), default=None))
+        if step is None:
             return make(initialize(self.config.model, self.config.seed), self.hyper)
         abstract = jax.eval_shape(make, abstract_params(self.config.model), self.hyper)
-        return store.load(steps[-1], abstract)
+        return store.load(step, abstract)
 
     def _preflight(self, start: int, bar: Bar) -> None:
         """The attention kernel against the reference, before anything is trained with it."""
         try:
-            agreements = preflight(self.config.model, self.config.compute, to_devices(self.batches.batch(start)))
+            agreements = preflight(self.config.model, self.config.compute, self._on_devices(self.batches.batch(start)))
         except PreflightFailed as error:
             raise RunFailed(str(error)) from error
         for agreement in agreements:
@@ -184,14 +205,14 @@ class _Loop:
         with contextlib.ExitStack() as recording:
             for step in range(start, num_steps):
                 self._profile(step, state, recording)
-                state, metrics = self.train_step(state, to_devices(next(batches)), self.hyper)
+                state, metrics = self.train_step(state, self._on_devices(next(batches)), self.hyper)
                 done = step + 1
                 # Only now, with the next step already on its way, does the host wait for the last one's numbers.
                 if pending is not None:
                     self._log(pending, clock, bar, writers)
                 pending = {"step": done} | metrics
                 bar.advance(done)
-                stopping = self.stopped_by is not None
+                stopping = self._stopping(done)
                 validates = len(self.validation) > 0 and (done % log.validate_every_steps == 0 or done == num_steps)
                 saves = done % config.checkpoint.every_steps == 0 or done == num_steps or stopping
                 if validates or saves:
@@ -208,6 +229,9 @@ class _Loop:
                 if stopping:
                     store.wait()
                     raise Preempted(f"stopped at step {done} with a checkpoint saved: start again to continue")
+
+    def _on_devices(self, batch: Batch) -> dict[str, jax.Array]:
+        return to_devices(batch, self.rows, self.config.global_batch_size)
 
     def _log(self, metrics: dict[str, Any], clock: "_Clock", bar: Bar, writers: "_Writers") -> None:
         step, every = metrics["step"], self.config.logging.every_steps
@@ -229,7 +253,7 @@ class _Loop:
     def _validate(self, state: TrainState) -> dict[str, float]:
         nats, targets = 0.0, 0.0
         for batch in self.validation:
-            part = self.eval_step(state.params, to_devices(batch))
+            part = self.eval_step(state.params, self._on_devices(batch))
             nats, targets = nats + float(part[0]), targets + float(part[1])
         values = {"val_loss": nats / targets}
         if self.config.logging.validation_batches is None:
@@ -242,17 +266,24 @@ class _Loop:
             self.run_.load(), prompts, max_new_tokens=self.sample_tokens, temperature=0.8, seed=self.config.seed
         )
         samples = "\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True))
-        write_text(self.run_.directory / SAMPLES_FILE, samples + "\n")
+        if self.main:
+            write_text(self.run_.directory / SAMPLES_FILE, samples + "\n")
 
     def _profile(self, step: int, state: TrainState, recording: contextlib.ExitStack) -> None:
         profile = self.config.profile
-        if profile.start_step is None:
+        if profile.start_step is None or not self.main:
             return
         if step == profile.start_step:
             recording.enter_context(jax.profiler.trace(str(self.run_.directory / "profile")))
         elif step == profile.start_step + profile.num_steps:
             jax.block_until_ready(state)
             recording.close()
+
+    def _stopping(self, step: int) -> bool:
+        """Whether the run ends after `step`: of several processes all say so at the same one, and none waits to ask."""
+        if distributed.several():
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.stopped_by is not None
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -262,10 +293,15 @@ class _Loop:
             if self.stopped_by is not None:
                 raise KeyboardInterrupt
             self.stopped_by = number
-            print("stopping after this step; once more to stop at once", file=sys.stderr)
+            if distributed.several():
+                signal.raise_signal(signal.SIGTERM)
+            else:
+                print("stopping after this step; once more to stop at once", file=sys.stderr)
 
+        # Of several processes, JAX itself receives a SIGTERM, and brings it to the others.
+        numbers = (signal.SIGINT,) if distributed.several() else (signal.SIGTERM, signal.SIGINT)
         try:
-            before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+            before = {number: signal.signal(number, stop) for number in numbers}
         except ValueError:  # not the main thread (a notebook server): no signals to handle
             before = {}
         try:
@@ -321,15 +357,6 @@ class _Writers:
             writer.close()
 
 
-def to_devices(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows of a batch as global arrays on the current mesh."""
-    mesh = jax.sharding.get_mesh()
-    assert isinstance(mesh, Mesh)
-
-    def place(x: np.ndarray) -> jax.Array:
-        shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
-        partition = spec("batch", "sequence", shape=shape)
-        assert partition is not None
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, partition), x, shape)
-
-    return {name: place(value) for name, value in batch.items()}
+def to_devices(batch: Batch, rows: Sequence[int], num_rows: int) -> dict[str, jax.Array]:
+    """A batch of `num_rows`, of which this process has `rows`, as global arrays on the current mesh."""
+    return {name: distributed.place_rows(value, rows, num_rows) for name, value in batch.items()}

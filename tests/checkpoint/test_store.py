@@ -14,7 +14,7 @@ import pytest
 from llama_jax.checkpoint.store import CheckpointConfig, CheckpointStore, to_disk
 from llama_jax.config import UserError
 from llama_jax.models import DecoderConfig, abstract_params, initialize
-from llama_jax.parallel import make_mesh
+from llama_jax.parallel import distributed, make_mesh
 from llama_jax.training import OptimizerConfig, TrainState, init_state
 
 HYPER = OptimizerConfig(0.01, 1).hyper(10)
@@ -46,6 +46,15 @@ def test_the_last_and_the_best_stay(tmp_path: Path, keep_last: int, keep_best: i
     with opened(tmp_path) as store:
         assert store.steps() == kept
         assert float(store.load(kept[0], jax.eval_shape(lambda: small(0))).params["a"][0]) == kept[0]
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_leftovers_are_removed_by_the_first_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, main: bool):
+    leftover = tmp_path / "8.orbax-checkpoint-tmp"
+    leftover.mkdir()
+    monkeypatch.setattr(distributed, "from_main", lambda function: function() if main else None)
+    with opened(tmp_path, CheckpointConfig()):
+        assert leftover.exists() != main
 
 
 def test_every_save_happens_and_survives_donation(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Windows of a stream and their order, for random streams, sizes, processes and restart points."""
+"""Windows of a stream and their order, for random streams, sizes, rows and restart points."""
 
 import itertools
 
@@ -67,19 +67,10 @@ def test_validation_sees_every_target_once(sizes: list[int], num_shards: int, le
     assert targets.tolist() == np.delete(tokens, stream.documents).tolist()
     assert all(b["tokens"].shape == (batch_size, length) for b in batches)
     assert len(ValidationBatches(stream, global_batch_size=batch_size, sequence_length=length, max_batches=1)) == 1
-    for count in (2, 4):
-        parts = [
-            ValidationBatches(
-                stream, global_batch_size=batch_size, sequence_length=length, process_index=i, process_count=count
-            )
-            for i in range(count)
-        ]
-        for step, whole in enumerate(batches):
-            assert_equal(whole, concatenate([part[step] for part in parts]))
-
-
-def concatenate(parts: list[Batch]) -> Batch:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    rows = [3, 0]
+    part = ValidationBatches(stream, global_batch_size=batch_size, sequence_length=length, rows=rows)
+    for whole, ours in zip(batches, part, strict=True):
+        assert_equal(ours, {name: value[rows] for name, value in whole.items()})
 
 
 def assert_equal(a: Batch, b: Batch) -> None:
@@ -135,18 +126,13 @@ def test_iterating_is_indexing(num_prefetch: int, start: int):
         assert_equal(batch, batches.batch(step))
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_processes_share_the_global_batch(count: int):
-    parts = [make_batches(process_index=i, process_count=count) for i in range(count)]
-    iterators = [part.iterate(2) for part in parts]
+@pytest.mark.parametrize("rows", [range(8), range(4, 8), [0, 1, 6, 7]], ids=str)
+def test_rows_are_those_of_the_global_batch(rows: list[int] | range):
+    iterator = make_batches(rows=rows).iterate(2)
     for step in range(2, 14):
-        whole = make_batches().batch(step)
-        assert_equal(concatenate([next(iterator) for iterator in iterators]), whole)
-        np.testing.assert_array_equal(whole["tokens"], make_batches().batch(step)["tokens"])
+        assert_equal(next(iterator), {name: value[list(rows)] for name, value in make_batches().batch(step).items()})
 
 
 def test_wrong_sizes():
     with pytest.raises(UserError, match=r"sequence_length=300 needs 301 tokens, and the training text has 4"):
         Batches(make_stream([2]), global_batch_size=1, sequence_length=300, seed=0)
-    with pytest.raises(UserError, match="global_batch_size=8 must be divisible by the number of processes, 3"):
-        make_batches(process_count=3)

@@ -302,7 +302,7 @@ def files(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> A
 
     taken: list[int] = []
     to_devices = training.to_devices
-    values["to_devices"] = lambda batch: taken.append(0) or to_devices(batch)
+    values["to_devices"] = lambda *args: taken.append(0) or to_devices(*args)
     with monkeypatch.context() as patch:
         for name, value in values.items():
             patch.setattr(training, name, value)

@@ -51,7 +51,7 @@ def run(
         state = jax.jit(init_state)(initialize(config, 0), HYPER)
         seen = []
         for i in range(steps):
-            state, metrics = step(state, to_devices(batch_of(i)), HYPER)
+            state, metrics = step(state, to_devices(batch_of(i), range(ROWS), ROWS), HYPER)
             seen.append({name: float(value) for name, value in metrics.items()})
         for name, value in state.params.items():
             moment = state.opt_state[1].mu[name]

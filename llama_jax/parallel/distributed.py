@@ -1,0 +1,170 @@
+"""Several processes, one on each host or GPU, that run one program: their start, and what they have to agree on.
+
+All of them run the same code on one mesh. Arrays are shared through it; what is not an array (a path, a mistake) goes
+through the service that connects the processes, which waits as long as it takes and needs no device.
+"""
+
+import bisect
+import importlib.util
+import itertools
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import distributed as _jax  # the service's key-value store and barriers have no public name
+from jax.sharding import Mesh, NamedSharding
+
+from llama_jax.config import UserError
+from llama_jax.parallel.axes import spec
+
+PATIENCE = 7 * 24 * 3600  # seconds that a process waits for the others: tokenizing a corpus takes hours
+IMPATIENCE = 60  # the same for one that has a mistake to tell
+_exchanges = itertools.count()
+
+
+class AgreedError(UserError):
+    """A user's mistake that every process knows of, so that one can tell it and all can end in order."""
+
+
+def start(
+    coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the processes of this program, from the three arguments or from what the cluster says; else does nothing.
+
+    `coordinator_address` is HOST:PORT of process 0. To be called before JAX touches a device. Raises UserError for
+    some of the arguments without the others and for impossible ones.
+    """
+    given = {"coordinator-address": coordinator_address, "num-processes": num_processes, "process-id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if coordinator_address is None or num_processes is None or process_id is None:
+        if len(missing) < len(given):
+            raise UserError(
+                f"--{missing[0]} is missing: give --coordinator-address, --num-processes and --process-id, or none"
+            )
+        if in_cluster(os.environ):
+            jax.distributed.initialize()
+        return
+    host, _, port = coordinator_address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--coordinator-address='{coordinator_address}' must be HOST:PORT of process 0")
+    if not 0 <= process_id < num_processes:
+        raise UserError(f"--process-id={process_id} must be less than --num-processes={num_processes}, and not below 0")
+    # Nothing is left to detect, and on Kubernetes the attempt would want a package and rights.
+    jax.distributed.initialize(coordinator_address, num_processes, process_id, cluster_detection_method="deactivate")
+
+
+def in_cluster(environment: Mapping[str, str]) -> bool:
+    """Whether this process is one of several whose number and addresses JAX finds by itself."""
+    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # of this `srun`; a batch script itself has none
+        return "SLURM_PROCID" in environment
+    if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        if "OMPI_MCA_orte_hnp_uri" not in environment and importlib.util.find_spec("mpi4py") is None:
+            raise UserError(
+                "Open MPI 5 and newer need a package: pip install mpi4py, or give --coordinator-address, "
+                "--num-processes and --process-id"
+            )
+        return True
+    if "tpu" in (jax.config.jax_platforms or "tpu"):
+        if environment.get("MEGASCALE_COORDINATOR_ADDRESS"):
+            return True
+        if "TPU_WORKER_HOSTNAMES" in environment:
+            return "," in environment["TPU_WORKER_HOSTNAMES"]
+        if environment.get("TPU_ML_PLATFORM") == "JAX":  # JAX has found TPU chips; its host's metadata has the number
+            from jax._src.clusters import GceTpuCluster
+
+            return GceTpuCluster.is_env_present() and GceTpuCluster.get_process_count() > 1
+    # Without the package of `jax[k8s]` an indexed job is taken for so many programs of their own.
+    return "JOB_COMPLETION_INDEX" in environment and importlib.util.find_spec("kubernetes") is not None
+
+
+def several() -> bool:
+    """Whether `start` (or `jax.distributed.initialize`) has joined this process to others."""
+    return jax.distributed.is_initialized()
+
+
+def is_main() -> bool:
+    """Whether this is process 0, which prints and writes; also without devices, and of a process alone."""
+    return _jax.global_state.process_id == 0
+
+
+def leave(code: int) -> int:
+    """`code`; one of several processes ends here, at once: in order it would wait for others that wait for it."""
+    if several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def agreed[T](function: Callable[[], T]) -> T:
+    """`function()`, called by all processes at the same point; where it raises UserError on any, they all raise it."""
+    if not several():
+        return function()
+    result, mistake = None, None
+    try:
+        result = function()
+    except UserError as error:
+        mistake = error
+    own = None if mistake is None else str(mistake)
+    if own is not None and not is_main():
+        own = f"{own} (on process {_jax.global_state.process_id}, host {socket.gethostname()})"
+    try:
+        told = _exchange(own, PATIENCE if mistake is None else IMPATIENCE)
+    except jax.errors.JaxRuntimeError:
+        if mistake is None:
+            raise
+        raise mistake from None  # the others are stuck where they need this process: it tells, and ends alone
+    for sentence in told:
+        if sentence is not None:
+            raise AgreedError(sentence) from None
+    return result  # type: ignore[return-value]
+
+
+def from_main[T](function: Callable[[], T]) -> T:
+    """What `function` returns on process 0, which alone calls it: a JSON value. Its UserError is raised on all."""
+    value = agreed(lambda: function() if is_main() else None)
+    return _exchange(value, PATIENCE)[0] if several() else value  # type: ignore[return-value]
+
+
+def _exchange(value: Any, seconds: int) -> list[Any]:
+    """The values of all processes, in their order. Raises JaxRuntimeError where one does not come in time."""
+    client = _jax.global_state.client
+    assert client is not None
+    key = f"llama_jax/{next(_exchanges)}"  # all processes pass through the same exchanges in the same order
+    client.key_value_set(f"{key}/{_jax.global_state.process_id:08}", json.dumps(value))
+    client.wait_at_barrier(key, seconds * 1000)
+    return [json.loads(text) for _, text in sorted(client.key_value_dir_get(f"{key}/"))]
+
+
+def local_rows(shape: Sequence[int]) -> list[int]:
+    """Rows of a global batch of `shape` [B, T] that this process's devices hold on the current mesh, ascending.
+
+    Processes that split something else than the batch (a tensor or context axis) hold the same rows.
+    """
+    indices = _batch_sharding(shape).addressable_devices_indices_map(tuple(shape)).values()
+    return sorted({row for index in indices if index is not None for row in range(shape[0])[index[0]]})
+
+
+def place_rows(x: np.ndarray, rows: Sequence[int], num_rows: int) -> jax.Array:
+    """The global array [`num_rows`, T] on the current mesh whose `rows` are `x`; other processes have the others."""
+    shape = (num_rows, *x.shape[1:])
+
+    def part(index: Any) -> np.ndarray:
+        wanted = range(num_rows)[index[0]]
+        first = bisect.bisect_left(rows, wanted[0])
+        assert list(rows[first : first + len(wanted)]) == list(wanted), "a device's rows are its process's"
+        return x[(slice(first, first + len(wanted)), *index[1:])]
+
+    return jax.make_array_from_callback(shape, _batch_sharding(shape), part)
+
+
+def _batch_sharding(shape: Sequence[int]) -> NamedSharding:
+    mesh, partition = jax.sharding.get_mesh(), spec("batch", "sequence", shape=shape)
+    assert isinstance(mesh, Mesh)
+    assert partition is not None
+    return NamedSharding(mesh, partition)
