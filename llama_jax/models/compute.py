@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from llama_jax.config import UserError
 from llama_jax.nn.attention.kernels import KERNELS
+from llama_jax.parallel import platform
 
 # What the backward pass of a layer finds saved; the rest it computes again.
 REMAT_POLICIES = {
@@ -26,7 +27,9 @@ class Compute:
     scan_layers: compile the repeating pattern of layers once and scan over it; off is faster on CPU.
     remat: what the backward pass computes again: none of it, a full layer, all but dots (products with weights), all
       but attention outputs.
-    attention_kernel: kernel by name (reference, blockwise), or auto.
+    attention_kernel: kernel by name (reference, blockwise, splash on TPU, cudnn on GPU), or auto.
+    context: how keys and values reach the other parts of a sequence split over mesh.context; all_gather is sooner
+      there, and holds all of them on every device.
     loss_chunk: positions of each row whose logits exist at a time in the loss.
     """
 
@@ -34,6 +37,7 @@ class Compute:
     scan_layers: bool = True
     remat: Literal["none", "full", "dots", "attention"] = "none"
     attention_kernel: str = "auto"
+    context: Literal["ring", "all_gather"] = "ring"
     loss_chunk: int = 128
 
     def __post_init__(self) -> None:
@@ -46,8 +50,8 @@ class Compute:
 
     @property
     def jax_dtype(self) -> jnp.dtype:
-        """The activation type, auto resolved for the default device."""
+        """The activation type, auto resolved for the platform of the mesh."""
         name = self.dtype
         if name == "auto":
-            name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+            name = "float32" if platform() == "cpu" else "bfloat16"
         return jnp.dtype(name)

@@ -13,8 +13,8 @@ from llama_jax.config import Component, UserError
 from llama_jax.models.compute import REMAT_POLICIES, Compute
 from llama_jax.nn import FeedForward, Mixer, Norm
 from llama_jax.nn.masks import AttentionMask
-from llama_jax.nn.parameters import Projection, child, matmul, parameter, use
-from llama_jax.parallel import shard, spec
+from llama_jax.nn.attention.context import unzigzag, zigzag
+from llama_jax.nn.parameters import Projection, child, gather, lookup, matmul, parameter, use
 
 # Of the embedding and the head: logits start near zero and the first loss near ln V.
 EMBEDDING_STD = 0.02
@@ -121,9 +121,7 @@ class Embedding(nnx.Module):
         self.weight = parameter(rngs, "weight", (vocab_size, width), ("vocab", "embed"), std=EMBEDDING_STD)
 
     def __call__(self, tokens: Int[Array, "b t"], dtype: Any) -> Float[Array, "b t d"]:
-        table = shard(use(self.weight, dtype), None, None)
-        sharding = spec("batch", "sequence", None, shape=(*tokens.shape, table.shape[1]))
-        return table.at[tokens].get(out_sharding=sharding, mode="clip")
+        return lookup(self.weight[...].astype(dtype), tokens)
 
 
 class Block(nnx.Module):
@@ -212,21 +210,29 @@ class Decoder(nnx.Module):
         positions: Int[Array, "b t"] | None = None,
         segment_ids: Int[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b t d"], dict[str, jax.Array]]:
-        """Final hidden states, and the layers' summed auxiliary scalars. Positions default to 0, 1, 2..."""
+        """Final hidden states, and the layers' summed auxiliary scalars. Positions default to 0, 1, 2...
+
+        Where a context axis splits the sequence, all of these are in zigzag order (`nn.attention.context`).
+        """
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        mask = AttentionMask(segment_ids=segment_ids, kernel=self.compute.attention_kernel)
+            positions = zigzag(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
+        mask = AttentionMask(
+            segment_ids=segment_ids, kernel=self.compute.attention_kernel, context=self.compute.context
+        )
         x = self.embedding(tokens, self.compute.jax_dtype)
         x, aux = self.layers(x, positions=positions, mask=mask, remat=self.compute.remat)
         return self.norm(x), aux
 
     def head_weight(self) -> jax.Array:
         """What `head` multiplies with, as it is stored: [V, D] where tied, else [D, V]; transposing would copy it."""
-        return use((self.embedding if self.lm_head is None else self.lm_head).weight, self.compute.jax_dtype)
+        weight = (self.embedding if self.lm_head is None else self.lm_head).weight
+        return weight[...].astype(self.compute.jax_dtype)
 
     def head(self, hidden: Float[Array, "b t d"], weight: jax.Array) -> Float[Array, "b t v"]:
         """float32 logits."""
-        return matmul(hidden, weight, out_axis="vocab", transposed=self.lm_head is None, dtype=jnp.float32)
+        tied = self.lm_head is None
+        weight = gather(weight, ("vocab", "embed") if tied else ("embed", "vocab"))
+        return matmul(hidden, weight, out_axis="vocab", transposed=tied, dtype=jnp.float32)
 
     def __call__(
         self,
@@ -236,8 +242,9 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "b t"] | None = None,
     ) -> Float[Array, "b t v"]:
         """float32 logits at every position."""
+        tokens, positions, segment_ids = jax.tree.map(zigzag, (tokens, positions, segment_ids))
         hidden, _ = self.trunk(tokens, positions=positions, segment_ids=segment_ids)
-        return self.logits(hidden)
+        return self.logits(unzigzag(hidden))
 
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """float32 logits."""

@@ -27,9 +27,7 @@ class _Template:
     def __init__(self, make: Any):
         graphdef, state = nnx.split(nnx.eval_shape(make))
         self.graphdef = graphdef
-        self.shapes = (
-            {".".join(map(str, path)): v for path, v in nnx.to_pure_dict_flat(state)} if False else _flat(state)
-        )
+        self.shapes = _flat(state)
         self.treedef = jax.tree.structure(state)
 
     def merge(self, values: dict[str, Any]) -> Any:

@@ -10,34 +10,48 @@ from jaxtyping import Array, Bool
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["q_index", "segment_ids"], meta_fields=["causal", "kernel"]
+    jax.tree_util.register_dataclass,
+    data_fields=["q_index", "key_index", "segment_ids", "key_segment_ids"],
+    meta_fields=["causal", "window", "kernel", "context"],
 )
 @dataclasses.dataclass(frozen=True)
 class AttentionMask:
     """Made only by the model; mixers hand it on to `attend`, whole.
 
-    `q_index` [B, T] is where each query stands among the keys; None when query t stands at key t. `segment_ids` [B, T]
-    forbid attention between different documents of a packed row. `kernel` names the attention kernel of the run.
+    `causal` hides the keys after a query; `window` those `window` or more places away. `segment_ids` [B, T] forbid
+    attention between different documents of a packed row. `q_index` [B, T] is where each query stands among the keys;
+    None when query t stands at key t. `kernel` names the attention kernel of the run, `context` how keys and values
+    travel where the sequence is split. Kernels that work on tiles also say where the keys stand (`key_index` [S]) and
+    which documents they are of (`key_segment_ids` [B, S]); elsewhere these are None.
     """
 
     causal: bool = True
+    window: int | None = None
     # Arrays or None; Any because JAX also rebuilds the tree with placeholders.
     q_index: Any = None
+    key_index: Any = None
     segment_ids: Any = None
+    key_segment_ids: Any = None
     kernel: str = "auto"
+    context: str = "ring"
 
     def allowed(self, queries: slice, first_key: int | Array, num_keys: int) -> Bool[Array, "#b t s"]:
         """Dense mask of a block of queries against `num_keys` keys from `first_key` on, which may be traced."""
-        key_index = first_key + jnp.arange(num_keys)
+
+        def keys(x: jax.Array, axis: int) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, first_key, num_keys, axis=axis)
+
+        key_index = first_key + jnp.arange(num_keys) if self.key_index is None else keys(self.key_index, 0)
         if self.q_index is None:
-            q_index = jnp.arange(queries.start, queries.stop)[None]
+            q_index = jnp.arange(queries.start, queries.stop)[None, :, None]
         else:
-            q_index = self.q_index[:, queries]
-        if self.causal:
-            allowed = key_index <= q_index[..., None]
-        else:
-            allowed = jnp.ones((*q_index.shape, num_keys), bool)
+            q_index = self.q_index[:, queries, None]
+        allowed = key_index <= q_index if self.causal else jnp.ones((*q_index.shape[:2], num_keys), bool)
+        if self.window is not None:
+            allowed &= key_index > q_index - self.window
+            if not self.causal:
+                allowed &= key_index < q_index + self.window
         if self.segment_ids is not None:
-            keys = jax.lax.dynamic_slice_in_dim(self.segment_ids, first_key, num_keys, axis=1)
-            allowed &= self.segment_ids[:, queries, None] == keys[:, None]
+            key_segments = self.segment_ids if self.key_segment_ids is None else self.key_segment_ids
+            allowed &= self.segment_ids[:, queries, None] == keys(key_segments, 1)[:, None]
         return allowed

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llama_jax.parallel import fitting, mesh_axis_sizes, reshape, shard, spec
+from jaxtyping import Array, Float, Int
+
+from llama_jax.parallel import axes_of, fitting, mesh_axis_sizes, reshape, shard, spec
 
 
 class Keys(nnx.Rngs):
@@ -47,7 +49,56 @@ def parameter(
 
 def use(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
     """A parameter's value as the computation wants it: cast, then gathered over the axis that only storage has."""
-    return shard(param[...].astype(dtype), *_gathered(param.get_metadata("axes")))
+    return gather(param[...].astype(dtype), param.get_metadata("axes"))
+
+
+def gather(value: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """A stored value whose dimensions carry these logical axes, whole along those that only storage splits."""
+    return shard(value, *_gathered(axes))
+
+
+def lookup(table: Float[Array, "v d"], index: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    """Rows of a table as it is stored; where its rows are split over the vocabulary, no device ever holds all of it."""
+    if not mesh_axis_sizes():
+        return _rows(table, index)
+    index = shard(index, "batch", "sequence")
+    batch_axes = tuple(axis for entry in axes_of(index) for axis in entry)
+    if not set(axes_of(table)[1]) <= set(batch_axes):
+        table = shard(table, "vocab", None)
+    axes, stored = axes_of(table)
+
+    def local(table: jax.Array, index: jax.Array) -> jax.Array:
+        # From here on a gradient is a device's own; the transposes of these lines sum it over the devices.
+        if stored:
+            table = jax.lax.all_gather(table, stored, axis=1, tiled=True)
+        table = jax.lax.pcast(table, tuple(axis for axis in batch_axes if axis not in stored), to="varying")
+        if not axes:
+            return _rows(table, index)
+        index = index - jax.lax.axis_index(axes) * table.shape[0]
+        here = (index >= 0) & (index < table.shape[0])
+        return jax.lax.psum(jnp.where(here[..., None], _rows(table, jnp.where(here, index, 0)), 0), axes)
+
+    out = spec("batch", "sequence", None, shape=(*index.shape, table.shape[1]))
+    return jax.shard_map(local, out_specs=out)(table, index)
+
+
+@jax.custom_vjp
+def _rows(table: jax.Array, index: jax.Array) -> jax.Array:
+    return table.at[index].get(mode="clip")
+
+
+def _rows_forward(table, index):
+    return _rows(table, index), (table, index)
+
+
+def _rows_backward(residuals, d_rows):
+    # Summed in float32: a frequent token's row gets thousands of addends.
+    table, index = residuals
+    d_table = jnp.zeros_like(table, jnp.float32).at[index].add(d_rows.astype(jnp.float32))
+    return d_table.astype(table.dtype), None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
 
 
 class Projection(nnx.Module):
@@ -72,11 +123,14 @@ class Projection(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, *in_dims] -> [B, T, *out_dims], in the dtype of x."""
         lead = x.shape[: x.ndim - len(self.in_shape)]
-        in_axis, out_axes = _gathered(self.in_axes)[0], _gathered(self.out_axes)
-        w = use(self.weight, x.dtype).reshape(math.prod(self.in_shape), math.prod(self.out_shape))
-        in_axis, out_axis = fitting(in_axis, self.in_shape[0]), fitting(out_axes[0], self.out_shape[0])
+        stored = fitting(self.in_axes[0], self.in_shape[0]), fitting(self.out_axes[0], self.out_shape[0])
+        in_axis, out_axis = _gathered(stored)
+        # Two-dimensional before it is gathered: a reshape between them hides from XLA that the gradient, which is
+        # summed and then cut, is a reduce-scatter.
+        w = reshape(self.weight[...].astype(x.dtype), (math.prod(self.in_shape), math.prod(self.out_shape)), *stored)
+        w = gather(w, stored)
         y = matmul(reshape(x, (*lead, w.shape[0]), "batch", "sequence", in_axis), w, in_axis=in_axis, out_axis=out_axis)
-        y = reshape(y, (*lead, *self.out_shape), "batch", "sequence", *out_axes)
+        y = reshape(y, (*lead, *self.out_shape), "batch", "sequence", out_axis, *(None,) * (len(self.out_shape) - 1))
         return y if self.bias is None else y + use(self.bias, x.dtype)
 
 

@@ -6,10 +6,11 @@ nothing, so the same model code runs in a notebook on one device and on a pod.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     # activations
@@ -27,9 +28,34 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
 
 
 def mesh_axis_sizes() -> dict[str, int]:
-    """Sizes of the current mesh's axes; empty without a mesh."""
+    """Sizes of the current mesh's axes; empty without a mesh, and inside `shard_map`, where arrays are local parts."""
     mesh = jax.sharding.get_abstract_mesh()
-    return {} if mesh.empty else dict(mesh.shape)
+    explicit = AxisType.Explicit
+    return {
+        name: mesh.shape[name] for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == explicit
+    }
+
+
+def split_over(name: str | None, size: int) -> tuple[str, ...]:
+    """The mesh axes, larger than 1, that split a dimension of this size; () where it is whole."""
+    sizes = mesh_axis_sizes()
+    axes = tuple(axis for axis in LOGICAL_AXES[name] if sizes.get(axis, 1) > 1) if name else ()
+    return () if size % math.prod(sizes[axis] for axis in axes) else axes
+
+
+def axes_of(x: Any) -> tuple[tuple[str, ...], ...]:
+    """The mesh axes, larger than 1, that split each dimension of an array (or of its abstract value)."""
+    sizes = mesh_axis_sizes()
+    entries = x.sharding.spec if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x).sharding.spec
+    entries = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in entries]
+    entries += [()] * (x.ndim - len(entries))
+    return tuple(tuple(axis for axis in entry if sizes[axis] > 1) for entry in entries)
+
+
+def platform() -> str:
+    """What the computation is for: the platform of the current mesh (which need not exist here), or the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def spec(*names: str | None, shape: Sequence[int] | None = None) -> PartitionSpec | None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llama_jax.parallel import reshape
+from llama_jax.parallel import axes_of, mesh_axis_sizes, shard
 
 Head = Callable[[jax.Array, Any], jax.Array]
 
@@ -25,70 +25,25 @@ def cross_entropy(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(weighted sum of ce + z_loss * logsumexp^2, weighted sum of ce), in nats; `head(hidden, weight)` gives logits.
 
-    Logits exist for `chunk` positions of each row at a time. Where a gradient is wanted, the forward pass takes it in
-    the same walk: three products a chunk and nothing computed twice. z-loss: Chowdhery et al. 2022 (PaLM), section 5.
+    `weight` is the head's as it is stored on the mesh. Logits exist for `chunk` positions of each row at a time, split
+    over the vocabulary where the head is. Where a gradient is wanted, the forward pass takes it in the same walk: three
+    products a chunk and nothing computed twice. z-loss: Chowdhery et al. 2022 (PaLM), section 5.
     """
-    num_chunks = -(-hidden.shape[1] // chunk)
-    size = -(-hidden.shape[1] // num_chunks)
-    padding = num_chunks * size - hidden.shape[1]
-    if padding:
-        hidden, targets, weights = (
-            jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) for x in (hidden, targets, weights)
-        )
-    return _chunked(head, num_chunks, weight, hidden, targets, weights, jnp.float32(z_loss))
-
-
-def _split(x: jax.Array, num_chunks: int) -> jax.Array:
-    """[B, T, ...] -> [chunks, B, T / chunks, ...]; a chunk takes every n-th position, so a part from every device."""
-    shape = (x.shape[0], x.shape[1] // num_chunks, num_chunks, *x.shape[2:])
-    return jnp.moveaxis(reshape(x, shape, "batch", "sequence", *(None,) * (x.ndim - 1)), 2, 0)
-
-
-def _join(x: jax.Array) -> jax.Array:
-    x = jnp.moveaxis(x, 0, 2)
-    shape = (x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
-    return reshape(x, shape, "batch", "sequence", *(None,) * (len(shape) - 2))
-
-
-def _chunk_loss(logits: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: jax.Array) -> tuple[Any, ...]:
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]  # not a gather: the vocabulary may be split
-    ce = jnp.sum(weights * (lse - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)))
-    return ce + jnp.sum(weights * z_loss * lse**2), ce, lse, is_target
+    hidden = shard(hidden, "batch", "sequence", None)
+    targets, weights = (shard(x, "batch", "sequence") for x in (targets, weights))
+    return _chunked(head, chunk, weight, hidden, targets, weights, jnp.float32(z_loss))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(head: Head, num_chunks: int, weight, hidden, targets, weights, z_loss):
-    def step(total, xs):
-        hidden, targets, weights = xs
-        loss, ce, _, _ = _chunk_loss(head(hidden, weight), targets, weights, z_loss)
-        return (total[0] + loss, total[1] + ce), None
-
-    xs = tuple(_split(x, num_chunks) for x in (hidden, targets, weights))
-    return jax.lax.scan(step, (jnp.float32(0), jnp.float32(0)), xs)[0]
+def _chunked(head: Head, chunk: int, *arrays):
+    return _walk(head, chunk, False, *arrays)[0]
 
 
-def _chunked_forward(head: Head, num_chunks: int, weight, hidden, targets, weights, z_loss):
-    def step(carry, xs):
-        total, total_ce, d_weight = carry
-        hidden, targets, weights = xs
-        logits, pullback = jax.vjp(head, hidden, weight)
-        loss, ce, lse, is_target = _chunk_loss(logits, targets, weights, z_loss)
-        softmax = jnp.exp(logits - lse[..., None])
-        d_logits = softmax * (weights * (1 + 2 * z_loss * lse))[..., None] - jnp.where(is_target, weights[..., None], 0)
-        d_hidden, d_weight_chunk = pullback(d_logits)
-        d_weight = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), d_weight, d_weight_chunk)
-        return (total + loss, total_ce + ce, d_weight), d_hidden
-
-    xs = tuple(_split(x, num_chunks) for x in (hidden, targets, weights))
-    d_weight = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), weight)
-    (total, ce, d_weight), d_hidden = jax.lax.scan(step, (jnp.float32(0), jnp.float32(0), d_weight), xs)
-    d_hidden = _join(d_hidden)
-    d_weight = jax.tree.map(lambda d, w: d.astype(w.dtype), d_weight, weight)
-    return (total, ce), (d_weight, d_hidden)
+def _chunked_forward(head: Head, chunk: int, *arrays):
+    return _walk(head, chunk, True, *arrays)
 
 
-def _chunked_backward(head: Head, num_chunks: int, residuals, cotangents):
+def _chunked_backward(head: Head, chunk: int, residuals, cotangents):
     d_weight, d_hidden = residuals
     d_total = cotangents[0]  # the second output is a metric: nobody differentiates it
     scale = lambda d: (d * d_total).astype(d.dtype)  # noqa: E731
@@ -96,3 +51,115 @@ def _chunked_backward(head: Head, num_chunks: int, residuals, cotangents):
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _walk(head: Head, chunk: int, with_gradient: bool, weight, hidden, targets, weights, z_loss):
+    """((loss, ce), (d_weight, d_hidden)); the gradients are None where they are not wanted."""
+    arrays = weight, hidden, targets, weights, z_loss
+    if not mesh_axis_sizes():
+        return _local_walk(head, chunk, with_gradient, (), (), lambda w: w, lambda d: d, *arrays)
+    # Every device walks over its own positions with its own part of the vocabulary, and only sums travel: maxima and
+    # sums of exponentials over the vocabulary, and once, at the end, the gradient of the weight.
+    batch_axes = tuple(axis for entry in axes_of(hidden)[:2] for axis in entry)
+    vocab_axes = axes_of(jax.eval_shape(head, hidden, weight))[-1]
+    stored = jax.tree.map(axes_of, weight)
+    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (weight, hidden))
+    local = functools.partial(
+        _local_walk,
+        head,
+        chunk,
+        with_gradient,
+        batch_axes,
+        vocab_axes,
+        lambda w: jax.tree.map(lambda x, s: _gather(x, s, vocab_axes), w, stored),
+        lambda d: jax.tree.map(lambda x, s: _reduce(x, s, batch_axes, vocab_axes), d, stored),
+    )
+    none = jax.sharding.PartitionSpec()
+    out_specs = ((none, none), specs if with_gradient else None)
+    return jax.shard_map(local, out_specs=out_specs, check_vma=False)(*arrays)
+
+
+def _local_walk(
+    head, chunk, with_gradient, batch_axes, vocab_axes, gather, reduce, weight, hidden, targets, weights, z_loss
+):
+    weight = gather(weight)
+    length = hidden.shape[1]
+    num_chunks = -(-length // chunk)
+    xs = tuple(_split(x, num_chunks) for x in (hidden, targets, weights))
+
+    def step(carry, xs):
+        totals, d_weight = carry
+        hidden, targets, weights = xs
+        logits, pullback = jax.vjp(head, hidden, weight)
+        loss, ce, lse, is_target = _chunk_loss(logits, targets, weights, z_loss, vocab_axes)
+        totals = totals[0] + loss, totals[1] + ce
+        if not with_gradient:
+            return (totals, None), None
+        softmax = jnp.exp(logits - lse[..., None])
+        d_logits = softmax * (weights * (1 + 2 * z_loss * lse))[..., None] - jnp.where(is_target, weights[..., None], 0)
+        d_hidden, d_weight_chunk = pullback(d_logits)
+        d_weight = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), d_weight, d_weight_chunk)
+        return (totals, d_weight), _psum(d_hidden, vocab_axes)
+
+    zero = jnp.float32(0)
+    d_weight = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), weight) if with_gradient else None
+    (totals, d_weight), d_hidden = jax.lax.scan(step, ((zero, zero), d_weight), xs)
+    totals = tuple(_psum(total, batch_axes) for total in totals)
+    if not with_gradient:
+        return totals, None
+    d_weight = reduce(jax.tree.map(lambda d, w: d.astype(w.dtype), d_weight, weight))
+    return totals, (d_weight, _join(d_hidden)[:, :length])
+
+
+def _split(x: jax.Array, num_chunks: int) -> jax.Array:
+    """[B, T, ...] -> [chunks, B, T / chunks, ...], padded with zeros."""
+    padding = -x.shape[1] % num_chunks
+    if padding:
+        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], num_chunks, x.shape[1] // num_chunks, *x.shape[2:]), 1, 0)
+
+
+def _join(x: jax.Array) -> jax.Array:
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
+
+
+def _chunk_loss(logits, targets, weights, z_loss, vocab_axes: tuple[str, ...]) -> tuple[Any, ...]:
+    """(loss, ce, logsumexp, which logit is the target's) of logits whose vocabulary is split over these axes."""
+    if vocab_axes:
+        targets = targets - jax.lax.axis_index(vocab_axes) * logits.shape[-1]
+        top = jax.lax.pmax(jnp.max(logits, axis=-1), vocab_axes)
+        lse = top + jnp.log(_psum(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), vocab_axes))
+    else:
+        lse = jax.nn.logsumexp(logits, axis=-1)
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    own = _psum(jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1), vocab_axes)
+    ce = jnp.sum(weights * (lse - own))
+    return ce + jnp.sum(weights * z_loss * lse**2), ce, lse, is_target
+
+
+def _psum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def _gather(x: jax.Array, spec: tuple[tuple[str, ...], ...], kept: tuple[str, ...]) -> jax.Array:
+    """A stored weight, whole along the axes that only storage splits."""
+    for dimension, axes in enumerate(spec):
+        if axes and axes != kept:
+            x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
+    return x
+
+
+def _reduce(x: jax.Array, spec: tuple[tuple[str, ...], ...], batch_axes, kept: tuple[str, ...]) -> jax.Array:
+    """The sum of all devices' gradients of a gathered weight, each device with the part that it stores."""
+    left = list(batch_axes)
+    for dimension, axes in enumerate(spec):
+        if not axes or axes == kept:
+            continue
+        if all(axis in left for axis in axes):
+            x = jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
+            left = [axis for axis in left if axis not in axes]
+        else:  # the batch is whole along them: every device has it all and keeps its part
+            size = x.shape[dimension] // jax.lax.axis_size(axes)
+            x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes) * size, size, axis=dimension)
+    return _psum(x, tuple(left))

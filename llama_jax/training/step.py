@@ -11,6 +11,7 @@ import optax
 
 from llama_jax.models import Compute, ModelConfig, assemble
 from llama_jax.models.layout import Params
+from llama_jax.nn.attention.context import zigzag
 from llama_jax.parallel import reshape
 from llama_jax.training.losses import cross_entropy
 from llama_jax.training.optimizer import Hyper, learning_rate, make_optimizer
@@ -37,8 +38,12 @@ def init_state(params: Params, hyper: Hyper) -> TrainState:
     return TrainState(step=jnp.int32(0), params=params, opt_state=make_optimizer(hyper).init(params))
 
 
-def _loss(params: Params, batch: Batch, z_loss: Any, config: ModelConfig, compute: Compute):
+def loss_and_metrics(
+    params: Params, batch: Batch, z_loss: float | jax.Array, config: ModelConfig, compute: Compute
+) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+    """(summed loss, (summed cross-entropy, the layers' auxiliary scalars)) of a batch, in nats."""
     model = assemble(config, params, compute)
+    batch = {name: zigzag(x) for name, x in batch.items()}
     hidden, aux = model.trunk(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
     loss, ce = cross_entropy(
         model.head,
@@ -71,7 +76,7 @@ def make_train_step(
 
         def gradient(part: Batch) -> tuple[Params, Metrics]:
             def loss(params: Params):
-                value, (ce, aux) = _loss(params, part, hyper["z_loss"], config, compute)
+                value, (ce, aux) = loss_and_metrics(params, part, hyper["z_loss"], config, compute)
                 return value / denominator, {"loss": ce / denominator} | aux
 
             return jax.grad(loss, has_aux=True)(state.params)
@@ -98,7 +103,7 @@ def make_eval_step(config: ModelConfig, compute: Compute) -> Callable[[Params, B
     """`eval_step(params, batch) -> (summed cross-entropy in nats, number of targets)`, jitted."""
 
     def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        _, (ce, _) = _loss(params, batch, 0.0, config, compute)
+        _, (ce, _) = loss_and_metrics(params, batch, 0.0, config, compute)
         return ce, batch["weights"].sum()
 
     return jax.jit(eval_step)

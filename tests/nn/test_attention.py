@@ -9,8 +9,9 @@ import pytest
 
 from llama_jax.config import UserError
 from llama_jax.nn import GroupedQuery, Rope
-from llama_jax.nn.attention import kernels
+from llama_jax.nn.attention import blockwise, kernels
 from llama_jax.nn.masks import AttentionMask
+from llama_jax.parallel import make_mesh
 
 BATCH, HEADS, HEAD_DIM = 2, 4, 8
 SCALE = HEAD_DIM**-0.5
@@ -19,8 +20,8 @@ SCALE = HEAD_DIM**-0.5
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks small enough that a few dozen positions span several, the last of them partly."""
-    monkeypatch.setattr(kernels, "MIN_QUERY_BLOCK", 12)
-    monkeypatch.setattr(kernels, "KEY_BLOCK", 8)
+    monkeypatch.setattr(blockwise, "MIN_QUERY_BLOCK", 12)
+    monkeypatch.setattr(blockwise, "KEY_BLOCK", 8)
 
 
 def inputs(length: int, kv_heads: int, *, queries: int | None = None, dtype=jnp.float32) -> tuple[jax.Array, ...]:
@@ -64,6 +65,15 @@ CASES = {
     "segments, grouped": (39, 2, None, AttentionMask(segment_ids=jnp.asarray(SEGMENTS))),
     "not causal, multi-query": (24, 1, None, AttentionMask(causal=False)),
     "queries at places of a cache": (37, 2, 13, AttentionMask(q_index=jnp.asarray(Q_INDEX))),
+    "window": (39, 2, None, AttentionMask(window=11, segment_ids=jnp.asarray(SEGMENTS))),
+    "window, not causal": (39, 2, None, AttentionMask(window=5, causal=False)),
+}
+LONG_SEGMENTS = jnp.asarray(np.repeat([[1, 2, 3], [1, 2, 0]], [30, 100, 126], axis=1))
+LONG_CASES = {
+    "causal, multi-head": (256, 4, None, AttentionMask()),
+    "segments, grouped": (256, 2, None, AttentionMask(segment_ids=LONG_SEGMENTS)),
+    "window, multi-query": (256, 1, None, AttentionMask(window=70, segment_ids=LONG_SEGMENTS)),
+    "not causal, window": (256, 4, None, AttentionMask(causal=False, window=40)),
 }
 
 
@@ -72,21 +82,35 @@ def results(name: str, q, k, v, direction, mask: AttentionMask):
     """The kernel's result, and its gradient in q, k and v along `direction`."""
 
     def value(q, k, v):
-        return kernels.KERNELS[name](q, k, v, mask, scale=SCALE)
+        return kernels.KERNELS[name].run(q, k, v, mask, scale=SCALE)
 
     out, pull = jax.vjp(value, q, k, v)
     return out, *pull(direction)
 
 
-@pytest.mark.parametrize("name", [name for name in kernels.KERNELS if name != "reference"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [("blockwise", case) for case in CASES] + [("splash", case) for case in LONG_CASES],
+)
 def test_kernel_is_the_reference(name: str, case: str):
-    length, kv_heads, queries, mask = CASES[case]
+    length, kv_heads, queries, mask = (LONG_CASES if name == "splash" else CASES)[case]
     arrays = inputs(length, kv_heads, queries=queries)
     expected = results("reference", *arrays, mask)
     for array, wanted in zip(results(name, *arrays, mask), expected, strict=True):
-        np.testing.assert_allclose(array, wanted, atol=3e-6)
+        np.testing.assert_allclose(array, wanted, atol=5e-6)
         assert float(jnp.abs(wanted).max()) > 0.1
+
+
+def test_a_window_is_the_formula():
+    length, window = 9, 3
+    q, k, v, _ = inputs(length, HEADS)
+    places = np.arange(length)
+    for causal in (True, False):
+        near = np.abs(places[:, None] - places) < window
+        allowed = np.broadcast_to(near & np.tri(length, dtype=bool) if causal else near, (BATCH, length, length))
+        expected = in_numpy(*(np.asarray(x, np.float64) for x in (q, k.swapaxes(1, 2), v.swapaxes(1, 2))), allowed)
+        mask = AttentionMask(causal=causal, window=window)
+        np.testing.assert_allclose(kernels.reference(q, k, v, mask, scale=SCALE), expected, atol=2e-6)
 
 
 def test_bfloat16_is_as_near_as_the_reference_in_bfloat16():
@@ -108,7 +132,7 @@ def temporary_bytes(name: str, length: int) -> int:
 
 def test_memory_of_the_gradient_is_linear_in_the_sequence(monkeypatch: pytest.MonkeyPatch):
     # As with the real sizes, the number of query blocks stays and their size grows.
-    monkeypatch.setattr(kernels, "MAX_QUERY_BLOCKS", 4)
+    monkeypatch.setattr(blockwise, "MAX_QUERY_BLOCKS", 4)
     short, long = (temporary_bytes("blockwise", length) for length in (128, 256))
     assert long < 2.3 * short
     plain_short, plain_long = (temporary_bytes("reference", length) for length in (128, 256))
@@ -117,15 +141,46 @@ def test_memory_of_the_gradient_is_linear_in_the_sequence(monkeypatch: pytest.Mo
 
 
 def test_kernels_are_chosen_by_name_and_length(monkeypatch: pytest.MonkeyPatch):
-    called = []
-    for name in kernels.KERNELS:
-        monkeypatch.setitem(kernels.KERNELS, name, lambda q, *_, name=name, **__: called.append(name) or q)
-    for length, name in ((12, "auto"), (13, "auto"), (12, "blockwise"), (13, "reference")):
-        q, k, v, _ = inputs(length, 2)
+    def chosen(name: str, length: int, dtype=jnp.float32, **fields) -> str:
+        q, k, _, _ = inputs(length, 2, dtype=dtype)
+        return kernels.choose(q, k, AttentionMask(kernel=name, **fields))
+
+    assert chosen("auto", 12) == "reference"
+    assert chosen("auto", 13) == "blockwise"
+    assert (chosen("blockwise", 12), chosen("reference", 13)) == ("blockwise", "reference")
+    monkeypatch.setattr(kernels, "platform", lambda: "tpu")
+    assert chosen("auto", 128) == "splash"
+    assert chosen("auto", 130) == "blockwise", "splash refuses it"
+    assert chosen("auto", 128, q_index=jnp.zeros((BATCH, 128), int)) == "blockwise"
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
+    assert chosen("auto", 128) == "blockwise", "cuDNN has no float32"
+    assert chosen("auto", 128, jnp.bfloat16) == "cudnn"
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "sentence"),
+    [
+        (
+            "flsh",
+            128,
+            "attention_kernel='flsh' does not exist: the kernels are auto, reference, blockwise, splash, cudnn",
+        ),
+        ("splash", 130, "attention_kernel='splash' cannot do a sequence of 130, no multiple of 128: take blockwise"),
+        ("cudnn", 128, "attention_kernel='cudnn' cannot do float32: take blockwise, or auto"),
+    ],
+)
+def test_a_kernel_refuses_by_name(name: str, length: int, sentence: str):
+    q, k, v, _ = inputs(length, 2)
+    with pytest.raises(UserError, match=sentence):
         kernels.attend(q, k, v, AttentionMask(kernel=name), scale=SCALE)
-    assert called == ["reference", "blockwise", "blockwise", "reference"]
-    with pytest.raises(UserError, match="attention_kernel='flsh' does not exist: the kernels are auto, reference, "):
-        kernels.attend(q, k, v, AttentionMask(kernel="flsh"), scale=SCALE)
+
+
+def test_accelerated_kernels_refuse_a_split_sequence():
+    q, k, v, _ = inputs(256, 2)
+    with jax.set_mesh(make_mesh({"context": 8})):
+        for name in ("splash", "cudnn"):
+            with pytest.raises(UserError, match=f"'{name}' cannot do a sequence split over mesh.context"):
+                kernels.attend(q.astype(jnp.bfloat16), k, v, AttentionMask(kernel=name), scale=SCALE)
 
 
 @pytest.mark.parametrize(

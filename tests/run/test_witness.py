@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from llama_jax.checkpoint.store import CheckpointConfig
 from llama_jax.config import UserError, leaves, override
@@ -38,7 +39,7 @@ from llama_jax.nn import (
     SwiGLU,
     YarnScaling,
 )
-from llama_jax.parallel import make_mesh
+from llama_jax.parallel import make_mesh, spec
 from llama_jax.run import LoggingConfig, ProfileConfig, Run, RunConfig, train, training
 from llama_jax.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 from llama_jax.training import OptimizerConfig, TrainState, init_state, make_train_step
@@ -200,12 +201,20 @@ def first_batch(corpus: Corpus, rows: int, length: int, seed: int, num_prefetch:
     return first, prepared
 
 
-@functools.cache
 def step_program(model: DecoderConfig, compute: Compute, optimizer: OptimizerConfig, rows: int, length: int) -> str:
+    return step_program_on(jax.sharding.get_mesh(), model, compute, optimizer, rows, length)
+
+
+@functools.cache
+def step_program_on(
+    mesh: Any, model: DecoderConfig, compute: Compute, optimizer: OptimizerConfig, rows: int, length: int
+) -> str:
     names = ("tokens", "targets", "segment_ids", "positions")
     batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
     batch["weights"] = jax.ShapeDtypeStruct((rows, length), jnp.float32)
     hyper = optimizer.hyper(1)
+    if not mesh.empty:
+        batch = {k: x.update(sharding=NamedSharding(mesh, spec("batch", "sequence"))) for k, x in batch.items()}
     state = jax.eval_shape(init_state, abstract_params(model), hyper)
     step = make_train_step(model, compute, accumulation_steps=optimizer.accumulation_steps)
     return step.lower(state, batch, hyper).as_text()
@@ -249,6 +258,12 @@ def program(config: RunConfig) -> Any:
     """Of the train step; its hyper-parameters are traced, so that their values are not in it."""
     optimizer = OptimizerConfig(1.0, 1, accumulation_steps=config.optimizer.accumulation_steps)
     return step_program(config.model, config.compute, optimizer, config.global_batch_size, config.sequence_length)
+
+
+def program_on_a_mesh(config: RunConfig) -> Any:
+    """With the sequence split."""
+    with jax.set_mesh(make_mesh({"context": 2}, jax.devices()[:2])):
+        return program(config)
 
 
 def files(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -327,7 +342,7 @@ def test_every_leaf_has_a_witness(base: RunConfig, folder: Path, tmp_path: Path,
                 continue
             assert new != config, key
             told_only = key.startswith(("checkpoint.", "logging.", "profile."))
-            for look in (*cheap, written) if told_only else (*cheap, program, written):
+            for look in (*cheap, written) if told_only else (*cheap, program, program_on_a_mesh, written):
                 if seen(look, config) != seen(look, new):
                     witnesses[key] = look.__name__
                     break

@@ -11,7 +11,7 @@ import pytest
 
 from llama_jax.models import Compute, DecoderConfig, assemble
 from llama_jax.training import cross_entropy
-from llama_jax.training.step import _loss
+from llama_jax.training.step import loss_and_metrics
 
 B, T, D, V = 3, 12, 8, 20
 
@@ -76,7 +76,7 @@ def test_model_loss_is_that_of_its_logits(tiny_config: DecoderConfig, random_par
     params, batch = random_params(config), batch_of(config, 2, 10)
 
     def ours(params: Any) -> jax.Array:
-        return _loss(params, batch, 0.1, config, Compute(loss_chunk=4))[0]
+        return loss_and_metrics(params, batch, 0.1, config, Compute(loss_chunk=4))[0]
 
     def theirs(params: Any) -> jax.Array:
         logits = assemble(config, params, Compute())(
@@ -109,7 +109,7 @@ def test_no_array_of_all_logits_lives(tiny_config: DecoderConfig, random_params:
     params, batch = random_params(config), batch_of(config, rows, length)
 
     def gradient(chunk: int) -> Any:
-        loss = lambda params: _loss(params, batch, 0.0, config, Compute(loss_chunk=chunk))[0]  # noqa: E731
+        loss = lambda params: loss_and_metrics(params, batch, 0.0, config, Compute(loss_chunk=chunk))[0]  # noqa: E731
         return jax.jit(jax.grad(loss)).lower(params).compile()
 
     def largest(compiled: Any) -> int:

@@ -1,0 +1,90 @@
+"""Kernels of others: splash attention on TPU (Pallas, part of JAX) and cuDNN's flash attention on GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.nn.masks import AttentionMask
+from llama_jax.parallel import platform
+
+LANES = 128  # what a TPU's vector registers hold in their last dimension
+SPLASH_BLOCK = 512
+
+
+def splash_refuses(q: jax.Array, k: jax.Array, mask: AttentionMask) -> str | None:
+    """Why splash attention cannot do this, or None."""
+    if mask.q_index is not None or q.shape[1] != k.shape[2]:
+        return "queries at places of a cache"
+    if q.shape[1] % LANES:
+        return f"a sequence of {q.shape[1]}, no multiple of {LANES}"
+    return None
+
+
+def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, *, scale: float) -> jax.Array:
+    """q [B, T, N, H], k and v [B, K, T, H] -> [B, T, N, H]. Interpreted where there is no TPU: slow, for tests."""
+    num_heads, length = q.shape[2], q.shape[1]
+    from jax.experimental.pallas.ops.tpu import splash_attention as sa  # imports Pallas, which takes a while
+
+    kernel = _splash_kernel(num_heads, length, mask.causal, mask.window, platform() != "tpu")
+    q = (q * scale).astype(q.dtype).swapaxes(1, 2)
+    segments = None if mask.segment_ids is None else sa.SegmentIds(mask.segment_ids, mask.segment_ids)
+    return jax.vmap(kernel)(q, k, v, segments).swapaxes(1, 2)
+
+
+@functools.lru_cache(maxsize=32)
+def _splash_kernel(num_heads: int, length: int, causal: bool, window: int | None, interpret: bool):
+    from jax.experimental.pallas.ops.tpu import splash_attention as sa
+
+    shape = (length, length)
+    if window is not None:
+        one = sa.LocalMask(shape, (window - 1, 0 if causal else window - 1), 0)
+    else:
+        one = sa.CausalMask(shape) if causal else sa.FullMask(shape)
+    block = max(size for size in range(LANES, SPLASH_BLOCK + 1, LANES) if length % size == 0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes = sa.BlockSizes(**{f"block_{name}": block for name in names})
+    # Its tables must not become tracers of whatever is being traced when they are first made.
+    with jax.ensure_compile_time_eval():
+        return sa.make_splash_mha(
+            sa.MultiHeadMask([one] * num_heads),
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )
+
+
+def cudnn_refuses(q: jax.Array, k: jax.Array, mask: AttentionMask) -> str | None:
+    """Why cuDNN's attention cannot do this, or None."""
+    if mask.q_index is not None or q.shape[1] != k.shape[2]:
+        return "queries at places of a cache"
+    if q.dtype not in (jnp.float16, jnp.bfloat16):
+        return f"{np.dtype(q.dtype).name}"
+    if q.shape[-1] % 8 or q.shape[-1] > 256:
+        return f"a head_dim of {q.shape[-1]}"
+    return None
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, *, scale: float) -> jax.Array:
+    """q [B, T, N, H], k and v [B, K, T, H] -> [B, T, N, H], on an NVIDIA GPU.
+
+    Documents are kept apart by a dense mask [B, 1, T, T]: the kernel takes no segment ids.
+    """
+    allowed = None
+    if mask.segment_ids is not None:
+        allowed = (mask.segment_ids[:, :, None] == mask.segment_ids[:, None])[:, None]
+    window = None
+    if mask.window is not None:
+        window = (mask.window - 1, 0 if mask.causal else mask.window - 1)
+    return jax.nn.dot_product_attention(
+        q,
+        k.swapaxes(1, 2),
+        v.swapaxes(1, 2),
+        mask=allowed,
+        scale=scale,
+        is_causal=mask.causal,
+        local_window_size=window,
+        implementation="cudnn",
+    )
