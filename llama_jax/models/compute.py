@@ -30,6 +30,7 @@ class Compute:
     attention_kernel: kernel by name (reference, blockwise, splash on TPU, cudnn on GPU), or auto.
     context: how keys and values reach the other parts of a sequence split over mesh.context; all_gather is sooner
       there, and holds all of them on every device.
+    preflight: compare the attention kernel with the reference before the first step, and do not start if they disagree.
     loss_chunk: positions of each row whose logits exist at a time in the loss.
     """
 
@@ -39,6 +40,7 @@ class Compute:
     attention_kernel: str = "auto"
     context: Literal["ring", "all_gather"] = "ring"
     loss_chunk: int = 128
+    preflight: bool = True
 
     def __post_init__(self) -> None:
         if self.attention_kernel != "auto" and self.attention_kernel not in KERNELS:

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Int
 from llama_jax.config import Component, UserError
 from llama_jax.models.compute import REMAT_POLICIES, Compute
 from llama_jax.nn import FeedForward, Mixer, Norm
-from llama_jax.nn.masks import AttentionMask
 from llama_jax.nn.attention.context import unzigzag, zigzag
-from llama_jax.nn.parameters import Projection, child, gather, lookup, matmul, parameter, use
+from llama_jax.nn.masks import AttentionMask
+from llama_jax.nn.parameters import Projection, child, gather, lookup, matmul, parameter
 
 # Of the embedding and the head: logits start near zero and the first loss near ln V.
 EMBEDDING_STD = 0.02

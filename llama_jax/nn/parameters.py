@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-
 from jaxtyping import Array, Float, Int
 
 from llama_jax.parallel import axes_of, fitting, mesh_axis_sizes, reshape, shard, spec

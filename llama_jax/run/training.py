@@ -25,11 +25,13 @@ from llama_jax.run.reporting import Bar, JsonLines, TensorBoard, WeightsAndBiase
 from llama_jax.sampling import generate_text
 from llama_jax.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from llama_jax.training import (
+    PreflightFailed,
     TrainState,
     init_state,
     make_eval_step,
     make_train_step,
     peak_flops,
+    preflight,
     train_flops_per_token,
 )
 
@@ -151,6 +153,8 @@ class _Loop:
         ):
             if start:
                 bar.say(f"continuing '{self.run_.directory}' from step {start}")
+            if config.compute.preflight and start < config.num_steps:
+                self._preflight(start, bar)
             self._steps(state, start, store, bar, writers)
 
     def _state(self, store: CheckpointStore) -> TrainState:
@@ -161,6 +165,16 @@ class _Loop:
             return make(initialize(self.config.model, self.config.seed), self.hyper)
         abstract = jax.eval_shape(make, abstract_params(self.config.model), self.hyper)
         return store.load(steps[-1], abstract)
+
+    def _preflight(self, start: int, bar: Bar) -> None:
+        """The attention kernel against the reference, before anything is trained with it."""
+        try:
+            agreements = preflight(self.config.model, self.config.compute, to_devices(self.batches.batch(start)))
+        except PreflightFailed as error:
+            raise RunFailed(str(error)) from error
+        for agreement in agreements:
+            error = max(agreement.errors.values())
+            bar.say(f"attention kernel '{agreement.kernel}' agrees with the reference: relative error {error:.1e}")
 
     def _steps(self, state: TrainState, start: int, store: CheckpointStore, bar: Bar, writers: "_Writers") -> None:
         config, log, num_steps = self.config, self.config.logging, self.config.num_steps

@@ -5,12 +5,14 @@ In: a model config, a `TrainState` and a batch. Out: the next state and its metr
 """
 
 from llama_jax.training.flops import peak_flops, train_flops_per_token
+from llama_jax.training.kernel_check import PreflightFailed, preflight
 from llama_jax.training.losses import cross_entropy
 from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from llama_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
 
 __all__ = [
     "OptimizerConfig",
+    "PreflightFailed",
     "TrainState",
     "cross_entropy",
     "init_state",
@@ -19,5 +21,6 @@ __all__ = [
     "make_optimizer",
     "make_train_step",
     "peak_flops",
+    "preflight",
     "train_flops_per_token",
 ]

@@ -103,6 +103,7 @@ def _local_walk(
 
     zero = jnp.float32(0)
     d_weight = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), weight) if with_gradient else None
+    d_hidden: Any
     (totals, d_weight), d_hidden = jax.lax.scan(step, ((zero, zero), d_weight), xs)
     totals = tuple(_psum(total, batch_axes) for total in totals)
     if not with_gradient:

@@ -21,6 +21,7 @@ from llama_jax.checkpoint.store import CheckpointStore
 from llama_jax.config import UserError, override
 from llama_jax.data import read_texts
 from llama_jax.models import Compute
+from llama_jax.nn.attention import kernels
 from llama_jax.run import Run, RunConfig, RunFailed, open_run, train
 from llama_jax.run.training import _Clock
 from llama_jax.training import learning_rate, make_eval_step
@@ -254,3 +255,14 @@ class TestClock:
 def test_configs_are_values(run_config: RunConfig):
     assert dataclasses.replace(run_config) == run_config
     assert hash(run_config.model) == hash(dataclasses.replace(run_config.model))
+
+
+def test_a_kernel_that_disagrees_does_not_start(run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def ignores_documents(q, k, v, mask, *, scale):
+        return kernels.online(q, k, v, dataclasses.replace(mask, segment_ids=None), scale=scale)
+
+    monkeypatch.setitem(kernels.KERNELS, "blockwise", kernels.Kernel(ignores_documents))
+    config = override(run_config, {"compute.attention_kernel": "blockwise", "seed": 77})
+    with pytest.raises(RunFailed, match="attention kernel 'blockwise' disagrees with the reference"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text()

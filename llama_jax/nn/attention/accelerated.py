@@ -1,6 +1,7 @@
 """Kernels of others: splash attention on TPU (Pallas, part of JAX) and cuDNN's flash attention on GPU."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ LANES = 128  # what a TPU's vector registers hold in their last dimension
 SPLASH_BLOCK = 512
 
 
-def splash_refuses(q: jax.Array, k: jax.Array, mask: AttentionMask) -> str | None:
+def splash_refuses(q: Any, k: Any, mask: AttentionMask) -> str | None:
     """Why splash attention cannot do this, or None."""
     if mask.q_index is not None or q.shape[1] != k.shape[2]:
         return "queries at places of a cache"
@@ -30,7 +31,8 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, *, sca
     kernel = _splash_kernel(num_heads, length, mask.causal, mask.window, platform() != "tpu")
     q = (q * scale).astype(q.dtype).swapaxes(1, 2)
     segments = None if mask.segment_ids is None else sa.SegmentIds(mask.segment_ids, mask.segment_ids)
-    return jax.vmap(kernel)(q, k, v, segments).swapaxes(1, 2)
+    y: Any = jax.vmap(kernel)(q, k, v, segments)
+    return y.swapaxes(1, 2)
 
 
 @functools.lru_cache(maxsize=32)
@@ -43,8 +45,9 @@ def _splash_kernel(num_heads: int, length: int, causal: bool, window: int | None
     else:
         one = sa.CausalMask(shape) if causal else sa.FullMask(shape)
     block = max(size for size in range(LANES, SPLASH_BLOCK + 1, LANES) if length % size == 0)
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    sizes = sa.BlockSizes(**{f"block_{name}": block for name in names})
+    sizes = sa.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
     # Its tables must not become tracers of whatever is being traced when they are first made.
     with jax.ensure_compile_time_eval():
         return sa.make_splash_mha(
@@ -56,7 +59,7 @@ def _splash_kernel(num_heads: int, length: int, causal: bool, window: int | None
         )
 
 
-def cudnn_refuses(q: jax.Array, k: jax.Array, mask: AttentionMask) -> str | None:
+def cudnn_refuses(q: Any, k: Any, mask: AttentionMask) -> str | None:
     """Why cuDNN's attention cannot do this, or None."""
     if mask.q_index is not None or q.shape[1] != k.shape[2]:
         return "queries at places of a cache"

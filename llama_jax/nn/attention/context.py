@@ -1,8 +1,9 @@
 """Attention over a sequence that is split among devices (a context axis), exact, its causal work in balance.
 
-With n devices the sequence has 2n chunks, and device d holds chunks d and 2n-1-d: the zigzag order (`zigzag`, `unzigzag`
-go there and back; the model does both). Device d has to see its own keys, and then of every other device exactly two
-chunk pairs, whichever device it is: its late chunk with the other's early one, and the two early or the two late ones.
+With n devices the sequence has 2n chunks, and device d holds chunks d and 2n-1-d: the zigzag order (`zigzag` and
+`unzigzag` go there and back; the model does both). Device d has to see its own keys, and then of every other device
+exactly two chunk pairs, whichever device it is: its late chunk with the other's early one, and the two early or the two
+late ones.
 
 Keys and values come from the others around a ring, one hop while the last part is computed (Liu et al. 2023), or all at
 once (`all_gather`), which holds all of them on every device. The parts join by their logsumexp.
@@ -74,9 +75,9 @@ def _vjp_forward(q, k, v, mask, scale):
             carry = tuple(
                 jax.lax.dynamic_update_index_in_dim(x, y, mine, 0) for x, y in zip(carry, joined, strict=True)
             )
-        return carry
+        return carry, {}
 
-    carry, _ = _travel(visit, carry, _keys(k, v, mask), None, size, mask.context)
+    carry, _ = _travel(visit, carry, _keys(k, v, mask), {}, size, mask.context)
     out, logsumexp = (_whole(x, 3) for x in carry)
     out = out.astype(q.dtype)
     return out, (q, k, v, mask, out, logsumexp)
@@ -114,27 +115,23 @@ def _keys(k, v, mask: AttentionMask) -> dict[str, Any]:
     return keys if mask.segment_ids is None else keys | {"segments": _halves(mask.segment_ids, 1)}
 
 
-def _travel(visit, carry, keys, d_keys, size: int, method: str):
-    """`visit(carry, keys, owner)` for the keys of every other device. With gradients, it returns (carry, d_keys) and
-    these go home to the keys' owner; `d_keys` are the owner's own."""
+def _travel(visit, carry: Any, keys: Any, d_keys: Any, size: int, method: str) -> tuple[Any, Any]:
+    """`visit(carry, keys, owner) -> (carry, part)` for the keys of every other device; the parts that all devices have
+    for an owner's keys are added to its `d_keys` ({} in the forward pass)."""
     me = jax.lax.axis_index(AXIS)
     steps = jnp.arange(1, size)
-    backward = d_keys is not None
     if method == "all_gather":
         everyone = jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS), keys)
-        total = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), d_keys)
 
         def look(state, step):
             carry, total = state
             owner = (me - step) % size
-            result = visit(carry, jax.tree.map(lambda x: _at(x, owner), everyone), owner)
-            if not backward:
-                return (result, total), None
-            return (result[0], jax.tree.map(lambda t, d: t.at[owner].set(d), total, result[1])), None
+            carry, part = visit(carry, jax.tree.map(lambda x: _at(x, owner), everyone), owner)
+            return (carry, jax.tree.map(lambda t, d: t.at[owner].set(d), total, part)), None
 
+        total = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), d_keys)
         (carry, total), _ = jax.lax.scan(look, (carry, total), steps)
-        home = jax.tree.map(lambda t, d: d + jax.lax.psum_scatter(t, AXIS), total, d_keys)
-        return carry, home
+        return carry, jax.tree.map(lambda t, d: d + jax.lax.psum_scatter(t, AXIS), total, d_keys)
 
     def hop(x):
         return jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, [(i, (i + 1) % size) for i in range(size)]), x)
@@ -143,18 +140,13 @@ def _travel(visit, carry, keys, d_keys, size: int, method: str):
         carry, keys, d_keys = state
         # Both hops depend on nothing computed in this step, so they can run beside it.
         following, d_keys = hop(keys), hop(d_keys)
-        result = visit(carry, keys, (me - step) % size)
-        if not backward:
-            return (result, following, None), None
-        return (result[0], following, jax.tree.map(jnp.add, d_keys, result[1])), None
+        carry, part = visit(carry, keys, (me - step) % size)
+        return (carry, following, jax.tree.map(jnp.add, d_keys, part)), None
 
     # The keys of the last step need not travel on.
-    state, _ = jax.lax.scan(step, (carry, hop(keys), d_keys), steps[:-1])
-    carry, keys, d_keys = state
-    result = visit(carry, keys, (me + 1) % size)
-    if not backward:
-        return result, None
-    return result[0], hop(jax.tree.map(jnp.add, hop(d_keys), result[1]))
+    (carry, keys, d_keys), _ = jax.lax.scan(step, (carry, hop(keys), d_keys), steps[:-1])
+    carry, part = visit(carry, keys, (me + 1) % size)
+    return carry, hop(jax.tree.map(jnp.add, hop(d_keys), part))
 
 
 def _own_mask(mask: AttentionMask, length: int) -> AttentionMask:

@@ -5,10 +5,13 @@ q. Kernels see the local part of the arrays only: `attend` splits batch, heads a
 everything that the mask says or refuses by name. A new one is a function and a line in `KERNELS`.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,10 +55,10 @@ KERNELS = {
 FASTEST = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
 
 
-def choose(q: jax.Array, k: jax.Array, mask: AttentionMask) -> str:
+def choose(q: Any, k: Any, mask: AttentionMask) -> str:
     """The name of the kernel that `attend` takes: the mask's, or for `auto` the fastest that does all of it.
 
-    Raises UserError for an unknown kernel, and for one that cannot do what is asked.
+    q and k may be abstract. Raises UserError for an unknown kernel, and for one that cannot do what is asked.
     """
     name, split = mask.kernel, _splits_sequence(q, mask)
     if name == "auto":
@@ -73,12 +76,39 @@ def choose(q: jax.Array, k: jax.Array, mask: AttentionMask) -> str:
     return name
 
 
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What `attend` was called with: the avals of its arrays, and everything else."""
+
+    q: Any
+    k: Any
+    v: Any
+    mask: AttentionMask
+    scale: float
+
+
+_calls: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar("calls", default=None)
+
+
+@contextlib.contextmanager
+def calls_of_attend() -> Iterator[list[Call]]:
+    """Collects the calls of `attend` while something is traced."""
+    calls: list[Call] = []
+    token = _calls.set(calls)
+    try:
+        yield calls
+    finally:
+        _calls.reset(token)
+
+
 def attend(q: Queries, k: Keys, v: Keys, mask: AttentionMask, *, scale: float) -> Queries:
     """softmax(scale q k^T) v over the keys that `mask` allows, by the kernel that it names."""
+    if (calls := _calls.get()) is not None:
+        calls.append(Call(jax.typeof(q), jax.typeof(k), jax.typeof(v), jax.tree.map(jax.typeof, mask), scale))
     name = choose(q, k, mask)
     kernel = functools.partial(KERNELS[name].run, scale=scale)
     sizes = mesh_axis_sizes()
-    if math.prod(sizes.values()) <= 1:
+    if not sizes:
         return kernel(q, k, v, mask)
     tensor = sizes.get("tensor", 1)
     if not _splits_sequence(q, mask):
@@ -94,7 +124,7 @@ def attend(q: Queries, k: Keys, v: Keys, mask: AttentionMask, *, scale: float) -
     return _sharded(on_chunks, q, k, v, mask, tensor, "sequence")
 
 
-def _splits_sequence(q: jax.Array, mask: AttentionMask) -> bool:
+def _splits_sequence(q: Any, mask: AttentionMask) -> bool:
     return mask.q_index is None and context.splits(q.shape[1])
 
 
@@ -107,7 +137,7 @@ def _sharded(kernel, q: Queries, k: Keys, v: Keys, mask: AttentionMask, tensor: 
         copies = copies if num_heads % (num_kv_heads * copies) == 0 else num_heads // num_kv_heads
         k, v = (jnp.repeat(x, copies, axis=1) for x in (k, v))
     k, v = (shard(x, "batch", heads and "kv_heads", sequence, None) for x in (k, v))
-    if mask.segment_ids is not None and q.shape[1] != k.shape[2]:
+    if mask.segment_ids is not None and mask.key_segment_ids is None and q.shape[1] != k.shape[2]:
         raise ValueError("segment ids need as many queries as keys")
     q = shard(q, "batch", sequence, "heads", None)
     out = spec("batch", sequence, "heads", None, shape=q.shape)

@@ -1,0 +1,159 @@
+"""The attention kernel beside the reference, before the first step, on what this run will ask of it."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.models import Compute, ModelConfig, abstract_params, assemble
+from llama_jax.nn.attention.context import unzigzag, zigzag
+from llama_jax.nn.attention.kernels import Call, attend, calls_of_attend, choose
+from llama_jax.nn.masks import AttentionMask
+from llama_jax.parallel import axes_of, mesh_axis_sizes, replicate, shard
+from llama_jax.training.step import Batch
+
+# Scores that the reference may hold on a device at a time; where its all would be more, it goes by blocks of queries.
+SCORES = 1 << 26
+
+
+class PreflightFailed(RuntimeError):
+    """The attention kernel computes something else than the reference."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How far a kernel is from the reference: root mean square of the difference, as a share of the reference's own."""
+
+    kernel: str
+    errors: dict[str, float]
+
+
+def preflight(config: ModelConfig, compute: Compute, batch: Batch) -> list[Agreement]:
+    """Compares each kind of attention that the model calls with the float32 reference, forward and gradients.
+
+    Same shapes, dtype, mask and sharding as a train step of this batch on the current mesh; the values are random, and
+    so are the documents where rows are packed. Raises PreflightFailed where they disagree by more than rounding does.
+    """
+    agreements = []
+    for call in attention_calls(config, compute, batch):
+        agreement = compare(call)
+        if agreement is None:
+            continue
+        limit = tolerance(call.q.dtype)
+        for name, error in agreement.errors.items():
+            if not error <= limit:
+                raise PreflightFailed(
+                    f"attention kernel '{agreement.kernel}' disagrees with the reference: {name} differs by "
+                    f"{error:.2g} of its size (rounding explains {limit:.2g}), for queries {call.q.str_short()} and "
+                    f"keys {call.k.str_short()}: set compute.attention_kernel to another kernel, or reference"
+                )
+        agreements.append(agreement)
+    return agreements
+
+
+def tolerance(dtype: Any) -> float:
+    """What rounding explains: some units in the last place."""
+    eps = float(jnp.finfo(dtype).eps)
+    return 4 * eps if eps > 1e-4 else 100 * eps
+
+
+def attention_calls(config: ModelConfig, compute: Compute, batch: Batch) -> list[Call]:
+    """The different calls of `attend` in a forward pass of the batch; nothing is computed."""
+
+    def trunk(params: Any, batch: Batch) -> jax.Array:
+        model = assemble(config, params, dataclasses.replace(compute, remat="none"))
+        batch = jax.tree.map(zigzag, batch)
+        return model.trunk(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])[0]
+
+    with calls_of_attend() as calls:
+        jax.eval_shape(trunk, abstract_params(config), batch)
+    return list({str(call): call for call in calls}.values())
+
+
+def compare(call: Call) -> Agreement | None:
+    """The kernel that this call takes beside the reference; None where that is the reference itself."""
+    kernel = choose(call.q, call.k, call.mask)
+    if kernel == "reference":
+        return None
+    rows, length = call.q.shape[:2]
+    segments = None
+    if call.mask.segment_ids is not None:
+        # Unlike the batch's own, certain to have a boundary in every row, and padding at the end of some.
+        rng = np.random.default_rng(0)
+        begins = rng.random((rows, length)) < 4 / length
+        begins[:, length // 3] = True
+        segments = 1 + np.cumsum(begins, axis=1)
+        segments[::2, length - length // 8 :] = 0
+    fast, exact = _Attention(call, kernel), _Attention(call, "reference")
+    errors = _errors(fast, exact, None if segments is None else jnp.asarray(segments, jnp.int32))
+    return Agreement(kernel, {name: float(error) for name, error in errors.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attention:
+    """Attention with its gradients, of arrays in the order of the text."""
+
+    call: Call
+    kernel: str
+
+    def __hash__(self) -> int:
+        return hash((str(self.call), self.kernel))
+
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, segments: Any) -> jax.Array:
+        mask = dataclasses.replace(self.call.mask, kernel=self.kernel, segment_ids=segments)
+        if self.kernel == "reference":
+            return self._by_blocks(q, k, v, mask)
+        k, v = (zigzag(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (k, v))
+        y = attend(zigzag(q), k, v, jax.tree.map(zigzag, mask), scale=self.call.scale)
+        return unzigzag(y)
+
+    def _by_blocks(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask) -> jax.Array:
+        rows, length, heads, _ = q.shape
+        split = np.prod([mesh_axis_sizes()[axis] for i in (0, 2) for axis in axes_of(q)[i]], dtype=int)
+        num_blocks = 1
+        while rows * heads * length * length // (split * num_blocks) > SCORES and length % (2 * num_blocks) == 0:
+            num_blocks *= 2
+        # Whole along the sequence, where a context axis would split it.
+        q, size = shard(q, "batch", None, "heads", None), length // num_blocks
+
+        @jax.checkpoint
+        def block(start: jax.Array) -> jax.Array:
+            part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)  # noqa: E731
+            index = jnp.broadcast_to(start + jnp.arange(size), (rows, size))
+            of_block = dataclasses.replace(mask, q_index=index)
+            if mask.segment_ids is not None:
+                keys = replicate(mask.segment_ids)
+                of_block = dataclasses.replace(of_block, segment_ids=part(keys), key_segment_ids=keys)
+            return attend(part(q), k, v, of_block, scale=self.call.scale)
+
+        blocks = jax.lax.map(block, jnp.arange(num_blocks) * size)
+        y = jnp.concatenate([blocks[i] for i in range(num_blocks)], axis=1)
+        return shard(y, "batch", "sequence", "heads", None)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _errors(fast: _Attention, exact: _Attention, segments: Any) -> dict[str, jax.Array]:
+    call = fast.call
+    keys = jax.random.split(jax.random.key(0), 4)
+    queries, kv = ("batch", "sequence", "heads", None), ("batch", "kv_heads", "sequence", None)
+
+    def random(key: jax.Array, aval: Any, names: tuple[str | None, ...]) -> jax.Array:
+        return shard(jax.random.normal(key, aval.shape, jnp.float32).astype(aval.dtype), *names)
+
+    q, direction = random(keys[0], call.q, queries), random(keys[3], call.q, queries)
+    k, v = random(keys[1], call.k, kv), random(keys[2], call.v, kv)
+
+    def with_gradients(attention: _Attention, dtype: Any) -> tuple[jax.Array, ...]:
+        inputs = q.astype(dtype), k.astype(dtype), v.astype(dtype)
+        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, segments), *inputs)
+        out = shard(out, *queries)
+        return (out, *pull(direction.astype(out.dtype)))
+
+    found = with_gradients(fast, call.q.dtype)
+    wanted = with_gradients(exact, jnp.float32)
+    rms = lambda x: jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))  # noqa: E731
+    results = "the result", "the gradient of the queries", "the gradient of the keys", "the gradient of the values"
+    return {name: rms(a.astype(jnp.float32) - b) / rms(b) for name, a, b in zip(results, found, wanted, strict=True)}
