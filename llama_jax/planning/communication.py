@@ -7,9 +7,8 @@ package computes: weights are split over `fsdp` in storage only and gathered in 
 
 import dataclasses
 
-from llama_jax.parallel import mesh_axis_sizes
 from llama_jax.planning.hardware import Network
-from llama_jax.planning.workload import Workload, cache_bytes, itemsize, local_tokens, weights
+from llama_jax.planning.workload import Local
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +28,15 @@ class Traffic:
     backward: bool
     bytes: int
 
+    @property
+    def hidden(self) -> bool:
+        """Whether a TPU computes meanwhile: what XLA compiles gathers and hops to; sums it waits for."""
+        return self.kind in ("all-gather", "collective-permute")
+
     def seconds(self, network: Network) -> tuple[float, float]:
         """(over links within a slice or node, between them): bandwidth alone, no latency."""
         if self.kind == "collective-permute":
-            return (0.0, self.bytes / network.dcn) if not network.ici else (self.bytes / network.hop, 0.0)
+            return (self.bytes / network.hop, 0.0) if network.ici else (0.0, self.bytes / network.dcn)
         twice = 2 if self.kind == "all-reduce" else 1
 
         def share(size: int, bandwidth: float) -> float:
@@ -41,13 +45,13 @@ class Traffic:
         return share(network.inner, network.ici), share(network.outer, network.dcn)
 
 
-def traffic(workload: Workload) -> list[Traffic]:
-    """What one step sends, on the current (abstract) mesh."""
-    found = _of_weights(workload)
-    if mesh_axis_sizes()["tensor"] > 1:
-        found += _of_activations(workload)
-    if mesh_axis_sizes()["context"] > 1:
-        found += _of_keys(workload)
+def traffic(local: Local) -> list[Traffic]:
+    """What one step sends."""
+    found = _of_weights(local)
+    if local.sizes["tensor"] > 1:
+        found += _of_activations(local)
+    if local.sizes["context"] > 1:
+        found += _of_keys(local)
     total: dict[tuple[str, str, str, bool], int] = {}
     for t in found:
         key = (t.what, t.kind, t.axis, t.backward)
@@ -55,55 +59,53 @@ def traffic(workload: Workload) -> list[Traffic]:
     return [Traffic(*key, size) for key, size in total.items() if size]
 
 
-def _of_weights(workload: Workload) -> list[Traffic]:
-    sizes, parts = mesh_axis_sizes(), workload.optimizer.accumulation_steps
-    size = itemsize(workload)
+def _of_weights(local: Local) -> list[Traffic]:
     found = []
-    for name, weight in weights(workload.model).items():
-        used = parts * weight.copies * weight.used() * size
-        kept = used
-        if weight.is_gathered():
-            again = weight.layers and workload.compute.remat != "none"  # else the backward pass finds them saved
-            tied = name == "embedding.weight" and workload.model.tie_embeddings  # gathered for its rows, then as head
-            found += [Traffic("parameters", "all-gather", "fsdp", False, used * (2 if tied else 1))]
-            found += [Traffic("parameters", "all-gather", "fsdp", True, used)] if again else []
-            found += [Traffic("gradients", "reduce-scatter", "fsdp", True, used)]
-            kept //= sizes["fsdp"]
-        elif sizes["fsdp"] > 1:
-            found += [Traffic("gradients", "all-reduce", "fsdp", True, used)]
+    # With nothing computed again, the backward pass finds the gathered weights of the layers saved.
+    again = local.workload.compute.remat != "none"
+    for weight in local.model.weights:
+        size = local.workload.parts * weight.copies * weight.used * local.itemsize
+        kept = size
+        if weight.is_gathered:
+            tied = weight.name == "embedding.weight" and local.workload.model.tie_embeddings
+            times = 2 if tied else 1  # for its rows, and then as the head
+            found += [Traffic("parameters", "all-gather", "fsdp", False, times * size)]
+            found += [Traffic("parameters", "all-gather", "fsdp", True, size)] if weight.layers and again else []
+            found += [Traffic("gradients", "reduce-scatter", "fsdp", True, size)]
+            kept //= local.sizes["fsdp"]
+        elif local.sizes["fsdp"] > 1:
+            found += [Traffic("gradients", "all-reduce", "fsdp", True, size)]
         for axis in ("data", "context"):
-            if sizes[axis] > 1:
+            if local.sizes[axis] > 1:
                 found += [Traffic("gradients", "all-reduce", axis, True, kept)]
     return found
 
 
-def _of_activations(workload: Workload) -> list[Traffic]:
-    tokens = local_tokens(workload) * workload.optimizer.accumulation_steps * itemsize(workload)
-    found, inputs = [], {}
-    for name, weight in weights(workload.model).items():
-        module = name.rpartition(".")[0].rpartition(".")[0]
-        size = tokens * weight.copies
-        if weight.in_dims and weight.splits("in"):  # its product is a sum over devices
-            found += [Traffic("activations", "all-reduce", "tensor", False, size * weight.width("out"))]
-            if weight.layers and workload.compute.remat == "full" and not module.endswith("feed_forward"):
-                found += [Traffic("activations", "all-reduce", "tensor", True, size * weight.width("out"))]
-        if weight.in_dims and weight.splits("out"):  # so is the gradient of its input; of all that share it, once
-            inputs[module] = size * weight.width("in")
-        if name == "embedding.weight" and weight.used() < weight.shape[0] * weight.shape[1]:
-            found += [Traffic("activations", "all-reduce", "tensor", False, size * weight.shape[1])]
-            if workload.model.tie_embeddings:
-                inputs["head"] = size * weight.shape[1]
-    return found + [Traffic("activations", "all-reduce", "tensor", True, size) for size in inputs.values()]
+def _of_activations(local: Local) -> list[Traffic]:
+    tokens = local.tokens * local.workload.parts * local.itemsize
+    width = local.workload.model.hidden_size
+    found: list[tuple[bool, int]] = []
+    inputs: dict[str, int] = {}
+    for weight in local.model.weights:
+        if weight.sums:
+            found.append((False, tokens * weight.copies * weight.outputs))
+            # Attention's sum is made again for what follows it in the layer; the feed-forward's is followed by nothing.
+            if local.workload.compute.remat == "full" and weight.module != "layers.feed_forward":
+                found.append((True, tokens * weight.copies * weight.outputs))
+        if weight.splits and weight.layers:  # the gradient of its input is a sum too; for all that share it, one
+            inputs[weight.module] = tokens * weight.copies * weight.inputs
+    if local.model.vocab_splits:
+        found += [(False, tokens * width), (True, tokens * width)]  # embedded tokens; the loss's gradient
+    found += [(True, size) for size in inputs.values()]
+    return [Traffic("activations", "all-reduce", "tensor", backward, size) for backward, size in found]
 
 
-def _of_keys(workload: Workload) -> list[Traffic]:
+def _of_keys(local: Local) -> list[Traffic]:
     """Around the ring: keys and values, and in the backward pass their float32 gradients beside them."""
-    context, parts = mesh_axis_sizes()["context"], workload.optimizer.accumulation_steps
-    dtype = workload.dtype
-    keys = cache_bytes(workload.model, 1, 1, dtype) * local_tokens(workload) * parts
-    again = 0 if workload.compute.remat == "none" else 1
-    hops = context - 1
-    forward = Traffic("keys and values", "collective-permute", "context", False, hops * keys)
-    gradients = context * keys * 4 // dtype.itemsize
-    backward = Traffic("keys and values", "collective-permute", "context", True, (1 + again) * hops * keys + gradients)
-    return [forward, backward]
+    context = local.sizes["context"]
+    keys = local.model.keys * local.tokens * local.workload.parts
+    again = 1 if local.workload.compute.remat == "none" else 2
+    forward = (context - 1) * keys * local.itemsize
+    backward = again * forward + context * keys * 4
+    kind = "collective-permute"
+    return [Traffic("keys and values", kind, "context", b, n) for b, n in ((False, forward), (True, backward))]

@@ -1,27 +1,26 @@
 """The plan of a train step: memory, time by the roofline, and what these mean for a run.
 
-Time: in the forward pass, the backward pass and the update, matrix units, HBM and every network work at the same time,
-so that a pass takes as long as its slowest resource ("How to scale your model", chapters 1 and 5). Latency, and
-communication that nothing hides, are left out. Matrix units reach `EFFICIENCY` of their peak.
+Time: in the forward pass, the backward pass and the update, matrix units, HBM and networks work at the same time, so
+that a pass takes as long as its slowest resource ("How to scale your model", chapters 1 and 5). Only the sums that TPUs
+exchange over ICI are not hidden: XLA compiles them as operations that everything else waits for. Latency is left out.
+Matrix units reach `EFFICIENCY` of their peak.
 """
 
 import dataclasses
 import functools
 from typing import Any
 
-from llama_jax.config import UserError
 from llama_jax.models import num_parameters
-from llama_jax.parallel import fitting, mesh_axis_sizes
 from llama_jax.planning.communication import Traffic, traffic
 from llama_jax.planning.hardware import Topology
-from llama_jax.planning.memory import argument_bytes, layer_products, memory, sampling_memory, widths
-from llama_jax.planning.workload import Workload, abstract_mesh, itemsize, local_tokens, weights
+from llama_jax.planning.memory import argument_bytes, memory, sampling_memory, widths
+from llama_jax.planning.workload import Local, Workload
 from llama_jax.training import train_flops_per_token
 
 # Of the peak of the matrix units, in products and attention together: the geometric mean over MaxText's published runs
 # of what their times leave for it (benchmarks/published.py prints it).
 EFFICIENCY = 0.7
-MATRIX_UNITS, HBM, DCN = "matrix units", "HBM", "DCN"
+MATRIX_UNITS, HBM, DCN, NETWORK = "matrix units", "HBM", "DCN", "network"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,48 +91,51 @@ def _model_flops(model: Any, sequence_length: int) -> tuple[int, float]:
 
 def estimate(workload: Workload, topology: Topology, *, efficiency: float = EFFICIENCY) -> Plan:
     """The plan of this step on this machine. Raises UserError for a mesh that fits neither chips nor batch."""
-    sizes = workload.check(topology.num_chips)
-    networks = topology.networks(sizes)
+    local = Local.of(workload, topology.num_chips)
+    networks = topology.networks(local.sizes)
     chip = topology.chip
-    with abstract_mesh(sizes):
-        need = memory(workload, chip.platform)
-        arguments = sum(argument_bytes(workload).values())
-        passes = _passes(workload, traffic(workload))
     seconds: dict[str, float] = {}
-    step_seconds = 0.0
-    slowest: dict[str, float] = {}
-    for one in passes:
+    waited: dict[str, float] = {}
+
+    def add(times: dict[str, float], name: str, value: float) -> None:
+        if value:
+            times[name] = times.get(name, 0.0) + value
+
+    for one in _passes(local, traffic(local)):
         busy = {MATRIX_UNITS: one.flops / (chip.peak_flops * efficiency), HBM: one.bytes / chip.bandwidth}
         for sent in one.traffic:
             inside, between = sent.seconds(networks[sent.axis])
             name = f"{'ICI' if chip.platform == 'tpu' else 'NVLink'} {sent.axis}"
-            for key, value in ((name, inside), (DCN, between)):
-                busy[key] = busy.get(key, 0.0) + value
+            exposed = chip.platform == "tpu" and not sent.hidden
+            add(waited if exposed else busy, name, inside)
+            add(seconds, name, inside if exposed else 0.0)
+            add(busy, DCN if chip.platform == "tpu" else NETWORK, between)
         longest = max(busy, key=lambda name: busy[name])
-        step_seconds += busy[longest]
-        slowest[longest] = slowest.get(longest, 0.0) + busy[longest]
+        add(waited, longest, busy[longest])
         for name, value in busy.items():
-            seconds[name] = seconds.get(name, 0.0) + value
+            add(seconds, name, value)
+    step_seconds = sum(waited.values())
+    tokens = workload.global_batch_size * workload.sequence_length
     parameters, flops_per_token = _model_flops(workload.model, workload.sequence_length)
-    flops = flops_per_token * workload.tokens
+    flops = flops_per_token * tokens
     return Plan(
         topology=str(topology),
         num_chips=topology.num_chips,
-        mesh=sizes,
+        mesh=local.sizes,
         remat=workload.compute.remat,
         accumulation_steps=workload.optimizer.accumulation_steps,
         global_batch_size=workload.global_batch_size,
         sequence_length=workload.sequence_length,
         parameters=parameters,
         flops=flops,
-        memory=need,
-        argument_bytes=arguments,
+        memory=memory(local, chip),
+        argument_bytes=sum(argument_bytes(local).values()),
         capacity=int(chip.memory),
-        seconds={name: value for name, value in seconds.items() if value},
+        seconds=seconds,
         step_seconds=step_seconds,
-        bound=max(slowest, key=lambda name: slowest[name]),
+        bound=max(waited, key=lambda name: waited[name]),
         mfu=flops / (step_seconds * topology.num_chips * chip.peak_flops),
-        tokens_per_second=workload.tokens / step_seconds,
+        tokens_per_second=tokens / step_seconds,
         days=workload.num_steps * step_seconds / 86400,
     )
 
@@ -147,30 +149,28 @@ class _Pass:
     traffic: list[Traffic]
 
 
-def _passes(workload: Workload, sent: list[Traffic]) -> list[_Pass]:
-    """Forward, backward and update of one step on the current mesh."""
-    model, size, policy = workload.model, itemsize(workload), workload.compute.remat
-    found = weights(model)
-    parts = workload.optimizer.accumulation_steps
-    tokens = local_tokens(workload) * parts
-    head = found["embedding.weight" if model.tie_embeddings else "lm_head.weight"]
-    products = layer_products(workload)
-    layers = 2 * tokens * sum(w.layers * w.used() for _, w in products)
-    logits = 2 * tokens * head.used()
-    scores = tokens * sum(_local_scores(mixer, workload.sequence_length / 2) for mixer, _ in model.layer_pieces())
+def _passes(local: Local, sent: list[Traffic]) -> list[_Pass]:
+    """Forward, backward and update of one step."""
+    model, size, policy, parts = local.model, local.itemsize, local.workload.compute.remat, local.workload.parts
+    tokens = local.tokens * parts
+    head = model["embedding.weight" if local.workload.model.tie_embeddings else "lm_head.weight"]
+    layers = 2 * tokens * sum(w.layers * w.used for w in model.products)
+    logits = 2 * tokens * head.used
+    scores = tokens * model.scores * local.workload.sequence_length / 2
     # Flash attention's backward pass makes the scores again: five products to the forward pass's two.
-    again = {"none": 0.0, "dots": scores, "attention": layers + scores, "full": layers + scores}[policy]
-
-    of = widths(workload)
-    gathered = parts * size * sum(w.layers * w.used() for _, w in products)
+    # Of a layer that is computed again, what only a sum consumes is not: the feed-forward's result, and a saved one.
+    kept = {"full": "layers.feed_forward", "attention": ""}
+    repeated = sum(w.layers * w.used for w in model.products if not (w.returns and w.module.startswith(kept.get(policy, ""))))
+    again = {"none": 0.0, "dots": scores}.get(policy, 2 * tokens * repeated + scores)
+    of = widths(local)
+    gathered = parts * size * sum(w.layers * w.used for w in model.products)
     # What each product reads and writes, and the few passes over the residual stream between them.
     flow = tokens * size * (of.inputs + of.outputs + 6 * of.residual)
-    chunks = tokens * head.width_of("vocab") * 4
-    stored = 4 * sum(w.stored() for w in found.values())
+    stored = 4 * sum(w.stored for w in model.weights)
     recomputed = 0 if policy == "none" else 1
     forward = _Pass(
         layers + scores + 3 * logits,  # the loss takes its gradient in the forward pass
-        flow + 2 * gathered + 4 * chunks,
+        flow + 2 * gathered + 4 * 4 * tokens * model.vocab,
         [t for t in sent if not t.backward],
     )
     backward = _Pass(
@@ -179,12 +179,7 @@ def _passes(workload: Workload, sent: list[Traffic]) -> list[_Pass]:
         [t for t in sent if t.backward],
     )
     # Read: gradients twice (their norm comes first), parameters, both moments; written: the latter three.
-    return [forward, backward, _Pass(0.0, 8 * stored + (parts > 1) * 2 * parts * stored, [])]
-
-
-def _local_scores(mixer: Any, context: float) -> float:
-    heads = getattr(mixer, "num_heads", 1)
-    return mixer.score_flops(context) / (mesh_axis_sizes()["tensor"] if fitting("heads", heads) else 1)
+    return [forward, backward, _Pass(0.0, 8 * stored + (2 * parts * stored if parts > 1 else 0), [])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,11 +206,8 @@ class SamplingPlan:
 
 def estimate_sampling(workload: Workload, topology: Topology, batch: int, length: int) -> SamplingPlan:
     """The plan of sampling `batch` rows of up to `length` positions with the run's mesh."""
-    for key, value in (("sample_batch", batch), ("sample_length", length)):
-        if value < 1:
-            raise UserError(f"{key}={value} must be at least 1")
-    with abstract_mesh(workload.mesh.sizes(topology.num_chips)):
-        need = sampling_memory(workload, batch, length)
-        weights_read = itemsize(workload) * sum(w.copies * w.used() for w in weights(workload.model).values())
-    seconds = (weights_read + need["cache"]) / topology.chip.bandwidth
+    need = sampling_memory(workload, topology.num_chips, batch, length)
+    # Every device reads its part of the weights and, where fsdp splits them, writes and reads what it gathers.
+    read = need["parameters"] * (1 + 2 * (workload.mesh.sizes(topology.num_chips)["fsdp"] > 1)) + need["cache"]
+    seconds = read / topology.chip.bandwidth
     return SamplingPlan(batch, length, need, int(topology.chip.memory), seconds, batch / seconds)

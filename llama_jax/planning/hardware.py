@@ -14,7 +14,7 @@ import re
 from llama_jax.config import UserError
 from llama_jax.training.flops import PEAK_FLOPS
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Chip:
     link: of one ICI link of a TPU, which has two in each direction of its torus; of all NVLinks of a GPU together.
     network: a chip's share of its host's connection to other slices or nodes.
     max_shape: the largest torus; of a GPU, how many share NVLink.
+    on_chip: bytes of a TPU's memory that the compiler places arrays in itself.
     wraps: what a torus axis must be to be closed to a ring: this size (v5e, v6e), or a multiple of it (v4, v5p).
     """
 
@@ -38,6 +39,7 @@ class Chip:
     link: float
     network: float
     max_shape: tuple[int, ...]
+    on_chip: float = 0.0
     wraps: int = 0
 
     @property
@@ -49,10 +51,10 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", PEAK_FLOPS["TPU v4"], 30.75 * GIB, 1.2e12, 4.5e10, 6.25e9, (16, 16, 16), 4),
-        Chip("v5e", PEAK_FLOPS["TPU v5e"], 15.75 * GIB, 8.1e11, 5e10, 3.125e9, (16, 16), 16),
-        Chip("v5p", PEAK_FLOPS["TPU v5p"], 95.74 * GIB, 2.765e12, 1e11, 6.25e9, (16, 20, 28), 4),
-        Chip("v6e", PEAK_FLOPS["TPU v6e"], 31.25 * GIB, 1.6e12, 1e11, 1.25e10, (16, 16), 16),
+        Chip("v4", PEAK_FLOPS["TPU v4"], 30.75 * GIB, 1.2e12, 4.5e10, 6.25e9, (16, 16, 16), wraps=4),
+        Chip("v5e", PEAK_FLOPS["TPU v5e"], 15.75 * GIB, 8.1e11, 5e10, 3.125e9, (16, 16), 128 * MIB, 16),
+        Chip("v5p", PEAK_FLOPS["TPU v5p"], 95.74 * GIB, 2.765e12, 1e11, 6.25e9, (16, 20, 28), wraps=4),
+        Chip("v6e", PEAK_FLOPS["TPU v6e"], 31.25 * GIB, 1.6e12, 1e11, 1.25e10, (16, 16), 128 * MIB, 16),
         Chip("h100", PEAK_FLOPS["NVIDIA H100"], 80e9, 3.35e12, 4.5e11, 5e10, (8,)),
         Chip("h200", PEAK_FLOPS["NVIDIA H200"], 141e9, 4.8e12, 4.5e11, 5e10, (8,)),
         Chip("b200", PEAK_FLOPS["NVIDIA B200"], 180e9, 8e12, 9e11, 5e10, (8,)),
@@ -141,8 +143,8 @@ class Topology:
     def networks(self, sizes: dict[str, int]) -> dict[str, Network]:
         """What connects the devices of each mesh axis larger than 1; `sizes` in the order of the mesh, outermost first.
 
-        The outermost axes span slices or nodes, the innermost get the torus axes first, as `jax.make_mesh` assigns
-        them. Raises UserError for sizes that do not multiply to the slices or the torus.
+        As `parallel.make_mesh` lays them out: data, or else fsdp, spans slices, the innermost axes get the torus axes
+        first, and fill a node. Raises UserError for sizes that do not multiply to the slices or the torus.
         """
         inner, outer = _split_slices(sizes, self) if self.chip.platform == "tpu" else _split_nodes(sizes, self)
         torus = self._torus(inner) if self.chip.platform == "tpu" else {}
@@ -197,13 +199,12 @@ class Topology:
 
 
 def _split_slices(sizes: dict[str, int], topology: Topology) -> tuple[dict[str, int], dict[str, int]]:
-    """(inner, outer) sizes of each axis: the outermost axes span the slices."""
-    outer, left = dict.fromkeys(sizes, 1), topology.num_slices
-    for axis, size in sizes.items():
-        outer[axis] = math.gcd(size, left)
-        left //= outer[axis]
-    if left > 1:
-        raise UserError(f"topology {topology} has {topology.num_slices} slices: mesh.data or mesh.fsdp must divide by it")
+    """(inner, outer) sizes of each axis: data runs across the slices, or else fsdp."""
+    outer, n = dict.fromkeys(sizes, 1), topology.num_slices
+    across = next((axis for axis in ("data", "fsdp") if sizes.get(axis, 1) % n == 0), None)
+    if across is None:
+        raise UserError(f"topology {topology} has {n} slices: mesh.data or mesh.fsdp has to be a multiple of {n}")
+    outer[across] = n
     return {axis: size // outer[axis] for axis, size in sizes.items()}, outer
 
 

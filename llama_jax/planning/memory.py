@@ -2,36 +2,37 @@
 
 The estimate follows the programs that XLA makes for TPUs, read from its buffer assignments: which arrays are alive
 together at the three places where memory can peak, the loss, the backward pass of a layer, and the gradient of the
-embedding. Arrays that a TPU keeps in its on-chip memory are counted as if they lay in HBM.
+embedding.
 """
 
 import dataclasses
 import math
 
-from llama_jax.parallel import fitting, mesh_axis_sizes
-from llama_jax.planning.workload import Weight, Workload, cache_bytes, itemsize, local_tokens, splits_sequence, weights
+from llama_jax.config import UserError
+from llama_jax.planning.hardware import Chip
+from llama_jax.planning.workload import Local, Workload, abstract_mesh, cache_bytes
 
-ARGUMENTS = ("parameters", "optimizer", "batch")
 BATCH_ARRAYS, BATCH_ITEMSIZE = 5, 4  # tokens, targets, weights, segment ids and positions
-# Of the inputs and outputs of a layer's products, how many times over they are alive at once in its backward pass.
-WORKING_SET = {"none": 1.1, "dots": 1.75, "attention": 2.0, "full": 2.0}
+# Of the inputs and outputs of a layer's products and of its residual stream: how many times over they are alive at once
+# in its backward pass.
+WORKING_SET = {"none": 1.15, "dots": 1.8, "attention": 2.0, "full": 2.0}
+ON_CHIP = 0.9  # of a TPU's on-chip memory, which XLA fills with a layer's arrays
 GATHERED_LAYERS = 1.5  # whole weights and gradients of weights alive at once, in layers
 CHUNK_COPIES = 3  # of a chunk of float32 logits: themselves, their softmax, their gradient
 SCORE_COPIES = 4  # of a block of float32 scores in blockwise attention's backward pass
+SCORE_BLOCK, MIN_SCORE_BLOCK, SCORE_BLOCKS = 512, 128, 16  # nn.attention.blockwise
 
 
-def memory(workload: Workload, platform: str) -> dict[str, int]:
-    """Bytes by kind on a device of the current (abstract) mesh, at the place where their sum is largest."""
-    temporary = max(_phases(workload, platform), key=lambda phase: sum(phase.values()))
-    return argument_bytes(workload) | {kind: math.ceil(size) for kind, size in temporary.items() if size}
+def memory(local: Local, chip: Chip) -> dict[str, int]:
+    """Bytes by kind on a device, at the place where their sum is largest."""
+    temporary = max(_places(local, chip), key=lambda place: sum(place.values()))
+    return argument_bytes(local) | {kind: math.ceil(size) for kind, size in temporary.items() if size}
 
 
-def argument_bytes(workload: Workload) -> dict[str, int]:
+def argument_bytes(local: Local) -> dict[str, int]:
     """Exactly what a device holds of the parameters, the optimizer's moments and the batch."""
-    sizes = mesh_axis_sizes()
-    stored = sum(weight.stored() for weight in weights(workload.model).values())
-    rows = workload.global_batch_size // (sizes["data"] * sizes["fsdp"])
-    batch = rows * (workload.sequence_length // sizes["context"]) * BATCH_ARRAYS * BATCH_ITEMSIZE
+    stored = sum(weight.stored for weight in local.model.weights)
+    batch = local.tokens * local.workload.parts * BATCH_ARRAYS * BATCH_ITEMSIZE
     counters = 2 * 4  # the step, and Adam's count of updates
     return {"parameters": 4 * stored, "optimizer": 8 * stored + counters, "batch": batch}
 
@@ -54,125 +55,124 @@ class Widths:
     inner: int
 
 
-def widths(workload: Workload) -> Widths:
-    """Of the layers of a model on the current mesh."""
-    model = workload.model
-    inputs: dict[tuple[str, int], int] = {}
-    outputs = mixed = inner = 0
-    for name, weight in layer_products(workload):
-        module, width = name.rsplit(".", 2)[0], weight.layers * weight.width("in")
-        inputs[module, width] = width
-        if weight.width("out") != model.hidden_size or weight.axes[-1] != "embed":
-            outputs += weight.layers * weight.width("out")
-        elif module.startswith("layers.feed_forward"):
-            inner += width
-        else:
-            mixed += width
-    return Widths(model.num_layers * model.hidden_size, sum(inputs.values()), outputs, mixed, inner)
+def widths(local: Local) -> Widths:
+    """Of the layers of a model."""
+    inputs = {(w.module, w.layers * w.inputs) for w in local.model.products}
+    last = [w for w in local.model.products if w.returns]
+    return Widths(
+        residual=local.workload.model.num_layers * local.workload.model.hidden_size,
+        inputs=sum(width for _, width in inputs),
+        outputs=sum(w.layers * w.outputs for w in local.model.products if not w.returns),
+        mixed=sum(w.layers * w.inputs for w in last if w.module != "layers.feed_forward"),
+        inner=sum(w.layers * w.inputs for w in last if w.module == "layers.feed_forward"),
+    )
 
 
-def layer_products(workload: Workload) -> list[tuple[str, Weight]]:
-    """The weights of the layers that take part in products, by name."""
-    return [(name, w) for name, w in weights(workload.model).items() if w.layers and w.in_dims]
-
-
-def saved_bytes(workload: Workload) -> int:
+def saved_bytes(local: Local) -> int:
     """What the forward pass of all layers keeps for the backward pass, by remat policy."""
-    of, size, policy = widths(workload), itemsize(workload), workload.compute.remat
+    of, size, policy = widths(local), local.itemsize, local.workload.compute.remat
     if policy == "full":
-        return of.residual * size * local_tokens(workload)
+        return of.residual * size * local.tokens
     if policy == "attention":
-        return 2 * of.residual * size * local_tokens(workload)
+        return 2 * of.residual * size * local.tokens
     if policy == "dots":  # what only a sum consumes is not needed again, so a feed-forward's result is not kept
-        return (2 * of.residual + of.outputs) * size * local_tokens(workload)
+        return (2 * of.residual + of.outputs) * size * local.tokens
     # All of it: two norms in float32 and rounded, attention's result before it is reshaped, three steps of a gated
     # nonlinearity; and the weights as they were gathered.
     per_token = 2 * of.residual * (4 + size) + size * (of.inputs + of.outputs + of.mixed + 3 * of.inner)
-    gathered = sum(w.layers * w.used() * size for _, w in layer_products(workload) if w.is_gathered())
-    return per_token * local_tokens(workload) + gathered
+    gathered = sum(w.layers * w.used * size for w in local.model.products if w.is_gathered)
+    return per_token * local.tokens + gathered
 
 
-def _phases(workload: Workload, platform: str) -> list[dict[str, float]]:
+def _places(local: Local, chip: Chip) -> list[dict[str, float]]:
     """What is alive at each place where memory can peak, arguments aside."""
-    model, tokens, size = workload.model, local_tokens(workload), itemsize(workload)
-    found = weights(model)
-    stored = sum(w.stored() for w in found.values())
-    of_layers = sum(w.stored() for w in found.values() if w.layers)
-    head = found["embedding.weight" if model.tie_embeddings else "lm_head.weight"]
-    embedding = found["embedding.weight"]
+    model, tokens, size = local.workload.model, local.tokens, local.itemsize
+    stored = sum(w.stored for w in local.model.weights)
+    of_layers = sum(w.stored for w in local.model.weights if w.layers)
+    embedding = local.model["embedding.weight"]
+    head = embedding if model.tie_embeddings else local.model["lm_head.weight"]
 
-    saved = saved_bytes(workload)
+    saved = saved_bytes(local)
     cast = of_layers * size if size < 4 else 0  # all layers at once: the casts are moved out of the loop over layers
-    running = 4 * stored if workload.optimizer.accumulation_steps > 1 else 0  # the sum over the parts so far
-    chunks = math.ceil(workload.sequence_length / workload.compute.loss_chunk)
-    logits = tokens / chunks * head.width_of("vocab") * 4
-    d_head = 4 * head.used()  # summed over the chunks in float32; reduced over devices when all else is done
+    running = 4 * stored if local.workload.parts > 1 else 0  # the sum over the parts so far
+    length = local.workload.sequence_length // local.sizes["context"]
+    chunk = 4 * local.model.vocab * tokens / math.ceil(length / local.workload.compute.loss_chunk)
+    d_head = 4 * head.used  # summed over the chunks in float32; reduced over the devices when all else is done
     hidden = tokens * model.hidden_size * size
-    layer = sum(w.used() * size for _, w in layer_products(workload)) / len(set(model.layer_pieces()))
-    of = widths(workload)
-    working = WORKING_SET[workload.compute.remat] * (of.inputs + of.outputs + 2 * of.residual) / model.num_layers
+    layer = size * sum(w.used for w in local.model.products) / len(set(model.layer_pieces()))
+    of = widths(local)
+    working = WORKING_SET[local.workload.compute.remat] * (of.inputs + of.outputs + of.residual) / model.num_layers
+    attention = _attention_workspace(local, chip.platform)
     return [
         {
             "gradients": running,
             "activations": saved,
             "weights": cast,
-            "logits": size * head.used() + d_head + CHUNK_COPIES * logits + 2 * hidden,
+            "logits": size * head.used + d_head + CHUNK_COPIES * chunk + 2 * hidden,
         },
         {
             "gradients": 4 * of_layers + running,
             "activations": saved,
             "weights": cast + GATHERED_LAYERS * layer,
             "logits": d_head,
-            "layer": working * tokens * size + hidden + _attention_workspace(workload, platform),
+            "layer": max(0.0, working * tokens * size - ON_CHIP * chip.on_chip) + hidden + attention,
         },
         {
             "gradients": 4 * of_layers + running,
+            "weights": cast,
             "logits": d_head,
-            "embedding": (4 + size) * embedding.used() + (4 + size) * tokens * model.hidden_size,
+            "embedding": (4 + size) * (embedding.used + tokens * model.hidden_size),
         },
     ]
 
 
-def _attention_workspace(workload: Workload, platform: str) -> float:
+def _attention_workspace(local: Local, platform: str) -> float:
     """What attention's backward pass makes of scores and float32 gradients."""
-    length, tokens = workload.sequence_length // mesh_axis_sizes()["context"], local_tokens(workload)
-    mixer = workload.model.layer_pieces()[0][0]
-    num_heads = getattr(mixer, "num_heads", 0)
-    heads = num_heads // (mesh_axis_sizes()["tensor"] if fitting("heads", num_heads) else 1)
-    kernel = attention_kernel(workload, platform)
-    if kernel == "reference":
-        return 3 * 4 * heads * tokens * workload.sequence_length
-    if kernel == "cudnn":
-        return tokens * workload.sequence_length  # documents are kept apart by a dense mask
+    length = local.workload.sequence_length // local.sizes["context"]
+    kernel = attention_kernel(local, platform)
     if kernel == "splash":
         return 0
-    block = max(128, math.ceil(length / 16))
-    rows = tokens // length
-    keys = 2 * 4 * cache_bytes(workload.model, 1, 1, workload.dtype) / itemsize(workload) / workload.model.num_layers
-    return SCORE_COPIES * 4 * rows * heads * block * min(512, length) + 2 * keys * tokens
+    if kernel == "cudnn":
+        return local.tokens * length  # documents are kept apart by a dense mask
+    if kernel == "reference":
+        return 3 * 4 * local.model.heads * local.tokens * local.workload.sequence_length
+    block = max(MIN_SCORE_BLOCK, math.ceil(length / SCORE_BLOCKS))
+    scores = SCORE_COPIES * 4 * local.model.heads * block * min(SCORE_BLOCK, length) * local.tokens / length
+    gradients = 2 * 4 * local.model.keys / local.workload.model.num_layers * local.tokens
+    return scores + gradients
 
 
-def attention_kernel(workload: Workload, platform: str) -> str:
-    """The kernel that a run takes there."""
-    name = workload.compute.attention_kernel
+def attention_kernel(local: Local, platform: str) -> str:
+    """The kernel that a run takes there (`nn.attention.kernels.choose`)."""
+    name = local.workload.compute.attention_kernel
     if name != "auto":
         return name
-    if splits_sequence(workload):
+    if local.sizes["context"] > 1:
         return "blockwise"
     if platform == "tpu":
-        return "splash" if workload.sequence_length % 128 == 0 else "blockwise"
+        return "splash" if local.workload.sequence_length % 128 == 0 else "blockwise"
     return "cudnn"
 
 
-def sampling_memory(workload: Workload, batch: int, length: int) -> dict[str, int]:
-    """Bytes by kind on a device when `batch` rows of up to `length` positions are sampled, in the compute type."""
-    size, found = itemsize(workload), weights(workload.model)
-    layer = max(w.used() * size for _, w in layer_products(workload))
-    head = found["embedding.weight" if workload.model.tie_embeddings else "lm_head.weight"]
-    rows = batch // math.gcd(batch, mesh_axis_sizes()["data"] * mesh_axis_sizes()["fsdp"])
+def sampling_memory(workload: Workload, num_chips: int, batch: int, length: int) -> dict[str, int]:
+    """Bytes by kind on a device when `batch` rows of up to `length` positions are sampled, in the compute type.
+
+    Raises UserError for a mesh of another size.
+    """
+    if batch < 1 or length < 1:
+        key, value = ("sample_batch", batch) if batch < 1 else ("sample_length", length)
+        raise UserError(f"{key}={value} must be at least 1")
+    # The batch of the train step is of no concern here: a mesh takes any number of rows.
+    sizes = workload.mesh.sizes(num_chips)
+    rows = sizes["data"] * sizes["fsdp"]
+    local = Local.of(dataclasses.replace(workload, global_batch_size=rows * workload.parts), num_chips)
+    with abstract_mesh(sizes):
+        cache = cache_bytes(workload.model, batch, length, workload.dtype)
     return {
-        "parameters": size * sum(w.stored() for w in found.values()),
-        "cache": cache_bytes(workload.model, batch, length, workload.dtype),
-        "weights": layer if any(w.is_gathered() for w in found.values()) else 0,
-        "logits": 4 * rows * head.width_of("vocab"),
+        "parameters": local.itemsize * sum(w.stored for w in local.model.weights),
+        "cache": cache,
+        "weights": local.itemsize * max(w.used for w in local.model.weights if w.is_gathered)
+        if any(w.is_gathered for w in local.model.weights)
+        else 0,
+        "logits": 4 * local.model.vocab * (batch // rows if batch % rows == 0 else batch),
     }

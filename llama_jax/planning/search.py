@@ -61,11 +61,12 @@ def remedy(workload: Workload, topology: Topology, plan: Plan) -> Candidate | No
             return min(found, key=lambda c: (c.plan.step_seconds, len(c.changes), c.plan.total_bytes))
     if plan.fits:
         return None
+    follow = {} if -1 in dataclasses.asdict(workload.mesh).values() else {"mesh.fsdp": -1}
     for _ in range(MAX_DOUBLINGS):
         topology = topology.larger()
-        changes = {} if -1 in dataclasses.asdict(workload.mesh).values() else {"mesh.fsdp": -1}
-        for strength in ({}, {"compute.remat": "full"}):
-            candidate = _try(workload, topology, changes | strength)
+        weaker = ({}, *_accumulations(workload), {"compute.remat": "full"})
+        for changes in weaker:
+            candidate = _try(workload, topology, follow | changes)
             if candidate and candidate.plan.fits:
                 return candidate
     return None
