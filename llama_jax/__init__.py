@@ -5,13 +5,13 @@
     logits = lm.model(tokens)
 
 The rooms, in the order of the data: config, parallel, tokenizers, data, nn, models, zoo, training, checkpoint,
-sampling, run. docs/architecture.md shows the house.
+sampling, planning, run. docs/architecture.md shows the house.
 """
 
 from llama_jax.checkpoint.language_model import LanguageModel, convert, load, save
 from llama_jax.config import UserError, override
 from llama_jax.models import build, num_parameters
-from llama_jax.run import Run, RunConfig, load_config, train
+from llama_jax.run import Run, RunConfig, load_config, plan, train
 from llama_jax.run import open_run as open_run
 from llama_jax.sampling import generate, generate_text
 from llama_jax.zoo import presets
@@ -32,6 +32,7 @@ __all__ = [
     "num_parameters",
     "open_run",
     "override",
+    "plan",
     "presets",
     "save",
     "train",

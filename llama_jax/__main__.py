@@ -25,7 +25,8 @@ from llama_jax.config import (
 )
 from llama_jax.data import cli as data_cli
 from llama_jax.parallel import distributed
-from llama_jax.run import Preempted, RunConfig, RunFailed, train
+from llama_jax.run import Preempted, RunConfig, RunFailed, load_config, train
+from llama_jax.run.planning import PLAN_OPTIONS, PLAN_USAGE, plan_command
 from llama_jax.sampling import cli as sampling_cli
 from llama_jax.tokenizers import cli as tokenizers_cli
 
@@ -44,11 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["train"]:  # its options are the config's keys, which argparse does not know
         return guarded(lambda: train_command(argv[1:]))
+    if argv[:1] == ["plan"]:
+        return guarded(lambda: plan_main(argv[1:]))
     if argv[:1] == ["sample"]:
         return guarded(lambda: sampling_cli.main(argv[1:]))
     parser = argparse.ArgumentParser(prog="python -m llama_jax", description="Language models in JAX.")
     subparsers = parser.add_subparsers(dest="command", required=True)
     subparsers.add_parser("train", help="train a config, or continue a run", add_help=False)
+    subparsers.add_parser("plan", help="will a config fit a machine, and how fast", add_help=False)
     subparsers.add_parser("sample", help="continue texts with a trained model", add_help=False)
     convert_parser = subparsers.add_parser("convert", help="import or export weights, with the logit check")
     convert_parser.add_argument("source", help="run, Hugging Face or Meta directory, or a llama2.c .bin")
@@ -126,6 +130,18 @@ def join(options: dict[str, str]) -> None:
     distributed.start(address, *(None if number is None else int(number) for number in numbers))
     if not distributed.is_main():  # what libraries print from C++ is no exception
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def plan_main(argv: Sequence[str]) -> int:
+    """`plan CONFIG --topology TOPOLOGY [--compile] [--search] [--json] [--key value ...]`."""
+    names, options, wants_help = _parse(argv)
+    if not names or wants_help:
+        print(PLAN_USAGE + f"\nconfigs: {', '.join(config_names())}; `train.py CONFIG --help` lists the keys.")
+        return 0 if wants_help else 2
+    if len(names) > 1:
+        raise UserError(f"'{names[1]}' is one argument too many: give one config, then --key value pairs")
+    own = {name: options.pop(name) for name in PLAN_OPTIONS if name in options}
+    return plan_command(load_config(names[0], options), own)
 
 
 def _parse(argv: Sequence[str]) -> tuple[list[str], dict[str, str], bool]:

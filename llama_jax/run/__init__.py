@@ -6,6 +6,7 @@ log is a line in `training.py`; a new place to log to is a class in `reporting.p
 
 from llama_jax.run.config import LoggingConfig, ProfileConfig, RunConfig, load_config
 from llama_jax.run.directory import Run, open_run
+from llama_jax.run.planning import plan
 from llama_jax.run.training import Preempted, RunFailed, train
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "RunFailed",
     "load_config",
     "open_run",
+    "plan",
     "train",
 ]

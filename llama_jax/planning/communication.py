@@ -1,0 +1,111 @@
+"""What the devices of a train step have to send one another: the least that a layout needs, and how long it takes.
+
+Formulas: "How to scale your model" (jax-ml.github.io/scaling-book), chapters 3 and 5. What is sent follows from how this
+package computes: weights are split over `fsdp` in storage only and gathered in the compute type for their product;
+`tensor` sums the outputs of products over split dimensions; `context` passes keys and values around a ring.
+"""
+
+import dataclasses
+
+from llama_jax.planning.hardware import Network
+from llama_jax.planning.workload import Local
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """All collectives of one kind over one mesh axis, for the same purpose.
+
+    what: parameters, gradients, activations or keys and values.
+    kind: all-gather, reduce-scatter, all-reduce or collective-permute.
+    axis: of the mesh.
+    backward: whether in the backward pass.
+    bytes: per device and step: what a gather makes, what the others take.
+    """
+
+    what: str
+    kind: str
+    axis: str
+    backward: bool
+    bytes: int
+
+    @property
+    def hidden(self) -> bool:
+        """Whether a TPU computes meanwhile: what XLA compiles gathers and hops to; sums it waits for."""
+        return self.kind in ("all-gather", "collective-permute")
+
+    def seconds(self, network: Network) -> tuple[float, float]:
+        """(over links within a slice or node, between them): bandwidth alone, no latency."""
+        if self.kind == "collective-permute":
+            return (self.bytes / network.hop, 0.0) if network.ici else (0.0, self.bytes / network.dcn)
+        twice = 2 if self.kind == "all-reduce" else 1
+
+        def share(size: int, bandwidth: float) -> float:
+            return twice * self.bytes * (size - 1) / size / bandwidth if size > 1 else 0.0
+
+        return share(network.inner, network.ici), share(network.outer, network.dcn)
+
+
+def traffic(local: Local) -> list[Traffic]:
+    """What one step sends."""
+    found = _of_weights(local)
+    if local.sizes["tensor"] > 1:
+        found += _of_activations(local)
+    if local.sizes["context"] > 1:
+        found += _of_keys(local)
+    total: dict[tuple[str, str, str, bool], int] = {}
+    for t in found:
+        key = (t.what, t.kind, t.axis, t.backward)
+        total[key] = total.get(key, 0) + t.bytes
+    return [Traffic(*key, size) for key, size in total.items() if size]
+
+
+def _of_weights(local: Local) -> list[Traffic]:
+    found = []
+    # With nothing computed again, the backward pass finds the gathered weights of the layers saved.
+    again = local.workload.compute.remat != "none"
+    for weight in local.model.weights:
+        size = local.workload.parts * weight.copies * weight.used * local.itemsize
+        kept = size
+        if weight.is_gathered:
+            tied = weight.name == "embedding.weight" and local.workload.model.tie_embeddings
+            times = 2 if tied else 1  # for its rows, and then as the head
+            found += [Traffic("parameters", "all-gather", "fsdp", False, times * size)]
+            found += [Traffic("parameters", "all-gather", "fsdp", True, size)] if weight.layers and again else []
+            found += [Traffic("gradients", "reduce-scatter", "fsdp", True, size)]
+            kept //= local.sizes["fsdp"]
+        elif local.sizes["fsdp"] > 1:
+            found += [Traffic("gradients", "all-reduce", "fsdp", True, size)]
+        for axis in ("data", "context"):
+            if local.sizes[axis] > 1:
+                found += [Traffic("gradients", "all-reduce", axis, True, kept)]
+    return found
+
+
+def _of_activations(local: Local) -> list[Traffic]:
+    tokens = local.tokens * local.workload.parts * local.itemsize
+    width = local.workload.model.hidden_size
+    found: list[tuple[bool, int]] = []
+    inputs: dict[str, int] = {}
+    for weight in local.model.weights:
+        if weight.sums:
+            found.append((False, tokens * weight.copies * weight.outputs))
+            # Attention's sum is made again for what follows it in the layer; the feed-forward's is followed by nothing.
+            if local.workload.compute.remat == "full" and weight.module != "layers.feed_forward":
+                found.append((True, tokens * weight.copies * weight.outputs))
+        if weight.splits and weight.layers:  # the gradient of its input is a sum too; for all that share it, one
+            inputs[weight.module] = tokens * weight.copies * weight.inputs
+    if local.model.vocab_splits:
+        found += [(False, tokens * width), (True, tokens * width)]  # embedded tokens; the loss's gradient
+    found += [(True, size) for size in inputs.values()]
+    return [Traffic("activations", "all-reduce", "tensor", backward, size) for backward, size in found]
+
+
+def _of_keys(local: Local) -> list[Traffic]:
+    """Around the ring: keys and values, and in the backward pass their float32 gradients beside them."""
+    context = local.sizes["context"]
+    keys = local.model.keys * local.tokens * local.workload.parts
+    again = 1 if local.workload.compute.remat == "none" else 2
+    forward = (context - 1) * keys * local.itemsize
+    backward = again * forward + context * keys * 4
+    kind = "collective-permute"
+    return [Traffic("keys and values", kind, "context", b, n) for b, n in ((False, forward), (True, backward))]

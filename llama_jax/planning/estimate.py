@@ -1,0 +1,215 @@
+"""The plan of a train step: memory, time by the roofline, and what these mean for a run.
+
+Time: in the forward pass, the backward pass and the update, matrix units, HBM and networks work at the same time, so
+that a pass takes as long as its slowest resource ("How to scale your model", chapters 1 and 5). Only the sums that TPUs
+exchange over ICI are not hidden: XLA compiles them as operations that everything else waits for. Latency is left out.
+Matrix units reach `EFFICIENCY` of their peak.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+from llama_jax.models import num_parameters
+from llama_jax.planning.communication import Traffic, traffic
+from llama_jax.planning.hardware import Topology
+from llama_jax.planning.memory import argument_bytes, memory, sampling_memory, widths
+from llama_jax.planning.workload import Local, Workload
+from llama_jax.training import train_flops_per_token
+
+# Of the peak of the matrix units, in products and attention together: the geometric mean over MaxText's published runs
+# of what their times leave for it (benchmarks/published.py prints it).
+EFFICIENCY = 0.7
+MATRIX_UNITS, HBM, DCN, NETWORK = "matrix units", "HBM", "DCN", "network"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a train step needs on a machine, and how fast it can be.
+
+    topology: of the machine.
+    num_chips: of it.
+    mesh: sizes of the mesh axes.
+    remat: what is computed again.
+    accumulation_steps: parts that the batch is computed in.
+    global_batch_size: sequences of one update.
+    sequence_length: tokens of a sequence.
+    parameters: of the model.
+    flops: of one update of the whole model, nothing recomputed counted, causal attention at half.
+    memory: bytes on each device, by kind.
+    argument_bytes: those of them that the step takes; exact.
+    capacity: bytes that each device has.
+    seconds: of one update that each resource is busy.
+    step_seconds: of one update.
+    bound: the resource that the step waits for.
+    mfu: share of the chips' peak that `flops` take.
+    tokens_per_second: of all chips.
+    days: for all updates.
+    """
+
+    topology: str
+    num_chips: int
+    mesh: dict[str, int]
+    remat: str
+    accumulation_steps: int
+    global_batch_size: int
+    sequence_length: int
+    parameters: int
+    flops: float
+    memory: dict[str, int]
+    argument_bytes: int
+    capacity: int
+    seconds: dict[str, float]
+    step_seconds: float
+    bound: str
+    mfu: float
+    tokens_per_second: float
+    days: float
+
+    @property
+    def total_bytes(self) -> int:
+        """Needed on each device."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total_bytes <= self.capacity
+
+    @property
+    def communication_bound(self) -> bool:
+        return self.bound not in (MATRIX_UNITS, HBM)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return dataclasses.asdict(self) | {"total_bytes": self.total_bytes, "fits": self.fits}
+
+
+@functools.lru_cache(maxsize=32)
+def _model_flops(model: Any, sequence_length: int) -> tuple[int, float]:
+    return num_parameters(model), train_flops_per_token(model, sequence_length)
+
+
+def estimate(workload: Workload, topology: Topology, *, efficiency: float = EFFICIENCY) -> Plan:
+    """The plan of this step on this machine. Raises UserError for a mesh that fits neither chips nor batch."""
+    local = Local.of(workload, topology.num_chips)
+    networks = topology.networks(local.sizes)
+    chip = topology.chip
+    seconds: dict[str, float] = {}
+    waited: dict[str, float] = {}
+
+    def add(times: dict[str, float], name: str, value: float) -> None:
+        if value:
+            times[name] = times.get(name, 0.0) + value
+
+    for one in _passes(local, traffic(local)):
+        busy = {MATRIX_UNITS: one.flops / (chip.peak_flops * efficiency), HBM: one.bytes / chip.bandwidth}
+        for sent in one.traffic:
+            inside, between = sent.seconds(networks[sent.axis])
+            name = f"{'ICI' if chip.platform == 'tpu' else 'NVLink'} {sent.axis}"
+            exposed = chip.platform == "tpu" and not sent.hidden
+            add(waited if exposed else busy, name, inside)
+            add(seconds, name, inside if exposed else 0.0)
+            add(busy, DCN if chip.platform == "tpu" else NETWORK, between)
+        longest = max(busy, key=lambda name: busy[name])
+        add(waited, longest, busy[longest])
+        for name, value in busy.items():
+            add(seconds, name, value)
+    step_seconds = sum(waited.values())
+    tokens = workload.global_batch_size * workload.sequence_length
+    parameters, flops_per_token = _model_flops(workload.model, workload.sequence_length)
+    flops = flops_per_token * tokens
+    return Plan(
+        topology=str(topology),
+        num_chips=topology.num_chips,
+        mesh=local.sizes,
+        remat=workload.compute.remat,
+        accumulation_steps=workload.optimizer.accumulation_steps,
+        global_batch_size=workload.global_batch_size,
+        sequence_length=workload.sequence_length,
+        parameters=parameters,
+        flops=flops,
+        memory=memory(local, chip),
+        argument_bytes=sum(argument_bytes(local).values()),
+        capacity=int(chip.memory),
+        seconds=seconds,
+        step_seconds=step_seconds,
+        bound=max(waited, key=lambda name: waited[name]),
+        mfu=flops / (step_seconds * topology.num_chips * chip.peak_flops),
+        tokens_per_second=tokens / step_seconds,
+        days=workload.num_steps * step_seconds / 86400,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """What one device does in one pass: FLOPs of matrix products, bytes to and from HBM, what it sends."""
+
+    flops: float
+    bytes: float
+    traffic: list[Traffic]
+
+
+def _passes(local: Local, sent: list[Traffic]) -> list[_Pass]:
+    """Forward, backward and update of one step."""
+    model, size, policy, parts = local.model, local.itemsize, local.workload.compute.remat, local.workload.parts
+    tokens = local.tokens * parts
+    head = model["embedding.weight" if local.workload.model.tie_embeddings else "lm_head.weight"]
+    layers = 2 * tokens * sum(w.layers * w.used for w in model.products)
+    logits = 2 * tokens * head.used
+    scores = tokens * model.scores * local.workload.sequence_length / 2
+    # Flash attention's backward pass makes the scores again: five products to the forward pass's two.
+    # Of a layer that is computed again, what only a sum consumes is not: the feed-forward's result, and a saved one.
+    kept = {"full": "layers.feed_forward", "attention": ""}
+    repeated = sum(
+        w.layers * w.used for w in model.products if not (w.returns and w.module.startswith(kept.get(policy, "")))
+    )
+    again = {"none": 0.0, "dots": scores}.get(policy, 2 * tokens * repeated + scores)
+    of = widths(local)
+    gathered = parts * size * sum(w.layers * w.used for w in model.products)
+    # What each product reads and writes, and the few passes over the residual stream between them.
+    flow = tokens * size * (of.inputs + of.outputs + 6 * of.residual)
+    stored = 4 * sum(w.stored for w in model.weights)
+    recomputed = 0 if policy == "none" else 1
+    forward = _Pass(
+        layers + scores + 3 * logits,  # the loss takes its gradient in the forward pass
+        flow + 2 * gathered + 4 * 4 * tokens * model.vocab,
+        [t for t in sent if not t.backward],
+    )
+    backward = _Pass(
+        2 * layers + 2.5 * scores + again,
+        (2 + recomputed) * flow + (4 + recomputed) * gathered,
+        [t for t in sent if t.backward],
+    )
+    # Read: gradients twice (their norm comes first), parameters, both moments; written: the latter three.
+    return [forward, backward, _Pass(0.0, 8 * stored + (2 * parts * stored if parts > 1 else 0), [])]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingPlan:
+    """What it takes to sample a batch of texts: memory, and the time that reading it takes for every token.
+
+    memory: bytes on each device, by kind.
+    capacity: bytes that each device has.
+    token_seconds: for one more token in every row, by HBM's bandwidth alone.
+    tokens_per_second: of all rows.
+    """
+
+    batch: int
+    length: int
+    memory: dict[str, int]
+    capacity: int
+    token_seconds: float
+    tokens_per_second: float
+
+    @property
+    def fits(self) -> bool:
+        return sum(self.memory.values()) <= self.capacity
+
+
+def estimate_sampling(workload: Workload, topology: Topology, batch: int, length: int) -> SamplingPlan:
+    """The plan of sampling `batch` rows of up to `length` positions with the run's mesh."""
+    need = sampling_memory(workload, topology.num_chips, batch, length)
+    # Every device reads its part of the weights and, where fsdp splits them, writes and reads what it gathers.
+    read = need["parameters"] * (1 + 2 * (workload.mesh.sizes(topology.num_chips)["fsdp"] > 1)) + need["cache"]
+    seconds = read / topology.chip.bandwidth
+    return SamplingPlan(batch, length, need, int(topology.chip.memory), seconds, batch / seconds)

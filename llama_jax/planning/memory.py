@@ -1,0 +1,178 @@
+"""Bytes on one device: exact for what a train step takes, estimated for what it makes on the way.
+
+The estimate follows the programs that XLA makes for TPUs, read from its buffer assignments: which arrays are alive
+together at the three places where memory can peak, the loss, the backward pass of a layer, and the gradient of the
+embedding.
+"""
+
+import dataclasses
+import math
+
+from llama_jax.config import UserError
+from llama_jax.planning.hardware import Chip
+from llama_jax.planning.workload import Local, Workload, abstract_mesh, cache_bytes
+
+BATCH_ARRAYS, BATCH_ITEMSIZE = 5, 4  # tokens, targets, weights, segment ids and positions
+# Of the inputs and outputs of a layer's products and of its residual stream: how many times over they are alive at once
+# in its backward pass.
+WORKING_SET = {"none": 1.15, "dots": 1.8, "attention": 2.0, "full": 2.0}
+ON_CHIP = 0.9  # of a TPU's on-chip memory, which XLA fills with a layer's arrays
+GATHERED_LAYERS = 1.5  # whole weights and gradients of weights alive at once, in layers
+CHUNK_COPIES = 3  # of a chunk of float32 logits: themselves, their softmax, their gradient
+SCORE_COPIES = 4  # of a block of float32 scores in blockwise attention's backward pass
+SCORE_BLOCK, MIN_SCORE_BLOCK, SCORE_BLOCKS = 512, 128, 16  # nn.attention.blockwise
+
+
+def memory(local: Local, chip: Chip) -> dict[str, int]:
+    """Bytes by kind on a device, at the place where their sum is largest."""
+    temporary = max(_places(local, chip), key=lambda place: sum(place.values()))
+    return argument_bytes(local) | {kind: math.ceil(size) for kind, size in temporary.items() if size}
+
+
+def argument_bytes(local: Local) -> dict[str, int]:
+    """Exactly what a device holds of the parameters, the optimizer's moments and the batch."""
+    stored = sum(weight.stored for weight in local.model.weights)
+    batch = local.tokens * local.workload.parts * BATCH_ARRAYS * BATCH_ITEMSIZE
+    counters = 2 * 4  # the step, and Adam's count of updates
+    return {"parameters": 4 * stored, "optimizer": 8 * stored + counters, "batch": batch}
+
+
+@dataclasses.dataclass(frozen=True)
+class Widths:
+    """Elements per token on one device, summed over layers.
+
+    residual: between the layers.
+    inputs: what products take; once where several take the same.
+    outputs: what products make that does not return to the residual stream.
+    mixed: what attention's last product takes.
+    inner: what a feed-forward's last product takes.
+    """
+
+    residual: int
+    inputs: int
+    outputs: int
+    mixed: int
+    inner: int
+
+
+def widths(local: Local) -> Widths:
+    """Of the layers of a model."""
+    inputs = {(w.module, w.layers * w.inputs) for w in local.model.products}
+    last = [w for w in local.model.products if w.returns]
+    return Widths(
+        residual=local.workload.model.num_layers * local.workload.model.hidden_size,
+        inputs=sum(width for _, width in inputs),
+        outputs=sum(w.layers * w.outputs for w in local.model.products if not w.returns),
+        mixed=sum(w.layers * w.inputs for w in last if w.module != "layers.feed_forward"),
+        inner=sum(w.layers * w.inputs for w in last if w.module == "layers.feed_forward"),
+    )
+
+
+def saved_bytes(local: Local) -> int:
+    """What the forward pass of all layers keeps for the backward pass, by remat policy."""
+    of, size, policy = widths(local), local.itemsize, local.workload.compute.remat
+    if policy == "full":
+        return of.residual * size * local.tokens
+    if policy == "attention":
+        return 2 * of.residual * size * local.tokens
+    if policy == "dots":  # what only a sum consumes is not needed again, so a feed-forward's result is not kept
+        return (2 * of.residual + of.outputs) * size * local.tokens
+    # All of it: two norms in float32 and rounded, attention's result before it is reshaped, three steps of a gated
+    # nonlinearity; and the weights as they were gathered.
+    per_token = 2 * of.residual * (4 + size) + size * (of.inputs + of.outputs + of.mixed + 3 * of.inner)
+    gathered = sum(w.layers * w.used * size for w in local.model.products if w.is_gathered)
+    return per_token * local.tokens + gathered
+
+
+def _places(local: Local, chip: Chip) -> list[dict[str, float]]:
+    """What is alive at each place where memory can peak, arguments aside."""
+    model, tokens, size = local.workload.model, local.tokens, local.itemsize
+    stored = sum(w.stored for w in local.model.weights)
+    of_layers = sum(w.stored for w in local.model.weights if w.layers)
+    embedding = local.model["embedding.weight"]
+    head = embedding if model.tie_embeddings else local.model["lm_head.weight"]
+
+    saved = saved_bytes(local)
+    cast = of_layers * size if size < 4 else 0  # all layers at once: the casts are moved out of the loop over layers
+    running = 4 * stored if local.workload.parts > 1 else 0  # the sum over the parts so far
+    length = local.workload.sequence_length // local.sizes["context"]
+    chunk = 4 * local.model.vocab * tokens / math.ceil(length / local.workload.compute.loss_chunk)
+    d_head = 4 * head.used  # summed over the chunks in float32; reduced over the devices when all else is done
+    hidden = tokens * model.hidden_size * size
+    layer = size * sum(w.used for w in local.model.products) / len(set(model.layer_pieces()))
+    of = widths(local)
+    working = WORKING_SET[local.workload.compute.remat] * (of.inputs + of.outputs + of.residual) / model.num_layers
+    attention = _attention_workspace(local, chip.platform)
+    return [
+        {
+            "gradients": running,
+            "activations": saved,
+            "weights": cast,
+            "logits": size * head.used + d_head + CHUNK_COPIES * chunk + 2 * hidden,
+        },
+        {
+            "gradients": 4 * of_layers + running,
+            "activations": saved,
+            "weights": cast + GATHERED_LAYERS * layer,
+            "logits": d_head,
+            "layer": max(0.0, working * tokens * size - ON_CHIP * chip.on_chip) + hidden + attention,
+        },
+        {
+            "gradients": 4 * of_layers + running,
+            "weights": cast,
+            "logits": d_head,
+            "embedding": (4 + size) * (embedding.used + tokens * model.hidden_size),
+        },
+    ]
+
+
+def _attention_workspace(local: Local, platform: str) -> float:
+    """What attention's backward pass makes of scores and float32 gradients."""
+    length = local.workload.sequence_length // local.sizes["context"]
+    kernel = attention_kernel(local, platform)
+    if kernel == "splash":
+        return 0
+    if kernel == "cudnn":
+        return local.tokens * length  # documents are kept apart by a dense mask
+    if kernel == "reference":
+        return 3 * 4 * local.model.heads * local.tokens * local.workload.sequence_length
+    block = max(MIN_SCORE_BLOCK, math.ceil(length / SCORE_BLOCKS))
+    scores = SCORE_COPIES * 4 * local.model.heads * block * min(SCORE_BLOCK, length) * local.tokens / length
+    gradients = 2 * 4 * local.model.keys / local.workload.model.num_layers * local.tokens
+    return scores + gradients
+
+
+def attention_kernel(local: Local, platform: str) -> str:
+    """The kernel that a run takes there (`nn.attention.kernels.choose`)."""
+    name = local.workload.compute.attention_kernel
+    if name != "auto":
+        return name
+    if local.sizes["context"] > 1:
+        return "blockwise"
+    if platform == "tpu":
+        return "splash" if local.workload.sequence_length % 128 == 0 else "blockwise"
+    return "cudnn"
+
+
+def sampling_memory(workload: Workload, num_chips: int, batch: int, length: int) -> dict[str, int]:
+    """Bytes by kind on a device when `batch` rows of up to `length` positions are sampled, in the compute type.
+
+    Raises UserError for a mesh of another size.
+    """
+    if batch < 1 or length < 1:
+        key, value = ("sample_batch", batch) if batch < 1 else ("sample_length", length)
+        raise UserError(f"{key}={value} must be at least 1")
+    # The batch of the train step is of no concern here: a mesh takes any number of rows.
+    sizes = workload.mesh.sizes(num_chips)
+    rows = sizes["data"] * sizes["fsdp"]
+    local = Local.of(dataclasses.replace(workload, global_batch_size=rows * workload.parts), num_chips)
+    with abstract_mesh(sizes):
+        cache = cache_bytes(workload.model, batch, length, workload.dtype)
+    return {
+        "parameters": local.itemsize * sum(w.stored for w in local.model.weights),
+        "cache": cache,
+        "weights": local.itemsize * max(w.used for w in local.model.weights if w.is_gathered)
+        if any(w.is_gathered for w in local.model.weights)
+        else 0,
+        "logits": 4 * local.model.vocab * (batch // rows if batch % rows == 0 else batch),
+    }

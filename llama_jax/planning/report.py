@@ -1,0 +1,201 @@
+"""A plan with what else was asked for, as tables for people and as JSON for programs."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from llama_jax.config import to_json
+from llama_jax.planning.estimate import Plan, SamplingPlan
+from llama_jax.planning.hardware import GIB
+from llama_jax.planning.search import Candidate
+
+SHOWN_CANDIDATES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What is known of a run on a machine.
+
+    plan: the estimate.
+    remedy: the smallest change that helps where it does not fit or waits for its network; None where nothing is wrong.
+    sampling: of sampling, where that was asked for.
+    candidates: what fits, the fastest first, where that was asked for.
+    compiled: what XLA says of the compiled step (`planning.compiled.CompiledStep`), where that was asked for.
+    compile_failure: XLA's words where it could not compile it for this machine.
+    """
+
+    plan: Plan
+    remedy: Candidate | None = None
+    sampling: SamplingPlan | None = None
+    candidates: tuple[Candidate, ...] | None = None
+    compiled: Any = None
+    compile_failure: str | None = None
+
+    @property
+    def fits(self) -> bool:
+        """By XLA's own figure where the step was compiled, else by the estimate; sampling as well."""
+        if self.compile_failure is not None or (self.sampling is not None and not self.sampling.fits):
+            return False
+        return self.plan.fits if self.compiled is None else self.compiled.memory.total <= self.plan.capacity
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+
+        def of(candidate: Candidate) -> dict[str, Any]:
+            return {"changes": candidate.changes, "topology": candidate.topology, "plan": candidate.plan.to_json()}
+
+        found: dict[str, Any] = {"fits": self.fits, "plan": self.plan.to_json()}
+        found["remedy"] = of(self.remedy) if self.remedy else None
+        if self.sampling is not None:
+            found["sampling"] = dataclasses.asdict(self.sampling) | {"fits": self.sampling.fits}
+        if self.candidates is not None:
+            found["candidates"] = [of(candidate) for candidate in self.candidates]
+        if self.compiled is not None:
+            found["compiled"] = to_json(self.compiled)
+        if self.compile_failure is not None:
+            found["compile_failure"] = self.compile_failure
+        return found
+
+    def __rich__(self) -> RenderableType:
+        parts: list[RenderableType] = [_heading(self.plan), Text()]
+        columns = Table.grid(padding=(0, 4))
+        columns.add_row(_memory_table(self), _time_table(self.plan))
+        parts += [columns, Text(), _summary(self.plan)]
+        if self.compiled is not None:
+            parts += [Text(), _collectives_table(self.compiled)]
+        if self.compile_failure is not None:
+            parts += [Text(), Text(f"XLA could not compile it: {self.compile_failure}")]
+        if self.sampling is not None:
+            parts += [Text(), _sampling(self.sampling)]
+        if self.candidates is not None:
+            parts += [Text(), _candidates_table(self.candidates)]
+        parts += [Text(), _verdict(self)]
+        return Group(*parts)
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB."""
+    return f"{size / GIB:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
+
+
+def mesh_text(mesh: dict[str, int]) -> str:
+    """The axes larger than 1."""
+    return ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one chip"
+
+
+def _heading(plan: Plan) -> Text:
+    parts = f" in {plan.accumulation_steps} parts" if plan.accumulation_steps > 1 else ""
+    return Text(
+        f"{plan.topology}: {plan.num_chips} chips as {mesh_text(plan.mesh)}; batch {plan.global_batch_size} x "
+        f"{plan.sequence_length}{parts}, remat {plan.remat}"
+    )
+
+
+def _table(*columns: str, title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    return table
+
+
+def _memory_table(report: Report) -> Table:
+    plan, memory = report.plan, report.compiled.memory if report.compiled is not None else None
+    table = _table("kind", "estimate", *(["XLA"] if memory else []), title="memory of a device, GiB")
+    taken = ("parameters", "optimizer", "batch")
+    for kind, size in plan.memory.items():
+        table.add_row(kind, gib(size))
+        if kind == taken[-1]:
+            table.add_row("= arguments", gib(plan.argument_bytes), *([gib(memory.arguments)] if memory else []))
+    total = sum(size for kind, size in plan.memory.items() if kind not in taken)
+    rest = memory.total - memory.arguments if memory else 0
+    table.add_row("= beyond them", gib(total), *([gib(rest)] if memory else []))
+    table.add_row("total", gib(plan.total_bytes), *([gib(memory.total)] if memory else []), style="bold")
+    table.add_row("device", gib(plan.capacity))
+    return table
+
+
+def _time_table(plan: Plan) -> Table:
+    table = _table("resource", "busy", "of the step", title="time of a step")
+    for name, seconds in sorted(plan.seconds.items(), key=lambda item: -item[1]):
+        style = "bold" if name == plan.bound else ""
+        table.add_row(name, duration(seconds), f"{seconds / plan.step_seconds:.0%}", style=style)
+    table.add_row("step", duration(plan.step_seconds), "", style="bold")
+    return table
+
+
+def _summary(plan: Plan) -> Text:
+    return Text(
+        f"{plan.parameters:,} parameters, {plan.flops:.3g} FLOPs a step, bound by {plan.bound}: MFU {plan.mfu:.1%}, "
+        f"{plan.tokens_per_second:,.0f} tokens/s, {plan.days:,.1f} days"
+    )
+
+
+def _collectives_table(compiled: Any) -> Table:
+    table = _table(
+        "collective", "axes", "MiB", "times", "beside products", title="what the compiled step sends, for each device"
+    )
+    rows: dict[tuple[str, str, bool], list[float]] = {}
+    for c in compiled.collectives:
+        row = rows.setdefault((c.kind, ", ".join(c.axes) or "-", c.overlapped), [0.0, 0])
+        row[0] += c.bytes * c.count
+        row[1] += c.count
+    for (kind, axes, overlapped), (size, count) in sorted(rows.items(), key=lambda item: -item[1][0]):
+        table.add_row(kind, axes, f"{size / 2**20:,.1f}", f"{count:,.0f}", "yes" if overlapped else "no")
+    return table
+
+
+def _sampling(plan: SamplingPlan) -> Text:
+    kinds = ", ".join(f"{kind} {gib(size)}" for kind, size in plan.memory.items() if size)
+    return Text(
+        f"sampling {plan.batch} x {plan.length}: {gib(sum(plan.memory.values()))} of {gib(plan.capacity)} GiB ({kinds}); "
+        f"{duration(plan.token_seconds)} a token by HBM alone, {plan.tokens_per_second:,.0f} tokens/s"
+    )
+
+
+def _candidates_table(candidates: Sequence[Candidate]) -> RenderableType:
+    if not candidates:
+        return Text("no mesh, accumulation and remat policy fits")
+    table = _table(
+        "mesh", "parts", "remat", "GiB", "step", "MFU", "bound by", title=f"what fits, {len(candidates)} in all"
+    )
+    for candidate in candidates[:SHOWN_CANDIDATES]:
+        plan = candidate.plan
+        table.add_row(
+            mesh_text(plan.mesh),
+            str(plan.accumulation_steps),
+            plan.remat,
+            gib(plan.total_bytes),
+            duration(plan.step_seconds),
+            f"{plan.mfu:.1%}",
+            plan.bound,
+        )
+    return table
+
+
+def _verdict(report: Report) -> Text:
+    plan = report.plan
+    if report.fits and not plan.communication_bound:
+        return Text("fits", style="bold green")
+    head = "fits, and waits for its network" if report.fits else "does not fit"
+    remedy = report.remedy
+    if remedy is None:
+        return Text(
+            f"{head}; no single change of mesh, accumulation or remat helps",
+            style="bold red" if not report.fits else "bold",
+        )
+    where = f" on {remedy.topology}" if remedy.topology != plan.topology else ""
+    change = f"with {remedy.command()}" if remedy.changes else "with nothing else changed"
+    result = f"{gib(remedy.plan.total_bytes)} GiB, {duration(remedy.plan.step_seconds)} a step"
+    return Text(
+        f"{head}; the smallest change that helps: {change}{where}: {result}",
+        style="bold red" if not report.fits else "bold",
+    )

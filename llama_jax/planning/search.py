@@ -1,0 +1,158 @@
+"""Which options to take: the smallest change that makes a plan fit or frees it from its network, and all that fit."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from llama_jax.config import UserError, override
+from llama_jax.parallel import MESH_AXES, MeshConfig
+from llama_jax.planning.estimate import Plan, estimate
+from llama_jax.planning.hardware import Topology
+from llama_jax.planning.workload import Workload
+
+REMAT_ORDER = ("none", "dots", "attention", "full")  # from the one that keeps most to the one that keeps least
+WORTH = 0.95  # a change that is to save time has to bring it below this part
+MAX_DOUBLINGS = 12  # of the chips, before there is no advice
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A change of a plan.
+
+    changes: of the config, by dotted key.
+    topology: to run on.
+    plan: the estimate of it.
+    """
+
+    changes: dict[str, Any]
+    topology: str
+    plan: Plan
+
+    def command(self) -> str:
+        """The change as it is written on the command line."""
+        return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in self.changes.items())
+
+
+def remedy(workload: Workload, topology: Topology, plan: Plan) -> Candidate | None:
+    """The smallest change that makes the plan fit; where it fits and waits for its network, that saves time.
+
+    Smallest: of the fewest options (accumulation, remat, mesh), then the fastest; more chips only where none helps.
+    None where nothing is wrong, or nothing helps.
+    """
+    if plan.fits and not plan.communication_bound:
+        return None
+    options = (
+        list(_accumulations(workload)),
+        [{"compute.remat": name} for name in _stronger(workload)] if not plan.fits else [],
+        [_mesh_change(workload, plan, sizes) for sizes in meshes(topology.num_chips) if sizes != plan.mesh],
+    )
+    for count in range(1, len(options) + 1):
+        found = [
+            candidate
+            for chosen in itertools.combinations(options, count)
+            for changes in itertools.product(*chosen)
+            if (candidate := _try(workload, topology, dict(itertools.chain(*(c.items() for c in changes)))))
+            and candidate.plan.fits
+            and (not plan.fits or candidate.plan.step_seconds < WORTH * plan.step_seconds)
+        ]
+        if found:
+            return min(found, key=lambda c: (c.plan.step_seconds, len(c.changes), c.plan.total_bytes))
+    if plan.fits:
+        return None
+    follow = {} if -1 in dataclasses.asdict(workload.mesh).values() else {"mesh.fsdp": -1}
+    for _ in range(MAX_DOUBLINGS):
+        topology = topology.larger()
+        weaker = ({}, *_accumulations(workload), {"compute.remat": "full"})
+        for changes in weaker:
+            candidate = _try(workload, topology, follow | changes)
+            if candidate and candidate.plan.fits:
+                return candidate
+    return None
+
+
+def search(workload: Workload, topology: Topology) -> list[Candidate]:
+    """All mesh shapes, parts of the batch and remat policies that fit, the fastest first.
+
+    Of equally fast ones the simpler layout, then the one that needs less memory.
+    """
+    found = []
+    for sizes in meshes(topology.num_chips):
+        mesh = {f"mesh.{axis}": size for axis, size in sizes.items()}
+        for parts, remat in itertools.product(_parts(workload, sizes), REMAT_ORDER):
+            changes = mesh | {"optimizer.accumulation_steps": parts, "compute.remat": remat}
+            candidate = _try(workload, topology, changes)
+            if candidate and candidate.plan.fits:
+                found.append(candidate)
+    return sorted(found, key=_rank)
+
+
+def best_mesh(workload: Workload, topology: Topology) -> MeshConfig | None:
+    """The mesh of the fastest plan that leaves all other options as they are; None where none fits."""
+    found = []
+    for sizes in meshes(topology.num_chips):
+        candidate = _try(workload, topology, {f"mesh.{axis}": size for axis, size in sizes.items()})
+        if candidate and candidate.plan.fits:
+            found.append(candidate)
+    return MeshConfig(**min(found, key=_rank).plan.mesh) if found else None
+
+
+def _rank(candidate: Candidate) -> tuple[float, int, int]:
+    plan = candidate.plan
+    # To a thousandth: what is closer than that is the same, and then fewer split axes are better.
+    return float(f"{plan.step_seconds:.3g}"), sum(size > 1 for size in plan.mesh.values()), plan.total_bytes
+
+
+def meshes(num_chips: int) -> Iterator[dict[str, int]]:
+    """All ways to split chips over the axes of a dense model; the expert axis stays 1."""
+
+    def divisors(n: int) -> list[int]:
+        return [d for d in range(1, n + 1) if n % d == 0]
+
+    for tensor in divisors(num_chips):
+        for context in divisors(num_chips // tensor):
+            for data in divisors(num_chips // tensor // context):
+                fsdp = num_chips // tensor // context // data
+                yield dict(zip(MESH_AXES, (data, fsdp, tensor, context, 1), strict=True))
+
+
+def _try(workload: Workload, topology: Topology, changes: dict[str, Any]) -> Candidate | None:
+    """The plan with these changes, or None where they are impossible or split what cannot be split."""
+    try:
+        changed = override(workload, changes)
+        if not _sensible(changed, changed.mesh.sizes(topology.num_chips)):
+            return None
+        return Candidate(changes, str(topology), estimate(changed, topology))
+    except UserError:
+        return None
+
+
+def _sensible(workload: Workload, sizes: dict[str, int]) -> bool:
+    """Whether the axes split what they are for: heads and feed-forwards, and the sequence in zigzag order."""
+    heads = [getattr(mixer, "num_heads", sizes["tensor"]) for mixer, _ in workload.model.layer_pieces()]
+    if any(n % sizes["tensor"] for n in heads):
+        return False
+    return sizes["context"] == 1 or workload.sequence_length % (2 * sizes["context"]) == 0
+
+
+def _stronger(workload: Workload) -> tuple[str, ...]:
+    return REMAT_ORDER[REMAT_ORDER.index(workload.compute.remat) + 1 :]
+
+
+def _accumulations(workload: Workload) -> Iterator[dict[str, Any]]:
+    now = workload.optimizer.accumulation_steps
+    for parts in range(2 * now, workload.global_batch_size + 1, now):
+        if workload.global_batch_size % parts == 0:
+            yield {"optimizer.accumulation_steps": parts}
+
+
+def _parts(workload: Workload, sizes: dict[str, int]) -> list[int]:
+    rows = workload.global_batch_size // (sizes["data"] * sizes["fsdp"])
+    return [2**i for i in range(int(math.log2(rows)) + 1) if rows % 2**i == 0] if rows else []
+
+
+def _mesh_change(workload: Workload, plan: Plan, sizes: dict[str, int]) -> dict[str, Any]:
+    """The keys that make a mesh of these sizes of the present one; an axis of -1 is left to follow."""
+    now = dataclasses.asdict(workload.mesh)
+    return {f"mesh.{axis}": size for axis, size in sizes.items() if size != plan.mesh[axis] and now[axis] != -1}

@@ -1,0 +1,130 @@
+"""A run's plan: the `plan` command, and `llama_jax.plan`."""
+
+import json
+
+import jax
+from rich.console import Console
+
+from llama_jax.config import UserError
+from llama_jax.planning import (
+    CompileRequest,
+    Report,
+    Topology,
+    Workload,
+    compile_step,
+    estimate,
+    estimate_sampling,
+    remedy,
+    search,
+)
+from llama_jax.run.config import RunConfig
+
+PLAN_USAGE = """usage: python -m llama_jax plan CONFIG --topology TOPOLOGY [--compile] [--search] [--json]
+           [--sample-batch N --sample-length N] [--key value ...]
+
+Says whether CONFIG, a name in configs/ or a path, fits a machine and how fast it can be. Nothing of it is needed here.
+
+  --topology         v5e:8x8, v5p:4x4x8 (chips of a TPU slice), '2x v6e:16x16' (slices), h100:4x8 (nodes x GPUs)
+  --compile          compile the real step for it, too, with libtpu (extra `plan`): XLA's memory, what it sends
+  --search           try all mesh shapes, accumulation steps and remat policies, and rank what fits
+  --json             for programs
+  --sample-batch     what sampling so many rows takes, of --sample-length positions each
+  --key value        any key of the config: --mesh.tensor 4 --compute.remat full --global-batch-size 512
+
+Exit code 0: fits; 1: does not fit; 2: a mistake.
+"""
+
+
+def workload_of(config: RunConfig) -> Workload:
+    """What of a run its plan depends on."""
+    return Workload(
+        model=config.model,
+        compute=config.compute,
+        optimizer=config.optimizer,
+        mesh=config.mesh,
+        global_batch_size=config.global_batch_size,
+        sequence_length=config.sequence_length,
+        num_steps=config.num_steps,
+    )
+
+
+def plan(
+    config: RunConfig,
+    topology: str,
+    *,
+    compile: bool = False,
+    search_all: bool = False,
+    sample_batch: int | None = None,
+    sample_length: int | None = None,
+) -> Report:
+    """Memory, speed and remedy of a run on a machine such as `v5e:8x8`, which need not be here.
+
+    With `compile`, XLA's own figures of the real step (extra `plan`). Raises UserError for an unknown topology, and a
+    mesh that fits neither its chips nor the batch.
+    """
+    machine, workload = Topology.parse(topology), workload_of(config)
+    if (sample_batch is None) != (sample_length is None):
+        given, missing = ("sample_batch", "sample_length")[:: 1 if sample_length is None else -1]
+        raise UserError(f"{given} needs {missing} beside it")
+    found = estimate(workload, machine)
+    sampling = None
+    if sample_batch is not None and sample_length is not None:
+        sampling = estimate_sampling(workload, machine, sample_batch, sample_length)
+    compiled, failure = _compile(workload, machine) if compile else (None, None)
+    return Report(
+        plan=found,
+        remedy=remedy(workload, machine, found),
+        sampling=sampling,
+        candidates=tuple(search(workload, machine)) if search_all else None,
+        compiled=compiled,
+        compile_failure=failure,
+    )
+
+
+def _compile(workload: Workload, machine: Topology):
+    """(the compiled step, None), or (None, XLA's words) where it cannot be compiled for this machine."""
+    names = ("model", "compute", "optimizer", "mesh", "global_batch_size", "sequence_length")
+    request = CompileRequest(topology=str(machine), **{name: getattr(workload, name) for name in names})
+    try:
+        return compile_step(request), None
+    except RuntimeError as error:
+        return None, str(error)
+
+
+def plan_command(config: RunConfig, options: dict[str, str], console: Console | None = None) -> int:
+    """Prints the plan of a config; `options` are the words of the command line that are no keys of it."""
+    # Only shapes are computed here: the accelerators of this machine, and what libtpu says of their absence, are not
+    # needed.
+    jax.config.update("jax_platforms", "cpu")
+    if "topology" not in options:
+        raise UserError("plan needs --topology, such as v5e:8x8, '2x v5p:4x4x8' or h100:4x8")
+    report = plan(
+        config,
+        options["topology"],
+        compile=_switch(options, "compile"),
+        search_all=_switch(options, "search"),
+        sample_batch=_number(options, "sample_batch"),
+        sample_length=_number(options, "sample_length"),
+    )
+    if _switch(options, "json"):
+        print(json.dumps(report.to_json()))
+    else:
+        (console or Console(highlight=False)).print(report)
+    return 0 if report.fits else 1
+
+
+PLAN_OPTIONS = ("topology", "compile", "search", "json", "sample_batch", "sample_length")
+
+
+def _switch(options: dict[str, str], name: str) -> bool:
+    value = options.get(name, "false").lower()
+    if value not in ("true", "false"):
+        raise UserError(f"--{name} stands alone, and {value!r} follows it")
+    return value == "true"
+
+
+def _number(options: dict[str, str], name: str) -> int | None:
+    try:
+        return int(options[name]) if name in options else None
+    except ValueError:
+        raise UserError(f"{name}={options[name]!r} is not of type int") from None
