@@ -1,16 +1,21 @@
 """A run's plan: the `plan` command, and `llama_jax.plan`."""
 
 import json
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from rich.console import Console
 
 from llama_jax.config import UserError
+from llama_jax.parallel import MeshConfig
 from llama_jax.planning import (
+    CHIPS,
     CompileRequest,
     Report,
     Topology,
     Workload,
+    best_mesh,
     compile_step,
     estimate,
     estimate_sampling,
@@ -19,6 +24,17 @@ from llama_jax.planning import (
 )
 from llama_jax.run.config import RunConfig
 
+# How JAX names the kinds of devices that the planner knows; the longer of two with one beginning first.
+DEVICE_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6": "v6e",
+    "NVIDIA H100": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+}
 PLAN_USAGE = """usage: python -m llama_jax plan CONFIG --topology TOPOLOGY [--compile] [--search] [--json]
            [--sample-batch N --sample-length N] [--key value ...]
 
@@ -46,6 +62,31 @@ def workload_of(config: RunConfig) -> Workload:
         sequence_length=config.sequence_length,
         num_steps=config.num_steps,
     )
+
+
+def topology_of(devices: Sequence[Any]) -> Topology | None:
+    """The machine that these devices are; None for what the planner does not know, such as CPUs."""
+    kind = devices[0].device_kind
+    name = next((name for prefix, name in DEVICE_KINDS.items() if kind.startswith(prefix)), None)
+    if name is None:
+        return None
+    chip = CHIPS[name]
+    if chip.platform == "gpu":
+        num_slices = len({device.process_index for device in devices})
+        shape: tuple[int, ...] = (len(devices) // num_slices,)
+    else:
+        num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+        places = zip(*(device.coords for device in devices), strict=True)
+        shape = tuple(len(set(places_along)) for places_along in places)[: len(chip.max_shape)]
+    found = Topology(chip, shape, num_slices)
+    return found if found.num_chips == len(devices) else None
+
+
+def mesh_of(config: RunConfig, devices: Sequence[Any]) -> MeshConfig:
+    """The mesh of a run on these devices: the config's; where it says nothing, the fastest that fits by the planner."""
+    if config.mesh != MeshConfig() or (machine := topology_of(devices)) is None:
+        return config.mesh
+    return best_mesh(workload_of(config), machine) or config.mesh
 
 
 def plan(

@@ -1,6 +1,7 @@
 """The training loop: data in, steps, metrics, validation, checkpoints, samples."""
 
 import contextlib
+import dataclasses
 import math
 import signal
 import sys
@@ -18,9 +19,10 @@ from llama_jax.config import UserError
 from llama_jax.data import Batches, Corpus, ValidationBatches, prepare, read_texts
 from llama_jax.data.windows import Batch
 from llama_jax.models import abstract_params, initialize
-from llama_jax.parallel import distributed, make_mesh
+from llama_jax.parallel import MeshConfig, distributed, make_mesh, mesh_axis_sizes
 from llama_jax.run.config import RunConfig
 from llama_jax.run.directory import SAMPLES_FILE, Run, check_directory, start_run, write_text
+from llama_jax.run.planning import mesh_of
 from llama_jax.run.reporting import Bar, JsonLines, TensorBoard, WeightsAndBiases, Writer, check_writers
 from llama_jax.sampling import generate_text
 from llama_jax.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
@@ -53,10 +55,11 @@ def train(config: RunConfig, run_dir: str | Path, *, components: Sequence[type] 
     RunFailed when the loss is no longer finite, Preempted after a termination signal, with a checkpoint saved.
     """
     run = Run(Path(run_dir), config, components)
-    num_devices = jax.device_count()  # several processes find their devices together
+    devices = jax.devices()  # several processes find their devices together
+    mesh = mesh_of(config, devices)
     # All that can be wrong is found out before anything is written; of several processes, the first does it for all.
-    corpus, sample_tokens = distributed.from_main(lambda: _prepare(run, num_devices))
-    with jax.set_mesh(make_mesh(config.mesh)):
+    corpus, sample_tokens = distributed.from_main(lambda: _prepare(run, mesh, len(devices)))
+    with jax.set_mesh(make_mesh(mesh)):
         loop = distributed.agreed(lambda: _Loop(run, _open_corpus(config, Path(corpus)), sample_tokens))
         distributed.from_main(lambda: start_run(run, loop.corpus))
         distributed.agreed(lambda: check_shared(run.directory / CONFIG_FILE, "--run-dir"))
@@ -64,10 +67,10 @@ def train(config: RunConfig, run_dir: str | Path, *, components: Sequence[type] 
     return run
 
 
-def _prepare(run: Run, num_devices: int) -> list[Any]:
+def _prepare(run: Run, mesh: MeshConfig, num_devices: int) -> list[Any]:
     """The tokenized corpus's directory and the length of samples. Raises UserError for all that cannot run here."""
     config = run.config
-    config.check_mesh(num_devices)
+    dataclasses.replace(config, mesh=mesh).check_mesh(num_devices)
     check_writers(config.logging)
     check_directory(run)
     tokenizer = run.tokenizer = _tokenizer(run)
@@ -173,6 +176,8 @@ class _Loop:
         ):
             if start:
                 bar.say(f"continuing '{self.run_.directory}' from step {start}")
+            if axes := ", ".join(f"{axis} {size}" for axis, size in mesh_axis_sizes().items() if size > 1):
+                bar.say(f"mesh: {axes}")
             if config.compute.preflight and start < config.num_steps:
                 self._preflight(start, bar)
             self._steps(state, start, store, bar, writers)
