@@ -157,7 +157,8 @@ def _sampling(plan: SamplingPlan) -> Text:
     kinds = ", ".join(f"{kind} {gib(size)}" for kind, size in plan.memory.items() if size)
     need = f"{gib(sum(plan.memory.values()))} of {gib(plan.capacity)} GiB ({kinds})"
     return Text(
-        f"sampling {plan.batch} x {plan.length}: {need}; {duration(plan.token_seconds)} a token by HBM alone, {plan.tokens_per_second:,.0f} tokens/s"
+        f"sampling {plan.batch} x {plan.length}: {need}; {duration(plan.token_seconds)} a token by HBM alone, "
+        f"{plan.tokens_per_second:,.0f} tokens/s"
     )
 
 
