@@ -39,7 +39,7 @@ class Chip:
     link: float
     network: float
     max_shape: tuple[int, ...]
-    on_chip: float = 0.0
+    on_chip: int = 0
     wraps: int = 0
 
     @property
@@ -53,7 +53,7 @@ CHIPS = {
     for chip in (
         Chip("v4", PEAK_FLOPS["TPU v4"], 30.75 * GIB, 1.2e12, 4.5e10, 6.25e9, (16, 16, 16), wraps=4),
         Chip("v5e", PEAK_FLOPS["TPU v5e"], 15.75 * GIB, 8.1e11, 5e10, 3.125e9, (16, 16), 128 * MIB, 16),
-        Chip("v5p", PEAK_FLOPS["TPU v5p"], 95.74 * GIB, 2.765e12, 1e11, 6.25e9, (16, 20, 28), wraps=4),
+        Chip("v5p", PEAK_FLOPS["TPU v5p"], 95.74 * GIB, 2.765e12, 1e11, 6.25e9, (16, 20, 28), 128 * MIB, 4),
         Chip("v6e", PEAK_FLOPS["TPU v6e"], 31.25 * GIB, 1.6e12, 1e11, 1.25e10, (16, 16), 128 * MIB, 16),
         Chip("h100", PEAK_FLOPS["NVIDIA H100"], 80e9, 3.35e12, 4.5e11, 5e10, (8,)),
         Chip("h200", PEAK_FLOPS["NVIDIA H200"], 141e9, 4.8e12, 4.5e11, 5e10, (8,)),
@@ -124,11 +124,19 @@ class Topology:
         if chip.platform == "gpu" and len(shape) == 2:
             slices, shape = slices * shape[0], shape[1:]
         if len(shape) != len(chip.max_shape):
-            raise UserError(f"topology={text!r} has {len(shape)} sizes and {name} takes {len(chip.max_shape)}: {example}")
+            raise UserError(
+                f"topology={text!r} has {len(shape)} sizes and {name} takes {len(chip.max_shape)}: {example}"
+            )
         # Which way round a torus is written makes no difference.
-        if slices < 1 or min(shape) < 1 or any(a > b for a, b in zip(sorted(shape), sorted(chip.max_shape), strict=True)):
+        if (
+            slices < 1
+            or min(shape) < 1
+            or any(a > b for a, b in zip(sorted(shape), sorted(chip.max_shape), strict=True))
+        ):
             largest = "x".join(map(str, chip.max_shape))
-            raise UserError(f"topology={text!r}: one {'slice' if chip.wraps else 'node'} of {name} has at most {largest}")
+            raise UserError(
+                f"topology={text!r}: one {'slice' if chip.wraps else 'node'} of {name} has at most {largest}"
+            )
         return Topology(chip, shape, slices)
 
     def larger(self) -> "Topology":
@@ -188,7 +196,9 @@ class Topology:
                     need //= part
             if need > 1:
                 shape = "x".join(map(str, self.shape))
-                raise UserError(f"mesh.{axis}={size} cannot be laid along a torus of {shape}: take a divisor of its sizes")
+                raise UserError(
+                    f"mesh.{axis}={size} cannot be laid along a torus of {shape}: take a divisor of its sizes"
+                )
             found[axis] = (bandwidth, self.chip.link / stride)
         return found
 

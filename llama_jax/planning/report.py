@@ -25,7 +25,7 @@ class Report:
     sampling: of sampling, where that was asked for.
     candidates: what fits, the fastest first, where that was asked for.
     compiled: what XLA says of the compiled step (`planning.compiled.CompiledStep`), where that was asked for.
-    compile_failure: XLA's words where it could not compile it for this machine.
+    compile_failure: XLA's words where it found the machine's memory too small.
     """
 
     plan: Plan
@@ -68,7 +68,7 @@ class Report:
         if self.compiled is not None:
             parts += [Text(), _collectives_table(self.compiled)]
         if self.compile_failure is not None:
-            parts += [Text(), Text(f"XLA could not compile it: {self.compile_failure}")]
+            parts += [Text(), Text(f"does not fit, says XLA: {self.compile_failure}")]
         if self.sampling is not None:
             parts += [Text(), _sampling(self.sampling)]
         if self.candidates is not None:
@@ -134,13 +134,15 @@ def _time_table(plan: Plan) -> Table:
 
 def _summary(plan: Plan) -> Text:
     return Text(
-        f"{plan.parameters:,} parameters, {plan.flops:.3g} FLOPs a step, bound by {plan.bound}: MFU {plan.mfu:.1%}, "
-        f"{plan.tokens_per_second:,.0f} tokens/s, {plan.days:,.1f} days"
+        f"{plan.parameters:,} parameters, {plan.flops:.3g} FLOPs a step, bound by {plan.bound}\n"
+        f"MFU {plan.mfu:.1%}, {plan.tokens_per_second:,.0f} tokens/s, {plan.days:,.1f} days"
     )
 
 
 def _collectives_table(compiled: Any) -> Table:
-    table = _table("collective", "axes", "MiB", "times", "beside products", title="what the compiled step sends, for each device")
+    table = _table(
+        "collective", "axes", "MiB", "times", "beside products", title="what the compiled step sends, for each device"
+    )
     rows: dict[tuple[str, str, bool], list[float]] = {}
     for c in compiled.collectives:
         row = rows.setdefault((c.kind, ", ".join(c.axes) or "-", c.overlapped), [0.0, 0])
@@ -162,7 +164,9 @@ def _sampling(plan: SamplingPlan) -> Text:
 def _candidates_table(candidates: Sequence[Candidate]) -> RenderableType:
     if not candidates:
         return Text("no mesh, accumulation and remat policy fits")
-    table = _table("mesh", "parts", "remat", "GiB", "step", "MFU", "bound by", title=f"what fits, {len(candidates)} in all")
+    table = _table(
+        "mesh", "parts", "remat", "GiB", "step", "MFU", "bound by", title=f"what fits, {len(candidates)} in all"
+    )
     for candidate in candidates[:SHOWN_CANDIDATES]:
         plan = candidate.plan
         table.add_row(
@@ -184,8 +188,14 @@ def _verdict(report: Report) -> Text:
     head = "fits, and waits for its network" if report.fits else "does not fit"
     remedy = report.remedy
     if remedy is None:
-        return Text(f"{head}; no single change of mesh, accumulation or remat helps", style="bold red" if not report.fits else "bold")
+        return Text(
+            f"{head}; no single change of mesh, accumulation or remat helps",
+            style="bold red" if not report.fits else "bold",
+        )
     where = f" on {remedy.topology}" if remedy.topology != plan.topology else ""
     change = f"with {remedy.command()}" if remedy.changes else "with nothing else changed"
     result = f"{gib(remedy.plan.total_bytes)} GiB, {duration(remedy.plan.step_seconds)} a step"
-    return Text(f"{head}; the smallest change that helps: {change}{where}: {result}", style="bold red" if not report.fits else "bold")
+    return Text(
+        f"{head}; the smallest change that helps: {change}{where}: {result}",
+        style="bold red" if not report.fits else "bold",
+    )

@@ -157,7 +157,7 @@ def _local_model(model: ModelConfig, fsdp: int, tensor: int, expert: int) -> Loc
 @functools.lru_cache(maxsize=256)
 def _keys(model: ModelConfig, tensor: int) -> int:
     with abstract_mesh({"tensor": tensor}):
-        return cache_bytes(model, 1, 1, jnp.dtype("int8"))
+        return cache_bytes(model, 1, 1, jnp.dtype("bfloat16")) // 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A run's plan: the `plan` command, and `llama_jax.plan`."""
 
 import json
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -71,15 +72,15 @@ def plan(
     )
 
 
-def _compile(workload: Workload, machine: Topology):
-    """(the compiled step, None), or (None, XLA's words) where it cannot be compiled for this machine."""
-    from llama_jax.planning.compiled import CompileRequest, compile_step  # loads what only compiling needs
+def _compile(workload: Workload, machine: Topology) -> tuple[Any, str | None]:
+    """(the compiled step, None), or (None, XLA's words) where the machine's memory is too small for it."""
+    from llama_jax.planning.compiled import CompileRequest, DoesNotFit, compile_step
 
     names = ("model", "compute", "optimizer", "mesh", "global_batch_size", "sequence_length")
-    request = CompileRequest(topology=str(machine), **{name: getattr(workload, name) for name in names})
     try:
-        return compile_step(request), None
-    except RuntimeError as error:
+        step = CompileRequest(topology=str(machine), **{name: getattr(workload, name) for name in names})
+        return compile_step(step), None
+    except DoesNotFit as error:
         return None, str(error)
 
 
@@ -120,5 +121,3 @@ def _number(options: dict[str, str], name: str) -> int | None:
         return int(options[name]) if name in options else None
     except ValueError:
         raise UserError(f"{name}={options[name]!r} is not of type int") from None
-
-
