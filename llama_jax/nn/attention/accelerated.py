@@ -1,6 +1,5 @@
 """Kernels of others: splash attention on TPU (Pallas, part of JAX) and cuDNN's flash attention on GPU."""
 
-import functools
 from typing import Any
 
 import jax
@@ -35,7 +34,6 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, *, sca
     return y.swapaxes(1, 2)
 
 
-@functools.lru_cache(maxsize=32)
 def _splash_kernel(num_heads: int, length: int, causal: bool, window: int | None, interpret: bool):
     from jax.experimental.pallas.ops.tpu import splash_attention as sa
 
@@ -48,15 +46,10 @@ def _splash_kernel(num_heads: int, length: int, causal: bool, window: int | None
     sizes = sa.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
-    # Its tables must not become tracers of whatever is being traced when they are first made.
-    with jax.ensure_compile_time_eval():
-        return sa.make_splash_mha(
-            sa.MultiHeadMask([one] * num_heads),
-            block_sizes=sizes,
-            head_shards=1,
-            q_seq_shards=1,
-            interpret=interpret,
-        )
+    # Made anew in every trace: its tables are arrays of the trace, since the devices may not be here.
+    return sa.make_splash_mha(
+        sa.MultiHeadMask([one] * num_heads), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+    )
 
 
 def cudnn_refuses(q: Any, k: Any, mask: AttentionMask) -> str | None:
