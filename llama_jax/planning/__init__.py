@@ -1,8 +1,8 @@
 """Plans: what a run needs and how fast it can be, on a machine that is not here.
 
 In: the configs of a run and the name of a topology. Out: memory, time and what they are bound by, by formulas
-(`estimate`), the options that suit (`search`), and what XLA's own compiler says of the real train step (`compile_step`),
-whose text is read by `hlo.py` and `collectives.py`. A new chip is a line in `hardware.py`.
+(`estimate`), the options that suit (`search`), and what XLA's own compiler says of the real train step
+(`compile_step`), whose text is read by `hlo.py` and `collectives.py`. A new chip is a line in `hardware.py`.
 """
 
 from llama_jax.planning.collectives import Collective, read_collectives

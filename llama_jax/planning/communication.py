@@ -1,7 +1,7 @@
 """What the devices of a train step have to send one another: the least that a layout needs, and how long it takes.
 
-Formulas: "How to scale your model" (jax-ml.github.io/scaling-book), chapters 3 and 5. What is sent follows from how this
-package computes: weights are split over `fsdp` in storage only and gathered in the compute type for their product;
+Formulas: "How to scale your model" (jax-ml.github.io/scaling-book), chapters 3 and 5. What is sent follows from how
+this package computes: weights are split over `fsdp` in storage only and gathered in the compute type for their product;
 `tensor` sums the outputs of products over split dimensions; `context` passes keys and values around a ring.
 """
 
@@ -15,7 +15,7 @@ from llama_jax.planning.workload import Local
 class Traffic:
     """All collectives of one kind over one mesh axis, for the same purpose.
 
-    what: parameters, gradients, activations or keys and values.
+    what: parameters, gradients, activations, keys and values, or their gradients.
     kind: all-gather, reduce-scatter, all-reduce or collective-permute.
     axis: of the mesh.
     backward: whether in the backward pass.
@@ -101,11 +101,16 @@ def _of_activations(local: Local) -> list[Traffic]:
 
 
 def _of_keys(local: Local) -> list[Traffic]:
-    """Around the ring: keys and values, and in the backward pass their float32 gradients beside them."""
+    """Keys and values, and in the backward pass their float32 gradients too."""
     context = local.sizes["context"]
     keys = local.model.keys * local.tokens * local.workload.parts
     again = 1 if local.workload.compute.remat == "none" else 2
-    forward = (context - 1) * keys * local.itemsize
-    backward = again * forward + context * keys * 4
-    kind = "collective-permute"
-    return [Traffic("keys and values", kind, "context", b, n) for b, n in ((False, forward), (True, backward))]
+    ring = local.workload.compute.context == "ring"
+    # Around the ring a device passes on what others hold; gradients go one hop further, home to their owner.
+    forward = (context - 1 if ring else context) * keys * local.itemsize
+    kinds = ("collective-permute", "collective-permute") if ring else ("all-gather", "reduce-scatter")
+    return [
+        Traffic("keys and values", kinds[0], "context", False, forward),
+        Traffic("keys and values", kinds[0], "context", True, again * forward),
+        Traffic("gradients of keys and values", kinds[1], "context", True, context * keys * 4),
+    ]

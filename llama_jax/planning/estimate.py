@@ -18,8 +18,8 @@ from llama_jax.planning.workload import Local, Workload
 from llama_jax.training import train_flops_per_token
 
 # Of the peak of the matrix units, in products and attention together: the geometric mean over MaxText's published runs
-# of what their times leave for it (benchmarks/published.py prints it).
-EFFICIENCY = 0.7
+# of what their times leave for it (docs/tables.py computes it).
+EFFICIENCY = 0.637
 MATRIX_UNITS, HBM, DCN, NETWORK = "matrix units", "HBM", "DCN", "network"
 
 
@@ -145,7 +145,7 @@ class _Pass:
     """What one device does in one pass: FLOPs of matrix products, bytes to and from HBM, what it sends."""
 
     flops: float
-    bytes: float
+    bytes: int
     traffic: list[Traffic]
 
 
@@ -157,13 +157,10 @@ def _passes(local: Local, sent: list[Traffic]) -> list[_Pass]:
     layers = 2 * tokens * sum(w.layers * w.used for w in model.products)
     logits = 2 * tokens * head.used
     scores = tokens * model.scores * local.workload.sequence_length / 2
-    # Flash attention's backward pass makes the scores again: five products to the forward pass's two.
-    # Of a layer that is computed again, what only a sum consumes is not: the feed-forward's result, and a saved one.
-    kept = {"full": "layers.feed_forward", "attention": ""}
-    repeated = sum(
-        w.layers * w.used for w in model.products if not (w.returns and w.module.startswith(kept.get(policy, "")))
-    )
-    again = {"none": 0.0, "dots": scores}.get(policy, 2 * tokens * repeated + scores)
+    # Of a layer that is computed again, what only a sum consumes is not: the feed-forward's result, or a saved one.
+    skipped = [w for w in model.products if w.returns and (policy == "attention" or w.module == "layers.feed_forward")]
+    repeated = layers - 2 * tokens * sum(w.layers * w.used for w in skipped)
+    again = {"none": 0.0, "dots": scores}.get(policy, repeated + scores)
     of = widths(local)
     gathered = parts * size * sum(w.layers * w.used for w in model.products)
     # What each product reads and writes, and the few passes over the residual stream between them.
@@ -176,7 +173,7 @@ def _passes(local: Local, sent: list[Traffic]) -> list[_Pass]:
         [t for t in sent if not t.backward],
     )
     backward = _Pass(
-        2 * layers + 2.5 * scores + again,
+        2 * layers + 2.5 * scores + again,  # flash attention: five products to the forward pass's two
         (2 + recomputed) * flow + (4 + recomputed) * gathered,
         [t for t in sent if t.backward],
     )

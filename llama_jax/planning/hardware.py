@@ -1,8 +1,8 @@
 """Chips and how they are connected: what a roofline needs to know of a machine.
 
 Figures of TPUs: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e) and the tables of "How to scale your model"
-(jax-ml.github.io/scaling-book, chapter 2). Of GPUs: NVIDIA's data sheets of DGX H100, H200 and B200, and the same book's
-chapter 12. Memory of a TPU is what its compiler leaves to a program, of a GPU what the data sheet says.
+(jax-ml.github.io/scaling-book, chapter 2). Of GPUs: NVIDIA's data sheets of DGX H100, H200 and B200, and the same
+book's chapter 12. Memory of a TPU is what its compiler leaves to a program, of a GPU what the data sheet says.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class Chip:
     link: float
     network: float
     max_shape: tuple[int, ...]
-    on_chip: float = 0.0
+    on_chip: int = 0
     wraps: int = 0
 
     @property
@@ -53,7 +53,7 @@ CHIPS = {
     for chip in (
         Chip("v4", PEAK_FLOPS["TPU v4"], 30.75 * GIB, 1.2e12, 4.5e10, 6.25e9, (16, 16, 16), wraps=4),
         Chip("v5e", PEAK_FLOPS["TPU v5e"], 15.75 * GIB, 8.1e11, 5e10, 3.125e9, (16, 16), 128 * MIB, 16),
-        Chip("v5p", PEAK_FLOPS["TPU v5p"], 95.74 * GIB, 2.765e12, 1e11, 6.25e9, (16, 20, 28), wraps=4),
+        Chip("v5p", PEAK_FLOPS["TPU v5p"], 95.74 * GIB, 2.765e12, 1e11, 6.25e9, (16, 20, 28), 128 * MIB, 4),
         Chip("v6e", PEAK_FLOPS["TPU v6e"], 31.25 * GIB, 1.6e12, 1e11, 1.25e10, (16, 16), 128 * MIB, 16),
         Chip("h100", PEAK_FLOPS["NVIDIA H100"], 80e9, 3.35e12, 4.5e11, 5e10, (8,)),
         Chip("h200", PEAK_FLOPS["NVIDIA H200"], 141e9, 4.8e12, 4.5e11, 5e10, (8,)),

@@ -17,8 +17,8 @@ BATCH_ARRAYS, BATCH_ITEMSIZE = 5, 4  # tokens, targets, weights, segment ids and
 # in its backward pass.
 WORKING_SET = {"none": 1.15, "dots": 1.8, "attention": 2.0, "full": 2.0}
 ON_CHIP = 0.9  # of a TPU's on-chip memory, which XLA fills with a layer's arrays
-GATHERED_LAYERS = 1.5  # whole weights and gradients of weights alive at once, in layers
-CHUNK_COPIES = 3  # of a chunk of float32 logits: themselves, their softmax, their gradient
+GATHERED_LAYERS = 0.8  # whole weights and gradients of weights alive at once, in layers
+CHUNK_COPIES = 2.25  # of a chunk of float32 logits: themselves, their softmax, their gradient
 SCORE_COPIES = 4  # of a block of float32 scores in blockwise attention's backward pass
 SCORE_BLOCK, MIN_SCORE_BLOCK, SCORE_BLOCKS = 512, 128, 16  # nn.attention.blockwise
 
@@ -84,7 +84,7 @@ def saved_bytes(local: Local) -> int:
     return per_token * local.tokens + gathered
 
 
-def _places(local: Local, chip: Chip) -> list[dict[str, float]]:
+def _places(local: Local, chip: Chip) -> list[dict[str, int | float]]:
     """What is alive at each place where memory can peak, arguments aside."""
     model, tokens, size = local.workload.model, local.tokens, local.itemsize
     stored = sum(w.stored for w in local.model.weights)
@@ -126,7 +126,7 @@ def _places(local: Local, chip: Chip) -> list[dict[str, float]]:
     ]
 
 
-def _attention_workspace(local: Local, platform: str) -> float:
+def _attention_workspace(local: Local, platform: str) -> int | float:
     """What attention's backward pass makes of scores and float32 gradients."""
     length = local.workload.sequence_length // local.sizes["context"]
     kernel = attention_kernel(local, platform)
@@ -138,8 +138,10 @@ def _attention_workspace(local: Local, platform: str) -> float:
         return 3 * 4 * local.model.heads * local.tokens * local.workload.sequence_length
     block = max(MIN_SCORE_BLOCK, math.ceil(length / SCORE_BLOCKS))
     scores = SCORE_COPIES * 4 * local.model.heads * block * min(SCORE_BLOCK, length) * local.tokens / length
-    gradients = 2 * 4 * local.model.keys / local.workload.model.num_layers * local.tokens
-    return scores + gradients
+    keys = local.model.keys / local.workload.model.num_layers * local.tokens
+    # Gradients of keys and values in float32, twice; gathered, those of all parts of the sequence.
+    gathered = local.sizes["context"] if local.workload.compute.context == "all_gather" else 0
+    return scores + 2 * 4 * keys + gathered * (4 + local.itemsize) * keys
 
 
 def attention_kernel(local: Local, platform: str) -> str:

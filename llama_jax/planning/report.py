@@ -25,7 +25,7 @@ class Report:
     sampling: of sampling, where that was asked for.
     candidates: what fits, the fastest first, where that was asked for.
     compiled: what XLA says of the compiled step (`planning.compiled.CompiledStep`), where that was asked for.
-    compile_failure: XLA's words where it could not compile it for this machine.
+    compile_failure: XLA's words where it found the machine's memory too small.
     """
 
     plan: Plan
@@ -68,7 +68,7 @@ class Report:
         if self.compiled is not None:
             parts += [Text(), _collectives_table(self.compiled)]
         if self.compile_failure is not None:
-            parts += [Text(), Text(f"XLA could not compile it: {self.compile_failure}")]
+            parts += [Text(), Text(f"does not fit, says XLA: {self.compile_failure}")]
         if self.sampling is not None:
             parts += [Text(), _sampling(self.sampling)]
         if self.candidates is not None:
@@ -134,8 +134,8 @@ def _time_table(plan: Plan) -> Table:
 
 def _summary(plan: Plan) -> Text:
     return Text(
-        f"{plan.parameters:,} parameters, {plan.flops:.3g} FLOPs a step, bound by {plan.bound}: MFU {plan.mfu:.1%}, "
-        f"{plan.tokens_per_second:,.0f} tokens/s, {plan.days:,.1f} days"
+        f"{plan.parameters:,} parameters, {plan.flops:.3g} FLOPs a step, bound by {plan.bound}\n"
+        f"MFU {plan.mfu:.1%}, {plan.tokens_per_second:,.0f} tokens/s, {plan.days:,.1f} days"
     )
 
 
@@ -155,9 +155,10 @@ def _collectives_table(compiled: Any) -> Table:
 
 def _sampling(plan: SamplingPlan) -> Text:
     kinds = ", ".join(f"{kind} {gib(size)}" for kind, size in plan.memory.items() if size)
+    need = f"{gib(sum(plan.memory.values()))} of {gib(plan.capacity)} GiB ({kinds})"
     return Text(
-        f"sampling {plan.batch} x {plan.length}: {gib(sum(plan.memory.values()))} of {gib(plan.capacity)} GiB ({kinds}); "
-        f"{duration(plan.token_seconds)} a token by HBM alone, {plan.tokens_per_second:,.0f} tokens/s"
+        f"sampling {plan.batch} x {plan.length}: {need}; {duration(plan.token_seconds)} a token by HBM alone, "
+        f"{plan.tokens_per_second:,.0f} tokens/s"
     )
 
 

@@ -157,7 +157,7 @@ def _local_model(model: ModelConfig, fsdp: int, tensor: int, expert: int) -> Loc
 @functools.lru_cache(maxsize=256)
 def _keys(model: ModelConfig, tensor: int) -> int:
     with abstract_mesh({"tensor": tensor}):
-        return cache_bytes(model, 1, 1, jnp.dtype("int8"))
+        return cache_bytes(model, 1, 1, jnp.dtype("bfloat16")) // 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +261,7 @@ def _parts(partition: Any) -> int:
 
 
 def cache_bytes(model: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> int:
-    """Bytes of the caches of all layers on one device of the current mesh, when `batch` rows hold `length` positions."""
+    """Bytes of all layers' caches on one device of the current mesh, for `batch` rows of `length` positions."""
     pieces = model.layer_pieces()
 
     def make(kind: Any) -> Any:

@@ -11,7 +11,9 @@ from llama_jax.config import UserError
 from llama_jax.parallel import MeshConfig
 from llama_jax.planning import (
     CHIPS,
+    CompiledStep,
     CompileRequest,
+    DoesNotFit,
     Report,
     Topology,
     Workload,
@@ -72,7 +74,8 @@ def topology_of(devices: Sequence[Any]) -> Topology | None:
         return None
     chip = CHIPS[name]
     if chip.platform == "gpu":
-        num_slices = len({device.process_index for device in devices})
+        # NVLink domains, where JAX knows them; there may be a process for each GPU.
+        num_slices = len({getattr(device, "slice_index", device.process_index) for device in devices})
         shape: tuple[int, ...] = (len(devices) // num_slices,)
     else:
         num_slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -122,13 +125,13 @@ def plan(
     )
 
 
-def _compile(workload: Workload, machine: Topology):
-    """(the compiled step, None), or (None, XLA's words) where it cannot be compiled for this machine."""
+def _compile(workload: Workload, machine: Topology) -> tuple[CompiledStep | None, str | None]:
+    """(the compiled step, None), or (None, XLA's words) where the machine's memory is too small for it."""
     names = ("model", "compute", "optimizer", "mesh", "global_batch_size", "sequence_length")
-    request = CompileRequest(topology=str(machine), **{name: getattr(workload, name) for name in names})
     try:
-        return compile_step(request), None
-    except RuntimeError as error:
+        step = CompileRequest(topology=str(machine), **{name: getattr(workload, name) for name in names})
+        return compile_step(step), None
+    except DoesNotFit as error:
         return None, str(error)
 
 

@@ -1,0 +1,114 @@
+"""Topologies: what their names mean, and what connects the devices of a mesh axis."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_jax.config import UserError
+from llama_jax.parallel import MESH_AXES
+from llama_jax.planning import CHIPS, Topology
+from llama_jax.planning.search import meshes
+
+
+@pytest.mark.parametrize(
+    ("text", "chips", "written"),
+    [
+        ("v5e:8x8", 64, "v5e:8x8"),
+        ("v5p:4x4x8", 128, "v5p:4x4x8"),
+        ("2x v5e:16x16", 512, "2x v5e:16x16"),
+        ("h100:4x8", 32, "h100:4x8"),
+        ("H100:8", 8, "h100:1x8"),
+        ("b200:16x8", 128, "b200:16x8"),
+        ("v5p:20x28x16", 8960, "v5p:20x28x16"),
+    ],
+)
+def test_names_of_topologies(text: str, chips: int, written: str):
+    topology = Topology.parse(text)
+    assert (topology.num_chips, str(topology)) == (chips, written)
+    assert Topology.parse(written) == topology
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("v5x:8x8", "there is no chip 'v5x': did you mean 'v5"),
+        ("a100:8", "there is no chip 'a100': did you mean 'h100'"),
+        ("cerebras:2x2", "there is no chip 'cerebras': there are v4, v5e"),
+        ("v5p-128", "is not of the form v5p:4x4x8; it counts chips, where cloud names may count cores"),
+        ("v5e:8", "has 1 sizes and v5e takes 2: v5e:8x8"),
+        ("v5e:8x32", "one slice of v5e has at most 16x16"),
+        ("h100:2x16", "one node of h100 has at most 8"),
+        ("v5p:0x4x4", "one slice of v5p has at most 16x20x28"),
+        ("h100", "is not of the form h100:4x8"),
+    ],
+)
+def test_names_that_are_none(text: str, sentence: str):
+    with pytest.raises(UserError, match=sentence) as found:
+        Topology.parse(text)
+    assert repr(text) in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+def sizes(**given: int) -> dict[str, int]:
+    return dict.fromkeys(MESH_AXES, 1) | given
+
+
+def test_axes_share_the_links_of_a_torus():
+    link = CHIPS["v5e"].link
+    whole = Topology.parse("v5e:16x16").networks(sizes(fsdp=16, tensor=16))
+    assert whole["fsdp"].ici == whole["tensor"].ici == 2 * link, "a closed ring each, in both directions"
+    assert Topology.parse("v5e:16x16").networks(sizes(fsdp=256))["fsdp"].ici == 4 * link
+    assert Topology.parse("v5e:8x8").networks(sizes(fsdp=64))["fsdp"].ici == 2 * link, "no ring closes below 16"
+    cubes = Topology.parse("v5p:4x4x8").networks(sizes(fsdp=128))["fsdp"]
+    assert cubes.ici == 6 * CHIPS["v5p"].link
+    assert Topology.parse("v5p:2x2x4").networks(sizes(fsdp=16))["fsdp"].ici == 3 * CHIPS["v5p"].link, "no whole cube"
+
+
+@given(st.sampled_from(["v5e:8x8", "v5e:16x16", "v5p:4x4x8", "2x v6e:8x16", "h100:8x8", "h200:8"]), st.data())
+def test_no_mesh_has_more_bandwidth_than_the_chip(text: str, data: st.DataObject):
+    topology = Topology.parse(text)
+    mesh = data.draw(st.sampled_from(list(meshes(topology.num_chips))))
+    try:
+        networks = topology.networks(mesh)
+    except UserError:
+        assert topology.num_slices > 1, "every shape of powers of two can be laid along one slice"
+        return
+    assert networks.keys() == {axis for axis, size in mesh.items() if size > 1}
+    for axis, network in networks.items():
+        assert network.inner * network.outer == mesh[axis]
+        assert (network.ici > 0) == (network.inner > 1)
+        assert (network.dcn > 0) == (network.outer > 1)
+    assert math.prod(n.outer for n in networks.values()) == topology.num_slices
+    if topology.chip.platform == "tpu":
+        links = 2 * len(topology.shape) * topology.chip.link
+        assert sum(n.ici for n in networks.values()) <= links * (1 + 1e-9)
+
+
+def test_one_axis_crosses_slices():
+    topology = Topology.parse("2x v5e:8x8")
+    data = topology.networks(sizes(data=2, fsdp=64))
+    assert (data["data"].outer, data["fsdp"].outer) == (2, 1)
+    assert data["data"].dcn == CHIPS["v5e"].network
+    fsdp = topology.networks(sizes(fsdp=64, tensor=2))["fsdp"]
+    assert (fsdp.inner, fsdp.outer, fsdp.dcn) == (32, 2, 32 * CHIPS["v5e"].network)
+    with pytest.raises(UserError, match=r"2x v5e:8x8 has 2 slices: mesh.data or mesh.fsdp has to be a multiple of 2"):
+        topology.networks(sizes(tensor=128))
+
+
+def test_a_node_is_filled_from_the_innermost_axis():
+    networks = Topology.parse("h100:4x8").networks(sizes(fsdp=16, tensor=2))
+    assert (networks["tensor"].inner, networks["tensor"].dcn) == (2, 0)
+    assert (networks["fsdp"].inner, networks["fsdp"].outer) == (4, 4)
+    assert networks["fsdp"].dcn == 4 * CHIPS["h100"].network
+
+
+def test_larger_machines_grow():
+    topology = Topology.parse("v5e:4x8")
+    names = []
+    for _ in range(4):
+        topology = topology.larger()
+        names.append(str(topology))
+    assert names == ["v5e:8x8", "v5e:16x8", "v5e:16x16", "2x v5e:16x16"]
+    assert str(Topology.parse("h100:2x8").larger()) == "h100:4x8"
