@@ -1,5 +1,7 @@
 """The mesh and the table of logical axes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import UserError
 from llama_jax.parallel import MESH_AXES, MeshConfig, einsum, fitting, make_mesh, reshape, shard, spec
+from llama_jax.parallel.mesh import _arrange
 
 
 @given(st.permutations([1, 1, 2, 2, 2]), st.integers(0, 4))
@@ -33,6 +36,35 @@ def test_one_open_axis_takes_what_is_left(sizes: list[int], hole: int):
 def test_a_mesh_that_does_not_fit(mesh: dict[str, int], sentence: str):
     with pytest.raises(UserError, match=sentence):
         make_mesh(mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "gpu"
+    device_kind: str = "none of the kinds whose network is known"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "outer"),
+    [({"data": 4, "fsdp": 2}, "data"), ({"data": 2, "fsdp": 4}, "fsdp"), ({"fsdp": 8}, "fsdp")],
+)
+def test_one_axis_runs_from_slice_to_slice(sizes: dict[str, int], outer: str):
+    chips = [Chip(i, i // 2) for i in range(8)]  # four slices of two
+    sizes = dict.fromkeys(MESH_AXES, 1) | sizes
+    slices = np.vectorize(lambda chip: chip.slice_index)(_arrange(sizes, chips))
+    for axis, name in enumerate(MESH_AXES):
+        if name != outer:
+            assert (slices == slices.take([0], axis=axis)).all(), name
+    assert sorted(set(slices.flat)) == [0, 1, 2, 3]
+
+
+def test_slices_that_no_axis_fits():
+    chips = [Chip(i, i // 2) for i in range(8)]
+    with pytest.raises(UserError, match=r"mesh\.data=1 and mesh\.fsdp=2 do not fit 4 slices"):
+        _arrange(dict.fromkeys(MESH_AXES, 1) | {"fsdp": 2, "tensor": 4}, chips)
 
 
 def test_without_a_mesh_nothing_happens():

@@ -4,6 +4,7 @@
 because they are written out here, and `goldens/NAME.json`, what XLA makes of the train step in each layout.
 """
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -29,7 +30,6 @@ from llama_jax.planning import CompiledStep, CompileRequest, compile_step  # noq
 from llama_jax.planning.compiled import ENVIRONMENT, get_devices  # noqa: E402
 from llama_jax.training import OptimizerConfig  # noqa: E402
 
-# Wide enough that XLA does not combine the embedding's gradient with those of the norms, which hides a reduce-scatter.
 MODEL = DecoderConfig(
     vocab_size=32000,
     hidden_size=1024,
@@ -44,10 +44,27 @@ MODEL = DecoderConfig(
 )
 
 
-def request(topology: str, mesh: dict[str, int], batch: int, length: int, kernel: str = "reference") -> CompileRequest:
+# libtpu makes a reduce-scatter only where more than 128 elements of the last dimension are left on a device.
+WIDE = dataclasses.replace(
+    MODEL,
+    hidden_size=2048,
+    num_layers=2,
+    attention=dataclasses.replace(MODEL.attention, num_heads=16, num_kv_heads=16),
+    feed_forward=SwiGLU(intermediate_size=5632, bias=False),
+)
+
+
+def request(
+    topology: str,
+    mesh: dict[str, int],
+    batch: int,
+    length: int,
+    kernel: str = "reference",
+    model: DecoderConfig = MODEL,
+) -> CompileRequest:
     return CompileRequest(
         topology=topology,
-        model=MODEL,
+        model=model,
         compute=Compute(dtype="bfloat16", remat="full", attention_kernel=kernel),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=10),
         mesh=MeshConfig(**({"fsdp": 1} | mesh)),
@@ -58,7 +75,8 @@ def request(topology: str, mesh: dict[str, int], batch: int, length: int, kernel
 
 LAYOUTS = {
     "data": request("v5e:2x4", {"data": 8}, 16, 256),
-    "fsdp": request("v5e:2x4", {"fsdp": 8}, 16, 256),
+    "fsdp": request("v5e:2x4", {"fsdp": 8}, 16, 256, model=WIDE),
+    "fsdp_torus": request("v5e:4x4", {"fsdp": 16}, 16, 256),
     "tensor": request("v5e:2x4", {"tensor": 8}, 16, 256),
     "fsdp_tensor": request("v5e:2x4", {"fsdp": 2, "tensor": 4}, 16, 256),
     "context": request("v5e:2x4", {"context": 8}, 4, 2048, "blockwise"),

@@ -10,14 +10,15 @@ from llama_jax.planning import CompileRequest
 BF16, F32 = 2, 4
 
 
-def minimum(request: CompileRequest) -> dict[str, float]:
+def minimum(request: CompileRequest, *, scattering: int = 1) -> dict[str, float]:
     """Bytes that one device sends in a step over each mesh axis, with bfloat16 on the wire and full remat.
 
     fsdp: every weight is gathered for the forward pass and again for the backward pass, embedding and head once, and
-    every gradient is scattered once. data and context: what a device stores of the gradients is reduced once. tensor:
-    each of attention and feed-forward sums [B, T, D] once forward and once backward, attention once more for what remat
-    computes again; so does the embedding, and the loss once backward. context: keys and values go around the ring
-    forward, again for remat and again backward, and their gradients in float32.
+    every gradient is scattered once, or, with `scattering=2`, summed on every device. data and context: what a device
+    stores of the gradients is reduced once. tensor: each of attention and feed-forward sums [B, T, D] once forward and
+    once backward, attention once more for what remat computes again; so does the embedding, and the loss once backward.
+    context: keys and values go around the ring forward, again for remat and again backward, and their gradients in
+    float32.
     """
     model, sizes = request.model, dataclasses.asdict(request.mesh)
     assert isinstance(model, DecoderConfig)
@@ -38,7 +39,7 @@ def minimum(request: CompileRequest) -> dict[str, float]:
     keys_and_values = 2 * BF16 * tokens * model.attention.num_kv_heads * model.attention.head_dim / tensor
     return {
         "data": 2 * share(data) * stored,
-        "fsdp": share(fsdp) * (2 * layers + ends + layers + ends + 2 * norms),
+        "fsdp": share(fsdp) * (2 * layers + ends + scattering * (layers + ends) + 2 * norms),
         "tensor": 2 * share(tensor) * ((5 * model.num_layers + 2) * hidden + statistics),
         "context": 2 * share(context) * stored + (context - 1) * model.num_layers * 5 * keys_and_values,
     }

@@ -129,6 +129,8 @@ def test_slices():
         ("all-gather", ("c",), 16, 12, 1),
     }
     assert {c.axes for c in found if not c.across_slices} == {("c",)}
+    assert all(c.asynchronous for c in found if c.across_slices)
+    assert not any(c.overlapped for c in found)  # there is no product to run behind
 
 
 @pytest.mark.parametrize("length", [1, 5])
