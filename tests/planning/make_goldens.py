@@ -76,7 +76,6 @@ def request(
 LAYOUTS = {
     "data": request("v5e:2x4", {"data": 8}, 16, 256),
     "fsdp": request("v5e:2x4", {"fsdp": 8}, 16, 256, model=WIDE),
-    "fsdp_torus": request("v5e:4x4", {"fsdp": 16}, 16, 256),
     "tensor": request("v5e:2x4", {"tensor": 8}, 16, 256),
     "fsdp_tensor": request("v5e:2x4", {"fsdp": 2, "tensor": 4}, 16, 256),
     "context": request("v5e:2x4", {"context": 8}, 4, 2048, "blockwise"),

@@ -119,9 +119,7 @@ def test_tpu_programs_send_little_more_than_they_must(layout: str):
         found[axes] = found.get(axes, 0) + entry["bytes"]
     scalars = {axes: size for axes, size in found.items() if "+" in axes}
     assert all(size < 1024 for size in scalars.values())
-    # Over the whole of a torus libtpu sums gradients by an all-reduce on the links of all its dimensions, and cuts:
-    # twice the bytes of a reduce-scatter, which it makes over a part of a torus only.
-    least = minimum(LAYOUTS[layout], scattering=2 if layout == "fsdp_torus" else 1)
+    least = minimum(LAYOUTS[layout])
     for axis, size in least.items():
         assert 0.999 * size <= found.get(axis, 0) <= 1.1 * size, axis
 

@@ -15,6 +15,9 @@ from llama_jax.__main__ import main
 from llama_jax.planning import estimate
 from llama_jax.run.planning import PLAN_OPTIONS, PLAN_USAGE, workload_of
 
+# Searches with run-time type checks take minutes.
+pytestmark = pytest.mark.slow
+
 TINY = str(Path(__file__).resolve().parents[1] / "tiny_run.py")
 
 

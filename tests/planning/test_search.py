@@ -14,6 +14,9 @@ from llama_jax.parallel import MeshConfig
 from llama_jax.planning import Topology, Workload, best_mesh, estimate, remedy, search
 from llama_jax.planning.search import meshes
 
+# Searches with run-time type checks take minutes.
+pytestmark = pytest.mark.slow
+
 
 def applied(workload: Workload, found: Any) -> Any:
     """The plan of the workload once the advice is followed, as a user would follow it."""
