@@ -21,6 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from works import tokens_per_step
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from train import TUNABLES
+
 OURS = "llama_jax"
 SCRIPTS = {OURS: "ours.py", "torch": "torch_transformers.py", "tunix": "google_tunix.py"}
 PAUSE = 0.5  # seconds between turns: the last one's threads stop spinning
@@ -43,6 +46,7 @@ class Worker:
         hidden = ("PYTHONPATH", "VIRTUAL_ENV", "XLA_FLAGS")
         environment = {key: value for key, value in os.environ.items() if key not in hidden}
         environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        environment |= TUNABLES if name == OURS else {}
         self.name = name
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the worker)
         self.process = subprocess.Popen(

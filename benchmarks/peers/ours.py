@@ -21,9 +21,9 @@ from worker import (
 
 from llama_jax.models import Compute, DecoderConfig, from_params
 from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU
-from llama_jax.training import OptimizerConfig, init_state, make_train_step
+from llama_jax.training import CPU_COMPILER_OPTIONS, OptimizerConfig, init_state, make_train_step
 
-COMPUTE = Compute(dtype="float32", scan_layers=False)
+COMPUTE = Compute(dtype="float32", scan_layers=False, loss_chunk=256)
 
 
 def model_config(work: Work) -> DecoderConfig:
@@ -60,7 +60,7 @@ def train(work: Work) -> tuple[int, Run]:
         clip_norm=CLIP,
     )
     hyper = optimizer.hyper(num_steps=1000)
-    step = make_train_step(model_config(work), COMPUTE)
+    step = make_train_step(model_config(work), COMPUTE, compiler_options=CPU_COMPILER_OPTIONS)
     params = weights(work)
     num_parameters = count(params)
     state = init_state(params, hyper)

@@ -19,7 +19,7 @@ from llama_jax.config import UserError
 from llama_jax.data import Batches, Corpus, ValidationBatches, prepare, read_texts
 from llama_jax.data.windows import Batch
 from llama_jax.models import abstract_params, initialize
-from llama_jax.parallel import MeshConfig, distributed, make_mesh, mesh_axis_sizes
+from llama_jax.parallel import MeshConfig, distributed, make_mesh, mesh_axis_sizes, platform
 from llama_jax.run.config import RunConfig
 from llama_jax.run.directory import SAMPLES_FILE, Run, check_directory, start_run, write_text
 from llama_jax.run.planning import mesh_of
@@ -27,6 +27,7 @@ from llama_jax.run.reporting import Bar, JsonLines, TensorBoard, WeightsAndBiase
 from llama_jax.sampling import generate_text
 from llama_jax.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from llama_jax.training import (
+    CPU_COMPILER_OPTIONS,
     PreflightFailed,
     TrainState,
     init_state,
@@ -146,7 +147,10 @@ class _Loop:
         self.batches = Batches(corpus.train, seed=config.seed, num_prefetch=config.data.num_prefetch, **shape)
         self.validation = ValidationBatches(corpus.validation, max_batches=config.logging.validation_batches, **shape)
         self.train_step = make_train_step(
-            config.model, config.compute, accumulation_steps=config.optimizer.accumulation_steps
+            config.model,
+            config.compute,
+            accumulation_steps=config.optimizer.accumulation_steps,
+            compiler_options=CPU_COMPILER_OPTIONS if platform() == "cpu" else None,
         )
         self.eval_step = make_eval_step(config.model, config.compute)
         self.hyper = config.optimizer.hyper(config.num_steps)

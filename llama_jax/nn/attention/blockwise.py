@@ -96,8 +96,9 @@ def backward(q, k, v, mask: AttentionMask, scale: float, logsumexp, delta, d_out
             p = jnp.exp(scores(q_i, k_j, mask, queries, start, scale) - lse_i)
             d_p = jnp.einsum("bkgth,bksh->bkgts", d_out_i, v_j, preferred_element_type=jnp.float32)
             d_s = (p * (d_p - delta_i) * scale).astype(q.dtype)
-            d_v_j = jnp.einsum("bkgts,bkgth->bksh", p.astype(q.dtype), d_out_i)
-            d_k_j = jnp.einsum("bkgts,bkgth->bksh", d_s, q_i)
+            # Transposed: XLA:CPU would copy the whole block of scores to bring the summed dimension last.
+            d_v_j = jnp.einsum("bkgth,bkgts->bkhs", d_out_i, p.astype(q.dtype)).swapaxes(2, 3)
+            d_k_j = jnp.einsum("bkgth,bkgts->bkhs", q_i, d_s).swapaxes(2, 3)
             return d_q_i + jnp.einsum("bkgts,bksh->bkgth", d_s, k_j), (d_k_j, d_v_j)
 
         d_q_i, (d_k_i, d_v_i) = _over_keys(step, jnp.zeros(q_i.shape, jnp.float32), first, stop)
