@@ -5,6 +5,8 @@ SHELL := /bin/bash
 PYTHON := $(shell for p in python3.12 python3 python3.13 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
+# A file's tests stay together: they share fixtures.
+PARALLEL := -n 2 --dist loadfile
 
 .PHONY: install test test-slow lint demo
 
@@ -32,10 +34,10 @@ lint: install
 	$(BIN)/pyright
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 test-slow: install
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow $(PARALLEL)
 
 # A small Llama on the interpreter's own standard library, then what it writes.
 demo: .venv/library
