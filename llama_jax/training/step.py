@@ -96,7 +96,10 @@ def make_train_step(
             parts = {name: jnp.moveaxis(_split_rows(x, accumulation_steps), 1, 0) for name, x in batch.items()}
             total = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
             zeros = (jax.tree.map(jnp.zeros_like, state.params), jax.tree.map(lambda a: jnp.zeros(a.shape), total[1]))
-            add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None)  # noqa: E731
+            # Through the barrier libtpu does not see that the sum over devices could wait for the loop's end; where it
+            # does, it fails on the embedding's ("while_loop_all_reduce_code_motion.cc: RET_CHECK failure").
+            keep = jax.lax.optimization_barrier
+            add = lambda total, part: (jax.tree.map(lambda t, g: t + keep(g), total, gradient(part)), None)  # noqa: E731
             (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
         rate = learning_rate(state.step, hyper)
         updates, opt_state = make_optimizer(hyper).update(grads, state.opt_state, state.params)
