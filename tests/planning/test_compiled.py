@@ -112,3 +112,11 @@ def test_a_mesh_that_no_side_of_the_torus_has(small: CompileRequest):
     step = compile_step(dataclasses.replace(small, topology="v6e:4x4", mesh=MeshConfig(fsdp=8, tensor=2)))
     assert step.num_devices == 16
     assert {c.axes for c in step.collectives} >= {("fsdp",), ("tensor",)}
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_batch_in_parts(small: CompileRequest):
+    optimizer = dataclasses.replace(small.optimizer, accumulation_steps=2)
+    step = compile_step(dataclasses.replace(LAYOUTS["fsdp"], optimizer=optimizer))
+    assert any(c.loops[0] == 2 for c in step.collectives if c.loops)
