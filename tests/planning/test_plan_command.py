@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 import types
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from rich.console import Console
 
 import llama_jax
 from llama_jax.__main__ import main
-from llama_jax.planning import estimate
+from llama_jax.planning import CompiledStep, CompileRequest, DoesNotFit, Memory, estimate
+from llama_jax.planning.collectives import Collective
 from llama_jax.run.planning import PLAN_OPTIONS, PLAN_USAGE, workload_of
 
 # Searches with run-time type checks take minutes.
@@ -115,46 +115,41 @@ def test_help(capsys: pytest.CaptureFixture[str]):
     assert all(f"--{name.replace('_', '-')}" in PLAN_USAGE for name in PLAN_OPTIONS)
 
 
-class Compiled:
-    """What `planning.compiled` would have said."""
-
-    class memory:
-        arguments, total = 1 << 30, 2 << 30
-
-    collectives = (types.SimpleNamespace(kind="all-gather", axes=("fsdp",), bytes=1 << 20, count=32, overlapped=True),)
-
-
-class DoesNotFit(Exception):
-    pass
+GIB = 1 << 30
+COMPILED = CompiledStep(
+    num_devices=64,
+    memory=Memory(arguments=GIB, outputs=GIB, aliased=GIB, temporaries=GIB, generated_code=0),
+    flops=1,
+    collectives=(
+        Collective("all-gather", ("fsdp",), 64, ("bf16[512,1024]",), 1 << 20, (32,), True, True, False, "gather"),
+    ),
+    seconds=1.0,
+)
 
 
 @pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """In place of libtpu: `compiled.answer` is what it says."""
-    module = types.ModuleType("llama_jax.planning.compiled")
-    module.requests = []  # type: ignore[attr-defined]
+def compiler(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """In place of libtpu: `compiler.answer` is what it says."""
+    compiler = types.SimpleNamespace(requests=[])
 
-    def compile_step(request):
-        module.requests.append(request)  # type: ignore[attr-defined]
-        if isinstance(module.answer, Exception):  # type: ignore[attr-defined]
-            raise module.answer  # type: ignore[attr-defined]
-        return module.answer  # type: ignore[attr-defined]
+    def compile_step(request: CompileRequest) -> CompiledStep:
+        compiler.requests.append(request)
+        if isinstance(compiler.answer, Exception):
+            raise compiler.answer
+        return compiler.answer
 
-    module.CompileRequest = lambda **fields: fields  # type: ignore[attr-defined]
-    module.compile_step, module.DoesNotFit = compile_step, DoesNotFit  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(llama_jax.planning, "compiled", module, raising=False)
-    return module
+    monkeypatch.setattr("llama_jax.run.planning.compile_step", compile_step)
+    return compiler
 
 
 def test_xla_s_figures_stand_beside_the_estimate_and_decide(compiler, capsys: pytest.CaptureFixture[str]):
-    compiler.answer = Compiled()
+    compiler.answer = COMPILED
     config = llama_jax.load_config("llama2_7b")
     assert not estimate(workload_of(config), llama_jax.planning.Topology.parse("v5e:8x8")).fits
     code, out, _ = told(["llama2_7b", "--topology", "v5e:8x8", "--compile"], capsys)
     assert code == 0, "XLA's figure decides"
-    assert compiler.requests[0]["topology"] == "v5e:8x8"
-    assert compiler.requests[0]["model"] == config.model
+    assert compiler.requests[0].topology == "v5e:8x8"
+    assert compiler.requests[0].model == config.model
     assert re.search(r"= arguments +1\.18 +1\.00", out)
     assert re.search(r"all-gather +fsdp +32\.0 +32 +yes", out)
     compiler.answer = DoesNotFit("Used 20.1G of 15.75G hbm.")

@@ -32,7 +32,7 @@ def applied(workload: Workload, found: Any) -> Any:
         ("v5e:4x4", {"compute.remat": "dots", "mesh.data": 16, "mesh.fsdp": 1}),
         ("v6e:4x4", {"compute.remat": "none", "global_batch_size": 16}),
         ("h100:2x8", {"compute.remat": "none"}),
-        ("v5p:2x2x4", {"sequence_length": 131072, "model.max_positions": 131072, "global_batch_size": 16}),
+        ("v5p:2x2x4", {"sequence_length": 131072, "model.max_positions": 131072, "global_batch_size": 32}),
     ],
     ids=str,
 )
@@ -70,7 +70,7 @@ def test_more_chips_where_no_option_helps(llama: Workload):
 
 
 def test_a_step_that_waits_for_its_network_gets_faster(llama: Workload):
-    workload = override(llama, {"compute.remat": "full", "global_batch_size": 256, "mesh.tensor": 32})
+    workload = override(llama, {"compute.remat": "full", "global_batch_size": 64, "mesh.tensor": 32})
     machine = Topology.parse("v5e:16x16")
     plan = estimate(workload, machine)
     assert plan.fits
