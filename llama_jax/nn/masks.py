@@ -35,17 +35,22 @@ class AttentionMask:
     kernel: str = "auto"
     context: str = "ring"
 
-    def allowed(self, queries: slice, first_key: int | Array, num_keys: int) -> Bool[Array, "#b t s"]:
-        """Dense mask of a block of queries against `num_keys` keys from `first_key` on, which may be traced."""
+    def allowed(
+        self, first_query: int | Array, num_queries: int, first_key: int | Array, num_keys: int
+    ) -> Bool[Array, "#b t s"]:
+        """Dense mask of a block of queries against a block of keys; where they begin may be traced."""
+
+        def queries(x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, first_query, num_queries, axis=1)[..., None]
 
         def keys(x: jax.Array, axis: int) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(x, first_key, num_keys, axis=axis)
 
         key_index = first_key + jnp.arange(num_keys) if self.key_index is None else keys(self.key_index, 0)
         if self.q_index is None:
-            q_index = jnp.arange(queries.start, queries.stop)[None, :, None]
+            q_index = (first_query + jnp.arange(num_queries))[None, :, None]
         else:
-            q_index = self.q_index[:, queries, None]
+            q_index = queries(self.q_index)
         allowed = key_index <= q_index if self.causal else jnp.ones((*q_index.shape[:2], num_keys), bool)
         if self.window is not None:
             allowed &= key_index > q_index - self.window
@@ -53,5 +58,5 @@ class AttentionMask:
                 allowed &= key_index < q_index + self.window
         if self.segment_ids is not None:
             key_segments = self.segment_ids if self.key_segment_ids is None else self.key_segment_ids
-            allowed &= self.segment_ids[:, queries, None] == keys(key_segments, 1)[:, None]
+            allowed &= queries(self.segment_ids) == keys(key_segments, 1)[:, None]
         return allowed

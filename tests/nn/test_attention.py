@@ -140,6 +140,25 @@ def test_memory_of_the_gradient_is_linear_in_the_sequence(monkeypatch: pytest.Mo
     assert long < plain_long / 4
 
 
+@pytest.mark.parametrize("case", ["causal", "segments, grouped", "prefill"])
+def test_no_masks_are_kept_for_a_scan_over_layers(case: str, monkeypatch: pytest.MonkeyPatch):
+    """JAX computes what is the same in all layers once, before the scan: not all blocks of the mask, then."""
+    for name, size in {"MAX_QUERY_BLOCKS": 4, "MIN_QUERY_BLOCK": 32, "KEY_BLOCK": 32}.items():
+        monkeypatch.setattr(blockwise, name, size)
+
+    def loss(scales, q, k, v, mask):
+        layer = lambda x, scale: (kernels.online(scale * x, k, v, mask, scale=SCALE), None)  # noqa: E731
+        return jax.lax.scan(jax.checkpoint(layer), q, scales)[0].sum()
+
+    def temporary_bytes(length: int) -> int:
+        segments, places = jnp.zeros((BATCH, length), jnp.int32), jnp.tile(jnp.arange(length), (BATCH, 1))
+        masks = {"causal": {}, "segments, grouped": {"segment_ids": segments}, "prefill": {"q_index": places}}
+        arguments = jnp.ones(3), *inputs(length, 2)[:3], AttentionMask(**masks[case])
+        return jax.jit(jax.grad(loss)).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(512) < 2.3 * temporary_bytes(256)
+
+
 def test_kernels_are_chosen_by_name_and_length(monkeypatch: pytest.MonkeyPatch):
     def chosen(name: str, length: int, dtype=jnp.float32, **fields) -> str:
         q, k, _, _ = inputs(length, 2, dtype=dtype)

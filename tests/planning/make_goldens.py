@@ -79,6 +79,8 @@ LAYOUTS = {
     "tensor": request("v5e:2x4", {"tensor": 8}, 16, 256),
     "fsdp_tensor": request("v5e:2x4", {"fsdp": 2, "tensor": 4}, 16, 256),
     "context": request("v5e:2x4", {"context": 8}, 4, 2048, "blockwise"),
+    "fsdp_torus": request("v5e:4x4", {"fsdp": 16}, 32, 256, model=WIDE),
+    "fsdp_tensor_torus": request("v5e:4x4", {"fsdp": 4, "tensor": 4}, 32, 256),
     "two_slices": request("2x v5e:2x2", {"data": 2, "fsdp": 4}, 16, 256),
 }
 

@@ -119,14 +119,16 @@ def test_tpu_programs_send_little_more_than_they_must(layout: str):
         found[axes] = found.get(axes, 0) + entry["bytes"]
     scalars = {axes: size for axes, size in found.items() if "+" in axes}
     assert all(size < 1024 for size in scalars.values())
-    least = minimum(LAYOUTS[layout])
+    # Over both sides of a torus libtpu sums in all directions at once and cuts afterwards, even what is `psum_scatter`
+    # in JAX: twice the bytes over twice the links.
+    least = minimum(LAYOUTS[layout], scattering=2 if layout == "fsdp_torus" else 1)
     for axis, size in least.items():
         assert 0.999 * size <= found.get(axis, 0) <= 1.1 * size, axis
 
 
+# Blockwise attention computes a part of the masked scores, the ring another part.
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "context"])
 def test_flops_are_those_of_the_model_wherever_it_runs(layout: str):
-    if layout == "context":
-        pytest.skip("blockwise attention computes a part of the masked scores, the ring another part")
     request = LAYOUTS[layout]
     model, length = request.model, request.sequence_length
     inner = abstract_params(model)["layers.feed_forward.up_proj.weight"].size // model.num_layers

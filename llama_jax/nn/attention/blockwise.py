@@ -49,12 +49,12 @@ def row_sums(d_out: Grouped, out: Grouped) -> Float[Array, "b k g t"]:
     return jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
 
-def scores(q: Grouped, k: Keys, mask: AttentionMask, queries: slice, start, scale: float) -> Float[Array, "b k g t s"]:
-    """Masked float32 scores against keys [start, start + S); `start` may be traced."""
+def scores(q: Grouped, k: Keys, mask: AttentionMask, first_query, first_key, scale: float) -> Float[Array, "b k g t s"]:
+    """Masked float32 scores of queries [first_query, first_query + T) against keys [first_key, first_key + S)."""
     b, n_kv, g, t, h = q.shape
     # The heads of a group are stacked on the query dimension: one product per kv head.
     s = jnp.einsum("bkmh,bksh->bkms", q.reshape(b, n_kv, g * t, h), k, preferred_element_type=jnp.float32)
-    allowed = mask.allowed(queries, start, k.shape[2])
+    allowed = mask.allowed(first_query, t, first_key, k.shape[2])
     return jnp.where(allowed[:, None, None], s.reshape(b, n_kv, g, t, k.shape[2]) * scale, MASKED)
 
 
@@ -62,13 +62,14 @@ def forward(
     q: Grouped, k: Keys, v: Keys, mask: AttentionMask, scale: float
 ) -> tuple[Float[Array, "b k g t h"], Float[Array, "b k g t"]]:
     """The result in float32, and the logsumexp of each row's scores, by which results over other keys can join."""
-    outs, logsumexps = [], []
-    for queries, first, stop in _query_blocks(q.shape[3], k.shape[2], mask):
-        q_i = q[:, :, :, queries]
+    q, mask, zero = _together(q, mask)
 
-        def step(carry, start, size, q_i=q_i, queries=queries):
+    def block(carry, begin, size, first, stop):
+        q_i = _block(q, begin, size, 3)
+
+        def step(carry, start, size):
             top, total, out = carry
-            s = scores(q_i, _block(k, start, size), mask, queries, start, scale)
+            s = scores(q_i, _block(k, start, size), mask, begin, start, scale)
             new_top = jnp.maximum(top, s.max(-1))
             p = jnp.exp(s - new_top[..., None])
             shrink = jnp.exp(top - new_top)
@@ -77,23 +78,23 @@ def forward(
 
         shape = q_i.shape[:-1]
         init = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(q_i.shape, jnp.float32))
-        (top, total, out), _ = _over_keys(step, init, first, stop)
-        outs.append(out / total[..., None])
-        logsumexps.append(top + jnp.log(total))
-    return jnp.concatenate(outs, axis=3), jnp.concatenate(logsumexps, axis=3)
+        (top, total, out), _ = _over_keys(step, init, zero, first, stop)
+        return carry, (out / total[..., None], top + jnp.log(total))
+
+    return _over_queries(block, (), q.shape[3], k.shape[2], mask)[1]
 
 
 def backward(q, k, v, mask: AttentionMask, scale: float, logsumexp, delta, d_out) -> tuple[jax.Array, ...]:
     """Gradients in q, k and v, float32. `logsumexp` and `delta` (`row_sums`) are those over all keys of the row."""
-    d_q = []
-    d_k, d_v = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for queries, first, stop in _query_blocks(q.shape[3], k.shape[2], mask):
-        q_i, d_out_i = q[:, :, :, queries], d_out[:, :, :, queries]
-        lse_i, delta_i = logsumexp[:, :, :, queries, None], delta[:, :, :, queries, None]
+    q, mask, zero = _together(q, mask)
 
-        def step(d_q_i, start, size, q_i=q_i, d_out_i=d_out_i, lse_i=lse_i, delta_i=delta_i, queries=queries):
+    def block(carry, begin, size, first, stop):
+        q_i, d_out_i, lse_i, delta_i = (_block(x, begin, size, 3) for x in (q, d_out, logsumexp, delta))
+        lse_i, delta_i = lse_i[..., None], delta_i[..., None]
+
+        def step(d_q_i, start, size):
             k_j, v_j = _block(k, start, size), _block(v, start, size)
-            p = jnp.exp(scores(q_i, k_j, mask, queries, start, scale) - lse_i)
+            p = jnp.exp(scores(q_i, k_j, mask, begin, start, scale) - lse_i)
             d_p = jnp.einsum("bkgth,bksh->bkgts", d_out_i, v_j, preferred_element_type=jnp.float32)
             d_s = (p * (d_p - delta_i) * scale).astype(q.dtype)
             # Transposed: XLA:CPU would copy the whole block of scores to bring the summed dimension last.
@@ -101,37 +102,64 @@ def backward(q, k, v, mask: AttentionMask, scale: float, logsumexp, delta, d_out
             d_k_j = jnp.einsum("bkgth,bkgts->bkhs", q_i, d_s).swapaxes(2, 3)
             return d_q_i + jnp.einsum("bkgts,bksh->bkgth", d_s, k_j), (d_k_j, d_v_j)
 
-        d_q_i, (d_k_i, d_v_i) = _over_keys(step, jnp.zeros(q_i.shape, jnp.float32), first, stop)
-        d_q.append(d_q_i)
-        d_k, d_v = d_k.at[:, :, first:stop].add(d_k_i), d_v.at[:, :, first:stop].add(d_v_i)
-    return jnp.concatenate(d_q, axis=3), d_k, d_v
+        d_q_i, d_keys = _over_keys(step, jnp.zeros(q_i.shape, jnp.float32), zero, first, stop)
+        carry = tuple(total.at[:, :, first:stop].add(d) for total, d in zip(carry, d_keys, strict=True))
+        return carry, (d_q_i,)
+
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
+    (d_k, d_v), (d_q,) = _over_queries(block, zeros, q.shape[3], k.shape[2], mask)
+    return d_q, d_k, d_v
 
 
-def _query_blocks(num_queries: int, num_keys: int, mask: AttentionMask):
-    """(queries, first key, end of keys) that each block may need; static, so that nothing masked is computed."""
+def _together(q: Grouped, mask: AttentionMask) -> tuple[Grouped, AttentionMask, jax.Array]:
+    """q, the mask, and a 0 for the places of keys, none of which is known before the others.
+
+    The mask of a block is the same in every layer. In the gradient of a scan over layers JAX computes what is the same
+    in all of them once, before: that would be the masks of all blocks, quadratic in the sequence.
+    """
+    return jax.lax.optimization_barrier((q, mask, jnp.int32(0)))
+
+
+def _over_queries(block, carry, num_queries: int, num_keys: int, mask: AttentionMask):
+    """`block(carry, begin, size, first, stop) -> (carry, ys)` over blocks of queries and the keys [first, stop) that
+    each may need; ys joined over queries. A scan where all need all keys; else what is masked is not computed."""
     size = max(MIN_QUERY_BLOCK, -(-num_queries // MAX_QUERY_BLOCKS))
-    for start in range(0, num_queries, size):
-        stop = min(start + size, num_queries)
-        if mask.q_index is not None or mask.key_index is not None:
-            yield slice(start, stop), 0, num_keys
-            continue
-        reach = num_keys if mask.window is None else mask.window - 1
-        yield slice(start, stop), max(0, start - reach), stop if mask.causal else min(num_keys, stop + reach)
+    anywhere = mask.q_index is not None or mask.key_index is not None
+    reach = num_keys if mask.window is None else mask.window - 1
+    if num_queries > size and num_queries % size == 0 and (anywhere or (not mask.causal and mask.window is None)):
+        begins = jnp.arange(0, num_queries, size)
+        carry, ys = jax.lax.scan(lambda c, begin: block(c, begin, size, 0, num_keys), carry, begins)
+        return carry, jax.tree.map(lambda a: _joined(a, 3), ys)
+    parts = []
+    for begin in range(0, num_queries, size):
+        end = min(begin + size, num_queries)
+        last = end if mask.causal else min(num_keys, end + reach)
+        first, stop = (0, num_keys) if anywhere else (max(0, begin - reach), last)
+        carry, ys = block(carry, begin, end - begin, first, stop)
+        parts.append(ys)
+    return carry, jax.tree.map(lambda *a: jnp.concatenate(a, axis=3), *parts)
 
 
-def _over_keys(step, carry, first: int, stop: int):
+def _over_keys(step, carry, zero: jax.Array, first: int, stop: int):
     """`step(carry, start, size)` over key blocks: a scan over the full ones, then the rest; ys joined over keys."""
     full = (stop - first) // KEY_BLOCK if stop - first > KEY_BLOCK else 0
+    start = first + full * KEY_BLOCK
     ys = []
     if full:
-        carry, y = jax.lax.scan(lambda c, i: step(c, first + i * KEY_BLOCK, KEY_BLOCK), carry, jnp.arange(full))
-        ys.append(jax.tree.map(lambda a: jnp.moveaxis(a, 0, 2).reshape(*a.shape[1:3], -1, a.shape[-1]), y))
-    start = first + full * KEY_BLOCK
+        starts = jnp.arange(first, start, KEY_BLOCK)
+        carry, y = jax.lax.scan(lambda c, start: step(c, zero + start, KEY_BLOCK), carry, starts)
+        ys.append(jax.tree.map(lambda a: _joined(a, 2), y))
     if start < stop:
         carry, y = step(carry, start, stop - start)
         ys.append(y)
     return carry, jax.tree.map(lambda *a: jnp.concatenate(a, axis=2), *ys)
 
 
-def _block(x, start, size: int):
-    return jax.lax.dynamic_slice_in_dim(x, start, size, axis=2)
+def _joined(blocks: jax.Array, axis: int) -> jax.Array:
+    """[n, ..., size, ...] -> [..., n size, ...], `axis` that of size without n."""
+    shape = blocks.shape[1:]
+    return jnp.moveaxis(blocks, 0, axis).reshape(*shape[:axis], -1, *shape[axis + 1 :])
+
+
+def _block(x, start, size: int, axis: int = 2):
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
