@@ -1,22 +1,26 @@
-"""Writes the tables of the README that the package knows better: `python docs/tables.py`."""
+"""Writes the tables of the pages that the package knows better: `python docs/tables.py`."""
 
 import dataclasses
 import functools
+import json
 import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from compiled_plans import FILE, LONG, PLANS, README_PLANS, TUNED_ON, plan
 
 import llama_jax
+from llama_jax.config import from_json
 from llama_jax.models import Compute, DecoderConfig
 from llama_jax.nn import GroupedQuery, SwiGLU
 from llama_jax.parallel import MeshConfig
-from llama_jax.planning import Topology, Workload, estimate
+from llama_jax.planning import Memory, Topology, Workload, estimate
 from llama_jax.planning.report import duration, gib, mesh_text
 from llama_jax.training import OptimizerConfig, train_flops_per_token
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+COMPILED = json.loads(FILE.read_text("utf-8"))
 
 
 def presets_table() -> str:
@@ -35,42 +39,63 @@ def presets_table() -> str:
     return "\n".join(rows)
 
 
-# (what, config, topology, changes): a global batch of 4M tokens each.
-PLANS: list[tuple[str, str, str, dict[str, Any]]] = [
-    ("Llama-2 7B", "llama2_7b", "v5e:8x8", {"optimizer.accumulation_steps": 4}),
-    ("Llama-2 7B", "llama2_7b", "v5e:16x16", {}),
-    ("Llama-2 70B", "llama2_70b", "v5p:4x4x8", {}),
-    ("Llama-2 70B", "llama2_70b", "v6e:16x16", {"optimizer.accumulation_steps": 2}),
-    *(
-        (
-            "Llama-3 8B, 131,072 positions",
-            "llama3_8b",
-            "v5p:4x4x8",
-            {
-                "model.max_positions": 131072,
-                "sequence_length": 131072,
-                "global_batch_size": 32,
-                "mesh.context": context,
-                "optimizer.accumulation_steps": context // 4,
-            },
-        )
-        for context in (4, 8, 16)
-    ),
-]
-
-
 def plans_table() -> str:
-    """What the planner estimates of a few runs."""
-    rows = ["| run | chips | mesh | parts of the batch | GiB a chip | of | step | bound by | MFU | tokens/s |"]
-    rows.append("|---|---|---|---:|---:|---:|---:|---|---:|---:|")
-    for what, name, topology, changes in PLANS:
-        plan = llama_jax.plan(llama_jax.load_config(name, changes), topology).plan
+    """What the planner estimates of a few runs, and XLA's figure of memory."""
+    rows = ["| run | chips | mesh | parts of the batch | GiB a chip | by XLA | of | step | bound by | MFU | tokens/s |"]
+    rows.append("|---|---|---|---:|---:|---:|---:|---:|---|---:|---:|")
+    for command, what in README_PLANS.items():
+        found = plan(command).plan
         cells = (
-            what, f"{plan.topology} ({plan.num_chips})", mesh_text(plan.mesh), plan.accumulation_steps,
-            gib(plan.total_bytes), gib(plan.capacity), duration(plan.step_seconds), plan.bound, f"{plan.mfu:.1%}",
-            f"{plan.tokens_per_second:,.0f}",
+            what, f"{found.topology} ({found.num_chips})", mesh_text(found.mesh), found.accumulation_steps,
+            gib(found.total_bytes), gib(xla_bytes(command)), gib(found.capacity), duration(found.step_seconds),
+            found.bound, f"{found.mfu:.1%}", f"{found.tokens_per_second:,.0f}",
         )  # fmt: skip
         rows.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(rows)
+
+
+def xla_bytes(command: str) -> int:
+    """Memory of a chip as XLA counts it."""
+    return from_json(Memory, COMPILED[command]["memory"]).total
+
+
+def memory_table() -> str:
+    """Every estimate of memory beside XLA's figure."""
+    rows = ["| `python -m llama_jax plan` ... | tuned on | estimate, GiB | XLA, GiB | difference |"]
+    rows.append("|---|---|---:|---:|---:|")
+    for command in PLANS:
+        estimated, found = plan(command).plan.total_bytes, xla_bytes(command)
+        tuned = "yes" if command in TUNED_ON else ""
+        rows.append(
+            f"| `{command}` | {tuned} | {gib(estimated)} | {gib(found)} | {100 * (estimated / found - 1):+.1f} % |"
+        )
+    return "\n".join(rows)
+
+
+def context_table() -> str:
+    """How what XLA makes beside the arguments falls with the context axis, parameters over eight chips."""
+    rows = ["| chips | mesh | arguments, GiB | beside them, GiB |"]
+    rows.append("|---|---|---:|---:|")
+    found = [(plan(c).plan, from_json(Memory, COMPILED[c]["memory"])) for c in PLANS if LONG in c]
+    for estimated, memory in sorted(found, key=lambda pair: pair[0].mesh["context"]):
+        if estimated.mesh["fsdp"] == 8:
+            cells = (
+                f"{estimated.topology} ({estimated.num_chips})", mesh_text(estimated.mesh), gib(memory.arguments),
+                gib(memory.total - memory.arguments),
+            )  # fmt: skip
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def collectives_table() -> str:
+    """What XLA's programs of the README's plans send, and how much of it behind products."""
+    rows = ["| `python -m llama_jax plan` ... | collective | GiB a chip sends in a step | behind products |"]
+    rows.append("|---|---|---:|---:|")
+    for command in README_PLANS:
+        for what, sent in COMPILED[command]["collectives"].items():
+            if sent["bytes"] > 2**20:
+                hidden = f"{sent['overlapped'] / sent['bytes']:.0%}"
+                rows.append(f"| `{command}` | {what} | {gib(sent['bytes'])} | {hidden} |")
     return "\n".join(rows)
 
 
@@ -159,19 +184,24 @@ def published_table() -> str:
     return "\n".join(rows)
 
 
-TABLES = {"presets": presets_table, "plans": plans_table, "published runs": published_table}
+README, PLANNING = "README.md", "docs/planning.md"
+TABLES = {
+    README: {"presets": presets_table, "plans": plans_table, "published runs": published_table},
+    PLANNING: {"memory": memory_table, "context": context_table, "collectives": collectives_table},
+}
 
 
-def with_tables(text: str) -> str:
-    """The README's text with its tables as they should be."""
-    for name, table in TABLES.items():
+def with_tables(page: str, text: str) -> str:
+    """The text of a page with its tables as they should be."""
+    for name, table in TABLES[page].items():
         block = f"<!-- {name}: written by docs/tables.py -->\n{table()}\n<!-- end of {name} -->"
         pattern = f"<!-- {name}: written by docs/tables.py -->.*<!-- end of {name} -->"
         text, count = re.subn(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
-        assert count == 1, f"README.md has lost the marks of its {name} table"
+        assert count == 1, f"{page} has lost the marks of its {name} table"
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text("utf-8")), encoding="utf-8")
+    for page in TABLES:
+        (ROOT / page).write_text(with_tables(page, (ROOT / page).read_text("utf-8")), encoding="utf-8")
     print(f"efficiency of matrix units fitted on all published runs: {fitted_efficiency(PUBLISHED):.3f}")

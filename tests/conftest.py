@@ -27,7 +27,8 @@ import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-install_import_hook("llama_jax", "beartype.beartype")
+# An int is a float to type checkers, and to users.
+install_import_hook("llama_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 import tiny_run  # noqa: E402
 

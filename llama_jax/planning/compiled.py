@@ -1,7 +1,8 @@
 """The real train step, compiled by XLA for a machine that is not here.
 
-libtpu compiles for any TPU topology without one. Once it is loaded it changes what a process says and which devices it
-looks for, so that happens in a process of its own, JSON in and out.
+libtpu compiles for any TPU topology without one, JAX's CUDA plugin for any GPU that is described to it. Once they are
+loaded they change what a process says and which devices it looks for, so that happens in a process of its own, JSON in
+and out.
 """
 
 import contextlib
@@ -28,7 +29,9 @@ from jax.sharding import NamedSharding
 from llama_jax.config import UserError, from_json, to_json
 from llama_jax.models import Compute, ModelConfig, abstract_params
 from llama_jax.parallel import MeshConfig, make_mesh, spec
-from llama_jax.planning.collectives import Collective, read_collectives
+from llama_jax.planning.collectives import SLICE_IDS, Collective, read_collectives
+from llama_jax.planning.gpu_target import GPU_TARGETS
+from llama_jax.planning.hardware import Topology
 from llama_jax.planning.hlo import Program
 from llama_jax.training import OptimizerConfig, init_state, make_train_step
 
@@ -39,12 +42,18 @@ BATCH_DTYPES = {
     "segment_ids": jnp.int32,
     "positions": jnp.int32,
 }
-# For the process that loads libtpu: do not look for a TPU, do not mind that another process has one.
+# For the process that loads the compiler: do not look for an accelerator, do not mind that another process has it.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_ENABLE_COMPILATION_CACHE": "false",
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+# JAX finds its CUDA plugin only where no platform is named; the CPU is what is left to it.
+GPU_ENVIRONMENT = ENVIRONMENT | {
+    "JAX_PLATFORMS": "",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "CUDA_VISIBLE_DEVICES": "",
 }
 
 
@@ -56,7 +65,7 @@ class DoesNotFit(RuntimeError):
 class CompileRequest:
     """A train step, and the machine to compile it for.
 
-    topology: chips of a TPU, `v5e:8x8` or `v5p:4x4x8`; of several slices, `2x v5e:8x8`.
+    topology: chips of a TPU, `v5e:8x8` or `v5p:4x4x8`; of several slices, `2x v5e:8x8`; nodes and GPUs, `h100:4x8`.
     model: what is trained.
     compute: how it is computed.
     optimizer: how it is trained.
@@ -119,14 +128,24 @@ class CompiledStep:
 def compile_step(request: CompileRequest) -> CompiledStep:
     """Compiles the train step for the request's topology, in another process.
 
-    Waits while another such process of this machine runs. Raises UserError where libtpu is missing, where it does not
-    know the topology, and for a mesh that does not fit it; DoesNotFit when a device's memory is too small; RuntimeError
-    with XLA's words when it cannot compile.
+    Waits while another such process of this machine runs. Raises UserError where the compiler is missing or does not
+    know the topology, for a mesh that does not fit it, and for an attention kernel that needs its GPU to be compiled;
+    DoesNotFit when a device's memory is too small; RuntimeError with XLA's words when it cannot compile.
     """
-    if importlib.util.find_spec("libtpu") is None:
+    is_gpu = _is_gpu(request.topology)
+    module, name, extra = "libtpu", "libtpu", "plan"
+    if is_gpu:
+        module, name, extra = "jax_cuda13_plugin", "JAX's CUDA plugin", "plan-gpu"
+    if importlib.util.find_spec(module) is None:
         raise UserError(
-            f"compiling for topology={request.topology!r} needs libtpu, which is not installed: "
-            "pip install 'llama_jax[plan]'"
+            f"compiling for topology={request.topology!r} needs {name}, which is not installed: "
+            f"pip install 'llama_jax[{extra}]'"
+        )
+    kernel = request.compute.attention_kernel
+    if is_gpu and (kernel == "cudnn" or (kernel == "auto" and request.mesh.context == 1)):
+        raise UserError(
+            f"compute.attention_kernel={kernel!r}: cuDNN's kernel cannot be compiled where its GPU is not: "
+            "--compute.attention-kernel blockwise can"
         )
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     with _one_at_a_time():
@@ -135,7 +154,7 @@ def compile_step(request: CompileRequest) -> CompiledStep:
             input=json.dumps(to_json(request)),
             capture_output=True,
             text=True,
-            env=os.environ | ENVIRONMENT | {"PYTHONPATH": path},
+            env=os.environ | (GPU_ENVIRONMENT if is_gpu else ENVIRONMENT) | {"PYTHONPATH": path},
         )
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
@@ -158,8 +177,18 @@ def _one_at_a_time() -> Iterator[None]:
         yield
 
 
+def _is_gpu(topology: str) -> bool:
+    return topology.partition(":")[0] in GPU_TARGETS
+
+
 def get_devices(topology: str) -> list[Any]:
-    """Stand-ins for the devices of a TPU topology. Raises UserError for one that libtpu does not know."""
+    """Stand-ins for the devices of a topology. Raises UserError for one that the compiler does not know."""
+    if _is_gpu(topology):
+        machine = Topology.parse(topology)
+        target = GPU_TARGETS[machine.chip.name].proto()
+        # Nodes x 1 x GPUs of a node.
+        shape = f"{machine.num_slices}x1x{machine.shape[0]}"
+        return topologies.get_topology_desc("", platform="cuda", target_config=target, topology=shape).devices
     found = re.fullmatch(r"(?:(\d+)x )?([a-z]\w*:(\d+(?:x\d+)*))", topology)
     if found is None:
         raise UserError(f"topology={topology!r} is not of the form v5e:8x8, v5p:4x4x8 or 2x v5e:8x8")
@@ -192,7 +221,8 @@ def describe(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, seconds: fl
     """What a compiled program needs and communicates."""
     stats: Any = compiled.memory_analysis()
     program = Program(compiled.as_text() or "")
-    ids = [device.id for device in mesh.devices.flat]
+    # The number of a TPU tells its slice; that of a GPU does not tell its node.
+    ids = [d.id + (SLICE_IDS * (1 + d.process_index) if d.platform == "gpu" else 0) for d in mesh.devices.flat]
     return CompiledStep(
         num_devices=mesh.size,
         memory=Memory(

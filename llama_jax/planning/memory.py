@@ -17,7 +17,8 @@ BATCH_ARRAYS, BATCH_ITEMSIZE = 5, 4  # tokens, targets, weights, segment ids and
 # in its backward pass.
 WORKING_SET = {"none": 1.15, "dots": 1.8, "attention": 2.0, "full": 2.0}
 ON_CHIP = 0.9  # of a TPU's on-chip memory, which XLA fills with a layer's arrays
-GATHERED_LAYERS = 0.8  # whole weights and gradients of weights alive at once, in layers
+# Whole weights and gradients of weights alive at once, in layers: less where a weight fits into on-chip memory.
+GATHERED_LAYERS, GATHERED_ON_CHIP = 1.5, 0.8
 CHUNK_COPIES = 2.25  # of a chunk of float32 logits: themselves, their softmax, their gradient
 SCORE_COPIES = 4  # of a block of float32 scores in blockwise attention's backward pass
 SCORE_BLOCK, MIN_SCORE_BLOCK, SCORE_BLOCKS = 512, 128, 16  # nn.attention.blockwise
@@ -84,7 +85,16 @@ def saved_bytes(local: Local) -> int:
     return per_token * local.tokens + gathered
 
 
-def _places(local: Local, chip: Chip) -> list[dict[str, int | float]]:
+def _tile_padding(local: Local, platform: str) -> int:
+    """What TPUs keep of queries, keys, values and results beyond their elements: their tiles have 128 columns."""
+    if platform != "tpu" or local.workload.compute.remat != "none":
+        return 0
+    of, columns = widths(local), 128
+    head_dim = max(1, of.mixed // (local.model.heads * local.workload.model.num_layers))
+    return (2 * of.mixed + local.model.keys) * local.itemsize * local.tokens * (-head_dim % columns) // head_dim
+
+
+def _places(local: Local, chip: Chip) -> list[dict[str, float]]:
     """What is alive at each place where memory can peak, arguments aside."""
     model, tokens, size = local.workload.model, local.tokens, local.itemsize
     stored = sum(w.stored for w in local.model.weights)
@@ -92,14 +102,16 @@ def _places(local: Local, chip: Chip) -> list[dict[str, int | float]]:
     embedding = local.model["embedding.weight"]
     head = embedding if model.tie_embeddings else local.model["lm_head.weight"]
 
-    saved = saved_bytes(local)
+    saved = saved_bytes(local) + _tile_padding(local, chip.platform)
     cast = of_layers * size if size < 4 else 0  # all layers at once: the casts are moved out of the loop over layers
     running = 4 * stored if local.workload.parts > 1 else 0  # the sum over the parts so far
     length = local.workload.sequence_length // local.sizes["context"]
     chunk = 4 * local.model.vocab * tokens / math.ceil(length / local.workload.compute.loss_chunk)
     d_head = 4 * head.used  # summed over the chunks in float32; reduced over the devices when all else is done
     hidden = tokens * model.hidden_size * size
+    largest = size * max((w.used for w in local.model.products), default=0)
     layer = size * sum(w.used for w in local.model.products) / len(set(model.layer_pieces()))
+    gathered = layer * (GATHERED_ON_CHIP if largest <= chip.on_chip else GATHERED_LAYERS)
     of = widths(local)
     working = WORKING_SET[local.workload.compute.remat] * (of.inputs + of.outputs + of.residual) / model.num_layers
     attention = _attention_workspace(local, chip.platform)
@@ -113,7 +125,7 @@ def _places(local: Local, chip: Chip) -> list[dict[str, int | float]]:
         {
             "gradients": 4 * of_layers + running,
             "activations": saved,
-            "weights": cast + GATHERED_LAYERS * layer,
+            "weights": cast + gathered,
             "logits": d_head,
             "layer": max(0.0, working * tokens * size - ON_CHIP * chip.on_chip) + hidden + attention,
         },
@@ -126,7 +138,7 @@ def _places(local: Local, chip: Chip) -> list[dict[str, int | float]]:
     ]
 
 
-def _attention_workspace(local: Local, platform: str) -> int | float:
+def _attention_workspace(local: Local, platform: str) -> float:
     """What attention's backward pass makes of scores and float32 gradients."""
     length = local.workload.sequence_length // local.sizes["context"]
     kernel = attention_kernel(local, platform)

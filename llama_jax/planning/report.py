@@ -77,12 +77,12 @@ class Report:
         return Group(*parts)
 
 
-def gib(size: float | int) -> str:
+def gib(size: float) -> str:
     """Bytes as GiB."""
     return f"{size / GIB:.2f}"
 
 
-def duration(seconds: float | int) -> str:
+def duration(seconds: float) -> str:
     """Seconds as people say them."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt
 from llama_jax.config import UserError
 
 Logits = Float[Array, "b v"]
-Number = float | int | Array
+Number = float | Array
 
 
 def top_k(logits: Logits, k: Number) -> Logits:
@@ -69,7 +69,7 @@ class Sampler:
     top_p: Number | None = None
 
     @classmethod
-    def of(cls, temperature: float | int, top_k: int | None, top_p: float | int | None) -> "Sampler":
+    def of(cls, temperature: float, top_k: int | None, top_p: float | None) -> "Sampler":
         """The sampler of a user's settings; temperature 0 is greedy. Raises UserError for impossible ones."""
         if not 0 <= temperature < float("inf"):
             raise UserError(f"temperature={temperature} must be 0 (greedy) or above")

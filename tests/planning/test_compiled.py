@@ -18,6 +18,7 @@ from llama_jax.models import DecoderConfig
 from llama_jax.parallel import MeshConfig
 from llama_jax.planning import CompiledStep, CompileRequest, DoesNotFit, compile_step
 from llama_jax.planning.compiled import _one_at_a_time, describe, get_devices, lower_step
+from llama_jax.planning.gpu_target import GPU_TARGETS
 
 needs_libtpu = pytest.mark.skipif(
     not importlib.util.find_spec("libtpu"), reason="libtpu is not installed (extra `plan`)"
@@ -52,6 +53,34 @@ def test_without_libtpu_the_extra_is_named(small: CompileRequest, monkeypatch: p
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else found(name))
     with pytest.raises(UserError, match=r"topology='v5e:2x2' needs libtpu.*pip install 'llama_jax\[plan\]'"):
         compile_step(small)
+
+
+@pytest.mark.parametrize(
+    ("has_plugin", "sentence"),
+    [
+        (False, r"topology='h100:2x4' needs JAX's CUDA plugin.*pip install 'llama_jax\[plan-gpu\]'"),
+        (True, "compute.attention_kernel='auto': cuDNN's kernel cannot be compiled where its GPU is not"),
+    ],
+)
+def test_what_a_gpu_s_step_needs(
+    has_plugin: bool, sentence: str, small: CompileRequest, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: has_plugin or None)
+    compute = dataclasses.replace(small.compute, attention_kernel="auto")
+    with pytest.raises(UserError, match=sentence):
+        compile_step(dataclasses.replace(small, topology="h100:2x4", compute=compute))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("jax_cuda13_plugin"), reason="extra `plan-gpu` is not installed")
+@pytest.mark.parametrize("chip", GPU_TARGETS)
+def test_a_gpu_s_step(chip: str, small: CompileRequest):
+    request = dataclasses.replace(small, topology=f"{chip}:2x4", mesh=MeshConfig(data=2, fsdp=4))
+    step = compile_step(request)
+    assert step.num_devices == 8
+    found = {(c.kind, c.axes, c.across_slices) for c in step.collectives}
+    assert {("all-gather", ("fsdp",), False), ("all-reduce", ("data",), True)} <= found
+    assert all(across == ("data" in axes) for _, axes, across in found)
 
 
 def test_a_topology_is_written_in_one_way():

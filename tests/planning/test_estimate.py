@@ -4,16 +4,17 @@ import dataclasses
 import json
 from typing import Any
 
+import compiled_plans
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.config import UserError, override
+from llama_jax.config import UserError, from_json, override
 from llama_jax.models import abstract_params, init_params, num_parameters
 from llama_jax.nn import GroupedQuery
 from llama_jax.parallel import make_mesh, spec
-from llama_jax.planning import Plan, Topology, Workload, estimate, estimate_sampling
+from llama_jax.planning import Memory, Plan, Topology, Workload, estimate, estimate_sampling
 from llama_jax.planning.communication import Traffic, traffic
 from llama_jax.planning.memory import argument_bytes, saved_bytes
 from llama_jax.planning.search import REMAT_ORDER
@@ -60,6 +61,17 @@ def test_argument_bytes_are_those_of_a_real_state(workload: Workload, name: str,
     arrays = jax.tree.leaves((state, batch))
     held = sum(s.data.nbytes for array in arrays for s in array.addressable_shards if s.device == device)
     assert sum(argument_bytes(local(workload)).values()) == held
+
+
+@pytest.mark.parametrize("command", compiled_plans.PLANS)
+def test_memory_is_near_what_xla_says(command: str):
+    plan = compiled_plans.plan(command).plan
+    memory = from_json(Memory, json.loads(compiled_plans.FILE.read_text())[command]["memory"])
+    # The hyper-parameters, the step, Adam's count; the estimate has the last two.
+    scalar = 4 if Topology.parse(plan.topology).chip.platform == "gpu" else 512
+    assert memory.arguments - plan.argument_bytes == 12 * scalar - 2 * 4
+    assert 0.95 * memory.total <= plan.total_bytes <= 1.15 * memory.total
+    assert plan.fits
 
 
 @pytest.mark.parametrize("changes", [{}, {"model.tie_embeddings": True}], ids=str)

@@ -1,0 +1,118 @@
+"""Compiles train steps for machines that are not here, and keeps what XLA says of them beside this file.
+
+`python docs/compiled_plans.py` compiles what compiled_plans.json does not have yet; with words on the command line, the
+plans in whose command all of them occur, again. It needs libtpu and JAX's CUDA plugin (extras `plan` and `plan-gpu`),
+neither a TPU nor a GPU, and one to five minutes a plan.
+"""
+
+import importlib.metadata
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import llama_jax
+from llama_jax.config import to_json
+from llama_jax.planning import CompiledStep
+from llama_jax.planning.gpu_target import GPU_TARGETS
+from llama_jax.planning.report import Report
+
+FILE = Path(__file__).with_suffix(".json")
+BLOCKWISE = "--compute.attention-kernel blockwise"  # cuDNN's cannot be compiled without its GPU
+LONG = "--sequence-length 131072 --model.max-positions 131072 --global-batch-size 32"
+
+# What follows `python -m llama_jax plan`. The README's: 4M tokens a batch, and `remat full` as the configs have.
+README_PLANS = {
+    "llama2_7b --topology v5e:8x8 --optimizer.accumulation-steps 4": "Llama-2 7B",
+    "llama2_7b --topology v5e:16x16": "Llama-2 7B",
+    "llama2_70b --topology v5p:4x4x8": "Llama-2 70B",
+    "llama2_70b --topology v6e:16x16 --optimizer.accumulation-steps 2": "Llama-2 70B",
+    f"llama3_8b --topology v5p:4x4x8 {LONG} --mesh.context 4": "Llama-3 8B, 131,072 positions",
+    f"llama3_8b --topology v5p:4x4x8 {LONG} --mesh.context 8 --optimizer.accumulation-steps 2": (
+        "Llama-3 8B, 131,072 positions"
+    ),
+    f"llama3_8b --topology v5p:4x4x8 {LONG} --mesh.context 16 --optimizer.accumulation-steps 4": (
+        "Llama-3 8B, 131,072 positions"
+    ),
+}
+MORE_PLANS = [
+    # A row in four parts, the parameters always over eight chips: what a row needs of a chip falls with its parts.
+    f"llama3_8b --topology v5p:2x4x4 {LONG} --mesh.context 4 --optimizer.accumulation-steps 4",
+    f"llama3_8b --topology v5p:4x4x4 {LONG} --mesh.context 8 --optimizer.accumulation-steps 4",
+    "llama3_8b --topology v5p:4x4x4",
+    "llama3_8b --topology v5p:4x4x8 --global-batch-size 256 --compute.remat dots",
+    "llama3_2_1b --topology v5e:4x4 --global-batch-size 64",
+    "llama3_2_1b --topology v6e:4x4 --global-batch-size 16 --compute.remat none",
+    "llama3_2_1b --topology v5p:2x2x2 --global-batch-size 64 --compute.remat attention --mesh.data 2",
+    "llama3_2_1b --topology v5e:4x4 --global-batch-size 16 --mesh.tensor 4 --compute.remat dots",
+    "llama1_7b --topology v5e:8x8 --global-batch-size 512 --compute.remat attention --optimizer.accumulation-steps 4",
+    "llama1_7b --topology v5p:2x2x4 --global-batch-size 64 --mesh.tensor 4",
+    "llama1_7b --topology '2x v5e:8x8' --global-batch-size 256 --mesh.data 2",
+    "llama2_7b --topology v5p:2x4x4 --global-batch-size 64 --compute.attention-kernel blockwise",
+    "llama2_7b --topology v6e:4x8 --global-batch-size 32 --compute.remat dots --mesh.tensor 2",
+    "llama2_7b --topology v5p:4x4x4 --global-batch-size 64 --compute.remat none",
+    "llama2_70b --topology v5p:4x8x8 --global-batch-size 256 --mesh.tensor 4 --compute.remat attention",
+    f"llama3_8b --topology h200:4x8 {BLOCKWISE}",
+    f"llama3_8b --topology h100:4x8 --global-batch-size 256 --compute.remat attention {BLOCKWISE}",
+    f"llama3_8b --topology h200:4x8 --global-batch-size 128 --compute.remat dots {BLOCKWISE}",
+    f"llama3_8b --topology b200:4x8 --global-batch-size 32 --compute.remat none {BLOCKWISE}",
+    f"llama3_2_1b --topology h100:8 --global-batch-size 64 {BLOCKWISE}",
+    f"llama2_7b --topology h200:8 --global-batch-size 64 --mesh.tensor 2 {BLOCKWISE}",
+]
+# Those by which the constants of llama_jax/planning/memory.py were chosen; the others show how well they do.
+TUNED_ON = {
+    *list(README_PLANS)[:5],
+    "llama3_2_1b --topology v5e:4x4 --global-batch-size 64",
+    "llama3_2_1b --topology v6e:4x4 --global-batch-size 16 --compute.remat none",
+    "llama1_7b --topology v5p:2x2x4 --global-batch-size 64 --mesh.tensor 4",
+    "llama1_7b --topology '2x v5e:8x8' --global-batch-size 256 --mesh.data 2",
+    "llama2_7b --topology v6e:4x8 --global-batch-size 32 --compute.remat dots --mesh.tensor 2",
+}
+PLANS = [*README_PLANS, *MORE_PLANS]
+
+
+def plan(command: str, *, compile: bool = False) -> Report:
+    """What `python -m llama_jax plan COMMAND` finds."""
+    name, *words = shlex.split(command)
+    options = {key[2:].replace("-", "_"): value for key, value in zip(words[::2], words[1::2], strict=True)}
+    topology = options.pop("topology")
+    return llama_jax.plan(llama_jax.load_config(name, options), topology, compile=compile)
+
+
+def summary(step: CompiledStep) -> dict[str, Any]:
+    """What is kept of a compiled step: `collectives` are bytes that a chip sends in a step, by kind and axes."""
+    sent: dict[str, dict[str, int]] = {}
+    for collective in step.collectives:
+        key = f"{collective.kind} {'+'.join(collective.axes)}{' across slices' if collective.across_slices else ''}"
+        entry = sent.setdefault(key, {"bytes": 0, "overlapped": 0})
+        size = collective.count * collective.wire_bytes
+        entry["bytes"] += size
+        entry["overlapped"] += size * collective.overlapped
+    return {
+        "seconds": round(step.seconds),
+        "flops": step.flops,
+        "memory": to_json(step.memory),
+        "collectives": dict(sorted(sent.items())),
+    }
+
+
+def main() -> None:
+    """Compiles and writes, plan by plan."""
+    found = json.loads(FILE.read_text()) if FILE.exists() else {}
+    chosen = [p for p in PLANS if all(word in p for word in sys.argv[1:])] if sys.argv[1:] else PLANS
+    for command in chosen:
+        if command in found and not sys.argv[1:]:
+            continue
+        print(command, flush=True)
+        report = plan(command, compile=True)
+        assert report.compiled is not None, report.compile_failure
+        compiler = "jax-cuda13-plugin" if report.plan.topology.startswith(tuple(GPU_TARGETS)) else "libtpu"
+        found[command] = {"compiler": f"{compiler} {importlib.metadata.version(compiler)}"} | summary(report.compiled)
+        print(found[command], flush=True)
+        kept = {command: found[command] for command in PLANS if command in found}
+        FILE.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
