@@ -16,6 +16,7 @@ from llama_jax.models import Compute, DecoderConfig
 from llama_jax.nn import GroupedQuery, SwiGLU
 from llama_jax.parallel import MeshConfig
 from llama_jax.planning import Memory, Topology, Workload, estimate
+from llama_jax.planning.hardware import GIB
 from llama_jax.planning.report import duration, gib, mesh_text
 from llama_jax.training import OptimizerConfig, train_flops_per_token
 
@@ -89,13 +90,17 @@ def context_table() -> str:
 
 def collectives_table() -> str:
     """What XLA's programs of the README's plans send, and how much of it behind products."""
-    rows = ["| `python -m llama_jax plan` ... | collective | GiB a chip sends in a step | behind products |"]
-    rows.append("|---|---|---:|---:|")
-    for command in README_PLANS:
-        for what, sent in COMPILED[command]["collectives"].items():
-            if sent["bytes"] > 2**20:
-                hidden = f"{sent['overlapped'] / sent['bytes']:.0%}"
-                rows.append(f"| `{command}` | {what} | {gib(sent['bytes'])} | {hidden} |")
+    rows = ["| run | chips | mesh | collective | GiB a chip sends in a step | behind products |"]
+    rows.append("|---|---|---|---|---:|---:|")
+    for command, what in README_PLANS.items():
+        found = plan(command).plan
+        for kind, sent in COMPILED[command]["collectives"].items():
+            if sent["bytes"] > GIB // 10:
+                cells = (
+                    what, found.topology, mesh_text(found.mesh), kind, gib(sent["bytes"]),
+                    f"{sent['overlapped'] / sent['bytes']:.0%}",
+                )  # fmt: skip
+                rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
