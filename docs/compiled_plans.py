@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import llama_jax
-from llama_jax.config import to_json
-from llama_jax.planning import CompiledStep
-from llama_jax.planning.gpu_target import GPU_TARGETS
+from llama_jax.config import from_json, to_json
+from llama_jax.planning import CompiledStep, Memory, Topology
 from llama_jax.planning.report import Report
 
 FILE = Path(__file__).with_suffix(".json")
@@ -37,7 +36,7 @@ README_PLANS = {
     ),
 }
 MORE_PLANS = [
-    # A row in four parts, the parameters always over eight chips: what a row needs of a chip falls with its parts.
+    # A row in four and in eight parts (above: in sixteen), the parameters always over eight chips.
     f"llama3_8b --topology v5p:2x4x4 {LONG} --mesh.context 4 --optimizer.accumulation-steps 4",
     f"llama3_8b --topology v5p:4x4x4 {LONG} --mesh.context 8 --optimizer.accumulation-steps 4",
     "llama3_8b --topology v5p:4x4x4",
@@ -49,7 +48,7 @@ MORE_PLANS = [
     "llama1_7b --topology v5e:8x8 --global-batch-size 512 --compute.remat attention --optimizer.accumulation-steps 4",
     "llama1_7b --topology v5p:2x2x4 --global-batch-size 64 --mesh.tensor 4",
     "llama1_7b --topology '2x v5e:8x8' --global-batch-size 256 --mesh.data 2",
-    "llama2_7b --topology v5p:2x4x4 --global-batch-size 64 --compute.attention-kernel blockwise",
+    f"llama2_7b --topology v5p:2x4x4 --global-batch-size 64 {BLOCKWISE}",
     "llama2_7b --topology v6e:4x8 --global-batch-size 32 --compute.remat dots --mesh.tensor 2",
     "llama2_7b --topology v5p:4x4x4 --global-batch-size 64 --compute.remat none",
     "llama2_70b --topology v5p:4x8x8 --global-batch-size 256 --mesh.tensor 4 --compute.remat attention",
@@ -97,6 +96,11 @@ def summary(step: CompiledStep) -> dict[str, Any]:
     }
 
 
+def compiled_memory(command: str) -> Memory:
+    """What XLA said of a plan's memory."""
+    return from_json(Memory, json.loads(FILE.read_text())[command]["memory"])
+
+
 def main() -> None:
     """Compiles and writes, plan by plan."""
     found = json.loads(FILE.read_text()) if FILE.exists() else {}
@@ -107,7 +111,8 @@ def main() -> None:
         print(command, flush=True)
         report = plan(command, compile=True)
         assert report.compiled is not None, report.compile_failure
-        compiler = "jax-cuda13-plugin" if report.plan.topology.startswith(tuple(GPU_TARGETS)) else "libtpu"
+        is_gpu = Topology.parse(report.plan.topology).chip.platform == "gpu"
+        compiler = "jax-cuda13-plugin" if is_gpu else "libtpu"
         found[command] = {"compiler": f"{compiler} {importlib.metadata.version(compiler)}"} | summary(report.compiled)
         print(found[command], flush=True)
         kept = {command: found[command] for command in PLANS if command in found}

@@ -8,14 +8,13 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from compiled_plans import FILE, LONG, PLANS, README_PLANS, TUNED_ON, plan
+from compiled_plans import FILE, LONG, PLANS, README_PLANS, TUNED_ON, compiled_memory, plan
 
 import llama_jax
-from llama_jax.config import from_json
 from llama_jax.models import Compute, DecoderConfig
 from llama_jax.nn import GroupedQuery, SwiGLU
 from llama_jax.parallel import MeshConfig
-from llama_jax.planning import Memory, Topology, Workload, estimate
+from llama_jax.planning import Topology, Workload, estimate
 from llama_jax.planning.hardware import GIB
 from llama_jax.planning.report import duration, gib, mesh_text
 from llama_jax.training import OptimizerConfig, train_flops_per_token
@@ -48,16 +47,11 @@ def plans_table() -> str:
         found = plan(command).plan
         cells = (
             what, f"{found.topology} ({found.num_chips})", mesh_text(found.mesh), found.accumulation_steps,
-            gib(found.total_bytes), gib(xla_bytes(command)), gib(found.capacity), duration(found.step_seconds),
-            found.bound, f"{found.mfu:.1%}", f"{found.tokens_per_second:,.0f}",
+            gib(found.total_bytes), gib(compiled_memory(command).total), gib(found.capacity),
+            duration(found.step_seconds), found.bound, f"{found.mfu:.1%}", f"{found.tokens_per_second:,.0f}",
         )  # fmt: skip
         rows.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(rows)
-
-
-def xla_bytes(command: str) -> int:
-    """Memory of a chip as XLA counts it."""
-    return from_json(Memory, COMPILED[command]["memory"]).total
 
 
 def memory_table() -> str:
@@ -65,7 +59,7 @@ def memory_table() -> str:
     rows = ["| `python -m llama_jax plan` ... | tuned on | estimate, GiB | XLA, GiB | difference |"]
     rows.append("|---|---|---:|---:|---:|")
     for command in PLANS:
-        estimated, found = plan(command).plan.total_bytes, xla_bytes(command)
+        estimated, found = plan(command).plan.total_bytes, compiled_memory(command).total
         tuned = "yes" if command in TUNED_ON else ""
         rows.append(
             f"| `{command}` | {tuned} | {gib(estimated)} | {gib(found)} | {100 * (estimated / found - 1):+.1f} % |"
@@ -77,7 +71,7 @@ def context_table() -> str:
     """How what XLA makes beside the arguments falls with the context axis, parameters over eight chips."""
     rows = ["| chips | mesh | arguments, GiB | beside them, GiB |"]
     rows.append("|---|---|---:|---:|")
-    found = [(plan(c).plan, from_json(Memory, COMPILED[c]["memory"])) for c in PLANS if LONG in c]
+    found = [(plan(c).plan, compiled_memory(c)) for c in PLANS if LONG in c]
     for estimated, memory in sorted(found, key=lambda pair: pair[0].mesh["context"]):
         if estimated.mesh["fsdp"] == 8:
             cells = (

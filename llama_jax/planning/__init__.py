@@ -2,7 +2,8 @@
 
 In: the configs of a run and the name of a topology. Out: memory, time and what they are bound by, by formulas
 (`estimate`), the options that suit (`search`), and what XLA's own compiler says of the real train step
-(`compile_step`), whose text is read by `hlo.py` and `collectives.py`. A new chip is a line in `hardware.py`.
+(`compile_step`), whose text is read by `hlo.py` and `collectives.py`. A new chip is a line in `hardware.py`,
+a GPU one in `gpu_target.py` too.
 """
 
 from llama_jax.planning.collectives import Collective, read_collectives

@@ -13,13 +13,17 @@ from typing import Any
 from llama_jax.models import num_parameters
 from llama_jax.planning.communication import Traffic, traffic
 from llama_jax.planning.hardware import Topology
-from llama_jax.planning.memory import argument_bytes, memory, sampling_memory, widths
+from llama_jax.planning.memory import argument_bytes, attention_kernel, memory, sampling_memory, widths
 from llama_jax.planning.workload import Local, Workload
 from llama_jax.training import train_flops_per_token
 
 # Of the peak of the matrix units, in products and attention together: the geometric mean over MaxText's published runs
 # of what their times leave for it (docs/tables.py computes it).
 EFFICIENCY = 0.637
+# Bytes to and from HBM for each score, in the forward and the backward pass, where attention is XLA's: float32 scores
+# are written, read for their maximum and read for their exponential; backward, weights and gradients are rounded,
+# written once and read by their products. A kernel (splash, cuDNN) keeps all of it on the chip.
+SCORE_BYTES = {"blockwise": (12, 14), "reference": (12, 14)}
 MATRIX_UNITS, HBM, DCN, NETWORK = "matrix units", "HBM", "DCN", "network"
 
 
@@ -101,7 +105,7 @@ def estimate(workload: Workload, topology: Topology, *, efficiency: float = EFFI
         if value:
             times[name] = times.get(name, 0.0) + value
 
-    for one in _passes(local, traffic(local)):
+    for one in _passes(local, traffic(local), attention_kernel(local, chip.platform)):
         busy = {MATRIX_UNITS: one.flops / (chip.peak_flops * efficiency), HBM: one.bytes / chip.bandwidth}
         for sent in one.traffic:
             inside, between = sent.seconds(networks[sent.axis])
@@ -149,7 +153,7 @@ class _Pass:
     traffic: list[Traffic]
 
 
-def _passes(local: Local, sent: list[Traffic]) -> list[_Pass]:
+def _passes(local: Local, sent: list[Traffic], kernel: str) -> list[_Pass]:
     """Forward, backward and update of one step."""
     model, size, policy, parts = local.model, local.itemsize, local.workload.compute.remat, local.workload.parts
     tokens = local.tokens * parts
@@ -167,14 +171,19 @@ def _passes(local: Local, sent: list[Traffic]) -> list[_Pass]:
     flow = tokens * size * (of.inputs + of.outputs + 6 * of.residual)
     stored = 4 * sum(w.stored for w in model.weights)
     recomputed = 0 if policy == "none" else 1
+    # Blocks leave out what comes later in the text.
+    seen = local.workload.sequence_length // (1 if kernel == "reference" else 2)
+    in_forward, in_backward = (
+        n * tokens * seen * model.heads * local.workload.model.num_layers for n in SCORE_BYTES.get(kernel, (0, 0))
+    )
     forward = _Pass(
         layers + scores + 3 * logits,  # the loss takes its gradient in the forward pass
-        flow + 2 * gathered + 4 * 4 * tokens * model.vocab,
+        flow + 2 * gathered + 4 * 4 * tokens * model.vocab + in_forward,
         [t for t in sent if not t.backward],
     )
     backward = _Pass(
         2 * layers + 2.5 * scores + again,  # flash attention: five products to the forward pass's two
-        (2 + recomputed) * flow + (4 + recomputed) * gathered,
+        (2 + recomputed) * flow + (4 + recomputed) * gathered + in_backward + recomputed * in_forward,
         [t for t in sent if t.backward],
     )
     # Read: gradients twice (their norm comes first), parameters, both moments; written: the latter three.

@@ -60,11 +60,14 @@ def test_reference_is_the_formula(kv_heads: int, causal: bool):
 
 SEGMENTS = np.array([[0] * 5 + [1] * 20 + [2] * 14, [3] * 13 + [0] * 26])
 Q_INDEX = np.array([range(10, 23), range(22, 35)])
+PLACES = np.array([range(10, 34), range(13, 37)])
 CASES = {
     "causal, multi-head, odd length": (39, 4, None, AttentionMask()),
     "segments, grouped": (39, 2, None, AttentionMask(segment_ids=jnp.asarray(SEGMENTS))),
     "not causal, multi-query": (24, 1, None, AttentionMask(causal=False)),
     "queries at places of a cache": (37, 2, 13, AttentionMask(q_index=jnp.asarray(Q_INDEX))),
+    "not causal, segments": (24, 2, None, AttentionMask(causal=False, segment_ids=jnp.asarray(SEGMENTS[:, :24]))),
+    "whole blocks of queries at places of a cache": (37, 2, 24, AttentionMask(q_index=jnp.asarray(PLACES))),
     "window": (39, 2, None, AttentionMask(window=11, segment_ids=jnp.asarray(SEGMENTS))),
     "window, not causal": (39, 2, None, AttentionMask(window=5, causal=False)),
 }

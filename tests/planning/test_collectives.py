@@ -119,8 +119,7 @@ def test_tpu_programs_send_little_more_than_they_must(layout: str):
         found[axes] = found.get(axes, 0) + entry["bytes"]
     scalars = {axes: size for axes, size in found.items() if "+" in axes}
     assert all(size < 1024 for size in scalars.values())
-    # Over both sides of a torus libtpu sums in all directions at once and cuts afterwards, even what is `psum_scatter`
-    # in JAX: twice the bytes over twice the links.
+    # Over 4x4 libtpu sums on every chip, in all directions at once, and cuts afterwards (docs/decisions.md).
     least = minimum(LAYOUTS[layout], scattering=2 if layout == "fsdp_torus" else 1)
     for axis, size in least.items():
         assert 0.999 * size <= found.get(axis, 0) <= 1.1 * size, axis

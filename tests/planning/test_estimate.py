@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.config import UserError, from_json, override
+from llama_jax.config import UserError, override
 from llama_jax.models import abstract_params, init_params, num_parameters
 from llama_jax.nn import GroupedQuery
 from llama_jax.parallel import make_mesh, spec
-from llama_jax.planning import Memory, Plan, Topology, Workload, estimate, estimate_sampling
+from llama_jax.planning import Plan, Topology, Workload, estimate, estimate_sampling
 from llama_jax.planning.communication import Traffic, traffic
 from llama_jax.planning.memory import argument_bytes, saved_bytes
 from llama_jax.planning.search import REMAT_ORDER
@@ -66,12 +66,28 @@ def test_argument_bytes_are_those_of_a_real_state(workload: Workload, name: str,
 @pytest.mark.parametrize("command", compiled_plans.PLANS)
 def test_memory_is_near_what_xla_says(command: str):
     plan = compiled_plans.plan(command).plan
-    memory = from_json(Memory, json.loads(compiled_plans.FILE.read_text())[command]["memory"])
+    memory = compiled_plans.compiled_memory(command)
     # The hyper-parameters, the step, Adam's count; the estimate has the last two.
     scalar = 4 if Topology.parse(plan.topology).chip.platform == "gpu" else 512
     assert memory.arguments - plan.argument_bytes == 12 * scalar - 2 * 4
     assert 0.95 * memory.total <= plan.total_bytes <= 1.15 * memory.total
     assert plan.fits
+
+
+def test_plans_to_tune_on_are_plans():
+    assert set(compiled_plans.PLANS) > compiled_plans.TUNED_ON
+
+
+def test_attention_without_a_kernel_waits_for_memory(llama: Workload):
+    long = override(llama, {"model.max_positions": 131072, "sequence_length": 131072, "global_batch_size": 64})
+    kernel, blocks = (
+        estimate(override(long, {"compute.attention_kernel": name}), Topology.parse("v5p:4x4x4"))
+        for name in ("splash", "blockwise")
+    )
+    scores = 131072 * (131072 // 2) * 32 * 32  # of one row: what a query may see, heads, layers
+    assert (blocks.seconds["HBM"] - kernel.seconds["HBM"]) * 2.765e12 == pytest.approx(scores * (2 * 12 + 14))
+    assert kernel.bound == "matrix units"
+    assert blocks.bound == "HBM"
 
 
 @pytest.mark.parametrize("changes", [{}, {"model.tie_embeddings": True}], ids=str)

@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from llama_jax.config import UserError
 from llama_jax.parallel import MESH_AXES
 from llama_jax.planning import CHIPS, Topology
+from llama_jax.planning.gpu_target import GPU_TARGETS
 from llama_jax.planning.search import meshes
+
+
+def test_every_gpu_is_described_to_its_compiler():
+    assert GPU_TARGETS.keys() == {name for name, chip in CHIPS.items() if chip.platform == "gpu"}
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def backward(q, k, v, mask: AttentionMask, scale: float, logsumexp, delta, d_out
 
 
 def _together(q: Grouped, mask: AttentionMask) -> tuple[Grouped, AttentionMask, jax.Array]:
-    """q, the mask, and a 0 for the places of keys, none of which is known before the others.
+    """q, the mask, and a 0 for the places of full key blocks, none of which is known before the others.
 
     The mask of a block is the same in every layer. In the gradient of a scan over layers JAX computes what is the same
     in all of them once, before: that would be the masks of all blocks, quadratic in the sequence.
