@@ -62,16 +62,14 @@ class Processes:
         ]
 
     def end(self) -> tuple[list[int], list[str], list[str]]:
-        """Exit codes, and what each has printed on stdout (Gloo's own lines on the first aside) and stderr."""
+        """Exit codes, and what each has printed on stdout and stderr."""
         try:
             told = [process.communicate(timeout=TIMEOUT) for process in self.all]
         finally:
             for process in self.all:
                 process.kill()
-        outs = [out for out, _ in told]
-        # Its C++ does not write whole lines: one of Python's may stand in the middle.
-        outs[0] = re.sub(r"\[Gloo\] Rank \d+| is connected to \d+ peer ranks.*\n", "", outs[0])
-        return [process.returncode for process in self.all], outs, [error for _, error in told]
+        codes = [process.returncode for process in self.all]
+        return codes, [out for out, _ in told], [error for _, error in told]
 
     def watched(self, name: str) -> dict[str, np.ndarray]:
         return dict(np.load(self.folder / f"{name}.npz"))
