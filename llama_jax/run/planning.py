@@ -43,7 +43,7 @@ PLAN_USAGE = """usage: python -m llama_jax plan CONFIG --topology TOPOLOGY [--co
 Says whether CONFIG, a name in configs/ or a path, fits a machine and how fast it can be. Nothing of it is needed here.
 
   --topology         v5e:8x8, v5p:4x4x8 (chips of a TPU slice), '2x v6e:16x16' (slices), h100:4x8 (nodes x GPUs)
-  --compile          compile the real step for it, too, with libtpu (extra `plan`): XLA's memory, what it sends
+  --compile          compile the real step for it, too (extra `plan`; GPUs: `plan-gpu`): XLA's memory, what it sends
   --search           try all mesh shapes, accumulation steps and remat policies, and rank what fits
   --json             for programs
   --sample-batch     what sampling so many rows takes, of --sample-length positions each
