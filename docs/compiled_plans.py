@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import llama_jax
+from llama_jax.__main__ import _parse
 from llama_jax.config import from_json, to_json
 from llama_jax.planning import CompiledStep, Memory, Topology
 from llama_jax.planning.report import Report
 
 FILE = Path(__file__).with_suffix(".json")
+COMPILED: dict[str, dict[str, Any]] = json.loads(FILE.read_text("utf-8")) if FILE.exists() else {}  # by plan
 BLOCKWISE = "--compute.attention-kernel blockwise"  # cuDNN's cannot be compiled without its GPU
 LONG = "--sequence-length 131072 --model.max-positions 131072 --global-batch-size 32"
 
@@ -73,8 +75,7 @@ PLANS = [*README_PLANS, *MORE_PLANS]
 
 def plan(command: str, *, compile: bool = False) -> Report:
     """What `python -m llama_jax plan COMMAND` finds."""
-    name, *words = shlex.split(command)
-    options = {key[2:].replace("-", "_"): value for key, value in zip(words[::2], words[1::2], strict=True)}
+    (name,), options, _ = _parse(shlex.split(command))
     topology = options.pop("topology")
     return llama_jax.plan(llama_jax.load_config(name, options), topology, compile=compile)
 
@@ -83,8 +84,7 @@ def summary(step: CompiledStep) -> dict[str, Any]:
     """What is kept of a compiled step: `collectives` are bytes that a chip sends in a step, by kind and axes."""
     sent: dict[str, dict[str, int]] = {}
     for collective in step.collectives:
-        key = f"{collective.kind} {'+'.join(collective.axes)}{' across slices' if collective.across_slices else ''}"
-        entry = sent.setdefault(key, {"bytes": 0, "overlapped": 0})
+        entry = sent.setdefault(collective.label, {"bytes": 0, "overlapped": 0})
         size = collective.count * collective.wire_bytes
         entry["bytes"] += size
         entry["overlapped"] += size * collective.overlapped
@@ -98,24 +98,24 @@ def summary(step: CompiledStep) -> dict[str, Any]:
 
 def compiled_memory(command: str) -> Memory:
     """What XLA said of a plan's memory."""
-    return from_json(Memory, json.loads(FILE.read_text())[command]["memory"])
+    return from_json(Memory, COMPILED[command]["memory"])
 
 
 def main() -> None:
     """Compiles and writes, plan by plan."""
-    found = json.loads(FILE.read_text()) if FILE.exists() else {}
     chosen = [p for p in PLANS if all(word in p for word in sys.argv[1:])] if sys.argv[1:] else PLANS
     for command in chosen:
-        if command in found and not sys.argv[1:]:
+        if command in COMPILED and not sys.argv[1:]:
             continue
         print(command, flush=True)
         report = plan(command, compile=True)
         assert report.compiled is not None, report.compile_failure
         is_gpu = Topology.parse(report.plan.topology).chip.platform == "gpu"
         compiler = "jax-cuda13-plugin" if is_gpu else "libtpu"
-        found[command] = {"compiler": f"{compiler} {importlib.metadata.version(compiler)}"} | summary(report.compiled)
-        print(found[command], flush=True)
-        kept = {command: found[command] for command in PLANS if command in found}
+        version = importlib.metadata.version(compiler)
+        COMPILED[command] = {"compiler": f"{compiler} {version}"} | summary(report.compiled)
+        print(COMPILED[command], flush=True)
+        kept = {command: COMPILED[command] for command in PLANS if command in COMPILED}
         FILE.write_text(json.dumps(kept, indent=1) + "\n")
 
 

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from compiled_plans import FILE, LONG, PLANS, README_PLANS, TUNED_ON, compiled_memory, plan
+from compiled_plans import COMPILED, LONG, PLANS, README_PLANS, TUNED_ON, compiled_memory, plan
 
 import llama_jax
 from llama_jax.models import Compute, DecoderConfig
@@ -20,13 +20,19 @@ from llama_jax.planning.report import duration, gib, mesh_text
 from llama_jax.training import OptimizerConfig, train_flops_per_token
 
 ROOT = Path(__file__).resolve().parent.parent
-COMPILED = json.loads(FILE.read_text("utf-8"))
+
+
+def markdown(header: str, rows: Iterable[Sequence[Any]]) -> str:
+    """A table. Columns are separated by `|` in the header, and one that ends with `>` is aligned to the right."""
+    names = header.split("|")
+    rule = "|".join("---:" if name.endswith(">") else "---" for name in names)
+    lines = [f"| {' | '.join(name.removesuffix('>') for name in names)} |", f"|{rule}|"]
+    return "\n".join([*lines, *(f"| {' | '.join(map(str, cells))} |" for cells in rows)])
 
 
 def presets_table() -> str:
     """Every preset with its shape and exact number of parameters."""
-    rows = ["| preset | layers | width | heads / kv heads | feed-forward | vocabulary | positions | parameters |"]
-    rows.append("|---|---|---|---|---|---|---|---:|")
+    rows = []
     for name, config in llama_jax.presets().items():
         assert isinstance(config, DecoderConfig)
         attention, feed_forward = config.attention, config.feed_forward
@@ -34,68 +40,58 @@ def presets_table() -> str:
         assert isinstance(feed_forward, SwiGLU)
         heads = f"{attention.num_heads} / {attention.num_kv_heads}"
         shape = (config.num_layers, config.hidden_size, heads, feed_forward.intermediate_size)
-        cells = (f"`{name}`", *shape, config.vocab_size, config.max_positions)
-        rows.append(f"| {' | '.join(map(str, cells))} | {llama_jax.num_parameters(config):,} |")
-    return "\n".join(rows)
+        count = f"{llama_jax.num_parameters(config):,}"
+        rows.append((f"`{name}`", *shape, config.vocab_size, config.max_positions, count))
+    return markdown("preset|layers|width|heads / kv heads|feed-forward|vocabulary|positions|parameters>", rows)
 
 
 def plans_table() -> str:
     """What the planner estimates of a few runs, and XLA's figure of memory."""
-    rows = ["| run | chips | mesh | parts of the batch | GiB a chip | by XLA | of | step | bound by | MFU | tokens/s |"]
-    rows.append("|---|---|---|---:|---:|---:|---:|---:|---|---:|---:|")
+    rows = []
     for command, what in README_PLANS.items():
         found = plan(command).plan
-        cells = (
-            what, f"{found.topology} ({found.num_chips})", mesh_text(found.mesh), found.accumulation_steps,
-            gib(found.total_bytes), gib(compiled_memory(command).total), gib(found.capacity),
-            duration(found.step_seconds), found.bound, f"{found.mfu:.1%}", f"{found.tokens_per_second:,.0f}",
-        )  # fmt: skip
-        rows.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(rows)
+        memory = (gib(found.total_bytes), gib(compiled_memory(command).total), gib(found.capacity))
+        speed = (duration(found.step_seconds), found.bound, f"{found.mfu:.1%}", f"{found.tokens_per_second:,.0f}")
+        chips = f"{found.topology} ({found.num_chips})"
+        rows.append((what, chips, mesh_text(found.mesh), found.accumulation_steps, *memory, *speed))
+    return markdown(
+        "run|chips|mesh|parts of the batch>|GiB a chip>|by XLA>|of>|step>|bound by|MFU>|tokens/s>",
+        rows,
+    )
 
 
 def memory_table() -> str:
     """Every estimate of memory beside XLA's figure."""
-    rows = ["| `python -m llama_jax plan` ... | tuned on | estimate, GiB | XLA, GiB | difference |"]
-    rows.append("|---|---|---:|---:|---:|")
+    rows = []
     for command in PLANS:
         estimated, found = plan(command).plan.total_bytes, compiled_memory(command).total
-        tuned = "yes" if command in TUNED_ON else ""
-        rows.append(
-            f"| `{command}` | {tuned} | {gib(estimated)} | {gib(found)} | {100 * (estimated / found - 1):+.1f} % |"
-        )
-    return "\n".join(rows)
+        difference = f"{100 * (estimated / found - 1):+.1f} %"
+        rows.append((f"`{command}`", "yes" if command in TUNED_ON else "", gib(estimated), gib(found), difference))
+    return markdown("`python -m llama_jax plan` ...|tuned on|estimate, GiB>|XLA, GiB>|difference>", rows)
 
 
 def context_table() -> str:
     """How what XLA makes beside the arguments falls with the context axis, parameters over eight chips."""
-    rows = ["| chips | mesh | arguments, GiB | beside them, GiB |"]
-    rows.append("|---|---|---:|---:|")
+    rows = []
     found = [(plan(c).plan, compiled_memory(c)) for c in PLANS if LONG in c]
     for estimated, memory in sorted(found, key=lambda pair: pair[0].mesh["context"]):
         if estimated.mesh["fsdp"] == 8:
-            cells = (
-                f"{estimated.topology} ({estimated.num_chips})", mesh_text(estimated.mesh), gib(memory.arguments),
-                gib(memory.total - memory.arguments),
-            )  # fmt: skip
-            rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+            chips = f"{estimated.topology} ({estimated.num_chips})"
+            beside = gib(memory.total - memory.arguments)
+            rows.append((chips, mesh_text(estimated.mesh), gib(memory.arguments), beside))
+    return markdown("chips|mesh|arguments, GiB>|beside them, GiB>", rows)
 
 
 def collectives_table() -> str:
     """What XLA's programs of the README's plans send, and how much of it behind products."""
-    rows = ["| run | chips | mesh | collective | GiB a chip sends in a step | behind products |"]
-    rows.append("|---|---|---|---|---:|---:|")
+    rows = []
     for command, what in README_PLANS.items():
         found = plan(command).plan
         for kind, sent in COMPILED[command]["collectives"].items():
             if sent["bytes"] > GIB // 10:
-                cells = (
-                    what, found.topology, mesh_text(found.mesh), kind, gib(sent["bytes"]),
-                    f"{sent['overlapped'] / sent['bytes']:.0%}",
-                )  # fmt: skip
-                rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+                hidden = f"{sent['overlapped'] / sent['bytes']:.0%}"
+                rows.append((what, found.topology, mesh_text(found.mesh), kind, gib(sent["bytes"]), hidden))
+    return markdown("run|chips|mesh|collective|GiB a chip sends in a step>|behind products>", rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,20 +163,16 @@ def fitted_efficiency(runs: Sequence[Published]) -> float:
 
 def published_table() -> str:
     """Published MFU beside what is predicted with the efficiency that the other runs give."""
-    rows = ["| run of MaxText | published MFU | efficiency fitted on the others | predicted MFU | difference |"]
-    rows.append("|---|---:|---:|---:|---:|")
+    rows = []
     for run in PUBLISHED:
         efficiency = fitted_efficiency([other for other in PUBLISHED if other != run])
         published, predicted = published_mfu(run), predicted_mfu(run, efficiency)
-        cells = (
-            run.what,
-            f"{published:.1%}",
-            f"{efficiency:.2f}",
-            f"{predicted:.1%}",
-            f"{predicted / published - 1:+.0%}",
-        )
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        difference = f"{predicted / published - 1:+.0%}"
+        rows.append((run.what, f"{published:.1%}", f"{efficiency:.2f}", f"{predicted:.1%}", difference))
+    return markdown(
+        "run of MaxText|published MFU>|efficiency fitted on the others>|predicted MFU>|difference>",
+        rows,
+    )
 
 
 README, PLANNING = "README.md", "docs/planning.md"

@@ -56,6 +56,11 @@ class Collective:
         return math.prod(max(1, n) for n in self.loops)
 
     @property
+    def label(self) -> str:
+        """Kind and place: `all-gather fsdp`, `all-reduce data across slices`."""
+        return f"{self.kind} {'+'.join(self.axes)}{' across slices' if self.across_slices else ''}"
+
+    @property
     def dtype(self) -> str:
         """Type of the largest array."""
         return max(self.arrays, key=bytes_of).partition("[")[0]

@@ -89,8 +89,7 @@ def totals(step: CompiledStep) -> dict[str, dict[str, int]]:
     """Executions in a step, and bytes on the wire, of each kind of collective over each set of mesh axes."""
     found: dict[str, dict[str, int]] = {}
     for collective in step.collectives:
-        place = " across slices" if collective.across_slices else ""
-        entry = found.setdefault(f"{collective.kind} {'+'.join(collective.axes)}{place}", {"count": 0, "bytes": 0})
+        entry = found.setdefault(collective.label, {"count": 0, "bytes": 0})
         entry["count"] += collective.count
         entry["bytes"] += collective.count * collective.wire_bytes
     return dict(sorted(found.items()))
