@@ -8,7 +8,8 @@ its documents; only `batches.py` knows Grain.
 from llama_jax.data.batches import Batches, ValidationBatches
 from llama_jax.data.corpus import Corpus, prepare
 from llama_jax.data.documents import DataConfig, Document, read_documents, read_texts
-from llama_jax.data.windows import Batch, TokenStream
+from llama_jax.data.stream import Shard, TokenStream
+from llama_jax.data.windows import Batch
 
 __all__ = [
     "Batch",
@@ -16,6 +17,7 @@ __all__ = [
     "Corpus",
     "DataConfig",
     "Document",
+    "Shard",
     "TokenStream",
     "ValidationBatches",
     "prepare",

@@ -9,7 +9,8 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from llama_jax.config import UserError
-from llama_jax.data.windows import Batch, TokenStream, read_windows
+from llama_jax.data.stream import TokenStream
+from llama_jax.data.windows import Batch, num_windows, read_windows
 
 SMALL = 1 << 16  # windows; below, index_shuffle takes 2**16 / n times as long as above, and a permutation is cheap
 
@@ -32,7 +33,7 @@ class Batches:
         rows: Sequence[int] | None = None,
         num_prefetch: int = 4,
     ):
-        self.num_windows = stream.num_windows(sequence_length, partial=False)
+        self.num_windows = num_windows(stream, sequence_length, partial=False)
         if not self.num_windows:
             raise UserError(
                 f"sequence_length={sequence_length} needs {sequence_length + 1} tokens, and the training text has "
@@ -82,7 +83,7 @@ class ValidationBatches(Sequence[Batch]):
     ):
         self._stream, self._length, self._global_batch_size = stream, sequence_length, global_batch_size
         self._rows = range(global_batch_size) if rows is None else rows
-        total = -(-stream.num_windows(sequence_length, partial=True) // global_batch_size)
+        total = -(-num_windows(stream, sequence_length, partial=True) // global_batch_size)
         self._num_batches = total if max_batches is None else min(total, max_batches)
 
     def __len__(self) -> int:

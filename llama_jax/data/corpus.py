@@ -14,7 +14,7 @@ import numpy as np
 
 from llama_jax.config import UserError
 from llama_jax.data.documents import DataConfig, Document, Split, find_files, read_documents, read_texts, split_of
-from llama_jax.data.windows import TokenStream
+from llama_jax.data.stream import Shard, TokenStream
 from llama_jax.tokenizers import Tokenizer
 
 FORMAT = 1  # of the files below; part of the cache key
@@ -47,8 +47,14 @@ class Corpus:
         return read_texts(self._config, split)
 
     def _stream(self, split: Split, shards: Sequence[int], dtype: str) -> TokenStream:
-        tokens = [_map(self.directory / _shard_name(split, i), dtype, size) for i, size in enumerate(shards)]
-        return TokenStream(tokens, _map(self.directory / f"{split}.documents", "<i8", self.num_documents[split]))
+        documents = _map(self.directory / f"{split}.documents", "<i8", self.num_documents[split])
+        made, start = [], 0
+        for i, size in enumerate(shards):
+            first, last = np.searchsorted(documents, [start, start + size])
+            tokens = _map(self.directory / _shard_name(split, i), dtype, size)
+            made.append(Shard(tokens, documents[first:last] - start, np.zeros(0, np.int64)))
+            start += size
+        return TokenStream(made)
 
 
 def prepare(config: DataConfig, tokenizer: Tokenizer, *, progress: Callable[[int, int], None] | None = None) -> Corpus:

@@ -3,49 +3,18 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int, Int32
+
+from llama_jax.data.stream import TokenStream
 
 type Batch = dict[str, np.ndarray]
 """Arrays [B, T]: `tokens`, `targets`, `segment_ids` (from 1 in each row, 0 is padding) and `positions` (from 0 in each
 document and at the start of the row) are int32; `weights` is float32, 1 where the target is of the token's document."""
 
 
-class TokenStream:
-    """Documents' tokens one after another, in arrays (memory maps) that together are the stream.
-
-    `documents` has the position of every document's first token, increasing from 0.
-    """
-
-    def __init__(self, shards: Sequence[np.ndarray], documents: Int[np.ndarray, "d"]):
-        self.shards = list(shards)
-        self.documents = documents
-        self._ends = np.cumsum([len(shard) for shard in self.shards], dtype=np.int64)
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    @property
-    def num_documents(self) -> int:
-        return len(self.documents)
-
-    def read(self, start: int, stop: int) -> Int32[np.ndarray, "n"]:
-        """Tokens `start` to `stop` (or the stream's end)."""
-        pieces = []
-        stop = min(stop, self.num_tokens)
-        shard = int(np.searchsorted(self._ends, start, side="right"))
-        while start < stop:
-            offset = start - (int(self._ends[shard]) - len(self.shards[shard]))
-            piece = self.shards[shard][offset : offset + stop - start].astype(np.int32)
-            pieces.append(piece)
-            start += len(piece)
-            shard += 1
-        return np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
-
-    def num_windows(self, sequence_length: int, *, partial: bool) -> int:
-        """Windows of that length: all its tokens but the last are inputs; `partial` counts one not full."""
-        targets = max(self.num_tokens - 1, 0)
-        return -(-targets // sequence_length) if partial else targets // sequence_length
+def num_windows(stream: TokenStream, sequence_length: int, *, partial: bool) -> int:
+    """Windows of that length: all its tokens but the last are inputs; `partial` counts one not full."""
+    targets = max(stream.num_tokens - 1, 0)
+    return -(-targets // sequence_length) if partial else targets // sequence_length
 
 
 def read_windows(stream: TokenStream, indices: Sequence[int], sequence_length: int) -> Batch:
@@ -62,8 +31,7 @@ def read_windows(stream: TokenStream, indices: Sequence[int], sequence_length: i
         start = index * length
         window = stream.read(start, start + length + 1)
         tokens[row, : len(window)] = window
-        first, last = np.searchsorted(stream.documents, [start + 1, start + len(window)])
-        begins[row, stream.documents[first:last] - start] = True
+        begins[row, stream.document_starts(start + 1, start + len(window)) - start] = True
         sizes[row] = len(window)
     document = np.cumsum(begins, axis=1, dtype=np.int32)
     columns = np.arange(length + 1)

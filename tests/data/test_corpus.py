@@ -1,6 +1,7 @@
 """Tokenized once, whole or not at all, and the text is all there."""
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import signal
@@ -31,8 +32,8 @@ def config(tmp_path: Path) -> DataConfig:
 
 
 def documents_of(stream: TokenStream) -> list[list[int]]:
-    ends = [*stream.documents[1:], stream.num_tokens]
-    return [stream.read(int(a), int(b)).tolist() for a, b in zip(stream.documents, ends, strict=True)]
+    starts = [*stream.document_starts(0, stream.num_tokens), stream.num_tokens]
+    return [stream.read(int(a), int(b)).tolist() for a, b in itertools.pairwise(starts)]
 
 
 class Counting(Tokenizer):
@@ -70,7 +71,7 @@ def test_all_the_text_is_there(config, tokenizer, monkeypatch: pytest.MonkeyPatc
         assert made.num_tokens[split] == stream.num_tokens
         assert len(stream.shards) > 1 or shard_tokens > 100
     assert sorted([*made.texts("train"), *made.texts("validation")]) == sorted(TEXTS)
-    assert made.train.shards[0].dtype == np.uint16
+    assert made.train.shards[0].tokens.dtype == np.uint16
     assert made.tokenizer == tokenizer.fingerprint
     assert len(steps) > 3
     assert steps[-1] == (sum(map(len, TEXTS)),) * 2
@@ -79,7 +80,7 @@ def test_all_the_text_is_there(config, tokenizer, monkeypatch: pytest.MonkeyPatc
 def test_large_vocabularies_take_four_bytes(config, tokenizer):
     wide = Counting(tokenizer)
     wide.vocab_size, wide.fingerprint = 1 << 17, "wide"
-    assert prepare(config, wide).train.shards[0].dtype == np.uint32
+    assert prepare(config, wide).train.shards[0].tokens.dtype == np.uint32
 
 
 def test_tokenizes_once_and_again_for_each_change(config, tokenizer, tmp_path: Path):

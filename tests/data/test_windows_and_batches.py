@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_jax.config import UserError
-from llama_jax.data import Batch, Batches, TokenStream, ValidationBatches
-from llama_jax.data.windows import read_windows
+from llama_jax.data import Batch, Batches, Shard, TokenStream, ValidationBatches
+from llama_jax.data.windows import num_windows, read_windows
 
 BOS, EOS = 1, 2
 
@@ -18,9 +18,19 @@ def make_stream(sizes: list[int], *, num_shards: int = 1) -> TokenStream:
     """Documents of `sizes` ordinary tokens between BOS and EOS; ordinary tokens are all different."""
     number = itertools.count(3)
     documents = [[BOS, *itertools.islice(number, size), EOS] for size in sizes]
-    starts = np.cumsum([0, *map(len, documents[:-1])])
-    tokens = np.array([*itertools.chain(*documents)], np.uint16)
-    return TokenStream(np.array_split(tokens, num_shards), starts)
+    shards = []
+    for i in range(num_shards):
+        part = documents[i * len(documents) // num_shards : (i + 1) * len(documents) // num_shards]
+        starts = np.cumsum([0, *map(len, part)])[:-1]
+        tokens = np.array([*itertools.chain(*part)], np.uint16)
+        shards.append(Shard(tokens, starts, np.zeros(0, np.int64)))
+    return TokenStream(shards)
+
+
+def all_of(stream: TokenStream) -> tuple[list[int], list[int]]:
+    """Its tokens, and where documents begin, by counting."""
+    tokens = [int(token) for shard in stream.shards for token in shard.tokens]
+    return tokens, [place for place, token in enumerate(tokens) if token == BOS]
 
 
 sizes = st.lists(st.integers(0, 9), min_size=1, max_size=12)
@@ -28,15 +38,15 @@ sizes = st.lists(st.integers(0, 9), min_size=1, max_size=12)
 
 def expected_row(stream: TokenStream, index: int, length: int) -> dict[str, list]:
     """Window `index` said token by token."""
-    tokens = np.concatenate(stream.shards).astype(int).tolist()
-    document_of = np.cumsum(np.isin(np.arange(len(tokens)), stream.documents)).tolist()
+    tokens, documents = all_of(stream)
+    document_of = np.cumsum(np.isin(np.arange(len(tokens)), documents)).tolist()
     start = index * length
     row = {name: [] for name in ("tokens", "targets", "weights", "segment_ids", "positions")}
     for p in range(start, start + length):
         if p + 1 >= len(tokens):
             values = (0, 0, 0, 0, 0)
         else:
-            begin = max(start, max(int(d) for d in stream.documents if d <= p))
+            begin = max(start, max(int(d) for d in documents if d <= p))
             same = document_of[p] == document_of[p + 1]
             values = (tokens[p], tokens[p + 1], int(same), document_of[p] - document_of[start] + 1, p - begin)
         for name, value in zip(row, values, strict=True):
@@ -47,7 +57,7 @@ def expected_row(stream: TokenStream, index: int, length: int) -> dict[str, list
 @given(sizes=sizes, num_shards=st.integers(1, 4), length=st.integers(1, 12), data=st.data())
 def test_window_is_what_it_says(sizes: list[int], num_shards: int, length: int, data: st.DataObject):
     stream = make_stream(sizes, num_shards=num_shards)
-    count = stream.num_windows(length, partial=True)
+    count = num_windows(stream, length, partial=True)
     indices = data.draw(st.lists(st.integers(0, count + 1), min_size=1, max_size=4))
     batch = read_windows(stream, indices, length)
     for row, index in enumerate(indices):
@@ -63,8 +73,8 @@ def test_validation_sees_every_target_once(sizes: list[int], num_shards: int, le
     stream = make_stream(sizes, num_shards=num_shards)
     batches = ValidationBatches(stream, global_batch_size=batch_size, sequence_length=length)
     targets = np.concatenate([b["targets"][b["weights"] > 0] for b in batches])  # in order, too
-    tokens = np.concatenate(stream.shards)
-    assert targets.tolist() == np.delete(tokens, stream.documents).tolist()
+    tokens, documents = all_of(stream)
+    assert targets.tolist() == np.delete(tokens, documents).tolist()
     assert all(b["tokens"].shape == (batch_size, length) for b in batches)
     assert len(ValidationBatches(stream, global_batch_size=batch_size, sequence_length=length, max_batches=1)) == 1
     rows = [3, 0]
