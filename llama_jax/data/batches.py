@@ -1,4 +1,4 @@
-"""Batches of a token stream: in a random order that is a function of (seed, step) alone, or all of it once."""
+"""Batches of rows: in a random order that is a function of (seed, step) alone, or all of them once."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -8,49 +8,54 @@ import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
-from llama_jax.config import UserError
-from llama_jax.data.stream import TokenStream
-from llama_jax.data.windows import Batch, num_windows, read_windows
+from llama_jax.data.mixture import Mixture, Schedule
+from llama_jax.data.rows import Rows
+from llama_jax.data.windows import Batch
 
-SMALL = 1 << 16  # windows; below, index_shuffle takes 2**16 / n times as long as above, and a permutation is cheap
+SMALL = 1 << 16  # rows; below, index_shuffle takes 2**16 / n times as long as above, and a permutation is cheap
 
 
 class Batches:
-    """Training batches: the stream's full windows, permuted anew in every epoch, without end.
+    """Training batches of one or several sources, without end.
 
-    The window at place p = step * global_batch_size + row of the global sequence is number p % n of epoch p // n. With
+    The sequence at place p = step * global_batch_size + row of the global order comes from the source that the mixture
+    says, as its number n: row n % m of the source's epoch n // m, where every epoch is a permutation of its m rows. With
     `rows`, only these of each global batch are read, in their order: those that a process's devices need. Raises
-    UserError where the stream has no full window.
+    ValueError for a source without rows.
     """
 
     def __init__(
         self,
-        stream: TokenStream,
+        sources: Sequence[Rows],
         *,
         global_batch_size: int,
-        sequence_length: int,
         seed: int,
+        mixture: Mixture | None = None,
         rows: Sequence[int] | None = None,
         num_prefetch: int = 4,
     ):
-        self.num_windows = num_windows(stream, sequence_length, partial=False)
-        if not self.num_windows:
-            raise UserError(
-                f"sequence_length={sequence_length} needs {sequence_length + 1} tokens, and the training text has "
-                f"{stream.num_tokens}: give more text or a shorter sequence_length"
-            )
+        if any(source.num_rows < 1 for source in sources):
+            raise ValueError("a source has no rows")
+        self._sources, self._seed = list(sources), seed
+        self._mixture = mixture or Mixture(((0, Schedule([1] * len(sources))),))
         self._rows = range(global_batch_size) if rows is None else rows
-        self._stream, self._length, self._seed = stream, sequence_length, seed
         self._global_batch_size, self._num_prefetch = global_batch_size, num_prefetch
 
-    def window_indices(self, step: int) -> list[int]:
-        """The windows of the rows at `step`."""
+    def places(self, step: int) -> list[tuple[int, int, int]]:
+        """(source, epoch, row) of the batch's rows at `step`."""
         first = step * self._global_batch_size
-        return [self._window(first + row) for row in self._rows]
+        return [self._place(first + row) for row in self._rows]
 
     def batch(self, step: int) -> Batch:
         """The rows of the global batch of `step`."""
-        return read_windows(self._stream, self.window_indices(step), self._length)
+        places = self.places(step)
+        numbers = sorted({source for source, _, _ in places})
+        parts = {i: self._sources[i].read([(e, r) for source, e, r in places if source == i]) for i in numbers}
+        if len(parts) == 1:
+            return next(iter(parts.values()))
+        order = np.argsort(np.argsort([source for source, _, _ in places], kind="stable"))
+        names = parts[numbers[0]]
+        return {name: np.concatenate([parts[i][name] for i in numbers])[order] for name in names}
 
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:
         """`batch(start_step)`, `batch(start_step + 1)`... prepared ahead by threads; its state is the step number."""
@@ -58,32 +63,38 @@ class Batches:
         num_threads = min(self._num_prefetch, 4)
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads, self._num_prefetch)))
 
-    def _window(self, place: int) -> int:
-        epoch, index = divmod(place, self.num_windows)
-        if self.num_windows <= SMALL:
-            return int(_permutation(self._seed, epoch, self.num_windows)[index])
-        return index_shuffle(index, max_index=self.num_windows - 1, seed=_epoch_seed(self._seed, epoch), rounds=4)
+    def num_sequences(self, step: int) -> list[int]:
+        """How many sequences each source has given in the steps before `step`."""
+        return self._mixture.counts(step * self._global_batch_size)
+
+    def _place(self, place: int) -> tuple[int, int, int]:
+        source, number = self._mixture.locate(place)
+        num_rows = self._sources[source].num_rows
+        epoch, index = divmod(number, num_rows)
+        key = (self._seed, epoch, source) if source else (self._seed, epoch)
+        if num_rows <= SMALL:
+            return source, epoch, int(_permutation(key, num_rows)[index])
+        return source, epoch, index_shuffle(index, max_index=num_rows - 1, seed=_epoch_seed(key), rounds=4)
 
 
 class ValidationBatches(Sequence[Batch]):
-    """All of a stream once, in order, as a fixed sequence of batches: every token of a document but its first is a
-    target exactly once. The last window and the last batch are padded with weight 0.
+    """All rows of all sources once, in order, as a fixed sequence of batches, the last one padded.
 
     Only the first `max_batches` where given, and of each only `rows`, as in `Batches`.
     """
 
     def __init__(
         self,
-        stream: TokenStream,
+        sources: Sequence[Rows],
         *,
         global_batch_size: int,
-        sequence_length: int,
         max_batches: int | None = None,
         rows: Sequence[int] | None = None,
     ):
-        self._stream, self._length, self._global_batch_size = stream, sequence_length, global_batch_size
+        self._sources, self._global_batch_size = list(sources), global_batch_size
         self._rows = range(global_batch_size) if rows is None else rows
-        total = -(-num_windows(stream, sequence_length, partial=True) // global_batch_size)
+        self._ends = np.cumsum([source.num_rows for source in sources])
+        total = -(-int(self._ends[-1]) // global_batch_size)
         self._num_batches = total if max_batches is None else min(total, max_batches)
 
     def __len__(self) -> int:
@@ -97,15 +108,22 @@ class ValidationBatches(Sequence[Batch]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         first = range(len(self))[index] * self._global_batch_size
-        return read_windows(self._stream, [first + row for row in self._rows], self._length)
+        parts = [self._read(first + row) for row in self._rows]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _read(self, place: int) -> Batch:
+        last = len(self._sources) - 1
+        source = min(int(np.searchsorted(self._ends, place, side="right")), last)
+        before = int(self._ends[source - 1]) if source else 0
+        return self._sources[source].read([(0, place - before)])
 
 
 @functools.lru_cache
-def _epoch_seed(seed: int, epoch: int) -> int:
+def _epoch_seed(key: tuple[int, ...]) -> int:
     """32 bits. Grain's own shuffle adds epoch and seed, so that seed 1 begins with the second epoch of seed 0."""
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-@functools.lru_cache(maxsize=16)
-def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(size)
+@functools.lru_cache(maxsize=64)
+def _permutation(key: tuple[int, ...], size: int) -> np.ndarray:
+    return np.random.default_rng(key).permutation(size)

@@ -49,6 +49,11 @@ class TokenStream:
             found.append(shard.documents[first:last] + offset)
         return np.concatenate(found) if found else np.zeros(0, np.int64)
 
+    def shard_at(self, place: int) -> tuple[Shard, int]:
+        """The shard that has this place of the stream, and where the shard begins."""
+        number = int(np.searchsorted(self.starts, place, side="right")) - 1
+        return self.shards[number], int(self.starts[number])
+
     def _spans(self, start: int, stop: int):
         """(shard, where it begins in the stream, first, end) of the shards with places `start` to `stop`."""
         stop = min(stop, self.num_tokens)
