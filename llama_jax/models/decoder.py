@@ -213,7 +213,8 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], dict[str, jax.Array]]:
         """Final hidden states, and the layers' summed auxiliary scalars. Positions default to 0, 1, 2...
 
-        Tokens whose `prefix` is 1 are seen by all of their document, by what stands before them too. Where a context axis splits the sequence, all of these are in zigzag order (`nn.attention.context`).
+        Tokens whose `prefix` is 1 are seen by all of their document, by what stands before them too. Where a context
+        axis splits the sequence, all of these are in zigzag order (`nn.attention.context`).
         """
         if positions is None:
             positions = zigzag(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))

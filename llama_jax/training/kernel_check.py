@@ -35,7 +35,8 @@ def preflight(config: ModelConfig, compute: Compute, batch: Batch) -> list[Agree
     """Compares each kind of attention that the model calls with the float32 reference, forward and gradients.
 
     Same shapes, dtype, mask and sharding as a train step of this batch on the current mesh; the values are random, and
-    so are the documents where rows are packed, and the prefix where there is one. Raises PreflightFailed where they disagree by more than rounding does.
+    so are the documents where rows are packed, and the prefix where there is one. Raises PreflightFailed where they
+    disagree by more than rounding does.
     """
     agreements = []
     for call in attention_calls(config, compute, batch):

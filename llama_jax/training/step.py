@@ -114,9 +114,9 @@ def make_train_step(
     """`train_step(state, batch, hyper) -> (state, metrics)`, jitted, with the state donated.
 
     Batch arrays are [B, T]: `tokens`, `targets`, `weights`, `segment_ids`, `positions` and, where the objective has
-    them, `prefix` and a source (`source_tokens`, `source_segment_ids`, `source_positions`, [B, S]). Metrics: `loss` is the mean
-    cross-entropy of the weighted targets in nats, `grad_norm` the global norm before clipping. `compiler_options` are
-    `jax.jit`'s, such as `CPU_COMPILER_OPTIONS`; with any, JAX takes the step in no other `jit`.
+    them, `prefix` and a source (`source_tokens`, `source_segment_ids`, `source_positions`, [B, S]). Metrics: `loss` is
+    the mean cross-entropy of the weighted targets in nats, `grad_norm` the global norm before clipping.
+    `compiler_options` are `jax.jit`'s, such as `CPU_COMPILER_OPTIONS`; with any, JAX takes the step in no other `jit`.
     """
 
     def train_step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:
