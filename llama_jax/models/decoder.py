@@ -209,15 +209,20 @@ class Decoder(nnx.Module):
         *,
         positions: Int[Array, "b t"] | None = None,
         segment_ids: Int[Array, "b t"] | None = None,
+        prefix: Int[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b t d"], dict[str, jax.Array]]:
         """Final hidden states, and the layers' summed auxiliary scalars. Positions default to 0, 1, 2...
 
-        Where a context axis splits the sequence, all of these are in zigzag order (`nn.attention.context`).
+        Tokens whose `prefix` is 1 are seen by all of their document, by what stands before them too. Where a context
+        axis splits the sequence, all of these are in zigzag order (`nn.attention.context`).
         """
         if positions is None:
             positions = zigzag(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
         mask = AttentionMask(
-            segment_ids=segment_ids, kernel=self.compute.attention_kernel, context=self.compute.context
+            segment_ids=segment_ids,
+            prefix=prefix,
+            kernel=self.compute.attention_kernel,
+            context=self.compute.context,
         )
         x = self.embedding(tokens, self.compute.jax_dtype)
         x, aux = self.layers(x, positions=positions, mask=mask, remat=self.compute.remat)
@@ -240,10 +245,11 @@ class Decoder(nnx.Module):
         *,
         positions: Int[Array, "b t"] | None = None,
         segment_ids: Int[Array, "b t"] | None = None,
+        prefix: Int[Array, "b t"] | None = None,
     ) -> Float[Array, "b t v"]:
         """float32 logits at every position."""
-        tokens, positions, segment_ids = jax.tree.map(zigzag, (tokens, positions, segment_ids))
-        hidden, _ = self.trunk(tokens, positions=positions, segment_ids=segment_ids)
+        tokens, positions, segment_ids, prefix = jax.tree.map(zigzag, (tokens, positions, segment_ids, prefix))
+        hidden, _ = self.trunk(tokens, positions=positions, segment_ids=segment_ids, prefix=prefix)
         return self.logits(unzigzag(hidden))
 
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:

@@ -50,9 +50,10 @@ class Model:
         *,
         positions: Int[Array | np.ndarray, "b t"] | None = None,
         segment_ids: Int[Array | np.ndarray, "b t"] | None = None,
+        prefix: Int[Array | np.ndarray, "b t"] | None = None,
     ) -> Float[Array, "b t v"]:
         """int32 [B, T] -> float32 logits [B, T, V]."""
-        return self.run(_logits, tokens, positions, segment_ids)
+        return self.run(_logits, tokens, positions, segment_ids, prefix)
 
     def run(self, function: Callable[..., Any], *arguments: Any, **static: Any) -> Any:
         """`jit(function)(module, *arguments, **static)` on the model's mesh; keyword arguments are static."""
@@ -65,8 +66,8 @@ def _run(function: Callable[..., Any], graphdef: Any, static: tuple[tuple[str, A
     return function(nnx.merge(graphdef, state), *arguments, **dict(static))
 
 
-def _logits(module: Decoder, tokens: Any, positions: Any, segment_ids: Any) -> jax.Array:
-    return module(tokens, positions=positions, segment_ids=segment_ids)
+def _logits(module: Decoder, tokens: Any, positions: Any, segment_ids: Any, prefix: Any) -> jax.Array:
+    return module(tokens, positions=positions, segment_ids=segment_ids, prefix=prefix)
 
 
 def build(config: ModelConfig, *, seed: int = 0, compute: Compute | None = None) -> Model:

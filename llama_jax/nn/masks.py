@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["q_index", "key_index", "segment_ids", "key_segment_ids"],
+    data_fields=["q_index", "key_index", "segment_ids", "key_segment_ids", "prefix"],
     meta_fields=["causal", "window", "kernel", "context"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +19,9 @@ class AttentionMask:
     """Made only by the model; mixers hand it on to `attend`, whole.
 
     `causal` hides the keys after a query; `window` those `window` or more places away. `segment_ids` [B, T] forbid
-    attention between different documents of a packed row. `q_index` [B, T] is where each query stands among the keys;
-    None when query t stands at key t. `kernel` names the attention kernel of the run, `context` how keys and values
+    attention between different documents of a packed row. `prefix` [B, S] is 1 at keys that all queries of their
+    document see, those before them too. `q_index` [B, T] is where each query stands among the keys; None when query t
+    stands at key t. `kernel` names the attention kernel of the run, `context` how keys and values
     travel where the sequence is split. Kernels that work on tiles also say where the keys stand (`key_index` [S]) and
     which documents they are of (`key_segment_ids` [B, S]); elsewhere these are None.
     """
@@ -32,6 +33,7 @@ class AttentionMask:
     key_index: Any = None
     segment_ids: Any = None
     key_segment_ids: Any = None
+    prefix: Any = None
     kernel: str = "auto"
     context: str = "ring"
 
@@ -52,9 +54,11 @@ class AttentionMask:
         else:
             q_index = queries(self.q_index)
         allowed = key_index <= q_index if self.causal else jnp.ones((*q_index.shape[:2], num_keys), bool)
+        if self.prefix is not None:
+            allowed |= keys(self.prefix, 1)[:, None] > 0
         if self.window is not None:
             allowed &= key_index > q_index - self.window
-            if not self.causal:
+            if not self.causal or self.prefix is not None:
                 allowed &= key_index < q_index + self.window
         if self.segment_ids is not None:
             key_segments = self.segment_ids if self.key_segment_ids is None else self.key_segment_ids

@@ -13,7 +13,7 @@ from llama_jax.nn.attention.context import unzigzag, zigzag
 from llama_jax.nn.attention.kernels import Call, attend, calls_of_attend, choose
 from llama_jax.nn.masks import AttentionMask
 from llama_jax.parallel import axes_of, mesh_axis_sizes, replicate, shard
-from llama_jax.training.step import Batch
+from llama_jax.training.step import Batch, in_one_row, trunk
 
 # Scores that the reference may hold on a device at a time; where its all would be more, it goes by blocks of queries.
 SCORES = 1 << 26
@@ -35,7 +35,8 @@ def preflight(config: ModelConfig, compute: Compute, batch: Batch) -> list[Agree
     """Compares each kind of attention that the model calls with the float32 reference, forward and gradients.
 
     Same shapes, dtype, mask and sharding as a train step of this batch on the current mesh; the values are random, and
-    so are the documents where rows are packed. Raises PreflightFailed where they disagree by more than rounding does.
+    so are the documents where rows are packed, and the prefix where there is one. Raises PreflightFailed where they
+    disagree by more than rounding does.
     """
     agreements = []
     for call in attention_calls(config, compute, batch):
@@ -63,13 +64,12 @@ def tolerance(dtype: Any) -> float:
 def attention_calls(config: ModelConfig, compute: Compute, batch: Batch) -> list[Call]:
     """The different calls of `attend` in a forward pass of the batch; nothing is computed."""
 
-    def trunk(params: Any, batch: Batch) -> jax.Array:
+    def hidden(params: Any, batch: Batch) -> jax.Array:
         model = assemble(config, params, dataclasses.replace(compute, remat="none"))
-        batch = jax.tree.map(zigzag, batch)
-        return model.trunk(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])[0]
+        return trunk(model, in_one_row(batch))[0]
 
     with calls_of_attend() as calls:
-        jax.eval_shape(trunk, abstract_params(config), batch)
+        jax.eval_shape(hidden, abstract_params(config), batch)
     return list({str(call): call for call in calls}.values())
 
 
@@ -79,16 +79,19 @@ def compare(call: Call) -> Agreement | None:
     if kernel == "reference":
         return None
     rows, length = call.q.shape[:2]
-    segments = None
+    segments = prefix = None
+    rng = np.random.default_rng(0)
     if call.mask.segment_ids is not None:
         # Unlike the batch's own, certain to have a boundary in every row, and padding at the end of some.
-        rng = np.random.default_rng(0)
         begins = rng.random((rows, length)) < 4 / length
         begins[:, length // 3] = True
         segments = 1 + np.cumsum(begins, axis=1)
         segments[::2, length - length // 8 :] = 0
+    if call.mask.prefix is not None:
+        prefix = rng.random((rows, length)) < 0.25
     fast, exact = _Attention(call, kernel), _Attention(call, "reference")
-    errors = _errors(fast, exact, None if segments is None else jnp.asarray(segments, jnp.int32))
+    masks = (None if x is None else jnp.asarray(x, jnp.int32) for x in (segments, prefix))
+    errors = _errors(fast, exact, *masks)
     return Agreement(kernel, {name: float(error) for name, error in errors.items()})
 
 
@@ -102,8 +105,8 @@ class _Attention:
     def __hash__(self) -> int:
         return hash((str(self.call), self.kernel))
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, segments: Any) -> jax.Array:
-        mask = dataclasses.replace(self.call.mask, kernel=self.kernel, segment_ids=segments)
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, segments: Any, prefix: Any) -> jax.Array:
+        mask = dataclasses.replace(self.call.mask, kernel=self.kernel, segment_ids=segments, prefix=prefix)
         if self.kernel == "reference":
             return self._by_blocks(q, k, v, mask)
         k, v = (zigzag(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (k, v))
@@ -118,6 +121,7 @@ class _Attention:
             num_blocks *= 2
         # Whole along the sequence, where a context axis would split it.
         q, size = shard(q, "batch", None, "heads", None), length // num_blocks
+        mask = dataclasses.replace(mask, prefix=None if mask.prefix is None else replicate(mask.prefix))
 
         @jax.checkpoint
         def block(start: jax.Array) -> jax.Array:
@@ -135,7 +139,7 @@ class _Attention:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _errors(fast: _Attention, exact: _Attention, segments: Any) -> dict[str, jax.Array]:
+def _errors(fast: _Attention, exact: _Attention, segments: Any, prefix: Any = None) -> dict[str, jax.Array]:
     call = fast.call
     keys = jax.random.split(jax.random.key(0), 4)
     queries, kv = ("batch", "sequence", "heads", None), ("batch", "kv_heads", "sequence", None)
@@ -148,7 +152,7 @@ def _errors(fast: _Attention, exact: _Attention, segments: Any) -> dict[str, jax
 
     def with_gradients(attention: _Attention, dtype: Any) -> tuple[jax.Array, ...]:
         inputs = q.astype(dtype), k.astype(dtype), v.astype(dtype)
-        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, segments), *inputs)
+        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, segments, prefix), *inputs)
         out = shard(out, *queries)
         return (out, *pull(direction.astype(out.dtype)))
 

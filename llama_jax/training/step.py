@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llama_jax.models import Compute, ModelConfig, assemble
+from llama_jax.models import Compute, Decoder, ModelConfig, assemble
 from llama_jax.models.layout import Params
 from llama_jax.nn.attention.context import zigzag
-from llama_jax.parallel import reshape
+from llama_jax.parallel import reshape, shard
 from llama_jax.training.losses import cross_entropy
 from llama_jax.training.optimizer import Hyper, learning_rate, make_optimizer
 
@@ -46,8 +46,8 @@ def loss_and_metrics(
 ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
     """(summed loss, (summed cross-entropy, the layers' auxiliary scalars)) of a batch, in nats."""
     model = assemble(config, params, compute)
-    batch = {name: zigzag(x) for name, x in batch.items()}
-    hidden, aux = model.trunk(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
+    batch = in_one_row(batch)
+    hidden, aux = trunk(model, batch)
     loss, ce = cross_entropy(
         model.head,
         model.head_weight(),
@@ -58,6 +58,45 @@ def loss_and_metrics(
         chunk=compute.loss_chunk,
     )
     return loss, (ce, aux)
+
+
+def in_one_row(batch: Batch) -> Batch:
+    """The batch as a decoder takes it: a source joined before its target, and all in zigzag order where a context axis
+    splits the rows.
+
+    [B, S] and [B, T] become [B, S+T]. The source is a prefix without weight, so that a decoder trains on sequence to
+    sequence as a prefix language model (Raffel et al. 2020, section 3.2.1); what is no field of a decoder is left out.
+    """
+    if "source_tokens" in batch:
+        batch = _joined(batch)
+    return {name: zigzag(x) for name, x in batch.items()}
+
+
+def trunk(model: Decoder, batch: Batch) -> tuple[jax.Array, Metrics]:
+    """`model.trunk` of what `in_one_row` returned."""
+    return model.trunk(
+        batch["tokens"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+        prefix=batch.get("prefix"),
+    )
+
+
+def _joined(batch: Batch) -> Batch:
+    batch = {name: shard(x, "batch", None) for name, x in batch.items()}
+    source, segments = batch["source_segment_ids"], batch["segment_ids"]
+    # A decoder's positions count on from the source to the target, as they will when it answers a prompt.
+    before = (segments[:, :, None] == source[:, None]).sum(-1, dtype=jnp.int32)
+    no_loss = jnp.zeros_like(source)
+    pairs = {
+        "tokens": (batch["source_tokens"], batch["tokens"]),
+        "targets": (no_loss, batch["targets"]),
+        "weights": (no_loss.astype(batch["weights"].dtype), batch["weights"]),
+        "segment_ids": (source, segments),
+        "positions": (batch["source_positions"], jnp.where(segments > 0, batch["positions"] + before, 0)),
+        "prefix": ((source > 0).astype(jnp.int32), jnp.zeros_like(segments)),
+    }
+    return {name: shard(jnp.concatenate(pair, axis=1), "batch", "sequence") for name, pair in pairs.items()}
 
 
 def _split_rows(x: jax.Array, parts: int) -> jax.Array:
@@ -74,9 +113,10 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, Metrics]]:
     """`train_step(state, batch, hyper) -> (state, metrics)`, jitted, with the state donated.
 
-    Batch arrays are [B, T] (`tokens`, `targets`, `weights`, `segment_ids`, `positions`). Metrics: `loss` is the mean
-    cross-entropy of the weighted targets in nats, `grad_norm` the global norm before clipping. `compiler_options` are
-    `jax.jit`'s, such as `CPU_COMPILER_OPTIONS`; with any, JAX takes the step in no other `jit`.
+    Batch arrays are [B, T]: `tokens`, `targets`, `weights`, `segment_ids`, `positions` and, where the objective has
+    them, `prefix` and a source (`source_tokens`, `source_segment_ids`, `source_positions`, [B, S]). Metrics: `loss` is
+    the mean cross-entropy of the weighted targets in nats, `grad_norm` the global norm before clipping.
+    `compiler_options` are `jax.jit`'s, such as `CPU_COMPILER_OPTIONS`; with any, JAX takes the step in no other `jit`.
     """
 
     def train_step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:

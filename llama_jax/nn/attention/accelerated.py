@@ -17,6 +17,8 @@ def splash_refuses(q: Any, k: Any, mask: AttentionMask) -> str | None:
     """Why splash attention cannot do this, or None."""
     if mask.q_index is not None or q.shape[1] != k.shape[2]:
         return "queries at places of a cache"
+    if mask.prefix is not None:
+        return "a prefix that is seen whole"
     if q.shape[1] % LANES:
         return f"a sequence of {q.shape[1]}, no multiple of {LANES}"
     return None
@@ -56,6 +58,8 @@ def cudnn_refuses(q: Any, k: Any, mask: AttentionMask) -> str | None:
     """Why cuDNN's attention cannot do this, or None."""
     if mask.q_index is not None or q.shape[1] != k.shape[2]:
         return "queries at places of a cache"
+    if mask.prefix is not None:
+        return "a prefix that is seen whole"
     if q.dtype not in (jnp.float16, jnp.bfloat16):
         return f"{np.dtype(q.dtype).name}"
     if q.shape[-1] % 8 or q.shape[-1] > 256:

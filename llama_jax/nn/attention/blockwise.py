@@ -2,6 +2,7 @@
 
 Neither direction ever holds more than a [T/16, 512] block of scores per head, and what no query of a block may see is
 not computed: a causal block of queries reads only the keys up to its end, a window only those from its beginning on.
+Where a prefix may stand later, or queries at any place, all keys are read.
 
 Queries come grouped here: q [B, K, G, T, H], k and v [B, K, S, H].
 """
@@ -124,7 +125,7 @@ def _over_queries(block, carry, num_queries: int, num_keys: int, mask: Attention
     """`block(carry, begin, size, first, stop) -> (carry, ys)` over blocks of queries and the keys [first, stop) that
     each may need; ys joined over queries. A scan where all need all keys; else what is masked is not computed."""
     size = max(MIN_QUERY_BLOCK, -(-num_queries // MAX_QUERY_BLOCKS))
-    anywhere = mask.q_index is not None or mask.key_index is not None
+    anywhere = any(x is not None for x in (mask.q_index, mask.key_index, mask.prefix))
     reach = num_keys if mask.window is None else mask.window - 1
     if num_queries > size and num_queries % size == 0 and (anywhere or (not mask.causal and mask.window is None)):
         begins = jnp.arange(0, num_queries, size)

@@ -65,14 +65,20 @@ def choose(q: Any, k: Any, mask: AttentionMask) -> str:
         name = FASTEST.get(platform(), "blockwise")
         if split or KERNELS[name].refuses(q, k, mask):
             name = "blockwise"
-        return name if split or q.shape[1] > blockwise.MIN_QUERY_BLOCK else "reference"
+        if split:
+            return "reference" if mask.prefix is not None else name
+        return name if q.shape[1] > blockwise.MIN_QUERY_BLOCK else "reference"
     if name not in KERNELS:
         raise UserError(f"attention_kernel={name!r} does not exist: the kernels are auto, {', '.join(KERNELS)}")
     reason = KERNELS[name].refuses(q, k, mask)
     if split and name not in ("blockwise", "reference"):
         reason = "a sequence split over mesh.context"
+    able = "blockwise"
+    if split and mask.prefix is not None and name != "reference":
+        # A device's keys would be needed by queries before them: the zigzag order balances the causal work only.
+        reason, able = "a prefix that is seen whole on a sequence split over mesh.context", "reference"
     if reason:
-        raise UserError(f"attention_kernel={name!r} cannot do {reason}: take blockwise, or auto")
+        raise UserError(f"attention_kernel={name!r} cannot do {reason}: take {able}, or auto")
     return name
 
 

@@ -1,0 +1,149 @@
+"""Conversations as tokens: who speaks in which part, in the turn format of a family of models."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from llama_jax.config import Component, UserError
+from llama_jax.data.objectives.base import special_id, special_tokens_of
+from llama_jax.tokenizers.base import Tokenizer
+
+type Message = Mapping[str, str]
+"""`role` (system, user or assistant) and `content`."""
+
+BOS, EOS = "BOS", "EOS"
+ROLES = ("system", "user", "assistant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Text, or the name of a special token (or BOS, EOS: whatever the tokenizer has for these)."""
+
+    text: str
+    special: bool = False
+    trained: bool = False
+
+
+class ChatTemplate(Component):
+    """Base of the turn formats."""
+
+    def pieces(self, messages: Sequence[Message]) -> Iterable[Piece]:
+        """The conversation, in order; `trained` is what the model is to write. Roles have been checked."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama2Chat(ChatTemplate):
+    """[INST] question [/INST] answer, each pair between BOS and EOS (Touvron et al. 2023).
+
+    The marks are ordinary text, so that a message may contain them; the system's message stands in the first question.
+    """
+
+    def pieces(self, messages: Sequence[Message]) -> Iterator[Piece]:
+        system = ""
+        for message in messages:
+            content = message["content"].strip()
+            if message["role"] == "system":
+                system = f"<<SYS>>\n{content}\n<</SYS>>\n\n"
+            elif message["role"] == "user":
+                yield Piece(BOS, special=True)
+                yield Piece(f"[INST] {system}{content} [/INST]")
+                system = ""
+            else:
+                yield Piece(f" {content} ", trained=True)
+                yield Piece(EOS, special=True, trained=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Chat(ChatTemplate):
+    """Each message behind a header that names its role, and before <|eot_id|> (Llama Team 2024)."""
+
+    def pieces(self, messages: Sequence[Message]) -> Iterator[Piece]:
+        yield Piece("<|begin_of_text|>", special=True)
+        for message in messages:
+            answer = message["role"] == "assistant"
+            yield Piece("<|start_header_id|>", special=True)
+            yield Piece(message["role"])
+            yield Piece("<|end_header_id|>", special=True)
+            yield Piece("\n\n")
+            yield Piece(message["content"].strip(), trained=answer)
+            yield Piece("<|eot_id|>", special=True, trained=answer)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatML(ChatTemplate):
+    """<|im_start|>, the role, a line end, the message, <|im_end|> and a line end (OpenAI 2023; Qwen and others)."""
+
+    def pieces(self, messages: Sequence[Message]) -> Iterator[Piece]:
+        for message in messages:
+            answer = message["role"] == "assistant"
+            yield Piece("<|im_start|>", special=True)
+            yield Piece(f"{message['role']}\n")
+            yield Piece(message["content"], trained=answer)
+            yield Piece("<|im_end|>", special=True, trained=answer)
+            yield Piece("\n")
+
+
+def chat_tokens(
+    messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer
+) -> tuple[Int32[np.ndarray, " n"], Int64[np.ndarray, " p"]]:
+    """The conversation's tokens, and where in them a further part begins: parts alternate, first what is given, then
+    what the model is to write, the end of its turn included.
+
+    What a message says is encoded as plain text: no special token comes out of it. Raises UserError where a message
+    lacks its role or content, where questions and answers do not alternate (after at most one system message) or no
+    answer is last, and for a special token that the tokenizer lacks.
+    """
+    _check(messages)
+    pieces = [piece for piece in template.pieces(messages) if piece.text]
+    ids: list[Sequence[int]] = []
+    for special, group in itertools.groupby(pieces, key=lambda piece: piece.special):
+        texts = [piece.text for piece in group]
+        ids += [[_special(tokenizer, name)] for name in texts] if special else _encoded(tokenizer, texts)
+    sizes = [len(part) for part in ids]
+    trained = np.repeat([piece.trained for piece in pieces], sizes)
+    tokens = np.fromiter(itertools.chain.from_iterable(ids), np.int32)
+    # Against "not trained" before the first token, so that part 0 is never trained, and empty if it has to be.
+    return tokens, np.flatnonzero(np.diff(trained, prepend=False)).astype(np.int64)
+
+
+def _encoded(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids of texts that follow one another: cut from those of the whole, so that they are what a model is given whose
+    prompt ends at a cut; each by itself where a token would span a cut."""
+    whole = tokenizer.encode("".join(texts))
+    ends = []
+    for i in range(1, len(texts)):
+        head = tokenizer.encode("".join(texts[:i]))
+        if whole[: len(head)] != head:
+            return [tokenizer.encode(text) for text in texts]
+        ends.append(len(head))
+    return [whole[start:end] for start, end in itertools.pairwise([0, *ends, len(whole)])]
+
+
+def _special(tokenizer: Tokenizer, name: str) -> int:
+    if name == BOS and tokenizer.bos_id is not None:
+        return tokenizer.bos_id
+    if name == EOS and tokenizer.eos_ids:
+        return tokenizer.eos_ids[0]
+    return special_id(special_tokens_of(tokenizer), name)
+
+
+def _check(messages: Sequence[Message]) -> None:
+    expected = ("system", "user")
+    for number, message in enumerate(messages, start=1):
+        role = message.get("role")
+        if role not in ROLES:
+            raise UserError(f"message {number} has the role {role!r}: give one of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise UserError(f"message {number}, of role {role}, has no content: give it as text")
+        if role not in expected:
+            raise UserError(
+                f"message {number} has the role {role} where {' or '.join(expected)} belongs: a conversation is at "
+                "most one system message, then user and assistant in turn"
+            )
+        expected = ("assistant",) if role == "user" else ("user",)
+    if not messages or messages[-1]["role"] != "assistant":
+        raise UserError("a conversation must end with the assistant's answer: drop the messages after the last one")
