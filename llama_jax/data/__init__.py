@@ -1,13 +1,15 @@
-"""Text files to batches of token ids.
+"""Corpora to batches of token ids.
 
 In: a `DataConfig` and a tokenizer. Out: a `Corpus` of tokenized shards on disk, and from its streams `Batches`: numpy
-arrays [B, T] that are a function of (seed, step) alone. A new kind of file is a branch in `documents.py` that yields
-its documents; only `batches.py` knows Grain.
+arrays [B, T] that are a function of (seed, step) alone. A new kind of file is a reader in `readers/`; only `batches.py`
+knows Grain.
 """
 
 from llama_jax.data.batches import Batches, ValidationBatches
-from llama_jax.data.corpus import Corpus, prepare
-from llama_jax.data.documents import DataConfig, Document, read_documents, read_texts
+from llama_jax.data.config import DataConfig
+from llama_jax.data.corpus import Corpus
+from llama_jax.data.documents import read_texts
+from llama_jax.data.prepare import prepare, prepare_shards
 from llama_jax.data.stream import Shard, TokenStream
 from llama_jax.data.windows import Batch
 
@@ -16,11 +18,10 @@ __all__ = [
     "Batches",
     "Corpus",
     "DataConfig",
-    "Document",
     "Shard",
     "TokenStream",
     "ValidationBatches",
     "prepare",
-    "read_documents",
+    "prepare_shards",
     "read_texts",
 ]

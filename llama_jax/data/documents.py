@@ -1,207 +1,103 @@
-"""Files to documents."""
+"""Records to documents: their texts, their split, and the count of those that are bad."""
 
-import contextlib
-import dataclasses
-import fnmatch
-import glob
-import gzip
+import collections
 import hashlib
-import io
-import json
-import os
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import BinaryIO, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
 
 from llama_jax.config import UserError
+from llama_jax.data.config import DataConfig, Split
+from llama_jax.data.files import find_files
+from llama_jax.data.readers import SURROGATE, BadRecord, Part, Record, plan_shards, read_unit
 
-Split = Literal["train", "validation"]
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Which text a run learns from.
-
-    path: files, directories (with all below them) and globs; `.jsonl` files hold a document a line, others are one.
-    exclude: patterns as in the shell of files to leave out, matched with the path and with its part below `path`.
-    text_field: the field of a JSONL line that holds the text.
-    document_chars: cut longer documents at line ends into documents of about so many characters; None leaves them.
-    validation_fraction: share of documents held out, chosen by a hash of their text.
-    cache_dir: where tokenized shards are kept; None is $LLAMA_JAX_CACHE or ~/.cache/llama_jax.
-    num_prefetch: batches prepared ahead of the step that takes them.
-    """
-
-    path: tuple[str, ...]
-    exclude: tuple[str, ...] = ()
-    text_field: str = "text"
-    document_chars: int | None = None
-    validation_fraction: float = 0.01
-    cache_dir: str | None = None
-    num_prefetch: int = 4
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.validation_fraction < 1:
-            raise UserError(f"validation_fraction={self.validation_fraction} must be at least 0 and less than 1")
-        if self.document_chars is not None and self.document_chars < 1:
-            raise UserError(
-                f"document_chars={self.document_chars} must be at least 1, or none to leave documents whole"
-            )
-        if self.num_prefetch < 0:
-            raise UserError(f"num_prefetch={self.num_prefetch} must be at least 0")
+NAMED = 100  # bad records that are told by name
 
 
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """A text, never empty, the file it came from, and how many bytes of the corpus' files were read up to it."""
+class BadRecords:
+    """How many bad records there were, of which kinds, and the first of them."""
 
-    text: str
-    file: Path
-    position: int
+    def __init__(self, limit: int | None):
+        self._limit = limit
+        self.reasons: collections.Counter[str] = collections.Counter()
+        self.first: list[str] = []
 
+    def add(self, bad: BadRecord) -> None:
+        """Counts one. Raises UserError where that is one too many."""
+        self.extend({"reasons": {bad.reason: 1}, "first": [str(bad)]})
 
-@dataclasses.dataclass(frozen=True)
-class CorpusFile:
-    """A file of the corpus; one that a directory or glob brought (not `named`) is skipped where it is not text."""
+    def extend(self, summary: dict[str, Any]) -> None:
+        """Counts all that another `summary` has."""
+        self.reasons.update(summary["reasons"])
+        self.first += summary["first"][: NAMED - len(self.first)]
+        if self._limit is not None and (count := self.reasons.total()) > self._limit:
+            named = "; ".join(self.first[:3])
+            begins = f"{named}: mend it, or" if count == 1 else f"{count} records are bad, first {named}: mend them, or"
+            raise UserError(f"{begins} raise max_bad_records={self._limit} to leave out such records")
 
-    path: Path
-    named: bool
-
-    @property
-    def is_jsonl(self) -> bool:
-        return self.path.name.removesuffix(".gz").endswith(".jsonl")
-
-
-def find_files(config: DataConfig) -> list[CorpusFile]:
-    """The corpus' files, each once, in the order of `path` and sorted within its entries.
-
-    Raises UserError for an entry that is nothing and where no file is left.
-    """
-    if not config.path:
-        raise UserError("path is empty: name the files or directories to train on, for example --data.path my_text/")
-    files: dict[Path, CorpusFile] = {}
-    for entry in config.path:
-        name = os.path.expandvars(os.path.expanduser(entry))
-        top = Path(name)
-        if top.is_file():
-            found = [top]
-        elif top.is_dir():
-            found = sorted(directory / file for directory, _, names in top.walk() for file in names)
-        elif glob.has_magic(name):
-            found = sorted(map(Path, glob.glob(name, recursive=True)))
-        else:
-            found = []
-        if not found:
-            raise UserError(f"path '{entry}' is no file, no directory with files and no glob that matches one")
-        for file in found:
-            below = file.relative_to(top) if top.is_dir() else file
-            if file.is_file() and not _matches(config.exclude, below, file):
-                files.setdefault(file.absolute(), CorpusFile(file, named=file == top))
-    if not files:
-        raise UserError(f"exclude={', '.join(config.exclude)} leaves no file of path={', '.join(config.path)}")
-    return list(files.values())
-
-
-def _matches(patterns: Iterable[str], *paths: Path) -> bool:
-    return any(fnmatch.fnmatchcase(path.as_posix(), pattern) for pattern in patterns for path in paths)
-
-
-def read_documents(config: DataConfig, *, on_skip: Callable[[Path, str], None] | None = None) -> Iterator[Document]:
-    """All documents of the corpus, in a fixed order, empty ones left out.
-
-    A file found in a directory or by a glob that is not UTF-8 text is skipped, as is a JSONL text with half a
-    surrogate pair; `on_skip` is called with the file and the reason. Raises UserError for a named file that is not
-    text, a damaged file, and a JSONL line without the text field.
-    """
-    before = 0
-    for file in find_files(config):
-        with file.path.open("rb") as raw:
-            try:
-                for text in _read_file(file, raw, config, on_skip):
-                    if text:
-                        yield Document(text, file.path, before + raw.tell())
-            except UnicodeDecodeError:
-                if file.named:
-                    raise UserError(f"'{file.path}' is not UTF-8 text: convert it or leave it out") from None
-                if on_skip is not None:
-                    on_skip(file.path, "not UTF-8")
-            except (EOFError, gzip.BadGzipFile, zlib.error):
-                raise UserError(f"'{file.path}' is a damaged gzip file: get it again or leave it out") from None
-            before += os.fstat(raw.fileno()).st_size
+    def summary(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"reasons": dict(sorted(self.reasons.items())), "first": self.first}
 
 
 def read_texts(config: DataConfig, split: Split) -> Iterator[str]:
-    """The texts of the documents of one split, in the corpus' order."""
-    for document in read_documents(config):
-        if split_of(document.text, config) == split:
-            yield document.text
+    """The texts of the documents of one split, in the corpus' order, each part by itself.
+
+    Raises UserError for documents that are token ids, and where more records are bad than may be.
+    """
+    bad = BadRecords(config.max_bad_records)
+    for unit in (unit for shard in plan_shards(find_files(config), config) for unit in shard):
+        for record in read_unit(unit, config, separators=(0,)):
+            if isinstance(record, BadRecord):
+                bad.add(record)
+            elif isinstance(record, Record):
+                content = content_of(record)
+                if isinstance(content, BadRecord):
+                    bad.add(content)
+                elif split_of(content, config) == split:
+                    for part in record.parts:
+                        yield from _texts_of(part, record.where)
 
 
-def split_of(text: str, config: DataConfig) -> Split:
-    """The split of a document: by its text alone, so that adding files moves none."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+def _texts_of(part: Part, where: str) -> list[str]:
+    if isinstance(part, np.ndarray):
+        raise UserError(f"{where} holds token ids, of which no text can be read: give the tokenizer's path")
+    return [part] if isinstance(part, str) else [str(message["content"]) for message in part]
+
+
+def content_of(record: Record) -> bytes | BadRecord:
+    """What the record's split depends on: its texts in UTF-8, its ids as 32-bit integers."""
+    try:
+        return b"\0".join([_bytes_of(part) for part in record.parts])
+    except UnicodeEncodeError:
+        return BadRecord(record.where, SURROGATE)
+
+
+def _bytes_of(part: Part) -> bytes:
+    if isinstance(part, str):
+        return part.encode()
+    if isinstance(part, np.ndarray):
+        return part.astype("<u4").tobytes()
+    return b"\0".join(f"{message['role']}\0{message['content']}".encode() for message in part)
+
+
+def text_bytes(record: Record, content: bytes) -> int:
+    """The size of the record's text in UTF-8; of token ids, none."""
+    if all(isinstance(part, str) for part in record.parts):
+        return len(content) - len(record.parts) + 1
+    return sum(len(message["content"].encode()) for part in record.parts if isinstance(part, list) for message in part)
+
+
+def split_of(content: str | bytes, config: DataConfig) -> Split:
+    """The split of a document: by its content alone, so that adding files moves none."""
+    if not config.validation_fraction:
+        return "train"
+    content = content.encode() if isinstance(content, str) else content
+    digest = hashlib.blake2b(content, digest_size=8).digest()
     return "validation" if int.from_bytes(digest) < config.validation_fraction * 2**64 else "train"
 
 
-def _read_file(
-    file: CorpusFile, raw: BinaryIO, config: DataConfig, on_skip: Callable[[Path, str], None] | None
-) -> Iterator[str]:
-    if file.is_jsonl:
-        with _lines(file.path, raw) as lines:
-            for text in _read_jsonl(lines, file.path, config.text_field, on_skip):
-                yield from _cut(io.StringIO(text, newline="\n"), config.document_chars)
-    elif config.document_chars is None:
-        with _lines(file.path, raw) as lines:
-            yield lines.read()
-    else:
-        with _lines(file.path, raw) as lines:
-            for _ in lines:  # all of it is text before any of it is a document
-                pass
-        with _lines(file.path, raw) as lines:
-            yield from _cut(lines, config.document_chars)
-
-
-@contextlib.contextmanager
-def _lines(file: Path, raw: BinaryIO) -> Iterator[io.TextIOWrapper]:
-    """The text of the open file `raw`, from its beginning, unzipped by `file`'s name, line ends as they are."""
-    raw.seek(0)
-    content = gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw
-    lines = io.TextIOWrapper(content, encoding="utf-8", newline="\n")  # type: ignore[arg-type]
-    try:
-        yield lines
-    finally:
-        lines.detach()  # or it would close `raw`
-
-
-def _cut(lines: Iterable[str], document_chars: int | None) -> Iterator[str]:
-    part, size = [], 0
-    for line in lines:
-        if document_chars is not None and part and size + len(line) > document_chars:
-            yield "".join(part)
-            part, size = [], 0
-        part.append(line)
-        size += len(line)
-    yield "".join(part)
-
-
-def _read_jsonl(
-    lines: Iterable[str], file: Path, field: str, on_skip: Callable[[Path, str], None] | None
-) -> Iterator[str]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"line {number} of '{file}' is not JSON: {error}") from None
-        text = record.get(field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            fields = ", ".join(record) if isinstance(record, dict) else "no fields at all"
-            raise UserError(f"line {number} of '{file}' has no text in '{field}' (it has {fields}): set text_field")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            if on_skip is not None:
-                on_skip(file, f"line {number} has half a surrogate pair")
-            continue
-        yield text
+def separators_of(bos_id: int | None, eos_ids: Sequence[int]) -> tuple[int, ...]:
+    """The ids that stand around documents in files of tokens (llm.c puts Llama-3's BOS there)."""
+    return tuple(eos_ids[:1]) + (() if bos_id is None else (bos_id,))

@@ -2,6 +2,7 @@
 
 import codecs
 import functools
+import os
 import struct
 from collections.abc import Sequence
 
@@ -30,7 +31,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.files = {"tokenizer.model": model}
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._processor.encode(list(texts), num_threads=-1)  # -1: all cores
+        num_threads = int(os.environ.get("LLAMA_JAX_TOKENIZER_THREADS", "-1"))  # -1: all cores
+        return self._processor.encode(list(texts), num_threads=num_threads)
 
     def stream(self) -> "_PieceStream":
         return _PieceStream(self)

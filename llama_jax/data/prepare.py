@@ -1,0 +1,163 @@
+"""Documents to tokenized shards on disk, once."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llama_jax.config import UserError
+from llama_jax.data.config import DataConfig
+from llama_jax.data.corpus import Corpus, check_bad_records, open_corpus, write_index
+from llama_jax.data.files import CorpusFile, digests, find_files
+from llama_jax.data.readers import Unit, kind_of, plan_shards
+from llama_jax.data.shards import PARTIAL, Corner, make_shard
+from llama_jax.data.workers import make_shards
+from llama_jax.tokenizers import Tokenizer
+
+FORMAT = 2  # of a corpus' files; part of the cache key
+
+type Progress = Callable[[int, int], None]
+
+
+def prepare(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    directory: str | Path | None = None,
+    num_workers: int | None = None,
+    progress: Progress | None = None,
+) -> Corpus:
+    """The corpus of `config` tokenized by `tokenizer`: each document is BOS, its tokens, EOS.
+
+    It is kept in `directory`, by default in the cache under a hash of the files' contents, the options and the
+    tokenizer. Shards that are there already are not made again; the others are made by `num_workers` processes
+    (default: one for each core). `progress` is called with the bytes of the files done so far and altogether. Raises
+    UserError for a corpus without text, an empty split, too many bad records, and a directory with other shards.
+    """
+    files = find_files(config)
+    content_hash = _content_hash(files, config, tokenizer)
+    place = _place(files, config, tokenizer, directory, content_hash)
+    with _lock(place.directory.with_name(place.directory.name + ".lock")):  # of several processes one tokenizes
+        corpus = open_corpus(place.directory, config)
+        if corpus is None or corpus.content_hash != content_hash:
+            shards = plan_shards(files, config)
+            summaries = _make(place, dict(enumerate(shards)), config, tokenizer, num_workers, progress)
+            for leftover in place.directory.glob(f".*{PARTIAL}*"):  # of processes that were killed
+                leftover.unlink(missing_ok=True)
+            try:
+                write_index(place.directory, summaries, content_hash, config)
+            except UserError:
+                if directory is None:  # nobody asked for it under this name
+                    shutil.rmtree(place.directory)
+                raise
+            corpus = Corpus(place.directory, config)
+    check_bad_records([corpus.bad_records], config)
+    return corpus
+
+
+def prepare_shards(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    numbers: Iterable[int],
+    *,
+    directory: str | Path | None = None,
+    num_workers: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Only the shards `numbers` of the corpus; returns its directory, which has no index yet.
+
+    Each shard is a function of its number, the files and the options, so a cluster may run one process for each;
+    `prepare` on the same directory then makes the index. Raises UserError as `prepare` does.
+    """
+    files = find_files(config)
+    shards = plan_shards(files, config)
+    wanted = list(numbers)
+    for number in wanted:
+        if not 0 <= number < len(shards):
+            raise UserError(f"there is no shard {number}: this corpus has {len(shards)}, numbered from 0")
+    content_hash = _content_hash(files, config, tokenizer) if directory is None else ""
+    place = _place(files, config, tokenizer, directory, content_hash)
+    _make(place, {number: shards[number] for number in wanted}, config, tokenizer, num_workers, progress)
+    return place.directory
+
+
+def cache_directory(config: DataConfig) -> Path:
+    """Where tokenized corpora are kept."""
+    default = os.environ.get("LLAMA_JAX_CACHE") or "~/.cache/llama_jax"
+    return Path(config.cache_dir or default).expanduser()
+
+
+def _make(
+    place: Corner,
+    shards: dict[int, list[Unit]],
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    num_workers: int | None,
+    progress: Progress | None,
+) -> list[dict[str, Any]]:
+    """The summaries of `shards`, by processes of their own where more than one has to be made."""
+    done = {number: place.summary(number) for number in shards}
+    missing = {number: units for number, units in shards.items() if done[number] is None}
+    sizes = {number: sum(unit.size for unit in units) for number, units in shards.items()}
+    finished, total = sum(sizes[number] for number in shards if number not in missing), sum(sizes.values())
+
+    def report(bytes_done: int) -> None:
+        if progress is not None:
+            progress(finished + bytes_done, total)
+
+    if num_workers is None:
+        num_workers = os.cpu_count() or 1
+    if num_workers > 1 and len(missing) > 1:
+        make_shards(place, missing, config, tokenizer, num_workers, report)
+        done |= {number: place.summary(number) for number in missing}
+    else:
+        for number, units in missing.items():
+            done[number] = make_shard(place, number, units, config, tokenizer, report)
+            finished += sizes[number]
+    return [summary for summary in done.values() if summary is not None]
+
+
+def _place(
+    files: list[CorpusFile], config: DataConfig, tokenizer: Tokenizer, directory: str | Path | None, content_hash: str
+) -> Corner:
+    """Where the corpus is, made if needed, and what its shards have to have in common."""
+    if directory is None:
+        place = Corner(cache_directory(config) / "corpora" / content_hash[:32], content_hash, tokenizer.fingerprint)
+    else:
+        # A cluster's processes do not all read the whole corpus: sizes and times say whether it is the same.
+        stamps = [[kind_of(file.path), file.size, file.stamp] for file in files]
+        key = hashlib.sha256(json.dumps([FORMAT, _options(config), stamps]).encode()).hexdigest()
+        place = Corner(Path(directory).absolute(), key, tokenizer.fingerprint)
+    try:
+        place.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        name = f"cache_dir='{cache_directory(config)}'" if directory is None else f"directory '{directory}'"
+        raise UserError(f"{name} cannot be made ({error.strerror}): set another") from None
+    return place
+
+
+def _options(config: DataConfig) -> list[Any]:
+    return [config.fields, config.document_chars, config.max_record_bytes, config.validation_fraction]
+
+
+def _content_hash(files: list[CorpusFile], config: DataConfig, tokenizer: Tokenizer) -> str:
+    digest = hashlib.sha256(json.dumps([FORMAT, _options(config), tokenizer.fingerprint]).encode())
+    cache = cache_directory(config)
+    with contextlib.suppress(OSError):  # told where the corpus itself cannot be written
+        cache.mkdir(parents=True, exist_ok=True)
+    for file, content in zip(files, digests(files, cache / "digests.jsonl"), strict=True):
+        packed = file.path.endswith((".gz", ".zst"))
+        digest.update(f"{content} {kind_of(file.path)} {packed}\n".encode())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _lock(file: Path) -> Iterator[None]:
+    with file.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield

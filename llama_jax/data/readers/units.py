@@ -1,0 +1,70 @@
+"""The units of work that a corpus is cut into, by the names and sizes of its files alone."""
+
+import dataclasses
+import re
+
+from llama_jax.data.config import DataConfig
+from llama_jax.data.files import CorpusFile, is_dataset
+
+SHARD_BYTES = 1 << 26  # of input; also the size of a unit
+MAX_SHARDS = 4096  # above, shards grow: every shard is some memory maps, of which Linux gives a process 65530
+
+KINDS = (
+    (r"\.(jsonl|ndjson)(\.gz|\.zst)?$", "jsonl"),
+    (r"\.json(\.gz|\.zst)?$", "json"),
+    (r"\.parquet$", "parquet"),
+    (r"\.arrow$", "arrow"),
+    (r"\.array_?record(-\d+-of-\d+)?$", "array_record"),
+    (r"\.bin$", "tokens"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """Piece `index` of `count` of a file: bytes, row groups or records, as its kind has them."""
+
+    file: CorpusFile
+    index: int
+    count: int
+
+    def range_of(self, total: int) -> tuple[int, int]:
+        """(first, end) of this unit's share of `total` things."""
+        return self.index * total // self.count, (self.index + 1) * total // self.count
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file that are this unit's."""
+        first, end = self.range_of(self.file.size)
+        return end - first
+
+
+def kind_of(path: str) -> str:
+    """The kind of file, by its name."""
+    if is_dataset(path):
+        return "dataset"
+    return next((kind for pattern, kind in KINDS if re.search(pattern, path)), "text")
+
+
+def _splits(path: str, config: DataConfig) -> bool:
+    """Whether parts of the file can be read without what is before them."""
+    if path.endswith((".gz", ".zst")):
+        return False
+    kind = kind_of(path)
+    return kind not in ("text", "arrow") or (kind == "text" and config.document_chars is not None)
+
+
+def plan_shards(files: list[CorpusFile], config: DataConfig) -> list[list[Unit]]:
+    """The units of every shard: consecutive ones, together about SHARD_BYTES."""
+    shard_bytes = max(SHARD_BYTES, sum(file.size for file in files) // MAX_SHARDS)
+    shards: list[list[Unit]] = [[]]
+    size = 0
+    for file in files:
+        count = file.pieces or (max(1, round(file.size / shard_bytes)) if _splits(file.path, config) else 1)
+        for index in range(count):
+            if size >= shard_bytes:
+                shards.append([])
+                size = 0
+            unit = Unit(file, index, count)
+            shards[-1].append(unit)
+            size += unit.size
+    return shards
