@@ -71,7 +71,7 @@ def get_config() -> RunConfig:
 
 def report(run: Run) -> None:
     """Prints how the model does on held-out files and as a writer of Python, beside simpler means."""
-    texts = list(run.corpus.texts("validation"))
+    texts = list(run.dataset.texts("validation"))
     data = "".join(texts).encode()
     table = Table("bits per byte", "model", "gzip -9", "xz", title=f"{len(texts)} held-out files, {len(data):,} bytes")
     packed = [8 * len(part) / len(data) for part in (gzip.compress(data, 9), lzma.compress(data))]
@@ -84,7 +84,8 @@ def report(run: Run) -> None:
     )
     bos_id = run.tokenizer.bos_id
     assert bos_id is not None
-    trigram = Trigram(run.corpus.train.read(0, run.corpus.train.num_tokens), bos_id)
+    train = run.dataset.corpora["data"].train
+    trigram = Trigram(train.read(0, train.num_tokens), bos_id)
     rng = np.random.default_rng(run.config.seed)
     theirs = [run.tokenizer.decode(trigram.sample(num_tokens, temperature, rng)) for _ in range(num_samples)]
     table = Table("accepted by ast.parse", "model", "trigram", title=f"{num_samples} samples of {num_tokens} tokens")

@@ -145,11 +145,8 @@ def _switch(cls: type, old: Any, changes: Mapping[str, Any], prefix: str, compon
         for name, hint in field_types(cls).items()
         if hasattr(old, name) and field_types(type(old)).get(name) == hint
     }
-    defaults = {
-        f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING or
-        f.default_factory is not dataclasses.MISSING
-    }  # fmt: skip
-    missing = [n for n in field_types(cls) if n not in kept and n not in defaults and n not in _heads(changes)]
+    known = {*kept, *_heads(changes), *_with_default(cls)}
+    missing = [n for n in field_types(cls) if n not in known]
     if missing:
         raise UserError(
             f"{prefix.rstrip('.')}={cls.__name__} also needs {', '.join(prefix + n for n in missing)}: give them too"
@@ -159,6 +156,13 @@ def _switch(cls: type, old: Any, changes: Mapping[str, Any], prefix: str, compon
     for name, change in nested.items():
         values[name] = _apply_field(cls, name, kept.get(name), change, prefix, components)
     return _build(cls, values, prefix)
+
+
+def _with_default(cls: type) -> set[str]:
+    return {
+        f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING or
+        f.default_factory is not dataclasses.MISSING
+    }  # fmt: skip
 
 
 def _heads(changes: Mapping[str, Any]) -> set[str]:
@@ -305,7 +309,8 @@ def _from_json(annotation: Any, data: Any, components: Sequence[type], key: str)
         given = {k: v for k, v in data.items() if k != "type"}
         for unknown in given.keys() - types_of.keys():
             raise _unknown(key + unknown, cls, None, components)
-        for missing in types_of.keys() - given.keys():
+        # What a newer version has added is as it was before.
+        for missing in types_of.keys() - given.keys() - _with_default(cls):
             raise UserError(f"{where} ({name}) lacks the key '{missing}'")
         values = {n: _from_json(types_of[n], v, components, f"{key}{n}.") for n, v in given.items()}
         return _build(cls, values, key)

@@ -6,9 +6,11 @@ knows Grain.
 """
 
 from llama_jax.data.batches import Batches, ValidationBatches
-from llama_jax.data.config import DataConfig
+from llama_jax.data.config import DataConfig, Source, Stage
 from llama_jax.data.corpus import Corpus
+from llama_jax.data.dataset import Dataset, prepare_dataset
 from llama_jax.data.documents import read_texts
+from llama_jax.data.objectives import Causal, Vocabulary
 from llama_jax.data.prepare import prepare, prepare_shards
 from llama_jax.data.stream import Shard, TokenStream
 from llama_jax.data.windows import Batch
@@ -16,12 +18,18 @@ from llama_jax.data.windows import Batch
 __all__ = [
     "Batch",
     "Batches",
+    "Causal",
     "Corpus",
     "DataConfig",
+    "Dataset",
     "Shard",
+    "Source",
+    "Stage",
     "TokenStream",
     "ValidationBatches",
+    "Vocabulary",
     "prepare",
+    "prepare_dataset",
     "prepare_shards",
     "read_texts",
 ]

@@ -19,9 +19,9 @@ class Batches:
     """Training batches of one or several sources, without end.
 
     The sequence at place p = step * global_batch_size + row of the global order comes from the source that the mixture
-    says, as its number n: row n % m of the source's epoch n // m, where every epoch is a permutation of its m rows. With
-    `rows`, only these of each global batch are read, in their order: those that a process's devices need. Raises
-    ValueError for a source without rows.
+    says. The n-th of a source with m rows is number n % m of its epoch n // m, and every epoch a permutation of its
+    rows. With `rows`, only these of each global batch are read, in their order: those that a process's devices need.
+    Raises ValueError for a source without rows.
     """
 
     def __init__(

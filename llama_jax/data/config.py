@@ -1,16 +1,59 @@
-"""Which text a run learns from."""
+"""Which text a run learns from, and as what."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Literal
 
 from llama_jax.config import UserError
+from llama_jax.data.chat import ChatTemplate
+from llama_jax.data.objectives import Causal, Objective
 
 Split = Literal["train", "validation"]
+Packing = Literal["cut", "best_fit"]
+ONLY = "data"  # the name of a run's source that is no mixture's
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One of the corpora of a mixture: what it does not say is as in the data's config.
+
+    name: its name in logs.
+    path: its files.
+    share: of the tokens that the run takes, in proportion to the other sources' shares.
+    epochs: instead of a share: how often the run takes all of it. Where all sources say epochs, they fill the run in
+        that proportion.
+    exclude: as in the data's config.
+    fields: as in the data's config.
+    document_chars: as in the data's config.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    share: float | None = None
+    epochs: float | None = None
+    exclude: tuple[str, ...] | None = None
+    fields: tuple[str, ...] | None = None
+    document_chars: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.share is None) == (self.epochs is None):
+            raise UserError(f"source '{self.name}' must have one of share and epochs")
+        amount = self.share if self.epochs is None else self.epochs
+        if amount is None or amount < 0 or (self.epochs is not None and not amount):
+            raise UserError(f"source '{self.name}' has share or epochs={amount}: it must be more than 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """From a step on, other shares of the sources, in their order; 0 leaves one out."""
+
+    start_step: int
+    shares: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which text a run learns from.
+    """Which text a run learns from, and as what.
 
     path: files, directories (with all below them), globs, on disk or as gs:// and s3://, and hf://NAME[/CONFIG]:SPLIT.
     exclude: patterns as in the shell of files to leave out, matched with the path and with its part below `path`.
@@ -21,6 +64,11 @@ class DataConfig:
     validation_fraction: share of documents held out, chosen by a hash of their text.
     cache_dir: where tokenized shards are kept; None is $LLAMA_JAX_CACHE or ~/.cache/llama_jax.
     num_prefetch: batches prepared ahead of the step that takes them.
+    chat_template: how the messages of a chat become tokens, where a field holds them.
+    objective: what is to be learned of a document.
+    packing: how documents share rows: `cut` where a row ends, or `best_fit`: only those longer than a row are cut.
+    sources: several corpora instead of `path`, each with its share or its epochs.
+    stages: shares of the sources that change at given steps; the first begins at step 0.
     """
 
     path: tuple[str, ...]
@@ -32,6 +80,11 @@ class DataConfig:
     validation_fraction: float = 0.01
     cache_dir: str | None = None
     num_prefetch: int = 4
+    chat_template: ChatTemplate | None = None
+    objective: Objective = Causal()
+    packing: Packing = "cut"
+    sources: tuple[Source, ...] = ()
+    stages: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation_fraction < 1:
@@ -53,3 +106,36 @@ class DataConfig:
             raise UserError(f"max_bad_records={self.max_bad_records} must be at least 0, or none for any number")
         if self.num_prefetch < 0:
             raise UserError(f"num_prefetch={self.num_prefetch} must be at least 0")
+        self._check_sources()
+
+    def _check_sources(self) -> None:
+        if self.sources and self.path:
+            raise UserError("path and sources are both given: put the path into a source of its own")
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise UserError(f"sources are called {', '.join(names)}: give each a name of its own")
+        if not self.stages:
+            if self.sources and not any(source.share or source.epochs for source in self.sources):
+                raise UserError("sources all have the share 0: give one of them more")
+            return
+        if any(source.epochs is not None for source in self.sources):
+            raise UserError("stages change shares, and a source says epochs: give all sources shares")
+        steps = [stage.start_step for stage in self.stages]
+        if steps[0] != 0 or steps != sorted(set(steps)):
+            raise UserError(f"stages begin at steps {', '.join(map(str, steps))}: they must begin at 0 and go up")
+        for stage in self.stages:
+            if len(stage.shares) != len(self.sources) or min(stage.shares) < 0 or not any(stage.shares):
+                raise UserError(
+                    f"the stage from step {stage.start_step} has shares {', '.join(map(str, stage.shares))}: give each "
+                    f"of the {len(self.sources)} sources one, 0 or more, and one of them more than 0"
+                )
+
+    def corpora(self) -> Iterator[tuple[Source, "DataConfig"]]:
+        """Every source with the config of its corpus alone."""
+        for source in self.sources or (Source(ONLY, self.path, share=1.0),):
+            own = {
+                name: getattr(source, name)
+                for name in ("exclude", "fields", "document_chars")
+                if getattr(source, name) is not None
+            }
+            yield source, dataclasses.replace(self, path=source.path, sources=(), stages=(), **own)

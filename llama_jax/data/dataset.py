@@ -2,20 +2,21 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
 from llama_jax.config import UserError
-from llama_jax.data.config import DataConfig, Source, Split, Stage
+from llama_jax.data.batches import Batches
+from llama_jax.data.config import DataConfig, Packing, Source, Split, Stage
 from llama_jax.data.corpus import Corpus
 from llama_jax.data.mixture import Mixture, Schedule
 from llama_jax.data.objectives import Causal, Objective, Vocabulary
-from llama_jax.data.plan import Packing, longest_piece, plan_rows
+from llama_jax.data.plan import longest_piece, plan_rows
 from llama_jax.data.prepare import prepare
 from llama_jax.data.rows import PackedRows, Rows, WindowRows, special_ends
 from llama_jax.tokenizers import Tokenizer
@@ -91,13 +92,34 @@ class Dataset:
         Raises UserError where the sources' epochs are more than the run's sequences.
         """
         total = num_steps * global_batch_size
-        stages = self.config.stages or (Stage(0, tuple(source.share or 0.0 for source in self.sources)),)
-        return Mixture(
-            tuple(
-                (stage.start_step * global_batch_size, Schedule(_sequence_shares(self.sources, self.train, stage, total)))
-                for stage in stages
-            )
-        )
+        schedules = []
+        for stage in self.config.stages or (Stage(0, tuple(source.share or 0.0 for source in self.sources)),):
+            shares = _sequence_shares(self.sources, self.train, stage, total)
+            schedules.append((stage.start_step * global_batch_size, Schedule(shares)))
+        return Mixture(tuple(schedules))
+
+    def texts(self, split: Split) -> Iterator[str]:
+        """All documents' text again, read from the original files."""
+        return itertools.chain.from_iterable(corpus.texts(split) for corpus in self.corpora.values())
+
+    def describe(self, batches: Batches, num_steps: int) -> list[str]:
+        """What a run is told of its data: how full rows are, and what it takes of which source."""
+        lines = []
+        for source, rows, count in zip(self.sources, self.train, batches.num_sequences(num_steps), strict=True):
+            text = f"{source.name}: {rows.num_rows:,} rows, {rows.num_tokens / rows.num_positions:.1%} full"
+            if rows.num_dropped:
+                text += f", {rows.num_dropped:,} documents do not fit"
+            lines.append(f"{text}; {count / rows.num_rows:.2f} epochs")
+        return lines
+
+    def proportions(self, batches: Batches, step: int) -> dict[str, float]:
+        """Of a mixture, each source's share of the sequences before `step`, and its epochs."""
+        if len(self.sources) == 1 or not step:
+            return {}
+        counts = batches.num_sequences(step)
+        shares = {f"share/{s.name}": n / sum(counts) for s, n in zip(self.sources, counts, strict=True)}
+        epochs = {f"epochs/{s.name}": n / r.num_rows for s, n, r in zip(self.sources, counts, self.train, strict=True)}
+        return shares | epochs
 
     def _rows(self, split: Split) -> list[Rows]:
         rows = []
@@ -150,8 +172,8 @@ def _sequence_shares(sources: Sequence[Source], rows: Sequence[Rows], stage: Sta
     left = 1 - sum(by_epochs)
     if left <= 0:
         raise UserError(
-            f"the epochs of data.sources are {float(sum(by_epochs)) * total:,.0f} sequences, and the run has {total:,}: "
-            "lower them, raise num_steps, or give all sources epochs, which then fill the run in proportion"
+            f"the epochs of data.sources are {float(sum(by_epochs)) * total:,.0f} sequences, and the run has "
+            f"{total:,}: lower them, raise num_steps, or give all sources epochs, which then fill it in proportion"
         )
     return [epochs + left * share / sum(by_share) for epochs, share in zip(by_epochs, by_share, strict=True)]
 
@@ -202,7 +224,7 @@ def _write_plan(
         rows.write(np.zeros(1, "<i8").tobytes())
         for shard, start in zip(stream.shards, stream.starts, strict=False):
             plan = plan_rows(shard, objective, packing, capacity, num_before=before, num_after=after)
-            pieces.write((plan.pieces + [start, 0]).astype("<i8").tobytes())
+            pieces.write((plan.pieces + np.array([start, 0])).astype("<i8").tobytes())
             rows.write((plan.rows[1:] + counts["num_pieces"]).astype("<i8").tobytes())
             counts["num_rows"] += len(plan.rows) - 1
             counts["num_pieces"] += len(plan.pieces)

@@ -17,9 +17,9 @@ BLOCK = 1 << 16  # sequences that are ordered together; shares are exact at thei
 class Schedule:
     """A fixed, unending order of sequences from several sources in the proportion of `shares`.
 
-    After any n sequences, source i of k has given shares_i n of them: to within 1 - 1 / (2k - 2) where the shares have a
-    common denominator of at most `BLOCK` (0.045, 2/3...), to within less than 2 for others, however large n is. Within
-    a block the order is that of Tijdeman 1980, "The chairman assignment problem", and none does better. Over any window,
+    After any n sequences, source i of k has given shares_i n of them: to within 1 - 1 / (2k - 2) where the shares have
+    a common denominator of at most `BLOCK` (0.045, 2/3...), to within less than 2 for others, however large n is. In a
+    block the order is that of Tijdeman 1980, "The chairman assignment problem", and none does better. Over any window,
     that is within 1 for two sources and within less than 2 for more, where shares such as (0.67, 0.15, 0.18) have no
     order at all that would be within 1 (a test tries them all).
 

@@ -2,15 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Int
 
+from llama_jax.data.config import Packing
 from llama_jax.data.objectives import Objective
 from llama_jax.data.stream import Shard
 
-Packing = Literal["cut", "best_fit"]
 MIN_PIECE = 16  # tokens; the rest of a row stays empty where less of a document would fit
 MAX_TRIES = 16  # sizes of room, and rows with that room, that are looked at for a place
 

@@ -43,9 +43,9 @@ class WindowRows(Rows):
 
 
 class PackedRows(Rows):
-    """Examples packed as a plan says: row r has the pieces `rows[r]` to `rows[r + 1]`, each (place, size) of the stream.
+    """Examples packed as a plan says: row r has the pieces `rows[r]` to `rows[r + 1]`.
 
-    The noise of a piece is a function of (seed, epoch, piece).
+    A piece is (place, size) in the stream. The noise of a piece is a function of (seed, epoch, piece).
     """
 
     def __init__(

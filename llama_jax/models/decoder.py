@@ -1,7 +1,7 @@
 """The decoder: embedding, blocks, norm, head."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,9 @@ EMBEDDING_STD = 0.02
 
 
 class ModelConfig(Component):
-    """Config of a model: what every room below needs to know of one."""
+    """Config of a model: what every room below needs to know of one. `batch_fields` are those it is trained on."""
+
+    batch_fields: ClassVar[frozenset[str]]
 
     vocab_size: int
     hidden_size: int
@@ -74,6 +76,10 @@ class DecoderConfig(ModelConfig):
     norm: Norm
     tie_embeddings: bool
     overrides: tuple[LayerOverride, ...] = ()
+
+    batch_fields = frozenset(
+        ("tokens", "targets", "weights", "positions", "segment_ids", "prefix", "source_tokens", "source_positions")
+    )
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "max_positions"):

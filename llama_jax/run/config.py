@@ -99,6 +99,12 @@ class RunConfig:
                 f"sequence_length={self.sequence_length} is longer than model.max_positions="
                 f"{self.model.max_positions}: shorten the one or raise the other"
             )
+        takes, gives = type(self.model).batch_fields, self.data.objective.fields()
+        if unknown := [name for name in gives if name not in takes]:
+            raise UserError(
+                f"data.objective={type(self.data.objective).__name__} gives {', '.join(unknown)}, which "
+                f"{type(self.model).__name__} does not take: choose another objective, options of it, or another model"
+            )
         parts = self.optimizer.accumulation_steps
         if self.global_batch_size % parts:
             raise UserError(
@@ -111,6 +117,11 @@ class RunConfig:
                 f"{self.model.vocab_size}: lower the one or raise the other"
             )
 
+    @property
+    def row_length(self) -> int:
+        """Positions of a row: of the sequence, and of the source that some objectives put before it."""
+        return self.sequence_length + (self.data.objective.source_length or 0)
+
     def check_mesh(self, num_devices: int) -> None:
         """Raises UserError where the mesh does not fit the devices, or the batch the mesh."""
         sizes = self.mesh.sizes(num_devices)
@@ -121,10 +132,12 @@ class RunConfig:
                 f"global_batch_size={self.global_batch_size} is not divisible by mesh.data x mesh.fsdp={rows}"
                 f"{accumulated}: take a multiple of {rows * parts}"
             )
-        if self.sequence_length % sizes["context"]:
-            raise UserError(
-                f"sequence_length={self.sequence_length} is not divisible by mesh.context={sizes['context']}"
-            )
+        for name, length in (
+            ("sequence_length", self.sequence_length),
+            ("data.objective.source_length", self.data.objective.source_length or 0),
+        ):
+            if length % sizes["context"]:
+                raise UserError(f"{name}={length} is not divisible by mesh.context={sizes['context']}")
 
 
 def load_config(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from llama_jax.checkpoint.language_model import (
 )
 from llama_jax.checkpoint.store import CheckpointStore
 from llama_jax.config import UserError, from_json, leaves, read_json, to_json
-from llama_jax.data import Batches, Corpus, prepare
+from llama_jax.data import Batches, Dataset, Vocabulary, prepare_dataset
 from llama_jax.data.windows import Batch
 from llama_jax.run.config import RunConfig
 from llama_jax.tokenizers import Tokenizer, load_tokenizer
@@ -64,30 +65,44 @@ class Run:
         return load_tokenizer(self.directory / TOKENIZER_DIRECTORY)
 
     @functools.cached_property
-    def corpus(self) -> Corpus:
+    def dataset(self) -> Dataset:
         """The run's text, tokenized; prepared again where the cache is gone. Raises UserError where it has changed."""
-        corpus = prepare(self.config.data, self.tokenizer)
-        self.check_corpus(corpus)
-        return corpus
+        config = self.config
+        directories = prepare_dataset(config.data, self.tokenizer, sequence_length=config.sequence_length)
+        dataset = self.open_dataset(directories, Vocabulary.of(self.tokenizer))
+        self.check_dataset(dataset)
+        return dataset
 
-    def check_corpus(self, corpus: Corpus) -> None:
-        """Raises UserError where `corpus` is not the one that this run began with."""
+    def open_dataset(self, directories: Sequence[Path], vocabulary: Vocabulary) -> Dataset:
+        """What `prepare_dataset` made."""
+        config = self.config
+        return Dataset(config.data, directories, vocabulary, sequence_length=config.sequence_length, seed=config.seed)
+
+    def check_dataset(self, dataset: Dataset) -> None:
+        """Raises UserError where `dataset` is not the one that this run began with."""
         file = self.directory / DATA_FILE
-        if file.exists() and read_json(file) != _summary(corpus):
+        if file.exists() and read_json(file) != _summary(dataset):
+            path = itertools.chain.from_iterable(own.path for _, own in self.config.data.corpora())
             raise UserError(
-                f"the files of data.path={', '.join(self.config.data.path)} are not what '{self.directory}' began "
+                f"the files of data.path={', '.join(path)} are not what '{self.directory}' began "
                 "with: bring them back, or give another --run-dir"
             )
 
     def batch(self, step: int) -> Batch:
         """The exact global batch that the update from `step` to `step + 1` used: numpy arrays [B, T]."""
+        return self.batches(self.dataset).batch(step)
+
+    def batches(self, dataset: Dataset, rows: Sequence[int] | None = None) -> Batches:
+        """The run's training batches; `rows` as in `Batches`."""
         config = self.config
         return Batches(
-            self.corpus.train,
+            dataset.train,
+            mixture=dataset.mixture(global_batch_size=config.global_batch_size, num_steps=config.num_steps),
             global_batch_size=config.global_batch_size,
-            sequence_length=config.sequence_length,
             seed=config.seed,
-        ).batch(step)
+            rows=rows,
+            num_prefetch=config.data.num_prefetch,
+        )
 
     def load(self, step: int | None = None, *, mesh: MeshLike = None, dtype: str | None = None) -> LanguageModel:
         """The model as it was at `step` (default: the latest checkpoint)."""
@@ -110,8 +125,11 @@ def check_directory(run: Run) -> None:
     directory = run.directory
     if (directory / CONFIG_FILE).exists():
         before, now = _values(open_run(directory, run.components).config), _values(run.config)
+        changeable = CHANGEABLE
+        if any(source.epochs is not None for source in run.config.data.sources):
+            changeable = tuple(key for key in CHANGEABLE if key != "num_steps")  # the order of the data depends on it
         for key in [*now, *(key for key in before if key not in now)]:
-            if before.get(key) != now.get(key) and not key.startswith(CHANGEABLE):
+            if before.get(key) != now.get(key) and not key.startswith(changeable):
                 raise UserError(
                     f"'{directory}' holds a run with {key}={before.get(key)!r}, not {now.get(key)!r}: "
                     "continue it unchanged, or give another --run-dir"
@@ -127,12 +145,12 @@ def _values(config: RunConfig) -> dict[str, Any]:
     return {key: type(value).__name__ if dataclasses.is_dataclass(value) else value for key, _, value in leaves(config)}
 
 
-def start_run(run: Run, corpus: Corpus) -> None:
+def start_run(run: Run, dataset: Dataset) -> None:
     """Writes the run's directory: config, tokenizer, and what identifies its text.
 
     Raises UserError where the text is not that of the run that is continued.
     """
-    run.check_corpus(corpus)
+    run.check_dataset(dataset)
     directory = run.directory
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -144,11 +162,11 @@ def start_run(run: Run, corpus: Corpus) -> None:
         partial = directory / f".{TOKENIZER_DIRECTORY}{_PARTIAL}"
         run.tokenizer.save(partial)
         partial.rename(directory / TOKENIZER_DIRECTORY)
-    write_text(directory / DATA_FILE, json.dumps(_summary(corpus), indent=2) + "\n")
+    write_text(directory / DATA_FILE, json.dumps(_summary(dataset), indent=2) + "\n")
 
 
-def _summary(corpus: Corpus) -> dict[str, Any]:
-    return {"content_hash": corpus.content_hash, "num_tokens": corpus.num_tokens, "num_bytes": corpus.num_bytes}
+def _summary(dataset: Dataset) -> dict[str, Any]:
+    return {"content_hash": dataset.content_hash, "num_tokens": dataset.num_tokens, "num_bytes": dataset.num_bytes}
 
 
 def write_text(file: Path, text: str) -> None:

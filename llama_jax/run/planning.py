@@ -61,7 +61,7 @@ def workload_of(config: RunConfig) -> Workload:
         optimizer=config.optimizer,
         mesh=config.mesh,
         global_batch_size=config.global_batch_size,
-        sequence_length=config.sequence_length,
+        sequence_length=config.row_length,
         num_steps=config.num_steps,
     )
 

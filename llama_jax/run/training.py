@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import signal
 import sys
@@ -16,7 +17,7 @@ from jax.experimental import multihost_utils
 from llama_jax.checkpoint.language_model import CHECKPOINTS_DIRECTORY, CONFIG_FILE, TOKENIZER_DIRECTORY
 from llama_jax.checkpoint.store import CheckpointStore
 from llama_jax.config import UserError
-from llama_jax.data import Batches, Corpus, ValidationBatches, prepare, read_texts
+from llama_jax.data import Causal, Dataset, ValidationBatches, Vocabulary, prepare_dataset, read_texts
 from llama_jax.data.windows import Batch
 from llama_jax.models import abstract_params, initialize
 from llama_jax.parallel import MeshConfig, distributed, make_mesh, mesh_axis_sizes, platform
@@ -59,17 +60,20 @@ def train(config: RunConfig, run_dir: str | Path, *, components: Sequence[type] 
     devices = jax.devices()  # several processes find their devices together
     mesh = mesh_of(config, devices)
     # All that can be wrong is found out before anything is written; of several processes, the first does it for all.
-    corpus, sample_tokens = distributed.from_main(lambda: _prepare(run, mesh, len(devices)))
+    directories, vocabulary, sample_tokens = distributed.from_main(lambda: _prepare(run, mesh, len(devices)))
     with jax.set_mesh(make_mesh(mesh)):
-        loop = distributed.agreed(lambda: _Loop(run, _open_corpus(config, Path(corpus)), sample_tokens))
-        distributed.from_main(lambda: start_run(run, loop.corpus))
+        loop = distributed.agreed(lambda: _Loop(run, _open_dataset(run, directories, vocabulary), sample_tokens))
+        distributed.from_main(lambda: start_run(run, loop.dataset))
         distributed.agreed(lambda: check_shared(run.directory / CONFIG_FILE, "--run-dir"))
         loop.run()
     return run
 
 
 def _prepare(run: Run, mesh: MeshConfig, num_devices: int) -> list[Any]:
-    """The tokenized corpus's directory and the length of samples. Raises UserError for all that cannot run here."""
+    """The tokenized corpora's directories, what of the tokenizer the objective needs, and the length of samples.
+
+    Raises UserError for all that cannot run here.
+    """
     config = run.config
     dataclasses.replace(config, mesh=mesh).check_mesh(num_devices)
     check_writers(config.logging)
@@ -81,7 +85,8 @@ def _prepare(run: Run, mesh: MeshConfig, num_devices: int) -> list[Any]:
             f"set model.vocab_size to {tokenizer.vocab_size} or more"
         )
     sample_tokens = _sample_tokens(config, tokenizer)
-    return [str(_prepare_corpus(config, tokenizer).directory.absolute()), sample_tokens]
+    directories = [str(directory.absolute()) for directory in _prepare_dataset(config, tokenizer)]
+    return [directories, dataclasses.asdict(Vocabulary.of(tokenizer)), sample_tokens]
 
 
 def check_shared(file: Path, key: str) -> None:
@@ -97,7 +102,9 @@ def _tokenizer(run: Run) -> Tokenizer:
     config = run.config.tokenizer
     if config.path is not None:
         return load_tokenizer(config.path)
-    return train_tokenizer(read_texts(run.config.data, "train"), kind=config.kind, vocab_size=config.vocab_size)
+    data = run.config.data
+    texts = itertools.chain.from_iterable(read_texts(source, "train") for _, source in data.corpora())
+    return train_tokenizer(texts, kind=config.kind, vocab_size=config.vocab_size)
 
 
 def _sample_tokens(config: RunConfig, tokenizer: Tokenizer) -> int:
@@ -114,7 +121,7 @@ def _sample_tokens(config: RunConfig, tokenizer: Tokenizer) -> int:
     return min(SAMPLE_TOKENS, left)
 
 
-def _prepare_corpus(config: RunConfig, tokenizer: Tokenizer) -> Corpus:
+def _prepare_dataset(config: RunConfig, tokenizer: Tokenizer) -> list[Path]:
     bar: Bar | None = None
     with contextlib.ExitStack() as stack:
 
@@ -123,29 +130,31 @@ def _prepare_corpus(config: RunConfig, tokenizer: Tokenizer) -> Corpus:
             bar = bar or stack.enter_context(Bar("tokenizing", 0, total))
             bar.advance(done)
 
-        return prepare(config.data, tokenizer, progress=progress)
+        return prepare_dataset(config.data, tokenizer, sequence_length=config.sequence_length, progress=progress)
 
 
-def _open_corpus(config: RunConfig, directory: Path) -> Corpus:
-    check_shared(directory, "data.cache_dir")
-    return Corpus(directory, config.data)
+def _open_dataset(run: Run, directories: Sequence[str], vocabulary: dict[str, Any]) -> Dataset:
+    for directory in directories:
+        check_shared(Path(directory), "data.cache_dir")
+    vocabulary["sentence_ends"] = tuple(vocabulary["sentence_ends"])  # a list, if it came from another process
+    return run.open_dataset([Path(directory) for directory in directories], Vocabulary(**vocabulary))
 
 
 class _Loop:
     """One process's part of a run."""
 
-    def __init__(self, run: Run, corpus: Corpus, sample_tokens: int):
+    def __init__(self, run: Run, dataset: Dataset, sample_tokens: int):
         config = run.config
-        self.run_, self.config, self.corpus, self.sample_tokens = run, config, corpus, sample_tokens
+        self.run_, self.config, self.dataset, self.sample_tokens = run, config, dataset, sample_tokens
         self.main = distributed.is_main()
         self.rows = distributed.local_rows((config.global_batch_size, config.sequence_length))
-        shape: dict[str, Any] = {
-            "global_batch_size": config.global_batch_size,
-            "sequence_length": config.sequence_length,
-            "rows": self.rows,
-        }
-        self.batches = Batches(corpus.train, seed=config.seed, num_prefetch=config.data.num_prefetch, **shape)
-        self.validation = ValidationBatches(corpus.validation, max_batches=config.logging.validation_batches, **shape)
+        self.batches = run.batches(dataset, self.rows)
+        self.validation = ValidationBatches(
+            dataset.validation,
+            global_batch_size=config.global_batch_size,
+            max_batches=config.logging.validation_batches,
+            rows=self.rows,
+        )
         self.train_step = make_train_step(
             config.model,
             config.compute,
@@ -154,8 +163,8 @@ class _Loop:
         )
         self.eval_step = make_eval_step(config.model, config.compute)
         self.hyper = config.optimizer.hyper(config.num_steps)
-        self.tokens_per_step = config.global_batch_size * config.sequence_length
-        flops = train_flops_per_token(config.model, config.sequence_length)
+        self.tokens_per_step = config.global_batch_size * config.row_length
+        flops = train_flops_per_token(config.model, config.row_length)
         peak = peak_flops(jax.local_devices()[0], config.compute.jax_dtype) * jax.device_count()
         self.mfu_per_speed = flops / peak
         self.stopped_by: int | None = None
@@ -180,6 +189,8 @@ class _Loop:
         ):
             if start:
                 bar.say(f"continuing '{self.run_.directory}' from step {start}")
+            for line in self.dataset.describe(self.batches, config.num_steps):
+                bar.say(line)
             if axes := ", ".join(f"{axis} {size}" for axis, size in mesh_axis_sizes().items() if size > 1):
                 bar.say(f"mesh: {axes}")
             if config.compute.preflight and start < config.num_steps:
@@ -246,6 +257,7 @@ class _Loop:
         step, every = metrics["step"], self.config.logging.every_steps
         if step % every == 0 or step in (1, self.config.num_steps) or "val_loss" in metrics:
             values = {k: v if isinstance(v, int) else float(v) for k, v in metrics.items()}
+            values |= self.dataset.proportions(self.batches, step)
             speed = clock.speed(step)
             if speed is not None:
                 values["tokens_per_second"] = speed * self.tokens_per_step
@@ -265,8 +277,14 @@ class _Loop:
             part = self.eval_step(state.params, self._on_devices(batch))
             nats, targets = nats + float(part[0]), targets + float(part[1])
         values = {"val_loss": nats / targets}
-        if self.config.logging.validation_batches is None:
-            values["val_bits_per_byte"] = nats / math.log(2) / self.corpus.num_bytes["validation"]
+        num_bytes = self.dataset.num_bytes["validation"]
+        # Only a causal model says how likely the whole text is; of token ids the bytes are not known.
+        if (
+            self.config.logging.validation_batches is None
+            and isinstance(self.config.data.objective, Causal)
+            and num_bytes
+        ):
+            values["val_bits_per_byte"] = nats / math.log(2) / num_bytes
         return values
 
     def _sample(self) -> None:
