@@ -142,7 +142,7 @@ class Dataset:
                     seed=self._seed,
                 )
             if split == "train" and not made.num_rows:
-                of = f" of source '{name}'" if name else ""
+                of = f" of source '{name}'" if self.config.sources else ""
                 raise UserError(
                     f"sequence_length={self._length} needs {self._length + 1} tokens, and the training text{of} has "
                     f"{stream.num_tokens}: give more text or a shorter sequence_length"

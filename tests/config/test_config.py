@@ -288,7 +288,7 @@ def test_every_leaf_survives_the_command_line(config: Run):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda d: d.pop("steps"), "the config (Run) lacks the key 'steps'"),
+        (lambda d: d.pop("model"), "the config (Run) lacks the key 'model'"),
         (lambda d: d["section"].update(cuont=1), "unknown key 'section.cuont': Section has no 'cuont'. "
          "Did you mean 'section.count'?"),
         (lambda d: d["model"]["norm"].update(eps="big"), "model.norm.eps='big' is not of type float"),

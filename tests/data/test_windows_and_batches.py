@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_jax.config import UserError
 from llama_jax.data import Batch, Batches, Shard, TokenStream, ValidationBatches
+from llama_jax.data.rows import WindowRows
 from llama_jax.data.windows import num_windows, read_windows
 
 BOS, EOS = 1, 2
@@ -71,14 +71,15 @@ def test_window_is_what_it_says(sizes: list[int], num_shards: int, length: int, 
 @given(sizes=sizes, num_shards=st.integers(1, 4), length=st.integers(1, 12), batch_size=st.sampled_from([4, 8]))
 def test_validation_sees_every_target_once(sizes: list[int], num_shards: int, length: int, batch_size: int):
     stream = make_stream(sizes, num_shards=num_shards)
-    batches = ValidationBatches(stream, global_batch_size=batch_size, sequence_length=length)
+    sources = [WindowRows(stream, length, partial=True)]
+    batches = ValidationBatches(sources, global_batch_size=batch_size)
     targets = np.concatenate([b["targets"][b["weights"] > 0] for b in batches])  # in order, too
     tokens, documents = all_of(stream)
     assert targets.tolist() == np.delete(tokens, documents).tolist()
     assert all(b["tokens"].shape == (batch_size, length) for b in batches)
-    assert len(ValidationBatches(stream, global_batch_size=batch_size, sequence_length=length, max_batches=1)) == 1
+    assert len(ValidationBatches(sources, global_batch_size=batch_size, max_batches=1)) == 1
     rows = [3, 0]
-    part = ValidationBatches(stream, global_batch_size=batch_size, sequence_length=length, rows=rows)
+    part = ValidationBatches(sources, global_batch_size=batch_size, rows=rows)
     for whole, ours in zip(batches, part, strict=True):
         assert_equal(ours, {name: value[rows] for name, value in whole.items()})
 
@@ -93,11 +94,11 @@ STREAM = make_stream([5, 0, 17, 8, 40, 3] * 5, num_shards=3)
 
 
 def make_batches(*, seed: int = 0, size: int = 8, **options) -> Batches:
-    return Batches(STREAM, global_batch_size=size, sequence_length=7, seed=seed, **options)
+    return Batches([WindowRows(STREAM, 7, partial=False)], global_batch_size=size, seed=seed, **options)
 
 
 def order_of(batches: Batches, num_steps: int) -> list[int]:
-    return [window for step in range(num_steps) for window in batches.window_indices(step)]
+    return [window for step in range(num_steps) for _, _, window in batches.places(step)]
 
 
 @given(seed=st.integers(0, 2**31), size=st.integers(1, 9))
@@ -112,8 +113,7 @@ def test_every_epoch_of_a_long_stream_is_a_permutation(monkeypatch: pytest.Monke
 
 def check_epochs(seed: int, size: int) -> None:
     batches = make_batches(seed=seed, size=size)
-    n = batches.num_windows
-    assert n == (STREAM.num_tokens - 1) // 7
+    n = (STREAM.num_tokens - 1) // 7
     order = order_of(batches, 2 * n // size + 2)
     first, second = order[:n], order[n : 2 * n]
     assert sorted(first) == sorted(second) == list(range(n))
@@ -122,7 +122,7 @@ def check_epochs(seed: int, size: int) -> None:
 
 
 def test_seeds_have_orders_of_their_own():
-    n = make_batches().num_windows
+    n = (STREAM.num_tokens - 1) // 7
     orders = [order_of(make_batches(seed=seed, size=1), 2 * n) for seed in (0, 1)]
     assert orders[0][:n] != orders[1][:n]
     assert orders[0][n:] != orders[1][:n]  # not the same sequence shifted by an epoch
@@ -143,6 +143,6 @@ def test_rows_are_those_of_the_global_batch(rows: list[int] | range):
         assert_equal(next(iterator), {name: value[list(rows)] for name, value in make_batches().batch(step).items()})
 
 
-def test_wrong_sizes():
-    with pytest.raises(UserError, match=r"sequence_length=300 needs 301 tokens, and the training text has 4"):
-        Batches(make_stream([2]), global_batch_size=1, sequence_length=300, seed=0)
+def test_a_source_without_rows_is_refused():
+    with pytest.raises(ValueError, match="no rows"):
+        Batches([WindowRows(make_stream([2]), 300, partial=False)], global_batch_size=1, seed=0)
