@@ -197,9 +197,9 @@ def test_spans_of_no_tokens_are_masks_too():
 
 def test_sentences_are_permuted_whole():
     sentences = [[20, 21, STOP], [22, STOP], [STOP], [23, 24, 25]]
-    text = np.array(sum(sentences, []))
+    text = np.concatenate(sentences)
     found = {tuple(denoising.permuted(np.random.default_rng(seed), text, (STOP,)).tolist()) for seed in range(300)}
-    assert found == {tuple(sum(order, [])) for order in itertools.permutations(sentences)}
+    assert found == {tuple(itertools.chain.from_iterable(order)) for order in itertools.permutations(sentences)}
 
 
 def test_one_in_ten_stays_and_one_in_ten_is_random():
