@@ -230,9 +230,9 @@ def test_bad_records_up_to_a_limit(tmp_path: Path, tokenizer):
     lines = ['{"text": "good"}', "{", '{"txt": 1}', '{"text": "half \\ud800"}', '{"text": "fine"}', "{"]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     config = DataConfig(path=(str(tmp_path / "a.jsonl"),), validation_fraction=0.0, cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(UserError, match="line 2 of .* is not JSON .*: mend it, or raise max_bad_records=0"):
+    with pytest.raises(UserError, match=r"line 2 of .* is not JSON .*: mend it, or raise max_bad_records=0"):
         prepare(config, tokenizer)
-    with pytest.raises(UserError, match="4 records are bad, first line 2 of .*; line 3 of .*; line 4 of [^;]* mend"):
+    with pytest.raises(UserError, match=r"4 records are bad, first line 2 of .*; line 3 of .*; line 4 of [^;]* mend"):
         prepare(dataclasses.replace(config, max_bad_records=3), tokenizer)
     for limit in (4, None):
         made = prepare(dataclasses.replace(config, max_bad_records=limit), tokenizer)
@@ -250,8 +250,8 @@ def test_contents_are_hashed_once(config, tokenizer, monkeypatch: pytest.MonkeyP
     for file in (tmp_path / "texts").iterdir():
         os.utime(file, (old, old))
     first = prepare(config, tokenizer)
-    opened = []
-    monkeypatch.setattr(files, "open_file", lambda path: opened.append(path) or open(path, "rb"))
+    opened, open_file = [], files.open_file
+    monkeypatch.setattr(files, "open_file", lambda path: opened.append(path) or open_file(path))
     assert prepare(config, tokenizer).content_hash == first.content_hash
     assert opened == []
     file = tmp_path / "texts" / "007.txt"

@@ -123,7 +123,8 @@ def test_bad_records_are_named(tmp_path: Path):
     file = tmp_path / "bad.jsonl"
     lines = [
         b'{"text": "good"}', b'{"text": "\xff"}', b'{"text": ', b'{"txt": "a", "n": 1}', b"[1]", b'{"text": 3}',
-        b'{"text": null}', b'{"text": [1, "a"]}', b'{"text": [true]}', b'{"text": "' + b"x" * 300 + b'"}', b"[" * 99_999,
+        b'{"text": null}', b'{"text": [1, "a"]}', b'{"text": [true]}', b'{"text": "' + b"x" * 300 + b'"}',
+        b"[" * 99_999,
         b'{"text": "last"}',
     ]  # fmt: skip
     file.write_bytes(b"\n".join(lines))

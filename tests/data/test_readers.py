@@ -106,7 +106,7 @@ def test_parquet(tmp_path: Path, count: int):
     chats = [record.parts[0] for record in read(file, count=count, fields=("chat",))]
     assert chats == [[{"role": "user", "content": text}] for text in TEXTS]
     assert read(file, count=count)[-1].where == f"row 5 of '{file}'"
-    with pytest.raises(UserError, match="has no column 'body' .it has text, tokens, chat, n.: set fields"):
+    with pytest.raises(UserError, match=r"has no column 'body' .it has text, tokens, chat, n.: set fields"):
         read(file, fields=("body",))
 
 
