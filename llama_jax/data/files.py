@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import fsspec
 
@@ -48,11 +48,11 @@ def is_dataset(path: str) -> bool:
     return path.startswith("hf://") and not path.startswith(("hf://datasets/", "hf://buckets/"))
 
 
-def open_file(path: str) -> BinaryIO:
+def open_file(path: str) -> io.BufferedIOBase:
     """The file's content, buffered. Raises UserError for a file that cannot be read."""
     try:
         if not is_remote(path):
-            return open(path, "rb", buffering=BUFFER)
+            return cast(io.BufferedReader, open(path, "rb", buffering=BUFFER))
         fs, name = file_system(path)
         return io.BufferedReader(cast(io.RawIOBase, fs.open(name, "rb")), BUFFER)
     except (FileNotFoundError, PermissionError) as error:
@@ -137,16 +137,21 @@ def _of_saved_dataset(entry: str, top: str, found: list[CorpusFile]) -> list[Cor
     """`found`, or where the directory `top` was written by `save_to_disk` of Hugging Face, only its data."""
     by_name = {file.path.removeprefix(top).lstrip("/"): file for file in found} if top else {}
     if "dataset_dict.json" in by_name:
-        splits = json.loads(open_file(by_name["dataset_dict.json"].path).read())["splits"]
+        splits = _json_of(by_name["dataset_dict.json"])["splits"]
         raise UserError(f"path '{entry}' is a dataset with the splits {', '.join(splits)}: name one, '{entry}/train'")
     if not {"state.json", "dataset_info.json"} <= by_name.keys():
         return found
-    state = json.loads(open_file(by_name["state.json"].path).read())
+    state = _json_of(by_name["state.json"])
     names = [part["filename"] for part in state["_data_files"]]
     missing = [name for name in names if name not in by_name]
     if missing:
         raise UserError(f"dataset '{entry}' lacks its file '{missing[0]}': get it again")
     return [dataclasses.replace(by_name[name], named=True) for name in names]
+
+
+def _json_of(file: CorpusFile) -> dict[str, Any]:
+    with open_file(file.path) as content:
+        return json.loads(content.read())
 
 
 def _matches(patterns: Iterable[str], *paths: str) -> bool:
@@ -169,7 +174,7 @@ def digests(files: list[CorpusFile], cache: Path) -> Iterator[str]:
         if (found := known.get(json.dumps(key))) is not None:
             return found
         with open_file(file.path) as content:
-            made = hashlib.file_digest(cast(io.BufferedReader, content), "sha256").hexdigest()
+            made = hashlib.file_digest(content, "sha256").hexdigest()
         if time.time_ns() - int(file.stamp) > SETTLED_NS:
             kept.append((key, made))
         return made

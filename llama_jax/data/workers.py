@@ -52,12 +52,10 @@ class _Worker:
     """A process and the shard that it is at."""
 
     def __init__(self, job: dict[str, Any], replies: queue.SimpleQueue):
-        root = str(Path(__file__).resolve().parents[2])
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | ONE_THREAD | {"PYTHONPATH": os.pathsep.join(paths)}
+        program = [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))]  # -P: its folder has no modules
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "llama_jax.data.worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment,
+            program,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=os.environ | ONE_THREAD,
         )  # fmt: skip
         self.shard: int | None = None
         self.done = 0

@@ -1,18 +1,23 @@
 """Tokenized once, whole or not at all, and the text is all there."""
 
-import argparse
+import dataclasses
 import itertools
-import multiprocessing
+import json
 import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+import fsspec
 import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
+from file_kinds import as_example, write_array_record
 
 from llama_jax.config import UserError
-from llama_jax.data import DataConfig, TokenStream, cli, corpus, prepare, read_documents
+from llama_jax.data import DataConfig, TokenStream, files, prepare, shards
+from llama_jax.data.readers import units
 from llama_jax.tokenizers import Tokenizer, train_tokenizer
 
 TEXTS = [f"document {i}: " + "word " * (i % 13) + "\nend" for i in range(200)]
@@ -56,12 +61,12 @@ class Counting(Tokenizer):
         return self.inner.stream()
 
 
-@pytest.mark.parametrize("shard_tokens", [1 << 28, 100])
-def test_all_the_text_is_there(config, tokenizer, monkeypatch: pytest.MonkeyPatch, shard_tokens: int):
-    monkeypatch.setattr(corpus, "SHARD_TOKENS", shard_tokens)
-    monkeypatch.setattr(corpus, "BATCH_CHARS", 1000)
+@pytest.mark.parametrize("shard_bytes", [1 << 26, 1000])
+def test_all_the_text_is_there(config, tokenizer, monkeypatch: pytest.MonkeyPatch, shard_bytes: int):
+    monkeypatch.setattr(units, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(shards, "BATCH_CHARS", 1000)
     steps = []
-    made = prepare(config, tokenizer, progress=lambda done, total: steps.append((done, total)))
+    made = prepare(config, tokenizer, num_workers=1, progress=lambda done, total: steps.append((done, total)))
     for split, stream in (("train", made.train), ("validation", made.validation)):
         texts = list(made.texts(split))
         assert [tokenizer.decode(ids) for ids in documents_of(stream)] == texts
@@ -69,11 +74,12 @@ def test_all_the_text_is_there(config, tokenizer, monkeypatch: pytest.MonkeyPatc
         assert made.num_bytes[split] == sum(len(text.encode()) for text in texts)
         assert made.num_documents[split] == stream.num_documents == len(texts) > 0
         assert made.num_tokens[split] == stream.num_tokens
-        assert len(stream.shards) > 1 or shard_tokens > 100
+        assert len(stream.shards) > 1 or shard_bytes > 1000
     assert sorted([*made.texts("train"), *made.texts("validation")]) == sorted(TEXTS)
     assert made.train.shards[0].tokens.dtype == np.uint16
     assert made.tokenizer == tokenizer.fingerprint
     assert len(steps) > 3
+    assert steps == sorted(steps)
     assert steps[-1] == (sum(map(len, TEXTS)),) * 2
 
 
@@ -94,46 +100,30 @@ def test_tokenizes_once_and_again_for_each_change(config, tokenizer, tmp_path: P
     moved = DataConfig(path=(str(tmp_path / "moved"),), validation_fraction=0.1, cache_dir=config.cache_dir)
     assert prepare(moved, counting).directory == first.directory
     seen = {first.content_hash}
-    for change in ({"document_chars": 30}, {"validation_fraction": 0.2}, {"text_field": "body"}):
+    for change in (
+        {"document_chars": 30},
+        {"validation_fraction": 0.2},
+        {"fields": ("body",)},
+        {"max_record_bytes": 999},
+    ):
         made = prepare(DataConfig(**{**vars(moved), **change}), counting)
         seen.add(made.content_hash)
     (tmp_path / "moved" / "000.txt").write_text("changed")
     seen.add(prepare(moved, counting).content_hash)
     counting.fingerprint = "another"
     seen.add(prepare(moved, counting).content_hash)
-    assert len(seen) == 6
+    assert len(seen) == 7
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk full")])
 def test_a_failure_leaves_nothing(config, tokenizer, monkeypatch: pytest.MonkeyPatch, error: BaseException):
-    monkeypatch.setattr(corpus, "BATCH_CHARS", 1000)
+    monkeypatch.setattr(shards, "BATCH_CHARS", 1000)
     with pytest.raises(type(error)):
         prepare(config, Counting(tokenizer, fails_at=100, error=error))
-    assert [p for p in Path(config.cache_dir).rglob("*") if p.suffix != ".lock" and p.name != "corpora"] == []
+    assert list(Path(config.cache_dir).glob("corpora/*/*")) == []
 
 
-def test_killed_and_started_again(config, tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(corpus, "BATCH_CHARS", 1000)
-    whole = prepare(DataConfig(**{**vars(config), "cache_dir": str(tmp_path / "whole")}), tokenizer)
-    process = multiprocessing.get_context("spawn").Process(target=killed_half_way, args=(config, dict(tokenizer.files)))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert not (Path(config.cache_dir) / "corpora" / whole.directory.name).exists()
-    made = prepare(config, tokenizer)
-    assert not list(made.directory.parent.glob("*.partial"))
-    files = {file.name: file.read_bytes() for file in whole.directory.iterdir()}
-    assert {file.name: file.read_bytes() for file in made.directory.iterdir()} == files
-
-
-def killed_half_way(config: DataConfig, files: dict[str, bytes]) -> None:
-    from llama_jax.tokenizers.sentencepiece import SentencePieceTokenizer
-
-    corpus.BATCH_CHARS = 1000
-    prepare(config, Counting(SentencePieceTokenizer(files["tokenizer.model"]), fails_at=100))
-
-
-@pytest.mark.parametrize("name", ["train-00000.bin", "validation.documents", "index.json"])
+@pytest.mark.parametrize("name", ["train-00000.tokens", "validation-00000.documents", "index.json"])
 def test_a_damaged_cache_is_made_again(config, tokenizer, name: str):
     made = prepare(config, tokenizer)
     expected = documents_of(made.train)
@@ -160,7 +150,7 @@ def test_empty_splits_and_corpora(tmp_path: Path, tokenizer, monkeypatch: pytest
         prepare(DataConfig(path=(str(file),)), tokenizer)
     with pytest.raises(UserError, match="cannot be made"):
         prepare(DataConfig(path=(str(file),), cache_dir=str(file / "below")), tokenizer)
-    assert not [p for p in (tmp_path / "cache").rglob("*") if p.suffix != ".lock" and p.name != "corpora"]
+    assert not [p for p in (tmp_path / "cache").glob("corpora/*") if p.suffix != ".lock"]
 
 
 def test_skipped_files_are_counted(config, tokenizer, tmp_path: Path):
@@ -168,15 +158,118 @@ def test_skipped_files_are_counted(config, tokenizer, tmp_path: Path):
     assert prepare(config, tokenizer).skipped == [f"{tmp_path / 'texts' / 'noise'}: not UTF-8"]
 
 
-def test_command(config, tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser.add_subparsers())
-    path = tokenizer.save(tmp_path / "tokenizer")
-    words = ["prepare", *config.path, "--tokenizer", str(path), "--validation-fraction", "0.1"]
-    words += ["--cache-dir", str(config.cache_dir), "--exclude", "00*"]
-    assert cli.main(parser.parse_args(words)) == 0
-    directory, *lines = capsys.readouterr().out.splitlines()
-    made = prepare(DataConfig(**{**vars(config), "exclude": ("00*",)}), tokenizer)
-    assert Path(directory) == made.directory
-    assert sum(made.num_documents.values()) == 190 == len(list(read_documents(config))) - 10
-    assert lines[0].startswith(f"train: {made.num_documents['train']} documents, {made.num_tokens['train']} tokens")
+def documents_and_parts(stream: TokenStream) -> list[tuple[list[int], list[int]]]:
+    """Every document's tokens, and where in it its later parts begin."""
+    found = []
+    for shard in stream.shards:
+        for a, b in itertools.pairwise([*shard.documents, len(shard.tokens)]):
+            parts = shard.parts[(shard.parts >= a) & (shard.parts < b)] - a
+            found.append((shard.tokens[a:b].tolist(), parts.tolist()))
+    return found
+
+
+@pytest.mark.parametrize("batch_chars", [1, 1 << 20])
+def test_parts(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch, batch_chars: int):
+    monkeypatch.setattr(shards, "BATCH_CHARS", batch_chars)
+    pairs = [("a word", "ein Wort"), ("one", "eins zwei"), ("end", "x")]
+    lines = [json.dumps({"de": b, "en": a}) for a, b in pairs]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    config = DataConfig(path=(str(tmp_path / "a.jsonl"),), fields=("en", "de"), validation_fraction=0.0)
+    config = dataclasses.replace(config, cache_dir=str(tmp_path / "cache"))
+    made = prepare(config, tokenizer)
+    expected = [[tokenizer.encode(a, bos=True), tokenizer.encode(b, eos=True)] for a, b in pairs]
+    assert documents_and_parts(made.train) == [(a + b, [len(a)]) for a, b in expected]
+    assert made.num_bytes["train"] == sum(len(a) + len(b) for a, b in pairs)
+    assert prepare(dataclasses.replace(config, fields=("de", "en")), tokenizer).content_hash != made.content_hash
+    assert next(iter(made.texts("train"))) == "a word"
+
+
+def arrays_of(directory: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in directory.iterdir() if f.suffix in (".tokens", ".documents", ".parts")}
+
+
+def test_text_and_its_tokens_are_the_same_shards(tmp_path: Path, tokenizer):
+    """In every format that holds ids, with and without the BOS and EOS that they may have."""
+    ids = [tokenizer.encode(text) for text in TEXTS]
+    marked = [tokenizer.encode(text, bos=True, eos=True) for text in TEXTS]
+    make = {
+        "text.jsonl": lambda f: f.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS)),
+        "ids.jsonl": lambda f: f.write_text("\n".join(json.dumps({"text": i}) for i in ids)),
+        "marked.jsonl": lambda f: f.write_text("\n".join(json.dumps({"text": i}) for i in marked)),
+        "text.parquet": lambda f: parquet.write_table(pyarrow.table({"text": TEXTS}), f, row_group_size=50),
+        "ids.parquet": lambda f: parquet.write_table(pyarrow.table({"text": ids}), f, row_group_size=50),
+        "ids.array_record": lambda f: write_array_record(f, [as_example({"text": i}) for i in ids]),
+        "nanogpt.bin": lambda f: np.concatenate([i[1:] for i in marked]).astype("<u2").tofile(f),
+        "llmc.bin": lambda f: np.concatenate([i[:-1] for i in marked]).astype("<u2").tofile(f),
+    }
+    found = {}
+    for name, write in make.items():
+        write(tmp_path / name)
+        config = DataConfig(path=(str(tmp_path / name),), validation_fraction=0.0, cache_dir=str(tmp_path / "cache"))
+        made = prepare(config, tokenizer)
+        found[name] = arrays_of(made.directory)
+        assert made.num_bytes["train"] == (sum(map(len, TEXTS)) if name.startswith("text") else 0)
+    assert found["text.jsonl"].keys() == {"train-00000.tokens", "train-00000.documents"}
+    assert [name for name, arrays in found.items() if arrays != found["text.jsonl"]] == []
+
+
+def test_ids_outside_the_vocabulary(tmp_path: Path, tokenizer):
+    for wrong in (290, -1):
+        (tmp_path / "a.jsonl").write_text(f'{{"text": [1, 289]}}\n{{"text": [5, {wrong}]}}')
+        with pytest.raises(UserError, match=f"line 2 of .*a.jsonl' has the id {wrong}, outside .* vocabulary of 290"):
+            prepare(DataConfig(path=(str(tmp_path / "a.jsonl"),), cache_dir=str(tmp_path / "cache")), tokenizer)
+
+
+def test_chats_need_a_template(tmp_path: Path, tokenizer):
+    (tmp_path / "a.jsonl").write_text('{"text": [{"role": "user", "content": "hi"}]}')
+    with pytest.raises(UserError, match="holds the messages of a chat: set chat_template"):
+        prepare(DataConfig(path=(str(tmp_path / "a.jsonl"),), cache_dir=str(tmp_path / "cache")), tokenizer)
+
+
+def test_bad_records_up_to_a_limit(tmp_path: Path, tokenizer):
+    lines = ['{"text": "good"}', "{", '{"txt": 1}', '{"text": "half \\ud800"}', '{"text": "fine"}', "{"]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    config = DataConfig(path=(str(tmp_path / "a.jsonl"),), validation_fraction=0.0, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"line 2 of .* is not JSON .*: mend it, or raise max_bad_records=0"):
+        prepare(config, tokenizer)
+    with pytest.raises(UserError, match=r"4 records are bad, first line 2 of .*; line 3 of .*; line 4 of [^;]* mend"):
+        prepare(dataclasses.replace(config, max_bad_records=3), tokenizer)
+    for limit in (4, None):
+        made = prepare(dataclasses.replace(config, max_bad_records=limit), tokenizer)
+        assert list(made.texts("train")) == ["good", "fine"]
+        assert made.num_documents["train"] == 2
+        reasons = {"has half a surrogate pair": 1, "is not JSON": 2, "lacks a field": 1}
+        assert made.bad_records["reasons"] == reasons
+        assert len(made.bad_records["first"]) == 4
+    with pytest.raises(UserError, match="4 records are bad"):  # the tokenized corpus is there, and its limit is lower
+        prepare(dataclasses.replace(config, max_bad_records=3), tokenizer)
+
+
+def test_contents_are_hashed_once(config, tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    old = 1_000_000_000
+    for file in (tmp_path / "texts").iterdir():
+        os.utime(file, (old, old))
+    first = prepare(config, tokenizer)
+    opened, open_file = [], files.open_file
+    monkeypatch.setattr(files, "open_file", lambda path: opened.append(path) or open_file(path))
+    assert prepare(config, tokenizer).content_hash == first.content_hash
+    assert opened == []
+    file = tmp_path / "texts" / "007.txt"
+    file.write_text("changed")  # its time is so new that it may change again unseen
+    for _ in range(2):
+        assert prepare(config, tokenizer).content_hash != first.content_hash
+    assert opened == [str(file)] * 2
+
+
+def test_a_store_is_known_by_its_tags(tokenizer, tmp_path: Path):
+    store = fsspec.filesystem("memory")
+    config = DataConfig(path=("memory://tagged",), validation_fraction=0.0, cache_dir=str(tmp_path / "cache"))
+    try:
+        store.pipe("/tagged/a.txt", b"one text")
+        first = prepare(config, tokenizer)
+        assert list(first.texts("train")) == ["one text"]
+        assert prepare(config, tokenizer).directory == first.directory
+        store.pipe("/tagged/a.txt", b"two text")
+        assert prepare(config, tokenizer).directory != first.directory
+    finally:
+        store.rm("/tagged", recursive=True)

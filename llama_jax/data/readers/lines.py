@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO, cast
 
 import zstandard
 
@@ -30,7 +29,7 @@ WINDOW = 1 << 31  # the largest that zstd --long writes
 class _Zstd(io.RawIOBase):
     """Decompressed frames of `raw`. Raises EOFError where one is cut off, which zstandard's own reader hides."""
 
-    def __init__(self, raw: BinaryIO):
+    def __init__(self, raw: io.BufferedIOBase):
         self._raw, self._ready, self._rest = raw, b"", b""
         self._new_frame()
 
@@ -58,18 +57,18 @@ class _Zstd(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def opened(path: str) -> Iterator[BinaryIO]:
+def opened(path: str) -> Iterator[io.BufferedIOBase]:
     """The file's content, unzipped by its name."""
     with open_file(path) as raw:
         if path.endswith(".gz"):
-            yield cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+            yield gzip.GzipFile(fileobj=raw)
         elif path.endswith(".zst"):
             yield io.BufferedReader(_Zstd(raw), BUFFER)
         else:
             yield raw
 
 
-def lines_of(content: BinaryIO, unit: Unit, limit: int) -> Iterator[tuple[int, bytes | None]]:
+def lines_of(content: io.BufferedIOBase, unit: Unit, limit: int) -> Iterator[tuple[int, bytes | None]]:
     """(where it begins, the line with its end) of the lines that begin in the unit's bytes; None for one longer.
 
     A line's end is a newline alone, whatever Unicode says; no line is held that is longer than `limit`.
@@ -91,7 +90,7 @@ def lines_of(content: BinaryIO, unit: Unit, limit: int) -> Iterator[tuple[int, b
         begin += size
 
 
-def _skip_line(content: BinaryIO) -> int:
+def _skip_line(content: io.BufferedIOBase) -> int:
     """Reads to the line's end; how many bytes that was."""
     skipped = 0
     while piece := content.readline(BUFFER):

@@ -1,0 +1,244 @@
+"""Shards by several processes, one by one, after a kill: always the same bytes, each made once."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llama_jax.__main__ import main
+from llama_jax.config import UserError
+from llama_jax.data import DataConfig, prepare, prepare_shards, workers
+from llama_jax.data.files import find_files
+from llama_jax.data.readers import plan_shards, units
+from llama_jax.tokenizers import Tokenizer, train_tokenizer
+
+SHARD_BYTES = 20_000
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "ran", "to", "see", "what", "made", "such", "noise"]
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[str]:
+    rng = np.random.default_rng(0)
+    return [json.dumps({"text": " ".join(rng.choice(WORDS, rng.integers(1, 60)))}) for _ in range(800)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(lines: list[str]) -> Tokenizer:
+    return train_tokenizer((json.loads(line)["text"] for line in lines), vocab_size=280)
+
+
+@pytest.fixture
+def config(tmp_path: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> DataConfig:
+    """A corpus of six shards: pieces of a large file and small files together."""
+    monkeypatch.setattr(units, "SHARD_BYTES", SHARD_BYTES)
+    (tmp_path / "a.jsonl").write_text("\n".join(lines[:600]))
+    for i in range(20):
+        (tmp_path / f"b{i:02}.jsonl").write_text("\n".join(lines[600 + 10 * i : 610 + 10 * i]))
+    path = (str(tmp_path / "a.jsonl"), str(tmp_path / "b*.jsonl"))
+    return DataConfig(path=path, validation_fraction=0.1, cache_dir=str(tmp_path / "cache"))
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def times_of(directory: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_mtime_ns for file in directory.iterdir()}
+
+
+def num_shards(config: DataConfig) -> int:
+    return len(plan_shards(find_files(config), config))
+
+
+@pytest.fixture
+def serial(config: DataConfig, tokenizer: Tokenizer, tmp_path: Path) -> dict[str, bytes]:
+    assert num_shards(config) == 6
+    files = files_of(prepare(config, tokenizer, directory=tmp_path / "serial", num_workers=1).directory)
+    assert set(files) >= {"index.json", "shard-00005.json", "train-00000.tokens", "train-00000.documents"}
+    return files
+
+
+def test_processes_make_the_same_bytes(config, tokenizer, serial, tmp_path: Path):
+    steps = []
+    made = prepare(
+        config, tokenizer, directory=tmp_path / "parallel", num_workers=2,
+        progress=lambda done, total: steps.append((done, total)),
+    )  # fmt: skip
+    assert files_of(made.directory) == serial
+    total = sum(file.size for file in find_files(config))
+    assert steps[-1] == (total, total)
+    assert steps == sorted(steps)
+
+
+def test_shards_one_by_one_in_any_order(config, tokenizer, serial, tmp_path: Path):
+    directory = tmp_path / "single"
+    for number in (3, 0, 5, 1, 4, 2):
+        assert prepare_shards(config, tokenizer, [number], directory=directory) == directory
+    assert not (directory / "index.json").exists()
+    times = times_of(directory)
+    assert files_of(prepare(config, tokenizer, directory=directory).directory) == serial
+    assert {name: times_of(directory)[name] for name in times} == times  # only the index is new
+    with pytest.raises(UserError, match="there is no shard 6: this corpus has 6, numbered from 0"):
+        prepare_shards(config, tokenizer, [6], directory=directory)
+
+
+def test_index_in_the_cache_is_as_stable(config, tokenizer, serial, tmp_path: Path):
+    made = prepare(config, tokenizer, num_workers=1)
+    assert made.directory.parent == tmp_path / "cache" / "corpora"
+    ours = files_of(made.directory)
+    assert ours["index.json"] == serial["index.json"]
+    shutil.rmtree(made.directory)
+    prepare_shards(config, tokenizer, [2], num_workers=1)
+    assert files_of(prepare(config, tokenizer, num_workers=1).directory) == ours
+
+
+KILLED = """
+import os, signal, sys
+from llama_jax.config import from_json
+from llama_jax.data import DataConfig, prepare, shards
+from llama_jax.data.readers import units
+from llama_jax.tokenizers import load_tokenizer
+import json
+units.SHARD_BYTES, shards.BATCH_CHARS = int(sys.argv[4]), 1000
+def progress(done, total):
+    if done > 0.6 * total:
+        os.kill(os.getpid(), signal.SIGKILL)
+config = from_json(DataConfig, json.loads(sys.argv[1]))
+prepare(config, load_tokenizer(sys.argv[2]), directory=sys.argv[3], num_workers=int(sys.argv[5]), progress=progress)
+"""
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_killed_and_started_again(config, tokenizer, serial, tmp_path: Path, num_workers: int):
+    from llama_jax.config import to_json
+
+    directory = tmp_path / "killed"
+    path = tokenizer.save(tmp_path / "tokenizer")
+    words = [json.dumps(to_json(config)), str(path), str(directory), str(SHARD_BYTES), str(num_workers)]
+    process = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True, timeout=120)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    before: dict[str, int] = {}
+    while before != (before := times_of(directory)):  # a process that was left alone ends when it says something
+        time.sleep(0.5)
+    finished = {name for name in before if name.startswith("shard")}
+    assert 1 <= len(finished) < 6
+    assert "index.json" not in before
+    assert num_workers > 1 or any(".partial-" in name for name in before)
+    assert files_of(prepare(config, tokenizer, directory=directory, num_workers=1).directory) == serial
+    after = times_of(directory)
+    assert {name: after[name] for name in finished} == {name: before[name] for name in finished}
+
+
+def test_a_lost_or_cut_file_is_made_again_alone(config, tokenizer, serial, tmp_path: Path):
+    directory = tmp_path / "serial"
+    before = times_of(directory)
+    (directory / "train-00002.tokens").unlink()
+    cut = directory / "train-00004.documents"
+    cut.write_bytes(cut.read_bytes()[:-8])
+    assert files_of(prepare(config, tokenizer, directory=directory, num_workers=1).directory) == serial
+    changed = {name for name, made in times_of(directory).items() if made != before[name]}
+    assert {name.split("-")[1].split(".")[0] for name in changed if "-" in name} == {"00002", "00004"}
+
+
+def test_a_worker_that_dies(config, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    started = []
+    start = workers._Worker.__init__
+
+    def init(self, *args):
+        start(self, *args)
+        started.append(self.process)
+
+    monkeypatch.setattr(workers._Worker, "__init__", init)
+    directory = tmp_path / "dies"
+
+    def progress(done: int, total: int) -> None:
+        if len(list(directory.glob("shard-*.json"))) == 2:
+            os.kill(started[0].pid, signal.SIGKILL)
+
+    with pytest.raises(UserError, match=r"a process that made shard . ended with code -9: start again") as error:
+        prepare(config, tokenizer, directory=directory, num_workers=2, progress=progress)
+    assert "\n" not in str(error.value)
+    assert len(started) == 2
+    assert all(process.poll() is not None for process in started)
+    assert len(list(directory.glob("shard-*.json"))) >= 2
+
+
+def test_an_interrupt_leaves_no_process(config, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(workers.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+
+    def progress(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, tokenizer, directory=tmp_path / "stopped", num_workers=2, progress=progress)
+    assert [process.poll() for process in started] == [-signal.SIGKILL] * 2
+
+
+def test_a_mistake_found_by_a_worker(config, tokenizer, tmp_path: Path):
+    file = tmp_path / "b07.jsonl"
+    file.write_text(file.read_text() + "\n{")
+    with pytest.raises(UserError, match=r"line 11 of '.*b07.jsonl' is not JSON"):
+        prepare(config, tokenizer, directory=tmp_path / "bad", num_workers=2)
+
+
+def test_other_tokenizers_and_other_texts_are_refused(config, tokenizer, serial, tmp_path: Path, lines):
+    directory = tmp_path / "serial"
+    other = train_tokenizer((json.loads(line)["text"] for line in lines), vocab_size=285)
+    for make in (prepare, lambda *a, **k: prepare_shards(*a, [1], **k)):
+        with pytest.raises(UserError, match="has shards of another tokenizer"):
+            make(config, other, directory=directory, num_workers=1)
+        changed = DataConfig(**{**vars(config), "validation_fraction": 0.2})
+        with pytest.raises(UserError, match="has shards of other files or options"):
+            make(changed, tokenizer, directory=directory, num_workers=1)
+    assert files_of(directory) == serial
+
+
+def test_command(config, tokenizer, serial, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tokenizer.save(tmp_path / "tokenizer")
+    (tmp_path / "b07.jsonl").write_text((tmp_path / "b07.jsonl").read_text() + '\n{"txt": 1}\n{\n')
+    words = ["prepare", *config.path, "--tokenizer", str(path), "--validation-fraction", "0.1"]
+    words += ["--cache-dir", str(config.cache_dir), "--exclude", "*00*", "--num-workers", "1"]
+    assert main([*words, "--count"]) == 0
+    assert capsys.readouterr().out == "6\n"
+    assert main(words) == 2
+    assert "is not JSON" not in (error := capsys.readouterr().err)
+    assert "line 11 of" in error
+    words += ["--max-bad-records", "none", "--output", str(tmp_path / "out")]
+    assert main([*words, "--shard", "2"]) == main([*words, "--shards", "0:2"]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "out")] * 2
+    assert {f.name for f in (tmp_path / "out").glob("*.json")} == {f"shard-0000{i}.json" for i in range(3)}
+    assert main(words) == 0
+    directory, *said = capsys.readouterr().out.splitlines()
+    made = prepare(
+        DataConfig(**{**vars(config), "exclude": ("*00*",), "max_bad_records": None}), tokenizer, num_workers=1
+    )  # fmt: skip
+    assert directory == str(tmp_path / "out")
+    assert sum(made.num_documents.values()) == 790
+    counts = f"{made.num_tokens['train']} tokens, {made.num_bytes['train']} bytes"
+    assert said[0] == f"train: {made.num_documents['train']} documents, {counts}"
+    assert said[2].endswith(" s")
+    assert said[3] == (
+        f"bad records: 1 of which each is not JSON, first line 12 of '{tmp_path / 'b07.jsonl'}' is not JSON "
+        "(Expecting property name enclosed in double quotes: line 2 column 1 (char 2))"
+    )
+    assert said[4].startswith("bad records: 1 of which each lacks a field, first line 11 of")
+    assert main(words) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(said)  # without the speed: nothing was tokenized
+    for wrong, sentence in (
+        (["--shards", "x"], "must be a number"), (["--shards", "3:3"], "names no shard"),
+        (["--shard", "6"], "there is no shard 6"), (["--num-workers", "0"], "must be at least 1"),
+        (["--fields", "a,a"], "fields=a,a must name"), (["--fields", "en,text"], "another directory"),
+    ):  # fmt: skip
+        assert main([*words, *wrong]) == 2
+        error = capsys.readouterr().err
+        assert sentence in error
+        assert error.count("\n") == 1
