@@ -23,7 +23,7 @@ class Plan:
     """
 
     pieces: Int[np.ndarray, "p 2"]
-    rows: Int[np.ndarray, " r+1"]
+    rows: Int[np.ndarray, " r"]
     num_tokens: int
     num_dropped: int
 

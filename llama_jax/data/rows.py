@@ -54,7 +54,7 @@ class PackedRows(Rows):
         objective: Objective,
         vocabulary: Vocabulary,
         pieces: Int[np.ndarray, "p 2"],
-        rows: Int[np.ndarray, " r+1"],
+        rows: Int[np.ndarray, " r"],
         *,
         sequence_length: int,
         num_tokens: int,
