@@ -86,8 +86,8 @@ def tiktoken_tokenizer(content: bytes, ranks: dict[bytes, int]) -> HuggingFaceTo
     if encoding is None or taken & set(ranks.values()):
         known = ", ".join(f"{encoding.name} ({number})" for number, encoding in ENCODINGS.items())
         raise UserError(
-            f"its {len(ranks)} ranks are those of no known encoding ({known}), and a file of ranks says neither how text "
-            "is split nor what the special tokens are: use the model's tokenizer.json"
+            f"its {len(ranks)} ranks are those of no known encoding ({known}), and a file of ranks says neither how "
+            "text is split nor what the special tokens are: use the model's tokenizer.json"
         )
     letters = byte_letters()
     spelled = {token: "".join(letters[b] for b in token) for token in ranks}

@@ -86,7 +86,7 @@ def train_tokenizer(
     """
     _check(kind, vocab_size, special_tokens)
     special = tuple(dict.fromkeys([*SPECIAL[kind], *special_tokens]))
-    parts = _divided(texts, special_tokens)
+    parts = _divided(texts, special)
     if kind in ("bpe", "unigram"):
         return _sentencepiece(parts, kind, vocab_size, special[3:], max_lines)
     train = {"byte_bpe": _byte_bpe, "wordpiece": _wordpiece, "whitespace": _whitespace}[kind]
@@ -98,8 +98,9 @@ def _check(kind: str, vocab_size: int, special_tokens: Sequence[str]) -> None:
     if kind not in KINDS:
         raise UserError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
     for name in special_tokens:
-        if not name or name.split() != [name] or list(special_tokens).count(name) > 1:
-            raise UserError(f"special token {name!r} must be a name without spaces, given once")
+        # Brackets, so that no tokenizer can make one of ordinary text.
+        if not re.fullmatch(r"<\S+>|\[\S+\]", name) or list(special_tokens).count(name) > 1:
+            raise UserError(f"special token {name!r} must be a name in brackets, <name> or [NAME], given once")
     num_bytes, num_special = 256 * (kind in BYTE_KINDS), len({*SPECIAL[kind], *special_tokens})
     if vocab_size <= num_bytes + num_special:
         raise UserError(
@@ -110,9 +111,6 @@ def _check(kind: str, vocab_size: int, special_tokens: Sequence[str]) -> None:
 
 def _divided(texts: Iterable[str], special_tokens: Sequence[str]) -> Iterator[str]:
     """The texts, cut where they have a special token (the longest, where one begins with another)."""
-    if not special_tokens:
-        yield from texts
-        return
     names = re.compile("|".join(re.escape(name) for name in sorted(special_tokens, key=len, reverse=True)))
     for text in texts:
         yield from names.split(text)
@@ -205,7 +203,7 @@ def gpt2_words(texts: Iterable[str]) -> Counter[str]:
 def _wordpiece(
     texts: Iterable[str], vocab_size: int, special: Sequence[str], progress: Progress
 ) -> tokenizers.Tokenizer:
-    empty = wordpiece({"[UNK]": 0})
+    empty = wordpiece({"[UNK]": 0}, special)
     # At the characters that the normalizer, too, takes for a space before anything else.
     chunks = Counter(itertools.chain.from_iterable(re.split(r"[ \t\n\r]+", text) for text in texts))
     counts: Counter[str] = Counter()
@@ -219,7 +217,7 @@ def _wordpiece(
         if len(word) <= MAX_WORD and known.issuperset(word)
     }
     alphabet = sorted({symbol.decode() for word in words for symbol in word})
-    vocabulary = {token: i for i, token in enumerate([*special, *(a for a in alphabet if a not in special)])}
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
     if len(vocabulary) > vocab_size:
         raise _too_small(vocab_size, len(vocabulary))
 
@@ -273,8 +271,9 @@ def _whitespace(
     words = Counter(itertools.chain.from_iterable(re.findall(rf"[^{SPACES}]+", text) for text in texts))
     if not words:
         raise _no_text()
-    frequent = [w for w, _ in sorted(words.items(), key=lambda item: (-item[1], item[0])) if w not in special]
-    if len(special) + len(frequent) < vocab_size:
-        raise _too_large(vocab_size, len(special) + len(frequent))
-    tokens = [*special, *frequent][:vocab_size]
-    return whitespace({token: i for i, token in enumerate(tokens)}, special)
+    if len(special) + len(words) < vocab_size:
+        raise _too_large(vocab_size, len(special) + len(words))
+    frequent = [word for word, _ in sorted(words.items(), key=lambda item: (-item[1], item[0]))]
+    # Not the others: a word of a text could have their name. They are added, with the ids that follow.
+    known = [special[0], *frequent[: vocab_size - len(special)]]
+    return whitespace({token: i for i, token in enumerate(known)}, special)

@@ -41,7 +41,7 @@ def byte_level_bpe(
 
 def wordpiece(
     vocabulary: Mapping[str, int],
-    special_tokens: Iterable[str] = BERT_SPECIAL,
+    special_tokens: Iterable[str],
     *,
     lowercase: bool = True,
     strip_accents: bool | None = None,
@@ -64,17 +64,17 @@ def wordpiece(
 
 
 def whitespace(vocabulary: Mapping[str, int], special_tokens: Iterable[str]) -> tokenizers.Tokenizer:
-    """Every word between spaces is a token or `<unk>`; a text of known words comes back with single spaces."""
+    """Every word between spaces is a token or `<unk>`; a text of known words comes back with single spaces.
+
+    Special tokens that are not in `vocabulary` get the ids after it.
+    """
     tokenizer = tokenizers.Tokenizer(models.WordLevel(vocab=dict(vocabulary), unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     return _with_special(tokenizer, special_tokens)
 
 
 def _with_special(tokenizer: tokenizers.Tokenizer, names: Iterable[str]) -> tokenizers.Tokenizer:
-    known = [
-        AddedToken(name, special=True, normalized=False) for name in names if tokenizer.token_to_id(name) is not None
-    ]
-    tokenizer.add_special_tokens(known)
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     return tokenizer
 
 
@@ -142,6 +142,7 @@ def bert_tokenizer(content: bytes, pieces: Mapping[str, int], settings: bytes | 
     cased = any(piece != piece.lower() for piece in pieces if not (piece.startswith("[") and piece.endswith("]")))
     tokenizer = wordpiece(
         pieces,
+        [name for name in BERT_SPECIAL if name in pieces],
         lowercase=options.get("do_lower_case", not cased),
         strip_accents=options.get("strip_accents"),
         chinese_characters=options.get("tokenize_chinese_chars", True),
