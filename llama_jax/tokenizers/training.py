@@ -120,7 +120,7 @@ def _sentencepiece(
     texts: Iterable[str], kind: str, vocab_size: int, special_tokens: Sequence[str], max_lines: int
 ) -> SentencePieceTokenizer:
     # Without line ends: a line end is a byte token in Llama's tokenizer, so no piece may contain one.
-    lines = (line for text in texts for line in text.split("\n"))
+    lines = (line for text in texts for line in text.split("\n") if line)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
