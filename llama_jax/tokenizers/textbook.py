@@ -10,6 +10,8 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
+
 MAX_PIECE = 16  # characters of a seed piece, as in SentencePiece
 RARE = 0.5  # expected occurrences below which a piece is dropped, as in SentencePiece
 
@@ -201,7 +203,7 @@ def _forward(word: str, logs: Mapping[str, float]) -> list[float]:
     """Log probability of all ways to make the first 0, 1, 2... characters."""
     sums = [0.0]
     for end in range(1, len(word) + 1):
-        sums.append(_log_sum([sums[s] + logs[word[s:end]] for s in range(end) if word[s:end] in logs]))
+        sums.append(np.logaddexp.reduce([sums[s] + logs[word[s:end]] for s in range(end) if word[s:end] in logs]))
     return sums
 
 
@@ -210,10 +212,5 @@ def _backward(word: str, logs: Mapping[str, float]) -> list[float]:
     sums = [0.0] * (len(word) + 1)
     for start in reversed(range(len(word))):
         ends = range(start + 1, len(word) + 1)
-        sums[start] = _log_sum([logs[word[start:e]] + sums[e] for e in ends if word[start:e] in logs])
+        sums[start] = np.logaddexp.reduce([logs[word[start:e]] + sums[e] for e in ends if word[start:e] in logs])
     return sums
-
-
-def _log_sum(values: Sequence[float]) -> float:
-    largest = max(values, default=-math.inf)
-    return largest if largest == -math.inf else largest + math.log(sum(math.exp(v - largest) for v in values))

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_jax.tokenizers import textbook
 from llama_jax.tokenizers.textbook import (
     best_segmentation,
     bpe_merges,
@@ -92,28 +93,34 @@ def test_removal_costs_what_the_pieces_alternative_costs():
     assert removal_losses({"a": 1}, probabilities) == {"ab": 0, "ba": 0}
 
 
-def test_pruning_keeps_characters_and_four_fifths():
-    words = Counter(re.findall("[a-z]+", "low lower lowest new newer newest wide wider widest " * 3 + "jinx"))
-    rounds = list(train_unigram(words, 20, seed_size=60))
+def test_pruning_keeps_characters_and_four_fifths(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(textbook, "RARE", 0)  # else expectation-maximization drops pieces between the prunings
+    words = Counter(a + b for a in ("low", "new", "wide", "jinx") for b in ("", "er", "est", "ly"))
     characters = {c for word in words for c in word}
-    sizes = [len(pieces) for pieces in rounds]
-    assert sizes[-1] == 20
-    assert len(sizes) > 3
-    # Between prunings expectation-maximization may drop pieces as too rare; those for pruning keep 80 %.
-    assert all(after <= before for before, after in itertools.pairwise(sizes))
+    seeds = seed_pieces(words, 60)
+    assert seeds.keys() > characters
+    rounds = list(train_unigram(words, 20, seed_size=60))
+    expected = [len(seeds)]
+    while expected[-1] > 20:
+        expected.append(max(20, int(0.8 * expected[-1])))
+    assert len(expected) > 3
+    assert [len(pieces) for pieces in rounds] == [*expected[1:], 20]
     assert all(characters <= pieces.keys() for pieces in rounds)
     assert all(sum(pieces.values()) == pytest.approx(1) for pieces in rounds)
-    assert len(list(train_unigram(words, 5, seed_size=60))[-1]) == len(characters)
+    monkeypatch.undo()
+    assert list(train_unigram(words, 5, seed_size=60))[-1].keys() == characters
 
 
 def test_unigram_is_sentencepieces(shared_data: Path):
-    """The share of running words that this model and SentencePiece's cut alike, both trained on the same 12,000 words.
+    """The share of running words that this model and SentencePiece's cut alike, both trained on the same words.
 
     SentencePiece seeds from a suffix array, shrinks counts by the digamma function and takes the last tenth of the
     pieces away by probability, so most but not all words agree, and the vocabularies share two thirds of their pieces.
     """
     text = (shared_data / "sentencepiece" / "botchan.txt").read_text(encoding="utf-8-sig")
     running = re.findall("[a-z]+", text.lower())[:12_000]
+    often = Counter(running)
+    running = [word for word in running if often[word] > 1]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(" ".join(line) for line in itertools.batched(running, 20)),
@@ -132,7 +139,7 @@ def test_unigram_is_sentencepieces(shared_data: Path):
     def agreement(probabilities: dict[str, float]) -> float:
         return sum(n for w, n in words.items() if best_segmentation(w, probabilities) == cut[w]) / words.total()
 
-    *_, ours = train_unigram(words, 497, seed_size=2000)
+    *_, ours = train_unigram(words, 497, seed_size=3000)
     assert len(ours) == len(pieces)
     assert agreement(pieces) > 0.99  # the same algorithm finds the best segmentation of the same pieces
     assert agreement(ours) > 0.75
@@ -140,4 +147,5 @@ def test_unigram_is_sentencepieces(shared_data: Path):
     assert loss(words, ours) < loss(words, pieces)
     untrained = seed_pieces(words, 497 - sum(len(piece) == 1 for piece in ours))
     assert len(untrained) == len(ours)
-    assert agreement(untrained) < 0.5
+    print(agreement(ours), agreement(untrained), len(ours.keys() & pieces.keys()) / len(pieces))
+    assert agreement(untrained) < agreement(ours) - 0.1
