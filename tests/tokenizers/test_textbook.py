@@ -115,7 +115,7 @@ def test_unigram_is_sentencepieces(shared_data: Path):
     """The share of running words that this model and SentencePiece's cut alike, both trained on the same words.
 
     SentencePiece seeds from a suffix array, shrinks counts by the digamma function and takes the last tenth of the
-    pieces away by probability, so most but not all words agree, and the vocabularies share two thirds of their pieces.
+    pieces away by probability, so most but not all words agree (80 %, of the pieces 63 %); of pieces only chosen by frequency 66 % do.
     """
     text = (shared_data / "sentencepiece" / "botchan.txt").read_text(encoding="utf-8-sig")
     running = re.findall("[a-z]+", text.lower())[:12_000]
@@ -147,5 +147,4 @@ def test_unigram_is_sentencepieces(shared_data: Path):
     assert loss(words, ours) < loss(words, pieces)
     untrained = seed_pieces(words, 497 - sum(len(piece) == 1 for piece in ours))
     assert len(untrained) == len(ours)
-    print(agreement(ours), agreement(untrained), len(ours.keys() & pieces.keys()) / len(pieces))
     assert agreement(untrained) < agreement(ours) - 0.1

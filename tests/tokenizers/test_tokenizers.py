@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import struct
@@ -206,6 +207,26 @@ def test_special_tokens(loaded, kind: str):
         assert tokenizer.pad_id == special["<pad>"]
     byte_level = kind in ("llama3", "json", "byte_bpe", "gpt2")
     assert (tokenizer.unk_id is None) == byte_level
+
+
+def test_special_tokens_of_other_makes(tmp_path: Path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT]), model_writer=model, vocab_size=70, pad_id=3, minloglevel=3,
+        control_symbols=["<cls>"], user_defined_symbols=["<mask>"],
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    tokenizer = load_tokenizer(tmp_path)
+    expected = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "<cls>": 4, "<mask>": 5}
+    assert (tokenizer.special_tokens, tokenizer.pad_id, tokenizer.unk_id) == (expected, 3, 0)
+    assert 5 in tokenizer.encode("<mask>")  # user-defined symbols are text
+    (tmp_path / "tokenizer.model").unlink()
+    unigram = tokenizers.Tokenizer(models.Unigram([("a", -1.0), ("<unk>", -2.0), ("b", -1.0)], 1, False))
+    unigram.add_special_tokens(["<sentinel>"])
+    (tmp_path / "tokenizer.json").write_text(unigram.to_str())
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.special_tokens, tokenizer.unk_id) == ({"<unk>": 1, "<sentinel>": 3}, 1)
+    assert tokenizer.encode("axb") == [0, 1, 2]
 
 
 @pytest.mark.parametrize("kind", EXACT)
