@@ -33,7 +33,7 @@ def test_llama2c_tok512_is_its_rebuilt_model(shared_data: Path):
     binary, rebuilt = (
         load_tokenizer(shared_data / "llama2c" / name) for name in ("tok512.bin", "tok512_rebuilt.model")
     )
-    text = (shared_data / "tinyshakespeare" / "input.txt").read_text()[:100_000]
+    text = (shared_data / "tinyshakespeare" / "input.txt").read_text()[:20_000]
     story = (shared_data / "llama2c" / "stories260K_expected_greedy200.txt").read_text()
     for sample in (text, story):
         assert binary.encode(sample) == rebuilt.encode(sample)
@@ -76,7 +76,6 @@ def test_openai_ranks(shared_data: Path, tmp_path: Path):
         assert tokenizer.special_tokens == {"<|endoftext|>": 50256}
         assert (tokenizer.bos_id, tokenizer.eos_ids) == (50256, (50256,))
         assert tokenizer.encode("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]
-    assert load_tokenizer(r50k.save(tmp_path / "saved")).encode("hello  world") == r50k.encode("hello  world")
 
 
 TEXT = "HelloWORLDly's 12345 foo//\n\n  x\u00e9\u0301 WE'LL"
