@@ -84,6 +84,7 @@ CHANGES: dict[str, Callable[[RunConfig, Path], Any]] = {
     "model.attention.rope.scaling": lambda *_: LinearScaling(7.0),
     "tokenizer.path": lambda _, folder: str(folder / "tokenizer"),
     "tokenizer.vocab_size": lambda *_: 290,
+    "tokenizer.special_tokens": lambda *_: ("<pad>",),
     "data.path": lambda config, _: (config.data.path[0] + "/1*.txt",),
     "data.exclude": lambda *_: ("*7.txt",),
     "data.text_field": lambda *_: "content",
@@ -160,7 +161,12 @@ def variants(base: RunConfig) -> list[RunConfig]:
 def tokenizer_of(config: TokenizerConfig, data: DataConfig) -> Tokenizer:
     if config.path is not None:
         return load_tokenizer(config.path)
-    return train_tokenizer(read_texts(data, "train"), kind=config.kind, vocab_size=config.vocab_size)
+    return train_tokenizer(
+        read_texts(data, "train"),
+        kind=config.kind,
+        vocab_size=config.vocab_size,
+        special_tokens=config.special_tokens,
+    )
 
 
 @functools.cache
