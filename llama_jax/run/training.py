@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from llama_jax.checkpoint.language_model import CHECKPOINTS_DIRECTORY, CONFIG_FILE, TOKENIZER_DIRECTORY
 from llama_jax.checkpoint.store import CheckpointStore
 from llama_jax.config import UserError
-from llama_jax.data import Causal, Dataset, ValidationBatches, Vocabulary, prepare_dataset, read_texts
+from llama_jax.data import Causal, DataConfig, Dataset, ValidationBatches, Vocabulary, prepare_dataset, read_texts
 from llama_jax.data.windows import Batch
 from llama_jax.models import abstract_params, initialize
 from llama_jax.parallel import MeshConfig, distributed, make_mesh, mesh_axis_sizes, platform
@@ -26,7 +26,7 @@ from llama_jax.run.directory import SAMPLES_FILE, Run, check_directory, start_ru
 from llama_jax.run.planning import mesh_of
 from llama_jax.run.reporting import Bar, JsonLines, TensorBoard, WeightsAndBiases, Writer, check_writers
 from llama_jax.sampling import generate_text
-from llama_jax.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from llama_jax.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 from llama_jax.training import (
     CPU_COMPILER_OPTIONS,
     PreflightFailed,
@@ -100,11 +100,14 @@ def _tokenizer(run: Run) -> Tokenizer:
     if (run.directory / TOKENIZER_DIRECTORY).is_dir():
         return run.tokenizer
     config = run.config.tokenizer
-    if config.path is not None:
-        return load_tokenizer(config.path)
-    data = run.config.data
+    return trained_tokenizer(config, run.config.data) if config.path is None else load_tokenizer(config.path)
+
+
+def trained_tokenizer(config: TokenizerConfig, data: DataConfig) -> Tokenizer:
+    """One of the training documents, with the special tokens that the objective needs."""
     texts = itertools.chain.from_iterable(read_texts(source, "train") for _, source in data.corpora())
-    return train_tokenizer(texts, kind=config.kind, vocab_size=config.vocab_size)
+    special = tuple(dict.fromkeys((*config.special_tokens, *data.objective.special_tokens())))
+    return train_tokenizer(texts, kind=config.kind, vocab_size=config.vocab_size, special_tokens=special)
 
 
 def _sample_tokens(config: RunConfig, tokenizer: Tokenizer) -> int:

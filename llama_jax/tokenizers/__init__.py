@@ -1,7 +1,8 @@
 """Text to token ids and back.
 
-In: a tokenizer file of any kind, or text to train one on. Out: a `Tokenizer`. A new kind of file is one subclass of
-`Tokenizer` and one line in `loading.py` that recognises it by its content.
+In: a tokenizer file of any kind, or text to train one on. Out: a `Tokenizer`. A new kind of file is a subclass of
+`Tokenizer` (or a function that makes one of ours) and one line in `loading.py` that recognises it by its content; a new
+kind to train is a function in `training.py`. `textbook.py` has the algorithms as the papers have them, for notebooks.
 """
 
 from llama_jax.tokenizers.base import TextStream, Tokenizer

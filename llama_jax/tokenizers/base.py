@@ -26,16 +26,20 @@ class TextStream(abc.ABC):
 class Tokenizer(abc.ABC):
     """Text to token ids and back.
 
-    `vocab_size` is one more than the largest id. `bos_id` and `pad_id` are None where the tokenizer has none. The first
-    of `eos_ids` ends a training document; any of them ends a generated text. `files` is what has to be kept to load
-    the same tokenizer again, by file name. Special tokens written out in a text ("</s>") are ordinary text, and ids of
-    special tokens decode to nothing.
+    `vocab_size` is one more than the largest id. `bos_id`, `pad_id` and `unk_id` are None where the tokenizer has none.
+    The first of `eos_ids` ends a training document; any of them ends a generated text. `special_tokens` has the ids of
+    all tokens that stand for something else than the text they were learned from, by name: those above, masks,
+    sentinels, what was added by hand. `files` is what has to be kept to load the same tokenizer again, by file name.
+    Special tokens written out in a text ("</s>") are ordinary text, and ids of special tokens decode to nothing; only
+    tokens that were added as ordinary ones (`special: false`, SentencePiece's user-defined symbols) are text both ways.
     """
 
     vocab_size: int
     bos_id: int | None
     eos_ids: tuple[int, ...]
     pad_id: int | None
+    unk_id: int | None
+    special_tokens: Mapping[str, int]
     files: Mapping[str, bytes]
 
     @abc.abstractmethod

@@ -4,13 +4,15 @@ import codecs
 import functools
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import sentencepiece
 
 from llama_jax.tokenizers.base import TextStream, Tokenizer
 
 SPACE = "\u2581"  # stands for a space inside pieces
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # ModelProto.SentencePiece.Type
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -28,6 +30,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.pad_id = _optional(self._processor.pad_id())
         eos_id = _optional(self._processor.eos_id())
         self.eos_ids = () if eos_id is None else (eos_id,)
+        self.unk_id = _optional(self._processor.unk_id())
+        self.special_tokens = _special_tokens(model)
         self.files = {"tokenizer.model": model}
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -107,11 +111,10 @@ def llama2c_model(content: bytes) -> bytes | None:
         longest = max(longest, length)
     if len(pieces) < 259 or content[:4] != struct.pack("<i", longest):
         return None
-    unknown, control, normal, byte = 2, 3, 1, 6
     model = bytearray()
     for i, (piece, score) in enumerate(pieces):
-        kind = unknown if i == 0 else control if i < 3 else byte if i < 259 else normal
-        text = piece.strip("\n") if kind == control else piece.replace(" ", SPACE)
+        kind = UNKNOWN if i == 0 else CONTROL if i < 3 else BYTE if i < 259 else NORMAL
+        text = piece.strip("\n") if kind == CONTROL else piece.replace(" ", SPACE)
         model += _field(1, _field(1, text.encode()) + _field(2, score) + _field(3, kind))
     bpe = 2
     model += _field(2, _field(3, bpe) + _field(4, len(pieces)) + _field(35, 1))  # byte fallback
@@ -122,6 +125,40 @@ def llama2c_model(content: bytes) -> bytes | None:
 def with_dummy_prefix(model: bytes) -> bytes:
     """`model` with a space put before every text, as Llama has it: protobuf merges what is appended."""
     return model + _field(3, _field(3, 1))
+
+
+def _special_tokens(model: bytes) -> dict[str, int]:
+    """Ids of the unknown, control and user-defined pieces; the library itself has no question for the last."""
+    messages = [value for number, value in _fields(model) if number == 1]
+    typed = {i: dict(_fields(message)) for i, message in enumerate(messages) if b"\x18" in message}  # key of the type
+    special = (UNKNOWN, CONTROL, USER_DEFINED)
+    return {piece[1].decode(): i for i, piece in typed.items() if piece.get(3, NORMAL) in special}
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Number and value of every field of a protobuf message: an int, or bytes (32 and 64 bits as they are)."""
+    position = 0
+    while position < len(message):
+        key, position = _read_varint(message, position)
+        if key & 7 == 0:
+            value, position = _read_varint(message, position)
+            yield key >> 3, value
+            continue
+        length = {1: 8, 5: 4}.get(key & 7)
+        if length is None:
+            length, position = _read_varint(message, position)
+        yield key >> 3, message[position : position + length]
+        position += length
+
+
+def _read_varint(message: bytes, position: int) -> tuple[int, int]:
+    """A number and where it ends."""
+    value = shift = 0
+    while True:
+        value |= (message[position] & 127) << shift
+        position, shift = position + 1, shift + 7
+        if message[position - 1] < 128:
+            return value, position
 
 
 def _field(number: int, value: int | float | bytes) -> bytes:

@@ -1,15 +1,44 @@
-"""Training SentencePiece models with Llama's settings."""
+"""Training a tokenizer of any kind: the same texts give the same file."""
 
 import dataclasses
 import io
+import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+import typing
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import sentencepiece
+import tokenizers
+from tokenizers import pre_tokenizers
 
 from llama_jax.config import UserError
+from llama_jax.tokenizers.base import Tokenizer
+from llama_jax.tokenizers.huggingface import HuggingFaceTokenizer
+from llama_jax.tokenizers.merging import merge_pairs
 from llama_jax.tokenizers.sentencepiece import SentencePieceTokenizer, with_dummy_prefix
+from llama_jax.tokenizers.vocabularies import BERT_SPECIAL, byte_letters, byte_level_bpe, whitespace, wordpiece
+
+Kind = Literal["bpe", "unigram", "byte_bpe", "wordpiece", "whitespace"]
+KINDS: tuple[Kind, ...] = typing.get_args(Kind)
+# Special tokens that a tokenizer of the kind has without being asked, first in its vocabulary.
+SPECIAL: dict[Kind, tuple[str, ...]] = {
+    "bpe": ("<unk>", "<s>", "</s>"),
+    "unigram": ("<unk>", "<s>", "</s>"),
+    "byte_bpe": ("<|endoftext|>",),
+    "wordpiece": BERT_SPECIAL,
+    "whitespace": ("<unk>",),
+}
+BYTE_KINDS = ("bpe", "unigram", "byte_bpe")
+COVERAGE = 0.99995  # of the characters; rare ones are left to bytes, or unknown
+# What regular expressions and Rust call white space (Unicode's White_Space; Python's \s has four more).
+SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+# Pre-tokens of GPT-2 never cross these, and cut one by one they are cut as in the whole text.
+GPT2_CHUNK = re.compile(rf" ?[^{SPACES}]+|[{SPACES}]+(?![^{SPACES}])|[{SPACES}]+")
+MAX_WORD = 100  # characters; BERT takes a longer word as unknown
+
+Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,45 +46,89 @@ class TokenizerConfig:
     """Which tokenizer a run uses.
 
     path: file or directory of a tokenizer; None trains one on the run's own training documents.
-    kind: what is trained then: `bpe` or `unigram`.
+    kind: what is trained then: `bpe` or `unigram` (SentencePiece, Llama's settings), `byte_bpe` (GPT-2), `wordpiece`
+        (BERT, uncased) or `whitespace`.
     vocab_size: number of tokens of the one that is trained, special tokens and 256 bytes included.
+    special_tokens: names of special tokens that it has besides its kind's own.
     """
 
     path: str | None
-    kind: Literal["bpe", "unigram"]
+    kind: Kind
     vocab_size: int
+    special_tokens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.path is None and self.vocab_size < 260:
-            raise UserError(
-                f"vocab_size={self.vocab_size} must be at least 260: 256 bytes, 3 special tokens and a piece"
-            )
+        if self.path is None:
+            _check(self.kind, self.vocab_size, self.special_tokens)
 
 
 def train_tokenizer(
     texts: Iterable[str],
     *,
-    kind: Literal["bpe", "unigram"] = "bpe",
+    kind: Kind = "bpe",
     vocab_size: int = 32000,
+    special_tokens: Sequence[str] = (),
     max_lines: int = 10_000_000,
-    progress: Callable[[int], None] | None = None,
-) -> SentencePieceTokenizer:
-    """A SentencePiece model trained on `texts` with the settings of Llama's: the same texts give the same model.
+    progress: Progress | None = None,
+) -> Tokenizer:
+    """A tokenizer trained on `texts`; `special_tokens` come besides those that its kind has anyway (`SPECIAL`).
 
-    Byte fallback, digits split, identity normalization, whitespace kept and allowed as pieces, characters covered to
-    99.995 %, UNK 0, BOS 1, EOS 2 (as in the trainer_spec of Meta's tokenizer.model). Of more than `max_lines` (over
-    100) lines a random sample is used. `progress` is called with the number of characters read. Raises UserError for
-    empty texts and for a vocabulary that they cannot fill or that is too small for their characters.
+    - `bpe`, `unigram`: SentencePiece as Llama's (the trainer_spec of Meta's tokenizer.model): byte fallback, digits
+      split, identity normalization, whitespace kept and allowed as pieces, characters covered to 99.995 %. Of more
+      than `max_lines` (over 100) lines a random sample is used; the other kinds count all of them.
+    - `byte_bpe`: GPT-2's pre-tokenization; equally frequent pairs are merged from the greatest bytes on.
+    - `wordpiece`: BERT's normalization, lower-cased; pieces are merged by count.
+    - `whitespace`: the most frequent words, equally frequent ones in the order of their characters.
+
+    Special tokens written out in a text divide it, and nothing is learned from them. `progress` is called with the
+    number of merges made and to make (`byte_bpe`, `wordpiece`). Raises UserError for empty texts and for a vocabulary
+    that they cannot fill or that is too small for their characters.
     """
-    if kind not in ("bpe", "unigram"):
-        raise UserError(f"kind={kind!r} must be 'bpe' or 'unigram'")
+    _check(kind, vocab_size, special_tokens)
+    special = tuple(dict.fromkeys([*SPECIAL[kind], *special_tokens]))
+    parts = _divided(texts, special)
+    if kind in ("bpe", "unigram"):
+        return _sentencepiece(parts, kind, vocab_size, special[3:], max_lines)
+    train = {"byte_bpe": _byte_bpe, "wordpiece": _wordpiece, "whitespace": _whitespace}[kind]
+    tokenizer = train(parts, vocab_size, special, progress or (lambda done, total: None))
+    return HuggingFaceTokenizer(tokenizer, {"tokenizer.json": tokenizer.to_str(pretty=True).encode()}, {})
+
+
+def _check(kind: str, vocab_size: int, special_tokens: Sequence[str]) -> None:
+    if kind not in KINDS:
+        raise UserError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
+    for name in special_tokens:
+        # Brackets, so that no tokenizer can make one of ordinary text.
+        if not re.fullmatch(r"<\S+>|\[\S+\]", name) or list(special_tokens).count(name) > 1:
+            raise UserError(f"special token {name!r} must be a name in brackets, <name> or [NAME], given once")
+    num_bytes, num_special = 256 * (kind in BYTE_KINDS), len({*SPECIAL[kind], *special_tokens})
+    if vocab_size <= num_bytes + num_special:
+        raise UserError(
+            f"vocab_size={vocab_size} must be at least {num_bytes + num_special + 1}: "
+            f"{num_bytes} bytes, {num_special} special tokens and a piece"
+        )
+
+
+def _divided(texts: Iterable[str], special_tokens: Sequence[str]) -> Iterator[str]:
+    """The texts, cut where they have a special token (the longest, where one begins with another)."""
+    names = re.compile("|".join(re.escape(name) for name in sorted(special_tokens, key=len, reverse=True)))
+    for text in texts:
+        yield from names.split(text)
+
+
+def _sentencepiece(
+    texts: Iterable[str], kind: str, vocab_size: int, special_tokens: Sequence[str], max_lines: int
+) -> SentencePieceTokenizer:
+    # Without line ends: a line end is a byte token in Llama's tokenizer, so no piece may contain one.
+    lines = _Kept(line for text in texts for line in text.split("\n") if line)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts, progress),
+            sentence_iterator=lines,
             model_writer=model,
             model_type=kind,
             vocab_size=vocab_size,
+            control_symbols=list(special_tokens),
             byte_fallback=True,
             split_digits=True,
             normalization_rule_name="identity",
@@ -63,7 +136,7 @@ def train_tokenizer(
             allow_whitespace_only_pieces=True,
             # A line stands in the middle of a text, where no space is put before it.
             add_dummy_prefix=False,
-            character_coverage=0.99995,
+            character_coverage=COVERAGE,
             input_sentence_size=max_lines,
             max_sentence_length=1 << 30,
             unk_id=0,
@@ -74,28 +147,153 @@ def train_tokenizer(
             minloglevel=3,
         )
     except RuntimeError as error:
-        raise _explain(error, vocab_size) from None
+        raise lines.error or _explain(error, vocab_size) from None
     return SentencePieceTokenizer(with_dummy_prefix(model.getvalue()))
 
 
-def _lines(texts: Iterable[str], progress: Callable[[int], None] | None) -> Iterator[str]:
-    """Lines without their ends: a line end is a byte token in Llama's tokenizer, so no piece may contain one."""
-    for text in texts:
-        yield from text.split("\n")
-        if progress is not None:
-            progress(len(text))
+class _Kept:
+    """An iterator that keeps the error it ended with: SentencePiece makes a RuntimeError of any."""
+
+    def __init__(self, values: Iterator[str]):
+        self._values = values
+        self.error: Exception | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        try:
+            return next(self._values)
+        except StopIteration:
+            raise
+        except Exception as error:
+            self.error = error
+            raise
 
 
-def _explain(error: RuntimeError, vocab_size: int) -> UserError:
+def _explain(error: RuntimeError, vocab_size: int) -> Exception:
     message = str(error)
     if too_large := re.search(r"value <= (\d+)", message):
-        return UserError(
-            f"vocab_size={vocab_size} is more than these texts can fill: {too_large[1]} is the largest possible size"
-        )
+        return _too_large(vocab_size, int(too_large[1]))
     if too_small := re.search(r"required_chars\. \d+ vs (\d+)", message):
-        return UserError(
-            f"vocab_size={vocab_size} is too small for these texts' characters: use at least {too_small[1]}"
-        )
-    if "sentences_.empty()" in message:
-        return UserError("there is no text to train a tokenizer on: give files with text in them")
-    raise error
+        return _too_small(vocab_size, int(too_small[1]))
+    return _no_text() if "sentences_.empty()" in message else error
+
+
+def _too_large(vocab_size: int, largest: int) -> UserError:
+    return UserError(
+        f"vocab_size={vocab_size} is more than these texts can fill: {largest} is the largest possible size"
+    )
+
+
+def _too_small(vocab_size: int, smallest: int) -> UserError:
+    return UserError(f"vocab_size={vocab_size} is too small for these texts' characters: use at least {smallest}")
+
+
+def _no_text() -> UserError:
+    return UserError("there is no text to train a tokenizer on: give files with text in them")
+
+
+def _byte_bpe(
+    texts: Iterable[str], vocab_size: int, special: Sequence[str], progress: Progress
+) -> tokenizers.Tokenizer:
+    letters = byte_letters()
+    symbols = {letter: bytes([byte]) for byte, letter in enumerate(letters)}
+    words = {tuple(map(symbols.__getitem__, word)): count for word, count in gpt2_words(texts).items()}
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(letters)])}
+    merges: dict[tuple[str, str], None] = {}
+    for left, right in _merged(words, vocab_size, vocabulary, progress):
+        pair = "".join(letters[byte] for byte in left), "".join(letters[byte] for byte in right)
+        merges[pair] = None
+        vocabulary.setdefault("".join(pair), len(vocabulary))
+    return byte_level_bpe(vocabulary, list(merges), special)
+
+
+def gpt2_words(texts: Iterable[str]) -> Counter[str]:
+    """How often every pre-token of GPT-2 occurs, in its letters for bytes."""
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    chunks = Counter(itertools.chain.from_iterable(map(GPT2_CHUNK.findall, texts)))
+    words: Counter[str] = Counter()
+    for chunk, count in chunks.items():  # the library's own split, which is slower, only once for equal ones
+        for word, _ in split.pre_tokenize_str(chunk):
+            words[word] += count
+    return words
+
+
+def _wordpiece(
+    texts: Iterable[str], vocab_size: int, special: Sequence[str], progress: Progress
+) -> tokenizers.Tokenizer:
+    empty = wordpiece({"[UNK]": 0}, special)
+    # At the characters that the normalizer, too, takes for a space before anything else.
+    chunks = Counter(itertools.chain.from_iterable(re.split(r"[ \t\n\r]+", text) for text in texts))
+    counts: Counter[str] = Counter()
+    for chunk, count in chunks.items():
+        for word, _ in empty.pre_tokenizer.pre_tokenize_str(empty.normalizer.normalize_str(chunk)):  # type: ignore
+            counts[word] += count
+    known = _covered(counts)
+    words = {
+        (word[0].encode(), *(b"##" + letter.encode() for letter in word[1:])): count
+        for word, count in counts.items()
+        if len(word) <= MAX_WORD and known.issuperset(word)
+    }
+    alphabet = sorted({symbol.decode() for word in words for symbol in word})
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
+    if len(vocabulary) > vocab_size:
+        raise _too_small(vocab_size, len(vocabulary))
+
+    def join(left: bytes, right: bytes) -> bytes:
+        return left + right.removeprefix(b"##")
+
+    for pair in _merged(words, vocab_size, vocabulary, progress, join):
+        vocabulary.setdefault(join(*pair).decode(), len(vocabulary))
+    return wordpiece(vocabulary, special)
+
+
+def _covered(words: Mapping[str, int]) -> set[str]:
+    """The most frequent characters, until they make up `COVERAGE` of the text."""
+    characters: Counter[str] = Counter()
+    for word, count in words.items():
+        for character in word:
+            characters[character] += count
+    left, known = COVERAGE * characters.total(), set()
+    for character, count in sorted(characters.items(), key=lambda item: (-item[1], item[0])):
+        if left > 0:
+            known.add(character)
+        left -= count
+    return known
+
+
+def _merged(
+    words: Mapping[tuple[bytes, ...], int],
+    vocab_size: int,
+    vocabulary: Mapping[str, int],
+    progress: Progress,
+    join: Callable[[bytes, bytes], bytes] = bytes.__add__,
+) -> Iterator[tuple[bytes, bytes]]:
+    """The merges, until the caller, who adds them to `vocabulary`, has filled it."""
+    if not words:
+        raise _no_text()
+    first = len(vocabulary)
+    pairs = merge_pairs(words, join)
+    while len(vocabulary) < vocab_size:
+        progress(len(vocabulary) - first, vocab_size - first)
+        pair = next(pairs, None)
+        if pair is None:
+            raise _too_large(vocab_size, len(vocabulary))
+        yield pair
+    progress(vocab_size - first, vocab_size - first)
+
+
+def _whitespace(
+    texts: Iterable[str], vocab_size: int, special: Sequence[str], progress: Progress
+) -> tokenizers.Tokenizer:
+    del progress  # there is nothing to do but count
+    words = Counter(itertools.chain.from_iterable(re.findall(rf"[^{SPACES}]+", text) for text in texts))
+    if not words:
+        raise _no_text()
+    if len(special) + len(words) < vocab_size:
+        raise _too_large(vocab_size, len(special) + len(words))
+    frequent = [word for word, _ in sorted(words.items(), key=lambda item: (-item[1], item[0]))]
+    # Not the others: a word of a text could have their name. They are added, with the ids that follow.
+    known = [special[0], *frequent[: vocab_size - len(special)]]
+    return whitespace({token: i for i, token in enumerate(known)}, special)

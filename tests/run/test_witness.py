@@ -8,7 +8,6 @@ lowered programs, and at last what a run with a train step of no cost writes.
 import contextlib
 import dataclasses
 import functools
-import itertools
 import sys
 import time
 import types
@@ -28,7 +27,7 @@ from jax.sharding import NamedSharding
 
 from llama_jax.checkpoint.store import CheckpointConfig
 from llama_jax.config import UserError, leaves, override
-from llama_jax.data import DataConfig, Dataset, Source, Stage, Vocabulary, prepare_dataset, read_texts
+from llama_jax.data import DataConfig, Dataset, Source, Stage, Vocabulary, prepare_dataset
 from llama_jax.data.objectives import Prefix
 from llama_jax.models import Compute, DecoderConfig, abstract_params
 from llama_jax.models.decoder import LayerOverride
@@ -44,6 +43,7 @@ from llama_jax.nn import (
 )
 from llama_jax.parallel import make_mesh, spec
 from llama_jax.run import LoggingConfig, ProfileConfig, Run, RunConfig, train, training
+from llama_jax.run.training import trained_tokenizer
 from llama_jax.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 from llama_jax.training import OptimizerConfig, TrainState, init_state, make_train_step
 
@@ -87,6 +87,7 @@ CHANGES: dict[str, Callable[[RunConfig, Path], Any]] = {
     "model.attention.rope.scaling": lambda *_: LinearScaling(7.0),
     "tokenizer.path": lambda _, folder: str(folder / "tokenizer"),
     "tokenizer.vocab_size": lambda *_: 290,
+    "tokenizer.special_tokens": lambda *_: ("<pad>",),
     "data.path": lambda config, _: (config.data.path[0] + "/1*.txt",),
     "data.exclude": lambda *_: ("*7.txt",),
     "data.fields": lambda *_: ("content",),
@@ -177,8 +178,7 @@ def variants(base: RunConfig) -> list[RunConfig]:
 def tokenizer_of(config: TokenizerConfig, data: DataConfig) -> Tokenizer:
     if config.path is not None:
         return load_tokenizer(config.path)
-    texts = itertools.chain.from_iterable(read_texts(own, "train") for _, own in data.corpora())
-    return train_tokenizer(texts, kind=config.kind, vocab_size=config.vocab_size)
+    return trained_tokenizer(config, data)
 
 
 @functools.cache
@@ -297,7 +297,7 @@ def files(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> A
         "make_eval_step": lambda *_: lambda *_: (np.float32(1 / (1 + next(evaluations))), np.float32(1)),
         "preflight": lambda *_: events.append("preflight") or [],
         "generate_text": lambda lm, prompts, **_: ["..."] * len(prompts),
-        "train_tokenizer": lambda *_, **__: tokenizer_of(config.tokenizer, config.data),
+        "trained_tokenizer": tokenizer_of,
     }
     wandb = types.ModuleType("wandb")
     wandb.__spec__ = ModuleSpec("wandb", None)

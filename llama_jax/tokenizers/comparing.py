@@ -1,0 +1,105 @@
+"""What a tokenizer makes of a text, in figures: `python -m llama_jax tokenizer compare`."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterable
+
+from rich.table import Table
+
+from llama_jax.config import UserError
+from llama_jax.tokenizers.base import Tokenizer
+
+NUM_RUNS, MIN_BYTES = 5, 200_000  # of a timing
+LONGEST_WORDS = 12  # characters; with more on average a text is written without spaces
+
+ENGLISH = """\
+A tokenizer decides what a language model can see. Common words become one token each, rarer ones fall apart into
+pieces, and a name that nobody wrote before may cost a token for every letter. Prices are counted in tokens, and so is
+the context: whoever needs 1.4 tokens for a word reads 30% less than someone who needs 1.0 in the same 2,048 places.
+
+    def mean(values):
+        return sum(values) / len(values)  # don't call it with an empty list
+"""
+CHINESE = """\
+分词器决定了语言模型能看到什么。常用的字和词各占一个词元，生僻的字却要拆成三个字节，每个字节又各占一个词元。\
+同样长的文章，用不合适的分词器来读，费用可能高出一倍，能放进上下文的内容也会少掉一半。
+所以在开始训练之前，最好先拿自己的语料数一数：平均每个字需要几个词元？有多少字是词表里没有的？解码以后还能不能得到原文？
+"""
+SAMPLES = {"English sample": ENGLISH, "Chinese sample": CHINESE}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Figures of one tokenizer on one text.
+
+    `tokens_per_word` counts words between spaces and is None for a text written without them; `unknown_rate` is the
+    share of tokens that are `unk_id`. Speeds are medians of `NUM_RUNS` runs over the text's lines, repeated to at least
+    `MIN_BYTES`, on all cores: of a short text, whose words some libraries keep, they are the upper end.
+    """
+
+    num_tokens: int
+    tokens_per_word: float | None
+    tokens_per_character: float
+    tokens_per_byte: float
+    unknown_rate: float
+    exact: bool
+    megabytes_per_second: float
+    tokens_per_second: float
+
+
+def compare(tokenizer: Tokenizer, text: str) -> Comparison:
+    """What `tokenizer` makes of `text`. Raises UserError for a text without any words."""
+    words, num_bytes = text.split(), len(text.encode(errors="surrogatepass"))
+    if not words:
+        raise UserError("there is nothing to compare in an empty text: give one with words in it")
+    ids = tokenizer.encode(text)
+    lines = text.splitlines(keepends=True) * -(-MIN_BYTES // num_bytes)
+    seconds = []
+    for _ in range(NUM_RUNS):
+        start = time.perf_counter()
+        num_timed = sum(map(len, tokenizer.encode_batch(lines)))
+        seconds.append(time.perf_counter() - start)
+    second = statistics.median(seconds)
+    return Comparison(
+        num_tokens=len(ids),
+        tokens_per_word=len(ids) / len(words) if len(text) <= LONGEST_WORDS * len(words) else None,
+        tokens_per_character=len(ids) / len(text),
+        tokens_per_byte=len(ids) / num_bytes,
+        unknown_rate=ids.count(tokenizer.unk_id) / max(len(ids), 1) if tokenizer.unk_id is not None else 0.0,
+        exact=tokenizer.decode(ids) == text,
+        megabytes_per_second=sum(len(line.encode()) for line in lines) / second / 1e6,
+        tokens_per_second=num_timed / second,
+    )
+
+
+def comparison_table(title: str, rows: Iterable[tuple[str, Tokenizer, Comparison]]) -> Table:
+    """One text's figures, a row for every tokenizer."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("tokenizer", overflow="fold")
+    for name in (
+        "vocabulary",
+        "tokens",
+        "per word",
+        "per char",
+        "per byte",
+        "unknown",
+        "round trip",
+        "MB/s",
+        "tokens/s",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, tokenizer, row in rows:
+        table.add_row(
+            name,
+            f"{tokenizer.vocab_size:,}",
+            f"{row.num_tokens:,}",
+            "-" if row.tokens_per_word is None else f"{row.tokens_per_word:.2f}",
+            f"{row.tokens_per_character:.2f}",
+            f"{row.tokens_per_byte:.3f}",
+            f"{row.unknown_rate:.2%}",
+            "exact" if row.exact else "differs",
+            f"{row.megabytes_per_second:.2f}",
+            f"{row.tokens_per_second:,.0f}",
+        )
+    return table

@@ -1,0 +1,286 @@
+"""The global sequence of batches: of any objective, packed, mixed, on any number of processes, after any restart."""
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_jax.config import UserError
+from llama_jax.data import Batch, Batches, DataConfig, Dataset, Source, Stage, Vocabulary, prepare_dataset
+from llama_jax.data.objectives import BlankFilling, Causal, Chat, MaskedLM, Prefix, SpanCorruption
+from llama_jax.tokenizers import Tokenizer, train_tokenizer
+
+SIZES = {"prose": 60, "code": 35, "notes": 9}  # documents
+LENGTH = 24
+OBJECTIVES = [Causal(), Prefix(), BlankFilling(), MaskedLM(), SpanCorruption(source_length=20)]
+
+
+def texts_of(name: str) -> list[str]:
+    rng = np.random.default_rng(len(name))
+    return [
+        f"{name} {i}: " + " ".join(f"w{rng.integers(20)}" for _ in range(rng.integers(1, 30)))
+        for i in range(SIZES[name])
+    ]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    names = {name for objective in OBJECTIVES for name in objective.special_tokens()}
+    texts = [text for name in SIZES for text in texts_of(name)]
+    return train_tokenizer(texts, vocab_size=300 + len(names), special_tokens=sorted(names))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mixed")
+    for name in SIZES:
+        (folder / name).mkdir()
+        for i, text in enumerate(texts_of(name)):
+            (folder / name / f"{i:03}.txt").write_text(text)
+    return folder
+
+
+def mixed(folder: Path, shares: dict[str, float], epochs: dict[str, float] | None = None, **options: Any) -> DataConfig:
+    sources = [Source(name, (str(folder / name),), share=share) for name, share in shares.items()]
+    sources += [Source(name, (str(folder / name),), epochs=number) for name, number in (epochs or {}).items()]
+    return DataConfig(
+        path=(), sources=tuple(sources), validation_fraction=0.1, cache_dir=str(folder / "cache"), **options
+    )
+
+
+def opened(config: DataConfig, tokenizer: Tokenizer, *, seed: int = 0) -> Dataset:
+    directories = prepare_dataset(config, tokenizer, sequence_length=LENGTH)
+    return Dataset(config, directories, Vocabulary.of(tokenizer), sequence_length=LENGTH, seed=seed)
+
+
+def batches_of(dataset: Dataset, *, num_steps: int = 50, size: int = 8, **options: Any) -> Batches:
+    mixture = dataset.mixture(global_batch_size=size, num_steps=num_steps)
+    return Batches(dataset.train, mixture=mixture, global_batch_size=size, seed=0, **options)
+
+
+def hash_of(parts: list[Batch]) -> str:
+    """Of a global batch, from the rows of several processes."""
+    digest = hashlib.sha256()
+    for name in sorted(parts[0]):
+        digest.update(name.encode() + np.concatenate([part[name] for part in parts]).tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("packing", ["cut", "best_fit"])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: type(objective).__name__)
+def test_any_restart_on_any_number_of_processes_continues(folder, tokenizer, objective, packing: str):
+    """Packed mixtures of every objective, with shares that change: hashes of the batches."""
+    shares = {"prose": 0.5, "code": 0.3, "notes": 0.2}
+    stages = (Stage(0, (0.5, 0.3, 0.2)), Stage(7, (0.0, 0.25, 0.75)))
+    config = mixed(folder, shares, objective=objective, packing=packing, stages=stages)
+    whole = batches_of(opened(config, tokenizer))
+    expected = [hash_of([whole.batch(step)]) for step in range(24)]
+    assert len(set(expected)) == 24
+    rng = np.random.default_rng(7)
+    for num_processes in (1, 2, 8):
+        start = int(rng.integers(0, 16))
+        parts = [
+            # Opened anew, as another process would.
+            batches_of(opened(config, tokenizer), rows=range(i * 8 // num_processes, (i + 1) * 8 // num_processes))
+            for i in range(num_processes)
+        ]
+        iterators = [part.iterate(start) for part in parts]
+        for step in range(start, start + 8):
+            assert hash_of([next(iterator) for iterator in iterators]) == expected[step], (num_processes, step)
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_proportions_and_epochs_of_any_mixture(folder, tokenizer, data: st.DataObject):
+    """Random shares, batch sizes, processes, stages and restarts: shares to within one, each row once an epoch."""
+    names = list(SIZES)
+    share = st.integers(1, 9).map(lambda n: n / 10)
+    shares = {name: data.draw(share) for name in names}
+    starts = [0, *sorted(data.draw(st.sets(st.integers(1, 30), max_size=2)))]
+    stages = tuple(Stage(start, tuple(data.draw(share) for _ in names)) for start in starts) if len(starts) > 1 else ()
+    dataset = opened(mixed(folder, shares, stages=stages), tokenizer)
+    size, num_processes, restart = (
+        data.draw(st.integers(1, 9)),
+        data.draw(st.integers(1, 3)),
+        data.draw(st.integers(0, 40)),
+    )
+    own = [
+        batches_of(dataset, size=size, rows=range(i * size // num_processes, (i + 1) * size // num_processes))
+        for i in range(num_processes)
+    ]
+    again = [batches_of(dataset, size=size) for _ in range(2)]
+    places = [
+        place
+        for step in range(40)
+        for place in (
+            list(itertools.chain.from_iterable(part.places(step) for part in own))
+            if step < restart
+            else again[step % 2].places(step)
+        )
+    ]
+    seen = collections.defaultdict(list)
+    for source, epoch, row in places:
+        seen[source].append((epoch, row))
+    for source, taken in seen.items():
+        num_rows = dataset.train[source].num_rows
+        for epoch, rows in itertools.groupby(taken, key=lambda place: place[0]):
+            found = [row for _, row in rows]
+            last = epoch == taken[-1][0]
+            assert len(set(found)) == len(found)
+            assert last or sorted(found) == list(range(num_rows))
+        assert [epoch for epoch, _ in taken] == [number // num_rows for number in range(len(taken))]
+    for stage, end in zip(stages or (Stage(0, tuple(shares.values())),), [*starts[1:], 40], strict=True):
+        # Of the stage's shares of the tokens, windows being full.
+        within = [source for source, _, _ in places[stage.start_step * size : end * size]]
+        for source, portion in enumerate(stage.shares):
+            portion /= sum(stage.shares)
+            running = np.cumsum(np.array(within) == source) - portion * np.arange(1, len(within) + 1)
+            assert np.abs(running).max(initial=0) < 1
+    counted = [len(seen[i]) for i in range(len(names))]
+    assert again[0].num_sequences(40) == counted
+    told = dataset.proportions(again[0], 40)
+    for i, name in enumerate(names):
+        assert told[f"share/{name}"] == counted[i] / len(places)
+        assert told[f"epochs/{name}"] == counted[i] / dataset.train[i].num_rows
+
+
+def test_epochs_are_what_they_say_and_the_rest_is_shared(folder, tokenizer):
+    config = mixed(folder, {"prose": 3.0, "code": 1.0}, {"notes": 2.0})
+    dataset = opened(config, tokenizer)
+    counts = batches_of(dataset, num_steps=50).num_sequences(50)
+    assert counts[2] == 2 * dataset.train[2].num_rows
+    assert abs(counts[0] - 3 * counts[1]) <= 4
+    alone = opened(mixed(folder, {}, {"prose": 1.0, "notes": 2.0}), tokenizer)
+    prose, notes = batches_of(alone, num_steps=50).num_sequences(50)
+    ratio = (notes / alone.train[1].num_rows) / (prose / alone.train[0].num_rows)
+    assert ratio == pytest.approx(2, rel=0.05)
+    with pytest.raises(UserError, match=r"epochs of data.sources are [\d,]+ sequences, and the run has 8"):
+        batches_of(dataset, num_steps=1)
+
+
+def test_shares_are_of_tokens_where_rows_are_not_full(folder, tokenizer):
+    """Best fit leaves rows of short documents emptier: more of them make up the same share."""
+    config = mixed(folder, {"prose": 0.5, "notes": 0.5}, packing="best_fit", objective=MaskedLM(next_sentence=False))
+    dataset = opened(config, tokenizer)
+    batches = batches_of(dataset, num_steps=40)
+    mean = [rows.num_tokens / rows.num_rows for rows in dataset.train]
+    assert mean[0] != mean[1]
+    tokens = [count * each for count, each in zip(batches.num_sequences(40), mean, strict=True)]
+    assert abs(tokens[0] - tokens[1]) <= 2 * max(mean)
+
+
+@pytest.mark.parametrize("packing", ["cut", "best_fit"])
+def test_all_text_is_learned_from_once_an_epoch(folder, tokenizer, packing: str):
+    config = DataConfig(
+        path=(str(folder / "prose"),), validation_fraction=0.0, cache_dir=str(folder / "cache"), packing=packing
+    )
+    rows = opened(config, tokenizer).train[0]
+    batch = rows.read([(0, row) for row in range(rows.num_rows)])
+    found = collections.Counter(batch["targets"][batch["weights"] > 0].tolist())
+    ids = [tokenizer.encode(text, bos=True, eos=True)[1:] for text in texts_of("prose")]
+    expected = collections.Counter(itertools.chain.from_iterable(ids))
+    if packing == "best_fit":
+        assert found == expected
+        assert rows.num_tokens == (batch["segment_ids"] > 0).sum()
+    else:  # windows leave the tokens behind the last full one
+        assert found <= expected
+        assert sum(expected.values()) - sum(found.values()) <= LENGTH
+
+
+def test_noise_is_another_in_every_epoch_and_the_same_again(folder, tokenizer):
+    config = mixed(folder, {"prose": 1.0}, objective=MaskedLM(next_sentence=False))
+    rows, same, other = (opened(config, tokenizer, seed=seed).train[0] for seed in (0, 0, 1))
+    first = rows.read([(0, 3)])["tokens"]
+    assert (first == same.read([(0, 3)])["tokens"]).all()
+    assert (first != rows.read([(1, 3)])["tokens"]).any()
+    assert (first != other.read([(0, 3)])["tokens"]).any()
+
+
+def test_next_sentences_are_of_other_documents(folder, tokenizer):
+    dataset = opened(mixed(folder, {"notes": 1.0}, objective=MaskedLM()), tokenizer)
+    rows = dataset.train[0]
+    batch = rows.read([(epoch, row) for epoch in range(4) for row in range(rows.num_rows)])
+    labels = batch["pair_targets"][batch["pair_weights"] > 0]
+    assert 0 < labels.mean() < 1
+
+
+def test_a_chat_cut_in_pieces_keeps_whose_turn_it_is(folder, tokenizer):
+    """Rows of a long chat: the weights, put together, are those of the chat as one example."""
+    from llama_jax.data.objectives import Document
+    from llama_jax.data.plan import plan_rows
+    from llama_jax.data.rows import PackedRows
+    from llama_jax.data.stream import Shard, TokenStream
+
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 30, 12)
+    tokens = np.arange(1, lengths.sum() + 1)
+    parts = np.cumsum(lengths)[:-1]
+    shard = Shard(
+        np.concatenate([tokens, tokens]),
+        np.array([0, len(tokens)]),
+        np.concatenate([parts, [len(tokens)], len(tokens) + parts])[
+            np.r_[0 : len(parts), len(parts) + 1 : 2 * len(parts) + 1]
+        ],
+    )
+    vocabulary = Vocabulary.of(tokenizer)
+    whole = Chat().example(Document(tokens.astype(np.int32), parts), rng, vocabulary)
+    plan = plan_rows(shard, Chat(), "best_fit", (20,), num_before=1, num_after=1)
+    rows = PackedRows(
+        TokenStream([shard]), Chat(), vocabulary, plan.pieces, plan.rows,
+        sequence_length=20, num_tokens=plan.num_tokens, num_dropped=0, seed=0,
+    )  # fmt: skip
+    batch = rows.read([(0, row) for row in range(rows.num_rows)])
+    trained = batch["targets"][batch["weights"] > 0]
+    assert sorted(trained) == sorted([*whole["targets"][whole["weights"] > 0]] * 2)
+    assert 0 < len(trained) < 2 * len(tokens)
+
+
+def test_a_changed_plan_is_another_plan(folder, tokenizer):
+    base = mixed(folder, {"prose": 1.0}, packing="best_fit")
+    directory = prepare_dataset(base, tokenizer, sequence_length=LENGTH)[0] / "rows"
+    before = {path.name for path in directory.iterdir()}
+    prepare_dataset(base, tokenizer, sequence_length=LENGTH)
+    assert {path.name for path in directory.iterdir()} == before
+    for config, length in (
+        (base, LENGTH + 1),
+        (dataclasses.replace(base, objective=BlankFilling()), LENGTH),
+        (dataclasses.replace(base, objective=BlankFilling(noise_density=0.3)), LENGTH),
+    ):
+        prepare_dataset(config, tokenizer, sequence_length=length)
+    assert len({path.name for path in directory.iterdir()}) == len(before) + 3
+    plan = next(iter(sorted(directory.glob(f"{before.pop()}/train.pieces"))))
+    plan.write_bytes(plan.read_bytes()[:-8])
+    with pytest.raises(UserError, match="is not whole"):
+        opened(base, tokenizer)
+
+
+def test_wrong_mixtures(folder, tokenizer):
+    one = Source("a", ("x",), share=1.0)
+    for options, message in (
+        ({"path": ("y",), "sources": (one,)}, "path and sources are both given"),
+        ({"sources": (one, one)}, "give each a name of its own"),
+        ({"sources": (dataclasses.replace(one, share=0.0),)}, "all have the share 0"),
+        ({"sources": (one,), "stages": (Stage(3, (1.0,)),)}, "must begin at 0"),
+        ({"sources": (one,), "stages": (Stage(0, (1.0, 2.0)),)}, "give each of the 1 sources one"),
+        ({"sources": (one,), "stages": (Stage(0, (-1.0,)),)}, "0 or more"),
+        ({"sources": (Source("a", ("x",), epochs=1.0),), "stages": (Stage(0, (1.0,)),)}, "a source says epochs"),
+    ):
+        with pytest.raises(UserError, match=message):
+            DataConfig(**{"path": (), **options})
+    for options in ({}, {"share": 1.0, "epochs": 1.0}):
+        with pytest.raises(UserError, match="one of share and epochs"):
+            Source("a", ("x",), **options)
+    with pytest.raises(UserError, match="epochs=0"):
+        Source("a", ("x",), epochs=0.0)
+    plain = train_tokenizer(texts_of("prose"), vocab_size=290)
+    with pytest.raises(UserError, match="no special token '<extra_id_0>'"):
+        opened(mixed(folder, {"prose": 1.0}, objective=SpanCorruption()), plain)
+    with pytest.raises(UserError, match=r"cannot fit a token into sequence_length=1"):
+        prepare_dataset(mixed(folder, {"prose": 1.0}, objective=MaskedLM()), tokenizer, sequence_length=1)

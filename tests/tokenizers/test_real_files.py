@@ -1,0 +1,181 @@
+"""Files of real tokenizers: the ids that their authors' code gives."""
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+
+from llama_jax.config import UserError
+from llama_jax.tokenizers import load_tokenizer
+from llama_jax.tokenizers.tiktoken import ENCODINGS
+from llama_jax.tokenizers.vocabularies import byte_letters
+
+GOLDEN = json.loads(Path(__file__).with_name("bert_cases.json").read_text())
+
+
+def cases(directory: Path, name: str) -> list[tuple[str, list[int]]]:
+    with (directory / f"ggml-vocab-{name}.gguf.inp").open(newline="", encoding="utf-8") as file:
+        inputs = file.read().split("\n__ggml_vocab_test__\n")
+    lines = (directory / f"ggml-vocab-{name}.gguf.out").read_text().split("\n")
+    return list(zip(inputs, ([int(i) for i in line.split()] for line in lines), strict=True))
+
+
+def test_llama_cases(shared_data: Path):
+    tokenizer = load_tokenizer(shared_data / "llama2c" / "tokenizer.model")
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (32000, 1, (2,), None)
+    for text, ids in cases(shared_data / "tokenizer_cases", "llama-spm"):
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids) == text
+
+
+def test_llama2c_tok512_is_its_rebuilt_model(shared_data: Path):
+    binary, rebuilt = (
+        load_tokenizer(shared_data / "llama2c" / name) for name in ("tok512.bin", "tok512_rebuilt.model")
+    )
+    text = (shared_data / "tinyshakespeare" / "input.txt").read_text()[:20_000]
+    story = (shared_data / "llama2c" / "stories260K_expected_greedy200.txt").read_text()
+    for sample in (text, story):
+        assert binary.encode(sample) == rebuilt.encode(sample)
+        assert binary.decode(binary.encode(sample, bos=True)) == sample
+
+
+def test_gpt2_cases(shared_data: Path):
+    for name in ("gpt2_vocab.json", "gpt2_merges.txt"):
+        tokenizer = load_tokenizer(shared_data / "gpt2" / name)
+        assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids) == (50257, 50256, (50256,))
+        assert tokenizer.special_tokens == {"<|endoftext|>": 50256}
+        for text, ids in cases(shared_data / "tokenizer_cases", "gpt-2"):
+            assert tokenizer.encode(text) == ids
+            assert tokenizer.decode(ids) == text
+
+
+def gpt2_ranks(shared_data: Path) -> dict[bytes, int]:
+    """GPT-2's vocabulary as tiktoken writes it (r50k_base): its ids are the ranks."""
+    byte = {letter: i for i, letter in enumerate(byte_letters())}
+    vocabulary = json.loads((shared_data / "gpt2" / "gpt2_vocab.json").read_text())
+    return {bytes(byte[c] for c in token): i for token, i in vocabulary.items() if i < 50256}
+
+
+def write_ranks(file: Path, ranks: dict[bytes, int]) -> Path:
+    file.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
+    return file
+
+
+def test_openai_ranks(shared_data: Path, tmp_path: Path):
+    ranks = gpt2_ranks(shared_data)
+    r50k = load_tokenizer(write_ranks(tmp_path / "r50k_base.tiktoken", ranks))
+    # p50k_base has besides them the runs of 2 to 25 spaces, after the id of the special token.
+    ranks |= {b" " * n: 50255 + n for n in range(2, 26) if b" " * n not in ranks}
+    ranks |= {bytes([255, 254, i]): 50300 + i for i in range(50280 - len(ranks))}
+    p50k = load_tokenizer(write_ranks(tmp_path / "p50k_base.tiktoken", ranks))
+    for text, ids in cases(shared_data / "tokenizer_cases", "gpt-2"):
+        assert r50k.encode(text) == ids
+        assert p50k.decode(p50k.encode(text)) == text
+    for tokenizer in (r50k, p50k):
+        assert tokenizer.special_tokens == {"<|endoftext|>": 50256}
+        assert (tokenizer.bos_id, tokenizer.eos_ids) == (50256, (50256,))
+        assert tokenizer.encode("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]
+
+
+TEXT = "HelloWORLDly's 12345 foo//\n\n  x\u00e9\u0301 WE'LL"
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "special"),
+    [
+        (
+            100256,
+            ["HelloWORLDly", "'s", " ", "123", "45", " foo", "//\n\n", " ", " xé", "\u0301", " WE", "'LL"],
+            {
+                "<|endoftext|>": 100257,
+                "<|fim_prefix|>": 100258,
+                "<|fim_middle|>": 100259,
+                "<|fim_suffix|>": 100260,
+                "<|endofprompt|>": 100276,
+            },
+        ),
+        (
+            199998,
+            ["Hello", "WORLDly's", " ", "123", "45", " foo", "//\n\n", " ", " xé\u0301", " WE'LL"],
+            {"<|endoftext|>": 199999, "<|endofprompt|>": 200018},
+        ),
+    ],
+)
+def test_later_encodings(tmp_path: Path, number: int, words: list[str], special: dict[str, int]):
+    tokens = dict.fromkeys([*(bytes([b]) for b in range(256)), *(word.encode() for word in words)])
+    fill = (bytes([255, i >> 16, i >> 8 & 255, i & 255]) for i in range(number - len(tokens)))  # is in no text
+    ranks = {token: i for i, token in enumerate([*tokens, *fill])}
+    tokenizer = load_tokenizer(write_ranks(tmp_path / "ranks", ranks))
+    assert "".join(words) == TEXT
+    assert tokenizer.encode(TEXT) == [ranks[word.encode()] for word in words]
+    assert tokenizer.special_tokens == special
+    assert tokenizer.vocab_size == max(special.values()) + 1
+    assert tokenizer.eos_ids == (special["<|endoftext|>"],)
+    assert tokenizer.decode([special["<|endoftext|>"], number, ranks[b"x"]]) == "x"  # an id between is no text
+
+
+def test_llama3_ids():
+    special = ENCODINGS[128000].special_tokens
+    assert len(special) == 256
+    assert [special[f"<|{name}|>"] for name in ("begin_of_text", "end_of_text", "eot_id")] == [128000, 128001, 128009]
+    assert special["<|reserved_special_token_247|>"] == 128255
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: json.dumps(case["settings"]))
+def test_bert_is_transformers(shared_data: Path, tmp_path: Path, case: dict):
+    vocabulary = (shared_data / "bert" / "vocab.txt").read_bytes()
+    (tmp_path / "vocab.txt").write_bytes(vocabulary)
+    if case["settings"]:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(case["settings"]))
+    tokenizer = load_tokenizer(tmp_path)
+    names = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103}
+    assert (tokenizer.special_tokens, tokenizer.vocab_size, tokenizer.unk_id) == (names, 30522, 100)
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (101, (102,), 0)
+    assert len(GOLDEN["texts"]) > 60
+    for text, ids, decoded in zip(GOLDEN["texts"], case["ids"], case["decoded"], strict=True):
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids) == decoded
+        stream = tokenizer.stream()
+        assert "".join(map(stream.feed, ids)) + stream.flush() == decoded
+    assert load_tokenizer(tokenizer.save(tmp_path / "again")).encode("Ünder") == tokenizer.encode("Ünder")
+
+
+PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##b", "und", "##er", "ünd")
+
+
+def test_case_is_kept_where_the_vocabulary_has_it(tmp_path: Path):
+    (tmp_path / "vocab.txt").write_text("\n".join(PIECES) + "\n")
+    assert load_tokenizer(tmp_path).encode("AB Under") == [5, 6, 7, 8]
+    (tmp_path / "vocab.txt").write_text("\r\n".join((*PIECES, "A", "Ünd")) + "\r\n")
+    assert load_tokenizer(tmp_path).encode("AB ab Ünder ünder") == [1, 5, 6, 11, 8, 9, 8]
+
+
+def test_pairs_that_do_not_fit_are_one_sentence(tmp_path: Path):
+    vocabulary, merges = tmp_path / "x-vocab.json", tmp_path / "x-merges.txt"
+    vocabulary.write_text(json.dumps({"a": 0, "b": 1, "ab": 2}))
+    with pytest.raises(UserError, match=r"x-vocab.json' is no .*x-merges\.txt' has to stand beside it"):
+        load_tokenizer(vocabulary)
+    merges.write_text("#version: 0.2\na b\n")
+    assert load_tokenizer(merges).encode("abb") == [2, 1]
+    assert load_tokenizer(load_tokenizer(vocabulary).save(tmp_path / "saved")).encode("abb") == [2, 1]
+    assert sorted(file.name for file in (tmp_path / "saved").iterdir()) == ["merges.txt", "vocab.json"]
+    for wrong, message in (("a c\n", "do not fit"), ("a b c\n", "damaged")):
+        merges.write_text(wrong)
+        with pytest.raises(UserError, match=message) as error:
+            load_tokenizer(vocabulary)
+        assert "\n" not in str(error.value)
+    vocabulary.unlink()
+    merges.write_text("a b\n")
+    with pytest.raises(UserError, match=r"x-vocab\.json' has to stand beside it"):
+        load_tokenizer(merges)
+    other = tmp_path / "words.json"
+    other.write_text(json.dumps({"a": 0}))
+    with pytest.raises(UserError, match=r"name that ends with vocab\.json"):
+        load_tokenizer(other)
+
+
+def test_unknown_ranks_are_refused(tmp_path: Path):
+    file = write_ranks(tmp_path / "ranks", {bytes([b]): b for b in range(256)})
+    with pytest.raises(UserError, match=r"ranks' .* 256 ranks are those of no known encoding \(r50k_base \(50256\)"):
+        load_tokenizer(file)
