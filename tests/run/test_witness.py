@@ -86,7 +86,8 @@ CHANGES: dict[str, Callable[[RunConfig, Path], Any]] = {
     "tokenizer.vocab_size": lambda *_: 290,
     "data.path": lambda config, _: (config.data.path[0] + "/1*.txt",),
     "data.exclude": lambda *_: ("*7.txt",),
-    "data.text_field": lambda *_: "content",
+    "data.fields": lambda *_: ("content",),
+    "data.max_bad_records": lambda *_: 0,
     "data.document_chars": lambda *_: 100,
     "data.cache_dir": lambda _, folder: str(folder / "elsewhere"),
     "compute.dtype": lambda *_: "bfloat16",
@@ -123,7 +124,8 @@ def folder(run_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> P
     (folder / "texts").mkdir()
     for file in texts:
         (folder / "texts" / file.name).write_text(file.read_text())
-    (folder / "texts" / "more.jsonl").write_text('{"text": "a line of its own", "content": "another line"}\n')
+    lines = '{"text": "a line of its own", "content": "another line"}\n{"a bad record": 1}\n'
+    (folder / "texts" / "more.jsonl").write_text(lines)
     train_tokenizer([file.read_text() for file in texts], kind="unigram", vocab_size=280).save(folder / "tokenizer")
     return folder
 
@@ -133,7 +135,9 @@ def base(run_config: RunConfig, folder: Path) -> RunConfig:
     """Saved, measured and profiled often enough for every policy to show."""
     return dataclasses.replace(
         run_config,
-        data=dataclasses.replace(run_config.data, path=(str(folder / "texts"),), cache_dir=str(folder / "cache")),
+        data=dataclasses.replace(
+            run_config.data, path=(str(folder / "texts"),), max_bad_records=1, cache_dir=str(folder / "cache")
+        ),
         checkpoint=CheckpointConfig(every_steps=2, keep_last=2, keep_best=1),
         logging=LoggingConfig(every_steps=3, validate_every_steps=2),
         profile=ProfileConfig(start_step=3),
