@@ -50,9 +50,10 @@ def train_tokenizer(
     if kind not in ("bpe", "unigram"):
         raise UserError(f"kind={kind!r} must be 'bpe' or 'unigram'")
     model = io.BytesIO()
+    failed: list[BaseException] = []  # what `texts` raised, which the library tells as an error of its own
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts, progress),
+            sentence_iterator=_lines(_watched(texts, failed), progress),
             model_writer=model,
             model_type=kind,
             vocab_size=vocab_size,
@@ -74,8 +75,16 @@ def train_tokenizer(
             minloglevel=3,
         )
     except RuntimeError as error:
-        raise _explain(error, vocab_size) from None
+        raise failed[0] if failed else _explain(error, vocab_size) from None
     return SentencePieceTokenizer(with_dummy_prefix(model.getvalue()))
+
+
+def _watched(texts: Iterable[str], failed: list[BaseException]) -> Iterator[str]:
+    try:
+        yield from texts
+    except BaseException as error:
+        failed.append(error)
+        raise
 
 
 def _lines(texts: Iterable[str], progress: Callable[[int], None] | None) -> Iterator[str]:
