@@ -82,7 +82,7 @@ def train_tokenizer(
 def _watched(texts: Iterable[str], failed: list[BaseException]) -> Iterator[str]:
     try:
         yield from texts
-    except BaseException as error:
+    except (Exception, KeyboardInterrupt) as error:
         failed.append(error)
         raise
 

@@ -204,7 +204,7 @@ def test_wrong_inputs(tmp_path: Path):
 
 def test_what_is_wrong_is_told_while_a_tokenizer_is_trained(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{')
-    with pytest.raises(UserError, match="line 2 of .* is not JSON"):
+    with pytest.raises(UserError, match=r"line 2 of .* is not JSON"):
         train_tokenizer(read_texts(DataConfig(path=(str(tmp_path),)), "train"), vocab_size=280)
 
 
