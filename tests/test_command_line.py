@@ -38,10 +38,11 @@ def options(run_config: RunConfig, tmp_path: Path) -> list[str]:
 
 
 def listing(folder: Path) -> set[str]:
-    """What is there, the cache's empty folder and lock files aside."""
+    """What is there, the cache's empty folder, lock files and the files' hashes aside."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix != ".lock"} - {
         "cache",
         "cache/corpora",
+        "cache/digests.jsonl",
     }
 
 

@@ -113,4 +113,4 @@ def _print(corpus: Corpus, seconds: float | None) -> None:
         print(f"skipped: {len(corpus.skipped)}, the first being {corpus.skipped[0]}")
     for reason, count in corpus.bad_records["reasons"].items():
         first = [name for name in corpus.bad_records["first"] if f" {reason}" in name][:3]
-        print(f"bad records: {count} of which each {reason}" + (f", first {'; '.join(first)}" if first else ""))
+        print(f"bad records ({reason}): {count}" + (f", first {'; '.join(first)}" if first else ""))

@@ -36,8 +36,7 @@ def prepare_dataset(
     Raises UserError where a corpus cannot be prepared, and where the tokenizer lacks what the objective needs.
     """
     vocabulary = Vocabulary.of(tokenizer)
-    for name in config.objective.special_tokens():
-        vocabulary.id(name)
+    config.objective.check(vocabulary)
     directories = []
     for _, source in config.corpora():
         corpus = prepare(source, tokenizer, progress=progress)

@@ -86,7 +86,9 @@ def text_bytes(record: Record, content: bytes) -> int:
     """The size of the record's text in UTF-8; of token ids, none."""
     if all(isinstance(part, str) for part in record.parts):
         return len(content) - len(record.parts) + 1
-    return sum(len(message["content"].encode()) for part in record.parts if isinstance(part, list) for message in part)
+    return sum(
+        len(str(message["content"]).encode()) for part in record.parts if isinstance(part, list) for message in part
+    )
 
 
 def split_of(content: str | bytes, config: DataConfig) -> Split:

@@ -126,6 +126,9 @@ def _find_remote(entry: str) -> tuple[str, list[CorpusFile]]:
             found = fs.find(name, detail=True)
     except FileNotFoundError:
         found = {}
+    except Exception as error:  # of many stores' own packages: no credentials, no network, no permission
+        reason = " ".join(str(error).split())
+        raise UserError(f"path '{entry}' cannot be listed ({reason}): check its name and your credentials") from None
     files = [
         CorpusFile(fs.unstrip_protocol(path), info["size"], path == name, str(fs.ukey(path)))
         for path, info in sorted(found.items())

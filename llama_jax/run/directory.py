@@ -37,6 +37,7 @@ CHANGEABLE = (
     "profile.",
     "data.num_prefetch",
     "data.cache_dir",
+    "data.max_bad_records",
 )
 
 

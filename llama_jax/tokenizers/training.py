@@ -120,11 +120,12 @@ def _sentencepiece(
     texts: Iterable[str], kind: str, vocab_size: int, special_tokens: Sequence[str], max_lines: int
 ) -> SentencePieceTokenizer:
     # Without line ends: a line end is a byte token in Llama's tokenizer, so no piece may contain one.
-    lines = _Kept(line for text in texts for line in text.split("\n") if line)
+    lines = (line for text in texts for line in text.split("\n") if line)
     model = io.BytesIO()
+    failed: list[BaseException] = []  # what `texts` raised, which the library tells as an error of its own
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=_watched(lines, failed),
             model_writer=model,
             model_type=kind,
             vocab_size=vocab_size,
@@ -147,28 +148,16 @@ def _sentencepiece(
             minloglevel=3,
         )
     except RuntimeError as error:
-        raise lines.error or _explain(error, vocab_size) from None
+        raise failed[0] if failed else _explain(error, vocab_size) from None
     return SentencePieceTokenizer(with_dummy_prefix(model.getvalue()))
 
 
-class _Kept:
-    """An iterator that keeps the error it ended with: SentencePiece makes a RuntimeError of any."""
-
-    def __init__(self, values: Iterator[str]):
-        self._values = values
-        self.error: Exception | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        try:
-            return next(self._values)
-        except StopIteration:
-            raise
-        except Exception as error:
-            self.error = error
-            raise
+def _watched(texts: Iterable[str], failed: list[BaseException]) -> Iterator[str]:
+    try:
+        yield from texts
+    except (Exception, KeyboardInterrupt) as error:
+        failed.append(error)
+        raise
 
 
 def _explain(error: RuntimeError, vocab_size: int) -> Exception:

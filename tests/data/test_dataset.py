@@ -32,7 +32,7 @@ from llama_jax.tokenizers import Tokenizer, train_tokenizer
 
 SIZES = {"prose": 60, "code": 35, "notes": 9}  # documents
 LENGTH = 24
-OBJECTIVES = [Causal(), Prefix(), BlankFilling(), MaskedLM(), SpanCorruption(source_length=20)]
+OBJECTIVES = [Causal(), Prefix(), BlankFilling(), MaskedLM(), SpanCorruption(source_length=20, start_token="bos")]
 
 
 def texts_of(name: str) -> list[str]:
@@ -252,8 +252,8 @@ def test_a_changed_plan_is_another_plan(folder, tokenizer):
     assert {path.name for path in directory.iterdir()} == before
     for config, length in (
         (base, LENGTH + 1),
-        (dataclasses.replace(base, objective=BlankFilling()), LENGTH),
-        (dataclasses.replace(base, objective=BlankFilling(noise_density=0.3)), LENGTH),
+        (dataclasses.replace(base, objective=BlankFilling()), LENGTH + 1),
+        (dataclasses.replace(base, objective=BlankFilling(noise_density=0.3)), LENGTH + 1),
     ):
         prepare_dataset(config, tokenizer, sequence_length=length)
     assert len({path.name for path in directory.iterdir()}) == len(before) + 3
@@ -284,5 +284,7 @@ def test_wrong_mixtures(folder, tokenizer):
     plain = train_tokenizer(texts_of("prose"), vocab_size=280)
     with pytest.raises(UserError, match="no special token '<extra_id_0>'"):
         opened(mixed(folder, {"prose": 1.0}, objective=SpanCorruption()), plain)
+    with pytest.raises(UserError, match="no PAD token"):
+        opened(mixed(folder, {"prose": 1.0}, objective=SpanCorruption()), tokenizer)
     with pytest.raises(UserError, match=r"cannot fit a token into sequence_length=1"):
         prepare_dataset(mixed(folder, {"prose": 1.0}, objective=MaskedLM()), tokenizer, sequence_length=1)

@@ -16,6 +16,7 @@ from llama_jax.data import DataConfig, read_texts
 from llama_jax.data.documents import split_of
 from llama_jax.data.files import find_files
 from llama_jax.data.readers import BadRecord, Record, SkippedFile, plan_shards, read_unit
+from llama_jax.tokenizers import train_tokenizer
 
 
 def make_files(directory: Path) -> Path:
@@ -199,6 +200,12 @@ def test_wrong_inputs(tmp_path: Path):
             DataConfig(path=("x",), **options)
     with pytest.raises(UserError, match="path is empty"):
         texts()
+
+
+def test_what_is_wrong_is_told_while_a_tokenizer_is_trained(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{')
+    with pytest.raises(UserError, match=r"line 2 of .* is not JSON"):
+        train_tokenizer(read_texts(DataConfig(path=(str(tmp_path),)), "train"), vocab_size=280)
 
 
 def test_held_out_by_content_alone(tmp_path: Path):

@@ -14,9 +14,9 @@ import pytest
 
 from llama_jax.__main__ import main
 from llama_jax.config import UserError
-from llama_jax.data import DataConfig, prepare, prepare_shards, workers
+from llama_jax.data import DataConfig, prepare, prepare_shards, shards, workers
 from llama_jax.data.files import find_files
-from llama_jax.data.readers import plan_shards, units
+from llama_jax.data.readers import Unit, plan_shards, units
 from llama_jax.tokenizers import Tokenizer, train_tokenizer
 
 SHARD_BYTES = 20_000
@@ -100,12 +100,16 @@ def test_index_in_the_cache_is_as_stable(config, tokenizer, serial, tmp_path: Pa
 
 
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys, types
+for name, folder in (("llama_jax", sys.argv[6]), ("llama_jax.data", sys.argv[6] + "/data")):  # without JAX, as workers
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [folder]
 from llama_jax.config import from_json
-from llama_jax.data import DataConfig, prepare, shards
+from llama_jax.data import shards
+from llama_jax.data.config import DataConfig
+from llama_jax.data.prepare import prepare
 from llama_jax.data.readers import units
 from llama_jax.tokenizers import load_tokenizer
-import json
 units.SHARD_BYTES, shards.BATCH_CHARS = int(sys.argv[4]), 1000
 def progress(done, total):
     if done > 0.6 * total:
@@ -122,6 +126,7 @@ def test_killed_and_started_again(config, tokenizer, serial, tmp_path: Path, num
     directory = tmp_path / "killed"
     path = tokenizer.save(tmp_path / "tokenizer")
     words = [json.dumps(to_json(config)), str(path), str(directory), str(SHARD_BYTES), str(num_workers)]
+    words.append(str(Path(workers.__file__).parents[1]))
     process = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True, timeout=120)
     assert process.returncode == -signal.SIGKILL, process.stderr
     before: dict[str, int] = {}
@@ -227,10 +232,10 @@ def test_command(config, tokenizer, serial, tmp_path: Path, capsys: pytest.Captu
     assert said[0] == f"train: {made.num_documents['train']} documents, {counts}"
     assert said[2].endswith(" s")
     assert said[3] == (
-        f"bad records: 1 of which each is not JSON, first line 12 of '{tmp_path / 'b07.jsonl'}' is not JSON "
+        f"bad records (is not JSON): 1, first line 12 of '{tmp_path / 'b07.jsonl'}' is not JSON "
         "(Expecting property name enclosed in double quotes: line 2 column 1 (char 2))"
     )
-    assert said[4].startswith("bad records: 1 of which each lacks a field, first line 11 of")
+    assert said[4].startswith("bad records (lacks a field): 1, first line 11 of")
     assert main(words) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(said)  # without the speed: nothing was tokenized
     for wrong, sentence in (
@@ -242,3 +247,41 @@ def test_command(config, tokenizer, serial, tmp_path: Path, capsys: pytest.Captu
         error = capsys.readouterr().err
         assert sentence in error
         assert error.count("\n") == 1
+
+
+def test_a_shard_without_documents(config, tokenizer, tmp_path: Path):
+    """It has no arrays, and the corpus is what it is without it."""
+    (tmp_path / "a0.jsonl").write_text("\n" * (2 * SHARD_BYTES))
+    lonely = DataConfig(**{**vars(config), "path": (str(tmp_path / "a0.jsonl"),)})
+    with pytest.raises(UserError, match="has no text"):
+        prepare(lonely, tokenizer, num_workers=1)
+    both = DataConfig(**{**vars(config), "path": (str(tmp_path / "a0.jsonl"), *config.path)})
+    made, alone = prepare(both, tokenizer, num_workers=1), prepare(config, tokenizer, num_workers=1)
+    assert not list(made.directory.glob("*-00000.tokens"))
+    assert made.num_documents == alone.num_documents
+    np.testing.assert_array_equal(made.train.read(0, 1 << 30), alone.train.read(0, 1 << 30))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["text", "ids"])
+def test_memory_does_not_grow_with_the_corpus(config, tokenizer, tmp_path: Path, lines, kind: str):
+    texts = [json.loads(line)["text"] for line in lines]
+    block = "".join(json.dumps({"text": t if kind == "text" else tokenizer.encode(t)}) + "\n" for t in texts)
+    peaks = []
+    for number, megabytes in enumerate((30, 120)):
+        file = tmp_path / f"{megabytes}.jsonl"
+        file.write_text(block * (megabytes * 10**6 // len(block)))
+        (found,) = find_files(DataConfig(path=(str(file),)))
+        seen = []
+        corner = shards.Corner(tmp_path, "key", tokenizer.fingerprint)
+        units_of = {number: [Unit(found, 0, 1)]}
+        workers.make_shards(corner, units_of, config, tokenizer, 1, lambda _, seen=seen: seen.append(peak_of_child()))
+        peaks.append(max(seen))
+    assert peaks[1] < 1.15 * peaks[0], f"{peaks} KiB for 30 and 120 MB"
+
+
+def peak_of_child() -> int:
+    """The most memory that this process' only child has held so far, in KiB."""
+    (child,) = {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+    (line,) = (line for line in Path(f"/proc/{child}/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1])

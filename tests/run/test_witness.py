@@ -132,7 +132,7 @@ def folder(run_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> P
     (folder / "texts").mkdir()
     for file in texts:
         (folder / "texts" / file.name).write_text(file.read_text())
-    lines = '{"text": "a line of its own", "content": "another line"}\n{"content": "a bad record"}\n'
+    lines = '{"text": "a line of its own", "content": "another line"}\n{"a bad record": 1}\n'
     (folder / "texts" / "more.jsonl").write_text(lines)
     train_tokenizer([file.read_text() for file in texts], kind="unigram", vocab_size=280).save(folder / "tokenizer")
     return folder

@@ -134,6 +134,11 @@ class Objective(Component):
         """Names of the special tokens that the tokenizer must have."""
         return ()
 
+    def check(self, vocabulary: Vocabulary) -> None:
+        """Raises UserError where the tokenizer lacks a token that examples need."""
+        for name in self.special_tokens():
+            vocabulary.id(name)
+
     def fields(self) -> tuple[str, ...]:
         """Names of the example's fields."""
         return "tokens", "targets", "weights", "positions"
@@ -160,6 +165,11 @@ class SequenceToSequence(Objective):
     def __post_init__(self) -> None:
         if self.source_length < 1:
             raise UserError(f"source_length={self.source_length} must be at least 1")
+
+    def check(self, vocabulary: Vocabulary) -> None:
+        super().check(vocabulary)
+        vocabulary.boundary(self.start_token)
+        vocabulary.boundary("eos")
 
     def fields(self) -> tuple[str, ...]:
         return *super().fields(), "source_tokens", "source_positions"
