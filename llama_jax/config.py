@@ -331,7 +331,8 @@ def config_directories() -> list[Path]:
 
 def config_names() -> list[str]:
     """Names that `load_config` knows."""
-    return sorted({f.stem for d in config_directories() for f in d.glob("*.py") if not f.stem.startswith("_")})
+    names = {f.relative_to(d).with_suffix("").as_posix() for d in config_directories() for f in d.rglob("*.py")}
+    return sorted(name for name in names if "/_" not in f"/{name}")
 
 
 def find_config(name: str | Path) -> Path:

@@ -1,6 +1,7 @@
 """Every file of configs/ loads, its command is complete, and its train step builds with nothing allocated."""
 
 import shlex
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 import llama_jax
 from llama_jax.__main__ import _parse
 from llama_jax.config import config_names, load_config_module, override
+from llama_jax.data.mixture import Schedule
 from llama_jax.models import abstract_params
 from llama_jax.parallel import make_mesh
 from llama_jax.training import init_state, make_train_step, train_flops_per_token
@@ -29,13 +31,20 @@ def config_of(name: str) -> llama_jax.RunConfig:
 
 
 def test_the_configs_are_found():
-    assert {"tiny_python", "tiny_shakespeare", *PRETRAINING} <= set(config_names())
+    assert {"tiny_python", "tiny_shakespeare", "mixtures/llama1", *PRETRAINING} <= set(config_names())
+
+
+def test_llama1_mixture_is_the_table_of_its_paper():
+    shares = {source.name: source.share for source in config_of("mixtures/llama1").data.sources}
+    assert sum(map(Fraction, map(str, shares.values()))) == 1
+    schedule = Schedule(list(shares.values()))
+    assert schedule.counts(1000) == [670, 150, 45, 45, 45, 25, 20]
 
 
 @pytest.mark.parametrize("name", config_names())
 def test_the_command_in_the_docstring_is_complete(name: str):
     assert command(name)[:3] == ["python", "train.py", name]
-    assert config_of(name).data.path != ()
+    assert config_of(name).data.path or config_of(name).data.sources
 
 
 @pytest.mark.parametrize("name", config_names())

@@ -244,10 +244,11 @@ def test_a_chat_cut_in_pieces_keeps_whose_turn_it_is(folder, tokenizer):
     assert 0 < len(trained) < 2 * len(tokens)
 
 
-def test_a_changed_plan_is_another_plan(folder, tokenizer):
-    base = mixed(folder, {"prose": 1.0}, packing="best_fit")
+def test_a_changed_plan_is_another_plan(folder, tokenizer, tmp_path: Path):
+    base = dataclasses.replace(mixed(folder, {"prose": 1.0}, packing="best_fit"), cache_dir=str(tmp_path))
     directory = prepare_dataset(base, tokenizer, sequence_length=LENGTH)[0] / "rows"
     before = {path.name for path in directory.iterdir()}
+    assert len(before) == 1
     prepare_dataset(base, tokenizer, sequence_length=LENGTH)
     assert {path.name for path in directory.iterdir()} == before
     for config, length in (
@@ -256,8 +257,8 @@ def test_a_changed_plan_is_another_plan(folder, tokenizer):
         (dataclasses.replace(base, objective=BlankFilling(noise_density=0.3)), LENGTH + 1),
     ):
         prepare_dataset(config, tokenizer, sequence_length=length)
-    assert len({path.name for path in directory.iterdir()}) == len(before) + 3
-    plan = next(iter(sorted(directory.glob(f"{before.pop()}/train.pieces"))))
+    assert len({path.name for path in directory.iterdir()}) == 4
+    (plan,) = directory.glob(f"{before.pop()}/train.pieces")
     plan.write_bytes(plan.read_bytes()[:-8])
     with pytest.raises(UserError, match="is not whole"):
         opened(base, tokenizer)
