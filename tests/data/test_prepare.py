@@ -273,9 +273,11 @@ def test_memory_does_not_grow_with_the_corpus(config, tokenizer, tmp_path: Path,
         file.write_text(block * (megabytes * 10**6 // len(block)))
         (found,) = find_files(DataConfig(path=(str(file),)))
         seen = []
-        corner = shards.Corner(tmp_path, "key", tokenizer.fingerprint)
+        shard_set = shards.ShardSet(tmp_path, "key", tokenizer.fingerprint)
         units_of = {number: [Unit(found, 0, 1)]}
-        workers.make_shards(corner, units_of, config, tokenizer, 1, lambda _, seen=seen: seen.append(peak_of_child()))
+        workers.make_shards(
+            shard_set, units_of, config, tokenizer, 1, lambda _, seen=seen: seen.append(peak_of_child())
+        )
         peaks.append(max(seen))
     assert peaks[1] < 1.15 * peaks[0], f"{peaks} KiB for 30 and 120 MB"
 
