@@ -26,7 +26,7 @@ os.environ.update(ONE_THREAD)  # before the libraries are loaded
 from llama_jax.data import DataConfig  # noqa: E402
 from llama_jax.data.files import find_files  # noqa: E402
 from llama_jax.data.readers import Unit, plan_shards  # noqa: E402
-from llama_jax.data.shards import BATCH_CHARS, Corner, make_shard  # noqa: E402
+from llama_jax.data.shards import BATCH_CHARS, ShardSet, make_shard  # noqa: E402
 from llama_jax.data.workers import make_shards  # noqa: E402
 from llama_jax.tokenizers import Tokenizer, load_tokenizer  # noqa: E402
 
@@ -100,12 +100,12 @@ def main() -> None:
         texts = sample(sources, args.megabytes * 10**6, corpus)
         size = sum(len(text.encode()) for text in texts) / 1e6
         config, units = one_shard(corpus)
-        corner = Corner(out, "benchmark", tokenizer.fingerprint)
+        shard_set = ShardSet(out, "benchmark", tokenizer.fingerprint)
         times: dict[str, list[float]] = {"library": [], "worker": []}
         num_tokens = 0
         for _ in range(args.rounds):
             times["library"].append(seconds(lambda: [encode(batch) for batch in batches(texts)]))
-            times["worker"].append(seconds(lambda: make_shard(corner, 0, units, config, tokenizer)))
+            times["worker"].append(seconds(lambda: make_shard(shard_set, 0, units, config, tokenizer)))
         num_tokens = sum(
             split["tokens"] for split in json.loads((out / "shard-00000.json").read_text())["splits"].values()
         )
@@ -124,7 +124,7 @@ def main() -> None:
         for number, path in enumerate((corpus, larger), 1):
             config, units = one_shard(path)
             peaks: list[int] = []
-            make_shards(corner, {number: units}, config, tokenizer, 1, lambda _, peaks=peaks: peaks.append(peak()))
+            make_shards(shard_set, {number: units}, config, tokenizer, 1, lambda _, peaks=peaks: peaks.append(peak()))
             print(f"peak memory of a worker with {path.stat().st_size / 1e6:.0f} MB: {max(peaks) / 1024:.0f} MiB")
 
 

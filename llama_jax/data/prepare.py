@@ -15,7 +15,7 @@ from llama_jax.data.config import DataConfig
 from llama_jax.data.corpus import Corpus, check_bad_records, open_corpus, write_index
 from llama_jax.data.files import CorpusFile, digests, find_files
 from llama_jax.data.readers import Unit, kind_of, plan_shards
-from llama_jax.data.shards import PARTIAL, Corner, make_shard
+from llama_jax.data.shards import PARTIAL, ShardSet, make_shard
 from llama_jax.data.workers import make_shards
 from llama_jax.tokenizers import Tokenizer
 
@@ -93,7 +93,7 @@ def cache_directory(config: DataConfig) -> Path:
 
 
 def _make(
-    place: Corner,
+    place: ShardSet,
     shards: dict[int, list[Unit]],
     config: DataConfig,
     tokenizer: Tokenizer,
@@ -124,15 +124,15 @@ def _make(
 
 def _place(
     files: list[CorpusFile], config: DataConfig, tokenizer: Tokenizer, directory: str | Path | None, content_hash: str
-) -> Corner:
+) -> ShardSet:
     """Where the corpus is, made if needed, and what its shards have to have in common."""
     if directory is None:
-        place = Corner(cache_directory(config) / "corpora" / content_hash[:32], content_hash, tokenizer.fingerprint)
+        place = ShardSet(cache_directory(config) / "corpora" / content_hash[:32], content_hash, tokenizer.fingerprint)
     else:
         # A cluster's processes do not all read the whole corpus: sizes and times say whether it is the same.
         stamps = [[kind_of(file.path), file.size, file.stamp] for file in files]
         key = hashlib.sha256(json.dumps([FORMAT, _options(config), stamps]).encode()).hexdigest()
-        place = Corner(Path(directory).absolute(), key, tokenizer.fingerprint)
+        place = ShardSet(Path(directory).absolute(), key, tokenizer.fingerprint)
     try:
         place.directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

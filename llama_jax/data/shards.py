@@ -23,8 +23,8 @@ PARTIAL = ".partial-"  # in the names of files that are not whole yet
 
 
 @dataclasses.dataclass(frozen=True)
-class Corner:
-    """What a corpus directory's shards have in common: its place, what they are made from, and by which tokenizer."""
+class ShardSet:
+    """What the shards of a corpus have in common: their directory, what they are made from, and by which tokenizer."""
 
     directory: Path
     key: str
@@ -60,7 +60,7 @@ class Corner:
 
 
 def make_shard(
-    corner: Corner,
+    shard_set: ShardSet,
     number: int,
     units: Sequence[Unit],
     config: DataConfig,
@@ -75,7 +75,7 @@ def make_shard(
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     reading = _Reading(units, config, separators_of(tokenizer.bos_id, tokenizer.eos_ids))
     with contextlib.ExitStack() as stack:
-        writers = {split: _SplitWriter(corner, split, number, tokenizer, stack) for split in get_args(Split)}
+        writers = {split: _SplitWriter(shard_set, split, number, tokenizer, stack) for split in get_args(Split)}
         for batch in reading.batches():
             tokens = _tokens_of_batch([record for record, _ in batch], tokenizer, config)
             for (record, content), parts in zip(batch, tokens, strict=True):
@@ -85,14 +85,14 @@ def make_shard(
             progress(reading.done)
         splits = {split: writer.summary() for split, writer in writers.items()}
     summary = {
-        "tokenizer": corner.tokenizer,
-        "key": corner.key,
+        "tokenizer": shard_set.tokenizer,
+        "key": shard_set.key,
         "dtype": dtype.str,
         "splits": splits,
         "bad_records": reading.bad.summary(),
         "skipped": reading.skipped,
     }
-    with whole(corner.directory / f"shard-{number:05}.json") as file:  # last: it says that all is there
+    with whole(shard_set.directory / f"shard-{number:05}.json") as file:  # last: it says that all is there
         file.write_text(json.dumps(summary, indent=1))
     return summary
 
@@ -196,8 +196,10 @@ def _checked(ids: np.ndarray, record: Record, tokenizer: Tokenizer) -> np.ndarra
 class _SplitWriter:
     """A split's files of a shard, under their names once the stack is left; what would be empty is no file."""
 
-    def __init__(self, corner: Corner, split: Split, number: int, tokenizer: Tokenizer, stack: contextlib.ExitStack):
-        self._corner, self._split, self._number, self._stack = corner, split, number, stack
+    def __init__(
+        self, shard_set: ShardSet, split: Split, number: int, tokenizer: Tokenizer, stack: contextlib.ExitStack
+    ):
+        self._shard_set, self._split, self._number, self._stack = shard_set, split, number, stack
         self._begin = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
         self._end = np.array(tokenizer.eos_ids[:1], np.int32)
         self._files: dict[str, tuple[BinaryIO, Any]] = {}
@@ -229,7 +231,7 @@ class _SplitWriter:
                 pending.clear()
 
     def _open(self, array: str) -> tuple[BinaryIO, Any]:
-        path = self._stack.enter_context(whole(self._corner.file(self._split, self._number, array)))
+        path = self._stack.enter_context(whole(self._shard_set.file(self._split, self._number, array)))
         self._files[array] = self._stack.enter_context(path.open("wb")), hashlib.sha256()
         return self._files[array]
 

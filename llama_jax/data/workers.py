@@ -16,7 +16,7 @@ from typing import Any
 from llama_jax.config import UserError, to_json
 from llama_jax.data.config import DataConfig
 from llama_jax.data.readers import Unit
-from llama_jax.data.shards import Corner, make_shard
+from llama_jax.data.shards import ShardSet, make_shard
 from llama_jax.tokenizers import Tokenizer, load_tokenizer
 
 # Each process has one thread: there are as many of them as cores.
@@ -24,7 +24,7 @@ ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "LLAM
 
 
 def make_shards(
-    corner: Corner,
+    shard_set: ShardSet,
     shards: Mapping[int, list[Unit]],
     config: DataConfig,
     tokenizer: Tokenizer,
@@ -40,10 +40,12 @@ def make_shards(
         path = tokenizer.save(directory)
         if load_tokenizer(path).fingerprint != tokenizer.fingerprint:
             raise UserError("this tokenizer cannot be saved and loaded as it is: prepare with num_workers=1")
-        corner = dataclasses.replace(corner, directory=corner.directory.absolute())
         job = {
-            "directory": str(corner.directory), "key": corner.key, "tokenizer": str(path), "config": to_json(config)
-        }  # fmt: skip
+            "directory": str(shard_set.directory.absolute()),
+            "key": shard_set.key,
+            "tokenizer": str(path),
+            "config": to_json(config),
+        }
         with _workers(min(num_workers, len(shards)), job) as workers:
             _hand_out(workers, shards, progress)
 
@@ -141,12 +143,12 @@ def serve(lines: Iterator[str], reply: Callable[[dict[str, Any]], None]) -> None
     job = json.loads(next(lines))
     tokenizer = load_tokenizer(job["tokenizer"])
     config = from_json(DataConfig, job["config"])
-    corner = Corner(Path(job["directory"]), job["key"], tokenizer.fingerprint)
+    shard_set = ShardSet(Path(job["directory"]), job["key"], tokenizer.fingerprint)
     for line in lines:
         message = json.loads(line)
         units = [Unit(CorpusFile(*file), index, count) for file, index, count in message["units"]]
         try:
-            make_shard(corner, message["shard"], units, config, tokenizer, lambda done: reply({"bytes": done}))
+            make_shard(shard_set, message["shard"], units, config, tokenizer, lambda done: reply({"bytes": done}))
         except UserError as error:
             reply({"error": str(error)})
         else:

@@ -1,5 +1,6 @@
 """Shards by several processes, one by one, after a kill: always the same bytes, each made once."""
 
+import gzip
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 from llama_jax.__main__ import main
 from llama_jax.config import UserError
@@ -273,9 +275,11 @@ def test_memory_does_not_grow_with_the_corpus(config, tokenizer, tmp_path: Path,
         file.write_text(block * (megabytes * 10**6 // len(block)))
         (found,) = find_files(DataConfig(path=(str(file),)))
         seen = []
-        corner = shards.Corner(tmp_path, "key", tokenizer.fingerprint)
+        shard_set = shards.ShardSet(tmp_path, "key", tokenizer.fingerprint)
         units_of = {number: [Unit(found, 0, 1)]}
-        workers.make_shards(corner, units_of, config, tokenizer, 1, lambda _, seen=seen: seen.append(peak_of_child()))
+        workers.make_shards(
+            shard_set, units_of, config, tokenizer, 1, lambda _, seen=seen: seen.append(peak_of_child())
+        )
         peaks.append(max(seen))
     assert peaks[1] < 1.15 * peaks[0], f"{peaks} KiB for 30 and 120 MB"
 
@@ -285,3 +289,43 @@ def peak_of_child() -> int:
     (child,) = {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
     (line,) = (line for line in Path(f"/proc/{child}/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:-9], "is a damaged gzip file"),
+        ("a.jsonl.zst", zstandard.compress(b'{"text": "a"}\n' * 999)[:-3], "is a damaged zstd file"),
+        ("a.parquet", b"PAR1 and no more", "is a damaged file"),
+        ("a.array_record", b"no record" * 99, "is a damaged ArrayRecord file"),
+        ("a.arrow", b"no batches", "is a damaged file"),
+        ("a.bin", b"odd", "odd number of bytes"),
+        ("a.jsonl", b'{"text": [1, 280]}', "line 1 of"),
+        ("b.jsonl", b'{"text": [1, 280]}', "outside this tokenizer's vocabulary of 280"),
+        ("c.jsonl", b'{"body": "a", "n": 1}', "lacks a field ('text'; it has body, n: set fields)"),
+        ("d.jsonl", b'{"text": 3}', "has a field of another type"),
+        ("empty.txt", b"", "has no text"),
+    ],
+)
+def test_mistakes_through_the_command(
+    tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes, sentence: str
+):
+    path = tokenizer.save(tmp_path / "tokenizer")
+    (tmp_path / name).write_bytes(content)
+    words = ["prepare", str(tmp_path / name), "--tokenizer", str(path), "--cache-dir", str(tmp_path / "cache")]
+    assert main([*words, "--validation-fraction", "0"]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_a_missing_package_is_named(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    for module, path, extra in (
+        ("pyarrow", str(tmp_path / "a.parquet"), "parquet"),
+        ("datasets", "hf://a:b", "datasets"),
+    ):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(UserError, match=rf"needs the package {module}: pip install 'llama_jax\[{extra}\]'"):
+            prepare(DataConfig(path=(path,), cache_dir=str(tmp_path / "cache")), tokenizer)
