@@ -97,7 +97,8 @@ def chat_tokens(
     lacks its role or content, where questions and answers do not alternate (after at most one system message) or no
     answer is last, and for a special token that the tokenizer lacks.
     """
-    _check(messages)
+    if (problem := problem_of(messages)) is not None:
+        raise UserError(problem)
     pieces = [piece for piece in template.pieces(messages) if piece.text]
     ids: list[Sequence[int]] = []
     for special, group in itertools.groupby(pieces, key=lambda piece: piece.special):
@@ -131,19 +132,21 @@ def _special(tokenizer: Tokenizer, name: str) -> int:
     return special_id(special_tokens_of(tokenizer), name)
 
 
-def _check(messages: Sequence[Message]) -> None:
+def problem_of(messages: Sequence[Message]) -> str | None:
+    """Why the messages are no conversation, or None."""
     expected = ("system", "user")
     for number, message in enumerate(messages, start=1):
         role = message.get("role")
         if role not in ROLES:
-            raise UserError(f"message {number} has the role {role!r}: give one of {', '.join(ROLES)}")
+            return f"message {number} has the role {role!r}: give one of {', '.join(ROLES)}"
         if not isinstance(message.get("content"), str):
-            raise UserError(f"message {number}, of role {role}, has no content: give it as text")
+            return f"message {number}, of role {role}, has no content: give it as text"
         if role not in expected:
-            raise UserError(
+            return (
                 f"message {number} has the role {role} where {' or '.join(expected)} belongs: a conversation is at "
                 "most one system message, then user and assistant in turn"
             )
         expected = ("assistant",) if role == "user" else ("user",)
     if not messages or messages[-1]["role"] != "assistant":
-        raise UserError("a conversation must end with the assistant's answer: drop the messages after the last one")
+        return "a conversation must end with the assistant's answer: drop the messages after the last one"
+    return None

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from llama_jax.config import UserError
+from llama_jax.data.chat import problem_of
 from llama_jax.data.config import DataConfig, Split
 from llama_jax.data.files import find_files
 from llama_jax.data.readers import SURROGATE, BadRecord, Part, Record, plan_shards, read_unit
 
+NO_CONVERSATION = "messages that are no conversation"
 NAMED = 100  # bad records that are told by name
 
 
@@ -68,6 +70,9 @@ def _texts_of(part: Part, where: str) -> list[str]:
 
 def content_of(record: Record) -> bytes | BadRecord:
     """What the record's split depends on: its texts in UTF-8, its ids as 32-bit integers."""
+    for part in record.parts:
+        if isinstance(part, list) and (problem := problem_of(part)) is not None:
+            return BadRecord(record.where, NO_CONVERSATION, problem)
     try:
         return b"\0".join([_bytes_of(part) for part in record.parts])
     except UnicodeEncodeError:

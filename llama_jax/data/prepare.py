@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llama_jax.config import UserError
+from llama_jax.config import UserError, choices, to_json
+from llama_jax.data.chat import ChatTemplate
 from llama_jax.data.config import DataConfig
 from llama_jax.data.corpus import Corpus, check_bad_records, open_corpus, write_index
 from llama_jax.data.files import CorpusFile, digests, find_files
@@ -110,6 +111,9 @@ def _make(
         if progress is not None:
             progress(finished + bytes_done, total)
 
+    template = type(config.chat_template)
+    if config.chat_template is not None and choices(ChatTemplate).get(template.__name__) is not template:
+        num_workers = 1  # a class from a notebook: no other program can import it
     if num_workers is None:
         num_workers = os.cpu_count() or 1
     if num_workers > 1 and len(missing) > 1:
@@ -142,7 +146,8 @@ def _place(
 
 
 def _options(config: DataConfig) -> list[Any]:
-    return [config.fields, config.document_chars, config.max_record_bytes, config.validation_fraction]
+    options = [config.fields, config.document_chars, config.max_record_bytes, config.validation_fraction]
+    return options if config.chat_template is None else [*options, to_json(config.chat_template)]
 
 
 def _content_hash(files: list[CorpusFile], config: DataConfig, tokenizer: Tokenizer) -> str:

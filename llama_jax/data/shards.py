@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, get_args
 import numpy as np
 
 from llama_jax.config import UserError
+from llama_jax.data.chat import chat_tokens
 from llama_jax.data.config import DataConfig, Split
 from llama_jax.data.documents import BadRecords, content_of, separators_of, split_of, text_bytes
 from llama_jax.data.readers import BadRecord, Record, SkippedFile, Unit, read_unit
@@ -174,13 +175,13 @@ def _tokens_of(
 
 
 def _tokens_of_chat(messages: list, record: Record, tokenizer: Tokenizer, config: DataConfig) -> list[np.ndarray]:
-    template = getattr(config, "chat_template", None)
-    if template is None:
+    if config.chat_template is None:
         raise UserError(f"{record.where} holds the messages of a chat: set chat_template")
-    from llama_jax.data.chat import chat_tokens  # type: ignore[import-not-found]
-
-    tokens, starts = chat_tokens(messages, template, tokenizer)
-    return np.split(tokens, starts[starts > 0])
+    tokens, starts = chat_tokens(messages, config.chat_template, tokenizer)
+    parts = np.split(tokens, starts)
+    if len(parts) % 2 == 0 and tokens[-1] not in tokenizer.eos_ids[:1]:
+        parts.append(tokens[:0])  # the EOS behind every document is not of the answer
+    return parts
 
 
 def _checked(ids: np.ndarray, record: Record, tokenizer: Tokenizer) -> np.ndarray:

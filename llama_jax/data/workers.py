@@ -15,6 +15,7 @@ from typing import Any
 
 from llama_jax.config import UserError, to_json
 from llama_jax.data.config import DataConfig
+from llama_jax.data.objectives import Causal
 from llama_jax.data.readers import Unit
 from llama_jax.data.shards import ShardSet, make_shard
 from llama_jax.tokenizers import Tokenizer, load_tokenizer
@@ -44,7 +45,8 @@ def make_shards(
             "directory": str(shard_set.directory.absolute()),
             "key": shard_set.key,
             "tokenizer": str(path),
-            "config": to_json(config),
+            # Without the objective, of which shards know nothing: it may be a notebook's own class.
+            "config": to_json(dataclasses.replace(config, objective=Causal())),
         }
         with _workers(min(num_workers, len(shards)), job) as workers:
             _hand_out(workers, shards, progress)

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from llama_jax.data import (
     Vocabulary,
     prepare_dataset,
 )
+from llama_jax.data.chat import ChatML, ChatTemplate, Llama2Chat, Llama3Chat
 from llama_jax.data.objectives import BlankFilling, Causal, Chat, Document, MaskedLM, Prefix, SpanCorruption
 from llama_jax.data.plan import plan_rows
 from llama_jax.data.rows import PackedRows
@@ -242,6 +244,57 @@ def test_a_chat_cut_in_pieces_keeps_whose_turn_it_is(folder, tokenizer):
     trained = batch["targets"][batch["weights"] > 0]
     assert sorted(trained) == sorted([*whole["targets"][whole["weights"] > 0]] * 2)
     assert 0 < len(trained) < 2 * len(tokens)
+
+
+TURNS = [
+    ("system", "be short"),
+    ("user", "what is a cat?"),
+    ("assistant", "an animal"),
+    ("user", "and a mat?"),
+    ("assistant", "no animal"),
+]
+
+
+@pytest.mark.parametrize("template", [ChatML(), Llama2Chat(), Llama3Chat()], ids=lambda t: type(t).__name__)
+def test_of_chats_only_answers_are_learned(tmp_path: Path, template: ChatTemplate):
+    names = [
+        "<|begin_of_text|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+    ]
+    words = train_tokenizer([text for _, text in TURNS], vocab_size=290, special_tokens=names)
+    messages = [{"role": role, "content": text} for role, text in TURNS]
+    lines = [{"messages": messages}, {"messages": messages[1:3]}, {"messages": messages[::-1]}]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = DataConfig(
+        path=(str(tmp_path / "chats.jsonl"),), fields=("messages",), chat_template=template, objective=Chat(),
+        validation_fraction=0.0, max_bad_records=1, cache_dir=str(tmp_path / "cache"), packing="best_fit",
+    )  # fmt: skip
+    directories = prepare_dataset(config, words, sequence_length=200)
+    dataset = Dataset(config, directories, Vocabulary.of(words), sequence_length=200, seed=0)
+    assert dataset.corpora["data"].bad_records["reasons"] == {"messages that are no conversation": 1}
+    rows = dataset.train[0]
+    batch = rows.read([(0, row) for row in range(rows.num_rows)])
+    end = {"ChatML": "<|im_end|>", "Llama2Chat": "</s>", "Llama3Chat": "<|eot_id|>"}[type(template).__name__]
+    learned = batch["targets"][batch["weights"] > 0].tolist()
+    answers = "".join(words.decode(list(part)).strip() + end for part in split_at(learned, words.special_tokens[end]))
+    assert sorted(answers.split(end)) == sorted(["", "an animal", "no animal", "an animal"])
+    with pytest.raises(UserError, match="holds the messages of a chat: set chat_template"):
+        prepare_dataset(dataclasses.replace(config, chat_template=None), words, sequence_length=200)
+
+
+def split_at(ids: list[int], end: int) -> list[list[int]]:
+    parts: list[list[int]] = [[]]
+    for token in ids:
+        if token == end:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    assert not parts.pop()
+    return parts
 
 
 def test_a_changed_plan_is_another_plan(folder, tokenizer, tmp_path: Path):

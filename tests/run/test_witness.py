@@ -28,6 +28,7 @@ from jax.sharding import NamedSharding
 from llama_jax.checkpoint.store import CheckpointConfig
 from llama_jax.config import UserError, leaves, override
 from llama_jax.data import DataConfig, Dataset, Source, Stage, Vocabulary, prepare_dataset
+from llama_jax.data.chat import Llama2Chat
 from llama_jax.data.objectives import Prefix
 from llama_jax.models import Compute, DecoderConfig, abstract_params
 from llama_jax.models.decoder import LayerOverride
@@ -93,6 +94,7 @@ CHANGES: dict[str, Callable[[RunConfig, Path], Any]] = {
     "data.fields": lambda *_: ("content",),
     "data.max_record_bytes": lambda *_: 30,
     "data.max_bad_records": lambda *_: 0,
+    "data.chat_template": lambda *_: Llama2Chat(),
     "data.objective": lambda *_: Prefix(),
     "data.sources": lambda config, _: (Source("one", ("a.txt",), share=1.0), *config.data.sources[1:]),
     "data.stages": lambda *_: (Stage(0, (1, 0)),),
@@ -166,7 +168,7 @@ def variants(base: RunConfig) -> list[RunConfig]:
     sources = (Source("some", (path[0] + "/0*.txt",), share=0.5), Source("more", (path[0] + "/1*.txt",), share=0.5))
     return [
         base,
-        override(base, {"data.path": (), "data.sources": sources}),
+        override(base, {"data.path": (), "data.sources": sources, "data.validation_fraction": 0.0}),
         *(override(base, rope | {"model.attention.rope.scaling": scaling}) for scaling in scalings),
     ]
 
