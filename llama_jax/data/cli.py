@@ -7,7 +7,8 @@ import time
 from rich.console import Console
 from rich.progress import Progress
 
-from llama_jax.config import UserError, field_docs
+from llama_jax.config import UserError, choices, field_docs
+from llama_jax.data.chat import ChatTemplate
 from llama_jax.data.config import DataConfig
 from llama_jax.data.corpus import Corpus
 from llama_jax.data.files import find_files
@@ -31,6 +32,7 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
     command.add_argument("--tokenizer", required=True, metavar="PATH", help="tokenizer file, or a directory with one")
     command.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help=meaning["exclude"])
     command.add_argument("--fields", default="text", metavar="A[,B...]", help=meaning["fields"])
+    command.add_argument("--chat-template", choices=sorted(choices(ChatTemplate)), help=meaning["chat_template"])
     command.add_argument("--document-chars", type=int, metavar="N", help=meaning["document_chars"])
     command.add_argument(
         "--max-record-bytes", type=int, default=default["max_record_bytes"], metavar="N",
@@ -60,6 +62,7 @@ def main(args: argparse.Namespace) -> int:
         path=tuple(args.path),
         exclude=tuple(args.exclude),
         fields=tuple(field.strip() for field in args.fields.split(",")),
+        chat_template=None if args.chat_template is None else choices(ChatTemplate)[args.chat_template](),
         document_chars=args.document_chars,
         max_record_bytes=args.max_record_bytes,
         max_bad_records=args.max_bad_records,

@@ -1,27 +1,21 @@
 """The corpora of a run as rows: prepared, planned, mixed."""
 
-import contextlib
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
-
 from llama_jax.config import UserError
 from llama_jax.data.batches import Batches
-from llama_jax.data.config import DataConfig, Packing, Source, Split, Stage
+from llama_jax.data.config import DataConfig, Source, Split, Stage
 from llama_jax.data.corpus import Corpus
 from llama_jax.data.mixture import Mixture, Schedule
-from llama_jax.data.objectives import Causal, Objective, Vocabulary
-from llama_jax.data.plan import longest_piece, plan_rows
+from llama_jax.data.objectives import Vocabulary
+from llama_jax.data.plan import Packer
 from llama_jax.data.prepare import prepare
-from llama_jax.data.rows import PackedRows, Rows, WindowRows, special_ends
+from llama_jax.data.rows import PackedRows, Rows, WindowRows
 from llama_jax.tokenizers import Tokenizer
-
-PLAN_FORMAT = 1  # part of a plan's name
 
 
 def prepare_dataset(
@@ -37,12 +31,12 @@ def prepare_dataset(
     """
     vocabulary = Vocabulary.of(tokenizer)
     config.objective.check(vocabulary)
+    packer = Packer(config.objective, config.packing, vocabulary, sequence_length)
     directories = []
     for _, source in config.corpora():
         corpus = prepare(source, tokenizer, progress=progress)
-        if not _by_windows(config.objective, config.packing):
-            for split in ("train", "validation"):
-                _write_plan(corpus, split, config.objective, config.packing, vocabulary, sequence_length)
+        if packer.plans:
+            packer.write(corpus)
         directories.append(corpus.directory)
     return directories
 
@@ -63,14 +57,15 @@ class Dataset:
         sequence_length: int,
         seed: int,
     ):
-        self.config, self._vocabulary, self._length, self._seed = config, vocabulary, sequence_length, seed
+        self.config = config
         self.sources: list[Source] = []
         self.corpora: dict[str, Corpus] = {}
         for (source, own), directory in zip(config.corpora(), directories, strict=True):
             self.sources.append(source)
             self.corpora[source.name] = Corpus(directory, own)
-        self.train = self._rows("train")
-        self.validation = self._rows("validation")
+        packer = Packer(config.objective, config.packing, vocabulary, sequence_length)
+        self.train = self._rows("train", packer, seed)
+        self.validation = self._rows("validation", packer, seed)
 
     @property
     def content_hash(self) -> str:
@@ -120,30 +115,34 @@ class Dataset:
         epochs = {f"epochs/{s.name}": n / r.num_rows for s, n, r in zip(self.sources, counts, self.train, strict=True)}
         return shares | epochs
 
-    def _rows(self, split: Split) -> list[Rows]:
+    def _rows(self, split: Split, packer: Packer, seed: int) -> list[Rows]:
         rows = []
         for name, corpus in self.corpora.items():
-            stream, objective = getattr(corpus, split), self.config.objective
-            if _by_windows(objective, self.config.packing):
-                made = WindowRows(stream, self._length, partial=split == "validation")
-            else:
-                directory = _plan_directory(corpus, objective, self.config.packing, self._vocabulary, self._length)
-                plan = json.loads((directory / f"{split}.json").read_text())
+            stream = getattr(corpus, split)
+            if packer.plans:
+                pieces, rows_of, counts = packer.open(corpus, split)
                 made = PackedRows(
                     stream,
-                    objective,
-                    self._vocabulary,
-                    _map(directory / f"{split}.pieces", 2 * plan["num_pieces"]).reshape(-1, 2),
-                    _map(directory / f"{split}.rows", plan["num_rows"] + 1),
-                    sequence_length=self._length,
-                    num_tokens=plan["num_tokens"],
-                    num_dropped=plan["num_dropped"],
-                    seed=self._seed,
+                    packer.objective,
+                    packer.vocabulary,
+                    pieces,
+                    rows_of,
+                    sequence_length=packer.sequence_length,
+                    num_tokens=counts["num_tokens"],
+                    num_dropped=counts["num_dropped"],
+                    seed=seed,
                 )
+            else:
+                made = WindowRows(stream, packer.sequence_length, partial=split == "validation")
             if split == "train" and not made.num_rows:
-                of = f" of source '{name}'" if self.config.sources else ""
+                of, length = f" of source '{name}'" if self.config.sources else "", packer.sequence_length
+                if packer.plans:
+                    raise UserError(
+                        f"none of the {stream.num_documents:,} documents{of} fits a row: give other text, or raise "
+                        f"sequence_length={length} (and data.objective.source_length, where there is one)"
+                    )
                 raise UserError(
-                    f"sequence_length={self._length} needs {self._length + 1} tokens, and the training text{of} has "
+                    f"sequence_length={length} needs {length + 1} tokens, and the training text{of} has "
                     f"{stream.num_tokens}: give more text or a shorter sequence_length"
                 )
             rows.append(made)
@@ -175,68 +174,3 @@ def _sequence_shares(sources: Sequence[Source], rows: Sequence[Rows], stage: Sta
             f"{total:,}: lower them, raise num_steps, or give all sources epochs, which then fill it in proportion"
         )
     return [epochs + left * share / sum(by_share) for epochs, share in zip(by_epochs, by_share, strict=True)]
-
-
-def _by_windows(objective: Objective, packing: Packing) -> bool:
-    """Whether rows need no plan."""
-    return type(objective) is Causal and packing == "cut"
-
-
-def _capacity(objective: Objective, sequence_length: int) -> tuple[int, ...]:
-    source = objective.source_length
-    return (sequence_length,) if source is None else (sequence_length, source)
-
-
-def _plan_directory(
-    corpus: Corpus, objective: Objective, packing: Packing, vocabulary: Vocabulary, sequence_length: int
-) -> Path:
-    """Where the plan is kept: named after all that it depends on, lengths of examples by their figures."""
-    capacity = _capacity(objective, sequence_length)
-    kind = [PLAN_FORMAT, packing, capacity, objective.bare, objective.overlap, objective.divisible]
-    digest = hashlib.sha256(json.dumps([*kind, special_ends(vocabulary)]).encode())
-    sizes = np.arange(2 * sum(capacity) + 2)
-    for starts in (sizes, sizes // 2):
-        for lengths in objective.lengths(sizes, starts):
-            digest.update(np.asarray(lengths, np.int64).tobytes())
-    return corpus.directory / "rows" / digest.hexdigest()[:32]
-
-
-def _write_plan(
-    corpus: Corpus, split: Split, objective: Objective, packing: Packing, vocabulary: Vocabulary, sequence_length: int
-) -> None:
-    """Plans the rows of a split, shard by shard, unless it is done."""
-    capacity = _capacity(objective, sequence_length)
-    if objective.divisible and longest_piece(objective, capacity) <= objective.overlap:
-        raise UserError(
-            f"{type(objective).__name__} cannot fit a token into sequence_length={sequence_length}: take a longer one"
-        )
-    final = _plan_directory(corpus, objective, packing, vocabulary, sequence_length)
-    if (final / f"{split}.json").exists():
-        return
-    final.mkdir(parents=True, exist_ok=True)
-    stream = getattr(corpus, split)
-    before, after = special_ends(vocabulary)
-    counts = dict.fromkeys(("num_rows", "num_pieces", "num_tokens", "num_dropped"), 0)
-    names = [final / f"{split}.{kind}" for kind in ("pieces", "rows")]
-    with contextlib.ExitStack() as stack:
-        pieces, rows = (stack.enter_context(name.with_suffix(name.suffix + ".partial").open("wb")) for name in names)
-        rows.write(np.zeros(1, "<i8").tobytes())
-        for shard, start in zip(stream.shards, stream.starts, strict=False):
-            plan = plan_rows(shard, objective, packing, capacity, num_before=before, num_after=after)
-            pieces.write((plan.pieces + np.array([start, 0])).astype("<i8").tobytes())
-            rows.write((plan.rows[1:] + counts["num_pieces"]).astype("<i8").tobytes())
-            counts["num_rows"] += len(plan.rows) - 1
-            counts["num_pieces"] += len(plan.pieces)
-            counts["num_tokens"] += plan.num_tokens
-            counts["num_dropped"] += plan.num_dropped
-    for name in names:
-        name.with_suffix(name.suffix + ".partial").replace(name)
-    partial = final / f"{split}.json.partial"
-    partial.write_text(json.dumps(counts))
-    partial.replace(final / f"{split}.json")
-
-
-def _map(file: Path, size: int) -> np.ndarray:
-    if file.stat().st_size != 8 * size:
-        raise UserError(f"'{file}' is not whole: remove its directory, and it is made again")
-    return np.asarray(np.memmap(file, "<i8", mode="r")) if size else np.zeros(0, np.int64)

@@ -1,14 +1,24 @@
 """Which pieces of which documents stand together in a row: planned once, kept on disk."""
 
+import contextlib
 import dataclasses
+import hashlib
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from jaxtyping import Int
 
-from llama_jax.data.config import Packing
-from llama_jax.data.objectives import Objective
-from llama_jax.data.stream import Shard
+from llama_jax.config import UserError
+from llama_jax.data.config import Packing, Split
+from llama_jax.data.corpus import Corpus
+from llama_jax.data.objectives import Causal, Objective, Vocabulary
+from llama_jax.data.shards import locked, whole
+from llama_jax.data.stream import Shard, TokenStream
+
+FORMAT = 1  # of a plan's files; part of their directory's name
 
 MIN_PIECE = 16  # tokens; the rest of a row stays empty where less of a document would fit
 MAX_TRIES = 16  # sizes of room, and rows with that room, that are looked at for a place
@@ -26,6 +36,88 @@ class Plan:
     rows: Int[np.ndarray, " r"]
     num_tokens: int
     num_dropped: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Packer:
+    """How documents become rows, and where the plans of a corpus are kept: beside its shards."""
+
+    objective: Objective
+    packing: Packing
+    vocabulary: Vocabulary
+    sequence_length: int
+
+    @property
+    def plans(self) -> bool:
+        """Whether a plan is needed: to cut the stream into windows takes none."""
+        return type(self.objective) is not Causal or self.packing != "cut"
+
+    @property
+    def capacity(self) -> tuple[int, ...]:
+        """Positions of a row's streams: (target,) or (target, source)."""
+        source = self.objective.source_length
+        return (self.sequence_length,) if source is None else (self.sequence_length, source)
+
+    def directory(self, corpus: Corpus) -> Path:
+        """Named after all that a plan depends on, lengths of examples by their figures."""
+        objective, ends = self.objective, special_ends(self.vocabulary)
+        kind = [FORMAT, self.packing, self.capacity, objective.bare, objective.overlap, objective.divisible, ends]
+        digest = hashlib.sha256(json.dumps(kind).encode())
+        sizes = np.arange(2 * sum(self.capacity) + 2)
+        for starts in (sizes, sizes // 2):
+            for lengths in objective.lengths(sizes, starts):
+                digest.update(np.asarray(lengths, np.int64).tobytes())
+        return corpus.directory / "rows" / digest.hexdigest()[:32]
+
+    def write(self, corpus: Corpus) -> None:
+        """Plans the rows of a corpus, shard by shard, unless it is done.
+
+        Raises UserError where no row takes a token.
+        """
+        directory = self.directory(corpus)
+        directory.mkdir(parents=True, exist_ok=True)
+        with locked(corpus.directory / "rows.lock"):
+            for split in get_args(Split):
+                if not (directory / f"{split}.json").exists():
+                    self._write(directory, split, getattr(corpus, split))
+
+    def _write(self, directory: Path, split: Split, stream: TokenStream) -> None:
+        before, after = special_ends(self.vocabulary)
+        counts = dict.fromkeys(("num_rows", "num_pieces", "num_tokens", "num_dropped"), 0)
+        with contextlib.ExitStack() as stack:
+            pieces, rows = (
+                stack.enter_context(stack.enter_context(whole(directory / f"{split}.{kind}")).open("wb"))
+                for kind in ("pieces", "rows")
+            )
+            rows.write(np.zeros(1, "<i8").tobytes())
+            for shard, start in zip(stream.shards, stream.starts, strict=False):
+                plan = plan_rows(shard, self.objective, self.packing, self.capacity, num_before=before, num_after=after)
+                pieces.write((plan.pieces + np.array([start, 0])).astype("<i8").tobytes())
+                rows.write((plan.rows[1:] + counts["num_pieces"]).astype("<i8").tobytes())
+                counts["num_rows"] += len(plan.rows) - 1
+                counts["num_pieces"] += len(plan.pieces)
+                counts["num_tokens"] += plan.num_tokens
+                counts["num_dropped"] += plan.num_dropped
+        with whole(directory / f"{split}.json") as file:  # last: it says that all is there
+            file.write_text(json.dumps(counts))
+
+    def open(self, corpus: Corpus, split: Split) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+        """(pieces [P, 2] of the stream, where each row's begin and the last one's end, counts) of a split."""
+        directory = self.directory(corpus)
+        counts = json.loads((directory / f"{split}.json").read_text())
+        pieces = _map(directory / f"{split}.pieces", 2 * counts["num_pieces"]).reshape(-1, 2)
+        return pieces, _map(directory / f"{split}.rows", counts["num_rows"] + 1), counts
+
+
+def _map(file: Path, size: int) -> np.ndarray:
+    if file.stat().st_size != 8 * size:
+        raise UserError(f"'{file}' is not whole: remove its directory, and it is made again")
+    return np.asarray(np.memmap(file, "<i8", mode="r")) if size else np.zeros(0, np.int64)
+
+
+def special_ends(vocabulary: Vocabulary) -> tuple[int, int]:
+    """How many special tokens stand before and after every document of a corpus."""
+    return int(vocabulary.bos_id is not None), int(vocabulary.eos_id is not None)
 
 
 def plan_rows(
@@ -51,6 +143,10 @@ def plan_rows(
         starts, ends = starts + num_before, ends - num_after
     if objective.divisible:
         fits = _Fits(objective, capacity)
+        if fits.whole <= objective.overlap:
+            raise UserError(
+                f"{type(objective).__name__} cannot fit a token into sequence_length={capacity[0]}: take a longer one"
+            )
         useful = ends - starts > objective.overlap
         if packing == "cut":
             pieces, row_of = _cut(starts[useful], ends[useful], objective.overlap, fits)
@@ -67,11 +163,6 @@ def plan_rows(
     num_rows = int(row_of.max(initial=-1)) + 1
     rows = np.searchsorted(row_of[order], np.arange(num_rows + 1))
     return Plan(pieces[order], rows, num_tokens=int(lengths.sum()), num_dropped=int((~useful).sum()))
-
-
-def longest_piece(objective: Objective, capacity: tuple[int, ...]) -> int:
-    """Tokens of the longest piece whose example a row takes."""
-    return _Fits(objective, capacity).whole
 
 
 def _first_parts(shard: Shard, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:

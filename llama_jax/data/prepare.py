@@ -1,12 +1,11 @@
 """Documents to tokenized shards on disk, once."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from llama_jax.data.config import DataConfig
 from llama_jax.data.corpus import Corpus, check_bad_records, open_corpus, write_index
 from llama_jax.data.files import CorpusFile, digests, find_files
 from llama_jax.data.readers import Unit, kind_of, plan_shards
-from llama_jax.data.shards import PARTIAL, ShardSet, make_shard
+from llama_jax.data.shards import PARTIAL, ShardSet, locked, make_shard
 from llama_jax.data.workers import make_shards
 from llama_jax.tokenizers import Tokenizer
 
@@ -43,7 +42,7 @@ def prepare(
     files = find_files(config)
     content_hash = _content_hash(files, config, tokenizer)
     place = _place(files, config, tokenizer, directory, content_hash)
-    with _lock(place.directory.with_name(place.directory.name + ".lock")):  # of several processes one tokenizes
+    with locked(place.directory.with_name(place.directory.name + ".lock")):  # of several processes one tokenizes
         corpus = open_corpus(place.directory, config)
         if corpus is None or corpus.content_hash != content_hash:
             shards = plan_shards(files, config)
@@ -159,10 +158,3 @@ def _content_hash(files: list[CorpusFile], config: DataConfig, tokenizer: Tokeni
         packed = file.path.endswith((".gz", ".zst"))
         digest.update(f"{content} {kind_of(file.path)} {packed}\n".encode())
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _lock(file: Path) -> Iterator[None]:
-    with file.open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        yield

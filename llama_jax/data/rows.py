@@ -8,6 +8,7 @@ from jaxtyping import Int
 
 from llama_jax.data.objectives import Document, Example, Objective, Vocabulary
 from llama_jax.data.packing import pack
+from llama_jax.data.plan import special_ends
 from llama_jax.data.stream import TokenStream
 from llama_jax.data.windows import Batch, num_windows, read_windows
 
@@ -106,11 +107,6 @@ class PackedRows(Rows):
         end = int(shard.documents[other + 1]) if other + 1 < num_documents else len(shard.tokens)
         before, after = special_ends(self._vocabulary) if self._objective.bare else (0, 0)
         return shard.tokens[start + before : end - after].astype(np.int32)
-
-
-def special_ends(vocabulary: Vocabulary) -> tuple[int, int]:
-    """How many special tokens stand before and after every document of a corpus."""
-    return int(vocabulary.bos_id is not None), int(vocabulary.eos_id is not None)
 
 
 def empty_batch(objective: Objective, num_rows: int, sequence_length: int) -> Batch:

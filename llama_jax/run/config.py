@@ -94,9 +94,11 @@ class RunConfig:
         for name in ("num_steps", "global_batch_size", "sequence_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.sequence_length > self.model.max_positions:
+        if self.row_length > self.model.max_positions:
+            source = self.data.objective.source_length
+            with_source = "" if source is None else f" with data.objective.source_length={source}"
             raise UserError(
-                f"sequence_length={self.sequence_length} is longer than model.max_positions="
+                f"sequence_length={self.sequence_length}{with_source} is longer than model.max_positions="
                 f"{self.model.max_positions}: shorten the one or raise the other"
             )
         takes, gives = type(self.model).batch_fields, self.data.objective.fields()

@@ -62,6 +62,8 @@ def _walk(head: Head, chunk: int, with_gradient: bool, weight, hidden, targets, 
     # sums of exponentials over the vocabulary, and once, at the end, the gradient of the weight.
     batch_axes = tuple(axis for entry in axes_of(hidden)[:2] for axis in entry)
     vocab_axes = axes_of(jax.eval_shape(head, hidden, weight))[-1]
+    if not any(vocab_axes in axes_of(w) for w in jax.tree.leaves(weight)):
+        vocab_axes = ()  # stored whole: every device has all of the vocabulary
     stored = jax.tree.map(axes_of, weight)
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (weight, hidden))
     local = functools.partial(
