@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from llama_jax.models import Compute, DecoderConfig, assemble
+from llama_jax.parallel import make_mesh
 from llama_jax.training import cross_entropy
 from llama_jax.training.step import loss_and_metrics
 
@@ -88,6 +89,22 @@ def test_model_loss_is_that_of_its_logits(tiny_config: DecoderConfig, random_par
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
     for name, value in theirs[1].items():
         np.testing.assert_allclose(ours[1][name], value, rtol=1e-3, atol=1e-4 * float(jnp.abs(value).max()))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_is_whole_everywhere_counts_once(tiny_config: DecoderConfig, random_params: Any, tied: bool):
+    """Parameters that nobody has placed on the mesh: the loss and the gradient are those of one device."""
+    config = DecoderConfig(**(tiny_config.__dict__ | {"tie_embeddings": tied}))
+    params, batch = random_params(config), batch_of(config, 2, 16)
+    loss = lambda params, batch: loss_and_metrics(params, batch, 0.0, config, Compute())[0]  # noqa: E731
+    expected = jax.jit(jax.value_and_grad(loss))(params, batch)
+    mesh = make_mesh({"tensor": 2}, jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        everywhere = jax.device_put((params, batch), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+        found = jax.jit(jax.value_and_grad(loss))(*everywhere)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    for name, value in expected[1].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
 def batch_of(config: DecoderConfig, rows: int, length: int) -> dict[str, jax.Array]:
