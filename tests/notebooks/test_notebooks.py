@@ -38,8 +38,9 @@ def test_outputs_are_stripped(path: Path):
     assert [cell.source for cell in code if "execution" in cell.metadata] == []
 
 
-def test_quickstart_runs(tmp_path: Path):
-    notebook = nbformat.read(next(path for path in NOTEBOOKS if path.stem == "quickstart"), 4)
+def run(name: str, tmp_path: Path) -> tuple[list, str, list[str]]:
+    """What a notebook's code cells show, print, and warn of."""
+    notebook = nbformat.read(next(path for path in NOTEBOOKS if path.stem == name), 4)
     # One device: what a notebook has on a laptop.
     env = os.environ | {"LLAMA_JAX_QUICK": "1", "TMPDIR": str(tmp_path), "XLA_FLAGS": ""}
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute(env=env, cwd=str(tmp_path))
@@ -47,6 +48,11 @@ def test_quickstart_runs(tmp_path: Path):
     shown = [output.data for output in outputs if "data" in output]
     said = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
     warned = [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]
+    return shown, said, warned
+
+
+def test_quickstart_runs(tmp_path: Path):
+    shown, said, warned = run("quickstart", tmp_path)
     assert warned == []
     assert sum("image/png" in data for data in shown) == 3
     # The bars at their ends, one display each, and not a line a step.
@@ -56,3 +62,13 @@ def test_quickstart_runs(tmp_path: Path):
     assert "Did you mean 'model.attention.num_kv_heads'?" in said
     assert said.count("held-out loss") == 2
     assert "SquaredReLUModule" in said
+
+
+def test_tokenizers_and_objectives_runs(tmp_path: Path):
+    shown, said, warned = run("tokenizers_and_objectives", tmp_path)
+    assert warned == []
+    assert sum("image/png" in data for data in shown) == 4
+    assert sum("round trip" in data.get("text/plain", "") for data in shown) == 2
+    assert "ab|ab|c: 0.148148 = 4/27" in said
+    assert "B follows A." in said
+    assert "B is from another document." in said

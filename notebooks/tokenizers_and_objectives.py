@@ -1,0 +1,523 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Tokenizers and objectives
+#
+# What happens to a text before a model sees it: it is cut into tokens, an objective makes inputs and targets of them,
+# and sources and documents are put together into batches. No model is trained here. All texts are written below, and
+# it takes seconds on two CPU cores.
+
+# %%
+import itertools
+import math
+from collections import Counter
+
+import matplotlib.pyplot as plt
+import numpy as np
+import rich
+
+import llama_jax.data.objectives as objectives
+import llama_jax.tokenizers.comparing as comparing
+from llama_jax.data import Shard, Vocabulary
+from llama_jax.data.chat import ChatML, chat_tokens
+from llama_jax.data.mixture import Schedule
+from llama_jax.data.objectives import Document
+from llama_jax.data.packing import pack
+from llama_jax.data.plan import plan_rows
+from llama_jax.nn import AttentionMask
+from llama_jax.tokenizers import textbook, train_tokenizer
+from llama_jax.tokenizers.training import KINDS
+
+ENGLISH = """\
+The farmer gets up before the sun and looks at the sky. If the sky is red, there will be rain in the afternoon. She
+feeds the hens, opens the gate and leads the cows to the lower field, where the grass is long and wet in the morning.
+Her brother mends the fence on the other side of the river. He has a hammer, a bag of nails and a dog that is afraid of
+the cows. At noon they eat bread and cheese under the old tree and talk about the price of milk, which is lower than
+last year, and about the road, which is worse. In the afternoon it rains. The water runs down the road and into the
+lower field, and the cows stand under the tree and wait. The farmer closes the gate, counts the hens and looks for the
+dog. In the evening there is a light in the window, and the rain is louder than the river. Her brother is reading the
+newspaper. The price of milk will be lower next year, he reads, and the road will be mended after the winter.
+"""
+CHINESE = """\
+农民在太阳出来以前起床，先看看天。如果天是红的，下午就会下雨。她喂了鸡，打开门，把牛带到下面的田里，那里的草早上又长又湿。
+她的哥哥在河的另一边修篱笆。他有一把锤子，一袋钉子，还有一只怕牛的狗。中午他们在老树下面吃面包，说牛奶的价钱，今年比去年低；\
+又说那条路，今年比去年坏。下午下雨了。水从路上流到下面的田里，牛站在树下面等。农民关上门，数了数鸡，去找狗。
+晚上窗子里有光，雨的声音比河的声音大。她的哥哥在看报纸。报纸上说，明年牛奶的价钱会更低，路要等冬天以后再修。
+"""
+# Not trained on.
+HELD_OUT = {
+    "English": "In the winter the farmer mends the gate, and the cows wait in the field for the grass of next year.\n",
+    "Chinese": "冬天农民修门，牛在田里等明年的草。晚上她的哥哥看天，说明天会下雨。\n",
+}
+
+# %% [markdown]
+# ## Byte-pair encoding, merge by merge
+#
+# Byte-pair encoding (Sennrich et al. 2016) begins with characters and merges, again and again, the most frequent pair
+# of neighbours. Nothing is merged across a space. Of equally frequent pairs this implementation takes the one seen
+# first; others decide otherwise, and so two correct implementations may learn different vocabularies.
+
+# %%
+merges = list(textbook.bpe_merges(["the car", "the cat", "the rat"]))
+for number, merge in enumerate(merges, start=1):
+    words = "   ".join(" ".join(word) for word in merge.words)
+    print(f"{number}. {' + '.join(merge.pair):8} seen {merge.count} times   {words}")
+
+assert [merge.pair for merge in merges[:3]] == [("t", "h"), ("th", "e"), ("c", "a")]
+assert all(earlier.count >= later.count for earlier, later in itertools.pairwise(merges))
+
+# %% [markdown]
+# ## The unigram language model
+#
+# A unigram model (Kudo 2018) gives every piece a probability, and a segmentation the product of its pieces'. With
+# p(ab) = 2/3 and p(c) = 1/3, `ababc` as ab|ab|c has 2/3 · 2/3 · 1/3 = 4/27.
+
+# %%
+probabilities = {"ab": 2 / 3, "c": 1 / 3}
+value = textbook.likelihood(["ab", "ab", "c"], probabilities)
+print(f"ab|ab|c: {value:.6f} = {value * 27:.0f}/27")
+assert math.isclose(value, 4 / 27)
+
+# %% [markdown]
+# Usually a text has many segmentations, and its probability is the sum over all of them. Viterbi's algorithm finds the
+# most likely one without listing the others.
+
+# %%
+probabilities = {"a": 0.3, "b": 0.2, "c": 0.2, "ab": 0.2, "abc": 0.1}
+every = {s: textbook.likelihood(s, probabilities) for s in textbook.segmentations("ababc", probabilities)}
+for segmentation, value in sorted(every.items(), key=lambda item: -item[1]):
+    print(f"{'|'.join(segmentation):10} {value:.6f}")
+print(f"{'sum':10} {sum(every.values()):.6f}")
+
+assert textbook.best_segmentation("ababc", probabilities) == max(every, key=every.__getitem__)
+assert math.isclose(textbook.loss({"ababc": 1}, probabilities), -math.log(sum(every.values())))
+
+# %% [markdown]
+# Which pieces there should be and how probable they are is learned in rounds. Expectation-maximization counts each
+# piece as often as it is expected over all segmentations and makes these counts the new probabilities: the loss, the
+# negative logarithm of the text's likelihood, never rises. Then the pieces that matter least are dropped.
+
+# %%
+words = Counter(ENGLISH.split())
+num_words = words.total()
+seed = textbook.seed_pieces(words, size=600)
+
+steps = [seed]
+for _ in range(12):
+    steps.append(textbook.unigram_step(words, steps[-1]))
+step_losses = [textbook.loss(words, p) / num_words for p in steps]
+assert all(after <= before + 1e-9 for before, after in itertools.pairwise(step_losses))
+
+rounds = list(textbook.train_unigram(words, num_pieces=60, seed_size=600, keep=0.9))
+round_losses = [textbook.loss(words, p) / num_words for p in rounds]
+print(f"{num_words} words, {len(words)} of them different; {len(seed)} seed pieces")
+print(f"pieces after each round: {', '.join(str(len(p)) for p in rounds)}")
+assert len(rounds[-1]) == 60
+
+# %%
+fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True, layout="constrained")
+left.plot(range(len(steps)), step_losses, "o-", markersize=4)
+left.set(title=f"Expectation-maximization, all {len(seed)} pieces", xlabel="step", ylabel="loss (nats per word)")
+right.plot(range(1, len(rounds) + 1), round_losses, "o-", markersize=4, color="C1")
+for number, (p, value) in enumerate(zip(rounds, round_losses, strict=True), start=1):
+    right.annotate(str(len(p)), (number, value), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+right.set(title="Rounds with pruning (labels: pieces left)", xlabel="round")
+right.margins(y=0.15)
+for ax in (left, right):
+    ax.spines[["top", "right"]].set_visible(False)
+plt.show()
+
+# %% [markdown]
+# Fewer pieces describe the text less well, so pruning raises the loss. The last round ends with
+# expectation-maximization and drops nothing after it, so the loss falls once more. The most probable pieces of several
+# characters that are left:
+
+# %%
+final = rounds[-1]
+longer = sorted((piece for piece in final if len(piece) > 1), key=lambda piece: -final[piece])
+print("  ".join(f"{piece} {final[piece]:.3f}" for piece in longer[:16]))
+for word in ("farmer", "mended", "winter"):
+    print(word, "->", "|".join(textbook.best_segmentation(word, final)))
+assert math.isclose(sum(final.values()), 1)
+*pruned, without_pruning = round_losses
+assert all(before < after for before, after in itertools.pairwise(pruned))
+assert without_pruning < pruned[-1]
+
+# %% [markdown]
+# ## Tokenizers of every kind
+#
+# `train_tokenizer` trains the ones that runs use: SentencePiece's byte-pair encoding and unigram model with Llama's
+# settings, GPT-2's byte-level byte-pair encoding, BERT's WordPiece, and words between spaces. All are trained on the
+# same English and Chinese text. A vocabulary cannot be larger than the text fills; of the first three, 256 tokens are
+# the bytes.
+
+# %%
+sizes = {"bpe": 480, "unigram": 480, "byte_bpe": 480, "wordpiece": 340, "whitespace": 100}
+assert set(sizes) == set(KINDS)
+tokenizers = {kind: train_tokenizer([ENGLISH, CHINESE], kind=kind, vocab_size=sizes[kind]) for kind in KINDS}
+for language, text in HELD_OUT.items():
+    print(f"{language}: {len(text):,} characters, {len(text.encode()):,} bytes")
+
+# %%
+comparing.NUM_RUNS, comparing.MIN_BYTES = 1, 20_000  # speeds, measured in passing here
+figures = {
+    language: {kind: comparing.compare(tokenizer, text) for kind, tokenizer in tokenizers.items()}
+    for language, text in HELD_OUT.items()
+}
+for language, rows in figures.items():
+    rich.print(comparing.comparison_table(language, [(kind, tokenizers[kind], row) for kind, row in rows.items()]))
+
+# %% [markdown]
+# Fertility is the number of tokens per word. Chinese is written without spaces, so there it is counted per character
+# or per byte. A table of two sentences and vocabularies of several sizes shows how it is measured, not which kind is
+# better, and a speed measured once on so short a text says little.
+#
+# Low fertility alone is no merit: the tokenizer of whole words has one token for a word and cannot say which one it
+# was where it had not seen it. WordPiece loses what its normalization takes away, here
+# capital letters and the line end. Only the three kinds that know every byte give every text back.
+
+# %%
+for rows in figures.values():
+    for kind in ("bpe", "unigram", "byte_bpe"):
+        assert rows[kind].exact
+        assert rows[kind].unknown_rate == 0
+    assert not rows["wordpiece"].exact
+    assert not rows["whitespace"].exact
+assert figures["English"]["whitespace"].tokens_per_word == 1
+assert figures["Chinese"]["whitespace"].unknown_rate == 1
+assert all(row.tokens_per_word is None for row in figures["Chinese"].values())
+for kind, tokenizer in tokenizers.items():
+    print(f"{kind:11}{tokenizer.decode(tokenizer.encode(HELD_OUT['English']))!r}")
+
+# %% [markdown]
+# ## What objectives make of a document
+#
+# An objective is a function from a document's tokens and a random generator to named arrays: `tokens` go in, `targets`
+# are to come out, and `weights` say which targets have a loss. Below, one column is one position. The tokenizer is a
+# WordPiece one trained on these very sentences, so that a token is a word.
+
+# %%
+TEXT = "the cat sat on the mat . the dog saw it and ran away ."
+OTHER = "a bird sang all day long in the tree . nobody heard the song ."
+TRANSLATION = "the cat saw the dog .", "le chat a vu le chien ."
+CHAT = [{"role": "user", "content": "who ran away ?"}, {"role": "assistant", "content": "the dog ."}]
+
+special_tokens = ["<sop>", "<eop>", "<mask>", "<extra_id_0>", "<extra_id_1>", "<|im_start|>", "<|im_end|>"]
+tokenizer = train_tokenizer(
+    [TEXT, OTHER, *TRANSLATION, *(f"{message['role']} {message['content']}" for message in CHAT)] * 2,
+    kind="wordpiece",
+    vocab_size=108,
+    special_tokens=special_tokens,
+)
+vocabulary = Vocabulary.of(tokenizer)
+special_names = {i: name for name, i in tokenizer.special_tokens.items()}
+
+
+def name(token: int) -> str:
+    """A token's text; decoding alone says nothing of special ones."""
+    return special_names.get(token) or tokenizer.decode([token])
+
+
+shown = set()
+
+
+def show(objective: objectives.Objective, document: Document, *, seed: int, width: int = 112) -> objectives.Example:
+    """The example of a document, printed: a field is a line, a position a column; too long lines go on below."""
+    shown.add(type(objective))
+    example = objective.example(document, np.random.default_rng(seed), vocabulary)
+    for prefix in ("source_", ""):
+        fields = {field: x for field, x in example.items() if field.startswith("source_") == bool(prefix)}
+        if not fields:
+            continue
+        columns = [
+            [
+                name(int(x[i])) if field in ("source_tokens", "tokens", "targets") else f"{x[i]:g}"
+                for field, x in fields.items()
+            ]
+            for i in range(len(fields[f"{prefix}tokens"]))
+        ]
+        while columns:
+            lines = [f"{field:17}" for field in fields]
+            while columns and len(lines[0]) + (size := max(map(len, columns[0])) + 1) <= width:
+                lines = [line + cell.ljust(size) for line, cell in zip(lines, columns.pop(0), strict=True)]
+            print(*(line.rstrip() for line in lines), "", sep="\n")
+    return example
+
+
+text = np.array(tokenizer.encode(TEXT))
+whole = np.array(tokenizer.encode(TEXT, bos=True, eos=True))
+assert [name(i) for i in text] == TEXT.split()  # a token is a word
+print(" ".join(map(name, whole)))
+
+# %% [markdown]
+# ### Causal
+#
+# Every token from those before it (Radford et al. 2018). Documents come with the tokens that begin and end a text,
+# which are `[CLS]` and `[SEP]` in this tokenizer.
+
+# %%
+example = show(objectives.Causal(), Document(whole), seed=0)
+assert (example["targets"][:-1] == example["tokens"][1:]).all()
+
+# %% [markdown]
+# ### Prefix
+#
+# The same, but the tokens of a prefix of random length all see each other, and only what follows has a loss (Raffel et
+# al. 2020). The last token of the prefix already has one: its target is the first token that the prefix does not show.
+
+# %%
+example = show(objectives.Prefix(), Document(whole), seed=1)
+assert example["prefix"].sum() + example["weights"].sum() == len(example["tokens"]) + 1
+
+# %% [markdown]
+# ### Chat
+#
+# A conversation is one document whose parts alternate, and only the answers have a loss, with the token that ends them.
+
+# %%
+ids, parts = chat_tokens(CHAT, ChatML(), tokenizer)
+example = show(objectives.Chat(), Document(ids, parts), seed=0)
+answer = [name(i) for i in example["targets"][example["weights"] > 0]]
+assert answer == ["the", "dog", ".", "<|im_end|>"]
+
+# %% [markdown]
+# ### Masked language model
+#
+# Some tokens are chosen, 15 % by default and 30 % in the pairs below; of these 80 % become the mask, 10 % a random
+# token and 10 % stay. In BERT (Devlin et al. 2019) the text is a pair, and a second task asks at `[CLS]` whether B
+# follows A. In RoBERTa (Liu et al. 2019) it is one text.
+
+# %%
+document = Document(text, other=np.array(tokenizer.encode(OTHER)))
+bert = objectives.MaskedLM(masked_fraction=0.3)
+for seed in (3, 1):
+    example = show(bert, document, seed=seed)
+    print("B follows A." if example["pair_targets"][0] else "B is from another document.", end="\n\n")
+    changed = example["tokens"] != example["targets"]
+    assert (example["weights"][changed] == 1).all()  # whatever was changed is to be restored
+
+# %%
+roberta = objectives.MaskedLM(next_sentence=False)
+example = show(roberta, document, seed=0)
+assert example["weights"].sum() == round(0.15 * len(text))
+
+# %% [markdown]
+# ### Blank filling
+#
+# GLM (Du et al. 2022) masks spans and writes them one after another, in random order, behind the text with its holes.
+# `positions` of a span is where its mask stands, `block_positions` counts inside it. A target without a weight is id 0,
+# which is `[PAD]` in this tokenizer.
+
+# %%
+blank_filling = objectives.BlankFilling(noise_density=0.3, mean_span_length=2.0)
+example = show(blank_filling, Document(text), seed=0)
+assert ((example["prefix"] == 1) == (example["weights"] == 0)).all()
+
+# %% [markdown]
+# ### Span corruption
+#
+# T5 (Raffel et al. 2020) is an encoder and a decoder. In the source a sentinel stands for each span, and the target is
+# the spans, each behind its sentinel.
+
+# %%
+span_corruption = objectives.SpanCorruption(noise_density=0.3, mean_span_length=2.0, num_sentinels=2)
+example = show(span_corruption, Document(text), seed=0)
+assert sum(len(example[field]) for field in ("source_tokens", "targets")) == len(text) + 2 * 2 + 2
+
+# %% [markdown]
+# ### Denoising
+#
+# BART (Lewis et al. 2020) writes the whole text, from one whose sentences stand in another order and whose spans are
+# masked; a span may also have no tokens at all, as between `dog` and `saw`.
+
+# %%
+denoising = objectives.Denoising(mean_span_length=2.0)
+example = show(denoising, Document(text), seed=25)
+assert (example["targets"][:-1] == text).all()
+source = " ".join(name(int(i)) for i in example["source_tokens"])
+assert "dog <mask> saw" in source
+assert source.index("dog") < source.index("cat")  # the sentences in another order
+
+# %% [markdown]
+# ### Parallel text
+#
+# Translation and what is like it (Sutskever et al. 2014): a document has two parts, the second is written from the
+# first.
+
+# %%
+source, target = (tokenizer.encode(part) for part in TRANSLATION)
+example = show(objectives.ParallelText(), Document(np.array(source + target), parts=(len(source),)), seed=0)
+assert example["tokens"][0] == vocabulary.bos_id
+
+# %% [markdown]
+# These are all the objectives that the library has.
+
+# %%
+public = [getattr(objectives, public_name) for public_name in objectives.__all__]
+classes = {cls for cls in public if isinstance(cls, type) and issubclass(cls, objectives.Objective)}
+bases = {objectives.Objective, objectives.SequenceToSequence}
+assert shown == classes - bases
+print(*sorted(cls.__name__ for cls in shown))
+
+# %% [markdown]
+# ### Who sees whom
+#
+# Short examples share a row. `pack` numbers them in `segment_ids`, and no token sees one of another document; 0 is
+# padding. The mask comes from three fields and nothing else: order, segments and prefix.
+
+# %%
+FIRST, SECOND = "the cat sat on the mat .", "nobody heard the song ."
+
+
+def packed_row(objective: objectives.Objective, length: int) -> objectives.Example:
+    """The two documents, as this objective has them, in one row."""
+    rng = np.random.default_rng(5)
+    ends = not objective.bare
+    documents = [Document(np.array(tokenizer.encode(part, bos=ends, eos=ends))) for part in (FIRST, SECOND)]
+    return pack([objective.example(document, rng, vocabulary) for document in documents], length, None)
+
+
+def allowed(row: objectives.Example) -> np.ndarray:
+    """[T, T]: whether a query (row) sees a key (column)."""
+    prefix = row["prefix"][None] if "prefix" in row else None
+    mask = AttentionMask(segment_ids=row["segment_ids"][None], prefix=prefix)
+    size = len(row["tokens"])
+    return np.asarray(mask.allowed(0, size, 0, size))[0]
+
+
+rows = {
+    "causal": packed_row(objectives.Causal(), 18),
+    "prefix": packed_row(objectives.Prefix(), 18),
+    "blank filling": packed_row(objectives.BlankFilling(), 18),
+}
+fig, axes = plt.subplots(1, 3, figsize=(12, 4.9), layout="constrained")
+for (title, row), ax in zip(rows.items(), axes, strict=True):
+    seen, segments = allowed(row), row["segment_ids"]
+    assert not seen[segments[:, None] != segments].any()  # nothing between documents
+    real = segments > 0
+    future = np.triu(np.ones_like(seen), 1) & seen
+    ax.imshow(np.where(real[:, None] & real, seen + 1 * future, 0), cmap="Blues", vmin=0, vmax=3)
+    labels = [name(int(i)) if s else "-" for i, s in zip(row["tokens"], segments, strict=True)]
+    ax.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
+    ax.set_yticks(range(len(labels)), labels, fontsize=7)
+    ax.set(title=title, xlabel="key")
+axes[0].set_ylabel("query")
+plt.show()
+
+# %% [markdown]
+# Pale: the query sees this key, which is itself or one before it. Dark: it sees one that comes after it, which only
+# happens in a prefix. White: it does not see it. `-` is padding, left white here.
+
+# %%
+for title, row in rows.items():
+    future = np.triu(allowed(row), 1)
+    print(f"{title:14} {future.sum():3} pairs of a query and a later key")
+    if title == "causal":
+        assert not future.any()
+    else:
+        assert (row["prefix"][future.nonzero()[1]] == 1).all()  # a later key that is seen is always in a prefix
+
+# %% [markdown]
+# ## A mixture of sources
+#
+# The shares of seven sources, as in LLaMA (Touvron et al. 2023). `Schedule` is a fixed order of sequences instead of
+# draws: after any number n of sequences, a source with share p has given p · n of them, but for an error below 1. The
+# order is that of the chairman assignment problem (Tijdeman 1980), whose bound for seven sources is 1 - 1/12.
+
+# %%
+SHARES = [0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02]
+NUM_SEQUENCES = 1000
+schedule = Schedule(SHARES)
+n = np.arange(NUM_SEQUENCES + 1)
+errors = np.array([schedule.counts(int(i)) for i in n]) - n[:, None] * np.array(SHARES)
+bound = 1 - 1 / (2 * len(SHARES) - 2)
+
+drawn = np.random.default_rng(0).choice(len(SHARES), size=NUM_SEQUENCES, p=SHARES)
+drawn_errors = np.cumsum(drawn[:, None] == np.arange(len(SHARES)), axis=0) - n[1:, None] * np.array(SHARES)
+print(f"largest error of the schedule:    {np.abs(errors).max():.3f} sequences, bound {bound:.3f}")
+print(f"largest error of random sampling: {np.abs(drawn_errors).max():.3f} sequences")
+assert np.abs(errors).max() <= bound + 1e-9 < 1
+
+# %%
+fig, axes = plt.subplots(len(SHARES), 1, figsize=(9, 8), sharex=True, sharey=True, layout="constrained")
+for source, ax in enumerate(axes):
+    ax.plot(n, errors[:, source], linewidth=0.6, color=f"C{source}")
+    ax.axhline(0, color="black", linewidth=0.5)
+    for limit in (-bound, bound):
+        ax.axhline(limit, color="gray", linewidth=0.8, linestyle="--")
+    ax.set(ylim=(-1, 1), yticks=(-1, 0, 1), xlim=(0, NUM_SEQUENCES))
+    ax.set_ylabel(f"{SHARES[source]:.1%}", rotation=0, ha="right", va="center")
+    ax.spines[["top", "right"]].set_visible(False)
+axes[0].set_title("count - share · n of each source; dashed: the bound")
+axes[-1].set_xlabel("n (sequences)")
+fig.supylabel("error (sequences), by the source's share")
+plt.show()
+
+# %% [markdown]
+# ## Packing documents into rows
+#
+# Cutting writes documents one after another and begins a new row where one is full, so that a document is cut wherever
+# a row happens to end. Best fit (Ding et al. 2024) cuts only documents longer than a row, and puts each piece into the
+# fullest row that still takes it.
+
+# %%
+ROW = 1024
+lengths = np.random.default_rng(0).lognormal(mean=5.7, sigma=1.0, size=2000).astype(int) + 2  # with BOS and EOS
+starts = np.cumsum(lengths) - lengths
+shard = Shard(tokens=np.zeros(lengths.sum(), np.uint16), documents=starts, parts=np.zeros(0, np.int64))
+plans = {
+    packing: plan_rows(shard, objectives.Causal(), packing, (ROW,), num_before=1, num_after=1)
+    for packing in ("cut", "best_fit")
+}
+fills, pieces_of = {}, {}
+print(f"{len(lengths):,} documents, {lengths.sum():,} tokens; {np.mean(lengths - 1 > ROW):.1%} longer than {ROW:,}")
+print(f"{'':10}{'rows':>8}{'pieces':>8}{'documents cut':>15}{'fill':>8}")
+for packing, plan in plans.items():
+    used = plan.pieces[:, 1] - 1  # a piece's last token is only a target
+    fills[packing] = np.add.reduceat(used, plan.rows[:-1]) / ROW
+    document = np.searchsorted(starts, plan.pieces[:, 0], side="right") - 1
+    pieces_of[packing] = np.bincount(document, minlength=len(lengths))
+    num_rows, num_cut = len(plan.rows) - 1, np.sum(pieces_of[packing] > 1)
+    print(f"{packing:10}{num_rows:8,}{len(plan.pieces):8,}{num_cut:15,}{fills[packing].mean():8.1%}")
+    assert fills[packing].max() <= 1
+    assert math.isclose(fills[packing].sum() * ROW, plan.num_tokens)
+
+assert (pieces_of["best_fit"] == -(-(lengths - 1) // ROW)).all()  # as few as can be
+assert pieces_of["cut"].sum() > pieces_of["best_fit"].sum()
+assert min(fill.mean() for fill in fills.values()) > 0.99
+
+# %%
+NUM_SHOWN = 24
+fig, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+for (packing, plan), ax in zip(plans.items(), axes, strict=True):
+    chosen = np.linspace(0, len(plan.rows) - 2, NUM_SHOWN).astype(int)
+    for y, row in enumerate(chosen):
+        left = 0
+        for start, size in plan.pieces[plan.rows[row] : plan.rows[row + 1]]:
+            is_cut = pieces_of[packing][np.searchsorted(starts, start, side="right") - 1] > 1
+            ax.barh(
+                y, size - 1, left=left, height=0.8, color="C1" if is_cut else "C0", edgecolor="white", linewidth=0.8
+            )
+            left += size - 1
+    ax.set(title=packing, xlabel="position (tokens)", xlim=(0, ROW), ylim=(NUM_SHOWN - 0.5, -0.5))
+    ax.spines[["top", "right"]].set_visible(False)
+axes[0].set_ylabel(f"{NUM_SHOWN} rows, evenly spaced")
+whole_patch, cut_patch = (plt.Rectangle((0, 0), 1, 1, color=color) for color in ("C0", "C1"))
+fig.legend([whole_patch, cut_patch], ["whole document", "piece of a cut one"], loc="outside lower center", ncols=2)
+plt.show()
+
+# %% [markdown]
+# Both fill nearly all positions; what differs is how many documents are read in pieces. The figures are those of this
+# one distribution of lengths.
