@@ -207,6 +207,8 @@ def _apply_field(
             new = _parse(annotation, value, components)
         except _Mismatch:
             wanted = type_name(annotation) + (f" (one of {', '.join(options)})" if options else "")
+            if any(map(dataclasses.is_dataclass, typing.get_args(annotation))) and not options:
+                wanted += ": give it in a config file"
             raise UserError(f"{key}={value!r} is not of type {wanted}") from None
     if change:
         if not dataclasses.is_dataclass(new):

@@ -34,6 +34,11 @@ class ChatTemplate(Component):
         """The conversation, in order; `trained` is what the model is to write. Roles have been checked."""
         raise NotImplementedError
 
+    def special_tokens(self) -> tuple[str, ...]:
+        """Names of the special tokens that the tokenizer must have."""
+        pieces = self.pieces([{"role": role, "content": role} for role in ROLES])
+        return tuple(dict.fromkeys(p.text for p in pieces if p.special and p.text not in (BOS, EOS)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Llama2Chat(ChatTemplate):

@@ -1,6 +1,7 @@
 """Which text a run learns from, and as what."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -36,16 +37,28 @@ class Source:
     document_chars: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("path", "exclude", "fields"):
+            _check_words(f"source '{self.name}': {name}", getattr(self, name) or ())
         if (self.share is None) == (self.epochs is None):
             raise UserError(f"source '{self.name}' must have one of share and epochs")
         amount = self.share if self.epochs is None else self.epochs
-        if amount is None or amount < 0 or (self.epochs is not None and not amount):
-            raise UserError(f"source '{self.name}' has share or epochs={amount}: it must be more than 0")
+        least = "at least 0" if self.epochs is None else "more than 0"
+        if not _is_amount(amount) or (self.epochs is not None and not amount):
+            raise UserError(f"source '{self.name}' has share or epochs={amount!r}: it must be a number, {least}")
+
+
+def _is_amount(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value < math.inf
+
+
+def _check_words(name: str, value: object) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(word, str) for word in value):
+        raise UserError(f'{name}={value!r} must be a tuple of texts, as in ("corpus/",)')
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """From a step on, other shares of the sources, in their order; 0 leaves one out."""
+    """From a step on, other shares of the sources than their own, in their order; 0 leaves one out."""
 
     start_step: int
     shares: tuple[float, ...]
@@ -68,7 +81,7 @@ class DataConfig:
     objective: what is to be learned of a document.
     packing: how documents share rows: `cut` where a row ends, or `best_fit`: only those longer than a row are cut.
     sources: several corpora instead of `path`, each with its share or its epochs.
-    stages: shares of the sources that change at given steps; the first begins at step 0.
+    stages: shares of the sources that change at given steps.
     """
 
     path: tuple[str, ...]
@@ -87,13 +100,15 @@ class DataConfig:
     stages: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("path", "exclude", "fields"):
+            _check_words(name, getattr(self, name))
         if not 0 <= self.validation_fraction < 1:
             raise UserError(f"validation_fraction={self.validation_fraction} must be at least 0 and less than 1")
         if self.document_chars is not None and self.document_chars < 1:
             raise UserError(
                 f"document_chars={self.document_chars} must be at least 1, or none to leave documents whole"
             )
-        if not self.fields or len(set(self.fields)) < len(self.fields):
+        if not self.fields or not all(self.fields) or len(set(self.fields)) < len(self.fields):
             raise UserError(f"fields={','.join(self.fields)} must name one field or several different ones")
         if self.document_chars is not None and len(self.fields) > 1:
             raise UserError(
@@ -114,17 +129,22 @@ class DataConfig:
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
             raise UserError(f"sources are called {', '.join(names)}: give each a name of its own")
+        if self.sources and not any(source.share or source.epochs for source in self.sources):
+            raise UserError("sources all have the share 0: give one of them more")
+        if self.stages and not self.sources:
+            raise UserError("stages change the shares of sources, and there are none: give sources")
         if not self.stages:
-            if self.sources and not any(source.share or source.epochs for source in self.sources):
-                raise UserError("sources all have the share 0: give one of them more")
             return
         if any(source.epochs is not None for source in self.sources):
             raise UserError("stages change shares, and a source says epochs: give all sources shares")
         steps = [stage.start_step for stage in self.stages]
-        if steps[0] != 0 or steps != sorted(set(steps)):
-            raise UserError(f"stages begin at steps {', '.join(map(str, steps))}: they must begin at 0 and go up")
+        if steps[0] < 1 or steps != sorted(set(steps)):
+            raise UserError(
+                f"stages begin at steps {', '.join(map(str, steps))}: they must be after 0, where the sources' own "
+                "shares begin, and go up"
+            )
         for stage in self.stages:
-            if len(stage.shares) != len(self.sources) or min(stage.shares) < 0 or not any(stage.shares):
+            if len(stage.shares) != len(self.sources) or not (all(map(_is_amount, stage.shares)) and any(stage.shares)):
                 raise UserError(
                     f"the stage from step {stage.start_step} has shares {', '.join(map(str, stage.shares))}: give each "
                     f"of the {len(self.sources)} sources one, 0 or more, and one of them more than 0"

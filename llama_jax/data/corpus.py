@@ -56,18 +56,19 @@ def _stream(directory: Path, split: Split, index: dict[str, Any], sizes: dict[st
         if counts[0]:
             shard_set, arrays = ShardSet(directory, "", ""), {}
             for (array, kind), count in zip(ARRAYS.items(), counts, strict=True):
-                arrays[array] = _map(shard_set.file(split, number, array), kind or index["dtype"], count, sizes)
+                file = shard_set.file(split, number, array)
+                arrays[array] = map_array(file, kind or index["dtype"], count, sizes.get(file.name))
             shards.append(Shard(**arrays))
     return TokenStream(shards)
 
 
-def _map(file: Path, dtype: str, count: int, sizes: dict[str, int]) -> np.ndarray:
-    """The array in `file`; raises ValueError where it has not `count` elements."""
+def map_array(file: Path, dtype: str, count: int, size: int | None) -> np.ndarray:
+    """The array in `file` of `size` bytes; raises ValueError where it has not `count` elements."""
     if not count:
         return np.zeros(0, dtype)
-    if sizes.get(file.name) != count * np.dtype(dtype).itemsize:
+    if size is None or size != count * np.dtype(dtype).itemsize:
         raise ValueError(f"{file} is not whole")
-    return _mapped(file, sizes[file.name]).view(dtype)
+    return _mapped(file, size).view(dtype)
 
 
 def _mapped(file: Path, size: int) -> np.ndarray:
@@ -113,6 +114,14 @@ def check_bad_records(summaries: list[dict[str, Any]], config: DataConfig) -> Ba
     return bad
 
 
+def empty_split(split: Split, num_documents: int, config: DataConfig) -> UserError:
+    """What to say where none of so many documents is in the split."""
+    return UserError(
+        f"validation_fraction={config.validation_fraction} leaves no document for {split} among {num_documents}: "
+        "change it (0 holds out none), give more files, or cut with document_chars"
+    )
+
+
 def write_index(directory: Path, summaries: list[dict[str, Any]], content_hash: str, config: DataConfig) -> None:
     """Writes the index of shards that are all there. Raises UserError for a corpus without text and an empty split."""
     bad = check_bad_records([summary["bad_records"] for summary in summaries], config)
@@ -123,12 +132,8 @@ def write_index(directory: Path, summaries: list[dict[str, Any]], content_hash: 
     counts = {split: sum(shards["documents"]) for split, shards in splits.items()}
     if not any(counts.values()):
         raise UserError(f"path={', '.join(config.path)} has no text: give files with text in them")
-    for split, count in counts.items():
-        if not count and (split == "train" or config.validation_fraction > 0):
-            raise UserError(
-                f"validation_fraction={config.validation_fraction} leaves no document for {split} among "
-                f"{sum(counts.values())}: change it (0 holds out none), give more files, or cut with document_chars"
-            )
+    if not counts["train"]:
+        raise empty_split("train", sum(counts.values()), config)
     index = {
         "content_hash": content_hash,
         "tokenizer": summaries[0]["tokenizer"],

@@ -9,7 +9,7 @@ from pathlib import Path
 from llama_jax.config import UserError
 from llama_jax.data.batches import Batches
 from llama_jax.data.config import DataConfig, Source, Split, Stage
-from llama_jax.data.corpus import Corpus
+from llama_jax.data.corpus import Corpus, empty_split
 from llama_jax.data.mixture import Mixture, Schedule
 from llama_jax.data.objectives import Vocabulary
 from llama_jax.data.plan import Packer
@@ -32,13 +32,17 @@ def prepare_dataset(
     vocabulary = Vocabulary.of(tokenizer)
     config.objective.check(vocabulary)
     packer = Packer(config.objective, config.packing, vocabulary, sequence_length)
-    directories = []
+    corpora = []
     for _, source in config.corpora():
         corpus = prepare(source, tokenizer, progress=progress)
         if packer.plans:
             packer.write(corpus)
-        directories.append(corpus.directory)
-    return directories
+        corpora.append(corpus)
+    # Of a mixture, a small source may have none held out.
+    num_documents = _sum(corpus.num_documents for corpus in corpora)
+    if config.validation_fraction > 0 and not num_documents["validation"]:
+        raise empty_split("validation", num_documents["train"], config)
+    return [corpus.directory for corpus in corpora]
 
 
 class Dataset:
@@ -87,7 +91,7 @@ class Dataset:
         """
         total = num_steps * global_batch_size
         schedules = []
-        for stage in self.config.stages or (Stage(0, tuple(source.share or 0.0 for source in self.sources)),):
+        for stage in (Stage(0, tuple(source.share or 0.0 for source in self.sources)), *self.config.stages):
             shares = _sequence_shares(self.sources, self.train, stage, total)
             schedules.append((stage.start_step * global_batch_size, Schedule(shares)))
         return Mixture(tuple(schedules))
@@ -98,26 +102,29 @@ class Dataset:
 
     def describe(self, batches: Batches, num_steps: int) -> list[str]:
         """What a run is told of its data: how full rows are, and what it takes of which source."""
-        lines = []
-        for source, rows, count in zip(self.sources, self.train, batches.num_sequences(num_steps), strict=True):
+        lines, taken = [], self.proportions(batches, num_steps)
+        for source, rows, held_out in zip(self.sources, self.train, self.validation, strict=True):
             text = f"{source.name}: {rows.num_rows:,} rows, {rows.num_tokens / rows.num_positions:.1%} full"
             if rows.num_dropped:
-                text += f", {rows.num_dropped:,} documents do not fit"
-            lines.append(f"{text}; {count / rows.num_rows:.2f} epochs")
+                text += f", {rows.num_dropped:,} documents in none"
+            if len(self.sources) > 1:
+                text += f"; {taken[f'share/{source.name}']:.1%} of the tokens"
+            lines.append(f"{text}; {taken[f'epochs/{source.name}']:.2f} epochs")
+            if not held_out.num_rows and self.corpora[source.name].num_documents["validation"]:
+                lines.append(f"{source.name}: none of the held-out documents is in a row")
         return lines
 
     def proportions(self, batches: Batches, step: int) -> dict[str, float]:
-        """Of a mixture, each source's share of the sequences before `step`, and its epochs."""
-        if len(self.sources) == 1 or not step:
-            return {}
+        """Each source's share of the tokens before `step`, its rows being as full as all of them, and its epochs."""
         counts = batches.num_sequences(step)
-        shares = {f"share/{s.name}": n / sum(counts) for s, n in zip(self.sources, counts, strict=True)}
+        tokens = [n * rows.num_tokens / rows.num_rows for n, rows in zip(counts, self.train, strict=True)]
+        shares = {f"share/{s.name}": n / max(sum(tokens), 1) for s, n in zip(self.sources, tokens, strict=True)}
         epochs = {f"epochs/{s.name}": n / r.num_rows for s, n, r in zip(self.sources, counts, self.train, strict=True)}
         return shares | epochs
 
     def _rows(self, split: Split, packer: Packer, seed: int) -> list[Rows]:
         rows = []
-        for name, corpus in self.corpora.items():
+        for number, (name, corpus) in enumerate(self.corpora.items()):
             stream = getattr(corpus, split)
             if packer.plans:
                 pieces, rows_of, counts = packer.open(corpus, split)
@@ -130,7 +137,7 @@ class Dataset:
                     sequence_length=packer.sequence_length,
                     num_tokens=counts["num_tokens"],
                     num_dropped=counts["num_dropped"],
-                    seed=seed,
+                    seed=(seed, number),
                 )
             else:
                 made = WindowRows(stream, packer.sequence_length, partial=split == "validation")

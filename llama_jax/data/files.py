@@ -140,11 +140,15 @@ def _of_saved_dataset(entry: str, top: str, found: list[CorpusFile]) -> list[Cor
     """`found`, or where the directory `top` was written by `save_to_disk` of Hugging Face, only its data."""
     by_name = {file.path.removeprefix(top).lstrip("/"): file for file in found} if top else {}
     if "dataset_dict.json" in by_name:
-        splits = _json_of(by_name["dataset_dict.json"])["splits"]
-        raise UserError(f"path '{entry}' is a dataset with the splits {', '.join(splits)}: name one, '{entry}/train'")
+        splits = _json_of(by_name["dataset_dict.json"])
+        if isinstance(splits, dict) and isinstance(splits := splits.get("splits"), list):
+            names = ", ".join(map(str, splits))
+            raise UserError(f"path '{entry}' is a dataset with the splits {names}: name one, '{entry}/train'")
     if not {"state.json", "dataset_info.json"} <= by_name.keys():
         return found
     state = _json_of(by_name["state.json"])
+    if not isinstance(state, dict) or "_data_files" not in state:
+        return found
     names = [part["filename"] for part in state["_data_files"]]
     missing = [name for name in names if name not in by_name]
     if missing:

@@ -1,17 +1,18 @@
 """Which source every sequence of a run comes from: exact shares, in closed form."""
 
+import bisect
 import dataclasses
 import functools
 import heapq
+import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
 
-from llama_jax.config import UserError
-
 BLOCK = 1 << 16  # sequences that are ordered together; shares are exact at their ends
+RARE = 8  # sequences in a block
 
 
 class Schedule:
@@ -22,8 +23,8 @@ class Schedule:
     block the order is that of Tijdeman 1980, "The chairman assignment problem", and none does better. Over any window,
     that is within 1 for two sources and within less than 2 for more, where shares such as (0.67, 0.15, 0.18) have no
     order at all that would be within 1 (a test tries them all).
-
-    Raises UserError for a share that is not 0 and less than 1 / BLOCK.
+    Sources with less than `RARE` sequences in a block are placed by themselves first, and may shift the others by one
+    half each.
     """
 
     def __init__(self, shares: Sequence[float | Fraction]):
@@ -32,11 +33,6 @@ class Schedule:
         self.shares = [share / total for share in exact]
         denominator = math.lcm(*(share.denominator for share in self.shares))
         self._block = denominator if denominator <= BLOCK else BLOCK
-        for number, share in enumerate(self.shares):
-            if 0 < share * BLOCK < 1:
-                raise UserError(
-                    f"the share of source {number} is less than one sequence in {BLOCK:,}: raise it, or leave it out"
-                )
 
     def locate(self, place: int) -> tuple[int, int]:
         """(source, how many of its sequences came before) of the sequence at `place`."""
@@ -60,10 +56,13 @@ class Schedule:
     def _totals(self, block: int) -> tuple[int, ...]:
         """Sequences of each source in the blocks before: the share's own number, rounded so that all are placed."""
         ideal = [share * block * self._block for share in self.shares]
-        totals = [math.floor(number) for number in ideal]
-        by_rest = sorted(range(len(ideal)), key=lambda i: totals[i] - ideal[i])
-        for i in by_rest[: block * self._block - sum(totals)]:
-            totals[i] += 1
+        # A source's total must not fall from one block to the next, as rounding all to a sum would make rare ones do.
+        rare = [share * self._block < RARE and share * self._block % 1 != 0 for share in self.shares]
+        totals = [math.floor(n + Fraction(1, 2)) if few else math.floor(n) for n, few in zip(ideal, rare, strict=True)]
+        by_rest = sorted((i for i, few in enumerate(rare) if not few), key=lambda i: totals[i] - ideal[i])
+        left = block * self._block - sum(totals)
+        for i in itertools.islice(itertools.cycle(by_rest if left > 0 else by_rest[::-1]), abs(left)):
+            totals[i] += 1 if left > 0 else -1
         return tuple(totals)
 
 
@@ -109,9 +108,13 @@ class Mixture:
         return [a + b for a, b in zip(before, schedule.counts(stop - start), strict=True)]
 
     def _stage(self, place: int) -> tuple[int, Schedule, list[int]]:
-        before = [0] * len(self.stages[0][1].shares)
-        for (start, schedule), (end, _) in zip(self.stages, self.stages[1:], strict=False):
-            if place < end:
-                return start, schedule, before
-            before = [a + b for a, b in zip(before, schedule.counts(end - start), strict=True)]
-        return *self.stages[-1], before
+        number = bisect.bisect_right([start for start, _ in self.stages], place) - 1
+        return *self.stages[number], self._before[number]
+
+    @functools.cached_property
+    def _before(self) -> list[list[int]]:
+        """How many sequences of each source come before each stage."""
+        found = [[0] * len(self.stages[0][1].shares)]
+        for (start, schedule), (end, _) in itertools.pairwise(self.stages):
+            found.append([a + b for a, b in zip(found[-1], schedule.counts(end - start), strict=True)])
+        return found

@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from llama_jax.config import UserError
 from llama_jax.data.config import Packing, Split
-from llama_jax.data.corpus import Corpus
+from llama_jax.data.corpus import Corpus, map_array
 from llama_jax.data.objectives import Causal, Objective, Vocabulary
 from llama_jax.data.shards import locked, whole
 from llama_jax.data.stream import Shard, TokenStream
@@ -75,9 +75,17 @@ class Packer:
         Raises UserError where no row takes a token.
         """
         directory = self.directory(corpus)
-        directory.mkdir(parents=True, exist_ok=True)
+        missing = [split for split in get_args(Split) if not (directory / f"{split}.json").exists()]
+        if not missing:
+            return
+        for stream in (corpus.train, corpus.validation):
+            self.objective.check_parts(stream.num_documents, sum(len(shard.parts) for shard in stream.shards))
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"'{directory}' cannot be made ({error.strerror}): set another data.cache_dir") from None
         with locked(corpus.directory / "rows.lock"):
-            for split in get_args(Split):
+            for split in missing:
                 if not (directory / f"{split}.json").exists():
                     self._write(directory, split, getattr(corpus, split))
 
@@ -109,10 +117,11 @@ class Packer:
         return pieces, _map(directory / f"{split}.rows", counts["num_rows"] + 1), counts
 
 
-def _map(file: Path, size: int) -> np.ndarray:
-    if file.stat().st_size != 8 * size:
-        raise UserError(f"'{file}' is not whole: remove its directory, and it is made again")
-    return np.asarray(np.memmap(file, "<i8", mode="r")) if size else np.zeros(0, np.int64)
+def _map(file: Path, count: int) -> np.ndarray:
+    try:
+        return map_array(file, "<i8", count, file.stat().st_size)
+    except ValueError:
+        raise UserError(f"'{file}' is not whole: remove its directory, and it is made again") from None
 
 
 def special_ends(vocabulary: Vocabulary) -> tuple[int, int]:
@@ -184,7 +193,8 @@ class _Fits:
         ]
         self.capacity = capacity
         self.whole = self.longest(capacity)
-        assert self.whole < len(sizes) - 1
+        if self.whole == sizes[-1]:
+            raise UserError(f"{type(objective).__name__} makes half of a text or less of it: rows cannot be planned")
 
     def lengths(self, sizes: np.ndarray) -> np.ndarray:
         """[streams, pieces]: of the examples of pieces of these sizes."""

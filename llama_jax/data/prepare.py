@@ -42,9 +42,15 @@ def prepare(
     files = find_files(config)
     content_hash = _content_hash(files, config, tokenizer)
     place = _place(files, config, tokenizer, directory, content_hash)
-    with locked(place.directory.with_name(place.directory.name + ".lock")):  # of several processes one tokenizes
+
+    def made() -> Corpus | None:
         corpus = open_corpus(place.directory, config)
-        if corpus is None or corpus.content_hash != content_hash:
+        return corpus if corpus is not None and corpus.content_hash == content_hash else None
+
+    # What is there is only read, perhaps from a disk that cannot be written. Else of several processes one tokenizes.
+    with contextlib.nullcontext() if (corpus := made()) is not None else locked(_lock_of(place)):
+        if (corpus := corpus or made()) is None:
+            place.directory.mkdir(exist_ok=True)  # the process before may have failed and removed it
             shards = plan_shards(files, config)
             summaries = _make(place, dict(enumerate(shards)), config, tokenizer, num_workers, progress)
             for leftover in place.directory.glob(f".*{PARTIAL}*"):  # of processes that were killed
@@ -82,8 +88,13 @@ def prepare_shards(
             raise UserError(f"there is no shard {number}: this corpus has {len(shards)}, numbered from 0")
     content_hash = _content_hash(files, config, tokenizer) if directory is None else ""
     place = _place(files, config, tokenizer, directory, content_hash)
-    _make(place, {number: shards[number] for number in wanted}, config, tokenizer, num_workers, progress)
+    with locked(_lock_of(place), shared=True):
+        _make(place, {number: shards[number] for number in wanted}, config, tokenizer, num_workers, progress)
     return place.directory
+
+
+def _lock_of(place: ShardSet) -> Path:
+    return place.directory.with_name(place.directory.name + ".lock")
 
 
 def cache_directory(config: DataConfig) -> Path:

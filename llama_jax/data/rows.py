@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from llama_jax.data.objectives import Document, Example, Objective, Vocabulary
+from llama_jax.data.objectives.base import FLOATS
 from llama_jax.data.packing import pack
 from llama_jax.data.plan import special_ends
 from llama_jax.data.stream import TokenStream
@@ -60,7 +61,7 @@ class PackedRows(Rows):
         sequence_length: int,
         num_tokens: int,
         num_dropped: int,
-        seed: int,
+        seed: tuple[int, ...],
     ):
         self._stream, self._objective, self._vocabulary = stream, objective, vocabulary
         self._pieces, self._rows, self._length, self._seed = pieces, rows, sequence_length, seed
@@ -79,7 +80,7 @@ class PackedRows(Rows):
 
     def _example(self, epoch: int, piece: int) -> Example:
         place, size = (int(x) for x in self._pieces[piece])
-        rng = np.random.default_rng([self._seed, epoch, place])
+        rng = np.random.default_rng([*self._seed, epoch, place])
         document = Document(self._stream.read(place, place + size), self._parts(place, size), self._other(place, rng))
         return self._objective.example(document, rng, self._vocabulary)
 
@@ -117,7 +118,7 @@ def empty_batch(objective: Objective, num_rows: int, sequence_length: int) -> Ba
     return {
         name: np.zeros(
             (num_rows, (objective.source_length or 0) if name.startswith("source_") else sequence_length),
-            np.float32 if name.endswith("weights") else np.int32,
+            np.float32 if name in FLOATS else np.int32,
         )
         for name in names
     }

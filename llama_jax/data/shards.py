@@ -16,7 +16,7 @@ from llama_jax.config import UserError
 from llama_jax.data.chat import chat_tokens
 from llama_jax.data.config import DataConfig, Split
 from llama_jax.data.documents import BadRecords, content_of, separators_of, split_of, text_bytes
-from llama_jax.data.readers import BadRecord, Record, SkippedFile, Unit, read_unit
+from llama_jax.data.readers import EMPTY_PART, BadRecord, Record, SkippedFile, Unit, read_unit
 from llama_jax.tokenizers import Tokenizer
 
 BATCH_CHARS = 1 << 20  # text tokenized at once: bounds the memory
@@ -81,7 +81,10 @@ def make_shard(
         for batch in reading.batches():
             tokens = _tokens_of_batch([record for record, _ in batch], tokenizer, config)
             for (record, content), parts in zip(batch, tokens, strict=True):
-                writers[split_of(content, config)].add(parts, text_bytes(record, content))
+                if len(record.parts) > 1 and not all(len(part) for part in parts):
+                    reading.bad.add(BadRecord(record.where, EMPTY_PART))
+                else:
+                    writers[split_of(content, config)].add(parts, text_bytes(record, content))
             for writer in writers.values():
                 writer.flush(dtype)
             progress(reading.done)
@@ -111,10 +114,10 @@ def whole(file: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Of several processes, one at a time is inside."""
+def locked(file: Path, *, shared: bool = False) -> Iterator[None]:
+    """Of several processes, one at a time is inside, or all those that share."""
     with file.open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+        fcntl.flock(held, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
 
 
@@ -188,7 +191,7 @@ def _tokens_of_chat(messages: list, record: Record, tokenizer: Tokenizer, config
         raise UserError(f"{record.where} holds the messages of a chat: set chat_template")
     tokens, starts = chat_tokens(messages, config.chat_template, tokenizer)
     parts = np.split(tokens, starts)
-    if len(parts) % 2 == 0 and tokens[-1] not in tokenizer.eos_ids[:1]:
+    if len(parts) % 2 == 0 and tokenizer.eos_ids and tokens[-1] != tokenizer.eos_ids[0]:
         parts.append(tokens[:0])  # the EOS behind every document is not of the answer
     return parts
 
@@ -219,7 +222,9 @@ class _SplitWriter:
         self._place = 0
 
     def add(self, parts: list[np.ndarray], num_bytes: int) -> None:
-        """A document: BOS, its parts' ids, EOS."""
+        """A document: BOS, its parts' ids, EOS; one with none of these is left out."""
+        if not any(map(len, (self._begin, *parts, self._end))):
+            return
         self._pending["documents"].append(self._place)
         self._pending["tokens"] += [self._begin, *parts, self._end]
         self._place += len(self._begin) + len(parts[0])

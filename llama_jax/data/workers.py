@@ -75,8 +75,11 @@ class _Worker:
 
     def _listen(self, replies: queue.SimpleQueue) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            replies.put((self, json.loads(line)))
+        try:
+            for line in self.process.stdout:
+                replies.put((self, json.loads(line)))
+        except ValueError:  # half a line: it was killed
+            self.process.kill()
         replies.put((self, {"ended": self.process.wait()}))
 
     def stop(self) -> None:

@@ -101,6 +101,8 @@ class RunConfig:
                 f"sequence_length={self.sequence_length}{with_source} is longer than model.max_positions="
                 f"{self.model.max_positions}: shorten the one or raise the other"
             )
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed} must be at least 0")
         takes, gives = type(self.model).batch_fields, self.data.objective.fields()
         if unknown := [name for name in gives if name not in takes]:
             raise UserError(

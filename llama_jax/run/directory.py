@@ -127,7 +127,7 @@ def check_directory(run: Run) -> None:
     if (directory / CONFIG_FILE).exists():
         before, now = _values(open_run(directory, run.components).config), _values(run.config)
         changeable = CHANGEABLE
-        if any(source.epochs is not None for source in run.config.data.sources):
+        if len({source.epochs is None for source in run.config.data.sources}) > 1:
             changeable = tuple(key for key in CHANGEABLE if key != "num_steps")  # the order of the data depends on it
         for key in [*now, *(key for key in before if key not in now)]:
             if before.get(key) != now.get(key) and not key.startswith(changeable):

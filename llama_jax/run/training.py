@@ -106,7 +106,8 @@ def _tokenizer(run: Run) -> Tokenizer:
 def trained_tokenizer(config: TokenizerConfig, data: DataConfig) -> Tokenizer:
     """One of the training documents, with the special tokens that the objective needs."""
     texts = itertools.chain.from_iterable(read_texts(source, "train") for _, source in data.corpora())
-    special = tuple(dict.fromkeys((*config.special_tokens, *data.objective.special_tokens())))
+    of_chats = data.chat_template.special_tokens() if data.chat_template is not None else ()
+    special = tuple(dict.fromkeys((*config.special_tokens, *data.objective.special_tokens(), *of_chats)))
     return train_tokenizer(texts, kind=config.kind, vocab_size=config.vocab_size, special_tokens=special)
 
 
@@ -260,7 +261,8 @@ class _Loop:
         step, every = metrics["step"], self.config.logging.every_steps
         if step % every == 0 or step in (1, self.config.num_steps) or "val_loss" in metrics:
             values = {k: v if isinstance(v, int) else float(v) for k, v in metrics.items()}
-            values |= self.dataset.proportions(self.batches, step)
+            if self.config.data.sources:
+                values |= self.dataset.proportions(self.batches, step)
             speed = clock.speed(step)
             if speed is not None:
                 values["tokens_per_second"] = speed * self.tokens_per_step
@@ -279,12 +281,15 @@ class _Loop:
         for batch in self.validation:
             part = self.eval_step(state.params, self._on_devices(batch))
             nats, targets = nats + float(part[0]), targets + float(part[1])
+        if not targets:  # chats of which no answer is held out
+            return {}
         values = {"val_loss": nats / targets}
         num_bytes = self.dataset.num_bytes["validation"]
-        # Only a causal model says how likely the whole text is; of token ids the bytes are not known.
+        # Only a causal model says how likely the whole text is, and nothing else; of token ids the bytes are not known.
         if (
             self.config.logging.validation_batches is None
             and isinstance(self.config.data.objective, Causal)
+            and self.config.data.chat_template is None
             and num_bytes
         ):
             values["val_bits_per_byte"] = nats / math.log(2) / num_bytes

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from file_kinds import as_example, write_array_record
 
 from llama_jax.config import UserError
-from llama_jax.data import DataConfig, TokenStream, files, prepare, shards
+from llama_jax.data import DataConfig, TokenStream, files, prepare, prepare_dataset, shards
 from llama_jax.data.readers import units
 from llama_jax.tokenizers import Tokenizer, train_tokenizer
 
@@ -142,9 +143,12 @@ def test_empty_splits_and_corpora(tmp_path: Path, tokenizer, monkeypatch: pytest
     monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "a.txt"
     file.write_text("one line\n" * 50)
-    for fraction, empty in ((1e-9, "validation"), (1 - 1e-9, "train")):
+    for fraction, empty in ((1 - 1e-9, "train"), (1e-9, "validation")):
         with pytest.raises(UserError, match=f"leaves no document for {empty} among 1"):
-            prepare(DataConfig(path=(str(file),), validation_fraction=fraction), tokenizer)
+            prepare_dataset(DataConfig(path=(str(file),), validation_fraction=fraction), tokenizer, sequence_length=8)
+    # Of several sources one may have none held out.
+    assert prepare(DataConfig(path=(str(file),), validation_fraction=1e-9), tokenizer).num_documents["validation"] == 0
+    shutil.rmtree(tmp_path / "cache")
     file.write_text("")
     with pytest.raises(UserError, match="has no text"):
         prepare(DataConfig(path=(str(file),)), tokenizer)
@@ -221,7 +225,9 @@ def test_ids_outside_the_vocabulary(tmp_path: Path, tokenizer):
 
 
 def test_chats_need_a_template(tmp_path: Path, tokenizer):
-    (tmp_path / "a.jsonl").write_text('{"text": [{"role": "user", "content": "hi"}]}')
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}'
+    )
     with pytest.raises(UserError, match="holds the messages of a chat: set chat_template"):
         prepare(DataConfig(path=(str(tmp_path / "a.jsonl"),), cache_dir=str(tmp_path / "cache")), tokenizer)
 

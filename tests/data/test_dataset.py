@@ -17,6 +17,7 @@ from llama_jax.config import UserError
 from llama_jax.data import (
     Batch,
     Batches,
+    Corpus,
     DataConfig,
     Dataset,
     Shard,
@@ -24,10 +25,20 @@ from llama_jax.data import (
     Stage,
     TokenStream,
     Vocabulary,
+    prepare,
     prepare_dataset,
 )
-from llama_jax.data.chat import ChatML, ChatTemplate, Llama2Chat, Llama3Chat
-from llama_jax.data.objectives import BlankFilling, Causal, Chat, Document, MaskedLM, Prefix, SpanCorruption
+from llama_jax.data.chat import ChatML, ChatTemplate, Llama2Chat, Llama3Chat, Piece
+from llama_jax.data.objectives import (
+    BlankFilling,
+    Causal,
+    Chat,
+    Document,
+    MaskedLM,
+    ParallelText,
+    Prefix,
+    SpanCorruption,
+)
 from llama_jax.data.plan import plan_rows
 from llama_jax.data.rows import PackedRows
 from llama_jax.tokenizers import Tokenizer, train_tokenizer
@@ -93,7 +104,7 @@ def hash_of(parts: list[Batch]) -> str:
 def test_any_restart_on_any_number_of_processes_continues(folder, tokenizer, objective, packing: str):
     """Packed mixtures of every objective, with shares that change: hashes of the batches."""
     shares = {"prose": 0.5, "code": 0.3, "notes": 0.2}
-    stages = (Stage(0, (0.5, 0.3, 0.2)), Stage(7, (0.0, 0.25, 0.75)))
+    stages = (Stage(7, (0.0, 0.25, 0.75)),)
     config = mixed(folder, shares, objective=objective, packing=packing, stages=stages)
     whole = batches_of(opened(config, tokenizer))
     expected = [hash_of([whole.batch(step)]) for step in range(24)]
@@ -118,8 +129,8 @@ def test_proportions_and_epochs_of_any_mixture(folder, tokenizer, data: st.DataO
     names = list(SIZES)
     share = st.integers(1, 9).map(lambda n: n / 10)
     shares = {name: data.draw(share) for name in names}
-    starts = [0, *sorted(data.draw(st.sets(st.integers(1, 30), max_size=2)))]
-    stages = tuple(Stage(start, tuple(data.draw(share) for _ in names)) for start in starts) if len(starts) > 1 else ()
+    starts = sorted(data.draw(st.sets(st.integers(1, 30), max_size=2)))
+    stages = tuple(Stage(start, tuple(data.draw(share) for _ in names)) for start in starts)
     dataset = opened(mixed(folder, shares, stages=stages), tokenizer)
     size, num_processes, restart = (
         data.draw(st.integers(1, 9)),
@@ -151,7 +162,7 @@ def test_proportions_and_epochs_of_any_mixture(folder, tokenizer, data: st.DataO
             assert len(set(found)) == len(found)
             assert last or sorted(found) == list(range(num_rows))
         assert [epoch for epoch, _ in taken] == [number // num_rows for number in range(len(taken))]
-    for stage, end in zip(stages or (Stage(0, tuple(shares.values())),), [*starts[1:], 40], strict=True):
+    for stage, end in zip((Stage(0, tuple(shares.values())), *stages), [*starts, 40], strict=True):
         # Of the stage's shares of the tokens, windows being full.
         within = [source for source, _, _ in places[stage.start_step * size : end * size]]
         for source, portion in enumerate(stage.shares):
@@ -238,7 +249,7 @@ def test_a_chat_cut_in_pieces_keeps_whose_turn_it_is(folder, tokenizer):
     plan = plan_rows(shard, Chat(), "best_fit", (20,), num_before=1, num_after=1)
     rows = PackedRows(
         TokenStream([shard]), Chat(), vocabulary, plan.pieces, plan.rows,
-        sequence_length=20, num_tokens=plan.num_tokens, num_dropped=0, seed=0,
+        sequence_length=20, num_tokens=plan.num_tokens, num_dropped=0, seed=(0,),
     )  # fmt: skip
     batch = rows.read([(0, row) for row in range(rows.num_rows)])
     trained = batch["targets"][batch["weights"] > 0]
@@ -323,18 +334,21 @@ def test_wrong_mixtures(folder, tokenizer):
         ({"path": ("y",), "sources": (one,)}, "path and sources are both given"),
         ({"sources": (one, one)}, "give each a name of its own"),
         ({"sources": (dataclasses.replace(one, share=0.0),)}, "all have the share 0"),
-        ({"sources": (one,), "stages": (Stage(3, (1.0,)),)}, "must begin at 0"),
-        ({"sources": (one,), "stages": (Stage(0, (1.0, 2.0)),)}, "give each of the 1 sources one"),
-        ({"sources": (one,), "stages": (Stage(0, (-1.0,)),)}, "0 or more"),
-        ({"sources": (Source("a", ("x",), epochs=1.0),), "stages": (Stage(0, (1.0,)),)}, "a source says epochs"),
+        ({"sources": (one,), "stages": (Stage(0, (1.0,)),)}, "must be after 0"),
+        ({"stages": (Stage(3, ()),)}, "there are none: give sources"),
+        ({"fields": ("",)}, "must name one field"),
+        ({"sources": (one,), "stages": (Stage(1, (1.0, 2.0)),)}, "give each of the 1 sources one"),
+        ({"sources": (one,), "stages": (Stage(1, (-1.0,)),)}, "0 or more"),
+        ({"sources": (Source("a", ("x",), epochs=1.0),), "stages": (Stage(1, (1.0,)),)}, "a source says epochs"),
     ):
         with pytest.raises(UserError, match=message):
             DataConfig(**{"path": (), **options})
     for options in ({}, {"share": 1.0, "epochs": 1.0}):
         with pytest.raises(UserError, match="one of share and epochs"):
             Source("a", ("x",), **options)
-    with pytest.raises(UserError, match="epochs=0"):
-        Source("a", ("x",), epochs=0.0)
+    for options in ({"epochs": 0.0}, {"share": float("nan")}, {"share": -1.0}):
+        with pytest.raises(UserError, match="must be a number, "):
+            Source("a", ("x",), **options)
     plain = train_tokenizer(texts_of("prose"), vocab_size=280)
     with pytest.raises(UserError, match="no special token '<extra_id_0>'"):
         opened(mixed(folder, {"prose": 1.0}, objective=SpanCorruption()), plain)
@@ -342,3 +356,65 @@ def test_wrong_mixtures(folder, tokenizer):
         opened(mixed(folder, {"prose": 1.0}, objective=SpanCorruption()), tokenizer)
     with pytest.raises(UserError, match=r"cannot fit a token into sequence_length=1"):
         prepare_dataset(mixed(folder, {"prose": 1.0}, objective=MaskedLM()), tokenizer, sequence_length=1)
+
+
+def test_pairs_and_chats_need_their_parts(folder, tokenizer, tmp_path: Path):
+    """Found out when the data is prepared, not when a batch is made."""
+    for objective, message in (
+        (ParallelText(source_length=20), "60 documents have 60 parts: name two fields"),
+        (Chat(), "Chat needs conversations"),
+    ):
+        with pytest.raises(UserError, match=message):
+            opened(mixed(folder, {"prose": 1.0}, objective=objective), tokenizer)
+    # WordPiece and whole words make nothing of a space: a pair with such a side is a bad record.
+    lines = ['{"en": "one", "fr": "un"}', '{"en": "two", "fr": " "}', '{"en": "", "fr": "trois"}']
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    words = train_tokenizer(["one two un trois"], kind="whitespace", vocab_size=5)
+    config = DataConfig(
+        path=(str(tmp_path / "pairs.jsonl"),), fields=("en", "fr"), objective=ParallelText(source_length=8),
+        validation_fraction=0.0, max_bad_records=2, cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    corpus = Corpus(prepare(config, words).directory, config)
+    assert corpus.bad_records["reasons"] == {"has a part without tokens": 2}
+    assert corpus.num_documents["train"] == 1
+
+
+class Questions(ChatTemplate):
+    """Words alone, without a mark."""
+
+    def pieces(self, messages):
+        return [Piece(message["content"], trained=message["role"] == "assistant") for message in messages]
+
+
+def test_answers_stay_answers_without_special_tokens(tmp_path: Path):
+    """A tokenizer without BOS and EOS: the end of one document is the beginning of the next."""
+    words = train_tokenizer(["who is there me not you"], kind="whitespace", vocab_size=10)
+    assert words.bos_id is None
+    assert not words.eos_ids
+    chat = [{"role": "user", "content": "who is there"}, {"role": "assistant", "content": "not me"}]
+    (tmp_path / "a.jsonl").write_text((json.dumps({"text": chat}) + "\n") * 4)
+    config = DataConfig(
+        path=(str(tmp_path / "a.jsonl"),), chat_template=Questions(), objective=Chat(), packing="best_fit",
+        validation_fraction=0.0, cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    dataset = Dataset(
+        config, prepare_dataset(config, words, sequence_length=4), Vocabulary.of(words), sequence_length=4, seed=0
+    )
+    batch = dataset.train[0].read([(0, row) for row in range(4)])
+    assert batch["weights"].tolist() == [[0, 0, 1, 1]] * 4
+    assert [words.decode(row[2:]) for row in batch["targets"].tolist()] == ["not me"] * 4
+
+
+def test_a_corpus_that_is_there_is_only_read(folder, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """From a disk that cannot be written: no lock is taken for what has been made."""
+    config = dataclasses.replace(mixed(folder, {"prose": 1.0}, packing="best_fit"), cache_dir=str(tmp_path))
+    prepare_dataset(config, tokenizer, sequence_length=LENGTH)
+
+    def no_lock(*_: Any, **__: Any) -> None:
+        raise AssertionError("a lock is written")
+
+    for module in ("prepare", "plan"):
+        monkeypatch.setattr(f"llama_jax.data.{module}.locked", no_lock)
+    assert opened(config, tokenizer).train[0].num_rows
+    with pytest.raises(AssertionError, match="a lock is written"):
+        prepare_dataset(config, tokenizer, sequence_length=LENGTH + 1)

@@ -3,11 +3,9 @@
 import collections
 from fractions import Fraction
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.config import UserError
 from llama_jax.data.mixture import BLOCK, Mixture, Schedule
 
 parts = st.lists(st.integers(1, 60), min_size=1, max_size=7)
@@ -32,7 +30,7 @@ def test_prefixes_are_as_near_as_can_be_and_windows_within_two(parts: list[int])
 
 
 @given(
-    shares=st.lists(st.floats(0.01, 1), min_size=2, max_size=6),
+    shares=st.lists(st.floats(0.01, 1) | st.floats(1e-9, 1e-3), min_size=2, max_size=6),
     block=st.sampled_from([0, 3, 10**6]),
     offset=st.integers(-500, 500),
 )
@@ -41,11 +39,12 @@ def test_any_shares_stay_exact_however_long_the_run(shares: list[float], block: 
     """Shares without a common denominator: ends of blocks do not add up errors, at 65 billion sequences either."""
     schedule = Schedule(shares)
     start = max(block * BLOCK + offset, 0)
+    bound = 2 + sum(share < 8 / BLOCK for share in schedule.shares) / 2
     counts = schedule.counts(start)
     for place, (source, number) in enumerate(walk(schedule, start, start + 1000), start):
         assert number == counts[source]  # none lost, none doubled
         counts[source] += 1
-        assert all(abs(n - share * (place + 1)) < 2 for n, share in zip(counts, schedule.shares, strict=True))
+        assert all(abs(n - share * (place + 1)) < bound for n, share in zip(counts, schedule.shares, strict=True))
     assert counts == schedule.counts(start + 1000)
 
 
@@ -94,5 +93,3 @@ def test_stages_go_on_where_the_last_one_left(data: st.DataObject):
 
 def test_a_source_that_is_left_out():
     assert {source for source, _ in walk(Schedule([1, 0, 3]), 0, 50)} == {0, 2}
-    with pytest.raises(UserError, match="share of source 1 is less than one sequence in 65,536"):
-        Schedule([1.0, 1e-5])

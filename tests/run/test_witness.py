@@ -97,7 +97,7 @@ CHANGES: dict[str, Callable[[RunConfig, Path], Any]] = {
     "data.chat_template": lambda *_: Llama2Chat(),
     "data.objective": lambda *_: Prefix(),
     "data.sources": lambda config, _: (Source("one", ("a.txt",), share=1.0), *config.data.sources[1:]),
-    "data.stages": lambda *_: (Stage(0, (1, 0)),),
+    "data.stages": lambda *_: (Stage(1, (1.0, 0.0)),),
     "data.document_chars": lambda *_: 100,
     "data.cache_dir": lambda _, folder: str(folder / "elsewhere"),
     "compute.dtype": lambda *_: "bfloat16",

@@ -76,8 +76,8 @@ class Vocabulary:
         found = {"pad": self.pad_id, "bos": self.bos_id, "eos": self.eos_id}[which]
         if found is None:
             raise UserError(
-                f"the tokenizer has no {which.upper()} token, which this objective needs: use one that has it, or name "
-                "another start_token if it is for that"
+                f"the tokenizer has no {which.upper()} token, which this objective needs: train it with the special "
+                f"token <{which}>, use one that has it, or name another start_token if it is for that"
             )
         return found
 
@@ -138,6 +138,10 @@ class Objective(Component):
         """Raises UserError where the tokenizer lacks a token that examples need."""
         for name in self.special_tokens():
             vocabulary.id(name)
+
+    def check_parts(self, num_documents: int, num_parts: int) -> None:
+        """Raises UserError where a corpus's documents do not have the parts that examples need; `num_parts` counts all
+        but the first of each."""
 
     def fields(self) -> tuple[str, ...]:
         """Names of the example's fields."""

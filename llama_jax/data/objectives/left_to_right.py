@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from llama_jax.config import UserError
 from llama_jax.data.objectives.base import Document, Example, Numbers, Objective, Vocabulary, as_example
 
 
@@ -54,6 +55,10 @@ class Prefix(LeftToRight):
 @dataclasses.dataclass(frozen=True)
 class Chat(LeftToRight):
     """Supervised fine-tuning: like Causal, and only what lies in an answer (an odd part) has a loss."""
+
+    def check_parts(self, num_documents: int, num_parts: int) -> None:
+        if num_parts < num_documents:
+            raise UserError("Chat needs conversations, and there are texts: set fields and chat_template")
 
     def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
         example = self.shifted(document.tokens)

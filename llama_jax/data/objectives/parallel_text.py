@@ -28,14 +28,17 @@ class ParallelText(SequenceToSequence):
     start_token: Boundary = "bos"
     divisible: ClassVar[bool] = False
 
+    def check_parts(self, num_documents: int, num_parts: int) -> None:
+        if num_parts != num_documents:
+            raise UserError(
+                f"ParallelText needs documents of a source and a target, and {num_documents:,} documents have "
+                f"{num_parts + num_documents:,} parts: name two fields, as in fields=en,de"
+            )
+
     def lengths(self, num_tokens: Numbers, target_start: Numbers) -> tuple[np.ndarray, ...]:
         return num_tokens - target_start + 1, target_start + 1
 
     def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
-        if len(document.parts) != 1:
-            raise UserError(
-                f"ParallelText needs documents of a source and a target, and one has {1 + len(document.parts)} "
-                "part(s): give parallel text, or take another objective"
-            )
+        self.check_parts(1, len(document.parts))
         start = int(document.parts[0])
         return self.pair(document.tokens[:start], document.tokens[start:], vocabulary)

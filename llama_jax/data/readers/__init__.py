@@ -18,11 +18,12 @@ from llama_jax.data.readers.array_record import read_array_record
 from llama_jax.data.readers.columns import read_arrow, read_parquet
 from llama_jax.data.readers.hub import read_dataset
 from llama_jax.data.readers.lines import cut, read_json, read_jsonl, read_text
-from llama_jax.data.readers.record import SURROGATE, BadRecord, Item, Part, Record, SkippedFile
+from llama_jax.data.readers.record import EMPTY_PART, SURROGATE, BadRecord, Item, Part, Record, SkippedFile
 from llama_jax.data.readers.token_file import read_tokens
 from llama_jax.data.readers.units import Unit, kind_of, plan_shards
 
 __all__ = [
+    "EMPTY_PART",
     "SURROGATE",
     "BadRecord",
     "Item",
@@ -47,7 +48,7 @@ READERS = {
 
 
 def read_unit(unit: Unit, config: DataConfig, separators: Sequence[int] = ()) -> Iterator[Item]:
-    """All records of a unit, in order, those left out that have an empty part.
+    """All records of a unit, in order, those left out that are empty.
 
     `separators` are the ids that stand between documents in files of tokens. Raises UserError for a damaged file.
     """
@@ -62,6 +63,8 @@ def read_unit(unit: Unit, config: DataConfig, separators: Sequence[int] = ()) ->
                 yield from (Record((part,), item.where) for part in cut(io.StringIO(text, newline="\n"), limit))
             elif all(map(len, item.parts)):
                 yield item
+            elif any(map(len, item.parts)):
+                yield BadRecord(item.where, EMPTY_PART)
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError):
         form = "gzip" if path.endswith(".gz") else "zstd"
         raise UserError(f"'{path}' is a damaged {form} file: get it again or leave it out") from None

@@ -47,6 +47,7 @@ NOT_JSON = "is not JSON"
 NO_FIELD = "lacks a field"
 WRONG_TYPE = "has a field of another type"
 SURROGATE = "has half a surrogate pair"
+EMPTY_PART = "has a part without tokens"
 TOO_LONG = "is longer than max_record_bytes"
 
 

@@ -35,7 +35,7 @@ def read_tokens(unit: Unit, config: DataConfig, separators: Sequence[int]) -> It
         held: list[np.ndarray] = []
         size, limit = 0, config.max_record_bytes // dtype.itemsize
         begin = 0  # where the document that we are in begins
-        while place < total:
+        while place < total and (owned or place < end):
             data = content.read(min(BATCH_TOKENS, total - place) * dtype.itemsize)
             ids = np.frombuffer(data, dtype)
             if not len(ids):

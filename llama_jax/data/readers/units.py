@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 from llama_jax.data.config import DataConfig
-from llama_jax.data.files import CorpusFile, is_dataset
+from llama_jax.data.files import CorpusFile, is_dataset, is_remote
 
 SHARD_BYTES = 1 << 26  # of input; also the size of a unit
 MAX_SHARDS = 4096  # above, shards grow: every shard is some memory maps, of which Linux gives a process 65530
@@ -50,6 +50,8 @@ def _splits(path: str, config: DataConfig) -> bool:
     if path.endswith((".gz", ".zst")):
         return False
     kind = kind_of(path)
+    if kind == "array_record" and is_remote(path):
+        return False  # its reader takes a local file: each piece would be copied with all of it
     return kind not in ("text", "arrow") or (kind == "text" and config.document_chars is not None)
 
 
