@@ -74,12 +74,12 @@ class Packer:
 
         Raises UserError where no row takes a token.
         """
+        for stream in (corpus.train, corpus.validation):
+            self.objective.check_parts(stream.num_documents, sum(len(shard.parts) for shard in stream.shards))
         directory = self.directory(corpus)
         missing = [split for split in get_args(Split) if not (directory / f"{split}.json").exists()]
         if not missing:
             return
-        for stream in (corpus.train, corpus.validation):
-            self.objective.check_parts(stream.num_documents, sum(len(shard.parts) for shard in stream.shards))
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:

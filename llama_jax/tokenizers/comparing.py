@@ -75,10 +75,10 @@ def compare(tokenizer: Tokenizer, text: str) -> Comparison:
 
 def comparison_table(title: str, rows: Iterable[tuple[str, Tokenizer, Comparison]]) -> Table:
     """One text's figures, a row for every tokenizer."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("tokenizer", overflow="fold")
+    table = Table(title=title, title_justify="left", padding=(0, 0), collapse_padding=True)
+    table.add_column("tokenizer", overflow="fold", min_width=12)
     for name in (
-        "vocabulary",
+        "size",
         "tokens",
         "per word",
         "per char",
@@ -86,9 +86,9 @@ def comparison_table(title: str, rows: Iterable[tuple[str, Tokenizer, Comparison
         "unknown",
         "round trip",
         "MB/s",
-        "tokens/s",
+        "Mtok/s",
     ):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for name, tokenizer, row in rows:
         table.add_row(
             name,
@@ -100,6 +100,6 @@ def comparison_table(title: str, rows: Iterable[tuple[str, Tokenizer, Comparison
             f"{row.unknown_rate:.2%}",
             "exact" if row.exact else "differs",
             f"{row.megabytes_per_second:.2f}",
-            f"{row.tokens_per_second:,.0f}",
+            f"{row.tokens_per_second / 1e6:.2f}",
         )
     return table

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -379,6 +380,7 @@ def test_pairs_and_chats_need_their_parts(folder, tokenizer, tmp_path: Path):
     assert corpus.num_documents["train"] == 1
 
 
+@dataclasses.dataclass(frozen=True)
 class Questions(ChatTemplate):
     """Words alone, without a mark."""
 
@@ -388,7 +390,7 @@ class Questions(ChatTemplate):
 
 def test_answers_stay_answers_without_special_tokens(tmp_path: Path):
     """A tokenizer without BOS and EOS: the end of one document is the beginning of the next."""
-    words = train_tokenizer(["who is there me not you"], kind="whitespace", vocab_size=10)
+    words = train_tokenizer(["who is there me not you"], kind="whitespace", vocab_size=7)
     assert words.bos_id is None
     assert not words.eos_ids
     chat = [{"role": "user", "content": "who is there"}, {"role": "assistant", "content": "not me"}]
@@ -414,7 +416,7 @@ def test_a_corpus_that_is_there_is_only_read(folder, tokenizer, tmp_path: Path, 
         raise AssertionError("a lock is written")
 
     for module in ("prepare", "plan"):
-        monkeypatch.setattr(f"llama_jax.data.{module}.locked", no_lock)
+        monkeypatch.setattr(sys.modules[f"llama_jax.data.{module}"], "locked", no_lock)
     assert opened(config, tokenizer).train[0].num_rows
     with pytest.raises(AssertionError, match="a lock is written"):
         prepare_dataset(config, tokenizer, sequence_length=LENGTH + 1)

@@ -294,7 +294,7 @@ def peak_of_child() -> int:
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:-9], "is a damaged gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999, mtime=0)[:-9], "is a damaged gzip file"),
         ("a.jsonl.zst", zstandard.compress(b'{"text": "a"}\n' * 999)[:-3], "is a damaged zstd file"),
         ("a.parquet", b"PAR1 and no more", "is a damaged file"),
         ("a.array_record", b"no record" * 99, "is a damaged ArrayRecord file"),
