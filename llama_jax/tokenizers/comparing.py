@@ -80,13 +80,13 @@ def comparison_table(title: str, rows: Iterable[tuple[str, Tokenizer, Comparison
     for name in (
         "size",
         "tokens",
-        "per word",
-        "per char",
-        "per byte",
+        "per\nword",
+        "per\nchar",
+        "per\nbyte",
         "unknown",
-        "round trip",
+        "round\ntrip",
         "MB/s",
-        "Mtok/s",
+        "Mtok\n/s",
     ):
         table.add_column(name, justify="right")
     for name, tokenizer, row in rows:

@@ -68,7 +68,7 @@ def test_tokenizers_and_objectives_runs(tmp_path: Path):
     shown, said, warned = run("tokenizers_and_objectives", tmp_path)
     assert warned == []
     assert sum("image/png" in data for data in shown) == 4
-    assert sum("round trip" in data.get("text/plain", "") for data in shown) == 2
+    assert sum("unknown" in data.get("text/plain", "") for data in shown) == 2
     assert "ab|ab|c: 0.148148 = 4/27" in said
     assert "B follows A." in said
     assert "B is from another document." in said
