@@ -15,6 +15,7 @@ from llama_jax.checkpoint.convert import ConversionError
 from llama_jax.checkpoint.language_model import convert
 from llama_jax.config import (
     UserError,
+    component_choices,
     config_names,
     field_docs,
     find_config,
@@ -181,8 +182,10 @@ def _help(name: str, doc: str | None, config: RunConfig) -> str:
         shown = type(value).__name__ if hasattr(value, "__dataclass_fields__") else value
         if isinstance(value, tuple):
             shown = ",".join(str(v) for v in value) or "(empty)"
-        flag = f"--{key.replace('_', '-')}"
-        lines.append(f"  {flag} <{type_name(annotation)}> = {shown}\n      {docs.get(key, '')}")
+        flag, kind = f"--{key.replace('_', '-')}", type_name(annotation)
+        if options := component_choices(annotation):
+            kind += f": {'|'.join(options)}"
+        lines.append(f"  {flag} <{kind}> = {shown}\n      {docs.get(key, '')}")
     return "\n".join(lines)
 
 

@@ -200,7 +200,7 @@ def _apply_field(
     new = old
     if "" in change:
         value = change.pop("")
-        options = _component_choices(annotation, components)
+        options = component_choices(annotation, components)
         if isinstance(value, str) and value in options:
             return _switch(options[value], old, change, key + ".", components)
         try:
@@ -213,14 +213,15 @@ def _apply_field(
     if change:
         if not dataclasses.is_dataclass(new):
             first = next(iter(change))
-            options = ", ".join(_component_choices(annotation, components))
+            options = ", ".join(component_choices(annotation, components))
             hint = f": choose one first with --{key} ({options})" if options else ""
             raise UserError(f"unknown key '{key}.{first}': {key} is {new!r} and has no '{first}'{hint}")
         new = _override(new, change, key + ".", components)
     return new
 
 
-def _component_choices(annotation: Any, components: Sequence[type]) -> dict[str, type]:
+def component_choices(annotation: Any, components: Sequence[type] = ()) -> dict[str, type]:
+    """Classes that a field with this annotation may hold, by name; none where it is no component's."""
     found: dict[str, type] = {}
     for option in typing.get_args(annotation) or (annotation,):
         if isinstance(option, type) and issubclass(option, Component):
@@ -252,7 +253,7 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     for name, annotation in field_types(type(config)).items():
         value = getattr(config, name)
         is_config = dataclasses.is_dataclass(value)
-        if not is_config or _component_choices(annotation, ()):
+        if not is_config or component_choices(annotation, ()):
             yield prefix + name, annotation, value
         if is_config:
             yield from leaves(value, prefix + name + ".")

@@ -1,8 +1,8 @@
 """Corpora to batches of token ids.
 
-In: a `DataConfig` and a tokenizer. Out: a `Corpus` of tokenized shards on disk, and from its streams `Batches`: numpy
-arrays [B, T] that are a function of (seed, step) alone. A new kind of file is a reader in `readers/`; only `batches.py`
-knows Grain.
+In: a `DataConfig` and a tokenizer. Out: a `Dataset` of tokenized shards on disk, and `Batches` of it: numpy arrays
+[B, T] that are a function of (seed, step) alone. A new kind of file is a reader in `readers/`, a new objective a file
+in `objectives/`; only `batches.py` knows Grain.
 """
 
 from llama_jax.data.batches import Batches, ValidationBatches

@@ -6,7 +6,7 @@ import json
 import mmap
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -114,11 +114,16 @@ def check_bad_records(summaries: list[dict[str, Any]], config: DataConfig) -> Ba
     return bad
 
 
-def empty_split(split: Split, num_documents: int, config: DataConfig) -> UserError:
-    """What to say where none of so many documents is in the split."""
+def check_validation(num_documents: Mapping[Split, int], config: DataConfig) -> None:
+    """Raises UserError where no document is held out."""
+    if not num_documents["validation"]:
+        raise _empty_split("validation", num_documents, config)
+
+
+def _empty_split(split: Split, num_documents: Mapping[Split, int], config: DataConfig) -> UserError:
     return UserError(
-        f"validation_fraction={config.validation_fraction} leaves no document for {split} among {num_documents}: "
-        "change it (0 holds out none), give more files, or cut with document_chars"
+        f"validation_fraction={config.validation_fraction} leaves no document for {split} among "
+        f"{sum(num_documents.values())}: change it (0 holds out none), give more files, or cut with document_chars"
     )
 
 
@@ -133,7 +138,7 @@ def write_index(directory: Path, summaries: list[dict[str, Any]], content_hash: 
     if not any(counts.values()):
         raise UserError(f"path={', '.join(config.path)} has no text: give files with text in them")
     if not counts["train"]:
-        raise empty_split("train", sum(counts.values()), config)
+        raise _empty_split("train", counts, config)
     index = {
         "content_hash": content_hash,
         "tokenizer": summaries[0]["tokenizer"],

@@ -9,7 +9,7 @@ from pathlib import Path
 from llama_jax.config import UserError
 from llama_jax.data.batches import Batches
 from llama_jax.data.config import DataConfig, Source, Split, Stage
-from llama_jax.data.corpus import Corpus, empty_split
+from llama_jax.data.corpus import Corpus, check_validation
 from llama_jax.data.mixture import Mixture, Schedule
 from llama_jax.data.objectives import Vocabulary
 from llama_jax.data.plan import Packer
@@ -34,14 +34,12 @@ def prepare_dataset(
     packer = Packer(config.objective, config.packing, vocabulary, sequence_length)
     corpora = []
     for _, source in config.corpora():
-        corpus = prepare(source, tokenizer, progress=progress)
+        corpus = prepare(source, tokenizer, progress=progress, needs_validation=not config.sources)
         if packer.plans:
             packer.write(corpus)
         corpora.append(corpus)
-    # Of a mixture, a small source may have none held out.
-    num_documents = _sum(corpus.num_documents for corpus in corpora)
-    if config.validation_fraction > 0 and not num_documents["validation"]:
-        raise empty_split("validation", num_documents["train"], config)
+    if config.validation_fraction > 0:
+        check_validation(_sum(corpus.num_documents for corpus in corpora), config)
     return [corpus.directory for corpus in corpora]
 
 

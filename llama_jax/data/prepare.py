@@ -12,7 +12,7 @@ from typing import Any
 from llama_jax.config import UserError, choices, to_json
 from llama_jax.data.chat import ChatTemplate
 from llama_jax.data.config import DataConfig
-from llama_jax.data.corpus import Corpus, check_bad_records, open_corpus, write_index
+from llama_jax.data.corpus import Corpus, check_bad_records, check_validation, open_corpus, write_index
 from llama_jax.data.files import CorpusFile, digests, find_files
 from llama_jax.data.readers import Unit, kind_of, plan_shards
 from llama_jax.data.shards import PARTIAL, ShardSet, locked, make_shard
@@ -30,6 +30,7 @@ def prepare(
     *,
     directory: str | Path | None = None,
     num_workers: int | None = None,
+    needs_validation: bool = True,
     progress: Progress | None = None,
 ) -> Corpus:
     """The corpus of `config` tokenized by `tokenizer`: each document is BOS, its tokens, EOS.
@@ -37,11 +38,17 @@ def prepare(
     It is kept in `directory`, by default in the cache under a hash of the files' contents, the options and the
     tokenizer. Shards that are there already are not made again; the others are made by `num_workers` processes
     (default: one for each core). `progress` is called with the bytes of the files done so far and altogether. Raises
-    UserError for a corpus without text, an empty split, too many bad records, and a directory with other shards.
+    UserError for a corpus without text, an empty split (of validation only where it `needs_validation`), too many bad
+    records, and a directory with other shards.
     """
     files = find_files(config)
     content_hash = _content_hash(files, config, tokenizer)
     place = _place(files, config, tokenizer, directory, content_hash)
+
+    def checked(corpus: Corpus) -> Corpus:
+        if needs_validation and config.validation_fraction > 0:
+            check_validation(corpus.num_documents, config)
+        return corpus
 
     def made() -> Corpus | None:
         corpus = open_corpus(place.directory, config)
@@ -57,13 +64,13 @@ def prepare(
                 leftover.unlink(missing_ok=True)
             try:
                 write_index(place.directory, summaries, content_hash, config)
+                corpus = checked(Corpus(place.directory, config))
             except UserError:
                 if directory is None:  # nobody asked for it under this name
                     shutil.rmtree(place.directory)
                 raise
-            corpus = Corpus(place.directory, config)
     check_bad_records([corpus.bad_records], config)
-    return corpus
+    return checked(corpus)
 
 
 def prepare_shards(

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from llama_jax.data import (
     Source,
     Stage,
     TokenStream,
+    ValidationBatches,
     Vocabulary,
     prepare,
     prepare_dataset,
@@ -41,6 +43,7 @@ from llama_jax.data.objectives import (
     SpanCorruption,
 )
 from llama_jax.data.plan import plan_rows
+from llama_jax.data.readers import units
 from llama_jax.data.rows import PackedRows
 from llama_jax.tokenizers import Tokenizer, train_tokenizer
 
@@ -204,11 +207,18 @@ def test_shares_are_of_tokens_where_rows_are_not_full(folder, tokenizer):
 
 
 @pytest.mark.parametrize("packing", ["cut", "best_fit"])
-def test_all_text_is_learned_from_once_an_epoch(folder, tokenizer, packing: str):
+@pytest.mark.parametrize("shard_bytes", [1 << 26, 500])
+def test_all_text_is_learned_from_once_an_epoch(
+    folder, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str, shard_bytes: int
+):
+    monkeypatch.setattr(units, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
     config = DataConfig(
-        path=(str(folder / "prose"),), validation_fraction=0.0, cache_dir=str(folder / "cache"), packing=packing
+        path=(str(folder / "prose"),), validation_fraction=0.0, cache_dir=str(tmp_path), packing=packing
     )
-    rows = opened(config, tokenizer).train[0]
+    dataset = opened(config, tokenizer)
+    rows = dataset.train[0]
+    assert (len(dataset.corpora["data"].train.shards) > 3) == (shard_bytes == 500)
     batch = rows.read([(0, row) for row in range(rows.num_rows)])
     found = collections.Counter(batch["targets"][batch["weights"] > 0].tolist())
     ids = [tokenizer.encode(text, bos=True, eos=True)[1:] for text in texts_of("prose")]
@@ -228,6 +238,21 @@ def test_noise_is_another_in_every_epoch_and_the_same_again(folder, tokenizer):
     assert (first == same.read([(0, 3)])["tokens"]).all()
     assert (first != rows.read([(1, 3)])["tokens"]).any()
     assert (first != other.read([(0, 3)])["tokens"]).any()
+
+
+def test_a_small_source_may_have_none_held_out(folder, tokenizer):
+    config = dataclasses.replace(mixed(folder, {"prose": 1.0, "notes": 1.0}), validation_fraction=0.1)
+    dataset = opened(config, tokenizer)
+    held_out = [corpus.num_documents["validation"] for corpus in dataset.corpora.values()]
+    assert held_out[0] > 0 == held_out[1]
+    assert len(ValidationBatches(dataset.validation, global_batch_size=2)) > 0
+    for own in ({"notes": 1.0}, {"notes": 0.5}):
+        with pytest.raises(UserError, match="leaves no document for validation among 9"):
+            opened(dataclasses.replace(mixed(folder, own), validation_fraction=0.1), tokenizer)
+    with pytest.raises(UserError, match="leaves no document for validation among 9"):
+        prepare(
+            DataConfig(path=(str(folder / "notes"),), validation_fraction=0.1, cache_dir=config.cache_dir), tokenizer
+        )
 
 
 def test_next_sentences_are_of_other_documents(folder, tokenizer):

@@ -88,6 +88,8 @@ def test_best_fit_fills_what_fits():
     assert plan.num_tokens == 180
     cut = planned(make_shard([59, 29, 29, 9, 19, 29]), Causal(), "cut", (60,))
     assert len(cut.rows) - 1 == 3
+    # Examples of 6 to 2: with 3 in the roomier of the rows that take it, 2 would need a third row.
+    assert len(planned(make_shard([5, 4, 3, 2, 1]), Causal(), "best_fit", (10,)).rows) - 1 == 2
 
 
 @pytest.mark.parametrize("packing", ["cut", "best_fit"])
