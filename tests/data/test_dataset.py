@@ -85,9 +85,9 @@ def mixed(folder: Path, shares: dict[str, float], epochs: dict[str, float] | Non
     )
 
 
-def opened(config: DataConfig, tokenizer: Tokenizer, *, seed: int = 0) -> Dataset:
-    directories = prepare_dataset(config, tokenizer, sequence_length=LENGTH)
-    return Dataset(config, directories, Vocabulary.of(tokenizer), sequence_length=LENGTH, seed=seed)
+def opened(config: DataConfig, tokenizer: Tokenizer, *, seed: int = 0, length: int = LENGTH) -> Dataset:
+    directories = prepare_dataset(config, tokenizer, sequence_length=length)
+    return Dataset(config, directories, Vocabulary.of(tokenizer), sequence_length=length, seed=seed)
 
 
 def batches_of(dataset: Dataset, *, num_steps: int = 50, size: int = 8, **options: Any) -> Batches:
@@ -198,10 +198,10 @@ def test_epochs_are_what_they_say_and_the_rest_is_shared(folder, tokenizer):
 def test_shares_are_of_tokens_where_rows_are_not_full(folder, tokenizer):
     """Best fit leaves rows of short documents emptier: more of them make up the same share."""
     config = mixed(folder, {"prose": 0.5, "notes": 0.5}, packing="best_fit", objective=MaskedLM(next_sentence=False))
-    dataset = opened(config, tokenizer)
+    dataset = opened(config, tokenizer, length=400)
     batches = batches_of(dataset, num_steps=40)
     mean = [rows.num_tokens / rows.num_rows for rows in dataset.train]
-    assert mean[0] != mean[1]
+    assert mean[0] > 1.2 * mean[1]
     tokens = [count * each for count, each in zip(batches.num_sequences(40), mean, strict=True)]
     assert abs(tokens[0] - tokens[1]) <= 2 * max(mean)
 
