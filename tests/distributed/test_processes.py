@@ -104,9 +104,10 @@ def test_saved_by_four_continued_by_two_then_by_one(
     four = Processes(4, 2, tmp_path, config, "stop@2", mesh__fsdp=2, mesh__tensor=4)
     codes, outs, errors = four.end()
     assert codes == [75] * 4, errors
-    first, second = outs[0].splitlines()[:2]
-    assert first == "mesh: fsdp 2, tensor 4"
-    assert second.startswith("step 1/6  loss")
+    rows, mesh, step = outs[0].splitlines()[:3]
+    assert re.fullmatch(r"data: \d+ rows, 100.0% full; 0.\d\d epochs", rows)
+    assert mesh == "mesh: fsdp 2, tensor 4"
+    assert step.startswith("step 1/6  loss")
     assert outs[1:] == [""] * 3
     assert errors == ["stopped at step 2 with a checkpoint saved: start again to continue\n", "", "", ""]
 
@@ -114,11 +115,11 @@ def test_saved_by_four_continued_by_two_then_by_one(
     two = Processes(2, 2, tmp_path, config, "stop@4", mesh__fsdp=1, mesh__context=4, compute__preflight="true")
     codes, outs, errors = two.end()
     assert codes == [75, 75], errors
-    first, second, third, fourth = outs[0].splitlines()[:4]
+    first, _, mesh, kernel, step = outs[0].splitlines()[:5]
     assert first == f"continuing '{tmp_path / 'run'}' from step 2"
-    assert second == "mesh: context 4"
-    assert re.match("attention kernel '.*' agrees with the reference", third)
-    assert fourth.startswith("step 3/6  loss")
+    assert mesh == "mesh: context 4"
+    assert re.match("attention kernel '.*' agrees with the reference", kernel)
+    assert step.startswith("step 3/6  loss")
     assert outs[1] + errors[1] == ""
 
     loaded: dict[str, Any] = {}
