@@ -30,8 +30,10 @@ from llama_jax import config
 print(config.__file__)
 print(*config.config_names())
 config.load_config_module("tiny_python").get_config()
+config.load_config_module("mixtures/llama1").get_config()
 """
     file, names = run("-c", code, cwd=tmp_path, PYTHONPATH=str(site)).splitlines()
     assert Path(file).is_relative_to(site)
     assert "tiny_python" in names.split()
-    assert set(names.split()) == {f.stem for f in (ROOT / "configs").glob("*.py") if not f.stem.startswith("_")}
+    configs = {f.relative_to(ROOT / "configs").with_suffix("").as_posix() for f in (ROOT / "configs").rglob("*.py")}
+    assert set(names.split()) == configs
