@@ -62,7 +62,7 @@ def library(tokenizer: Tokenizer) -> Callable[[list[str]], object]:
     inner = getattr(tokenizer, "_tokenizer", None)
     if inner is not None:
         return lambda texts: [e.ids for e in inner.encode_batch_fast(texts, add_special_tokens=False)]
-    processor = getattr(tokenizer, "_processor")  # noqa: B009
+    processor = tokenizer._processor
     return lambda texts: processor.encode(texts, num_threads=1)
 
 

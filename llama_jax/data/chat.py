@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from llama_jax.config import Component, UserError
-from llama_jax.data.objectives.base import special_id, special_tokens_of
+from llama_jax.data.objectives.base import special_id
 from llama_jax.tokenizers.base import Tokenizer
 
 type Message = Mapping[str, str]
@@ -134,7 +134,7 @@ def _special(tokenizer: Tokenizer, name: str) -> int:
         return tokenizer.bos_id
     if name == EOS and tokenizer.eos_ids:
         return tokenizer.eos_ids[0]
-    return special_id(special_tokens_of(tokenizer), name)
+    return special_id(tokenizer.special_tokens, name)
 
 
 def problem_of(messages: Sequence[Message]) -> str | None:

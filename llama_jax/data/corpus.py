@@ -15,7 +15,7 @@ import numpy as np
 from llama_jax.config import UserError
 from llama_jax.data.config import DataConfig, Split
 from llama_jax.data.documents import BadRecords, read_texts
-from llama_jax.data.shards import ARRAYS, ShardSet, whole
+from llama_jax.data.shards import ARRAYS, array_file, whole
 from llama_jax.data.stream import Shard, TokenStream
 
 INDEX = "index.json"
@@ -54,9 +54,9 @@ def _stream(directory: Path, split: Split, index: dict[str, Any], sizes: dict[st
     shards = []
     for number, counts in enumerate(zip(*(index["splits"][split][array] for array in ARRAYS), strict=True)):
         if counts[0]:
-            shard_set, arrays = ShardSet(directory, "", ""), {}
+            arrays = {}
             for (array, kind), count in zip(ARRAYS.items(), counts, strict=True):
-                file = shard_set.file(split, number, array)
+                file = array_file(directory, split, number, array)
                 arrays[array] = map_array(file, kind or index["dtype"], count, sizes.get(file.name))
             shards.append(Shard(**arrays))
     return TokenStream(shards)

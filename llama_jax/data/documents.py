@@ -11,7 +11,7 @@ from llama_jax.config import UserError
 from llama_jax.data.chat import problem_of
 from llama_jax.data.config import DataConfig, Split
 from llama_jax.data.files import find_files
-from llama_jax.data.readers import SURROGATE, BadRecord, Part, Record, plan_shards, read_unit
+from llama_jax.data.readers import SURROGATE, BadRecord, Part, Record, SkippedFile, Unit, plan_shards, read_unit
 
 NO_CONVERSATION = "messages that are no conversation"
 NAMED = 100  # bad records that are told by name
@@ -50,22 +50,31 @@ def read_texts(config: DataConfig, split: Split) -> Iterator[str]:
     """
     bad = BadRecords(config.max_bad_records)
     for unit in (unit for shard in plan_shards(find_files(config), config) for unit in shard):
-        for record in read_unit(unit, config, separators=(0,)):
-            if isinstance(record, BadRecord):
-                bad.add(record)
-            elif isinstance(record, Record):
-                content = content_of(record)
-                if isinstance(content, BadRecord):
-                    bad.add(content)
-                elif split_of(content, config) == split:
-                    for part in record.parts:
-                        yield from _texts_of(part, record.where)
+        for record, content in good_records(unit, config, (0,), bad, []):
+            if split_of(content, config) == split:
+                for part in record.parts:
+                    yield from _texts_of(part, record.where)
+
+
+def good_records(
+    unit: Unit, config: DataConfig, separators: Sequence[int], bad: BadRecords, skipped: list[str]
+) -> Iterator[tuple[Record, bytes]]:
+    """A unit's records with their `content_of`; `bad` and `skipped` are told of the rest."""
+    for item in read_unit(unit, config, separators):
+        if isinstance(item, SkippedFile):
+            skipped.append(f"{item.path}: {item.reason}")
+        elif isinstance(item, BadRecord):
+            bad.add(item)
+        elif isinstance(content := content_of(item), BadRecord):
+            bad.add(content)
+        else:
+            yield item, content
 
 
 def _texts_of(part: Part, where: str) -> list[str]:
     if isinstance(part, np.ndarray):
         raise UserError(f"{where} holds token ids, of which no text can be read: give the tokenizer's path")
-    return [part] if isinstance(part, str) else [str(message["content"]) for message in part]
+    return [part] if isinstance(part, str) else [message["content"] for message in part]
 
 
 def content_of(record: Record) -> bytes | BadRecord:
@@ -91,9 +100,7 @@ def text_bytes(record: Record, content: bytes) -> int:
     """The size of the record's text in UTF-8; of token ids, none."""
     if all(isinstance(part, str) for part in record.parts):
         return len(content) - len(record.parts) + 1
-    return sum(
-        len(str(message["content"]).encode()) for part in record.parts if isinstance(part, list) for message in part
-    )
+    return sum(len(message["content"].encode()) for part in record.parts if isinstance(part, list) for message in part)
 
 
 def split_of(content: str | bytes, config: DataConfig) -> Split:

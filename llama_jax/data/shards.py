@@ -15,13 +15,18 @@ import numpy as np
 from llama_jax.config import UserError
 from llama_jax.data.chat import chat_tokens
 from llama_jax.data.config import DataConfig, Split
-from llama_jax.data.documents import BadRecords, content_of, separators_of, split_of, text_bytes
-from llama_jax.data.readers import EMPTY_PART, BadRecord, Record, SkippedFile, Unit, read_unit
+from llama_jax.data.documents import BadRecords, good_records, separators_of, split_of, text_bytes
+from llama_jax.data.readers import EMPTY_PART, BadRecord, Record, Unit
 from llama_jax.tokenizers import Tokenizer
 
 BATCH_CHARS = 1 << 20  # text tokenized at once: bounds the memory
 ARRAYS = {"tokens": None, "documents": "<i8", "parts": "<i8"}  # a shard's files and what they hold; None: the ids' type
 PARTIAL = ".partial-"  # in the names of files that are not whole yet
+
+
+def array_file(directory: Path, split: str, number: int, array: str) -> Path:
+    """Where a shard's array is."""
+    return directory / f"{split}-{number:05}.{array}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +36,6 @@ class ShardSet:
     directory: Path
     key: str
     tokenizer: str
-
-    def file(self, split: str, number: int, array: str) -> Path:
-        return self.directory / f"{split}-{number:05}.{array}"
 
     def summary(self, number: int) -> dict[str, Any] | None:
         """What is said of a shard that is there wholly, or None.
@@ -55,7 +57,10 @@ class ShardSet:
         dtype = np.dtype(summary["dtype"])
         for split, arrays in splits.items():
             for array, kind in ARRAYS.items():
-                file, size = self.file(split, number, array), arrays[array] * np.dtype(kind or dtype).itemsize
+                file, size = (
+                    array_file(self.directory, split, number, array),
+                    arrays[array] * np.dtype(kind or dtype).itemsize,
+                )
                 if size and (not file.is_file() or file.stat().st_size != size):
                     return None
         return summary
@@ -77,7 +82,9 @@ def make_shard(
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     reading = _Reading(units, config, separators_of(tokenizer.bos_id, tokenizer.eos_ids))
     with contextlib.ExitStack() as stack:
-        writers = {split: _SplitWriter(shard_set, split, number, tokenizer, stack) for split in get_args(Split)}
+        writers = {
+            split: _SplitWriter(shard_set.directory, split, number, tokenizer, stack) for split in get_args(Split)
+        }
         for batch in reading.batches():
             tokens = _tokens_of_batch([record for record, _ in batch], tokenizer, config)
             for (record, content), parts in zip(batch, tokens, strict=True):
@@ -136,18 +143,8 @@ class _Reading:
         size = finished = 0
         for unit in self._units:
             read = 0
-            for item in read_unit(unit, self._config, self._separators):
-                if isinstance(item, SkippedFile):
-                    self.skipped.append(f"{item.path}: {item.reason}")
-                    continue
-                if isinstance(item, BadRecord):
-                    self.bad.add(item)
-                    continue
-                content = content_of(item)
-                if isinstance(content, BadRecord):
-                    self.bad.add(content)
-                    continue
-                batch.append((item, content))
+            for record, content in good_records(unit, self._config, self._separators, self.bad, self.skipped):
+                batch.append((record, content))
                 size += len(content)
                 read += len(content)
                 if size >= BATCH_CHARS:
@@ -209,10 +206,8 @@ def _checked(ids: np.ndarray, record: Record, tokenizer: Tokenizer) -> np.ndarra
 class _SplitWriter:
     """A split's files of a shard, under their names once the stack is left; what would be empty is no file."""
 
-    def __init__(
-        self, shard_set: ShardSet, split: Split, number: int, tokenizer: Tokenizer, stack: contextlib.ExitStack
-    ):
-        self._shard_set, self._split, self._number, self._stack = shard_set, split, number, stack
+    def __init__(self, directory: Path, split: Split, number: int, tokenizer: Tokenizer, stack: contextlib.ExitStack):
+        self._directory, self._split, self._number, self._stack = directory, split, number, stack
         self._begin = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
         self._end = np.array(tokenizer.eos_ids[:1], np.int32)
         self._files: dict[str, tuple[BinaryIO, Any]] = {}
@@ -246,7 +241,7 @@ class _SplitWriter:
                 pending.clear()
 
     def _open(self, array: str) -> tuple[BinaryIO, Any]:
-        path = self._stack.enter_context(whole(self._shard_set.file(self._split, self._number, array)))
+        path = self._stack.enter_context(whole(array_file(self._directory, self._split, self._number, array)))
         self._files[array] = self._stack.enter_context(path.open("wb")), hashlib.sha256()
         return self._files[array]
 

@@ -4,12 +4,12 @@ import codecs
 import functools
 import os
 import struct
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import sentencepiece
 
 from llama_jax.tokenizers.base import TextStream, Tokenizer
+from llama_jax.tokenizers.protobuf import field, fields
 
 SPACE = "\u2581"  # stands for a space inside pieces
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # ModelProto.SentencePiece.Type
@@ -115,67 +115,24 @@ def llama2c_model(content: bytes) -> bytes | None:
     for i, (piece, score) in enumerate(pieces):
         kind = UNKNOWN if i == 0 else CONTROL if i < 3 else BYTE if i < 259 else NORMAL
         text = piece.strip("\n") if kind == CONTROL else piece.replace(" ", SPACE)
-        model += _field(1, _field(1, text.encode()) + _field(2, score) + _field(3, kind))
+        model += field(1, field(1, text.encode()) + field(2, score) + field(3, kind))
     bpe = 2
-    model += _field(2, _field(3, bpe) + _field(4, len(pieces)) + _field(35, 1))  # byte fallback
-    model += _field(3, _field(1, b"identity") + _field(3, 1) + _field(4, 0))  # dummy prefix, keep extra whitespace
+    model += field(2, field(3, bpe) + field(4, len(pieces)) + field(35, 1))  # byte fallback
+    model += field(3, field(1, b"identity") + field(3, 1) + field(4, 0))  # dummy prefix, keep extra whitespace
     return bytes(model)
 
 
 def with_dummy_prefix(model: bytes) -> bytes:
     """`model` with a space put before every text, as Llama has it: protobuf merges what is appended."""
-    return model + _field(3, _field(3, 1))
+    return model + field(3, field(3, 1))
 
 
 def _special_tokens(model: bytes) -> dict[str, int]:
     """Ids of the unknown, control and user-defined pieces; the library itself has no question for the last."""
-    messages = [value for number, value in _fields(model) if number == 1]
-    typed = {i: dict(_fields(message)) for i, message in enumerate(messages) if b"\x18" in message}  # key of the type
+    messages = [value for number, value in fields(model) if number == 1]
+    typed = {i: dict(fields(message)) for i, message in enumerate(messages) if b"\x18" in message}  # key of the type
     special = (UNKNOWN, CONTROL, USER_DEFINED)
     return {piece[1].decode(): i for i, piece in typed.items() if piece.get(3, NORMAL) in special}
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value of every field of a protobuf message: an int, or bytes (32 and 64 bits as they are)."""
-    position = 0
-    while position < len(message):
-        key, position = _read_varint(message, position)
-        if key & 7 == 0:
-            value, position = _read_varint(message, position)
-            yield key >> 3, value
-            continue
-        length = {1: 8, 5: 4}.get(key & 7)
-        if length is None:
-            length, position = _read_varint(message, position)
-        yield key >> 3, message[position : position + length]
-        position += length
-
-
-def _read_varint(message: bytes, position: int) -> tuple[int, int]:
-    """A number and where it ends."""
-    value = shift = 0
-    while True:
-        value |= (message[position] & 127) << shift
-        position, shift = position + 1, shift + 7
-        if message[position - 1] < 128:
-            return value, position
-
-
-def _field(number: int, value: int | float | bytes) -> bytes:
-    """One field of a protobuf message: an int as varint, a float as 32 bits, bytes with their length."""
-    if isinstance(value, float):
-        return _varint(number << 3 | 5) + struct.pack("<f", value)
-    if isinstance(value, int):
-        return _varint(number << 3) + _varint(value)
-    return _varint(number << 3 | 2) + _varint(len(value)) + value
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 127:
-        encoded.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*encoded, value])
 
 
 def _optional(token_id: int) -> int | None:

@@ -63,7 +63,7 @@ class Vocabulary:
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_ids[0] if tokenizer.eos_ids else None,
             pad_id=tokenizer.pad_id,
-            special=special_tokens_of(tokenizer),
+            special=tokenizer.special_tokens,
             sentence_ends=tuple(ids[0] for ids, mark in marks if ids and tokenizer.decode(ids) == mark),
         )
 
@@ -92,11 +92,6 @@ class Vocabulary:
         free = self.special_ids - np.arange(len(self.special_ids))  # how many ordinary ids come before each
         drawn = rng.integers(self.size - len(free), size=count)
         return drawn + np.searchsorted(free, drawn, side="right")
-
-
-def special_tokens_of(tokenizer: Tokenizer) -> Mapping[str, int]:
-    """A tokenizer's special tokens by name; none where it says nothing of them."""
-    return getattr(tokenizer, "special_tokens", {})
 
 
 def special_id(special: Mapping[str, int], name: str) -> int:

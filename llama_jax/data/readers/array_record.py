@@ -13,6 +13,7 @@ from llama_jax.data.config import DataConfig
 from llama_jax.data.files import is_remote, open_file
 from llama_jax.data.readers.record import NOT_JSON, NOT_UTF8, TOO_LONG, BadRecord, Item, as_record
 from llama_jax.data.readers.units import Unit
+from llama_jax.tokenizers.protobuf import read_varint
 
 BATCH_RECORDS = 64
 
@@ -94,24 +95,12 @@ def _fields(message: bytes | memoryview, *numbers: int) -> Iterator[tuple[int, m
     """(number, content) of the message's fields, all of which have a length and one of these numbers."""
     message, place = memoryview(message), 0
     while place < len(message):
-        tag, place = _varint(message, place)
-        size, place = _varint(message, place)
+        tag, place = read_varint(message, place)
+        size, place = read_varint(message, place)
         if tag & 7 != 2 or tag >> 3 not in numbers or place + size > len(message):
             raise ValueError
         yield tag >> 3, message[place : place + size]
         place += size
-
-
-def _varint(message: memoryview, place: int) -> tuple[int, int]:
-    """(value, where it ends) of the varint at `place`: seven bits a byte, the lowest first."""
-    value = shift = 0
-    while True:
-        byte = message[place]
-        place += 1
-        value |= (byte & 127) << shift
-        shift += 7
-        if byte < 128:
-            return value, place
 
 
 def _integers(values: memoryview) -> np.ndarray:
