@@ -196,7 +196,7 @@ class SquaredReLUModule(FeedForwardModule):
         self.up_proj = Projection(outer, inner, bias=False, rngs=child(rngs, "up_proj"))
         self.down_proj = Projection(inner, outer, bias=False, rngs=child(rngs, "down_proj"))
 
-    def __call__(self, x):
+    def __call__(self, x, *, mask):
         return self.down_proj(jnp.square(jax.nn.relu(self.up_proj(x)))), {}
 
 

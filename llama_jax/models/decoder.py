@@ -147,7 +147,7 @@ class Block(nnx.Module):
             y, cache = self.attention(self.input_layernorm(x), positions=positions, mask=mask, cache=cache)
             x = x + checkpoint_name(y, "attention")
         with jax.named_scope("feed_forward"):
-            y, aux = self.feed_forward(self.post_attention_layernorm(x))
+            y, aux = self.feed_forward(self.post_attention_layernorm(x), mask=mask)
             x = x + y
         return x, aux, cache
 

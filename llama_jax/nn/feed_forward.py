@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from llama_jax.config import UserError
+from llama_jax.nn.masks import AttentionMask
 from llama_jax.nn.mixer import FeedForward, FeedForwardModule
 from llama_jax.nn.parameters import Projection, child
 
@@ -37,5 +38,7 @@ class SwiGLUModule(FeedForwardModule):
         self.up_proj = Projection(outer, inner, bias=config.bias, rngs=child(rngs, "up_proj"))
         self.down_proj = Projection(inner, outer, bias=config.bias, rngs=child(rngs, "down_proj"))
 
-    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], dict[str, jax.Array]]:
+    def __call__(
+        self, x: Float[Array, "b t d"], *, mask: AttentionMask
+    ) -> tuple[Float[Array, "b t d"], dict[str, jax.Array]]:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)), {}

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["q_index", "key_index", "segment_ids", "key_segment_ids", "prefix"],
+    data_fields=["q_index", "key_index", "segment_ids", "key_segment_ids", "prefix", "bias", "valid", "dropout_key"],
     meta_fields=["causal", "window", "kernel", "context"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,10 @@ class AttentionMask:
     stands at key t. `kernel` names the attention kernel of the run, `context` how keys and values
     travel where the sequence is split. Kernels that work on tiles also say where the keys stand (`key_index` [S]) and
     which documents they are of (`key_segment_ids` [B, S]); elsewhere these are None.
+
+    Three fields say more about the inputs than who sees whom. `bias` [1 or B, N, T, S] is added to the scaled scores
+    (relative positions), in the order of the text. `valid` [B, T] is false at inputs that stand for no token, where
+    `segment_ids` do not say it: ask `real()`. `dropout_key` is a random key in training, and None elsewhere.
     """
 
     causal: bool = True
@@ -34,8 +38,17 @@ class AttentionMask:
     segment_ids: Any = None
     key_segment_ids: Any = None
     prefix: Any = None
+    bias: Any = None
+    valid: Any = None
+    dropout_key: Any = None
     kernel: str = "auto"
     context: str = "ring"
+
+    def real(self) -> Bool[Array, "b t"] | None:
+        """Which inputs are tokens; None where all are. Others must not count, nor change a state that tokens see."""
+        if self.valid is not None or self.segment_ids is None:
+            return self.valid
+        return self.segment_ids > 0
 
     def allowed(
         self, first_query: int | Array, num_queries: int, first_key: int | Array, num_keys: int

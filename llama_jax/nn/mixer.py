@@ -33,12 +33,22 @@ class Mixer(Component):
         """FLOPs of one token's forward pass beyond its parameters' products, when it sees `context` keys."""
         return 0.0
 
+    @property
+    def is_random(self) -> bool:
+        """Whether training draws random numbers in it (dropout)."""
+        return getattr(self, "dropout", 0.0) > 0
+
 
 class FeedForwardModule(nnx.Module):
     """Acts on every position alone."""
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """[B, T, D] -> ([B, T, D], auxiliary scalars by name; {} where there are none)."""
+    def __call__(self, x: jax.Array, *, mask: AttentionMask) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """[B, T, D] -> ([B, T, D], auxiliary arrays by name; {} where there are none).
+
+        `loss.NAME` is a scalar that training adds to the mean cross-entropy, weighted already; a mean over the rows, so
+        that parts of a batch add up. `statistic.NAME` is what the module's `buffer` NAME is updated with. Others are
+        metrics: scalars or vectors, whose mean over the layers is logged.
+        """
         raise NotImplementedError
 
 
@@ -47,3 +57,12 @@ class FeedForward(Component):
 
     def build(self, width: int, *, rngs: nnx.Rngs) -> FeedForwardModule:
         raise NotImplementedError
+
+    def idle_parameters(self, width: int) -> int:
+        """Matrix parameters that one token does not meet: those of experts that it is not sent to."""
+        return 0
+
+    @property
+    def is_random(self) -> bool:
+        """Whether training draws random numbers in it (dropout, jitter)."""
+        return getattr(self, "dropout", 0.0) > 0

@@ -7,7 +7,7 @@ changes it.
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -46,7 +46,20 @@ def parameter(
     return nnx.Param(value, axes=tuple(axes))
 
 
-def use(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+class Buffer(nnx.Variable):
+    """State that no gradient trains: `update(value, statistic)` gives its next value after a step.
+
+    The statistic is what the module returned as `statistic.NAME`, its mean over the parts of the batch; both have a
+    leading dimension of the layers that have the buffer.
+    """
+
+
+def buffer(value: jax.Array, update: Callable[[jax.Array, jax.Array], jax.Array] | None) -> Buffer:
+    """A buffer with its first value; `update=None` for what never changes. Whole on every device."""
+    return Buffer(value, axes=(None,) * value.ndim, update=update)
+
+
+def use(param: nnx.Variable, dtype: jnp.dtype) -> jax.Array:
     """A parameter's value as the computation wants it: cast, then gathered over the axis that only storage has."""
     return gather(param[...].astype(dtype), param.get_metadata("axes"))
 

@@ -15,6 +15,7 @@ from llama_jax.models import Compute, DecoderConfig, LayerOverride, assemble, bu
 from llama_jax.models.compute import REMAT_POLICIES
 from llama_jax.nn import FeedForward
 from llama_jax.nn.attention import blockwise
+from llama_jax.nn.masks import AttentionMask
 from llama_jax.nn.mixer import FeedForwardModule
 from llama_jax.nn.parameters import Projection, child
 
@@ -34,7 +35,7 @@ class ReluModule(FeedForwardModule):
         self.into = Projection({"embed": width}, {"mlp": config.size}, bias=True, rngs=child(rngs, "into"))
         self.out = Projection({"mlp": config.size}, {"embed": width}, bias=False, rngs=child(rngs, "out"))
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, x: jax.Array, *, mask: AttentionMask) -> tuple[jax.Array, dict[str, jax.Array]]:
         inner = jax.nn.relu(self.into(x))
         return self.out(inner), {"inner": inner.mean()}
 
