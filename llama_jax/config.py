@@ -260,9 +260,12 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """What the docstring of a config says of each field, in lines `name: meaning.`, which may go on indented."""
-    lines = inspect.cleandoc(cls.__doc__ or "").splitlines()
+    """What the docstring of a config, or of a base of it, says of each field: lines `name: meaning.`, which may go on
+    indented."""
     docs: dict[str, str] = {}
+    for base in reversed(cls.__bases__):
+        docs |= field_docs(base) if dataclasses.is_dataclass(base) else {}
+    lines = inspect.cleandoc(cls.__doc__ or "").splitlines()
     name = None
     for line in lines:
         head, colon, rest = line.partition(": ")

@@ -160,10 +160,14 @@ def _param_key(name: str) -> str:
 
 
 def to_disk(state: TrainState) -> dict[str, Any]:
-    """A train state as the flat dict that is saved."""
+    """A train state as the flat dict that is saved, buffers among the parameters."""
     paths, _ = jax.tree_util.tree_flatten_with_path(state.opt_state)
     optimizer = {"optimizer." + jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in paths}
-    return {"step": state.step} | {_param_key(name): value for name, value in state.params.items()} | optimizer
+    return (
+        {"step": state.step}
+        | {_param_key(name): value for name, value in (state.params | state.buffers).items()}
+        | optimizer
+    )
 
 
 def from_disk(flat: Mapping[str, Any], like: TrainState) -> TrainState:
@@ -173,4 +177,5 @@ def from_disk(flat: Mapping[str, Any], like: TrainState) -> TrainState:
         step=flat["step"],
         params={name: flat[_param_key(name)] for name in like.params},
         opt_state=jax.tree.unflatten(jax.tree.structure(like.opt_state), [flat[key] for key in opt_keys]),
+        buffers={name: flat[_param_key(name)] for name in like.buffers},
     )

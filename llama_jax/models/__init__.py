@@ -7,18 +7,22 @@ Dimension letters everywhere: `B` batch, `T` query length, `S` key or cache leng
 """
 
 from llama_jax.models.compute import Compute
-from llama_jax.models.decoder import Decoder, DecoderConfig, LayerOverride, ModelConfig
+from llama_jax.models.config import LayerOverride, ModelConfig, TransformerConfig
+from llama_jax.models.decoder import Decoder, DecoderConfig
 from llama_jax.models.layout import (
     abstract_params,
     assemble,
     assemble_unrolled,
+    buffers,
     flatten,
     init_params,
+    is_stacked,
     layers_with,
     num_parameters,
     per_layer,
 )
 from llama_jax.models.model import Model, build, from_params, initialize
+from llama_jax.models.transformer import Prediction, Transformer
 
 __all__ = [
     "Compute",
@@ -27,14 +31,19 @@ __all__ = [
     "LayerOverride",
     "Model",
     "ModelConfig",
+    "Prediction",
+    "Transformer",
+    "TransformerConfig",
     "abstract_params",
     "assemble",
     "assemble_unrolled",
+    "buffers",
     "build",
     "flatten",
     "from_params",
     "init_params",
     "initialize",
+    "is_stacked",
     "layers_with",
     "num_parameters",
     "per_layer",

@@ -6,25 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from llama_jax.models.compute import Compute
-from llama_jax.models.decoder import Decoder, ModelConfig
+from llama_jax.models.config import ModelConfig
 from llama_jax.models.layout import Params, assemble, flatten, init_params
 
 
 class Model:
     """Callable on tokens; enters its own mesh and is jitted. `module` is the NNX module inside, with its layers."""
 
-    def __init__(self, module: Decoder, mesh: Mesh | None = None):
+    def __init__(self, module: Any, mesh: Mesh | None = None):
         self.graphdef, self.state = nnx.split(module)
         self.mesh = mesh
 
     @property
-    def module(self) -> Decoder:
+    def module(self) -> Any:
         return nnx.merge(self.graphdef, self.state)
 
     @property
@@ -44,16 +43,13 @@ class Model:
     def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
 
-    def __call__(
-        self,
-        tokens: Int[Array | np.ndarray, "b t"],
-        *,
-        positions: Int[Array | np.ndarray, "b t"] | None = None,
-        segment_ids: Int[Array | np.ndarray, "b t"] | None = None,
-        prefix: Int[Array | np.ndarray, "b t"] | None = None,
-    ) -> Float[Array, "b t v"]:
-        """int32 [B, T] -> float32 logits [B, T, V]."""
-        return self.run(_logits, tokens, positions, segment_ids, prefix)
+    def __call__(self, *arguments: Any, **named: Any) -> Float[Array, "b t v"]:
+        """The module's own call, jitted: token ids [B, T] (and what else it takes) -> float32 logits [B, T, V]."""
+        return self.run(_call, arguments, named)
+
+    def hidden_states(self, *arguments: Any, **named: Any) -> dict[str, list[Float[Array, "b t d"]]]:
+        """What every block gives for the arguments of a call, by stack."""
+        return self.run(_hidden_states, arguments, named)
 
     def run(self, function: Callable[..., Any], *arguments: Any, **static: Any) -> Any:
         """`jit(function)(module, *arguments, **static)` on the model's mesh; keyword arguments are static."""
@@ -66,8 +62,12 @@ def _run(function: Callable[..., Any], graphdef: Any, static: tuple[tuple[str, A
     return function(nnx.merge(graphdef, state), *arguments, **dict(static))
 
 
-def _logits(module: Decoder, tokens: Any, positions: Any, segment_ids: Any, prefix: Any) -> jax.Array:
-    return module(tokens, positions=positions, segment_ids=segment_ids, prefix=prefix)
+def _call(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> jax.Array:
+    return module(*arguments, **named)
+
+
+def _hidden_states(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, list[jax.Array]]:
+    return module.hidden_states(*arguments, **named)
 
 
 def build(config: ModelConfig, *, seed: int = 0, compute: Compute | None = None) -> Model:

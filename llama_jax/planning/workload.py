@@ -211,15 +211,15 @@ class _Weight:
 def _weights(model: ModelConfig) -> dict[str, _Weight]:
     """Every parameter by name; nothing is allocated."""
     found: dict[str, _Weight] = {}
-    pieces = model.layer_pieces()
     with abstract_mesh({}):
         rngs = nnx.Rngs(params=0)
         found |= _of_module("", nnx.eval_shape(lambda: nnx.Dict(model.build_parts(rngs=rngs))), 0)
-        for kind in dict.fromkeys(pieces):
-            block = nnx.eval_shape(lambda kind=kind: model.build_block(kind, rngs=rngs))
-            for name, weight in _of_module("layers.", block, pieces.count(kind)).items():
-                before = found[name].layers if name in found else 0
-                found[name] = dataclasses.replace(weight, layers=weight.layers + before)
+        for stack, pieces in model.stacks().items():
+            for kind in dict.fromkeys(pieces):
+                block = nnx.eval_shape(lambda kind=kind, stack=stack: model.build_block(stack, kind, rngs=rngs))
+                for name, weight in _of_module(f"{stack}.", block, pieces.count(kind)).items():
+                    before = found[name].layers if name in found else 0
+                    found[name] = dataclasses.replace(weight, layers=weight.layers + before)
     return found
 
 
@@ -262,10 +262,11 @@ def _parts(partition: Any) -> int:
 
 def cache_bytes(model: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> int:
     """Bytes of all layers' caches on one device of the current mesh, for `batch` rows of `length` positions."""
-    pieces = model.layer_pieces()
+    pieces = model.stacks()["layers"]  # what an encoder keeps of its source is not counted
 
     def make(kind: Any) -> Any:
-        return model.build_block(kind, rngs=nnx.Rngs(params=0)).attention.init_cache(batch, length, dtype)
+        block: Any = model.build_block("layers", kind, rngs=nnx.Rngs(params=0))
+        return block.attention.init_cache(batch, length, dtype)
 
     return sum(
         pieces.count(kind) * array.size * array.dtype.itemsize // _parts(array.sharding.spec)

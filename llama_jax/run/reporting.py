@@ -40,6 +40,17 @@ class JsonLines:
         self._file.close()
 
 
+def _scalars(metrics: Metrics) -> Metrics:
+    """All but the step, what has several numbers under `name/0`, `name/1`..."""
+    found: Metrics = {}
+    for name, value in metrics.items():
+        if isinstance(value, list):
+            found |= {f"{name}/{i}": part for i, part in enumerate(value)}
+        elif name != "step" and value is not None:
+            found[name] = value
+    return found
+
+
 class TensorBoard:
     def __init__(self, directory: Path):
         from tensorboardX import SummaryWriter
@@ -47,9 +58,8 @@ class TensorBoard:
         self._writer = SummaryWriter(str(directory))
 
     def write(self, metrics: Metrics) -> None:
-        for name, value in metrics.items():
-            if name != "step" and value is not None:
-                self._writer.add_scalar(name, value, metrics["step"])
+        for name, value in _scalars(metrics).items():
+            self._writer.add_scalar(name, value, metrics["step"])
 
     def close(self) -> None:
         self._writer.close()
@@ -62,7 +72,7 @@ class WeightsAndBiases:
         self._run = wandb.init(project=project, name=run.directory.name, dir=str(run.directory), resume="allow")
 
     def write(self, metrics: Metrics) -> None:
-        self._run.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
+        self._run.log(_scalars(metrics), step=metrics["step"])
 
     def close(self) -> None:
         self._run.finish()

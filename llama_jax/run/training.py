@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import signal
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 
 from llama_jax.checkpoint.language_model import CHECKPOINTS_DIRECTORY, CONFIG_FILE, TOKENIZER_DIRECTORY
@@ -19,7 +22,7 @@ from llama_jax.checkpoint.store import CheckpointStore
 from llama_jax.config import UserError
 from llama_jax.data import Causal, DataConfig, Dataset, ValidationBatches, Vocabulary, prepare_dataset, read_texts
 from llama_jax.data.windows import Batch
-from llama_jax.models import abstract_params, initialize
+from llama_jax.models import abstract_params, buffers, initialize
 from llama_jax.parallel import MeshConfig, distributed, make_mesh, mesh_axis_sizes, platform
 from llama_jax.run.config import RunConfig
 from llama_jax.run.directory import SAMPLES_FILE, Run, check_directory, start_run, write_text
@@ -166,9 +169,9 @@ class _Loop:
             compiler_options=CPU_COMPILER_OPTIONS if platform() == "cpu" else None,
         )
         self.eval_step = make_eval_step(config.model, config.compute)
-        self.hyper = config.optimizer.hyper(config.num_steps)
+        self.hyper = config.optimizer.hyper(config.num_steps) | {"seed": jnp.uint32(config.seed)}
         self.tokens_per_step = config.global_batch_size * config.row_length
-        flops = train_flops_per_token(config.model, config.row_length)
+        flops = train_flops_per_token(config.model, config.sequence_length, config.data.objective.source_length or 0)
         peak = peak_flops(jax.local_devices()[0], config.compute.jax_dtype) * jax.device_count()
         self.mfu_per_speed = flops / peak
         self.stopped_by: int | None = None
@@ -203,7 +206,7 @@ class _Loop:
 
     def _state(self, store: CheckpointStore) -> TrainState:
         """The latest checkpoint's state, or a new one."""
-        make = jax.jit(init_state)
+        make = jax.jit(functools.partial(init_state, buffer_names=frozenset(buffers(self.config.model))))
         # Process 0 says which: others' view of a shared file system may be older.
         step = distributed.from_main(lambda: max(store.steps(), default=None))
         if step is None:
@@ -260,7 +263,7 @@ class _Loop:
     def _log(self, metrics: dict[str, Any], clock: "_Clock", bar: Bar, writers: "_Writers") -> None:
         step, every = metrics["step"], self.config.logging.every_steps
         if step % every == 0 or step in (1, self.config.num_steps) or "val_loss" in metrics:
-            values = {k: v if isinstance(v, int) else float(v) for k, v in metrics.items()}
+            values = {k: v if isinstance(v, int) else np.asarray(v).tolist() for k, v in metrics.items()}
             if self.config.data.sources:
                 values |= self.dataset.proportions(self.batches, step)
             speed = clock.speed(step)
@@ -279,7 +282,7 @@ class _Loop:
     def _validate(self, state: TrainState) -> dict[str, float]:
         nats, targets = 0.0, 0.0
         for batch in self.validation:
-            part = self.eval_step(state.params, self._on_devices(batch))
+            part = self.eval_step(state.params | state.buffers, self._on_devices(batch))
             nats, targets = nats + float(part[0]), targets + float(part[1])
         if not targets:  # chats of which no answer is held out
             return {}

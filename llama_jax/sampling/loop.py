@@ -100,7 +100,8 @@ def _start(graphdef: Any, width: int, weights: Any, inputs: Any, sampler: Sample
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(rows)
     empty = jnp.zeros_like(lengths)
     cache = module.init_cache(num_rows, capacity)
-    hidden, cache = module.extend(tokens[:, :width], cache=cache, lengths=empty)
+    valid = jnp.arange(width) < lengths[:, None]
+    hidden, cache = module.extend(tokens[:, :width], cache=cache, lengths=empty, valid=valid)
     at_end = jnp.arange(width) == lengths[:, None] - 1
     hidden = jnp.where(at_end[..., None], hidden, 0).sum(1, keepdims=True)
     state = SamplingState(tokens, lengths, empty > 0, empty, keys, cache)

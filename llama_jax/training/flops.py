@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.models import ModelConfig, abstract_params
+from llama_jax.models import ModelConfig, abstract_params, buffers
 from llama_jax.training.optimizer import is_matrix
 
 # Dense bfloat16 FLOP/s of a chip as its maker states it (TPU documentation; NVIDIA data sheets, without sparsity).
@@ -28,17 +28,25 @@ PEAK_FLOPS = {
 }
 
 
-def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """FLOPs of the matrix products of one token's forward and backward pass.
+def train_flops_per_token(config: ModelConfig, sequence_length: int, source_length: int = 0) -> float:
+    """FLOPs of the matrix products of one token's forward and backward pass, the mean over a row's.
 
-    6 per matrix parameter, the embedding counted only where it is the head; attention scores counted at half, since
-    causal attention needs only that half; nothing recomputed counted (as Chowdhery et al. 2022, appendix B, halved).
+    6 per matrix parameter that a token meets: not the tables, not the experts that it is not sent to, the embedding only
+    where it is the head. Causal attention scores counted at half, since only that half is needed; nothing recomputed
+    counted (as Chowdhery et al. 2022, appendix B, halved). With a source, a row has both.
     """
-    matrices = sum(
-        math.prod(p.shape) for name, p in abstract_params(config).items() if is_matrix(name, p)
-    ) - (0 if config.tie_embeddings else config.vocab_size * config.hidden_size)  # fmt: skip
-    scores = sum(mixer.score_flops(sequence_length / 2) for mixer, _ in config.layer_pieces())
-    return 6 * matrices + 3 * scores
+    matrices = {
+        name: math.prod(p.shape)
+        for name, p in abstract_params(config).items()
+        if is_matrix(name, p) and name not in buffers(config)
+    }
+    products = sum(size * config.tokens_of(name, sequence_length, source_length) for name, size in matrices.items())
+    for stack, layers in config.stacks().items():
+        tokens = config.tokens_of(f"{stack}.feed_forward", sequence_length, source_length)
+        idle = sum(piece.idle_parameters(config.hidden_size) for _, piece in layers if piece is not None)
+        products -= idle * tokens
+    scores = config.score_flops(sequence_length, source_length)
+    return (6 * products + 3 * scores) / (sequence_length + source_length)
 
 
 def peak_flops(device: Any, dtype: np.dtype) -> float:

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.models import Compute, ModelConfig, abstract_params, assemble
+from llama_jax.models import Compute, ModelConfig, abstract_params
 from llama_jax.nn.attention.context import unzigzag, zigzag
 from llama_jax.nn.attention.kernels import Call, attend, calls_of_attend, choose
 from llama_jax.nn.masks import AttentionMask
 from llama_jax.parallel import axes_of, mesh_axis_sizes, replicate, shard
-from llama_jax.training.step import Batch, in_one_row, trunk
+from llama_jax.training.step import Batch, predict
 
 # Scores that the reference may hold on a device at a time; where its all would be more, it goes by blocks of queries.
 SCORES = 1 << 26
@@ -64,9 +64,10 @@ def tolerance(dtype: Any) -> float:
 def attention_calls(config: ModelConfig, compute: Compute, batch: Batch) -> list[Call]:
     """The different calls of `attend` in a forward pass of the batch; nothing is computed."""
 
-    def hidden(params: Any, batch: Batch) -> jax.Array:
-        model = assemble(config, params, dataclasses.replace(compute, remat="none"))
-        return trunk(model, in_one_row(batch))[0]
+    def hidden(params: Any, batch: Batch) -> list[jax.Array]:
+        key = jax.random.key(0) if config.is_random else None
+        predictions, _ = predict(params, batch, config, dataclasses.replace(compute, remat="none"), key=key)
+        return [prediction.hidden for prediction in predictions]
 
     with calls_of_attend() as calls:
         jax.eval_shape(hidden, abstract_params(config), batch)
@@ -75,23 +76,29 @@ def attention_calls(config: ModelConfig, compute: Compute, batch: Batch) -> list
 
 def compare(call: Call) -> Agreement | None:
     """The kernel that this call takes beside the reference; None where that is the reference itself."""
-    kernel = choose(call.q, call.k, call.mask)
+    kernel = choose(call.q, call.k, call.mask, softcap=call.softcap, dropout=call.dropout)
     if kernel == "reference":
         return None
     rows, length = call.q.shape[:2]
-    segments = prefix = None
+    masks: dict[str, Any] = dict.fromkeys(("segment_ids", "key_segment_ids", "prefix"))
     rng = np.random.default_rng(0)
-    if call.mask.segment_ids is not None:
+
+    def segments(length: int) -> np.ndarray:
         # Unlike the batch's own, certain to have a boundary in every row, and padding at the end of some.
         begins = rng.random((rows, length)) < 4 / length
         begins[:, length // 3] = True
         segments = 1 + np.cumsum(begins, axis=1)
         segments[::2, length - length // 8 :] = 0
+        return segments
+
+    if call.mask.segment_ids is not None:
+        masks["segment_ids"] = segments(length)
+    if call.mask.key_segment_ids is not None:
+        masks["key_segment_ids"] = segments(call.k.shape[2])
     if call.mask.prefix is not None:
-        prefix = rng.random((rows, length)) < 0.25
+        masks["prefix"] = rng.random((rows, length)) < 0.25
     fast, exact = _Attention(call, kernel), _Attention(call, "reference")
-    masks = (None if x is None else jnp.asarray(x, jnp.int32) for x in (segments, prefix))
-    errors = _errors(fast, exact, *masks)
+    errors = _errors(fast, exact, {k: None if x is None else jnp.asarray(x, jnp.int32) for k, x in masks.items()})
     return Agreement(kernel, {name: float(error) for name, error in errors.items()})
 
 
@@ -105,8 +112,8 @@ class _Attention:
     def __hash__(self) -> int:
         return hash((str(self.call), self.kernel))
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, segments: Any, prefix: Any) -> jax.Array:
-        mask = dataclasses.replace(self.call.mask, kernel=self.kernel, segment_ids=segments, prefix=prefix)
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, masks: dict[str, Any]) -> jax.Array:
+        mask = dataclasses.replace(self.call.mask, kernel=self.kernel, valid=None, dropout_key=None, **masks)
         if self.kernel == "reference":
             return self._by_blocks(q, k, v, mask)
         k, v = (zigzag(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (k, v))
@@ -129,8 +136,9 @@ class _Attention:
             index = jnp.broadcast_to(start + jnp.arange(size), (rows, size))
             of_block = dataclasses.replace(mask, q_index=index)
             if mask.segment_ids is not None:
-                keys = replicate(mask.segment_ids)
-                of_block = dataclasses.replace(of_block, segment_ids=part(keys), key_segment_ids=keys)
+                own = replicate(mask.segment_ids)
+                keys = own if mask.key_segment_ids is None else replicate(mask.key_segment_ids)
+                of_block = dataclasses.replace(of_block, segment_ids=part(own), key_segment_ids=keys)
             return attend(part(q), k, v, of_block, scale=self.call.scale)
 
         blocks = jax.lax.map(block, jnp.arange(num_blocks) * size)
@@ -139,7 +147,7 @@ class _Attention:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _errors(fast: _Attention, exact: _Attention, segments: Any, prefix: Any = None) -> dict[str, jax.Array]:
+def _errors(fast: _Attention, exact: _Attention, masks: dict[str, Any]) -> dict[str, jax.Array]:
     call = fast.call
     keys = jax.random.split(jax.random.key(0), 4)
     queries, kv = ("batch", "sequence", "heads", None), ("batch", "kv_heads", "sequence", None)
@@ -147,12 +155,13 @@ def _errors(fast: _Attention, exact: _Attention, segments: Any, prefix: Any = No
     def random(key: jax.Array, aval: Any, names: tuple[str | None, ...]) -> jax.Array:
         return shard(jax.random.normal(key, aval.shape, jnp.float32).astype(aval.dtype), *names)
 
-    q, direction = random(keys[0], call.q, queries), random(keys[3], call.q, queries)
+    result = jax.ShapeDtypeStruct((*call.q.shape[:3], call.v.shape[3]), call.q.dtype)
+    q, direction = random(keys[0], call.q, queries), random(keys[3], result, queries)
     k, v = random(keys[1], call.k, kv), random(keys[2], call.v, kv)
 
     def with_gradients(attention: _Attention, dtype: Any) -> tuple[jax.Array, ...]:
         inputs = q.astype(dtype), k.astype(dtype), v.astype(dtype)
-        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, segments, prefix), *inputs)
+        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, masks), *inputs)
         out = shard(out, *queries)
         return (out, *pull(direction.astype(out.dtype)))
 

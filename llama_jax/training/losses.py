@@ -21,17 +21,21 @@ def cross_entropy(
     weights: Float[Array, "b t"],
     *,
     z_loss: float | jax.Array = 0.0,
+    label_smoothing: float | jax.Array = 0.0,
     chunk: int = 128,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(weighted sum of ce + z_loss * logsumexp^2, weighted sum of ce), in nats; `head(hidden, weight)` gives logits.
+    """(weighted sum of smoothed ce + z_loss * logsumexp^2, weighted sum of ce), in nats; `head(hidden, weight)` gives
+    logits.
 
     `weight` is the head's as it is stored on the mesh. Logits exist for `chunk` positions of each row at a time, split
     over the vocabulary where the head is. Where a gradient is wanted, the forward pass takes it in the same walk: three
-    products a chunk and nothing computed twice. z-loss: Chowdhery et al. 2022 (PaLM), section 5.
+    products a chunk and nothing computed twice. z-loss: Chowdhery et al. 2022 (PaLM), section 5. Label smoothing e
+    takes 1 - e of the target and e of the vocabulary's mean (Szegedy et al. 2016, section 7).
     """
     hidden = shard(hidden, "batch", "sequence", None)
     targets, weights = (shard(x, "batch", "sequence") for x in (targets, weights))
-    return _chunked(head, chunk, weight, hidden, targets, weights, jnp.float32(z_loss))
+    options = jnp.float32(z_loss), jnp.float32(label_smoothing)
+    return _chunked(head, chunk, weight, hidden, targets, weights, options)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -53,9 +57,9 @@ def _chunked_backward(head: Head, chunk: int, residuals, cotangents):
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _walk(head: Head, chunk: int, with_gradient: bool, weight, hidden, targets, weights, z_loss):
+def _walk(head: Head, chunk: int, with_gradient: bool, weight, hidden, targets, weights, options):
     """((loss, ce), (d_weight, d_hidden)); the gradients are None where they are not wanted."""
-    arrays = weight, hidden, targets, weights, z_loss
+    arrays = weight, hidden, targets, weights, options
     if not mesh_axis_sizes():
         return _local_walk(head, chunk, with_gradient, (), (), lambda w: w, lambda d: d, *arrays)
     # Every device walks over its own positions with its own part of the vocabulary, and only sums travel: maxima and
@@ -82,23 +86,25 @@ def _walk(head: Head, chunk: int, with_gradient: bool, weight, hidden, targets, 
 
 
 def _local_walk(
-    head, chunk, with_gradient, batch_axes, vocab_axes, gather, reduce, weight, hidden, targets, weights, z_loss
+    head, chunk, with_gradient, batch_axes, vocab_axes, gather, reduce, weight, hidden, targets, weights, options
 ):
     weight = gather(weight)
     length = hidden.shape[1]
     num_chunks = -(-length // chunk)
+    z_loss, smoothing = options
     xs = tuple(_split(x, num_chunks) for x in (hidden, targets, weights))
 
     def step(carry, xs):
         totals, d_weight = carry
         hidden, targets, weights = xs
         logits, pullback = jax.vjp(head, hidden, weight)
-        loss, ce, lse, is_target = _chunk_loss(logits, targets, weights, z_loss, vocab_axes)
+        loss, ce, lse, is_target, size = _chunk_loss(logits, targets, weights, options, vocab_axes)
         totals = totals[0] + loss, totals[1] + ce
         if not with_gradient:
             return (totals, None), None
         softmax = jnp.exp(logits - lse[..., None])
-        d_logits = softmax * (weights * (1 + 2 * z_loss * lse))[..., None] - jnp.where(is_target, weights[..., None], 0)
+        wanted = jnp.where(is_target, 1 - smoothing, 0) + smoothing / size
+        d_logits = weights[..., None] * (softmax * (1 + 2 * z_loss * lse)[..., None] - wanted)
         d_hidden, d_weight_chunk = pullback(d_logits)
         d_weight = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), d_weight, d_weight_chunk)
         return (totals, d_weight), _psum(d_hidden, vocab_axes)
@@ -127,8 +133,9 @@ def _join(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
 
 
-def _chunk_loss(logits, targets, weights, z_loss, vocab_axes: tuple[str, ...]) -> tuple[Any, ...]:
-    """(loss, ce, logsumexp, which logit is the target's) of logits whose vocabulary is split over these axes."""
+def _chunk_loss(logits, targets, weights, options, vocab_axes: tuple[str, ...]) -> tuple[Any, ...]:
+    """(loss, ce, logsumexp, which logit is the target's, size of the vocabulary); these axes split the vocabulary."""
+    z_loss, smoothing = options
     if vocab_axes:
         targets = targets - jax.lax.axis_index(vocab_axes) * logits.shape[-1]
         top = jax.lax.pmax(jnp.max(logits, axis=-1), vocab_axes)
@@ -138,10 +145,13 @@ def _chunk_loss(logits, targets, weights, z_loss, vocab_axes: tuple[str, ...]) -
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     own = _psum(jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1), vocab_axes)
     ce = jnp.sum(weights * (lse - own))
-    return ce + jnp.sum(weights * z_loss * lse**2), ce, lse, is_target
+    size = _psum(logits.shape[-1], vocab_axes)
+    smooth = jnp.sum(weights * (own - _psum(jnp.sum(logits, axis=-1), vocab_axes) / size))
+    loss = ce + smoothing * smooth + jnp.sum(weights * z_loss * lse**2)
+    return loss, ce, lse, is_target, size
 
 
-def _psum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def _psum(x: Any, axes: tuple[str, ...]) -> Any:
     return jax.lax.psum(x, axes) if axes else x
 
 

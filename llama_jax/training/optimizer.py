@@ -1,15 +1,17 @@
-"""AdamW with linear warm-up, cosine decay and clipping, its hyper-parameters traced."""
+"""AdamW with linear warm-up, a decay and clipping, its hyper-parameters traced."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from llama_jax.config import UserError
+from llama_jax.models import is_stacked
 
 Hyper = dict[str, Any]
+Schedule = Literal["cosine", "linear", "inverse_sqrt", "constant"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +25,11 @@ class OptimizerConfig:
     beta2: decay of the second moment.
     eps: added to the root of the second moment.
     clip_norm: largest global norm of the gradient.
-    final_fraction: where the cosine ends, as a part of the peak.
+    schedule: after the warm-up: a cosine or a line down to the end, the inverse square root of the step (Vaswani et al.
+      2017, eq. 3; without an end), or constant.
+    final_fraction: where the cosine or the line ends, as a part of the peak.
     z_loss: weight of logsumexp(logits)^2 in the loss.
+    label_smoothing: share of a target's probability that is spread evenly over the vocabulary.
     accumulation_steps: parts that a global batch is computed in; the result is that of the whole.
     """
 
@@ -35,8 +40,10 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     clip_norm: float = 1.0
+    schedule: Schedule = "cosine"
     final_fraction: float = 0.1
     z_loss: float = 0.0
+    label_smoothing: float = 0.0
     accumulation_steps: int = 1
 
     def __post_init__(self) -> None:
@@ -46,7 +53,7 @@ class OptimizerConfig:
         for name in ("warmup_steps", "weight_decay", "z_loss"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must not be below 0")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         if not 0 <= self.final_fraction <= 1:
@@ -55,9 +62,10 @@ class OptimizerConfig:
             raise UserError(f"accumulation_steps={self.accumulation_steps} must be at least 1")
 
     def hyper(self, num_steps: int) -> Hyper:
-        """What the train step takes as traced scalars; `num_steps` is where the cosine ends."""
-        names = [f.name for f in dataclasses.fields(self) if f.name != "accumulation_steps"]
-        return {name: jnp.float32(getattr(self, name)) for name in names} | {"num_steps": jnp.float32(num_steps)}
+        """What the train step takes as traced scalars; `num_steps` is where a decay ends."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "accumulation_steps"}
+        values |= {"schedule": get_args(Schedule).index(self.schedule), "num_steps": num_steps}
+        return {name: jnp.float32(value) for name, value in values.items()}
 
 
 def learning_rate(step: jax.Array | int, hyper: Hyper) -> jax.Array:
@@ -65,13 +73,20 @@ def learning_rate(step: jax.Array | int, hyper: Hyper) -> jax.Array:
     step = jnp.float32(step)
     warmup, peak, final = hyper["warmup_steps"], hyper["learning_rate"], hyper["final_fraction"]
     progress = jnp.clip((step - warmup) / jnp.maximum(hyper["num_steps"] - warmup, 1), 0, 1)
-    cosine = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-    return peak * jnp.where(step < warmup, (step + 1) / jnp.maximum(warmup, 1), cosine)
+    by_name = {
+        "cosine": final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress)),
+        "linear": 1 - (1 - final) * progress,
+        "inverse_sqrt": jnp.sqrt(jnp.maximum(warmup, 1) / (step + 1)),
+        "constant": jnp.ones_like(progress),
+    }
+    which = hyper["schedule"].astype(jnp.int32)
+    decay = jnp.stack([by_name[name] for name in get_args(Schedule)])[which]
+    return peak * jnp.where(step < warmup, (step + 1) / jnp.maximum(warmup, 1), decay)
 
 
 def is_matrix(name: str, value: Any) -> bool:
     """Whether a parameter is decayed: two dimensions or more in each layer, and no bias."""
-    return value.ndim - name.startswith("layers.") >= 2 and not name.endswith("bias")
+    return value.ndim - is_stacked(name) >= 2 and not name.endswith("bias")
 
 
 def make_optimizer(hyper: Hyper) -> optax.GradientTransformation:

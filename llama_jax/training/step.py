@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llama_jax.models import Compute, Decoder, ModelConfig, assemble
+from llama_jax.models import Compute, ModelConfig, Prediction, assemble, buffers
+from llama_jax.models.block import STATISTIC
 from llama_jax.models.layout import Params
 from llama_jax.nn.attention.context import zigzag
 from llama_jax.parallel import reshape, shard
@@ -23,63 +24,73 @@ Metrics = dict[str, jax.Array]
 CPU_COMPILER_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state", "buffers"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """All that training changes, as arrays or as their abstract values.
 
-    Randomness needs no state: it is a function of the run's seed and `step`.
+    Randomness needs no state: it is a function of the run's seed and `step`. `buffers` are what the model has beside
+    its parameters and no gradient trains.
     """
 
     step: Any
     params: dict[str, Any]
     opt_state: Any
+    buffers: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def init_state(params: Params, hyper: Hyper) -> TrainState:
-    """State before the first step. Jit it to get the moments sharded like the parameters."""
-    return TrainState(step=jnp.int32(0), params=params, opt_state=make_optimizer(hyper).init(params))
+def init_state(params: Params, hyper: Hyper, buffer_names: frozenset[str] = frozenset()) -> TrainState:
+    """State before the first step. Jit it to get the moments sharded like the parameters.
+
+    `buffer_names` says which of `params`, as a model has them, are buffers.
+    """
+    trained = {name: value for name, value in params.items() if name not in buffer_names}
+    rest = {name: value for name, value in params.items() if name in buffer_names}
+    return TrainState(jnp.int32(0), trained, make_optimizer(hyper).init(trained), rest)
 
 
-def loss_and_metrics(
-    params: Params, batch: Batch, z_loss: float | jax.Array, config: ModelConfig, compute: Compute
-) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-    """(summed loss, (summed cross-entropy, the layers' auxiliary scalars)) of a batch, in nats."""
-    model = assemble(config, params, compute)
-    batch = in_one_row(batch)
-    hidden, aux = trunk(model, batch)
-    loss, ce = cross_entropy(
-        model.head,
-        model.head_weight(),
-        hidden,
-        batch["targets"],
-        batch["weights"],
-        z_loss=z_loss,
-        chunk=compute.loss_chunk,
-    )
-    return loss, (ce, aux)
+def losses(
+    params: Params,
+    batch: Batch,
+    config: ModelConfig,
+    compute: Compute,
+    *,
+    z_loss: float | jax.Array = 0.0,
+    label_smoothing: float | jax.Array = 0.0,
+    key: jax.Array | None = None,
+) -> tuple[list[tuple[Prediction, jax.Array, jax.Array]], dict[str, jax.Array]]:
+    """(prediction, summed loss, summed cross-entropy) of all that the model is trained on, in nats, and the layers'
+    auxiliary arrays, [layers, ...]. Smoothing is for the main prediction alone."""
+    predictions, aux = predict(params, batch, config, compute, key=key)
+    found = []
+    for i, p in enumerate(predictions):
+        options = {"z_loss": z_loss, "label_smoothing": label_smoothing} if i == 0 else {}
+        loss, ce = cross_entropy(
+            p.head, p.head_weight, p.hidden, p.targets, p.weights, chunk=compute.loss_chunk, **options
+        )
+        found.append((p, loss, ce))
+    return found, aux
 
 
-def in_one_row(batch: Batch) -> Batch:
-    """The batch as a decoder takes it: a source joined before its target, and all in zigzag order where a context axis
-    splits the rows.
+def predict(
+    params: Params, batch: Batch, config: ModelConfig, compute: Compute, *, key: jax.Array | None = None
+) -> tuple[list[Prediction], dict[str, jax.Array]]:
+    """`predictions` of the model of these parameters (buffers among them) for a batch as the data room makes it."""
+    return assemble(config, params, compute).predictions(in_one_row(batch, config), key=key)
+
+
+def in_one_row(batch: Batch, config: ModelConfig) -> Batch:
+    """The batch as the model takes it: for a decoder a source joined before its target, and all in zigzag order where a
+    context axis splits the rows.
 
     [B, S] and [B, T] become [B, S+T]. The source is a prefix without weight, so that a decoder trains on sequence to
     sequence as a prefix language model (Raffel et al. 2020, section 3.2.1); what is no field of a decoder is left out.
     """
-    if "source_tokens" in batch:
+    if config.joins_source and "source_tokens" in batch:
         batch = _joined(batch)
     return {name: zigzag(x) for name, x in batch.items()}
-
-
-def trunk(model: Decoder, batch: Batch) -> tuple[jax.Array, Metrics]:
-    """`model.trunk` of what `in_one_row` returned."""
-    return model.trunk(
-        batch["tokens"],
-        positions=batch["positions"],
-        segment_ids=batch["segment_ids"],
-        prefix=batch.get("prefix"),
-    )
 
 
 def _joined(batch: Batch) -> Batch:
@@ -115,23 +126,48 @@ def make_train_step(
 
     Batch arrays are [B, T]: `tokens`, `targets`, `weights`, `segment_ids`, `positions` and, where the objective has
     them, `prefix` and a source (`source_tokens`, `source_segment_ids`, `source_positions`, [B, S]). Metrics: `loss` is
-    the mean cross-entropy of the weighted targets in nats, `grad_norm` the global norm before clipping.
-    `compiler_options` are `jax.jit`'s, such as `CPU_COMPILER_OPTIONS`; with any, JAX takes the step in no other `jit`.
+    the mean cross-entropy of the weighted targets in nats, `grad_norm` the global norm before clipping; further losses
+    and what the layers report (the load of experts, [E]) by name. A model that draws random numbers needs
+    `hyper["seed"]`. `compiler_options` are `jax.jit`'s, such as `CPU_COMPILER_OPTIONS`; with any, JAX takes the step in
+    no other `jit`.
     """
 
     def train_step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:
-        denominator = jnp.maximum(batch["weights"].sum(), 1.0)
+        key = None
+        if config.is_random:
+            key = jax.random.fold_in(jax.random.key(hyper["seed"].astype(jnp.uint32)), state.step)
 
-        def gradient(part: Batch) -> tuple[Params, Metrics]:
+        def gradient(part: Batch, number: Any = 0) -> tuple[Params, tuple[Metrics, Metrics]]:
             def loss(params: Params):
-                value, (ce, aux) = loss_and_metrics(params, part, hyper["z_loss"], config, compute)
-                return value / denominator, {"loss": ce / denominator} | aux
+                own_key = None if key is None else jax.random.fold_in(key, number)
+                options = {name: hyper[name] for name in ("z_loss", "label_smoothing")}
+                found, aux = losses(params | state.buffers, part, config, compute, key=own_key, **options)
+                total, metrics = jnp.float32(0), {}
+                for (p, value, ce), denominator in zip(
+                    found, denominators or [_count(p) for p, *_ in found], strict=True
+                ):
+                    total += p.coefficient * value / denominator
+                    metrics[p.name] = ce / denominator
+                # A mean over rows, so a part's is divided by their number.
+                aux = {name: value / accumulation_steps for name, value in aux.items()}
+                statistics = {name: value for name, value in aux.items() if name.startswith(STATISTIC)}
+                for name, value in aux.items():
+                    if name.startswith("loss."):
+                        total += value.sum()
+                        metrics[f"{name.removeprefix('loss.')}_loss"] = value.sum()
+                    elif name not in statistics:
+                        metrics[name] = value.mean(0)
+                return total, (metrics, statistics)
 
             return jax.grad(loss, has_aux=True)(state.params)
 
+        denominators: list[jax.Array] = []
         if accumulation_steps == 1:
-            grads, metrics = gradient(batch)
+            grads, (metrics, statistics) = gradient(batch)
         else:
+            # Of the whole batch; all but the weights' sums is compiled away.
+            whole, _ = predict(state.params | state.buffers, batch, config, compute)
+            denominators += [_count(p) for p in whole]
             # Every n-th row: a part takes rows from every device.
             parts = {name: jnp.moveaxis(_split_rows(x, accumulation_steps), 1, 0) for name, x in batch.items()}
             total = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
@@ -139,22 +175,44 @@ def make_train_step(
             # Through the barrier libtpu does not see that the sum over devices could wait for the loop's end; where it
             # does, it fails on the embedding's ("while_loop_all_reduce_code_motion.cc: RET_CHECK failure").
             keep = jax.lax.optimization_barrier
-            add = lambda total, part: (jax.tree.map(lambda t, g: t + keep(g), total, gradient(part)), None)  # noqa: E731
-            (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
+            numbers = jnp.arange(accumulation_steps)
+
+            def add(total: Any, part: Any) -> tuple[Any, None]:
+                return jax.tree.map(lambda t, g: t + keep(g), total, gradient(*part)), None
+
+            (grads, (metrics, statistics)), _ = jax.lax.scan(add, zeros, (parts, numbers))
         rate = learning_rate(state.step, hyper)
         updates, opt_state = make_optimizer(hyper).update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-        metrics |= {"learning_rate": rate, "grad_norm": optax.tree.norm(grads), "num_targets": denominator}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        metrics |= {
+            "learning_rate": rate,
+            "grad_norm": optax.tree.norm(grads),
+            "num_targets": jnp.maximum(batch["weights"].sum(), 1.0),
+        }
+        return TrainState(state.step + 1, params, opt_state, _updated(state.buffers, statistics, config)), metrics
 
     return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
 
 
+def _count(prediction: Prediction) -> jax.Array:
+    return jnp.maximum(prediction.weights.sum(), 1.0)
+
+
+def _updated(values: Params, statistics: Metrics, config: ModelConfig) -> Params:
+    """The buffers after a step, each updated by its own rule with the statistic of its name."""
+    rules, new = buffers(config), {}
+    for name, value in values.items():
+        statistic = statistics.get(STATISTIC + name.partition(".")[2])
+        new[name] = value if rules[name] is None else rules[name](value, statistic)
+    return new
+
+
 def make_eval_step(config: ModelConfig, compute: Compute) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
-    """`eval_step(params, batch) -> (summed cross-entropy in nats, number of targets)`, jitted."""
+    """`eval_step(params, batch) -> (summed cross-entropy in nats, number of targets)`, jitted; buffers are among
+    `params`."""
 
     def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        _, (ce, _) = loss_and_metrics(params, batch, 0.0, config, compute)
-        return ce, batch["weights"].sum()
+        (main, _, ce), *_ = losses(params, batch, config, compute)[0]
+        return ce, main.weights.sum()
 
     return jax.jit(eval_step)

@@ -58,7 +58,7 @@ def loss_and_gradient(config: DecoderConfig, compute: Compute, params, tokens):
         model = assemble(config, params, compute)
         hidden, aux = model.trunk(tokens[:, :-1])
         log_p = jax.nn.log_softmax(model.logits(hidden))
-        return -jnp.take_along_axis(log_p, tokens[:, 1:, None], -1).mean() + sum(aux.values(), start=0.0)
+        return -jnp.take_along_axis(log_p, tokens[:, 1:, None], -1).mean() + sum(a.sum() for a in aux.values())
 
     return jax.value_and_grad(loss)(params)
 

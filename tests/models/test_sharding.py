@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from llama_jax.models import Compute, DecoderConfig, abstract_params, assemble, from_params
 from llama_jax.parallel import axes_of, make_mesh, mesh_axis_sizes, shard, spec
 from llama_jax.training import OptimizerConfig, init_state, make_train_step
-from llama_jax.training.step import loss_and_metrics
+from llama_jax.training.step import losses
 
 MESHES = {
     "data": {"data": 8},
@@ -52,7 +52,7 @@ def batch_of(vocab_size: int, rows: int = BATCH) -> dict[str, np.ndarray]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def loss_and_gradient(config: DecoderConfig, compute: Compute, params, batch):
-    return jax.value_and_grad(lambda p: loss_and_metrics(p, batch, 1e-3, config, compute)[0])(params)
+    return jax.value_and_grad(lambda p: losses(p, batch, config, compute, z_loss=1e-3)[0][0][1])(params)
 
 
 def on_mesh(config: DecoderConfig, compute: Compute, params: dict, batch: dict):

@@ -12,7 +12,7 @@ import pytest
 from llama_jax.models import Compute, DecoderConfig, assemble
 from llama_jax.parallel import make_mesh
 from llama_jax.training import cross_entropy
-from llama_jax.training.step import loss_and_metrics
+from llama_jax.training.step import losses
 
 B, T, D, V = 3, 12, 8, 20
 
@@ -77,7 +77,7 @@ def test_model_loss_is_that_of_its_logits(tiny_config: DecoderConfig, random_par
     params, batch = random_params(config), batch_of(config, 2, 10)
 
     def ours(params: Any) -> jax.Array:
-        return loss_and_metrics(params, batch, 0.1, config, Compute(loss_chunk=4))[0]
+        return losses(params, batch, config, Compute(loss_chunk=4), z_loss=0.1)[0][0][1]
 
     def theirs(params: Any) -> jax.Array:
         logits = assemble(config, params, Compute())(
@@ -96,7 +96,7 @@ def test_a_head_that_is_whole_everywhere_counts_once(tiny_config: DecoderConfig,
     """Parameters that nobody has placed on the mesh: the loss and the gradient are those of one device."""
     config = DecoderConfig(**(tiny_config.__dict__ | {"tie_embeddings": tied}))
     params, batch = random_params(config), batch_of(config, 2, 16)
-    loss = lambda params, batch: loss_and_metrics(params, batch, 0.0, config, Compute())[0]  # noqa: E731
+    loss = lambda params, batch: losses(params, batch, config, Compute(), z_loss=0.0)[0][0][1]  # noqa: E731
     expected = jax.jit(jax.value_and_grad(loss))(params, batch)
     mesh = make_mesh({"tensor": 2}, jax.devices()[:2])
     with jax.set_mesh(mesh):
@@ -126,7 +126,7 @@ def test_no_array_of_all_logits_lives(tiny_config: DecoderConfig, random_params:
     params, batch = random_params(config), batch_of(config, rows, length)
 
     def gradient(chunk: int) -> Any:
-        loss = lambda params: loss_and_metrics(params, batch, 0.0, config, Compute(loss_chunk=chunk))[0]  # noqa: E731
+        loss = lambda params: losses(params, batch, config, Compute(loss_chunk=chunk), z_loss=0.0)[0][0][1]  # noqa: E731
         return jax.jit(jax.grad(loss)).lower(params).compile()
 
     def largest(compiled: Any) -> int:

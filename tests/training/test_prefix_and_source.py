@@ -16,7 +16,7 @@ from llama_jax.training import OptimizerConfig, init_state, make_train_step
 from llama_jax.training import kernel_check as module
 from llama_jax.training.kernel_check import PreflightFailed, preflight
 from llama_jax.training.losses import cross_entropy
-from llama_jax.training.step import in_one_row, loss_and_metrics
+from llama_jax.training.step import in_one_row, losses
 
 ROWS, LENGTH, SOURCE_LENGTH = 4, 20, 12
 
@@ -43,13 +43,13 @@ def batch_of(kind: str, vocab_size: int = 40) -> dict[str, np.ndarray]:
     return batch
 
 
-def test_a_source_and_its_target_in_one_row():
+def test_a_source_and_its_target_in_one_row(tiny_config):
     batch = {
         "tokens": [[10, 11, 12, 0]], "targets": [[11, 12, 13, 0]], "weights": [[1.0, 1.0, 0.5, 0.0]],
         "segment_ids": [[1, 2, 2, 0]], "positions": [[0, 0, 1, 0]], "token_types": [[7, 7, 7, 7]],
         "source_tokens": [[20, 21, 22, 0]], "source_segment_ids": [[1, 1, 2, 0]], "source_positions": [[0, 1, 0, 0]],
     }  # fmt: skip
-    row = in_one_row({name: jnp.asarray(x) for name, x in batch.items()})
+    row = in_one_row({name: jnp.asarray(x) for name, x in batch.items()}, tiny_config)
     assert {name: x.tolist() for name, x in row.items()} == {
         "tokens": [[20, 21, 22, 0, 10, 11, 12, 0]],
         "targets": [[0, 0, 0, 0, 11, 12, 13, 0]],
@@ -73,7 +73,7 @@ def test_one_pair_in_a_row_is_a_prefix_language_model(tiny_config: DecoderConfig
     logits = model(text, prefix=(np.arange(11) < 5)[None].astype(np.int32))
     assert float(jnp.abs(logits - model(text)).max()) > 0.1, "the prefix has to matter"
     expected = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits[:, 5:])), text[:, 5:, None], -1).sum()
-    loss, _ = loss_and_metrics(params, {k: jnp.asarray(x) for k, x in batch.items()}, 0.0, tiny_config, Compute())
+    ((_, loss, _),), _ = losses(params, {k: jnp.asarray(x) for k, x in batch.items()}, tiny_config, Compute())
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -84,7 +84,7 @@ def test_a_step_on_a_mesh_and_in_parts_is_that_of_one_device(kind: str, tiny_con
     @jax.jit
     def plain(params, batch):
         compute = Compute(attention_kernel="reference")
-        loss = lambda p: loss_and_metrics(p, batch, 0.0, tiny_config, compute)[0] / batch["weights"].sum()  # noqa: E731
+        loss = lambda p: losses(p, batch, tiny_config, compute, z_loss=0.0)[0][0][1] / batch["weights"].sum()  # noqa: E731
         value, gradient = jax.value_and_grad(loss)(params)
         return value, optax.tree.norm(gradient)
 
@@ -106,7 +106,7 @@ def test_a_batch_without_either_is_the_plain_program(tiny_config: DecoderConfig,
     compute = Compute(attention_kernel="blockwise")
 
     def ours(params, batch):
-        return loss_and_metrics(params, batch, 0.1, tiny_config, compute)[0]
+        return losses(params, batch, tiny_config, compute, z_loss=0.1)[0][0][1]
 
     def plain(params, batch):
         model = assemble(tiny_config, params, compute)

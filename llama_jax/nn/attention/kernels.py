@@ -15,10 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from llama_jax.config import UserError
 from llama_jax.nn.attention import accelerated, blockwise, context
+from llama_jax.nn.dropout import random_key
 from llama_jax.nn.masks import AttentionMask
 from llama_jax.parallel import fitting, mesh_axis_sizes, platform, shard, spec
 
@@ -26,11 +27,33 @@ Queries = Float[Array, "b t n h"]
 Keys = Float[Array, "b k s h"]
 
 
-def reference(q: Queries, k: Keys, v: Keys, mask: AttentionMask, *, scale: float) -> Queries:
-    """The plain formula, all scores at once: what every other kernel is compared with."""
-    scores = blockwise.scores(_grouped(q, k.shape[1]), k, mask, 0, 0, scale)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return _ungrouped(jnp.einsum("bkgts,bksh->bkgth", weights, v))
+def reference(
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    mask: AttentionMask,
+    bias: Float[Array, "#b n t s"] | None = None,
+    keep: Bool[Array, "b n t s"] | None = None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> Queries:
+    """The plain formula, all scores at once: what every other kernel is compared with, and the one that does all."""
+    if softcap is None and bias is None:
+        scores = blockwise.scores(_grouped(q, k.shape[1]), k, mask, 0, 0, scale)
+    else:
+        scores = blockwise.scores(_grouped(q, k.shape[1]), k, AttentionMask(causal=False), 0, 0, scale)
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        if bias is not None:
+            scores += _per_group(bias, k.shape[1])
+        allowed = mask.allowed(0, q.shape[1], 0, k.shape[2])
+        scores = jnp.where(allowed[:, None, None], scores, blockwise.MASKED)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if keep is not None:
+        weights = jnp.where(_per_group(keep, k.shape[1]), weights / (1 - dropout), 0)
+    return _ungrouped(jnp.einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), v))
 
 
 def online(q: Queries, k: Keys, v: Keys, mask: AttentionMask, *, scale: float) -> Queries:
@@ -55,15 +78,17 @@ KERNELS = {
 FASTEST = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
 
 
-def choose(q: Any, k: Any, mask: AttentionMask) -> str:
+def choose(q: Any, k: Any, mask: AttentionMask, *, softcap: float | None = None, dropout: float = 0.0) -> str:
     """The name of the kernel that `attend` takes: the mask's, or for `auto` the fastest that does all of it.
 
     q and k may be abstract. Raises UserError for an unknown kernel, and for one that cannot do what is asked.
     """
     name, split = mask.kernel, _splits_sequence(q, mask)
+    if name in ("auto", "reference") and _only_reference(q, mask, softcap, dropout):
+        return "reference"
     if name == "auto":
         name = FASTEST.get(platform(), "blockwise")
-        if split or KERNELS[name].refuses(q, k, mask):
+        if split or mask.key_segment_ids is not None or KERNELS[name].refuses(q, k, mask):
             name = "blockwise"
         if split:
             return "reference" if mask.prefix is not None else name
@@ -71,15 +96,32 @@ def choose(q: Any, k: Any, mask: AttentionMask) -> str:
     if name not in KERNELS:
         raise UserError(f"attention_kernel={name!r} does not exist: the kernels are auto, {', '.join(KERNELS)}")
     reason = KERNELS[name].refuses(q, k, mask)
+    if mask.key_segment_ids is not None and name not in ("blockwise", "reference"):
+        reason = "keys of another sequence"
     if split and name not in ("blockwise", "reference"):
         reason = "a sequence split over mesh.context"
     able = "blockwise"
     if split and mask.prefix is not None and name != "reference":
         # A device's keys would be needed by queries before them: the zigzag order balances the causal work only.
         reason, able = "a prefix that is seen whole on a sequence split over mesh.context", "reference"
+    if name != "reference" and (beyond := _only_reference(q, mask, softcap, dropout)):
+        reason, able = beyond, "reference"
     if reason:
         raise UserError(f"attention_kernel={name!r} cannot do {reason}: take {able}, or auto")
     return name
+
+
+def _only_reference(q: Any, mask: AttentionMask, softcap: float | None, dropout: float) -> str | None:
+    """What of this no other kernel can do, or None."""
+    if mask.bias is not None:
+        return "a bias of the scores"
+    if softcap is not None:
+        return "a soft cap of the scores"
+    if dropout and mask.dropout_key is not None:
+        return "dropout of the attention weights"
+    if mask.key_segment_ids is not None and _splits_sequence(q, mask):
+        return "keys of another sequence on mesh.context"
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +133,8 @@ class Call:
     v: Any
     mask: AttentionMask
     scale: float
+    softcap: float | None
+    dropout: float
 
 
 _calls: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar("calls", default=None)
@@ -107,22 +151,50 @@ def calls_of_attend() -> Iterator[list[Call]]:
         _calls.reset(token)
 
 
-def attend(q: Queries, k: Keys, v: Keys, mask: AttentionMask, *, scale: float) -> Queries:
-    """softmax(scale q k^T) v over the keys that `mask` allows, by the kernel that it names."""
+def attend(
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> Queries:
+    """softmax(scale q k^T + bias) v over the keys that `mask` allows, by the kernel that it names.
+
+    `softcap` c squashes the scaled scores s to c tanh(s / c); `dropout` zeroes attention weights at this rate, in
+    training.
+    """
     if (calls := _calls.get()) is not None:
-        calls.append(Call(jax.typeof(q), jax.typeof(k), jax.typeof(v), jax.tree.map(jax.typeof, mask), scale))
-    name = choose(q, k, mask)
+        aval = jax.typeof
+        calls.append(Call(aval(q), aval(k), aval(v), jax.tree.map(aval, mask), scale, softcap, dropout))
+    name = choose(q, k, mask, softcap=softcap, dropout=dropout)
     kernel = functools.partial(KERNELS[name].run, scale=scale)
+    bias, keep = mask.bias, None
+    if bias is not None and bias.shape[1] != q.shape[2]:
+        raise UserError(
+            f"the position bias is for {bias.shape[1]} heads and the attention has {q.shape[2]}: make them equal"
+        )
+    if name == "reference":
+        kernel = functools.partial(kernel, softcap=softcap, dropout=dropout)
+        if dropout and mask.dropout_key is not None:
+            shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[2])
+            partition = spec("batch", "heads", None, None, shape=shape)
+            key = random_key(mask, "attention weights")
+            keep = jax.random.bernoulli(key, 1 - dropout, shape, out_sharding=partition)
+    # What else the mask says is not for kernels.
+    mask = dataclasses.replace(mask, bias=None, valid=None, dropout_key=None)
     sizes = mesh_axis_sizes()
     if not sizes:
-        return kernel(q, k, v, mask)
+        return kernel(q, k, v, mask, **_given(bias=bias, keep=keep))
     tensor = sizes.get("tensor", 1)
     if not _splits_sequence(q, mask):
-        return _sharded(kernel, q, k, v, mask, tensor, None)
+        return _sharded(kernel, q, k, v, mask, tensor, None, bias, keep)
     if name == "reference":  # knows one order only, that of the text
         q, k, v = context.unzigzag(q), *(context.unzigzag(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (k, v))
         mask = jax.tree.map(context.unzigzag, mask)
-        return context.zigzag(_sharded(kernel, q, k, v, mask, tensor, None))
+        return context.zigzag(_sharded(kernel, q, k, v, mask, tensor, None, bias, keep))
 
     def on_chunks(q, k, v, mask):
         return _ungrouped(context.context_attention(_grouped(q, k.shape[1]), k, v, mask, scale))
@@ -134,7 +206,21 @@ def _splits_sequence(q: Any, mask: AttentionMask) -> bool:
     return mask.q_index is None and context.splits(q.shape[1])
 
 
-def _sharded(kernel, q: Queries, k: Keys, v: Keys, mask: AttentionMask, tensor: int, sequence: str | None) -> Queries:
+def _given(**arrays: jax.Array | None) -> dict[str, jax.Array]:
+    return {name: x for name, x in arrays.items() if x is not None}
+
+
+def _sharded(
+    kernel,
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    mask: AttentionMask,
+    tensor: int,
+    sequence: str | None,
+    bias: jax.Array | None = None,
+    keep: jax.Array | None = None,
+) -> Queries:
     """The kernel under shard_map: batch and heads split, and the sequence where the kernel can."""
     num_heads, num_kv_heads = q.shape[2], k.shape[1]
     heads = fitting("heads", num_heads)
@@ -146,15 +232,21 @@ def _sharded(kernel, q: Queries, k: Keys, v: Keys, mask: AttentionMask, tensor: 
     if mask.segment_ids is not None and mask.key_segment_ids is None and q.shape[1] != k.shape[2]:
         raise ValueError("segment ids need as many queries as keys")
     q = shard(q, "batch", sequence, "heads", None)
-    out = spec("batch", sequence, "heads", None, shape=q.shape)
+    out = spec("batch", sequence, "heads", None, shape=(*q.shape[:3], v.shape[3]))
     mask = jax.tree.map(lambda x: shard(x, "batch", sequence), mask)
-    y = jax.shard_map(kernel, out_specs=out, check_vma=False)(q, k, v, mask)
+    tables = {name: shard(x, "batch", "heads", None, None) for name, x in _given(bias=bias, keep=keep).items()}
+    local = lambda q, k, v, mask, tables: kernel(q, k, v, mask, **tables)  # noqa: E731
+    y = jax.shard_map(local, out_specs=out, check_vma=False)(q, k, v, mask, tables)
     return shard(y, "batch", "sequence", "heads", None)
 
 
 def _grouped(q: Queries, num_kv_heads: int) -> Float[Array, "b k g t h"]:
     b, t, n, h = q.shape
     return q.reshape(b, t, num_kv_heads, n // num_kv_heads, h).transpose(0, 2, 3, 1, 4)
+
+
+def _per_group(x: Shaped[Array, "b n t s"], num_kv_heads: int) -> Shaped[Array, "b k g t s"]:
+    return x.reshape(x.shape[0], num_kv_heads, -1, *x.shape[2:])
 
 
 def _ungrouped(y: Float[Array, "b k g t h"]) -> Queries:

@@ -14,7 +14,7 @@ from llama_jax.data.objectives import Example, Objective
 from llama_jax.data.packing import pack
 from llama_jax.models import Compute, DecoderConfig, assemble
 from llama_jax.nn.attention import blockwise
-from llama_jax.training.step import in_one_row, loss_and_metrics, trunk
+from llama_jax.training.step import in_one_row, losses
 
 every_objective = pytest.mark.parametrize("name", CASES)
 LENGTH, SOURCE_LENGTH = 44, 32  # room for two examples and padding
@@ -68,7 +68,7 @@ def jacobian(config: DecoderConfig, kernel: str):
         def scalars(table):
             model = assemble(config, params | {"embedding.weight": table}, Compute(attention_kernel=kernel))
             own = jnp.arange(table.shape[0])[None]
-            hidden, _ = trunk(model, batch | {"tokens": own})
+            hidden, _ = model.trunk(**batch | {"tokens": own})
             return hidden[0] @ jnp.linspace(1.0, 2.0, hidden.shape[-1])
 
         return jax.jacrev(scalars)(table)
@@ -82,7 +82,7 @@ def test_nothing_is_seen_that_must_not_be(name: str, kernel: str, layers: int, t
     """Through two layers nothing comes by a detour; with one, nothing that ought to be seen has to."""
     objective = CASES[name]
     examples = two_examples(objective)
-    batch = in_one_row(rows_of(objective, examples))
+    batch = in_one_row(rows_of(objective, examples), tiny_config)
     batch = {field: batch[field] for field in ("tokens", "positions", "segment_ids", "prefix") if field in batch}
     config = dataclasses.replace(tiny_config, num_layers=layers)
     params = random_params(config)
@@ -94,9 +94,8 @@ def test_nothing_is_seen_that_must_not_be(name: str, kernel: str, layers: int, t
 @functools.partial(jax.jit, static_argnums=0)
 def loss_and_logits(config: DecoderConfig, params, batch):
     compute = Compute(attention_kernel="reference")
-    loss, (ce, _) = loss_and_metrics(params, batch, 0.0, config, compute)
-    model = assemble(config, params, compute)
-    return loss, ce, model.logits(trunk(model, in_one_row(batch))[0])
+    ((prediction, loss, ce),), _ = losses(params, batch, config, compute)
+    return loss, ce, prediction.head(prediction.hidden, prediction.head_weight)
 
 
 @every_objective
