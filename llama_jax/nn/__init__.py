@@ -6,6 +6,7 @@ it builds from `MixerModule` or `FeedForwardModule`.
 """
 
 from llama_jax.nn.absolute_positions import LearnedPositions, Positions, PositionsModule, SinusoidalPositions
+from llama_jax.nn.attention.cross import CrossAttention, CrossAttentionModule
 from llama_jax.nn.attention.grouped_query import GroupedQuery
 from llama_jax.nn.attention.kernels import attend
 from llama_jax.nn.feed_forward import MLP, GatedLinearUnit, SwiGLU
@@ -20,6 +21,8 @@ __all__ = [
     "MLP",
     "Alibi",
     "AttentionMask",
+    "CrossAttention",
+    "CrossAttentionModule",
     "FeedForward",
     "FeedForwardModule",
     "GatedLinearUnit",
