@@ -5,30 +5,46 @@ feed-forward is one file here, or one class in a notebook: derive the config fro
 it builds from `MixerModule` or `FeedForwardModule`.
 """
 
+from llama_jax.nn.absolute_positions import LearnedPositions, Positions, PositionsModule, SinusoidalPositions
+from llama_jax.nn.attention.cross import CrossAttention, CrossAttentionModule
 from llama_jax.nn.attention.grouped_query import GroupedQuery
 from llama_jax.nn.attention.kernels import attend
-from llama_jax.nn.feed_forward import SwiGLU
+from llama_jax.nn.feed_forward import MLP, GatedLinearUnit, SwiGLU
 from llama_jax.nn.masks import AttentionMask
 from llama_jax.nn.mixer import FeedForward, FeedForwardModule, Mixer, MixerModule
-from llama_jax.nn.norms import Norm, RMSNorm
+from llama_jax.nn.norms import LayerNorm, Norm, RMSNorm
 from llama_jax.nn.parameters import Projection, child, parameter, use
+from llama_jax.nn.position_bias import Alibi, PositionBias, PositionBiasModule, RelativeBias
 from llama_jax.nn.positions import LinearScaling, Llama3Scaling, NTKScaling, Rope, RopeScaling, YarnScaling
 
 __all__ = [
+    "MLP",
+    "Alibi",
     "AttentionMask",
+    "CrossAttention",
+    "CrossAttentionModule",
     "FeedForward",
     "FeedForwardModule",
+    "GatedLinearUnit",
     "GroupedQuery",
+    "LayerNorm",
+    "LearnedPositions",
     "LinearScaling",
     "Llama3Scaling",
     "Mixer",
     "MixerModule",
     "NTKScaling",
     "Norm",
+    "PositionBias",
+    "PositionBiasModule",
+    "Positions",
+    "PositionsModule",
     "Projection",
     "RMSNorm",
+    "RelativeBias",
     "Rope",
     "RopeScaling",
+    "SinusoidalPositions",
     "SwiGLU",
     "YarnScaling",
     "attend",

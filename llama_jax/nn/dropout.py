@@ -6,8 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from llama_jax.config import UserError
 from llama_jax.nn.masks import AttentionMask
 from llama_jax.parallel import spec
+
+
+def check_rate(name: str, rate: float) -> None:
+    """Raises UserError where the option `name` is no share that can be dropped."""
+    if not 0 <= rate < 1:
+        raise UserError(f"{name}={rate} must be at least 0 and below 1")
 
 
 def random_key(mask: AttentionMask, name: str) -> jax.Array:

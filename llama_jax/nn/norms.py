@@ -12,7 +12,7 @@ from llama_jax.nn.parameters import parameter, use
 
 
 class Norm(Component):
-    """Config of a normalisation over the model dimension."""
+    """Config of a normalisation over the last dimension: the model's, or a head's."""
 
     def build(self, width: int, *, rngs: nnx.Rngs) -> nnx.Module:
         raise NotImplementedError
@@ -23,13 +23,14 @@ class RMSNorm(Norm):
     """x / rms(x) * weight, with no bias (Zhang and Sennrich 2019; every released Llama).
 
     eps: added to the mean square.
+    cast_last: multiply by the weight in float32 and round then, as ChatGLM does; Llama and T5 round first.
     """
 
     eps: float
+    cast_last: bool = False
 
     def __post_init__(self) -> None:
-        if self.eps <= 0:
-            raise UserError(f"eps={self.eps} must be above 0")
+        _check_eps(self.eps)
 
     def build(self, width: int, *, rngs: nnx.Rngs) -> "RMSNormModule":
         return RMSNormModule(self, width, rngs=rngs)
@@ -37,11 +38,50 @@ class RMSNorm(Norm):
 
 class RMSNormModule(nnx.Module):
     def __init__(self, config: RMSNorm, width: int, *, rngs: nnx.Rngs):
-        self.eps = config.eps
+        self.config = config
         self.weight = parameter(rngs, "weight", (width,), (None,), std=None)
 
     def __call__(self, x: Float[Array, "*lead d"]) -> Float[Array, "*lead d"]:
         x_32 = x.astype(jnp.float32)
-        normal = x_32 * jax.lax.rsqrt(jnp.mean(x_32 * x_32, axis=-1, keepdims=True) + self.eps)
+        normal = x_32 * jax.lax.rsqrt(jnp.mean(x_32 * x_32, axis=-1, keepdims=True) + self.config.eps)
+        if self.config.cast_last:
+            return (normal * use(self.weight, jnp.float32)).astype(x.dtype)
         # Cast down first, then scale: the order of Meta's and Hugging Face's code.
         return normal.astype(x.dtype) * use(self.weight, x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerNorm(Norm):
+    """(x - mean(x)) / std(x) * weight + bias (Ba et al. 2016), in float32 whatever the dtype of x.
+
+    eps: added to the variance.
+    bias: whether there is one.
+    """
+
+    eps: float
+    bias: bool
+
+    def __post_init__(self) -> None:
+        _check_eps(self.eps)
+
+    def build(self, width: int, *, rngs: nnx.Rngs) -> "LayerNormModule":
+        return LayerNormModule(self, width, rngs=rngs)
+
+
+class LayerNormModule(nnx.Module):
+    def __init__(self, config: LayerNorm, width: int, *, rngs: nnx.Rngs):
+        self.eps = config.eps
+        self.weight = parameter(rngs, "weight", (width,), (None,), std=None)
+        self.bias = parameter(rngs, "bias", (width,), (None,), std=0.0) if config.bias else None
+
+    def __call__(self, x: Float[Array, "*lead d"]) -> Float[Array, "*lead d"]:
+        x_32 = x.astype(jnp.float32)
+        centred = x_32 - jnp.mean(x_32, axis=-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
+        y = y * use(self.weight, jnp.float32)
+        return (y if self.bias is None else y + use(self.bias, jnp.float32)).astype(x.dtype)
+
+
+def _check_eps(eps: float) -> None:
+    if eps <= 0:
+        raise UserError(f"eps={eps} must be above 0")

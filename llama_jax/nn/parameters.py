@@ -59,7 +59,7 @@ def buffer(value: jax.Array, update: Callable[[jax.Array, jax.Array], jax.Array]
     return Buffer(value, axes=(None,) * value.ndim, update=update)
 
 
-def use(param: nnx.Variable, dtype: jnp.dtype) -> jax.Array:
+def use(param: nnx.Variable, dtype: Any) -> jax.Array:
     """A parameter's value as the computation wants it: cast, then gathered over the axis that only storage has."""
     return gather(param[...].astype(dtype), param.get_metadata("axes"))
 

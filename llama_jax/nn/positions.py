@@ -24,24 +24,29 @@ class RopeScaling(Component):
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding (Su et al. 2021): position p turns pair i of a head by p * theta^(-2i/head_dim).
+    """Rotary position embedding (Su et al. 2021): position p turns pair i of a head by p * theta^(-2i/rotary_dim).
 
-    Pairs are (i, i + head_dim/2): the rotated halves of Hugging Face's Llama. Weights of families that interleave pairs
-    are permuted when imported.
+    Pairs are (i, i + rotary_dim/2): the rotated halves of Hugging Face's Llama. Weights of families that interleave
+    pairs are permuted when imported.
 
     theta: base of the frequencies.
     scaling: how they are stretched for long contexts, or none.
+    rotary_dim: how much of a head turns, its first part; none for all of it.
     """
 
     theta: float
     scaling: RopeScaling | None
+    rotary_dim: int | None = None
 
     def __post_init__(self) -> None:
         if self.theta <= 1:
             raise UserError(f"theta={self.theta} must be above 1")
+        if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
+            raise UserError(f"rotary_dim={self.rotary_dim} must be positive and even")
 
     def frequencies(self, head_dim: int) -> np.ndarray:
-        """Angle per position of each pair, float64 [H/2]."""
+        """Angle per position of each pair, float64 [H/2], of rotary_dim/2 where a part turns."""
+        head_dim = self.rotary_dim or head_dim
         frequencies = self.theta ** (-np.arange(0, head_dim, 2) / head_dim)
         return frequencies if self.scaling is None else self.scaling.frequencies(frequencies, self.theta, head_dim)
 
@@ -51,9 +56,10 @@ class Rope:
         angles = positions[..., None, None].astype(jnp.float32) * frequencies
         magnitude = 1.0 if self.scaling is None else self.scaling.magnitude()
         cos, sin = magnitude * jnp.cos(angles), magnitude * jnp.sin(angles)
-        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-        return rotated.astype(x.dtype)
+        turning, rest = x[..., : 2 * len(frequencies)], x[..., 2 * len(frequencies) :]
+        first, second = jnp.split(turning.astype(jnp.float32), 2, axis=-1)
+        rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+        return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated
 
 
 def _check_factor(factor: float) -> None:
