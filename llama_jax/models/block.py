@@ -23,8 +23,9 @@ STATISTIC = "statistic."
 class Block(nnx.Module):
     """A mixer, attention to another sequence where there is one, and a feed-forward, each with its residual and norms.
 
-    The norms of what enters: `input_layernorm`, `cross_attention_layernorm`, `post_attention_layernorm` (Llama's names).
-    Those of what leaves, or of the sum with the residual: `attention_norm`, `cross_attention_norm`, `feed_forward_norm`.
+    The norms of what enters have Llama's names: `input_layernorm`, `cross_attention_layernorm`,
+    `post_attention_layernorm`; those of what leaves, or of the sum with the residual, are `attention_norm`,
+    `cross_attention_norm` and `feed_forward_norm`.
     """
 
     def __init__(

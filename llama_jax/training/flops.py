@@ -31,9 +31,9 @@ PEAK_FLOPS = {
 def train_flops_per_token(config: ModelConfig, sequence_length: int, source_length: int = 0) -> float:
     """FLOPs of the matrix products of one token's forward and backward pass, the mean over a row's.
 
-    6 per matrix parameter that a token meets: not the tables, not the experts that it is not sent to, the embedding only
-    where it is the head. Causal attention scores counted at half, since only that half is needed; nothing recomputed
-    counted (as Chowdhery et al. 2022, appendix B, halved). With a source, a row has both.
+    6 per matrix parameter that a token meets: not the tables, not the experts that it is not sent to, the embedding
+    only where it is the head. Causal attention scores counted at half, since only that half is needed; nothing
+    recomputed counted (as Chowdhery et al. 2022, appendix B, halved). With a source, a row has both.
     """
     matrices = {
         name: math.prod(p.shape)

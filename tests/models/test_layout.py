@@ -149,7 +149,7 @@ def test_pieces_of_other_shapes_need_other_names(tiny_config):
     one_head = GroupedQuery(1, 1, 8, None, qkv_bias=False, out_bias=False)
     config = dataclasses.replace(tiny_config, overrides=(LayerOverride((1,), one_head),))
     with pytest.raises(
-        ValueError, match=r"'attention.k_proj.weight' has shape \(16, 1, 8\) in layer 1 and \(16, 2, 8\)"
+        ValueError, match=r"'layers.attention.k_proj.weight' has shape \(16, 1, 8\) in layer 1 and \(16, 2, 8\)"
     ):
         layers_with(config)
 

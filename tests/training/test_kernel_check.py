@@ -27,6 +27,7 @@ def batch_of(rows: int = 8, length: int = 32) -> dict[str, jax.Array]:
     """One document a row: that documents are kept apart must be found out all the same."""
     ones = jnp.ones((rows, length), jnp.int32)
     batch = {"tokens": ones, "segment_ids": ones, "positions": jnp.broadcast_to(jnp.arange(length), ones.shape)}
+    batch |= {"targets": ones, "weights": ones.astype(jnp.float32)}
     return {name: shard(x, "batch", "sequence") for name, x in batch.items()}
 
 
