@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from llama_jax.config import UserError, from_json, to_json
 from llama_jax.nn import (
@@ -270,21 +271,21 @@ def test_attention_weights_are_dropped_in_training_alone():
     assert not np.allclose(cross(x, keys, mask=training), built(both)[0](x, positions=positions, mask=training)[0])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def block(graphdefs: tuple, states: tuple, dtype: Any, x, segments, key):
+@functools.partial(jax.jit, static_argnums=0)
+def block(graphdefs: tuple, states: tuple, x, segments, key):
     """Value and gradients of an encoder-decoder block made of these pieces."""
     places = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
 
     def value(states, x):
         norm, bias, mixer, cross, mlp, gated = (nnx.merge(*part) for part in zip(graphdefs, states, strict=True))
-        x = shard(x, "batch", "sequence", None).astype(dtype)
+        x = shard(x, "batch", "sequence", None)
         mask = AttentionMask(segment_ids=segments, bias=bias(places[:1], places[0]), dropout_key=key)
         y, _ = mixer(norm(x), positions=places, mask=mask)
         other = AttentionMask(causal=False, segment_ids=segments, key_segment_ids=segments, dropout_key=key)
         y += cross(norm(x + y), cross.keys(x), mask=other)
         y += mlp(x + y, mask=mask)[0]
         y += gated(norm(y), mask=mask)[0]
-        return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
+        return jnp.sum(jnp.sin(y)), y
 
     return jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(states, x)
 
@@ -305,7 +306,7 @@ def test_on_a_mesh_everything_is_the_same_and_so_is_what_is_dropped(mesh: dict[s
         LayerNorm(1e-5, True),
         BiasOfWidth(),
         mixer,
-        dataclasses.replace(CROSS, dropout=0.3),
+        dataclasses.replace(CROSS, qkv_bias=False, dropout=0.3),  # a bias of its keys would have no gradient
         MLP(24, "gelu", True, dropout=0.3),
         GatedLinearUnit(24, "relu_squared", False, dropout=0.3),
     )
@@ -314,13 +315,14 @@ def test_on_a_mesh_everything_is_the_same_and_so_is_what_is_dropped(mesh: dict[s
     x = jnp.asarray(numbers(BATCH, LENGTH, WIDTH))
     segments = jnp.asarray(np.repeat([[1, 2]], [5, 7], axis=1).repeat(BATCH, 0))
     key = jax.random.key(5)
-    expected = block(graphdefs, states, jnp.float32, x, segments, key)
-    with jax.set_mesh(make_mesh(mesh)):
+    expected = block(graphdefs, states, x, segments, key)
+    devices = make_mesh(mesh)
+    with jax.set_mesh(devices):
         abstract = jax.eval_shape(lambda: [nnx.split(piece.build(WIDTH, rngs=nnx.Rngs(0)))[1] for piece in pieces])
-        placed = jax.tree.map(lambda value, a: jax.device_put(value, a.sharding), states, tuple(abstract))
-        # GSPMD's constraint of a replicated argument: the mesh's own.
+        place = lambda value, a: jax.device_put(value, NamedSharding(devices, a.sharding.spec))  # noqa: E731
+        placed = jax.tree.map(place, states, tuple(abstract))
         x, segments = (shard(a, *(None,) * a.ndim) for a in (x, segments))
-        found = block(graphdefs, placed, jnp.float32, x, segments, key)
+        found = block(graphdefs, placed, x, segments, key)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         scale = float(jnp.abs(other).max())
         assert scale > 1e-3
