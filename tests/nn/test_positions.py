@@ -1,13 +1,29 @@
-"""Rotary positions: what a rotation has to be, and every scaling against its source written out another way."""
+"""Positions: what a rotation has to be, every scaling against its source written out another way; those that are
+added to embeddings and to scores, against their papers."""
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from llama_jax.config import UserError
-from llama_jax.nn import LinearScaling, Llama3Scaling, NTKScaling, Rope, RopeScaling, YarnScaling
+from llama_jax.nn import (
+    Alibi,
+    LearnedPositions,
+    LinearScaling,
+    Llama3Scaling,
+    NTKScaling,
+    PositionBias,
+    RelativeBias,
+    Rope,
+    RopeScaling,
+    SinusoidalPositions,
+    YarnScaling,
+)
+from llama_jax.parallel import make_mesh, shard
 
 THETA, HEAD_DIM = 10000.0, 16
 PAIRS = HEAD_DIM // 2
@@ -39,6 +55,137 @@ def test_scores_depend_on_the_distance_alone():
     ]
     np.testing.assert_allclose(scores, scores[0], rtol=1e-4)
     assert not np.isclose(scores[0], q @ k, rtol=1e-2)
+
+
+def test_a_part_of_a_head_turns_as_a_small_head_and_the_rest_stays():
+    x, positions = vectors(5), np.array([0, 1, 7, 100, 4000])
+    scaling = LinearScaling(factor=2.0)
+    y = rotated(Rope(THETA, scaling, rotary_dim=6), x, positions)
+    np.testing.assert_array_equal(y[:, 6:], x[:, 6:])
+    np.testing.assert_array_equal(y[:, :6], rotated(Rope(THETA, scaling), x[:, :6], positions))
+    np.testing.assert_array_equal(
+        rotated(Rope(THETA, None, HEAD_DIM), x, positions), rotated(Rope(THETA, None), x, positions)
+    )
+
+
+def test_learned_positions_are_rows_of_the_table_after_its_offset():
+    config = LearnedPositions(num_positions=9, offset=2)
+    assert config.limit == 9
+    module = config.build(6, rngs=nnx.Rngs(0))
+    table = np.asarray(module.weight[...])
+    assert table.shape == (11, 6)
+    positions = np.array([[0, 1, 8], [3, 3, 0]])
+    np.testing.assert_array_equal(module(jnp.asarray(positions)), table[positions + 2])
+    assert module(jnp.asarray(positions), jnp.bfloat16).dtype == jnp.bfloat16
+
+
+def test_sinusoids_are_those_of_the_paper():
+    positions, width = np.array([[0, 1, 5], [7, 300, 2]]), 10
+    expected = np.zeros((*positions.shape, width))
+    for (b, t), i in ((place, i) for place in np.ndindex(positions.shape) for i in range(width // 2)):
+        angle = positions[b, t] / 10000 ** (2 * i / width)
+        expected[b, t, 2 * i : 2 * i + 2] = math.sin(angle), math.cos(angle)
+    paper, halves = (SinusoidalPositions(layout).build(width, rngs=nnx.Rngs(0)) for layout in ("interleaved", "halves"))
+    found = paper(jnp.asarray(positions))
+    np.testing.assert_allclose(found, expected, atol=3e-5)
+    np.testing.assert_array_equal(
+        halves(jnp.asarray(positions)), np.concatenate([found[..., ::2], found[..., 1::2]], -1)
+    )
+    assert SinusoidalPositions().limit is None
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "halves"])
+def test_products_of_sinusoids_depend_on_the_distance_alone(layout):
+    module = SinusoidalPositions(layout, base=50.0).build(12, rngs=nnx.Rngs(0))
+    rows = np.asarray(module(jnp.arange(40)[None]))[0]
+    products = rows @ rows.T
+    for distance in (0, 3, 17):
+        np.testing.assert_allclose(np.diagonal(products, distance), products[0, distance], atol=1e-4)
+    assert products[0, 3] < products[0, 0]
+
+
+def bucket(offset: int, *, bidirectional: bool, num_buckets: int, max_distance: int) -> int:
+    """Section 2.1 of the paper, and Mesh TensorFlow's `_relative_position_bucket`, one pair at a time."""
+    first, behind = 0, -offset
+    if bidirectional:
+        num_buckets //= 2
+        if behind < 0:
+            first, behind = num_buckets, -behind
+    elif behind < 0:
+        behind = 0
+    exact = num_buckets // 2
+    if behind < exact:
+        return first + behind
+    share = np.float32(math.log(behind / exact)) / np.float32(math.log(max_distance / exact))
+    return first + min(exact + math.floor(share * np.float32(num_buckets - exact)), num_buckets - 1)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (8, 20), (16, 1000)])
+def test_relative_buckets_are_those_of_t5(bidirectional: bool, num_buckets: int, max_distance: int):
+    config = RelativeBias(2, num_buckets, max_distance, bidirectional)
+    expected = [
+        bucket(d, bidirectional=bidirectional, num_buckets=num_buckets, max_distance=max_distance)
+        for d in range(-max_distance, max_distance + 1)
+    ]
+    assert config.buckets().tolist() == expected
+    # Every bucket is used, but that of keys 0 places after the query.
+    assert len(set(expected)) == (num_buckets - 1 if bidirectional else num_buckets)
+
+
+def bias_of(config: PositionBias, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    return np.asarray(config.build(rngs=nnx.Rngs(0))(jnp.asarray(queries), jnp.asarray(keys)))
+
+
+def test_relative_bias_is_looked_up_pair_by_pair():
+    config = RelativeBias(num_heads=3, num_buckets=8, max_distance=10, bidirectional=True)
+    weight = np.asarray(config.build(rngs=nnx.Rngs(0)).weight[...])
+    queries, keys = np.array([[0, 1, 40], [7, 2, 3]]), np.array([[0, 1, 2, 60], [5, 6, 7, 8]])
+    expected = np.zeros((2, 3, 3, 4), np.float32)
+    for b, t, s in np.ndindex(2, 3, 4):
+        offset = int(keys[b, s] - queries[b, t])
+        expected[b, :, t, s] = weight[bucket(offset, bidirectional=True, num_buckets=8, max_distance=10)]
+    np.testing.assert_array_equal(bias_of(config, queries, keys), expected)
+    np.testing.assert_array_equal(bias_of(config, queries[:1], keys[0]), expected[:1])
+
+
+def test_alibi_has_the_slopes_of_the_paper():
+    np.testing.assert_allclose(Alibi(8).slopes(), [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256])
+    np.testing.assert_allclose(Alibi(16).slopes()[:3], [1 / 2**0.5, 1 / 2, 1 / 2**1.5])
+    # The authors' get_slopes(12): those of 8 heads, then every second one of 16, four of them.
+    np.testing.assert_allclose(Alibi(12).slopes(), [*Alibi(8).slopes(), *Alibi(16).slopes()[0::2][:4]])
+    for heads in range(1, 20):
+        slopes = Alibi(heads).slopes()
+        assert len(set(slopes)) == heads
+        assert all(0 < slope < 1 for slope in slopes)
+
+
+def test_alibi_falls_with_the_distance_on_both_sides():
+    found = bias_of(Alibi(3), np.array([[3, 4]]), np.arange(6))
+    expected = -Alibi(3).slopes()[:, None, None] * np.array([[3, 2, 1, 0, 1, 2], [4, 3, 2, 1, 0, 1]])
+    np.testing.assert_allclose(found, expected[None], rtol=1e-6)
+
+
+@pytest.mark.parametrize("config", [RelativeBias(4, 8, 20, True), Alibi(4)], ids=lambda c: type(c).__name__)
+def test_a_bias_is_the_same_on_a_mesh_and_so_is_its_gradient(config: PositionBias):
+    @jax.jit
+    def value(queries, keys):
+        graphdef, state = nnx.split(config.build(rngs=nnx.Rngs(0)))
+
+        def total(state):
+            bias = nnx.merge(graphdef, state)(queries, keys)
+            return jnp.sum(jnp.sin(3 * bias)), bias
+
+        return jax.value_and_grad(total, has_aux=True)(state)
+
+    queries, keys = jnp.broadcast_to(jnp.arange(16), (4, 16)), jnp.arange(20)
+    expected = value(queries, keys)
+    for mesh in ({"data": 2, "tensor": 4}, {"fsdp": 2, "tensor": 2, "context": 2}):
+        with jax.set_mesh(make_mesh(mesh)):
+            found = value(shard(queries, "batch", "sequence"), shard(keys, None))
+            for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+            assert "tensor" in str(found[0][1].sharding.spec)
 
 
 def llama3(f: float, *, factor: float, low: float, high: float, length: int) -> float:
@@ -114,6 +261,15 @@ def test_yarn_scales_attention(mscale: float, mscale_all_dim: float, magnitude: 
     ("make", "sentence"),
     [
         (lambda: Rope(theta=1.0, scaling=None), "theta=1.0 must be above 1"),
+        (lambda: Rope(theta=10.0, scaling=None, rotary_dim=3), "rotary_dim=3 must be positive and even"),
+        (lambda: LearnedPositions(0), "num_positions=0 must be at least 1"),
+        (lambda: LearnedPositions(4, offset=-1), "offset=-1 must be at least 0"),
+        (lambda: SinusoidalPositions(base=1.0), "base=1.0 must be above 1"),
+        (lambda: SinusoidalPositions().build(7, rngs=nnx.Rngs(0)), "hidden_size=7 must be even"),
+        (lambda: RelativeBias(0, 8, 20, True), "num_heads=0 must be at least 1"),
+        (lambda: RelativeBias(2, 6, 20, True), "num_buckets=6 must be a multiple of 4"),
+        (lambda: RelativeBias(2, 8, 4, False), "max_distance=4 must be above 4"),
+        (lambda: Alibi(0), "num_heads=0 must be at least 1"),
         (lambda: LinearScaling(factor=0.5), "factor=0.5 must be at least 1"),
         (lambda: NTKScaling(factor=0.0), "factor=0.0 must be at least 1"),
         (lambda: Llama3Scaling(8.0, 4.0, 4.0, 512), "high_freq_factor=4.0 must be above low_freq_factor=4.0"),

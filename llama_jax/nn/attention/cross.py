@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from llama_jax.config import Component, UserError
 from llama_jax.nn.attention.grouped_query import check_heads, projections
 from llama_jax.nn.attention.kernels import attend
-from llama_jax.nn.dropout import check_rate
+from llama_jax.nn.dropout import check_rate, random_key
 from llama_jax.nn.masks import AttentionMask
 
 Keys = dict[str, Float[Array, "b k s h"]]
@@ -75,6 +75,7 @@ class CrossAttentionModule(nnx.Module):
             raise ValueError("a target token sees all of its source, and has no position among its tokens")
         config = self.config
         scale = config.head_dim**-0.5 if config.scale is None else config.scale
-        rest = {"dropout": config.dropout} if config.dropout else {}
+        if mask.dropout_key is not None:  # else it would drop what the layer's other attention drops
+            mask = dataclasses.replace(mask, dropout_key=random_key(mask, "cross attention"))
         k, v = (keys[name].astype(x.dtype) for name in ("k", "v"))
-        return self.o_proj(attend(self.q_proj(x), k, v, mask, scale=scale, **rest))
+        return self.o_proj(attend(self.q_proj(x), k, v, mask, scale=scale, dropout=config.dropout))

@@ -107,11 +107,6 @@ class GroupedQueryModule(MixerModule):
         self, x: Float[Array, "b t d"], *, positions: Int[Array, "b t"], mask: AttentionMask, cache: Cache | None = None
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
         config = self.config
-        if mask.bias is not None and mask.bias.shape[1] != config.num_heads:
-            raise UserError(
-                f"num_heads={config.num_heads} and position_bias.num_heads={mask.bias.shape[1]}: "
-                "each head needs a bias of its own"
-            )
         if config.window is not None:
             mask = dataclasses.replace(mask, window=config.window)
         q_BTNH, k_BTKH, v_BTKH = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -129,8 +124,7 @@ class GroupedQueryModule(MixerModule):
             k_BKSH, v_BKSH = written["k"].astype(x.dtype), written["v"].astype(x.dtype)
             cache = written
         scale = config.head_dim**-0.5 if config.scale is None else config.scale
-        rest = {name: value for name in ("softcap", "dropout") if (value := getattr(config, name))}
-        y_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, mask, scale=scale, **rest)
+        y_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, mask, scale=scale, softcap=config.softcap, dropout=config.dropout)
         return self.o_proj(y_BTNH), cache
 
     def init_cache(self, batch: int, length: int, dtype: Any) -> Cache:
