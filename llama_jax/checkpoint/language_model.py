@@ -36,11 +36,15 @@ MeshLike = Mesh | Mapping[str, int] | None
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """Config, model and tokenizer together; `tokenizer` is None when the source has none."""
+    """Config, model and tokenizer together; `tokenizer` is None when the source has none.
+
+    `model_type` is the family on Hugging Face whose files it came from: an export goes back there.
+    """
 
     config: ModelConfig
     model: Model
     tokenizer: Tokenizer | None
+    model_type: str | None = None
 
 
 def load(
@@ -67,13 +71,14 @@ def load(
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r} must be float32 or bfloat16")
     compute = Compute(dtype=dtype or "auto")  # type: ignore[arg-type]
+    model_type = None
     with _entered(mesh) as jax_mesh:
         if (path / CHECKPOINTS_DIRECTORY).is_dir():
             config, params = _load_native(path, compute, components, step)
             found = path / TOKENIZER_DIRECTORY
         else:
             source = open_source(path)
-            config, found = source.config, source.tokenizer
+            config, found, model_type = source.config, source.tokenizer, source.model_type
             params = load_params(source, abstract_params(config, compute.jax_dtype))
         model = from_params(config, params, compute, jax_mesh)
     if tokenizer is None and found is not None and found.exists():
@@ -84,7 +89,7 @@ def load(
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: it is not this model's"
         )
-    return LanguageModel(config, model, tokenizer)
+    return LanguageModel(config, model, tokenizer, model_type)
 
 
 @contextlib.contextmanager
@@ -119,7 +124,7 @@ def save(lm: LanguageModel, directory: str | Path, *, format: Literal["hf", "nat
     """
     params = lm.model.params()
     if format == "hf":
-        return export_hf(lm.config, params, directory, lm.tokenizer)
+        return export_hf(lm.config, params, directory, lm.tokenizer, model_type=lm.model_type)
     if format != "native":
         raise UserError(f"format={format!r} must be hf or native")
     with new_directory(directory) as folder:

@@ -2,7 +2,8 @@
 
 In: a `model_type` or a preset's name. Out: a model config, and a table that says where each parameter comes from. A new
 family is one new module here, named after its `model_type`, with `PRESETS`, `from_hf`, `to_hf`, `WEIGHTS` and
-`IGNORED`; nothing lists the families.
+`IGNORED`, and where it needs them `TIED`, `RENAMES` and `read_tensors`; one whose weights nobody has released has only
+`PRESETS`. Nothing lists the families.
 """
 
 import dataclasses
@@ -23,7 +24,9 @@ from llama_jax.models import ModelConfig
 class Weight:
     """Where a parameter lies in a checkpoint of other people, and in which layout: one declaration for both ways.
 
-    `source` is the name there, with `{layer}` for parameters that every layer has. `pattern` is einops from their
+    `source` is the name there, with `{layer}` for parameters that every layer has; `{after}` counts on from the last
+    layer of the stack `layers`. With `{expert}` in it, our first dimension is a stack of such tensors. Several weights
+    of one source are its parts, in the table's order, joined along its dimension `joined`. `pattern` is einops from their
     layout to ours without the layer dimension: `(n h) d -> d n h`. An axis called `two` has two entries: it is how
     interleaved rotary pairs become halves, `(n h two) d -> d n (two h)`.
     """
@@ -31,6 +34,7 @@ class Weight:
     name: str
     source: str
     pattern: str
+    joined: int = 0
 
     def _sides(self) -> tuple[list[list[str]], list[list[str]]]:
         left, right = (
@@ -40,12 +44,16 @@ class Weight:
         return left, right
 
     def _sizes(self, shape: tuple[int, ...]) -> dict[str, int]:
-        sizes = {"two": 2} if "two" in self.pattern else {}
         _, right = self._sides()
+        sizes = {"two": 2} if "two" in self.pattern else {}
         for group, size in zip(right, shape, strict=True):
-            (free,) = (axis for axis in group if axis != "two")
-            sizes[free] = size // 2 if "two" in group else size
-        return sizes
+            free = [axis for axis in group if axis != "two"]
+            for axis in free:
+                sizes[axis] = size // 2 if "two" in group else size
+        return sizes | {"1": 1}
+
+    def _rearrange(self, value: np.ndarray, pattern: str, sizes: dict[str, int]) -> np.ndarray:
+        return einops.rearrange(value, pattern, **{axis: size for axis, size in sizes.items() if axis != "1"})
 
     def source_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that a parameter of `shape` (one layer of it) has in the source."""
@@ -79,7 +87,7 @@ class Weight:
                 sizes[group[0]] = stop - start
                 cut = slice(None)
             cuts.append(cut)
-        return einops.rearrange(part, self.pattern, **sizes)[tuple(cuts)]
+        return self._rearrange(part, self.pattern, sizes)[tuple(cuts)]
 
     def contiguous_dim(self) -> int:
         """Our dimension along which blocks of the parameter are blocks of rows in the source."""
@@ -89,22 +97,28 @@ class Weight:
     def to_source(self, value: np.ndarray) -> np.ndarray:
         """One layer of a parameter in the source's layout."""
         left, _, right = self.pattern.partition("->")
-        return einops.rearrange(value, f"{right} -> {left}", **self._sizes(value.shape))
+        return self._rearrange(value, f"{right} -> {left}", self._sizes(value.shape))
 
 
 def family(model_type: str) -> ModuleType:
     """The module of the family that Hugging Face calls `model_type`. Raises UserError when there is none."""
     if model_type not in families():
         raise UserError(f"model_type '{model_type}' is not one of the families that are known: {', '.join(families())}")
-    return importlib.import_module(f"{__name__}.{model_type}")
+    return _modules()[model_type]
 
 
 @functools.cache
 def families() -> tuple[str, ...]:
-    """The `model_type` of every family, from the files of this folder."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+    """The `model_type` of every family with released weights, from the files of this folder."""
+    return tuple(name for name, module in _modules().items() if hasattr(module, "from_hf"))
+
+
+@functools.cache
+def _modules() -> dict[str, ModuleType]:
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return {name: importlib.import_module(f"{__name__}.{name}") for name in names}
 
 
 def presets() -> dict[str, ModelConfig]:
     """Model configs of published models, by name: `llama2_7b`, `llama3_8b`, `stories15m`..."""
-    return {name: config for model_type in families() for name, config in family(model_type).PRESETS.items()}
+    return {name: config for module in _modules().values() for name, config in getattr(module, "PRESETS", {}).items()}

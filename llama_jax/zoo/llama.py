@@ -3,7 +3,6 @@
 Sizes from the papers and from the released configs; the counts they give are tested to the digit.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +11,9 @@ from llama_jax.models.decoder import DecoderConfig
 from llama_jax.nn.attention.grouped_query import GroupedQuery
 from llama_jax.nn.feed_forward import SwiGLU
 from llama_jax.nn.norms import RMSNorm
-from llama_jax.nn.positions import LinearScaling, Llama3Scaling, Rope, RopeScaling, YarnScaling
+from llama_jax.nn.positions import Llama3Scaling, Rope, RopeScaling
 from llama_jax.zoo import Weight
+from llama_jax.zoo.reading import ConfigReader, checked, expect, read_rope, typed, write_rope
 
 
 def _llama(
@@ -116,6 +116,8 @@ WEIGHTS = (
     Weight("norm.weight", "model.norm.weight", "d -> d"),
     Weight("lm_head.weight", "lm_head.weight", "v d -> d v"),
 )
+# What files of tied models may repeat.
+TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 # Computed, not trained: old files carry the rotary tables.
 IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
@@ -134,15 +136,10 @@ META_WEIGHTS = (
     Weight("norm.weight", "norm.weight", "d -> d"),
     Weight("lm_head.weight", "output.weight", "v d -> d v"),
 )
+META_TIED = {"output.weight": "tok_embeddings.weight"}
 META_IGNORED = (r"rope\.freqs", r"layers\.\d+\.attention\.inner_attention\.rope\.freqs")
 
-# Keys of config.json that change neither the weights nor what the model computes from them.
-_HARMLESS = {
-    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "initializer_range",
-    "max_sequence_length", "model_type", "pad_token_id", "pretraining_tp", "torch_dtype",
-    "transformers_version", "use_cache",
-}  # fmt: skip
-_ONLY = {"hidden_act": "silu", "attention_dropout": 0.0, "partial_rotary_factor": 1.0}
+_A_LLAMA = "a Hugging Face Llama"
 
 
 def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
@@ -150,22 +147,11 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
 
     Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
     """
-    rest = {key: value for key, value in data.items() if key not in _HARMLESS}
-
-    def take(key: str, kind: Any, default: Any = dataclasses.MISSING) -> Any:
-        value = rest.pop(key, None)
-        if value is None:
-            if default is dataclasses.MISSING:
-                raise UserError(f"config.json lacks '{key}'")
-            return default
-        return _typed(value, kind, f"config.json has {key}")
-
-    for key, only in _ONLY.items():
-        if (value := take(key, object, only)) != only:
-            raise UserError(f"config.json has {key}={value!r}, and a Llama can only have {only!r}")
+    reader = ConfigReader(data, "a Llama", {"max_sequence_length", "pretraining_tp"})
+    take = reader.take
+    reader.only(hidden_act="silu", attention_dropout=0.0, partial_rotary_factor=1.0)
     max_positions = take("max_position_embeddings", int, 2048)
-    theta = take("rope_theta", float, 10_000.0)
-    rope = _rope_from_hf(theta, take("rope_scaling", dict, {}), take("rope_parameters", dict, {}), max_positions)
+    theta, scaling = read_rope(reader, max_positions)
     config = _llama(
         vocab_size=take("vocab_size", int),
         hidden_size=take("hidden_size", int),
@@ -179,70 +165,11 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
         attention_bias=take("attention_bias", bool, False),
         mlp_bias=take("mlp_bias", bool, False),
         tie_embeddings=take("tie_word_embeddings", bool, False),
-        theta=rope.theta,
-        scaling=rope.scaling,
+        theta=theta,
+        scaling=scaling,
     )
-    unknown = [key for key, value in rest.items() if value is not None]
-    if unknown:
-        raise UserError(f"config.json has {unknown[0]}={rest[unknown[0]]!r}, which is not supported for a Llama")
+    reader.finish()
     return config
-
-
-def _typed(value: Any, kind: Any, where: str) -> Any:
-    """`value`, or UserError where it is not of type `kind`; whole numbers count as float."""
-    if kind is float and type(value) is int:
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"{where}={value!r}, which should be of type {kind.__name__}")
-    return value
-
-
-def _rope_from_hf(theta: float, old: dict, new: dict, max_positions: int) -> Rope:
-    if old and new and old != new:
-        raise UserError("config.json has both rope_scaling and rope_parameters, and they differ")
-    rest = {key: value for key, value in (old | new).items() if value is not None}
-    kind = rest.pop("rope_type", rest.pop("type", "default"))
-    rest.pop("type", None)
-
-    def take(key: str, type_: Any = float, default: Any = dataclasses.MISSING) -> Any:
-        if key not in rest and default is dataclasses.MISSING:
-            raise UserError(f"config.json has rope_type={kind!r} without '{key}'")
-        return _typed(rest.pop(key, default), type_, f"config.json has rope_scaling.{key}")
-
-    theta = take("rope_theta", float, theta)
-    scaling: RopeScaling | None
-    if kind == "default":
-        scaling = None
-    elif kind == "linear":
-        scaling = LinearScaling(take("factor"))
-    elif kind == "llama3":
-        scaling = Llama3Scaling(
-            factor=take("factor"),
-            low_freq_factor=take("low_freq_factor"),
-            high_freq_factor=take("high_freq_factor"),
-            original_max_positions=take("original_max_position_embeddings", int),
-        )
-    elif kind == "yarn":
-        scaling = YarnScaling(
-            factor=take("factor"),
-            original_max_positions=take("original_max_position_embeddings", int, max_positions),
-            beta_fast=take("beta_fast", float, 32.0),
-            beta_slow=take("beta_slow", float, 1.0),
-            mscale=take("mscale", float, 0.0),
-            mscale_all_dim=take("mscale_all_dim", float, 0.0),
-        )
-        # What Hugging Face computes itself where it is not given; a value of its own would be another model.
-        if abs(take("attention_factor", float, scaling.magnitude()) - scaling.magnitude()) > 1e-6:
-            raise UserError("config.json has its own rope_scaling.attention_factor, which is not supported")
-        if not take("truncate", bool, True):
-            raise UserError("config.json has rope_scaling.truncate=False, which is not supported")
-    else:
-        raise UserError(f"config.json has rope_type={kind!r}, which is not supported: linear, yarn and llama3 are")
-    if rest.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError("config.json has a partial_rotary_factor, which is not supported for a Llama")
-    if rest:
-        raise UserError(f"config.json has rope_scaling.{next(iter(rest))}, which is not supported with {kind!r}")
-    return Rope(theta=theta, scaling=scaling)
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
@@ -250,19 +177,12 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
 
     Raises UserError for a model that is no Llama, naming what it has that a Llama cannot have.
     """
-    attention, feed_forward, norm = config.attention, config.feed_forward, config.norm
-    for piece, wanted in ((attention, GroupedQuery), (feed_forward, SwiGLU), (norm, RMSNorm)):
-        if type(piece) is not wanted:
-            raise UserError(f"a Hugging Face Llama has {wanted.__name__}, and this model {type(piece).__name__}")
-    assert isinstance(attention, GroupedQuery)
-    assert isinstance(feed_forward, SwiGLU)
-    assert isinstance(norm, RMSNorm)
+    attention = expect(config.attention, GroupedQuery, _A_LLAMA)
+    feed_forward, norm = expect(config.feed_forward, SwiGLU, _A_LLAMA), expect(config.norm, RMSNorm, _A_LLAMA)
     if attention.qkv_bias != attention.out_bias:
-        raise UserError(
-            f"qkv_bias={attention.qkv_bias} with out_bias={attention.out_bias} has no place in a Hugging Face Llama"
-        )
+        raise UserError(f"qkv_bias={attention.qkv_bias} with out_bias={attention.out_bias} has no place in {_A_LLAMA}")
     if attention.rope is None:
-        raise UserError("rope=None has no place in a Hugging Face Llama")
+        raise UserError(f"rope=None has no place in {_A_LLAMA}")
     data = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -280,39 +200,9 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         "mlp_bias": feed_forward.bias,
         "tie_word_embeddings": config.tie_embeddings,
         "rope_theta": attention.rope.theta,
-        "rope_scaling": _rope_to_hf(attention.rope.scaling),
+        "rope_scaling": write_rope(attention.rope.scaling, _A_LLAMA),
     }
-    if (again := from_hf(data)) != config:
-        changed = [f.name for f in dataclasses.fields(config) if getattr(again, f.name) != getattr(config, f.name)]
-        raise UserError(f"{changed[0]}={getattr(config, changed[0])} has no place in a Hugging Face Llama")
-    return data
-
-
-def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    match scaling:
-        case None:
-            return None
-        case LinearScaling(factor):
-            return {"rope_type": "linear", "factor": factor}
-        case Llama3Scaling():
-            return {
-                "rope_type": "llama3",
-                "factor": scaling.factor,
-                "low_freq_factor": scaling.low_freq_factor,
-                "high_freq_factor": scaling.high_freq_factor,
-                "original_max_position_embeddings": scaling.original_max_positions,
-            }
-        case YarnScaling():
-            return {
-                "rope_type": "yarn",
-                "factor": scaling.factor,
-                "original_max_position_embeddings": scaling.original_max_positions,
-                "beta_fast": scaling.beta_fast,
-                "beta_slow": scaling.beta_slow,
-                "mscale": scaling.mscale,
-                "mscale_all_dim": scaling.mscale_all_dim,
-            }
-    raise UserError(f"{type(scaling).__name__} has no place in a Hugging Face Llama")
+    return checked(data, config, from_hf, _A_LLAMA)
 
 
 _META_KEYS = {
@@ -345,7 +235,7 @@ def from_meta(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
             raise UserError(f"the weights lack '{name}'")
     for key, kind in _META_KEYS.items():
         if params.get(key) is not None:
-            _typed(params[key], kind, f"params.json has {key}")
+            typed(params[key], kind, f"params.json has {key}")
     dim, theta = params["dim"], float(params.get("rope_theta") or 10_000.0)
     scaling = None
     if params.get("use_scaled_rope"):

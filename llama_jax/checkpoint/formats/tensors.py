@@ -61,6 +61,51 @@ class Stored:
 
 
 @dataclasses.dataclass(frozen=True)
+class Cut:
+    """A part of a tensor: `start` to `stop` along `dim` (one of several weights that are stored as one)."""
+
+    whole: Tensor
+    dim: int
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.whole.shape
+        return (*shape[: self.dim], self.stop - self.start, *shape[self.dim + 1 :])
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.whole.dtype
+
+    def read(self, slices: Slices = (), /) -> np.ndarray:
+        full = list(tuple(slices) + (slice(None),) * (len(self.shape) - len(slices)))
+        start, stop, _ = full[self.dim].indices(self.stop - self.start)
+        full[self.dim] = slice(self.start + start, self.start + stop)
+        return self.whole.read(tuple(full))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Tensors of one shape, stacked along a new first dimension (experts)."""
+
+    parts: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.parts), *self.parts[0].shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.parts[0].dtype
+
+    def read(self, slices: Slices = (), /) -> np.ndarray:
+        first, *rest = slices or (slice(None),)
+        pieces = [part.read(tuple(rest)) for part in self.parts[first]]
+        return np.stack(pieces) if pieces else self.parts[0].read(tuple(rest))[None][:0]
+
+
+@dataclasses.dataclass(frozen=True)
 class Joined:
     """Tensors that are pieces of one, in order along `dim` (model-parallel shards)."""
 

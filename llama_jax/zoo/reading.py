@@ -1,0 +1,160 @@
+"""What the families share in reading and writing Hugging Face's config.json."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from llama_jax.config import UserError
+from llama_jax.models import ModelConfig
+from llama_jax.nn.positions import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+
+# Keys of config.json that change neither the weights nor what a model computes from them.
+HARMLESS = frozenset({
+    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label", "initializer_range",
+    "label2id", "model_type", "pad_token_id", "torch_dtype", "transformers_version", "use_cache",
+})  # fmt: skip
+_MISSING: Any = object()
+
+
+class ConfigReader:
+    """A config.json that is read key by key; what is left over at the end is refused by name."""
+
+    def __init__(self, data: Mapping[str, Any], family: str, harmless: frozenset[str] | set[str] = frozenset()):
+        """`family` is what sentences call such a model ("a Llama"); `harmless` keys may have any value."""
+        self.family = family
+        self._rest = {key: value for key, value in data.items() if key not in HARMLESS | harmless}
+
+    def take(self, key: str, kind: Any, default: Any = _MISSING) -> Any:
+        """The value of `key`; the default where it is absent or null. Raises UserError for a missing or mistyped one."""
+        value = self._rest.pop(key, None)
+        if value is None:
+            if default is _MISSING:
+                raise UserError(f"config.json lacks '{key}'")
+            return default
+        return typed(value, kind, f"config.json has {key}")
+
+    def only(self, **values: Any) -> None:
+        """Raises UserError where one of these keys is there with another value: what the family cannot do otherwise."""
+        for key, only in values.items():
+            if (value := self.take(key, object, only)) != only:
+                raise UserError(f"config.json has {key}={value!r}, and {self.family} can only have {only!r}")
+
+    def finish(self) -> None:
+        """Raises UserError for a key that nobody took."""
+        unknown = [key for key, value in self._rest.items() if value is not None]
+        if unknown:
+            raise UserError(
+                f"config.json has {unknown[0]}={self._rest[unknown[0]]!r}, which is not supported for {self.family}"
+            )
+
+
+def typed(value: Any, kind: Any, where: str) -> Any:
+    """`value`, or UserError where it is not of type `kind`; whole numbers count as float."""
+    if kind is float and type(value) is int:
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{where}={value!r}, which should be of type {kind.__name__}")
+    return value
+
+
+def read_rope(reader: ConfigReader, max_positions: int, theta: float = 10_000.0) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling) of both spellings: `rope_theta` with `rope_scaling`, or `rope_parameters`.
+
+    Raises UserError for a kind that is not supported and for keys that are not known.
+    """
+    theta = reader.take("rope_theta", float, theta)
+    old, new = reader.take("rope_scaling", dict, {}), reader.take("rope_parameters", dict, {})
+    if old and new and old != new:
+        raise UserError("config.json has both rope_scaling and rope_parameters, and they differ")
+    rest = {key: value for key, value in (old | new).items() if value is not None}
+    kind = rest.pop("rope_type", rest.pop("type", "default"))
+    rest.pop("type", None)
+
+    def take(key: str, type_: Any = float, default: Any = _MISSING) -> Any:
+        if key not in rest and default is _MISSING:
+            raise UserError(f"config.json has rope_type={kind!r} without '{key}'")
+        return typed(rest.pop(key, default), type_, f"config.json has rope_scaling.{key}")
+
+    theta = take("rope_theta", float, theta)
+    scaling: RopeScaling | None
+    if kind == "default":
+        scaling = None
+    elif kind == "linear":
+        scaling = LinearScaling(take("factor"))
+    elif kind == "llama3":
+        scaling = Llama3Scaling(
+            factor=take("factor"),
+            low_freq_factor=take("low_freq_factor"),
+            high_freq_factor=take("high_freq_factor"),
+            original_max_positions=take("original_max_position_embeddings", int),
+        )
+    elif kind == "yarn":
+        scaling = YarnScaling(
+            factor=take("factor"),
+            original_max_positions=take("original_max_position_embeddings", int, max_positions),
+            beta_fast=take("beta_fast", float, 32.0),
+            beta_slow=take("beta_slow", float, 1.0),
+            mscale=take("mscale", float, 0.0),
+            mscale_all_dim=take("mscale_all_dim", float, 0.0),
+        )
+        # What Hugging Face computes itself where it is not given; a value of its own would be another model.
+        if abs(take("attention_factor", float, scaling.magnitude()) - scaling.magnitude()) > 1e-6:
+            raise UserError("config.json has its own rope_scaling.attention_factor, which is not supported")
+        if not take("truncate", bool, True):
+            raise UserError("config.json has rope_scaling.truncate=False, which is not supported")
+    else:
+        raise UserError(f"config.json has rope_type={kind!r}, which is not supported: linear, yarn and llama3 are")
+    # The newer spelling repeats it here; who can have one takes it from the reader first.
+    if rest.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"config.json has a partial_rotary_factor, which is not supported for {reader.family}")
+    if rest:
+        raise UserError(f"config.json has rope_scaling.{next(iter(rest))}, which is not supported with {kind!r}")
+    return theta, scaling
+
+
+def write_rope(scaling: RopeScaling | None, family: str) -> dict[str, Any] | None:
+    """`rope_scaling` of a config.json. Raises UserError where it has no place there."""
+    match scaling:
+        case None:
+            return None
+        case LinearScaling(factor):
+            return {"rope_type": "linear", "factor": factor}
+        case Llama3Scaling():
+            return {
+                "rope_type": "llama3",
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_max_positions,
+            }
+        case YarnScaling():
+            return {
+                "rope_type": "yarn",
+                "factor": scaling.factor,
+                "original_max_position_embeddings": scaling.original_max_positions,
+                "beta_fast": scaling.beta_fast,
+                "beta_slow": scaling.beta_slow,
+                "mscale": scaling.mscale,
+                "mscale_all_dim": scaling.mscale_all_dim,
+            }
+    raise UserError(f"{type(scaling).__name__} has no place in {family}")
+
+
+def expect(piece: Any, wanted: type, family: str) -> Any:
+    """`piece`, or UserError where it is not of just this type."""
+    if type(piece) is not wanted:
+        raise UserError(f"{family} has {wanted.__name__}, and this model {type(piece).__name__}")
+    return piece
+
+
+def checked(
+    data: dict[str, Any], config: ModelConfig, from_hf: Callable[[Mapping[str, Any]], ModelConfig], family: str
+) -> dict[str, Any]:
+    """`data`, a config.json; UserError where reading it gives another model than `config`, naming what is lost."""
+    again = from_hf(data)
+    if again == config:
+        return data
+    if type(again) is not type(config):
+        raise UserError(f"{family} is made of {type(again).__name__}, and this model is a {type(config).__name__}")
+    changed = [f.name for f in dataclasses.fields(config) if getattr(again, f.name) != getattr(config, f.name)]  # type: ignore[arg-type]
+    raise UserError(f"{changed[0]}={getattr(config, changed[0])} has no place in {family}")
