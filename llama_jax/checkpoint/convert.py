@@ -191,7 +191,7 @@ def _find(
     layer: int | None,
     used: set[str],
 ) -> Tensor:
-    """The tensor of a weight in one layer, its place noted in `used`. Raises UserError where it is not there or wrong."""
+    """The tensor of a weight in one layer, noted in `used`. Raises UserError where it is not there or wrong."""
     shape = shapes[weight.name]
     experts = range(shape[0]) if "{expert}" in weight.source else (None,)
     found = [_place(weight, source.config, layer, expert) for expert in experts]

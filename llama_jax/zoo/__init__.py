@@ -25,10 +25,10 @@ class Weight:
     """Where a parameter lies in a checkpoint of other people, and in which layout: one declaration for both ways.
 
     `source` is the name there, with `{layer}` for parameters that every layer has; `{after}` counts on from the last
-    layer of the stack `layers`. With `{expert}` in it, our first dimension is a stack of such tensors. Several weights
-    of one source are its parts, in the table's order, joined along its dimension `joined`. `pattern` is einops from their
-    layout to ours without the layer dimension: `(n h) d -> d n h`. An axis called `two` has two entries: it is how
-    interleaved rotary pairs become halves, `(n h two) d -> d n (two h)`.
+    layer of the stack `layers`. With `{expert}` in it, our first dimension is a stack of such tensors, `e` in the
+    pattern. Several weights of one source are its parts, in the table's order, joined along its dimension `joined`.
+    `pattern` is einops from their layout to ours without the layer dimension: `(n h) d -> d n h`. An axis called `two`
+    has two entries: it is how interleaved rotary pairs become halves, `(n h two) d -> d n (two h)`.
     """
 
     name: str

@@ -25,7 +25,7 @@ class ConfigReader:
         self._rest = {key: value for key, value in data.items() if key not in HARMLESS | harmless}
 
     def take(self, key: str, kind: Any, default: Any = _MISSING) -> Any:
-        """The value of `key`; the default where it is absent or null. Raises UserError for a missing or mistyped one."""
+        """The value of `key`, or the default. Raises UserError where the one is mistyped, or both are missing."""
         value = self._rest.pop(key, None)
         if value is None:
             if default is _MISSING:

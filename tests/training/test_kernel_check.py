@@ -87,8 +87,8 @@ def test_the_reference_goes_by_blocks_where_it_would_not_fit(tiny_config: Decode
     def temporary_bytes() -> int:
         (call,) = attention_calls(tiny_config, COMPUTE, batch_of(2, 64))
         fast, exact = module._Attention(call, "blockwise"), module._Attention(call, "reference")
-        segments = jnp.ones((2, 64), jnp.int32)
-        return module._errors.lower(fast, exact, segments).compile().memory_analysis().temp_size_in_bytes
+        masks = {"segment_ids": jnp.ones((2, 64), jnp.int32)}
+        return module._errors.lower(fast, exact, masks).compile().memory_analysis().temp_size_in_bytes
 
     whole = temporary_bytes()
     module._errors.clear_cache()
