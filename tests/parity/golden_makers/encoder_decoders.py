@@ -236,10 +236,14 @@ def last_scale(model: Any) -> list[torch.Tensor]:
 
 
 def settle(model: Any, embedding_gain: float) -> None:
-    """A post-norm decoder of large weights forgets its token: quieter branches, and no token that always wins."""
+    """A post-norm decoder of random weights says one token for ever: quieter attention, and none that always wins."""
     for name, parameter in model.named_parameters():
-        if "out_proj" in name or "fc2" in name:
-            parameter *= 0.5
+        if "attn.out_proj" in name:
+            parameter *= 0.3 if "encoder_attn" in name else 0.5
+        elif "decoder" in name and "fc1.weight" in name:
+            parameter *= 2
+        elif "decoder" in name and "fc2.weight" in name:
+            parameter *= 1.5
         elif name.endswith("bias"):
             parameter *= 0.4
     model.model.shared.weight *= embedding_gain
