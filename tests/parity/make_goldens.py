@@ -12,9 +12,9 @@ that none can be forgotten unnoticed; logits have standard deviation 1.
 import sys
 
 import torch
-from golden_makers import decoders, encoder_decoders, encoders, llama
+from golden_makers import decoders, deepseek, encoder_decoders, encoders, llama
 
-CASES = llama.CASES | decoders.CASES | encoders.CASES | encoder_decoders.CASES
+CASES = llama.CASES | decoders.CASES | encoders.CASES | encoder_decoders.CASES | deepseek.CASES
 
 
 @torch.no_grad()
