@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from golden_makers.common import GOLDENS, Tensors, check_reads, divide, outputs, random_ids, randomize, released, write
+from golden_makers.common import GOLDENS, Tensors, check_reads, divide, randomize, released, write
 from golden_makers.decoders import IDS, decoded, find
 from safetensors.torch import load_file
 from transformers import (
@@ -111,7 +111,7 @@ V3 = COMMON | {
     "topk_group": 2,
     "topk_method": "noaux_tc",
 }
-V32 = {key: value for key, value in V3.items() if key not in ("auto_map", "aux_loss_alpha", "seq_aux", "pretraining_tp")}
+V32 = {key: value for key, value in V3.items() if key != "auto_map"}
 V32 |= {
     "architectures": ["DeepseekV32ForCausalLM"],
     "index_head_dim": 12,
@@ -252,31 +252,47 @@ def own_mtp_logits(main: Any, layer: Any) -> torch.Tensor:
     return main.lm_head(layer.post_norm(x))
 
 
-def selection(model: Any) -> tuple[dict[str, torch.Tensor], float]:
-    """What each layer's indexer selects, best first, -1 where there are fewer; and how near a choice was at most."""
-    found, nearest = {}, float("inf")
-    for i, block in enumerate(model.model.layers):
-        indexer, given = block.self_attn.indexer, {}
-        hook = indexer.register_forward_pre_hook(lambda _, a, kw, given=given: given.update(a=a, kw=kw), with_kwargs=True)
-        model(IDS)
-        hook.remove()
-        topk = indexer.index_topk
-        chosen = indexer(*given["a"], **given["kw"])
-        indexer.index_topk = topk + 1
-        more = indexer(*given["a"], **given["kw"])
-        indexer.index_topk = topk
-        scores = index_scores(indexer, *given["a"][:3])
-        gap = scores.gather(-1, more[..., -2:].long())
-        gap = gap[..., 0] - gap[..., 1]
-        nearest = min(nearest, float(gap[:, topk:].min()))
-        position = torch.arange(chosen.shape[1])[None, :, None]
-        found[f"indexer_topk_{i}"] = torch.where(chosen <= position, chosen, -1)
-    return found, nearest
+def index_scores(model: Any) -> list[torch.Tensor]:
+    """What each layer's indexer chooses from: the scores that it ranks."""
+    ranked: list[torch.Tensor] = []
+    topk = torch.Tensor.topk
+
+    def rank(scores: torch.Tensor, *args: Any, **options: Any) -> Any:
+        ranked.append(scores)
+        return topk(scores, *args, **options)
+
+    def watch(*_: Any) -> None:
+        torch.Tensor.topk = rank
+
+    def leave(*_: Any) -> None:
+        torch.Tensor.topk = topk
+
+    for block in model.model.layers:
+        block.self_attn.indexer.register_forward_pre_hook(watch)
+        block.self_attn.indexer.register_forward_hook(leave)
+    model(IDS)
+    for block in model.model.layers:
+        block.self_attn.indexer._forward_pre_hooks.clear()
+        block.self_attn.indexer._forward_hooks.clear()
+    return ranked
 
 
-def index_scores(indexer: Any, hidden: torch.Tensor, q_resid: torch.Tensor, angles: Any) -> torch.Tensor:
-    """The scores of all pairs, by selecting every position and seeing in which order."""
-    raise NotImplementedError
+def clearly_selected(model: Any) -> bool:
+    """Whether no choice is near a tie: scores that ReLU made zero are equal, and which is taken is nobody's word."""
+    k = V32["index_topk"]
+    best = torch.stack([scores.topk(k + 1).values for scores in index_scores(model)])[..., k:, :]
+    return float((best[..., k - 1] - best[..., k]).min()) > 1e-3
+
+
+def make_deepseek_v32() -> None:
+    config = DeepseekV32Config.from_dict(V32)
+    model, expected = make("deepseek_v32", DeepseekV32ForCausalLM, config, V32, accept=clearly_selected)
+    for i, scores in enumerate(index_scores(model)):
+        chosen = scores.topk(V32["index_topk"]).indices
+        # The first positions have fewer to choose from.
+        later = chosen > torch.arange(chosen.shape[1])[:, None]
+        expected[f"indexer_topk_{i}"] = torch.where(later, -1, chosen)
+    write("deepseek_v32", V32, released(model), expected)
 
 
 CASES = {
@@ -285,4 +301,5 @@ CASES = {
     "deepseek_v3": make_deepseek_v3,
     "deepseek_v3_fp8": make_deepseek_v3_fp8,
     "deepseek_v3_mtp": make_deepseek_v3_mtp,
+    "deepseek_v32": make_deepseek_v32,
 }
