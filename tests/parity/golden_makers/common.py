@@ -18,13 +18,15 @@ GOLDENS = Path(__file__).parent.parent / "goldens"
 PROMPT_LENGTH, NEW_TOKENS, MIN_MARGIN, MIN_DISTINCT = 5, 20, 5e-3, 6
 
 Tensors = dict[str, torch.Tensor]
+# The code as it is written in the models' own files, not a faster one from elsewhere.
+PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()  # what a file lacks or has too much is asserted
 
 
-def randomize(model: torch.nn.Module, seed: int) -> None:
-    """Every parameter, and every buffer that is read from a file."""
+def randomize(model: torch.nn.Module, seed: int, gain: float = 1.5) -> None:
+    """Every parameter, and every buffer that is read from a file. `gain` is a matrix's, from inputs to outputs."""
     generator = torch.Generator().manual_seed(seed)
     modules = dict(model.named_modules())
     head = model.get_output_embeddings()
@@ -40,7 +42,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
             # A tied head would only ever repeat the last token if the residual stream were mostly its embedding.
             value = 0.25 * noise if tied and "relative" not in name else noise
         else:
-            value = 1.5 * noise / parameter.shape[0 if isinstance(module, Conv1D) else -1] ** 0.5
+            value = gain * noise / parameter.shape[0 if isinstance(module, Conv1D) else -1] ** 0.5
         if parameter.requires_grad:  # what is frozen is computed: sinusoids
             parameter.data.copy_(value)
     for name, buffer in model.named_buffers():
@@ -154,7 +156,7 @@ def check_reads(
     folder: Path, kind: Any, forward: Callable[[Any], torch.Tensor], logits: torch.Tensor, computed: Collection[str] = ()
 ) -> None:
     """The original library reads the folder, needs all of it but what is `computed`, and gets the same logits."""
-    model, info = kind.from_pretrained(folder, attn_implementation="eager", output_loading_info=True)
+    model, info = kind.from_pretrained(folder, **PLAIN, output_loading_info=True)
     surplus = [key for key in info["unexpected_keys"] if not any(key.endswith(end) for end in computed)]
     assert not (info["missing_keys"] or info["mismatched_keys"] or surplus), (folder.name, info)
     difference = float((forward(model.float().eval()) - logits).abs().max())

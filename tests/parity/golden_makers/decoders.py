@@ -112,16 +112,17 @@ def find(
     kind: Any,
     config: Any,
     *,
+    gain: float = 1.0,
     last_norm: Callable[[Any], list[torch.Tensor]] = lambda model: [model.model.norm.weight],
     change: Callable[[Any], None] = lambda model: None,
     accept: Callable[[Any], bool] = lambda model: True,
 ) -> tuple[Any, dict[str, Any]]:
     """A random model whose greedy tokens are clear, and these. `change` may alter it before its logits are scaled."""
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
 
     def build(seed: int) -> Any:
         model = kind(config).float().eval()
-        randomize(model, seed)
+        randomize(model, seed, gain)
         change(model)
         divide(last_norm(model), model(IDS).logits.std())
         return model
@@ -144,6 +145,7 @@ def make_gpt2() -> None:
         "gpt2",
         GPT2LMHeadModel,
         GPT2Config.from_dict(GPT2),
+        gain=1.5,
         last_norm=lambda model: list(model.transformer.ln_f.parameters()),
     )
     expected = decoded(model, model.transformer.h) | found

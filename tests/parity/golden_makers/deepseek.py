@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from golden_makers.common import GOLDENS, Tensors, check_reads, divide, randomize, released, write
+from golden_makers.common import GOLDENS, PLAIN, Tensors, check_reads, divide, randomize, released, write
 from golden_makers.decoders import IDS, decoded, find
 from safetensors.torch import load_file
 from transformers import (
@@ -207,12 +207,12 @@ def make_deepseek_v3_mtp() -> None:
     model code that some copies of the weights ship); the report leaves it open.
     """
     config = DeepseekV3Config.from_dict(V3 | {"num_nextn_predict_layers": 1})
-    main = DeepseekV3ForCausalLM.from_pretrained(GOLDENS / "deepseek_v3", attn_implementation="eager").float().eval()
+    main = DeepseekV3ForCausalLM.from_pretrained(GOLDENS / "deepseek_v3", **PLAIN).float().eval()
     main.config.num_mtp_layers = config.num_mtp_layers
     modules = MtpModel(main, 1).float().eval()
     layer = modules.layers[0]
     layer.get_input_embeddings = layer.get_output_embeddings = lambda: None
-    randomize(layer, 100)
+    randomize(layer, 100, gain=1.0)
 
     def mtp_logits() -> torch.Tensor:
         hidden = main.model(IDS).last_hidden_state[:, :-1]

@@ -256,17 +256,18 @@ def find(
     config: Any,
     *,
     untie: bool = False,
+    gain: float = 1.5,
     embedding_gain: float | None = None,
     generate: Any = generate,
     accept: Any = lambda model: True,
 ) -> tuple[Any, dict[str, Any]]:
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
 
     def build(seed: int) -> Any:
         model = kind(config).float().eval()
         if untie:
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
-        randomize(model, seed)
+        randomize(model, seed, gain)
         for module in model.modules():
             if hasattr(module, "relative_attention_num_buckets") and hasattr(module, "q"):
                 module.q.weight.data *= module.key_value_proj_dim**-0.5  # as initialised: scores are not divided by it
@@ -302,7 +303,7 @@ def make_t5_v1_0() -> None:
 
 
 def make_t5_v1_1() -> None:
-    make("t5_v1_1", T5ForConditionalGeneration, T5Config.from_dict(T5_V1_1), T5_V1_1, untie=True)
+    make("t5_v1_1", T5ForConditionalGeneration, T5Config.from_dict(T5_V1_1), T5_V1_1, untie=True, gain=1.0)
 
 
 def with_copies(tensors: Tensors, shared: str, copies: list[str]) -> Tensors:
