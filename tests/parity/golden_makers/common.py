@@ -1,4 +1,4 @@
-"""What the makers of goldens share: random parameters, layers' outputs, greedy tokens, files in their released forms."""
+"""What the makers of goldens share: random parameters, layers' outputs, greedy tokens, files as they are released."""
 
 import contextlib
 import json
@@ -153,11 +153,16 @@ def write(
 
 
 def check_reads(
-    folder: Path, kind: Any, forward: Callable[[Any], torch.Tensor], logits: torch.Tensor, computed: Collection[str] = ()
+    folder: Path,
+    kind: Any,
+    forward: Callable[[Any], torch.Tensor],
+    logits: torch.Tensor,
+    computed: Collection[str] = (),
 ) -> None:
     """The original library reads the folder, needs all of it but what is `computed`, and gets the same logits."""
     model, info = kind.from_pretrained(folder, **PLAIN, output_loading_info=True)
     surplus = [key for key in info["unexpected_keys"] if not any(key.endswith(end) for end in computed)]
-    assert not (info["missing_keys"] or info["mismatched_keys"] or surplus), (folder.name, info)
+    wrong = [*info["missing_keys"], *info["mismatched_keys"], *surplus]
+    assert not wrong, (folder.name, wrong)
     difference = float((forward(model.float().eval()) - logits).abs().max())
     assert difference < 2e-6, (folder.name, difference)

@@ -1,8 +1,6 @@
 """Decoder-only families: GPT-2, GLM and ChatGLM2, Mixtral."""
 
-import json
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np

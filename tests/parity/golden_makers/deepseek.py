@@ -190,9 +190,7 @@ def make_deepseek_v3_fp8() -> None:
                     for part, weight in parts.items():
                         weight.copy_(rounded(f"model.{name}.{i}.{part}.weight", weight))
 
-    model, found = find(
-        "deepseek_v3_fp8", DeepseekV3ForCausalLM, DeepseekV3Config.from_dict(V3), change=round_weights
-    )
+    model, found = find("deepseek_v3_fp8", DeepseekV3ForCausalLM, DeepseekV3Config.from_dict(V3), change=round_weights)
     expected = decoded(model, model.model.layers) | found
     tensors = released(model)
     assert {name for name in quantized if not name.endswith("_scale_inv")} <= set(tensors)

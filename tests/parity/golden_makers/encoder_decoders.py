@@ -1,6 +1,5 @@
 """Encoder-decoder families: T5, BART, Marian, Switch Transformers."""
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -377,7 +376,7 @@ def make_switch_transformers() -> None:
 
 
 def make_switch_transformers_dropping() -> None:
-    """Experts take five tokens of a sequence: every sparse layer drops some. Decoding sees one token, and drops none."""
+    """Experts take five tokens of a sequence: every sparse layer drops some. Decoding sees one token and drops none."""
     config = SWITCH | {"expert_capacity": 5}
     make(
         "switch_transformers_dropping",
