@@ -16,7 +16,7 @@ from llama_jax.nn.masks import AttentionMask
 from llama_jax.sampling.generate import generate
 
 GOLDENS = Path(__file__).parent / "goldens"
-CASES = sorted(folder.name for folder in GOLDENS.iterdir() if folder.is_dir())
+CASES = sorted(folder.name for pattern in ("llama_*", "meta_*") for folder in GOLDENS.glob(pattern))
 TOLERANCE = 2e-5
 
 

@@ -1,0 +1,140 @@
+"""Measures the goldens and writes the README's table of the zoo: `python docs/zoo_table.py`."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+from tables import markdown
+
+import llama_jax
+from llama_jax import zoo
+from llama_jax.checkpoint.language_model import LanguageModel
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDENS = ROOT / "tests" / "parity" / "goldens"
+BEGIN, END = "<!-- zoo table -->", "<!-- end of zoo table -->"
+# Logits of these, by the module's own method of the name; the others are those of a call.
+HEADS = ("pooled", "pair_logits", "class_logits", "mtp_logits")
+
+type Arrays = dict[str, np.ndarray]
+
+
+def model_types() -> dict[str, str]:
+    """The family of every golden: what its config.json says, Llama where it has Meta's params.json."""
+    found = {}
+    for folder in sorted(path for path in GOLDENS.iterdir() if path.is_dir()):
+        config = folder / "config.json"
+        found[folder.name] = json.loads(config.read_text())["model_type"] if config.is_file() else "llama"
+    return found
+
+
+def expected(name: str) -> Arrays:
+    """What the original code computes of a golden."""
+    with np.load(GOLDENS / name / "expected.npz") as arrays:
+        return dict(arrays)
+
+
+def computed(lm: LanguageModel, golden: Mapping[str, np.ndarray]) -> Arrays:
+    """The same by the package: what every block gives, logits, and what other heads there are."""
+    if "source" in golden:
+        arguments, named = (golden["source"], golden["target"]), {"source_mask": golden["source_mask"]}
+    else:
+        arguments = (golden["ids"],)
+        named = {name: golden[key] for name, key in (("mask", "mask"), ("token_types", "token_types")) if key in golden}
+    heads = tuple(name for name in HEADS if name in golden)
+    found = lm.model.run(_everything, arguments, named, heads=heads, logits="logits" in golden)
+    return {name: np.asarray(value) for name, value in found.items()}
+
+
+def _everything(
+    module: Any, arguments: Any, named: Any, *, heads: tuple[str, ...], logits: bool
+) -> dict[str, jax.Array]:
+    stacks = module.hidden_states(*arguments, **named)
+    found = {f"{stack.removesuffix('s')}_{i}": x for stack, states in stacks.items() for i, x in enumerate(states)}
+    if logits:
+        found["logits"] = module(*arguments, **named)
+    return found | {name: getattr(module, name)(*arguments, **named) for name in heads}
+
+
+def difference(golden: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], name: str) -> float:
+    """The largest difference of one array, padding left out."""
+    error = np.abs(golden[name] - found[name])
+    mask = golden.get("source_mask" if name.startswith("encoder_") else "mask")
+    if mask is not None and error.ndim == 3:
+        error = error[mask == 1]
+    return float(error.max())
+
+
+def parity_error(name: str) -> float:
+    """The largest difference of a golden's logits, of all its heads."""
+    golden = expected(name)
+    found = computed(llama_jax.load(GOLDENS / name, dtype="float32"), golden)
+    return max(difference(golden, found, key) for key in ("logits", *HEADS) if key in golden)
+
+
+def loads(model_type: str) -> str:
+    """Whose weights the family's goldens are, and in which files."""
+    architectures, forms = [], []
+    for name, found in model_types().items():
+        if found != model_type:
+            continue
+        folder = GOLDENS / name
+        config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+        architectures += [f"`{architecture}`" for architecture in config.get("architectures", ())]
+        forms += ["fp8 blocks"] if "quantization_config" in config else []
+        kinds = {"*.safetensors": "safetensors", "*.bin": "`.bin`", "consolidated.*.pth": "Meta's `.pth`"}
+        forms += [form for pattern, form in kinds.items() if any(folder.glob(pattern))]
+    return "; ".join(", ".join(dict.fromkeys(words)) for words in (architectures, forms) if words)
+
+
+def families() -> dict[str, ModuleType]:
+    """Every family, those without released weights too."""
+    return {name: module for name, module in zoo._modules().items() if getattr(module, "PRESETS", None)}
+
+
+def title(module: ModuleType) -> str:
+    return (module.__doc__ or "").splitlines()[0].removesuffix(".")
+
+
+def objectives(module: ModuleType) -> tuple[str, ...]:
+    """The names of what such models are trained on: the next token, where the family says nothing."""
+    return getattr(module, "OBJECTIVES", ("Causal",))
+
+
+def zoo_table(errors: Mapping[str, str]) -> str:
+    """A row for each family: `errors` are what was measured of those with weights, by family."""
+    rows = []
+    for name, module in families().items():
+        sizes = [f"`{preset}` {llama_jax.num_parameters(config):,}" for preset, config in module.PRESETS.items()]
+        trained = ", ".join(f"`{objective}`" for objective in objectives(module))
+        rows.append((title(module), "<br>".join(sizes), loads(name), trained, errors.get(name, "")))
+    return markdown("family|presets, parameters|weights of|objectives|parity error>", rows)
+
+
+def measure() -> dict[str, str]:
+    """The largest parity error of each family's goldens."""
+    errors: dict[str, float] = {}
+    for name, model_type in model_types().items():
+        errors[model_type] = max(errors.get(model_type, 0.0), parity_error(name))
+        print(f"{name}: {errors[model_type]:.1e}", flush=True)
+    return {model_type: f"{error:.1e}" for model_type, error in errors.items()}
+
+
+def written(text: str) -> tuple[str, dict[str, str]]:
+    """The table that stands in a page, and its parity errors by family."""
+    match = re.search(f"{BEGIN}\n(.*?)\n{END}", text, re.DOTALL)
+    assert match, f"README.md has lost {BEGIN} or {END}"
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in match[1].splitlines()[2:]]
+    names = {title(module): name for name, module in families().items()}
+    return match[1], {names[row[0]]: row[-1] for row in rows if row[0] in names and row[-1]}
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    old, _ = written(readme.read_text("utf-8"))
+    readme.write_text(readme.read_text("utf-8").replace(old, zoo_table(measure())), encoding="utf-8")
