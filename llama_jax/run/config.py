@@ -103,7 +103,7 @@ class RunConfig:
             )
         if self.seed < 0:
             raise UserError(f"seed={self.seed} must be at least 0")
-        takes, gives = type(self.model).batch_fields, self.data.objective.fields()
+        takes, gives = self.model.batch_fields, self.data.objective.fields()
         if unknown := [name for name in gives if name not in takes]:
             raise UserError(
                 f"data.objective={type(self.data.objective).__name__} gives {', '.join(unknown)}, which "
