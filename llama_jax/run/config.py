@@ -8,6 +8,7 @@ from typing import Any
 from llama_jax.checkpoint.store import CheckpointConfig
 from llama_jax.config import UserError, load_config_module, override
 from llama_jax.data import DataConfig
+from llama_jax.data.objectives import Classification
 from llama_jax.models import Compute, ModelConfig
 from llama_jax.parallel import MeshConfig
 from llama_jax.tokenizers import TokenizerConfig
@@ -109,6 +110,7 @@ class RunConfig:
                 f"data.objective={type(self.data.objective).__name__} gives {', '.join(unknown)}, which "
                 f"{type(self.model).__name__} does not take: choose another objective, options of it, or another model"
             )
+        self._check_encoder()
         parts = self.optimizer.accumulation_steps
         if self.global_batch_size % parts:
             raise UserError(
@@ -119,6 +121,19 @@ class RunConfig:
             raise UserError(
                 f"tokenizer.vocab_size={self.tokenizer.vocab_size} is more than model.vocab_size="
                 f"{self.model.vocab_size}: lower the one or raise the other"
+            )
+
+    def _check_encoder(self) -> None:
+        objective, num_classes = self.data.objective, getattr(self.model, "num_classes", 0)
+        if not self.model.generates and not objective.looks_ahead:
+            raise UserError(
+                f"data.objective={type(objective).__name__} asks for tokens that {type(self.model).__name__}, which "
+                "looks ahead, sees: take MaskedLM or Classification"
+            )
+        if isinstance(objective, Classification) and len(objective.labels) != num_classes:
+            raise UserError(
+                f"data.objective.labels has {len(objective.labels)} labels and model.num_classes={num_classes}: make "
+                "them equal"
             )
 
     @property

@@ -89,7 +89,7 @@ def _prepare(run: Run, mesh: MeshConfig, num_devices: int) -> list[Any]:
         )
     sample_tokens = _sample_tokens(config, tokenizer)
     directories = [str(directory.absolute()) for directory in _prepare_dataset(config, tokenizer)]
-    return [directories, dataclasses.asdict(Vocabulary.of(tokenizer)), sample_tokens]
+    return [directories, dataclasses.asdict(Vocabulary.of(tokenizer, config.data.objective.texts())), sample_tokens]
 
 
 def check_shared(file: Path, key: str) -> None:
