@@ -70,6 +70,7 @@ class RunConfig:
     global_batch_size: sequences of one update, over all devices.
     sequence_length: tokens of a sequence.
     seed: of initial values and of the order of the data.
+    init_from: weights to begin with, whatever can be loaded; parameters that they lack are drawn. None draws all.
     mesh: how devices are used.
     compute: how the model is computed; changes speed and memory, not the result.
     checkpoint: when it is saved.
@@ -85,6 +86,7 @@ class RunConfig:
     global_batch_size: int
     sequence_length: int
     seed: int = 0
+    init_from: str | None = None
     mesh: MeshConfig = MeshConfig()
     compute: Compute = Compute()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -110,6 +112,10 @@ class RunConfig:
                 f"data.objective={type(self.data.objective).__name__} gives {', '.join(unknown)}, which "
                 f"{type(self.model).__name__} does not take: choose another objective, options of it, or another model"
             )
+        if self.init_from is not None and self.tokenizer.path is None:
+            raise UserError(
+                f"init_from={self.init_from} needs the tokenizer that its model was trained with: set tokenizer.path"
+            )
         self._check_encoder()
         parts = self.optimizer.accumulation_steps
         if self.global_batch_size % parts:
@@ -130,6 +136,8 @@ class RunConfig:
                 f"data.objective={type(objective).__name__} asks for tokens that {type(self.model).__name__}, which "
                 "looks ahead, sees: take MaskedLM or Classification"
             )
+        if not self.model.generates and self.logging.sample_prompts:
+            raise UserError(f"logging.sample_prompts are no task for {type(self.model).__name__}: leave them out")
         if isinstance(objective, Classification) and len(objective.labels) != num_classes:
             raise UserError(
                 f"data.objective.labels has {len(objective.labels)} labels and model.num_classes={num_classes}: make "

@@ -51,7 +51,7 @@ def from_hf(data: Mapping[str, Any]) -> EncoderConfig:
     """
     reader = ConfigReader(data, "a RoBERTa", {"gradient_checkpointing"})
     activation = read_activation(reader)
-    heads = read_heads({"architectures": ["RobertaModel"]} | data, reader, "Roberta")
+    heads = read_heads({"architectures": ["RobertaModel"], **data}, reader, "Roberta")
     if "pair_head" in heads:
         raise UserError(f"config.json has architectures={data['architectures']!r}, which no RoBERTa has")
     if "num_classes" in heads:
