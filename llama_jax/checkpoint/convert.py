@@ -104,6 +104,8 @@ def open_source(path: str | Path) -> Source:
         config, tensors = family.from_hf(data), _renamed(path, read_directory(path), getattr(family, "RENAMES", ()))
         if hasattr(family, "read_tensors"):
             tensors = family.read_tensors(data, tensors)
+        if hasattr(family, "with_tensors"):
+            config = family.with_tensors(config, tensors)
         tied = getattr(family, "TIED", {})
         model_type = data["model_type"]
         return Source(path, "huggingface", model_type, config, tensors, family.WEIGHTS, family.IGNORED, tied, tokenizer)

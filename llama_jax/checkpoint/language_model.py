@@ -63,11 +63,7 @@ def load(
     `components` are classes from outside the package that the saved config may name; `step` picks a checkpoint of a
     run (default: the latest). Raises UserError for anything missing, damaged or unsupported.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(
-            f"'{path}' does not exist: give a run directory, a Hugging Face or Meta directory, or a .bin file"
-        )
+    path = _existing(path)
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r} must be float32 or bfloat16")
     compute = Compute(dtype=dtype or "auto")  # type: ignore[arg-type]
@@ -92,6 +88,25 @@ def load(
     return LanguageModel(config, model, tokenizer, model_type)
 
 
+def config_of(path: str | Path, components: Sequence[type] = ()) -> ModelConfig:
+    """The config of the model at `path`; no weights are read. Raises UserError as `load` does."""
+    path = _existing(path)
+    if not (path / CHECKPOINTS_DIRECTORY).is_dir():
+        return open_source(path).config
+    data = read_json(path / CONFIG_FILE)
+    # A run's config has the model as a section; a saved model is just that.
+    return from_json(ModelConfig, data.get("model", data), components)
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.exists():
+        raise UserError(
+            f"'{path}' does not exist: give a run directory, a Hugging Face or Meta directory, or a .bin file"
+        )
+    return path
+
+
 @contextlib.contextmanager
 def _entered(mesh: MeshLike):
     if mesh is None:
@@ -104,9 +119,7 @@ def _entered(mesh: MeshLike):
 
 
 def _load_native(path: Path, compute: Compute, components: Sequence[type], step: int | None):
-    data = read_json(path / CONFIG_FILE)
-    # A run's config has the model as a section; a saved model is just that.
-    config = from_json(ModelConfig, data.get("model", data), components)
+    config = config_of(path, components)
     store = CheckpointStore(path / CHECKPOINTS_DIRECTORY)
     steps = store.steps()
     if not steps:

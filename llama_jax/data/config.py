@@ -70,7 +70,8 @@ class DataConfig:
 
     path: files, directories (with all below them), globs, on disk or as gs:// and s3://, and hf://NAME[/CONFIG]:SPLIT.
     exclude: patterns as in the shell of files to leave out, matched with the path and with its part below `path`.
-    fields: what holds the text, the token ids or the messages in a record; several are a document's parts, in order.
+    fields: what holds the text, the token ids or the messages in a record; several are a document's parts, in order; a
+      number that is no first part (a class) counts as its digits.
     document_chars: cut longer documents at line ends into documents of about so many characters; None leaves them.
     max_record_bytes: longer lines, records and whole files are bad records.
     max_bad_records: more than so many bad records (not UTF-8, without a field...) are an error; none: any number.

@@ -29,7 +29,7 @@ def prepare_dataset(
 
     Raises UserError where a corpus cannot be prepared, and where the tokenizer lacks what the objective needs.
     """
-    vocabulary = Vocabulary.of(tokenizer)
+    vocabulary = Vocabulary.of(tokenizer, config.objective.texts())
     config.objective.check(vocabulary)
     packer = Packer(config.objective, config.packing, vocabulary, sequence_length)
     corpora = []

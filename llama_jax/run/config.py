@@ -8,6 +8,7 @@ from typing import Any
 from llama_jax.checkpoint.store import CheckpointConfig
 from llama_jax.config import UserError, load_config_module, override
 from llama_jax.data import DataConfig
+from llama_jax.data.objectives import Classification
 from llama_jax.models import Compute, ModelConfig
 from llama_jax.parallel import MeshConfig
 from llama_jax.tokenizers import TokenizerConfig
@@ -69,6 +70,7 @@ class RunConfig:
     global_batch_size: sequences of one update, over all devices.
     sequence_length: tokens of a sequence.
     seed: of initial values and of the order of the data.
+    init_from: weights to begin with, whatever can be loaded; parameters that they lack are drawn. None draws all.
     mesh: how devices are used.
     compute: how the model is computed; changes speed and memory, not the result.
     checkpoint: when it is saved.
@@ -84,6 +86,7 @@ class RunConfig:
     global_batch_size: int
     sequence_length: int
     seed: int = 0
+    init_from: str | None = None
     mesh: MeshConfig = MeshConfig()
     compute: Compute = Compute()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -103,12 +106,17 @@ class RunConfig:
             )
         if self.seed < 0:
             raise UserError(f"seed={self.seed} must be at least 0")
-        takes, gives = type(self.model).batch_fields, self.data.objective.fields()
+        takes, gives = self.model.batch_fields, self.data.objective.fields()
         if unknown := [name for name in gives if name not in takes]:
             raise UserError(
                 f"data.objective={type(self.data.objective).__name__} gives {', '.join(unknown)}, which "
                 f"{type(self.model).__name__} does not take: choose another objective, options of it, or another model"
             )
+        if self.init_from is not None and self.tokenizer.path is None:
+            raise UserError(
+                f"init_from={self.init_from} needs the tokenizer that its model was trained with: set tokenizer.path"
+            )
+        self._check_encoder()
         parts = self.optimizer.accumulation_steps
         if self.global_batch_size % parts:
             raise UserError(
@@ -119,6 +127,21 @@ class RunConfig:
             raise UserError(
                 f"tokenizer.vocab_size={self.tokenizer.vocab_size} is more than model.vocab_size="
                 f"{self.model.vocab_size}: lower the one or raise the other"
+            )
+
+    def _check_encoder(self) -> None:
+        objective, num_classes = self.data.objective, getattr(self.model, "num_classes", 0)
+        if not self.model.generates and not objective.looks_ahead:
+            raise UserError(
+                f"data.objective={type(objective).__name__} asks for tokens that {type(self.model).__name__}, which "
+                "looks ahead, sees: take MaskedLM or Classification"
+            )
+        if not self.model.generates and self.logging.sample_prompts:
+            raise UserError(f"logging.sample_prompts are no task for {type(self.model).__name__}: leave them out")
+        if isinstance(objective, Classification) and len(objective.labels) != num_classes:
+            raise UserError(
+                f"data.objective.labels has {len(objective.labels)} labels and model.num_classes={num_classes}: make "
+                "them equal"
             )
 
     @property

@@ -70,7 +70,7 @@ class Run:
         """The run's text, tokenized; prepared again where the cache is gone. Raises UserError where it has changed."""
         config = self.config
         directories = prepare_dataset(config.data, self.tokenizer, sequence_length=config.sequence_length)
-        dataset = self.open_dataset(directories, Vocabulary.of(self.tokenizer))
+        dataset = self.open_dataset(directories, Vocabulary.of(self.tokenizer, config.data.objective.texts()))
         self.check_dataset(dataset)
         return dataset
 

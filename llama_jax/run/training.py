@@ -22,10 +22,11 @@ from llama_jax.checkpoint.store import CheckpointStore
 from llama_jax.config import UserError
 from llama_jax.data import Causal, DataConfig, Dataset, ValidationBatches, Vocabulary, prepare_dataset, read_texts
 from llama_jax.data.windows import Batch
-from llama_jax.models import abstract_params, buffers, initialize
+from llama_jax.models import abstract_params, buffers
 from llama_jax.parallel import MeshConfig, distributed, make_mesh, mesh_axis_sizes, platform
 from llama_jax.run.config import RunConfig
 from llama_jax.run.directory import SAMPLES_FILE, Run, check_directory, start_run, write_text
+from llama_jax.run.initial import first_params, inheritance
 from llama_jax.run.planning import mesh_of
 from llama_jax.run.reporting import Bar, JsonLines, TensorBoard, WeightsAndBiases, Writer, check_writers
 from llama_jax.sampling import generate_text
@@ -81,6 +82,8 @@ def _prepare(run: Run, mesh: MeshConfig, num_devices: int) -> list[Any]:
     dataclasses.replace(config, mesh=mesh).check_mesh(num_devices)
     check_writers(config.logging)
     check_directory(run)
+    if config.init_from is not None and not (run.directory / CONFIG_FILE).exists():
+        inheritance(config, run.components)
     tokenizer = run.tokenizer = _tokenizer(run)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
@@ -89,7 +92,7 @@ def _prepare(run: Run, mesh: MeshConfig, num_devices: int) -> list[Any]:
         )
     sample_tokens = _sample_tokens(config, tokenizer)
     directories = [str(directory.absolute()) for directory in _prepare_dataset(config, tokenizer)]
-    return [directories, dataclasses.asdict(Vocabulary.of(tokenizer)), sample_tokens]
+    return [directories, dataclasses.asdict(Vocabulary.of(tokenizer, config.data.objective.texts())), sample_tokens]
 
 
 def check_shared(file: Path, key: str) -> None:
@@ -187,7 +190,7 @@ class _Loop:
 
     def _train(self, store: CheckpointStore) -> None:
         config = self.config
-        state = distributed.agreed(lambda: self._state(store))
+        state, lines = distributed.agreed(lambda: self._state(store))
         start = int(state.step)
         with (
             contextlib.closing(_Writers(self.run_, start, self.main)) as writers,
@@ -196,7 +199,7 @@ class _Loop:
         ):
             if start:
                 bar.say(f"continuing '{self.run_.directory}' from step {start}")
-            for line in self.dataset.describe(self.batches, config.num_steps):
+            for line in [*lines, *self.dataset.describe(self.batches, config.num_steps)]:
                 bar.say(line)
             if axes := ", ".join(f"{axis} {size}" for axis, size in mesh_axis_sizes().items() if size > 1):
                 bar.say(f"mesh: {axes}")
@@ -204,15 +207,16 @@ class _Loop:
                 self._preflight(start, bar)
             self._steps(state, start, store, bar, writers)
 
-    def _state(self, store: CheckpointStore) -> TrainState:
-        """The latest checkpoint's state, or a new one."""
+    def _state(self, store: CheckpointStore) -> tuple[TrainState, list[str]]:
+        """The latest checkpoint's state, or a new one, and what there is to say of it."""
         make = jax.jit(functools.partial(init_state, buffer_names=frozenset(buffers(self.config.model))))
         # Process 0 says which: others' view of a shared file system may be older.
         step = distributed.from_main(lambda: max(store.steps(), default=None))
         if step is None:
-            return make(initialize(self.config.model, self.config.seed), self.hyper)
+            params, lines = first_params(self.config, self.run_.components)
+            return make(params, self.hyper), lines
         abstract = jax.eval_shape(make, abstract_params(self.config.model), self.hyper)
-        return store.load(step, abstract)
+        return store.load(step, abstract), []
 
     def _preflight(self, start: int, bar: Bar) -> None:
         """The attention kernel against the reference, before anything is trained with it."""

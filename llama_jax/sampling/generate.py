@@ -187,6 +187,8 @@ def _continue(
 
 def _checked_prompts(model: Model, tokens: Any, lengths: Any) -> tuple[np.ndarray, np.ndarray]:
     """Prompts as int32 [B, T], zero behind their ends, and those ends [B]. Raises UserError for impossible ones."""
+    if not model.config.generates:
+        raise UserError(f"{type(model.config).__name__} continues no texts: load it and call it on tokens")
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or 0 in tokens.shape or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"tokens of shape {tokens.shape} and type {tokens.dtype} must be integers [batch, length]")

@@ -2,8 +2,8 @@
 
 In: a `model_type` or a preset's name. Out: a model config, and a table that says where each parameter comes from. A new
 family is one new module here, named after its `model_type`, with `PRESETS`, `from_hf`, `to_hf`, `WEIGHTS` and
-`IGNORED`, and where it needs them `TIED`, `RENAMES` and `read_tensors`; one whose weights nobody has released has only
-`PRESETS`. Nothing lists the families.
+`IGNORED`, and where it needs them `TIED`, `RENAMES`, `read_tensors` and `with_tensors`; one whose weights nobody has
+released has only `PRESETS`. Nothing lists the families.
 """
 
 import dataclasses

@@ -7,6 +7,7 @@ notebook's cell.
 
 from llama_jax.data.objectives.base import Document, Example, Objective, SequenceToSequence, Vocabulary
 from llama_jax.data.objectives.blank_filling import BlankFilling
+from llama_jax.data.objectives.classification import Classification
 from llama_jax.data.objectives.denoising import Denoising
 from llama_jax.data.objectives.left_to_right import Causal, Chat, Prefix
 from llama_jax.data.objectives.masked import MaskedLM
@@ -17,6 +18,7 @@ __all__ = [
     "BlankFilling",
     "Causal",
     "Chat",
+    "Classification",
     "Denoising",
     "Document",
     "Example",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -15,9 +15,10 @@ type Example = dict[str, np.ndarray]
 """Arrays, one entry a position. Names that begin with `source_` are the encoder's stream, all others the (target)
 stream; all of one stream are equally long.
 
-`tokens`, `targets` and `positions` (int32) and `weights` (float32, of the target's loss) are always there. `prefix` is
-1 at tokens that all of their document see, `block_positions` GLM's second dimension, `token_types` the sentence of a
-pair; `pair_targets` (1: the second follows the first) and `pair_weights` (float32, 1 at [CLS]) the next-sentence task.
+`tokens`, `targets` and `positions` (int32) and `weights` (float32, of the target's loss) are always there, but for
+`class_targets` (int32, the number of a class) in place of `targets` where whole texts are classified. `prefix` is 1 at
+tokens that all of their document see, `block_positions` GLM's second dimension, `token_types` the sentence of a pair;
+`pair_targets` (1: the second follows the first) and `pair_weights` (float32, 1 at [CLS]) the next-sentence task.
 `source_tokens` and `source_positions` (int32) are what an encoder reads.
 """
 
@@ -44,7 +45,8 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What an objective needs of a tokenizer: special tokens by name, and the ids of marks that end a sentence."""
+    """What an objective needs of a tokenizer: special tokens by name, the ids of marks that end a sentence and of the
+    `texts` that it names."""
 
     size: int
     bos_id: int | None
@@ -52,9 +54,10 @@ class Vocabulary:
     pad_id: int | None
     special: Mapping[str, int]
     sentence_ends: tuple[int, ...] = ()
+    texts: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
 
     @staticmethod
-    def of(tokenizer: Tokenizer) -> "Vocabulary":
+    def of(tokenizer: Tokenizer, texts: Sequence[str] = ()) -> "Vocabulary":
         """That of a tokenizer. A mark ends sentences where the tokenizer writes it, after a word, as one token."""
         ends = [tokenizer.encode("end" + mark)[-1:] for mark in SENTENCE_ENDS]
         marks = zip(ends, SENTENCE_ENDS, strict=True)
@@ -65,6 +68,7 @@ class Vocabulary:
             pad_id=tokenizer.pad_id,
             special=tokenizer.special_tokens,
             sentence_ends=tuple(ids[0] for ids, mark in marks if ids and tokenizer.decode(ids) == mark),
+            texts={text: tuple(int(i) for i in tokenizer.encode(text)) for text in texts},
         )
 
     def id(self, name: str) -> int:
@@ -117,6 +121,8 @@ class Objective(Component):
     """Tokens that consecutive pieces of a document share where it is cut because it does not fit."""
     divisible: ClassVar[bool] = True
     """Whether it may be cut; what may not and does not fit is left out."""
+    looks_ahead: ClassVar[bool] = False
+    """Whether a model may see what stands behind a token that it is asked for: what encoders are trained on."""
     source_length: int | None = None
     """Source positions in a row; None without a source."""
 
@@ -127,6 +133,10 @@ class Objective(Component):
 
     def special_tokens(self) -> tuple[str, ...]:
         """Names of the special tokens that the tokenizer must have."""
+        return ()
+
+    def texts(self) -> tuple[str, ...]:
+        """Texts of which it must know how the tokenizer writes them."""
         return ()
 
     def check(self, vocabulary: Vocabulary) -> None:

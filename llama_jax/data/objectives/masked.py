@@ -1,6 +1,7 @@
 """BERT and RoBERTa: masked tokens from both sides, and whether one sentence follows another."""
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
@@ -37,6 +38,7 @@ class MaskedLM(Objective):
     mask_token: str = "[MASK]"
     cls_token: str = "[CLS]"
     sep_token: str = "[SEP]"
+    looks_ahead: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fraction("masked_fraction", self.masked_fraction)

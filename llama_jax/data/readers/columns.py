@@ -88,7 +88,7 @@ def _column(pyarrow: ModuleType, column) -> Iterator[object]:
 
 def _record(values: tuple, where: str, config: DataConfig) -> Item:
     parts: list[Part] = []
-    for field, value in zip(config.fields, values, strict=True):
+    for i, (field, value) in enumerate(zip(config.fields, values, strict=True)):
         if value is None:
             return BadRecord(where, NO_FIELD, f"'{field}' is null")
         if isinstance(value, bytes):
@@ -98,7 +98,7 @@ def _record(values: tuple, where: str, config: DataConfig) -> Item:
                 parts.append(value.decode())
             except UnicodeDecodeError:
                 return BadRecord(where, NOT_UTF8)
-        elif (part := as_part(value)) is not None:
+        elif (part := as_part(value, label=i > 0)) is not None:
             parts.append(part)
         else:
             return BadRecord(where, WRONG_TYPE, f"'{field}' is no text, no list of token ids and no list of messages")

@@ -56,20 +56,22 @@ def as_record(values: object, where: str, config: DataConfig) -> Record | BadRec
     if not isinstance(values, Mapping):
         return BadRecord(where, NO_FIELD, "it has no fields at all")
     parts = []
-    for field in config.fields:
+    for i, field in enumerate(config.fields):
         if values.get(field) is None:
             return BadRecord(where, NO_FIELD, f"'{field}'; it has {', '.join(map(str, values))}: set fields")
-        part = as_part(values[field])
+        part = as_part(values[field], label=i > 0)
         if part is None:
             return BadRecord(where, WRONG_TYPE, f"'{field}' is no text, no list of token ids and no list of messages")
         parts.append(part)
     return Record(tuple(parts), where)
 
 
-def as_part(value: object) -> Part | None:
-    """`value` as a part of a document, or None where it is no such thing."""
+def as_part(value: object, *, label: bool = False) -> Part | None:
+    """`value` as a part of a document, or None where it is no such thing; a `label` may be a number, as its digits."""
     if isinstance(value, str):
         return value
+    if label and isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return str(value)
     if isinstance(value, Sequence | np.ndarray) and not isinstance(value, bytes):
         if not len(value):
             return np.zeros(0, np.int64)
