@@ -9,6 +9,7 @@ Dimension letters everywhere: `B` batch, `T` query length, `S` key or cache leng
 from llama_jax.models.compute import Compute
 from llama_jax.models.config import LayerOverride, ModelConfig, TransformerConfig
 from llama_jax.models.decoder import Decoder, DecoderConfig
+from llama_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from llama_jax.models.layout import (
     abstract_params,
     assemble,
@@ -28,6 +29,8 @@ __all__ = [
     "Compute",
     "Decoder",
     "DecoderConfig",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
     "LayerOverride",
     "Model",
     "ModelConfig",
