@@ -106,9 +106,9 @@ def open_source(path: str | Path) -> Source:
             tensors = family.read_tensors(data, tensors)
         if hasattr(family, "with_tensors"):
             config = family.with_tensors(config, tensors)
-        tied = getattr(family, "TIED", {})
+        weights, tied = zoo.weights_of(family, config), getattr(family, "TIED", {})
         model_type = data["model_type"]
-        return Source(path, "huggingface", model_type, config, tensors, family.WEIGHTS, family.IGNORED, tied, tokenizer)
+        return Source(path, "huggingface", model_type, config, tensors, weights, family.IGNORED, tied, tokenizer)
     else:
         raise UserError(
             f"'{path}' has neither config.json (Hugging Face) nor params.json and consolidated.*.pth (Meta)"
@@ -375,7 +375,7 @@ def export_hf(
         data["eos_token_id"] = (
             list(tokenizer.eos_ids) if len(tokenizer.eos_ids) > 1 else next(iter(tokenizer.eos_ids), None)
         )
-    pieces = _pieces(config, params, family.WEIGHTS)
+    pieces = _pieces(config, params, zoo.weights_of(family, config))
     with new_directory(directory) as folder:
         _write_weights(folder, pieces)
         (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

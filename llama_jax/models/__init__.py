@@ -10,6 +10,7 @@ from llama_jax.models.compute import Compute
 from llama_jax.models.config import LayerOverride, ModelConfig, TransformerConfig
 from llama_jax.models.decoder import Decoder, DecoderConfig
 from llama_jax.models.encoder import Encoder, EncoderConfig
+from llama_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from llama_jax.models.layout import (
     abstract_params,
     assemble,
@@ -31,6 +32,8 @@ __all__ = [
     "DecoderConfig",
     "Encoder",
     "EncoderConfig",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
     "LayerOverride",
     "Model",
     "ModelConfig",

@@ -24,6 +24,8 @@ class ModelConfig(Component):
     """Whether a source goes into the same row as its target: true of models without an encoder."""
     generates: ClassVar[bool] = True
     """Whether it can continue a text."""
+    splits_sequence: ClassVar[bool] = True
+    """Whether a sequence may be split over several devices."""
 
     vocab_size: int
     hidden_size: int
@@ -97,12 +99,14 @@ def with_overrides(pieces: Pieces, num_layers: int, overrides: tuple[LayerOverri
     return tuple(layers)
 
 
-def check_overrides(name: str, overrides: tuple[LayerOverride, ...], num_layers: int) -> None:
+def check_overrides(
+    name: str, overrides: tuple[LayerOverride, ...], num_layers: int, counted: str = "num_layers"
+) -> None:
     """Raises UserError where they name layers that are not there, or hold what is no piece of a layer."""
     for change in overrides:
         for layer in change.layers:
             if not 0 <= layer < num_layers:
-                raise UserError(f"{name} name layer {layer}, and num_layers={num_layers} ends at {num_layers - 1}")
+                raise UserError(f"{name} name layer {layer}, and {counted}={num_layers} ends at {num_layers - 1}")
         if not isinstance(change.piece, Mixer | FeedForward):
             raise UserError(f"{name} hold {change.piece!r}: it must be an attention or a feed-forward")
 
@@ -177,9 +181,9 @@ class TransformerConfig(ModelConfig):
         if self.positions is not None:
             name = f"{prefix}positions"
             parts[name] = self.positions.build(self.hidden_size, rngs=child(rngs, name))
-        if self.position_bias is not None:
-            name = f"{prefix}position_bias"
-            parts[name] = self.position_bias.build(rngs=child(rngs, name))
+        name = f"{prefix}position_bias"
+        if (bias := getattr(self, name)) is not None:
+            parts[name] = bias.build(rngs=child(rngs, name))
         if self.embedding_norm is not None:
             name = f"{prefix}embedding_norm"
             parts[name] = self.embedding_norm.build(self.hidden_size, rngs=child(rngs, name))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from llama_jax.checkpoint.language_model import LanguageModel, load
 from llama_jax.config import UserError
+from llama_jax.models import EncoderDecoderConfig
 from llama_jax.sampling.generate import complete, stream_text
 from llama_jax.sampling.processors import Sampler
 
@@ -35,10 +36,17 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sample.py", description="Continue texts with a trained model.")
+    parser = argparse.ArgumentParser(
+        prog="sample.py",
+        description="Continue texts with a trained model. An encoder-decoder answers: the prompt is its source, in "
+        "which special tokens such as <extra_id_0> may be written out, and only the answer is printed.",
+    )
     parser.add_argument("path", metavar="PATH", help="run, Hugging Face or Meta directory, or a llama2.c .bin")
     parser.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="text to continue, repeatable; without one: interactive"
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="text to continue or answer, repeatable; without one: interactive",
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="default: the one beside the weights")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
@@ -62,7 +70,7 @@ def _print_continued(lm: LanguageModel, prompt: str, row: int, args: argparse.Na
         row=row,
     )
     first = next(pieces, "")  # before the prompt is printed: a prompt that is refused leaves stdout empty
-    print(prompt, end=first, flush=True)
+    print("" if isinstance(lm.config, EncoderDecoderConfig) else prompt, end=first, flush=True)
     for text in pieces:
         print(text, end="", flush=True)
 

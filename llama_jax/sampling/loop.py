@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from llama_jax.models import Decoder, Model
+from llama_jax.models import Decoder, EncoderDecoder, Model
 from llama_jax.parallel import replicate, shard
 from llama_jax.sampling.processors import Sampler
 
@@ -31,7 +31,8 @@ class SamplingState:
     """Rows of tokens and what it takes to continue them.
 
     Row b's text is `tokens[b, :lengths[b]]`, its prompt included; what stands behind is never read. The cache holds
-    all of it but the last token, which is `last[b]`. A row that is `done` gets no more tokens.
+    all of it but the last token, which is `last[b]`, and of an encoder-decoder the source. A row that is `done` gets no
+    more tokens.
     """
 
     tokens: Int[Array, "b s"]
@@ -67,20 +68,29 @@ def start(
     seed: int,
     stop_ids: tuple[int, ...] = (),
     first_row: int = 0,
+    source: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[SamplingState, Rows]:
     """Run the prompts and sample the first new token of each.
 
-    `tokens` int32 [B, T], right-padded to `lengths` [B]. A token is a function of the row's text, `seed`, the row's
-    number (counted from `first_row`) and the position, whatever else is in the batch.
+    `tokens` int32 [B, T], right-padded to `lengths` [B]; `source`, for an encoder-decoder, int32 [B, S] and bool
+    [B, S], false at padding. A token is a function of the row's text, `seed`, the row's number (counted from
+    `first_row`) and the position, whatever else is in the batch.
     """
     limit = model.config.max_positions
     width, capacity = (bucket(n, limit) for n in (tokens.shape[1], tokens.shape[1] + max_new_tokens))
-    padded = np.zeros((tokens.shape[0], capacity), np.int32)
-    padded[:, : tokens.shape[1]] = tokens
+    if source is not None:
+        width = tokens.shape[1]  # always the start token
+        ids, real = (_padded(x, bucket(x.shape[1], limit)) for x in source)
+        source = ids, real
     rows = np.arange(first_row, first_row + len(tokens), dtype=np.int32)
-    inputs = (padded, np.asarray(lengths, np.int32), rows, np.uint32(seed % 2**32))
+    inputs = (_padded(tokens, capacity), np.asarray(lengths, np.int32), rows, np.uint32(seed % 2**32), source)
     with model.on_mesh():
         return _start(model.graphdef, width, model.state, inputs, sampler, np.array(stop_ids, np.int32))
+
+
+def _padded(x: np.ndarray, width: int) -> np.ndarray:
+    """[B, T] with zeros up to [B, width], without a change of type."""
+    return np.pad(x, ((0, 0), (0, width - x.shape[1])))
 
 
 def advance(
@@ -93,13 +103,17 @@ def advance(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _start(graphdef: Any, width: int, weights: Any, inputs: Any, sampler: Sampler, stop_ids: Int[Array, " e"]):
-    module: Decoder = nnx.merge(graphdef, weights)
-    tokens, lengths, rows, seed = inputs
+    module: Any = nnx.merge(graphdef, weights)
+    tokens, lengths, rows, seed, source = inputs
     num_rows, capacity = tokens.shape
     tokens, (lengths, rows) = shard(tokens, "batch", None), (shard(x, "batch") for x in (lengths, rows))
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(rows)
     empty = jnp.zeros_like(lengths)
-    cache = module.init_cache(num_rows, capacity)
+    if source is not None:
+        ids, real = (shard(x, "batch", None) for x in source)
+        cache = module.init_cache(num_rows, capacity, source=ids, source_mask=real)
+    else:
+        cache = module.init_cache(num_rows, capacity)
     valid = jnp.arange(width) < lengths[:, None]
     hidden, cache = module.extend(tokens[:, :width], cache=cache, lengths=empty, valid=valid)
     at_end = jnp.arange(width) == lengths[:, None] - 1
@@ -113,7 +127,7 @@ def _start(graphdef: Any, width: int, weights: Any, inputs: Any, sampler: Sample
 def _advance(
     graphdef: Any, weights: Any, state: SamplingState, sampler: Sampler, stop_ids: Int[Array, " e"], num_tokens: Array
 ):
-    module: Decoder = nnx.merge(graphdef, weights)
+    module: Decoder | EncoderDecoder = nnx.merge(graphdef, weights)
 
     def unfinished(carry: tuple[Array, SamplingState]) -> Array:
         i, state = carry
@@ -127,14 +141,16 @@ def _advance(
     return state, _rows(state)
 
 
-def step(module: Decoder, state: SamplingState, sampler: Sampler, stop_ids: Int[Array, " e"]) -> SamplingState:
+def step(
+    module: Decoder | EncoderDecoder, state: SamplingState, sampler: Sampler, stop_ids: Int[Array, " e"]
+) -> SamplingState:
     """One more token for every row that is not done. A pure function."""
     hidden, cache = module.extend(state.last[:, None], cache=state.cache, lengths=state.lengths - 1)
     state = dataclasses.replace(state, cache=cache)
     return _append(state, _logits(module, hidden), sampler, stop_ids)
 
 
-def _logits(module: Decoder, hidden: Float[Array, "b 1 d"]) -> Float[Array, "b v"]:
+def _logits(module: Decoder | EncoderDecoder, hidden: Float[Array, "b 1 d"]) -> Float[Array, "b v"]:
     return shard(module.logits(hidden)[:, 0], "batch", None)
 
 

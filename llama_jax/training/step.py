@@ -202,7 +202,8 @@ def _updated(values: Params, statistics: Metrics, config: ModelConfig) -> Params
     """The buffers after a step, each updated by its own rule with the statistic of its name."""
     rules, new = buffers(config), {}
     for name, value in values.items():
-        statistic = statistics.get(STATISTIC + name.partition(".")[2])
+        # Those of a stack beside `layers` have its name.
+        statistic = statistics.get(STATISTIC + name, statistics.get(STATISTIC + name.partition(".")[2]))
         new[name] = value if rules[name] is None else rules[name](value, statistic)
     return new
 

@@ -1,9 +1,9 @@
 """Families of released models, one file each: presets, the mapping of Hugging Face's config, the weight-name table.
 
 In: a `model_type` or a preset's name. Out: a model config, and a table that says where each parameter comes from. A new
-family is one new module here, named after its `model_type`, with `PRESETS`, `from_hf`, `to_hf`, `WEIGHTS` and
-`IGNORED`, and where it needs them `TIED`, `RENAMES`, `read_tensors` and `with_tensors`; one whose weights nobody has
-released has only `PRESETS`. Nothing lists the families.
+family is one new module here, named after its `model_type`, with `PRESETS`, `from_hf`, `to_hf`, `WEIGHTS` (a table, or
+a function that makes it from the config) and `IGNORED`, and where it needs them `TIED`, `RENAMES`, `read_tensors` and
+`with_tensors`; one whose weights nobody has released has only `PRESETS`. Nothing lists the families.
 """
 
 import dataclasses
@@ -105,6 +105,11 @@ def family(model_type: str) -> ModuleType:
     if model_type not in families():
         raise UserError(f"model_type '{model_type}' is not one of the families that are known: {', '.join(families())}")
     return _modules()[model_type]
+
+
+def weights_of(family: ModuleType, config: ModelConfig) -> tuple[Weight, ...]:
+    """A family's table for this model."""
+    return family.WEIGHTS(config) if callable(family.WEIGHTS) else family.WEIGHTS
 
 
 @functools.cache

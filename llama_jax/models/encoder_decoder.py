@@ -1,0 +1,262 @@
+"""The encoder-decoder: a source is encoded once, and a decoder that attends to it writes the target."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from llama_jax.config import UserError
+from llama_jax.models.block import STATISTIC, Aux, Block, Layers
+from llama_jax.models.compute import Compute
+from llama_jax.models.config import LayerOverride, Pieces, TransformerConfig, check_overrides, with_overrides
+from llama_jax.models.parts import Embedding
+from llama_jax.models.transformer import Batch, Prediction, Transformer
+from llama_jax.nn import CrossAttention, PositionBias
+from llama_jax.nn.dropout import check_rate, dropout
+from llama_jax.nn.masks import AttentionMask
+from llama_jax.nn.parameters import child
+from llama_jax.parallel import mesh_axis_sizes, shard
+
+Cache = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderDecoderConfig(TransformerConfig):
+    """A model that reads a source and writes a target (Vaswani et al. 2017).
+
+    Encoder and decoder share the embedding, and the kind of everything else. max_positions is for each of them.
+
+    num_encoder_layers: blocks of the encoder.
+    cross_attention: of every layer of the decoder, to what the encoder gives.
+    decoder_start_id: the token that the decoder reads first.
+    encoder_overrides: layers of the encoder whose attention or feed-forward differs.
+    encoder_position_bias: added to the encoder's attention scores, or none; position_bias is the decoder's alone.
+    final_dropout: of what leaves the last block of either, in training.
+    """
+
+    batch_fields = frozenset(
+        ("tokens", "targets", "weights", "positions", "segment_ids", "source_tokens", "source_positions")
+    )
+    splits_sequence = False
+
+    num_encoder_layers: int
+    cross_attention: CrossAttention
+    decoder_start_id: int
+    encoder_overrides: tuple[LayerOverride, ...] = ()
+    encoder_position_bias: PositionBias | None = None
+    final_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_encoder_layers < 1:
+            raise UserError(f"num_encoder_layers={self.num_encoder_layers} must be at least 1")
+        check_overrides("encoder_overrides", self.encoder_overrides, self.num_encoder_layers, "num_encoder_layers")
+        if not 0 <= self.decoder_start_id < self.vocab_size:
+            raise UserError(f"decoder_start_id={self.decoder_start_id} is outside of vocab_size={self.vocab_size}")
+        check_rate("final_dropout", self.final_dropout)
+
+    def stacks(self) -> dict[str, tuple[Pieces, ...]]:
+        pieces = self.attention, self.feed_forward
+        return {
+            "encoder_layers": with_overrides(pieces, self.num_encoder_layers, self.encoder_overrides),
+            "layers": with_overrides(pieces, self.num_layers, self.overrides),
+        }
+
+    def build_parts(self, *, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+        return {
+            "embedding": Embedding(self.vocab_size, self.hidden_size, rngs=child(rngs, "embedding")),
+            **self.embedding_parts(rngs=rngs, prefix="encoder_"),
+            **self.embedding_parts(rngs=rngs),
+            **self.final_norm(rngs=rngs, prefix="encoder_"),
+            **self.final_norm(rngs=rngs),
+            **self.head_parts(rngs=rngs),
+        }
+
+    def build_block(self, stack: str, pieces: Pieces, *, rngs: nnx.Rngs) -> nnx.Module:
+        return Block(self, *pieces, cross_attention=self.cross_attention if stack == "layers" else None, rngs=rngs)
+
+    def build_model(self, parts: dict[str, nnx.Module], stacks: dict[str, Layers], compute: Compute) -> Transformer:
+        return EncoderDecoder(self, parts, stacks, compute)
+
+    def tokens_of(self, name: str, target_length: int, source_length: int) -> int:
+        of_source = name.startswith(("encoder_", "layers.cross_attention.k_proj", "layers.cross_attention.v_proj"))
+        lengths = (0, source_length) if of_source else (target_length, 0)
+        return super().tokens_of(name, *lengths)
+
+    def score_flops(self, target_length: int, source_length: int) -> float:
+        encoder, decoder = self.stacks().values()
+        return (
+            source_length * sum(mixer.score_flops(source_length) for mixer, _ in encoder)
+            + target_length * sum(mixer.score_flops(target_length / 2) for mixer, _ in decoder)
+            + target_length * len(decoder) * self.cross_attention.score_flops(source_length)
+        )
+
+    def example(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        length = min(32, self.max_positions)
+        shapes = {"source": (2, length), "target": (2, max(1, length - 3))}
+        return {name: rng.integers(0, self.vocab_size, shape).astype(np.int32) for name, shape in shapes.items()}
+
+    @property
+    def is_random(self) -> bool:
+        return super().is_random or self.cross_attention.is_random or self.final_dropout > 0
+
+
+class EncoderDecoder(Transformer):
+    """Source and target to the target's logits. Made by `assemble` from parameters by name, or by `build`.
+
+    Sources are [B, S], targets [B, T]. Documents of packed rows are told apart by segment ids, 0 where there is none:
+    a document of the target sees the source of the same number.
+    """
+
+    encoder_layers: Layers
+    layers: Layers
+    config: EncoderDecoderConfig
+
+    def encode(
+        self,
+        source: Int[Array, "b s"],
+        *,
+        positions: Int[Array, "b s"] | None = None,
+        segment_ids: Int[Array, "b s"] | None = None,
+        key: jax.Array | None = None,
+        outputs: list[jax.Array] | None = None,
+    ) -> tuple[Float[Array, "b s d"], Aux]:
+        """What the decoder attends to, and the encoder's auxiliary arrays. Positions default to 0, 1, 2...
+
+        `key` is for dropout; `outputs` is given what every block gives.
+        """
+        places = jnp.arange(source.shape[1])
+        bias = self.bias(places[None], places, prefix="encoder_")
+        mask = self.mask(causal=False, segment_ids=segment_ids, bias=bias, dropout_key=key)
+        positions = jnp.broadcast_to(places, source.shape) if positions is None else positions
+        x = self.embed(source, positions, mask, prefix="encoder_")
+        x, aux = self.encoder_layers(x, positions=positions, mask=mask, remat=self.compute.remat, outputs=outputs)
+        return self._final(x, mask, "encoder_"), {_of_encoder(name): value for name, value in aux.items()}
+
+    def decode(
+        self,
+        target: Int[Array, "b t"],
+        encoded: Float[Array, "b s d"],
+        *,
+        positions: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+        source_segment_ids: Int[Array, "b s"] | None = None,
+        key: jax.Array | None = None,
+        outputs: list[jax.Array] | None = None,
+    ) -> tuple[Float[Array, "b t d"], Aux]:
+        """The target's final hidden states, and the decoder's auxiliary arrays; arguments as `encode` has them.
+
+        Without the source's segment ids all of it is seen.
+        """
+        places = jnp.arange(target.shape[1])
+        mask = self.mask(segment_ids=segment_ids, bias=self.bias(places[None], places), dropout_key=key)
+        positions = jnp.broadcast_to(places, target.shape) if positions is None else positions
+        x = self.embed(target, positions, mask)
+        x, aux = self.layers(
+            x,
+            positions=positions,
+            mask=mask,
+            source=(encoded, self._source_mask(target, segment_ids, source_segment_ids)),
+            remat=self.compute.remat,
+            outputs=outputs,
+        )
+        return self._final(x, mask, ""), aux
+
+    def _final(self, x: jax.Array, mask: AttentionMask, prefix: str) -> jax.Array:
+        return dropout(self.normed(x, prefix=prefix), self.config.final_dropout, mask, f"{prefix}final")
+
+    def _source_mask(self, target: jax.Array, segments: jax.Array | None, of_source: jax.Array | None) -> AttentionMask:
+        """Who among the target sees what of the source."""
+        if mesh_axis_sizes().get("context", 1) > 1:
+            raise UserError("an EncoderDecoder cannot split its sequences over mesh.context: take 1, and mesh.fsdp")
+        if of_source is None:
+            return self.mask(causal=False)
+        segments = shard(jnp.ones_like(target), "batch", None) if segments is None else segments
+        return self.mask(causal=False, segment_ids=segments, key_segment_ids=of_source)
+
+    def __call__(
+        self, source: Int[Array, "b s"], target: Int[Array, "b t"], *, source_mask: Array | None = None
+    ) -> Float[Array, "b t v"]:
+        """float32 logits of the target's every next token; `source_mask` [B, S] is false (0) at padding."""
+        segments = None if source_mask is None else source_mask.astype(jnp.int32)
+        encoded, _ = self.encode(source, segment_ids=segments)
+        return self.logits(self.decode(target, encoded, source_segment_ids=segments)[0])
+
+    def hidden_states(
+        self, source: Int[Array, "b s"], target: Int[Array, "b t"], *, source_mask: Array | None = None
+    ) -> dict[str, list[Float[Array, "b _ d"]]]:
+        """What every block gives, by stack."""
+        outputs: dict[str, list[jax.Array]] = {"encoder_layers": [], "layers": []}
+        segments = None if source_mask is None else source_mask.astype(jnp.int32)
+        encoded, _ = self.encode(source, segment_ids=segments, outputs=outputs["encoder_layers"])
+        self.decode(target, encoded, source_segment_ids=segments, outputs=outputs["layers"])
+        return outputs
+
+    def predictions(self, batch: Batch, *, key: jax.Array | None = None) -> tuple[list[Prediction], Aux]:
+        keys = (None, None) if key is None else jax.random.split(key)
+        source_segments = batch["source_segment_ids"]
+        encoded, aux = self.encode(
+            batch["source_tokens"], positions=batch["source_positions"], segment_ids=source_segments, key=keys[0]
+        )
+        hidden, of_decoder = self.decode(
+            batch["tokens"],
+            encoded,
+            positions=batch["positions"],
+            segment_ids=batch["segment_ids"],
+            source_segment_ids=source_segments,
+            key=keys[1],
+        )
+        main = Prediction("loss", hidden, batch["targets"], batch["weights"], self.head, self.head_weight())
+        return [main], aux | of_decoder
+
+    def init_cache(
+        self, batch: int, length: int, *, source: Int[Array, "b s"], source_mask: Bool[Array, "b s"]
+    ) -> Cache:
+        """The source's keys and values in every layer, and empty caches of the decoder for `length` positions.
+
+        The source is encoded here, once; `source_mask` is false at its padding.
+        """
+        assert not self.layers.pattern
+        segments = source_mask.astype(jnp.int32)
+        encoded, _ = self.encode(source, segment_ids=segments)
+        blocks, dtype = self.layers.prefix, self.compute.jax_dtype
+        return {
+            "layers": [block.attention.init_cache(batch, length, dtype) for block in blocks],
+            "source": [block.cross_attention.keys(encoded) for block in blocks],
+            "source_segments": segments,
+        }
+
+    def extend(
+        self,
+        tokens: Int[Array, "b t"],
+        *,
+        cache: Cache,
+        lengths: Int[Array, " b"],
+        valid: Bool[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], Cache]:
+        """Hidden states of T more tokens in targets that hold `lengths` already, and the cache with them in it.
+
+        What is not `valid` stands behind a row's end, and is as if it were not there.
+        """
+        index = lengths[:, None] + jnp.arange(tokens.shape[1])
+        places = jnp.arange(max(x.shape[2] for x in jax.tree.leaves(cache["layers"]) if x.ndim == 4))
+        mask = self.mask(q_index=index, valid=valid, bias=self.bias(index, places))
+        source_mask = self._source_mask(tokens, None, cache["source_segments"])
+        x = self.embed(tokens, index, mask)
+        new = []
+        for block, own, keys in zip(self.layers.prefix, cache["layers"], cache["source"], strict=True):
+            x, _, own = block(x, positions=index, mask=mask, cache=own, source=(keys, source_mask))
+            new.append(own)
+        return self.normed(x), cache | {"layers": new}
+
+
+def _of_encoder(name: str) -> str:
+    """The name of an auxiliary array of the encoder, beside those of the decoder's layers."""
+    if name.startswith(STATISTIC):
+        return f"{STATISTIC}encoder_layers.{name.removeprefix(STATISTIC)}"
+    kind, dot, own = name.rpartition("loss.")
+    return f"{kind}{dot}encoder_{own}"
