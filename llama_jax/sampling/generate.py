@@ -222,8 +222,7 @@ def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 def _stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     # A BOS opens another text; llama2.c's models write nothing else at the end of one.
-    bos = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
-    return tuple(sorted({*tokenizer.eos_ids, *bos}))
+    return tuple(sorted({*tokenizer.eos_ids, *tokenizer.start_ids}))
 
 
 class _Continuation:
