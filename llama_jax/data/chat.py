@@ -92,6 +92,30 @@ class ChatML(ChatTemplate):
             yield Piece("\n")
 
 
+@dataclasses.dataclass(frozen=True)
+class ChatGLM2Chat(ChatTemplate):
+    """[Round 1], 问：question, 答：answer and so on, behind [gMASK] and sop (ChatGLM2-6B's `build_prompt`).
+
+    The marks are ordinary text, and only the last answer ends with EOS; the system's message, for which the original
+    has no place, stands before the first round.
+    """
+
+    def pieces(self, messages: Sequence[Message]) -> Iterator[Piece]:
+        yield Piece("[gMASK]", special=True)
+        yield Piece("sop", special=True)
+        rounds = 0
+        for i, message in enumerate(messages, start=1):
+            content = message["content"]
+            if message["role"] == "system":
+                yield Piece(f"{content}\n\n")
+            elif message["role"] == "user":
+                rounds += 1
+                yield Piece(f"[Round {rounds}]\n\n问：{content}\n\n答：")
+            else:
+                yield Piece(content, trained=True)
+                yield Piece(EOS, special=True, trained=True) if i == len(messages) else Piece("\n\n")
+
+
 def chat_tokens(
     messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer
 ) -> tuple[Int32[np.ndarray, " n"], Int64[np.ndarray, " p"]]:

@@ -112,6 +112,6 @@ def split_of(content: str | bytes, config: DataConfig) -> Split:
     return "validation" if int.from_bytes(digest) < config.validation_fraction * 2**64 else "train"
 
 
-def separators_of(bos_id: int | None, eos_ids: Sequence[int]) -> tuple[int, ...]:
+def separators_of(start_ids: Sequence[int], eos_ids: Sequence[int]) -> tuple[int, ...]:
     """The ids that stand around documents in files of tokens (llm.c puts Llama-3's BOS there)."""
-    return tuple(eos_ids[:1]) + (() if bos_id is None else (bos_id,))
+    return (*eos_ids[:1], *start_ids)

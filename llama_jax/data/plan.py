@@ -126,7 +126,7 @@ def _map(file: Path, count: int) -> np.ndarray:
 
 def special_ends(vocabulary: Vocabulary) -> tuple[int, int]:
     """How many special tokens stand before and after every document of a corpus."""
-    return int(vocabulary.bos_id is not None), int(vocabulary.eos_id is not None)
+    return len(vocabulary.start_ids), int(vocabulary.eos_id is not None)
 
 
 def plan_rows(

@@ -80,7 +80,7 @@ def make_shard(
     for ids outside the vocabulary and for too many bad records.
     """
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    reading = _Reading(units, config, separators_of(tokenizer.bos_id, tokenizer.eos_ids))
+    reading = _Reading(units, config, separators_of(tokenizer.start_ids, tokenizer.eos_ids))
     with contextlib.ExitStack() as stack:
         writers = {
             split: _SplitWriter(shard_set.directory, split, number, tokenizer, stack) for split in get_args(Split)
@@ -176,8 +176,9 @@ def _tokens_of(
             parts.append(_checked(part, record, tokenizer))
         else:
             parts += _tokens_of_chat(part, record, tokenizer, config)
-    if not isinstance(record.parts[0], str) and len(parts[0]) and parts[0][0] == tokenizer.bos_id:
-        parts[0] = parts[0][1:]  # every document is put between them, once
+    start = tokenizer.start_ids
+    if not isinstance(record.parts[0], str) and start and tuple(parts[0][: len(start)]) == start:
+        parts[0] = parts[0][len(start) :]  # every document is put between them, once
     if not isinstance(record.parts[-1], str) and len(parts[-1]) and parts[-1][-1] in tokenizer.eos_ids[:1]:
         parts[-1] = parts[-1][:-1]
     return parts
@@ -208,7 +209,7 @@ class _SplitWriter:
 
     def __init__(self, directory: Path, split: Split, number: int, tokenizer: Tokenizer, stack: contextlib.ExitStack):
         self._directory, self._split, self._number, self._stack = directory, split, number, stack
-        self._begin = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
+        self._begin = np.array(tokenizer.start_ids, np.int32)
         self._end = np.array(tokenizer.eos_ids[:1], np.int32)
         self._files: dict[str, tuple[BinaryIO, Any]] = {}
         self._sizes = dict.fromkeys(ARRAYS, 0)

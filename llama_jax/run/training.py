@@ -146,7 +146,8 @@ def _prepare_dataset(config: RunConfig, tokenizer: Tokenizer) -> list[Path]:
 def _open_dataset(run: Run, directories: Sequence[str], vocabulary: dict[str, Any]) -> Dataset:
     for directory in directories:
         check_shared(Path(directory), "data.cache_dir")
-    vocabulary["sentence_ends"] = tuple(vocabulary["sentence_ends"])  # a list, if it came from another process
+    for name in ("start_ids", "sentence_ends"):
+        vocabulary[name] = tuple(vocabulary[name])  # a list, if it came from another process
     return run.open_dataset([Path(directory) for directory in directories], Vocabulary(**vocabulary))
 
 

@@ -276,9 +276,10 @@ def encode_prompt(config: ModelConfig, tokenizer: Tokenizer, prompt: str) -> lis
 
 def _stop_ids(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
     stop = {*tokenizer.eos_ids}
-    # A BOS opens another text; llama2.c's models write nothing else at the end of one. BART's answers begin with it.
-    if tokenizer.bos_id is not None and not isinstance(config, EncoderDecoderConfig):
-        stop.add(tokenizer.bos_id)
+    # What begins a text opens another one; llama2.c's models write nothing else at the end of one. BART's answers
+    # begin with it.
+    if not isinstance(config, EncoderDecoderConfig):
+        stop |= {*tokenizer.start_ids}
     return tuple(sorted(stop))
 
 

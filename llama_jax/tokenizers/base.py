@@ -50,12 +50,17 @@ class Tokenizer(abc.ABC):
     def stream(self) -> TextStream:
         """A decoder that takes the ids one by one and never emits half a character."""
 
+    @functools.cached_property
+    def start_ids(self) -> tuple[int, ...]:
+        """What stands before a text: BOS, where there is one; more in some families."""
+        return () if self.bos_id is None else (self.bos_id,)
+
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Ids of `text`; `bos` and `eos` add that special token where the tokenizer has one.
+        """Ids of `text`; `bos` puts `start_ids` before it and `eos` EOS behind it, where the tokenizer has these.
 
         Raises UserError for text that is not valid Unicode (a lone surrogate).
         """
-        start = [self.bos_id] if bos and self.bos_id is not None else []
+        start = list(self.start_ids) if bos else []
         end = [self.eos_ids[0]] if eos and self.eos_ids else []
         return start + self._encode_checked([text])[0] + end
 

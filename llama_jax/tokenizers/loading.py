@@ -4,6 +4,7 @@ from pathlib import Path
 
 from llama_jax.config import UserError
 from llama_jax.tokenizers.base import Tokenizer
+from llama_jax.tokenizers.chatglm import ChatGLMTokenizer, is_chatglm
 from llama_jax.tokenizers.huggingface import json_tokenizer
 from llama_jax.tokenizers.sentencepiece import SentencePieceTokenizer, llama2c_model
 from llama_jax.tokenizers.tiktoken import read_ranks, tiktoken_tokenizer
@@ -15,9 +16,10 @@ FILE_NAMES = ("tokenizer.model", "tokenizer.json", "vocab.json", "vocab.txt")
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in the file `path`, or in the directory `path`, where `FILE_NAMES` are tried in order.
 
-    Reads SentencePiece models, tiktoken's ranks of Llama 3 and of OpenAI's encodings, any `tokenizer.json` of the
-    `tokenizers` library, GPT-2's pair of `vocab.json` and `merges.txt` (`path` is either; both names may begin with
-    the same prefix), BERT's `vocab.txt` and llama2.c's `.bin`. Raises UserError for a missing, damaged or unknown file.
+    Reads SentencePiece models (ChatGLM2's where tokenizer_config.json or config.json beside it say so), tiktoken's
+    ranks of Llama 3 and of OpenAI's encodings, any `tokenizer.json` of the `tokenizers` library, GPT-2's pair of
+    `vocab.json` and `merges.txt` (`path` is either; both names may begin with the same prefix), BERT's `vocab.txt` and
+    llama2.c's `.bin`. Raises UserError for a missing, damaged or unknown file.
     """
     path = Path(path)
     if path.is_dir():
@@ -28,8 +30,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path = found[0]
     if not path.is_file():
         raise UserError(f"tokenizer file '{path}' does not exist")
-    content, beside = path.read_bytes(), path.with_name("tokenizer_config.json")
-    settings = beside.read_bytes() if beside.is_file() else None
+    content, settings = path.read_bytes(), _beside(path, "tokenizer_config.json")
     try:
         if content.lstrip()[:1] == b"{":
             if read_vocabulary(content):
@@ -41,15 +42,23 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             return gpt2_tokenizer(_partner(path, "merges.txt", "vocab.json"), content, settings)
         if pieces := read_pieces(content):
             return bert_tokenizer(content, pieces, settings)
+        chatglm = is_chatglm(settings, _beside(path, "config.json"))
     except ValueError as error:
         raise UserError(f"'{path}' is no tokenizer that can be used: {error}") from None
     try:
+        if chatglm:
+            return ChatGLMTokenizer(content, settings)
         return SentencePieceTokenizer(llama2c_model(content) or content)
     except RuntimeError:
         raise UserError(
             f"'{path}' is damaged or no tokenizer: it is none of SentencePiece model, tiktoken ranks, tokenizer.json, "
             "vocab.json with merges.txt, vocab.txt and llama2.c .bin"
         ) from None
+
+
+def _beside(path: Path, name: str) -> bytes | None:
+    beside = path.with_name(name)
+    return beside.read_bytes() if beside.is_file() else None
 
 
 def _partner(path: Path, own: str, other: str) -> bytes:

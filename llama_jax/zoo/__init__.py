@@ -19,6 +19,8 @@ import numpy as np
 from llama_jax.config import UserError
 from llama_jax.models import ModelConfig
 
+_PAIRS = ("two", "half")  # axes of two entries
+
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
@@ -45,11 +47,11 @@ class Weight:
 
     def _sizes(self, shape: tuple[int, ...]) -> dict[str, int]:
         _, right = self._sides()
-        sizes = {"two": 2} if "two" in self.pattern else {}
+        sizes = {axis: 2 for axis in _PAIRS if axis in self.pattern}
         for group, size in zip(right, shape, strict=True):
-            free = [axis for axis in group if axis != "two"]
+            free = [axis for axis in group if axis not in _PAIRS]
             for axis in free:
-                sizes[axis] = size // 2 if "two" in group else size
+                sizes[axis] = size // 2 ** (len(group) - len(free))
         return sizes | {"1": 1}
 
     def _rearrange(self, value: np.ndarray, pattern: str, sizes: dict[str, int]) -> np.ndarray:

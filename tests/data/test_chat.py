@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from llama_jax.config import UserError, choices
-from llama_jax.data.chat import ChatML, ChatTemplate, Llama2Chat, Llama3Chat, chat_tokens
+from llama_jax.data.chat import ChatGLM2Chat, ChatML, ChatTemplate, Llama2Chat, Llama3Chat, chat_tokens
 from llama_jax.data.objectives import Chat, Document, Vocabulary
 from llama_jax.tokenizers.base import TextStream, Tokenizer
 
 SPECIAL = ("<s>", "</s>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>",
-           "<|im_end|>")  # fmt: skip
+           "<|im_end|>", "[gMASK]", "sop")  # fmt: skip
 
 
 class Letters(Tokenizer):
@@ -22,7 +22,7 @@ class Letters(Tokenizer):
 
     def __init__(self, pairs: Sequence[str] = (), space: bool = False, special: Sequence[str] = SPECIAL):
         self.special_tokens = {name: i for i, name in enumerate(special)}
-        self.texts = [*special, *map(chr, range(128)), *pairs]
+        self.texts = [*special, *map(chr, range(128)), *"问答：", *pairs]
         self.vocab_size, self.space, self.pairs = len(self.texts), space, pairs
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -73,6 +73,13 @@ FORMATS = {
             "<|im_start|>system\n Be brief. <|im_end|>\n<|im_start|>user\n Hi <|im_end|>\n<|im_start|>assistant\n",
             "Hello.<|im_end|>",
             "\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n", " So long <|im_end|>", "\n",
+        ],
+    ),
+    "ChatGLM2Chat": (
+        ChatGLM2Chat(),
+        [
+            "[gMASK]sop Be brief. \n\n[Round 1]\n\n问： Hi \n\n答：", "Hello.",
+            "\n\n[Round 2]\n\n问：Bye\n\n答：", " So long </s>",
         ],
     ),
 }  # fmt: skip
@@ -156,7 +163,7 @@ def test_a_special_token_that_is_missing_is_named():
 
 def test_the_vocabulary_of_a_tokenizer():
     found = Vocabulary.of(Letters(pairs=["d?"]))
-    assert (found.size, found.bos_id, found.eos_id, found.pad_id) == (137, 0, 1, None)
+    assert (found.size, found.bos_id, found.eos_id, found.pad_id) == (len(SPECIAL) + 128 + 3 + 1, 0, 1, None)
     assert found.id("</s>") == 1
     ends = [Letters().texts.index(mark, len(SPECIAL)) for mark in ".!"]
     assert found.sentence_ends == tuple(ends), "the question mark is no token of its own there"

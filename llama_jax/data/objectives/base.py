@@ -45,14 +45,15 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What an objective needs of a tokenizer: special tokens by name, the ids of marks that end a sentence and of the
-    `texts` that it names."""
+    """What an objective needs of a tokenizer: special tokens by name, what stands before every text, the ids of marks
+    that end a sentence and of the `texts` that it names."""
 
     size: int
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None
     special: Mapping[str, int]
+    start_ids: tuple[int, ...] = ()
     sentence_ends: tuple[int, ...] = ()
     texts: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
 
@@ -67,6 +68,7 @@ class Vocabulary:
             eos_id=tokenizer.eos_ids[0] if tokenizer.eos_ids else None,
             pad_id=tokenizer.pad_id,
             special=tokenizer.special_tokens,
+            start_ids=tokenizer.start_ids,
             sentence_ends=tuple(ids[0] for ids, mark in marks if ids and tokenizer.decode(ids) == mark),
             texts={text: tuple(int(i) for i in tokenizer.encode(text)) for text in texts},
         )

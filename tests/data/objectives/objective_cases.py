@@ -22,7 +22,7 @@ FIRST_WORD, SIZE = 14, 40
 SPECIAL = dict(zip(["[MASK]", "[CLS]", "[SEP]", "<sop>", "<eop>", "<mask>"], range(MASK, X0), strict=True)) | {
     f"<extra_id_{i}>": X0 + i for i in range(4)
 }
-VOCABULARY = Vocabulary(SIZE, BOS, EOS, PAD, special=SPECIAL, sentence_ends=(STOP,))
+VOCABULARY = Vocabulary(SIZE, BOS, EOS, PAD, special=SPECIAL, start_ids=(BOS,), sentence_ends=(STOP,))
 
 CASES: dict[str, Objective] = {
     "Causal": Causal(),
