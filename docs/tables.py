@@ -11,8 +11,7 @@ from typing import Any
 from compiled_plans import COMPILED, LONG, PLANS, README_PLANS, TUNED_ON, compiled_memory, plan
 
 import llama_jax
-from llama_jax.models import Compute, DecoderConfig
-from llama_jax.nn import GroupedQuery, SwiGLU
+from llama_jax.models import Compute
 from llama_jax.parallel import MeshConfig
 from llama_jax.planning import Topology, Workload, estimate
 from llama_jax.planning.hardware import GIB
@@ -28,21 +27,6 @@ def markdown(header: str, rows: Iterable[Sequence[Any]]) -> str:
     rule = "|".join("---:" if name.endswith(">") else "---" for name in names)
     lines = [f"| {' | '.join(name.removesuffix('>') for name in names)} |", f"|{rule}|"]
     return "\n".join([*lines, *(f"| {' | '.join(map(str, cells))} |" for cells in rows)])
-
-
-def presets_table() -> str:
-    """Every preset with its shape and exact number of parameters."""
-    rows = []
-    for name, config in llama_jax.presets().items():
-        assert isinstance(config, DecoderConfig)
-        attention, feed_forward = config.attention, config.feed_forward
-        assert isinstance(attention, GroupedQuery)
-        assert isinstance(feed_forward, SwiGLU)
-        heads = f"{attention.num_heads} / {attention.num_kv_heads}"
-        shape = (config.num_layers, config.hidden_size, heads, feed_forward.intermediate_size)
-        count = f"{llama_jax.num_parameters(config):,}"
-        rows.append((f"`{name}`", *shape, config.vocab_size, config.max_positions, count))
-    return markdown("preset|layers|width|heads / kv heads|feed-forward|vocabulary|positions|parameters>", rows)
 
 
 def plans_table() -> str:
@@ -177,7 +161,7 @@ def published_table() -> str:
 
 README, PLANNING = "README.md", "docs/planning.md"
 TABLES = {
-    README: {"presets": presets_table, "plans": plans_table, "published runs": published_table},
+    README: {"plans": plans_table, "published runs": published_table},
     PLANNING: {"memory": memory_table, "context": context_table, "collectives": collectives_table},
 }
 
