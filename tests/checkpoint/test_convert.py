@@ -359,5 +359,5 @@ def test_transformers_reads_what_is_exported(tmp_path):
     subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
     for name in names:
         source, params = _load(name)
-        logits = convert.params_logits(source.config, params)(np.arange(3, 43).reshape(2, 20))
+        logits = convert.params_logits(source.config, params)({"tokens": np.arange(3, 43).reshape(2, 20)})
         np.testing.assert_allclose(np.load(tmp_path / name / "logits.npy"), logits, atol=2e-5, err_msg=name)

@@ -1,0 +1,238 @@
+"""Weights of others: where each parameter lies in their files, and the one loader that streams it to its devices."""
+
+import dataclasses
+import gc
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax import zoo
+from llama_jax.checkpoint.formats import Cut, Stack, Tensor, Tensors
+from llama_jax.checkpoint.formats.huggingface import read_directory
+from llama_jax.checkpoint.formats.llama2c import is_llama2c, read_llama2c
+from llama_jax.checkpoint.formats.meta import is_meta, read_meta
+from llama_jax.config import UserError, read_json
+from llama_jax.models import ModelConfig, is_stacked, layers_with
+from llama_jax.tokenizers.loading import FILE_NAMES
+from llama_jax.zoo import Weight, llama
+
+# Of a large matrix so much is read, permuted and cast at a time.
+_BLOCK_BYTES = 1 << 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Somebody else's weights, opened: nothing of the tensors is read yet."""
+
+    path: Path
+    form: Literal["huggingface", "meta", "llama2c"]
+    model_type: str
+    config: ModelConfig
+    tensors: Tensors
+    weights: tuple[Weight, ...]
+    ignored: tuple[str, ...]
+    tied: Mapping[str, str]
+    tokenizer: Path | None
+
+
+def open_source(path: str | Path) -> Source:
+    """Opens a Hugging Face directory, a Meta directory or a llama2.c `.bin`, told apart by what is in them.
+
+    Raises UserError for anything else, for damaged files and for a config that asks for what is not supported.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"'{path}' does not exist")
+    tokenizer = next((path / name for name in FILE_NAMES if (path / name).is_file()), None)
+    if path.is_file():
+        if not is_llama2c(path):
+            raise UserError(f"'{path}' is no llama2.c .bin; other weights are given as the directory they are in")
+        params, tensors = read_llama2c(path)
+    elif is_meta(path):
+        params, tensors = read_meta(path)
+        # Meta's download has the tokenizer beside the directories of the sizes.
+        beside = path.parent / FILE_NAMES[0]
+        tokenizer = tokenizer or (beside if beside.is_file() else None)
+    elif (path / "config.json").is_file():
+        data = read_json(path / "config.json")
+        if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
+            raise UserError(f"'{path / 'config.json'}' has no model_type: it is not a Hugging Face config")
+        family = zoo.family(data["model_type"])
+        config, tensors = family.from_hf(data), _renamed(path, read_directory(path), getattr(family, "RENAMES", ()))
+        if hasattr(family, "read_tensors"):
+            tensors = family.read_tensors(data, tensors)
+        if hasattr(family, "with_tensors"):
+            config = family.with_tensors(config, tensors)
+        weights, tied = zoo.weights_of(family, config), getattr(family, "TIED", {})
+        model_type = data["model_type"]
+        return Source(path, "huggingface", model_type, config, tensors, weights, family.IGNORED, tied, tokenizer)
+    else:
+        raise UserError(
+            f"'{path}' has neither config.json (Hugging Face) nor params.json and consolidated.*.pth (Meta)"
+        )
+    config = llama.from_meta(params, {name: tensor.shape for name, tensor in tensors.items()})
+    form = "llama2c" if path.is_file() else "meta"
+    weights, ignored, tied = llama.META_WEIGHTS, llama.META_IGNORED, llama.META_TIED
+    return Source(path, form, "llama", config, tensors, weights, ignored, tied, tokenizer)
+
+
+def _renamed(path: Path, tensors: Tensors, renames: Sequence[tuple[str, str]]) -> Tensors:
+    """The tensors under the names of the family's table, where other releases have others."""
+    found: Tensors = {}
+    for old, tensor in tensors.items():
+        name = old
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        if name in found:
+            raise UserError(f"'{path}' has '{old}' and another tensor that stands for '{name}'")
+        found[name] = tensor
+    return found
+
+
+def load_params(source: Source, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """The parameters of `source`, by name, in the shapes, dtypes and shardings of `abstract`.
+
+    Streams: beyond what the devices hold, host memory is at most one shard of one stacked parameter. Raises UserError
+    for missing, surplus and misshapen tensors before any is read.
+    """
+    places = _match(source, abstract)
+    return {name: _load(*places[name], a) for name, a in abstract.items()}
+
+
+def _match(source: Source, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, tuple[Weight, list[Tensor]]]:
+    """For each parameter its table entry and its tensors, one for each layer that has it."""
+    table = {weight.name: weight for weight in source.weights}
+    for name in abstract:
+        if name not in table:
+            raise UserError(f"'{source.path}' can have no parameter '{name}': its format has no name for it")
+    owners = layers_with(source.config)
+    shapes = {name: a.shape[1:] if name in owners else a.shape for name, a in abstract.items()}
+    places: dict[str, tuple[Weight, list[Tensor]]] = {}
+    used: set[str] = set()
+    for name in abstract:
+        weight, tensors = table[name], []
+        for layer in owners.get(name, (None,)):
+            fused = [
+                w
+                for w in sharing(weight, source.weights)
+                if w.name in abstract and layer in owners.get(w.name, (None,))
+            ]
+            tensors.append(_find(source, weight, fused, shapes, layer, used))
+        places[name] = (weight, tensors)
+    for place in source.tensors.keys() - used:
+        if any(re.fullmatch(pattern, place) for pattern in source.ignored):
+            continue
+        if (original := source.tied.get(place)) in source.tensors:
+            # Files of tied models may repeat a tensor.
+            if _equal(source.tensors[place], source.tensors[original]):
+                continue
+            raise UserError(f"'{source.path}' has a '{place}' of its own, and its config says that it is tied")
+        raise UserError(f"'{source.path}' has the tensor '{place}', for which its config has no place")
+    return places
+
+
+def sharing(weight: Weight, table: Sequence[Weight]) -> list[Weight]:
+    """All weights that are stored in the same tensor as this one, in order."""
+    return [other for other in table if other.source == weight.source]
+
+
+def place_of(weight: Weight, config: ModelConfig, layer: int | None, expert: int | None = None) -> str:
+    """The name of the tensor of one layer (and one expert)."""
+    after = None if layer is None else len(config.stacks()["layers"]) + layer
+    return weight.source.format(layer=layer, after=after, expert=expert)
+
+
+def _find(
+    source: Source,
+    weight: Weight,
+    fused: list[Weight],
+    shapes: Mapping[str, tuple[int, ...]],
+    layer: int | None,
+    used: set[str],
+) -> Tensor:
+    """The tensor of a weight in one layer, noted in `used`. Raises UserError where it is not there or wrong."""
+    shape = shapes[weight.name]
+    experts = range(shape[0]) if "{expert}" in weight.source else (None,)
+    found = [place_of(weight, source.config, layer, expert) for expert in experts]
+    for place in found:
+        if place not in source.tensors:
+            raise UserError(f"'{source.path}' lacks the tensor '{place}'")
+        tensor = source.tensors[place]
+        if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize < 2:
+            raise UserError(f"'{source.path}' has '{place}' in {tensor.dtype}: quantized weights are not supported")
+    used |= set(found)
+    parts = tuple(source.tensors[place] for place in found)
+    if len({part.shape for part in parts}) > 1:
+        raise UserError(f"'{source.path}' has '{found[0]}' and its like in different shapes")
+    whole = Stack(parts) if experts != (None,) else parts[0]
+    sizes = [w.source_shape(shapes[w.name]) for w in fused]
+    dim = weight.joined
+    expected = (*sizes[0][:dim], sum(size[dim] for size in sizes), *sizes[0][dim + 1 :])
+    if whole.shape != expected:
+        raise UserError(
+            f"'{source.path}' has '{found[0]}' with shape {parts[0].shape}, and its config asks for "
+            f"{expected[len(whole.shape) - len(parts[0].shape) :]}"
+        )
+    if len(fused) == 1:
+        return whole
+    index = fused.index(weight)
+    start = sum(size[dim] for size in sizes[:index])
+    return Cut(whole, dim, start, start + sizes[index][dim])
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    rows = max(1, _BLOCK_BYTES // (4 * math.prod(a.shape[1:])))
+    blocks = (slice(i, i + rows) for i in range(0, a.shape[0], rows))
+    return all(np.array_equal(a.read((block,)), b.read((block,))) for block in blocks)
+
+
+def _load(weight: Weight, tensors: list[Tensor], a: jax.ShapeDtypeStruct) -> jax.Array:
+    sharding = a.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    stacked = is_stacked(weight.name)
+    devices: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(a.shape).items():
+        assert index is not None
+        bounds = tuple(s.indices(size)[:2] for s, size in zip(index, a.shape, strict=True))
+        devices.setdefault(bounds, []).append(device)
+    arrays = []
+    for bounds, holders in devices.items():
+        slices = tuple(slice(*bound) for bound in bounds)
+        shard = _host_buffer([stop - start for start, stop in bounds], a.dtype)
+        if stacked:
+            for row, layer in enumerate(range(*bounds[0])):
+                _fill(shard[row], weight, tensors[layer], slices[1:], a.shape[1:])
+        else:
+            _fill(shard, weight, tensors[0], slices, a.shape)
+        arrays += [jax.device_put(shard, device) for device in holders]
+        jax.block_until_ready(arrays)
+        del shard
+        gc.collect(0)  # JAX lets go of what it has copied only at the next collection
+    return jax.make_array_from_single_device_arrays(a.shape, sharding, arrays)
+
+
+def _host_buffer(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised memory, aligned so that a CPU device takes it over instead of copying it."""
+    raw = np.empty(math.prod(shape) * dtype.itemsize + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : raw.size - 64 + start].view(dtype).reshape(shape)
+
+
+def _fill(out: np.ndarray, weight: Weight, tensor: Tensor, slices: tuple[slice, ...], shape: tuple[int, ...]) -> None:
+    """Writes the part `slices` of one layer of a parameter into `out`, block by block."""
+    dim = weight.contiguous_dim()
+    start, stop = slices[dim].start, slices[dim].stop
+    step = max(1, (stop - start) * _BLOCK_BYTES // max(1, 4 * out.size))
+    for begin in range(start, stop, step):
+        block = slice(begin, min(begin + step, stop))
+        wanted = (*slices[:dim], block, *slices[dim + 1 :])
+        part = tensor.read(weight.source_slices(wanted, shape))
+        place = (*(slice(None),) * dim, slice(block.start - start, block.stop - start))
+        out[place] = weight.to_canonical(part, wanted, shape)
