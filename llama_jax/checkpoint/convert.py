@@ -63,8 +63,8 @@ def _mesh(params: Mapping[str, jax.Array]) -> jax.sharding.Mesh | None:
 def source_logits(source: Source, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, str]:
     """float32 logits [B, T, V] of the source itself, and whose they are.
 
-    A Llama's are those of a plain `numpy` model that reads the tensors in their own layout; other families' are those of
-    `llama_jax`'s own model of them, which the parity tests hold against the original code.
+    A Llama's are those of a plain `numpy` model that reads the tensors in their own layout; other families' are those
+    of `llama_jax`'s own model of them, which the parity tests hold against the original code.
     """
     if source.model_type == "llama":
         assert isinstance(source.config, DecoderConfig)

@@ -37,12 +37,13 @@ class Block(nnx.Module):
         cross_attention: Any = None,
         rngs: nnx.Rngs,
     ):
-        width = config.hidden_size
+        width, norms = config.hidden_size, config.norm
         self.placement, self.residual, self.dropout = config.norm_placement, config.residual, config.dropout
 
         def norm(name: str, *placements: str) -> Any:
-            here = config.norm is not None and self.placement in placements
-            return config.norm.build(width, rngs=child(rngs, name)) if here else None
+            if norms is None or self.placement not in placements:
+                return None
+            return norms.build(width, rngs=child(rngs, name))
 
         before, after = ("pre", "sandwich"), ("post", "sandwich")
         self.input_layernorm = norm("input_layernorm", *before)

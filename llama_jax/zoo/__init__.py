@@ -12,6 +12,7 @@ import importlib
 import pkgutil
 import re
 from types import ModuleType
+from typing import Any
 
 import einops
 import numpy as np
@@ -111,7 +112,8 @@ def family(model_type: str) -> ModuleType:
 
 def weights_of(family: ModuleType, config: ModelConfig) -> tuple[Weight, ...]:
     """A family's table for this model."""
-    return family.WEIGHTS(config) if callable(family.WEIGHTS) else family.WEIGHTS
+    weights: Any = family.WEIGHTS
+    return weights(config) if callable(weights) else weights
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.checkpoint import convert, language_model
+from llama_jax.checkpoint import convert, language_model, sources
 from llama_jax.checkpoint.formats import Stored
 from llama_jax.checkpoint.formats.huggingface import read_directory, write_safetensors
 from llama_jax.config import UserError
@@ -283,7 +283,7 @@ def test_host_memory_is_one_shard(wide_export, monkeypatch, mesh):
         start = -raw.ctypes.data % 64 + dtype.itemsize
         return raw[start : start + raw.size - 128].view(dtype).reshape(shape)
 
-    monkeypatch.setattr(convert, "_BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr(sources, "_BLOCK_BYTES", 1 << 16)
     monkeypatch.setattr(convert, "_host_buffer", unaligned)
     source = convert.open_source(folder)
     with jax.set_mesh(make_mesh(mesh)):
@@ -317,7 +317,7 @@ def _greedy(source: convert.Source, num_tokens: int) -> list[int]:
     logits = convert.params_logits(source.config, convert.load_params(source, abstract_params(source.config)))
     ids = np.ones((1, num_tokens + 1), np.int32)
     for i in range(num_tokens):
-        ids[0, i + 1] = logits(ids)[0, i].argmax()
+        ids[0, i + 1] = logits({"tokens": ids})[0, i].argmax()
     return ids[0, 1:].tolist()
 
 
