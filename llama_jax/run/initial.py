@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
 from llama_jax.checkpoint.language_model import config_of, load
 from llama_jax.config import UserError
 from llama_jax.models import ModelConfig, abstract_params, initialize
@@ -58,5 +56,4 @@ def first_params(config: RunConfig, components: Sequence[type] = ()) -> tuple[Pa
 
 
 def _shapes(config: ModelConfig) -> Mapping[str, Any]:
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        return {name: a.shape for name, a in abstract_params(config).items()}
+    return {name: a.shape for name, a in abstract_params(config).items()}
