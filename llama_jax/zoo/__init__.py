@@ -12,6 +12,7 @@ import importlib
 import pkgutil
 import re
 from types import ModuleType
+from typing import Any
 
 import einops
 import numpy as np
@@ -111,7 +112,8 @@ def family(model_type: str) -> ModuleType:
 
 def weights_of(family: ModuleType, config: ModelConfig) -> tuple[Weight, ...]:
     """A family's table for this model."""
-    return family.WEIGHTS(config) if callable(family.WEIGHTS) else family.WEIGHTS
+    table: Any = family.WEIGHTS
+    return table(config) if callable(table) else table
 
 
 @functools.cache
