@@ -172,7 +172,9 @@ class EncoderDecoder(Transformer):
     def _source_mask(self, target: jax.Array, segments: jax.Array | None, of_source: jax.Array | None) -> AttentionMask:
         """Who among the target sees what of the source."""
         if mesh_axis_sizes().get("context", 1) > 1:
-            raise UserError("an EncoderDecoder cannot split its sequences over mesh.context: take 1, and mesh.fsdp")
+            raise UserError(
+                "mesh.context cannot split the sequences of an encoder-decoder: take 1, and more of mesh.fsdp"
+            )
         if of_source is None:
             return self.mask(causal=False)
         segments = shard(jnp.ones_like(target), "batch", None) if segments is None else segments

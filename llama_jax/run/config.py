@@ -9,7 +9,7 @@ from llama_jax.checkpoint.store import CheckpointConfig
 from llama_jax.config import UserError, load_config_module, override
 from llama_jax.data import DataConfig
 from llama_jax.data.objectives import Classification
-from llama_jax.models import Compute, ModelConfig
+from llama_jax.models import Compute, EncoderDecoderConfig, ModelConfig
 from llama_jax.parallel import MeshConfig
 from llama_jax.tokenizers import TokenizerConfig
 from llama_jax.training import OptimizerConfig
@@ -97,13 +97,7 @@ class RunConfig:
         for name in ("num_steps", "global_batch_size", "sequence_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.row_length > self.model.max_positions:
-            source = self.data.objective.source_length
-            with_source = "" if source is None else f" with data.objective.source_length={source}"
-            raise UserError(
-                f"sequence_length={self.sequence_length}{with_source} is longer than model.max_positions="
-                f"{self.model.max_positions}: shorten the one or raise the other"
-            )
+        self._check_lengths()
         if self.seed < 0:
             raise UserError(f"seed={self.seed} must be at least 0")
         takes, gives = self.model.batch_fields, self.data.objective.fields()
@@ -129,8 +123,27 @@ class RunConfig:
                 f"{self.model.vocab_size}: lower the one or raise the other"
             )
 
+    def _check_lengths(self) -> None:
+        source, name = self.data.objective.source_length, "data.objective.source_length"
+        lengths = {f"sequence_length={self.sequence_length}": self.sequence_length}
+        if source is not None and self.model.joins_source:
+            lengths = {f"sequence_length={self.sequence_length} with {name}={source}": self.row_length}
+        elif source is not None:
+            lengths[f"{name}={source}"] = source
+        for what, length in lengths.items():
+            if length > self.model.max_positions:
+                raise UserError(
+                    f"{what} is longer than model.max_positions={self.model.max_positions}: shorten the one or raise "
+                    "the other"
+                )
+
     def _check_encoder(self) -> None:
         objective, num_classes = self.data.objective, getattr(self.model, "num_classes", 0)
+        if isinstance(self.model, EncoderDecoderConfig) and objective.source_length is None:
+            raise UserError(
+                f"data.objective={type(objective).__name__} has no source for the encoder of "
+                f"{type(self.model).__name__}: take SpanCorruption, Denoising or ParallelText"
+            )
         if not self.model.generates and not objective.looks_ahead:
             raise UserError(
                 f"data.objective={type(objective).__name__} asks for tokens that {type(self.model).__name__}, which "
@@ -158,6 +171,11 @@ class RunConfig:
             raise UserError(
                 f"global_batch_size={self.global_batch_size} is not divisible by mesh.data x mesh.fsdp={rows}"
                 f"{accumulated}: take a multiple of {rows * parts}"
+            )
+        if sizes["context"] > 1 and not self.model.splits_sequence:
+            raise UserError(
+                f"mesh.context={sizes['context']} cannot split the sequences of {type(self.model).__name__}: take 1, "
+                "and more of mesh.data or mesh.fsdp"
             )
         for name, length in (
             ("sequence_length", self.sequence_length),

@@ -21,15 +21,16 @@ from llama_jax.checkpoint.language_model import CHECKPOINTS_DIRECTORY, CONFIG_FI
 from llama_jax.checkpoint.store import CheckpointStore
 from llama_jax.config import UserError
 from llama_jax.data import Causal, DataConfig, Dataset, ValidationBatches, Vocabulary, prepare_dataset, read_texts
+from llama_jax.data.objectives import SequenceToSequence
 from llama_jax.data.windows import Batch
-from llama_jax.models import abstract_params, buffers
+from llama_jax.models import EncoderDecoderConfig, abstract_params, buffers
 from llama_jax.parallel import MeshConfig, distributed, make_mesh, mesh_axis_sizes, platform
 from llama_jax.run.config import RunConfig
 from llama_jax.run.directory import SAMPLES_FILE, Run, check_directory, start_run, write_text
 from llama_jax.run.initial import first_params, inheritance
 from llama_jax.run.planning import mesh_of
 from llama_jax.run.reporting import Bar, JsonLines, TensorBoard, WeightsAndBiases, Writer, check_writers
-from llama_jax.sampling import generate_text
+from llama_jax.sampling import encode_prompt, generate_text
 from llama_jax.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 from llama_jax.training import (
     CPU_COMPILER_OPTIONS,
@@ -90,9 +91,11 @@ def _prepare(run: Run, mesh: MeshConfig, num_devices: int) -> list[Any]:
             f"the tokenizer has {tokenizer.vocab_size} tokens, more than model.vocab_size={config.model.vocab_size}: "
             f"set model.vocab_size to {tokenizer.vocab_size} or more"
         )
+    vocabulary = Vocabulary.of(tokenizer, config.data.objective.texts())
+    _check_start(config, vocabulary)
     sample_tokens = _sample_tokens(config, tokenizer)
     directories = [str(directory.absolute()) for directory in _prepare_dataset(config, tokenizer)]
-    return [directories, dataclasses.asdict(Vocabulary.of(tokenizer, config.data.objective.texts())), sample_tokens]
+    return [directories, dataclasses.asdict(vocabulary), sample_tokens]
 
 
 def check_shared(file: Path, key: str) -> None:
@@ -119,16 +122,32 @@ def trained_tokenizer(config: TokenizerConfig, data: DataConfig) -> Tokenizer:
 
 def _sample_tokens(config: RunConfig, tokenizer: Tokenizer) -> int:
     """How many tokens the model can write after the longest of the prompts."""
-    left = config.model.max_positions
+    limit = config.model.max_positions
+    # An encoder-decoder writes after its start token, however long the prompt is that it reads.
+    longest, own = (limit, 1) if isinstance(config.model, EncoderDecoderConfig) else (limit - 1, None)
+    left = limit
     for prompt in config.logging.sample_prompts:
-        size = len(tokenizer.encode(prompt, bos=True))
-        if size >= config.model.max_positions:
+        size = len(encode_prompt(config.model, tokenizer, prompt))
+        if size > longest:
             raise UserError(
-                f"a prompt of logging.sample_prompts has {size} tokens, and model.max_positions="
-                f"{config.model.max_positions} leaves no room to continue it: shorten it"
+                f"a prompt of logging.sample_prompts has {size} tokens, and model.max_positions={limit} leaves no "
+                "room to continue it: shorten it"
             )
-        left = min(left, config.model.max_positions - size)
+        left = min(left, limit - (own or size))
     return min(SAMPLE_TOKENS, left)
+
+
+def _check_start(config: RunConfig, vocabulary: Vocabulary) -> None:
+    """Raises UserError where the decoder is trained to begin with another token than it will begin with."""
+    model, objective = config.model, config.data.objective
+    if not isinstance(model, EncoderDecoderConfig) or not isinstance(objective, SequenceToSequence):
+        return
+    start = vocabulary.boundary(objective.start_token)
+    if start != model.decoder_start_id:
+        raise UserError(
+            f"model.decoder_start_id={model.decoder_start_id} is not the token {start} that "
+            f"data.objective.start_token={objective.start_token!r} puts first: set the one or the other"
+        )
 
 
 def _prepare_dataset(config: RunConfig, tokenizer: Tokenizer) -> list[Path]:
@@ -308,7 +327,8 @@ class _Loop:
         texts = generate_text(
             self.run_.load(), prompts, max_new_tokens=self.sample_tokens, temperature=0.8, seed=self.config.seed
         )
-        samples = "\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True))
+        between = "\n" if isinstance(self.config.model, EncoderDecoderConfig) else ""
+        samples = "\n\n".join(prompt + between + text for prompt, text in zip(prompts, texts, strict=True))
         if self.main:
             write_text(self.run_.directory / SAMPLES_FILE, samples + "\n")
 

@@ -112,8 +112,8 @@ def family(model_type: str) -> ModuleType:
 
 def weights_of(family: ModuleType, config: ModelConfig) -> tuple[Weight, ...]:
     """A family's table for this model."""
-    weights: Any = family.WEIGHTS
-    return weights(config) if callable(weights) else weights
+    table: Any = family.WEIGHTS
+    return table(config) if callable(table) else table
 
 
 @functools.cache

@@ -84,11 +84,13 @@ def check_heads(num_heads: int, num_kv_heads: int) -> None:
 
 def projections(config: Any, width: int, *, rngs: nnx.Rngs) -> tuple[Projection, Projection, Projection, Projection]:
     """Those of queries, keys, values and output, for a config with their options."""
+    # Scores begin as large as with a scale of 1/sqrt(head_dim): at T5's of 1 they would begin as a choice of one key.
+    shrunk = 1.0 if config.scale is None else min(1.0, config.head_dim**-0.5 / config.scale)
     heads = {"heads": config.num_heads, "_head_dim": config.head_dim}
     kv_heads = {"kv_heads": config.num_kv_heads, "_head_dim": config.head_dim}
     outer = {"embed": width}
     return (
-        Projection(outer, heads, bias=config.qkv_bias, rngs=child(rngs, "q_proj")),
+        Projection(outer, heads, bias=config.qkv_bias, rngs=child(rngs, "q_proj"), std=shrunk * width**-0.5),
         Projection(outer, kv_heads, bias=config.qkv_bias, rngs=child(rngs, "k_proj")),
         Projection(outer, kv_heads, bias=config.qkv_bias, rngs=child(rngs, "v_proj")),
         Projection(heads, outer, bias=config.out_bias, rngs=child(rngs, "o_proj")),
