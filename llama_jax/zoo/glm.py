@@ -130,7 +130,7 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _partial_outside(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`data` with the newer spelling's partial_rotary_factor, inside of rope_parameters, where the older has it."""
+    """`data` with the partial_rotary_factor that the newer spelling has inside of rope_parameters beside it."""
     inside = data.get("rope_parameters")
     if not isinstance(inside, Mapping) or "partial_rotary_factor" not in inside:
         return data
