@@ -30,8 +30,9 @@ class Weight:
     `source` is the name there, with `{layer}` for parameters that every layer has; `{after}` counts on from the last
     layer of the stack `layers`. With `{expert}` in it, our first dimension is a stack of such tensors, `e` in the
     pattern. Several weights of one source are its parts, in the table's order, joined along its dimension `joined`.
-    `pattern` is einops from their layout to ours without the layer dimension: `(n h) d -> d n h`. An axis called `two`
-    has two entries: it is how interleaved rotary pairs become halves, `(n h two) d -> d n (two h)`.
+    `pattern` is einops from their layout to ours without the layer dimension: `(n h) d -> d n h`. Axes called
+    `two` and `half` have two entries: the first is how interleaved rotary pairs become halves,
+    `(n h two) d -> d n (two h)`, and both together how those of half a head do, `(n half h two) d -> d n (half two h)`.
     """
 
     name: str

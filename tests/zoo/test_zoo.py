@@ -12,7 +12,7 @@ from llama_jax.config import UserError
 from llama_jax.models import num_parameters
 from llama_jax.nn.attention.grouped_query import GroupedQuery
 from llama_jax.nn.positions import LinearScaling, Llama3Scaling, NTKScaling, Rope, YarnScaling
-from llama_jax.zoo import Weight, llama
+from llama_jax.zoo import Weight, chatglm, glm, gpt2, llama
 
 COUNTS = {
     "llama1_7b": 6_738_415_616,
@@ -50,7 +50,7 @@ CONFIG = {
 
 
 def test_every_preset_has_the_published_number_of_parameters():
-    assert {name: num_parameters(config) for name, config in zoo.presets().items()} == COUNTS
+    assert {name: num_parameters(config) for name, config in llama.PRESETS.items()} == COUNTS
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -66,12 +66,13 @@ def test_unknown_model_type_is_refused_by_name():
 # -- the table
 
 
-WEIGHTS = {(w.name, w.pattern): w for w in llama.WEIGHTS + llama.META_WEIGHTS}.values()
+TABLES = llama.WEIGHTS + llama.META_WEIGHTS + gpt2.WEIGHTS + glm.WEIGHTS + chatglm.WEIGHTS
+WEIGHTS = {(w.name, w.pattern): w for w in TABLES}.values()
 
 
 def _shape(weight: Weight) -> tuple[int, ...]:
-    sizes = {"v": 10, "d": 6, "n": 4, "k": 2, "h": 6, "f": 7}
-    right = weight.pattern.split("->")[1].replace("(two h)", "h").split()
+    sizes = {"v": 10, "d": 6, "n": 4, "k": 2, "h": 8, "f": 7, "p": 9}
+    right = weight.pattern.split("->")[1].replace("(two h)", "h").replace("(half two h)", "h").split()
     return tuple(sizes[axis] for axis in right)
 
 
@@ -102,6 +103,13 @@ def test_interleaved_pairs_become_halves():
     slices = (slice(0, 1), slice(0, 2), slice(0, 6))
     halves = weight.to_canonical(source, slices, (1, 2, 6))
     assert halves[0].tolist() == [[0, 2, 4, 1, 3, 5], [6, 8, 10, 7, 9, 11]]
+
+
+def test_interleaved_pairs_of_half_a_head_become_halves_of_it():
+    weight = next(w for w in glm.WEIGHTS if w.name == "layers.attention.k_proj.bias")
+    halves = weight.to_canonical(np.arange(16.0), (slice(0, 2), slice(0, 8)), (2, 8))
+    assert halves[0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert halves[1].tolist() == [8, 10, 9, 11, 12, 14, 13, 15]
 
 
 # -- config.json
