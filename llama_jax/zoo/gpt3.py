@@ -2,8 +2,8 @@
 
 Its weights were never released, so there are presets only. Where the table contradicts itself, attention is as wide as
 the model, in heads of the size that it prints: 16 of 128 in the 1.3B (for 24), and a width of 5120 in the 13B (for
-5140). The paper gives no band size ("similar to the Sparse Transformer"): every second layer, the second one first,
-sees 256 tokens, the choice of EleutherAI's GPT-Neo. No dropout is mentioned, so there is none.
+5140). The paper gives no band size ("similar to the Sparse Transformer"): every second layer, from the second one on,
+sees 256 tokens, as in EleutherAI's GPT-Neo. No dropout is mentioned, so there is none.
 """
 
 import dataclasses
