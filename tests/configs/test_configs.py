@@ -15,7 +15,9 @@ from llama_jax.models import abstract_params
 from llama_jax.parallel import make_mesh
 from llama_jax.training import init_state, make_train_step, train_flops_per_token
 
-PRETRAINING = ("llama1_7b", "llama2_7b", "llama2_70b", "llama3_2_1b", "llama3_8b")
+# Tokens of a batch.
+PRETRAINING = dict.fromkeys(("llama1_7b", "llama2_7b", "llama2_70b", "llama3_2_1b", "llama3_8b"), 4 * 2**20)
+PRETRAINING |= {"gpt2": 2**19, "gpt3_125m": 2**19, "chatglm2_6b": 4 * 2**20}
 
 
 def command(name: str) -> list[str]:
@@ -73,9 +75,9 @@ def test_train_step_builds_with_nothing_allocated(name: str):
 @pytest.mark.parametrize("name", PRETRAINING)
 def test_the_cost_in_the_docstring_is_the_config_s(name: str):
     config, doc = config_of(name), load_config_module(name).__doc__ or ""
-    assert config.global_batch_size * config.sequence_length == 4 * 2**20
+    assert config.global_batch_size * config.sequence_length == PRETRAINING[name]
     config.check_mesh(256)
-    tokens = config.num_steps * 4 * 2**20
+    tokens = config.num_steps * PRETRAINING[name]
     flops = f"{train_flops_per_token(config.model, config.sequence_length) * tokens:.2e}".replace("e+", "e")
     for figure in (f"{llama_jax.num_parameters(config.model):,} parameters", f"{config.num_steps:,} steps", flops):
         assert figure in doc.replace("\n", " ")
