@@ -40,11 +40,11 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     clip_norm: float = 1.0
-    schedule: Schedule = "cosine"
     final_fraction: float = 0.1
     z_loss: float = 0.0
-    label_smoothing: float = 0.0
     accumulation_steps: int = 1
+    schedule: Schedule = "cosine"
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps", "clip_norm"):
