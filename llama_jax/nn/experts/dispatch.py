@@ -79,7 +79,9 @@ def dispatch(
     axes = {name: axes_of(value) for name, value in values.items()}
     logical = {name: param.get_metadata("axes") for name, param in params.items()}
     stored = {name: (logical[name].index("embed"), of[logical[name].index("embed")]) for name, of in axes.items()}
-    split = {axis for name, of in axes.items() for dim, entry in enumerate(of) if dim != stored[name][0] for axis in entry}
+    split = {
+        axis for name, of in axes.items() for dim, entry in enumerate(of) if dim != stored[name][0] for axis in entry
+    }
     rows_split = AXIS in axes_of(x)[0] and AXIS in split
     run = functools.partial(
         run, stored=stored, expert_axis=AXIS in split, rows_split=rows_split, summed=tuple(sorted(split))
@@ -123,7 +125,7 @@ def _local(
     else:
         place, num_places, product = _sorted_places(own.reshape(-1), here)
     source = jnp.full(num_places, place.size).at[place].set(jnp.arange(place.size), mode="drop", unique_indices=True)
-    rows = _spread(x.reshape(b * t, d), place.reshape(b * t, k), source)
+    rows = _spread(*_alike(x.reshape(b * t, d), place.reshape(b * t, k), source))
     if by_capacity:
         rows = rows.reshape(here, b * capacity, d)
         if exchange:
@@ -134,7 +136,7 @@ def _local(
         rows = rows.reshape(num_places, d)
     else:
         rows = body(rows, values, product)
-    picked = _collect(rows, place, source).reshape(b, t, k, d).astype(jnp.float32)
+    picked = _collect(*_alike(rows, place, source)).reshape(b, t, k, d).astype(jnp.float32)
     y = (picked * choice["weights"][..., None]).sum(2).astype(x.dtype)
     summed = tuple(axis for axis in summed if axis != AXIS or not rows_split)
     if summed:
@@ -158,12 +160,13 @@ def _sorted_places(
             block *= 2
     # Each expert's last block may be partly empty; no more blocks than assignments have anything in them.
     num_blocks = min(a, a // block + num_experts)
-    counts = jnp.bincount(own, length=num_experts)
+    order = jnp.argsort(own, stable=True)
+    first = jnp.searchsorted(own[order], jnp.arange(num_experts + 1))
+    counts = jnp.diff(first)
     blocks = (counts + block - 1) // block
     ends = jnp.cumsum(blocks)
-    order = jnp.argsort(own, stable=True)
-    starts = jnp.append(block * (ends - blocks) - (jnp.cumsum(counts) - counts), 0)
-    place = jnp.argsort(order) + starts[own]
+    padding = jnp.append(block * (ends - blocks), 0) - first
+    place = jnp.argsort(order) + padding[own]
     place = jnp.where(own < num_experts, place, num_blocks * block)
     if not blocked:
         return place, a, lambda rows, w: jax.lax.ragged_dot(rows, w, counts)
@@ -177,8 +180,12 @@ def _sorted_places(
 
 def _alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Arrays that differ between the same devices of a `shard_map`: where one does, all count as if they did."""
-    axes = frozenset().union(*(jax.typeof(array).vma for array in arrays))
-    return tuple(jax.lax.pcast(array, tuple(axes - jax.typeof(array).vma), to="varying") for array in arrays)
+    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    axes = frozenset().union(*varying)
+    return tuple(
+        jax.lax.pcast(array, tuple(axes - own), to="varying") if axes - own else array
+        for array, own in zip(arrays, varying, strict=True)
+    )
 
 
 @jax.custom_vjp
@@ -217,7 +224,7 @@ _collect.defvjp(_collect_forward, _collect_backward)
 
 @jax.custom_vjp
 def _blocked(rows: jax.Array, w: jax.Array, of_block: jax.Array, ends: jax.Array) -> jax.Array:
-    """[blocks * M, I] x [E, I, O] -> [blocks * M, O]: each block with its expert's weight; ends of experts in blocks."""
+    """[blocks * M, I] x [E, I, O] -> [blocks * M, O]: each block with its expert's weight; `ends` count blocks."""
     return _each_block(rows, w, of_block, ends, transposed=False)
 
 
@@ -262,5 +269,5 @@ def _block(rows, i, size):
 
 
 def _zeros_like(shape, rows):
-    """Zeros that differ between the devices as `rows` do: what a loop begins with and what it ends with are one type."""
+    """Zeros that count as different between devices where `rows` do: a loop begins with the type that it ends with."""
     return _alike(jnp.zeros(shape, rows.dtype), rows)[0]

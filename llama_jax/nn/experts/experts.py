@@ -15,11 +15,11 @@ from llama_jax.nn.experts.routers import Router, Routing
 from llama_jax.nn.masks import AttentionMask
 from llama_jax.nn.mixer import FeedForward, FeedForwardModule
 from llama_jax.nn.parameters import Projection, child, parameter
-from llama_jax.parallel import platform
+from llama_jax.parallel import spec
 
+# Without the exact GELU: JAX 0.12 refuses erf inside of `shard_map`, and no mixture of experts is known to have it.
 ACTIVATIONS = {
     "relu": jax.nn.relu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
 }
@@ -29,13 +29,13 @@ ACTIVATIONS = {
 class Experts(FeedForward):
     """Feed-forwards of which a router chooses a few for each token: the sum of weight times expert(x).
 
-    Without a capacity nothing is dropped. With one, an expert takes so many tokens of a row, first choices before second
-    ones, early positions before late ones; to the others it adds nothing.
+    Without a capacity nothing is dropped. With one, an expert takes so many tokens of a row, first choices before
+    second ones, early positions before late ones; to the others it adds nothing.
 
     num_experts: to choose from.
     intermediate_size: width inside of each.
     router: which experts a token goes to, and with what weights.
-    activation: inside of them; gelu is the exact one.
+    activation: inside of them.
     gated: down(activation(gate(x)) * up(x)) rather than down(activation(up(x))).
     num_shared: further experts that every token goes to, as one feed-forward of their widths' sum (DeepSeekMoE).
     capacity_factor: tokens of a row that an expert takes, times experts, over the row's assignments; none for all.
@@ -49,7 +49,7 @@ class Experts(FeedForward):
     num_experts: int
     intermediate_size: int
     router: Router
-    activation: Literal["relu", "gelu", "gelu_tanh", "silu"]
+    activation: Literal["relu", "gelu_tanh", "silu"]
     gated: bool
     num_shared: int = 0
     capacity_factor: float | None = None
@@ -89,7 +89,7 @@ class Experts(FeedForward):
         return self.capacity is not None or self.capacity_factor is not None
 
     def places(self, length: int) -> int:
-        """Places that an expert has for tokens of a row of this length; all of them may choose it."""
+        """Places that an expert has for a row of so many tokens: without a limit for all, since all may choose it."""
         if self.capacity is not None:
             return min(self.capacity, length)
         if self.capacity_factor is not None:
@@ -148,8 +148,8 @@ class ExpertsModule(FeedForwardModule):
     def __call__(
         self, x: Float[Array, "b t d"], *, mask: AttentionMask
     ) -> tuple[Float[Array, "b t d"], dict[str, jax.Array]]:
-        """Auxiliary: `loss.load_balance` and `loss.router_z` where they have a coefficient; `experts_load` [E], the share
-        of the assignments that chose each expert; `dropped_share`, of those that found no place."""
+        """Auxiliary: `loss.load_balance` and `loss.router_z` where they have a coefficient; `experts_load` [E], each
+        expert's share of the assignments; `dropped_share`, of those that found no place."""
         config, length = self.config, x.shape[1]
         with jax.named_scope("router"):
             routing = self.router(x, mask=mask)
@@ -194,12 +194,13 @@ class ExpertsModule(FeedForwardModule):
 
     def _limit(self, real: Bool[Array, "b t"] | None, length: int) -> jax.Array | int:
         """Tokens of each row that an expert takes: [B, 1, 1], or one number for all."""
-        config, most = self.config, self.config.places(length)
+        config = self.config
         if config.capacity_factor is None or real is None:
-            return most
+            return config.places(length)
         # Padding must not make places: the factor is of the tokens that there are.
-        share = config.capacity_factor * config.router.choices / config.num_experts
-        return jnp.clip(jnp.ceil(share * real.sum(1)).astype(jnp.int32), 1, most)[:, None, None]
+        table = jnp.array([config.places(n) for n in range(length + 1)])
+        count = real.sum(1)
+        return table.at[count].get(out_sharding=spec("batch", shape=count.shape))[:, None, None]
 
     def _auxiliary(
         self,

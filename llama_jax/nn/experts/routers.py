@@ -20,7 +20,8 @@ class Routing:
 
     `experts` [B, T, K] are distinct for a token, `weights` [B, T, K] what their outputs are multiplied by, `sent`
     [B, T, K] whether the choice is made use of at all (None: always). `logits` [B, T, E] are those of the router-z
-    loss, `probabilities` [B, T, E] sum to 1 and are those of the balance loss, which counts the first `counted` choices.
+    loss, `probabilities` [B, T, E] sum to 1 and are those of the balance loss, which counts a token's first `counted`
+    choices.
     """
 
     experts: Int[Array, "b t k"]
@@ -72,9 +73,10 @@ class _LinearRouter(RouterModule):
         self.bias = parameter(rngs, "bias", (num_experts,), (None,), std=0.0) if bias else None
 
     def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t e"]:
+        x = x.astype(jnp.float32)
         with jax.default_matmul_precision("highest"):  # on TPU, products of float32 are otherwise of bfloat16
-            logits = matmul(x.astype(jnp.float32), use(self.weight, jnp.float32), out_axis=None)
-        return logits if self.bias is None else logits + use(self.bias, jnp.float32)
+            logits = matmul(x, use(self.weight, x.dtype), out_axis=None)
+        return logits if self.bias is None else logits + use(self.bias, x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
