@@ -12,17 +12,11 @@ from jaxtyping import Array, Bool, Float
 from llama_jax.config import UserError
 from llama_jax.nn.experts.dispatch import dispatch, ranks
 from llama_jax.nn.experts.routers import Router, Routing
+from llama_jax.nn.feed_forward import ACTIVATIONS, MLP, Activation, GatedLinearUnit
 from llama_jax.nn.masks import AttentionMask
 from llama_jax.nn.mixer import FeedForward, FeedForwardModule
-from llama_jax.nn.parameters import Projection, child, parameter
+from llama_jax.nn.parameters import child, parameter
 from llama_jax.parallel import spec
-
-# Without the exact GELU: JAX 0.12 refuses erf inside of `shard_map`, and no mixture of experts is known to have it.
-ACTIVATIONS = {
-    "relu": jax.nn.relu,
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "silu": jax.nn.silu,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +29,7 @@ class Experts(FeedForward):
     num_experts: to choose from.
     intermediate_size: width inside of each.
     router: which experts a token goes to, and with what weights.
-    activation: inside of them.
+    activation: inside of them: relu, relu_squared, gelu_tanh, silu or tanh.
     gated: down(activation(gate(x)) * up(x)) rather than down(activation(up(x))).
     num_shared: further experts that every token goes to, as one feed-forward of their widths' sum (DeepSeekMoE).
     capacity_factor: tokens of a row that an expert takes, times experts, over the row's assignments; none for all.
@@ -49,7 +43,7 @@ class Experts(FeedForward):
     num_experts: int
     intermediate_size: int
     router: Router
-    activation: Literal["relu", "gelu_tanh", "silu"]
+    activation: Activation
     gated: bool
     num_shared: int = 0
     capacity_factor: float | None = None
@@ -70,6 +64,8 @@ class Experts(FeedForward):
         for name in ("capacity", "capacity_factor"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise UserError(f"{name}={value} must be above 0, or none to drop nothing")
+        if self.activation == "gelu":  # JAX 0.12 refuses erf inside of `shard_map`
+            raise UserError("activation='gelu' is not there for experts: take gelu_tanh, its approximation")
         self.router.check(self.num_experts)
 
     def build(self, width: int, *, rngs: nnx.Rngs) -> "ExpertsModule":
@@ -82,6 +78,13 @@ class Experts(FeedForward):
     @property
     def is_random(self) -> bool:
         return self.router.is_random
+
+    def shared(self) -> FeedForward | None:
+        """The experts that every token goes to, as one feed-forward."""
+        if not self.num_shared:
+            return None
+        kind = GatedLinearUnit if self.gated else MLP
+        return kind(self.num_shared * self.intermediate_size, self.activation, bias=False)
 
     @property
     def drops(self) -> bool:
@@ -121,29 +124,13 @@ class _Stack(nnx.Module):
         return {name: matrices.weight for name, matrices in found.items() if matrices is not None}
 
 
-class _Shared(nnx.Module):
-    """The experts that every token goes to."""
-
-    def __init__(self, config: Experts, width: int, *, rngs: nnx.Rngs):
-        outer, inner = {"embed": width}, {"mlp": config.num_shared * config.intermediate_size}
-        gated = config.gated
-        self.gate_proj = Projection(outer, inner, bias=False, rngs=child(rngs, "gate_proj")) if gated else None
-        self.up_proj = Projection(outer, inner, bias=False, rngs=child(rngs, "up_proj"))
-        self.down_proj = Projection(inner, outer, bias=False, rngs=child(rngs, "down_proj"))
-        self.activation = config.activation
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        activation, up = ACTIVATIONS[self.activation], self.up_proj(x)
-        inner = activation(up) if self.gate_proj is None else activation(self.gate_proj(x)) * up
-        return self.down_proj(inner)
-
-
 class ExpertsModule(FeedForwardModule):
     def __init__(self, config: Experts, width: int, *, rngs: nnx.Rngs):
         self.config = config
         self.router = config.router.build(width, config.num_experts, rngs=child(rngs, "router"))
         self.experts = _Stack(config, width, rngs=child(rngs, "experts"))
-        self.shared = _Shared(config, width, rngs=child(rngs, "shared")) if config.num_shared else None
+        shared = config.shared()
+        self.shared = None if shared is None else shared.build(width, rngs=child(rngs, "shared"))
 
     def __call__(
         self, x: Float[Array, "b t d"], *, mask: AttentionMask
@@ -183,7 +170,7 @@ class ExpertsModule(FeedForwardModule):
             )
         if self.shared is not None:
             with jax.named_scope("shared"):
-                y = y + self.shared(x)
+                y = y + self.shared(x, mask=mask)[0]
         return y, self._auxiliary(routing, real, wanted, kept)
 
     def _by_capacity(self) -> bool:
