@@ -15,7 +15,7 @@ from llama_jax.models import abstract_params
 from llama_jax.parallel import make_mesh
 from llama_jax.training import init_state, make_train_step, train_flops_per_token
 
-PRETRAINING = ("llama1_7b", "llama2_7b", "llama2_70b", "llama3_2_1b", "llama3_8b")
+PRETRAINING = ("llama1_7b", "llama2_7b", "llama2_70b", "llama3_2_1b", "llama3_8b", "mixtral_8x7b")
 
 
 def command(name: str) -> list[str]:

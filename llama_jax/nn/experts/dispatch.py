@@ -22,8 +22,8 @@ from llama_jax.nn.attention.context import unzigzag, zigzag
 from llama_jax.parallel import axes_of, mesh_axis_sizes, platform, shard, spec
 
 AXIS = "expert"
-# Rows that a product on the CPU takes of one expert at a time: groups are padded to a multiple.
-BLOCK = 64
+# Rows that a product takes of one expert at a time, by platform: groups are padded to a multiple. Elsewhere `ragged_dot`.
+BLOCKS = {"cpu": 64, "gpu": 256, "cuda": 256}
 
 # [rows, D] and weights by name, each product through the function -> [rows, D].
 Body = Callable[[jax.Array, dict[str, jax.Array], Callable[[jax.Array, jax.Array], jax.Array]], jax.Array]
@@ -151,13 +151,12 @@ def _sorted_places(
 ) -> tuple[jax.Array, int, Callable[[jax.Array, jax.Array], jax.Array]]:
     """Places of assignments sorted by expert, their number, and the product of rows there with their experts' weights.
 
-    On the CPU, where `ragged_dot` multiplies every row with every expert, groups are padded to blocks.
+    Where `ragged_dot` would multiply every row with every expert, groups are padded to blocks.
     """
-    a = own.size
+    a, largest = own.size, BLOCKS.get(platform())
     block = 1
-    if blocked := platform() == "cpu":
-        while block < min(BLOCK, a / num_experts):
-            block *= 2
+    while block < min(largest or 1, a / num_experts):
+        block *= 2
     # Each expert's last block may be partly empty; no more blocks than assignments have anything in them.
     num_blocks = min(a, a // block + num_experts)
     order = jnp.argsort(own, stable=True)
@@ -168,7 +167,7 @@ def _sorted_places(
     padding = jnp.append(block * (ends - blocks), 0) - first
     place = jnp.argsort(order) + padding[own]
     place = jnp.where(own < num_experts, place, num_blocks * block)
-    if not blocked:
+    if largest is None:
         return place, a, lambda rows, w: jax.lax.ragged_dot(rows, w, counts)
     of_block = jnp.minimum(jnp.searchsorted(ends, jnp.arange(num_blocks), side="right"), num_experts - 1)
 
