@@ -108,8 +108,9 @@ def test_split_over_experts_says_the_same(exported: Path):
     np.testing.assert_allclose(np.asarray(spread), alone, atol=2e-5)
 
 
-def test_glam_is_as_large_as_its_paper_says():
-    """1.2T parameters, of which a token meets 96.6B."""
+def test_published_numbers_of_parameters():
+    """GLaM's paper says 1.2T, of which a token meets 96.6B."""
+    assert num_parameters(mixtral.PRESETS["mixtral_8x7b"]) == 46_702_792_704
     config = glam.PRESETS["glam_64b_64e"]
     idle = sum(feed_forward.idle_parameters(8192) for _, feed_forward in config.layer_pieces())
     assert round((num_parameters(config) - idle) / 1e9, 1) == 96.6

@@ -32,8 +32,6 @@ COUNTS = {
     "stories15m": 15_191_712,
     "stories42m": 41_689_600,
     "stories110m": 109_529_856,
-    "mixtral_8x7b": 46_702_792_704,
-    "glam_64b_64e": 1_161_756_160_000,
 }
 CONFIG = {
     "model_type": "llama",
@@ -55,7 +53,7 @@ def test_every_preset_has_the_published_number_of_parameters():
     assert {name: num_parameters(config) for name, config in llama.PRESETS.items()} == COUNTS
 
 
-@pytest.mark.parametrize("name", llama.PRESETS)
+@pytest.mark.parametrize("name", COUNTS)
 def test_presets_survive_hugging_face_config(name):
     assert llama.from_hf(llama.to_hf(llama.PRESETS[name])) == llama.PRESETS[name]
 
