@@ -9,6 +9,7 @@ from llama_jax.nn.absolute_positions import LearnedPositions, Positions, Positio
 from llama_jax.nn.attention.cross import CrossAttention, CrossAttentionModule
 from llama_jax.nn.attention.grouped_query import GroupedQuery
 from llama_jax.nn.attention.kernels import attend
+from llama_jax.nn.experts import Experts, GShardRouter, Router, SigmoidTopK, SoftmaxTopK, SwitchRouter
 from llama_jax.nn.feed_forward import MLP, GatedLinearUnit, SwiGLU
 from llama_jax.nn.masks import AttentionMask
 from llama_jax.nn.mixer import FeedForward, FeedForwardModule, Mixer, MixerModule
@@ -23,8 +24,10 @@ __all__ = [
     "AttentionMask",
     "CrossAttention",
     "CrossAttentionModule",
+    "Experts",
     "FeedForward",
     "FeedForwardModule",
+    "GShardRouter",
     "GatedLinearUnit",
     "GroupedQuery",
     "LayerNorm",
@@ -44,8 +47,12 @@ __all__ = [
     "RelativeBias",
     "Rope",
     "RopeScaling",
+    "Router",
+    "SigmoidTopK",
     "SinusoidalPositions",
+    "SoftmaxTopK",
     "SwiGLU",
+    "SwitchRouter",
     "YarnScaling",
     "attend",
     "child",

@@ -8,6 +8,7 @@ from llama_jax.parallel import distributed
 from llama_jax.parallel.axes import (
     LOGICAL_AXES,
     axes_of,
+    batch_parts,
     einsum,
     fitting,
     mesh_axis_sizes,
@@ -25,6 +26,7 @@ __all__ = [
     "MESH_AXES",
     "MeshConfig",
     "axes_of",
+    "batch_parts",
     "distributed",
     "einsum",
     "fitting",

@@ -5,7 +5,7 @@ nothing, so the same model code runs in a notebook on one device and on a pod.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "sequence": ("context",),
     # activations and parameters alike
     "heads": ("tensor",),
@@ -25,6 +25,11 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     # parameters only: the model dimension of a weight; gathered before use
     "embed": ("fsdp",),
 }
+
+
+def batch_parts(sizes: Mapping[str, int]) -> int:
+    """Into how many parts a mesh of these sizes splits the batch."""
+    return math.prod(sizes[axis] for axis in LOGICAL_AXES["batch"])
 
 
 def mesh_axis_sizes() -> dict[str, int]:

@@ -24,7 +24,7 @@ class MeshConfig:
     fsdp: splits the batch and the parameters.
     tensor: splits heads, feed-forward width and vocabulary.
     context: splits the sequence.
-    expert: splits experts.
+    expert: splits experts; all other layers split the batch over it.
     """
 
     data: int = 1

@@ -9,6 +9,7 @@ import dataclasses
 import math
 
 from llama_jax.config import UserError
+from llama_jax.parallel import batch_parts
 from llama_jax.planning.hardware import Chip
 from llama_jax.planning.workload import Local, Workload, abstract_mesh, cache_bytes
 
@@ -178,7 +179,7 @@ def sampling_memory(workload: Workload, num_chips: int, batch: int, length: int)
         raise UserError(f"{key}={value} must be at least 1")
     # The batch of the train step is of no concern here: a mesh takes any number of rows.
     sizes = workload.mesh.sizes(num_chips)
-    rows = sizes["data"] * sizes["fsdp"]
+    rows = batch_parts(sizes)
     local = Local.of(dataclasses.replace(workload, global_batch_size=rows * workload.parts), num_chips)
     with abstract_mesh(sizes):
         cache = cache_bytes(workload.model, batch, length, workload.dtype)

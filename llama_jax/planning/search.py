@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llama_jax.config import UserError, override
-from llama_jax.parallel import MESH_AXES, MeshConfig
+from llama_jax.parallel import MESH_AXES, MeshConfig, batch_parts
 from llama_jax.planning.estimate import Plan, estimate
 from llama_jax.planning.hardware import Topology
 from llama_jax.planning.workload import Workload
@@ -148,7 +148,7 @@ def _accumulations(workload: Workload) -> Iterator[dict[str, Any]]:
 
 
 def _parts(workload: Workload, sizes: dict[str, int]) -> list[int]:
-    rows = workload.global_batch_size // (sizes["data"] * sizes["fsdp"])
+    rows = workload.global_batch_size // batch_parts(sizes)
     return [2**i for i in range(int(math.log2(rows)) + 1) if rows % 2**i == 0] if rows else []
 
 

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType
 from llama_jax.config import UserError
 from llama_jax.models import Compute, ModelConfig
 from llama_jax.nn import Projection
-from llama_jax.parallel import MeshConfig, mesh_axis_sizes, spec, split_over
+from llama_jax.parallel import MeshConfig, batch_parts, mesh_axis_sizes, spec, split_over
 from llama_jax.training import OptimizerConfig
 
 
@@ -52,11 +52,12 @@ class Workload:
 
     def problem(self, sizes: dict[str, int]) -> str | None:
         """Why a mesh of these sizes cannot take the batch, or None."""
-        rows = sizes["data"] * sizes["fsdp"]
+        rows = batch_parts(sizes)
         if self.global_batch_size % (rows * self.parts):
+            experts = " x mesh.expert" if sizes["expert"] > 1 else ""
             accumulated = f" x optimizer.accumulation_steps={self.parts}" if self.parts > 1 else ""
             return (
-                f"global_batch_size={self.global_batch_size} is not divisible by mesh.data x mesh.fsdp={rows}"
+                f"global_batch_size={self.global_batch_size} is not divisible by mesh.data x mesh.fsdp{experts}={rows}"
                 f"{accumulated}: take a multiple of {rows * self.parts}"
             )
         if self.sequence_length % sizes["context"]:
@@ -183,7 +184,7 @@ class Local:
         sizes = workload.mesh.sizes(num_chips)
         if problem := workload.problem(sizes):
             raise UserError(problem)
-        rows = workload.global_batch_size // workload.parts // (sizes["data"] * sizes["fsdp"])
+        rows = workload.global_batch_size // workload.parts // batch_parts(sizes)
         tokens = rows * (workload.sequence_length // sizes["context"])
         model = _local_model(workload.model, sizes["fsdp"], sizes["tensor"], sizes["expert"])
         return Local(workload, sizes, model, tokens, workload.dtype.itemsize)

@@ -10,7 +10,7 @@ from llama_jax.config import UserError, load_config_module, override
 from llama_jax.data import DataConfig
 from llama_jax.data.objectives import Classification
 from llama_jax.models import Compute, EncoderDecoderConfig, ModelConfig
-from llama_jax.parallel import MeshConfig
+from llama_jax.parallel import MeshConfig, batch_parts
 from llama_jax.tokenizers import TokenizerConfig
 from llama_jax.training import OptimizerConfig
 
@@ -165,11 +165,12 @@ class RunConfig:
     def check_mesh(self, num_devices: int) -> None:
         """Raises UserError where the mesh does not fit the devices, or the batch the mesh."""
         sizes = self.mesh.sizes(num_devices)
-        rows, parts = sizes["data"] * sizes["fsdp"], self.optimizer.accumulation_steps
+        rows, parts = batch_parts(sizes), self.optimizer.accumulation_steps
         if self.global_batch_size // parts % rows:
+            experts = " x mesh.expert" if sizes["expert"] > 1 else ""
             accumulated = f" x optimizer.accumulation_steps={parts}" if parts > 1 else ""
             raise UserError(
-                f"global_batch_size={self.global_batch_size} is not divisible by mesh.data x mesh.fsdp={rows}"
+                f"global_batch_size={self.global_batch_size} is not divisible by mesh.data x mesh.fsdp{experts}={rows}"
                 f"{accumulated}: take a multiple of {rows * parts}"
             )
         if sizes["context"] > 1 and not self.model.splits_sequence:

@@ -16,7 +16,9 @@ from llama_jax.parallel import make_mesh
 from llama_jax.training import init_state, make_train_step, train_flops_per_token
 
 # Tokens of a batch.
-PRETRAINING = dict.fromkeys(("llama1_7b", "llama2_7b", "llama2_70b", "llama3_2_1b", "llama3_8b"), 4 * 2**20)
+PRETRAINING = dict.fromkeys(
+    ("llama1_7b", "llama2_7b", "llama2_70b", "llama3_2_1b", "llama3_8b", "mixtral_8x7b"), 4 * 2**20
+)
 PRETRAINING |= {"gpt2": 2**19, "gpt3_125m": 2**19, "chatglm2_6b": 4 * 2**20}
 
 
