@@ -152,14 +152,16 @@ def test_continued_with_the_cache_is_the_whole_text(name: str, mesh: dict[str, i
             for row in range(ROWS):
                 part[row, : new[row]] = x[row, lengths[row] : lengths[row] + new[row]]
             index, valid = lengths[:, None] + np.arange(width), np.arange(width) < np.array(new)[:, None]
+            inputs_BTD = shard(jnp.asarray(part), "batch", "sequence", None)
             y, cache = run(
                 config,
                 weights,
-                shard(jnp.asarray(part), "batch", "sequence", None),
+                inputs_BTD,
                 cache,
                 q_index=jnp.asarray(index),
                 valid=None if width == 1 else shard(jnp.asarray(valid), "batch", None),
             )
+            assert y.sharding == inputs_BTD.sharding, "a block adds them"
             for row in range(ROWS):
                 expected = whole[row, lengths[row] : lengths[row] + new[row]]
                 np.testing.assert_allclose(np.asarray(y)[row, : new[row]], expected, atol=2e-6)
