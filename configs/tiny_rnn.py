@@ -3,12 +3,14 @@
 python train.py tiny_rnn --data.path input.txt
 python sample.py runs/tiny_rnn --prompt "ROMEO:"
 
-The data are cut as tiny_shakespeare cuts them, so that the losses compare. COST
+Vocabulary, documents and batches are those of tiny_shakespeare, so that the losses compare. Cost: 500 steps of 4096
+tokens with a model of 656,640 parameters, minutes on a few CPU cores. Expected result: a loss that starts near
+ln 1024 = 6.93, and on Tiny Shakespeare ends above that of tiny_shakespeare.
 """
 
 from llama_jax.checkpoint.store import CheckpointConfig
 from llama_jax.data import DataConfig
-from llama_jax.models import DecoderConfig
+from llama_jax.models import Compute, DecoderConfig
 from llama_jax.nn import ElmanRNN
 from llama_jax.run import LoggingConfig, RunConfig
 from llama_jax.tokenizers import TokenizerConfig
@@ -27,6 +29,7 @@ def get_config() -> RunConfig:
             norm=None,
             residual=False,
             tie_embeddings=False,
+            embedding_scale=16.0,  # no norm stands behind the embeddings, which begin at 0.02
             head_bias="trained",
         ),
         tokenizer=TokenizerConfig(path=None, kind="bpe", vocab_size=1024),
@@ -35,6 +38,7 @@ def get_config() -> RunConfig:
         num_steps=500,
         global_batch_size=16,
         sequence_length=256,
+        compute=Compute(scan_layers=False),
         checkpoint=CheckpointConfig(every_steps=100),
         logging=LoggingConfig(every_steps=10, validate_every_steps=100, sample_prompts=("ROMEO:", "The ")),
     )
