@@ -17,13 +17,18 @@ from llama_jax.nn.norms import LayerNorm, Norm, RMSNorm
 from llama_jax.nn.parameters import Projection, child, parameter, use
 from llama_jax.nn.position_bias import Alibi, PositionBias, PositionBiasModule, RelativeBias
 from llama_jax.nn.positions import LinearScaling, Llama3Scaling, NTKScaling, Rope, RopeScaling, YarnScaling
+from llama_jax.nn.recurrent import GRU, LSTM, BidirectionalRNN, ElmanRNN, NGram
 
 __all__ = [
+    "GRU",
+    "LSTM",
     "MLP",
     "Alibi",
     "AttentionMask",
+    "BidirectionalRNN",
     "CrossAttention",
     "CrossAttentionModule",
+    "ElmanRNN",
     "Experts",
     "FeedForward",
     "FeedForwardModule",
@@ -36,6 +41,7 @@ __all__ = [
     "Llama3Scaling",
     "Mixer",
     "MixerModule",
+    "NGram",
     "NTKScaling",
     "Norm",
     "PositionBias",

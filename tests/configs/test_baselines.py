@@ -1,0 +1,90 @@
+"""The configs of the baselines train, continue and sample; their models learn, and generate from a state."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.config import override
+from llama_jax.models import Compute, DecoderConfig, abstract_params, from_params, initialize
+from llama_jax.run import load_config, train
+from llama_jax.sampling import generate
+from llama_jax.training import OptimizerConfig, init_state, make_train_step
+
+NAMES = ("tiny_ngram", "tiny_rnn", "tiny_lstm", "tiny_gru")
+FAST = ("tiny_ngram", "tiny_lstm")
+WIDTH, VOCAB = 48, 40
+
+
+def small(name: str) -> DecoderConfig:
+    """The config's model, narrower."""
+    model = load_config(name).model
+    sizes = {"attention.hidden_size": 40} if name == "tiny_ngram" else {"attention.state_size": WIDTH}
+    return override(model, sizes | {"vocab_size": VOCAB, "hidden_size": WIDTH, "max_positions": 64})
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
+def test_trains_continues_and_samples(name: str, run_config, tmp_path: Path):
+    """Two steps after those of a checkpoint are those of the run that was never stopped."""
+    config = dataclasses.replace(load_config(name), data=run_config.data)
+    sizes = {"model.vocab_size": 304, "tokenizer.vocab_size": 300, "sequence_length": 32, "global_batch_size": 8}
+    steps = {"num_steps": 4, "checkpoint.every_steps": 2, "logging.every_steps": 1, "optimizer.warmup_steps": 1}
+    config = override(config, sizes | steps | {"logging.sample_prompts": ("the cat",)})
+    whole = train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "samples.txt").read_text().startswith("the cat")
+    losses = [line["loss"] for line in whole.metrics()]
+    assert len(losses) == 4
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    again = train(config, tmp_path / "run")
+    assert [line["loss"] for line in again.metrics()] == losses
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_overfits_one_batch(name: str):
+    """Rows of two documents each."""
+    config = small(name)
+    rng, documents = np.random.default_rng(0), (9, 15)
+    tokens = rng.integers(VOCAB, size=(8, sum(documents) + 1)).astype(np.int32)
+    ends = np.cumsum(documents)
+    batch = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": np.repeat([[1, 2]], documents, axis=1).repeat(8, 0).astype(np.int32),
+        "positions": np.concatenate([np.arange(n) for n in documents])[None].repeat(8, 0).astype(np.int32),
+        # Nothing tells the first tokens of a document what follows.
+        "weights": np.ones((8, sum(documents)), np.float32),
+    }
+    for begin in (0, *ends[:-1]):
+        batch["weights"][:, begin : begin + 4] = 0
+    hyper = OptimizerConfig(learning_rate=4e-2, warmup_steps=5, weight_decay=0.0).hyper(80)
+    step = make_train_step(config, Compute())
+    state, losses = jax.jit(init_state)(initialize(config, 0), hyper), []
+    for _ in range(80):
+        state, metrics = step(state, batch, hyper)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] == pytest.approx(np.log(VOCAB), rel=0.1)
+    assert losses[-1] < 0.3, losses[::10]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_is_the_argmax_of_the_full_forward(name: str):
+    """Prompts of different lengths in one batch, each continued from its own state."""
+    config, rng = small(name), np.random.default_rng(3)
+    shapes = {key: a.shape for key, a in abstract_params(config).items()}
+    # Embeddings that count for more than the state: otherwise greedy texts are one token again and again.
+    values = {key: rng.normal(size=shape, scale=2 if "embedding" in key else 1) for key, shape in shapes.items()}
+    params = {key: jnp.asarray(value, jnp.float32) for key, value in values.items()}
+    model, lengths, count = from_params(config, params, Compute(dtype="float32")), np.array([5, 1, 9]), 12
+    prompts = np.random.default_rng(0).integers(VOCAB, size=(3, 9)).astype(np.int32)
+    out = generate(model, prompts, max_new_tokens=count, prompt_lengths=lengths)
+    logits = np.asarray(model(jnp.asarray(out)))
+    new = np.stack([row[length : length + count] for row, length in zip(out, lengths, strict=True)])
+    assert len(set(new.ravel().tolist())) > 6, "a model that repeats itself proves nothing"
+    for row, length, scores in zip(new, lengths, logits, strict=True):
+        np.testing.assert_array_equal(scores[length - 1 : length + count - 1].argmax(-1), row)
