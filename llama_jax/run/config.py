@@ -97,8 +97,9 @@ class RunConfig:
         for name in ("num_steps", "global_batch_size", "sequence_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.row_length > self.model.max_positions:
-            source = self.data.objective.source_length
+        source = self.data.objective.source_length
+        apart = max(self.sequence_length, source or 0)
+        if (self.row_length if self.model.joins_source else apart) > self.model.max_positions:
             with_source = "" if source is None else f" with data.objective.source_length={source}"
             raise UserError(
                 f"sequence_length={self.sequence_length}{with_source} is longer than model.max_positions="
@@ -146,7 +147,7 @@ class RunConfig:
 
     @property
     def row_length(self) -> int:
-        """Positions of a row: of the sequence, and of the source that some objectives put before it."""
+        """Positions of a row: of the sequence, and of the source that some objectives have."""
         return self.sequence_length + (self.data.objective.source_length or 0)
 
     def check_mesh(self, num_devices: int) -> None:

@@ -21,8 +21,9 @@ from llama_jax.checkpoint.language_model import CHECKPOINTS_DIRECTORY, CONFIG_FI
 from llama_jax.checkpoint.store import CheckpointStore
 from llama_jax.config import UserError
 from llama_jax.data import Causal, DataConfig, Dataset, ValidationBatches, Vocabulary, prepare_dataset, read_texts
+from llama_jax.data.objectives import SequenceToSequence
 from llama_jax.data.windows import Batch
-from llama_jax.models import abstract_params, buffers
+from llama_jax.models import EncoderDecoderConfig, abstract_params, buffers
 from llama_jax.parallel import MeshConfig, distributed, make_mesh, mesh_axis_sizes, platform
 from llama_jax.run.config import RunConfig
 from llama_jax.run.directory import SAMPLES_FILE, Run, check_directory, start_run, write_text
@@ -91,8 +92,22 @@ def _prepare(run: Run, mesh: MeshConfig, num_devices: int) -> list[Any]:
             f"set model.vocab_size to {tokenizer.vocab_size} or more"
         )
     sample_tokens = _sample_tokens(config, tokenizer)
+    vocabulary = Vocabulary.of(tokenizer, config.data.objective.texts())
+    _check_start(config, vocabulary)
     directories = [str(directory.absolute()) for directory in _prepare_dataset(config, tokenizer)]
-    return [directories, dataclasses.asdict(Vocabulary.of(tokenizer, config.data.objective.texts())), sample_tokens]
+    return [directories, dataclasses.asdict(vocabulary), sample_tokens]
+
+
+def _check_start(config: RunConfig, vocabulary: Vocabulary) -> None:
+    """Raises UserError where a model would begin its answers with another token than it is trained with."""
+    objective, model = config.data.objective, config.model
+    if not isinstance(objective, SequenceToSequence) or not isinstance(model, EncoderDecoderConfig):
+        return
+    if (start := vocabulary.boundary(objective.start_token)) != model.decoder_start_id:
+        raise UserError(
+            f"data.objective.start_token={objective.start_token} is the token {start}, and model.decoder_start_id="
+            f"{model.decoder_start_id}: make them equal"
+        )
 
 
 def check_shared(file: Path, key: str) -> None:

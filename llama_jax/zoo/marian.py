@@ -1,6 +1,7 @@
 """Marian's Transformer (Junczys-Dowmunt et al. 2018, arXiv 1804.00344), of the OPUS-MT translation models.
 
-The paper's Transformer with swish, and with sinusoids that are not interleaved: all sines, then all cosines.
+The paper's Transformer with swish, and with sinusoids that are not interleaved: all sines, then all cosines. Padding,
+which no text was trained with, begins a translation and has a logit of 0: it is never written.
 """
 
 from collections.abc import Collection, Mapping
@@ -31,6 +32,7 @@ PRESETS = {
         scale_embedding=True,
         activation="silu",
         head_bias="fixed",
+        never_written=(58_100,),
     )
 }
 
@@ -48,7 +50,7 @@ def from_hf(data: Mapping[str, Any]) -> EncoderDecoderConfig:
 
     Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
     """
-    reader = ConfigReader(data, "a Marian", bart.UNREAD)
+    reader = ConfigReader(data, "a Marian", bart.UNREAD - {"bad_words_ids"})
     names = data.get("architectures") or ["MarianMTModel"]
     if names not in (["MarianMTModel"], ["MarianModel"]):
         raise UserError(
@@ -58,12 +60,19 @@ def from_hf(data: Mapping[str, Any]) -> EncoderDecoderConfig:
     shape = bart.read_shape(reader, data)
     reader.only(decoder_vocab_size=shape["vocab_size"])
     start = reader.take("decoder_start_token_id", int, 58_100)
+    if data.get("pad_token_id", start) != start:
+        raise UserError(
+            f"config.json has pad_token_id={data['pad_token_id']!r} and decoder_start_token_id={start}, and a Marian's "
+            "are the same"
+        )
+    reader.only(bad_words_ids=[[start]])
     reader.finish()
     return transformer(
         **shape,
         positions=SinusoidalPositions("halves"),
         decoder_start_id=start,
         head_bias="none" if names == ["MarianModel"] else "fixed",
+        never_written=(start,),
     )
 
 
@@ -85,6 +94,7 @@ def to_hf(config: EncoderDecoderConfig) -> dict[str, Any]:
         "normalize_embedding": False,
         "share_encoder_decoder_embeddings": True,
         "pad_token_id": config.decoder_start_id,
+        "bad_words_ids": [[config.decoder_start_id]],
         **shape,
     }
     return checked(data, config, from_hf, _A_MARIAN)

@@ -35,6 +35,7 @@ def transformer(
     dropout: float = 0.1,
     attention_dropout: float = 0.0,
     activation_dropout: float = 0.0,
+    never_written: tuple[int, ...] = (),
 ) -> EncoderDecoderConfig:
     """A model of these sizes, made as the paper has it: norms after the sums, biases everywhere, one embedding."""
     norm = LayerNorm(eps=eps, bias=True)
@@ -76,6 +77,7 @@ def transformer(
         head_bias=head_bias,
         decoder_start_id=decoder_start_id,
         dropout=dropout,
+        never_written=never_written,
         encoder_overrides=tuple(
             LayerOverride(everywhere, piece) for piece, same in zip(of_encoder, own, strict=True) if piece != same
         ),
