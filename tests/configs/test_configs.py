@@ -59,7 +59,7 @@ def test_train_step_builds_with_nothing_allocated(name: str):
         after, metrics = step(before, batch, hyper)
         return [(state.params, state.opt_state) for state in (before, after)], metrics
 
-    lengths = {name: config.sequence_length for name in (*config.data.objective.fields(), "segment_ids")}
+    lengths = dict.fromkeys((*config.data.objective.fields(), "segment_ids"), config.sequence_length)
     if (source_length := config.data.objective.source_length) is not None:
         lengths |= dict.fromkeys(("source_tokens", "source_positions", "source_segment_ids"), source_length)
     kinds = {name: jnp.float32 if name == "weights" else jnp.int32 for name in lengths}
