@@ -36,6 +36,7 @@ class EncoderDecoderConfig(TransformerConfig):
     encoder_overrides: layers of the encoder whose attention or feed-forward differs.
     encoder_position_bias: added to the encoder's attention scores, or none; position_bias is the decoder's alone.
     final_dropout: of what leaves the last block of either, in training.
+    never_written: tokens that sampling does not choose, whatever their logits.
     """
 
     batch_fields = frozenset(
@@ -49,6 +50,7 @@ class EncoderDecoderConfig(TransformerConfig):
     encoder_overrides: tuple[LayerOverride, ...] = ()
     encoder_position_bias: PositionBias | None = None
     final_dropout: float = 0.0
+    never_written: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +60,8 @@ class EncoderDecoderConfig(TransformerConfig):
         if not 0 <= self.decoder_start_id < self.vocab_size:
             raise UserError(f"decoder_start_id={self.decoder_start_id} is outside of vocab_size={self.vocab_size}")
         check_rate("final_dropout", self.final_dropout)
+        if not set(self.never_written) < set(range(self.vocab_size)):
+            raise UserError(f"never_written={self.never_written} must be ids below vocab_size={self.vocab_size}")
 
     def stacks(self) -> dict[str, tuple[Pieces, ...]]:
         pieces = self.attention, self.feed_forward

@@ -159,7 +159,7 @@ class RunConfig:
 
     @property
     def row_length(self) -> int:
-        """Positions of a row: of the sequence, and of the source that some objectives put before it."""
+        """Positions of a row: of the sequence, and of the source that some objectives have."""
         return self.sequence_length + (self.data.objective.source_length or 0)
 
     def check_mesh(self, num_devices: int) -> None:

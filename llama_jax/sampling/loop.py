@@ -151,7 +151,10 @@ def step(
 
 
 def _logits(module: Decoder | EncoderDecoder, hidden: Float[Array, "b 1 d"]) -> Float[Array, "b v"]:
-    return shard(module.logits(hidden)[:, 0], "batch", None)
+    logits = shard(module.logits(hidden)[:, 0], "batch", None)
+    if not (never := getattr(module.config, "never_written", ())):
+        return logits
+    return jnp.where(np.isin(np.arange(logits.shape[1]), never), -jnp.inf, logits)
 
 
 def _append(

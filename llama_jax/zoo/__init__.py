@@ -96,7 +96,7 @@ class Weight:
     def contiguous_dim(self) -> int:
         """Our dimension along which blocks of the parameter are blocks of rows in the source."""
         left, right = self._sides()
-        return right.index([left[0][0]])
+        return next(right.index(group[:1]) for group in left if group[:1] in right)
 
     def to_source(self, value: np.ndarray) -> np.ndarray:
         """One layer of a parameter in the source's layout."""

@@ -58,15 +58,20 @@ def test_train_step_builds_with_nothing_allocated(name: str):
     step = make_train_step(config.model, config.compute, accumulation_steps=config.optimizer.accumulation_steps)
 
     def first_update(params: dict[str, jax.Array], batch: dict[str, jax.Array]):
-        hyper = config.optimizer.hyper(config.num_steps)
+        hyper = config.optimizer.hyper(config.num_steps) | {"seed": jnp.float32(config.seed)}
         before = init_state(params, hyper)
         after, metrics = step(before, batch, hyper)
         return [(state.params, state.opt_state) for state in (before, after)], metrics
 
-    shape = (config.global_batch_size, config.sequence_length)
-    kinds = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {"weights": jnp.float32}
+    lengths = dict.fromkeys((*config.data.objective.fields(), "segment_ids"), config.sequence_length)
+    if (source_length := config.data.objective.source_length) is not None:
+        lengths |= dict.fromkeys(("source_tokens", "source_positions", "source_segment_ids"), source_length)
+    kinds = {name: jnp.float32 if name == "weights" else jnp.int32 for name in lengths}
     with jax.set_mesh(make_mesh(config.mesh)):
-        batch = {field: jax.ShapeDtypeStruct(shape, dtype) for field, dtype in kinds.items()}
+        batch = {
+            name: jax.ShapeDtypeStruct((config.global_batch_size, lengths[name]), dtype)
+            for name, dtype in kinds.items()
+        }
         (before, after), metrics = jax.eval_shape(first_update, abstract_params(config.model), batch)
     # A step's result is the next one's argument: same shapes, types and, for what is not a scalar, shardings.
     kind = lambda tree: [(a.shape, a.dtype, a.ndim and a.sharding) for a in jax.tree.leaves(tree)]  # noqa: E731
