@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import tempfile
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -177,8 +178,12 @@ def _family_of(config: ModelConfig, preferred: str) -> tuple[Any, dict[str, Any]
     """A family that can express `config`, the preferred one before others, and its config.json."""
     refusals = []
     for model_type in sorted(zoo.families(), key=lambda name: name != preferred):
+        family = zoo.family(model_type)
+        if not isinstance(config, typing.get_type_hints(family.to_hf)["config"]):
+            refusals.append(f"{model_type} is no {type(config).__name__}")
+            continue
         try:
-            return zoo.family(model_type), zoo.family(model_type).to_hf(config)
+            return family, family.to_hf(config)
         except UserError as error:
             refusals.append(str(error))
     raise UserError(f"this model cannot be exported: {'; '.join(dict.fromkeys(refusals))}")
