@@ -114,7 +114,7 @@ def family(model_type: str) -> ModuleType:
 def weights_of(family: ModuleType, config: ModelConfig) -> tuple[Weight, ...]:
     """A family's table for this model."""
     table: Any = family.WEIGHTS
-    return table(config) if callable(table) else table
+    return tuple(table(config) if callable(table) else table)
 
 
 @functools.cache
