@@ -38,6 +38,33 @@ def test_schedule_is_optax_one():
     np.testing.assert_allclose(ours, [theirs(step) for step in range(20)], rtol=1e-6)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "inverse_sqrt", "constant"])
+@pytest.mark.parametrize(("warmup", "num_steps"), [(4, 20), (0, 20), (1, 20), (4, 4)])
+def test_other_schedules_by_hand(schedule: str, warmup: int, num_steps: int):
+    """Alike in the warm-up, whose last update has the peak; a line ends at its fraction, the others have no end."""
+    config = dataclasses.replace(CONFIG, schedule=schedule, warmup_steps=warmup)
+    for step in range(num_steps + 5):
+        if step < warmup:
+            expected = 0.02 * (step + 1) / warmup
+        elif schedule == "linear":
+            part = min((step - warmup) / max(num_steps - warmup, 1), 1)
+            expected = 0.02 * (1 - part) + 0.1 * 0.02 * part
+        elif schedule == "inverse_sqrt":
+            expected = 0.02 * max(warmup, 1) ** 0.5 * (step + 1) ** -0.5
+        else:
+            expected = 0.02
+        found = float(learning_rate(step, config.hyper(num_steps)))
+        assert found == pytest.approx(expected, rel=1e-6), step
+
+
+def test_no_schedule_jumps_where_the_warm_up_ends():
+    for schedule in ("cosine", "linear", "inverse_sqrt", "constant"):
+        hyper = dataclasses.replace(CONFIG, schedule=schedule, warmup_steps=100).hyper(10_000)
+        rates = [float(learning_rate(step, hyper)) for step in (98, 99, 100, 101)]
+        assert rates[1] == max(rates) == pytest.approx(0.02), schedule
+        assert rates[2] > 0.99 * rates[1], schedule
+
+
 @pytest.mark.parametrize(("warmup", "num_steps"), [(0, 5), (5, 5), (9, 5)])
 def test_schedule_at_its_ends(warmup: int, num_steps: int):
     rates = [float(learning_rate(step, OptimizerConfig(1.0, warmup).hyper(num_steps))) for step in range(num_steps)]
@@ -124,6 +151,8 @@ def test_first_moments_are_zero_and_all_is_float32():
         ("z_loss", -1.0),
         ("beta1", 1.0),
         ("beta2", -0.1),
+        ("label_smoothing", 1.0),
+        ("label_smoothing", -0.1),
         ("final_fraction", 1.1),
         ("accumulation_steps", 0),
     ],
