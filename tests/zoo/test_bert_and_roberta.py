@@ -146,7 +146,11 @@ def test_a_pooler_beside_a_head_is_kept(name: str, random_params, tmp_path):
 
 
 def _saved(config: Any, params: Any, folder: Any) -> Any:
-    save(LanguageModel(config, from_params(config, params, Compute()), None), folder, format="hf")
+    save(
+        LanguageModel(config, from_params(config, params, Compute()), None, config_model_type(config)),
+        folder,
+        format="hf",
+    )
     return folder
 
 
