@@ -47,7 +47,7 @@ def pretraining(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     )
     return RunConfig(
         model=model,
-        tokenizer=TokenizerConfig(path=None, kind="whitespace", vocab_size=40),
+        tokenizer=TokenizerConfig(path=None, kind="bpe", vocab_size=290),
         data=DataConfig(
             path=(str(folder / "texts.jsonl"),),
             objective=MaskedLM(),
@@ -128,7 +128,7 @@ def test_a_run_begins_with_the_weights_that_it_is_given(pretrained: Run, tmp_pat
 
 def test_what_cannot_be_begun_with_is_told_before_anything_is_written(pretrained: Run, tmp_path: Path):
     config = fine_tuning(pretrained)
-    with pytest.raises(UserError, match="init_from=.* needs the tokenizer.*set tokenizer.path"):
+    with pytest.raises(UserError, match=r"init_from=.* needs the tokenizer.*set tokenizer.path"):
         dataclasses.replace(config, tokenizer=pretrained.config.tokenizer)
     with pytest.raises(UserError, match="does not exist"):
         train(dataclasses.replace(config, init_from=str(tmp_path / "nowhere")), tmp_path / "run")
@@ -142,5 +142,5 @@ def test_an_encoder_is_asked_for_no_text(pretrained: Run):
     with pytest.raises(UserError, match="EncoderConfig continues no texts"):
         cli.main([str(pretrained.directory), "--prompt", "cat"])
     logging = dataclasses.replace(pretrained.config.logging, sample_prompts=("cat",))
-    with pytest.raises(UserError, match="logging.sample_prompts are no task for EncoderConfig"):
+    with pytest.raises(UserError, match=r"logging\.sample_prompts are no task for EncoderConfig"):
         dataclasses.replace(pretrained.config, logging=logging)
