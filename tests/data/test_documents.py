@@ -121,6 +121,14 @@ def test_what_is_no_text_is_skipped_or_bad(tmp_path: Path, document_chars: int |
     assert list(map(str, items(picture, document_chars=document_chars))) == [f"'{picture}' is not UTF-8"]
 
 
+def test_a_number_is_a_label_as_its_digits_and_no_text(tmp_path: Path):
+    file = tmp_path / "labels.jsonl"
+    file.write_text('{"text": "a", "label": 12}\n{"text": "b", "label": true}\n{"text": 3, "label": 4}\n')
+    good, *bad = items(file, fields=("text", "label"))
+    assert good.parts == ("a", "12")
+    assert ["has a field of another type" in str(item) for item in bad] == [True, True]
+
+
 def test_bad_records_are_named(tmp_path: Path):
     file = tmp_path / "bad.jsonl"
     lines = [

@@ -6,6 +6,7 @@ from llama_jax.data.objectives import (
     BlankFilling,
     Causal,
     Chat,
+    Classification,
     Denoising,
     Document,
     Example,
@@ -22,12 +23,15 @@ FIRST_WORD, SIZE = 14, 40
 SPECIAL = dict(zip(["[MASK]", "[CLS]", "[SEP]", "<sop>", "<eop>", "<mask>"], range(MASK, X0), strict=True)) | {
     f"<extra_id_{i}>": X0 + i for i in range(4)
 }
-VOCABULARY = Vocabulary(SIZE, BOS, EOS, PAD, special=SPECIAL, start_ids=(BOS,), sentence_ends=(STOP,))
+# An empty one, too, so that documents of every length have a label.
+LABELS = {"": (), "yes": (20,), "no": (21,)}
+VOCABULARY = Vocabulary(SIZE, BOS, EOS, PAD, special=SPECIAL, start_ids=(BOS,), sentence_ends=(STOP,), texts=LABELS)
 
 CASES: dict[str, Objective] = {
     "Causal": Causal(),
     "Prefix": Prefix(),
     "Chat": Chat(),
+    "Classification": Classification(tuple(LABELS)),
     "BlankFilling": BlankFilling(noise_density=0.3, mean_span_length=2.0),
     "BlankFilling, one dimension": BlankFilling(two_dimensional=False),
     "MaskedLM": MaskedLM(),
@@ -46,7 +50,10 @@ def document_of(objective: Objective, length: int, rng: np.random.Generator) -> 
         rng.permutation(words)[:length] if length <= len(words) else rng.choice(words, length) for _ in range(2)
     )
     cuts = np.sort(rng.integers(0, length + 1, size=3))
-    parts = {"Chat": cuts, "ParallelText": cuts[:1]}.get(type(objective).__name__, ())
+    if isinstance(objective, Classification):
+        cuts = np.array([max(length - 1, 0)])
+        tokens[cuts[0] :] = rng.choice([20, 21])
+    parts = {"Chat": cuts, "ParallelText": cuts[:1], "Classification": cuts}.get(type(objective).__name__, ())
     return Document(tokens.astype(np.int32), parts, other if objective.wants_other else None)
 
 
@@ -62,7 +69,7 @@ def seen_by(objective: Objective, example: Example) -> np.ndarray:
         visible[:, : int(np.argmax(example["weights"])) + 1] = True
     elif isinstance(objective, BlankFilling):  # part A, before the first span
         visible[:, : int(np.argmax(example["tokens"] == SOP))] = True
-    elif isinstance(objective, MaskedLM):
+    elif isinstance(objective, MaskedLM | Classification):
         visible[:] = True
     if objective.source_length is None:
         return visible

@@ -15,6 +15,7 @@ from llama_jax.data.objectives import (
     BlankFilling,
     Causal,
     Chat,
+    Classification,
     Denoising,
     Document,
     Example,
@@ -28,6 +29,8 @@ from llama_jax.data.objectives import (
     denoising,
 )
 
+# With a text that is written as another is.
+SAME = dataclasses.replace(VOCABULARY, texts=cases.LABELS | {"si": (20,)})
 every_objective = pytest.mark.parametrize("name", CASES)
 
 
@@ -102,7 +105,7 @@ def test_an_example_is_a_function_of_the_generator(name: str):
     for field, x in first.items():
         np.testing.assert_array_equal(again[field], x)
     drawn = any((first[field] != other[field]).any() for other in others for field in first)
-    assert drawn == (not isinstance(objective, Causal | Chat | ParallelText))
+    assert drawn == (not isinstance(objective, Causal | Chat | Classification | ParallelText))
 
 
 def num_targets(objective: Objective, document: Document, example: Example) -> int:
@@ -121,6 +124,8 @@ def num_targets(objective: Objective, document: Document, example: Example) -> i
     if isinstance(objective, SpanCorruption):
         source = example["source_tokens"].tolist()
         return len(set(text) - set(source)) + len(set(source) - set(text))  # sentinels and EOS
+    if isinstance(objective, Classification):
+        return 1
     if isinstance(objective, ParallelText):
         return length - int(document.parts[0]) + 1
     return length + (1 if isinstance(objective, Denoising) else -1)
@@ -292,6 +297,14 @@ def test_what_a_tokenizer_lacks_is_named(name: str):
                 objective.example(document, np.random.default_rng(0), vocabulary)
 
 
+def test_a_label_is_a_target_at_the_first_token():
+    example = example_of(Classification(("yes", "no")), words(30, 31, 32, 21, parts=(3,)))
+    assert example["tokens"].tolist() == [cases.CLS, 30, 31, 32, cases.SEP]
+    assert example["class_targets"].tolist() == [1, 0, 0, 0, 0]
+    assert example["weights"].tolist() == [1, 0, 0, 0, 0]
+    assert example["positions"].tolist() == [0, 1, 2, 3, 4]
+
+
 @every_objective
 def test_every_option_says_what_it_is(name: str):
     cls = type(CASES[name])
@@ -306,6 +319,12 @@ def test_every_option_says_what_it_is(name: str):
         (lambda: Denoising(mean_span_length=0.5), "mean_span_length=0.5 must be at least 1"),
         (lambda: SpanCorruption(num_sentinels=0), "num_sentinels=0 must be at least 1"),
         (lambda: ParallelText(source_length=0), "source_length=0 must be at least 1"),
+        (lambda: Classification(("yes",)), "labels=yes must be two different ones or more"),
+        (lambda: Classification(("yes", "yes")), "labels=yes,yes must be two different ones"),
+        (lambda: example_of(Classification(("yes", "no")), words(20, 21)), "1 documents have 1 parts: name two fields"),
+        (lambda: example_of(Classification(("yes", "no")), words(30, 22, parts=(1,))), r"tokens \[22\], and none of"),
+        (lambda: Classification(("yes", "")).check(VOCABULARY), "writes the label '' with no token"),
+        (lambda: Classification(("yes", "si")).check(SAME), "writes the label 'si' as it does 'yes'"),
         (lambda: example_of(ParallelText(), words(20, 21)), "1 documents have 1 parts: name two fields"),
     ],
 )
