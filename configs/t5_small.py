@@ -14,7 +14,8 @@ A unigram model of 32,100 tokens, 100 sentinels among them, is trained on the co
 
 import dataclasses
 
-from llama_jax.data import DataConfig, SpanCorruption
+from llama_jax.data import DataConfig
+from llama_jax.data.objectives import SpanCorruption
 from llama_jax.parallel import MeshConfig
 from llama_jax.run import RunConfig
 from llama_jax.tokenizers import TokenizerConfig
