@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from llama_jax.config import UserError
 from llama_jax.models import Compute, DecoderConfig, LayerOverride, from_params, initialize
