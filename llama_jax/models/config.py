@@ -111,6 +111,21 @@ def check_overrides(
             raise UserError(f"{name} hold {change.piece!r}: it must be an attention or a feed-forward")
 
 
+def check_position_bias(
+    name: str, bias: PositionBias | None, attention: Mixer, overrides: tuple[LayerOverride, ...]
+) -> None:
+    """Raises UserError where a layer's mixer has no scores for the bias, or another number of heads."""
+    mixers = [attention, *(change.piece for change in overrides if isinstance(change.piece, Mixer))]
+    for mixer in mixers if bias is not None else ():
+        heads = getattr(mixer, "num_heads", None)
+        if heads is None:
+            raise UserError(
+                f"{name} is for the scores of attention, and {type(mixer).__name__} has none: set it to none"
+            )
+        if heads != bias.num_heads:
+            raise UserError(f"{name}.num_heads={bias.num_heads} must be the attention's num_heads={heads}")
+
+
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig(ModelConfig):
     """The fields that decoders, encoders and encoder-decoders share; the defaults are Llama's.
@@ -168,6 +183,7 @@ class TransformerConfig(ModelConfig):
         if self.norm is None and self.norm_placement != "pre":
             raise UserError(f"norm_placement={self.norm_placement!r} needs a norm")
         check_overrides("overrides", self.overrides, self.num_layers)
+        check_position_bias("position_bias", self.position_bias, self.attention, self.overrides)
         limit = None if self.positions is None else self.positions.limit
         if limit is not None and self.max_positions > limit:
             raise UserError(f"max_positions={self.max_positions} is more than the {limit} that positions have")

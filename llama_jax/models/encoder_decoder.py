@@ -12,7 +12,14 @@ from jaxtyping import Array, Bool, Float, Int
 from llama_jax.config import UserError
 from llama_jax.models.block import STATISTIC, Aux, Block, Layers
 from llama_jax.models.compute import Compute
-from llama_jax.models.config import LayerOverride, Pieces, TransformerConfig, check_overrides, with_overrides
+from llama_jax.models.config import (
+    LayerOverride,
+    Pieces,
+    TransformerConfig,
+    check_overrides,
+    check_position_bias,
+    with_overrides,
+)
 from llama_jax.models.parts import Embedding
 from llama_jax.models.transformer import Batch, Prediction, Transformer
 from llama_jax.nn import CrossAttention, PositionBias
@@ -57,6 +64,8 @@ class EncoderDecoderConfig(TransformerConfig):
         if self.num_encoder_layers < 1:
             raise UserError(f"num_encoder_layers={self.num_encoder_layers} must be at least 1")
         check_overrides("encoder_overrides", self.encoder_overrides, self.num_encoder_layers, "num_encoder_layers")
+        bias, overrides = self.encoder_position_bias, self.encoder_overrides
+        check_position_bias("encoder_position_bias", bias, self.attention, overrides)
         if not 0 <= self.decoder_start_id < self.vocab_size:
             raise UserError(f"decoder_start_id={self.decoder_start_id} is outside of vocab_size={self.vocab_size}")
         check_rate("final_dropout", self.final_dropout)
