@@ -9,6 +9,8 @@ from llama_jax.nn.absolute_positions import LearnedPositions, Positions, Positio
 from llama_jax.nn.attention.cross import CrossAttention, CrossAttentionModule
 from llama_jax.nn.attention.grouped_query import GroupedQuery
 from llama_jax.nn.attention.kernels import attend
+from llama_jax.nn.attention.latent import LatentAttention
+from llama_jax.nn.attention.sparse import SparseLatentAttention
 from llama_jax.nn.feed_forward import MLP, GatedLinearUnit, SwiGLU
 from llama_jax.nn.masks import AttentionMask
 from llama_jax.nn.mixer import FeedForward, FeedForwardModule, Mixer, MixerModule
@@ -27,6 +29,7 @@ __all__ = [
     "FeedForwardModule",
     "GatedLinearUnit",
     "GroupedQuery",
+    "LatentAttention",
     "LayerNorm",
     "LearnedPositions",
     "LinearScaling",
@@ -45,6 +48,7 @@ __all__ = [
     "Rope",
     "RopeScaling",
     "SinusoidalPositions",
+    "SparseLatentAttention",
     "SwiGLU",
     "YarnScaling",
     "attend",
