@@ -3,10 +3,10 @@
 import jax
 from jaxtyping import Array, Float, Int
 
-Cache = dict[str, Float[Array, "b k s h"]]
+Cache = dict[str, Float[Array, "b k s _"]]
 
 
-def write(cache: Cache, new: dict[str, Float[Array, "b k t h"]], start: Int[Array, " b"]) -> Cache:
+def write(cache: Cache, new: dict[str, Float[Array, "b k t _"]], start: Int[Array, " b"]) -> Cache:
     """The cache with each row's new entries at its own place `start`."""
     written = {name: _write(cache[name], x.astype(cache[name].dtype), start) for name, x in new.items()}
     # Without it XLA:CPU writes once more inside what reads the cache, and copies the whole cache for that.

@@ -144,7 +144,9 @@ class SparseLatentAttentionModule(LatentAttentionModule):
         index = jnp.zeros((batch, 1, length, self.config.index_head_dim), dtype)
         return super().init_cache(batch, length, dtype) | {"index": shard(index, "batch", None, None, None)}
 
-    def _masked(self, attended: tuple[jax.Array, ...], index: Index, mask: AttentionMask, learns: bool) -> Any:
+    def _masked(
+        self, attended: tuple[jax.Array, jax.Array, jax.Array], index: Index, mask: AttentionMask, learns: bool
+    ) -> Any:
         """What each head reads, [B, T, N, V], from queries, keys and values.
 
         If the indexer `learns`, also how far its choice diverges from the attention weights [B, T].
