@@ -176,8 +176,9 @@ def test_values_may_have_another_size_than_keys(kernel: str, length: int, v_head
         ({"kv_lora_rank": 0}, "kv_lora_rank=0 must be at least 1"),
         ({"q_lora_rank": 0}, "q_lora_rank=0 must be at least 1, or none"),
         ({"qk_rope_head_dim": 3}, "qk_rope_head_dim=3 must be even"),
+        ({"rope": Rope(1e4, None, rotary_dim=2)}, r"rope\.rotary_dim has no place in latent attention"),
     ],
 )
-def test_impossible_sizes(fields: dict[str, int], sentence: str):
+def test_impossible_sizes(fields: dict, sentence: str):
     with pytest.raises(UserError, match=sentence):
         dataclasses.replace(CONFIG, **fields)

@@ -59,6 +59,8 @@ class LatentAttention(Mixer):
             raise UserError(f"q_lora_rank={self.q_lora_rank} must be at least 1, or none")
         if self.rope is not None and self.qk_rope_head_dim % 2:
             raise UserError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even for rotary positions")
+        if self.rope is not None and self.rope.rotary_dim is not None:
+            raise UserError("rope.rotary_dim has no place in latent attention: qk_rope_head_dim says how much turns")
 
     @property
     def scale(self) -> float:

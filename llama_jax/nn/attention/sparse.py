@@ -77,7 +77,7 @@ class Indexer(nnx.Module):
         outer, latent, key = {"embed": width}, {"embed": config.q_lora_rank}, {"_head_dim": config.index_head_dim}
         self.q_proj = Projection(latent, heads, bias=False, rngs=child(rngs, "q_proj"))
         self.k_proj = Projection(outer, key, bias=False, rngs=child(rngs, "k_proj"))
-        self.k_norm: Any = LayerNorm(eps=config.eps).build(config.index_head_dim, rngs=child(rngs, "k_norm"))
+        self.k_norm: Any = LayerNorm(eps=config.eps, bias=True).build(config.index_head_dim, rngs=child(rngs, "k_norm"))
         self.weights_proj = Projection(
             outer, {"heads": config.num_index_heads}, bias=False, rngs=child(rngs, "weights_proj")
         )
@@ -96,8 +96,7 @@ class Indexer(nnx.Module):
     def _rotate(self, x: Float[Array, "b t n h"], positions: Int[Array, "b t"]) -> Float[Array, "b t n h"]:
         if (rope := self.config.rope) is None:
             return x
-        rotary, rest = jnp.split(x, [self.config.qk_rope_head_dim], axis=-1)
-        return jnp.concatenate([rope.rotate(rotary, positions), rest], axis=-1)
+        return dataclasses.replace(rope, rotary_dim=self.config.qk_rope_head_dim).rotate(x, positions)
 
 
 class SparseLatentAttentionModule(LatentAttentionModule):
