@@ -4,8 +4,8 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -47,29 +47,20 @@ class BlockScaled:
         return result
 
 
-def block_scaled(tensors: Tensors, quantization: Mapping[str, Any]) -> Tensors:
-    """The tensors with scaled matrices in place of those in eight bits; `quantization` is the config's.
+def block_scaled(path: Path, tensors: Tensors, block: Sequence[int]) -> Tensors:
+    """The tensors of `path` with scaled matrices in place of those in eight bits.
 
-    Raises UserError for any other quantization, and for scales that do not fit.
+    Raises UserError for scales that do not fit.
     """
-    for key, only in {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}.items():
-        if (value := quantization.get(key, only if key != "quant_method" else None)) != only:
-            raise UserError(
-                f"config.json has quantization_config.{key}={value!r}, and only {only!r} is read: "
-                "take a release of these weights that is not quantized"
-            )
-    block = quantization.get("weight_block_size")
-    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
-        raise UserError(f"config.json has quantization_config.weight_block_size={block!r}: it must be two sizes")
     found = {name: tensor for name, tensor in tensors.items() if not name.endswith(SUFFIX)}
     for name in tensors.keys() - found.keys():
         if (values := tensors.get(name.removesuffix(SUFFIX))) is None:
-            raise UserError(f"the weights have '{name}' without '{name.removesuffix(SUFFIX)}'")
+            raise UserError(f"'{path}' has '{name}' without '{name.removesuffix(SUFFIX)}'")
         expected = tuple(-(-size // n) for size, n in zip(values.shape, block, strict=False))
         if len(values.shape) != 2 or tensors[name].shape != expected:
             raise UserError(
-                f"the weights have '{name}' with shape {tensors[name].shape}, and blocks of {block[0]} x {block[1]} "
-                f"in {values.shape} ask for {expected}"
+                f"'{path}' has '{name}' with shape {tensors[name].shape}, and blocks of {block[0]} x {block[1]} in "
+                f"{values.shape} ask for {expected}"
             )
         found[name.removesuffix(SUFFIX)] = BlockScaled(values, tensors[name], (block[0], block[1]))
     return found
