@@ -1,4 +1,4 @@
-"""A decoder that also learns to predict further tokens (multi-token prediction; DeepSeek-AI 2024, "DeepSeek-V3", 2.2)."""
+"""A decoder that learns to predict more than the next token (multi-token prediction; "DeepSeek-V3", 2024, 2.2)."""
 
 import dataclasses
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from llama_jax.config import UserError
 from llama_jax.models.block import STATISTIC, Aux, Block, Layers
@@ -107,12 +107,25 @@ class MTPDecoder(Decoder):
             )
         return predictions, aux
 
+    def mtp_logits(
+        self, tokens: Int[Array, "b t"], *, segment_ids: Int[Array, "b t"] | None = None
+    ) -> Float[Array, "b u v"]:
+        """float32 logits of the token after the next, at every position but the last, whose next is not there."""
+        further, (rows, length) = self.part(STACK), tokens.shape
+        if further is None:
+            raise UserError("a model with num_mtp_layers=0 predicts nothing but the next token: set it to 1 or more")
+        batch = {"tokens": tokens, "positions": jnp.broadcast_to(jnp.arange(length), (rows, length))}
+        batch = jax.tree.map(zigzag, batch | ({} if segment_ids is None else {"segment_ids": segment_ids}))
+        hidden, _ = self.trunk(**batch)
+        hidden, _ = self._deeper(next(further.blocks()), hidden, batch, 1, None)
+        return shard(self.logits(unzigzag(hidden)), "batch", None, "vocab")[:, :-1]
+
     def _deeper(
         self, block: MTPBlock, hidden: jax.Array, batch: Batch, depth: int, key: jax.Array | None
     ) -> tuple[jax.Array, Aux]:
-        positions, prefix = batch["positions"], batch.get("prefix")
-        fields = {"segment_ids": batch["segment_ids"], "prefix": prefix, "dropout_key": key}
-        mask = self.row_mask(positions.shape[1], **fields)
+        positions = batch["positions"]
+        seen = {name: batch.get(name) for name in ("segment_ids", "prefix")}
+        mask = self.row_mask(positions.shape[1], **seen, dropout_key=key)
         embedded = self.embed(_shifted(batch["tokens"], depth), positions, mask)
         graphdef, state = nnx.split(block)
 
