@@ -131,7 +131,7 @@ def test_scanned_and_recomputed_are_the_same(config, random_params, compute: Com
 def test_a_step_trains_all_blocks_and_balances_their_experts(config):
     """Biases of both stacks move, each by the load of its own layers."""
     hyper = OptimizerConfig(learning_rate=1e-2, warmup_steps=1).hyper(40)
-    state = init_state(initialize(config, 0), hyper)
+    state = init_state(initialize(config, 0), hyper, frozenset(buffers(config)))
     step = make_train_step(config, COMPUTE)
     batch = batch_of(config.vocab_size)
     _, aux = means(config, COMPUTE, state.params | state.buffers, batch)

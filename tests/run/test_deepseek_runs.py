@@ -12,7 +12,7 @@ import pytest
 import llama_jax
 from llama_jax import zoo
 from llama_jax.config import load_config_module
-from llama_jax.models import Compute, DecoderConfig, initialize
+from llama_jax.models import Compute, DecoderConfig, buffers, initialize
 from llama_jax.run import Run, RunConfig, train
 from llama_jax.training import OptimizerConfig, init_state, make_train_step
 
@@ -50,7 +50,7 @@ def test_it_learns_a_batch_by_heart(name: str):
     }
     batch = {key: jnp.asarray(value) for key, value in batch.items()}
     hyper = OptimizerConfig(learning_rate=1e-2, warmup_steps=5).hyper(60)
-    state = init_state(initialize(config, 0), hyper)
+    state = init_state(initialize(config, 0), hyper, frozenset(buffers(config)))
     step = make_train_step(config, Compute(dtype="float32"))
     history = []
     for _ in range(60):
