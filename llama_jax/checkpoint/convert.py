@@ -237,10 +237,10 @@ def _piece(place: str, parts: list[tuple[Weight, Any, tuple[int, ...]]], expert:
             else:
                 found.append(weight.to_source(_fetch(value, (*index, expert))[None]))
         whole = found[0] if len(found) == 1 else np.concatenate(found, axis=dim)
-        return whole if expert is None else whole[0]
+        return whole.reshape(parts[0][0].in_file(whole.shape)) if expert is None else whole[0]
 
     shapes = [weight.source_shape(value.shape[len(index) :]) for weight, value, index in parts]
-    shape = (*shapes[0][:dim], sum(own[dim] for own in shapes), *shapes[0][dim + 1 :])
+    shape = parts[0][0].in_file((*shapes[0][:dim], sum(own[dim] for own in shapes), *shapes[0][dim + 1 :]))
     return _Piece(place, np.dtype(parts[0][1].dtype), shape if expert is None else shape[1:], fetch)
 
 

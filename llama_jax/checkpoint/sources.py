@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax import zoo
-from llama_jax.checkpoint.formats import Cut, Stack, Tensor, Tensors
+from llama_jax.checkpoint.formats import Cut, Split, Stack, Tensor, Tensors
+from llama_jax.checkpoint.formats.block_scaled import block_scaled
 from llama_jax.checkpoint.formats.huggingface import read_directory
 from llama_jax.checkpoint.formats.llama2c import is_llama2c, read_llama2c
 from llama_jax.checkpoint.formats.meta import is_meta, read_meta
@@ -65,8 +66,8 @@ def open_source(path: str | Path) -> Source:
             raise UserError(f"'{path / 'config.json'}' has no model_type: it is not a Hugging Face config")
         family = zoo.family(data["model_type"])
         config, tensors = family.from_hf(data), _renamed(path, read_directory(path), getattr(family, "RENAMES", ()))
-        if hasattr(family, "read_tensors"):
-            tensors = family.read_tensors(data, tensors)
+        if quantization := data.get("quantization_config"):  # of a kind that `from_hf` has found to be this one
+            tensors = block_scaled(path, tensors, quantization["weight_block_size"])
         if hasattr(family, "with_tensors"):
             config = family.with_tensors(config, tensors)
         weights, tied = zoo.weights_of(family, config), getattr(family, "TIED", {})
@@ -172,12 +173,15 @@ def _find(
         raise UserError(f"'{source.path}' has '{found[0]}' and its like in different shapes")
     whole = Stack(parts) if experts != (None,) else parts[0]
     sizes = [w.source_shape(shapes[w.name]) for w in fused]
+    if weight.merged and whole.shape[0] % sizes[0][0] == 0:
+        whole = Split(whole, sizes[0][0])
     dim = weight.joined
     expected = (*sizes[0][:dim], sum(size[dim] for size in sizes), *sizes[0][dim + 1 :])
     if whole.shape != expected:
+        in_file = weight.in_file(expected)
         raise UserError(
             f"'{source.path}' has '{found[0]}' with shape {parts[0].shape}, and its config asks for "
-            f"{expected[len(whole.shape) - len(parts[0].shape) :]}"
+            f"{in_file[len(in_file) - len(parts[0].shape) :]}"
         )
     if len(fused) == 1:
         return whole

@@ -24,6 +24,7 @@ from llama_jax.models.layout import (
     per_layer,
 )
 from llama_jax.models.model import Model, build, from_params, initialize
+from llama_jax.models.mtp import MTPDecoder, MTPDecoderConfig
 from llama_jax.models.transformer import Prediction, Transformer
 
 __all__ = [
@@ -35,6 +36,8 @@ __all__ = [
     "EncoderDecoder",
     "EncoderDecoderConfig",
     "LayerOverride",
+    "MTPDecoder",
+    "MTPDecoderConfig",
     "Model",
     "ModelConfig",
     "Prediction",

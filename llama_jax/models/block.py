@@ -1,7 +1,7 @@
 """The block, the same for all models, and a stack of them."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -131,6 +131,14 @@ class Layers(nnx.Module):
 
     def __len__(self) -> int:
         return len(self.prefix)
+
+    def blocks(self) -> Iterator[Any]:
+        """All blocks, one by one."""
+        yield from self.prefix
+        if self.pattern:
+            graphdef, state = nnx.split(self.pattern)
+            for i in range(jax.tree.leaves(state)[0].shape[0]):
+                yield from nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], state))
 
     def __call__(
         self,

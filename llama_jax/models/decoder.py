@@ -66,10 +66,14 @@ class Decoder(Transformer):
     def _blocks(self, tokens, positions, segment_ids, prefix, key, outputs) -> tuple[Float[Array, "b t d"], Aux]:
         if positions is None:
             positions = zigzag(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
-        places = jnp.arange(tokens.shape[1])
-        mask = self.mask(segment_ids=segment_ids, prefix=prefix, bias=self.bias(places[None], places), dropout_key=key)
+        mask = self.row_mask(tokens.shape[1], segment_ids=segment_ids, prefix=prefix, dropout_key=key)
         x = self.embed(tokens, positions, mask)
         return self.layers(x, positions=positions, mask=mask, remat=self.compute.remat, outputs=outputs)
+
+    def row_mask(self, length: int, **fields: Any) -> AttentionMask:
+        """The mask of whole rows."""
+        places = jnp.arange(length)
+        return self.mask(bias=self.bias(places[None], places), **fields)
 
     def __call__(
         self,

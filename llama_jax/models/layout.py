@@ -134,12 +134,15 @@ def _init_stack(config: ModelConfig, stack: str, pieces: tuple[Any, ...], base: 
 
 
 def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and, under a mesh, shardings of all parameters; nothing is allocated."""
+    """Shapes and, under a mesh, shardings of all parameters; nothing is allocated. Buffers are always float32."""
+    kept = buffers(config)
     abstract = jax.eval_shape(functools.partial(init_params, config), 0)
     mesh = jax.sharding.get_mesh()
     return {
         name: jax.ShapeDtypeStruct(
-            a.shape, dtype, sharding=None if mesh.empty else jax.sharding.NamedSharding(mesh, a.sharding.spec)
+            a.shape,
+            jnp.float32 if name in kept else dtype,
+            sharding=None if mesh.empty else jax.sharding.NamedSharding(mesh, a.sharding.spec),
         )
         for name, a in abstract.items()
     }

@@ -9,6 +9,8 @@ from llama_jax.nn.absolute_positions import LearnedPositions, Positions, Positio
 from llama_jax.nn.attention.cross import CrossAttention, CrossAttentionModule
 from llama_jax.nn.attention.grouped_query import GroupedQuery
 from llama_jax.nn.attention.kernels import attend
+from llama_jax.nn.attention.latent import LatentAttention
+from llama_jax.nn.attention.sparse import SparseLatentAttention
 from llama_jax.nn.experts import Experts, GShardRouter, Router, SigmoidTopK, SoftmaxTopK, SwitchRouter
 from llama_jax.nn.feed_forward import MLP, GatedLinearUnit, SwiGLU
 from llama_jax.nn.masks import AttentionMask
@@ -35,6 +37,7 @@ __all__ = [
     "GShardRouter",
     "GatedLinearUnit",
     "GroupedQuery",
+    "LatentAttention",
     "LayerNorm",
     "LearnedPositions",
     "LinearScaling",
@@ -57,6 +60,7 @@ __all__ = [
     "SigmoidTopK",
     "SinusoidalPositions",
     "SoftmaxTopK",
+    "SparseLatentAttention",
     "SwiGLU",
     "SwitchRouter",
     "YarnScaling",

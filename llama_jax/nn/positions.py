@@ -21,6 +21,10 @@ class RopeScaling(Component):
         """What cos and sin are multiplied by."""
         return 1.0
 
+    def score_magnitude(self) -> float:
+        """What latent attention multiplies its scores by."""
+        return 1.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
@@ -131,6 +135,9 @@ class YarnScaling(RopeScaling):
         if self.mscale and self.mscale_all_dim:
             return self._m(self.mscale) / self._m(self.mscale_all_dim)
         return self._m(1.0)
+
+    def score_magnitude(self) -> float:
+        return self._m(self.mscale_all_dim) ** 2
 
     def frequencies(self, frequencies: np.ndarray, theta: float, head_dim: int) -> np.ndarray:
         def pair_with(turns: float) -> float:

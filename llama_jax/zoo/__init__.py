@@ -2,7 +2,7 @@
 
 In: a `model_type` or a preset's name. Out: a model config, and a table that says where each parameter comes from. A new
 family is one new module here, named after its `model_type`, with `PRESETS`, `from_hf`, `to_hf`, `WEIGHTS` (a table, or
-a function that makes it from the config) and `IGNORED`, and where it needs them `TIED`, `RENAMES`, `read_tensors` and
+a function that makes it from the config) and `IGNORED`, and where it needs them `TIED`, `RENAMES` and
 `with_tensors`; one whose weights nobody has released has only `PRESETS`. Nothing lists the families.
 """
 
@@ -33,12 +33,15 @@ class Weight:
     `pattern` is einops from their layout to ours without the layer dimension: `(n h) d -> d n h`. Axes called
     `two` and `half` have two entries: the first is how interleaved rotary pairs become halves,
     `(n h two) d -> d n (two h)`, and both together how those of half a head do, `(n half h two) d -> d n (half two h)`.
+    Parts that are joined in every head have `n h d -> d n h` and `merged`: the file has the pattern's first two
+    dimensions as one.
     """
 
     name: str
     source: str
     pattern: str
     joined: int = 0
+    merged: bool = False
 
     def _sides(self) -> tuple[list[list[str]], list[list[str]]]:
         left, right = (
@@ -93,8 +96,12 @@ class Weight:
             cuts.append(cut)
         return self._rearrange(part, self.pattern, sizes)[tuple(cuts)]
 
+    def in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the tensor in the file that the pattern sees as of `shape`."""
+        return (shape[0] * shape[1], *shape[2:]) if self.merged else shape
+
     def contiguous_dim(self) -> int:
-        """Our dimension along which blocks of the parameter are blocks of rows in the source."""
+        """Our dimension along which blocks of the parameter are blocks in the source, of rows if possible."""
         left, right = self._sides()
         return next(right.index(group[:1]) for group in left if group[:1] in right)
 

@@ -140,6 +140,21 @@ def write_rope(scaling: RopeScaling | None, family: str) -> dict[str, Any] | Non
     raise UserError(f"{type(scaling).__name__} has no place in {family}")
 
 
+def read_quantization(reader: ConfigReader) -> None:
+    """Takes `quantization_config` where there is one. Raises UserError unless it is fp8 with a scale for each block."""
+    if (found := reader.take("quantization_config", dict, None)) is None:
+        return
+    for key, only in {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}.items():
+        if (value := found.get(key, None if key == "quant_method" else only)) != only:
+            raise UserError(
+                f"config.json has quantization_config.{key}={value!r}, and only {only!r} is supported: take a release "
+                "of these weights that is not quantized"
+            )
+    block = found.get("weight_block_size")
+    if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+        raise UserError(f"config.json has quantization_config.weight_block_size={block!r}: it must be two sizes")
+
+
 def expect(piece: Any, wanted: type, family: str) -> Any:
     """`piece`, or UserError where it is not of just this type."""
     if type(piece) is not wanted:

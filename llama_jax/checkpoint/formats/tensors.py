@@ -106,6 +106,30 @@ class Stack:
 
 
 @dataclasses.dataclass(frozen=True)
+class Split:
+    """A tensor whose first dimension is seen as two, the first of them of this size."""
+
+    whole: Tensor
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, *rest = self.whole.shape
+        return (self.size, rows // self.size, *rest)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.whole.dtype
+
+    def read(self, slices: Slices = (), /) -> np.ndarray:
+        full = tuple(slices) + (slice(None),) * (len(self.shape) - len(slices))
+        start, stop, _ = full[0].indices(self.size)
+        inner = self.shape[1]
+        rows = self.whole.read((slice(start * inner, stop * inner), *full[2:]))
+        return rows.reshape(stop - start, inner, *rows.shape[1:])[:, full[1]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Joined:
     """Tensors that are pieces of one, in order along `dim` (model-parallel shards)."""
 

@@ -25,7 +25,10 @@ def splash_refuses(q: Any, k: Any, mask: AttentionMask) -> str | None:
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, *, scale: float) -> jax.Array:
-    """q [B, T, N, H], k and v [B, K, T, H] -> [B, T, N, H]. Interpreted where there is no TPU: slow, for tests."""
+    """q [B, T, N, H], k [B, K, T, H], v [B, K, T, V] -> [B, T, N, V].
+
+    Interpreted where there is no TPU: slow, for tests.
+    """
     num_heads, length = q.shape[2], q.shape[1]
     from jax.experimental.pallas.ops.tpu import splash_attention as sa  # imports Pallas, which takes a while
 
@@ -68,17 +71,20 @@ def cudnn_refuses(q: Any, k: Any, mask: AttentionMask) -> str | None:
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, *, scale: float) -> jax.Array:
-    """q [B, T, N, H], k and v [B, K, T, H] -> [B, T, N, H], on an NVIDIA GPU.
+    """q [B, T, N, H], k [B, K, T, H], v [B, K, T, V] -> [B, T, N, V], on an NVIDIA GPU.
 
-    Documents are kept apart by a dense mask [B, 1, T, T]: the kernel takes no segment ids.
+    Documents are kept apart by a dense mask [B, 1, T, T]: the kernel takes no segment ids, nor values of another size
+    than the keys.
     """
-    allowed = None
+    allowed, v_head_dim = None, v.shape[-1]
+    head_dim = max(q.shape[-1], v_head_dim)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, head_dim - x.shape[-1]))) for x in (q, k, v))
     if mask.segment_ids is not None:
         allowed = (mask.segment_ids[:, :, None] == mask.segment_ids[:, None])[:, None]
     window = None
     if mask.window is not None:
         window = (mask.window - 1, 0 if mask.causal else mask.window - 1)
-    return jax.nn.dot_product_attention(
+    y = jax.nn.dot_product_attention(
         q,
         k.swapaxes(1, 2),
         v.swapaxes(1, 2),
@@ -88,3 +94,4 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, *, scal
         local_window_size=window,
         implementation="cudnn",
     )
+    return y[..., :v_head_dim]

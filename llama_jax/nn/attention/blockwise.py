@@ -4,7 +4,7 @@ Neither direction ever holds more than a [T/16, 512] block of scores per head, a
 not computed: a causal block of queries reads only the keys up to its end, a window only those from its beginning on.
 Where a prefix may stand later, or queries at any place, all keys are read.
 
-Queries come grouped here: q [B, K, G, T, H], k and v [B, K, S, H].
+Queries come grouped here: q [B, K, G, T, H], k [B, K, S, H] and v [B, K, S, V], whose heads may have another size.
 """
 
 import functools
@@ -22,10 +22,12 @@ KEY_BLOCK = 512
 
 Grouped = Float[Array, "b k g t h"]
 Keys = Float[Array, "b k s h"]
+Values = Float[Array, "b k s v"]
+Result = Float[Array, "b k g t v"]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def blockwise(q: Grouped, k: Keys, v: Keys, mask: AttentionMask, scale: float) -> Grouped:
+def blockwise(q: Grouped, k: Keys, v: Values, mask: AttentionMask, scale: float) -> Result:
     """softmax(scale q k^T) v, in the dtype of q."""
     return _vjp_forward(q, k, v, mask, scale)[0]
 
@@ -45,7 +47,7 @@ def _vjp_backward(scale, residuals, d_out):
 blockwise.defvjp(_vjp_forward, _vjp_backward)
 
 
-def row_sums(d_out: Grouped, out: Grouped) -> Float[Array, "b k g t"]:
+def row_sums(d_out: Result, out: Result) -> Float[Array, "b k g t"]:
     """What the softmax's gradient subtracts from each row."""
     return jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
@@ -60,8 +62,8 @@ def scores(q: Grouped, k: Keys, mask: AttentionMask, first_query, first_key, sca
 
 
 def forward(
-    q: Grouped, k: Keys, v: Keys, mask: AttentionMask, scale: float
-) -> tuple[Float[Array, "b k g t h"], Float[Array, "b k g t"]]:
+    q: Grouped, k: Keys, v: Values, mask: AttentionMask, scale: float
+) -> tuple[Result, Float[Array, "b k g t"]]:
     """The result in float32, and the logsumexp of each row's scores, by which results over other keys can join."""
     q, mask, zero = _together(q, mask)
 
@@ -78,11 +80,11 @@ def forward(
             return (new_top, total * shrink + p.sum(-1), out * shrink[..., None] + part), ()
 
         shape = q_i.shape[:-1]
-        init = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(q_i.shape, jnp.float32))
+        init = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, v.shape[3]), jnp.float32))
         (top, total, out), _ = _over_keys(step, init, zero, first, stop)
         return carry, (out / total[..., None], top + jnp.log(total))
 
-    return _over_queries(block, (), q.shape[3], k.shape[2], mask)[1]
+    return over_queries(block, (), q.shape[3], k.shape[2], mask)[1]
 
 
 def backward(q, k, v, mask: AttentionMask, scale: float, logsumexp, delta, d_out) -> tuple[jax.Array, ...]:
@@ -108,7 +110,7 @@ def backward(q, k, v, mask: AttentionMask, scale: float, logsumexp, delta, d_out
         return carry, (d_q_i,)
 
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
-    (d_k, d_v), (d_q,) = _over_queries(block, zeros, q.shape[3], k.shape[2], mask)
+    (d_k, d_v), (d_q,) = over_queries(block, zeros, q.shape[3], k.shape[2], mask)
     return d_q, d_k, d_v
 
 
@@ -121,7 +123,7 @@ def _together(q: Grouped, mask: AttentionMask) -> tuple[Grouped, AttentionMask, 
     return jax.lax.optimization_barrier((q, mask, jnp.int32(0)))
 
 
-def _over_queries(block, carry, num_queries: int, num_keys: int, mask: AttentionMask):
+def over_queries(block, carry, num_queries: int, num_keys: int, mask: AttentionMask):
     """`block(carry, begin, size, first, stop) -> (carry, ys)` over blocks of queries and the keys [first, stop) that
     each may need; ys joined over queries. A scan where all need all keys; else what is masked is not computed."""
     size = max(MIN_QUERY_BLOCK, -(-num_queries // MAX_QUERY_BLOCKS))

@@ -3,12 +3,12 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import UserError
+from llama_jax.nn.attention.cache import Cache, write
 from llama_jax.nn.attention.kernels import attend
 from llama_jax.nn.dropout import check_rate
 from llama_jax.nn.masks import AttentionMask
@@ -17,8 +17,6 @@ from llama_jax.nn.norms import Norm
 from llama_jax.nn.parameters import Projection, child
 from llama_jax.nn.positions import Rope
 from llama_jax.parallel import shard
-
-Cache = dict[str, Float[Array, "b k s h"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +117,8 @@ class GroupedQueryModule(MixerModule):
         k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
         if cache is not None:
             assert mask.q_index is not None
-            start = mask.q_index[:, 0]
-            written = {"k": _write(cache["k"], k_BKSH, start), "v": _write(cache["v"], v_BKSH, start)}
-            # Without it XLA:CPU writes once more inside what reads the cache, and copies the whole cache for that.
-            written = jax.lax.optimization_barrier(written)
-            k_BKSH, v_BKSH = written["k"].astype(x.dtype), written["v"].astype(x.dtype)
-            cache = written
+            cache = write(cache, {"k": k_BKSH, "v": v_BKSH}, mask.q_index[:, 0])
+            k_BKSH, v_BKSH = cache["k"].astype(x.dtype), cache["v"].astype(x.dtype)
         scale = config.head_dim**-0.5 if config.scale is None else config.scale
         y_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, mask, scale=scale, softcap=config.softcap, dropout=config.dropout)
         return self.o_proj(y_BTNH), cache
@@ -134,11 +128,3 @@ class GroupedQueryModule(MixerModule):
         return {
             name: shard(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None) for name in ("k", "v")
         }  # [B, K, S, H]: with S before K the TPU program keeps a second, transposed cache.
-
-
-def _write(cache: Float[Array, "b k s h"], new: Float[Array, "b k t h"], start: Int[Array, " b"]) -> jax.Array:
-    """Each row's new entries at its own place; per-row slices, which need no communication on a mesh."""
-    if cache.shape[0] == 1:  # one slice is written in place; XLA:CPU copies what it scatters into
-        return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start[0], axis=2)
-    place = jax.vmap(lambda row, new_row, at: jax.lax.dynamic_update_slice_in_dim(row, new_row, at, axis=1))
-    return place(cache, new.astype(cache.dtype), start)

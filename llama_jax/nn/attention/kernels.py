@@ -1,8 +1,9 @@
 """Attention by the kernel that the run names, on whatever mesh.
 
-q [B, T, N, H], k and v [B, K, S, H]; query head n reads kv head n // (N/K). Softmax in float32, result in the dtype of
-q. Kernels see the local part of the arrays only: `attend` splits batch, heads and sequence over the mesh. A kernel does
-everything that the mask says or refuses by name. A new one is a function and a line in `KERNELS`.
+q [B, T, N, H], k [B, K, S, H], v [B, K, S, V]; query head n reads kv head n // (N/K). Softmax in float32, result
+[B, T, N, V] in the dtype of q. Kernels see the local part of the arrays only: `attend` splits batch, heads and sequence
+over the mesh. A kernel does everything that the mask says or refuses by name. A new one is a function and a line in
+`KERNELS`.
 """
 
 import contextlib
@@ -25,12 +26,14 @@ from llama_jax.parallel import fitting, mesh_axis_sizes, platform, shard, spec
 
 Queries = Float[Array, "b t n h"]
 Keys = Float[Array, "b k s h"]
+Values = Float[Array, "b k s v"]
+Results = Float[Array, "b t n v"]
 
 
 def reference(
     q: Queries,
     k: Keys,
-    v: Keys,
+    v: Values,
     mask: AttentionMask,
     bias: Float[Array, "#b n t s"] | None = None,
     keep: Bool[Array, "b n t s"] | None = None,
@@ -38,7 +41,7 @@ def reference(
     scale: float,
     softcap: float | None = None,
     dropout: float = 0.0,
-) -> Queries:
+) -> Results:
     """The plain formula, all scores at once: what every other kernel is compared with, and the one that does all."""
     if softcap is None and bias is None:
         scores = blockwise.scores(_grouped(q, k.shape[1]), k, mask, 0, 0, scale)
@@ -56,7 +59,7 @@ def reference(
     return _ungrouped(jnp.einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), v))
 
 
-def online(q: Queries, k: Keys, v: Keys, mask: AttentionMask, *, scale: float) -> Queries:
+def online(q: Queries, k: Keys, v: Values, mask: AttentionMask, *, scale: float) -> Results:
     """By blocks with an online softmax: memory linear in the sequence, on every platform."""
     return _ungrouped(blockwise.blockwise(_grouped(q, k.shape[1]), k, v, mask, scale))
 
@@ -154,13 +157,13 @@ def calls_of_attend() -> Iterator[list[Call]]:
 def attend(
     q: Queries,
     k: Keys,
-    v: Keys,
+    v: Values,
     mask: AttentionMask,
     *,
     scale: float,
     softcap: float | None = None,
     dropout: float = 0.0,
-) -> Queries:
+) -> Results:
     """softmax(scale q k^T + bias) v over the keys that `mask` allows, by the kernel that it names.
 
     `softcap` c squashes the scaled scores s to c tanh(s / c); `dropout` zeroes attention weights at this rate, in
@@ -214,13 +217,13 @@ def _sharded(
     kernel,
     q: Queries,
     k: Keys,
-    v: Keys,
+    v: Values,
     mask: AttentionMask,
     tensor: int,
     sequence: str | None,
     bias: jax.Array | None = None,
     keep: jax.Array | None = None,
-) -> Queries:
+) -> Results:
     """The kernel under shard_map: batch and heads split, and the sequence where the kernel can."""
     num_heads, num_kv_heads = q.shape[2], k.shape[1]
     heads = fitting("heads", num_heads)
@@ -249,6 +252,6 @@ def _per_group(x: Shaped[Array, "b n t s"], num_kv_heads: int) -> Shaped[Array, 
     return x.reshape(x.shape[0], num_kv_heads, -1, *x.shape[2:])
 
 
-def _ungrouped(y: Float[Array, "b k g t h"]) -> Queries:
+def _ungrouped(y: Float[Array, "b k g t v"]) -> Results:
     b, k, g, t, h = y.shape
     return y.transpose(0, 3, 1, 2, 4).reshape(b, t, k * g, h)

@@ -1,0 +1,145 @@
+"""A decoder that learns to predict more than the next token (multi-token prediction; "DeepSeek-V3", 2024, 2.2)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from llama_jax.config import UserError
+from llama_jax.models.block import STATISTIC, Aux, Block, Layers
+from llama_jax.models.compute import REMAT_POLICIES, Compute
+from llama_jax.models.config import Pieces
+from llama_jax.models.decoder import Decoder, DecoderConfig
+from llama_jax.models.transformer import Batch, Prediction
+from llama_jax.nn.attention.context import unzigzag, zigzag
+from llama_jax.nn.masks import AttentionMask
+from llama_jax.nn.parameters import Projection, child
+from llama_jax.parallel import shard
+
+STACK = "mtp_layers"
+
+
+@dataclasses.dataclass(frozen=True)
+class MTPDecoderConfig(DecoderConfig):
+    """A causal language model that in training predicts further tokens than the next, one more with each of its further
+    blocks. They share the embedding and the head, and take no part in generation.
+
+    num_mtp_layers: further tokens to predict.
+    mtp_weight: what the mean of the further losses is multiplied by.
+    """
+
+    num_mtp_layers: int = 0
+    mtp_weight: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_mtp_layers < 0:
+            raise UserError(f"num_mtp_layers={self.num_mtp_layers} must be at least 0")
+        if self.mtp_weight < 0:
+            raise UserError(f"mtp_weight={self.mtp_weight} must be at least 0")
+        if self.num_mtp_layers and self.norm is None:
+            raise UserError(f"num_mtp_layers={self.num_mtp_layers} needs a norm: what it joins has to be of one size")
+
+    def stacks(self) -> dict[str, tuple[Pieces, ...]]:
+        further = ((self.attention, self.feed_forward),) * self.num_mtp_layers
+        return super().stacks() | ({STACK: further} if further else {})
+
+    def build_block(self, stack: str, pieces: Pieces, *, rngs: nnx.Rngs) -> nnx.Module:
+        return (MTPBlock if stack == STACK else Block)(self, *pieces, rngs=rngs)
+
+    def build_model(self, parts: dict[str, nnx.Module], stacks: dict[str, Layers], compute: Compute) -> "MTPDecoder":
+        return MTPDecoder(self, parts, stacks, compute)
+
+    def tokens_of(self, name: str, target_length: int, source_length: int) -> int:
+        # The head is used once more with each further token.
+        times = 1 + self.num_mtp_layers if name.startswith(("lm_head.", "embedding.")) else 1
+        return times * super().tokens_of(name, target_length, source_length)
+
+
+class MTPBlock(Block):
+    """A block on what is known at each place, joined with the token that follows there (equations 21 and 22)."""
+
+    def __init__(self, config: MTPDecoderConfig, attention: Any, feed_forward: Any, *, rngs: nnx.Rngs):
+        super().__init__(config, attention, feed_forward, rngs=rngs)
+        width = config.hidden_size
+        assert config.norm is not None
+        self.enorm: Any = config.norm.build(width, rngs=child(rngs, "enorm"))
+        self.hnorm: Any = config.norm.build(width, rngs=child(rngs, "hnorm"))
+        self.eh_proj = Projection({"embed": 2 * width}, {"_width": width}, bias=False, rngs=child(rngs, "eh_proj"))
+        self.norm: Any = config.norm.build(width, rngs=child(rngs, "norm"))
+
+    def joined(self, hidden: Float[Array, "b t d"], embedded: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """What the block takes."""
+        return self.eh_proj(jnp.concatenate([self.enorm(embedded), self.hnorm(hidden)], axis=-1))
+
+
+class MTPDecoder(Decoder):
+    """A `Decoder` with further blocks that only training uses."""
+
+    def predictions(self, batch: Batch, *, key: jax.Array | None = None) -> tuple[list[Prediction], Aux]:
+        """The next token, then with each further block the one after. Each takes the main model's final hidden state,
+        or that of the block before, as its norm leaves it."""
+        (main,), aux = super().predictions(batch, key=key)
+        predictions, hidden, config = [main], main.hidden, self.config
+        assert isinstance(config, MTPDecoderConfig)
+        further = self.part(STACK)
+        for depth, block in enumerate(further.blocks() if further is not None else (), 1):
+            own_key = None if key is None else jax.random.fold_in(key, config.num_layers + depth)
+            hidden, found = self._deeper(block, hidden, batch, depth, own_key)
+            for name, value in found.items():
+                if name.startswith(STATISTIC):
+                    name = f"{STATISTIC}{STACK}.{name.removeprefix(STATISTIC)}"
+                aux[name] = jnp.concatenate([aux[name], value[None]]) if name in aux else value[None]
+            segments = batch["segment_ids"]
+            same = (_shifted(segments, depth, fill=-1) == segments).astype(batch["weights"].dtype)
+            predictions.append(
+                dataclasses.replace(
+                    main,
+                    name=f"mtp_{depth}_loss",
+                    hidden=hidden,
+                    targets=_shifted(batch["targets"], depth),
+                    weights=_shifted(batch["weights"], depth) * same,
+                    coefficient=config.mtp_weight / config.num_mtp_layers,
+                )
+            )
+        return predictions, aux
+
+    def mtp_logits(
+        self, tokens: Int[Array, "b t"], *, segment_ids: Int[Array, "b t"] | None = None
+    ) -> Float[Array, "b u v"]:
+        """float32 logits of the token after the next, at every position but the last, whose next is not there."""
+        further, (rows, length) = self.part(STACK), tokens.shape
+        if further is None:
+            raise UserError("a model with num_mtp_layers=0 predicts nothing but the next token: set it to 1 or more")
+        batch = {"tokens": tokens, "positions": jnp.broadcast_to(jnp.arange(length), (rows, length))}
+        batch = jax.tree.map(zigzag, batch | ({} if segment_ids is None else {"segment_ids": segment_ids}))
+        hidden, _ = self.trunk(**batch)
+        hidden, _ = self._deeper(next(further.blocks()), hidden, batch, 1, None)
+        return shard(self.logits(unzigzag(hidden)), "batch", None, "vocab")[:, :-1]
+
+    def _deeper(
+        self, block: MTPBlock, hidden: jax.Array, batch: Batch, depth: int, key: jax.Array | None
+    ) -> tuple[jax.Array, Aux]:
+        positions = batch["positions"]
+        seen = {name: batch.get(name) for name in ("segment_ids", "prefix")}
+        mask = self.row_mask(positions.shape[1], **seen, dropout_key=key)
+        embedded = self.embed(_shifted(batch["tokens"], depth), positions, mask)
+        graphdef, state = nnx.split(block)
+
+        def body(state: Any, hidden: jax.Array, embedded: jax.Array, mask: AttentionMask) -> tuple[jax.Array, Aux]:
+            block = nnx.merge(graphdef, state)
+            x, aux, _ = block(block.joined(hidden, embedded), positions=positions, mask=mask)
+            return block.norm(x), aux
+
+        if self.compute.remat != "none":
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.compute.remat])
+        return body(state, hidden, embedded, mask)
+
+
+def _shifted(x: jax.Array, by: int, fill: int = 0) -> jax.Array:
+    """What stands so many places later in each row of the text; `fill` where that is beyond its end."""
+    whole = shard(unzigzag(x), "batch", None)
+    return zigzag(jnp.pad(whole[:, by:], ((0, 0), (0, by)), constant_values=fill))

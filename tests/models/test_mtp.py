@@ -1,0 +1,185 @@
+"""Multi-token prediction: what its further blocks see, what they are to say, and that they stay out of all else."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.config import UserError
+from llama_jax.models import (
+    Compute,
+    DecoderConfig,
+    MTPDecoderConfig,
+    abstract_params,
+    assemble,
+    initialize,
+    num_parameters,
+)
+from llama_jax.nn import Experts, LayerNorm, SigmoidTopK
+from llama_jax.parallel import make_mesh, shard
+from llama_jax.training import OptimizerConfig, init_state, make_train_step
+from llama_jax.training.step import losses
+
+ROWS, LENGTH = 8, 16
+BIAS = "feed_forward.router.choice_bias"
+COMPUTE = Compute(dtype="float32", scan_layers=False, loss_chunk=8)
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config: DecoderConfig) -> MTPDecoderConfig:
+    """Two further blocks, and experts that a bias balances."""
+    experts = Experts(
+        num_experts=4,
+        intermediate_size=8,
+        router=SigmoidTopK(top_k=2, normalize=True, scaling=1.0, num_groups=1, top_groups=1, bias_update_rate=0.1),
+        activation="silu",
+        gated=True,
+    )
+    shared = {f.name: getattr(tiny_config, f.name) for f in dataclasses.fields(DecoderConfig)}
+    return MTPDecoderConfig(**shared | {"feed_forward": experts}, num_mtp_layers=2, mtp_weight=0.5)
+
+
+def batch_of(vocab_size: int, segments: list[int] | None = None) -> dict[str, jax.Array]:
+    """Rows of documents of these lengths."""
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(vocab_size, size=(ROWS, LENGTH + 1)).astype(np.int32)
+    lengths = segments or [LENGTH]
+    numbers = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    same_next = np.append(numbers[1:] == numbers[:-1], False)
+    batch = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": np.broadcast_to(same_next, (ROWS, LENGTH)).astype(np.float32),
+        "segment_ids": np.broadcast_to(numbers, (ROWS, LENGTH)).astype(np.int32),
+        "positions": np.broadcast_to(positions, (ROWS, LENGTH)).astype(np.int32),
+    }
+    return {name: jnp.asarray(x) for name, x in batch.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def means(config: MTPDecoderConfig, compute: Compute, params, batch):
+    found, aux = losses(params, batch, config, compute)
+    return {p.name: (ce / p.weights.sum(), p.weights, p.targets, p.coefficient) for p, _, ce in found}, aux
+
+
+def test_each_further_block_is_to_say_one_token_further(config, random_params):
+    params, batch = random_params(config), batch_of(config.vocab_size, [9, 7])
+    found, _ = means(config, COMPUTE, params, batch)
+    assert list(found) == ["loss", "mtp_1_loss", "mtp_2_loss"]
+    for depth in (1, 2):
+        _, weights, targets, coefficient = found[f"mtp_{depth}_loss"]
+        assert coefficient == 0.25  # of two, half
+        # Within its document the token that is so much further, and nothing where that would be beyond its end.
+        for begin, end in ((0, 9), (9, 16)):
+            told = slice(begin, end - 1 - depth)
+            np.testing.assert_array_equal(targets[:, told], batch["tokens"][:, begin + 1 + depth : end])
+            assert (weights[:, told] == 1).all()
+            assert (weights[:, end - 1 - depth : end] == 0).all()
+
+
+def test_the_first_further_logits_are_those_of_its_loss(config, random_params):
+    params, batch = random_params(config), batch_of(config.vocab_size)
+    model = assemble(config, params, COMPUTE)
+    log_probabilities = jax.nn.log_softmax(jax.jit(lambda tokens: model.mtp_logits(tokens))(batch["tokens"]))
+    own = jnp.take_along_axis(log_probabilities[:, :-1], batch["tokens"][:, 2:, None], axis=-1)
+    found, _ = means(config, COMPUTE, params, batch)
+    np.testing.assert_allclose(found["mtp_1_loss"][0], -own.mean(), rtol=1e-5)
+
+
+def test_a_further_block_sees_the_token_that_it_joins_and_none_after(config, random_params):
+    params, tokens = random_params(config), batch_of(config.vocab_size)["tokens"]
+    logits = jax.jit(assemble(config, params, COMPUTE).mtp_logits)
+    before, after = logits(tokens), logits(tokens.at[:, 8].set((tokens[:, 8] + 1) % config.vocab_size))
+    np.testing.assert_array_equal(before[:, :7], after[:, :7])
+    assert (jnp.abs(before[:, 7] - after[:, 7]).max(-1) > 1e-3).all()
+
+
+def test_packed_is_separate(config, random_params):
+    params, batch = random_params(config), batch_of(config.vocab_size, [9, 7])
+    logits = jax.jit(assemble(config, params, COMPUTE).mtp_logits)
+    # Rotary scores know distances alone, so both documents may count on.
+    packed = logits(batch["tokens"], segment_ids=batch["segment_ids"])
+    for begin, end in ((0, 9), (9, 16)):
+        alone = logits(batch["tokens"][:, begin:end])
+        np.testing.assert_allclose(packed[:, begin : end - 1], alone, atol=2e-5)
+
+
+def test_the_model_itself_is_that_of_no_further_blocks(config, random_params):
+    params, tokens = random_params(config), batch_of(config.vocab_size)["tokens"]
+    plain = dataclasses.replace(config, num_mtp_layers=0)
+    own = {name: value for name, value in params.items() if not name.startswith("mtp_layers.")}
+    assert own.keys() == abstract_params(plain).keys()
+    assert num_parameters(plain) < num_parameters(config)
+    with_blocks, without = (assemble(c, p, COMPUTE)(tokens) for c, p in ((config, params), (plain, own)))
+    np.testing.assert_array_equal(with_blocks, without)
+    assert list(means(plain, COMPUTE, own, batch_of(config.vocab_size))[0]) == ["loss"]
+    with pytest.raises(UserError, match="num_mtp_layers=0 predicts nothing but the next token"):
+        assemble(plain, own, COMPUTE).mtp_logits(tokens)
+
+
+@pytest.mark.parametrize("compute", [Compute(dtype="float32"), Compute(dtype="float32", remat="full")])
+def test_scanned_and_recomputed_are_the_same(config, random_params, compute: Compute):
+    params, batch = random_params(config), batch_of(config.vocab_size, [9, 7])
+    for name, (mean, *_) in means(config, COMPUTE, params, batch)[0].items():
+        np.testing.assert_allclose(means(config, compute, params, batch)[0][name][0], mean, rtol=1e-5)
+
+
+def test_a_step_trains_all_blocks_and_balances_their_experts(config):
+    """Biases of both stacks move, each by the load of its own layers."""
+    hyper = OptimizerConfig(learning_rate=1e-2, warmup_steps=1).hyper(40)
+    state = init_state(initialize(config, 0), hyper, frozenset(buffers(config)))
+    step = make_train_step(config, COMPUTE)
+    batch = batch_of(config.vocab_size)
+    _, aux = means(config, COMPUTE, state.params | state.buffers, batch)
+    loads = {
+        f"layers.{BIAS}": aux[f"statistic.{BIAS}"],
+        f"mtp_layers.{BIAS}": aux[f"statistic.mtp_layers.{BIAS}"],
+    }
+    first, metrics = dict(state.params), []
+    first = {name: np.asarray(value) for name, value in first.items()}
+    for _ in range(40):
+        state, found = step(state, batch, hyper)
+        metrics.append({name: float(found[name]) for name in ("loss", "mtp_1_loss", "mtp_2_loss")})
+        if len(metrics) == 1:
+            for name, load in loads.items():
+                assert load.shape == (2, 4)
+                wanted = 0.1 * np.sign(load.mean(-1, keepdims=True) - load)
+                np.testing.assert_allclose(state.buffers[name], wanted, atol=1e-6)
+    for name, value in state.params.items():
+        assert np.abs(value - first[name]).max() > 1e-4, name
+    for name in ("loss", "mtp_1_loss", "mtp_2_loss"):
+        assert metrics[-1][name] < 0.3 * metrics[0][name], name
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 2, "tensor": 2, "expert": 2}, {"data": 4, "context": 2}])
+def test_eight_devices_compute_what_one_computes(config, random_params, mesh: dict[str, int]):
+    params, batch = random_params(config), batch_of(config.vocab_size, [9, 7])
+    expected, _ = means(config, COMPUTE, params, batch)
+    with jax.set_mesh(make_mesh(mesh)):
+        placed = {name: jax.device_put(params[name], a.sharding) for name, a in abstract_params(config).items()}
+        found, _ = means(config, COMPUTE, placed, {k: shard(x, "batch", "sequence") for k, x in batch.items()})
+    for name, (mean, *_) in expected.items():
+        np.testing.assert_allclose(np.asarray(found[name][0]), mean, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"num_mtp_layers": -1}, "num_mtp_layers=-1 must be at least 0"),
+        ({"mtp_weight": -0.1}, "mtp_weight=-0.1 must be at least 0"),
+        ({"norm": None}, "num_mtp_layers=2 needs a norm"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(config, change: dict, sentence: str):
+    with pytest.raises(UserError, match=sentence):
+        dataclasses.replace(config, **change)
+
+
+def test_any_norm_will_do(config, random_params):
+    other = dataclasses.replace(config, norm=LayerNorm(eps=1e-5, bias=True), num_mtp_layers=1)
+    logits = assemble(other, random_params(other), COMPUTE).mtp_logits(batch_of(other.vocab_size)["tokens"])
+    assert jnp.isfinite(logits).all()
