@@ -33,9 +33,7 @@ OBJECTIVE = BlankFilling(two_dimensional=False)
 def get_config() -> RunConfig:
     return RunConfig(
         model=presets()["chatglm2_6b"],
-        tokenizer=TokenizerConfig(
-            path=None, kind="bpe", vocab_size=65_024, special_tokens=OBJECTIVE.special_tokens()
-        ),
+        tokenizer=TokenizerConfig(path=None, kind="bpe", vocab_size=65_024, special_tokens=OBJECTIVE.special_tokens()),
         data=DataConfig(path=(), objective=OBJECTIVE, packing="best_fit"),
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2000),
         num_steps=TOKENS // (GLOBAL_BATCH_SIZE * SEQUENCE_LENGTH),
