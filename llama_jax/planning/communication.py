@@ -2,7 +2,8 @@
 
 Formulas: "How to scale your model" (jax-ml.github.io/scaling-book), chapters 3 and 5. What is sent follows from how
 this package computes: weights are split over `fsdp` in storage only and gathered in the compute type for their product;
-`tensor` sums the outputs of products over split dimensions; `context` passes keys and values around a ring.
+`tensor` sums the outputs of products over split dimensions; `context` passes keys and values around a ring; `expert`
+brings tokens to their experts and back.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from llama_jax.planning.workload import Local
 class Traffic:
     """All collectives of one kind over one mesh axis, for the same purpose.
 
-    what: parameters, gradients, activations, keys and values, or their gradients.
+    what: parameters, gradients, activations, tokens of experts, keys and values, or their gradients.
     kind: all-gather, reduce-scatter, all-reduce or collective-permute.
     axis: of the mesh.
     backward: whether in the backward pass.
@@ -52,6 +53,8 @@ def traffic(local: Local) -> list[Traffic]:
         found += _of_activations(local)
     if local.sizes["context"] > 1:
         found += _of_keys(local)
+    if local.sizes["expert"] > 1:
+        found += _of_tokens(local)
     total: dict[tuple[str, str, str, bool], int] = {}
     for t in found:
         key = (t.what, t.kind, t.axis, t.backward)
@@ -75,8 +78,8 @@ def _of_weights(local: Local) -> list[Traffic]:
             kept //= local.sizes["fsdp"]
         elif local.sizes["fsdp"] > 1:
             found += [Traffic("gradients", "all-reduce", "fsdp", True, size)]
-        for axis in ("data", "context"):
-            if local.sizes[axis] > 1:
+        for axis in ("data", "context", "expert"):
+            if local.sizes[axis] > 1 and not (axis == "expert" and weight.experts):
                 found += [Traffic("gradients", "all-reduce", axis, True, kept)]
     return found
 
@@ -90,7 +93,7 @@ def _of_activations(local: Local) -> list[Traffic]:
         if weight.sums:
             found.append((False, tokens * weight.copies * weight.outputs))
             # Attention's sum is made again for what follows it in the layer; the feed-forward's is followed by nothing.
-            if local.workload.compute.remat == "full" and weight.module != "layers.feed_forward":
+            if local.workload.compute.remat == "full" and not weight.of_feed_forward:
                 found.append((True, tokens * weight.copies * weight.outputs))
         if weight.splits and weight.layers:  # the gradient of its input is a sum too; for all that share it, one
             inputs[weight.module] = tokens * weight.copies * weight.inputs
@@ -98,6 +101,15 @@ def _of_activations(local: Local) -> list[Traffic]:
         found += [(False, tokens * width), (True, tokens * width)]  # embedded tokens; the loss's gradient
     found += [(True, size) for size in inputs.values()]
     return [Traffic("activations", "all-reduce", "tensor", backward, size) for backward, size in found]
+
+
+def _of_tokens(local: Local) -> list[Traffic]:
+    """To the devices of all experts, and what these return: at most, as it is where nothing is dropped."""
+    layers = sum(weight.layers for weight in local.model.weights if weight.experts and weight.returns)
+    size = layers * local.sizes["expert"] * local.tokens * local.workload.parts * local.itemsize
+    size *= local.workload.model.hidden_size
+    kinds = ("all-gather", "reduce-scatter")
+    return [Traffic("tokens", kind, "expert", backward, size) for kind in kinds for backward in (False, True)]
 
 
 def _of_keys(local: Local) -> list[Traffic]:

@@ -158,12 +158,12 @@ def _passes(local: Local, sent: list[Traffic], kernel: str) -> list[_Pass]:
     model, size, policy, parts = local.model, local.itemsize, local.workload.compute.remat, local.workload.parts
     tokens = local.tokens * parts
     head = model["embedding.weight" if local.workload.model.tie_embeddings else "lm_head.weight"]
-    layers = 2 * tokens * sum(w.layers * w.used for w in model.products)
+    layers = 2 * tokens * sum(w.layers * w.met for w in model.products)
     logits = 2 * tokens * head.used
     scores = tokens * model.scores * local.workload.sequence_length / 2
     # Of a layer that is computed again, what only a sum consumes is not: the feed-forward's result, or a saved one.
-    skipped = [w for w in model.products if w.returns and (policy == "attention" or w.module == "layers.feed_forward")]
-    repeated = layers - 2 * tokens * sum(w.layers * w.used for w in skipped)
+    skipped = [w for w in model.products if w.returns and (policy == "attention" or w.of_feed_forward)]
+    repeated = layers - 2 * tokens * sum(w.layers * w.met for w in skipped)
     again = {"none": 0.0, "dots": scores}.get(policy, repeated + scores)
     of = widths(local)
     gathered = parts * size * sum(w.layers * w.used for w in model.products)

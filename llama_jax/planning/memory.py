@@ -65,8 +65,8 @@ def widths(local: Local) -> Widths:
         residual=local.workload.model.num_layers * local.workload.model.hidden_size,
         inputs=sum(width for _, width in inputs),
         outputs=sum(w.layers * w.outputs for w in local.model.products if not w.returns),
-        mixed=sum(w.layers * w.inputs for w in last if w.module != "layers.feed_forward"),
-        inner=sum(w.layers * w.inputs for w in last if w.module == "layers.feed_forward"),
+        mixed=sum(w.layers * w.inputs for w in last if not w.of_feed_forward),
+        inner=sum(w.layers * w.inputs for w in last if w.of_feed_forward),
     )
 
 

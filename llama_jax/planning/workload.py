@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType
 from llama_jax.config import UserError
 from llama_jax.models import Compute, ModelConfig
 from llama_jax.nn import Projection
+from llama_jax.nn.experts.experts import ExpertsModule
 from llama_jax.parallel import MeshConfig, batch_parts, mesh_axis_sizes, spec, split_over
 from llama_jax.training import OptimizerConfig
 
@@ -73,22 +74,26 @@ class LocalWeight:
     layers: layers that have it; 0 for one around them.
     stored: elements, of all layers.
     used: elements of one layer's, gathered for its product.
+    met: elements of one layer's that a token is multiplied with: of the experts on all devices, those it goes to.
     inputs: elements per token that its product takes; 0 where it takes part in none.
     outputs: that its product makes.
     sums: whether its product is a sum over the tensor axis.
     splits: whether the tensor axis splits what its product makes.
     returns: whether its product returns to the residual stream.
+    experts: whether it is of experts, of which a token meets a few.
     """
 
     name: str
     layers: int
     stored: int
     used: int
+    met: int
     inputs: int
     outputs: int
     sums: bool
     splits: bool
     returns: bool
+    experts: bool
 
     @property
     def copies(self) -> int:
@@ -103,6 +108,10 @@ class LocalWeight:
     def module(self) -> str:
         """What it belongs to: `layers.attention`."""
         return self.name.rsplit(".", 2)[0]
+
+    @property
+    def of_feed_forward(self) -> bool:
+        return self.name.split(".")[1] == "feed_forward"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +215,10 @@ class _Weight:
     axes: tuple[str | None, ...]
     layers: int
     in_dims: int
+    choices: int
+    """Experts that a token goes to, of those along the first dimension; 0 where there are none."""
+    drops: bool
+    """Whether experts have a capacity."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -227,8 +240,17 @@ def _weights(model: ModelConfig) -> dict[str, _Weight]:
 def _of_module(prefix: str, module: nnx.Module, layers: int) -> dict[str, _Weight]:
     nodes = [(".".join(map(str, path)), node) for path, node in nnx.iter_graph(module)]
     contracts = {f"{path}.weight": len(node.in_shape) for path, node in nodes if isinstance(node, Projection)}
+    experts = {
+        f"{path}.experts.{name}_proj.weight": (node.config.router.choices, node.config.drops)
+        for path, node in nodes
+        if isinstance(node, ExpertsModule)
+        for name in node.experts.params()
+    }
+    contracts |= dict.fromkeys(experts, 1)
     return {
-        prefix + path: _Weight(node.shape, node.get_metadata("axes"), layers, contracts.get(path, 0))
+        prefix + path: _Weight(
+            node.shape, node.get_metadata("axes"), layers, contracts.get(path, 0), *experts.get(path, (0, False))
+        )
         for path, node in nodes
         if isinstance(node, nnx.Param)
     }
@@ -241,17 +263,22 @@ def _localized(name: str, weight: _Weight) -> LocalWeight:
     def size(axes: tuple[str | None, ...], dims: slice = slice(None)) -> int:
         return math.prod(weight.shape[dims]) // _parts(spec(*axes[dims], shape=weight.shape[dims]))
 
-    ins, outs = slice(0, weight.in_dims), slice(weight.in_dims, None)
+    first, times = (1, weight.choices) if weight.choices else (0, 1)
+    # Where nothing is dropped there is room for the tokens of all devices, since all may choose the experts of one.
+    rows = times if weight.drops or not weight.choices else times * mesh_axis_sizes().get("expert", 1)
+    ins, outs = slice(first, first + weight.in_dims), slice(first + weight.in_dims, None)
     return LocalWeight(
         name=name,
         layers=weight.layers,
         stored=max(1, weight.layers) * size(weight.axes),
         used=size(gathered),
-        inputs=size(gathered, ins) if weight.in_dims else 0,
-        outputs=size(gathered, outs) if weight.in_dims else 0,
+        met=times * size(gathered, slice(first, None)),
+        inputs=rows * size(gathered, ins) if weight.in_dims else 0,
+        outputs=rows * size(gathered, outs) if weight.in_dims else 0,
         sums=weight.in_dims > 0 and size(gathered, ins) < math.prod(weight.shape[ins]),
         splits=weight.in_dims > 0 and size(gathered, outs) < math.prod(weight.shape[outs]),
         returns=weight.in_dims > 0 and weight.axes[outs] == ("embed",),
+        experts=weight.choices > 0,
     )
 
 

@@ -22,8 +22,7 @@ from llama_jax.nn.attention.context import unzigzag, zigzag
 from llama_jax.parallel import axes_of, mesh_axis_sizes, platform, shard, spec
 
 AXIS = "expert"
-# Rows that a product takes of one expert at a time, by platform: groups are padded to a multiple. On others it is
-# `ragged_dot`.
+# Rows that a product takes of one expert at a time; groups are padded to a multiple. Other platforms have `ragged_dot`.
 BLOCKS = {"cpu": 64, "gpu": 256, "cuda": 256}
 
 # [rows, D] and weights by name, each product through the function -> [rows, D].

@@ -1,0 +1,62 @@
+"""Plans of mixtures of experts: a token meets the experts that it goes to, and no others."""
+
+import dataclasses
+import math
+
+import pytest
+
+from llama_jax.models import Compute, abstract_params
+from llama_jax.nn import Experts, SoftmaxTopK
+from llama_jax.parallel import MeshConfig
+from llama_jax.planning.communication import traffic
+from llama_jax.planning.workload import Local, Workload
+from llama_jax.training import OptimizerConfig
+from llama_jax.training.optimizer import is_matrix
+
+EXPERTS = Experts(8, 64, SoftmaxTopK(2, normalize=True), "silu", gated=True, num_shared=1)
+
+
+def local(tiny_config, feed_forward: Experts = EXPERTS, **axes: int) -> Local:
+    model = dataclasses.replace(tiny_config, feed_forward=feed_forward)
+    mesh = MeshConfig(**({"fsdp": 1} | axes))
+    workload = Workload(
+        model=model, mesh=mesh, compute=Compute(), optimizer=OptimizerConfig(1e-3, 1), global_batch_size=16,
+        sequence_length=32,
+    )  # fmt: skip
+    return Local.of(workload, math.prod(axes.values()) if axes else 1)
+
+
+@pytest.mark.parametrize("axes", [{}, {"expert": 4}, {"expert": 2, "tensor": 2}], ids=str)
+def test_products_are_those_of_the_active_parameters(tiny_config, axes: dict):
+    found = local(tiny_config, **axes)
+    params = abstract_params(found.workload.model)
+    matrices = sum(
+        math.prod(p.shape) for name, p in params.items() if is_matrix(name, p) and name.startswith("layers.")
+    )
+    active = matrices - 2 * EXPERTS.idle_parameters(found.workload.model.hidden_size)
+    tokens = found.workload.global_batch_size * found.workload.sequence_length
+    devices = math.prod(axes.values())
+    met = sum(w.layers * w.met for w in found.model.products)
+    # The router is whole on every device of a tensor axis, and small.
+    router = sum(math.prod(p.shape) for name, p in params.items() if "router" in name)
+    assert tokens * (active - router) <= (met + router) * found.tokens * devices <= tokens * (active + 2 * router)
+
+
+def test_experts_lie_apart_and_all_else_is_summed(tiny_config):
+    alone, split = local(tiny_config), local(tiny_config, expert=4)
+    up, q = "layers.feed_forward.experts.up_proj.weight", "layers.attention.q_proj.weight"
+    assert split.model[up].stored * 4 == alone.model[up].stored
+    assert split.model[q].stored == alone.model[q].stored
+    assert split.tokens * 4 == alone.tokens
+    sums = [t for t in traffic(split) if (t.what, t.axis) == ("gradients", "expert")]
+    others = sum(w.copies * w.used for w in split.model.weights if not w.experts)
+    assert sum(t.bytes for t in sums) == others * split.itemsize
+    kinds = {(t.kind, t.backward) for t in traffic(split) if t.what == "tokens"}
+    assert kinds == {(kind, backward) for kind in ("all-gather", "reduce-scatter") for backward in (False, True)}
+
+
+def test_room_for_all_tokens_unless_some_are_dropped(tiny_config):
+    name = "layers.feed_forward.experts.up_proj.weight"
+    bounded = dataclasses.replace(EXPERTS, capacity_factor=1.25)
+    assert local(tiny_config).model[name].outputs == local(tiny_config, bounded, expert=4).model[name].outputs
+    assert local(tiny_config, expert=4).model[name].outputs == 4 * local(tiny_config).model[name].outputs
