@@ -10,6 +10,7 @@ from llama_jax.models import ModelConfig, abstract_params, initialize
 from llama_jax.models.layout import Params
 from llama_jax.run.config import RunConfig
 
+EMBEDDING = "embedding.weight"
 NAMED = 8  # parameters that a line names
 
 
@@ -34,13 +35,17 @@ class Inheritance:
 def inheritance(config: RunConfig, components: Sequence[type] = ()) -> Inheritance:
     """What `config.model` takes of the weights of `config.init_from`: parameters of the same name and shape.
 
-    Reads no weights. Raises UserError where there are none, or none of them fits.
+    Reads no weights. Raises UserError where there are none, and where the embedding is not among them.
     """
     assert config.init_from is not None
     found, wanted = (_shapes(c) for c in (config_of(config.init_from, components), config.model))
     taken = tuple(name for name in wanted if found.get(name) == wanted[name])
-    if not taken:
-        raise UserError(f"init_from='{config.init_from}' has no parameter of model's names and shapes: give another")
+    if EMBEDDING not in taken:
+        shapes = [shapes.get(EMBEDDING, "missing") for shapes in (found, wanted)]
+        raise UserError(
+            f"init_from='{config.init_from}' has another embedding than model ({shapes[0]}, not {shapes[1]}): give a "
+            "model of its sizes"
+        )
     new, left = (tuple(name for name in names if name not in taken) for names in (wanted, found))
     return Inheritance(taken, new, left)
 
