@@ -47,17 +47,17 @@ def config(run_config: RunConfig) -> RunConfig:
     config = dataclasses.replace(
         config,
         model=model,
+        tokenizer=dataclasses.replace(config.tokenizer, kind="bpe", vocab_size=380),
         data=dataclasses.replace(run_config.data, objective=objective, packing="best_fit"),
         logging=dataclasses.replace(run_config.logging, sample_prompts=(PROMPT,)),
         checkpoint=run_config.checkpoint,
+        sequence_length=24,
     )
     return override(
         config,
         {
-            "tokenizer.vocab_size": 380,
             "num_steps": 8,
             "global_batch_size": 8,
-            "sequence_length": 24,
             "mesh.data": 2,
             "mesh.fsdp": 2,
             "mesh.tensor": 2,
