@@ -1,9 +1,7 @@
 """The training loop: data in, steps, metrics, validation, checkpoints, samples."""
 
 import contextlib
-import dataclasses
 import functools
-import itertools
 import math
 import signal
 import sys
@@ -17,21 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from llama_jax.checkpoint.language_model import CHECKPOINTS_DIRECTORY, CONFIG_FILE, TOKENIZER_DIRECTORY
+from llama_jax.checkpoint.language_model import CHECKPOINTS_DIRECTORY, CONFIG_FILE
 from llama_jax.checkpoint.store import CheckpointStore
-from llama_jax.config import UserError
-from llama_jax.data import Causal, DataConfig, Dataset, ValidationBatches, Vocabulary, prepare_dataset, read_texts
-from llama_jax.data.objectives import SequenceToSequence
+from llama_jax.data import Causal, Dataset, ValidationBatches
 from llama_jax.data.windows import Batch
 from llama_jax.models import EncoderDecoderConfig, abstract_params, buffers
-from llama_jax.parallel import MeshConfig, distributed, make_mesh, mesh_axis_sizes, platform
+from llama_jax.parallel import distributed, make_mesh, mesh_axis_sizes, platform
 from llama_jax.run.config import RunConfig
-from llama_jax.run.directory import SAMPLES_FILE, Run, check_directory, start_run, write_text
-from llama_jax.run.initial import first_params, inheritance
+from llama_jax.run.directory import SAMPLES_FILE, Run, start_run, write_text
+from llama_jax.run.initial import first_params
 from llama_jax.run.planning import mesh_of
-from llama_jax.run.reporting import Bar, JsonLines, TensorBoard, WeightsAndBiases, Writer, check_writers
-from llama_jax.sampling import encode_prompt, generate_text
-from llama_jax.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
+from llama_jax.run.preparing import check_shared, open_dataset, prepare
+from llama_jax.run.reporting import Bar, JsonLines, TensorBoard, WeightsAndBiases, Writer
+from llama_jax.sampling import generate_text
 from llama_jax.training import (
     CPU_COMPILER_OPTIONS,
     PreflightFailed,
@@ -43,8 +39,6 @@ from llama_jax.training import (
     preflight,
     train_flops_per_token,
 )
-
-SAMPLE_TOKENS = 128
 
 
 class RunFailed(RuntimeError):
@@ -65,109 +59,13 @@ def train(config: RunConfig, run_dir: str | Path, *, components: Sequence[type] 
     devices = jax.devices()  # several processes find their devices together
     mesh = mesh_of(config, devices)
     # All that can be wrong is found out before anything is written; of several processes, the first does it for all.
-    directories, vocabulary, sample_tokens = distributed.from_main(lambda: _prepare(run, mesh, len(devices)))
+    directories, vocabulary, sample_tokens = distributed.from_main(lambda: prepare(run, mesh, len(devices)))
     with jax.set_mesh(make_mesh(mesh)):
-        loop = distributed.agreed(lambda: _Loop(run, _open_dataset(run, directories, vocabulary), sample_tokens))
+        loop = distributed.agreed(lambda: _Loop(run, open_dataset(run, directories, vocabulary), sample_tokens))
         distributed.from_main(lambda: start_run(run, loop.dataset))
         distributed.agreed(lambda: check_shared(run.directory / CONFIG_FILE, "--run-dir"))
         loop.run()
     return run
-
-
-def _prepare(run: Run, mesh: MeshConfig, num_devices: int) -> list[Any]:
-    """The tokenized corpora's directories, what of the tokenizer the objective needs, and the length of samples.
-
-    Raises UserError for all that cannot run here.
-    """
-    config = run.config
-    dataclasses.replace(config, mesh=mesh).check_mesh(num_devices)
-    check_writers(config.logging)
-    check_directory(run)
-    if config.init_from is not None and not (run.directory / CONFIG_FILE).exists():
-        inheritance(config, run.components)
-    tokenizer = run.tokenizer = _tokenizer(run)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, more than model.vocab_size={config.model.vocab_size}: "
-            f"set model.vocab_size to {tokenizer.vocab_size} or more"
-        )
-    vocabulary = Vocabulary.of(tokenizer, config.data.objective.texts())
-    _check_start(config, vocabulary)
-    sample_tokens = _sample_tokens(config, tokenizer)
-    directories = [str(directory.absolute()) for directory in _prepare_dataset(config, tokenizer)]
-    return [directories, dataclasses.asdict(vocabulary), sample_tokens]
-
-
-def check_shared(file: Path, key: str) -> None:
-    """Raises UserError where process 0 has written a file that this process does not see."""
-    if not file.exists():
-        raise UserError(f"'{file}' was written by process 0 and is not here: set {key} to a place that all hosts share")
-
-
-def _tokenizer(run: Run) -> Tokenizer:
-    """The run's tokenizer, from its directory once it is there."""
-    if (run.directory / TOKENIZER_DIRECTORY).is_dir():
-        return run.tokenizer
-    config = run.config.tokenizer
-    return trained_tokenizer(config, run.config.data) if config.path is None else load_tokenizer(config.path)
-
-
-def trained_tokenizer(config: TokenizerConfig, data: DataConfig) -> Tokenizer:
-    """One of the training documents, with the special tokens that the objective needs."""
-    texts = itertools.chain.from_iterable(read_texts(source, "train") for _, source in data.corpora())
-    of_chats = data.chat_template.special_tokens() if data.chat_template is not None else ()
-    special = tuple(dict.fromkeys((*config.special_tokens, *data.objective.special_tokens(), *of_chats)))
-    return train_tokenizer(texts, kind=config.kind, vocab_size=config.vocab_size, special_tokens=special)
-
-
-def _sample_tokens(config: RunConfig, tokenizer: Tokenizer) -> int:
-    """How many tokens the model can write after the longest of the prompts."""
-    limit = config.model.max_positions
-    # An encoder-decoder writes after its start token, however long the prompt is that it reads.
-    longest, own = (limit, 1) if isinstance(config.model, EncoderDecoderConfig) else (limit - 1, None)
-    left = limit
-    for prompt in config.logging.sample_prompts:
-        size = len(encode_prompt(config.model, tokenizer, prompt))
-        if size > longest:
-            raise UserError(
-                f"a prompt of logging.sample_prompts has {size} tokens, and model.max_positions={limit} leaves no "
-                "room to continue it: shorten it"
-            )
-        left = min(left, limit - (own or size))
-    return min(SAMPLE_TOKENS, left)
-
-
-def _check_start(config: RunConfig, vocabulary: Vocabulary) -> None:
-    """Raises UserError where the decoder is trained to begin with another token than it will begin with."""
-    model, objective = config.model, config.data.objective
-    if not isinstance(model, EncoderDecoderConfig) or not isinstance(objective, SequenceToSequence):
-        return
-    start = vocabulary.boundary(objective.start_token)
-    if start != model.decoder_start_id:
-        raise UserError(
-            f"model.decoder_start_id={model.decoder_start_id} is not the token {start} that "
-            f"data.objective.start_token={objective.start_token!r} puts first: set the one or the other"
-        )
-
-
-def _prepare_dataset(config: RunConfig, tokenizer: Tokenizer) -> list[Path]:
-    bar: Bar | None = None
-    with contextlib.ExitStack() as stack:
-
-        def progress(done: int, total: int) -> None:
-            nonlocal bar
-            bar = bar or stack.enter_context(Bar("tokenizing", 0, total))
-            bar.advance(done)
-
-        return prepare_dataset(config.data, tokenizer, sequence_length=config.sequence_length, progress=progress)
-
-
-def _open_dataset(run: Run, directories: Sequence[str], vocabulary: dict[str, Any]) -> Dataset:
-    for directory in directories:
-        check_shared(Path(directory), "data.cache_dir")
-    for name in ("start_ids", "sentence_ends"):
-        vocabulary[name] = tuple(vocabulary[name])  # a list, if it came from another process
-    return run.open_dataset([Path(directory) for directory in directories], Vocabulary(**vocabulary))
 
 
 class _Loop:

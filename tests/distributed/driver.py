@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from llama_jax import __main__ as command_line
 from llama_jax.checkpoint.store import CheckpointStore, to_disk
-from llama_jax.run import training
+from llama_jax.run import preparing, training
 
 
 def whole(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:
@@ -70,7 +70,7 @@ def main(folder: Path, moment: str, argv: list[str]) -> int:
     training.to_devices, CheckpointStore.save, CheckpointStore.load = place, save, load
     check: Callable[..., None] = training.check_shared
     if kind == "hide":
-        training.check_shared = unseen
+        training.check_shared = preparing.check_shared = unseen
     if kind == "stop":
         multihost_utils.reached_preemption_sync_point = lambda step: step == int(number)
     return command_line.main(["train", *argv])

@@ -44,7 +44,7 @@ from llama_jax.nn import (
 )
 from llama_jax.parallel import make_mesh, spec
 from llama_jax.run import LoggingConfig, ProfileConfig, Run, RunConfig, train, training
-from llama_jax.run.training import trained_tokenizer
+from llama_jax.run.preparing import trained_tokenizer
 from llama_jax.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 from llama_jax.training import OptimizerConfig, TrainState, init_state, make_train_step
 
