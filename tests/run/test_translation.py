@@ -108,7 +108,7 @@ def test_sentences_never_seen_are_translated(
 
 
 def test_another_start_than_the_model_s_is_refused(config: RunConfig, tmp_path: Path):
-    with pytest.raises(UserError, match=rf"start_token=bos is the token {BOS}.*decoder_start_id=3"):
+    with pytest.raises(UserError, match=rf"decoder_start_id=3 is not the token {BOS} .*start_token"):
         train(override(config, {"model.decoder_start_id": 3}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
