@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.nn.attention.context import unzigzag, zigzag
+from llama_jax.nn.parameters import gather
 from llama_jax.parallel import axes_of, mesh_axis_sizes, platform, shard, spec
 
 AXIS = "expert"
@@ -76,8 +77,13 @@ def dispatch(
     run = functools.partial(_local, body, num_experts=num_experts, capacity=capacity)
     if not mesh_axis_sizes():
         return run(x, choice, values, stored={}, expert_axis=False, rows_split=False, summed=())
-    axes = {name: axes_of(value) for name, value in values.items()}
     logical = {name: param.get_metadata("axes") for name, param in params.items()}
+    of_rows = {axis for entry in axes_of(x) for axis in entry}
+    for name, value in values.items():
+        # Rows that are whole on these devices have to be known to stay so: what they meet is gathered before.
+        if not of_rows.issuperset(axes_of(value)[logical[name].index("embed")]):
+            values[name] = gather(value, logical[name])
+    axes = {name: axes_of(value) for name, value in values.items()}
     stored = {name: (logical[name].index("embed"), of[logical[name].index("embed")]) for name, of in axes.items()}
     split = {
         axis for name, of in axes.items() for dim, entry in enumerate(of) if dim != stored[name][0] for axis in entry
