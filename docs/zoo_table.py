@@ -98,7 +98,8 @@ def families() -> dict[str, ModuleType]:
 
 
 def title(module: ModuleType) -> str:
-    return (module.__doc__ or "").splitlines()[0].removesuffix(".")
+    """What the family's file calls it: the first words of its docstring."""
+    return re.split(r" \(|[:,\n]|\.(?!\d)", module.__doc__ or "")[0]
 
 
 def objectives(module: ModuleType) -> tuple[str, ...]:
@@ -120,6 +121,8 @@ def measure() -> dict[str, str]:
     """The largest parity error of each family's goldens."""
     errors: dict[str, float] = {}
     for name, model_type in model_types().items():
+        if model_type not in families():
+            continue
         errors[model_type] = max(errors.get(model_type, 0.0), parity_error(name))
         print(f"{name}: {errors[model_type]:.1e}", flush=True)
     return {model_type: f"{error:.1e}" for model_type, error in errors.items()}
@@ -127,7 +130,7 @@ def measure() -> dict[str, str]:
 
 def written(text: str) -> tuple[str, dict[str, str]]:
     """The table that stands in a page, and its parity errors by family."""
-    match = re.search(f"{BEGIN}\n(.*?)\n{END}", text, re.DOTALL)
+    match = re.search(f"{BEGIN}\n(.*){END}", text, re.DOTALL)
     assert match, f"README.md has lost {BEGIN} or {END}"
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in match[1].splitlines()[2:]]
     names = {title(module): name for name, module in families().items()}
@@ -136,5 +139,7 @@ def written(text: str) -> tuple[str, dict[str, str]]:
 
 if __name__ == "__main__":
     readme = ROOT / "README.md"
-    old, _ = written(readme.read_text("utf-8"))
-    readme.write_text(readme.read_text("utf-8").replace(old, zoo_table(measure())), encoding="utf-8")
+    text = readme.read_text("utf-8")
+    old, _ = written(text)
+    new = zoo_table(measure()) + "\n"
+    readme.write_text(text.replace(f"{BEGIN}\n{old}{END}", f"{BEGIN}\n{new}{END}"), encoding="utf-8")

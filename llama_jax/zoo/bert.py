@@ -86,6 +86,7 @@ def encoder(
 BASE = {"num_layers": 12, "hidden_size": 768, "num_heads": 12, "intermediate_size": 3072}
 LARGE = {"num_layers": 24, "hidden_size": 1024, "num_heads": 16, "intermediate_size": 4096}
 _BERT = {"vocab_size": 30_522, "max_positions": 512, "num_token_types": 2, "eps": 1e-12, "pooler": True}
+OBJECTIVES = ("MaskedLM",)
 PRESETS = {"bert_base": encoder(**BASE, **_BERT), "bert_large": encoder(**LARGE, **_BERT)}
 
 

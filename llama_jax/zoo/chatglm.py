@@ -13,6 +13,7 @@ from llama_jax.zoo import Weight
 from llama_jax.zoo.glm import glm
 from llama_jax.zoo.reading import ConfigReader, checked, expect
 
+OBJECTIVES = ("Prefix", "Chat")
 PRESETS: dict[str, DecoderConfig] = {
     "chatglm2_6b": glm(
         vocab_size=65_024,

@@ -50,6 +50,7 @@ def glm(
     )
 
 
+OBJECTIVES = ("Causal", "Chat")
 PRESETS: dict[str, DecoderConfig] = {
     "glm4_9b": glm(
         vocab_size=151_552,

@@ -24,6 +24,7 @@ from llama_jax.zoo.bert import (
 from llama_jax.zoo.reading import ConfigReader, checked
 
 _ROBERTA = {"vocab_size": 50_265, "max_positions": 512, "num_token_types": 1, "eps": 1e-5, "offset": 2, "pooler": True}
+OBJECTIVES = ("MaskedLM",)
 PRESETS = {"roberta_base": encoder(**BASE, **_ROBERTA), "roberta_large": encoder(**LARGE, **_ROBERTA)}
 
 WEIGHTS = weights(

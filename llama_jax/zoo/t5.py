@@ -97,6 +97,7 @@ def _preset_1_1(layers: int, width: int, heads: int, ffn: int) -> EncoderDecoder
     )
 
 
+OBJECTIVES = ("SpanCorruption",)
 PRESETS: dict[str, EncoderDecoderConfig] = {
     "t5_small": _preset(6, 512, 8, 64, 2048),
     "t5_base": _preset(12, 768, 12, 64, 3072),
