@@ -14,8 +14,11 @@ class MixerModule(nnx.Module):
 
     def __call__(
         self, x: jax.Array, *, positions: jax.Array, mask: AttentionMask, cache: Any = None
-    ) -> tuple[jax.Array, Any]:
-        """[B, T, D] -> ([B, T, D], cache). With a cache, `mask.q_index` says where in it the T inputs go."""
+    ) -> tuple[Any, ...]:
+        """[B, T, D] -> ([B, T, D], cache). With a cache, `mask.q_index` says where in it the T inputs go.
+
+        One that has something to tell training returns auxiliary arrays third, as a feed-forward does.
+        """
         raise NotImplementedError
 
     def init_cache(self, batch: int, length: int, dtype: Any) -> Any:

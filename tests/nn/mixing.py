@@ -14,7 +14,6 @@ from llama_jax.nn.attention.context import unzigzag, zigzag
 from llama_jax.parallel import make_mesh, shard
 
 WIDTH, BATCH, LENGTH = 16, 8, 24
-MESHES = {"tensor": {"tensor": 8}, "fsdp, tensor and context": {"fsdp": 2, "tensor": 2, "context": 2}}
 
 
 def values_of(config: Any, seed: int = 0) -> dict[str, np.ndarray]:
@@ -92,10 +91,10 @@ def documents(length: int = LENGTH) -> tuple[AttentionMask, jax.Array]:
     return AttentionMask(segment_ids=jnp.asarray(segments)), jnp.asarray(positions)
 
 
-def assert_sharded_is_unsharded(config: Any, mesh: dict[str, int], *, atol: float = 1e-5) -> None:
+def assert_sharded_is_unsharded(config: Any, *, atol: float = 1e-5) -> None:
     values, arrays = values_of(config), (inputs(), inputs(seed=2), *documents())
     expected = with_gradients(config, values, *arrays)
-    with jax.set_mesh(make_mesh(mesh)):
+    with jax.set_mesh(make_mesh({"fsdp": 2, "tensor": 2, "context": 2})):
         arrays = jax.tree.map(lambda a: zigzag(shard(a, "batch", *(None,) * (a.ndim - 1))), arrays)
         (loss, y), (d_values, d_x) = with_gradients(config, placed(config, values), *arrays)
         found = (loss, unzigzag(y)), (d_values, unzigzag(d_x))
