@@ -31,7 +31,7 @@ from llama_jax.data import DataConfig, Dataset, Source, Stage, Vocabulary, prepa
 from llama_jax.data.chat import Llama2Chat
 from llama_jax.data.objectives import Prefix
 from llama_jax.models import Compute, DecoderConfig, abstract_params
-from llama_jax.models.decoder import LayerOverride
+from llama_jax.models.config import LayerOverride
 from llama_jax.nn import (
     GroupedQuery,
     LinearScaling,
