@@ -114,6 +114,29 @@ def test_dispatches_have_one_result_and_one_gradient(config: Experts):
         np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("config", [MIXTRAL, SWITCH], ids=["mixtral", "switch"])
+def test_gradients_are_those_of_every_expert_on_every_token(config: Experts):
+    """Of all products, weighted: what no dispatch is needed for."""
+    graphdef, params, rest = split(config)
+    x, direction = inputs(), np.random.default_rng(2).normal(size=(ROWS, LENGTH, WIDTH))
+    kept = plain(config, x, None if config is MIXTRAL else [3] * ROWS)[1]
+
+    def dense(params, x):
+        module = nnx.merge(graphdef, params, rest)
+        found = module.router(x, mask=AttentionMask())
+        w = {name: p[...] for name, p in module.experts.params().items()}
+        up = jnp.einsum("btd,edf->btef", x, w["up"])
+        inner = jax.nn.silu(jnp.einsum("btd,edf->btef", x, w["gate"])) * up if config.gated else jax.nn.relu(up)
+        weight = (jax.nn.one_hot(found.experts, config.num_experts) * (found.weights * kept)[..., None]).sum(2)
+        return (jnp.einsum("btef,efd,bte->btd", inner, w["down"], weight) * direction).sum()
+
+    expected = jax.jit(jax.grad(dense, argnums=(0, 1)))(params, x)
+    found = jax.grad(lambda params, x: (call(config, x, params)[0] * direction).sum(), argnums=(0, 1))(params, x)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.abs(b).max() > 0.01
+        np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
+
+
 @pytest.mark.parametrize("block", [1, 4, 64])
 def test_sorted_rows_of_any_block(block: int, monkeypatch):
     """Groups far smaller than a block, and larger."""
