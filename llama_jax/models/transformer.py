@@ -15,6 +15,7 @@ from llama_jax.models.config import TransformerConfig
 from llama_jax.nn.dropout import dropout
 from llama_jax.nn.masks import AttentionMask
 from llama_jax.nn.parameters import gather, matmul
+from llama_jax.parallel import axes_of, shard
 
 type Batch = dict[str, jax.Array]
 
@@ -91,8 +92,12 @@ class Transformer(nnx.Module):
         """What `head` multiplies with, as it is stored: [V, D] where tied, else [D, V]; transposing would copy it."""
         lm_head = self.part("lm_head")
         weight = (self.embedding if lm_head is None else lm_head).weight[...].astype(self.compute.jax_dtype)
-        head_bias = self.part("head_bias")
-        return weight if head_bias is None else {"weight": weight, "bias": head_bias.bias[...]}
+        if (head_bias := self.part("head_bias")) is None:
+            return weight
+        bias = head_bias.bias[...]
+        if axes_of(weight)[0 if lm_head is None else 1]:
+            bias = shard(bias, "vocab")  # a fixed one is stored whole, and has to meet the logits' own part
+        return {"weight": weight, "bias": bias}
 
     def head(self, hidden: Float[Array, "b t d"], weight: Any) -> Float[Array, "b t v"]:
         """float32 logits."""
