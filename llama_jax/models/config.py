@@ -115,8 +115,9 @@ def check_position_bias(
     name: str, bias: PositionBias | None, attention: Mixer, overrides: tuple[LayerOverride, ...]
 ) -> None:
     """Raises UserError where a layer's mixer has no scores for the bias, or another number of heads."""
-    mixers = [attention, *(change.piece for change in overrides if isinstance(change.piece, Mixer))]
-    for mixer in mixers if bias is not None else ():
+    if bias is None:
+        return
+    for mixer in (attention, *(change.piece for change in overrides if isinstance(change.piece, Mixer))):
         heads = getattr(mixer, "num_heads", None)
         if heads is None:
             raise UserError(
