@@ -15,8 +15,7 @@ a run, or with released weights: --init-from RUN --tokenizer.path RUN/tokenizer 
 --data.objective.labels bad,good --data.fields text,label --model.num-classes 2, and a learning rate of 2e-5 to 5e-5.
 """
 
-import dataclasses
-
+from llama_jax.config import override
 from llama_jax.data import DataConfig
 from llama_jax.data.objectives import MaskedLM
 from llama_jax.parallel import MeshConfig
@@ -28,7 +27,7 @@ from llama_jax.zoo import presets
 
 def get_config() -> RunConfig:
     return RunConfig(
-        model=dataclasses.replace(presets()["bert_base"], pair_head=True, head_transform="gelu", head_bias="trained"),
+        model=override(presets()["bert_base"], {"pair_head": True, "head_transform": "gelu", "head_bias": "trained"}),
         tokenizer=TokenizerConfig(path=None, kind="wordpiece", vocab_size=30_522),
         data=DataConfig(path=(), objective=MaskedLM(), packing="best_fit"),
         optimizer=OptimizerConfig(

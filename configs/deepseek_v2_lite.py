@@ -13,8 +13,7 @@ Expected result: not run to the end with this package; nothing is claimed.
 Without --tokenizer.path a byte-level BPE of 102,400 tokens is trained on the corpus.
 """
 
-import dataclasses
-
+from llama_jax.config import override
 from llama_jax.data import DataConfig
 from llama_jax.models import Compute
 from llama_jax.nn import Rope
@@ -30,11 +29,10 @@ GLOBAL_BATCH_SIZE = 4608
 
 
 def get_config() -> RunConfig:
-    released = presets()["deepseek_v2_lite"]
     # The context was stretched only after this.
-    attention = dataclasses.replace(released.attention, rope=Rope(theta=10_000.0, scaling=None))
+    changes = {"attention.rope": Rope(theta=10_000.0, scaling=None), "max_positions": SEQUENCE_LENGTH}
     return RunConfig(
-        model=dataclasses.replace(released, attention=attention, max_positions=SEQUENCE_LENGTH),
+        model=override(presets()["deepseek_v2_lite"], changes),
         tokenizer=TokenizerConfig(path=None, kind="byte_bpe", vocab_size=102_400),
         data=DataConfig(path=()),
         optimizer=OptimizerConfig(learning_rate=4.2e-4, warmup_steps=2000),

@@ -12,7 +12,6 @@ import importlib
 import pkgutil
 import re
 from types import ModuleType
-from typing import Any
 
 import einops
 import numpy as np
@@ -120,8 +119,7 @@ def family(model_type: str) -> ModuleType:
 
 def weights_of(family: ModuleType, config: ModelConfig) -> tuple[Weight, ...]:
     """A family's table for this model."""
-    table: Any = family.WEIGHTS
-    return tuple(table(config) if callable(table) else table)
+    return family.WEIGHTS if isinstance(family.WEIGHTS, tuple) else family.WEIGHTS(config)
 
 
 @functools.cache

@@ -132,7 +132,8 @@ def test_nothing_changed_is_the_same(run: Run):
         ({"section": 3}, "section=3 is not of type Section"),
         (
             {"model.feed_forward": "Swiglu"},
-            f"model.feed_forward='Swiglu' is not of type FeedForward or none (one of {', '.join(choices(FeedForward))})",
+            "model.feed_forward='Swiglu' is not of type FeedForward or none "
+            f"(one of {', '.join(choices(FeedForward))})",
         ),
         (
             {"model.attention": None},
