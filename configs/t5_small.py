@@ -12,8 +12,7 @@ A unigram model of 32,100 tokens, 100 sentinels among them, is trained on the co
 --tokenizer.path, give --model.decoder_start_id 0: its padding token, with which the decoder begins, is another.
 """
 
-import dataclasses
-
+from llama_jax.config import override
 from llama_jax.data import DataConfig
 from llama_jax.data.objectives import SpanCorruption
 from llama_jax.parallel import MeshConfig
@@ -25,7 +24,7 @@ from llama_jax.zoo import presets
 
 def get_config() -> RunConfig:
     return RunConfig(
-        model=dataclasses.replace(presets()["t5_small"], decoder_start_id=3),
+        model=override(presets()["t5_small"], {"decoder_start_id": 3}),
         tokenizer=TokenizerConfig(path=None, kind="unigram", vocab_size=32_100, special_tokens=("<pad>",)),
         data=DataConfig(path=(), objective=SpanCorruption(source_length=512), packing="best_fit"),
         optimizer=OptimizerConfig(
