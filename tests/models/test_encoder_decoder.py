@@ -82,7 +82,7 @@ def batch_of(config: EncoderDecoderConfig) -> dict[str, jax.Array]:
     return {name: jnp.asarray(x) for name, x in batch.items()}
 
 
-def test_a_target_sees_its_own_source_and_what_stands_before_it(config, random_params):
+def test_a_source_sees_itself_and_a_target_its_source_and_what_stands_before_it(config, random_params):
     config = dataclasses.replace(config, tie_embeddings=False, vocab_size=64, num_encoder_layers=1, num_layers=1)
     config = dataclasses.replace(config, encoder_overrides=())
     params = random_params(config)
@@ -98,14 +98,17 @@ def test_a_target_sees_its_own_source_and_what_stands_before_it(config, random_p
         def scalars(table):
             model = assemble(config, params | {"embedding.weight": table}, Compute())
             (main,), _ = model.predictions(batch)
-            return main.hidden[0] @ direction
+            encoded, _ = model.encode(batch["source_tokens"], segment_ids=batch["source_segment_ids"])
+            return jnp.concatenate([main.hidden[0], encoded[0]]) @ direction
 
         return jax.jacrev(scalars)(table)
 
     size = np.abs(np.asarray(jacobian(params["embedding.weight"]))).max(-1)  # [to t, from a token of the vocabulary]
+    size, encoded = size[: len(TARGET)], size[len(TARGET) :]
     own = TARGET[:, None] == TARGET
     np.testing.assert_array_equal(size[:, tokens] > 0, own & np.tri(len(TARGET), dtype=bool))
     np.testing.assert_array_equal(size[:, source] > 0, TARGET[:, None] == SOURCE)
+    np.testing.assert_array_equal(encoded[:, source] > 0, SOURCE[:, None] == SOURCE)
 
 
 def test_packed_documents_are_separate_documents(config, random_params):
