@@ -123,8 +123,9 @@ def measure() -> dict[str, str]:
     for name, model_type in model_types().items():
         if model_type not in families():
             continue
-        errors[model_type] = max(errors.get(model_type, 0.0), parity_error(name))
-        print(f"{name}: {errors[model_type]:.1e}", flush=True)
+        error = parity_error(name)
+        print(f"{name}: {error:.1e}", flush=True)
+        errors[model_type] = max(errors.get(model_type, 0.0), error)
     return {model_type: f"{error:.1e}" for model_type, error in errors.items()}
 
 

@@ -35,6 +35,7 @@ def _experts(size: int, num_experts: int, **options: Any) -> Experts:
     return Experts(num_experts, size, router, activation="relu", gated=False, **options)
 
 
+OBJECTIVES = ("SpanCorruption",)
 PRESETS: dict[str, EncoderDecoderConfig] = {
     "switch_base_8": _switch(
         {
