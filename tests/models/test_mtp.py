@@ -15,6 +15,7 @@ from llama_jax.models import (
     MTPDecoderConfig,
     abstract_params,
     assemble,
+    buffers,
     initialize,
     num_parameters,
 )
