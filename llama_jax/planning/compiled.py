@@ -8,6 +8,7 @@ and out.
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import importlib.util
 import json
 import math
@@ -28,12 +29,13 @@ from jax.sharding import NamedSharding
 
 from llama_jax.config import UserError, from_json, to_json
 from llama_jax.models import Compute, ModelConfig, abstract_params
+from llama_jax.models.layout import buffers
 from llama_jax.parallel import MeshConfig, make_mesh, spec
 from llama_jax.planning.collectives import SLICE_IDS, Collective, read_collectives
 from llama_jax.planning.gpu_target import GPU_TARGETS
 from llama_jax.planning.hardware import Topology
 from llama_jax.planning.hlo import Program
-from llama_jax.training import OptimizerConfig, init_state, make_train_step
+from llama_jax.training import OptimizerConfig, compiler_options, init_state, make_train_step
 
 BATCH_DTYPES = {
     "tokens": jnp.int32,
@@ -209,11 +211,17 @@ def lower_step(request: CompileRequest, devices: list[Any]) -> tuple[jax.stages.
     mesh = make_mesh(request.mesh, devices)
     with jax.set_mesh(mesh):
         hyper = jax.eval_shape(lambda: request.optimizer.hyper(1))
-        state = jax.eval_shape(init_state, abstract_params(request.model), hyper)
+        make = functools.partial(init_state, buffer_names=frozenset(buffers(request.model)))
+        state = jax.eval_shape(make, abstract_params(request.model), hyper)
         shape = (request.global_batch_size, request.sequence_length)
         sharding = NamedSharding(mesh, spec("batch", "sequence", shape=shape))  # type: ignore[arg-type]
         batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_DTYPES.items()}
-        step = make_train_step(request.model, request.compute, accumulation_steps=request.optimizer.accumulation_steps)
+        step = make_train_step(
+            request.model,
+            request.compute,
+            accumulation_steps=request.optimizer.accumulation_steps,
+            compiler_options=compiler_options(request.model, devices[0].platform),
+        )
         return step.lower(state, batch, hyper), mesh
 
 

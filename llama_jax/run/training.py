@@ -29,9 +29,9 @@ from llama_jax.run.preparing import check_shared, open_dataset, prepare
 from llama_jax.run.reporting import Bar, JsonLines, TensorBoard, WeightsAndBiases, Writer
 from llama_jax.sampling import generate_text
 from llama_jax.training import (
-    CPU_COMPILER_OPTIONS,
     PreflightFailed,
     TrainState,
+    compiler_options,
     init_state,
     make_eval_step,
     make_train_step,
@@ -87,7 +87,7 @@ class _Loop:
             config.model,
             config.compute,
             accumulation_steps=config.optimizer.accumulation_steps,
-            compiler_options=CPU_COMPILER_OPTIONS if platform() == "cpu" else None,
+            compiler_options=compiler_options(config.model, platform()),
         )
         self.eval_step = make_eval_step(config.model, config.compute)
         self.hyper = config.optimizer.hyper(config.num_steps) | {"seed": jnp.uint32(config.seed)}

@@ -8,13 +8,21 @@ from llama_jax.training.flops import peak_flops, train_flops_per_token
 from llama_jax.training.kernel_check import PreflightFailed, preflight
 from llama_jax.training.losses import cross_entropy
 from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from llama_jax.training.step import CPU_COMPILER_OPTIONS, TrainState, init_state, make_eval_step, make_train_step
+from llama_jax.training.step import (
+    CPU_COMPILER_OPTIONS,
+    TrainState,
+    compiler_options,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
 
 __all__ = [
     "CPU_COMPILER_OPTIONS",
     "OptimizerConfig",
     "PreflightFailed",
     "TrainState",
+    "compiler_options",
     "cross_entropy",
     "init_state",
     "learning_rate",

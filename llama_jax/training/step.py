@@ -13,6 +13,7 @@ from llama_jax.models import Compute, ModelConfig, Prediction, assemble, buffers
 from llama_jax.models.block import STATISTIC
 from llama_jax.models.layout import Params
 from llama_jax.nn.attention.context import zigzag
+from llama_jax.nn.experts import Experts
 from llama_jax.parallel import reshape, shard
 from llama_jax.training.losses import cross_entropy
 from llama_jax.training.optimizer import Hyper, learning_rate, make_optimizer
@@ -22,6 +23,14 @@ Metrics = dict[str, jax.Array]
 
 # On CPUs, products by Eigen where XLA would take YNNPACK: 10 % more of them a second in a Llama's layers.
 CPU_COMPILER_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+# On TPU v5e and v6e `ragged_dot` would else multiply every row with every expert.
+EXPERTS_COMPILER_OPTIONS = {"xla_tpu_enable_ragged_dot_kernel": True}
+
+
+def compiler_options(config: ModelConfig, platform: str) -> dict[str, Any] | None:
+    """What the train step of this model is compiled with, beyond XLA's defaults."""
+    experts = any(isinstance(piece, Experts) for _, piece in config.layer_pieces())
+    return {"cpu": CPU_COMPILER_OPTIONS, "tpu": EXPERTS_COMPILER_OPTIONS if experts else None}.get(platform)
 
 
 @functools.partial(

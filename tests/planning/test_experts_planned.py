@@ -8,7 +8,9 @@ import pytest
 from llama_jax.models import Compute, abstract_params
 from llama_jax.nn import Experts, SoftmaxTopK
 from llama_jax.parallel import MeshConfig
+from llama_jax.planning import Topology, estimate
 from llama_jax.planning.communication import traffic
+from llama_jax.planning.estimate import MATRIX_UNITS
 from llama_jax.planning.workload import Local, Workload
 from llama_jax.training import OptimizerConfig
 from llama_jax.training.optimizer import is_matrix
@@ -40,6 +42,16 @@ def test_products_are_those_of_the_active_parameters(tiny_config, axes: dict):
     # The router is whole on every device of a tensor axis, and small.
     router = sum(math.prod(p.shape) for name, p in params.items() if "router" in name)
     assert tokens * (active - router) <= (met + router) * found.tokens * devices <= tokens * (active + 2 * router)
+
+
+def test_experts_that_a_token_does_not_meet_take_no_time(tiny_config):
+    model = dataclasses.replace(tiny_config, hidden_size=256)
+    seconds = []
+    for num_experts in (4, 32):
+        experts = dataclasses.replace(EXPERTS, num_experts=num_experts, intermediate_size=1024, dispatch="dropless")
+        workload = local(model, experts, fsdp=4).workload
+        seconds.append(estimate(workload, Topology.parse("v5e:2x2")).seconds[MATRIX_UNITS])
+    assert seconds[0] == seconds[1] > 0
 
 
 def test_experts_lie_apart_and_all_else_is_summed(tiny_config):

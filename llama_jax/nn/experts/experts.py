@@ -144,7 +144,7 @@ class ExpertsModule(FeedForwardModule):
             wanted = jnp.ones_like(routing.experts, bool) if routing.sent is None else routing.sent
             if real is not None:
                 wanted &= real[..., None]
-        by_capacity = self._by_capacity()
+        by_capacity = self._by_capacity(length)
         rank, kept = None, wanted
         if config.drops or by_capacity:
             rank = ranks(routing.experts, wanted, config.num_experts)
@@ -173,11 +173,12 @@ class ExpertsModule(FeedForwardModule):
                 y = y + self.shared(x, mask=mask)[0]
         return y, self._auxiliary(routing, real, wanted, kept)
 
-    def _by_capacity(self) -> bool:
-        """Where nothing can be dropped, a place for every token at every expert is E/k times the work: sort instead."""
-        if self.config.dispatch != "auto":
-            return self.config.dispatch == "capacity"
-        return self.config.drops
+    def _by_capacity(self, length: int) -> bool:
+        """Places for more than twice the assignments are more work than sorting: so it is where nothing is dropped."""
+        config = self.config
+        if config.dispatch != "auto":
+            return config.dispatch == "capacity"
+        return config.drops and config.num_experts * config.places(length) <= 2 * config.router.choices * length
 
     def _limit(self, real: Bool[Array, "b t"] | None, length: int) -> jax.Array | int:
         """Tokens of each row that an expert takes: [B, 1, 1], or one number for all."""
