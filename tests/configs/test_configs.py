@@ -11,6 +11,7 @@ import llama_jax
 from llama_jax.__main__ import _parse
 from llama_jax.config import config_names, load_config_module, override
 from llama_jax.data.mixture import Schedule
+from llama_jax.data.objectives.base import FLOATS
 from llama_jax.models import abstract_params
 from llama_jax.parallel import make_mesh
 from llama_jax.training import init_state, make_train_step, train_flops_per_token
@@ -66,7 +67,7 @@ def test_train_step_builds_with_nothing_allocated(name: str):
     lengths = dict.fromkeys((*config.data.objective.fields(), "segment_ids"), config.sequence_length)
     if (source_length := config.data.objective.source_length) is not None:
         lengths |= dict.fromkeys(("source_tokens", "source_positions", "source_segment_ids"), source_length)
-    kinds = {name: jnp.float32 if name == "weights" else jnp.int32 for name in lengths}
+    kinds = {name: jnp.float32 if name in FLOATS else jnp.int32 for name in lengths}
     with jax.set_mesh(make_mesh(config.mesh)):
         batch = {
             name: jax.ShapeDtypeStruct((config.global_batch_size, lengths[name]), dtype)

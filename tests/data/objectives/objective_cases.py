@@ -69,7 +69,7 @@ def seen_by(objective: Objective, example: Example) -> np.ndarray:
         visible[:, : int(np.argmax(example["weights"])) + 1] = True
     elif isinstance(objective, BlankFilling):  # part A, before the first span
         visible[:, : int(np.argmax(example["tokens"] == SOP))] = True
-    elif isinstance(objective, MaskedLM | Classification):
+    elif isinstance(objective, MaskedLM):
         visible[:] = True
     if objective.source_length is None:
         return visible

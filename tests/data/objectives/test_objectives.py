@@ -297,14 +297,6 @@ def test_what_a_tokenizer_lacks_is_named(name: str):
                 objective.example(document, np.random.default_rng(0), vocabulary)
 
 
-def test_a_label_is_a_target_at_the_first_token():
-    example = example_of(Classification(("yes", "no")), words(30, 31, 32, 21, parts=(3,)))
-    assert example["tokens"].tolist() == [cases.CLS, 30, 31, 32, cases.SEP]
-    assert example["class_targets"].tolist() == [1, 0, 0, 0, 0]
-    assert example["weights"].tolist() == [1, 0, 0, 0, 0]
-    assert example["positions"].tolist() == [0, 1, 2, 3, 4]
-
-
 @every_objective
 def test_every_option_says_what_it_is(name: str):
     cls = type(CASES[name])

@@ -8,6 +8,7 @@ from llama_jax.data.objectives import (
     BlankFilling,
     Causal,
     Chat,
+    Classification,
     Denoising,
     Document,
     Example,
@@ -117,6 +118,13 @@ def test_parallel_text():
     check(
         ParallelText(), words(A, B, C, parts=(1,)), source_tokens=[A, EOS], source_positions=[0, 1],
         tokens=[BOS, B, C], targets=[B, C, EOS], weights=[1, 1, 1], positions=[0, 1, 2],
+    )  # fmt: skip
+
+
+def test_classification():
+    check(
+        Classification(("yes", "no")), words(A, B, C, 21, parts=(3,)),  # 21 is how "no" is written
+        tokens=[CLS, A, B, C, SEP], class_targets=[1, 0, 0, 0, 0], weights=[1, 0, 0, 0, 0], positions=[0, 1, 2, 3, 4],
     )  # fmt: skip
 
 
