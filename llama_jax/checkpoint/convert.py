@@ -51,9 +51,14 @@ def params_logits(config: ModelConfig, params: Mapping[str, jax.Array]) -> Logit
 
     def logits(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         with jax.default_matmul_precision("highest"):
-            return np.asarray(model(**{name: jnp.asarray(x, jnp.int32) for name, x in inputs.items()}))
+            arrays = {name: jnp.asarray(x, jnp.int32) for name, x in inputs.items()}
+            return np.asarray(model.run(_main_logits, arrays))
 
     return logits
+
+
+def _main_logits(module: Any, inputs: dict[str, jax.Array]) -> jax.Array:
+    return module.main_logits(**inputs)
 
 
 def _mesh(params: Mapping[str, jax.Array]) -> jax.sharding.Mesh | None:

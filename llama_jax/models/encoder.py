@@ -215,6 +215,10 @@ class Encoder(Transformer):
         x = self._classified(_first(self.encoded(tokens, **others)), self.mask(causal=False))
         return self._first_token_head(x, self._weight("classifier"))[:, 0]
 
+    def main_logits(self, **inputs: Any) -> Float[Array, "b _ c"]:
+        """Those of the classes, [B, 1, C], where there are any; else those of the tokens."""
+        return self.class_logits(**inputs)[:, None] if self.part("classifier") is not None else self(**inputs)
+
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         return super().logits(self._transformed(hidden))
 

@@ -117,6 +117,10 @@ class Transformer(nnx.Module):
         """float32 logits of final hidden states."""
         return self.head(hidden, self.head_weight())
 
+    def main_logits(self, **inputs: Any) -> Float[Array, "b _ c"]:
+        """float32 logits of what the model is for, of the arguments of a call: those of the call itself."""
+        return self(**inputs)  # type: ignore[operator]
+
     def predictions(self, batch: Batch, *, key: jax.Array | None = None) -> tuple[list[Prediction], Aux]:
         """What training takes the losses of, the main one first, and the layers' auxiliary arrays.
 

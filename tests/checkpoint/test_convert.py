@@ -63,7 +63,7 @@ def test_import_agrees_with_the_source(name):
     source, params = _load(name)
     receipt = convert.check_conversion(source, convert.params_logits(source.config, params))
     assert receipt["max_abs_logit_difference"] < 5e-5
-    assert 0.5 < receipt["logit_std"] < 2
+    assert 0.5 < receipt["logit_std"] < 3  # so that the difference means something
     assert receipt["tensors"] == len(source.tensors)
 
 
