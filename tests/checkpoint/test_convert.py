@@ -284,7 +284,7 @@ def test_host_memory_is_one_shard(wide_export, monkeypatch, mesh):
         return raw[start : start + raw.size - 128].view(dtype).reshape(shape)
 
     monkeypatch.setattr(sources, "_BLOCK_BYTES", 1 << 16)
-    monkeypatch.setattr(convert, "_host_buffer", unaligned)
+    monkeypatch.setattr(sources, "_host_buffer", unaligned)
     source = convert.open_source(folder)
     with jax.set_mesh(make_mesh(mesh)):
         abstract = abstract_params(config)
