@@ -145,12 +145,12 @@ def test_scanned_and_recomputed_are_the_same(config, random_params):
 
 def test_a_step_trains_all_blocks_and_balances_their_experts(balanced):
     """Biases of both stacks move, each by the load of its own layers."""
-    hyper = OptimizerConfig(learning_rate=1e-2, warmup_steps=1).hyper(40)
+    hyper = OptimizerConfig(learning_rate=2e-2, warmup_steps=1).hyper(80)
     state = init_state(initialize(balanced, 0), hyper, frozenset(buffers(balanced)))
     step, batch = make_train_step(balanced, COMPUTE), batch_of(balanced.vocab_size)
     _, aux = means(balanced, COMPUTE, state.params | state.buffers, batch)
     first, metrics = {name: np.asarray(value) for name, value in state.params.items()}, []
-    for _ in range(40):
+    for _ in range(80):
         state, found = step(state, batch, hyper)
         metrics.append({name: float(found[name]) for name in ("loss", "mtp_1_loss")})
         if len(metrics) > 1:
@@ -162,7 +162,8 @@ def test_a_step_trains_all_blocks_and_balances_their_experts(balanced):
             np.testing.assert_allclose(state.buffers[f"{stack}.{BIAS}"], wanted, atol=1e-6)
     for name, value in state.params.items():
         assert np.abs(value - first[name]).max() > 1e-4, name
-    assert all(metrics[-1][name] < 0.3 * metrics[0][name] for name in metrics[0])
+    for name, value in metrics[0].items():
+        assert metrics[-1][name] < 0.3 * value, name
 
 
 def test_eight_devices_compute_what_one_computes(config, random_params):
