@@ -81,6 +81,9 @@ def guarded(command: Callable[[], int]) -> int:
         return told(str(error), 75)
     except KeyboardInterrupt:
         return distributed.leave(130)
+    except BrokenPipeError:  # whoever read our output has seen enough (`| head`), and Python would mind once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return distributed.leave(141)
     except Exception:
         if not distributed.several():
             raise

@@ -221,6 +221,17 @@ def test_as_a_process(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+def test_whoever_has_seen_enough(finished_run: Run):
+    """`sample.py ... | head -c 1`: into a pipe that nobody reads."""
+    options = ["--prompt", "a", "--max-new-tokens", "40"]
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, HERE.parent / "sample.py", finished_run.directory, *options]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
 def test_help_of_every_config_names_every_key(capsys: pytest.CaptureFixture[str]):
     for name in config_names():
         assert main(["train", name, "--help"]) == 0

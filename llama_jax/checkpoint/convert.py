@@ -218,10 +218,10 @@ def _pieces(
             raise UserError(f"parameter '{name}' has no place in the exported format")
         for row, layer in enumerate(owners.get(name, (None,))):
             own = () if layer is None else (row,)
-            fused = []
-            for w in sharing(table[name], weights):
-                if w.name in params and layer in (own_layers := owners.get(w.name, (None,))):
-                    fused.append((w, params[w.name], () if layer is None else (own_layers.index(layer),)))
+            fused = [
+                (w, params[w.name], () if layer is None else (owners[w.name].index(layer),))
+                for w in sharing(table[name], weights, params, owners, layer)
+            ]
             experts = range(value.shape[len(own)]) if "{expert}" in table[name].source else (None,)
             for expert in experts:
                 place = place_of(table[name], config, layer, expert)

@@ -4,7 +4,7 @@ import dataclasses
 import gc
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,11 +119,7 @@ def _match(source: Source, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict
     for name in abstract:
         weight, tensors = table[name], []
         for layer in owners.get(name, (None,)):
-            fused = [
-                w
-                for w in sharing(weight, source.weights)
-                if w.name in abstract and layer in owners.get(w.name, (None,))
-            ]
+            fused = sharing(weight, source.weights, abstract, owners, layer)
             tensors.append(_find(source, weight, fused, shapes, layer, used))
         places[name] = (weight, tensors)
     for place in source.tensors.keys() - used:
@@ -138,9 +134,16 @@ def _match(source: Source, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict
     return places
 
 
-def sharing(weight: Weight, table: Sequence[Weight]) -> list[Weight]:
-    """All weights that are stored in the same tensor as this one, in order."""
-    return [other for other in table if other.source == weight.source]
+def sharing(
+    weight: Weight,
+    table: Sequence[Weight],
+    names: Container[str],
+    owners: Mapping[str, tuple[int, ...]],
+    layer: int | None,
+) -> list[Weight]:
+    """Those of `names` that this layer stores in the same tensor as this weight, in order; `owners` says which layers
+    have a name."""
+    return [w for w in table if w.source == weight.source and w.name in names and layer in owners.get(w.name, (None,))]
 
 
 def place_of(weight: Weight, config: ModelConfig, layer: int | None, expert: int | None = None) -> str:

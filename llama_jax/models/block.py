@@ -119,10 +119,26 @@ def _named(part: str, aux: Aux | None = None) -> Aux:
     }
 
 
-class Layers(nnx.Module):
-    """Blocks one after another: `prefix` ones by themselves, then `pattern` scanned over its stacked parameters."""
+def of_stack(stack: str, aux: Aux) -> Aux:
+    """A block's auxiliary arrays under names that tell them from those of other stacks: statistics get the stack's
+    whole, as buffers do, and others what stands before its `layers`."""
+    prefix = stack.removesuffix("layers")
+    found = {}
+    for name, value in aux.items():
+        kind, dot, own = name.rpartition("loss.")
+        whole = name.startswith(STATISTIC)
+        found[f"{STATISTIC}{stack}.{name.removeprefix(STATISTIC)}" if whole else f"{kind}{dot}{prefix}{own}"] = value
+    return found
 
-    def __init__(self, prefix: list[Any], pattern: list[Any] | None = None):
+
+class Layers(nnx.Module):
+    """Blocks one after another: `prefix` ones by themselves, then `pattern` scanned over its stacked parameters.
+
+    `name` is the stack's in the model.
+    """
+
+    def __init__(self, name: str, prefix: list[Any], pattern: list[Any] | None = None):
+        self.name = name
         self.prefix = nnx.List(prefix)
         self.pattern = nnx.List(pattern or [])
 
@@ -194,7 +210,7 @@ class Layers(nnx.Module):
             for name in dict.fromkeys(name for aux in of_pattern for name in aux):
                 values = jnp.stack([aux[name] for aux in of_pattern if name in aux], axis=1)
                 found.setdefault(name, []).append(values.reshape(-1, *values.shape[2:]))
-        return x, {name: jnp.concatenate(values) for name, values in found.items()}
+        return x, of_stack(self.name, {name: jnp.concatenate(values) for name, values in found.items()})
 
 
 def _with_key(mask: AttentionMask, own: AttentionMask) -> AttentionMask:

@@ -11,6 +11,7 @@ from llama_jax.models.block import Block
 from llama_jax.models.compute import Compute
 from llama_jax.models.parts import EMBEDDING_STD, HeadBias
 from llama_jax.nn import FeedForward, Mixer, Norm, PositionBias, Positions
+from llama_jax.nn.dropout import check_rate
 from llama_jax.nn.parameters import Projection, child
 
 type Pieces = tuple[Mixer, FeedForward | None]
@@ -177,8 +178,7 @@ class TransformerConfig(ModelConfig):
         for name in ("vocab_size", "hidden_size", "num_layers", "max_positions"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
+        check_rate("dropout", self.dropout)
         if self.logit_softcap is not None and self.logit_softcap <= 0:
             raise UserError(f"logit_softcap={self.logit_softcap} must be above 0, or none")
         if self.norm is None and self.norm_placement != "pre":

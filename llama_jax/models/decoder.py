@@ -60,15 +60,12 @@ class Decoder(Transformer):
         axis splits the sequence, all of these are in zigzag order (`nn.attention.context`). `key` is for dropout;
         `outputs` is given what every block gives.
         """
-        x, aux = self._blocks(tokens, positions, segment_ids, prefix, key, outputs)
-        return self.normed(x), aux
-
-    def _blocks(self, tokens, positions, segment_ids, prefix, key, outputs) -> tuple[Float[Array, "b t d"], Aux]:
         if positions is None:
             positions = zigzag(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
         mask = self.row_mask(tokens.shape[1], segment_ids=segment_ids, prefix=prefix, dropout_key=key)
         x = self.embed(tokens, positions, mask)
-        return self.layers(x, positions=positions, mask=mask, remat=self.compute.remat, outputs=outputs)
+        x, aux = self.layers(x, positions=positions, mask=mask, remat=self.compute.remat, outputs=outputs)
+        return self.normed(x), aux
 
     def row_mask(self, length: int, **fields: Any) -> AttentionMask:
         """The mask of whole rows."""
@@ -99,7 +96,7 @@ class Decoder(Transformer):
         """What every block gives, by stack."""
         tokens, positions, segment_ids, prefix = jax.tree.map(zigzag, (tokens, positions, segment_ids, prefix))
         outputs: list[jax.Array] = []
-        self._blocks(tokens, positions, segment_ids, prefix, None, outputs)
+        self.trunk(tokens, positions=positions, segment_ids=segment_ids, prefix=prefix, outputs=outputs)
         return {"layers": [unzigzag(x) for x in outputs]}
 
     def predictions(self, batch: Batch, *, key: jax.Array | None = None) -> tuple[list[Prediction], Aux]:
@@ -131,18 +128,10 @@ class Decoder(Transformer):
         the cache as a scan output or carry decoding is up to twice as slow.
         """
         assert not self.layers.pattern
-        index = lengths[:, None] + jnp.arange(tokens.shape[1])
-        mask = AttentionMask(q_index=index, valid=valid, kernel=self.compute.attention_kernel)
-        if self.part("position_bias") is not None:
-            mask = dataclasses.replace(mask, bias=self.bias(index, jnp.arange(_length(cache))))
+        index, mask = self.cache_mask(tokens.shape[1], cache, lengths, valid)
         x = self.embed(tokens, index, mask)
         new = []
         for block, layer_cache in zip(self.layers.prefix, cache, strict=True):
             x, _, layer_cache = block(x, positions=index, mask=mask, cache=layer_cache)
             new.append(layer_cache)
         return self.normed(x), new
-
-
-def _length(cache: list[Any]) -> int:
-    """Places of a cache of keys [B, K, S, H]."""
-    return max(x.shape[2] for x in jax.tree.leaves(cache) if x.ndim == 4)

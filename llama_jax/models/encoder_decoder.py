@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.config import UserError
-from llama_jax.models.block import STATISTIC, Aux, Block, Layers
+from llama_jax.models.block import Aux, Block, Layers
 from llama_jax.models.compute import Compute
 from llama_jax.models.config import (
     LayerOverride,
@@ -148,7 +148,7 @@ class EncoderDecoder(Transformer):
         positions = jnp.broadcast_to(places, source.shape) if positions is None else positions
         x = self.embed(source, positions, mask, prefix="encoder_")
         x, aux = self.encoder_layers(x, positions=positions, mask=mask, remat=self.compute.remat, outputs=outputs)
-        return self._final(x, mask, "encoder_"), {_of_encoder(name): value for name, value in aux.items()}
+        return self._final(x, mask, "encoder_"), aux
 
     def decode(
         self,
@@ -257,9 +257,7 @@ class EncoderDecoder(Transformer):
 
         What is not `valid` stands behind a row's end, and is as if it were not there.
         """
-        index = lengths[:, None] + jnp.arange(tokens.shape[1])
-        places = jnp.arange(max(x.shape[2] for x in jax.tree.leaves(cache["layers"]) if x.ndim == 4))
-        mask = self.mask(q_index=index, valid=valid, bias=self.bias(index, places))
+        index, mask = self.cache_mask(tokens.shape[1], cache["layers"], lengths, valid)
         source_mask = self._source_mask(tokens, None, cache["source_segments"])
         x = self.embed(tokens, index, mask)
         new = []
@@ -267,11 +265,3 @@ class EncoderDecoder(Transformer):
             x, _, own = block(x, positions=index, mask=mask, cache=own, source=(keys, source_mask))
             new.append(own)
         return self.normed(x), cache | {"layers": new}
-
-
-def _of_encoder(name: str) -> str:
-    """The name of an auxiliary array of the encoder, beside those of the decoder's layers."""
-    if name.startswith(STATISTIC):
-        return f"{STATISTIC}encoder_layers.{name.removeprefix(STATISTIC)}"
-    kind, dot, own = name.rpartition("loss.")
-    return f"{kind}{dot}encoder_{own}"

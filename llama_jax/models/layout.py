@@ -201,7 +201,7 @@ def _scanned(config: ModelConfig, params: Params, stack: str, pieces: tuple[Any,
 
     pattern = [blocks[prefix + offset].merge(repeats(offset)) for offset in range(period)]
     first = per_layer(config, params, stack)[:prefix] if prefix else []
-    return Layers([block.merge(values) for block, values in zip(blocks, first, strict=False)], pattern)
+    return Layers(stack, [block.merge(values) for block, values in zip(blocks, first, strict=False)], pattern)
 
 
 def assemble_unrolled(
@@ -209,7 +209,7 @@ def assemble_unrolled(
 ) -> Any:
     """The unrolled module: the parts around the layers from `params`, the layers of each stack one by one."""
     stacks = {
-        stack: Layers([block.merge(values) for block, values in zip(blocks, layers[stack], strict=True)])
+        stack: Layers(stack, [block.merge(values) for block, values in zip(blocks, layers[stack], strict=True)])
         for stack, blocks in _templates(config)[1].items()
     }
     return config.build_model(_merge_parts(config, params), stacks, compute)

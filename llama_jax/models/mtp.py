@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import UserError
-from llama_jax.models.block import STATISTIC, Aux, Block, Layers
+from llama_jax.models.block import Aux, Block, Layers, of_stack
 from llama_jax.models.compute import REMAT_POLICIES, Compute
 from llama_jax.models.config import Pieces
 from llama_jax.models.decoder import Decoder, DecoderConfig
@@ -89,9 +89,7 @@ class MTPDecoder(Decoder):
         for depth, block in enumerate(further.blocks() if further is not None else (), 1):
             own_key = None if key is None else jax.random.fold_in(key, config.num_layers + depth)
             hidden, found = self._deeper(block, hidden, batch, depth, own_key)
-            for name, value in found.items():
-                if name.startswith(STATISTIC):
-                    name = f"{STATISTIC}{STACK}.{name.removeprefix(STATISTIC)}"
+            for name, value in of_stack(STACK, found).items():
                 aux[name] = jnp.concatenate([aux[name], value[None]]) if name in aux else value[None]
             segments = batch["segment_ids"]
             same = (_shifted(segments, depth, fill=-1) == segments).astype(batch["weights"].dtype)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.models.block import Aux, Layers
 from llama_jax.models.compute import Compute
@@ -82,6 +82,16 @@ class Transformer(nnx.Module):
         """The bias of the attention scores between these places, [1 or B, N, T, S]."""
         part = self.part(f"{prefix}position_bias")
         return None if part is None else part(queries, keys)
+
+    def cache_mask(
+        self, length: int, cache: list[Any], lengths: Int[Array, " b"], valid: Bool[Array, "b t"] | None
+    ) -> tuple[Int[Array, "b t"], AttentionMask]:
+        """Where `length` more tokens stand in rows that hold `lengths` already, and who of these caches they see."""
+        index, bias = lengths[:, None] + jnp.arange(length), None
+        if self.part("position_bias") is not None:
+            places = max(x.shape[2] for x in jax.tree.leaves(cache) if x.ndim == 4)  # keys are [B, K, S, H]
+            bias = self.bias(index, jnp.arange(places))
+        return index, self.mask(q_index=index, valid=valid, bias=bias)
 
     def normed(self, x: Float[Array, "b t d"], *, prefix: str = "") -> Float[Array, "b t d"]:
         """What leaves the last block, normalised where the blocks do not end with a norm."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -90,7 +89,7 @@ class _Loop:
             compiler_options=compiler_options(config.model, platform()),
         )
         self.eval_step = make_eval_step(config.model, config.compute)
-        self.hyper = config.optimizer.hyper(config.num_steps) | {"seed": jnp.uint32(config.seed)}
+        self.hyper = config.optimizer.hyper(config.num_steps, config.seed)
         self.tokens_per_step = config.global_batch_size * config.row_length
         flops = train_flops_per_token(config.model, config.sequence_length, config.data.objective.source_length or 0)
         peak = peak_flops(jax.local_devices()[0], config.compute.jax_dtype) * jax.device_count()

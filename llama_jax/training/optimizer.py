@@ -61,11 +61,12 @@ class OptimizerConfig:
         if self.accumulation_steps < 1:
             raise UserError(f"accumulation_steps={self.accumulation_steps} must be at least 1")
 
-    def hyper(self, num_steps: int) -> Hyper:
-        """What the train step takes as traced scalars; `num_steps` is where a decay ends."""
+    def hyper(self, num_steps: int, seed: int = 0) -> Hyper:
+        """What the train step takes as traced scalars; `num_steps` is where a decay ends, `seed` what dropout draws
+        from."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "accumulation_steps"}
         values |= {"schedule": get_args(Schedule).index(self.schedule), "num_steps": num_steps}
-        return {name: jnp.float32(value) for name, value in values.items()}
+        return {name: jnp.float32(value) for name, value in values.items()} | {"seed": jnp.uint32(seed)}
 
 
 def learning_rate(step: jax.Array | int, hyper: Hyper) -> jax.Array:

@@ -136,15 +136,14 @@ def make_train_step(
     Batch arrays are [B, T]: `tokens`, `targets`, `weights`, `segment_ids`, `positions` and, where the objective has
     them, `prefix` and a source (`source_tokens`, `source_segment_ids`, `source_positions`, [B, S]). Metrics: `loss` is
     the mean cross-entropy of the weighted targets in nats, `grad_norm` the global norm before clipping; further losses
-    and what the layers report (the load of experts, [E]) by name. A model that draws random numbers needs
-    `hyper["seed"]`. `compiler_options` are `jax.jit`'s, such as `CPU_COMPILER_OPTIONS`; with any, JAX takes the step in
-    no other `jit`.
+    and what the layers report (the load of experts, [E]) by name. `compiler_options` are `jax.jit`'s, such as
+    `CPU_COMPILER_OPTIONS`; with any, JAX takes the step in no other `jit`.
     """
 
     def train_step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:
         key = None
         if config.is_random:
-            key = jax.random.fold_in(jax.random.key(hyper["seed"].astype(jnp.uint32)), state.step)
+            key = jax.random.fold_in(jax.random.key(hyper["seed"]), state.step)
 
         def gradient(part: Batch, number: Any = 0) -> tuple[Params, tuple[Metrics, Metrics]]:
             def loss(params: Params):
@@ -211,9 +210,7 @@ def _updated(values: Params, statistics: Metrics, config: ModelConfig) -> Params
     """The buffers after a step, each updated by its own rule with the statistic of its name."""
     rules, new = buffers(config), {}
     for name, value in values.items():
-        # Those of a stack beside `layers` have its name.
-        statistic = statistics.get(STATISTIC + name, statistics.get(STATISTIC + name.partition(".")[2]))
-        new[name] = value if rules[name] is None else rules[name](value, statistic)
+        new[name] = value if rules[name] is None else rules[name](value, statistics[STATISTIC + name])
     return new
 
 

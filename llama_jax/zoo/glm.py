@@ -105,11 +105,11 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
 
     Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
     """
-    reader = ConfigReader(_partial_outside(data), _A_GLM)
+    reader = ConfigReader(data, _A_GLM)
     take = reader.take
-    reader.only(hidden_act="silu", attention_dropout=0.0, partial_rotary_factor=0.5)
+    reader.only(hidden_act="silu", attention_dropout=0.0)
     max_positions = take("max_position_embeddings", int, 131_072)
-    theta, scaling = read_rope(reader, max_positions)
+    theta, scaling = read_rope(reader, max_positions, partial=0.5)
     hidden_size, num_heads = take("hidden_size", int), take("num_attention_heads", int)
     config = glm(
         vocab_size=take("vocab_size", int),
@@ -128,18 +128,6 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
     )
     reader.finish()
     return config
-
-
-def _partial_outside(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`data` with the partial_rotary_factor that the newer spelling has inside of rope_parameters beside it."""
-    inside = data.get("rope_parameters")
-    if not isinstance(inside, Mapping) or "partial_rotary_factor" not in inside:
-        return data
-    rest = {key: value for key, value in inside.items() if key != "partial_rotary_factor"}
-    factor = inside["partial_rotary_factor"]
-    if data.get("partial_rotary_factor", factor) != factor:
-        raise UserError("config.json has two values of partial_rotary_factor, and they differ")
-    return {**data, "partial_rotary_factor": factor, "rope_parameters": rest}
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
     """
     reader = ConfigReader(data, "a Llama", {"max_sequence_length", "pretraining_tp"})
     take = reader.take
-    reader.only(hidden_act="silu", attention_dropout=0.0, partial_rotary_factor=1.0)
+    reader.only(hidden_act="silu", attention_dropout=0.0)
     max_positions = take("max_position_embeddings", int, 2048)
     theta, scaling = read_rope(reader, max_positions)
     config = _llama(

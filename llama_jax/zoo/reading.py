@@ -57,12 +57,16 @@ def typed(value: Any, kind: Any, where: str) -> Any:
     return value
 
 
-def read_rope(reader: ConfigReader, max_positions: int, theta: float = 10_000.0) -> tuple[float, RopeScaling | None]:
+def read_rope(
+    reader: ConfigReader, max_positions: int, theta: float = 10_000.0, *, partial: float = 1.0
+) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) of both spellings: `rope_theta` with `rope_scaling`, or `rope_parameters`.
 
-    Raises UserError for a kind that is not supported and for keys that are not known.
+    `partial` is the share of a head that the family rotates, and the only one that may be asked for. Raises
+    UserError for a kind that is not supported and for keys that are not known.
     """
     theta = reader.take("rope_theta", float, theta)
+    reader.only(partial_rotary_factor=partial)
     old, new = reader.take("rope_scaling", dict, {}), reader.take("rope_parameters", dict, {})
     if old and new and old != new:
         raise UserError("config.json has both rope_scaling and rope_parameters, and they differ")
@@ -104,9 +108,8 @@ def read_rope(reader: ConfigReader, max_positions: int, theta: float = 10_000.0)
             raise UserError("config.json has rope_scaling.truncate=False, which is not supported")
     else:
         raise UserError(f"config.json has rope_type={kind!r}, which is not supported: linear, yarn and llama3 are")
-    # The newer spelling repeats it here; who can have one takes it from the reader first.
-    if rest.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"config.json has a partial_rotary_factor, which is not supported for {reader.family}")
+    if (asked := take("partial_rotary_factor", float, partial)) != partial:
+        raise UserError(f"config.json has partial_rotary_factor={asked}, and {reader.family} can only have {partial}")
     if rest:
         raise UserError(f"config.json has rope_scaling.{next(iter(rest))}, which is not supported with {kind!r}")
     return theta, scaling

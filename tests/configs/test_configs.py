@@ -59,7 +59,7 @@ def test_train_step_builds_with_nothing_allocated(name: str):
     step = make_train_step(config.model, config.compute, accumulation_steps=config.optimizer.accumulation_steps)
 
     def first_update(params: dict[str, jax.Array], batch: dict[str, jax.Array]):
-        hyper = config.optimizer.hyper(config.num_steps) | {"seed": jnp.uint32(config.seed)}
+        hyper = config.optimizer.hyper(config.num_steps, config.seed)
         before = init_state(params, hyper)
         after, metrics = step(before, batch, hyper)
         return [(state.params, state.opt_state) for state in (before, after)], metrics

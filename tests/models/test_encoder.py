@@ -167,7 +167,6 @@ def test_one_batch_is_learned_by_heart(bert):
     config = dataclasses.replace(bert, dropout=0.05, num_classes=0)
     batch = batch_of((9, 12))
     hyper = OptimizerConfig(learning_rate=2e-2, warmup_steps=3, weight_decay=0.0, schedule="constant").hyper(60)
-    hyper["seed"] = jnp.uint32(0)
     step = make_train_step(config, Compute())
     state = init_state(build(config).params(), hyper)
     first = None

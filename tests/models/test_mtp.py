@@ -155,8 +155,8 @@ def test_a_step_trains_all_blocks_and_balances_their_experts(balanced):
         metrics.append({name: float(found[name]) for name in ("loss", "mtp_1_loss")})
         if len(metrics) > 1:
             continue
-        for stack, prefix, layers in (("layers", "", 2), ("mtp_layers", "mtp_layers.", 1)):
-            load = aux[f"statistic.{prefix}{BIAS}"]
+        for stack, layers in (("layers", 2), ("mtp_layers", 1)):
+            load = aux[f"statistic.{stack}.{BIAS}"]
             assert load.shape == (layers, 4)
             wanted = 0.1 * np.sign(load.mean(-1, keepdims=True) - load)
             np.testing.assert_allclose(state.buffers[f"{stack}.{BIAS}"], wanted, atol=1e-6)

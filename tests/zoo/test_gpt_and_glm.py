@@ -125,7 +125,7 @@ def test_both_spellings_of_glm_s_rotary_positions():
         (
             "glm",
             {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 1.0}},
-            "two values of partial_rotary_factor",
+            r"partial_rotary_factor=1\.0",
         ),
         ("glm", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("glm", {"attention_dropout": 0.1}, r"attention_dropout=0\.1"),

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.config import Component, UserError
-from llama_jax.nn.dropout import random_key
+from llama_jax.nn.dropout import check_rate, random_key
 from llama_jax.nn.masks import AttentionMask
 from llama_jax.nn.parameters import buffer, matmul, parameter, use
 from llama_jax.parallel import reshape, spec
@@ -91,8 +91,7 @@ class SwitchRouter(Router):
     bias: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.jitter < 1:
-            raise UserError(f"jitter={self.jitter} must be at least 0 and below 1")
+        check_rate("jitter", self.jitter)
 
     @property
     def choices(self) -> int:
