@@ -1,7 +1,8 @@
 """What every test stands on: eight virtual CPU devices, kept compilations, shapes checked at run time."""
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +38,7 @@ from llama_jax.models import DecoderConfig, abstract_params  # noqa: E402
 from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU  # noqa: E402
 from llama_jax.run import Run, RunConfig, train  # noqa: E402
 
+MAX_MAPPINGS = 20_000
 # On a shared machine the time of one example says nothing; the same examples every time, so that a failure stays.
 settings.register_profile("llama_jax", deadline=None, derandomize=True, database=None)
 settings.load_profile("llama_jax")
@@ -47,6 +49,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "filterwarnings", "ignore:Do not use the `random` module:hypothesis.errors.HypothesisDeprecationWarning"
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_mappings() -> Iterator[None]:
+    """A process may map 65,530 pieces of memory (Linux's vm.max_map_count) and XLA's CPU programs take several each.
+
+    Without this, one that runs half the tests ends in a segmentation fault.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAX_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

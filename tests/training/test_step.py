@@ -118,9 +118,8 @@ def test_other_hyper_parameters_compile_nothing(tiny_config: DecoderConfig, capl
     step = make_train_step(tiny_config, Compute())
     state, batch = start(tiny_config), jax.tree.map(jnp.asarray, batch_of())
     rates = []
-    other = OptimizerConfig(0.3, 7, 0.2, 0.8, 0.9, 1e-6, 0.5, 0.3, 0.1, schedule="linear", label_smoothing=0.1).hyper(
-        77
-    )
+    other = OptimizerConfig(0.3, 7, 0.2, 0.8, 0.9, 1e-6, 0.5, 0.3, 0.1, schedule="linear", label_smoothing=0.1)
+    other = other.hyper(77, seed=1)
     assert all(float(other[name]) != float(HYPER[name]) for name in other)
     with jax.log_compiles():
         for i, hyper in enumerate((HYPER, other, HYPER)):
@@ -134,7 +133,8 @@ def test_other_hyper_parameters_compile_nothing(tiny_config: DecoderConfig, capl
 
 
 def test_every_hyper_parameter_matters(tiny_config: DecoderConfig):
-    step, batch = make_train_step(tiny_config, Compute()), jax.tree.map(jnp.asarray, batch_of())
+    config = dataclasses.replace(tiny_config, dropout=0.1)  # for the seed to matter
+    step, batch = make_train_step(config, Compute()), jax.tree.map(jnp.asarray, batch_of())
 
     def after(hyper: dict[str, Any]) -> list[np.ndarray]:
         state = start(tiny_config)
@@ -145,7 +145,8 @@ def test_every_hyper_parameter_matters(tiny_config: DecoderConfig):
     before = after(HYPER)
     assert all(np.array_equal(a, b) for a, b in zip(before, after(HYPER), strict=True))
     for name, value in HYPER.items():
-        other = jnp.float32(1) if name == "schedule" else value / 2 + 1e-3  # 1 is the line, 0 the cosine
+        # A schedule of 1 is the line, of 0 the cosine.
+        other = jnp.ones_like(value) if name in ("schedule", "seed") else value / 2 + 1e-3
         changed = after(HYPER | {name: other})
         assert not all(np.array_equal(a, b) for a, b in zip(before, changed, strict=True)), name
 
