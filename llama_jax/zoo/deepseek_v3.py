@@ -1,7 +1,7 @@
 """DeepSeek-V3 (arXiv 2412.19437): V2 with experts balanced by a bias, eight-bit files and multi-token prediction."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from llama_jax.models import MTPDecoderConfig
@@ -94,6 +94,13 @@ def from_hf(data: Mapping[str, Any]) -> MTPDecoderConfig:
     config = MTPDecoderConfig(**read(reader))
     reader.finish()
     return config
+
+
+def with_tensors(config: MTPDecoderConfig, names: Collection[str]) -> MTPDecoderConfig:
+    """The config without further blocks where a file has nothing of them: `transformers` writes none, whatever its
+    config says."""
+    after = f"model.layers.{config.num_layers}."
+    return config if any(name.startswith(after) for name in names) else dataclasses.replace(config, num_mtp_layers=0)
 
 
 def write(config: MTPDecoderConfig, family: str, attention_type: type) -> dict[str, Any]:

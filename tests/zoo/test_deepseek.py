@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from llama_jax import zoo
 from llama_jax.checkpoint.formats import Split
+from llama_jax.checkpoint.sources import open_source
 from llama_jax.config import UserError
 from llama_jax.models import abstract_params, buffers, num_parameters
 from llama_jax.nn import Rope
@@ -123,6 +124,18 @@ def test_files_that_transformers_wrote_itself():
     ):
         family, data = zoo.family(name), golden(name)
         assert family.from_hf(data | more) == family.from_hf(data)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v32"])
+def test_a_file_with_nothing_of_the_further_blocks_is_the_main_model(name: str, tmp_path: Path):
+    """What transformers saves; one that has something of them has to have all."""
+    said = golden(name) | {"num_nextn_predict_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    (tmp_path / "model.safetensors").symlink_to(GOLDENS / name / "model.safetensors")
+    assert open_source(tmp_path).config == zoo.family(name).from_hf(golden(name))
+    after = f"model.layers.{said['num_hidden_layers']}."
+    for names, blocks in ((["model.norm.weight"], 0), (["model.norm.weight", f"{after}enorm.weight"], 1)):
+        assert zoo.family(name).with_tensors(zoo.family(name).from_hf(said), names).num_mtp_layers == blocks
 
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
