@@ -11,7 +11,7 @@ from rich.console import Console
 
 import llama_jax
 from llama_jax.__main__ import main
-from llama_jax.planning import CompiledStep, CompileRequest, DoesNotFit, Memory, estimate
+from llama_jax.planning import CompiledStep, CompileRequest, DoesNotFit, Memory, Report, estimate
 from llama_jax.planning.collectives import Collective
 from llama_jax.run.planning import PLAN_OPTIONS, PLAN_USAGE, workload_of
 
@@ -46,11 +46,14 @@ def test_a_plan_that_does_not_fit_and_its_remedy(capsys: pytest.CaptureFixture[s
     assert told(["llama2_7b", "--topology", "v5e:8x8", *found[1].split(" ")], capsys)[0] == 0
 
 
+@pytest.fixture(scope="module")
+def report() -> Report:
+    config = llama_jax.load_config("llama2_7b")
+    return llama_jax.plan(config, "v5e:8x8", search_all=True, sample_batch=64, sample_length=4096)
+
+
 @pytest.mark.parametrize("width", [80, 100, 120])
-def test_it_stays_within_the_terminal(width: int):
-    report = llama_jax.plan(
-        llama_jax.load_config("llama2_7b"), "v5e:8x8", search_all=True, sample_batch=64, sample_length=4096
-    )
+def test_it_stays_within_the_terminal(width: int, report: Report):
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     with console.file:
         console.print(report)
