@@ -28,7 +28,7 @@ def config(run_config: RunConfig) -> RunConfig:
     model = t5(
         vocab_size=384,
         hidden_size=32,
-        num_encoder_layers=3,
+        num_encoder_layers=2,
         num_layers=2,
         num_heads=4,
         head_dim=8,
