@@ -93,9 +93,14 @@ def test_each_stack_balances_its_own_experts(run: Run):
         "layers": (1, 4),
         "encoder_layers": (2, 4),
     }
+    assert np.abs(biases["encoder_layers.feed_forward.router.choice_bias"]).max(1).min() > 0
     for value in biases.values():
-        assert np.abs(value).max(1).min() > 0
         np.testing.assert_allclose(value / RATE, np.round(value / RATE), atol=1e-3)
+    # The decoder has one layer of experts, so that what is logged is its load.
+    loads = np.array([line["experts_load"] for line in run.metrics()])
+    moved = RATE * np.sign(loads.mean(1, keepdims=True) - loads)
+    assert moved.all()
+    np.testing.assert_allclose(biases["layers.feed_forward.router.choice_bias"], [moved.sum(0)], atol=1e-6)
 
 
 def test_what_it_answers(run: Run):
