@@ -212,6 +212,7 @@ for kind, tokenizer in tokenizers.items():
 TEXT = "the cat sat on the mat . the dog saw it and ran away ."
 OTHER = "a bird sang all day long in the tree . nobody heard the song ."
 TRANSLATION = "the cat saw the dog .", "le chat a vu le chien ."
+LABELS = "cat", "bird"
 CHAT = [{"role": "user", "content": "who ran away ?"}, {"role": "assistant", "content": "the dog ."}]
 
 special_tokens = ["<sop>", "<eop>", "<mask>", "<extra_id_0>", "<extra_id_1>", "<|im_start|>", "<|im_end|>"]
@@ -221,7 +222,7 @@ tokenizer = train_tokenizer(
     vocab_size=108,
     special_tokens=special_tokens,
 )
-vocabulary = Vocabulary.of(tokenizer)
+vocabulary = Vocabulary.of(tokenizer, LABELS)
 special_names = {i: name for name, i in tokenizer.special_tokens.items()}
 
 
@@ -360,6 +361,19 @@ assert source.index("dog") < source.index("cat")  # the sentences in another ord
 source, target = (tokenizer.encode(part) for part in TRANSLATION)
 example = show(objectives.ParallelText(), Document(np.array(source + target), parts=(len(source),)), seed=0)
 assert example["tokens"][0] == vocabulary.bos_id
+
+# %% [markdown]
+# ### Classification
+#
+# What an encoder is fine-tuned for (Devlin et al. 2019): a document is a text and its label, and the one target, at
+# `[CLS]`, is the number of the class.
+
+# %%
+text_and_label = [tokenizer.encode(part) for part in (OTHER, "bird")]
+document = Document(np.concatenate(text_and_label), parts=(len(text_and_label[0]),))
+example = show(objectives.Classification(LABELS), document, seed=0)
+assert example["class_targets"][0] == LABELS.index("bird")
+assert example["weights"].sum() == 1
 
 # %% [markdown]
 # These are all the objectives that the library has.
