@@ -111,7 +111,7 @@ CHANGES: dict[str, Callable[[RunConfig, Path], Any]] = {
     "data.stages": lambda *_: (Stage(1, (1.0, 0.0)),),
     "data.document_chars": lambda *_: 100,
     "data.cache_dir": lambda _, folder: str(folder / "elsewhere"),
-    "compute.dtype": lambda *_: "bfloat16",
+    "compute.dtype": lambda *_: "float32",
     "compute.attention_kernel": lambda *_: "blockwise",
     "compute.loss_chunk": lambda *_: 8,
     "init_from": lambda _, folder: str(folder / "nowhere"),
@@ -160,6 +160,7 @@ def base(run_config: RunConfig, folder: Path) -> RunConfig:
         data=dataclasses.replace(
             run_config.data, path=(str(folder / "texts"),), cache_dir=str(folder / "cache"), max_bad_records=1
         ),
+        compute=Compute(dtype="bfloat16"),  # for it to matter when a norm rounds
         checkpoint=CheckpointConfig(every_steps=2, keep_last=2, keep_best=1),
         logging=LoggingConfig(every_steps=3, validate_every_steps=2),
         profile=ProfileConfig(start_step=3),
@@ -180,9 +181,7 @@ def variants(base: RunConfig, folder: Path) -> list[RunConfig]:
     sources = (Source("some", (path[0] + "/0*.txt",), share=0.5), Source("more", (path[0] + "/1*.txt",), share=0.5))
     return [
         base,
-        # In float32 it does not matter when a norm rounds; without a tokenizer of their own no weights can be taken.
-        override(base, {"compute.dtype": "bfloat16"}),
-        override(base, own),
+        override(base, own),  # weights of others come with their tokenizer
         override(base, {"data.path": (), "data.sources": sources, "data.validation_fraction": 0.0}),
         *(override(base, rope | {"model.attention.rope.scaling": scaling}) for scaling in scalings),
     ]
