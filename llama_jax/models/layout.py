@@ -57,20 +57,20 @@ def _dotted(path: Any) -> str:
 @functools.lru_cache(maxsize=64)
 def _templates(config: ModelConfig) -> tuple[dict[str, _Template], dict[str, list[_Template]]]:
     """Templates of the parts by name, and of each layer's block by stack (one object per kind of block)."""
-    key = jax.random.key(0)
+
+    def rngs() -> nnx.Rngs:  # made where nothing is computed: the mesh's devices may be those of a machine not here
+        return nnx.Rngs(params=jax.random.key(0))
 
     def of_stack(stack: str, layers: tuple[Any, ...]) -> list[_Template]:
         kinds = {
-            pieces: _Template(lambda pieces=pieces: config.build_block(stack, pieces, rngs=nnx.Rngs(params=key)))
+            pieces: _Template(lambda pieces=pieces: config.build_block(stack, pieces, rngs=rngs()))
             for pieces in dict.fromkeys(layers)
         }
         return [kinds[pieces] for pieces in layers]
 
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        names = list(nnx.eval_shape(lambda: nnx.Dict(config.build_parts(rngs=nnx.Rngs(params=key)))))
-        parts = {
-            name: _Template(lambda name=name: config.build_parts(rngs=nnx.Rngs(params=key))[name]) for name in names
-        }
+        names = list(nnx.eval_shape(lambda: nnx.Dict(config.build_parts(rngs=rngs()))))
+        parts = {name: _Template(lambda name=name: config.build_parts(rngs=rngs())[name]) for name in names}
         stacks = {stack: of_stack(stack, layers) for stack, layers in config.stacks().items()}
     return parts, stacks
 

@@ -14,11 +14,12 @@ import pytest
 from make_goldens import LAYOUTS
 
 from llama_jax.config import UserError, from_json, to_json
-from llama_jax.models import DecoderConfig
+from llama_jax.models import DecoderConfig, layout
 from llama_jax.parallel import MeshConfig
 from llama_jax.planning import CompiledStep, CompileRequest, DoesNotFit, compile_step
 from llama_jax.planning.compiled import _one_at_a_time, describe, get_devices, lower_step
 from llama_jax.planning.gpu_target import GPU_TARGETS
+from llama_jax.zoo import presets
 
 needs_libtpu = pytest.mark.skipif(
     not importlib.util.find_spec("libtpu"), reason="libtpu is not installed (extra `plan`)"
@@ -49,6 +50,15 @@ def test_arguments_are_what_a_device_holds(small: CompileRequest, dropout: float
     assert step.memory.aliased > 0.9 * step.memory.outputs  # the state is donated
     assert from_json(CompiledStep, json.loads(json.dumps(to_json(step)))) == step
     assert from_json(CompileRequest, json.loads(json.dumps(to_json(small)))) == small
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert_base", "deepseek_v3"])
+def test_nothing_is_computed_on_devices_that_may_not_be_here(small: CompileRequest, name: str):
+    """With learned positions and dropout; with an encoder's heads; with experts, buffers and two stacks."""
+    layout._templates.cache_clear()
+    request = dataclasses.replace(small, model=dataclasses.replace(presets()[name], vocab_size=64))
+    with jax.no_execution():
+        lower_step(request, jax.devices())
 
 
 def test_without_libtpu_the_extra_is_named(small: CompileRequest, monkeypatch: pytest.MonkeyPatch):
