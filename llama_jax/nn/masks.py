@@ -57,6 +57,13 @@ class AttentionMask:
         real = real.reshape(*real.shape, *(1,) * (values.ndim - 2))
         return jnp.where(real, values, 0).sum(1) / jnp.maximum(real.sum(1), 1)
 
+    def mean_of_rows(self, values: Float[Array, " b"]) -> Float[Array, ""]:
+        """[B] -> the mean over the rows that have tokens: 0 where none has."""
+        if (real := self.real()) is None:
+            return values.mean()
+        real = real.any(1)
+        return jnp.where(real, values, 0).sum() / jnp.maximum(real.sum(), 1)
+
     def allowed(
         self, first_query: int | Array, num_queries: int, first_key: int | Array, num_keys: int
     ) -> Bool[Array, "#b t s"]:
