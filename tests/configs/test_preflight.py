@@ -1,4 +1,4 @@
-"""The preflight of every file of configs/, at its own sequence lengths: of fewer rows, and of fewer and smaller heads."""
+"""The preflight of every file of configs/ at its own sequence lengths: of fewer rows, fewer and smaller heads."""
 
 import dataclasses
 import functools

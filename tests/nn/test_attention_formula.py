@@ -1,7 +1,7 @@
 """Every attention kernel against the formula in numpy, float64: results and gradients, of any lengths and masks.
 
-There may be more queries than keys or fewer, and none is a multiple of a block. A query that sees nothing gets zeros and
-passes no gradient.
+There may be more queries than keys or fewer, and none is a multiple of a block. A query that sees nothing gets zeros
+and passes no gradient.
 """
 
 import dataclasses
@@ -118,10 +118,11 @@ def results(name: str, scale: float, q, k, v, direction, mask: AttentionMask):
 
 
 def assert_is(found, wanted, dtype: Any) -> None:
+    # Of what is near 0 in truth, as where each query sees one key, only the rounding is left: hence 0.05 at least.
     limit = 2e-6 if dtype == jnp.float32 else 1.5e-2
     for name, one, other in zip(NAMES, found, wanted, strict=True):
         assert one.dtype == dtype
-        error = np.sqrt(np.mean((np.asarray(one, np.float64) - other) ** 2)) / max(1e-3, np.sqrt(np.mean(other**2)))
+        error = np.sqrt(np.mean((np.asarray(one, np.float64) - other) ** 2)) / max(0.05, np.sqrt(np.mean(other**2)))
         assert error < limit, (name, error)
 
 

@@ -1,4 +1,4 @@
-"""Encoder-decoders against the original code where the target is longer than the source, and than a block of queries."""
+"""Encoder-decoders against the original code where the target is longer than the source and a block of queries."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ LENGTHS = ("129_300", *(pytest.param(lengths, marks=pytest.mark.slow) for length
 
 
 def lengthened(name: str, folder: Path) -> Path:
-    """A golden with more positions, as the maker of these goldens has it: a learned table goes on from its beginning."""
+    """A golden with more positions, as the maker of these has it: a learned table goes on from its beginning."""
     config = json.loads((GOLDENS / name / "config.json").read_text())
     tensors = {key: tensor.read() for key, tensor in read_directory(GOLDENS / name).items()}
     if "max_position_embeddings" in config:

@@ -1,9 +1,9 @@
 """Attention by the kernel that the run names, on whatever mesh.
 
 q [B, T, N, H], k [B, K, S, H], v [B, K, S, V]; query head n reads kv head n // (N/K). Softmax in float32, result
-[B, T, N, V] in the dtype of q; a query that may see nothing gets zeros, and passes no gradient. Kernels see the local part of the arrays only: `attend` splits batch, heads and sequence
-over the mesh. A kernel does everything that the mask says or refuses by name. A new one is a function and a line in
-`KERNELS`.
+[B, T, N, V] in the dtype of q; a query that may see nothing gets zeros, and passes no gradient. Kernels see the local
+part of the arrays only: `attend` splits batch, heads and sequence over the mesh. A kernel does everything that the mask
+says or refuses by name. A new one is a function and a line in `KERNELS`.
 """
 
 import contextlib

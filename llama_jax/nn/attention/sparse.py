@@ -134,7 +134,8 @@ class SparseLatentAttentionModule(LatentAttentionModule):
             else:
                 y, *divergence = self._masked(self.expand(q, latents), index, mask, learns)
                 if learns:
-                    aux["loss.indexer"] = self.config.index_loss_weight * mask.mean_of_rows(mask.row_means(divergence[0]))
+                    mean = mask.mean_of_rows(mask.row_means(divergence[0]))
+                    aux["loss.indexer"] = self.config.index_loss_weight * mean
         return self.o_proj(y), cache, aux
 
     def init_cache(self, batch: int, length: int, dtype: Any) -> Cache:

@@ -426,9 +426,9 @@ def make_long_targets() -> None:
             logits = model(input_ids=source, attention_mask=mask, decoder_input_ids=target).logits
             # The last place of every stretch: what is lost in one block of queries is seen.
             places = np.arange(target_length - 1, 0, -30)
-            arrays = {"source": source, "source_mask": mask, "target": target, "places": places}
-            arrays = {key: np.asarray(x).astype(np.uint16 if key == "places" else np.uint8) for key, x in arrays.items()}
-            arrays["logits"] = logits[:, places.copy()].numpy()
+            tokens = {"source": source, "source_mask": mask, "target": target}
+            arrays = {key: x.numpy().astype(np.uint8) for key, x in tokens.items()}
+            arrays |= {"places": places.astype(np.int32), "logits": logits[:, places.copy()].numpy()}
             found |= {f"{key}_{source_length}_{target_length}": x for key, x in arrays.items()}
         np.savez_compressed(GOLDENS / f"long_targets_{name}.npz", **found)
 
