@@ -1,5 +1,6 @@
 """The directory of a run: everything about it."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -59,7 +60,8 @@ class Run:
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint."""
-        return CheckpointStore(self.directory / CHECKPOINTS_DIRECTORY).steps()
+        with contextlib.closing(CheckpointStore(self.directory / CHECKPOINTS_DIRECTORY)) as store:
+            return store.steps()
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
