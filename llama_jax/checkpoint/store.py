@@ -31,7 +31,8 @@ class CheckpointConfig:
 
     every_steps: steps between checkpoints; the last step is always saved.
     keep_last: how many of the latest stay.
-    keep_best: how many of those with the lowest validation loss stay as well.
+    keep_best: how many of those with the lowest validation loss stay as well; a validation that finds one of them is
+      saved at any step.
     """
 
     every_steps: int = 1000
@@ -75,7 +76,8 @@ class CheckpointStore:
             str(self.directory),
             preservation_policy=keep or policies.PreserveAll(),  # type: ignore[arg-type]
         )
-        self._measured = {c.step: c.metrics["val_loss"] for c in self._orbax.checkpoints if c.metrics}
+        metrics: dict[int, Any] = {c.step: c.metrics for c in self._orbax.checkpoints if c.metrics}
+        self._measured: dict[int, float] = {step: values["val_loss"] for step, values in metrics.items()}
         self._saving: tuple[int, ocp.AsyncResponse[bool]] | None = None  # the step that is being written
         self._failed = False
 
@@ -91,8 +93,10 @@ class CheckpointStore:
     def is_best(self, val_loss: float) -> bool:
         """Return whether a checkpoint with this validation loss would be one of the `keep_best` that stay."""
         assert self._config is not None
+        # Process 0 says: others' view of a shared file system may be older.
+        keep = self._config.keep_best
         better = sum(measured <= val_loss for measured in self._measured.values())
-        return math.isfinite(val_loss) and better < self._config.keep_best
+        return math.isfinite(val_loss) and distributed.from_main(lambda: better < keep)
 
     def save(self, state: TrainState, *, val_loss: float | None = None) -> None:
         """Start saving `state` under its step; the arrays are copied before this returns, so they may be donated.
@@ -107,7 +111,9 @@ class CheckpointStore:
         self._settle()
         with self._told(step):
             # Forced, or Orbax skips a save while the one before it is still being written.
-            response = self._orbax.save_checkpointables_async(step, {_STATE: to_disk(state)}, metrics=metrics, force=True)
+            response = self._orbax.save_checkpointables_async(
+                step, {_STATE: to_disk(state)}, metrics=metrics, force=True
+            )
         assert response is not None
         self._saving = step, response
 

@@ -12,6 +12,7 @@ import optax
 from llama_jax.models import Compute, ModelConfig, Prediction, assemble, buffers
 from llama_jax.models.block import OF, STATISTIC
 from llama_jax.models.layout import Params
+from llama_jax.nn import seed_key
 from llama_jax.nn.attention.context import zigzag
 from llama_jax.nn.experts import Experts
 from llama_jax.parallel import reshape, shard
@@ -143,7 +144,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:
         key = None
         if config.is_random:
-            key = jax.random.fold_in(jax.random.key(hyper["seed"]), state.step)
+            key = jax.random.fold_in(seed_key(hyper["seed"]), state.step)
 
         def gradient(part: Batch, number: Any = 0) -> tuple[Params, tuple[Metrics, ...]]:
             def loss(params: Params):
