@@ -45,6 +45,8 @@ CHANGEABLE = (
     "data.cache_dir",
     "data.max_bad_records",
 )
+# What `resume.allow` is for: how the rest of the run goes, not what it is.
+ADVISED = ("optimizer.", "data.skip_batches", "num_steps")
 
 
 class Run:
@@ -177,14 +179,13 @@ def check_directory(run: Run) -> list[str]:
 
 
 def _changes(before: Run, run: Run) -> list[str]:
-    """What differs, as `key=old -> new`. Raises UserError with all of it that must not."""
+    """What differs, as `key=old -> new`. Raises UserError with all that must not."""
     old, new = _values(before.config), _values(run.config)
     keys = list(dict.fromkeys([*new, *old]))
     changeable = CHANGEABLE
     if len({source.epochs is None for source in run.config.data.sources}) > 1:
         changeable = tuple(key for key in CHANGEABLE if key != "num_steps")  # the order of the data depends on it
     differing = [key for key in keys if old.get(key) != new.get(key) and not key.startswith("resume.")]
-    told = {key: f"{key}={_shown(old.get(key))} -> {_shown(new.get(key))}" for key in differing}
     refused = [
         key
         for key in differing
@@ -193,11 +194,13 @@ def _changes(before: Run, run: Run) -> list[str]:
         and not _same(key, old.get(key), new.get(key), before)
     ]
     if refused:
+        told = "; ".join(f"{key}={old.get(key)!r}, not {new.get(key)!r}" for key in refused)
+        advised = all(key.startswith(ADVISED) for key in refused)
+        allow = f", allow this with --resume.allow {','.join(refused)}," if advised else ","
         raise UserError(
-            f"'{before.directory}' holds another run: {'; '.join(told[key] for key in refused)}: continue it "
-            f"unchanged, allow this with --resume.allow {','.join(refused)}, or give another --run-dir"
+            f"'{before.directory}' holds a run with {told}: continue it unchanged{allow} or give another --run-dir"
         )
-    return list(told.values())
+    return [f"{key}={_shown(old.get(key))} -> {_shown(new.get(key))}" for key in differing]
 
 
 def _shown(value: Any) -> str:

@@ -111,7 +111,7 @@ def test_a_save_that_fails_in_the_background_is_told_once(tmp_path: Path, monkey
     with monkeypatch.context() as patched:
         patched.setattr(store._orbax, "save_checkpointables_async", lambda *_, **__: Failing())
         store.save(small(1))
-    with pytest.raises(SaveFailed, match="checkpoint of step 1 cannot be written .*No space left on device"):
+    with pytest.raises(SaveFailed, match=r"checkpoint of step 1 cannot be written .*No space left on device"):
         store.save(small(2)) if then == "save" else getattr(store, then)()
     store.close()
 
