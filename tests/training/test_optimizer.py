@@ -11,6 +11,7 @@ import pytest
 
 from llama_jax.config import UserError
 from llama_jax.models import DecoderConfig, abstract_params, build, initialize
+from llama_jax.models.config import causal_score_flops, full_score_flops
 from llama_jax.nn import seed_key
 from llama_jax.training import (
     OptimizerConfig,
@@ -217,6 +218,22 @@ def test_flops_counted_by_hand(tiny_config: DecoderConfig, tied: bool):
     attention = 2 * 2 * 4 * 8 * (10 / 2)  # scores and values, 2 FLOPs each, of 4 heads of 8 with half of 10 keys
     expected = 6 * (2 * layer + head) + 3 * 2 * attention
     assert train_flops_per_token(dataclasses.replace(tiny_config, tie_embeddings=tied), 10) == expected
+
+
+@pytest.mark.parametrize("length", [1, 6, 7, 40])
+@pytest.mark.parametrize("window", [1, 3, 7, None])
+def test_scores_are_those_of_the_keys_that_are_seen(tiny_config: DecoderConfig, length: int, window: int | None):
+    """Counted one by one: of causal ones a token is half before itself, as of the whole triangle half is counted."""
+    mixer = dataclasses.replace(tiny_config.attention, window=window)
+    of_key = 4 * mixer.num_heads * mixer.head_dim
+    before, inside = 0.0, 0
+    for query in range(length):
+        before += min(sum(1.0 for key in range(query)) + 0.5, window or length)
+        inside += sum(window is None or abs(query - key) < window for key in range(length))
+    assert causal_score_flops([mixer, mixer], length) == 2 * of_key * before
+    assert full_score_flops([mixer], length) == of_key * inside
+    config = dataclasses.replace(tiny_config, attention=mixer)
+    assert config.score_flops(length, 0) == 2 * of_key * before
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31 - 1])
