@@ -31,8 +31,8 @@ class CheckpointConfig:
 
     every_steps: steps between checkpoints; the last step is always saved.
     keep_last: how many of the latest stay.
-    keep_best: how many of those with the lowest validation loss stay as well; a validation that finds one of them is
-      saved at any step.
+    keep_best: how many of those with the lowest validation loss stay as well; where validations and checkpoints meet, a
+      validation between them that finds one of the best is saved, too.
     """
 
     every_steps: int = 1000

@@ -117,7 +117,6 @@ class RunConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         self._check_lengths()
         seed_value(self.seed)
-        self._check_allowed()
         takes, gives = self.model.batch_fields, self.data.objective.fields()
         if unknown := [name for name in gives if name not in takes]:
             raise UserError(
@@ -141,7 +140,8 @@ class RunConfig:
                 f"{self.model.vocab_size}: lower the one or raise the other"
             )
 
-    def _check_allowed(self) -> None:
+    def check_allowed(self) -> None:
+        """Raises UserError where `resume.allow` names what is no key."""
         keys = [key for key, *_ in leaves(self)]
         for allowed in self.resume.allow:
             if not any(ResumeConfig((allowed,)).allows(key) for key in keys):

@@ -32,6 +32,7 @@ def prepare(run: Run, mesh: MeshConfig, num_devices: int) -> list[Any]:
     config = run.config
     dataclasses.replace(config, mesh=mesh).check_mesh(num_devices)
     check_writers(config.logging)
+    config.check_allowed()
     lines = check_directory(run)
     if config.init_from is not None and not (run.directory / CONFIG_FILE).exists():
         inheritance(config, run.components)

@@ -100,6 +100,8 @@ class _Loop:
         peak = peak_flops(jax.local_devices()[0], config.compute.jax_dtype)
         self.mfu_per_speed = None if peak is None else flops / (peak * jax.device_count())
         self.lines = list(lines)
+        every, validates = config.checkpoint.every_steps, config.logging.validate_every_steps
+        self.measures_checkpoints = validates >= config.num_steps or math.lcm(every, validates) < config.num_steps
         self.stopped_by: int | None = None
 
     def run(self) -> None:
@@ -156,11 +158,11 @@ class _Loop:
             lines.append(
                 f"profile records nothing: {window} are not among those from {start} to {steps} that this run does"
             )
-        every, validates = config.checkpoint.every_steps, config.logging.validate_every_steps
-        if config.checkpoint.keep_best and len(self.validation) and validates < steps <= math.lcm(every, validates):
+        if config.checkpoint.keep_best and len(self.validation) and not self.measures_checkpoints:
+            every, validates = config.checkpoint.every_steps, config.logging.validate_every_steps
             lines.append(
-                f"checkpoints (every {every} steps) and validations (every {validates}) do not meet before the last "
-                "step: a validation that finds one of the checkpoint.keep_best is saved, too"
+                f"checkpoint.keep_best keeps none but the last: checkpoints (every {every} steps) and validations (every "
+                f"{validates}) do not meet before"
             )
         if self.mfu_per_speed is None:
             lines.append(f"no MFU: the peak of '{jax.local_devices()[0].device_kind}' is not known")
@@ -214,7 +216,9 @@ class _Loop:
                             bar.say(f"step {done}/{num_steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in val.items()))
                         self._log(pending | val, clock, bar, writers)
                         pending = None
-                        if saves or ("val_loss" in val and store.is_best(val["val_loss"])):
+                        # Where checkpoints are measured at all, what is measured between them may be the best.
+                        best = self.measures_checkpoints and "val_loss" in val and store.is_best(val["val_loss"])
+                        if saves or best:
                             store.save(state, val_loss=val.get("val_loss"))
                 if stopping:
                     store.wait()

@@ -130,9 +130,10 @@ def test_what_the_message_of_a_failed_run_advises_can_be_done(
         train(override(quick, change | {"data.skip_batches": "3,4", "resume.allow": allow}), begun)
 
 
-def test_keys_that_are_none_cannot_be_allowed(quick: RunConfig):
+def test_keys_that_are_none_cannot_be_allowed(quick: RunConfig, tmp_path: Path):
     with pytest.raises(UserError, match=r"resume.allow=optimizer.learning_rat is no key .*'optimizer.learning_rate'"):
-        override(quick, {"resume.allow": ("optimizer.learning_rat",)})
+        train(override(quick, {"resume.allow": ("optimizer.learning_rat",)}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_fewer_steps_than_are_done_change_nothing(begun: Path, quick: RunConfig):
@@ -162,7 +163,9 @@ def test_what_does_nothing_is_told_at_the_start(
     said = capsys.readouterr().out
     assert "optimizer.warmup_steps=600 is longer than num_steps=6: the learning rate ends at 1.0% of its peak" in said
     assert "profile records nothing: steps 6 to 9 are not among those from 0 to 6" in said
-    assert "checkpoints (every 4 steps) and validations (every 5) do not meet" in said
+    assert (
+        "keep_best keeps none but the last: checkpoints (every 4 steps) and validations (every 5) do not meet" in said
+    )
 
 
 def test_a_window_that_began_before_is_recorded_from_where_the_run_continues(
@@ -182,11 +185,13 @@ def test_a_window_that_began_before_is_recorded_from_where_the_run_continues(
 @pytest.mark.parametrize(
     ("every", "validate", "losses", "kept"),
     [
-        (4, 3, {3: 0.1}, [3, 8, 10]),  # measured between two checkpoints
-        (3, 2, {2: 0.5, 4: 0.2, 6: 0.3}, [4, 9, 10]),
-        (1, 4, {4: 0.1}, [4, 9, 10]),  # checkpoints that were not measured
-        (4, 4, {4: 0.1}, [4, 8, 10]),
-        (3, 3, {3: float("nan"), 6: 0.3}, [6, 9, 10]),
+        (4, 3, {3: 0.1}, [3, 12, 14]),  # measured between two checkpoints
+        (3, 2, {2: 0.5, 4: 0.2, 6: 0.3}, [4, 12, 14]),
+        (1, 4, {4: 0.1}, [4, 13, 14]),  # checkpoints that were not measured
+        (4, 4, {4: 0.1}, [4, 12, 14]),
+        (3, 3, {3: float("nan"), 6: 0.3}, [6, 12, 14]),
+        (20, 5, {5: 0.1}, [14]),  # told at the start
+        (4, 5, {5: 0.1}, [12, 14]),
     ],
 )
 def test_the_best_that_was_measured_stays(
@@ -198,12 +203,12 @@ def test_the_best_that_was_measured_stays(
     losses: dict[int, float],
     kept: list[int],
 ):
-    """Whatever the two periods, and with a continuation in between."""
+    """Whatever the two periods, if they meet, and with a continuation in between."""
     loss_of.update({-step: loss for step, loss in losses.items()})
-    change = {"checkpoint.every_steps": every, "logging.validate_every_steps": validate, "num_steps": 10}
+    change = {"checkpoint.every_steps": every, "logging.validate_every_steps": validate, "num_steps": 14}
     run = train(override(quick, change), tmp_path / "run")
     assert run.steps() == kept
-    shutil.rmtree(run.directory / "checkpoints" / "10")
+    shutil.rmtree(run.directory / "checkpoints" / "14")
     assert train(override(quick, change), run.directory).steps() == kept
 
 
