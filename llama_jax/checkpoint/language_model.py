@@ -120,12 +120,11 @@ def _entered(mesh: MeshLike):
 
 def _load_native(path: Path, compute: Compute, components: Sequence[type], step: int | None):
     config = config_of(path, components)
-    store = CheckpointStore(path / CHECKPOINTS_DIRECTORY)
-    steps = store.steps()
-    if not steps:
-        raise UserError(f"'{path}' has no finished checkpoint yet: let the run reach its first one")
-    params = store.load_params(steps[-1] if step is None else step, abstract_params(config, compute.jax_dtype))
-    store.close()
+    with contextlib.closing(CheckpointStore(path / CHECKPOINTS_DIRECTORY)) as store:
+        steps = store.steps()
+        if not steps:
+            raise UserError(f"'{path}' has no finished checkpoint yet: let the run reach its first one")
+        params = store.load_params(steps[-1] if step is None else step, abstract_params(config, compute.jax_dtype))
     return config, params
 
 

@@ -83,6 +83,8 @@ class DataConfig:
     packing: how documents share rows: `cut` where a row ends, or `best_fit`: only those longer than a row are cut.
     sources: several corpora instead of `path`, each with its share or its epochs.
     stages: shares of the sources that change at given steps.
+    skip_batches: numbers of batches that no step takes: the others follow in their order. Without any, step n takes
+      batch n, counted from 0.
     """
 
     path: tuple[str, ...]
@@ -99,6 +101,7 @@ class DataConfig:
     packing: Packing = "cut"
     sources: tuple[Source, ...] = ()
     stages: tuple[Stage, ...] = ()
+    skip_batches: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("path", "exclude", "fields"):
@@ -122,6 +125,8 @@ class DataConfig:
             raise UserError(f"max_bad_records={self.max_bad_records} must be at least 0, or none for any number")
         if self.num_prefetch < 0:
             raise UserError(f"num_prefetch={self.num_prefetch} must be at least 0")
+        if any(number < 0 for number in self.skip_batches):
+            raise UserError(f"skip_batches={','.join(map(str, self.skip_batches))} must all be at least 0")
         self._check_sources()
 
     def _check_sources(self) -> None:
