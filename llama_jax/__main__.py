@@ -26,6 +26,7 @@ from llama_jax.config import (
 )
 from llama_jax.data import cli as data_cli
 from llama_jax.parallel import distributed
+from llama_jax.remote import with_urls
 from llama_jax.run import Preempted, RunConfig, RunFailed, load_config, train
 from llama_jax.run.planning import PLAN_OPTIONS, PLAN_USAGE, plan_command
 from llama_jax.sampling import cli as sampling_cli
@@ -73,7 +74,7 @@ def guarded(command: Callable[[], int]) -> int:
     except distributed.AgreedError as error:
         return told(f"error: {error}", 2)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {with_urls(str(error))}", file=sys.stderr)
         return distributed.leave(2)
     except (RunFailed, ConversionError) as error:
         return told(f"failed: {error}", 1)
@@ -94,7 +95,7 @@ def guarded(command: Callable[[], int]) -> int:
 def told(sentence: str, code: int) -> int:
     """`code`, which every process ends with, told once."""
     if distributed.is_main():
-        print(sentence, file=sys.stderr)
+        print(with_urls(sentence), file=sys.stderr)
     return code
 
 
@@ -118,8 +119,7 @@ def train_command(argv: Sequence[str]) -> int:
     if wants_help:
         print(_help(names[0], module.__doc__, config))
         return 0
-    run_dir = Path(run_dir or Path("runs") / find_config(names[0]).stem)
-    run = train(config, run_dir)
+    run = train(config, run_dir or Path("runs") / find_config(names[0]).stem)
     if hasattr(module, "report"):
         distributed.agreed(lambda: module.report(run))
     return 0
