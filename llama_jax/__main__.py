@@ -51,6 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return guarded(lambda: plan_main(argv[1:]))
     if argv[:1] == ["sample"]:
         return guarded(lambda: sampling_cli.main(argv[1:]))
+    args = command_parser().parse_args(argv)
+    return guarded(lambda: args.main(args))
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of all commands but those above, which are only named in its help."""
     parser = argparse.ArgumentParser(prog="python -m llama_jax", description="Language models in JAX.")
     subparsers = parser.add_subparsers(dest="command", required=True)
     subparsers.add_parser("train", help="train a config, or continue a run", add_help=False)
@@ -63,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     convert_parser.set_defaults(main=convert_command)
     tokenizers_cli.add_arguments(subparsers)
     data_cli.add_arguments(subparsers)
-    args = parser.parse_args(argv)
-    return guarded(lambda: args.main(args))
+    return parser
 
 
 def guarded(command: Callable[[], int]) -> int:

@@ -157,7 +157,7 @@ def test_a_whole_directory_of_others_is_not_fetched():
 
 
 def write_step(directory: Path, step: int) -> None:
-    for name in (COMMIT_FILE, "metrics/metrics", "state/d/a", "state/d/b"):
+    for name in (COMMIT_FILE, "metrics/metrics", "state/a", f"state/d/{os.urandom(4).hex()}"):
         file = directory / "checkpoints" / str(step) / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"{name} of {step}, {os.urandom(4).hex()}")
