@@ -35,7 +35,8 @@ from llama_jax.tokenizers import cli as tokenizers_cli
 TRAIN_USAGE = """usage: train.py CONFIG [--key value ...] [--run-dir DIR]
                 [--coordinator-address HOST:PORT --num-processes N --process-id I]
 
-Trains CONFIG, a name in configs/ or a path, in DIR (default: runs/CONFIG); the same command again continues it.
+Trains CONFIG, a name in configs/ or a path, in DIR (default: runs/CONFIG), which may be a URL of an object store
+(s3://, gs://); the same command again continues it.
 On several hosts it is started once on each; the second line is for where SLURM, Open MPI or a TPU does not say it.
 """
 
@@ -63,8 +64,8 @@ def command_parser() -> argparse.ArgumentParser:
     subparsers.add_parser("plan", help="will a config fit a machine, and how fast", add_help=False)
     subparsers.add_parser("sample", help="continue texts with a trained model", add_help=False)
     convert_parser = subparsers.add_parser("convert", help="import or export weights, with the logit check")
-    convert_parser.add_argument("source", help="run, Hugging Face or Meta directory, or a llama2.c .bin")
-    convert_parser.add_argument("destination", help="directory to make")
+    convert_parser.add_argument("source", help="run, Hugging Face or Meta directory, or a llama2.c .bin; or URL")
+    convert_parser.add_argument("destination", help="directory to make, or URL to write")
     convert_parser.add_argument("--to", choices=("hf", "native"), required=True)
     convert_parser.set_defaults(main=convert_command)
     tokenizers_cli.add_arguments(subparsers)

@@ -324,9 +324,14 @@ def _protocol(url: str) -> str:
 
 
 def _stamp(info: dict[str, Any]) -> str:
-    """What changes with a file's content: the store's tag, or else all that it says of it."""
+    """What changes with a file's content: the store's tag, or else all that it says of it, such as a time."""
     tags = ("ETag", "etag", "md5Hash", "checksum", "blob_id", "oid")
-    return str(next((info[tag] for tag in tags if info.get(tag)), sorted(info.items(), key=str)))
+    if tag := next((info[tag] for tag in tags if info.get(tag)), None):
+        return str(tag)
+    said = {key: value for key, value in info.items() if value is not None}
+    if said.keys() <= {"name", "size", "type", "mimetype", "url", "partial"}:
+        return uuid.uuid4().hex  # nothing says whether it has changed: it is fetched each time
+    return str(sorted(said.items(), key=str))
 
 
 def _signature(file: Path) -> list[int]:

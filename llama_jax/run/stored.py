@@ -7,6 +7,7 @@ first was uploaded.
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from llama_jax.remote import Mirror, as_local
 
 _POLL_SECONDS = 1.0  # between two looks for a new checkpoint
 _MAX_PAUSE_SECONDS = 60.0  # between two attempts while the store cannot be reached
+_LAST_ATTEMPTS = 5  # at the end of a run, with pauses that double
 
 
 class StoredRun:
@@ -44,19 +46,25 @@ class StoredRun:
 
     def start(self) -> None:
         """Uploads what there is and begins to upload every checkpoint. Raises UserError where it cannot."""
+        steps = whole_steps(self._mirror.local_files())
         self.upload()
-        self._thread = threading.Thread(target=self._watch, name="upload", daemon=True)
+        self._thread = threading.Thread(target=self._watch, args=(steps,), name="upload", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Uploads what is left, of a run that was started. Raises UserError where it cannot."""
-        if self._thread is not None:
-            self._closing.set()
-            self._thread.join()
+        if self._thread is None:
+            return
+        self._closing.set()
+        self._thread.join()
+        for attempt in range(_LAST_ATTEMPTS):
             try:
                 self.upload()
+                return
             except UserError as error:
-                raise UserError(f"{error}; what is missing there is in {self.directory.parent}") from error
+                if attempt == _LAST_ATTEMPTS - 1:
+                    raise UserError(f"{error}; what is missing there is in {self.directory.parent}") from error
+                time.sleep(_POLL_SECONDS * 2**attempt)
 
     def upload(self) -> bool:
         """Makes the store's files those of the directory: checkpoints last, the older ones then removed.
@@ -97,8 +105,8 @@ class StoredRun:
     def _files_of(self, step: int) -> list[str]:
         return [name for name in self._mirror.local_files() if step_of(name) == step]
 
-    def _watch(self) -> None:
-        uploaded, pause = whole_steps(self._mirror.local_files()), _POLL_SECONDS
+    def _watch(self, uploaded: list[int]) -> None:
+        pause = _POLL_SECONDS
         while not self._closing.wait(pause):
             steps = whole_steps(self._mirror.local_files())
             if steps == uploaded:
@@ -107,7 +115,7 @@ class StoredRun:
                 if self.upload():
                     uploaded = steps
                 pause = _POLL_SECONDS
-            except UserError as error:
+            except (UserError, OSError) as error:  # also of a file that went away meanwhile
                 if pause == _POLL_SECONDS:
                     print(f"checkpoints wait to be uploaded: {error}", file=sys.stderr)
                 pause = min(2 * pause, _MAX_PAUSE_SECONDS)

@@ -114,6 +114,7 @@ def test_another_run_is_refused_by_url(bucket: str, run_config: RunConfig, finis
     assert names(f"{bucket}/notes") == ["todo.txt"]
 
 
+@pytest.mark.slow
 def test_sample_convert_init_from_and_tokenizer(
     bucket: str, finished_run: Run, run_config: RunConfig, capsys: pytest.CaptureFixture[str]
 ):
