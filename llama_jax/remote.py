@@ -90,7 +90,8 @@ class Mirror:
             raise UserError(f"'{url}' names no file or directory: give the whole URL")
         self._fs, self._root = file_system(self.url)
         self._root = self._root.rstrip("/")
-        self.path = path or default_cache() / kind / hashlib.sha256(parent.encode()).hexdigest()[:16] / name[-100:]
+        digest = hashlib.sha256((parent if len(name) < 100 else self.url).encode()).hexdigest()[:16]
+        self.path = path or default_cache() / kind / digest / name[-100:]
         self._list = self.path.with_name(f".{self.path.name}.json")
         _mirrors[str(self.path)] = self.url
 

@@ -107,6 +107,8 @@ def config_of(path: str | Path, components: Sequence[type] = ()) -> ModelConfig:
 def _existing(path: str | Path, step: int | None = None) -> Path:
     """The model's local path; of what a store has, a copy."""
     given, path = path, local_copy(path, functools.partial(model_files, step=step))
+    if is_remote(given) and (path / "data.json").is_file():  # of a run: a store has no empty directories
+        (path / CHECKPOINTS_DIRECTORY).mkdir(exist_ok=True)
     if is_remote(given) and is_meta(path):
         fetch_beside(str(given), ("tokenizer.model",))  # Meta's downloads have it beside the directories of the sizes
     if not path.exists():

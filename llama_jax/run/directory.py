@@ -121,6 +121,8 @@ def open_run(directory: str | Path, components: Sequence[type] = ()) -> Run:
     directory = local_copy(directory, functools.partial(run_files, arrays=False))
     if not (directory / CONFIG_FILE).is_file():
         raise UserError(f"'{directory}' is not a run directory: it has no {CONFIG_FILE}")
+    if url is not None:  # a store has no empty directories
+        (directory / CHECKPOINTS_DIRECTORY).mkdir(exist_ok=True)
     return Run(directory, from_json(RunConfig, read_json(directory / CONFIG_FILE), components), components, url=url)
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from llama_jax import remote
+from llama_jax import load, open_run, remote
 from llama_jax.checkpoint.stored import COMMIT_FILE, model_files, run_files, step_of, whole_steps
 from llama_jax.config import UserError
 from llama_jax.parallel import distributed
 from llama_jax.remote import Mirror, is_remote, local_copy, uploaded, url_of
+from llama_jax.run import Run
 from llama_jax.run.stored import StoredRun, local_run
 
 URL = "memory://bucket/model"
@@ -281,6 +282,26 @@ def test_mirror_paths_in_sentences_are_urls(store):
     assert remote.with_urls(f"'{local_copy(URL) / 'a'}' is damaged") == "'memory://bucket/model/a' is damaged"
 
 
+def test_run_without_a_checkpoint_says_so(store, finished_run: Run):
+    for name in ("config.json", "data.json", "tokenizer/tokenizer.model"):
+        put(store, f"model/{name}", (finished_run.directory / name).read_bytes())
+    put(store, "model/checkpoints/4/state/d/half", "an upload that was broken off")
+    with pytest.raises(UserError, match="has no finished checkpoint yet"):
+        load(URL)
+    assert open_run(URL).steps() == []
+
+
+def test_sizes_of_meta_share_the_tokenizer_beside_them(store):
+    put(store, "llama/7B/params.json", "{}")
+    put(store, "llama/7B/consolidated.00.pth", "weights")
+    put(store, "llama/tokenizer.model", "pieces")
+    with pytest.raises(UserError) as refused:
+        load("memory://bucket/llama/7B")
+    assert "memory://bucket/llama/7B" in remote.with_urls(str(refused.value))
+    assert (local_copy("memory://bucket/llama/7B").parent / "tokenizer.model").read_text() == "pieces"
+
+
 def test_two_urls_of_the_same_name_have_two_mirrors():
     urls = ["memory://bucket/model", "memory://bucket/a/model", "s3://bucket/model", "memory://bucket/model2"]
+    urls += [f"memory://bucket/{letter}{'x' * 200}" for letter in "ab"]
     assert len({Mirror(url).path for url in urls}) == len(urls)

@@ -51,6 +51,7 @@ COMMANDS = {
 COMMAND_WORDS = {
     "tokenizer train special_token", "tokenizer encode text", "tokenizer decode ids", "prepare exclude",
     "prepare fields", "prepare shards", "prepare max_bad_records", "sample prompt",
+    "sample ignore_config_keys", "convert ignore_config_keys",
 }  # fmt: skip
 
 # Keys that are paths, with what else a run needs for them. A source's stand in a config file.
@@ -64,7 +65,7 @@ KEYS = {
 }
 KEY_WORDS = {
     "sample_prompts", "wandb_project", "attention_kernel", "exclude", "fields", "name", "mask_token", "cls_token",
-    "sep_token", "start_token", "end_token", "labels", "special_tokens",
+    "sep_token", "start_token", "end_token", "labels", "special_tokens", "allow",
 }  # fmt: skip
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
