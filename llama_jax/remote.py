@@ -106,8 +106,9 @@ class Mirror:
                 found = self._fs.find(self._root, detail=True)
             except FileNotFoundError:
                 return {}
-        prefix = f"{self._root}/"
-        stamps = {path.removeprefix(prefix): _stamp(info) for path, info in found.items()}
+        own = info["name"].rstrip("/")  # as the store writes it: the Hub resolves revisions
+        root = own if all(path.startswith(f"{own}/") for path in found) else self._root
+        stamps = {path.removeprefix(f"{root}/"): _stamp(info) for path, info in found.items()}
         # Some stores list a directory's own marker.
         stamps = {name: stamp for name, stamp in stamps.items() if name and not name.endswith("/")}
         for name in stamps:
@@ -257,15 +258,15 @@ def local_copy(path: str | Path, select: Select | None = None, *, beside: Sequen
     return mirror.path
 
 
-def fetch_beside(url: str, patterns: Sequence[str]) -> None:
+def fetch_beside(url: str | Path, patterns: Sequence[str]) -> None:
     """Fetches the files in the same directory of the store whose names match; they lie beside the local copy."""
-    parent, _, own = url.rpartition("/")
+    parent, _, own = url_of(url).rstrip("/").rpartition("/")
     fs, name = file_system(parent)
     try:
         with _telling(parent, "read"):
             found = [info["name"].rpartition("/")[2] for info in fs.ls(name, detail=True) if info["type"] == "file"]
     except UserError:
-        if _protocol(url) in ("http", "https"):  # which has no listing, as a rule
+        if _protocol(parent) in ("http", "https"):  # which has no listing, as a rule
             return
         raise
     for other in found:

@@ -110,7 +110,7 @@ def _existing(path: str | Path, step: int | None = None) -> Path:
     if is_remote(given) and (path / "data.json").is_file():  # of a run: a store has no empty directories
         (path / CHECKPOINTS_DIRECTORY).mkdir(exist_ok=True)
     if is_remote(given) and is_meta(path):
-        fetch_beside(str(given), ("tokenizer.model",))  # Meta's downloads have it beside the directories of the sizes
+        fetch_beside(given, ("tokenizer.model",))  # Meta's downloads have it beside the directories of the sizes
     if not path.exists():
         raise UserError(
             f"'{path}' does not exist: give a run directory, a Hugging Face or Meta directory, or a .bin file"

@@ -296,7 +296,7 @@ def test_sizes_of_meta_share_the_tokenizer_beside_them(store):
     put(store, "llama/7B/consolidated.00.pth", "weights")
     put(store, "llama/tokenizer.model", "pieces")
     with pytest.raises(UserError) as refused:
-        load("memory://bucket/llama/7B")
+        load("memory://bucket/llama/7B/")
     assert "memory://bucket/llama/7B" in remote.with_urls(str(refused.value))
     assert (local_copy("memory://bucket/llama/7B").parent / "tokenizer.model").read_text() == "pieces"
 
