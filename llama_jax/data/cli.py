@@ -14,6 +14,7 @@ from llama_jax.data.corpus import Corpus
 from llama_jax.data.files import find_files
 from llama_jax.data.prepare import prepare, prepare_shards
 from llama_jax.data.readers import plan_shards
+from llama_jax.remote import with_urls
 from llama_jax.tokenizers import load_tokenizer
 
 DESCRIPTION = """Tokenizes a corpus into shards: text, JSONL and JSON lines (each also .gz and .zst), Parquet, datasets
@@ -87,7 +88,7 @@ def main(args: argparse.Namespace) -> int:
 
         options = {"directory": args.output, "num_workers": args.num_workers, "progress": progress}
         if args.shards is not None:
-            print(prepare_shards(config, tokenizer, _numbers(args.shards), **options))
+            print(with_urls(str(prepare_shards(config, tokenizer, _numbers(args.shards), **options))))
             return 0
         corpus = prepare(config, tokenizer, **options)
     _print(corpus, time.monotonic() - start if made else None)
@@ -107,7 +108,7 @@ def _numbers(shards: str) -> range:
 
 
 def _print(corpus: Corpus, seconds: float | None) -> None:
-    print(corpus.directory)
+    print(with_urls(str(corpus.directory)))
     for split, documents in corpus.num_documents.items():
         print(f"{split}: {documents} documents, {corpus.num_tokens[split]} tokens, {corpus.num_bytes[split]} bytes")
     if seconds is not None:

@@ -76,7 +76,7 @@ class DataConfig:
     max_record_bytes: longer lines, records and whole files are bad records.
     max_bad_records: more than so many bad records (not UTF-8, without a field...) are an error; none: any number.
     validation_fraction: share of documents held out, chosen by a hash of their text.
-    cache_dir: where tokenized shards are kept; None is $LLAMA_JAX_CACHE or ~/.cache/llama_jax.
+    cache_dir: where tokenized shards are kept, a path or a URL; None is $LLAMA_JAX_CACHE or ~/.cache/llama_jax.
     num_prefetch: batches prepared ahead of the step that takes them.
     chat_template: how the messages of a chat become tokens, where a field holds them.
     objective: what is to be learned of a document.

@@ -14,10 +14,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-import fsspec
-
 from llama_jax.config import UserError
 from llama_jax.data.config import DataConfig
+from llama_jax.remote import file_system, is_remote
 
 BUFFER = 1 << 20
 SETTLED_NS = 2_000_000_000  # a file may change again without its time changing while this is not over
@@ -38,11 +37,6 @@ class CorpusFile:
     pieces: int | None = None
 
 
-def is_remote(path: str) -> bool:
-    """Whether `path` is a URL, not a path on disk."""
-    return "://" in path
-
-
 def is_dataset(path: str) -> bool:
     """Whether `path` names a Hugging Face dataset, not a file of the Hub's file system."""
     return path.startswith("hf://") and not path.startswith(("hf://datasets/", "hf://buckets/"))
@@ -57,16 +51,6 @@ def open_file(path: str) -> io.BufferedIOBase:
         return io.BufferedReader(cast(io.RawIOBase, fs.open(name, "rb")), BUFFER)
     except (FileNotFoundError, PermissionError) as error:
         raise UserError(f"'{path}' cannot be read ({error.strerror or error}): check that it is still there") from None
-
-
-def file_system(path: str) -> tuple[Any, str]:
-    """(the file system of a URL, the name in it). Raises UserError where a package for it is missing."""
-    try:
-        return fsspec.core.url_to_fs(path)
-    except ImportError as error:
-        raise UserError(f"path '{path}' needs a package that is not installed ({error}): install it with pip") from None
-    except ValueError as error:
-        raise UserError(f"path '{path}' is of no file system that fsspec knows: {error}") from None
 
 
 def find_files(config: DataConfig) -> list[CorpusFile]:

@@ -78,7 +78,7 @@ def test_object_stores_are_as_disks(tmp_path: Path):
         store.rm("/corpus", recursive=True)
 
 
-@pytest.mark.parametrize(("url", "package"), [("s3://bucket/key", "s3fs"), ("gs://bucket/key", "gcsfs")])
+@pytest.mark.parametrize(("url", "package"), [("abfs://bucket/key", "adlfs"), ("gs://bucket/key", "gcsfs")])
 def test_a_store_whose_package_is_missing(url: str, package: str):
     with pytest.raises(UserError, match=f"needs a package that is not installed .*{package}") as error:
         texts(url)
