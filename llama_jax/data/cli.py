@@ -112,8 +112,5 @@ def _print(corpus: Corpus, seconds: float | None) -> None:
         print(f"{split}: {documents} documents, {corpus.num_tokens[split]} tokens, {corpus.num_bytes[split]} bytes")
     if seconds is not None:
         print(f"{sum(corpus.num_tokens.values()) / seconds:,.0f} tokens/s in {seconds:.1f} s")
-    if corpus.skipped:
-        print(f"skipped: {len(corpus.skipped)}, the first being {corpus.skipped[0]}")
-    for reason, count in corpus.bad_records["reasons"].items():
-        first = [name for name in corpus.bad_records["first"] if f" {reason}" in name][:3]
-        print(f"bad records ({reason}): {count}" + (f", first {'; '.join(first)}" if first else ""))
+    for line in corpus.left_out():
+        print(line)
