@@ -12,6 +12,8 @@ from llama_jax.data.readers.packed import opened
 from llama_jax.data.readers.record import NOT_TABLE, NOT_UTF8, TOO_LONG, BadRecord, Item, Record, SkippedFile
 from llama_jax.data.readers.units import Unit, kind_of
 
+_REST = "the rows behind it are left out"
+
 
 def read_delimited(unit: Unit, config: DataConfig) -> Iterator[Item]:
     """A record a row; the header names the columns, of which only those of `fields` are taken."""
@@ -31,7 +33,10 @@ def read_delimited(unit: Unit, config: DataConfig) -> Iterator[Item]:
                     break
             except csv.Error as error:
                 number += 1
-                yield BadRecord(where, TOO_LONG if "field limit" in str(error) else NOT_TABLE, str(error))
+                if "field limit" in str(error):  # a quote that nothing closes
+                    yield BadRecord(where, TOO_LONG, _REST)
+                    return
+                yield BadRecord(where, NOT_TABLE, str(error))
                 continue
             if not row:
                 continue
@@ -49,7 +54,7 @@ def read_delimited(unit: Unit, config: DataConfig) -> Iterator[Item]:
             number += 1
             yield _record(row, columns, len(header), where, limit)
     for where in too_long:
-        yield BadRecord(where, TOO_LONG, "the rows behind it are left out")
+        yield BadRecord(where, TOO_LONG, _REST)
 
 
 def _lines(content: io.BufferedIOBase, unit: Unit, limit: int, too_long: list[str]) -> Iterator[str]:

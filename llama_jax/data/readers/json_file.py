@@ -17,6 +17,7 @@ from llama_jax.data.readers.units import Unit
 _SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 _SPACE_BYTES = b" \t\r\n\xef\xbb\xbf"
 _NEAR_END = 16  # characters: what is wrong there may be a word or an escape that is not all here yet
+_NUMBER = "0123456789+-.eE"
 _REST = "what follows it in the file is left out"
 
 
@@ -134,8 +135,9 @@ class _Text:
         while True:
             try:
                 value, end = self._decode(self._held, self.place)
-                if end < len(self._held) or self._ended:  # else a number may go on
-                    break
+                behind = self._held[end : end + _NEAR_END]
+                if self._ended or len(behind) == _NEAR_END or (behind and behind[0] not in _NUMBER):
+                    break  # else a number may go on
             except RecursionError:
                 return JsonProblem(NOT_JSON, f"it is nested too deeply; {_REST}"), True
             except ValueError as error:
