@@ -16,11 +16,11 @@ from llama_jax.data.prepare import prepare, prepare_shards
 from llama_jax.data.readers import plan_shards
 from llama_jax.tokenizers import load_tokenizer
 
-DESCRIPTION = """Tokenizes a corpus into shards: text, JSONL and JSON lines (each also .gz and .zst), Parquet, datasets
-of Hugging Face (hf://NAME[/CONFIG]:SPLIT, or a directory of save_to_disk), ArrayRecord (tf.train.Example or JSON), and
-nanoGPT's and llm.c's .bin, on disk or in an object store (gs://, s3://). What is there already is not made again. On a
-cluster, run one process for each of the --shards, with one --output; the same command without --shards then makes the
-index."""
+DESCRIPTION = """Tokenizes a corpus into shards: text, JSONL, JSON, CSV and TSV (each also .gz, .zst, .bz2 and .xz), the
+members of tar archives, Parquet, datasets of Hugging Face (hf://NAME[/CONFIG]:SPLIT, or a directory of save_to_disk),
+ArrayRecord (tf.train.Example or JSON), and nanoGPT's and llm.c's .bin, on disk or in an object store (gs://, s3://).
+What is there already is not made again. On a cluster, run one process for each of the --shards, with one --output; the
+same command without --shards then makes the index."""
 
 
 def add_arguments(subparsers: argparse._SubParsersAction) -> None:

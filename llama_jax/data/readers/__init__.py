@@ -2,7 +2,8 @@
 
 In: a `Unit`, a piece of a file that is known by its name, place and size. Out: `Record`s with a document's parts, and
 `BadRecord`s and `SkippedFile`s in their places. A new kind is a module with a reader and a line in `READERS` and
-`units.KINDS`. All opening goes through `files.open_file`, so that object stores are read like disks.
+`units.KINDS`. All opening goes through `files.open_file`, so that object stores are read like disks; what is read as
+text goes through `packed.opened`, which refuses what is none (`content.py`).
 """
 
 import io
