@@ -68,7 +68,8 @@ class Stage:
 class DataConfig:
     """Which text a run learns from, and as what.
 
-    path: files, directories (with all below them), globs, on disk or as gs:// and s3://, and hf://NAME[/CONFIG]:SPLIT.
+    path: files, directories (with all below them but hidden files and backups), globs, on disk or as gs:// and s3://,
+      and hf://NAME[/CONFIG]:SPLIT.
     exclude: patterns as in the shell of files to leave out, matched with the path and with its part below `path`.
     fields: what holds the text, the token ids or the messages in a record; several are a document's parts, in order; a
       number that is no first part (a class) counts as its digits.

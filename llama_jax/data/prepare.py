@@ -15,7 +15,7 @@ from llama_jax.data.chat import ChatTemplate
 from llama_jax.data.config import DataConfig
 from llama_jax.data.corpus import INDEX, Corpus, check_bad_records, check_validation, open_corpus, write_index
 from llama_jax.data.files import CorpusFile, digests, find_files
-from llama_jax.data.readers import Unit, kind_of, plan_shards
+from llama_jax.data.readers import Unit, kind_of, packing_of, plan_shards
 from llama_jax.data.shards import PARTIAL, ShardSet, locked, make_shard
 from llama_jax.data.workers import make_shards
 from llama_jax.remote import Mirror, as_local, check_destination, default_cache, working_copy
@@ -224,6 +224,6 @@ def _content_hash(files: list[CorpusFile], config: DataConfig, tokenizer: Tokeni
     with contextlib.suppress(OSError):  # told where the corpus itself cannot be written
         cache.mkdir(parents=True, exist_ok=True)
     for file, content in zip(files, digests(files, cache / "digests.jsonl"), strict=True):
-        packed = file.path.endswith((".gz", ".zst"))
+        packed = bool(packing_of(file.path))
         digest.update(f"{content} {kind_of(file.path)} {packed}\n".encode())
     return digest.hexdigest()

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from llama_jax.checkpoint.language_model import CHECKPOINTS_DIRECTORY, CONFIG_FILE
 from llama_jax.checkpoint.store import CheckpointStore, SaveFailed
-from llama_jax.data import Causal, Dataset, ValidationBatches
+from llama_jax.data import Dataset, ValidationBatches
 from llama_jax.data.windows import Batch
 from llama_jax.models import EncoderDecoderConfig, abstract_params, buffers
 from llama_jax.parallel import distributed, make_mesh, mesh_axis_sizes, platform
@@ -270,14 +270,8 @@ class _Loop:
         if not targets:  # chats of which no answer is held out
             return {}
         values = {"val_loss": nats / targets}
-        num_bytes = self.dataset.num_bytes["validation"]
-        # Only a causal model says how likely the whole text is, and nothing else; of token ids the bytes are not known.
-        if (
-            self.config.logging.validation_batches is None
-            and isinstance(self.config.data.objective, Causal)
-            and self.config.data.chat_template is None
-            and num_bytes
-        ):
+        # Only over all of the text are nats and bytes those of the same tokens.
+        if self.config.logging.validation_batches is None and (num_bytes := self.dataset.scored_bytes()):
             values["val_bits_per_byte"] = nats / math.log(2) / num_bytes
         return values
 
