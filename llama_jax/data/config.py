@@ -68,7 +68,8 @@ class Stage:
 class DataConfig:
     """Which text a run learns from, and as what.
 
-    path: files, directories (with all below them), globs, on disk or as gs:// and s3://, and hf://NAME[/CONFIG]:SPLIT.
+    path: files, directories (with all below them but hidden files and backups), globs, on disk or as gs:// and s3://,
+      and hf://NAME[/CONFIG]:SPLIT.
     exclude: patterns as in the shell of files to leave out, matched with the path and with its part below `path`.
     fields: what holds the text, the token ids or the messages in a record; several are a document's parts, in order; a
       number that is no first part (a class) counts as its digits.
@@ -76,7 +77,7 @@ class DataConfig:
     max_record_bytes: longer lines, records and whole files are bad records.
     max_bad_records: more than so many bad records (not UTF-8, without a field...) are an error; none: any number.
     validation_fraction: share of documents held out, chosen by a hash of their text.
-    cache_dir: where tokenized shards are kept; None is $LLAMA_JAX_CACHE or ~/.cache/llama_jax.
+    cache_dir: where tokenized shards are kept, a path or a URL; None is $LLAMA_JAX_CACHE or ~/.cache/llama_jax.
     num_prefetch: batches prepared ahead of the step that takes them.
     chat_template: how the messages of a chat become tokens, where a field holds them.
     objective: what is to be learned of a document.

@@ -86,7 +86,8 @@ class RunConfig:
     global_batch_size: sequences of one update, over all devices.
     sequence_length: tokens of a sequence.
     seed: of initial values and of the order of the data; below 2**64.
-    init_from: weights to begin with, whatever can be loaded; parameters that they lack are drawn. None draws all.
+    init_from: weights to begin with, whatever can be loaded, a path or a URL; parameters that they lack are drawn. None
+      draws all.
     mesh: how devices are used.
     compute: how the model is computed; changes speed and memory, not the result.
     checkpoint: when it is saved.

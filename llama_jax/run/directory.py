@@ -19,9 +19,11 @@ from llama_jax.checkpoint.language_model import (
     load,
 )
 from llama_jax.checkpoint.store import CheckpointStore
+from llama_jax.checkpoint.stored import run_files
 from llama_jax.config import UserError, from_json, leaves, read_json, to_json
 from llama_jax.data import Batches, Dataset, Vocabulary, prepare_dataset
 from llama_jax.data.windows import Batch
+from llama_jax.remote import as_local, local_copy, url_of
 from llama_jax.run.config import RunConfig
 from llama_jax.tokenizers import Tokenizer, load_tokenizer
 from llama_jax.training import learning_rate
@@ -50,13 +52,16 @@ ADVISED = ("optimizer.", "data.skip_batches", "num_steps")
 
 
 class Run:
-    """A run that was started: its config, metrics, data and checkpoints."""
+    """A run that was started: its config, metrics, data and checkpoints.
 
-    def __init__(self, directory: Path, config: RunConfig, components: Sequence[type] = ()):
-        self.directory, self.config, self.components = directory, config, tuple(components)
+    Of one in an object store, `directory` is its local copy and `url` where it is; else `url` is None.
+    """
+
+    def __init__(self, directory: Path, config: RunConfig, components: Sequence[type] = (), *, url: str | None = None):
+        self.directory, self.config, self.components, self.url = directory, config, tuple(components), url
 
     def __repr__(self) -> str:
-        return f"Run({str(self.directory)!r})"
+        return f"Run({self.url or str(self.directory)!r})"
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return a dict per logged step: `step`, `loss`, `learning_rate`, `grad_norm`, ..., `val_loss` where measured.
@@ -127,15 +132,18 @@ class Run:
 
     def load(self, step: int | None = None, *, mesh: MeshLike = None, dtype: str | None = None) -> LanguageModel:
         """The model as it was at `step` (default: the latest checkpoint)."""
-        return load(self.directory, mesh=mesh, dtype=dtype, components=self.components, step=step)
+        return load(self.url or self.directory, mesh=mesh, dtype=dtype, components=self.components, step=step)
 
 
 def open_run(directory: str | Path, components: Sequence[type] = ()) -> Run:
-    """The run in `directory`. Raises UserError where there is none."""
-    directory = Path(directory)
+    """The run in `directory`, which may be a URL. Raises UserError where there is none."""
+    url = url_of(directory) if as_local(directory) is None else None
+    directory = local_copy(directory, functools.partial(run_files, arrays=False))
     if not (directory / CONFIG_FILE).is_file():
         raise UserError(f"'{directory}' is not a run directory: it has no {CONFIG_FILE}")
-    return Run(directory, from_json(RunConfig, read_json(directory / CONFIG_FILE), components), components)
+    if url is not None:  # a store has no empty directories
+        (directory / CHECKPOINTS_DIRECTORY).mkdir(exist_ok=True)
+    return Run(directory, from_json(RunConfig, read_json(directory / CONFIG_FILE), components), components, url=url)
 
 
 def _metrics_of(line: str) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from llama_jax.config import UserError, to_json
+from llama_jax.remote import with_urls
 from llama_jax.run.config import LoggingConfig
 from llama_jax.run.directory import METRICS_FILE, Run, write_text
 
@@ -173,7 +174,7 @@ class Bar:
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
-        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._progress.console.print(with_urls(text), markup=False, highlight=False, soft_wrap=True)
 
     def show(self, metrics: Metrics) -> None:
         """The metrics of a step."""

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from llama_jax.checkpoint.language_model import CHECKPOINTS_DIRECTORY, CONFIG_FILE
 from llama_jax.checkpoint.store import CheckpointStore, SaveFailed
-from llama_jax.data import Causal, Dataset, ValidationBatches
+from llama_jax.data import Dataset, ValidationBatches
 from llama_jax.data.windows import Batch
 from llama_jax.models import EncoderDecoderConfig, abstract_params, buffers
 from llama_jax.parallel import distributed, make_mesh, mesh_axis_sizes, platform
@@ -26,6 +26,7 @@ from llama_jax.run.initial import first_params
 from llama_jax.run.planning import mesh_of
 from llama_jax.run.preparing import check_shared, open_dataset, prepare
 from llama_jax.run.reporting import Bar, JsonLines, TensorBoard, WeightsAndBiases, Writer
+from llama_jax.run.stored import StoredRun, local_run
 from llama_jax.sampling import generate_text
 from llama_jax.training import (
     PreflightFailed,
@@ -51,10 +52,19 @@ class Preempted(Exception):
 def train(config: RunConfig, run_dir: str | Path, *, components: Sequence[type] = ()) -> Run:
     """Trains `config` in `run_dir`, or continues what is in it, bit for bit as if it had never stopped.
 
+    `run_dir` may be the URL of an object store (`s3://`, `gs://`): every checkpoint is uploaded when it is saved.
+
     Returns the finished run. Raises UserError for a config that cannot run here or that is not this directory's,
     RunFailed when the loss is no longer finite, Preempted after a termination signal, with a checkpoint saved.
     """
-    run = Run(Path(run_dir), config, components)
+    with local_run(run_dir) as (directory, stored):
+        run = _train(Run(directory, config, components), stored)
+    run.url = None if stored is None else stored.url
+    return run
+
+
+def _train(run: Run, stored: StoredRun | None) -> Run:
+    config = run.config
     devices = jax.devices()  # several processes find their devices together
     mesh = mesh_of(config, devices)
     # All that can be wrong is found out before anything is written; of several processes, the first does it for all.
@@ -63,6 +73,8 @@ def train(config: RunConfig, run_dir: str | Path, *, components: Sequence[type] 
         loop = distributed.agreed(lambda: _Loop(run, open_dataset(run, directories, vocabulary), sample_tokens, lines))
         distributed.from_main(lambda: start_run(run, loop.dataset))
         distributed.agreed(lambda: check_shared(run.directory / CONFIG_FILE, "--run-dir"))
+        if stored is not None:
+            stored.start()
         try:
             loop.run()
         except SaveFailed as error:
@@ -258,14 +270,8 @@ class _Loop:
         if not targets:  # chats of which no answer is held out
             return {}
         values = {"val_loss": nats / targets}
-        num_bytes = self.dataset.num_bytes["validation"]
-        # Only a causal model says how likely the whole text is, and nothing else; of token ids the bytes are not known.
-        if (
-            self.config.logging.validation_batches is None
-            and isinstance(self.config.data.objective, Causal)
-            and self.config.data.chat_template is None
-            and num_bytes
-        ):
+        # Only over all of the text are nats and bytes those of the same tokens.
+        if self.config.logging.validation_batches is None and (num_bytes := self.dataset.scored_bytes()):
             values["val_bits_per_byte"] = nats / math.log(2) / num_bytes
         return values
 

@@ -160,8 +160,9 @@ def make_train_step(
                 # Shares are summed with what they are shares of, which parts have unequally much of.
                 wholes = {name.removeprefix(OF): aux.pop(name) for name in [*aux] if name.startswith(OF)}
                 amounts = {name: (aux.pop(name).T * whole.T).T for name, whole in wholes.items()}
-                # A mean over rows, so a part's is divided by their number.
-                aux = {name: value / accumulation_steps for name, value in aux.items()}
+                if accumulation_steps > 1:  # a part's share: losses are means over the rows that have tokens
+                    of_losses, of_others = _num_rows(part) / num_rows, 1 / accumulation_steps
+                    aux = {n: value * (of_losses if n.startswith("loss.") else of_others) for n, value in aux.items()}
                 statistics = {name: value for name, value in aux.items() if name.startswith(STATISTIC)}
                 for name, value in aux.items():
                     if name.startswith("loss."):
@@ -174,6 +175,7 @@ def make_train_step(
             return jax.grad(loss, has_aux=True)(state.params)
 
         denominators: list[jax.Array] = []
+        num_rows = jnp.maximum(_num_rows(batch), 1)
         if accumulation_steps == 1:
             grads, (metrics, statistics, amounts, wholes) = gradient(batch)
         else:
@@ -206,6 +208,11 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, _updated(state.buffers, statistics, config)), metrics
 
     return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
+
+
+def _num_rows(batch: Batch) -> jax.Array:
+    """How many rows have tokens."""
+    return (batch["segment_ids"] > 0).any(1).sum()
 
 
 def _count(prediction: Prediction) -> jax.Array:
