@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from llama_jax.config import UserError
-from llama_jax.tokenizers.base import Tokenizer
+from llama_jax.tokenizers.base import RULE_FILE, TEMPLATE_DIRECTORY, TEMPLATE_FILE, Tokenizer
 from llama_jax.tokenizers.chatglm import ChatGLMTokenizer, is_chatglm
 from llama_jax.tokenizers.huggingface import json_tokenizer
 from llama_jax.tokenizers.sentencepiece import SentencePieceTokenizer, llama2c_model
@@ -30,6 +30,24 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path = found[0]
     if not path.is_file():
         raise UserError(f"tokenizer file '{path}' does not exist")
+    tokenizer = _load(path)
+    beside = [path.with_name(name) for name in (RULE_FILE, TEMPLATE_FILE)]
+    beside += sorted(path.with_name(TEMPLATE_DIRECTORY).glob("*.jinja"))
+    more = {file.relative_to(path.parent).as_posix(): file.read_bytes() for file in beside if file.is_file()}
+    tokenizer.files = {**tokenizer.files, **more}
+    return tokenizer
+
+
+def load_saved_tokenizer(directory: str | Path) -> Tokenizer:
+    """Return the tokenizer that a run or a native model keeps in `directory`.
+
+    Without a rule of its own (directories of earlier versions) a prompt begins as a document does.
+    """
+    tokenizer = load_tokenizer(directory)
+    return tokenizer if RULE_FILE in tokenizer.files else tokenizer.with_rule(tokenizer.start_ids, ())
+
+
+def _load(path: Path) -> Tokenizer:
     content, settings = path.read_bytes(), _beside(path, "tokenizer_config.json")
     try:
         if content.lstrip()[:1] == b"{":
