@@ -5,7 +5,6 @@ import copy
 import functools
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -90,8 +89,8 @@ class Tokenizer(abc.ABC):
         return tuple(rule["prefix_ids"]), tuple(rule["suffix_ids"])
 
     def _affixes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Prefix and suffix of a prompt where no `with_rule` has set them."""
-        return self.start_ids, ()
+        """Prefix and suffix of a prompt where no `with_rule` has set them, as the files have it."""
+        return (), ()
 
     def with_rule(self, prefix_ids: Sequence[int], suffix_ids: Sequence[int]) -> "Tokenizer":
         """Return this tokenizer with other ids around a prompt; they are kept in its `files`."""
@@ -111,17 +110,9 @@ class Tokenizer(abc.ABC):
         ids = self._encode_special(text) if special else self._encode_checked([text])[0]
         return [*self.prefix_ids, *ids, *self.suffix_ids] if affixes else ids
 
+    @abc.abstractmethod
     def _encode_special(self, text: str) -> list[int]:
-        names = sorted(self.special_tokens, key=len, reverse=True)
-        if not names:
-            return self._encode_checked([text])[0]
-        parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
-        encoded = iter(self._encode_checked([part for part in parts[::2] if part]))
-        ids: list[int] = []
-        for i, part in enumerate(parts):
-            if part:
-                ids += [self.special_tokens[part]] if i % 2 else next(encoded)
-        return ids
+        """Ids of `text`, special tokens that are written out in it included. Checks the text."""
 
     @functools.cached_property
     def chat_templates(self) -> Mapping[str, str]:
@@ -129,7 +120,7 @@ class Tokenizer(abc.ABC):
         found = json.loads(self.files.get(SETTINGS_FILE, b"{}")).get("chat_template") or {}
         if isinstance(found, str):
             found = {"default": found}
-        templates = found if isinstance(found, dict) else {entry["name"]: entry["template"] for entry in found}
+        templates = dict(found) if isinstance(found, dict) else {entry["name"]: entry["template"] for entry in found}
         for name, content in self.files.items():
             if name == TEMPLATE_FILE:
                 templates["default"] = content.decode()
@@ -137,9 +128,13 @@ class Tokenizer(abc.ABC):
                 templates[name.removeprefix(TEMPLATE_DIRECTORY + "/").removesuffix(".jinja")] = content.decode()
         return templates
 
+    @abc.abstractmethod
     def export_files(self) -> dict[str, bytes]:
-        """Return the contents, by name, of a Hugging Face directory whose AutoTokenizer gives the same ids."""
-        return {name: content for name, content in self.files.items() if name != RULE_FILE}
+        """Return the contents, by name, of a Hugging Face directory whose AutoTokenizer gives the same ids.
+
+        The rule of prompts, special and added tokens, their names and the chat templates go with it. Raises UserError
+        where transformers has nothing like this tokenizer.
+        """
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of every text as int32 arrays, without special tokens, encoded on all cores."""
@@ -180,13 +175,18 @@ class Tokenizer(abc.ABC):
             )
         return token_id
 
+    @staticmethod
+    def check_text(text: str) -> None:
+        """Raise UserError where `text` is not valid Unicode."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the text has the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}: "
+                "give valid Unicode text"
+            ) from None
+
     def _encode_checked(self, texts: Sequence[str]) -> list[list[int]]:
         for text in texts:
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise UserError(
-                    f"the text has the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}: "
-                    "give valid Unicode text"
-                ) from None
+            self.check_text(text)
         return self._encode(texts)
