@@ -112,11 +112,11 @@ def sentencepiece_json(model_file: bytes, added: Mapping[int, Added], *, prefixe
     made = tokenizers.Tokenizer(model)
     steps: list[Any] = [normalizers.Precompiled(options.charsmap)] if options.charsmap else []
     if options.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     first_only = options.add_dummy_prefix and prefixes_first_only
     if first_only:
         # Metaspace puts no space before a text that has one: SentencePiece does.
-        steps += [normalizers.Replace(Regex("^ "), "  "), normalizers.Replace(Regex(f"^{SPACE}"), SPACE * 2)]
+        steps += [normalizers.Replace(Regex(r"\A "), "  "), normalizers.Replace(Regex(rf"\A{SPACE}"), SPACE * 2)]
     else:
         steps += [normalizers.Prepend(SPACE)] if options.add_dummy_prefix else []
         steps += [normalizers.Replace(" ", SPACE)]
