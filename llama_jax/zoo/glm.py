@@ -11,7 +11,7 @@ from llama_jax.nn.feed_forward import SwiGLU
 from llama_jax.nn.norms import RMSNorm
 from llama_jax.nn.positions import Rope, RopeScaling
 from llama_jax.zoo import Weight
-from llama_jax.zoo.reading import ConfigReader, checked, expect, read_rope, write_rope
+from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect, read_rope, write_rope
 
 
 def glm(
@@ -29,6 +29,8 @@ def glm(
     scaling: RopeScaling | None = None,
     qkv_bias: bool = True,
     tie_embeddings: bool = False,
+    attention_dropout: float = 0.0,
+    dropout: float = 0.0,
 ) -> DecoderConfig:
     """The model that GLM-4 and ChatGLM2 have in common."""
     return DecoderConfig(
@@ -43,10 +45,12 @@ def glm(
             rope=Rope(theta=theta, scaling=scaling, rotary_dim=head_dim // 2),
             qkv_bias=qkv_bias,
             out_bias=False,
+            dropout=attention_dropout,
         ),
         feed_forward=SwiGLU(intermediate_size=intermediate_size, bias=False),
         norm=norm,
         tie_embeddings=tie_embeddings,
+        dropout=dropout,
     )
 
 
@@ -98,6 +102,7 @@ TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 IGNORED = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 
 _A_GLM = "a GLM"
+ARCHITECTURES = ("GlmForCausalLM", "GlmModel")
 
 
 def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
@@ -105,9 +110,9 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
 
     Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
     """
-    reader = ConfigReader(data, _A_GLM)
+    reader = ConfigReader(data, _A_GLM, ARCHITECTURES, harmless=CAUSAL)
     take = reader.take
-    reader.only(hidden_act="silu", attention_dropout=0.0)
+    reader.only(hidden_act="silu")
     max_positions = take("max_position_embeddings", int, 131_072)
     theta, scaling = read_rope(reader, max_positions, partial=0.5)
     hidden_size, num_heads = take("hidden_size", int), take("num_attention_heads", int)
@@ -125,6 +130,7 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
         tie_embeddings=take("tie_word_embeddings", bool, False),
         theta=theta,
         scaling=scaling,
+        attention_dropout=take("attention_dropout", float, 0.0),
     )
     reader.finish()
     return config
@@ -150,6 +156,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         "head_dim": attention.head_dim,
         "intermediate_size": feed_forward.intermediate_size,
         "hidden_act": "silu",
+        "attention_dropout": attention.dropout,
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": norm.eps,
         "attention_bias": attention.qkv_bias,

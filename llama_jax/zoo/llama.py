@@ -13,7 +13,7 @@ from llama_jax.nn.feed_forward import SwiGLU
 from llama_jax.nn.norms import RMSNorm
 from llama_jax.nn.positions import Llama3Scaling, Rope, RopeScaling
 from llama_jax.zoo import Weight
-from llama_jax.zoo.reading import ConfigReader, checked, expect, read_rope, typed, write_rope
+from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect, read_rope, typed, write_rope
 
 
 def _llama(
@@ -32,6 +32,7 @@ def _llama(
     tie_embeddings: bool = False,
     attention_bias: bool = False,
     mlp_bias: bool = False,
+    attention_dropout: float = 0.0,
 ) -> DecoderConfig:
     return DecoderConfig(
         vocab_size=vocab_size,
@@ -45,6 +46,7 @@ def _llama(
             rope=Rope(theta=theta, scaling=scaling),
             qkv_bias=attention_bias,
             out_bias=attention_bias,
+            dropout=attention_dropout,
         ),
         feed_forward=SwiGLU(intermediate_size=intermediate_size, bias=mlp_bias),
         norm=RMSNorm(eps=eps),
@@ -140,6 +142,7 @@ META_TIED = {"output.weight": "tok_embeddings.weight"}
 META_IGNORED = (r"rope\.freqs", r"layers\.\d+\.attention\.inner_attention\.rope\.freqs")
 
 _A_LLAMA = "a Hugging Face Llama"
+ARCHITECTURES = ("LlamaForCausalLM", "LlamaModel")
 
 
 def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
@@ -147,9 +150,9 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
 
     Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
     """
-    reader = ConfigReader(data, "a Llama", {"max_sequence_length", "pretraining_tp"})
+    reader = ConfigReader(data, "a Llama", ARCHITECTURES, harmless=CAUSAL)
     take = reader.take
-    reader.only(hidden_act="silu", attention_dropout=0.0)
+    reader.only(hidden_act="silu")
     max_positions = take("max_position_embeddings", int, 2048)
     theta, scaling = read_rope(reader, max_positions)
     config = _llama(
@@ -164,6 +167,7 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
         eps=take("rms_norm_eps", float, 1e-6),
         attention_bias=take("attention_bias", bool, False),
         mlp_bias=take("mlp_bias", bool, False),
+        attention_dropout=take("attention_dropout", float, 0.0),
         tie_embeddings=take("tie_word_embeddings", bool, False),
         theta=theta,
         scaling=scaling,
@@ -197,6 +201,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": norm.eps,
         "attention_bias": attention.qkv_bias,
+        "attention_dropout": attention.dropout,
         "mlp_bias": feed_forward.bias,
         "tie_word_embeddings": config.tie_embeddings,
         "rope_theta": attention.rope.theta,

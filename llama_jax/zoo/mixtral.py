@@ -8,7 +8,7 @@ from llama_jax.models import DecoderConfig
 from llama_jax.nn import Experts, GroupedQuery, RMSNorm, Rope, SoftmaxTopK
 from llama_jax.nn.positions import RopeScaling
 from llama_jax.zoo import Weight, llama
-from llama_jax.zoo.reading import ConfigReader, checked, expect, read_rope, write_rope
+from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect, read_rope, write_rope
 
 
 def _mixtral(
@@ -29,6 +29,7 @@ def _mixtral(
     scaling: RopeScaling | None = None,
     window: int | None = None,
     tie_embeddings: bool = False,
+    attention_dropout: float = 0.0,
 ) -> DecoderConfig:
     return DecoderConfig(
         vocab_size=vocab_size,
@@ -43,6 +44,7 @@ def _mixtral(
             qkv_bias=False,
             out_bias=False,
             window=window,
+            dropout=attention_dropout,
         ),
         feed_forward=Experts(
             num_experts=num_experts,
@@ -86,6 +88,7 @@ TIED = llama.TIED
 IGNORED = llama.IGNORED
 
 _A_MIXTRAL = "a Hugging Face Mixtral"
+ARCHITECTURES = ("MixtralForCausalLM", "MixtralModel")
 
 
 def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
@@ -93,9 +96,10 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
 
     Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
     """
-    reader = ConfigReader(data, "a Mixtral", {"output_router_logits"})
+    aliases = {"num_experts": "num_local_experts"}
+    reader = ConfigReader(data, "a Mixtral", ARCHITECTURES, aliases=aliases, harmless=CAUSAL | {"router_jitter_noise"})
     take = reader.take
-    reader.only(hidden_act="silu", attention_dropout=0.0, router_jitter_noise=0.0)
+    reader.only(hidden_act="silu", moe_frequency=1)
     max_positions, num_heads = take("max_position_embeddings", int, 131_072), take("num_attention_heads", int)
     theta, scaling = read_rope(reader, max_positions, 1_000_000.0)
     config = _mixtral(
@@ -116,6 +120,7 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
         # Per layer; Hugging Face's has its minimum at top_k instead of 1.
         load_balance_loss=take("router_aux_loss_coef", float, 0.001),
         tie_embeddings=take("tie_word_embeddings", bool, False),
+        attention_dropout=take("attention_dropout", float, 0.0),
     )
     reader.finish()
     return config
@@ -147,6 +152,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         "num_experts_per_tok": router.top_k,
         "router_aux_loss_coef": experts.load_balance_loss,
         "hidden_act": "silu",
+        "attention_dropout": attention.dropout,
         "max_position_embeddings": config.max_positions,
         "sliding_window": attention.window,
         "rms_norm_eps": norm.eps,
