@@ -88,8 +88,6 @@ IGNORED = (r"model\.(encoder|decoder)\.version",)
 TIED = dict.fromkeys(
     ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight"), "model.shared.weight"
 )
-# Files of the trunk alone, as the first releases are, have no prefix.
-RENAMES = ((r"^(shared|encoder|decoder)\.", r"model.\1."),)
 
 _A_BART = "a Hugging Face BART"
 ARCHITECTURES = ("BartForConditionalGeneration", "BartModel")

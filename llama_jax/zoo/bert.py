@@ -129,17 +129,14 @@ WEIGHTS = weights(
         "classifier": "classifier",
     },
 )
-# Computed, not trained: the positions' numbers.
-IGNORED = (r"bert\.embeddings\.position_ids",)
 TIED = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
-# The first files have TensorFlow's names, and those of the encoder alone no prefix.
+# The first files have TensorFlow's names.
 RENAMES = (
     (r"LayerNorm\.gamma$", "LayerNorm.weight"),
     (r"LayerNorm\.beta$", "LayerNorm.bias"),
-    (r"^(embeddings|encoder|pooler)\.", r"bert.\1."),
 )
 
 _A_BERT = "a Hugging Face BERT"

@@ -48,8 +48,6 @@ WEIGHTS = (
     Weight("norm.weight", "transformer.encoder.final_layernorm.weight", "d -> d"),
     Weight("lm_head.weight", "transformer.output_layer.weight", "v d -> d v"),
 )
-# Computed, not trained.
-IGNORED = (r"transformer\.rotary_pos_emb\.inv_freq",)
 
 _A_CHATGLM = "a ChatGLM2"
 ARCHITECTURES = ("ChatGLMModel", "ChatGLMForConditionalGeneration")

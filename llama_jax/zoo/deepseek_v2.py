@@ -157,8 +157,6 @@ WEIGHTS = (
     Weight("lm_head.weight", "lm_head.weight", "v d -> d v"),
 )
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
-# Computed, not trained.
-IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV2Model")
 _ALIASES = {

@@ -7,7 +7,6 @@ from typing import Any
 from llama_jax.models import MTPDecoderConfig
 from llama_jax.nn import LatentAttention, SigmoidTopK, YarnScaling
 from llama_jax.zoo import Weight, deepseek_v2
-from llama_jax.zoo.deepseek_v2 import IGNORED as IGNORED
 from llama_jax.zoo.reading import ConfigReader, checked
 
 BIAS_UPDATE_RATE = 1e-3  # section 4.2

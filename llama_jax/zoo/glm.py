@@ -98,8 +98,6 @@ WEIGHTS = (
     Weight("lm_head.weight", "lm_head.weight", "v d -> d v"),
 )
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
-# Computed, not trained.
-IGNORED = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 
 _A_GLM = "a GLM"
 ARCHITECTURES = ("GlmForCausalLM", "GlmModel")

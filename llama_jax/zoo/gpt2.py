@@ -98,8 +98,6 @@ WEIGHTS = (
     Weight("lm_head.weight", "lm_head.weight", "v d -> d v"),
 )
 TIED = {"lm_head.weight": "transformer.wte.weight"}
-# OpenAI's own files are of the model without its head, whose tensors have no prefix.
-RENAMES = ((r"^(?=(wte|wpe|h|ln_f)\.)", "transformer."),)
 # Computed, not trained: the causal mask, and what it puts in place of a score.
 IGNORED = (r"transformer\.h\.\d+\.attn\.(masked_)?bias",)
 

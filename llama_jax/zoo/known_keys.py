@@ -57,8 +57,9 @@ KNOWN: dict[str, frozenset[str]] = {
     "training": frozenset({
         "add_router_probs", "batch_size", "bias_dropout_fusion", "ep_size", "epochs", "eval_batch_size", "fp16",
         "bf16", "gradient_accumulation_steps", "learning_rate", "lr", "lr_scheduler_type",
-        "make_vocab_size_divisible_by", "max_grad_norm", "max_steps", "num_train_epochs", "optimizer", "pretraining_tp", "remat", "scan_layers",
-        "seed", "train_batch_size", "use_kernel", "warmup_ratio", "warmup_steps", "weight_decay",
+        "make_vocab_size_divisible_by", "max_grad_norm", "max_steps", "num_train_epochs", "optimizer",
+        "pretraining_tp", "remat", "scan_layers", "seed", "train_batch_size", "use_kernel", "warmup_ratio",
+        "warmup_steps", "weight_decay",
     }),
     "other tools": frozenset({
         "_mlx_version", "base_model", "base_model_name_or_path", "custom_generate", "finetuned_from", "language",

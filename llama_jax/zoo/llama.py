@@ -13,6 +13,7 @@ from llama_jax.nn.feed_forward import SwiGLU
 from llama_jax.nn.norms import RMSNorm
 from llama_jax.nn.positions import Llama3Scaling, Rope, RopeScaling
 from llama_jax.zoo import Weight
+from llama_jax.zoo.known_keys import is_off
 from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect, read_rope, typed, write_rope
 
 
@@ -120,8 +121,6 @@ WEIGHTS = (
 )
 # What files of tied models may repeat.
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
-# Computed, not trained: old files carry the rotary tables.
-IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 # Meta's names, with the rotary pairs interleaved: also the layout of llama2.c.
 META_WEIGHTS = (
@@ -139,8 +138,6 @@ META_WEIGHTS = (
     Weight("lm_head.weight", "output.weight", "v d -> d v"),
 )
 META_TIED = {"output.weight": "tok_embeddings.weight"}
-META_IGNORED = (r"rope\.freqs", r"layers\.\d+\.attention\.inner_attention\.rope\.freqs")
-
 _A_LLAMA = "a Hugging Face Llama"
 ARCHITECTURES = ("LlamaForCausalLM", "LlamaModel")
 
@@ -215,6 +212,8 @@ _META_KEYS = {
     "n_layers": int,
     "n_heads": int,
     "n_kv_heads": int,
+    "head_dim": int,
+    "hidden_dim": int,
     "vocab_size": int,
     "multiple_of": int,
     "ffn_dim_multiplier": float,
@@ -232,9 +231,12 @@ def from_meta(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
 
     Raises UserError for a key that is not known.
     """
-    unknown = [key for key in params if key not in _META_KEYS]
+    unknown = [key for key, value in params.items() if key not in _META_KEYS and not is_off(value)]
     if unknown:
-        raise UserError(f"params.json has {unknown[0]}={params[unknown[0]]!r}, which is not supported")
+        raise UserError(
+            f"params.json has {unknown[0]}={params[unknown[0]]!r}, which is not supported; where it changes no logit, "
+            f"pass --ignore-config-keys {unknown[0]}"
+        )
     for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
         if name not in shapes:
             raise UserError(f"the weights lack '{name}'")
@@ -256,6 +258,7 @@ def from_meta(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
         num_layers=params["n_layers"],
         num_heads=params["n_heads"],
         num_kv_heads=params.get("n_kv_heads"),
+        head_dim=params.get("head_dim"),
         intermediate_size=shapes["layers.0.feed_forward.w1.weight"][0],
         max_positions=max_positions,
         eps=params["norm_eps"],

@@ -40,7 +40,6 @@ WEIGHTS = bart.weights()
 # Computed, not trained: the sinusoids.
 IGNORED = (r"model\.(encoder|decoder)\.embed_positions\.weight",)
 TIED = bart.TIED
-RENAMES = bart.RENAMES
 
 _A_MARIAN = "a Hugging Face Marian"
 ARCHITECTURES = ("MarianMTModel", "MarianModel")
@@ -63,7 +62,6 @@ def from_hf(data: Mapping[str, Any]) -> EncoderDecoderConfig:
             f"config.json has pad_token_id={data['pad_token_id']!r} and decoder_start_token_id={start}, and a Marian's "
             "are the same"
         )
-    reader.only(bad_words_ids=[[start]])
     reader.finish()
     return transformer(
         **shape,

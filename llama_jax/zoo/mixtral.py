@@ -1,5 +1,6 @@
 """Mixtral (arXiv 2401.04088): Llama's blocks with eight SwiGLU experts, two of them for each token."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,7 +86,25 @@ WEIGHTS = (
     Weight("layers.feed_forward.experts.down_proj.weight", _EXPERTS + "experts.{expert}.w2.weight", "e d f -> e f d"),
 )
 TIED = llama.TIED
-IGNORED = llama.IGNORED
+# What newer code calls the same.
+RENAMES = (
+    (r"\.mlp\.gate\.weight$", ".block_sparse_moe.gate.weight"),
+    (r"\.mlp\.experts\.(\d+)\.gate_proj\.", r".block_sparse_moe.experts.\1.w1."),
+    (r"\.mlp\.experts\.(\d+)\.up_proj\.", r".block_sparse_moe.experts.\1.w3."),
+    (r"\.mlp\.experts\.(\d+)\.down_proj\.", r".block_sparse_moe.experts.\1.w2."),
+)
+
+# In Mistral's own files, with the rotary pairs interleaved as in Meta's.
+_META_EXPERTS = "layers.{layer}.feed_forward."
+META_WEIGHTS = (
+    *(w for w in llama.META_WEIGHTS if "feed_forward" not in w.name),
+    *(
+        dataclasses.replace(w, source=w.source.replace(_EXPERTS, _META_EXPERTS))
+        for w in WEIGHTS
+        if "feed_forward" in w.name
+    ),
+)
+META_TIED = llama.META_TIED
 
 _A_MIXTRAL = "a Hugging Face Mixtral"
 ARCHITECTURES = ("MixtralForCausalLM", "MixtralModel")
@@ -124,6 +143,31 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
     )
     reader.finish()
     return config
+
+
+def from_meta(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
+    """The model of Mistral's own `params.json`; what it leaves out is read off the shapes of the tensors.
+
+    Raises UserError for a key that is not known.
+    """
+    choice, first = params.get("moe"), "layers.0.feed_forward.experts.0.w1.weight"
+    if not isinstance(choice, dict) or {"num_experts", "num_experts_per_tok"} != choice.keys():
+        raise UserError(f"params.json has moe={choice!r}, which must be num_experts and num_experts_per_tok")
+    if first not in shapes:
+        raise UserError(f"the weights lack '{first}'")
+    dense = llama.from_meta(
+        {key: value for key, value in params.items() if key != "moe"},
+        {**shapes, "layers.0.feed_forward.w1.weight": shapes[first]},
+    )
+    experts = Experts(
+        num_experts=choice["num_experts"],
+        intermediate_size=shapes[first][0],
+        router=SoftmaxTopK(choice["num_experts_per_tok"], normalize=True),
+        activation="silu",
+        gated=True,
+        load_balance_loss=0.02,
+    )
+    return dataclasses.replace(dense, feed_forward=experts)
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:

@@ -20,8 +20,8 @@ class ConfigReader:
     """A config.json that is read key by key; what may change a logit and nobody has read is refused by name.
 
     `family` is what sentences call such a model ("a Llama"). `architectures` are the classes whose weights it reads,
-    the usual one first. `aliases` are other names of keys, as `{other: key}`; `harmless` keys may have any value, beside
-    those that are harmless in all families (`known_keys`).
+    the usual one first. `aliases` are other names of keys, as `{other: key}`; `harmless` keys may have any value,
+    beside those that are harmless in all families (`known_keys`).
     """
 
     def __init__(

@@ -38,10 +38,7 @@ WEIGHTS = weights(
         "classifier": "classifier.out_proj",
     },
 )
-# Computed, not trained: the positions' numbers.
-IGNORED = (r"roberta\.embeddings\.position_ids",)
 TIED = {"lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight", "lm_head.decoder.bias": "lm_head.bias"}
-RENAMES = ((r"^(embeddings|encoder|pooler)\.", r"roberta.\1."),)
 
 _A_ROBERTA = "a Hugging Face RoBERTa"
 ARCHITECTURES = ("RobertaModel", "RobertaForMaskedLM", "RobertaForSequenceClassification")

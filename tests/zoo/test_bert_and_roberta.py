@@ -107,11 +107,10 @@ def test_what_is_not_supported_is_named(name: str, change: dict[str, Any], named
         FAMILIES[name].from_hf(config_json(name) | change)
 
 
-def test_a_loss_that_is_not_of_one_class_is_named():
-    data = config_json("Bert", "ForSequenceClassification", problem_type="regression")
-    with pytest.raises(UserError, match="problem_type='regression'"):
-        bert.from_hf(data)
-    with pytest.raises(UserError, match=r"RobertaForPreTraining.*which no RoBERTa has"):
+def test_what_a_classifier_was_trained_on_changes_no_logit():
+    data = config_json("Bert", "ForSequenceClassification", id2label={"0": "similar"})
+    assert bert.from_hf(data | {"problem_type": "regression"}) == bert.from_hf(data)
+    with pytest.raises(UserError, match=r"RobertaForPreTraining.*for a RoBERTa"):
         roberta.from_hf(config_json("Roberta", "ForPreTraining"))
 
 
