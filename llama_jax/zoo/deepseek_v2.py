@@ -193,8 +193,7 @@ def read(reader: ConfigReader, router: Router, *, num_dense: int = 0, q_lora_ran
         num_layers=take("num_hidden_layers", int),
         max_positions=max_positions,
         num_heads=num_heads,
-        # Null says that there is none.
-        q_lora_rank=take("q_lora_rank", int, None) if reader.has("q_lora_rank") else q_lora_rank,
+        q_lora_rank=take("q_lora_rank", int, None, absent=q_lora_rank),
         kv_lora_rank=take("kv_lora_rank", int),
         qk_nope_head_dim=nope,
         qk_rope_head_dim=rope,

@@ -126,7 +126,7 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
         hidden_size=take("hidden_size", int),
         num_layers=take("num_hidden_layers", int),
         num_heads=num_heads,
-        num_kv_heads=take("num_key_value_heads", int, num_heads),
+        num_kv_heads=take("num_key_value_heads", int, num_heads, absent=8),
         head_dim=take("head_dim", int, None),
         intermediate_size=take("intermediate_size", int),
         num_experts=take("num_local_experts", int, 8),

@@ -46,12 +46,11 @@ class ConfigReader:
                     f"{_unquantized(_QUANTIZERS[str(method).lower()])}"
                 )
 
-    def has(self, key: str) -> bool:
-        """Whether the key is there, be it null."""
-        return key in self._data
+    def take(self, key: str, kind: Any, default: Any = _MISSING, *, absent: Any = _MISSING) -> Any:
+        """The value of `key`; `default` where it is null, and where it is not there too, unless `absent` is given.
 
-    def take(self, key: str, kind: Any, default: Any = _MISSING) -> Any:
-        """The value of `key`, or the default. Raises UserError where the one is mistyped, or both are missing."""
+        Raises UserError for a value of another type, and where there is neither value nor default.
+        """
         value, name = self._data.get(key), key
         self.taken.add(key)
         for alias, meant in self._aliases.items():
@@ -61,6 +60,8 @@ class ConfigReader:
                     raise UserError(f"config.json has {alias}={other!r} and {key}={value!r}, which are one setting")
                 value, name = other, name if value is not None else alias
         if value is None:
+            if absent is not _MISSING and key not in self._data:
+                return absent
             if default is _MISSING:
                 raise UserError(f"config.json lacks '{key}'")
             return default

@@ -13,7 +13,7 @@ import pickle
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -82,7 +82,7 @@ class _Unpickler(pickle.Unpickler):
     Without `storages` it notes in `found` what they would be: type and number of elements by key.
     """
 
-    def __init__(self, stream: BinaryIO, storages: dict[str, tuple[int, int]] | None, file: Path):
+    def __init__(self, stream: io.BufferedReader | io.BytesIO, storages: dict[str, tuple[int, int]] | None, file: Path):
         super().__init__(stream, encoding="utf-8")
         self._storages, self._file = storages, file
         self.found: dict[str, tuple[np.dtype, int]] = {}
