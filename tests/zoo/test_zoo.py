@@ -139,7 +139,14 @@ def test_defaults_of_old_configs():
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
             YarnScaling(4.0, 32, 32.0, 1.0, 0.0, 0.0),
         ),
+        (
+            {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 64, "finetuned": True},
+            YarnScaling(16.0, 64, 32.0, 1.0, 0.0, 0.0),
+        ),
         ({"rope_type": "default"}, None),
+        # Nothing up to max_positions, and no text becomes longer.
+        ({"type": "dynamic", "factor": 2.0}, None),
+        ({"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 64}, None),
     ],
 )
 def test_both_spellings_of_rotary_scaling(scaling, expected):
