@@ -212,6 +212,6 @@ def test_meta_params():
     assert scaled.attention.rope == Rope(500_000.0, Llama3Scaling(32.0, 1.0, 4.0, 8192))
     assert scaled.max_positions == 131_072
     with pytest.raises(UserError, match="moe"):
-        llama.from_meta(params | {"moe": {}}, shapes)
+        llama.from_meta(params | {"moe": {"num_experts": 8}}, shapes)
     with pytest.raises(UserError, match="n_heads='4'"):
         llama.from_meta(params | {"n_heads": "4"}, shapes)
