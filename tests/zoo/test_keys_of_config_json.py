@@ -43,9 +43,9 @@ TOOLS = {
     "is_gpu": True, "truncation": True, "return_tensors": "pt", "auto_map": {"AutoModel": "modeling.Model"},
     "lora_dropout": 0.1, "kv_cache_dtype": "fp8", "router_z_loss_weight": 0.1, "init_method_std": 0.006,
     "image_token_id": 9, "softmax_in_fp32": True, "model_name_or_path": "a/b",
-    "tokenizer_padding_side": "right", "neftune_noise_alpha": 5, "xla_device": True, "name": "Bert", "adapters": {"a": 1},
-    "sbert_ce_default_activation_function": "torch.nn.Identity", "replacing_rate": 0, "pad_token": "<pad>",
-    "train_args": {"lr": 1e-4}, "attn_implementation": "sdpa",
+    "tokenizer_padding_side": "right", "neftune_noise_alpha": 5, "xla_device": True, "name": "Bert",
+    "adapters": {"a": 1}, "sbert_ce_default_activation_function": "torch.nn.Identity", "replacing_rate": 0,
+    "pad_token": "<pad>", "train_args": {"lr": 1e-4}, "attn_implementation": "sdpa",
 }  # fmt: skip
 # What changes what a model computes, in other families, in the base class or in somebody's own code.
 CHANGING = {
