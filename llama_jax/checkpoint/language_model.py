@@ -59,6 +59,7 @@ def load(
     tokenizer: str | Path | Tokenizer | None = None,
     components: Sequence[type] = (),
     step: int | None = None,
+    ignore_config_keys: Sequence[str] = (),
 ) -> LanguageModel:
     """The language model at `path`: a run directory, a saved native one, a Hugging Face or Meta directory, a `.bin`.
 
@@ -67,7 +68,8 @@ def load(
     `mesh`, as `{"fsdp": 2, "tensor": 4}` or a jax Mesh, is where the weights stream to; `dtype` ("float32" or
     "bfloat16") is the type they are kept and computed in: by default bfloat16 on TPU and GPU, float32 on CPU.
     `components` are classes from outside the package that the saved config may name; `step` picks a checkpoint of a
-    run (default: the latest). Raises UserError for anything missing, damaged or unsupported.
+    run (default: the latest). `ignore_config_keys` are keys of somebody else's config.json to read as if they were not
+    there. Raises UserError for anything missing, damaged or unsupported.
     """
     path = _existing(path, step)
     if dtype not in (None, "float32", "bfloat16"):
@@ -79,7 +81,7 @@ def load(
             config, params = _load_native(path, compute, components, step)
             found = path / TOKENIZER_DIRECTORY
         else:
-            source = open_source(path)
+            source = open_source(path, ignore_config_keys)
             config, found, model_type = source.config, source.tokenizer, source.model_type
             params = load_params(source, abstract_params(config, compute.jax_dtype))
         model = from_params(config, params, compute, jax_mesh)

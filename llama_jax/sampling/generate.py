@@ -172,7 +172,7 @@ def _continue(
     """The rows as numpy after the first new token, then after every `chunk` (default: all) of them."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    longest, limit = prompts.tokens.shape[1], model.config.max_positions
+    longest, limit = prompts.tokens.shape[1], model.config.length_limit
     if prompts.source is not None and (size := prompts.source[0].shape[1]) > limit:
         raise UserError(f"a source of {size} tokens is more than the model's {limit} positions: shorten the prompt")
     if longest + max_new_tokens > limit:

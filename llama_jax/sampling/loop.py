@@ -76,7 +76,7 @@ def start(
     [B, S], false at padding. A token is a function of the row's text, `seed`, the row's number (counted from
     `first_row`) and the position, whatever else is in the batch.
     """
-    limit = model.config.max_positions
+    limit = model.config.length_limit
     width, capacity = (bucket(n, limit) for n in (tokens.shape[1], tokens.shape[1] + max_new_tokens))
     if source is not None:
         width = tokens.shape[1]  # always the start token
