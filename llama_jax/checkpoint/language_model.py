@@ -20,6 +20,7 @@ from llama_jax.checkpoint.convert import (
     params_logits,
     write_receipt,
 )
+from llama_jax.checkpoint.generation import GenerationSettings
 from llama_jax.checkpoint.store import CheckpointConfig, CheckpointStore
 from llama_jax.config import UserError, from_json, read_json, to_json
 from llama_jax.models import Compute, Model, ModelConfig, abstract_params, from_params
@@ -38,13 +39,15 @@ MeshLike = Mesh | Mapping[str, int] | None
 class LanguageModel:
     """Config, model and tokenizer together; `tokenizer` is None when the source has none.
 
-    `model_type` is the family on Hugging Face whose files it came from: an export goes back there.
+    `model_type` is the family on Hugging Face whose files it came from: an export goes back there. `generation` is what
+    its files say of the tokens that it writes: what ends a text, what is forced and forbidden.
     """
 
     config: ModelConfig
     model: Model
     tokenizer: Tokenizer | None
     model_type: str | None = None
+    generation: GenerationSettings = GenerationSettings()
 
 
 def load(

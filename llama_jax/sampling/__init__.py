@@ -4,7 +4,8 @@ In: a language model and prompts. Out: token ids or text, at once or as it comes
 function of logits in `processors.py` and a field of its `Sampler`.
 """
 
-from llama_jax.sampling.generate import Completion, complete, encode_prompt, generate, generate_text, stream_text
+from llama_jax.sampling.generate import generate
 from llama_jax.sampling.processors import Sampler
+from llama_jax.sampling.text import Completion, complete, encode_prompt, generate_text, stream_text
 
 __all__ = ["Completion", "Sampler", "complete", "encode_prompt", "generate", "generate_text", "stream_text"]

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from llama_jax.checkpoint.language_model import LanguageModel, load
 from llama_jax.config import UserError
 from llama_jax.models import EncoderDecoderConfig
-from llama_jax.sampling.generate import complete, stream_text
 from llama_jax.sampling.processors import Sampler
+from llama_jax.sampling.text import complete, stream_text
 
 
 def main(argv: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ from llama_jax.config import UserError
 from llama_jax.models import DecoderConfig, Model
 from llama_jax.parallel import make_mesh
 from llama_jax.sampling import Sampler, generate
-from llama_jax.sampling.loop import advance, bucket, start
+from llama_jax.sampling.loop import Choice, advance, bucket, padded_stops, start
 
 LENGTHS = np.array([5, 1, 9, 3])
 
