@@ -129,8 +129,9 @@ def _seen(rows: Rows, prompts: Prompts, first_row: int) -> Rows:
         row = int((rows.fault != 0).argmax())
         new = rows.lengths[row] - prompts.lengths[row] + 1
         if rows.fault[row] == NOT_NUMBERS:
-            problem, advice = "the logits are not numbers (NaN or infinite)", (
-                "the weights are damaged, or need dtype='float32'"
+            problem, advice = (
+                "the logits are not numbers (NaN or infinite)",
+                ("the weights are damaged, or need dtype='float32'"),
             )
         else:
             problem, advice = "every token is forbidden", "load the model with --ignore-config-keys for these settings"

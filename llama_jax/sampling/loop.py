@@ -51,9 +51,7 @@ class SamplingState:
     cache: Any
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["tokens", "lengths", "done", "fault"], meta_fields=[]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens", "lengths", "done", "fault"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """What a caller reads of a state, whole on every device; rows that fill the batch up stand at the end."""
