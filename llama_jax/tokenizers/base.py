@@ -5,6 +5,7 @@ import copy
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -96,7 +97,7 @@ class Tokenizer(abc.ABC):
         """Return this tokenizer with other ids around a prompt; they are kept in its `files`."""
         changed = copy.copy(self)
         for name in ("_rule", "prefix_ids", "suffix_ids"):
-            changed.__dict__.pop(name, None)
+            vars(changed).pop(name, None)
         rule = {"prefix_ids": [*map(int, prefix_ids)], "suffix_ids": [*map(int, suffix_ids)]}
         changed.files = {**self.files, RULE_FILE: (json.dumps(rule) + "\n").encode()}
         return changed
@@ -110,9 +111,16 @@ class Tokenizer(abc.ABC):
         ids = self._encode_special(text) if special else self._encode_checked([text])[0]
         return [*self.prefix_ids, *ids, *self.suffix_ids] if affixes else ids
 
-    @abc.abstractmethod
     def _encode_special(self, text: str) -> list[int]:
-        """Ids of `text`, special tokens that are written out in it included. Checks the text."""
+        """Ids of `text`, special tokens that are written out in it included; of several at one place the longest."""
+        names = "|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True)))
+        parts = re.split(f"({names})", text) if names else [text]
+        encoded = iter(self._encode_checked([part for part in parts[::2] if part]))
+        ids: list[int] = []
+        for i, part in enumerate(parts):
+            if part:
+                ids += [self.special_tokens[part]] if i % 2 else next(encoded)
+        return ids
 
     @functools.cached_property
     def chat_templates(self) -> Mapping[str, str]:
@@ -128,13 +136,13 @@ class Tokenizer(abc.ABC):
                 templates[name.removeprefix(TEMPLATE_DIRECTORY + "/").removesuffix(".jinja")] = content.decode()
         return templates
 
-    @abc.abstractmethod
     def export_files(self) -> dict[str, bytes]:
         """Return the contents, by name, of a Hugging Face directory whose AutoTokenizer gives the same ids.
 
         The rule of prompts, special and added tokens, their names and the chat templates go with it. Raises UserError
         where transformers has nothing like this tokenizer.
         """
+        return {name: content for name, content in self.files.items() if name != RULE_FILE}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of every text as int32 arrays, without special tokens, encoded on all cores."""

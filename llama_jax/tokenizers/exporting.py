@@ -136,8 +136,10 @@ def sentencepiece_json(model_file: bytes, added: Mapping[int, Added], *, prefixe
         + ([decoders.Strip(" ", 1, 0)] if strips else [])
     )
     options_of = {token.content: token for token in added.values()}
-    control = (Added(piece.text, special=True, normalized=False) for piece in pieces if piece.kind == CONTROL)
-    made.add_tokens([AddedToken(**vars(options_of.get(token.content, token))) for token in control])
+    control = (Added(piece.text, special=True) for piece in pieces if piece.kind == CONTROL)
+    found = (vars(options_of.get(token.content, token)) for token in control)
+    # Not normalized: a space would be put before their names.
+    made.add_tokens([AddedToken(**(options | {"normalized": False})) for options in found])
     made.add_special_tokens([AddedToken(pieces[unk_id].text, special=True, normalized=False)])
     return json.loads(made.to_str())
 

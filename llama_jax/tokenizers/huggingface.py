@@ -52,7 +52,8 @@ class HuggingFaceTokenizer(Tokenizer):
         ends = [self._special("eos_token"), *map(tokenizer.token_to_id, (*eos, *TURN_END_NAMES))]
         self.eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
         self.unk_id = self._unknown()
-        _make_special(tokenizer, {self.bos_id, self.pad_id, *self.eos_ids[:1]} - {None, self.unk_id})
+        ordinary = (self.bos_id, self.pad_id, *self.eos_ids[:1])
+        _make_special(tokenizer, {i for i in ordinary if i is not None and i != self.unk_id})
         named = {self.bos_id, self.pad_id, self.unk_id, *self.eos_ids, *tokenizer.get_added_tokens_decoder()}
         self.special_tokens = {str(tokenizer.id_to_token(i)): i for i in sorted(i for i in named if i is not None)}
         self.files = {**files, **settings.files}
@@ -195,12 +196,11 @@ def _add(tokenizer: tokenizers.Tokenizer, settings: Settings) -> None:
     _make_special(tokenizer, {i for name in named if (i := tokenizer.token_to_id(name)) is not None})
 
 
-def _make_special(tokenizer: tokenizers.Tokenizer, ids: Iterable[int | None]) -> None:
+def _make_special(tokenizer: tokenizers.Tokenizer, ids: Iterable[int]) -> None:
     """Make special tokens of those of `ids` that are none."""
     known = tokenizer.get_added_tokens_decoder()
     for i in ids:
-        token = known.get(i) if i is not None else None
-        if token is None:
+        if (token := known.get(i)) is None:
             tokenizer.add_special_tokens([AddedToken(tokenizer.id_to_token(i), special=True, normalized=False)])
         elif not token.special:
             options = {key: getattr(token, key) for key in ("lstrip", "rstrip", "single_word", "normalized")}

@@ -56,13 +56,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         ) from None
 
 
-def load_saved_tokenizer(directory: str | Path) -> Tokenizer:
+def load_saved_tokenizer(directory: str | Path, *, of_sources: bool = False) -> Tokenizer:
     """Return the tokenizer that a run or a native model keeps in `directory`.
 
-    Without a rule of its own (directories of earlier versions) a prompt begins as a document does.
+    Without a rule of its own (directories of earlier versions) a prompt is as a document (`with_document_rule`).
     """
     tokenizer = load_tokenizer(directory)
-    return tokenizer if RULE_FILE in tokenizer.files else tokenizer.with_rule(tokenizer.start_ids, ())
+    return tokenizer if RULE_FILE in tokenizer.files else with_document_rule(tokenizer, of_sources=of_sources)
+
+
+def with_document_rule(tokenizer: Tokenizer, *, of_sources: bool = False) -> Tokenizer:
+    """Return `tokenizer` with prompts that begin as training documents do, or, `of_sources`, end as the sources of an
+    encoder-decoder do."""
+    return (
+        tokenizer.with_rule((), tokenizer.eos_ids[:1]) if of_sources else tokenizer.with_rule(tokenizer.start_ids, ())
+    )
 
 
 def _read(path: Path, content: bytes, settings: Settings) -> Tokenizer:

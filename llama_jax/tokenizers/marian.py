@@ -6,10 +6,9 @@ from pathlib import Path
 
 import sentencepiece
 
-from llama_jax.tokenizers.added import AddedTokens
-from llama_jax.tokenizers.base import RULE_FILE, SETTINGS_FILE, TextStream, Tokenizer
+from llama_jax.tokenizers.base import SETTINGS_FILE, TextStream, Tokenizer
 from llama_jax.tokenizers.pieces import SPACE
-from llama_jax.tokenizers.settings import Added, Settings
+from llama_jax.tokenizers.settings import Settings
 
 FILES = ("source.spm", "target.spm", "vocab.json")
 TARGET_VOCABULARY = "target_vocab.json"  # of models with `separate_vocabs`
@@ -56,14 +55,6 @@ class MarianTokenizer(Tokenizer):
             for (code, _), found in zip(parts, pieces, strict=True)
         ]
 
-    def _encode_special(self, text: str) -> list[int]:
-        self.check_text(text)
-        finder = AddedTokens({i: Added(name, special=True) for name, i in self.special_tokens.items()})
-        ids: list[int] = []
-        for part in finder.split(text, special=True):
-            ids += self._encode([part])[0] if isinstance(part, str) else [part]
-        return ids
-
     def stream(self) -> "_Stream":
         return _Stream(self)
 
@@ -75,7 +66,7 @@ class MarianTokenizer(Tokenizer):
     def export_files(self) -> dict[str, bytes]:
         config = {**self._settings.config, "tokenizer_class": "MarianTokenizer"}
         content = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-        return {**{name: file for name, file in self.files.items() if name != RULE_FILE}, SETTINGS_FILE: content}
+        return {**super().export_files(), SETTINGS_FILE: content}
 
 
 class _Stream(TextStream):

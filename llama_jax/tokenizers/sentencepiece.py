@@ -127,7 +127,9 @@ class SentencePieceTokenizer(Tokenizer):
             elif model.is_byte(i):
                 pieces.append(bytes([int(model.id_to_piece(i)[3:5], 16)]))
             elif model.is_unknown(i):
-                pieces.append(model.decode([i]).encode())
+                # transformers' classes take it for a special token, SentencePiece writes " \u2047 ".
+                alone = self.settings.class_name is None
+                pieces.append(model.decode([i]).encode() if alone else b"")
             else:
                 pieces.append(model.id_to_piece(i).replace(SPACE, " ").encode())
         return pieces

@@ -44,6 +44,7 @@ def _names(**names: str) -> dict[str, str]:
 
 
 _GPT2 = TokenizerClass(_names(bos=END, eos=END), splitting="gpt2")
+_GPT_NEOX = TokenizerClass(_names(bos=END, eos=END, pad="<|padding|>"), splitting="gpt2", nfc=True, keeps_rule=True)
 _QWEN2 = TokenizerClass(_names(eos=END, pad=END), splitting="qwen2", nfc=True)
 _ROBERTA = TokenizerClass(
     _names(bos="<s>", eos="</s>", unk="<unk>", pad="<pad>", cls="<s>", sep="</s>", mask="<mask>"),
@@ -65,7 +66,7 @@ _MARIAN = dataclasses.replace(_T5, sentencepiece=False)
 CLASSES = {
     "GPT2Tokenizer": _GPT2,
     "CodeGenTokenizer": _GPT2,
-    "GPTNeoXTokenizer": dataclasses.replace(_GPT2, nfc=True, keeps_rule=True),
+    "GPTNeoXTokenizer": _GPT_NEOX,
     "Qwen2Tokenizer": _QWEN2,
     "RobertaTokenizer": _ROBERTA,
     "BartTokenizer": _ROBERTA,
