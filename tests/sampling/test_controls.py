@@ -55,11 +55,12 @@ def test_a_mesh_changes_no_logits(tmp_path: Path):
     assert np.isinf(expected).any()
     with jax.set_mesh(make_mesh({"data": 2, "fsdp": 4})):
 
-        def split(logits: jax.Array, text: Text) -> jax.Array:
-            text = jax.tree.map(lambda x: shard(x, "batch", *([None] * (x.ndim - 1))), text)
-            return controls(shard(logits, "batch", None), text)
+        def split(logits: jax.Array, *text: jax.Array) -> jax.Array:
+            rows = Text(*(shard(x, "batch", *([None] * (x.ndim - 1))) for x in text))
+            return controls(shard(logits, "batch", None), rows)
 
-        np.testing.assert_array_equal(jax.jit(split)(logits, jax.tree.map(np.asarray, text)), expected)
+        found = jax.jit(split)(logits, *(np.asarray(x) for x in (text.tokens, text.lengths, text.prompts)))
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("number", range(len(GOLDENS["generated"])))

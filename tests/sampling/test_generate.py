@@ -245,7 +245,7 @@ def test_logits_that_are_not_numbers_end_sampling(model: Model, prompts: np.ndar
     params["lm_head.weight"] = params["lm_head.weight"].at[:, 7].set(value)
     broken = from_params(model.config, params, Compute(dtype="float32"))
     for settings in ({}, {"temperature": 1.0, "top_p": 0.9}):
-        with pytest.raises(UserError, match="the logits are not numbers .* at new token 1 of prompt 0"):
+        with pytest.raises(UserError, match=r"the logits are not numbers .* at new token 1 of prompt 0"):
             generate(broken, prompts[:2], **settings)
 
 
