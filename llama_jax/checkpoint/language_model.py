@@ -217,14 +217,13 @@ def convert(
         tokenizer = load_tokenizer(opened.tokenizer) if opened.tokenizer else None
         generation = _generation(opened, tokenizer, ignore_config_keys)
     if to == "hf":
-        return export_hf(config, params, destination, tokenizer, source=opened, generation=generation)
+        return export_hf(config, params, destination, tokenizer, source=opened, generation=generation, dtype=kept)
     assert opened is not None
     with new_directory(destination) as folder:
         _write_native(folder, config, params, tokenizer, generation)
-        stored = min(value.dtype.itemsize for value in params.values())
         del params
         _, read_again = _load_native(folder, None, components, None)
-        receipt = check_conversion(opened, params_logits(config, read_again), itemsize=stored)
+        receipt = check_conversion(opened, params_logits(config, read_again), dtype=kept)
         write_receipt(folder, receipt)
     return receipt
 
