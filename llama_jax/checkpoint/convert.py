@@ -33,6 +33,7 @@ from llama_jax.models import (
     assemble,
     layers_with,
 )
+from llama_jax.remote import as_local, uploaded
 from llama_jax.tokenizers import Tokenizer
 from llama_jax.zoo import Weight
 
@@ -139,9 +140,13 @@ def write_receipt(directory: Path, receipt: Mapping[str, Any]) -> None:
 def new_directory(directory: str | Path) -> Iterator[Path]:
     """A folder to write into that becomes `directory` when all went well, and vanishes otherwise.
 
-    Raises UserError where `directory` exists and is not empty.
+    Raises UserError where `directory` exists and is not empty. It may be a URL, to which the folder is uploaded.
     """
-    directory = Path(directory)
+    if (local := as_local(directory)) is None:
+        with uploaded(directory, last=("config.json",)) as folder:
+            yield folder
+        return
+    directory = local
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"'{directory}' exists already: give a new path, or remove it first")
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -169,12 +174,11 @@ def export_hf(
     """Writes config.json, generation_config.json, safetensors (with an index above 5 GB), tokenizer with chat template
     and receipt; returns the receipt.
 
-    The family is `model_type` where it can express the model, else the first that can.
-
-    The weights keep their dtype. Where `params` were imported from `source` (as `dtype`, unless None), what was written
-    is compared with that too, so that the receipt covers the whole way. Raises UserError for a model that no family on Hugging Face has, and
-    for a `directory` that is not empty; ConversionError, leaving nothing behind, where what was written and read again
-    computes other logits.
+    The family is `model_type` where it can express the model, else the first that can. `generation` None says nothing:
+    the tokenizer's own stops are written. The weights keep their dtype. Where `params` were imported from `source` (as
+    `dtype`, unless None), what was written is compared with that too, so that the receipt covers the whole way. Raises
+    UserError for a model that no family on Hugging Face has, and for a `directory` that is not empty; ConversionError,
+    leaving nothing behind, where what was written and read again computes other logits.
     """
     family, data = _family_of(config, model_type or (source.model_type if source is not None else "llama"))
     params_dtypes = {str(value.dtype): value.size for value in params.values()}
