@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax import zoo
-from llama_jax.checkpoint.formats import Tensor
+from llama_jax.checkpoint.formats import Tensor, Tensors
 from llama_jax.checkpoint.formats.huggingface import write_safetensors
 from llama_jax.checkpoint.generation import GenerationSettings, completed, special_tokens, write_generation
 from llama_jax.checkpoint.reference import llama_logits
@@ -93,7 +93,7 @@ def source_logits(source: Source, inputs: Mapping[str, np.ndarray], dtype: Any =
     if source.model_type == "llama":
         assert isinstance(source.config, DecoderConfig)
         interleaved = source.form != "huggingface"
-        tensors = source.tensors
+        tensors: Tensors = dict(source.tensors)
         if dtype is not None:
             tensors = {name: _Rounded(tensor, np.dtype(dtype)) for name, tensor in tensors.items()}
         return llama_logits(source.config, tensors, inputs["tokens"], interleaved=interleaved), "numpy"
