@@ -7,12 +7,10 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from llama_jax.config import UserError
 from llama_jax.models.encoder_decoder import EncoderDecoderConfig
 from llama_jax.nn import MLP, GroupedQuery, LearnedPositions
-from llama_jax.nn.feed_forward import Activation
 from llama_jax.zoo import Weight
-from llama_jax.zoo.reading import ConfigReader, checked, expect
+from llama_jax.zoo.reading import ConfigReader, checked, expect, read_activation, write_activation
 from llama_jax.zoo.transformer import transformer
 
 OFFSET = 2
@@ -88,51 +86,32 @@ IGNORED = (r"model\.(encoder|decoder)\.version",)
 TIED = dict.fromkeys(
     ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight"), "model.shared.weight"
 )
-# Files of the trunk alone, as the first releases are, have no prefix.
-RENAMES = ((r"^(shared|encoder|decoder)\.", r"model.\1."),)
 
 _A_BART = "a Hugging Face BART"
-# Of training, of other heads, or of how to search for an answer.
-UNREAD = {
-    "bad_words_ids", "classif_dropout", "classifier_dropout", "early_stopping", "encoder_no_repeat_ngram_size",
-    "force_bos_token_to_be_generated", "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing",
-    "init_std", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beams", "num_labels",
-    "output_past", "prefix", "task_specific_params",
-}  # fmt: skip
-ACTIVATIONS: dict[str, Activation] = {
-    "gelu": "gelu",
-    "relu": "relu",
-    "swish": "silu",
-    "silu": "silu",
-    "gelu_new": "gelu_tanh",
-    "tanh": "tanh",
+ARCHITECTURES = ("BartForConditionalGeneration", "BartModel")
+ALIASES = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "encoder_attention_heads",
+    "num_hidden_layers": "encoder_layers",
 }
 
 
-def read_shape(reader: ConfigReader, data: Mapping[str, Any]) -> dict[str, Any]:
+def read_shape(reader: ConfigReader) -> dict[str, Any]:
     """What BART and Marian have in common in their config.json, as arguments of `transformer`."""
     take = reader.take
     reader.only(
         is_encoder_decoder=True,
         is_decoder=False,
         tie_word_embeddings=True,
-        encoder_layerdrop=0.0,
-        decoder_layerdrop=0.0,
         normalize_before=False,
         add_final_layer_norm=False,
         add_bias_logits=False,
     )
-    activation, layers = take("activation_function", str, "gelu"), take("encoder_layers", int)
-    reader.only(num_hidden_layers=layers)  # another name of it
-    if activation not in ACTIVATIONS:
-        raise UserError(
-            f"config.json has activation_function={activation!r}, which is not supported for {reader.family}: "
-            f"{', '.join(ACTIVATIONS)} are"
-        )
+    activation = read_activation(reader, "activation_function", "gelu")
     return {
         "vocab_size": take("vocab_size", int),
         "hidden_size": take("d_model", int),
-        "num_encoder_layers": layers,
+        "num_encoder_layers": take("encoder_layers", int),
         "num_layers": take("decoder_layers", int),
         "encoder_heads": take("encoder_attention_heads", int),
         "num_heads": take("decoder_attention_heads", int),
@@ -140,7 +119,7 @@ def read_shape(reader: ConfigReader, data: Mapping[str, Any]) -> dict[str, Any]:
         "intermediate_size": take("decoder_ffn_dim", int),
         "max_positions": take("max_position_embeddings", int, 1024),
         "scale_embedding": take("scale_embedding", bool, False),
-        "activation": ACTIVATIONS[activation],
+        "activation": activation,
         "dropout": take("dropout", float, 0.1),
         "attention_dropout": take("attention_dropout", float, 0.0),
         "activation_dropout": take("activation_dropout", float, 0.0),
@@ -152,15 +131,9 @@ def from_hf(data: Mapping[str, Any]) -> EncoderDecoderConfig:
 
     Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
     """
-    reader = ConfigReader(data, "a BART", UNREAD)
-    names = data.get("architectures") or ["BartForConditionalGeneration"]
-    if names not in (["BartForConditionalGeneration"], ["BartModel"]):
-        raise UserError(
-            f"config.json has architectures={names!r}, and of BARTs only BartForConditionalGeneration and BartModel "
-            "are supported"
-        )
+    reader = ConfigReader(data, "a BART", ARCHITECTURES, aliases=ALIASES)
     reader.only(normalize_embedding=True, static_position_embeddings=False, extra_pos_embeddings=OFFSET)
-    shape = read_shape(reader, data)
+    shape = read_shape(reader)
     start = reader.take("decoder_start_token_id", int, 2)
     reader.finish()
     return transformer(
@@ -168,7 +141,7 @@ def from_hf(data: Mapping[str, Any]) -> EncoderDecoderConfig:
         positions=LearnedPositions(shape["max_positions"], offset=OFFSET),
         decoder_start_id=start,
         embedding_norm=True,
-        head_bias="none" if names == ["BartModel"] else "fixed",
+        head_bias="none" if reader.architecture == "BartModel" else "fixed",
     )
 
 
@@ -185,9 +158,6 @@ def write_shape(config: EncoderDecoderConfig, family: str) -> dict[str, Any]:
         (expect(mixer, GroupedQuery, family), expect(feed_forward, MLP, family))
         for mixer, feed_forward in (decoder, encoder)
     )
-    activations = {own: name for name, own in reversed(ACTIVATIONS.items())}
-    if inside.activation not in activations:
-        raise UserError(f"activation={inside.activation} has no place in {family}")
     return {
         "is_encoder_decoder": True,
         "vocab_size": config.vocab_size,
@@ -200,7 +170,7 @@ def write_shape(config: EncoderDecoderConfig, family: str) -> dict[str, Any]:
         "decoder_ffn_dim": inside.intermediate_size,
         "max_position_embeddings": config.max_positions,
         "scale_embedding": config.embedding_scale != 1,
-        "activation_function": activations[inside.activation],
+        "activation_function": write_activation(inside.activation, family),
         "dropout": config.dropout,
         "attention_dropout": own.dropout,
         "activation_dropout": inside.dropout,

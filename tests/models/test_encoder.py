@@ -50,10 +50,14 @@ def texts(lengths: tuple[int, ...], seed: int = 1) -> list[np.ndarray]:
 
 def everything(module: Any, tokens: jax.Array, others: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """What a model says of texts that stand alone in their rows."""
-    found = {"logits": module(tokens, **others), "class_logits": module.class_logits(tokens, **others)}
+    found = {name: getattr(module, name)(tokens, **others) for name in ("token_logits", "class_logits")}
     if module.part("pooler") is not None:
         found |= {name: getattr(module, name)(tokens, **others) for name in ("pooled", "pair_logits")}
     return found
+
+
+def token_logits(module: Any, tokens: jax.Array, others: dict[str, jax.Array]) -> jax.Array:
+    return module.token_logits(tokens, **others)
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
@@ -67,10 +71,13 @@ def test_padding_is_not_seen_on_either_side(kind: str, request, random_params):
     for row, places in enumerate((slice(0, 9), slice(5, 14))):
         tokens[row, places], mask[row, places] = text, 1
     padded = model.run(everything, jnp.asarray(tokens), {"mask": jnp.asarray(mask)})
-    np.testing.assert_allclose(padded["logits"][mask == 1].reshape(2, 9, -1), alone["logits"].repeat(2, 0), atol=2e-5)
-    for name in alone.keys() - {"logits"}:  # of the first token, which stands first where padding is behind
+    of_tokens = alone["token_logits"]
+    np.testing.assert_allclose(padded["token_logits"][mask == 1].reshape(2, 9, -1), of_tokens.repeat(2, 0), atol=2e-5)
+    np.testing.assert_array_equal(model(jnp.asarray(tokens), mask=jnp.asarray(mask)), padded["class_logits"])
+    for name in alone.keys() - {"token_logits"}:  # of the first token, which stands first where padding is behind
         np.testing.assert_allclose(padded[name][:1], alone[name], atol=2e-5, err_msg=name)
-    assert np.abs(model(jnp.asarray(tokens))[0, :9] - alone["logits"][0]).max() > 0.1, "without a mask it is seen"
+    unmasked = model.run(everything, jnp.asarray(tokens), {})["token_logits"]
+    assert np.abs(unmasked[0, :9] - of_tokens[0]).max() > 0.1, "without a mask it is seen"
 
 
 def test_packed_texts_are_separate_texts(bert, random_params):
@@ -78,12 +85,13 @@ def test_packed_texts_are_separate_texts(bert, random_params):
     tokens = jnp.asarray(np.concatenate([first, second, np.zeros(3, np.int32)])[None])
     segments = jnp.asarray(np.repeat([[1, 2, 0]], [9, 12, 3], axis=1))
     kinds = jnp.asarray(np.random.default_rng(0).integers(0, 2, (1, 24)), jnp.int32)
-    together = model(tokens, segment_ids=segments, token_types=kinds)
+    together = model.run(token_logits, tokens, {"segment_ids": segments, "token_types": kinds})
     for start, text in ((0, first), (9, second)):
         places = slice(start, start + len(text))
-        apart = model(jnp.asarray(text[None]), token_types=kinds[:, places])
+        apart = model.run(token_logits, jnp.asarray(text[None]), {"token_types": kinds[:, places]})
         np.testing.assert_allclose(together[:, places], apart, atol=2e-5)
-    assert np.abs(together - model(tokens, token_types=kinds))[:, :9].max() > 0.1, "packing has to matter"
+    whole = model.run(token_logits, tokens, {"token_types": kinds})
+    assert np.abs(together - whole)[:, :9].max() > 0.1, "packing has to matter"
 
 
 def batch_of(lengths: tuple[int, ...], *, rows: int = 4, length: int = 32, classes: bool = False) -> dict[str, Any]:
@@ -140,7 +148,7 @@ def test_packed_losses_are_the_means_over_the_texts(classes: bool, bert, random_
         if classes:
             expected["loss"].append(nats(found["class_logits"], of["class_targets"][:, 0]))
         else:
-            expected["loss"].append(nats(found["logits"], of["targets"]) * of["weights"])
+            expected["loss"].append(nats(found["token_logits"], of["targets"]) * of["weights"])
             # Entry 0 of the released heads says that the second text follows.
             expected["pair_loss"].append(nats(found["pair_logits"], 1 - of["pair_targets"][:, 0]))
     weights = {"loss": batch["weights"].sum(), "pair_loss": 2 * len(batch["tokens"])}
@@ -260,5 +268,5 @@ def test_an_objective_that_is_not_the_model_s_is_refused(change, objective, sent
 def test_model_is_called_through_its_public_interface(bert):
     model: Model = build(bert)
     tokens = jnp.ones((2, 6), jnp.int32)
-    assert model(tokens, mask=tokens).shape == (2, 6, 40)
+    assert model(tokens, mask=tokens).shape == (2, 3)
     assert [x.shape for x in model.hidden_states(tokens, mask=tokens)["layers"]] == [(2, 6, 16)] * 2
