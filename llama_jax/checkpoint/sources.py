@@ -130,6 +130,17 @@ def load_params(source: Source, abstract: Mapping[str, jax.ShapeDtypeStruct]) ->
     return {name: _load(*places[name], a) for name, a in abstract.items()}
 
 
+def as_stored(source: Source, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+    """`abstract` with the dtypes of the source's own tensors, of several the widest; raises as `load_params`."""
+    places = _match(source, abstract)
+    return {
+        name: jax.ShapeDtypeStruct(
+            a.shape, jnp.result_type(*(tensor.dtype for tensor in places[name][1])), sharding=a.sharding
+        )
+        for name, a in abstract.items()
+    }
+
+
 def _match(source: Source, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, tuple[Weight, list[Tensor]]]:
     """For each parameter its table entry and its tensors, one for each layer that has it."""
     table = {weight.name: weight for weight in source.weights}

@@ -159,6 +159,10 @@ class CheckpointStore:
         loaded = self._load(step, {_param_key(name): value for name, value in abstract.items()}, whole=False)
         return {name: loaded[_param_key(name)] for name in abstract}
 
+    def dtypes(self, step: int) -> dict[str, Any]:
+        """The dtypes that the parameters of `step` are stored in, by name."""
+        return {name.removeprefix(_param_key("")): value.dtype for name, value in self._saved(step).items()}
+
     def _load(self, step: int, abstract: dict[str, Any], *, whole: bool) -> dict[str, jax.Array]:
         if step not in self.steps():
             there = ", ".join(map(str, self.steps())) or "none"
@@ -179,13 +183,18 @@ class CheckpointStore:
             f"checkpoint '{self.directory / str(step)}' is damaged ({reason}): remove it to use the one before"
         )
 
-    def _compare(self, step: int, abstract: dict[str, Any], whole: bool) -> None:
+    def _saved(self, step: int) -> Any:
+        """What a checkpoint says of its arrays, by name."""
         try:
             saved = self._orbax.checkpointables_metadata(step).metadata[_STATE]
         except (ValueError, OSError, KeyError, TypeError) as error:
             raise self._damaged(step, error) from error
         if saved is None:
             raise self._damaged(step, ValueError("its list of arrays cannot be read"))
+        return saved
+
+    def _compare(self, step: int, abstract: dict[str, Any], whole: bool) -> None:
+        saved = self._saved(step)
         shapes = {name: tuple(value.shape) for name, value in saved.items()}
         for name, value in abstract.items():
             if name not in shapes:
