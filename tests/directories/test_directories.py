@@ -1,0 +1,131 @@
+"""Whole directories as people have them: the same prompts, greedy texts and stops as the original code.
+
+The goldens are from `make_goldens.py` beside this file: config, generation config, weights, the tokenizer's files and
+its chat template, all as transformers or a release writes them, and in expected.json what transformers makes of them.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import llama_jax
+from llama_jax.sampling.generate import complete
+from llama_jax.sampling.processors import Sampler
+
+GOLDENS = Path(__file__).parent / "goldens"
+ASK = Path(__file__).parent / "ask_transformers.py"
+CASES = sorted(folder.name for folder in GOLDENS.iterdir())
+
+
+@functools.cache
+def expected(name: str) -> dict[str, Any]:
+    return json.loads((GOLDENS / name / "expected.json").read_text(encoding="utf-8"))
+
+
+GENERATING = [name for name in CASES if "eos_ids" in expected(name)]
+CHATTING = [name for name in CASES if expected(name)["conversations"]]
+
+
+@functools.cache
+def loaded(name: str) -> llama_jax.LanguageModel:
+    return llama_jax.load(GOLDENS / name, dtype="float32")
+
+
+def completions(lm: llama_jax.LanguageModel, golden: dict[str, Any]) -> list[Any]:
+    sampler = Sampler.of(0.0, None, None)
+    texts = [entry["text"] for entry in golden["texts"]]
+    return complete(lm, texts, max_new_tokens=golden["max_new_tokens"], sampler=sampler, seed=0)
+
+
+def check_texts(lm: llama_jax.LanguageModel, golden: dict[str, Any]) -> None:
+    """Ids, text and stop of every prompt."""
+    for entry, found in zip(golden["texts"], completions(lm, golden), strict=True):
+        assert found.token_ids == entry["greedy_ids"], entry["text"]
+        assert found.completion == entry["greedy_text"]
+        assert (found.finish_reason == "stop") == (entry["stopped_by"] is not None)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prompt_ids(name):
+    tokenizer = loaded(name).tokenizer
+    for entry in expected(name)["texts"]:
+        assert tokenizer.encode_prompt(entry["text"]) == entry["ids"], entry["text"]
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_greedy_text_and_stop(name):
+    golden, lm = expected(name), loaded(name)
+    assert sorted(lm.generation.eos_ids) == sorted(golden["eos_ids"])
+    assert {entry["stopped_by"] is None for entry in golden["texts"] + golden["conversations"]} == {True, False}
+    check_texts(lm, golden)
+
+
+@pytest.mark.parametrize("name", CHATTING)
+def test_chat(name):
+    golden, lm = expected(name), loaded(name)
+    for entry in golden["conversations"]:
+        assert lm.tokenizer.encode_prompt(entry["rendered"], special=True, affixes=False) == entry["ids"]
+        answer = llama_jax.chat(lm, entry["messages"], temperature=0.0, max_new_tokens=golden["max_new_tokens"])
+        assert answer == entry["greedy_text"]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in GENERATING])
+def test_encoder_logits(name):
+    for entry in expected(name)["texts"]:
+        logits = np.asarray(loaded(name).model(np.array([entry["ids"]]))[0])
+        np.testing.assert_allclose(logits[0], entry["first_logits"], atol=5e-5)
+        assert logits.argmax(-1).tolist() == entry["best_ids"]
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory) -> Path:
+    """All directories read by us and written again."""
+    folder = tmp_path_factory.mktemp("exports")
+    for name in CASES:
+        llama_jax.save(loaded(name), folder / name, format="hf")
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_export_read_by_us(name, tmp_path):
+    golden = expected(name)
+    llama_jax.save(loaded(name), tmp_path / "export", format="hf")
+    again = llama_jax.load(tmp_path / "export", dtype="float32")
+    assert again.tokenizer.chat_templates == loaded(name).tokenizer.chat_templates
+    for entry in golden["texts"]:
+        assert again.tokenizer.encode_prompt(entry["text"]) == entry["ids"]
+    for entry in golden["conversations"]:
+        assert again.tokenizer.encode_prompt(entry["rendered"], special=True, affixes=False) == entry["ids"]
+    if name in GENERATING:
+        assert again.generation == loaded(name).generation
+        check_texts(again, golden)
+
+
+def ask(folders: list[Path]) -> None:
+    """Lets transformers answer what expected.json in every folder asks, into answers.json."""
+    python = os.environ.get("LLAMA_JAX_REFERENCE_PYTHON")
+    if not python:
+        pytest.skip("LLAMA_JAX_REFERENCE_PYTHON names no python that has torch and transformers")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "JAX", "XLA"))}
+    subprocess.run([python, str(ASK), *map(str, folders)], check=True, env=environment, stdout=sys.stderr)
+
+
+@pytest.mark.slow
+def test_export_read_by_transformers(exports):
+    """The whole of it: ids, conversations, greedy text and stop, as from the directory that was read."""
+    for name in CASES:
+        (exports / name / "expected.json").write_text(json.dumps(expected(name)), encoding="utf-8")
+    ask([exports / name for name in CASES])
+    wrong = {}
+    for name in CASES:
+        answers = json.loads((exports / name / "answers.json").read_text(encoding="utf-8"))
+        if answers != expected(name):
+            wrong[name] = answers
+    assert not wrong
