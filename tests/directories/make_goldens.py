@@ -78,7 +78,11 @@ def draw(model: Any, seed: int, tokenizer: Any, stops: list[int]) -> None:
     head.data[stops] *= 1.2
     if hasattr(model, "final_logits_bias"):
         model.final_logits_bias *= 0.2 * allowed
-        model.model.decoder.layers[-1].final_layer_norm.bias.data *= 0.2  # the same token at every place
+        for name, parameter in model.model.decoder.named_parameters():
+            if name.endswith("bias"):
+                parameter.data *= 0.2
+            if "q_proj" in name:  # sharp, so that the next token is not always the same
+                parameter.data *= 6.0
         for (word,) in model.generation_config.bad_words_ids or []:
             model.final_logits_bias[0, word] = 5.0  # what is forbidden would come at every place
 
@@ -104,12 +108,12 @@ def prompts(case: Case, tokenizer: Any) -> list[list[int]]:
     return [tokenizer(text).input_ids for text in case.texts] + [chat["input_ids"] for chat in chats]
 
 
-def clear(model: Any, encoded: list[list[int]], stops: list[int], wanted: int) -> bool:
+def clear(model: Any, encoded: list[list[int]], stops: list[int], wanted: int, variety: int) -> bool:
     """Whether every continuation is clear and varied, and `wanted` stops end some, and none others."""
     ends, margins = [], []
     for ids in encoded:
         new, margin = generate(model, ids)
-        if margin < MARGIN or len(set(new)) < min(4, len(new)):
+        if margin < MARGIN or len(set(new)) < min(variety, len(new)):
             return False
         margins.append(margin)
         ends.append(new[-1] if new[-1] in stops and 2 < len(new) < NEW_TOKENS else None)
@@ -216,7 +220,7 @@ def make(name: str) -> None:
         wanted = min(2 if case.conversations else 1, len(stops))
         for seed in range(3000):
             draw(model, seed, tokenizer, stops)
-            if not stops or clear(model, encoded, stops, wanted):
+            if not stops or clear(model, encoded, stops, wanted, case.variety):
                 break
         else:
             raise SystemExit(f"{name}: no seed gives clear continuations")

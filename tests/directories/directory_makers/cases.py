@@ -85,7 +85,7 @@ ENCODER = {
 class Case:
     """A directory. `files` are those of the tokenizer as they are released; where `saved`, they are loaded and written
     again by `save_pretrained`. `generation` is added to the model's own generation config; None: there is no such file.
-    `config` is called with the tokenizer. `missing_rows` of the vocabulary have no row in the model.
+    `config` is called with the tokenizer. `variety` is how many different tokens every text has at least. `missing_rows` of the vocabulary have no row in the model.
     """
 
     kind: str
@@ -99,6 +99,7 @@ class Case:
     conversations: tuple[tuple[dict[str, str], ...], ...] = ()
     missing_rows: int = 0
     extra_rows: int = 0
+    variety: int = 4
 
 
 def fixed(config: dict[str, Any]) -> Callable[[Any], dict[str, Any]]:
@@ -483,7 +484,7 @@ def marian() -> Case:
         "static_position_embeddings": True,
     }
     generation = {"bad_words_ids": [[pad]], "forced_eos_token_id": 0, "decoder_start_token_id": pad}
-    return Case("MarianMTModel", fixed(config), found, ("</s>", "."), generation=generation)
+    return Case("MarianMTModel", fixed(config), found, ("</s>", "."), generation=generation, variety=2)
 
 
 @functools.cache
