@@ -22,9 +22,9 @@ from llama_jax.checkpoint.convert import (
 )
 from llama_jax.checkpoint.store import CheckpointConfig, CheckpointStore
 from llama_jax.config import UserError, from_json, read_json, to_json
-from llama_jax.models import Compute, Model, ModelConfig, abstract_params, from_params
+from llama_jax.models import Compute, EncoderDecoderConfig, Model, ModelConfig, abstract_params, from_params
 from llama_jax.parallel import make_mesh
-from llama_jax.tokenizers import Tokenizer, load_tokenizer
+from llama_jax.tokenizers import Tokenizer, load_saved_tokenizer, load_tokenizer
 from llama_jax.training import TrainState
 
 CONFIG_FILE = "config.json"
@@ -78,7 +78,8 @@ def load(
             params = load_params(source, abstract_params(config, compute.jax_dtype))
         model = from_params(config, params, compute, jax_mesh)
     if tokenizer is None and found is not None and found.exists():
-        tokenizer = found
+        of_sources = isinstance(config, EncoderDecoderConfig)
+        tokenizer = load_saved_tokenizer(found, of_sources=of_sources) if found.is_dir() else found
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
@@ -148,7 +149,7 @@ def save(lm: LanguageModel, directory: str | Path, *, format: Literal["hf", "nat
 def _write_native(folder: Path, config: ModelConfig, params: Mapping[str, jax.Array], tokenizer: Tokenizer | None):
     (folder / CONFIG_FILE).write_text(json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None:
-        tokenizer.save(folder / TOKENIZER_DIRECTORY)
+        tokenizer.with_rule(tokenizer.prefix_ids, tokenizer.suffix_ids).save(folder / TOKENIZER_DIRECTORY)
     store = CheckpointStore(folder / CHECKPOINTS_DIRECTORY, CheckpointConfig())
     store.save(TrainState(step=jnp.int32(0), params=dict(params), opt_state={}))
     store.wait()

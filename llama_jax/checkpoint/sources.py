@@ -58,7 +58,7 @@ def open_source(path: str | Path) -> Source:
     elif is_meta(path):
         params, tensors = read_meta(path)
         # Meta's download has the tokenizer beside the directories of the sizes.
-        beside = path.parent / FILE_NAMES[0]
+        beside = path.parent / "tokenizer.model"
         tokenizer = tokenizer or (beside if beside.is_file() else None)
     elif (path / "config.json").is_file():
         data = read_json(path / "config.json")

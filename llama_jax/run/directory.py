@@ -20,8 +20,9 @@ from llama_jax.checkpoint.store import CheckpointStore
 from llama_jax.config import UserError, from_json, leaves, read_json, to_json
 from llama_jax.data import Batches, Dataset, Vocabulary, prepare_dataset
 from llama_jax.data.windows import Batch
+from llama_jax.models import EncoderDecoderConfig
 from llama_jax.run.config import RunConfig
-from llama_jax.tokenizers import Tokenizer, load_tokenizer
+from llama_jax.tokenizers import Tokenizer, load_saved_tokenizer
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
@@ -63,7 +64,8 @@ class Run:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.directory / TOKENIZER_DIRECTORY)
+        of_sources = isinstance(self.config.model, EncoderDecoderConfig)
+        return load_saved_tokenizer(self.directory / TOKENIZER_DIRECTORY, of_sources=of_sources)
 
     @functools.cached_property
     def dataset(self) -> Dataset:

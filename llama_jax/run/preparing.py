@@ -18,7 +18,7 @@ from llama_jax.run.directory import Run, check_directory
 from llama_jax.run.initial import inheritance
 from llama_jax.run.reporting import Bar, check_writers
 from llama_jax.sampling import encode_prompt
-from llama_jax.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
+from llama_jax.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer, with_document_rule
 
 SAMPLE_TOKENS = 128
 
@@ -58,7 +58,8 @@ def _tokenizer(run: Run) -> Tokenizer:
     if (run.directory / TOKENIZER_DIRECTORY).is_dir():
         return run.tokenizer
     config = run.config.tokenizer
-    return trained_tokenizer(config, run.config.data) if config.path is None else load_tokenizer(config.path)
+    found = trained_tokenizer(config, run.config.data) if config.path is None else load_tokenizer(config.path)
+    return with_document_rule(found, of_sources=isinstance(run.config.model, EncoderDecoderConfig))
 
 
 def trained_tokenizer(config: TokenizerConfig, data: DataConfig) -> Tokenizer:

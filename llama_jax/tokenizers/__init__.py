@@ -6,7 +6,15 @@ kind to train is a function in `training.py`. `textbook.py` has the algorithms a
 """
 
 from llama_jax.tokenizers.base import TextStream, Tokenizer
-from llama_jax.tokenizers.loading import load_tokenizer
+from llama_jax.tokenizers.loading import load_saved_tokenizer, load_tokenizer, with_document_rule
 from llama_jax.tokenizers.training import TokenizerConfig, train_tokenizer
 
-__all__ = ["TextStream", "Tokenizer", "TokenizerConfig", "load_tokenizer", "train_tokenizer"]
+__all__ = [
+    "TextStream",
+    "Tokenizer",
+    "TokenizerConfig",
+    "load_saved_tokenizer",
+    "load_tokenizer",
+    "train_tokenizer",
+    "with_document_rule",
+]

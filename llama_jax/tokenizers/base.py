@@ -1,14 +1,22 @@
 """What every tokenizer can do."""
 
 import abc
+import copy
 import functools
 import hashlib
+import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from llama_jax.config import UserError
+
+RULE_FILE = "prompt_rule.json"
+SETTINGS_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_DIRECTORY = "additional_chat_templates"
 
 
 class TextStream(abc.ABC):
@@ -64,6 +72,78 @@ class Tokenizer(abc.ABC):
         end = [self.eos_ids[0]] if eos and self.eos_ids else []
         return start + self._encode_checked([text])[0] + end
 
+    @functools.cached_property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """Ids that the tokenizer's files put before a single prompt."""
+        return self._rule[0]
+
+    @functools.cached_property
+    def suffix_ids(self) -> tuple[int, ...]:
+        """Ids that the tokenizer's files put behind a single prompt."""
+        return self._rule[1]
+
+    @functools.cached_property
+    def _rule(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if RULE_FILE not in self.files:
+            return self._affixes()
+        rule = json.loads(self.files[RULE_FILE])
+        return tuple(rule["prefix_ids"]), tuple(rule["suffix_ids"])
+
+    def _affixes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Prefix and suffix of a prompt where no `with_rule` has set them, as the files have it."""
+        return (), ()
+
+    def with_rule(self, prefix_ids: Sequence[int], suffix_ids: Sequence[int]) -> "Tokenizer":
+        """Return this tokenizer with other ids around a prompt; they are kept in its `files`."""
+        changed = copy.copy(self)
+        for name in ("_rule", "prefix_ids", "suffix_ids"):
+            vars(changed).pop(name, None)
+        rule = {"prefix_ids": [*map(int, prefix_ids)], "suffix_ids": [*map(int, suffix_ids)]}
+        changed.files = {**self.files, RULE_FILE: (json.dumps(rule) + "\n").encode()}
+        return changed
+
+    def encode_prompt(self, text: str, *, special: bool = False, affixes: bool = True) -> list[int]:
+        """Return the ids of a prompt: `prefix_ids`, those of `text`, `suffix_ids`.
+
+        `special` reads names of special tokens in `text` as these tokens (for rendered chat templates); `affixes`
+        False leaves out what stands before and behind. Raises UserError as `encode` does.
+        """
+        ids = self._encode_special(text) if special else self._encode_checked([text])[0]
+        return [*self.prefix_ids, *ids, *self.suffix_ids] if affixes else ids
+
+    def _encode_special(self, text: str) -> list[int]:
+        """Ids of `text`, special tokens that are written out in it included; of several at one place the longest."""
+        names = "|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True)))
+        parts = re.split(f"({names})", text) if names else [text]
+        encoded = iter(self._encode_checked([part for part in parts[::2] if part]))
+        ids: list[int] = []
+        for i, part in enumerate(parts):
+            if part:
+                ids += [self.special_tokens[part]] if i % 2 else next(encoded)
+        return ids
+
+    @functools.cached_property
+    def chat_templates(self) -> Mapping[str, str]:
+        """Jinja texts of the chat templates by name, the usual one under "default"."""
+        found = json.loads(self.files.get(SETTINGS_FILE, b"{}")).get("chat_template") or {}
+        if isinstance(found, str):
+            found = {"default": found}
+        templates = dict(found) if isinstance(found, dict) else {entry["name"]: entry["template"] for entry in found}
+        for name, content in self.files.items():
+            if name == TEMPLATE_FILE:
+                templates["default"] = content.decode()
+            elif name.startswith(TEMPLATE_DIRECTORY + "/"):
+                templates[name.removeprefix(TEMPLATE_DIRECTORY + "/").removesuffix(".jinja")] = content.decode()
+        return templates
+
+    def export_files(self) -> dict[str, bytes]:
+        """Return the contents, by name, of a Hugging Face directory whose AutoTokenizer gives the same ids.
+
+        The rule of prompts, special and added tokens, their names and the chat templates go with it. Raises UserError
+        where transformers has nothing like this tokenizer.
+        """
+        return {name: content for name, content in self.files.items() if name != RULE_FILE}
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of every text as int32 arrays, without special tokens, encoded on all cores."""
         return [np.array(ids, np.int32) for ids in self._encode_checked(texts)]
@@ -75,10 +155,14 @@ class Tokenizer(abc.ABC):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the files' names and contents: equal only for tokenizers that do the same."""
+        """SHA-256 of the files' names and contents, equal only for tokenizers that give documents the same ids.
+
+        The rule of prompts and chat templates (in files of their own) are left out.
+        """
         digest = hashlib.sha256()
         for name, content in sorted(self.files.items()):
-            digest.update(f"{name} {len(content)}\n".encode() + content)
+            if name != RULE_FILE and not name.endswith(".jinja"):
+                digest.update(f"{name} {len(content)}\n".encode() + content)
         return digest.hexdigest()
 
     def save(self, directory: str | Path) -> Path:
@@ -86,6 +170,7 @@ class Tokenizer(abc.ABC):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
+            (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(content)
         return directory / next(iter(self.files))
 
@@ -98,13 +183,18 @@ class Tokenizer(abc.ABC):
             )
         return token_id
 
+    @staticmethod
+    def check_text(text: str) -> None:
+        """Raise UserError where `text` is not valid Unicode."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the text has the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}: "
+                "give valid Unicode text"
+            ) from None
+
     def _encode_checked(self, texts: Sequence[str]) -> list[list[int]]:
         for text in texts:
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise UserError(
-                    f"the text has the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}: "
-                    "give valid Unicode text"
-                ) from None
+            self.check_text(text)
         return self._encode(texts)

@@ -1,92 +1,217 @@
 """Tokenizers that the `tokenizers` library runs, and its own file, `tokenizer.json`."""
 
+import functools
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders
+from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from llama_jax.tokenizers.base import TextStream, Tokenizer
+from llama_jax.tokenizers.exporting import exported
+from llama_jax.tokenizers.settings import Settings, guess
+from llama_jax.tokenizers.streams import stage_of
 
-# Names that checkpoints give these tokens, tried where no tokenizer_config.json says it.
-BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[CLS]", "<|endoftext|>")
-EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "[SEP]", "<|endoftext|>")
-PAD_NAMES = ("<pad>", "[PAD]", "<|finetune_right_pad_id|>")
-UNK_NAMES = ("<unk>", "[UNK]")
-# Ends of a chat turn end a generated text too, whatever the config says.
+# Names that these tokens usually have, tried where a file stands alone and no setting names them.
+GUESSED = {
+    "bos_token": ("<s>", "<|begin_of_text|>", "<bos>", "[CLS]", "<|endoftext|>"),
+    "eos_token": ("</s>", "<|end_of_text|>", "<eos>", "[SEP]", "<|endoftext|>"),
+    "pad_token": ("<pad>", "[PAD]", "<|finetune_right_pad_id|>"),
+    "unk_token": ("<unk>", "[UNK]"),
+}
+# Ends of a chat turn end a generated text too, where no setting names EOS.
 TURN_END_NAMES = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<end_of_turn>")
 
 
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library with the files it came from.
 
-    `settings` is the content of the `tokenizer_config.json` beside it, which names the special tokens.
+    `settings` name the special tokens and add tokens. `model` is the JSON of its model, where this could make special
+    tokens of ordinary text. `eos` has more tokens that end a text, `prefix` those before a prompt of a file that has no
+    post-processor.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, files: dict[str, bytes], settings: dict[str, Any]):
-        self._tokenizer = tokenizer
-        tokenizer.encode_special_tokens = True  # "</s>" in a text is text: data must not be able to inject them
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        files: Mapping[str, bytes],
+        settings: Settings,
+        *,
+        model: Mapping[str, Any] | None = None,
+        eos: Sequence[str] = (),
+        prefix: Sequence[str] = (),
+    ):
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        _add(tokenizer, settings)
+        self._tokenizer, self._settings = tokenizer, settings
         self.vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
-        self.bos_id = self._special(settings, "bos_token", BOS_NAMES)
-        self.pad_id = self._special(settings, "pad_token", PAD_NAMES)
-        eos_ids = [self._special(settings, "eos_token", EOS_NAMES), *map(tokenizer.token_to_id, TURN_END_NAMES)]
-        self.eos_ids = tuple(dict.fromkeys(i for i in eos_ids if i is not None))
-        # Unigram models do not tell; byte-level models know every text and have none.
-        unknown = (tokenizer.model.unk_token,) if hasattr(tokenizer.model, "unk_token") else UNK_NAMES
-        self.unk_id = next((tokenizer.token_to_id(name) for name in unknown if name is not None), None)
+        self.bos_id, self.pad_id = self._special("bos_token"), self._special("pad_token")
+        ends = [self._special("eos_token"), *map(tokenizer.token_to_id, (*eos, *TURN_END_NAMES))]
+        self.eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
+        self.unk_id = self._unknown()
+        ordinary = (self.bos_id, self.pad_id, *self.eos_ids[:1])
+        _make_special(tokenizer, {i for i in ordinary if i is not None and i != self.unk_id})
         named = {self.bos_id, self.pad_id, self.unk_id, *self.eos_ids, *tokenizer.get_added_tokens_decoder()}
         self.special_tokens = {str(tokenizer.id_to_token(i)): i for i in sorted(i for i in named if i is not None)}
-        self.files = files
+        self.files = {**files, **settings.files}
+        self._prefix = tuple(i for name in prefix if (i := tokenizer.token_to_id(name)) is not None)
+        self._splitting = tokenizer.pre_tokenizer
+        special = {token.content for i, token in self._added.items() if token.special and i != self.unk_id}
+        if names := reachable_names(tokenizer, model or {}, special):
+            _cut(tokenizer, names)
+        tokenizer.encode_special_tokens = True  # "</s>" in a text is text: data must not be able to inject them
 
-    def _special(self, settings: dict[str, Any], key: str, names: Sequence[str]) -> int | None:
-        if key in settings:
-            token = settings[key]
-            names = (token["content"] if isinstance(token, dict) else token,) if token else ()
-        return next((i for name in names if (i := self._tokenizer.token_to_id(name)) is not None), None)
+    def _special(self, key: str) -> int | None:
+        name, settings = self._settings.name(key), self._settings
+        if name is None and settings.class_name is None and not settings.named():
+            return guess(GUESSED[key], self._tokenizer.token_to_id)
+        return None if name is None else self._tokenizer.token_to_id(name)
+
+    def _unknown(self) -> int | None:
+        if (name := self._settings.said("unk_token")) is not None:
+            return self._tokenizer.token_to_id(name)
+        # Unigram models do not tell; byte-level models know every text and have none.
+        model = self._tokenizer.model
+        unknown = (model.unk_token,) if hasattr(model, "unk_token") else GUESSED["unk_token"]
+        return guess([name for name in unknown if name is not None], self._tokenizer.token_to_id)
+
+    def _affixes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        settings, rules = self._settings, self._settings.rules
+        if "tokenizer.json" not in self.files:
+            if not self._prefix:
+                return settings.affixes(self._tokenizer.token_to_id)
+            return (self._prefix if settings.config.get("add_bos_token", True) else ()), ()
+        found = ((), ()) if rules.keeps_rule else _around(self._tokenizer)
+        # transformers reads add_bos_token and add_eos_token only where there is no tokenizer.json; some classes put
+        # their tokens around a text whatever is there.
+        if found != ((), ()) or (rules.prefix in ((), ("bos_token",)) and not rules.suffix):
+            return found
+        return settings.affixes(self._tokenizer.token_to_id)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def _encode_special(self, text: str) -> list[int]:
+        self.check_text(text)
+        return self._reading_special.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _reading_special(self) -> tokenizers.Tokenizer:
+        """A copy that reads special tokens in a text: the setting cannot change while other threads encode."""
+        return tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+
+    @functools.cached_property
+    def _added(self) -> dict[int, AddedToken]:
+        return self._tokenizer.get_added_tokens_decoder()
+
+    def is_silent(self, token_id: int) -> bool:
+        """Return whether the token is a special one, which decodes to nothing."""
+        token = self._added.get(token_id)
+        return token is not None and token.special
+
     def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode([self.check_id(int(i)) for i in ids], skip_special_tokens=True)
+        return self._tokenizer.decode([i for i in map(self.check_id, map(int, ids)) if not self.is_silent(i)])
 
-    def stream(self) -> "_DecodeStream":
-        return _DecodeStream(self, self._tokenizer)
+    def stream(self) -> "_DecoderStream":
+        return _DecoderStream(self, self._tokenizer)
+
+    def export_files(self) -> dict[str, bytes]:
+        data = json.loads(self._tokenizer.to_str())
+        data["pre_tokenizer"] = None if self._splitting is None else json.loads(self._splitting.__getstate__())
+        rule = self.prefix_ids, self.suffix_ids
+        return exported(self, data, self._settings, keeps_processor=rule == _around(self._tokenizer))
 
 
-class _DecodeStream(TextStream):
+class _DecoderStream(TextStream):
     def __init__(self, owner: HuggingFaceTokenizer, tokenizer: tokenizers.Tokenizer):
         self._owner, self._tokenizer = owner, tokenizer
-        self._stream = decoders.DecodeStream(skip_special_tokens=True)
-        self._ids: list[int] = []
-        self._emitted = 0
+        self._stage = stage_of(tokenizer)
 
     def feed(self, token_id: int) -> str:
-        self._ids.append(self._owner.check_id(token_id))
-        text = self._stream.step(self._tokenizer, token_id) or ""
-        self._emitted += len(text)
-        return text
+        if self._owner.is_silent(self._owner.check_id(token_id)):
+            return ""
+        token = self._tokenizer.id_to_token(token_id)
+        return "" if token is None else self._stage.feed(token)
 
     def flush(self) -> str:
-        rest = self._owner.decode(self._ids)[self._emitted :]
-        self._emitted += len(rest)
-        return rest
+        return self._stage.flush()
 
 
-def json_tokenizer(content: bytes, settings: bytes | None) -> HuggingFaceTokenizer:
-    """The tokenizer of a `tokenizer.json`, with the `tokenizer_config.json` beside it, if any.
-
-    Raises ValueError where either cannot be read.
-    """
+def json_tokenizer(content: bytes, settings: Settings) -> HuggingFaceTokenizer:
+    """Return the tokenizer of a `tokenizer.json`. Raises ValueError where it cannot be read."""
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(str(error)) from None
-    files = {"tokenizer.json": content}
-    if settings is None:
-        return HuggingFaceTokenizer(tokenizer, files, {})
-    return HuggingFaceTokenizer(tokenizer, files | {"tokenizer_config.json": settings}, json.loads(settings))
+    return HuggingFaceTokenizer(tokenizer, {"tokenizer.json": content}, settings, model=json.loads(content)["model"])
+
+
+def reachable_names(tokenizer: tokenizers.Tokenizer, model: Mapping[str, Any], special: Collection[str]) -> set[str]:
+    """Return those of `special` that `model` (its JSON) may make of ordinary text."""
+    special = {name for name in special if len(name) > 1}
+    vocabulary = model.get("vocab") or {}
+    if isinstance(vocabulary, list):  # unigram: pieces with their scores
+        return special & {piece for piece, _ in vocabulary}
+    found = special & vocabulary.keys()
+    if "merges" not in model:
+        return found
+    pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"])
+    merged = found & {"".join(pair) for pair in pairs}
+    return merged | ({name for name in found if _is_word(tokenizer, name)} if model.get("ignore_merges") else set())
+
+
+def _is_word(tokenizer: tokenizers.Tokenizer, name: str) -> bool:
+    """Whether `name` is a word of its own in some text."""
+    split = tokenizer.pre_tokenizer
+    contexts = (name, f"a{name}a", f" {name} ", f"\n{name}\n", f".{name}.")
+    return split is None or any(word == name for text in contexts for word, _ in split.pre_tokenize_str(text))
+
+
+def _cut(tokenizer: tokenizers.Tokenizer, names: Iterable[str]) -> None:
+    """Split words behind the first character of any of `names`, so that none of them is ever a token of a text."""
+    heads: dict[str, list[str]] = {}
+    for name in names:
+        # As it is after the spaces are replaced.
+        for form in {name, name.replace(" ", "\u2581")}:
+            heads.setdefault(form[0], []).append(re.escape(form[1:]))
+    pattern = "|".join(f"{re.escape(head)}(?={'|'.join(rest)})" for head, rest in heads.items())
+    cut = pre_tokenizers.Split(Regex(pattern), "merged_with_previous")
+    split = tokenizer.pre_tokenizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, cut]) if split is not None else cut  # type: ignore
+
+
+def _add(tokenizer: tokenizers.Tokenizer, settings: Settings) -> None:
+    """Add the tokens of `settings` that the tokenizer lacks, those with an id first; the named ones become special."""
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    added = [token for _, token in sorted(settings.added.items())]
+    for token in [*added, *settings.named().values()]:
+        if token.content not in known:
+            tokenizer.add_tokens([AddedToken(**vars(token))])
+            known.add(token.content)
+    named = {*settings.named(), *settings.rules.names.values()}
+    _make_special(tokenizer, {i for name in named if (i := tokenizer.token_to_id(name)) is not None})
+
+
+def _make_special(tokenizer: tokenizers.Tokenizer, ids: Iterable[int]) -> None:
+    """Make special tokens of those of `ids` that are none."""
+    known = tokenizer.get_added_tokens_decoder()
+    for i in ids:
+        if (token := known.get(i)) is None:
+            tokenizer.add_special_tokens([AddedToken(tokenizer.id_to_token(i), special=True, normalized=False)])
+        elif not token.special:
+            options = {key: getattr(token, key) for key in ("lstrip", "rstrip", "single_word", "normalized")}
+            tokenizer.add_special_tokens([AddedToken(token.content, special=True, **options)])
+
+
+def _around(tokenizer: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids that the post-processor puts before and behind a text."""
+    if tokenizer.post_processor is None:
+        return (), ()
+    encoding = tokenizer.encode("a", add_special_tokens=True)
+    mask = encoding.special_tokens_mask
+    ordinary = [i for i, special in enumerate(mask) if not special] or [len(mask)]
+    return tuple(encoding.ids[: ordinary[0]]), tuple(encoding.ids[ordinary[-1] + 1 :])

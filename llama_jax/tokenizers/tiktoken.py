@@ -9,7 +9,8 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from llama_jax.config import UserError
 from llama_jax.tokenizers.huggingface import HuggingFaceTokenizer
-from llama_jax.tokenizers.vocabularies import byte_letters
+from llama_jax.tokenizers.settings import Settings
+from llama_jax.tokenizers.streams import byte_letters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Encoding:
     special_tokens: dict[str, int]
     bos: str | None
     eos: str
+    prefix: tuple[str, ...] = ()
 
 
 # Patterns and ids as OpenAI and Meta publish them (openai/tiktoken, tiktoken_ext/openai_public.py;
@@ -56,6 +58,7 @@ ENCODINGS = {
         {name: 128000 + i for i, name in enumerate(LLAMA3_SPECIAL)},
         "<|begin_of_text|>",
         "<|end_of_text|>",
+        ("<|begin_of_text|>",),
     ),
     199998: Encoding("o200k_base", O200K_SPLIT, {END: 199999, "<|endofprompt|>": 200018}, END, END),
 }
@@ -75,7 +78,7 @@ def read_ranks(content: bytes) -> dict[bytes, int] | None:
     return ranks if complete else None
 
 
-def tiktoken_tokenizer(content: bytes, ranks: dict[bytes, int]) -> HuggingFaceTokenizer:
+def tiktoken_tokenizer(content: bytes, ranks: dict[bytes, int], settings: Settings) -> HuggingFaceTokenizer:
     """The tokenizer of the `ranks` of a tiktoken file `content`; which encoding it is, their number tells.
 
     tiktoken merges the neighbours whose union has the lowest rank, so every way to cut a token in two known ones is a
@@ -112,4 +115,5 @@ def tiktoken_tokenizer(content: bytes, ranks: dict[bytes, int]) -> HuggingFaceTo
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in encoding.special_tokens])
     names = {"bos_token": encoding.bos, "eos_token": encoding.eos}
-    return HuggingFaceTokenizer(tokenizer, {"tokenizer.model": content}, names)
+    settings = dataclasses.replace(settings, config=names | dict(settings.config))
+    return HuggingFaceTokenizer(tokenizer, {"tokenizer.model": content}, settings, prefix=encoding.prefix)

@@ -18,7 +18,9 @@ from llama_jax.tokenizers.base import Tokenizer
 from llama_jax.tokenizers.huggingface import HuggingFaceTokenizer
 from llama_jax.tokenizers.merging import merge_pairs
 from llama_jax.tokenizers.sentencepiece import SentencePieceTokenizer, with_dummy_prefix
-from llama_jax.tokenizers.vocabularies import BERT_SPECIAL, byte_letters, byte_level_bpe, whitespace, wordpiece
+from llama_jax.tokenizers.settings import Settings
+from llama_jax.tokenizers.streams import byte_letters
+from llama_jax.tokenizers.vocabularies import BERT_SPECIAL, byte_level_bpe, whitespace, wordpiece
 
 Kind = Literal["bpe", "unigram", "byte_bpe", "wordpiece", "whitespace"]
 KINDS: tuple[Kind, ...] = typing.get_args(Kind)
@@ -91,7 +93,7 @@ def train_tokenizer(
         return _sentencepiece(parts, kind, vocab_size, special[3:], max_lines)
     train = {"byte_bpe": _byte_bpe, "wordpiece": _wordpiece, "whitespace": _whitespace}[kind]
     tokenizer = train(parts, vocab_size, special, progress or (lambda done, total: None))
-    return HuggingFaceTokenizer(tokenizer, {"tokenizer.json": tokenizer.to_str(pretty=True).encode()}, {})
+    return HuggingFaceTokenizer(tokenizer, {"tokenizer.json": tokenizer.to_str(pretty=True).encode()}, Settings())
 
 
 def _check(kind: str, vocab_size: int, special_tokens: Sequence[str]) -> None:

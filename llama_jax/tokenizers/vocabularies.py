@@ -6,23 +6,21 @@ Those read from files that say only the vocabulary (`vocab.json` with `merges.tx
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from llama_jax.tokenizers.huggingface import HuggingFaceTokenizer
+from llama_jax.tokenizers.settings import CLASSES, Settings
+from llama_jax.tokenizers.streams import byte_letters
 
+# How text is split before byte-level BPE, by the name in `CLASSES`; None is what ByteLevel does by itself (GPT-2's).
+SPLITS = {
+    "gpt2": None,
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
+}
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-
-
-def byte_letters() -> list[str]:
-    """GPT-2's letter for every byte: itself where it prints, else one from U+0100 on, in order."""
-    printing = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    letters = {byte: chr(byte) for byte in printing}
-    others = [byte for byte in range(256) if byte not in letters]
-    letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
-    return [letters[byte] for byte in range(256)]
 
 
 def byte_level_bpe(
@@ -31,11 +29,20 @@ def byte_level_bpe(
     special_tokens: Iterable[str],
     *,
     add_prefix_space: bool = False,
+    split: str | None = None,
+    nfc: bool = False,
 ) -> tokenizers.Tokenizer:
-    """BPE over bytes, written in GPT-2's letters, with GPT-2's pre-tokenization: every string survives it."""
+    """BPE over bytes, written in GPT-2's letters: every string survives it.
+
+    `split` is the expression of the words; None for GPT-2's. `nfc` normalizes text first.
+    """
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=dict(vocabulary), merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)  # type: ignore[assignment]
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=split is None)
+    words = [letters] if split is None else [pre_tokenizers.Split(Regex(split), "isolated"), letters]
+    tokenizer.pre_tokenizer = words[0] if split is None else pre_tokenizers.Sequence(words)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    if nfc:
+        tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
     return _with_special(tokenizer, special_tokens)
 
 
@@ -99,27 +106,40 @@ def read_merges(content: bytes) -> list[tuple[str, str]] | None:
     return [(pair[0], pair[1]) for pair in pairs] if pairs and all(len(pair) == 2 for pair in pairs) else None
 
 
-def gpt2_tokenizer(vocabulary: bytes, merges: bytes, settings: bytes | None) -> HuggingFaceTokenizer:
-    """GPT-2's tokenizer from its two files, with the `tokenizer_config.json` beside them, if any.
+def byte_level_tokenizer(vocabulary: bytes, merges: bytes, settings: Settings) -> HuggingFaceTokenizer:
+    """Return the tokenizer of a `vocab.json` and a `merges.txt`: GPT-2's, or that of the class that `settings` name.
 
-    What is neither a byte nor made by a merge is a special token. Raises ValueError where a file cannot be used.
+    What is neither a byte nor made by a merge is a special token. Raises ValueError where a file cannot be used, and
+    for a class that is known to read them in another way or not known.
     """
     ids, pairs = read_vocabulary(vocabulary), read_merges(merges)
     if ids is None or pairs is None:
         raise ValueError("one of vocab.json and merges.txt is damaged")
-    special = ids.keys() - set(byte_letters()) - {left + right for left, right in pairs}
-    options: dict[str, Any] = json.loads(settings or b"{}")
+    settings = settings.as_class("GPT2Tokenizer")
+    rules = settings.rules
+    if rules.splitting is None:
+        raise ValueError(
+            f"its class {settings.class_name} reads vocab.json and merges.txt in a way that is not known: give the "
+            "tokenizer.json of the model"
+        )
+    added = {token.content: i for i, token in settings.added.items()}
+    texts = {token.content for token in settings.added.values() if not token.special}
+    special = ids.keys() - set(byte_letters()) - {left + right for left, right in pairs} - texts
     try:
         tokenizer = byte_level_bpe(
-            ids,
+            ids | added,
             pairs,
-            sorted(special, key=ids.__getitem__),
-            add_prefix_space=options.get("add_prefix_space", False),
+            # Those that have options of their own are added with the others of the settings.
+            sorted(special - added.keys() - settings.named().keys(), key=ids.__getitem__),
+            add_prefix_space=settings.config.get("add_prefix_space") or False,
+            split=SPLITS[rules.splitting],
+            nfc=rules.nfc,
         )
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"vocab.json and merges.txt do not fit: {error}") from None
     files = {"vocab.json": vocabulary, "merges.txt": merges}
-    return HuggingFaceTokenizer(tokenizer, files | _kept(settings), options)
+    model = {"vocab": ids | added, "merges": pairs}
+    return HuggingFaceTokenizer(tokenizer, files, settings, model=model)
 
 
 def read_pieces(content: bytes) -> dict[str, int] | None:
@@ -132,14 +152,21 @@ def read_pieces(content: bytes) -> dict[str, int] | None:
     return pieces if {"[UNK]", "[CLS]", "[SEP]"} <= pieces.keys() else None
 
 
-def bert_tokenizer(content: bytes, pieces: Mapping[str, int], settings: bytes | None) -> HuggingFaceTokenizer:
-    """BERT's tokenizer from the `pieces` of its `vocab.txt`, with the `tokenizer_config.json` beside it, if any.
+def bert_tokenizer(content: bytes, pieces: Mapping[str, int], settings: Settings) -> HuggingFaceTokenizer:
+    """Return BERT's tokenizer from the `pieces` of its `vocab.txt`.
 
-    Where that does not say whether text is lower-cased, it is unless a piece has an upper-case letter.
-    Raises ValueError for damaged settings.
+    Where `settings` do not say whether text is lower-cased, it is unless a piece has an upper-case letter.
+    Raises ValueError for a class that reads the file in another way.
     """
-    options: dict[str, Any] = json.loads(settings or b"{}")
+    settings = settings.as_class("BertTokenizer")
+    if settings.rules != CLASSES["BertTokenizer"]:
+        raise ValueError(
+            f"its class {settings.class_name} reads vocab.txt in a way that is not known: give the tokenizer.json of "
+            "the model"
+        )
+    options = settings.config
     cased = any(piece != piece.lower() for piece in pieces if not (piece.startswith("[") and piece.endswith("]")))
+    pieces = {**pieces, **{token.content: i for i, token in settings.added.items()}}
     tokenizer = wordpiece(
         pieces,
         [name for name in BERT_SPECIAL if name in pieces],
@@ -147,8 +174,4 @@ def bert_tokenizer(content: bytes, pieces: Mapping[str, int], settings: bytes | 
         strip_accents=options.get("strip_accents"),
         chinese_characters=options.get("tokenize_chinese_chars", True),
     )
-    return HuggingFaceTokenizer(tokenizer, {"vocab.txt": content} | _kept(settings), options)
-
-
-def _kept(settings: bytes | None) -> dict[str, bytes]:
-    return {} if settings is None else {"tokenizer_config.json": settings}
+    return HuggingFaceTokenizer(tokenizer, {"vocab.txt": content}, settings, model={"vocab": pieces})

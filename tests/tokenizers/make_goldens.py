@@ -1,18 +1,22 @@
-"""Makes tests/tokenizers/bert_cases.json: texts and the ids that transformers' BertTokenizer gives them.
+"""Makes tests/tokenizers/bert_cases.json and directory_cases.json: texts and the ids that transformers gives them.
 
 Run where transformers is installed (it is no dependency of this project), with LLAMA_JAX_TEST_DATA naming the folder of
 real files that has bert/vocab.txt and tokenizer_cases/:
 
     python tests/tokenizers/make_goldens.py
 
-The vocabulary itself is not part of the file.
+The first is of BertTokenizer and BERT's own vocabulary, which is not part of the file; the second of AutoTokenizer and
+the directories that directories.py makes.
 """
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
+import directories
 import transformers
+from reference_ids import describe
 from transformers import BertTokenizer
 
 DATA = Path(os.environ["LLAMA_JAX_TEST_DATA"])
@@ -45,6 +49,11 @@ SETTINGS = (
 
 
 def main() -> None:
+    bert()
+    released()
+
+
+def bert() -> None:
     with (DATA / "tokenizer_cases" / "ggml-vocab-llama-spm.gguf.inp").open(newline="", encoding="utf-8") as file:
         awkward = file.read().split("\n__ggml_vocab_test__\n")
     texts = [*TEXTS, *awkward]
@@ -54,12 +63,24 @@ def main() -> None:
         ids = [tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
         decoded = [tokenizer.decode(i, skip_special_tokens=True, clean_up_tokenization_spaces=False) for i in ids]
         cases.append({"settings": settings, "ids": ids, "decoded": decoded})
-    golden = {"transformers": transformers.__version__, "texts": texts, "cases": cases}
+    _write("bert_cases.json", {"transformers": transformers.__version__, "texts": texts, "cases": cases})
+
+
+def released() -> None:
+    cases = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in directories.CASES:
+            directory = directories.write_case(name, Path(folder))
+            cases[name] = describe(directory, directories.texts_of(name))
+    _write("directory_cases.json", {"transformers": transformers.__version__, "cases": cases})
+
+
+def _write(name: str, golden: dict) -> None:
     # A line for every list of ids keeps changes readable.
     lines = (
         json.dumps(golden, indent=0, separators=(",", ":")).replace(",\n", ",").replace("[\n", "[").replace("\n]", "]")
     )
-    Path(__file__).with_name("bert_cases.json").write_text(lines + "\n")
+    Path(__file__).with_name(name).write_text(lines + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,107 @@
+"""Marian's tokenizer: two SentencePiece models, and the ids of their pieces in a vocabulary of its own."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from llama_jax.tokenizers.base import SETTINGS_FILE, TextStream, Tokenizer
+from llama_jax.tokenizers.pieces import SPACE
+from llama_jax.tokenizers.settings import Settings
+
+FILES = ("source.spm", "target.spm", "vocab.json")
+TARGET_VOCABULARY = "target_vocab.json"  # of models with `separate_vocabs`
+
+
+class MarianTokenizer(Tokenizer):
+    """Source text to ids, ids to target text, as transformers' MarianTokenizer has it.
+
+    A text may begin with the name of its target language, as ">>fra<<". `files` are those of a Marian model, by name.
+    Text encoded is source text; what is decoded may be of either language. Raises ValueError for a damaged vocabulary,
+    RuntimeError for a damaged SentencePiece model.
+    """
+
+    def __init__(self, files: Mapping[str, bytes], settings: Settings):
+        self._settings = settings = settings.as_class("MarianTokenizer")
+        self._processor = sentencepiece.SentencePieceProcessor()
+        self._processor.LoadFromSerializedProto(files["source.spm"])
+        ids = {str(piece): int(i) for piece, i in json.loads(files["vocab.json"]).items()}
+        target = {str(piece): int(i) for piece, i in json.loads(files.get(TARGET_VOCABULARY, b"{}")).items()} or ids
+        self._texts = {i: piece for piece, i in target.items()}
+        self.vocab_size = max(*ids.values(), *self._texts) + 1
+        self.bos_id = None
+        eos_id, self.unk_id, self.pad_id = (
+            ids.get(settings.name(key) or "") for key in ("eos_token", "unk_token", "pad_token")
+        )
+        if self.unk_id is None:
+            raise ValueError("its vocab.json has no token for the unknown")
+        self.eos_ids = () if eos_id is None else (eos_id,)
+        names = (*settings.rules.names.values(), *settings.named())
+        self.special_tokens = {name: ids[name] for name in names if name in ids}
+        self._ids = {piece: i for piece, i in ids.items() if piece not in self.special_tokens}
+        self.files = {**files, **settings.files}
+
+    def _affixes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (), self.eos_ids
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        unknown = self.unk_id
+        assert unknown is not None
+        parts = [_language(text) for text in texts]
+        pieces = self._processor.encode([rest for _, rest in parts], out_type=str)
+        return [
+            [self._ids.get(piece, unknown) for piece in ([code] if code else []) + found]
+            for (code, _), found in zip(parts, pieces, strict=True)
+        ]
+
+    def stream(self) -> "_Stream":
+        return _Stream(self)
+
+    def text_of(self, token_id: int) -> str:
+        """Return what the token writes, spaces at both ends of a text included; nothing for a special token."""
+        piece = self._texts.get(self.check_id(token_id), "")
+        return "" if piece in self.special_tokens else piece.replace(SPACE, " ")
+
+    def export_files(self) -> dict[str, bytes]:
+        config = {**self._settings.config, "tokenizer_class": "MarianTokenizer"}
+        content = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        return {**super().export_files(), SETTINGS_FILE: content}
+
+
+class _Stream(TextStream):
+    """Spaces at both ends of a text are dropped, so that those at the end are held back."""
+
+    def __init__(self, tokenizer: MarianTokenizer):
+        self._tokenizer, self._held, self._started = tokenizer, "", False
+
+    def feed(self, token_id: int) -> str:
+        text = self._held + self._tokenizer.text_of(token_id)
+        if not self._started:
+            text = text.lstrip()
+        kept = text.rstrip()
+        self._started, self._held = self._started or bool(kept), text[len(kept) :]
+        return kept
+
+    def flush(self) -> str:
+        return ""
+
+
+def _language(text: str) -> tuple[str, str]:
+    """The name of the target language that `text` begins with, or "", and the rest."""
+    end = text.find("<<") if text.startswith(">>") else -1
+    return ("", text) if end < 0 else (text[: end + 2], text[end + 2 :])
+
+
+def marian_tokenizer(directory: Path, settings: Settings) -> MarianTokenizer:
+    """Return the tokenizer of the files in `directory`. Raises ValueError where one is missing or damaged."""
+    names = (*FILES, TARGET_VOCABULARY) if settings.config.get("separate_vocabs") else FILES
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise ValueError(f"Marian's tokenizer has {', '.join(names)}, and {missing[0]} is not there")
+    try:
+        return MarianTokenizer({name: (directory / name).read_bytes() for name in names}, settings)
+    except RuntimeError:
+        raise ValueError("source.spm is no SentencePiece model") from None
+    except (TypeError, AttributeError):
+        raise ValueError("its vocab.json is no object of pieces and their ids") from None

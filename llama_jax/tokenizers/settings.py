@@ -1,0 +1,237 @@
+"""Settings beside a vocabulary: tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat templates.
+
+They name the special tokens, add tokens to the vocabulary, and say what stands before and behind a prompt.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_jax.tokenizers.base import RULE_FILE, SETTINGS_FILE, TEMPLATE_DIRECTORY, TEMPLATE_FILE
+
+SPECIAL_MAP_FILE, ADDED_FILE = "special_tokens_map.json", "added_tokens.json"
+KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
+# Keys of further special tokens, a list each.
+MORE_KEYS = ("additional_special_tokens", "extra_special_tokens")
+END = "<|endoftext|>"
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerClass:
+    """Defaults of a class of transformers, which its files leave out.
+
+    names: special tokens by key, as `eos_token`.
+    prefix, suffix: keys of the tokens around a prompt where no file says it.
+    splitting: how text is split before byte-level BPE ("gpt2" or "qwen2"); None where the class reads other files.
+    nfc: text is normalized to NFC first.
+    sentencepiece: reads a SentencePiece model whose ids are the model's own.
+    keeps_rule: the class ignores the post-processor of a tokenizer.json.
+    """
+
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    prefix: tuple[str, ...] = ()
+    suffix: tuple[str, ...] = ()
+    splitting: str | None = None
+    nfc: bool = False
+    sentencepiece: bool = False
+    keeps_rule: bool = False
+
+
+def _names(**names: str) -> dict[str, str]:
+    return {f"{key}_token": name for key, name in names.items()}
+
+
+_GPT2 = TokenizerClass(_names(bos=END, eos=END), splitting="gpt2")
+_GPT_NEOX = TokenizerClass(_names(bos=END, eos=END, pad="<|padding|>"), splitting="gpt2", nfc=True, keeps_rule=True)
+_QWEN2 = TokenizerClass(_names(eos=END, pad=END), splitting="qwen2", nfc=True)
+_ROBERTA = TokenizerClass(
+    _names(bos="<s>", eos="</s>", unk="<unk>", pad="<pad>", cls="<s>", sep="</s>", mask="<mask>"),
+    prefix=("cls_token",),
+    suffix=("sep_token",),
+    splitting="gpt2",
+)
+# BERT's documents begin and end with the tokens that stand around its sentences.
+_BERT = TokenizerClass(
+    _names(bos="[CLS]", eos="[SEP]", unk="[UNK]", pad="[PAD]", cls="[CLS]", sep="[SEP]", mask="[MASK]"),
+    prefix=("cls_token",),
+    suffix=("sep_token",),
+)
+_LLAMA = TokenizerClass(_names(bos="<s>", eos="</s>", unk="<unk>"), prefix=("bos_token",), sentencepiece=True)
+_GEMMA = dataclasses.replace(_LLAMA, names=_names(bos="<bos>", eos="<eos>", unk="<unk>", pad="<pad>"))
+_T5 = TokenizerClass(_names(eos="</s>", unk="<unk>", pad="<pad>"), suffix=("eos_token",), sentencepiece=True)
+_MARIAN = dataclasses.replace(_T5, sentencepiece=False)
+# By name, without "Fast".
+CLASSES = {
+    "GPT2Tokenizer": _GPT2,
+    "CodeGenTokenizer": _GPT2,
+    "GPTNeoXTokenizer": _GPT_NEOX,
+    "Qwen2Tokenizer": _QWEN2,
+    "RobertaTokenizer": _ROBERTA,
+    "BartTokenizer": _ROBERTA,
+    "LEDTokenizer": _ROBERTA,
+    "LongformerTokenizer": _ROBERTA,
+    "BertTokenizer": _BERT,
+    "DistilBertTokenizer": _BERT,
+    "ElectraTokenizer": _BERT,
+    "MobileBertTokenizer": _BERT,
+    "LlamaTokenizer": _LLAMA,
+    "CodeLlamaTokenizer": _LLAMA,
+    "GemmaTokenizer": _GEMMA,
+    "T5Tokenizer": _T5,
+    "MT5Tokenizer": _T5,
+    "MarianTokenizer": _MARIAN,
+    "ChatGLMTokenizer": TokenizerClass(sentencepiece=True),
+}
+# Classes that say nothing: the files do.
+GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")
+# Classes of models whose config.json and tokenizer_config.json name none.
+MODEL_CLASSES = {
+    "gpt2": "GPT2Tokenizer", "gptj": "GPT2Tokenizer", "gpt_neo": "GPT2Tokenizer", "phi": "CodeGenTokenizer",
+    "codegen": "CodeGenTokenizer", "gpt_neox": "GPTNeoXTokenizer", "qwen2": "Qwen2Tokenizer",
+    "qwen2_moe": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer", "qwen3_moe": "Qwen2Tokenizer",
+    "roberta": "RobertaTokenizer", "bart": "BartTokenizer", "bert": "BertTokenizer", "distilbert": "BertTokenizer",
+    "t5": "T5Tokenizer", "mt5": "T5Tokenizer", "marian": "MarianTokenizer", "chatglm": "ChatGLMTokenizer",
+    "gemma": "GemmaTokenizer", "gemma2": "GemmaTokenizer", "albert": "AlbertTokenizer", "xlnet": "XLNetTokenizer",
+    "pegasus": "PegasusTokenizer", "mbart": "MBartTokenizer", "xlm-roberta": "XLMRobertaTokenizer",
+    "camembert": "CamembertTokenizer", "deberta-v2": "DebertaV2Tokenizer", "m2m_100": "M2M100Tokenizer",
+    "blenderbot": "BlenderbotTokenizer", "deberta": "DebertaTokenizer", "big_bird": "BigBirdTokenizer",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Added:
+    """A token added to a vocabulary: its text and how it is found in a text (as in the `tokenizers` library)."""
+
+    content: str
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = True
+
+    @staticmethod
+    def of(value: Any, **defaults: Any) -> "Added":
+        """The token of a JSON value, a string or an object; `defaults` hold where the object says nothing."""
+        data = value if isinstance(value, dict) else {"content": value}
+        fields = {field.name for field in dataclasses.fields(Added)}
+        return Added(**(defaults | {key: item for key, item in data.items() if key in fields}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Contents of the settings files of a directory.
+
+    config, special_map: JSON of tokenizer_config.json and of special_tokens_map.json, {} where absent.
+    added: added tokens by id.
+    class_name: the tokenizer's class without "Fast"; None where no file says it.
+    files: contents of all the files, by name, with the class written out.
+    """
+
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    special_map: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    added: Mapping[int, Added] = dataclasses.field(default_factory=dict)
+    class_name: str | None = None
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+
+    @property
+    def rules(self) -> TokenizerClass:
+        """Defaults of the class; those that say nothing for an unknown one."""
+        return CLASSES.get(self.class_name or "", TokenizerClass())
+
+    def as_class(self, name: str) -> "Settings":
+        """These settings, of class `name` where they name none."""
+        return self if self.class_name is not None else dataclasses.replace(self, class_name=name)
+
+    def said(self, key: str) -> str | None:
+        """The token that the files themselves name under `key`, or None."""
+        for data in (self.config, self.special_map):
+            if key in data:
+                return Added.of(data[key]).content if data[key] else None
+        return None
+
+    def name(self, key: str) -> str | None:
+        """The token under `key`, the class's own where the files do not speak of it."""
+        spoken = key in self.config or key in self.special_map
+        return self.said(key) if spoken else self.rules.names.get(key)
+
+    def named(self) -> dict[str, Added]:
+        """All special tokens that the files name, by their text."""
+        found = {}
+        for data in (self.special_map, self.config):
+            listed = [data[key] for key in KEYS if data.get(key)]
+            for key in MORE_KEYS:
+                more = data.get(key) or []
+                listed += more.values() if isinstance(more, dict) else more
+            found |= {token.content: token for token in (Added.of(value, normalized=False) for value in listed)}
+        return {content: dataclasses.replace(token, special=True) for content, token in found.items() if content}
+
+    def affixes(self, id_of: Callable[[str], int | None]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids before and behind a prompt where no post-processor says it: `add_bos_token` and `add_eos_token`, else the
+        class's rule. `id_of` gives the id of a token by its text."""
+        prefix, suffix = self.rules.prefix, self.rules.suffix
+        if (add_bos := self.config.get("add_bos_token")) is not None and prefix in ((), ("bos_token",)):
+            prefix = ("bos_token",) if add_bos else ()
+        if (add_eos := self.config.get("add_eos_token")) is not None and not suffix:
+            suffix = ("eos_token",) if add_eos else ()
+        names = ([self.name(key) for key in keys] for keys in (prefix, suffix))
+        first, last = (tuple(i for n in found if n is not None and (i := id_of(n)) is not None) for found in names)
+        return first, last
+
+
+def read_settings(directory: Path) -> Settings:
+    """Return the settings in `directory`, whose config.json, if any, gives the class where no other file does.
+
+    Raises ValueError for a file that is damaged.
+    """
+    found = [directory / name for name in (SETTINGS_FILE, SPECIAL_MAP_FILE, ADDED_FILE, RULE_FILE, TEMPLATE_FILE)]
+    found += sorted((directory / TEMPLATE_DIRECTORY).glob("*.jinja"))
+    files = {file.relative_to(directory).as_posix(): file.read_bytes() for file in found if file.is_file()}
+    model = directory / "config.json"
+    model_config = _object("config.json", model.read_bytes()) if model.is_file() else {}
+    config = _object(SETTINGS_FILE, files.get(SETTINGS_FILE, b"{}"))
+    name = config.get("tokenizer_class") or model_config.get("tokenizer_class")
+    name = name or MODEL_CLASSES.get(str(model_config.get("model_type")))
+    if name is not None and not config.get("tokenizer_class"):
+        # The class has to be known without the model's config, too.
+        config = {**config, "tokenizer_class": name}
+        files[SETTINGS_FILE] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return settings_of(files)
+
+
+def settings_of(files: Mapping[str, bytes]) -> Settings:
+    """Return the settings that are in `files`, by file name. Raises ValueError for a damaged one."""
+    config, special_map, added = (
+        _object(name, files.get(name, b"{}")) for name in (SETTINGS_FILE, SPECIAL_MAP_FILE, ADDED_FILE)
+    )
+    name = config.get("tokenizer_class")
+    settings = Settings(config, special_map, {}, name and str(name).removesuffix("Fast"), files)
+    try:
+        special = settings.named()
+        tokens = {int(i): special.get(text, Added(text)) for text, i in added.items()}
+        decoder = config.get("added_tokens_decoder") or {}
+        tokens |= {int(i): _merged(Added.of(value), special) for i, value in decoder.items()}
+    except (TypeError, ValueError, AttributeError):
+        raise ValueError("its settings name special or added tokens in a form that is not known") from None
+    return dataclasses.replace(settings, added=tokens)
+
+
+def _merged(token: Added, special: Mapping[str, Added]) -> Added:
+    """`token`, special where it is named as such."""
+    return dataclasses.replace(token, special=token.special or token.content in special)
+
+
+def _object(name: str, content: bytes) -> dict[str, Any]:
+    try:
+        data = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"'{name}' is no JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"'{name}' is no JSON object")
+    return data
+
+
+def guess(names: Sequence[str], id_of: Callable[[str], int | None]) -> int | None:
+    """The id of the first of `names` that the vocabulary has."""
+    return next((i for name in names if (i := id_of(name)) is not None), None)
