@@ -13,7 +13,7 @@ from llama_jax.config import UserError, override
 from llama_jax.models import build, num_parameters
 from llama_jax.run import Run, RunConfig, load_config, plan, train
 from llama_jax.run import open_run as open_run
-from llama_jax.sampling import generate, generate_text
+from llama_jax.sampling import chat, generate, generate_text
 from llama_jax.zoo import presets
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "RunConfig",
     "UserError",
     "build",
+    "chat",
     "convert",
     "generate",
     "generate_text",

@@ -59,6 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     convert_parser.add_argument("source", help="run, Hugging Face or Meta directory, or a llama2.c .bin")
     convert_parser.add_argument("destination", help="directory to make")
     convert_parser.add_argument("--to", choices=("hf", "native"), required=True)
+    convert_parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as the source has it")
+    convert_parser.add_argument(
+        "--ignore-config-keys",
+        type=lambda keys: [key for key in keys.split(",") if key],
+        default=[],
+        metavar="KEY[,KEY]",
+        help="keys of the source's config files to take as if they were not there",
+    )
     convert_parser.set_defaults(main=convert_command)
     tokenizers_cli.add_arguments(subparsers)
     data_cli.add_arguments(subparsers)
@@ -193,8 +201,10 @@ def _help(name: str, doc: str | None, config: RunConfig) -> str:
 
 
 def convert_command(args: argparse.Namespace) -> int:
-    """`convert SRC DST --to {hf,native}`."""
-    receipt = convert(args.source, args.destination, to=args.to)
+    """`convert SRC DST --to {hf,native} [--dtype TYPE] [--ignore-config-keys KEY[,KEY]]`."""
+    receipt = convert(
+        args.source, args.destination, to=args.to, dtype=args.dtype, ignore_config_keys=args.ignore_config_keys
+    )
     print(
         f"{args.destination}: logits differ by at most {receipt['max_abs_logit_difference']:.2g} "
         f"(logit standard deviation {receipt['logit_std']:.2g})"

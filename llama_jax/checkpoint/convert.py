@@ -19,6 +19,7 @@ import numpy as np
 
 from llama_jax import zoo
 from llama_jax.checkpoint.formats.huggingface import write_safetensors
+from llama_jax.checkpoint.generation import GenerationSettings, completed, special_tokens, write_generation
 from llama_jax.checkpoint.reference import llama_logits
 from llama_jax.checkpoint.sources import Source, load_params, open_source, place_of, sharing
 from llama_jax.config import UserError
@@ -80,18 +81,18 @@ def source_logits(source: Source, inputs: Mapping[str, np.ndarray]) -> tuple[np.
     return params_logits(source.config, params)(inputs), "llama_jax"
 
 
-def check_conversion(source: Source, logits: Logits, *, dtype: Any = np.float32) -> dict[str, Any]:
+def check_conversion(source: Source, logits: Logits, *, itemsize: int = 4) -> dict[str, Any]:
     """Compares the logits of `source` (as `source_logits` says) with those of the converted weights.
 
-    Returns the receipt. `dtype` is what the converted weights are stored in: where it is narrower than the source's,
-    rounding is allowed for. Raises ConversionError on disagreement.
+    Returns the receipt. `itemsize` is that of the narrowest converted weight: where it is less than the source's
+    widest, rounding is allowed for. Raises ConversionError on disagreement.
     """
     inputs = source.config.example(np.random.default_rng(0))
     expected, witness = source_logits(source, inputs)
     difference = float(np.abs(expected - np.asarray(logits(inputs), np.float32)).max())
     std = float(expected.std())
     stored = max(tensor.dtype.itemsize for tensor in source.tensors.values())
-    tolerance = std * (1e-3 if np.dtype(dtype).itemsize >= min(stored, 4) else 5e-2)
+    tolerance = std * (1e-3 if itemsize >= min(stored, 4) else 5e-2)
     if not difference <= tolerance:
         raise ConversionError(
             f"the converted weights differ from '{source.path}': logits by up to {difference:.3g} where "
@@ -144,8 +145,10 @@ def export_hf(
     *,
     source: Source | None = None,
     model_type: str | None = None,
+    generation: GenerationSettings | None = None,
 ) -> dict[str, Any]:
-    """Writes config.json, safetensors (with an index above 5 GB), tokenizer and receipt; returns the receipt.
+    """Writes config.json, generation_config.json, safetensors (with an index above 5 GB), tokenizer with chat template
+    and receipt; returns the receipt.
 
     The family is `model_type` where it can express the model, else the first that can.
 
@@ -155,25 +158,27 @@ def export_hf(
     computes other logits.
     """
     family, data = _family_of(config, model_type or (source.model_type if source is not None else "llama"))
-    data["torch_dtype"] = str(next(iter(params.values())).dtype)
-    if tokenizer is not None:
-        data["bos_token_id"] = tokenizer.bos_id
-        data["eos_token_id"] = (
-            list(tokenizer.eos_ids) if len(tokenizer.eos_ids) > 1 else next(iter(tokenizer.eos_ids), None)
-        )
+    params_dtypes = {str(value.dtype): value.size for value in params.values()}
+    data["torch_dtype"] = max(params_dtypes, key=lambda name: params_dtypes[name])
+    generation = completed(generation or GenerationSettings(), config, tokenizer)
+    data |= special_tokens(generation)
     pieces = _pieces(config, params, zoo.weights_of(family, config))
     with new_directory(directory) as folder:
         _write_weights(folder, pieces)
         (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        if tokenizer is not None:
-            tokenizer.save(folder)
+        write_generation(folder, generation)
+        for name, content in (tokenizer.export_files() if tokenizer is not None else {}).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
         written = open_source(folder)
         jax_params = {name: jnp.asarray(value) for name, value in params.items()}
         receipt = check_conversion(written, params_logits(config, jax_params))
         receipt |= {"source": "llama_jax", "form": "native"}
         if source is not None:
             receipt = check_conversion(
-                source, lambda inputs: source_logits(written, inputs)[0], dtype=next(iter(jax_params.values())).dtype
+                source,
+                lambda inputs: source_logits(written, inputs)[0],
+                itemsize=min(value.dtype.itemsize for value in jax_params.values()),
             )
         write_receipt(folder, receipt)
     return receipt

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 from llama_jax.checkpoint.convert import (
     check_conversion,
     export_hf,
-    load_params,
     new_directory,
-    open_source,
     params_logits,
     write_receipt,
 )
+from llama_jax.checkpoint.generation import GenerationSettings, read_generation, write_generation
+from llama_jax.checkpoint.sources import Source, as_stored, load_params, open_source
 from llama_jax.checkpoint.store import CheckpointConfig, CheckpointStore
 from llama_jax.config import UserError, from_json, read_json, to_json
 from llama_jax.models import Compute, EncoderDecoderConfig, Model, ModelConfig, abstract_params, from_params
@@ -38,13 +38,15 @@ MeshLike = Mesh | Mapping[str, int] | None
 class LanguageModel:
     """Config, model and tokenizer together; `tokenizer` is None when the source has none.
 
-    `model_type` is the family on Hugging Face whose files it came from: an export goes back there.
+    `model_type` is the family on Hugging Face whose files it came from: an export goes back there. `generation` is what
+    its files say of the tokens that it writes: what ends a text, what is forced and forbidden.
     """
 
     config: ModelConfig
     model: Model
     tokenizer: Tokenizer | None
     model_type: str | None = None
+    generation: GenerationSettings = GenerationSettings()
 
 
 def load(
@@ -55,38 +57,55 @@ def load(
     tokenizer: str | Path | Tokenizer | None = None,
     components: Sequence[type] = (),
     step: int | None = None,
+    ignore_config_keys: Collection[str] = (),
 ) -> LanguageModel:
     """The language model at `path`: a run directory, a saved native one, a Hugging Face or Meta directory, a `.bin`.
 
     `mesh`, as `{"fsdp": 2, "tensor": 4}` or a jax Mesh, is where the weights stream to; `dtype` ("float32" or
     "bfloat16") is the type they are kept and computed in: by default bfloat16 on TPU and GPU, float32 on CPU.
     `components` are classes from outside the package that the saved config may name; `step` picks a checkpoint of a
-    run (default: the latest). Raises UserError for anything missing, damaged or unsupported.
+    run (default: the latest); `ignore_config_keys` are keys of a released config to take as if they were not there.
+    Raises UserError for anything missing, damaged or unsupported.
     """
     path = _existing(path)
-    if dtype not in (None, "float32", "bfloat16"):
-        raise UserError(f"dtype={dtype!r} must be float32 or bfloat16")
+    if dtype is not None:
+        _dtype(dtype)
     compute = Compute(dtype=dtype or "auto")  # type: ignore[arg-type]
-    model_type = None
+    model_type, native, generation = None, (path / CHECKPOINTS_DIRECTORY).is_dir(), GenerationSettings()
     with _entered(mesh) as jax_mesh:
-        if (path / CHECKPOINTS_DIRECTORY).is_dir():
-            config, params = _load_native(path, compute, components, step)
+        if native:
+            config, params = _load_native(path, compute.jax_dtype, components, step)
             found = path / TOKENIZER_DIRECTORY
+            generation = read_generation(path, ignore_config_keys, config_file=None)
         else:
-            source = open_source(path)
+            source = open_source(path, ignore_config_keys)
             config, found, model_type = source.config, source.tokenizer, source.model_type
             params = load_params(source, abstract_params(config, compute.jax_dtype))
         model = from_params(config, params, compute, jax_mesh)
     if tokenizer is None and found is not None and found.exists():
-        of_sources = isinstance(config, EncoderDecoderConfig)
-        tokenizer = load_saved_tokenizer(found, of_sources=of_sources) if found.is_dir() else found
-    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        tokenizer = _tokenizer(found, config if native else None)
+    elif tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer)
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: it is not this model's"
-        )
-    return LanguageModel(config, model, tokenizer, model_type)
+    if model_type is not None:
+        generation = _generation(source, tokenizer, ignore_config_keys)
+    return LanguageModel(config, model, tokenizer, model_type, generation)
+
+
+def _tokenizer(path: Path, own: ModelConfig | None) -> Tokenizer:
+    """The tokenizer at `path`; `own` is the config where it is that of a model of ours."""
+    if own is None:
+        return load_tokenizer(path)
+    return load_saved_tokenizer(path, of_sources=isinstance(own, EncoderDecoderConfig))
+
+
+def _generation(source: Source, tokenizer: Tokenizer | None, ignore: Collection[str]) -> GenerationSettings:
+    """What the files of a source say; where a Hugging Face directory names no end of a text, its tokenizer does."""
+    if source.form != "huggingface":
+        return GenerationSettings()
+    found = read_generation(source.path, ignore)
+    if found.eos_ids or tokenizer is None:
+        return found
+    return dataclasses.replace(found, eos_ids=tokenizer.eos_ids)
 
 
 def config_of(path: str | Path, components: Sequence[type] = ()) -> ModelConfig:
@@ -119,35 +138,48 @@ def _entered(mesh: MeshLike):
         yield mesh
 
 
-def _load_native(path: Path, compute: Compute, components: Sequence[type], step: int | None):
+def _load_native(path: Path, dtype: Any, components: Sequence[type], step: int | None):
+    """Config and parameters; `dtype` None: as they are stored."""
     config = config_of(path, components)
     store = CheckpointStore(path / CHECKPOINTS_DIRECTORY)
     steps = store.steps()
     if not steps:
         raise UserError(f"'{path}' has no finished checkpoint yet: let the run reach its first one")
-    params = store.load_params(steps[-1] if step is None else step, abstract_params(config, compute.jax_dtype))
+    step = steps[-1] if step is None else step
+    abstract = abstract_params(config, dtype or jnp.float32)
+    if dtype is None:
+        stored = store.dtypes(step)
+        abstract = {n: jax.ShapeDtypeStruct(a.shape, stored[n], sharding=a.sharding) for n, a in abstract.items()}
+    params = store.load_params(step, abstract)
     store.close()
     return config, params
 
 
 def save(lm: LanguageModel, directory: str | Path, *, format: Literal["hf", "native"] = "native") -> dict[str, Any]:
-    """Writes config, weights and tokenizer; of an export, returns the receipt of the logit comparison stored with it.
+    """Writes config, weights, tokenizer and generation settings; of an export, returns the receipt stored with it.
 
-    A native copy converts nothing and returns {}. Raises UserError where `directory` is not empty or the format cannot
-    express the model.
+    The receipt is that of the comparison of logits; a native copy converts nothing and returns {}. Raises UserError
+    where `directory` is not empty or the format cannot express the model.
     """
     params = lm.model.params()
     if format == "hf":
-        return export_hf(lm.config, params, directory, lm.tokenizer, model_type=lm.model_type)
+        return export_hf(lm.config, params, directory, lm.tokenizer, model_type=lm.model_type, generation=lm.generation)
     if format != "native":
         raise UserError(f"format={format!r} must be hf or native")
     with new_directory(directory) as folder:
-        _write_native(folder, lm.config, params, lm.tokenizer)
+        _write_native(folder, lm.config, params, lm.tokenizer, lm.generation)
     return {}
 
 
-def _write_native(folder: Path, config: ModelConfig, params: Mapping[str, jax.Array], tokenizer: Tokenizer | None):
+def _write_native(
+    folder: Path,
+    config: ModelConfig,
+    params: Mapping[str, jax.Array],
+    tokenizer: Tokenizer | None,
+    generation: GenerationSettings,
+) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8")
+    write_generation(folder, generation)
     if tokenizer is not None:
         tokenizer.with_rule(tokenizer.prefix_ids, tokenizer.suffix_ids).save(folder / TOKENIZER_DIRECTORY)
     store = CheckpointStore(folder / CHECKPOINTS_DIRECTORY, CheckpointConfig())
@@ -157,25 +189,47 @@ def _write_native(folder: Path, config: ModelConfig, params: Mapping[str, jax.Ar
 
 
 def convert(
-    source: str | Path, destination: str | Path, *, to: Literal["hf", "native"], components: Sequence[type] = ()
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: Literal["hf", "native"],
+    components: Sequence[type] = (),
+    dtype: str | None = None,
+    ignore_config_keys: Collection[str] = (),
 ) -> dict[str, Any]:
     """Converts weights between forms; ends with the logit comparison and returns its receipt.
 
-    Importing compares with a plain numpy model that reads the source's own tensors; exporting reads back what was
-    written. Nothing is kept where they disagree.
+    The weights keep their types, or get `dtype` ("float32" or "bfloat16"); tokenizer, chat template and generation
+    settings come along. Importing compares with a plain numpy model that reads the source's own tensors; exporting
+    reads back what was written. Nothing is kept where they disagree.
     """
+    path, kept = _existing(source), None if dtype is None else _dtype(dtype)
+    opened = None
+    if to == "hf" and (path / CHECKPOINTS_DIRECTORY).is_dir():
+        config, params = _load_native(path, kept, components, None)
+        found = path / TOKENIZER_DIRECTORY
+        tokenizer = _tokenizer(found, config) if found.exists() else None
+        generation = read_generation(path, ignore_config_keys, config_file=None)
+    else:
+        opened = open_source(path, ignore_config_keys)
+        config, abstract = opened.config, abstract_params(opened.config, kept or jnp.float32)
+        params = load_params(opened, as_stored(opened, abstract) if kept is None else abstract)
+        tokenizer = load_tokenizer(opened.tokenizer) if opened.tokenizer else None
+        generation = _generation(opened, tokenizer, ignore_config_keys)
     if to == "hf":
-        lm = load(source, dtype="float32", components=components)
-        original = None if (Path(source) / CHECKPOINTS_DIRECTORY).is_dir() else open_source(source)
-        return export_hf(lm.config, lm.model.params(), destination, lm.tokenizer, source=original)
-    opened = open_source(source)
-    abstract = abstract_params(opened.config)
-    params = load_params(opened, abstract)
-    tokenizer = load_tokenizer(opened.tokenizer) if opened.tokenizer else None
+        return export_hf(config, params, destination, tokenizer, source=opened, generation=generation)
+    assert opened is not None
     with new_directory(destination) as folder:
-        _write_native(folder, opened.config, params, tokenizer)
+        _write_native(folder, config, params, tokenizer, generation)
+        stored = min(value.dtype.itemsize for value in params.values())
         del params
-        _, read_again = _load_native(folder, Compute(dtype="float32"), components, None)
-        receipt = check_conversion(opened, params_logits(opened.config, read_again))
+        _, read_again = _load_native(folder, None, components, None)
+        receipt = check_conversion(opened, params_logits(config, read_again), itemsize=stored)
         write_receipt(folder, receipt)
     return receipt
+
+
+def _dtype(name: str) -> Any:
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"dtype={name!r} must be float32 or bfloat16")
+    return jnp.dtype(name)

@@ -4,7 +4,7 @@ import dataclasses
 import gc
 import math
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +42,7 @@ class Source:
     tokenizer: Path | None
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path, ignore_config_keys: Collection[str] = ()) -> Source:
     """Opens a Hugging Face directory, a Meta directory or a llama2.c `.bin`, told apart by what is in them.
 
     Raises UserError for anything else, for damaged files and for a config that asks for what is not supported.
@@ -64,6 +64,7 @@ def open_source(path: str | Path) -> Source:
         data = read_json(path / "config.json")
         if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
             raise UserError(f"'{path / 'config.json'}' has no model_type: it is not a Hugging Face config")
+        data = {key: value for key, value in data.items() if key not in ignore_config_keys}
         family = zoo.family(data["model_type"])
         config, tensors = family.from_hf(data), _renamed(path, read_directory(path), getattr(family, "RENAMES", ()))
         if quantization := data.get("quantization_config"):  # of a kind that `from_hf` has found to be this one
@@ -104,6 +105,17 @@ def load_params(source: Source, abstract: Mapping[str, jax.ShapeDtypeStruct]) ->
     """
     places = _match(source, abstract)
     return {name: _load(*places[name], a) for name, a in abstract.items()}
+
+
+def as_stored(source: Source, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+    """`abstract` with the dtypes of the source's own tensors, of several the widest; raises as `load_params`."""
+    places = _match(source, abstract)
+    return {
+        name: jax.ShapeDtypeStruct(
+            a.shape, jnp.result_type(*(tensor.dtype for tensor in places[name][1])), sharding=a.sharding
+        )
+        for name, a in abstract.items()
+    }
 
 
 def _match(source: Source, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, tuple[Weight, list[Tensor]]]:

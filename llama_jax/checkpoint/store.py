@@ -101,6 +101,11 @@ class CheckpointStore:
         loaded = self._load(step, {_param_key(name): value for name, value in abstract.items()}, whole=False)
         return {name: loaded[_param_key(name)] for name in abstract}
 
+    def dtypes(self, step: int) -> dict[str, Any]:
+        """The dtypes that the parameters of `step` are stored in, by name."""
+        saved = self._orbax.checkpointables_metadata(step).metadata[_STATE]
+        return {name.removeprefix(_param_key("")): value.dtype for name, value in saved.items()}
+
     def _load(self, step: int, abstract: dict[str, Any], *, whole: bool) -> dict[str, jax.Array]:
         if step not in self.steps():
             there = ", ".join(map(str, self.steps())) or "none"

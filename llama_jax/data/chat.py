@@ -34,6 +34,10 @@ class ChatTemplate(Component):
         """The conversation, in order; `trained` is what the model is to write. Roles have been checked."""
         raise NotImplementedError
 
+    def opening(self) -> Iterable[Piece]:
+        """What stands between the user's message and the assistant's answer, beyond the message's own pieces."""
+        return ()
+
     def special_tokens(self) -> tuple[str, ...]:
         """Names of the special tokens that the tokenizer must have."""
         pieces = self.pieces([{"role": role, "content": role} for role in ROLES])
@@ -70,12 +74,18 @@ class Llama3Chat(ChatTemplate):
         yield Piece("<|begin_of_text|>", special=True)
         for message in messages:
             answer = message["role"] == "assistant"
-            yield Piece("<|start_header_id|>", special=True)
-            yield Piece(message["role"])
-            yield Piece("<|end_header_id|>", special=True)
-            yield Piece("\n\n")
+            yield from self._header(message["role"])
             yield Piece(message["content"].strip(), trained=answer)
             yield Piece("<|eot_id|>", special=True, trained=answer)
+
+    def opening(self) -> Iterator[Piece]:
+        return self._header("assistant")
+
+    def _header(self, role: str) -> Iterator[Piece]:
+        yield Piece("<|start_header_id|>", special=True)
+        yield Piece(role)
+        yield Piece("<|end_header_id|>", special=True)
+        yield Piece("\n\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +100,10 @@ class ChatML(ChatTemplate):
             yield Piece(message["content"], trained=answer)
             yield Piece("<|im_end|>", special=True, trained=answer)
             yield Piece("\n")
+
+    def opening(self) -> Iterator[Piece]:
+        yield Piece("<|im_start|>", special=True)
+        yield Piece("assistant\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,15 +143,38 @@ def chat_tokens(
     if (problem := problem_of(messages)) is not None:
         raise UserError(problem)
     pieces = [piece for piece in template.pieces(messages) if piece.text]
-    ids: list[Sequence[int]] = []
-    for special, group in itertools.groupby(pieces, key=lambda piece: piece.special):
-        texts = [piece.text for piece in group]
-        ids += [[_special(tokenizer, name)] for name in texts] if special else _encoded(tokenizer, texts)
+    ids = _ids_of(pieces, tokenizer)
     sizes = [len(part) for part in ids]
     trained = np.repeat([piece.trained for piece in pieces], sizes)
     tokens = np.fromiter(itertools.chain.from_iterable(ids), np.int32)
     # Against "not trained" before the first token, so that part 0 is never trained, and empty if it has to be.
     return tokens, np.flatnonzero(np.diff(trained, prepend=False)).astype(np.int64)
+
+
+def chat_prompt(messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a conversation that ends with the user, up to where the assistant's answer begins.
+
+    Raises UserError as `chat_tokens` does, and where the conversation ends otherwise.
+    """
+    if (problem := problem_of(messages, ends_with="user")) is not None:
+        raise UserError(problem)
+    pieces = [piece for piece in (*template.pieces(messages), *template.opening()) if piece.text]
+    return list(itertools.chain.from_iterable(_ids_of(pieces, tokenizer)))
+
+
+def turn_ends(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The special tokens that end an answer. Raises UserError for one that the tokenizer lacks."""
+    pieces = template.pieces([{"role": role, "content": role} for role in ROLES])
+    return tuple(dict.fromkeys(_special(tokenizer, p.text) for p in pieces if p.special and p.trained))
+
+
+def _ids_of(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[Sequence[int]]:
+    """The ids of each piece."""
+    ids: list[Sequence[int]] = []
+    for special, group in itertools.groupby(pieces, key=lambda piece: piece.special):
+        texts = [piece.text for piece in group]
+        ids += [[_special(tokenizer, name)] for name in texts] if special else _encoded(tokenizer, texts)
+    return ids
 
 
 def _encoded(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
@@ -161,8 +198,8 @@ def _special(tokenizer: Tokenizer, name: str) -> int:
     return special_id(tokenizer.special_tokens, name)
 
 
-def problem_of(messages: Sequence[Message]) -> str | None:
-    """Why the messages are no conversation, or None."""
+def problem_of(messages: Sequence[Message], *, ends_with: str = "assistant") -> str | None:
+    """Why the messages are no conversation whose last one is of this role, or None."""
     expected = ("system", "user")
     for number, message in enumerate(messages, start=1):
         role = message.get("role")
@@ -176,6 +213,8 @@ def problem_of(messages: Sequence[Message]) -> str | None:
                 "most one system message, then user and assistant in turn"
             )
         expected = ("assistant",) if role == "user" else ("user",)
-    if not messages or messages[-1]["role"] != "assistant":
+    if ends_with == "user" and (not messages or messages[-1]["role"] != "user"):
+        return "a conversation must end with the user's message: add the one that is to be answered"
+    if ends_with == "assistant" and (not messages or messages[-1]["role"] != "assistant"):
         return "a conversation must end with the assistant's answer: drop the messages after the last one"
     return None

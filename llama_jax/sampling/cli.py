@@ -1,16 +1,18 @@
-"""`sample.py PATH`: continue texts from the command line."""
+"""`sample.py PATH`: continue texts from the command line, or answer in a conversation."""
 
 import argparse
 import dataclasses
+import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from llama_jax.checkpoint.language_model import LanguageModel, load
 from llama_jax.config import UserError
 from llama_jax.models import EncoderDecoderConfig
-from llama_jax.sampling.generate import complete, stream_text
+from llama_jax.sampling.chat import built_in, complete_chats, stream_chat
 from llama_jax.sampling.processors import Sampler
+from llama_jax.sampling.text import complete, stream_text
 
 
 def main(argv: Sequence[str]) -> int:
@@ -18,18 +20,27 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     if args.json and args.prompt is None:
         raise UserError("--json answers prompts: give at least one --prompt")
+    if args.chat_template is not None and not args.chat:
+        raise UserError("--chat-template is for conversations: give --chat too")
+    _write_anything()
     sampler = Sampler.of(args.temperature, args.top_k, args.top_p)
-    lm = load(args.path, tokenizer=args.tokenizer)
+    lm = load(args.path, tokenizer=args.tokenizer, ignore_config_keys=args.ignore_config_keys)
+    args.chat_template = built_in(args.chat_template, lm.tokenizer)
+    settings = {"max_new_tokens": args.max_new_tokens, "sampler": sampler, "seed": args.seed}
     if args.prompt is None:
         _converse(lm, args)
     elif args.json:
-        for found in complete(lm, args.prompt, max_new_tokens=args.max_new_tokens, sampler=sampler, seed=args.seed):
+        if args.chat:
+            answers = complete_chats(lm, args.prompt, template=args.chat_template, **settings)
+        else:
+            answers = complete(lm, args.prompt, **settings)
+        for found in answers:
             print(json.dumps(dataclasses.asdict(found)))
     else:
         for row, prompt in enumerate(args.prompt):
             if row:
                 print()
-            _print_continued(lm, prompt, row, args)
+            _print_answer(lm, [{"role": "user", "content": prompt}], row, args)
         if sys.stdout.isatty():
             print()
     return 0
@@ -39,7 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sample.py",
         description="Continue texts with a trained model. An encoder-decoder answers: the prompt is its source, in "
-        "which special tokens such as <extra_id_0> may be written out, and only the answer is printed.",
+        "which special tokens such as <extra_id_0> may be written out, and only the answer is printed. With --chat "
+        "the prompt is a message, and only the answer is printed.",
     )
     parser.add_argument("path", metavar="PATH", help="run, Hugging Face or Meta directory, or a llama2.c .bin")
     parser.add_argument(
@@ -48,20 +60,67 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="text to continue or answer, repeatable; without one: interactive",
     )
+    parser.add_argument(
+        "--chat", action="store_true", help="a conversation, by the model's chat template; each --prompt is one of its own"
+    )
+    parser.add_argument(
+        "--chat-template",
+        metavar="NAME",
+        help="another one: a name that the model's files have, or Llama2Chat, Llama3Chat, ChatML, ChatGLM2Chat",
+    )
     parser.add_argument("--tokenizer", metavar="FILE", help="default: the one beside the weights")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy; default: %(default)s")
     parser.add_argument("--top-k", type=int, metavar="K", help="only the K most probable tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="only the most probable tokens that make up P")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="0 to 2**64 - 1; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="one object per prompt, with token ids and finish_reason")
+    parser.add_argument(
+        "--ignore-config-keys",
+        type=lambda keys: [key for key in keys.split(",") if key],
+        default=[],
+        metavar="KEY[,KEY]",
+        help="keys of the model's own config files to take as if they were not there",
+    )
     return parser
 
 
-def _print_continued(lm: LanguageModel, prompt: str, row: int, args: argparse.Namespace) -> None:
-    pieces = stream_text(
+def _write_anything() -> None:
+    """Lets texts through that the terminal has no letters for (an ASCII locale), instead of ending in the middle."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is refused by the tokenizer, in a sentence
+
+
+def _print_answer(lm: LanguageModel, messages: list[dict[str, str]], row: int, args: argparse.Namespace) -> str:
+    """Print, as it comes, the answer to a conversation, or without --chat the last message and its continuation;
+    returns what the model wrote."""
+    prompt, pieces = messages[-1]["content"], _pieces(lm, messages, row, args)
+    first = next(pieces, "")  # before the prompt is printed: a prompt that is refused leaves stdout empty
+    print("" if args.chat or isinstance(lm.config, EncoderDecoderConfig) else prompt, end=first, flush=True)
+    written = [first]
+    for text in pieces:
+        print(text, end="", flush=True)
+        written.append(text)
+    return "".join(written)
+
+
+def _pieces(lm: LanguageModel, messages: list[dict[str, str]], row: int, args: argparse.Namespace) -> Iterator[str]:
+    if args.chat:
+        sampler = Sampler.of(args.temperature, args.top_k, args.top_p)
+        return stream_chat(
+            lm,
+            messages,
+            max_new_tokens=args.max_new_tokens,
+            sampler=sampler,
+            seed=args.seed,
+            row=row,
+            template=args.chat_template,
+        )
+    return stream_text(
         lm,
-        prompt,
+        messages[-1]["content"],
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
@@ -69,23 +128,21 @@ def _print_continued(lm: LanguageModel, prompt: str, row: int, args: argparse.Na
         seed=args.seed,
         row=row,
     )
-    first = next(pieces, "")  # before the prompt is printed: a prompt that is refused leaves stdout empty
-    print("" if isinstance(lm.config, EncoderDecoderConfig) else prompt, end=first, flush=True)
-    for text in pieces:
-        print(text, end="", flush=True)
 
 
 def _converse(lm: LanguageModel, args: argparse.Namespace) -> None:
-    """Continue what is typed, line by line, until an empty line or the end of input."""
-    row = 0
+    """Continue what is typed, or answer to it and all before, line by line, until an empty line or the end of input."""
+    row, history = 0, []
     try:
         while True:
             print("prompt> ", end="", file=sys.stderr, flush=True)
-            if not (line := sys.stdin.readline().rstrip("\n")):
+            if not (line := sys.stdin.readline().rstrip("\r\n")):
                 return
+            messages = [*history, {"role": "user", "content": line}]
             try:
-                _print_continued(lm, line, row, args)
+                answer = _print_answer(lm, messages, row, args)
                 print(flush=True)
+                history = [*messages, {"role": "assistant", "content": answer}] if args.chat else []
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
             row += 1

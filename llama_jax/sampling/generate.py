@@ -1,32 +1,20 @@
-"""Continuing token ids and texts."""
+"""Continuing token ids."""
 
 import dataclasses
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from llama_jax.checkpoint.generation import GenerationSettings
 from llama_jax.checkpoint.language_model import LanguageModel
 from llama_jax.config import UserError
 from llama_jax.models import EncoderDecoderConfig, Model, ModelConfig
-from llama_jax.sampling.loop import Rows, advance, start
+from llama_jax.sampling.controls import Controls
+from llama_jax.sampling.loop import NOT_NUMBERS, Choice, Rows, advance, padded_stops, start
 from llama_jax.sampling.processors import Sampler
-from llama_jax.tokenizers import Tokenizer
-
-# Tokens that streaming lets the device make before it looks: few enough to flow, many enough to hide the look.
-STREAM_CHUNK = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What a model wrote after `prompt`, or as the answer to it: text and token ids (that it stopped at included)."""
-
-    prompt: str
-    completion: str
-    token_ids: list[int]
-    finish_reason: Literal["stop", "length"]
 
 
 def generate(
@@ -40,115 +28,38 @@ def generate(
     seed: int = 0,
     prompt_lengths: Any = None,
     source_mask: Any = None,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
 ) -> np.ndarray:
     """Token ids continued: int32 [B, T] to int32 [B, T + max_new_tokens], prompts included.
 
     Rows shorter than T are right-padded, with `prompt_lengths` [B] saying where each ends (what stands behind is never
-    read). A row's new tokens follow its own prompt directly: row b is `tokens[b, :prompt_lengths[b]]`, the new tokens,
-    then `eos_id` (0 without one) to the end. A row stops early only at `eos_id`, which is kept. Temperature 0 is
-    greedy; otherwise a token is a function of the row's text, `seed`, the row's number and the position, whatever else
-    is in the batch.
+    read); lists of different lengths are padded here, T being the longest. A row's new tokens follow its own prompt
+    directly: row b is `tokens[b, :prompt_lengths[b]]`, the new tokens, then `eos_id` (0 without one) to the end. A row
+    stops early only at `eos_id`, which is kept; of several ids each stops it, and the first fills it. Temperature 0 is
+    greedy; otherwise a token is a function of the row's text, `seed` (0 to 2**64 - 1), the row's number and the
+    position, whatever else is in the batch.
 
-    An encoder-decoder reads `tokens` as the source, [B, S], and writes a target: int32 [B, 1 + max_new_tokens] that
-    begins with its start token. `source_mask` [B, S] is then another way to say what of the source is padding: false
-    (0) where it is, at any place.
+    What the generation settings of a LanguageModel's files force and forbid holds here as in transformers; of a bare
+    Model nothing is known. An encoder-decoder reads `tokens` as the source, [B, S], and writes a target: int32
+    [B, 1 + max_new_tokens] that begins with its start token. `source_mask` [B, S] is then another way to say what of
+    the source is padding: false (0) where it is, at any place.
 
-    Raises UserError for what cannot be continued and for impossible settings.
+    Raises UserError for what cannot be continued, for impossible settings, and where logits are not numbers.
     """
-    model = lm if isinstance(lm, Model) else lm.model
-    prompts = _checked_prompts(model, tokens, prompt_lengths, source_mask)
+    model, settings = (lm, GenerationSettings()) if isinstance(lm, Model) else (lm.model, lm.generation)
+    stops = checked_stops(eos_id)
     sampler = Sampler.of(temperature, top_k, top_p)
-    longest = int(prompts.lengths.max())
-    stop_ids = () if eos_id is None else (eos_id,)
-    *_, rows = _continue(model, prompts, max_new_tokens, sampler=sampler, seed=seed, stop_ids=stop_ids)
+    prompts = checked_prompts(model, tokens, prompt_lengths, source_mask, start_id=settings.decoder_start_id)
+    *_, rows = continued(model, prompts, max_new_tokens, sampler, settings=settings, seed=seed, stop_ids=stops)
     out = np.zeros((len(prompts.tokens), prompts.width + max_new_tokens), np.int32)
-    width = longest + max_new_tokens
+    width = int(prompts.lengths.max()) + max_new_tokens
     out[:, :width] = rows.tokens[:, :width]
-    out[np.arange(out.shape[1]) >= np.asarray(rows.lengths)[:, None]] = 0 if eos_id is None else eos_id
+    out[np.arange(out.shape[1]) >= np.asarray(rows.lengths)[:, None]] = stops[0] if stops else 0
     return out
 
 
-def generate_text(
-    lm: LanguageModel,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-) -> list[str]:
-    """The texts that the model writes after `prompts` (without them), each up to an end-of-text token.
-
-    To an encoder-decoder the prompts are sources, and the texts its answers. Special tokens written out in them, such
-    as T5's <extra_id_0>, are these tokens, in answers too. Raises UserError as `generate` does, and for a model without
-    tokenizer.
-    """
-    sampler = Sampler.of(temperature, top_k, top_p)
-    found = complete(lm, prompts, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed)
-    return [completion.completion for completion in found]
-
-
-def complete(
-    lm: LanguageModel, prompts: Sequence[str], *, max_new_tokens: int, sampler: Sampler, seed: int
-) -> list[Completion]:
-    """`generate_text` with token ids and the reason of each end."""
-    if not prompts:
-        return []
-    tokenizer = _tokenizer(lm)
-    encoded = [encode_prompt(lm.config, tokenizer, prompt) for prompt in prompts]
-    lengths = np.array([len(ids) for ids in encoded])
-    tokens = np.zeros((len(encoded), lengths.max()), np.int32)
-    for row, ids in zip(tokens, encoded, strict=True):
-        row[: len(ids)] = ids
-    checked, stop_ids = _checked_prompts(lm.model, tokens, lengths), _stop_ids(lm.config, tokenizer)
-    *_, rows = _continue(lm.model, checked, max_new_tokens, sampler=sampler, seed=seed, stop_ids=stop_ids)
-    completions = []
-    for i, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
-        new = np.asarray(rows.tokens[i, checked.lengths[i] : rows.lengths[i]]).tolist()
-        stream = _text_stream(lm.config, tokenizer, ids)
-        text = stream.feed(new) + stream.flush()
-        completions.append(Completion(prompt, text, new, "stop" if rows.done[i] else "length"))
-    return completions
-
-
-def stream_text(
-    lm: LanguageModel,
-    prompt: str,
-    *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    row: int = 0,
-) -> Iterator[str]:
-    """What `generate_text` writes for the prompt number `row`, piece by piece as it comes."""
-    sampler = Sampler.of(temperature, top_k, top_p)
-    tokenizer = _tokenizer(lm)
-    ids = encode_prompt(lm.config, tokenizer, prompt)
-    prompts = _checked_prompts(lm.model, [ids], None)
-    stream, seen = _text_stream(lm.config, tokenizer, ids), int(prompts.lengths[0])
-    for rows in _continue(
-        lm.model,
-        prompts,
-        max_new_tokens,
-        sampler=sampler,
-        seed=seed,
-        stop_ids=_stop_ids(lm.config, tokenizer),
-        first_row=row,
-        chunk=STREAM_CHUNK,
-    ):
-        if text := stream.feed(rows.tokens[0, seen : rows.lengths[0]].tolist()):
-            yield text
-        seen = int(rows.lengths[0])
-    if text := stream.flush():
-        yield text
-
-
 @dataclasses.dataclass(frozen=True)
-class _Prompts:
+class Prompts:
     """What is continued, int32 [B, T] up to `lengths` [B]; what was given may be wider. An encoder-decoder continues
     its start token, and has a source: int32 [B, S], and bool [B, S] that is false at padding."""
 
@@ -158,20 +69,27 @@ class _Prompts:
     source: tuple[np.ndarray, np.ndarray] | None = None
 
 
-def _continue(
+def continued(
     model: Model,
-    prompts: _Prompts,
+    prompts: Prompts,
     max_new_tokens: int,
-    *,
     sampler: Sampler,
+    *,
+    settings: GenerationSettings,
     seed: int,
-    stop_ids: tuple[int, ...],
+    stop_ids: Sequence[int],
     first_row: int = 0,
     chunk: int | None = None,
 ) -> Iterator[Rows]:
-    """The rows as numpy after the first new token, then after every `chunk` (default: all) of them."""
+    """Yield the rows as numpy after the first new token, then after every `chunk` (default: all) of them.
+
+    Raises UserError for what the model has no room for, for a seed outside of 0 to 2**64 - 1, and as soon as a row's
+    logits are not numbers or allow no token.
+    """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if not 0 <= seed < 2**64:
+        raise UserError(f"seed={seed} must be from 0 to 2**64 - 1")
     longest, limit = prompts.tokens.shape[1], model.config.max_positions
     if prompts.source is not None and (size := prompts.source[0].shape[1]) > limit:
         raise UserError(f"a source of {size} tokens is more than the model's {limit} positions: shorten the prompt")
@@ -181,39 +99,75 @@ def _continue(
         raise UserError(
             f"{what} and max_new_tokens={max_new_tokens} are more than the model's {limit} positions: {advice}"
         )
-    left = max_new_tokens - 1
+    controls = Controls.of(settings, model.config.vocab_size, max_new_tokens)
+    choice, left = Choice(sampler, controls, padded_stops(stop_ids)), max_new_tokens - 1
     state, rows = start(
         model,
         prompts.tokens,
         prompts.lengths,
         max_new_tokens=max_new_tokens,
-        sampler=sampler,
+        choice=choice,
         seed=seed,
-        stop_ids=stop_ids,
         first_row=first_row,
         source=prompts.source,
     )
     if chunk is None and left:  # nobody looks before the end
-        state, rows = advance(model, state, left, sampler=sampler, stop_ids=stop_ids)
+        state, rows = advance(model, state, left, choice=choice)
         left = 0
-    yield (rows := jax.device_get(rows))
-    while left and not rows.done.all():
+    yield (seen := _seen(rows, prompts, first_row))
+    while left and not seen.done.all():
         count = min(left, chunk or left)
-        state, rows = advance(model, state, count, sampler=sampler, stop_ids=stop_ids)
+        state, rows = advance(model, state, count, choice=choice)
         left -= count
-        yield (rows := jax.device_get(rows))
+        yield (seen := _seen(rows, prompts, first_row))
 
 
-def _checked_prompts(model: Model, tokens: Any, lengths: Any, source_mask: Any = None) -> _Prompts:
-    """The prompts, zero behind their ends. Raises UserError for impossible ones."""
+def _seen(rows: Rows, prompts: Prompts, first_row: int) -> Rows:
+    """The rows of the prompts on the host. Raises UserError where one could not be continued."""
+    rows = jax.tree.map(lambda x: x[: len(prompts.tokens)], jax.device_get(rows))
+    if rows.fault.any():
+        row = int((rows.fault != 0).argmax())
+        new = rows.lengths[row] - prompts.lengths[row] + 1
+        if rows.fault[row] == NOT_NUMBERS:
+            problem, advice = (
+                "the logits are not numbers (NaN or infinite)",
+                ("the weights are damaged, or need dtype='float32'"),
+            )
+        else:
+            problem, advice = "every token is forbidden", "load the model with --ignore-config-keys for these settings"
+        raise UserError(f"{problem} at new token {new} of prompt {first_row + row}: {advice}")
+    return rows
+
+
+def checked_stops(eos_id: Any) -> tuple[int, ...]:
+    """The ids of an `eos_id` that is None, one id or several. Raises UserError for anything else."""
+    try:
+        found = () if eos_id is None else tuple(map(operator.index, np.atleast_1d(np.asarray(eos_id, object))))
+    except TypeError:
+        found = (2**31,)
+    if not all(-(2**31) <= i < 2**31 for i in found):
+        raise UserError(f"eos_id={eos_id!r} must be a token id or a list of them")
+    return found
+
+
+def checked_prompts(
+    model: Model, tokens: Any, lengths: Any, source_mask: Any = None, *, start_id: int | None = None
+) -> Prompts:
+    """The prompts, zero behind their ends; `start_id` begins an encoder-decoder's answer (default: its config's).
+
+    Raises UserError for impossible ones.
+    """
     config = model.config
     if not config.generates:
         raise UserError(f"{type(config).__name__} continues no texts: load it and call it on tokens")
-    tokens = np.asarray(tokens)
+    tokens, own = _rectangle(tokens)
     if tokens.ndim != 2 or 0 in tokens.shape or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"tokens of shape {tokens.shape} and type {tokens.dtype} must be integers [batch, length]")
+    if own is not None and not (lengths is None and source_mask is None):
+        raise UserError("tokens has rows of different lengths: pad them, or leave prompt_lengths and source_mask out")
     if source_mask is not None and lengths is not None:
         raise UserError("prompt_lengths and source_mask both say what is padding: give one of them")
+    lengths = own if lengths is None else lengths
     lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else np.asarray(lengths)
     if lengths.shape != (len(tokens),):
         raise UserError(f"prompt_lengths of shape {lengths.shape} must have one number for each of {len(tokens)} rows")
@@ -225,18 +179,40 @@ def _checked_prompts(model: Model, tokens: Any, lengths: Any, source_mask: Any =
     if source_mask is not None:
         real = _checked_mask(config, source_mask, tokens.shape)
     tokens = np.where(real, tokens, 0)
+    _check_ids(config, tokens)
+    tokens, width = tokens.astype(np.int32), tokens.shape[1]
+    if isinstance(config, EncoderDecoderConfig):
+        used = int(real.any(0).nonzero()[0].max()) + 1
+        first = np.full((len(tokens), 1), config.decoder_start_id if start_id is None else start_id)
+        _check_ids(config, first)
+        return Prompts(first.astype(np.int32), np.ones(len(tokens), np.int32), 1, (tokens[:, :used], real[:, :used]))
+    return Prompts(tokens[:, : lengths.max()], lengths.astype(np.int32), width)
+
+
+def _rectangle(tokens: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """Tokens as an array, and the lengths of their rows where these differ: zeros stand behind the shorter."""
+    if not isinstance(tokens, Sequence) or isinstance(tokens, str):
+        return np.asarray(tokens), None
+    try:
+        rows = [np.asarray(row) for row in tokens]
+        lengths = np.array([len(row) for row in rows])
+    except (TypeError, ValueError):  # not a list of rows, told by the shape or type of the whole
+        return np.asarray(tokens, object), None
+    if not len(rows) or (lengths == lengths[0]).all() or any(row.ndim != 1 for row in rows):
+        return (np.stack(rows) if len({row.shape for row in rows}) == 1 else np.array(lengths, object)), None
+    whole = np.zeros((len(rows), lengths.max()), np.result_type(*(row.dtype for row in rows if len(row))))
+    for place, row in zip(whole, rows, strict=True):
+        place[: len(row)] = row
+    return whole, lengths
+
+
+def _check_ids(config: ModelConfig, tokens: np.ndarray) -> None:
     outside = (tokens < 0) | (tokens >= config.vocab_size)
     if outside.any():
         raise UserError(
             f"token id {tokens[outside][0]} is outside the model's vocabulary of {config.vocab_size}: use the "
             "model's own tokenizer"
         )
-    tokens, width = tokens.astype(np.int32), tokens.shape[1]
-    if isinstance(config, EncoderDecoderConfig):
-        used = int(real.any(0).nonzero()[0].max()) + 1
-        start = np.full((len(tokens), 1), config.decoder_start_id, np.int32)
-        return _Prompts(start, np.ones(len(tokens), np.int32), 1, (tokens[:, :used], real[:, :used]))
-    return _Prompts(tokens[:, : lengths.max()], lengths.astype(np.int32), width)
 
 
 def _checked_mask(config: ModelConfig, source_mask: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -249,74 +225,3 @@ def _checked_mask(config: ModelConfig, source_mask: Any, shape: tuple[int, ...])
     if not (seen := mask.any(1)).all():
         raise UserError(f"source_mask[{int(seen.argmin())}] leaves nothing of its source: give it a token")
     return mask.astype(bool)
-
-
-def _tokenizer(lm: LanguageModel) -> Tokenizer:
-    if lm.tokenizer is None:
-        raise UserError("the model came without a tokenizer: give one with --tokenizer, or load(..., tokenizer=...)")
-    return lm.tokenizer
-
-
-def encode_prompt(config: ModelConfig, tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The ids that a model continues, or answers to: a source ends with EOS, as those that it was trained on.
-
-    Raises UserError where there are none.
-    """
-    if isinstance(config, EncoderDecoderConfig):
-        names = {name: [i] for name, i in tokenizer.special_tokens.items()}
-        parts = re.split("|".join(f"({re.escape(name)})" for name in names), prompt) if names else [prompt]
-        ids = [i for part in parts if part for i in names.get(part) or tokenizer.encode(part)]
-        ids += tokenizer.eos_ids[:1]
-    else:
-        ids = tokenizer.encode(prompt, bos=True)
-    if not ids:
-        raise UserError("an empty prompt needs a tokenizer with a BOS token to start from: give some text")
-    return ids
-
-
-def _stop_ids(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    stop = {*tokenizer.eos_ids}
-    # What begins a text opens another one; llama2.c's models write nothing else at the end of one. BART's answers
-    # begin with it.
-    if not isinstance(config, EncoderDecoderConfig):
-        stop |= {*tokenizer.start_ids}
-    return tuple(sorted(stop))
-
-
-def _text_stream(config: ModelConfig, tokenizer: Tokenizer, prompt_ids: list[int]) -> "_Continuation":
-    if isinstance(config, EncoderDecoderConfig):
-        return _Answer(tokenizer, ())
-    return _Continuation(tokenizer, prompt_ids)
-
-
-class _Continuation:
-    """Text of the ids that come after a prompt's."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int]):
-        self._tokenizer, self._stream, self._known = tokenizer, tokenizer.stream(), tokenizer.vocab_size
-        self.feed(prompt_ids)
-
-    def feed(self, ids: Iterable[int]) -> str:
-        # A vocabulary padded beyond the tokenizer's has ids that stand for nothing.
-        return "".join([self._text(i) for i in ids if i < self._known])
-
-    def flush(self) -> str:
-        return self._stream.flush()
-
-    def _text(self, token_id: int) -> str:
-        return self._stream.feed(token_id)
-
-
-class _Answer(_Continuation):
-    """Text of a target's ids, sentinels and the like by name."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int]):
-        silent = {tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id, *tokenizer.eos_ids}
-        self._names = {i: name for name, i in tokenizer.special_tokens.items() if i not in silent}
-        super().__init__(tokenizer, prompt_ids)
-
-    def _text(self, token_id: int) -> str:
-        if token_id not in self._names:
-            return super()._text(token_id)
-        before, self._stream = self._stream.flush(), self._tokenizer.stream()
-        return before + self._names[token_id]

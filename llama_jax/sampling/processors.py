@@ -1,5 +1,7 @@
 """From logits to a token: temperature, then top-k, then top-p, then a draw.
 
+What a model's files force and forbid comes before it (`controls.py`).
+
 Nothing here sorts. Which logits are the highest is found by building the lowest one still kept bit by bit: 32 sums over
 the vocabulary, exact, and 15 times faster than a sort on a CPU.
 """
@@ -15,6 +17,9 @@ from llama_jax.config import UserError
 
 Logits = Float[Array, "b v"]
 Number = float | Array
+# Float32 has no smaller normal number but a few: dividing by less is dividing by 0.
+LOWEST_TEMPERATURE = 1e-37
+LARGEST = 2**31 - 1
 
 
 def top_k(logits: Logits, k: Number) -> Logits:
@@ -70,22 +75,22 @@ class Sampler:
 
     @classmethod
     def of(cls, temperature: float, top_k: int | None, top_p: float | None) -> "Sampler":
-        """The sampler of a user's settings; temperature 0 is greedy. Raises UserError for impossible ones."""
+        """The sampler of a user's settings; below 1e-37 a temperature is greedy. Raises UserError for impossible ones."""
         if not 0 <= temperature < float("inf"):
             raise UserError(f"temperature={temperature} must be 0 (greedy) or above")
         if top_k is not None and top_k < 1:
             raise UserError(f"top_k={top_k} must be at least 1")
         if top_p is not None and not 0 < top_p <= 1:
             raise UserError(f"top_p={top_p} must be above 0 and at most 1")
-        if temperature == 0:
+        if temperature < LOWEST_TEMPERATURE:
             return cls()
-        return cls(temperature, top_k, None if top_p == 1 else top_p)
+        return cls(temperature, None if top_k is None else min(top_k, LARGEST), None if top_p == 1 else top_p)
 
     def choose(self, logits: Logits, keys: Key[Array, " b"]) -> Int[Array, " b"]:
         """One token of each row's float32 logits, drawn with the row's own key."""
         if self.temperature is None:
             return _argmax(logits)
-        logits = logits / self.temperature
+        logits = (logits - logits.max(-1, keepdims=True)) / self.temperature  # no quotient that is beyond float32
         if self.top_k is not None:
             logits = top_k(logits, self.top_k)
         if self.top_p is not None:

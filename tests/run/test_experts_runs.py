@@ -11,7 +11,7 @@ from llama_jax.config import override
 from llama_jax.models import LayerOverride
 from llama_jax.nn import Experts, SigmoidTopK, SoftmaxTopK, SwiGLU
 from llama_jax.run import Run, RunConfig, open_run, train
-from llama_jax.sampling.generate import generate_text
+from llama_jax.sampling import generate_text
 
 MIXTRAL = Experts(4, 24, SoftmaxTopK(2, normalize=True), "silu", gated=True, load_balance_loss=0.02, router_z_loss=1e-3)
 V3 = Experts(

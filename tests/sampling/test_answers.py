@@ -13,7 +13,7 @@ from llama_jax.models import EncoderDecoderConfig, Model
 from llama_jax.nn import MLP, CrossAttention, GroupedQuery, RelativeBias, RMSNorm
 from llama_jax.parallel import make_mesh
 from llama_jax.sampling import Sampler, cli, complete, generate, generate_text, stream_text
-from llama_jax.tokenizers import train_tokenizer
+from llama_jax.tokenizers import train_tokenizer, with_document_rule
 
 START, NEW = 5, 8
 # Padding behind, before and between.
@@ -59,7 +59,7 @@ def answers(model: Model, source: np.ndarray) -> np.ndarray:
 def answering(make_model) -> LanguageModel:
     special = ("<pad>", "<extra_id_0>", "<extra_id_1>")
     texts = ["one fish, two fish", "red fish, blue fish"] * 4
-    tokenizer = train_tokenizer(texts, vocab_size=280, special_tokens=special)
+    tokenizer = with_document_rule(train_tokenizer(texts, vocab_size=280, special_tokens=special), of_sources=True)
     assert tokenizer.pad_id is not None
     config = config_of(tokenizer.vocab_size, tokenizer.pad_id)
     return LanguageModel(config, make_model(config), tokenizer)

@@ -78,7 +78,7 @@ def test_what_texts_need(lm: LanguageModel):
 @pytest.fixture(scope="module")
 def saved(lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sampling") / "model"
-    save(lm, path, format="hf")
+    save(lm, path)
     return path
 
 

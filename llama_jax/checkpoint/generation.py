@@ -1,0 +1,191 @@
+"""How a released model is to be sampled from: what its `generation_config.json` and `config.json` say of tokens."""
+
+import dataclasses
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from llama_jax.config import UserError, read_json
+from llama_jax.models import EncoderDecoderConfig, ModelConfig
+from llama_jax.tokenizers import Tokenizer
+
+GENERATION_FILE = "generation_config.json"
+
+_LISTS = {"eos_ids": "eos_token_id", "forced_eos_ids": "forced_eos_token_id"}
+_IDS = {
+    "bos_id": "bos_token_id",
+    "pad_id": "pad_token_id",
+    "decoder_start_id": "decoder_start_token_id",
+    "forced_bos_id": "forced_bos_token_id",
+}
+_TOKENS = ("suppress_tokens", "begin_suppress_tokens")
+_COUNTS = ("min_length", "min_new_tokens", "no_repeat_ngram_size")
+# They change which token is the most probable, and sampling has no part for them: with these values they do nothing.
+_UNKNOWN_PARTS: dict[str, tuple[Any, ...]] = {
+    "sequence_bias": (),
+    "encoder_repetition_penalty": (1,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "guidance_scale": (1,),
+    "exponential_decay_length_penalty": (),
+    "watermarking_config": (),
+}
+# How transformers searches and draws by default. The arguments of sampling decide here; an export hands them on.
+_SEARCH = (
+    "do_sample", "temperature", "top_k", "top_p", "typical_p", "num_beams", "num_beam_groups", "diversity_penalty",
+    "length_penalty", "early_stopping", "max_length", "num_return_sequences",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationSettings:
+    """What a model's files say of the tokens that it writes.
+
+    `eos_ids` end a text; () says nothing, and what the tokenizer calls EOS does, and in a decoder's text what begins
+    another document. None, () and 0 are settings that are not there; the others mean what they mean in transformers:
+    `forced_bos_id` is the first token after a single one, `forced_eos_ids` the last one that there is room for,
+    `bad_words_ids` are sequences that are not completed, `suppress_tokens` never written, `begin_suppress_tokens` not
+    first, no EOS comes before `min_length` tokens (prompt included) and `min_new_tokens` new ones, no sequence of
+    `no_repeat_ngram_size` tokens comes twice, and `repetition_penalty` divides the positive logits (multiplies the
+    negative ones) of tokens that are there already.
+
+    `others` is a JSON object of the file's other entries (temperature, beams): sampling takes them from its own
+    arguments, an export keeps them. `unknown` names those that would change logits and that sampling cannot follow.
+    """
+
+    eos_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
+    pad_id: int | None = None
+    decoder_start_id: int | None = None
+    forced_bos_id: int | None = None
+    forced_eos_ids: tuple[int, ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    min_length: int = 0
+    min_new_tokens: int = 0
+    no_repeat_ngram_size: int = 0
+    repetition_penalty: float = 1.0
+    others: str = "{}"
+    unknown: tuple[str, ...] = ()
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return the content of a `generation_config.json` that says the same."""
+        data = json.loads(self.others)
+        for field, key in _LISTS.items():
+            if ids := getattr(self, field):
+                data[key] = ids[0] if len(ids) == 1 else list(ids)
+        for field, key in _IDS.items():
+            if (value := getattr(self, field)) is not None:
+                data[key] = value
+        if self.bad_words_ids:
+            data["bad_words_ids"] = [list(word) for word in self.bad_words_ids]
+        data |= {key: list(ids) for key in _TOKENS if (ids := getattr(self, key))}
+        data |= {key: count for key in _COUNTS if (count := getattr(self, key))}
+        if self.repetition_penalty != 1:
+            data["repetition_penalty"] = self.repetition_penalty
+        return data
+
+
+def read_generation(
+    directory: Path, ignore_keys: Collection[str] = (), *, config_file: str | None = "config.json"
+) -> GenerationSettings:
+    """Return what a directory says of generation; where both of its files speak, `generation_config.json` decides.
+
+    Entries that are null say nothing, nor do those named in `ignore_keys`; `config_file` None reads the other file
+    alone. Raises UserError for entries that are no tokens or numbers.
+    """
+    own = _entries(directory / GENERATION_FILE, ignore_keys)
+    config = {} if config_file is None else _entries(directory / config_file, ignore_keys)
+    file = directory / (GENERATION_FILE if own else config_file or GENERATION_FILE)
+    if config.get("force_bos_token_to_be_generated"):  # as BART's first releases say it
+        config.setdefault("forced_bos_token_id", config.get("bos_token_id", 0))
+    read = (*_LISTS.values(), *_IDS.values(), "bad_words_ids", *_TOKENS, *_COUNTS, "repetition_penalty")
+    data = {key: config[key] for key in (*read, *_UNKNOWN_PARTS, *_SEARCH) if key in config} | own
+    found: dict[str, Any] = {}
+    for field, key in _LISTS.items():
+        found[field] = _ids(file, key, data.pop(key, []))
+    for field, key in _IDS.items():
+        if key in data:  # a list, where a configuration has several, begins with the usual one
+            found[field] = next(iter(_ids(file, key, data.pop(key))), None)
+    words = data.pop("bad_words_ids", [])
+    if not isinstance(words, list):
+        raise _wrong(file, "bad_words_ids", words)
+    found["bad_words_ids"] = tuple(ids for word in words if (ids := _ids(file, "bad_words_ids", word)))
+    found |= {key: _ids(file, key, data.pop(key, [])) for key in _TOKENS}
+    for key in _COUNTS:
+        count = data.pop(key, 0)
+        if type(count) is not int or count < 0:
+            raise _wrong(file, key, count)
+        found[key] = count
+    penalty = data.pop("repetition_penalty", 1.0)
+    if type(penalty) not in (int, float) or not 0 < penalty < float("inf"):
+        raise _wrong(file, "repetition_penalty", penalty)
+    unknown = tuple(key for key, idle in _UNKNOWN_PARTS.items() if data.get(key) and data[key] not in idle)
+    return GenerationSettings(
+        **found, repetition_penalty=float(penalty), others=json.dumps(data, sort_keys=True), unknown=unknown
+    )
+
+
+def write_generation(directory: Path, settings: GenerationSettings) -> None:
+    """Write the `generation_config.json` of `settings` into `directory`, unless they say nothing."""
+    if data := settings.to_hf():
+        (directory / GENERATION_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _entries(file: Path, ignore_keys: Collection[str]) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    data = read_json(file)
+    if not isinstance(data, Mapping):
+        raise UserError(f"'{file}' is no JSON object: repair it, or take it away")
+    return {key: value for key, value in data.items() if value is not None and key not in ignore_keys}
+
+
+def _ids(file: Path, key: str, value: Any) -> tuple[int, ...]:
+    """Token ids of an entry that is one id or a list of them; -1, which some write for none, is left out."""
+    ids = value if isinstance(value, list) else [value]
+    if not all(type(i) is int and -1 <= i < 2**31 for i in ids):
+        raise _wrong(file, key, value)
+    return tuple(dict.fromkeys(i for i in ids if i >= 0)) if key != "bad_words_ids" else tuple(ids)
+
+
+def _wrong(file: Path, key: str, value: Any) -> UserError:
+    shown = json.dumps(value)
+    shown = shown if len(shown) < 60 else shown[:57] + "..."
+    return UserError(f"'{file}' has {key}={shown}, which is none: mend it, or give --ignore-config-keys {key}")
+
+
+def completed(settings: GenerationSettings, config: ModelConfig, tokenizer: Tokenizer | None) -> GenerationSettings:
+    """Return the settings with everything said that sampling would take from elsewhere: what an export writes.
+
+    The start of an encoder-decoder's answers, tokens that its model never writes, the tokenizer's BOS and padding, and
+    where nothing ends a text, what does (`default_stops`).
+    """
+    found: dict[str, Any] = {}
+    if isinstance(config, EncoderDecoderConfig):
+        if settings.decoder_start_id is None:
+            found["decoder_start_id"] = config.decoder_start_id
+        words = dict.fromkeys([*settings.bad_words_ids, *((i,) for i in config.never_written)])
+        found["bad_words_ids"] = tuple(words)
+    if tokenizer is not None:
+        found |= {name: getattr(tokenizer, name) for name in ("bos_id", "pad_id") if getattr(settings, name) is None}
+        if not settings.eos_ids:
+            found["eos_ids"] = default_stops(config, tokenizer)
+    return dataclasses.replace(settings, **found)
+
+
+def default_stops(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids that end a text of a model whose files do not say it: EOS, and a decoder's start of another."""
+    stops = dict.fromkeys(tokenizer.eos_ids)
+    # What begins a text opens another one; llama2.c's models write nothing else at the end of one. BART's answers
+    # begin with it.
+    if not isinstance(config, EncoderDecoderConfig):
+        stops |= dict.fromkeys(tokenizer.start_ids)
+    return tuple(stops)
+
+
+def special_tokens(settings: GenerationSettings) -> dict[str, Any]:
+    """Return what an exported `config.json` says of `settings`: ids of BOS, EOS, padding and an answer's start."""
+    keys = (*_LISTS.values(), *_IDS.values())
+    return {key: value for key, value in settings.to_hf().items() if key in keys and not key.startswith("forced")}
