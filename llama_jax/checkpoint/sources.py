@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Collection, Container, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import jax
@@ -15,13 +16,15 @@ import numpy as np
 from llama_jax import zoo
 from llama_jax.checkpoint.formats import Cut, Split, Stack, Tensor, Tensors
 from llama_jax.checkpoint.formats.block_scaled import block_scaled
-from llama_jax.checkpoint.formats.huggingface import read_directory
+from llama_jax.checkpoint.formats.huggingface import has_weights, read_directory
 from llama_jax.checkpoint.formats.llama2c import is_llama2c, read_llama2c
 from llama_jax.checkpoint.formats.meta import is_meta, read_meta
+from llama_jax.checkpoint.names import brought_to, refuse_adapter
 from llama_jax.config import UserError, read_json
 from llama_jax.models import ModelConfig, is_stacked, layers_with
 from llama_jax.tokenizers.loading import FILE_NAMES
 from llama_jax.zoo import Weight, llama
+from llama_jax.zoo.reading import without_keys
 
 # Of a large matrix so much is read, permuted and cast at a time.
 _BLOCK_BYTES = 1 << 24
@@ -45,56 +48,76 @@ class Source:
 def open_source(path: str | Path, ignore_config_keys: Collection[str] = ()) -> Source:
     """Opens a Hugging Face directory, a Meta directory or a llama2.c `.bin`, told apart by what is in them.
 
-    Raises UserError for anything else, for damaged files and for a config that asks for what is not supported.
+    `ignore_config_keys` are left out of the config that describes the model, as if they were not there. Raises
+    UserError for anything else, for damaged files, for adapters and for a config that asks for what is not supported.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"'{path}' does not exist")
-    tokenizer = next((path / name for name in FILE_NAMES if (path / name).is_file()), None)
     if path.is_file():
         if not is_llama2c(path):
             raise UserError(f"'{path}' is no llama2.c .bin; other weights are given as the directory they are in")
         params, tensors = read_llama2c(path)
-    elif is_meta(path):
+        config = llama.from_meta(without_keys(params, ignore_config_keys), _shapes(tensors))
+        return _source(path, "llama2c", "llama", config, tensors, None)
+    refuse_adapter(path)
+    tokenizer = next((path / name for name in FILE_NAMES if (path / name).is_file()), None)
+    has_config = (path / "config.json").is_file()
+    if is_meta(path) and not (has_config and has_weights(path)):
         params, tensors = read_meta(path)
+        model_type = "mixtral" if params.get("moe") else "llama"
+        family = zoo.family(model_type)
+        tensors = _brought(path, tensors, family, family.META_WEIGHTS, "META_")
+        config = family.from_meta(without_keys(params, ignore_config_keys), _shapes(tensors))
         # Meta's download has the tokenizer beside the directories of the sizes.
         beside = path.parent / "tokenizer.model"
-        tokenizer = tokenizer or (beside if beside.is_file() else None)
-    elif (path / "config.json").is_file():
-        data = read_json(path / "config.json")
-        if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
-            raise UserError(f"'{path / 'config.json'}' has no model_type: it is not a Hugging Face config")
-        data = {key: value for key, value in data.items() if key not in ignore_config_keys}
-        family = zoo.family(data["model_type"])
-        config, tensors = family.from_hf(data), _renamed(path, read_directory(path), getattr(family, "RENAMES", ()))
-        if quantization := data.get("quantization_config"):  # of a kind that `from_hf` has found to be this one
-            tensors = block_scaled(path, tensors, quantization["weight_block_size"])
-        if hasattr(family, "with_tensors"):
-            config = family.with_tensors(config, tensors)
-        weights, tied = zoo.weights_of(family, config), getattr(family, "TIED", {})
-        model_type = data["model_type"]
-        return Source(path, "huggingface", model_type, config, tensors, weights, family.IGNORED, tied, tokenizer)
-    else:
+        return _source(path, "meta", model_type, config, tensors, tokenizer or (beside if beside.is_file() else None))
+    if not has_config:
         raise UserError(
             f"'{path}' has neither config.json (Hugging Face) nor params.json and consolidated.*.pth (Meta)"
         )
-    config = llama.from_meta(params, {name: tensor.shape for name, tensor in tensors.items()})
-    form = "llama2c" if path.is_file() else "meta"
-    weights, ignored, tied = llama.META_WEIGHTS, llama.META_IGNORED, llama.META_TIED
-    return Source(path, form, "llama", config, tensors, weights, ignored, tied, tokenizer)
+    data = read_json(path / "config.json")
+    if not isinstance(data, dict):
+        raise UserError(f"'{path / 'config.json'}' has no model_type: it is not a Hugging Face config")
+    data = without_keys(data, ignore_config_keys)
+    model_type = zoo.model_type_of(data, path / "config.json")
+    family = zoo.family(model_type)
+    config, tensors = family.from_hf(data), read_directory(path)
+    form = "huggingface"
+    if "tok_embeddings.weight" in tensors and hasattr(family, "META_WEIGHTS"):  # Meta's names, in one file
+        form, tensors = "meta", _brought(path, tensors, family, family.META_WEIGHTS, "META_")
+    else:
+        tensors = _brought(path, tensors, family, zoo.weights_of(family, config), "")
+    if quantization := data.get("quantization_config"):  # of a kind that `from_hf` has found to be this one
+        tensors = block_scaled(path, tensors, quantization["weight_block_size"])
+    if hasattr(family, "with_tensors"):
+        config = family.with_tensors(config, tensors)
+    return _source(path, form, model_type, config, tensors, tokenizer)
 
 
-def _renamed(path: Path, tensors: Tensors, renames: Sequence[tuple[str, str]]) -> Tensors:
-    """The tensors under the names of the family's table, where other releases have others."""
-    found: Tensors = {}
-    for old, tensor in tensors.items():
-        name = old
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
-        if name in found:
-            raise UserError(f"'{path}' has '{old}' and another tensor that stands for '{name}'")
-        found[name] = tensor
-    return found
+def _shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _brought(path: Path, tensors: Tensors, family: ModuleType, weights: Sequence[Weight], prefix: str) -> Tensors:
+    """The tensors under the names of a family's table, or (`prefix`) of that of Meta's names."""
+    ignored, tied = getattr(family, f"{prefix}IGNORED", ()), getattr(family, f"{prefix}TIED", {})
+    renames = () if prefix else getattr(family, "RENAMES", ())
+    return brought_to(path, tensors, weights, [*ignored, *map(re.escape, tied)], renames)
+
+
+def _source(
+    path: Path,
+    form: Literal["huggingface", "meta", "llama2c"],
+    model_type: str,
+    config: ModelConfig,
+    tensors: Tensors,
+    tokenizer: Path | None,
+) -> Source:
+    family, prefix = zoo.family(model_type), "" if form == "huggingface" else "META_"
+    weights = family.META_WEIGHTS if prefix else zoo.weights_of(family, config)
+    ignored, tied = getattr(family, f"{prefix}IGNORED", ()), getattr(family, f"{prefix}TIED", {})
+    return Source(path, form, model_type, config, tensors, weights, ignored, tied, tokenizer)
 
 
 def load_params(source: Source, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
@@ -178,7 +201,8 @@ def _find(
     found = [place_of(weight, source.config, layer, expert) for expert in experts]
     for place in found:
         if place not in source.tensors:
-            raise UserError(f"'{source.path}' lacks the tensor '{place}'")
+            head = ": it is a model without a head that writes" if weight.name.startswith("lm_head.") else ""
+            raise UserError(f"'{source.path}' lacks the tensor '{place}'{head}")
         tensor = source.tensors[place]
         if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize < 2:
             raise UserError(f"'{source.path}' has '{place}' in {tensor.dtype}: quantized weights are not supported")

@@ -14,6 +14,9 @@ from llama_jax.nn import FeedForward, Mixer, Norm, PositionBias, Positions
 from llama_jax.nn.dropout import check_rate
 from llama_jax.nn.parameters import Projection, child
 
+# Of a sequence: int32 counts so far.
+NO_LIMIT = 2**31 - 1
+
 type Pieces = tuple[Mixer, FeedForward | None]
 
 
@@ -68,6 +71,11 @@ class ModelConfig(Component):
         """FLOPs of a row's forward pass in all layers' attention scores, causal ones counted at half."""
         length = target_length + source_length
         return length * sum(mixer.score_flops(length / 2) for mixer, _ in self.layer_pieces())
+
+    @property
+    def length_limit(self) -> int:
+        """The longest sequence that it can be given: `max_positions`, where positions are more than distances."""
+        return self.max_positions
 
     def example(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Arguments of a call of the model, for the comparison of its logits with others'."""
@@ -135,7 +143,7 @@ class TransformerConfig(ModelConfig):
     vocab_size: tokens, special ones included.
     hidden_size: width of the residual stream.
     num_layers: blocks; of an encoder-decoder, the decoder's.
-    max_positions: the longest sequence that the positions are meant for.
+    max_positions: the longest sequence that the positions are meant for; distances alone have no end.
     attention: of every layer, or what takes its place.
     feed_forward: of every layer; none leaves it out.
     norm: of every place that has one; none leaves them out.
@@ -188,6 +196,13 @@ class TransformerConfig(ModelConfig):
         limit = None if self.positions is None else self.positions.limit
         if limit is not None and self.max_positions > limit:
             raise UserError(f"max_positions={self.max_positions} is more than the {limit} that positions have")
+
+    @property
+    def length_limit(self) -> int:
+        biased = self.position_bias is not None and self.positions is None
+        if biased and all(getattr(mixer, "rope", None) is None for mixer, _ in self.layer_pieces()):
+            return NO_LIMIT
+        return self.max_positions
 
     def stacks(self) -> dict[str, tuple[Pieces, ...]]:
         return {"layers": with_overrides((self.attention, self.feed_forward), self.num_layers, self.overrides)}

@@ -164,13 +164,18 @@ class Encoder(Transformer):
         x, aux = self.layers(x, positions=positions, mask=mask, remat=self.compute.remat, outputs=outputs)
         return self.normed(x), mask, aux
 
-    def __call__(self, tokens: Int[Array, "b t"], **others: Any) -> Float[Array, "b t v"]:
-        """float32 logits of what stands at every position, or stood there before it was masked.
+    def __call__(self, tokens: Int[Array, "b t"], **others: Any) -> Float[Array, "b _"] | Float[Array, "b t v"]:
+        """float32 logits of the head that the model has: of the text's classes [B, C] where it tells any apart, else
+        of what stands at every position, or stood there before it was masked, [B, T, V].
 
         `mask` [B, T] is 1 at tokens and 0 at padding, which nothing sees; what the logits are at padding means nothing.
         `segment_ids` [B, T] tell apart texts of one row. `token_types` default to 0, and `positions` to how many tokens
         of the same text stand before.
         """
+        return (self.token_logits if self.part("classifier") is None else self.class_logits)(tokens, **others)
+
+    def token_logits(self, tokens: Int[Array, "b t"], **others: Any) -> Float[Array, "b t v"]:
+        """float32 logits of what stands at every position, for the arguments of a call."""
         return self.logits(self.encoded(tokens, **others))
 
     def encoded(
@@ -216,8 +221,8 @@ class Encoder(Transformer):
         return self._first_token_head(x, self._weight("classifier"))[:, 0]
 
     def main_logits(self, **inputs: Any) -> Float[Array, "b _ c"]:
-        """Those of the classes, [B, 1, C], where there are any; else those of the tokens."""
-        return self.class_logits(**inputs)[:, None] if self.part("classifier") is not None else self(**inputs)
+        logits = self(**inputs)
+        return logits[:, None] if logits.ndim == 2 else logits
 
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         return super().logits(self._transformed(hidden))

@@ -43,8 +43,9 @@ class Model:
     def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
 
-    def __call__(self, *arguments: Any, **named: Any) -> Float[Array, "b t v"]:
-        """The module's own call, jitted: token ids [B, T] (and what else it takes) -> float32 logits [B, T, V]."""
+    def __call__(self, *arguments: Any, **named: Any) -> Float[Array, "b *t v"]:
+        """The module's own call, jitted: token ids [B, T] (and what else it takes) -> float32 logits [B, T, V], or
+        [B, C] of a model that tells texts apart."""
         return self.run(_call, arguments, named)
 
     def hidden_states(self, *arguments: Any, **named: Any) -> dict[str, list[Float[Array, "b t d"]]]:

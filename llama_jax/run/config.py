@@ -131,7 +131,7 @@ class RunConfig:
         elif source is not None:
             lengths[f"{name}={source}"] = source
         for what, length in lengths.items():
-            if length > self.model.max_positions:
+            if length > self.model.length_limit:
                 raise UserError(
                     f"{what} is longer than model.max_positions={self.model.max_positions}: shorten the one or raise "
                     "the other"

@@ -72,7 +72,7 @@ def trained_tokenizer(config: TokenizerConfig, data: DataConfig) -> Tokenizer:
 
 def _sample_tokens(config: RunConfig, tokenizer: Tokenizer) -> int:
     """How many tokens the model can write after the longest of the prompts."""
-    limit = config.model.max_positions
+    limit = config.model.length_limit
     # An encoder-decoder writes after its start token, however long the prompt is that it reads.
     longest, own = (limit, 1) if isinstance(config.model, EncoderDecoderConfig) else (limit - 1, None)
     left = limit

@@ -90,7 +90,7 @@ def continued(
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if not 0 <= seed < 2**64:
         raise UserError(f"seed={seed} must be from 0 to 2**64 - 1")
-    longest, limit = prompts.tokens.shape[1], model.config.max_positions
+    longest, limit = prompts.tokens.shape[1], model.config.length_limit
     if prompts.source is not None and (size := prompts.source[0].shape[1]) > limit:
         raise UserError(f"a source of {size} tokens is more than the model's {limit} positions: shorten the prompt")
     if longest + max_new_tokens > limit:

@@ -107,7 +107,7 @@ def start(
     (counted from `first_row`) and the position, whatever else is in the batch. What comes back has rows up to the next
     power of two, those behind B done before they begin.
     """
-    limit, real = model.config.max_positions, len(tokens)
+    limit, real = model.config.length_limit, len(tokens)
     width, capacity = (bucket(n, limit) for n in (tokens.shape[1], tokens.shape[1] + max_new_tokens))
     size = power_of_two(real)
     if source is not None:

@@ -1,9 +1,10 @@
 """Families of released models, one file each: presets, the mapping of Hugging Face's config, the weight-name table.
 
 In: a `model_type` or a preset's name. Out: a model config, and a table that says where each parameter comes from. A new
-family is one new module here, named after its `model_type`, with `PRESETS`, `from_hf`, `to_hf`, `WEIGHTS` (a table, or
-a function that makes it from the config) and `IGNORED`, and where it needs them `TIED`, `RENAMES` and
-`with_tensors`; one whose weights nobody has released has only `PRESETS`. Nothing lists the families.
+family is one new module here, named after its `model_type`, with `PRESETS`, `ARCHITECTURES`, `from_hf`, `to_hf` and
+`WEIGHTS` (a table, or a function that makes it from the config), and where it needs them `TIED`, `IGNORED`, `RENAMES`,
+`with_tensors`, `META_WEIGHTS` and `from_meta`; one whose weights nobody has released has only `PRESETS`. Nothing lists
+the families.
 """
 
 import dataclasses
@@ -11,13 +12,16 @@ import functools
 import importlib
 import pkgutil
 import re
+from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 import einops
 import numpy as np
 
 from llama_jax.config import UserError
 from llama_jax.models import ModelConfig
+from llama_jax.zoo import reading
 
 _PAIRS = ("two", "half")  # axes of two entries
 
@@ -115,6 +119,24 @@ def family(model_type: str) -> ModuleType:
     if model_type not in families():
         raise UserError(f"model_type '{model_type}' is not one of the families that are known: {', '.join(families())}")
     return _modules()[model_type]
+
+
+def model_type_of(data: Mapping[str, Any], where: object) -> str:
+    """The `model_type` of a config.json, from its `architectures` where it has none.
+
+    Raises UserError, naming the file `where`, for one that has neither.
+    """
+    if isinstance(data.get("model_type"), str) and data["model_type"]:
+        return data["model_type"]
+    names = data.get("architectures")
+    for name in names if isinstance(names, list) else ():
+        for model_type in families():
+            known = {reading.plain_name(own) for own in _modules()[model_type].ARCHITECTURES}
+            if isinstance(name, str) and reading.plain_name(name) in known:
+                return model_type
+    raise UserError(
+        f"'{where}' has no model_type, and no architectures that are known: it is not a Hugging Face config"
+    )
 
 
 def weights_of(family: ModuleType, config: ModelConfig) -> tuple[Weight, ...]:

@@ -88,17 +88,14 @@ IGNORED = (r"model\.(encoder|decoder)\.version",)
 TIED = dict.fromkeys(
     ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight"), "model.shared.weight"
 )
-# Files of the trunk alone, as the first releases are, have no prefix.
-RENAMES = ((r"^(shared|encoder|decoder)\.", r"model.\1."),)
 
 _A_BART = "a Hugging Face BART"
-# Of training, of other heads, or of how to search for an answer.
-UNREAD = {
-    "bad_words_ids", "classif_dropout", "classifier_dropout", "early_stopping", "encoder_no_repeat_ngram_size",
-    "force_bos_token_to_be_generated", "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing",
-    "init_std", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beams", "num_labels",
-    "output_past", "prefix", "task_specific_params",
-}  # fmt: skip
+ARCHITECTURES = ("BartForConditionalGeneration", "BartModel")
+ALIASES = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "encoder_attention_heads",
+    "num_hidden_layers": "encoder_layers",
+}
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "relu": "relu",
@@ -109,21 +106,18 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def read_shape(reader: ConfigReader, data: Mapping[str, Any]) -> dict[str, Any]:
+def read_shape(reader: ConfigReader) -> dict[str, Any]:
     """What BART and Marian have in common in their config.json, as arguments of `transformer`."""
     take = reader.take
     reader.only(
         is_encoder_decoder=True,
         is_decoder=False,
         tie_word_embeddings=True,
-        encoder_layerdrop=0.0,
-        decoder_layerdrop=0.0,
         normalize_before=False,
         add_final_layer_norm=False,
         add_bias_logits=False,
     )
     activation, layers = take("activation_function", str, "gelu"), take("encoder_layers", int)
-    reader.only(num_hidden_layers=layers)  # another name of it
     if activation not in ACTIVATIONS:
         raise UserError(
             f"config.json has activation_function={activation!r}, which is not supported for {reader.family}: "
@@ -152,15 +146,9 @@ def from_hf(data: Mapping[str, Any]) -> EncoderDecoderConfig:
 
     Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
     """
-    reader = ConfigReader(data, "a BART", UNREAD)
-    names = data.get("architectures") or ["BartForConditionalGeneration"]
-    if names not in (["BartForConditionalGeneration"], ["BartModel"]):
-        raise UserError(
-            f"config.json has architectures={names!r}, and of BARTs only BartForConditionalGeneration and BartModel "
-            "are supported"
-        )
+    reader = ConfigReader(data, "a BART", ARCHITECTURES, aliases=ALIASES)
     reader.only(normalize_embedding=True, static_position_embeddings=False, extra_pos_embeddings=OFFSET)
-    shape = read_shape(reader, data)
+    shape = read_shape(reader)
     start = reader.take("decoder_start_token_id", int, 2)
     reader.finish()
     return transformer(
@@ -168,7 +156,7 @@ def from_hf(data: Mapping[str, Any]) -> EncoderDecoderConfig:
         positions=LearnedPositions(shape["max_positions"], offset=OFFSET),
         decoder_start_id=start,
         embedding_norm=True,
-        head_bias="none" if names == ["BartModel"] else "fixed",
+        head_bias="none" if reader.architecture == "BartModel" else "fixed",
     )
 
 

@@ -30,11 +30,6 @@ _HEADS: dict[str, dict[str, Any]] = {
     "ForMaskedLM": {"head_transform": "gelu", "head_bias": "trained"},
     "ForSequenceClassification": {"pooler": True, "num_classes": 2},
 }
-# Of other tasks or of settings of training that no model reads.
-_UNREAD = {
-    "finetuning_task", "gradient_checkpointing", "output_past", "pooler_fc_size", "pooler_num_attention_heads",
-    "pooler_num_fc_layers", "pooler_size_per_head",
-}  # fmt: skip
 
 
 def encoder(
@@ -134,20 +129,18 @@ WEIGHTS = weights(
         "classifier": "classifier",
     },
 )
-# Computed, not trained: the positions' numbers.
-IGNORED = (r"bert\.embeddings\.position_ids",)
 TIED = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
-# The first files have TensorFlow's names, and those of the encoder alone no prefix.
+# The first files have TensorFlow's names.
 RENAMES = (
     (r"LayerNorm\.gamma$", "LayerNorm.weight"),
     (r"LayerNorm\.beta$", "LayerNorm.bias"),
-    (r"^(embeddings|encoder|pooler)\.", r"bert.\1."),
 )
 
 _A_BERT = "a Hugging Face BERT"
+ARCHITECTURES = tuple(f"Bert{kind}" for kind in ("ForPreTraining", "ForMaskedLM", "Model", "ForSequenceClassification"))
 
 
 def from_hf(data: Mapping[str, Any]) -> EncoderConfig:
@@ -155,7 +148,7 @@ def from_hf(data: Mapping[str, Any]) -> EncoderConfig:
 
     Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
     """
-    reader = ConfigReader(data, "a BERT", _UNREAD)
+    reader = ConfigReader(data, "a BERT", ARCHITECTURES)
     activation = read_activation(reader)
     heads = read_heads(data, reader, "Bert")
     if "head_transform" in heads:
@@ -168,9 +161,8 @@ def from_hf(data: Mapping[str, Any]) -> EncoderConfig:
 
 def with_tensors(config: EncoderConfig, names: Collection[str]) -> EncoderConfig:
     """The config with the parts that a file has beyond its `architectures`: released ones name only one use of it."""
-    heads = {"pooler": "bert.pooler.dense.weight", "pair_head": "cls.seq_relationship.weight"}
-    found = {name: True for name, tensor in heads.items() if tensor in names}
-    return dataclasses.replace(config, **found)
+    pair_head = config.pair_head or "cls.seq_relationship.weight" in names
+    return dataclasses.replace(config, pooler=with_pooler(config, pair_head, "bert.", names), pair_head=pair_head)
 
 
 def to_hf(config: EncoderConfig) -> dict[str, Any]:
@@ -182,6 +174,12 @@ def to_hf(config: EncoderConfig) -> dict[str, Any]:
     return checked(data, as_read(config, data), from_hf, _A_BERT)
 
 
+def with_pooler(config: EncoderConfig, pair_head: bool, prefix: str, names: Collection[str]) -> bool:
+    """Whether there is a pooler: where a file has one, whatever its `architectures` say, and where a head needs it."""
+    needed = pair_head or (config.num_classes > 0 and config.classifier == "pooler")
+    return needed or f"{prefix}pooler.dense.weight" in names
+
+
 def read_activation(reader: ConfigReader) -> Activation:
     """That of the feed-forwards."""
     name = reader.take("hidden_act", str, "gelu")
@@ -191,16 +189,10 @@ def read_activation(reader: ConfigReader) -> Activation:
 
 
 def read_heads(data: Mapping[str, Any], reader: ConfigReader, family: str) -> dict[str, Any]:
-    """Fields of the heads of `architectures`, whose names begin with `family`; all of pretraining's without any."""
-    names = data.get("architectures") or [f"{family}ForPreTraining"]
-    kind = str(names[0]).removeprefix(family) if len(names) == 1 else ""
-    if kind not in _HEADS or not str(names[0]).startswith(family):
-        known = ", ".join(f"{family}{kind}" for kind in _HEADS)
-        raise UserError(f"config.json has architectures={names!r}, of which one of {known} is supported")
-    heads = dict(_HEADS[kind])
+    """Fields of the heads of `architectures`, whose names begin with `family`."""
+    heads = dict(_HEADS[reader.architecture.removeprefix(family)])
     rate, labels = reader.take("classifier_dropout", float, None), reader.take("num_labels", int, None)
     if "num_classes" in heads:
-        reader.only(problem_type="single_label_classification")
         heads["num_classes"] = labels or len(data.get("id2label") or ()) or 2
         heads["classifier_dropout"] = rate
     return heads

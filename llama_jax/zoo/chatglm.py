@@ -11,7 +11,7 @@ from llama_jax.nn.feed_forward import SwiGLU
 from llama_jax.nn.norms import RMSNorm
 from llama_jax.zoo import Weight
 from llama_jax.zoo.glm import glm
-from llama_jax.zoo.reading import ConfigReader, checked, expect
+from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect
 
 OBJECTIVES = ("Prefix", "Chat")
 PRESETS: dict[str, DecoderConfig] = {
@@ -48,15 +48,11 @@ WEIGHTS = (
     Weight("norm.weight", "transformer.encoder.final_layernorm.weight", "d -> d"),
     Weight("lm_head.weight", "transformer.output_layer.weight", "v d -> d v"),
 )
-# Computed, not trained.
-IGNORED = (r"transformer\.rotary_pos_emb\.inv_freq",)
 
 _A_CHATGLM = "a ChatGLM2"
+ARCHITECTURES = ("ChatGLMModel", "ChatGLMForConditionalGeneration")
 # Ways of computing the same: the scaling by layer cancels out, and softmax is in float32 here anyway.
-_HARMLESS = {
-    "apply_query_key_layer_scaling", "attention_softmax_in_fp32", "auto_map", "bias_dropout_fusion",
-    "classifier_dropout",
-}  # fmt: skip
+_HARMLESS = CAUSAL | {"apply_query_key_layer_scaling"}
 
 
 def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
@@ -66,14 +62,12 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
     quantized weights, and a rope_ratio other than 1, which divides positions in one release and multiplies the rotary
     base in the next.
     """
-    reader = ConfigReader(data, _A_CHATGLM, _HARMLESS)
+    reader = ConfigReader(data, _A_CHATGLM, ARCHITECTURES, harmless=_HARMLESS)
     take = reader.take
     reader.only(
         add_bias_linear=False,
         apply_residual_connection_post_layernorm=False,
-        attention_dropout=0.0,
         fp32_residual_connection=False,
-        hidden_dropout=0.0,
         interleaved_qkv=False,
         original_rope=True,
         post_layer_norm=True,
@@ -99,6 +93,8 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
         max_positions=take("seq_length", int),
         norm=RMSNorm(eps=take("layernorm_epsilon", float), cast_last=True),
         qkv_bias=take("add_qkv_bias", bool, False),
+        attention_dropout=take("attention_dropout", float, 0.0),
+        dropout=take("hidden_dropout", float, 0.0),
     )
     reader.finish()
     return config
@@ -128,6 +124,8 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         "post_layer_norm": True,
         "add_qkv_bias": attention.qkv_bias,
         "add_bias_linear": False,
+        "attention_dropout": attention.dropout,
+        "hidden_dropout": config.dropout,
         "original_rope": True,
         "tie_word_embeddings": False,
     }

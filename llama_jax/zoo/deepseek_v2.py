@@ -4,15 +4,16 @@ Sizes and YaRN's numbers from the released configs; the counts they give are tes
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from llama_jax.config import UserError
 from llama_jax.models import DecoderConfig, LayerOverride
 from llama_jax.nn import Experts, LatentAttention, RMSNorm, Rope, RopeScaling, Router, SoftmaxTopK, SwiGLU, YarnScaling
 from llama_jax.zoo import Weight
-from llama_jax.zoo.reading import ConfigReader, checked, expect, read_quantization, read_rope, write_rope
+from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect, read_quantization, read_rope, write_rope
 
+Q_LORA_RANK = 1536
 LATENT_EPS = 1e-6  # of the norms of the latents, in all of the original code, whatever rms_norm_eps is
 
 
@@ -156,23 +157,30 @@ WEIGHTS = (
     Weight("lm_head.weight", "lm_head.weight", "v d -> d v"),
 )
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
-# Computed, not trained.
-IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
-_HARMLESS = {"auto_map", "ep_size", "output_router_logits", "pretraining_tp"}
+ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV2Model")
+_ALIASES = {
+    "num_experts": "n_routed_experts",
+    "num_local_experts": "n_routed_experts",
+    "num_mtp_layers": "num_nextn_predict_layers",
+}
 
 
-def reader_of(data: Mapping[str, Any], family: str) -> ConfigReader:
+def reader_of(data: Mapping[str, Any], family: str, architectures: Collection[str]) -> ConfigReader:
     """A reader that has refused what no DeepSeek can do."""
-    reader = ConfigReader(data, family, _HARMLESS)
-    reader.only(hidden_act="silu", attention_bias=False, attention_dropout=0.0, mlp_bias=False)
-    reader.only(moe_layer_freq=1, seq_aux=True)
+    # Latent attention has no dropout here.
+    harmless = CAUSAL | {"attention_dropout", "seq_aux"}
+    reader = ConfigReader(data, family, architectures, aliases=_ALIASES, harmless=harmless)
+    reader.only(hidden_act="silu", attention_bias=False, mlp_bias=False, moe_layer_freq=1)
     read_quantization(reader)
     return reader
 
 
-def read(reader: ConfigReader, router: Router) -> dict[str, Any]:
-    """What `fields` takes, of the keys that all DeepSeeks have."""
+def read(reader: ConfigReader, router: Router, *, num_dense: int = 0, q_lora_rank: int | None = None) -> dict[str, Any]:
+    """What `fields` takes, of the keys that all DeepSeeks have.
+
+    `num_dense` and `q_lora_rank` are for files that say nothing of them.
+    """
     take = reader.take
     num_heads, nope, rope = (take(key, int) for key in ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim"))
     # Said by other keys already.
@@ -185,7 +193,7 @@ def read(reader: ConfigReader, router: Router) -> dict[str, Any]:
         num_layers=take("num_hidden_layers", int),
         max_positions=max_positions,
         num_heads=num_heads,
-        q_lora_rank=take("q_lora_rank", int, None),
+        q_lora_rank=take("q_lora_rank", int, None, absent=q_lora_rank),
         kv_lora_rank=take("kv_lora_rank", int),
         qk_nope_head_dim=nope,
         qk_rope_head_dim=rope,
@@ -193,7 +201,7 @@ def read(reader: ConfigReader, router: Router) -> dict[str, Any]:
         theta=theta,
         scaling=scaling,
         eps=take("rms_norm_eps", float, 1e-6),
-        num_dense=take("first_k_dense_replace", int, 0),
+        num_dense=take("first_k_dense_replace", int, num_dense),
         dense_size=take("intermediate_size", int),
         num_experts=take("n_routed_experts", int),
         num_shared=take("n_shared_experts", int),
@@ -209,7 +217,7 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
 
     Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
     """
-    reader = reader_of(data, "a DeepSeek-V2")
+    reader = reader_of(data, "a DeepSeek-V2", ARCHITECTURES)
     reader.only(scoring_func="softmax", norm_topk_prob=False)
     method = reader.take("topk_method", str, "greedy")
     if method not in ("greedy", "group_limited_greedy"):
@@ -227,6 +235,19 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
     config = DecoderConfig(**read(reader, router))
     reader.finish()
     return config
+
+
+def with_tensors(config: Any, names: Collection[str]) -> Any:
+    """The config with a latent of the queries where a file has one, and without where it has none.
+
+    Files that leave out `q_lora_rank` are of both kinds; the original code's default is 1536.
+    """
+    attention, own = config.attention, "model.layers.0.self_attn.{}.weight"
+    if attention.q_lora_rank is None and own.format("q_a_proj") in names:
+        attention = dataclasses.replace(attention, q_lora_rank=Q_LORA_RANK)
+    elif attention.q_lora_rank is not None and own.format("q_proj") in names:
+        attention = dataclasses.replace(attention, q_lora_rank=None)
+    return dataclasses.replace(config, attention=attention)
 
 
 def write(config: DecoderConfig, family: str, attention_type: type, router_type: type) -> dict[str, Any]:

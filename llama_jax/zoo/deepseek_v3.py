@@ -7,7 +7,6 @@ from typing import Any
 from llama_jax.models import MTPDecoderConfig
 from llama_jax.nn import LatentAttention, SigmoidTopK, YarnScaling
 from llama_jax.zoo import Weight, deepseek_v2
-from llama_jax.zoo.deepseek_v2 import IGNORED as IGNORED
 from llama_jax.zoo.reading import ConfigReader, checked
 
 BIAS_UPDATE_RATE = 1e-3  # section 4.2
@@ -76,13 +75,17 @@ def read(reader: ConfigReader) -> dict[str, Any]:
     router = SigmoidTopK(
         top_k=take("num_experts_per_tok", int),
         normalize=take("norm_topk_prob", bool, True),
-        scaling=take("routed_scaling_factor", float),
-        num_groups=take("n_group", int),
-        top_groups=take("topk_group", int),
+        scaling=take("routed_scaling_factor", float, 2.5),
+        num_groups=take("n_group", int, 8),
+        top_groups=take("topk_group", int, 4),
         bias_update_rate=BIAS_UPDATE_RATE,
     )
     further = {"num_mtp_layers": take("num_nextn_predict_layers", int, 0), "mtp_weight": MTP_WEIGHT}
-    return deepseek_v2.read(reader, router) | further
+    defaults = {"num_dense": 3, "q_lora_rank": deepseek_v2.Q_LORA_RANK}
+    return deepseek_v2.read(reader, router, **defaults) | further
+
+
+ARCHITECTURES = ("DeepseekV3ForCausalLM", "DeepseekV3Model")
 
 
 def from_hf(data: Mapping[str, Any]) -> MTPDecoderConfig:
@@ -90,7 +93,7 @@ def from_hf(data: Mapping[str, Any]) -> MTPDecoderConfig:
 
     Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
     """
-    reader = deepseek_v2.reader_of(data, "a DeepSeek-V3")
+    reader = deepseek_v2.reader_of(data, "a DeepSeek-V3", ARCHITECTURES)
     config = MTPDecoderConfig(**read(reader))
     reader.finish()
     return config
@@ -99,6 +102,7 @@ def from_hf(data: Mapping[str, Any]) -> MTPDecoderConfig:
 def with_tensors(config: MTPDecoderConfig, names: Collection[str]) -> MTPDecoderConfig:
     """The config without further blocks where a file has nothing of them: `transformers` writes none, whatever its
     config says."""
+    config = deepseek_v2.with_tensors(config, names)
     after = f"model.layers.{config.num_layers}."
     return config if any(name.startswith(after) for name in names) else dataclasses.replace(config, num_mtp_layers=0)
 

@@ -7,7 +7,6 @@ from typing import Any
 from llama_jax.models import MTPDecoderConfig
 from llama_jax.nn import LatentAttention, SparseLatentAttention
 from llama_jax.zoo import Weight, deepseek_v2, deepseek_v3
-from llama_jax.zoo.deepseek_v3 import IGNORED as IGNORED
 from llama_jax.zoo.deepseek_v3 import TIED as TIED
 from llama_jax.zoo.deepseek_v3 import with_tensors as with_tensors
 from llama_jax.zoo.reading import checked
@@ -40,12 +39,15 @@ WEIGHTS = deepseek_v3.with_mtp(
 )
 
 
+ARCHITECTURES = ("DeepseekV32ForCausalLM", "DeepseekV32Model")
+
+
 def from_hf(data: Mapping[str, Any]) -> MTPDecoderConfig:
     """The model that a `config.json` of model_type `deepseek_v32` describes.
 
     Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
     """
-    reader = deepseek_v2.reader_of(data, "a DeepSeek-V3.2")
+    reader = deepseek_v2.reader_of(data, "a DeepSeek-V3.2", ARCHITECTURES)
     sizes = [reader.take(key, int) for key in ("index_n_heads", "index_head_dim", "index_topk")]
     config = MTPDecoderConfig(**_sparse(deepseek_v3.read(reader), *sizes))
     # Said by other keys already.

@@ -11,7 +11,7 @@ from llama_jax.nn.feed_forward import SwiGLU
 from llama_jax.nn.norms import RMSNorm
 from llama_jax.nn.positions import Rope, RopeScaling
 from llama_jax.zoo import Weight
-from llama_jax.zoo.reading import ConfigReader, checked, expect, read_rope, write_rope
+from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect, read_rope, write_rope
 
 
 def glm(
@@ -29,6 +29,8 @@ def glm(
     scaling: RopeScaling | None = None,
     qkv_bias: bool = True,
     tie_embeddings: bool = False,
+    attention_dropout: float = 0.0,
+    dropout: float = 0.0,
 ) -> DecoderConfig:
     """The model that GLM-4 and ChatGLM2 have in common."""
     return DecoderConfig(
@@ -43,10 +45,12 @@ def glm(
             rope=Rope(theta=theta, scaling=scaling, rotary_dim=head_dim // 2),
             qkv_bias=qkv_bias,
             out_bias=False,
+            dropout=attention_dropout,
         ),
         feed_forward=SwiGLU(intermediate_size=intermediate_size, bias=False),
         norm=norm,
         tie_embeddings=tie_embeddings,
+        dropout=dropout,
     )
 
 
@@ -94,10 +98,9 @@ WEIGHTS = (
     Weight("lm_head.weight", "lm_head.weight", "v d -> d v"),
 )
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
-# Computed, not trained.
-IGNORED = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 
 _A_GLM = "a GLM"
+ARCHITECTURES = ("GlmForCausalLM", "GlmModel")
 
 
 def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
@@ -105,9 +108,9 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
 
     Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
     """
-    reader = ConfigReader(data, _A_GLM)
+    reader = ConfigReader(data, _A_GLM, ARCHITECTURES, harmless=CAUSAL)
     take = reader.take
-    reader.only(hidden_act="silu", attention_dropout=0.0)
+    reader.only(hidden_act="silu")
     max_positions = take("max_position_embeddings", int, 131_072)
     theta, scaling = read_rope(reader, max_positions, partial=0.5)
     hidden_size, num_heads = take("hidden_size", int), take("num_attention_heads", int)
@@ -116,8 +119,8 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
         hidden_size=hidden_size,
         num_layers=take("num_hidden_layers", int),
         num_heads=num_heads,
-        num_kv_heads=take("num_key_value_heads", int, num_heads),
-        head_dim=take("head_dim", int, hidden_size // max(num_heads, 1)),
+        num_kv_heads=take("num_key_value_heads", int, num_heads, absent=2),
+        head_dim=take("head_dim", int, hidden_size // max(num_heads, 1), absent=128),
         intermediate_size=take("intermediate_size", int),
         max_positions=max_positions,
         norm=RMSNorm(eps=take("rms_norm_eps", float, 1.5625e-07)),
@@ -125,6 +128,7 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
         tie_embeddings=take("tie_word_embeddings", bool, False),
         theta=theta,
         scaling=scaling,
+        attention_dropout=take("attention_dropout", float, 0.0),
     )
     reader.finish()
     return config
@@ -150,6 +154,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         "head_dim": attention.head_dim,
         "intermediate_size": feed_forward.intermediate_size,
         "hidden_act": "silu",
+        "attention_dropout": attention.dropout,
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": norm.eps,
         "attention_bias": attention.qkv_bias,

@@ -10,7 +10,7 @@ from llama_jax.nn.attention.grouped_query import GroupedQuery
 from llama_jax.nn.feed_forward import MLP, Activation
 from llama_jax.nn.norms import LayerNorm
 from llama_jax.zoo import Weight
-from llama_jax.zoo.reading import ConfigReader, checked, expect
+from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect
 
 
 def gpt(
@@ -98,8 +98,6 @@ WEIGHTS = (
     Weight("lm_head.weight", "lm_head.weight", "v d -> d v"),
 )
 TIED = {"lm_head.weight": "transformer.wte.weight"}
-# OpenAI's own files are of the model without its head, whose tensors have no prefix.
-RENAMES = ((r"^(?=(wte|wpe|h|ln_f)\.)", "transformer."),)
 # Computed, not trained: the causal mask, and what it puts in place of a score.
 IGNORED = (r"transformer\.h\.\d+\.attn\.(masked_)?bias",)
 
@@ -111,10 +109,13 @@ _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "tanh": "tanh",
 }
-_HARMLESS = {
-    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
-    "task_specific_params",
-}  # fmt: skip
+ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
 
 
 def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
@@ -122,7 +123,7 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
 
     Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
     """
-    reader = ConfigReader(data, _A_GPT2, _HARMLESS)
+    reader = ConfigReader(data, _A_GPT2, ARCHITECTURES, aliases=_ALIASES, harmless=CAUSAL | {"embd_pdrop"})
     take = reader.take
     reader.only(
         scale_attn_by_inverse_layer_idx=False,
@@ -131,11 +132,6 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
     )
     max_positions = take("n_positions", int, 1024)
     reader.only(n_ctx=max_positions)
-    dropout = take("resid_pdrop", float, 0.1)
-    if (embedding_dropout := take("embd_pdrop", float, 0.1)) != dropout:
-        raise UserError(
-            f"config.json has embd_pdrop={embedding_dropout} and resid_pdrop={dropout}, and the two must be the same"
-        )
     activation = take("activation_function", str, "gelu_new")
     if activation not in _ACTIVATIONS:
         raise UserError(
@@ -151,7 +147,7 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
         activation=_ACTIVATIONS[activation],
         eps=take("layer_norm_epsilon", float, 1e-5),
         scale=None if take("scale_attn_weights", bool, True) else 1.0,
-        dropout=dropout,
+        dropout=take("resid_pdrop", float, 0.1),  # here the embeddings' too, whatever embd_pdrop is
         attention_dropout=take("attn_pdrop", float, 0.1),
         tie_embeddings=take("tie_word_embeddings", bool, True),
     )

@@ -13,7 +13,8 @@ from llama_jax.nn.feed_forward import SwiGLU
 from llama_jax.nn.norms import RMSNorm
 from llama_jax.nn.positions import Llama3Scaling, Rope, RopeScaling
 from llama_jax.zoo import Weight
-from llama_jax.zoo.reading import ConfigReader, checked, expect, read_rope, typed, write_rope
+from llama_jax.zoo.known_keys import is_off
+from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect, read_rope, typed, write_rope
 
 
 def _llama(
@@ -32,6 +33,7 @@ def _llama(
     tie_embeddings: bool = False,
     attention_bias: bool = False,
     mlp_bias: bool = False,
+    attention_dropout: float = 0.0,
 ) -> DecoderConfig:
     return DecoderConfig(
         vocab_size=vocab_size,
@@ -45,6 +47,7 @@ def _llama(
             rope=Rope(theta=theta, scaling=scaling),
             qkv_bias=attention_bias,
             out_bias=attention_bias,
+            dropout=attention_dropout,
         ),
         feed_forward=SwiGLU(intermediate_size=intermediate_size, bias=mlp_bias),
         norm=RMSNorm(eps=eps),
@@ -118,8 +121,6 @@ WEIGHTS = (
 )
 # What files of tied models may repeat.
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
-# Computed, not trained: old files carry the rotary tables.
-IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 # Meta's names, with the rotary pairs interleaved: also the layout of llama2.c.
 META_WEIGHTS = (
@@ -137,9 +138,8 @@ META_WEIGHTS = (
     Weight("lm_head.weight", "output.weight", "v d -> d v"),
 )
 META_TIED = {"output.weight": "tok_embeddings.weight"}
-META_IGNORED = (r"rope\.freqs", r"layers\.\d+\.attention\.inner_attention\.rope\.freqs")
-
 _A_LLAMA = "a Hugging Face Llama"
+ARCHITECTURES = ("LlamaForCausalLM", "LlamaModel")
 
 
 def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
@@ -147,9 +147,9 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
 
     Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
     """
-    reader = ConfigReader(data, "a Llama", {"max_sequence_length", "pretraining_tp"})
+    reader = ConfigReader(data, "a Llama", ARCHITECTURES, harmless=CAUSAL)
     take = reader.take
-    reader.only(hidden_act="silu", attention_dropout=0.0)
+    reader.only(hidden_act="silu")
     max_positions = take("max_position_embeddings", int, 2048)
     theta, scaling = read_rope(reader, max_positions)
     config = _llama(
@@ -164,6 +164,7 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
         eps=take("rms_norm_eps", float, 1e-6),
         attention_bias=take("attention_bias", bool, False),
         mlp_bias=take("mlp_bias", bool, False),
+        attention_dropout=take("attention_dropout", float, 0.0),
         tie_embeddings=take("tie_word_embeddings", bool, False),
         theta=theta,
         scaling=scaling,
@@ -197,6 +198,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": norm.eps,
         "attention_bias": attention.qkv_bias,
+        "attention_dropout": attention.dropout,
         "mlp_bias": feed_forward.bias,
         "tie_word_embeddings": config.tie_embeddings,
         "rope_theta": attention.rope.theta,
@@ -210,6 +212,8 @@ _META_KEYS = {
     "n_layers": int,
     "n_heads": int,
     "n_kv_heads": int,
+    "head_dim": int,
+    "hidden_dim": int,
     "vocab_size": int,
     "multiple_of": int,
     "ffn_dim_multiplier": float,
@@ -227,9 +231,12 @@ def from_meta(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
 
     Raises UserError for a key that is not known.
     """
-    unknown = [key for key in params if key not in _META_KEYS]
+    unknown = [key for key, value in params.items() if key not in _META_KEYS and not is_off(value)]
     if unknown:
-        raise UserError(f"params.json has {unknown[0]}={params[unknown[0]]!r}, which is not supported")
+        raise UserError(
+            f"params.json has {unknown[0]}={params[unknown[0]]!r}, which is not supported; where it changes no logit, "
+            f"pass --ignore-config-keys {unknown[0]}"
+        )
     for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
         if name not in shapes:
             raise UserError(f"the weights lack '{name}'")
@@ -251,6 +258,7 @@ def from_meta(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
         num_layers=params["n_layers"],
         num_heads=params["n_heads"],
         num_kv_heads=params.get("n_kv_heads"),
+        head_dim=params.get("head_dim"),
         intermediate_size=shapes["layers.0.feed_forward.w1.weight"][0],
         max_positions=max_positions,
         eps=params["norm_eps"],

@@ -40,9 +40,9 @@ WEIGHTS = bart.weights()
 # Computed, not trained: the sinusoids.
 IGNORED = (r"model\.(encoder|decoder)\.embed_positions\.weight",)
 TIED = bart.TIED
-RENAMES = bart.RENAMES
 
 _A_MARIAN = "a Hugging Face Marian"
+ARCHITECTURES = ("MarianMTModel", "MarianModel")
 
 
 def from_hf(data: Mapping[str, Any]) -> EncoderDecoderConfig:
@@ -50,14 +50,11 @@ def from_hf(data: Mapping[str, Any]) -> EncoderDecoderConfig:
 
     Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
     """
-    reader = ConfigReader(data, "a Marian", bart.UNREAD - {"bad_words_ids"})
-    names = data.get("architectures") or ["MarianMTModel"]
-    if names not in (["MarianMTModel"], ["MarianModel"]):
-        raise UserError(
-            f"config.json has architectures={names!r}, and of Marians only MarianMTModel and MarianModel are supported"
-        )
+    # Its sinusoids have no extra rows, whatever the first files say of them.
+    harmless = {"extra_pos_embeddings"}
+    reader = ConfigReader(data, "a Marian", ARCHITECTURES, aliases=bart.ALIASES, harmless=harmless)
     reader.only(static_position_embeddings=True, normalize_embedding=False, share_encoder_decoder_embeddings=True)
-    shape = bart.read_shape(reader, data)
+    shape = bart.read_shape(reader)
     reader.only(decoder_vocab_size=shape["vocab_size"])
     start = reader.take("decoder_start_token_id", int, 58_100)
     if data.get("pad_token_id", start) != start:
@@ -65,13 +62,12 @@ def from_hf(data: Mapping[str, Any]) -> EncoderDecoderConfig:
             f"config.json has pad_token_id={data['pad_token_id']!r} and decoder_start_token_id={start}, and a Marian's "
             "are the same"
         )
-    reader.only(bad_words_ids=[[start]])
     reader.finish()
     return transformer(
         **shape,
         positions=SinusoidalPositions("halves"),
         decoder_start_id=start,
-        head_bias="none" if names == ["MarianModel"] else "fixed",
+        head_bias="none" if reader.architecture == "MarianModel" else "fixed",
         never_written=(start,),
     )
 

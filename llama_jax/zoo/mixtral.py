@@ -1,5 +1,6 @@
 """Mixtral (arXiv 2401.04088): Llama's blocks with eight SwiGLU experts, two of them for each token."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ from llama_jax.models import DecoderConfig
 from llama_jax.nn import Experts, GroupedQuery, RMSNorm, Rope, SoftmaxTopK
 from llama_jax.nn.positions import RopeScaling
 from llama_jax.zoo import Weight, llama
-from llama_jax.zoo.reading import ConfigReader, checked, expect, read_rope, write_rope
+from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect, read_rope, write_rope
 
 
 def _mixtral(
@@ -29,6 +30,7 @@ def _mixtral(
     scaling: RopeScaling | None = None,
     window: int | None = None,
     tie_embeddings: bool = False,
+    attention_dropout: float = 0.0,
 ) -> DecoderConfig:
     return DecoderConfig(
         vocab_size=vocab_size,
@@ -43,6 +45,7 @@ def _mixtral(
             qkv_bias=False,
             out_bias=False,
             window=window,
+            dropout=attention_dropout,
         ),
         feed_forward=Experts(
             num_experts=num_experts,
@@ -83,9 +86,28 @@ WEIGHTS = (
     Weight("layers.feed_forward.experts.down_proj.weight", _EXPERTS + "experts.{expert}.w2.weight", "e d f -> e f d"),
 )
 TIED = llama.TIED
-IGNORED = llama.IGNORED
+# What newer code calls the same.
+RENAMES = (
+    (r"\.mlp\.gate\.weight$", ".block_sparse_moe.gate.weight"),
+    (r"\.mlp\.experts\.(\d+)\.gate_proj\.", r".block_sparse_moe.experts.\1.w1."),
+    (r"\.mlp\.experts\.(\d+)\.up_proj\.", r".block_sparse_moe.experts.\1.w3."),
+    (r"\.mlp\.experts\.(\d+)\.down_proj\.", r".block_sparse_moe.experts.\1.w2."),
+)
+
+# In Mistral's own files, with the rotary pairs interleaved as in Meta's.
+_META_EXPERTS = "layers.{layer}.feed_forward."
+META_WEIGHTS = (
+    *(w for w in llama.META_WEIGHTS if "feed_forward" not in w.name),
+    *(
+        dataclasses.replace(w, source=w.source.replace(_EXPERTS, _META_EXPERTS))
+        for w in WEIGHTS
+        if "feed_forward" in w.name
+    ),
+)
+META_TIED = llama.META_TIED
 
 _A_MIXTRAL = "a Hugging Face Mixtral"
+ARCHITECTURES = ("MixtralForCausalLM", "MixtralModel")
 
 
 def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
@@ -93,9 +115,10 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
 
     Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
     """
-    reader = ConfigReader(data, "a Mixtral", {"output_router_logits"})
+    aliases = {"num_experts": "num_local_experts"}
+    reader = ConfigReader(data, "a Mixtral", ARCHITECTURES, aliases=aliases, harmless=CAUSAL | {"router_jitter_noise"})
     take = reader.take
-    reader.only(hidden_act="silu", attention_dropout=0.0, router_jitter_noise=0.0)
+    reader.only(hidden_act="silu", moe_frequency=1)
     max_positions, num_heads = take("max_position_embeddings", int, 131_072), take("num_attention_heads", int)
     theta, scaling = read_rope(reader, max_positions, 1_000_000.0)
     config = _mixtral(
@@ -103,7 +126,7 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
         hidden_size=take("hidden_size", int),
         num_layers=take("num_hidden_layers", int),
         num_heads=num_heads,
-        num_kv_heads=take("num_key_value_heads", int, num_heads),
+        num_kv_heads=take("num_key_value_heads", int, num_heads, absent=8),
         head_dim=take("head_dim", int, None),
         intermediate_size=take("intermediate_size", int),
         num_experts=take("num_local_experts", int, 8),
@@ -116,9 +139,35 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
         # Per layer; Hugging Face's has its minimum at top_k instead of 1.
         load_balance_loss=take("router_aux_loss_coef", float, 0.001),
         tie_embeddings=take("tie_word_embeddings", bool, False),
+        attention_dropout=take("attention_dropout", float, 0.0),
     )
     reader.finish()
     return config
+
+
+def from_meta(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
+    """The model of Mistral's own `params.json`; what it leaves out is read off the shapes of the tensors.
+
+    Raises UserError for a key that is not known.
+    """
+    choice, first = params.get("moe"), "layers.0.feed_forward.experts.0.w1.weight"
+    if not isinstance(choice, dict) or {"num_experts", "num_experts_per_tok"} != choice.keys():
+        raise UserError(f"params.json has moe={choice!r}, which must be num_experts and num_experts_per_tok")
+    if first not in shapes:
+        raise UserError(f"the weights lack '{first}'")
+    dense = llama.from_meta(
+        {key: value for key, value in params.items() if key != "moe"},
+        {**shapes, "layers.0.feed_forward.w1.weight": shapes[first]},
+    )
+    experts = Experts(
+        num_experts=choice["num_experts"],
+        intermediate_size=shapes[first][0],
+        router=SoftmaxTopK(choice["num_experts_per_tok"], normalize=True),
+        activation="silu",
+        gated=True,
+        load_balance_loss=0.02,
+    )
+    return dataclasses.replace(dense, feed_forward=experts)
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
@@ -147,6 +196,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         "num_experts_per_tok": router.top_k,
         "router_aux_loss_coef": experts.load_balance_loss,
         "hidden_act": "silu",
+        "attention_dropout": attention.dropout,
         "max_position_embeddings": config.max_positions,
         "sliding_window": attention.window,
         "rms_norm_eps": norm.eps,

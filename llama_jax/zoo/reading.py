@@ -1,51 +1,137 @@
 """What the families share in reading and writing Hugging Face's config.json."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from llama_jax.config import UserError
 from llama_jax.models import ModelConfig
 from llama_jax.nn.positions import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+from llama_jax.zoo.known_keys import is_off, origin
 
-# Keys of config.json that change neither the weights nor what a model computes from them.
-HARMLESS = frozenset({
-    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label", "initializer_range",
-    "label2id", "model_type", "pad_token_id", "torch_dtype", "transformers_version", "use_cache",
-})  # fmt: skip
 _MISSING: Any = object()
+# Of a model that is nothing but a decoder.
+CAUSAL = frozenset({"is_decoder"})
+# What quantizes weights, by the name that `quant_method` has for it.
+_QUANTIZERS = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "mlx": "MLX"}
 
 
 class ConfigReader:
-    """A config.json that is read key by key; what is left over at the end is refused by name."""
+    """A config.json that is read key by key; what may change a logit and nobody has read is refused by name.
 
-    def __init__(self, data: Mapping[str, Any], family: str, harmless: frozenset[str] | set[str] = frozenset()):
-        """`family` is what sentences call such a model ("a Llama"); `harmless` keys may have any value."""
-        self.family = family
-        self._rest = {key: value for key, value in data.items() if key not in HARMLESS | harmless}
+    `family` is what sentences call such a model ("a Llama"). `architectures` are the classes whose weights it reads,
+    the usual one first. `aliases` are other names of keys, as `{other: key}`; `harmless` keys may have any value,
+    beside those that are harmless in all families (`known_keys`).
+    """
 
-    def take(self, key: str, kind: Any, default: Any = _MISSING) -> Any:
-        """The value of `key`, or the default. Raises UserError where the one is mistyped, or both are missing."""
-        value = self._rest.pop(key, None)
+    def __init__(
+        self,
+        data: Mapping[str, Any],
+        family: str,
+        architectures: Collection[str],
+        *,
+        aliases: Mapping[str, str] | None = None,
+        harmless: Collection[str] = (),
+    ):
+        self.family, self._data, self._harmless, self._aliases = family, data, harmless, aliases or {}
+        self.taken = {"architectures", "model_type"}
+        self.architecture = architecture(data, architectures, family)
+        if quantization := data.get("quantization") or data.get("quantization_config"):
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+            if "quantization" in data and not is_off(data["quantization"]):
+                raise UserError(f"config.json has quantization={quantization!r}: {_unquantized('MLX')}")
+            if str(method).lower() in _QUANTIZERS:
+                raise UserError(
+                    f"config.json has quantization_config.quant_method={method!r}: "
+                    f"{_unquantized(_QUANTIZERS[str(method).lower()])}"
+                )
+
+    def take(self, key: str, kind: Any, default: Any = _MISSING, *, absent: Any = _MISSING) -> Any:
+        """The value of `key`; `default` where it is null, and where it is not there too, unless `absent` is given.
+
+        Raises UserError for a value of another type, and where there is neither value nor default.
+        """
+        value, name = self._data.get(key), key
+        self.taken.add(key)
+        for alias, meant in self._aliases.items():
+            if meant == key and (other := self._data.get(alias)) is not None:
+                self.taken.add(alias)
+                if value is not None and other != value:
+                    raise UserError(f"config.json has {alias}={other!r} and {key}={value!r}, which are one setting")
+                value, name = other, name if value is not None else alias
         if value is None:
+            if absent is not _MISSING and key not in self._data:
+                return absent
             if default is _MISSING:
                 raise UserError(f"config.json lacks '{key}'")
             return default
-        return typed(value, kind, f"config.json has {key}")
+        return typed(value, kind, f"config.json has {name}")
 
     def only(self, **values: Any) -> None:
         """Raises UserError where one of these keys is there with another value: what the family cannot do otherwise."""
         for key, only in values.items():
             if (value := self.take(key, object, only)) != only:
-                raise UserError(f"config.json has {key}={value!r}, and {self.family} can only have {only!r}")
+                raise UserError(
+                    f"config.json has {key}={value!r}, and {self.family} can only have {only!r}; where that makes no "
+                    f"difference, pass --ignore-config-keys {key}"
+                )
 
     def finish(self) -> None:
-        """Raises UserError for a key that nobody took."""
-        unknown = [key for key, value in self._rest.items() if value is not None]
-        if unknown:
+        """Raises UserError for a key that nobody took, and that may change a logit."""
+        for key, value in self._data.items():
+            if key in self.taken or key in self._harmless or is_off(value) or origin(key, value) is not None:
+                continue
+            if key == "layer_types" and isinstance(value, list) and set(value) == {"full_attention"}:
+                continue
             raise UserError(
-                f"config.json has {unknown[0]}={self._rest[unknown[0]]!r}, which is not supported for {self.family}"
+                f"config.json has {key}={value!r}, which is not supported for {self.family}; where it changes no "
+                f"logit, pass --ignore-config-keys {key}"
             )
+
+
+def _unquantized(kind: str) -> str:
+    return f"weights quantized by {kind} are not supported: take a release of these weights that is not quantized"
+
+
+def without_keys(data: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:
+    """A config.json without these keys; `rope_scaling.KEY` is a key inside of another's value.
+
+    Raises UserError for a key that is not there.
+    """
+    found = dict(data)
+    for key in ignored:
+        outer, _, inner = key.partition(".")
+        if key in found:
+            del found[key]
+        elif inner and isinstance(found.get(outer), dict) and inner in found[outer]:
+            found[outer] = {name: value for name, value in found[outer].items() if name != inner}
+        else:
+            raise UserError(f"ignore_config_keys names '{key}', which the config does not have")
+    return found
+
+
+def plain_name(architecture: str) -> str:
+    """The name of a class as families know it: that of TensorFlow's and Flax's too, whatever is written large."""
+    name = architecture.lower()
+    return name.removeprefix("tf").removeprefix("flax")
+
+
+def architecture(data: Mapping[str, Any], known: Collection[str], family: str) -> str:
+    """Which of the classes `known` the file's `architectures` name; the first where they name none.
+
+    Raises UserError for others, whose head or whose code is not read here.
+    """
+    names = data.get("architectures") or [next(iter(known))]
+    by_name = {plain_name(name): name for name in known}
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"config.json has architectures={names!r}, which should be a list of names")
+    for name in names:
+        if plain_name(name) not in by_name:
+            raise UserError(
+                f"config.json has architectures={names!r}, and for {family} {', '.join(known)} are supported; where "
+                "the weights are of one of these, pass --ignore-config-keys architectures"
+            )
+    return by_name[plain_name(names[0])]
 
 
 def typed(value: Any, kind: Any, where: str) -> Any:
@@ -62,17 +148,23 @@ def read_rope(
 ) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) of both spellings: `rope_theta` with `rope_scaling`, or `rope_parameters`.
 
-    `partial` is the share of a head that the family rotates, and the only one that may be asked for. Raises
-    UserError for a kind that is not supported and for keys that are not known.
+    `partial` is the share of a head that the family rotates, and the only one that may be asked for. Of dynamic NTK,
+    which changes nothing up to `max_positions`, nothing is left. Raises UserError for a kind that is not supported and
+    for keys that are not known.
     """
-    theta = reader.take("rope_theta", float, theta)
+    theta, before = reader.take("rope_theta", float, theta), reader.take("original_max_position_embeddings", int, None)
     reader.only(partial_rotary_factor=partial)
     old, new = reader.take("rope_scaling", dict, {}), reader.take("rope_parameters", dict, {})
     if old and new and old != new:
         raise UserError("config.json has both rope_scaling and rope_parameters, and they differ")
-    rest = {key: value for key, value in (old | new).items() if value is not None}
+    rest = {key: value for key, value in (old | new).items() if not is_off(value) or key == "truncate"}
     kind = rest.pop("rope_type", rest.pop("type", "default"))
     rest.pop("type", None)
+    rest.pop("finetuned", None)  # whether the weights were trained with it
+    if before is not None and kind in ("llama3", "yarn"):
+        rest["original_max_position_embeddings"] = before
+    if kind in ("default", "linear", "dynamic"):
+        rest.pop("original_max_position_embeddings", None)  # of the weights before; these kinds do not read it
 
     def take(key: str, type_: Any = float, default: Any = _MISSING) -> Any:
         if key not in rest and default is _MISSING:
@@ -83,6 +175,10 @@ def read_rope(
     scaling: RopeScaling | None
     if kind == "default":
         scaling = None
+    elif kind == "dynamic":
+        # Frequencies change where a text is longer than max_positions, and no text here becomes that long.
+        take("factor", float, 1.0)
+        scaling = None
     elif kind == "linear":
         scaling = LinearScaling(take("factor"))
     elif kind == "llama3":
@@ -90,7 +186,7 @@ def read_rope(
             factor=take("factor"),
             low_freq_factor=take("low_freq_factor"),
             high_freq_factor=take("high_freq_factor"),
-            original_max_positions=take("original_max_position_embeddings", int),
+            original_max_positions=take("original_max_position_embeddings", int, max_positions),
         )
     elif kind == "yarn":
         scaling = YarnScaling(
@@ -107,11 +203,16 @@ def read_rope(
         if not take("truncate", bool, True):
             raise UserError("config.json has rope_scaling.truncate=False, which is not supported")
     else:
-        raise UserError(f"config.json has rope_type={kind!r}, which is not supported: linear, yarn and llama3 are")
+        raise UserError(
+            f"config.json has rope_type={kind!r}, which is not supported: linear, dynamic, yarn and llama3 are"
+        )
     if (asked := take("partial_rotary_factor", float, partial)) != partial:
         raise UserError(f"config.json has partial_rotary_factor={asked}, and {reader.family} can only have {partial}")
     if rest:
-        raise UserError(f"config.json has rope_scaling.{next(iter(rest))}, which is not supported with {kind!r}")
+        raise UserError(
+            f"config.json has rope_scaling.{next(iter(rest))}, which is not supported with {kind!r}; where it changes "
+            f"no logit, pass --ignore-config-keys rope_scaling.{next(iter(rest))}"
+        )
     return theta, scaling
 
 

@@ -19,6 +19,7 @@ from llama_jax.zoo.bert import (
     read_heads,
     read_sizes,
     weights,
+    with_pooler,
     write_config,
 )
 from llama_jax.zoo.reading import ConfigReader, checked
@@ -37,12 +38,10 @@ WEIGHTS = weights(
         "classifier": "classifier.out_proj",
     },
 )
-# Computed, not trained: the positions' numbers.
-IGNORED = (r"roberta\.embeddings\.position_ids",)
 TIED = {"lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight", "lm_head.decoder.bias": "lm_head.bias"}
-RENAMES = ((r"^(embeddings|encoder|pooler)\.", r"roberta.\1."),)
 
 _A_ROBERTA = "a Hugging Face RoBERTa"
+ARCHITECTURES = ("RobertaModel", "RobertaForMaskedLM", "RobertaForSequenceClassification")
 
 
 def from_hf(data: Mapping[str, Any]) -> EncoderConfig:
@@ -50,11 +49,9 @@ def from_hf(data: Mapping[str, Any]) -> EncoderConfig:
 
     Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
     """
-    reader = ConfigReader(data, "a RoBERTa", {"gradient_checkpointing"})
+    reader = ConfigReader(data, "a RoBERTa", ARCHITECTURES)
     activation = read_activation(reader)
-    heads = read_heads({"architectures": ["RobertaModel"], **data}, reader, "Roberta")
-    if "pair_head" in heads:
-        raise UserError(f"config.json has architectures={data['architectures']!r}, which no RoBERTa has")
+    heads = read_heads(data, reader, "Roberta")
     if "num_classes" in heads:
         heads |= {"pooler": False, "classifier": "dense"}
     fields = read_sizes(reader, eps=1e-12)
@@ -67,7 +64,7 @@ def from_hf(data: Mapping[str, Any]) -> EncoderConfig:
 
 def with_tensors(config: EncoderConfig, names: Collection[str]) -> EncoderConfig:
     """The config with the pooler, where a file has one that its `architectures` do not speak of."""
-    return dataclasses.replace(config, pooler=config.pooler or "roberta.pooler.dense.weight" in names)
+    return dataclasses.replace(config, pooler=with_pooler(config, False, "roberta.", names))
 
 
 def to_hf(config: EncoderConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from llama_jax.nn import MLP
 from llama_jax.nn.experts import Experts, SwitchRouter
 from llama_jax.zoo import Weight
 from llama_jax.zoo.reading import ConfigReader, checked, expect
-from llama_jax.zoo.t5 import HARMLESS, IGNORED, TIED, plain, read_shape, t5, weights, write_shape
+from llama_jax.zoo.t5 import ALIASES, IGNORED, TIED, plain, read_shape, t5, weights, write_shape
 
 __all__ = ["IGNORED", "PRESETS", "TIED", "WEIGHTS", "from_hf", "to_hf"]
 
@@ -71,6 +71,7 @@ def _feed_forward(ours: str, theirs: str) -> tuple[Weight, ...]:
 WEIGHTS = weights(_feed_forward)
 
 _A_SWITCH = "a Hugging Face Switch Transformer"
+ARCHITECTURES = ("SwitchTransformersForConditionalGeneration", "SwitchTransformersModel")
 
 
 def from_hf(data: Mapping[str, Any]) -> EncoderDecoderConfig:
@@ -78,7 +79,7 @@ def from_hf(data: Mapping[str, Any]) -> EncoderDecoderConfig:
 
     Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
     """
-    reader = ConfigReader(data, "a Switch Transformer", HARMLESS | {"add_router_probs"})
+    reader = ConfigReader(data, "a Switch Transformer", ARCHITECTURES, aliases=ALIASES)
     take = reader.take
     reader.only(
         feed_forward_proj="relu",

@@ -4,7 +4,8 @@ Sizes from the released configs; the counts they give are tested to the digit. A
 sqrt(head_dim), positions are a bias on them, and the logits of the tied head of 1.0 are divided by sqrt(d).
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from llama_jax.config import UserError
@@ -178,7 +179,13 @@ TIED = dict.fromkeys(_COPIES, "shared.weight")
 IGNORED = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)
 
 _A_T5 = "a Hugging Face T5"
-HARMLESS = {"classifier_dropout", "initializer_factor", "output_past", "task_specific_params"}
+ARCHITECTURES = ("T5ForConditionalGeneration", "T5Model", "T5WithLMHeadModel")
+ALIASES = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "num_heads",
+    "num_hidden_layers": "num_layers",
+    "head_dim": "d_kv",
+}
 _PLAIN = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu"}
 _GATED = {"gated-gelu": "gelu_tanh", "gated-relu": "relu", "gated-silu": "silu"}
 
@@ -188,11 +195,13 @@ def read_shape(reader: ConfigReader, data: Mapping[str, Any]) -> dict[str, Any]:
     take = reader.take
     reader.only(is_encoder_decoder=True, is_decoder=False)
     num_layers = take("num_layers", int)
+    num_decoder_layers = take("num_decoder_layers", int, num_layers)
+    reader.only(decoder_layers=num_decoder_layers)
     return {
         "vocab_size": take("vocab_size", int),
         "hidden_size": take("d_model", int),
         "num_encoder_layers": num_layers,
-        "num_layers": take("num_decoder_layers", int, num_layers),
+        "num_layers": num_decoder_layers,
         "num_heads": take("num_heads", int),
         "head_dim": take("d_kv", int),
         "max_positions": take("n_positions", int, 512),
@@ -209,7 +218,7 @@ def from_hf(data: Mapping[str, Any]) -> EncoderDecoderConfig:
 
     Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
     """
-    reader = ConfigReader(data, "a T5", HARMLESS)
+    reader = ConfigReader(data, "a T5", ARCHITECTURES, aliases=ALIASES)
     shape = read_shape(reader, data)
     size, name = reader.take("d_ff", int), reader.take("feed_forward_proj", str, "relu")
     inside = {"bias": False, "dropout": shape["dropout"]}
@@ -226,8 +235,18 @@ def from_hf(data: Mapping[str, Any]) -> EncoderDecoderConfig:
     tied = reader.take("tie_word_embeddings", bool, True)
     scaled = reader.take("scale_decoder_outputs", bool, tied)
     reader.finish()
-    # Newer files of version 1.1 say that the head is tied, which it is not, and that logits are not scaled.
-    return t5(**shape, feed_forward=feed_forward, version_1_0=tied and scaled, scaled_logits=scaled)
+    return t5(**shape, feed_forward=feed_forward, version_1_0=tied, scaled_logits=scaled)
+
+
+def with_tensors(config: EncoderDecoderConfig, names: Collection[str]) -> EncoderDecoderConfig:
+    """The config with a head of its own where a file of version 1.1 has one.
+
+    Newer files say of all that the head is tied, and of version 1.1 that logits are not scaled; those made from
+    scratch are tied, and those converted from the first releases are not.
+    """
+    if config.logit_scale == 1 and "lm_head.weight" in names:
+        return dataclasses.replace(config, tie_embeddings=False)
+    return config
 
 
 def write_shape(config: EncoderDecoderConfig, family: str) -> dict[str, Any]:
@@ -271,5 +290,6 @@ def to_hf(config: EncoderDecoderConfig) -> dict[str, Any]:
         "model_type": "t5",
         "d_ff": feed_forward.intermediate_size,
         "feed_forward_proj": by_activation[feed_forward.activation],
+        "scale_decoder_outputs": config.logit_scale != 1,
     }
     return checked(data, config, from_hf, _A_T5)

@@ -50,7 +50,7 @@ def texts(lengths: tuple[int, ...], seed: int = 1) -> list[np.ndarray]:
 
 def everything(module: Any, tokens: jax.Array, others: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """What a model says of texts that stand alone in their rows."""
-    found = {"logits": module(tokens, **others), "class_logits": module.class_logits(tokens, **others)}
+    found = {name: getattr(module, name)(tokens, **others) for name in ("token_logits", "class_logits")}
     if module.part("pooler") is not None:
         found |= {name: getattr(module, name)(tokens, **others) for name in ("pooled", "pair_logits")}
     return found
@@ -67,10 +67,13 @@ def test_padding_is_not_seen_on_either_side(kind: str, request, random_params):
     for row, places in enumerate((slice(0, 9), slice(5, 14))):
         tokens[row, places], mask[row, places] = text, 1
     padded = model.run(everything, jnp.asarray(tokens), {"mask": jnp.asarray(mask)})
-    np.testing.assert_allclose(padded["logits"][mask == 1].reshape(2, 9, -1), alone["logits"].repeat(2, 0), atol=2e-5)
-    for name in alone.keys() - {"logits"}:  # of the first token, which stands first where padding is behind
+    of_tokens = alone["token_logits"]
+    np.testing.assert_allclose(padded["token_logits"][mask == 1].reshape(2, 9, -1), of_tokens.repeat(2, 0), atol=2e-5)
+    np.testing.assert_array_equal(model(jnp.asarray(tokens), mask=jnp.asarray(mask)), padded["class_logits"])
+    for name in alone.keys() - {"token_logits"}:  # of the first token, which stands first where padding is behind
         np.testing.assert_allclose(padded[name][:1], alone[name], atol=2e-5, err_msg=name)
-    assert np.abs(model(jnp.asarray(tokens))[0, :9] - alone["logits"][0]).max() > 0.1, "without a mask it is seen"
+    unmasked = model.run(everything, jnp.asarray(tokens), {})["token_logits"]
+    assert np.abs(unmasked[0, :9] - of_tokens[0]).max() > 0.1, "without a mask it is seen"
 
 
 def test_packed_texts_are_separate_texts(bert, random_params):
@@ -140,7 +143,7 @@ def test_packed_losses_are_the_means_over_the_texts(classes: bool, bert, random_
         if classes:
             expected["loss"].append(nats(found["class_logits"], of["class_targets"][:, 0]))
         else:
-            expected["loss"].append(nats(found["logits"], of["targets"]) * of["weights"])
+            expected["loss"].append(nats(found["token_logits"], of["targets"]) * of["weights"])
             # Entry 0 of the released heads says that the second text follows.
             expected["pair_loss"].append(nats(found["pair_logits"], 1 - of["pair_targets"][:, 0]))
     weights = {"loss": batch["weights"].sum(), "pair_loss": 2 * len(batch["tokens"])}

@@ -103,8 +103,6 @@ def test_encoders_of_another_size_are_expressed():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("encoder_layerdrop", 0.1),
-        ("decoder_layerdrop", 0.1),
         ("normalize_before", True),
         ("add_final_layer_norm", True),
         ("add_bias_logits", True),
@@ -138,7 +136,6 @@ def test_what_neither_can_be_is_refused_by_name(name: str, key: str, value):
         ("marian", "normalize_embedding", True),
         ("marian", "share_encoder_decoder_embeddings", False),
         ("marian", "decoder_vocab_size", 65),
-        ("marian", "bad_words_ids", [[5]]),
         ("marian", "pad_token_id", 1),
     ],
 )

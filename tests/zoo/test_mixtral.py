@@ -58,7 +58,7 @@ def test_the_released_config_is_the_preset():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"router_jitter_noise": 0.1}, "router_jitter_noise=0.1, and a Mixtral can only have 0.0"),
+        ({"moe_frequency": 2}, "moe_frequency=2, and a Mixtral can only have 1"),
         ({"num_local_experts": 1}, "num_experts=1 must be at least the 2"),
         ({"attention_bias": True}, "attention_bias=True, which is not supported for a Mixtral"),
         ({"num_experts_per_tok": "two"}, "num_experts_per_tok='two', which should be of type int"),

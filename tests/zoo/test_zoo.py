@@ -154,8 +154,7 @@ def test_both_spellings_of_rotary_scaling(scaling, expected):
     [
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "longrope"),
         ({"rope_scaling": {"type": "linear"}}, "linear.*factor"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "surprise": 1}}, "surprise"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),

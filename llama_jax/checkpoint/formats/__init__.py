@@ -4,6 +4,6 @@ Every reader returns `Tensors`, whose values read from the disk only what they a
 format as one module here; what the names in it *mean* is said in `zoo/`.
 """
 
-from llama_jax.checkpoint.formats.tensors import Cut, Joined, Split, Stack, Stored, Tensor, Tensors
+from llama_jax.checkpoint.formats.tensors import Cut, Item, Joined, Split, Stack, Stored, Tensor, Tensors
 
-__all__ = ["Cut", "Joined", "Split", "Stack", "Stored", "Tensor", "Tensors"]
+__all__ = ["Cut", "Item", "Joined", "Split", "Stack", "Stored", "Tensor", "Tensors"]

@@ -35,7 +35,10 @@ DTYPES = {
 _FORMS: tuple[tuple[str, Callable[[Path], Tensors]], ...] = (
     ("model.safetensors", lambda file: read_safetensors(file)),
     ("pytorch_model.bin", read_torch),
+    ("consolidated.safetensors", lambda file: read_safetensors(file)),
 )
+# Weights that other frameworks and tools wrote.
+_UNREAD = ("*.h5", "*.msgpack", "*.ckpt*", "*.gguf", "*.onnx", "*.npz", "*.ot")
 
 
 def read_safetensors(file: Path) -> Tensors:
@@ -74,7 +77,7 @@ def read_safetensors(file: Path) -> Tensors:
 
 
 def read_directory(directory: Path) -> Tensors:
-    """The tensors of a Hugging Face model directory, whichever of the four forms they are in.
+    """The tensors of a Hugging Face model directory, whichever of the forms they are in.
 
     Raises UserError where there are none, a file is missing or damaged, or an index names a file outside `directory`.
     """
@@ -83,7 +86,15 @@ def read_directory(directory: Path) -> Tensors:
             return read(file)
         if (index := directory / f"{name}.index.json").is_file():
             return _read_shards(index, read)
-    raise UserError(f"'{directory}' has neither model.safetensors nor pytorch_model.bin nor an index of shards")
+    others = sorted(file.name for pattern in _UNREAD for file in directory.glob(pattern))
+    but = f"; it has {others[0]}, which is not read: get or save these weights as safetensors" if others else ""
+    raise UserError(f"'{directory}' has neither model.safetensors nor pytorch_model.bin nor an index of shards{but}")
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a directory has weights under the names that Hugging Face has for them."""
+    names = [name for name, _ in _FORMS[:2]]
+    return any((directory / f"{name}{end}").is_file() for name in names for end in ("", ".index.json"))
 
 
 def _read_shards(index: Path, read: Callable[[Path], Tensors]) -> Tensors:

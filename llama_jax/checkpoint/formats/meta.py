@@ -1,5 +1,7 @@
 """Meta's own directories: `params.json` and `consolidated.NN.pth`, one file for each model-parallel rank.
 
+Mistral's are alike, with one `consolidated.safetensors`.
+
 https://github.com/meta-llama/llama (`llama/model.py`) and https://github.com/meta-llama/llama3. Column-parallel
 matrices are split over their outputs (dim 0), row-parallel ones over their inputs (dim 1); norms are in every file.
 """
@@ -7,6 +9,7 @@ matrices are split over their outputs (dim 0), row-parallel ones over their inpu
 import re
 from pathlib import Path
 
+from llama_jax.checkpoint.formats.huggingface import read_directory
 from llama_jax.checkpoint.formats.tensors import Joined, Tensor, Tensors
 from llama_jax.checkpoint.formats.torch_pickle import read_torch
 from llama_jax.config import UserError, read_json
@@ -16,7 +19,9 @@ _SPLIT_DIM = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1,
 
 def is_meta(directory: Path) -> bool:
     """Whether a directory has Meta's layout."""
-    return (directory / "params.json").is_file() and any(directory.glob("consolidated.*.pth"))
+    one_file = (directory / f"consolidated.safetensors{end}" for end in ("", ".index.json"))
+    weights = any(directory.glob("consolidated.*.pth")) or any(file.is_file() for file in one_file)
+    return (directory / "params.json").is_file() and weights
 
 
 def read_meta(directory: Path) -> tuple[dict, Tensors]:
@@ -31,6 +36,8 @@ def read_meta(directory: Path) -> tuple[dict, Tensors]:
         if key not in params:
             raise UserError(f"'{directory / 'params.json'}' lacks '{key}'")
     files = sorted(directory.glob("consolidated.*.pth"))
+    if not files:
+        return params, read_directory(directory)
     for rank, file in enumerate(files):
         if file.name != f"consolidated.{rank:02d}.pth":
             raise UserError(f"'{directory}' lacks consolidated.{rank:02d}.pth: download it")

@@ -106,6 +106,25 @@ class Stack:
 
 
 @dataclasses.dataclass(frozen=True)
+class Item:
+    """One entry of a tensor's first dimension (an expert of those that are stored as one)."""
+
+    whole: Tensor
+    index: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.whole.shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.whole.dtype
+
+    def read(self, slices: Slices = (), /) -> np.ndarray:
+        return self.whole.read((slice(self.index, self.index + 1), *slices))[0]
+
+
+@dataclasses.dataclass(frozen=True)
 class Split:
     """A tensor whose first dimension is seen as two, the first of them of this size."""
 

@@ -1,7 +1,9 @@
-"""PyTorch's zip checkpoints (`.pth`, `.bin`) without PyTorch, and without executing anything they contain.
+"""PyTorch's checkpoints (`.pth`, `.bin`) without PyTorch, and without executing anything they contain.
 
 A checkpoint is a zip of `data.pkl`, a pickle of the tensors' shapes and strides, and one stored entry `data/N` for
-each storage. A pickle can call whatever it can name; this reader gives it the names in `_ALLOWED` and no others.
+each storage. Before PyTorch 1.6 it was five pickles one after another (a magic number, a version, the sizes of the
+machine's numbers, the tensors, the storages' keys) and behind them each storage: an int64 count, then its elements. A
+pickle can call whatever it can name; this reader gives it the names in `_ALLOWED` and no others.
 """
 
 import collections
@@ -30,6 +32,10 @@ _STORAGES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
+
+
+# What the first pickle begins with, of protocol 2: a long of ten bytes.
+_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,15 +70,22 @@ def _rebuild_parameter(data: Any, *_: Any) -> Any:
 
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
 } | {("torch", name): _StorageType(dtype) for name, dtype in _STORAGES.items()}
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, storages: dict[str, tuple[int, int]], file: Path):
-        super().__init__(io.BytesIO(data), encoding="utf-8")
+    """Reads a pickle of `stream`, in which the storage of a key has these (offset, nbytes) in `file`.
+
+    Without `storages` it notes in `found` what they would be: type and number of elements by key.
+    """
+
+    def __init__(self, stream: io.BufferedReader | io.BytesIO, storages: dict[str, tuple[int, int]] | None, file: Path):
+        super().__init__(stream, encoding="utf-8")
         self._storages, self._file = storages, file
+        self.found: dict[str, tuple[np.dtype, int]] = {}
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         if (found := _ALLOWED.get((module_name, global_name))) is None:
@@ -84,7 +97,20 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any, /) -> Any:
         kind, storage_type, key = pid[:3]
-        if kind != "storage" or not isinstance(storage_type, _StorageType) or key not in self._storages:
+        if kind != "storage" or not isinstance(storage_type, _StorageType) or not isinstance(key, str):
+            raise pickle.UnpicklingError(f"an unknown storage {pid!r}")
+        if self._storages is None:
+            size = pid[4]
+            if pid[5:] != (None,):
+                raise pickle.UnpicklingError("a storage that is a part of another")
+            if (
+                not isinstance(size, int)
+                or size < 0
+                or self.found.setdefault(key, (storage_type.dtype, size))[1] != size
+            ):
+                raise pickle.UnpicklingError(f"a storage of {size!r} elements")
+            return _Storage(self._file, 0, size * storage_type.dtype.itemsize, storage_type.dtype)
+        if key not in self._storages:
             raise pickle.UnpicklingError(f"an unknown storage {pid!r}")
         return _Storage(self._file, *self._storages[key], storage_type.dtype)
 
@@ -92,21 +118,16 @@ class _Unpickler(pickle.Unpickler):
 def read_torch(file: Path) -> Tensors:
     """The tensors of a `.pth` or `.bin` file, by name, none of them read yet.
 
-    Raises UserError for a missing, damaged or truncated file, for the format before PyTorch 1.6, and for a pickle
-    that names anything but tensors.
+    Raises UserError for a missing, damaged or truncated file, and for a pickle that names anything but tensors.
     """
     try:
+        if file.is_file() and (tensors := _read_sequence(file)) is not None:
+            return tensors
         with zipfile.ZipFile(file) as archive:
             return _read_archive(archive, file)
     except FileNotFoundError:
         raise UserError(f"'{file}' does not exist") from None
     except zipfile.BadZipFile:
-        with open(file, "rb") as stream:
-            legacy = stream.read(2) == b"\x80\x02"
-        if legacy:
-            raise UserError(
-                f"'{file}' is in the format of PyTorch before 1.6: load and save it once with a newer PyTorch"
-            ) from None
         raise UserError(f"'{file}' is not a PyTorch checkpoint, or it is truncated: download it again") from None
     except UserError:
         raise
@@ -133,7 +154,44 @@ def _read_archive(archive: zipfile.ZipFile, file: Path) -> Tensors:
             if entry.compress_type != zipfile.ZIP_STORED or begin + entry.file_size > size:
                 raise UserError(f"'{file}' is damaged at '{entry.filename}': download it again")
             storages[entry.filename.removeprefix(f"{root}data/")] = (begin, entry.file_size)
-    state = _Unpickler(archive.read(pickles[0]), storages, file).load()
+    return _tensors(_Unpickler(io.BytesIO(archive.read(pickles[0])), storages, file).load(), file)
+
+
+def _read_sequence(file: Path) -> Tensors | None:
+    """The tensors of a file of PyTorch before 1.6; None of any other file."""
+    with open(file, "rb") as stream:
+        if stream.read(len(_MAGIC)) != _MAGIC:
+            return None
+        stream.seek(0)
+
+        def load(storages: dict[str, tuple[int, int]] | None) -> tuple[Any, _Unpickler]:
+            unpickler = _Unpickler(stream, storages, file)
+            return unpickler.load(), unpickler
+
+        load({})
+        version, machine = load({})[0], load({})[0]
+        if version != 1001 or not isinstance(machine, dict) or machine.get("little_endian") is not True:
+            raise UserError(f"'{file}' is of another version or machine: convert it to safetensors with PyTorch")
+        # Where storages lie is known only behind the pickle that cuts tensors out of them: it is read twice.
+        begin = stream.tell()
+        _, first = load(None)
+        keys = load({})[0]
+        end, size = stream.tell(), file.stat().st_size
+        if not isinstance(keys, list) or sorted(keys) != sorted(first.found):
+            raise pickle.UnpicklingError("its list of storages is not that of its tensors")
+        storages = {}
+        for key in keys:
+            dtype, count = first.found[key]
+            stream.seek(end)
+            if stream.read(8) != struct.pack("<q", count) or end + 8 + count * dtype.itemsize > size:
+                raise UserError(f"'{file}' is truncated at storage '{key}': download it again")
+            storages[key] = (end + 8, count * dtype.itemsize)
+            end += 8 + count * dtype.itemsize
+        stream.seek(begin)
+        return _tensors(load(storages)[0], file)
+
+
+def _tensors(state: Any, file: Path) -> Tensors:
     if not isinstance(state, dict):
         raise UserError(f"'{file}' holds a {type(state).__name__}, not tensors by name")
     for name, tensor in state.items():

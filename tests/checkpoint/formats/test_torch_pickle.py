@@ -22,8 +22,9 @@ def _write(file: Path, state: bytes, *, compression: int = zipfile.ZIP_STORED) -
     return file
 
 
-def test_every_dtype_and_layout_that_torch_writes():
-    tensors = read_torch(GOLDENS / "torch.pth")
+@pytest.mark.parametrize("file", ["torch.pth", "torch_before_1_6.pth"])
+def test_every_dtype_and_layout_that_torch_writes(file):
+    tensors = read_torch(GOLDENS / file)
     expected = np.load(GOLDENS / "torch_expected.npz")
     assert set(tensors) == set(expected.files)
     for name, tensor in tensors.items():
@@ -69,19 +70,50 @@ def test_dotted_names_are_no_way_around(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9, 0.999])
-def test_truncated(tmp_path, share):
-    whole = (GOLDENS / "torch.pth").read_bytes()
+@pytest.mark.parametrize("name", ["torch.pth", "torch_before_1_6.pth"])
+def test_truncated(tmp_path, name, share):
+    whole = (GOLDENS / name).read_bytes()
     file = tmp_path / "cut.pth"
     file.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(UserError, match=r"truncated.*download"):
+    with pytest.raises(UserError, match=r"(truncated|damaged).*download"):
         read_torch(file)
 
 
+def _sequence(state: bytes, keys: list[str], storages: bytes = b"") -> bytes:
+    """A file as PyTorch before 1.6 wrote it."""
+    machine = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
+    first = [pickle.dumps(x, protocol=2) for x in (0x1950A86A20F9469CFC6C, 1001, machine)]
+    return b"".join([*first, state, pickle.dumps(keys, protocol=2), storages])
+
+
+def test_nothing_in_an_old_file_is_executed(tmp_path):
+    file, called = tmp_path / "old.bin", tmp_path / "called"
+    file.write_bytes(_sequence(pickle.dumps(_Evil(os.mkdir, str(called)), protocol=2), []))
+    with pytest.raises(UserError, match="mkdir"):
+        read_torch(file)
+    assert not called.exists()
+    # Nor in what stands around the tensors.
+    parts = _sequence(pickle.dumps({}, protocol=2), [])
+    version = pickle.dumps(1001, protocol=2)
+    file.write_bytes(parts.replace(version, pickle.dumps(_Evil(os.mkdir, str(called)), protocol=2), 1))
+    with pytest.raises(UserError, match="mkdir"):
+        read_torch(file)
+    assert not called.exists()
+
+
+def test_damaged_old_files_are_refused(tmp_path):
+    file = tmp_path / "old.bin"
+    for content, named in (
+        (_sequence(pickle.dumps({}, protocol=2), ["0"]), "its list of storages"),
+        (_sequence(pickle.dumps(3, protocol=2), []), "int, not tensors"),
+        (_sequence(pickle.dumps({"step": 3}, protocol=2), []), "'step'"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=named):
+            read_torch(file)
+
+
 def test_other_files_are_refused(tmp_path):
-    legacy = tmp_path / "legacy.bin"
-    legacy.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2))
-    with pytest.raises(UserError, match=r"before 1\.6"):
-        read_torch(legacy)
     with pytest.raises(UserError, match="does not exist"):
         read_torch(tmp_path / "absent.pth")
     plain = tmp_path / "plain.zip"

@@ -169,6 +169,7 @@ def make_torch_file() -> None:
         "parameter": torch.nn.Parameter(torch.ones(2, 2)),
     }
     torch.save(tensors, GOLDENS / "torch.pth")
+    torch.save(tensors, GOLDENS / "torch_before_1_6.pth", _use_new_zipfile_serialization=False)
     np.savez_compressed(
         GOLDENS / "torch_expected.npz",
         **{

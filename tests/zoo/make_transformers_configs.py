@@ -1,0 +1,26 @@
+"""Makes transformers_configs.json: what transformers says of every family, and of all models.
+
+Run where transformers is installed (it is no dependency of this project):
+
+    python tests/zoo/make_transformers_configs.py
+"""
+
+import json
+from pathlib import Path
+
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, __version__
+
+FAMILIES = (
+    "bart", "bert", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm", "gpt2", "llama", "marian", "mixtral",
+    "roberta", "switch_transformers", "t5",
+)  # fmt: skip
+
+found = {
+    "transformers": __version__,
+    "families": {name: AutoConfig.for_model(name).to_dict() for name in FAMILIES},
+    "aliases": {name: type(AutoConfig.for_model(name)).attribute_map for name in FAMILIES},
+    "base": sorted({*PretrainedConfig().to_dict(), *vars(PretrainedConfig())}),
+    "generation": sorted(vars(GenerationConfig())),
+}
+text = json.dumps(found, indent=1, sort_keys=True)
+Path(__file__).with_name("transformers_configs.json").write_text(text + "\n", encoding="utf-8")
