@@ -46,7 +46,7 @@ TOOLS = "{% for tool in tools or [] %}{{ tool['name'] }} {% endfor %}" + CHATML
 
 
 # NFKC would be 240 kB in every file.
-NORMALIZED = (("ﬁ", "fi"), ("Ａ", "A"), ("\u00a0", " "), ("…", "..."))
+NORMALIZED = (("ﬁ", "fi"), ("Ａ", "A"), ("\u00a0", " "), ("\n", " "), ("\t", " "), ("…", "..."))
 
 
 def sentences(count: int = 400) -> list[str]:
