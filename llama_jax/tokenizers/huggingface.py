@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from llama_jax.tokenizers.base import TextStream, Tokenizer
 from llama_jax.tokenizers.exporting import exported
-from llama_jax.tokenizers.settings import Settings, guess
+from llama_jax.tokenizers.settings import KEYS, Settings, guess
 from llama_jax.tokenizers.streams import stage_of
 
 # Names that these tokens usually have, tried where a file stands alone and no setting names them.
@@ -157,11 +157,12 @@ def reachable_names(tokenizer: tokenizers.Tokenizer, model: Mapping[str, Any], s
     if isinstance(vocabulary, list):  # unigram: pieces with their scores
         return special & {piece for piece, _ in vocabulary}
     found = special & vocabulary.keys()
+    words = {name for name in found if _is_word(tokenizer, name)}
     if "merges" not in model:
-        return found
+        return words
     pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"])
     merged = found & {"".join(pair) for pair in pairs}
-    return merged | ({name for name in found if _is_word(tokenizer, name)} if model.get("ignore_merges") else set())
+    return merged | (words if model.get("ignore_merges") else set())
 
 
 def _is_word(tokenizer: tokenizers.Tokenizer, name: str) -> bool:
@@ -192,7 +193,7 @@ def _add(tokenizer: tokenizers.Tokenizer, settings: Settings) -> None:
         if token.content not in known:
             tokenizer.add_tokens([AddedToken(**vars(token))])
             known.add(token.content)
-    named = {*settings.named(), *settings.rules.names.values()}
+    named = {*settings.named(), *(name for key in KEYS if (name := settings.name(key)) is not None)}
     _make_special(tokenizer, {i for name in named if (i := tokenizer.token_to_id(name)) is not None})
 
 

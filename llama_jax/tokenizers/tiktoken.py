@@ -78,13 +78,23 @@ def read_ranks(content: bytes) -> dict[bytes, int] | None:
     return ranks if complete else None
 
 
+def _glm4(settings: Settings) -> Encoding | None:
+    """GLM-4's encoding, whose settings have the special tokens; None for another class."""
+    if settings.class_name != "ChatGLM4Tokenizer":
+        return None
+    special = {token.content: i for i, token in settings.added.items()}
+    return Encoding("GLM-4", CL100K_SPLIT, special, None, END, ("[gMASK]", "<sop>"))
+
+
 def tiktoken_tokenizer(content: bytes, ranks: dict[bytes, int], settings: Settings) -> HuggingFaceTokenizer:
-    """The tokenizer of the `ranks` of a tiktoken file `content`; which encoding it is, their number tells.
+    """Return the tokenizer of the `ranks` of a tiktoken file `content`.
+
+    The class that `settings` name, else the number of the ranks tells which encoding it is.
 
     tiktoken merges the neighbours whose union has the lowest rank, so every way to cut a token in two known ones is a
     merge, with the token's rank as its priority. Raises UserError for a number of ranks that no known encoding has.
     """
-    encoding = ENCODINGS.get(len(ranks))
+    encoding = _glm4(settings) or ENCODINGS.get(len(ranks))
     taken = set(encoding.special_tokens.values()) if encoding else set()
     if encoding is None or taken & set(ranks.values()):
         known = ", ".join(f"{encoding.name} ({number})" for number, encoding in ENCODINGS.items())

@@ -1,5 +1,6 @@
 """`load` and `save`: what comes back is what went in, and every mistake is a sentence."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,20 @@ def native(lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "model"
     save(lm, folder)
     return folder
+
+
+def test_a_native_copy_keeps_the_rule_of_prompts(lm: LanguageModel, tmp_path: Path):
+    assert lm.tokenizer is not None
+    text, rule = lm.tokenizer.encode("two fish"), ((), lm.tokenizer.eos_ids)
+    save(dataclasses.replace(lm, tokenizer=lm.tokenizer.with_rule(*rule)), tmp_path / "model")
+    again = load(tmp_path / "model").tokenizer
+    assert again is not None
+    assert again.encode_prompt("two fish") == [*text, *rule[1]]
+    # A copy of an earlier version has no file for it: prompts begin as documents do.
+    (tmp_path / "model" / "tokenizer" / "prompt_rule.json").unlink()
+    again = load(tmp_path / "model").tokenizer
+    assert again is not None
+    assert again.encode_prompt("two fish") == again.encode("two fish", bos=True)
 
 
 @pytest.mark.parametrize("mesh", [None, {"fsdp": 8}, {"fsdp": 2, "tensor": 4}], ids=str)

@@ -24,6 +24,7 @@ from llama_jax.models import Compute
 from llama_jax.nn.attention import kernels
 from llama_jax.run import Run, RunConfig, RunFailed, open_run, train
 from llama_jax.run.training import _Clock
+from llama_jax.tokenizers import load_tokenizer
 from llama_jax.training import learning_rate, make_eval_step
 
 
@@ -41,6 +42,14 @@ def test_directory_holds_everything(finished_run: Run):
     top = {path.name for path in finished_run.directory.iterdir()}
     assert top == {"config.json", "data.json", "tokenizer", "metrics.jsonl", "checkpoints", "samples.txt"}
     assert finished_run.steps() == [8, 12]
+
+
+def test_prompts_begin_as_documents_do(finished_run: Run):
+    for tokenizer in (finished_run.tokenizer, load_tokenizer(finished_run.directory / "tokenizer")):
+        assert tokenizer.prefix_ids == tokenizer.start_ids != ()
+        assert tokenizer.encode_prompt("def") == tokenizer.encode("def", bos=True)
+    # What the file alone would say is kept apart from it.
+    assert (finished_run.directory / "tokenizer" / "prompt_rule.json").is_file()
 
 
 def test_metrics_of_every_step(finished_run: Run, run_config: RunConfig):

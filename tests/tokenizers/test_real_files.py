@@ -175,6 +175,20 @@ def test_pairs_that_do_not_fit_are_one_sentence(tmp_path: Path):
         load_tokenizer(other)
 
 
+def test_glm4_ranks_have_their_special_tokens_beside_them(tmp_path: Path):
+    """zai-org/glm-4-9b-chat's tokenization_chatglm.py: a prompt begins with [gMASK] and <sop>."""
+    write_ranks(tmp_path / "tokenizer.model", {bytes([b]): b for b in range(256)} | {b"12": 256})
+    names = ("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>")
+    added = {str(260 + i): {"content": name, "special": True} for i, name in enumerate(names)}
+    config = {"tokenizer_class": "ChatGLM4Tokenizer", "added_tokens_decoder": added, "eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    for folder in (tmp_path, load_tokenizer(tmp_path).save(tmp_path / "again").parent):
+        tokenizer = load_tokenizer(folder)
+        assert tokenizer.encode_prompt("12 <sop>") == [262, 264, 256, *b" <sop>"]
+        assert (tokenizer.eos_ids, tokenizer.bos_id, tokenizer.vocab_size) == ((260,), None, 266)
+        assert tokenizer.decode([262, 264, 256, 260]) == "12"
+
+
 def test_unknown_ranks_are_refused(tmp_path: Path):
     file = write_ranks(tmp_path / "ranks", {bytes([b]): b for b in range(256)})
     with pytest.raises(UserError, match=r"ranks' .* 256 ranks are those of no known encoding \(r50k_base \(50256\)"):
