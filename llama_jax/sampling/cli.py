@@ -1,6 +1,7 @@
 """`sample.py PATH`: continue texts from the command line, or answer in a conversation."""
 
 import argparse
+import codecs
 import dataclasses
 import io
 import json
@@ -61,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
         help="text to continue or answer, repeatable; without one: interactive",
     )
     parser.add_argument(
-        "--chat", action="store_true", help="a conversation, by the model's chat template; each --prompt is one of its own"
+        "--chat",
+        action="store_true",
+        help="a conversation, by the model's chat template; each --prompt is one of its own",
     )
     parser.add_argument(
         "--chat-template",
@@ -86,11 +89,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _write_anything() -> None:
-    """Lets texts through that the terminal has no letters for (an ASCII locale), instead of ending in the middle."""
+    """Makes letters pass that an ASCII locale does not have: written as escapes, read as UTF-8."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is refused by the tokenizer, in a sentence
+    if isinstance(sys.stdin, io.TextIOWrapper):  # what is no text is refused by the tokenizer, in a sentence
+        ascii_only = codecs.lookup(sys.stdin.encoding).name == "ascii"
+        sys.stdin.reconfigure(encoding="utf-8" if ascii_only else sys.stdin.encoding, errors="surrogateescape")
 
 
 def _print_answer(lm: LanguageModel, messages: list[dict[str, str]], row: int, args: argparse.Namespace) -> str:

@@ -5,6 +5,7 @@ that order, which is that of transformers.
 """
 
 import dataclasses
+import typing
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,6 +21,7 @@ from llama_jax.parallel import shard
 Logits = Float[Array, "b v"]
 
 
+@typing.dataclass_transform(frozen_default=True)
 def part[C](*static: str) -> Callable[[type[C]], type[C]]:
     """Make a frozen dataclass a pytree whose fields, except those named, are traced."""
 

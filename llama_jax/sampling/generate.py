@@ -28,16 +28,16 @@ def generate(
     seed: int = 0,
     prompt_lengths: Any = None,
     source_mask: Any = None,
-    eos_id: int | Sequence[int] | None = None,
+    eos_id: Any = None,
 ) -> np.ndarray:
     """Token ids continued: int32 [B, T] to int32 [B, T + max_new_tokens], prompts included.
 
     Rows shorter than T are right-padded, with `prompt_lengths` [B] saying where each ends (what stands behind is never
     read); lists of different lengths are padded here, T being the longest. A row's new tokens follow its own prompt
     directly: row b is `tokens[b, :prompt_lengths[b]]`, the new tokens, then `eos_id` (0 without one) to the end. A row
-    stops early only at `eos_id`, which is kept; of several ids each stops it, and the first fills it. Temperature 0 is
-    greedy; otherwise a token is a function of the row's text, `seed` (0 to 2**64 - 1), the row's number and the
-    position, whatever else is in the batch.
+    stops early only at `eos_id` (an id, a list of them or None), which is kept; of several each stops it, and the first
+    fills it. Temperature 0 is greedy; otherwise a token is a function of the row's text, `seed` (0 to 2**64 - 1), the
+    row's number and the position, whatever else is in the batch.
 
     What the generation settings of a LanguageModel's files force and forbid holds here as in transformers; of a bare
     Model nothing is known. An encoder-decoder reads `tokens` as the source, [B, S], and writes a target: int32

@@ -75,7 +75,7 @@ class Sampler:
 
     @classmethod
     def of(cls, temperature: float, top_k: int | None, top_p: float | None) -> "Sampler":
-        """The sampler of a user's settings; below 1e-37 a temperature is greedy. Raises UserError for impossible ones."""
+        """The sampler of a user's settings; a temperature below 1e-37 is greedy. Raises UserError for others."""
         if not 0 <= temperature < float("inf"):
             raise UserError(f"temperature={temperature} must be 0 (greedy) or above")
         if top_k is not None and top_k < 1:

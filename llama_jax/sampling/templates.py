@@ -4,9 +4,10 @@ import datetime
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
@@ -21,7 +22,7 @@ MAX_CHARACTERS = 1 << 24
 class _GenerationBlocks(jinja2.ext.Extension):
     """`{% generation %}` ... `{% endgeneration %}` around what the model wrote, for training: here just its content."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno
@@ -44,7 +45,7 @@ class _Namespace(jinja2.utils.Namespace):
 
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.sandbox.SecurityError(f"a namespace has no attribute {name!r}")
+        raise jinja2.exceptions.SecurityError(f"a namespace has no attribute {name!r}")
 
 
 def _raise_exception(message: str) -> None:
@@ -88,9 +89,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], names: Mapping[
     try:
         compiled = _environment().from_string(template)
         pieces, size = [], 0
-        for piece in compiled.generate(
-            messages=plain, tools=None, documents=None, add_generation_prompt=True, **names
-        ):
+        for piece in compiled.generate(messages=plain, tools=None, documents=None, add_generation_prompt=True, **names):
             size += len(piece)
             if size > MAX_CHARACTERS:
                 raise jinja2.TemplateError(f"it writes more than {MAX_CHARACTERS} characters")

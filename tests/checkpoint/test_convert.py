@@ -90,6 +90,31 @@ def test_export_keeps_bfloat16(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+def _dtypes(folder: Path) -> dict[str, str]:
+    return {name: tensor.dtype.name for name, tensor in read_directory(folder).items()}
+
+
+@pytest.mark.parametrize("narrow", [jnp.bfloat16, np.float16])
+def test_a_conversion_keeps_every_type(copy, narrow, tmp_path):
+    """There and back, through a native copy too; `dtype` is one for all."""
+    name = np.dtype(narrow).name
+    _rewrite(copy, lambda t: t.update({k: v.astype(narrow) for k, v in t.items() if "norm" not in k}))
+    expected = _dtypes(copy)
+    assert set(expected.values()) == {"float32", name}
+    language_model.convert(copy, tmp_path / "hf", to="hf")
+    language_model.convert(copy, tmp_path / "native", to="native")
+    language_model.convert(tmp_path / "native", tmp_path / "again", to="hf")
+    assert _dtypes(tmp_path / "hf") == _dtypes(tmp_path / "again") == expected
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == name
+    for file in (tmp_path / "hf", tmp_path / "again"):
+        for key, tensor in read_directory(copy).items():
+            np.testing.assert_array_equal(read_directory(file)[key].read(), tensor.read(), err_msg=key)
+    language_model.convert(tmp_path / "native", tmp_path / "wide", to="hf", dtype="float32")
+    assert set(_dtypes(tmp_path / "wide").values()) == {"float32"}
+    with pytest.raises(UserError, match="dtype='float64' must be float32 or bfloat16"):
+        language_model.convert(copy, tmp_path / "x", to="hf", dtype="float64")
+
+
 def test_large_exports_are_sharded(tmp_path, monkeypatch):
     monkeypatch.setattr(convert, "MAX_SHARD_BYTES", 20_000)
     source, params = _load("llama_gqa")

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax import load, save
+from llama_jax import convert, load, save
+from llama_jax.checkpoint.generation import GenerationSettings
 from llama_jax.checkpoint.language_model import LanguageModel
 from llama_jax.config import UserError
 from llama_jax.models import Compute, DecoderConfig, abstract_params, from_params
@@ -94,12 +95,6 @@ def test_without_tokenizer_and_with_another(lm: LanguageModel, tokenizer: Tokeni
         assert found.fingerprint == tokenizer.fingerprint
 
 
-def test_a_tokenizer_of_another_model(native: Path):
-    larger = train_tokenizer(["some other words altogether, and quite many of them"] * 4, vocab_size=290)
-    with pytest.raises(UserError, match=r"tokenizer has 290 tokens and the model 276: it is not this model's"):
-        load(native, tokenizer=larger)
-
-
 def test_a_piece_from_outside_the_package(lm: LanguageModel, tmp_path: Path):
     class Mine(SwiGLU):
         pass
@@ -110,6 +105,35 @@ def test_a_piece_from_outside_the_package(lm: LanguageModel, tmp_path: Path):
     with pytest.raises(UserError, match=r"feed_forward names the class 'Mine'.*components=\(Mine,\)"):
         load(tmp_path / "mine")
     assert load(tmp_path / "mine", components=(Mine,)).config == config
+
+
+def test_generation_settings_and_the_rule_of_prompts_come_back(lm: LanguageModel, tmp_path: Path):
+    """From an own model, an export and a native copy of it: the same prompts, stops and what is forbidden."""
+    assert lm.tokenizer is not None
+    tokenizer = lm.tokenizer.with_rule((1, 4), (2,))
+    settings = GenerationSettings(
+        eos_ids=(2, 7, 9), pad_id=0, min_length=3, bad_words_ids=((5, 6),), others='{"x": [1]}'
+    )
+    told = dataclasses.replace(lm, tokenizer=tokenizer, generation=settings)
+    save(told, tmp_path / "native")
+    save(told, tmp_path / "hf", format="hf")
+    convert(tmp_path / "hf", tmp_path / "converted", to="native")
+    convert(tmp_path / "native", tmp_path / "exported", to="hf")
+    for form in ("native", "hf", "converted", "exported"):
+        again = load(tmp_path / form)
+        assert again.tokenizer is not None
+        assert again.tokenizer.encode_prompt("one fish") == tokenizer.encode_prompt("one fish"), form
+        expected = settings if form == "native" else dataclasses.replace(settings, bos_id=1)
+        assert again.generation == expected, form
+    config = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [1, [2, 7, 9], 0]
+
+
+def test_an_export_of_an_own_model_says_where_its_texts_end(lm: LanguageModel, tmp_path: Path):
+    save(lm, tmp_path / "hf", format="hf")
+    written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert written == {"bos_token_id": 1, "eos_token_id": [2, 1]}  # BOS begins another document
+    assert load(tmp_path / "hf").generation.eos_ids == (2, 1)
 
 
 def test_nothing_is_written_over(lm: LanguageModel, native: Path):

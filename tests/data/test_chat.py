@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llama_jax.config import UserError, choices
-from llama_jax.data.chat import ChatGLM2Chat, ChatML, ChatTemplate, Llama2Chat, Llama3Chat, chat_tokens
+from llama_jax.data.chat import ChatGLM2Chat, ChatML, ChatTemplate, Llama2Chat, Llama3Chat, chat_prompt, chat_tokens
 from llama_jax.data.objectives import Chat, Document, Vocabulary
 from llama_jax.tokenizers.base import TextStream, Tokenizer
 
@@ -167,3 +167,16 @@ def test_the_vocabulary_of_a_tokenizer():
     assert found.id("</s>") == 1
     ends = [Letters().texts.index(mark, len(SPECIAL)) for mark in ".!"]
     assert found.sentence_ends == tuple(ends), "the question mark is no token of its own there"
+
+
+@pytest.mark.parametrize("template", [Llama2Chat(), Llama3Chat(), ChatML(), ChatGLM2Chat()])
+@pytest.mark.parametrize("messages", [TALK[:1], TALK[:3], [SYSTEM, *TALK[:3]]])
+def test_a_prompt_is_the_beginning_of_what_was_trained_on(template: ChatTemplate, messages: list):
+    """Up to where the answer begins; of the conversation with its answer the last part is what the model writes."""
+    tokenizer = Letters()
+    tokens, parts = chat_tokens([*messages, TALK[1]], template, tokenizer)
+    begins = parts[0::2]  # parts alternate, the first is given
+    prompt = chat_prompt(messages, template, tokenizer)
+    assert prompt == tokens[: begins[-1]].tolist()
+    with pytest.raises(UserError, match="must end with the user's message"):
+        chat_prompt([*messages, TALK[1]], template, tokenizer)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from llama_jax.config import UserError
-from llama_jax.models import DecoderConfig, Model
+from llama_jax.models import Compute, DecoderConfig, Model, from_params
 from llama_jax.parallel import make_mesh
-from llama_jax.sampling import generate
+from llama_jax.sampling import generate, loop
 from llama_jax.sampling.loop import Choice, advance, bucket, start
 
 LENGTHS = np.array([5, 1, 9, 3])
@@ -127,6 +127,24 @@ def test_one_compilation_serves_many_lengths():
     assert [bucket(n, 300) for n in (1, 16, 17, 64, 65, 200, 300)] == [16, 16, 32, 64, 128, 256, 300]
 
 
+def test_one_compilation_serves_many_batches(model: Model, prompts: np.ndarray):
+    """Rows up to a power of two, stops up to a few and every setting's value share it, and no row notices."""
+
+    def compiled() -> tuple[int, int]:
+        return loop._start._cache_size(), loop._advance._cache_size()
+
+    many = np.concatenate([prompts, prompts[::-1, ::-1]])
+    settings = {"max_new_tokens": 6, "temperature": 1.5, "top_k": 9}
+    whole = generate(model, many, **settings, eos_id=3)
+    before = compiled()
+    for count in (5, 6, 7):
+        stops = {5: None, 6: [5, 3], 7: [3]}[count]
+        found = generate(model, many[:count], **settings | {"temperature": 1.5 + 0.1 * (count == 5)}, eos_id=stops)
+        if count == 7:
+            np.testing.assert_array_equal(found, whole[:7])
+    assert compiled() == before
+
+
 @pytest.mark.parametrize(
     ("axes", "num_rows"),
     [({"data": 2, "fsdp": 2, "tensor": 2}, 4), ({"fsdp": 2, "tensor": 4}, 3), ({"fsdp": 8}, 1)],
@@ -170,11 +188,65 @@ def test_the_context_is_the_limit(model: Model, prompts: np.ndarray):
         ({"tokens": [[1.5]]}, "type float64 must be integers"),
         ({"tokens": [[1]], "max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"tokens": [[1]], "temperature": -1.0}, "temperature=-1.0 must be"),
+        ({"tokens": [[1], []]}, r"prompt_lengths\[1\]=0 must be"),
+        ({"tokens": [[1], [2, 3]], "prompt_lengths": [1, 2]}, "rows of different lengths: pad them, or leave"),
+        ({"tokens": [[1], [[2], [3]]]}, "must be integers"),
+        ({"tokens": [[1, None]]}, "type object must be integers"),
+        ({"tokens": [[2**70]]}, "must be integers"),
+        ({"tokens": "ab"}, "must be integers"),
+        ({"tokens": [[1]], "eos_id": "a"}, "eos_id='a' must be a token id or a list of them"),
+        ({"tokens": [[1]], "eos_id": [2, 2**31]}, "must be a token id or a list"),
+        ({"tokens": [[1]], "seed": -1}, r"seed=-1 must be from 0 to 2\*\*64 - 1"),
+        ({"tokens": [[1]], "seed": 2**64}, "seed=18446744073709551616 must be"),
     ],
 )
 def test_what_cannot_be_continued(change: dict, sentence: str, model: Model):
     with pytest.raises(UserError, match=sentence):
         generate(model, **change)
+
+
+def test_rows_of_different_lengths_are_padded(model: Model, prompts: np.ndarray):
+    rows = [prompt[:length].tolist() for prompt, length in zip(prompts, LENGTHS, strict=True)]
+    expected = generate(model, prompts, max_new_tokens=6, prompt_lengths=LENGTHS)
+    np.testing.assert_array_equal(generate(model, rows, max_new_tokens=6), expected)
+    np.testing.assert_array_equal(generate(model, [np.array(row) for row in rows], max_new_tokens=6), expected)
+
+
+def test_a_row_ends_at_any_of_several_stops(model: Model, prompts: np.ndarray):
+    settings = {"max_new_tokens": 12, "prompt_lengths": LENGTHS}
+    out = generate(model, prompts, **settings)
+    stops = [int(out[1, LENGTHS[1] + 5]), int(out[0, LENGTHS[0] + 4])]
+    stopped = generate(model, prompts, **settings, eos_id=stops)
+    for row, free, length in zip(stopped, out, LENGTHS, strict=True):
+        new = free[length : length + 12].tolist()
+        count = min([new.index(i) + 1 for i in stops if i in new], default=12)
+        assert row[: length + count].tolist() == free[: length + count].tolist()
+        assert (row[length + count :] == stops[0]).all()
+    np.testing.assert_array_equal(generate(model, prompts, **settings, eos_id=[]), out)
+
+
+def test_numbers_of_any_size(model: Model, prompts: np.ndarray):
+    """Seeds of 64 bits are all different, and what is beyond a float or an integer of 32 bits is as large as that."""
+
+    def draw(**settings) -> bytes:
+        return generate(model, prompts, **{"temperature": 1.5} | settings).tobytes()
+
+    seeds = (0, 1, 2**31, 2**32, 2**32 + 1, 2**33, 2**63 + 5, 2**64 - 1)
+    assert len({draw(seed=seed) for seed in seeds}) == len(seeds)
+    assert draw(top_k=2**31) == draw(top_k=2**70) == draw(top_k=40)
+    for temperature in (1e-38, 1e-45, 1e-300):
+        assert draw(temperature=temperature) == draw(temperature=0)
+    assert draw(temperature=2e-37) == draw(temperature=0)  # one token has all the probability
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_numbers_end_sampling(model: Model, prompts: np.ndarray, value: float):
+    params = dict(model.params())
+    params["lm_head.weight"] = params["lm_head.weight"].at[:, 7].set(value)
+    broken = from_params(model.config, params, Compute(dtype="float32"))
+    for settings in ({}, {"temperature": 1.0, "top_p": 0.9}):
+        with pytest.raises(UserError, match=r"the logits are not numbers .* at new token 1 of prompt 0"):
+            generate(broken, prompts[:2], **settings)
 
 
 def test_tied_heads_too(make_model, tiny_config: DecoderConfig, prompts: np.ndarray):

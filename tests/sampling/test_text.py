@@ -73,6 +73,31 @@ def test_what_texts_need(lm: LanguageModel):
         generate_text(dataclasses.replace(lm, tokenizer=None), ["a"])
     with pytest.raises(UserError, match="shorten the prompt"):
         generate_text(lm, ["one fish" * 60])
+    for prompts in ("one fish", [1], [["one fish"]]):
+        with pytest.raises(UserError, match="prompts must be a list of texts"):
+            generate_text(lm, prompts)  # type: ignore[arg-type]
+
+
+def test_what_stands_around_a_prompt_is_the_tokenizers_rule(lm: LanguageModel):
+    tokenizer = lm.tokenizer
+    assert tokenizer is not None
+    for prefix, suffix in (((), ()), ((5, 6), ()), ((1,), (2,))):
+        ruled = dataclasses.replace(lm, tokenizer=tokenizer.with_rule(prefix, suffix))
+        (found,) = complete(ruled, ["one fish"], max_new_tokens=3, sampler=Sampler(), seed=0)
+        ids = [*prefix, *tokenizer.encode("one fish"), *suffix]
+        assert found.token_ids == generate(lm, [ids], max_new_tokens=3)[0, len(ids) :].tolist()
+
+
+def test_a_tokenizer_may_have_more_tokens_than_the_model(lm: LanguageModel, make_model):
+    """Only a token that is really fed is refused."""
+    assert lm.tokenizer is not None
+    rows = lm.tokenizer.vocab_size - 1  # the last token is not in the embedding
+    config = dataclasses.replace(lm.config, vocab_size=rows)
+    smaller = dataclasses.replace(lm, config=config, model=make_model(config))
+    assert generate_text(smaller, ["xyz"], max_new_tokens=2)
+    last = lm.tokenizer.decode([rows])
+    with pytest.raises(UserError, match=f"token id {rows} is outside the model's vocabulary of {rows}"):
+        generate_text(smaller, [last], max_new_tokens=2)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +127,7 @@ def test_interactive_until_an_empty_line(
     lm: LanguageModel, saved: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     too_long = "one fish" * 60
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"one fish\n{too_long}\nred\n\nnever read\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"one fish\r\n{too_long}\nred\n\nnever read\n"))
     assert cli.main([str(saved), *options()]) == 0
     shown = capsys.readouterr()
     texts = generate_text(lm, ["one fish", "red"], max_new_tokens=10, temperature=0)
@@ -128,6 +153,19 @@ def test_mistakes_are_one_sentence(arguments: list[str], sentence: str, saved: P
     assert shown.out == ""
     assert sentence in shown.err
     assert shown.err.count("\n") == 1
+
+
+def test_an_ascii_terminal_gets_escapes(saved: Path, monkeypatch: pytest.MonkeyPatch):
+    """What it cannot show does not end the command; what is typed in UTF-8 is read."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("é\n".encode()), encoding="ascii"))
+    assert cli.main([str(saved), *options()]) == 0
+    assert cli.main([str(saved), "--prompt", "one 🐟", *options()]) == 0
+    out.flush()
+    shown = out.buffer.getvalue()  # type: ignore[attr-defined]
+    assert shown.startswith(b"\\xe9")
+    assert b"\none \\U0001f41f" in shown
 
 
 def test_real_weights_give_the_published_text(shared_data: Path):
