@@ -7,12 +7,10 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from llama_jax.config import UserError
 from llama_jax.models.encoder_decoder import EncoderDecoderConfig
 from llama_jax.nn import MLP, GroupedQuery, LearnedPositions
-from llama_jax.nn.feed_forward import Activation
 from llama_jax.zoo import Weight
-from llama_jax.zoo.reading import ConfigReader, checked, expect
+from llama_jax.zoo.reading import ConfigReader, checked, expect, read_activation, write_activation
 from llama_jax.zoo.transformer import transformer
 
 OFFSET = 2
@@ -96,14 +94,6 @@ ALIASES = {
     "num_attention_heads": "encoder_attention_heads",
     "num_hidden_layers": "encoder_layers",
 }
-ACTIVATIONS: dict[str, Activation] = {
-    "gelu": "gelu",
-    "relu": "relu",
-    "swish": "silu",
-    "silu": "silu",
-    "gelu_new": "gelu_tanh",
-    "tanh": "tanh",
-}
 
 
 def read_shape(reader: ConfigReader) -> dict[str, Any]:
@@ -117,16 +107,11 @@ def read_shape(reader: ConfigReader) -> dict[str, Any]:
         add_final_layer_norm=False,
         add_bias_logits=False,
     )
-    activation, layers = take("activation_function", str, "gelu"), take("encoder_layers", int)
-    if activation not in ACTIVATIONS:
-        raise UserError(
-            f"config.json has activation_function={activation!r}, which is not supported for {reader.family}: "
-            f"{', '.join(ACTIVATIONS)} are"
-        )
+    activation = read_activation(reader, "activation_function", "gelu")
     return {
         "vocab_size": take("vocab_size", int),
         "hidden_size": take("d_model", int),
-        "num_encoder_layers": layers,
+        "num_encoder_layers": take("encoder_layers", int),
         "num_layers": take("decoder_layers", int),
         "encoder_heads": take("encoder_attention_heads", int),
         "num_heads": take("decoder_attention_heads", int),
@@ -134,7 +119,7 @@ def read_shape(reader: ConfigReader) -> dict[str, Any]:
         "intermediate_size": take("decoder_ffn_dim", int),
         "max_positions": take("max_position_embeddings", int, 1024),
         "scale_embedding": take("scale_embedding", bool, False),
-        "activation": ACTIVATIONS[activation],
+        "activation": activation,
         "dropout": take("dropout", float, 0.1),
         "attention_dropout": take("attention_dropout", float, 0.0),
         "activation_dropout": take("activation_dropout", float, 0.0),
@@ -173,9 +158,6 @@ def write_shape(config: EncoderDecoderConfig, family: str) -> dict[str, Any]:
         (expect(mixer, GroupedQuery, family), expect(feed_forward, MLP, family))
         for mixer, feed_forward in (decoder, encoder)
     )
-    activations = {own: name for name, own in reversed(ACTIVATIONS.items())}
-    if inside.activation not in activations:
-        raise UserError(f"activation={inside.activation} has no place in {family}")
     return {
         "is_encoder_decoder": True,
         "vocab_size": config.vocab_size,
@@ -188,7 +170,7 @@ def write_shape(config: EncoderDecoderConfig, family: str) -> dict[str, Any]:
         "decoder_ffn_dim": inside.intermediate_size,
         "max_position_embeddings": config.max_positions,
         "scale_embedding": config.embedding_scale != 1,
-        "activation_function": activations[inside.activation],
+        "activation_function": write_activation(inside.activation, family),
         "dropout": config.dropout,
         "attention_dropout": own.dropout,
         "activation_dropout": inside.dropout,

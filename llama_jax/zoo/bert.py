@@ -14,15 +14,8 @@ from llama_jax.nn.attention.grouped_query import GroupedQuery
 from llama_jax.nn.feed_forward import MLP, Activation
 from llama_jax.nn.norms import LayerNorm
 from llama_jax.zoo import Weight
-from llama_jax.zoo.reading import ConfigReader, checked, expect
+from llama_jax.zoo.reading import ConfigReader, checked, expect, read_activation, write_activation
 
-_ACTIVATIONS: dict[str, Activation] = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "silu": "silu",
-}
 # What each architecture has beside embeddings and blocks.
 _HEADS: dict[str, dict[str, Any]] = {
     "Model": {"pooler": True},
@@ -149,7 +142,7 @@ def from_hf(data: Mapping[str, Any]) -> EncoderConfig:
     Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
     """
     reader = ConfigReader(data, "a BERT", ARCHITECTURES)
-    activation = read_activation(reader)
+    activation = read_activation(reader, "hidden_act", "gelu")
     heads = read_heads(data, reader, "Bert")
     if "head_transform" in heads:
         heads["head_transform"] = activation
@@ -178,14 +171,6 @@ def with_pooler(config: EncoderConfig, pair_head: bool, prefix: str, names: Coll
     """Whether there is a pooler: where a file has one, whatever its `architectures` say, and where a head needs it."""
     needed = pair_head or (config.num_classes > 0 and config.classifier == "pooler")
     return needed or f"{prefix}pooler.dense.weight" in names
-
-
-def read_activation(reader: ConfigReader) -> Activation:
-    """That of the feed-forwards."""
-    name = reader.take("hidden_act", str, "gelu")
-    if name not in _ACTIVATIONS:
-        raise UserError(f"config.json has hidden_act={name!r}, which is not one of {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
 
 
 def read_heads(data: Mapping[str, Any], reader: ConfigReader, family: str) -> dict[str, Any]:
@@ -228,9 +213,6 @@ def write_config(config: EncoderConfig, model_type: str, family: str, kind: str)
     attention = expect(config.attention, GroupedQuery, kind)
     feed_forward, norm = expect(config.feed_forward, MLP, kind), expect(config.norm, LayerNorm, kind)
     positions = expect(config.positions, LearnedPositions, kind)
-    activations = {own: name for name, own in reversed(_ACTIVATIONS.items())}
-    if feed_forward.activation not in activations:
-        raise UserError(f"activation={feed_forward.activation} has no place in {kind}")
     architecture = "ForPreTraining" if config.pair_head else "ForMaskedLM"
     if config.num_classes:
         architecture = "ForSequenceClassification"
@@ -244,7 +226,7 @@ def write_config(config: EncoderConfig, model_type: str, family: str, kind: str)
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": attention.num_heads,
         "intermediate_size": feed_forward.intermediate_size,
-        "hidden_act": activations[feed_forward.activation],
+        "hidden_act": write_activation(feed_forward.activation, kind),
         "hidden_dropout_prob": config.dropout,
         "attention_probs_dropout_prob": attention.dropout,
         "max_position_embeddings": positions.num_positions + positions.offset,

@@ -11,7 +11,16 @@ from llama_jax.config import UserError
 from llama_jax.models import DecoderConfig, LayerOverride
 from llama_jax.nn import Experts, LatentAttention, RMSNorm, Rope, RopeScaling, Router, SoftmaxTopK, SwiGLU, YarnScaling
 from llama_jax.zoo import Weight
-from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect, read_quantization, read_rope, write_rope
+from llama_jax.zoo.reading import (
+    CAUSAL,
+    ConfigReader,
+    checked,
+    expect,
+    read_activation,
+    read_quantization,
+    read_rope,
+    write_rope,
+)
 
 Q_LORA_RANK = 1536
 LATENT_EPS = 1e-6  # of the norms of the latents, in all of the original code, whatever rms_norm_eps is
@@ -171,7 +180,8 @@ def reader_of(data: Mapping[str, Any], family: str, architectures: Collection[st
     # Latent attention has no dropout here.
     harmless = CAUSAL | {"attention_dropout", "seq_aux"}
     reader = ConfigReader(data, family, architectures, aliases=_ALIASES, harmless=harmless)
-    reader.only(hidden_act="silu", attention_bias=False, mlp_bias=False, moe_layer_freq=1)
+    read_activation(reader, "hidden_act", "silu", only="silu")
+    reader.only(attention_bias=False, mlp_bias=False, moe_layer_freq=1)
     read_quantization(reader)
     return reader
 

@@ -11,7 +11,7 @@ from llama_jax.nn.feed_forward import SwiGLU
 from llama_jax.nn.norms import RMSNorm
 from llama_jax.nn.positions import Rope, RopeScaling
 from llama_jax.zoo import Weight
-from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect, read_rope, write_rope
+from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect, read_activation, read_rope, write_rope
 
 
 def glm(
@@ -110,7 +110,7 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
     """
     reader = ConfigReader(data, _A_GLM, ARCHITECTURES, harmless=CAUSAL)
     take = reader.take
-    reader.only(hidden_act="silu")
+    read_activation(reader, "hidden_act", "silu", only="silu")
     max_positions = take("max_position_embeddings", int, 131_072)
     theta, scaling = read_rope(reader, max_positions, partial=0.5)
     hidden_size, num_heads = take("hidden_size", int), take("num_attention_heads", int)

@@ -10,7 +10,7 @@ from llama_jax.nn.attention.grouped_query import GroupedQuery
 from llama_jax.nn.feed_forward import MLP, Activation
 from llama_jax.nn.norms import LayerNorm
 from llama_jax.zoo import Weight
-from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect
+from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect, read_activation, write_activation
 
 
 def gpt(
@@ -102,13 +102,6 @@ TIED = {"lm_head.weight": "transformer.wte.weight"}
 IGNORED = (r"transformer\.h\.\d+\.attn\.(masked_)?bias",)
 
 _A_GPT2 = "a GPT-2"
-_ACTIVATIONS: dict[str, Activation] = {
-    "gelu_new": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
-    "silu": "silu",
-    "tanh": "tanh",
-}
 ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")
 _ALIASES = {
     "hidden_size": "n_embd",
@@ -132,11 +125,6 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
     )
     max_positions = take("n_positions", int, 1024)
     reader.only(n_ctx=max_positions)
-    activation = take("activation_function", str, "gelu_new")
-    if activation not in _ACTIVATIONS:
-        raise UserError(
-            f"config.json has activation_function={activation!r}, which is not supported: {', '.join(_ACTIVATIONS)} are"
-        )
     config = gpt(
         vocab_size=take("vocab_size", int, 50257),
         hidden_size=take("n_embd", int),
@@ -144,7 +132,7 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
         num_heads=take("n_head", int),
         intermediate_size=take("n_inner", int, None),
         max_positions=max_positions,
-        activation=_ACTIVATIONS[activation],
+        activation=read_activation(reader, "activation_function", "gelu_new"),
         eps=take("layer_norm_epsilon", float, 1e-5),
         scale=None if take("scale_attn_weights", bool, True) else 1.0,
         dropout=take("resid_pdrop", float, 0.1),  # here the embeddings' too, whatever embd_pdrop is
@@ -163,9 +151,6 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     attention = expect(config.attention, GroupedQuery, _A_GPT2)
     feed_forward = expect(config.feed_forward, MLP, _A_GPT2)
     norm = expect(config.norm, LayerNorm, _A_GPT2)
-    names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
-    if feed_forward.activation not in names:
-        raise UserError(f"activation={feed_forward.activation!r} has no place in {_A_GPT2}")
     data = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -176,7 +161,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         "n_layer": config.num_layers,
         "n_head": attention.num_heads,
         "n_inner": feed_forward.intermediate_size,
-        "activation_function": names[feed_forward.activation],
+        "activation_function": write_activation(feed_forward.activation, _A_GPT2),
         "layer_norm_epsilon": norm.eps,
         "scale_attn_weights": attention.scale is None,
         "resid_pdrop": config.dropout,

@@ -16,36 +16,35 @@ KNOWN: dict[str, frozenset[str]] = {
         "_from_auto", "_name_or_path", "_num_labels", "_output_attentions", "_post_init_done", "architectures",
         "attn_implementation", "auto_map", "chunk_size_feed_forward", "custom_pipelines", "dtype",
         "experts_implementation", "finetuning_task", "gradient_checkpointing", "id2label",
-        "ignore_keys_at_rope_validation",
-        "initializer_factor", "initializer_range", "init_std", "keys_to_ignore_at_inference", "label2id", "model_type",
-        "name_or_path", "num_labels", "output_attentions", "output_hidden_states", "output_past",
-        "output_router_logits", "prefix", "problem_type", "return_dict", "tf_legacy_loss", "tokenizer_class",
-        "torch_dtype", "torchscript", "transformers_version", "use_bfloat16", "use_cache", "use_return_dict",
-        "use_return_tuple",
+        "ignore_keys_at_rope_validation", "init_std", "initializer_factor", "initializer_range",
+        "keys_to_ignore_at_inference", "label2id", "model_type", "name_or_path", "num_labels", "output_attentions",
+        "output_hidden_states", "output_past", "output_router_logits", "prefix", "problem_type", "return_dict",
+        "tf_legacy_loss", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "use_bfloat16",
+        "use_cache", "use_return_dict", "use_return_tuple",
     }),
     # How to search for an answer. What decides it is read elsewhere, from the same file.
     "transformers' generation settings": frozenset({
         "_from_model_config", "assistant_confidence_threshold", "assistant_early_exit", "assistant_ensemble_weight",
         "assistant_lookbehind", "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "cache_config",
         "cache_implementation", "compile_config", "constraints", "continuous_batching_config",
-        "decoder_start_token_id", "disable_compile", "diversity_penalty", "do_sample", "dola_layers",
-        "early_stopping", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "eos_token_id",
-        "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty", "force_bos_token_to_be_generated",
-        "force_words_ids", "forced_bos_token_id", "forced_decoder_ids", "forced_eos_token_id", "generation_config",
-        "guidance_scale", "is_assistant", "length_penalty", "low_memory", "max_cache_len", "max_length",
-        "max_matching_ngram_size", "max_new_tokens", "max_time", "min_length", "min_new_tokens", "min_p",
-        "no_repeat_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule", "num_beam_groups",
-        "num_beams", "num_return_sequences", "output_logits", "output_scores", "pad_token_id", "penalty_alpha",
+        "decoder_start_token_id", "disable_compile", "diversity_penalty", "do_sample", "dola_layers", "early_stopping",
+        "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "eos_token_id", "epsilon_cutoff", "eta_cutoff",
+        "exponential_decay_length_penalty", "force_bos_token_to_be_generated", "force_words_ids",
+        "forced_bos_token_id", "forced_decoder_ids", "forced_eos_token_id", "generation_config", "guidance_scale",
+        "is_assistant", "length_penalty", "low_memory", "max_cache_len", "max_length", "max_matching_ngram_size",
+        "max_new_tokens", "max_time", "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size",
+        "num_assistant_tokens", "num_assistant_tokens_schedule", "num_beam_groups", "num_beams",
+        "num_return_sequences", "output_logits", "output_scores", "pad_token_id", "penalty_alpha",
         "prefill_chunk_size", "prompt_lookup_num_tokens", "remove_invalid_values", "renormalize_logits",
         "repetition_penalty", "return_dict_in_generate", "sep_token_id", "sequence_bias", "speculation_type",
-        "stop_strings", "suppress_tokens", "target_lookbehind", "task_specific_params", "temperature",
-        "token_healing", "top_h", "top_k", "top_p", "typical_p", "use_mtp", "watermarking_config",
+        "stop_strings", "suppress_tokens", "target_lookbehind", "task_specific_params", "temperature", "token_healing",
+        "top_h", "top_k", "top_p", "typical_p", "use_mtp", "watermarking_config",
     }),
     # What a tokenizer is told; some of it lands in the model's file.
     "tokenizers": frozenset({
         "add_bos_token", "add_eos_token", "add_prefix_space", "chat_template", "clean_up_tokenization_spaces",
-        "do_lower_case", "lowercase", "max_sequence_length", "max_seq_length", "model_max_length", "padding",
-        "padding_side", "return_tensors", "special_tokens_map", "stride", "truncation", "truncation_side",
+        "do_lower_case", "lowercase", "max_seq_len", "max_seq_length", "max_sequence_length", "model_max_length",
+        "padding", "padding_side", "return_tensors", "special_tokens_map", "stride", "truncation", "truncation_side",
     }),
     # Heads that are not loaded, and what their first releases said of them.
     "other heads": frozenset({
@@ -55,33 +54,39 @@ KNOWN: dict[str, frozenset[str]] = {
     }),
     # Settings of a training or of the machine that it ran on.
     "training": frozenset({
-        "add_router_probs", "batch_size", "bias_dropout_fusion", "ep_size", "epochs", "eval_batch_size", "fp16",
-        "bf16", "gradient_accumulation_steps", "learning_rate", "lr", "lr_scheduler_type",
-        "make_vocab_size_divisible_by", "max_grad_norm", "max_steps", "num_train_epochs", "optimizer",
-        "pretraining_tp", "remat", "scan_layers", "seed", "train_batch_size", "use_kernel", "warmup_ratio",
-        "warmup_steps", "weight_decay",
+        "add_router_probs", "batch_size", "bf16", "bias_dropout_fusion", "ep_size", "epochs", "eval_batch_size",
+        "fp16", "gradient_accumulation_steps", "learning_rate", "lr", "lr_scheduler_type",
+        "make_vocab_size_divisible_by", "max_grad_norm", "max_steps", "neftune_noise_alpha", "num_train_epochs",
+        "optimizer", "pretraining_tp", "remat", "replacing_rate", "scan_layers", "seed", "train_batch_size",
+        "use_kernel", "warmup_ratio", "warmup_steps", "weight_decay",
     }),
     "other tools": frozenset({
-        "_mlx_version", "base_model", "base_model_name_or_path", "custom_generate", "finetuned_from", "language",
-        "languages", "library_name", "license", "model_name", "model_size", "paraphrase", "pipeline_tag",
-        "sentence_transformers", "tags", "transformers.js_config", "transformers_weights", "unsloth_fixed",
+        "_mlx_version", "adapters", "base_model", "base_model_name_or_path", "custom_generate", "finetuned_from",
+        "language", "languages", "library_name", "license", "model_name", "model_size", "name", "paraphrase",
+        "pipeline_tag", "prediction_heads", "sbert_ce_default_activation_function", "sentence_transformers", "tags",
+        "transformers.js_config", "transformers_weights", "unsloth_fixed",
     }),
 }  # fmt: skip
 
 _NUMBER, _IDS, _TEXT, _SWITCH = (int, float), (int, list), str, (bool, str, int)
 # Names that say what a key is about, for values of these types.
 PATTERNS: dict[str, tuple[re.Pattern[str], Any]] = {
+    "tokenizers' settings": (re.compile(r"tokenizer_.*|(bos|eos|pad|unk|sep|cls|mask|additional)_tokens?"), object),
+    "trainings' settings": (
+        re.compile(r"(train|training|eval|wandb|optimizer|scheduler|warmup)_.*|(save|log|logging)_(steps?|every|strategy)"),
+        object,
+    ),
     "rates of dropout": (re.compile(r"(.*_)?(dropout|pdrop|layerdrop|drop_path)(_(rate|prob|p|ratio))?"), _NUMBER),
     "versions of software": (re.compile(r"(.*_)?version"), _TEXT),
     "special tokens": (re.compile(r"(.*_)?(token|tokens)_(id|ids|index)"), _IDS),
-    "weights of losses": (
-        re.compile(r"(.*_)?loss(_(coef|coeff|weight|alpha|type|function))?"),
-        (*_NUMBER, str),
-    ),
+    "weights of losses": (re.compile(r"(.*_)?loss(_(coef|coeff|weight|alpha|type|function))?"), (*_NUMBER, str)),
     "first values": (re.compile(r"(init|initializer)_(.*_)?(std|range|factor|scale|method|fn|gain)"), (*_NUMBER, str)),
     "types of numbers": (re.compile(r"(.*_)?(dtype|in_fp32|precision)"), _SWITCH),
     "kernels": (
-        re.compile(r"_?(use_)?(flash_?att|flashatt|sdpa|xformers|mem(ory)?_eff(icient)?_att|fused_|triton|liger).*"),
+        re.compile(
+            r"_?(attn|attention)_impl(ementation)?"
+            r"|_?(use_)?(flash_?att|sdpa|xformers|mem(ory)?_eff(icient)?_att|fused_|triton|liger).*"
+        ),
         _SWITCH,
     ),
     "memory": (re.compile(r"(.*_)?(gradient|activation|selective)_checkpoint(ing)?(_.*)?"), _SWITCH),
@@ -89,7 +94,10 @@ PATTERNS: dict[str, tuple[re.Pattern[str], Any]] = {
         re.compile(r"((use_)?(tensor|sequence|pipeline|expert|context|data|model)_(model_)?parallel.*|[tepcd]p_size)"),
         _SWITCH,
     ),
-    "devices": (re.compile(r"((.*_)?to_device|is_gpu|device|device_map|use_(gpu|cuda|tpu|cpu))"), (*_SWITCH, dict)),
+    "devices": (
+        re.compile(r"((.*_)?to_device|is_gpu|xla_device|device|device_map|use_(gpu|cuda|tpu|cpu))"),
+        (*_SWITCH, dict),
+    ),
     "names and places": (
         re.compile(r"(.*_)?(name_or_path|path|dir|repo_id|commit|hash|author|date|description)"),
         _TEXT,

@@ -14,7 +14,7 @@ from llama_jax.nn.norms import RMSNorm
 from llama_jax.nn.positions import Llama3Scaling, Rope, RopeScaling
 from llama_jax.zoo import Weight
 from llama_jax.zoo.known_keys import is_off
-from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect, read_rope, typed, write_rope
+from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect, read_activation, read_rope, typed, write_rope
 
 
 def _llama(
@@ -149,7 +149,7 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
     """
     reader = ConfigReader(data, "a Llama", ARCHITECTURES, harmless=CAUSAL)
     take = reader.take
-    reader.only(hidden_act="silu")
+    read_activation(reader, "hidden_act", "silu", only="silu")
     max_positions = take("max_position_embeddings", int, 2048)
     theta, scaling = read_rope(reader, max_positions)
     config = _llama(

@@ -9,7 +9,7 @@ from llama_jax.models import DecoderConfig
 from llama_jax.nn import Experts, GroupedQuery, RMSNorm, Rope, SoftmaxTopK
 from llama_jax.nn.positions import RopeScaling
 from llama_jax.zoo import Weight, llama
-from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect, read_rope, write_rope
+from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect, read_activation, read_rope, write_rope
 
 
 def _mixtral(
@@ -118,7 +118,8 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
     aliases = {"num_experts": "num_local_experts"}
     reader = ConfigReader(data, "a Mixtral", ARCHITECTURES, aliases=aliases, harmless=CAUSAL | {"router_jitter_noise"})
     take = reader.take
-    reader.only(hidden_act="silu", moe_frequency=1)
+    read_activation(reader, "hidden_act", "silu", only="silu")
+    reader.only(moe_frequency=1)
     max_positions, num_heads = take("max_position_embeddings", int, 131_072), take("num_attention_heads", int)
     theta, scaling = read_rope(reader, max_positions, 1_000_000.0)
     config = _mixtral(

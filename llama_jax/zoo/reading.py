@@ -6,10 +6,26 @@ from typing import Any
 
 from llama_jax.config import UserError
 from llama_jax.models import ModelConfig
+from llama_jax.nn.feed_forward import Activation
 from llama_jax.nn.positions import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 from llama_jax.zoo.known_keys import is_off, origin
 
 _MISSING: Any = object()
+# Of each activation the usual name first; several compute the same.
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu_squared",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+}
 # Of a model that is nothing but a decoder.
 CAUSAL = frozenset({"is_decoder"})
 # What quantizes weights, by the name that `quant_method` has for it.
@@ -141,6 +157,25 @@ def typed(value: Any, kind: Any, where: str) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{where}={value!r}, which should be of type {kind.__name__}")
     return value
+
+
+def read_activation(reader: ConfigReader, key: str, default: str, *, only: Activation | None = None) -> Activation:
+    """The activation that `key` names. Raises UserError for others than this package has, or than `only`."""
+    name = reader.take(key, str, default)
+    names = [known for known, own in ACTIVATIONS.items() if only in (None, own)]
+    if name not in names:
+        raise UserError(
+            f"config.json has {key}={name!r}, which is not supported for {reader.family}: {', '.join(names)} are"
+        )
+    return ACTIVATIONS[name]
+
+
+def write_activation(activation: str, family: str) -> str:
+    """Hugging Face's name of an activation. Raises UserError where it has none."""
+    for name, own in ACTIVATIONS.items():
+        if own == activation:
+            return name
+    raise UserError(f"activation={activation} has no place in {family}")
 
 
 def read_rope(

@@ -15,14 +15,13 @@ from llama_jax.zoo.bert import (
     LARGE,
     as_read,
     encoder,
-    read_activation,
     read_heads,
     read_sizes,
     weights,
     with_pooler,
     write_config,
 )
-from llama_jax.zoo.reading import ConfigReader, checked
+from llama_jax.zoo.reading import ConfigReader, checked, read_activation
 
 _ROBERTA = {"vocab_size": 50_265, "max_positions": 512, "num_token_types": 1, "eps": 1e-5, "offset": 2, "pooler": True}
 OBJECTIVES = ("MaskedLM",)
@@ -50,7 +49,7 @@ def from_hf(data: Mapping[str, Any]) -> EncoderConfig:
     Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
     """
     reader = ConfigReader(data, "a RoBERTa", ARCHITECTURES)
-    activation = read_activation(reader)
+    activation = read_activation(reader, "hidden_act", "gelu")
     heads = read_heads(data, reader, "Roberta")
     if "num_classes" in heads:
         heads |= {"pooler": False, "classifier": "dense"}

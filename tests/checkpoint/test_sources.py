@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 import llama_jax
+from llama_jax import zoo
+from llama_jax.checkpoint import catalog
 from llama_jax.checkpoint.formats.huggingface import read_directory, write_safetensors
 from llama_jax.checkpoint.formats.meta import read_meta
 from llama_jax.checkpoint.sources import load_params, open_source
@@ -303,3 +305,12 @@ def test_an_own_glm_with_a_small_vocabulary_comes_back(tmp_path: Path):
         again = llama_jax.load(tmp_path / kind, dtype="float32")
         assert again.config == config
         np.testing.assert_allclose(again.model(tokens), model(tokens), atol=1e-5)
+
+
+def test_the_catalog_says_what_each_family_reads():
+    found = {family.model_type: family for family in catalog.families()}
+    assert set(found) == set(zoo.families())
+    assert all({"architectures", "vocab_size", "tie_word_embeddings"} <= set(family.keys) for family in found.values())
+    assert {"num_labels", "classifier_dropout"} <= set(found["bert"].keys)
+    assert [name for name, family in found.items() if family.meta] == ["llama", "mixtral"]
+    assert "unsloth_fixed" in catalog.harmless_keys()["other tools"]

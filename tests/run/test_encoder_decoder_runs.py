@@ -10,7 +10,7 @@ import pytest
 from llama_jax.config import UserError, load_config_module, override
 from llama_jax.data.objectives import Causal, SpanCorruption
 from llama_jax.models import EncoderDecoderConfig, LayerOverride
-from llama_jax.nn import MLP, Experts, SigmoidTopK
+from llama_jax.nn import MLP, Experts, SigmoidTopK, SinusoidalPositions
 from llama_jax.run import Run, RunConfig, open_run, train
 from llama_jax.run.planning import plan
 from llama_jax.sampling import generate_text
@@ -117,9 +117,12 @@ def test_what_it_answers(run: Run):
     ("changes", "sentence"),
     [
         ({"data.objective": Causal()}, "data.objective=Causal has no source for the encoder of EncoderDecoderConfig"),
-        ({"sequence_length": 65}, "sequence_length=65 is longer than model.max_positions=64"),
         (
-            {"data.objective": SpanCorruption(source_length=65)},
+            {"sequence_length": 65, "model.positions": SinusoidalPositions()},
+            "sequence_length=65 is longer than model.max_positions=64",
+        ),
+        (
+            {"data.objective": SpanCorruption(source_length=65), "model.positions": SinusoidalPositions()},
             "data.objective.source_length=65 is longer than model.max_positions=64",
         ),
     ],
@@ -132,6 +135,9 @@ def test_impossible_runs(changes: dict, sentence: str, config: RunConfig):
 def test_source_and_target_are_as_long_as_positions_each(config: RunConfig):
     whole = {"sequence_length": 64, "data.objective": SpanCorruption(source_length=64, num_sentinels=16)}
     assert override(config, whole).row_length == 128
+    # Distances alone have no end.
+    longer = {"sequence_length": 65, "data.objective": SpanCorruption(source_length=600, num_sentinels=16)}
+    assert override(config, longer).row_length == 665
 
 
 @pytest.mark.parametrize(

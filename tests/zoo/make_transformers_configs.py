@@ -22,5 +22,5 @@ found = {
     "base": sorted({*PretrainedConfig().to_dict(), *vars(PretrainedConfig())}),
     "generation": sorted(vars(GenerationConfig())),
 }
-text = json.dumps(found, indent=1, sort_keys=True)
-Path(__file__).with_name("transformers_configs.json").write_text(text + "\n", encoding="utf-8")
+lines = [f"{json.dumps(name)}: {json.dumps(value, sort_keys=True)}" for name, value in found.items()]
+Path(__file__).with_name("transformers_configs.json").write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")

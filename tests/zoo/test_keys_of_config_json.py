@@ -43,6 +43,9 @@ TOOLS = {
     "is_gpu": True, "truncation": True, "return_tensors": "pt", "auto_map": {"AutoModel": "modeling.Model"},
     "lora_dropout": 0.1, "kv_cache_dtype": "fp8", "router_z_loss_weight": 0.1, "init_method_std": 0.006,
     "image_token_id": 9, "softmax_in_fp32": True, "model_name_or_path": "a/b",
+    "tokenizer_padding_side": "right", "neftune_noise_alpha": 5, "xla_device": True, "name": "Bert",
+    "adapters": {"a": 1}, "sbert_ce_default_activation_function": "torch.nn.Identity", "replacing_rate": 0,
+    "pad_token": "<pad>", "train_args": {"lr": 1e-4}, "attn_implementation": "sdpa",
 }  # fmt: skip
 # What changes what a model computes, in other families, in the base class or in somebody's own code.
 CHANGING = {
@@ -209,3 +212,19 @@ def test_released_configs_are_read_and_have_the_published_number_of_parameters(s
     assert len(counted) >= 15
     assert refused.keys() == REFUSED.keys()
     assert all(reason in refused[model] for model, reason in REFUSED.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "spellings"),
+    [
+        ("gpt2", "activation_function", ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")),
+        ("bart", "activation_function", ("silu", "swish")),
+        ("bert", "hidden_act", ("gelu", "gelu_python")),
+        ("llama", "hidden_act", ("silu", "swish")),
+    ],
+)
+def test_activations_have_several_names(name: str, key: str, spellings: tuple[str, ...]):
+    family = zoo.family(name)
+    assert len({family.from_hf(CONFIGS[name] | {key: spelling}) for spelling in spellings}) == 1
+    with pytest.raises(UserError, match=f"{key}='quick_gelu'"):
+        family.from_hf(CONFIGS[name] | {key: "quick_gelu"})

@@ -1,16 +1,20 @@
 """T5 and Switch Transformers: exact sizes, and config.json in all of its spellings."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import llama_jax
 from llama_jax.config import UserError
 from llama_jax.models import num_parameters
-from llama_jax.nn import MLP, GatedLinearUnit, RelativeBias
+from llama_jax.nn import MLP, GatedLinearUnit, RelativeBias, Rope, SinusoidalPositions
 from llama_jax.nn.experts import Experts
 from llama_jax.zoo import switch_transformers, t5
 
+GOLDENS = Path(__file__).parents[1] / "parity" / "goldens"
 COUNTS = {
     "t5_small": 60_506_624,
     "t5_base": 222_903_552,
@@ -61,6 +65,26 @@ def test_version_1_1_in_old_and_new_files():
     assert (tied.tie_embeddings, tied.logit_scale) == (True, 1.0)
     assert t5.with_tensors(tied, {"shared.weight", "lm_head.weight"}) == old
     assert t5.with_tensors(tied, {"shared.weight"}) == tied == t5.from_hf(t5.to_hf(tied))
+
+
+def test_sources_longer_than_n_positions():
+    """Distances have no end: the same logits and tokens as transformers', from a source of 600."""
+    lm, golden = llama_jax.load(GOLDENS / "t5_v1_0", dtype="float32"), np.load(GOLDENS / "t5_long_source.npz")
+    assert lm.config.max_positions < golden["source"].shape[1]
+    logits = lm.model(golden["source"], golden["target"])
+    np.testing.assert_allclose(logits, golden["logits"], atol=5e-5)
+    generated = golden["generated"]
+    assert golden["margin"] > 1e-3
+    tokens = llama_jax.generate(lm, golden["source"].astype(np.int32), max_new_tokens=generated.shape[1] - 1)
+    np.testing.assert_array_equal(tokens[:, -generated.shape[1] + 1 :], generated[:, 1:])
+
+
+def test_only_positions_themselves_are_a_limit():
+    config = t5.from_hf(SHAPE)
+    assert config.length_limit > 10**9
+    positions = dataclasses.replace(config, positions=SinusoidalPositions())
+    turned = dataclasses.replace(config, attention=dataclasses.replace(config.attention, rope=Rope(10_000.0, None)))
+    assert positions.length_limit == turned.length_limit == config.max_positions
 
 
 def test_layers_with_experts():

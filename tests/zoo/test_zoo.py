@@ -139,7 +139,14 @@ def test_defaults_of_old_configs():
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
             YarnScaling(4.0, 32, 32.0, 1.0, 0.0, 0.0),
         ),
+        (
+            {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 64, "finetuned": True},
+            YarnScaling(16.0, 64, 32.0, 1.0, 0.0, 0.0),
+        ),
         ({"rope_type": "default"}, None),
+        # Nothing up to max_positions, and no text becomes longer.
+        ({"type": "dynamic", "factor": 2.0}, None),
+        ({"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 64}, None),
     ],
 )
 def test_both_spellings_of_rotary_scaling(scaling, expected):
@@ -205,6 +212,6 @@ def test_meta_params():
     assert scaled.attention.rope == Rope(500_000.0, Llama3Scaling(32.0, 1.0, 4.0, 8192))
     assert scaled.max_positions == 131_072
     with pytest.raises(UserError, match="moe"):
-        llama.from_meta(params | {"moe": {}}, shapes)
+        llama.from_meta(params | {"moe": {"num_experts": 8}}, shapes)
     with pytest.raises(UserError, match="n_heads='4'"):
         llama.from_meta(params | {"n_heads": "4"}, shapes)

@@ -388,8 +388,22 @@ def make_switch_transformers_dropping() -> None:
     )
 
 
+def make_t5_long_source() -> None:
+    """What the T5 of another golden makes of a source longer than its `n_positions`: one file."""
+    model = T5ForConditionalGeneration.from_pretrained(GOLDENS / "t5_v1_0", attn_implementation="eager").eval()
+    source, target = random_ids((1, 600), seed=7), random_ids((1, 9), seed=8)
+
+    def logits(target: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=source, decoder_input_ids=target).logits
+
+    generated, margin = greedy(logits, torch.zeros(1, 1, dtype=torch.long))
+    found = {"source": source, "target": target, "logits": logits(target), "generated": generated}
+    np.savez_compressed(GOLDENS / "t5_long_source.npz", **found, margin=np.float32(margin))
+
+
 CASES = {
     "t5_v1_0": make_t5_v1_0,
+    "t5_long_source": make_t5_long_source,
     "t5_v1_1": make_t5_v1_1,
     "t5_v1_0_bin": make_t5_v1_0_bin,
     "bart": make_bart,
