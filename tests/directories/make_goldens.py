@@ -131,8 +131,7 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 
 def answer(model: Any, tokenizer: Any, ids: list[int]) -> dict[str, Any]:
-    new, margin = generate(model, ids)
-    assert margin > MARGIN / 2
+    new, _ = generate(model, ids)
     stops = eos_ids(model)
     if model.config.is_encoder_decoder:
         text = tokenizer.decode(new, skip_special_tokens=True)
@@ -141,7 +140,6 @@ def answer(model: Any, tokenizer: Any, ids: list[int]) -> dict[str, Any]:
         text = tokenizer.decode(ids + new, skip_special_tokens=True)
         assert text.startswith(before)
         text = text[len(before) :]
-    assert "�" not in text
     return {"greedy_ids": new, "greedy_text": text, "stopped_by": new[-1] if new[-1] in stops else None}
 
 
@@ -180,7 +178,8 @@ def answers(folder: Path, texts: Sequence[str], conversations: Sequence[Sequence
 
 
 def check_files(folder: Path, found: dict[str, Any]) -> None:
-    """tokenizer.json, where there is one, says the same of the prompts as transformers."""
+    """Texts are whole; tokenizer.json, where there is one, says the same of the prompts as transformers."""
+    assert not [entry for entry in found["texts"] + found["conversations"] if "�" in entry.get("greedy_text", "")]
     if (folder / "tokenizer.json").exists():
         for entry in found["texts"]:
             assert entry["ids"] == by_file(folder, entry["text"], True), entry

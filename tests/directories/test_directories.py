@@ -17,8 +17,11 @@ import numpy as np
 import pytest
 
 import llama_jax
+from llama_jax.models import Compute, from_params
 from llama_jax.sampling import Sampler, complete
+from llama_jax.tokenizers import train_tokenizer
 
+KINDS = ("bpe", "unigram", "byte_bpe", "wordpiece", "whitespace")
 GOLDENS = Path(__file__).parent / "goldens"
 ASK = Path(__file__).parent / "ask_transformers.py"
 CASES = sorted(folder.name for folder in GOLDENS.iterdir())
@@ -83,15 +86,6 @@ def test_encoder_logits(name):
         assert logits.argmax(-1).tolist() == entry["best_ids"]
 
 
-@pytest.fixture(scope="module")
-def exports(tmp_path_factory) -> Path:
-    """All directories read by us and written again."""
-    folder = tmp_path_factory.mktemp("exports")
-    for name in CASES:
-        llama_jax.save(loaded(name), folder / name, format="hf")
-    return folder
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_export_read_by_us(name, tmp_path):
     golden = expected(name)
@@ -109,24 +103,49 @@ def test_export_read_by_us(name, tmp_path):
         check_texts(again, golden)
 
 
-def ask(folders: list[Path]) -> None:
-    """Lets transformers answer what expected.json in every folder asks, into answers.json."""
+def ask(folders: list[Path], goldens: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What transformers answers to the questions of the goldens from these directories."""
     python = os.environ.get("LLAMA_JAX_REFERENCE_PYTHON")
     if not python:
         pytest.skip("LLAMA_JAX_REFERENCE_PYTHON names no python that has torch and transformers")
+    for folder, golden in zip(folders, goldens, strict=True):
+        (folder / "expected.json").write_text(json.dumps(golden), encoding="utf-8")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "JAX", "XLA"))}
     subprocess.run([python, str(ASK), *map(str, folders)], check=True, env=environment, stdout=sys.stderr)
+    return [json.loads((folder / "answers.json").read_text(encoding="utf-8")) for folder in folders]
 
 
 @pytest.mark.slow
-def test_export_read_by_transformers(exports):
+def test_exports_read_by_transformers(tmp_path):
     """The whole of it: ids, conversations, greedy text and stop, as from the directory that was read."""
     for name in CASES:
-        (exports / name / "expected.json").write_text(json.dumps(expected(name)), encoding="utf-8")
-    ask([exports / name for name in CASES])
-    wrong = {}
-    for name in CASES:
-        answers = json.loads((exports / name / "answers.json").read_text(encoding="utf-8"))
-        if answers != expected(name):
-            wrong[name] = answers
-    assert not wrong
+        llama_jax.save(loaded(name), tmp_path / name, format="hf")
+    goldens = [expected(name) for name in CASES]
+    answers = ask([tmp_path / name for name in CASES], goldens)
+    found = dict(zip(CASES, zip(answers, goldens, strict=True), strict=True))
+    assert [name for name, (answer, golden) in found.items() if answer != golden] == []
+
+
+@pytest.mark.slow
+def test_exports_of_own_tokenizers_read_by_transformers(tiny_config, random_params, tmp_path):
+    """A model of our own with a tokenizer of each of our kinds: transformers writes what we write."""
+    texts = ["the old man sees a house.", "Anna's  letter, 12:30", "hé\nslept"]
+    corpus = [f"{text} and then the king was near the river." for text in texts]
+    goldens = []
+    for kind in KINDS:
+        size = 290 if kind in ("bpe", "unigram", "byte_bpe") else 40
+        tokenizer = train_tokenizer(corpus, kind=kind, vocab_size=size, special_tokens=("<pad>",))
+        config = dataclasses.replace(tiny_config, vocab_size=tokenizer.vocab_size)
+        model = from_params(config, random_params(config), Compute(dtype="float32"))
+        tokenizer = tokenizer.with_rule(tokenizer.start_ids, ())
+        lm = llama_jax.LanguageModel(config, model, tokenizer)
+        llama_jax.save(lm, tmp_path / kind, format="hf")
+        golden = {"max_new_tokens": 12, "texts": [{"text": text} for text in texts], "conversations": []}
+        for entry, found in zip(golden["texts"], completions(lm, golden), strict=True):
+            entry["ids"] = tokenizer.encode_prompt(entry["text"])
+            stop = found.token_ids[-1] if found.finish_reason == "stop" else None
+            entry |= {"greedy_ids": found.token_ids, "greedy_text": found.completion, "stopped_by": stop}
+        goldens.append(golden)
+    answers = ask([tmp_path / kind for kind in KINDS], goldens)
+    for kind, answer, golden in zip(KINDS, answers, goldens, strict=True):
+        assert answer.get("texts", answer) == golden["texts"], kind

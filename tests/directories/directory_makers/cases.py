@@ -85,7 +85,8 @@ ENCODER = {
 class Case:
     """A directory. `files` are those of the tokenizer as they are released; where `saved`, they are loaded and written
     again by `save_pretrained`. `generation` is added to the model's own generation config; None: there is no such file.
-    `config` is called with the tokenizer. `variety` is how many different tokens every text has at least. `missing_rows` of the vocabulary have no row in the model.
+    `config` is called with the tokenizer. `missing_rows` of the vocabulary have no row in the model. Every text has
+    `variety` different tokens, or is shorter.
     """
 
     kind: str
@@ -359,7 +360,9 @@ def gpt2_slow() -> Case:
             }
         ),
     }
-    return Case("GPT2LMHeadModel", named(GPT2), found, ("<|endoftext|>", "<|im_end|>"), conversations=(CHAT,), variety=3)
+    return Case(
+        "GPT2LMHeadModel", named(GPT2), found, ("<|endoftext|>", "<|im_end|>"), conversations=(CHAT,), variety=3
+    )
 
 
 def glm() -> Case:
