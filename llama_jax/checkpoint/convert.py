@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax import zoo
+from llama_jax.checkpoint.formats import Tensor, Tensors
 from llama_jax.checkpoint.formats.huggingface import write_safetensors
 from llama_jax.checkpoint.generation import GenerationSettings, completed, special_tokens, write_generation
 from llama_jax.checkpoint.reference import llama_logits
@@ -32,6 +33,7 @@ from llama_jax.models import (
     assemble,
     layers_with,
 )
+from llama_jax.remote import as_local, uploaded
 from llama_jax.tokenizers import Tokenizer
 from llama_jax.zoo import Weight
 
@@ -67,8 +69,23 @@ def _mesh(params: Mapping[str, jax.Array]) -> jax.sharding.Mesh | None:
     return sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None  # type: ignore[return-value]
 
 
-def source_logits(source: Source, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, str]:
-    """float32 logits [B, T, V] of the source itself, and whose they are.
+@dataclasses.dataclass(frozen=True)
+class _Rounded:
+    """A tensor that is read as another type."""
+
+    whole: Tensor
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.whole.shape
+
+    def read(self, slices: tuple[slice, ...] = (), /) -> np.ndarray:
+        return self.whole.read(slices).astype(self.dtype)
+
+
+def source_logits(source: Source, inputs: Mapping[str, np.ndarray], dtype: Any = None) -> tuple[np.ndarray, str]:
+    """float32 logits [B, T, V] of the source itself (its weights rounded to `dtype`, unless None), and whose they are.
 
     A Llama's are those of a plain `numpy` model that reads the tensors in their own layout; other families' are those
     of `llama_jax`'s own model of them, which the parity tests hold against the original code.
@@ -76,23 +93,25 @@ def source_logits(source: Source, inputs: Mapping[str, np.ndarray]) -> tuple[np.
     if source.model_type == "llama":
         assert isinstance(source.config, DecoderConfig)
         interleaved = source.form != "huggingface"
-        return llama_logits(source.config, source.tensors, inputs["tokens"], interleaved=interleaved), "numpy"
-    params = load_params(source, abstract_params(source.config))
+        tensors: Tensors = dict(source.tensors)
+        if dtype is not None:
+            tensors = {name: _Rounded(tensor, np.dtype(dtype)) for name, tensor in tensors.items()}
+        return llama_logits(source.config, tensors, inputs["tokens"], interleaved=interleaved), "numpy"
+    params = load_params(source, abstract_params(source.config, dtype or jnp.float32))
     return params_logits(source.config, params)(inputs), "llama_jax"
 
 
-def check_conversion(source: Source, logits: Logits, *, itemsize: int = 4) -> dict[str, Any]:
+def check_conversion(source: Source, logits: Logits, *, dtype: Any = None) -> dict[str, Any]:
     """Compares the logits of `source` (as `source_logits` says) with those of the converted weights.
 
-    Returns the receipt. `itemsize` is that of the narrowest converted weight: where it is less than the source's
-    widest, rounding is allowed for. Raises ConversionError on disagreement.
+    Returns the receipt. `dtype` is the type that all weights were converted to; None: they have kept theirs. Raises
+    ConversionError on disagreement.
     """
     inputs = source.config.example(np.random.default_rng(0))
-    expected, witness = source_logits(source, inputs)
+    expected, witness = source_logits(source, inputs, dtype)
     difference = float(np.abs(expected - np.asarray(logits(inputs), np.float32)).max())
     std = float(expected.std())
-    stored = max(tensor.dtype.itemsize for tensor in source.tensors.values())
-    tolerance = std * (1e-3 if itemsize >= min(stored, 4) else 5e-2)
+    tolerance = std * 1e-3
     if not difference <= tolerance:
         raise ConversionError(
             f"the converted weights differ from '{source.path}': logits by up to {difference:.3g} where "
@@ -121,9 +140,13 @@ def write_receipt(directory: Path, receipt: Mapping[str, Any]) -> None:
 def new_directory(directory: str | Path) -> Iterator[Path]:
     """A folder to write into that becomes `directory` when all went well, and vanishes otherwise.
 
-    Raises UserError where `directory` exists and is not empty.
+    Raises UserError where `directory` exists and is not empty. It may be a URL, to which the folder is uploaded.
     """
-    directory = Path(directory)
+    if (local := as_local(directory)) is None:
+        with uploaded(directory, last=("config.json",)) as folder:
+            yield folder
+        return
+    directory = local
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"'{directory}' exists already: give a new path, or remove it first")
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -146,16 +169,16 @@ def export_hf(
     source: Source | None = None,
     model_type: str | None = None,
     generation: GenerationSettings | None = None,
+    dtype: Any = None,
 ) -> dict[str, Any]:
     """Writes config.json, generation_config.json, safetensors (with an index above 5 GB), tokenizer with chat template
     and receipt; returns the receipt.
 
-    The family is `model_type` where it can express the model, else the first that can.
-
-    The weights keep their dtype. Where `params` were imported from `source`, what was written is compared with that
-    too, so that the receipt covers the whole way. Raises UserError for a model that no family on Hugging Face has, and
-    for a `directory` that is not empty; ConversionError, leaving nothing behind, where what was written and read again
-    computes other logits.
+    The family is `model_type` where it can express the model, else the first that can. `generation` None says nothing:
+    the tokenizer's own stops are written. The weights keep their dtype. Where `params` were imported from `source` (as
+    `dtype`, unless None), what was written is compared with that too, so that the receipt covers the whole way. Raises
+    UserError for a model that no family on Hugging Face has, and for a `directory` that is not empty; ConversionError,
+    leaving nothing behind, where what was written and read again computes other logits.
     """
     family, data = _family_of(config, model_type or (source.model_type if source is not None else "llama"))
     params_dtypes = {str(value.dtype): value.size for value in params.values()}
@@ -175,11 +198,7 @@ def export_hf(
         receipt = check_conversion(written, params_logits(config, jax_params))
         receipt |= {"source": "llama_jax", "form": "native"}
         if source is not None:
-            receipt = check_conversion(
-                source,
-                lambda inputs: source_logits(written, inputs)[0],
-                itemsize=min(value.dtype.itemsize for value in jax_params.values()),
-            )
+            receipt = check_conversion(source, lambda inputs: source_logits(written, inputs)[0], dtype=dtype)
         write_receipt(folder, receipt)
     return receipt
 

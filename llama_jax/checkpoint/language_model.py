@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -18,12 +19,15 @@ from llama_jax.checkpoint.convert import (
     params_logits,
     write_receipt,
 )
+from llama_jax.checkpoint.formats.meta import is_meta
 from llama_jax.checkpoint.generation import GenerationSettings, read_generation, write_generation
 from llama_jax.checkpoint.sources import Source, as_stored, load_params, open_source
 from llama_jax.checkpoint.store import CheckpointConfig, CheckpointStore
+from llama_jax.checkpoint.stored import model_files
 from llama_jax.config import UserError, from_json, read_json, to_json
 from llama_jax.models import Compute, EncoderDecoderConfig, Model, ModelConfig, abstract_params, from_params
 from llama_jax.parallel import make_mesh
+from llama_jax.remote import check_destination, fetch_beside, is_remote, local_copy
 from llama_jax.tokenizers import Tokenizer, load_saved_tokenizer, load_tokenizer
 from llama_jax.training import TrainState
 
@@ -61,13 +65,15 @@ def load(
 ) -> LanguageModel:
     """The language model at `path`: a run directory, a saved native one, a Hugging Face or Meta directory, a `.bin`.
 
+    `path` and `tokenizer` may be URLs (`s3://`, `gs://`, `hf://`); what they hold is kept in the cache directory.
+
     `mesh`, as `{"fsdp": 2, "tensor": 4}` or a jax Mesh, is where the weights stream to; `dtype` ("float32" or
     "bfloat16") is the type they are kept and computed in: by default bfloat16 on TPU and GPU, float32 on CPU.
     `components` are classes from outside the package that the saved config may name; `step` picks a checkpoint of a
     run (default: the latest); `ignore_config_keys` are keys of a released config to take as if they were not there.
     Raises UserError for anything missing, damaged or unsupported.
     """
-    path = _existing(path)
+    path = _existing(path, step)
     if dtype is not None:
         _dtype(dtype)
     compute = Compute(dtype=dtype or "auto")  # type: ignore[arg-type]
@@ -118,8 +124,13 @@ def config_of(path: str | Path, components: Sequence[type] = ()) -> ModelConfig:
     return from_json(ModelConfig, data.get("model", data), components)
 
 
-def _existing(path: str | Path) -> Path:
-    path = Path(path)
+def _existing(path: str | Path, step: int | None = None) -> Path:
+    """The model's local path; of what a store has, a copy."""
+    given, path = path, local_copy(path, functools.partial(model_files, step=step))
+    if is_remote(given) and (path / "data.json").is_file():  # of a run: a store has no empty directories
+        (path / CHECKPOINTS_DIRECTORY).mkdir(exist_ok=True)
+    if is_remote(given) and is_meta(path):
+        fetch_beside(given, ("tokenizer.model",))  # Meta's downloads have it beside the directories of the sizes
     if not path.exists():
         raise UserError(
             f"'{path}' does not exist: give a run directory, a Hugging Face or Meta directory, or a .bin file"
@@ -141,17 +152,16 @@ def _entered(mesh: MeshLike):
 def _load_native(path: Path, dtype: Any, components: Sequence[type], step: int | None):
     """Config and parameters; `dtype` None: as they are stored."""
     config = config_of(path, components)
-    store = CheckpointStore(path / CHECKPOINTS_DIRECTORY)
-    steps = store.steps()
-    if not steps:
-        raise UserError(f"'{path}' has no finished checkpoint yet: let the run reach its first one")
-    step = steps[-1] if step is None else step
-    abstract = abstract_params(config, dtype or jnp.float32)
-    if dtype is None:
-        stored = store.dtypes(step)
-        abstract = {n: jax.ShapeDtypeStruct(a.shape, stored[n], sharding=a.sharding) for n, a in abstract.items()}
-    params = store.load_params(step, abstract)
-    store.close()
+    with contextlib.closing(CheckpointStore(path / CHECKPOINTS_DIRECTORY)) as store:
+        steps = store.steps()
+        if not steps:
+            raise UserError(f"'{path}' has no finished checkpoint yet: let the run reach its first one")
+        step = steps[-1] if step is None else step
+        abstract = abstract_params(config, dtype or jnp.float32)
+        if dtype is None:
+            stored = store.dtypes(step)
+            abstract = {n: jax.ShapeDtypeStruct(a.shape, stored[n], sharding=a.sharding) for n, a in abstract.items()}
+        params = store.load_params(step, abstract)
     return config, params
 
 
@@ -161,6 +171,7 @@ def save(lm: LanguageModel, directory: str | Path, *, format: Literal["hf", "nat
     The receipt is that of the comparison of logits; a native copy converts nothing and returns {}. Raises UserError
     where `directory` is not empty or the format cannot express the model.
     """
+    check_destination(directory)
     params = lm.model.params()
     if format == "hf":
         return export_hf(lm.config, params, directory, lm.tokenizer, model_type=lm.model_type, generation=lm.generation)
@@ -203,6 +214,7 @@ def convert(
     settings come along. Importing compares with a plain numpy model that reads the source's own tensors; exporting
     reads back what was written. Nothing is kept where they disagree.
     """
+    check_destination(destination)
     path, kept = _existing(source), None if dtype is None else _dtype(dtype)
     opened = None
     if to == "hf" and (path / CHECKPOINTS_DIRECTORY).is_dir():
@@ -217,14 +229,13 @@ def convert(
         tokenizer = load_tokenizer(opened.tokenizer) if opened.tokenizer else None
         generation = _generation(opened, tokenizer, ignore_config_keys)
     if to == "hf":
-        return export_hf(config, params, destination, tokenizer, source=opened, generation=generation)
+        return export_hf(config, params, destination, tokenizer, source=opened, generation=generation, dtype=kept)
     assert opened is not None
     with new_directory(destination) as folder:
         _write_native(folder, config, params, tokenizer, generation)
-        stored = min(value.dtype.itemsize for value in params.values())
         del params
         _, read_again = _load_native(folder, None, components, None)
-        receipt = check_conversion(opened, params_logits(config, read_again), itemsize=stored)
+        receipt = check_conversion(opened, params_logits(config, read_again), dtype=kept)
         write_receipt(folder, receipt)
     return receipt
 

@@ -140,4 +140,5 @@ class MTPDecoder(Decoder):
 def _shifted(x: jax.Array, by: int, fill: int = 0) -> jax.Array:
     """What stands so many places later in each row of the text; `fill` where that is beyond its end."""
     whole = shard(unzigzag(x), "batch", None)
+    by = min(by, whole.shape[1])
     return zigzag(jnp.pad(whole[:, by:], ((0, 0), (0, by)), constant_values=fill))

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 
 @functools.partial(
@@ -49,6 +49,20 @@ class AttentionMask:
         if self.valid is not None or self.segment_ids is None:
             return self.valid
         return self.segment_ids > 0
+
+    def row_means(self, values: Float[Array, "b t *_"]) -> Float[Array, "b *_"]:
+        """[B, T, ...] -> [B, ...], over the tokens of each row: 0 where a row has none."""
+        if (real := self.real()) is None:
+            return values.mean(1)
+        real = real.reshape(*real.shape, *(1,) * (values.ndim - 2))
+        return jnp.where(real, values, 0).sum(1) / jnp.maximum(real.sum(1), 1)
+
+    def mean_of_rows(self, values: Float[Array, " b"]) -> Float[Array, ""]:
+        """[B] -> the mean over the rows that have tokens: 0 where none has."""
+        if (real := self.real()) is None:
+            return values.mean()
+        real = real.any(1)
+        return jnp.where(real, values, 0).sum() / jnp.maximum(real.sum(), 1)
 
     def allowed(
         self, first_query: int | Array, num_queries: int, first_key: int | Array, num_keys: int

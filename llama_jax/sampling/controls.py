@@ -61,7 +61,8 @@ def marked(ids: Int[Array, "b n"], where: Bool[Array, "b n"], size: int) -> Bool
     if jax.sharding.get_abstract_mesh().empty:
         return rows(ids, where)
     # A scatter whose index is a row's own: the compiler finds it split as the rows are.
-    return shard(jax.sharding.auto_axes(rows, out_sharding=jax.typeof(where).sharding)(ids, where), "batch", None)
+    split: Any = jax.sharding.auto_axes(rows, out_sharding=jax.typeof(where).sharding)  # type: ignore[call-arg]
+    return shard(split(ids, where), "batch", None)
 
 
 @part()

@@ -3,6 +3,7 @@
 They hold one `tokenizer.json` for every kind, with the class that reads just that: other classes rebuild parts of it.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -137,9 +138,9 @@ def sentencepiece_json(model_file: bytes, added: Mapping[int, Added], *, prefixe
     )
     options_of = {token.content: token for token in added.values()}
     control = (Added(piece.text, special=True) for piece in pieces if piece.kind == CONTROL)
-    found = (vars(options_of.get(token.content, token)) for token in control)
+    tokens = (options_of.get(token.content, token) for token in control)
     # Not normalized: a space would be put before their names.
-    made.add_tokens([AddedToken(**(options | {"normalized": False})) for options in found])
+    made.add_tokens([AddedToken(**vars(dataclasses.replace(token, normalized=False))) for token in tokens])
     made.add_special_tokens([AddedToken(pieces[unk_id].text, special=True, normalized=False)])
     return json.loads(made.to_str())
 

@@ -21,7 +21,7 @@ GUESSED = {
     "pad_token": ("<pad>", "[PAD]", "<|finetune_right_pad_id|>"),
     "unk_token": ("<unk>", "[UNK]"),
 }
-# Ends of a chat turn end a generated text too, where no setting names EOS.
+# Ends of a chat turn end a generated text too, whatever EOS is.
 TURN_END_NAMES = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<end_of_turn>")
 
 
@@ -29,8 +29,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library with the files it came from.
 
     `settings` name the special tokens and add tokens. `model` is the JSON of its model, where this could make special
-    tokens of ordinary text. `eos` has more tokens that end a text, `prefix` those before a prompt of a file that has no
-    post-processor.
+    tokens of ordinary text. `prefix` names the tokens before a prompt where the file can have no post-processor.
     """
 
     def __init__(
@@ -40,7 +39,6 @@ class HuggingFaceTokenizer(Tokenizer):
         settings: Settings,
         *,
         model: Mapping[str, Any] | None = None,
-        eos: Sequence[str] = (),
         prefix: Sequence[str] = (),
     ):
         tokenizer.no_truncation()
@@ -49,10 +47,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer, self._settings = tokenizer, settings
         self.vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
         self.bos_id, self.pad_id = self._special("bos_token"), self._special("pad_token")
-        ends = [self._special("eos_token"), *map(tokenizer.token_to_id, (*eos, *TURN_END_NAMES))]
+        ends = [self._special("eos_token"), *map(tokenizer.token_to_id, TURN_END_NAMES)]
         self.eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
         self.unk_id = self._unknown()
-        ordinary = (self.bos_id, self.pad_id, *self.eos_ids[:1])
+        # The end of a turn that was added as text stays text.
+        ends = [i for i in self.eos_ids[1:] if i not in tokenizer.get_added_tokens_decoder()]
+        ordinary = (self.bos_id, self.pad_id, *self.eos_ids[:1], *ends)
         _make_special(tokenizer, {i for i in ordinary if i is not None and i != self.unk_id})
         named = {self.bos_id, self.pad_id, self.unk_id, *self.eos_ids, *tokenizer.get_added_tokens_decoder()}
         self.special_tokens = {str(tokenizer.id_to_token(i)): i for i in sorted(i for i in named if i is not None)}

@@ -1,8 +1,11 @@
 """Loading a tokenizer, its kind found by the file's own content and by the settings beside it."""
 
+import fnmatch
+from collections.abc import Iterable
 from pathlib import Path
 
 from llama_jax.config import UserError
+from llama_jax.remote import local_copy
 from llama_jax.tokenizers.base import RULE_FILE, Tokenizer
 from llama_jax.tokenizers.huggingface import json_tokenizer
 from llama_jax.tokenizers.marian import marian_tokenizer
@@ -22,6 +25,8 @@ FILE_NAMES = (
     "tokenizer.json", "tokenizer.model", "source.spm", "spiece.model", "vocab.json", "vocab.txt",
     "sentencepiece.bpe.model",
 )  # fmt: skip
+# What may belong to a tokenizer in a directory of a store, which may hold weights as well.
+STORED = ("*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.jinja")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -31,9 +36,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     ChatGLM2), tiktoken's ranks of Llama 3 and of OpenAI's encodings, Marian's `source.spm`, `target.spm` and
     `vocab.json`, pairs of `vocab.json` and `merges.txt` (`path` is either; both names may begin with the same prefix),
     BERT's `vocab.txt` and llama2.c's `.bin`, with the settings beside them: tokenizer_config.json,
-    special_tokens_map.json, added_tokens.json, chat templates. Raises UserError for a missing, damaged or unknown file.
+    special_tokens_map.json, added_tokens.json, chat templates. `path` may be a URL. Raises UserError for a missing,
+    damaged or unknown file.
     """
-    path = Path(path)
+    path = local_copy(path, _stored, beside=STORED)
     if path.is_dir():
         found = [path / name for name in FILE_NAMES if (path / name).is_file()]
         if not found:
@@ -90,6 +96,12 @@ def _read(path: Path, content: bytes, settings: Settings) -> Tokenizer:
     if (model := llama2c_model(content)) is not None:
         return SentencePieceTokenizer(model, settings)
     return sentencepiece_tokenizer(content, settings, path.name)
+
+
+def _stored(names: Iterable[str]) -> list[str]:
+    of_folder = "additional_chat_templates/"
+    names = [name for name in names if "/" not in name.removeprefix(of_folder)]
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in STORED)]
 
 
 def _partner(path: Path, own: str, other: str) -> bytes:

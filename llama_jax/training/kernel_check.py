@@ -17,6 +17,7 @@ from llama_jax.training.step import Batch, predict
 
 # Scores that the reference may hold on a device at a time; where its all would be more, it goes by blocks of queries.
 SCORES = 1 << 26
+NUM_DOCUMENTS = 5  # in a row of what is compared
 
 
 class PreflightFailed(RuntimeError):
@@ -79,27 +80,29 @@ def compare(call: Call) -> Agreement | None:
     kernel = choose(call.q, call.k, call.mask, softcap=call.softcap, dropout=call.dropout)
     if kernel == "reference":
         return None
-    rows, length = call.q.shape[:2]
-    masks: dict[str, Any] = dict.fromkeys(("segment_ids", "key_segment_ids", "prefix"))
-    rng = np.random.default_rng(0)
-
-    def segments(length: int) -> np.ndarray:
-        # Unlike the batch's own, certain to have a boundary in every row, and padding at the end of some.
-        begins = rng.random((rows, length)) < 4 / length
-        begins[:, length // 3] = True
-        segments = 1 + np.cumsum(begins, axis=1)
-        segments[::2, length - length // 8 :] = 0
-        return segments
-
-    if call.mask.segment_ids is not None:
-        masks["segment_ids"] = segments(length)
-    if call.mask.key_segment_ids is not None:
-        masks["key_segment_ids"] = segments(call.k.shape[2])
-    if call.mask.prefix is not None:
-        masks["prefix"] = rng.random((rows, length)) < 0.25
     fast, exact = _Attention(call, kernel), _Attention(call, "reference")
-    errors = _errors(fast, exact, {k: None if x is None else jnp.asarray(x, jnp.int32) for k, x in masks.items()})
-    return Agreement(kernel, {name: float(error) for name, error in errors.items()})
+    masks = {name: None if x is None else jnp.asarray(x, jnp.int32) for name, x in _drawn(call).items()}
+    return Agreement(kernel, {name: float(error) for name, error in _errors(fast, exact, masks).items()})
+
+
+def _drawn(call: Call) -> dict[str, np.ndarray | None]:
+    """Documents and prefixes, where the call has them: unlike the batch's own, certain to be several in every row.
+
+    The keys of another sequence are of the same documents, though of some there may be none in either. Every second row
+    ends with padding.
+    """
+    mask, rng = call.mask, np.random.default_rng(0)
+    rows, lengths = call.q.shape[0], {"segment_ids": call.q.shape[1], "key_segment_ids": call.k.shape[2]}
+    drawn: dict[str, np.ndarray | None] = {}
+    for i, (name, length) in enumerate(lengths.items()):
+        begins = np.sort(rng.integers(length, size=(rows, NUM_DOCUMENTS)), axis=1)
+        begins[:, 0], begins[:, 1] = 0, np.clip(begins[:, 1], 1, max(1, length // 3))
+        begins[:, 2 + i] = begins[:, 3 + i]  # of one document nothing
+        segments = (begins[:, :, None] <= np.arange(length)).sum(1)
+        segments[::2, length - length // 8 :] = 0
+        drawn[name] = None if getattr(mask, name) is None else segments
+    drawn["prefix"] = None if mask.prefix is None else rng.random((rows, call.k.shape[2])) < 0.25
+    return drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +127,7 @@ class _Attention:
         rows, length, heads, _ = q.shape
         split = np.prod([mesh_axis_sizes()[axis] for i in (0, 2) for axis in axes_of(q)[i]], dtype=int)
         num_blocks = 1
-        while rows * heads * length * length // (split * num_blocks) > SCORES and length % (2 * num_blocks) == 0:
+        while rows * heads * length * k.shape[2] // (split * num_blocks) > SCORES and length % (2 * num_blocks) == 0:
             num_blocks *= 2
         # Whole along the sequence, where a context axis would split it.
         q, size = shard(q, "batch", None, "heads", None), length // num_blocks
@@ -169,4 +172,6 @@ def _errors(fast: _Attention, exact: _Attention, masks: dict[str, Any]) -> dict[
     wanted = with_gradients(exact, jnp.float32)
     rms = lambda x: jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))  # noqa: E731
     results = "the result", "the gradient of the queries", "the gradient of the keys", "the gradient of the values"
-    return {name: rms(a.astype(jnp.float32) - b) / rms(b) for name, a, b in zip(results, found, wanted, strict=True)}
+    sizes = [(rms(a.astype(jnp.float32) - b), rms(b)) for a, b in zip(found, wanted, strict=True)]
+    # Where nothing is seen both are 0, and agree.
+    return {name: jnp.where(off > 0, off / size, off) for name, (off, size) in zip(results, sizes, strict=True)}

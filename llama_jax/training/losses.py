@@ -105,6 +105,7 @@ def _local_walk(
         softmax = jnp.exp(logits - lse[..., None])
         wanted = jnp.where(is_target, 1 - smoothing, 0) + smoothing / size
         d_logits = weights[..., None] * (softmax * (1 + 2 * z_loss * lse)[..., None] - wanted)
+        d_logits = jnp.where(weights[..., None] != 0, d_logits, 0)
         d_hidden, d_weight_chunk = pullback(d_logits)
         d_weight = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), d_weight, d_weight_chunk)
         return (totals, d_weight), _psum(d_hidden, vocab_axes)
@@ -144,10 +145,15 @@ def _chunk_loss(logits, targets, weights, options, vocab_axes: tuple[str, ...]) 
         lse = jax.nn.logsumexp(logits, axis=-1)
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     own = _psum(jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1), vocab_axes)
-    ce = jnp.sum(weights * (lse - own))
     size = _psum(logits.shape[-1], vocab_axes)
-    smooth = jnp.sum(weights * (own - _psum(jnp.sum(logits, axis=-1), vocab_axes) / size))
-    loss = ce + smoothing * smooth + jnp.sum(weights * z_loss * lse**2)
+    mean = _psum(jnp.sum(logits, axis=-1), vocab_axes) / size
+
+    def total(of_target: jax.Array, used: Any = True) -> jax.Array:
+        # What has no weight, and a term that is not asked for, may be as large as it likes: 0 times inf would be NaN.
+        return jnp.sum(jnp.where((weights != 0) & used, weights * of_target, 0))
+
+    ce = total(lse - own)
+    loss = ce + total(smoothing * (own - mean), smoothing != 0) + total(z_loss * lse**2, z_loss != 0)
     return loss, ce, lse, is_target, size
 
 

@@ -185,6 +185,25 @@ def test_the_cache_does_not_grow_with_the_text(name: str):
 
 
 @pytest.mark.parametrize("name", BOTH)
+def test_padding_teaches_nothing_whatever_it_is(name: str):
+    """Also in a row that has nothing else: weights learn what they learn without it."""
+    config, weights, x = BOTH[name], weights_of(BOTH[name]), inputs()
+    segments = SEGMENTS.copy()
+    segments[-1] = 0
+
+    def gradient(x: np.ndarray) -> Weights:
+        told = (segments > 0)[..., None]
+        loss = lambda weights: (run(config, weights, x, segment_ids=segments)[0] * told).sum()  # noqa: E731
+        return jax.grad(loss)(weights)
+
+    expected = gradient(x)
+    found = gradient(np.where((segments > 0)[..., None], x, 1e30).astype(np.float32))
+    for key, value in expected.items():
+        assert np.abs(value).max() > 0.01
+        np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("name", BOTH)
 def test_gradients_reach_what_may_be_seen(name: str):
     config, weights, x = BOTH[name], weights_of(BOTH[name]), inputs(rows=1)
     segments = SEGMENTS[-1:]

@@ -196,13 +196,25 @@ def test_the_indexers_loss_is_the_formula(config: SparseLatentAttention):
     target /= target.sum(-1, keepdims=True)
     choice = np.exp(scores) * chosen
     choice /= choice.sum(-1, keepdims=True)
-    expected = 0.3 * np.sum(target[chosen] * np.log(target[chosen] / choice[chosen])) / LENGTH
+    expected = 0.3 * np.sum(target[chosen] * np.log(target[chosen] / choice[chosen])) / length
     segments = jnp.asarray((np.arange(LENGTH) < length)[None], jnp.int32)
     positions = jnp.arange(LENGTH)[None]
     loss, gradient = loss_of(config, values, x, AttentionMask(segment_ids=segments), positions)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
     for name, value in gradient.items():
         assert (float(jnp.abs(value).max()) > 1e-4) == ("indexer" in name), name
+
+
+def test_rows_of_padding_teach_the_indexer_nothing():
+    values, x, positions = values_of(LEARNING), inputs(LENGTH, 2), jnp.tile(jnp.arange(LENGTH), (2, 1))
+    segments = jnp.ones((2, LENGTH), jnp.int32)
+    wanted = loss_of(LEARNING, values, x[:1], AttentionMask(segment_ids=segments[:1]), positions[:1])
+    found = loss_of(LEARNING, values, x, AttentionMask(segment_ids=segments.at[1].set(0)), positions)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    assert float(found[0]) > 0
+    for value in jax.tree.leaves(loss_of(LEARNING, values, x, AttentionMask(segment_ids=0 * segments), positions)):
+        np.testing.assert_array_equal(value, np.zeros(value.shape))
 
 
 def test_the_indexer_learns_from_its_own_loss_alone():

@@ -65,6 +65,37 @@ def test_gradient_follows_what_the_loss_is_multiplied_with(values: dict[str, jax
     np.testing.assert_allclose(3 * once, thrice, rtol=1e-6)
 
 
+def huge(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Logits near 1e30 at the first place of every row."""
+    return values | {"hidden": values["hidden"].at[:, 0].multiply(1e30)}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_without_any_weight_there_is_no_loss_and_no_gradient(values: dict[str, jax.Array], smoothing: float):
+    values = huge(values)
+
+    def loss(weight, hidden):
+        return cross_entropy(
+            head, weight, hidden, values["targets"], jnp.zeros((B, T)), z_loss=0.1, label_smoothing=smoothing, chunk=5
+        )
+
+    found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(values["weight"], values["hidden"])
+    for x in jax.tree.leaves(found):
+        np.testing.assert_array_equal(x, np.zeros(x.shape))
+
+
+def test_a_z_loss_of_zero_is_none_however_large_the_logits(values: dict[str, jax.Array]):
+    values = huge(values)
+    loss = functools.partial(cross_entropy, head, z_loss=0.0, chunk=5)
+    (total, ce), gradient = jax.value_and_grad(
+        lambda w: loss(w, values["hidden"], values["targets"], values["weights"]), has_aux=True
+    )(values["weight"])
+    expected = plain(head, *(values[name] for name in ("weight", "hidden", "targets", "weights")), z_loss=0.0)
+    np.testing.assert_allclose([total, ce], [expected[1], expected[1]], rtol=1e-5)
+    assert float(total) > 1e29
+    assert np.isfinite(gradient).all()
+
+
 def test_padding_that_a_chunk_adds_has_no_weight(values: dict[str, jax.Array]):
     ones = values | {"weights": jnp.ones((B, T))}
     totals = [jax.jit(functools.partial(cross_entropy, head, chunk=chunk))(**ones)[0] for chunk in (T, 5, 7)]

@@ -1,4 +1,7 @@
-"""Kernels of others: splash attention on TPU (Pallas, part of JAX) and cuDNN's flash attention on GPU."""
+"""Kernels of others: splash attention on TPU (Pallas, part of JAX) and cuDNN's flash attention on GPU.
+
+Both are for a sequence that attends to itself, where every query sees at least its own key.
+"""
 
 from typing import Any
 
@@ -13,12 +16,23 @@ LANES = 128  # what a TPU's vector registers hold in their last dimension
 SPLASH_BLOCK = 512
 
 
-def splash_refuses(q: Any, k: Any, mask: AttentionMask) -> str | None:
-    """Why splash attention cannot do this, or None."""
-    if mask.q_index is not None or q.shape[1] != k.shape[2]:
+def _refuse(q: Any, k: Any, mask: AttentionMask) -> str | None:
+    """What neither can do, or None."""
+    if mask.q_index is not None or mask.key_index is not None:
         return "queries at places of a cache"
+    if mask.key_segment_ids is not None:
+        return "keys of another sequence"
+    if q.shape[1] != k.shape[2]:
+        return f"{q.shape[1]} queries of {k.shape[2]} keys"
     if mask.prefix is not None:
         return "a prefix that is seen whole"
+    return None
+
+
+def splash_refuses(q: Any, k: Any, mask: AttentionMask) -> str | None:
+    """Why splash attention cannot do this, or None."""
+    if reason := _refuse(q, k, mask):
+        return reason
     if q.shape[1] % LANES:
         return f"a sequence of {q.shape[1]}, no multiple of {LANES}"
     return None
@@ -59,10 +73,12 @@ def _splash_kernel(num_heads: int, length: int, causal: bool, window: int | None
 
 def cudnn_refuses(q: Any, k: Any, mask: AttentionMask) -> str | None:
     """Why cuDNN's attention cannot do this, or None."""
-    if mask.q_index is not None or q.shape[1] != k.shape[2]:
-        return "queries at places of a cache"
-    if mask.prefix is not None:
-        return "a prefix that is seen whole"
+    if reason := _refuse(q, k, mask):
+        return reason
+    if mask.window is not None and not mask.causal:
+        return "a window that reaches beyond the query"
+    if mask.segment_ids is not None and q.shape[1] % 2:
+        return f"documents in a sequence of {q.shape[1]}, an odd length"
     if q.dtype not in (jnp.float16, jnp.bfloat16):
         return f"{np.dtype(q.dtype).name}"
     if q.shape[-1] % 8 or q.shape[-1] > 256:

@@ -2,7 +2,8 @@
 
 Neither direction ever holds more than a [T/16, 512] block of scores per head, and what no query of a block may see is
 not computed: a causal block of queries reads only the keys up to its end, a window only those from its beginning on.
-Where a prefix may stand later, or queries at any place, all keys are read.
+Where a prefix may stand later, or queries at any place, all keys are read. A query that sees nothing gets zeros, and
+passes no gradient.
 
 Queries come grouped here: q [B, K, G, T, H], k [B, K, S, H] and v [B, K, S, V], whose heads may have another size.
 """
@@ -16,6 +17,9 @@ from jaxtyping import Array, Float
 from llama_jax.nn.masks import AttentionMask
 
 MASKED = -1e30  # finite, so that a fully masked block does not make inf - inf
+# Where maxima begin: below every score and so far above MASKED that exp(MASKED - NOTHING) is 0, also in a row where
+# nothing is seen, whose maximum and logsumexp it stays.
+NOTHING = MASKED / 2
 MAX_QUERY_BLOCKS = 16
 MIN_QUERY_BLOCK = 128
 KEY_BLOCK = 512
@@ -64,7 +68,8 @@ def scores(q: Grouped, k: Keys, mask: AttentionMask, first_query, first_key, sca
 def forward(
     q: Grouped, k: Keys, v: Values, mask: AttentionMask, scale: float
 ) -> tuple[Result, Float[Array, "b k g t"]]:
-    """The result in float32, and the logsumexp of each row's scores, by which results over other keys can join."""
+    """The result in float32, and the logsumexp of each row's scores, by which results over other keys can join: NOTHING
+    where the row sees none."""
     q, mask, zero = _together(q, mask)
 
     def block(carry, begin, size, first, stop):
@@ -80,8 +85,9 @@ def forward(
             return (new_top, total * shrink + p.sum(-1), out * shrink[..., None] + part), ()
 
         shape = q_i.shape[:-1]
-        init = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, v.shape[3]), jnp.float32))
+        init = (jnp.full(shape, NOTHING), jnp.zeros(shape), jnp.zeros((*shape, v.shape[3]), jnp.float32))
         (top, total, out), _ = _over_keys(step, init, zero, first, stop)
+        total = jnp.where(total > 0, total, 1)
         return carry, (out / total[..., None], top + jnp.log(total))
 
     return over_queries(block, (), q.shape[3], k.shape[2], mask)[1]
@@ -125,19 +131,25 @@ def _together(q: Grouped, mask: AttentionMask) -> tuple[Grouped, AttentionMask, 
 
 def over_queries(block, carry, num_queries: int, num_keys: int, mask: AttentionMask):
     """`block(carry, begin, size, first, stop) -> (carry, ys)` over blocks of queries and the keys [first, stop) that
-    each may need; ys joined over queries. A scan where all need all keys; else what is masked is not computed."""
+    each may need; ys joined over queries. A scan where all need all keys; else what is masked is not computed. No block
+    is without a key, though it may see none."""
     size = max(MIN_QUERY_BLOCK, -(-num_queries // MAX_QUERY_BLOCKS))
     anywhere = any(x is not None for x in (mask.q_index, mask.key_index, mask.prefix))
-    reach = num_keys if mask.window is None else mask.window - 1
-    if num_queries > size and num_queries % size == 0 and (anywhere or (not mask.causal and mask.window is None)):
+    everything = anywhere or (not mask.causal and mask.window is None)
+    if num_queries > size and num_queries % size == 0 and everything:
         begins = jnp.arange(0, num_queries, size)
         carry, ys = jax.lax.scan(lambda c, begin: block(c, begin, size, 0, num_keys), carry, begins)
         return carry, jax.tree.map(lambda a: _joined(a, 3), ys)
     parts = []
     for begin in range(0, num_queries, size):
         end = min(begin + size, num_queries)
-        last = end if mask.causal else min(num_keys, end + reach)
-        first, stop = (0, num_keys) if anywhere else (max(0, begin - reach), last)
+        first, stop = 0, num_keys
+        if not everything and mask.causal:
+            stop = min(num_keys, end)
+        if not everything and mask.window is not None:
+            # Where queries go on beyond the last key, their window is empty.
+            stop = min(stop, end + mask.window - 1)
+            first = min(max(0, begin - mask.window + 1), stop - 1)
         carry, ys = block(carry, begin, end - begin, first, stop)
         parts.append(ys)
     return carry, jax.tree.map(lambda *a: jnp.concatenate(a, axis=3), *parts)

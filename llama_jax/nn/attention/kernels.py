@@ -1,9 +1,9 @@
 """Attention by the kernel that the run names, on whatever mesh.
 
 q [B, T, N, H], k [B, K, S, H], v [B, K, S, V]; query head n reads kv head n // (N/K). Softmax in float32, result
-[B, T, N, V] in the dtype of q. Kernels see the local part of the arrays only: `attend` splits batch, heads and sequence
-over the mesh. A kernel does everything that the mask says or refuses by name. A new one is a function and a line in
-`KERNELS`.
+[B, T, N, V] in the dtype of q; a query that may see nothing gets zeros, and passes no gradient. Kernels see the local
+part of the arrays only: `attend` splits batch, heads and sequence over the mesh. A kernel does everything that the mask
+says or refuses by name. A new one is a function and a line in `KERNELS`.
 """
 
 import contextlib
@@ -43,17 +43,14 @@ def reference(
     dropout: float = 0.0,
 ) -> Results:
     """The plain formula, all scores at once: what every other kernel is compared with, and the one that does all."""
-    if softcap is None and bias is None:
-        scores = blockwise.scores(_grouped(q, k.shape[1]), k, mask, 0, 0, scale)
-    else:
-        scores = blockwise.scores(_grouped(q, k.shape[1]), k, AttentionMask(causal=False), 0, 0, scale)
-        if softcap is not None:
-            scores = softcap * jnp.tanh(scores / softcap)
-        if bias is not None:
-            scores += _per_group(bias, k.shape[1])
-        allowed = mask.allowed(0, q.shape[1], 0, k.shape[2])
-        scores = jnp.where(allowed[:, None, None], scores, blockwise.MASKED)
-    weights = jax.nn.softmax(scores, axis=-1)
+    allowed = mask.allowed(0, q.shape[1], 0, k.shape[2])[:, None, None]
+    scores = blockwise.scores(_grouped(q, k.shape[1]), k, AttentionMask(causal=False), 0, 0, scale)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if bias is not None:
+        scores += _per_group(bias, k.shape[1])
+    weights = jax.nn.softmax(jnp.where(allowed, scores, blockwise.MASKED), axis=-1)
+    weights = jnp.where(allowed, weights, 0)  # of a query that sees nothing the softmax has made 1/S each
     if keep is not None:
         weights = jnp.where(_per_group(keep, k.shape[1]), weights / (1 - dropout), 0)
     return _ungrouped(jnp.einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), v))
@@ -86,12 +83,12 @@ def choose(q: Any, k: Any, mask: AttentionMask, *, softcap: float | None = None,
 
     q and k may be abstract. Raises UserError for an unknown kernel, and for one that cannot do what is asked.
     """
-    name, split = mask.kernel, _splits_sequence(q, mask)
-    if name in ("auto", "reference") and _only_reference(q, mask, softcap, dropout):
+    name, split = mask.kernel, _splits_sequence(q, k, mask)
+    if name in ("auto", "reference") and _only_reference(q, k, mask, softcap, dropout):
         return "reference"
     if name == "auto":
         name = FASTEST.get(platform(), "blockwise")
-        if split or mask.key_segment_ids is not None or KERNELS[name].refuses(q, k, mask):
+        if split or KERNELS[name].refuses(q, k, mask):
             name = "blockwise"
         if split:
             return "reference" if mask.prefix is not None else name
@@ -99,22 +96,20 @@ def choose(q: Any, k: Any, mask: AttentionMask, *, softcap: float | None = None,
     if name not in KERNELS:
         raise UserError(f"attention_kernel={name!r} does not exist: the kernels are auto, {', '.join(KERNELS)}")
     reason = KERNELS[name].refuses(q, k, mask)
-    if mask.key_segment_ids is not None and name not in ("blockwise", "reference"):
-        reason = "keys of another sequence"
     if split and name not in ("blockwise", "reference"):
         reason = "a sequence split over mesh.context"
     able = "blockwise"
     if split and mask.prefix is not None and name != "reference":
         # A device's keys would be needed by queries before them: the zigzag order balances the causal work only.
         reason, able = "a prefix that is seen whole on a sequence split over mesh.context", "reference"
-    if name != "reference" and (beyond := _only_reference(q, mask, softcap, dropout)):
+    if name != "reference" and (beyond := _only_reference(q, k, mask, softcap, dropout)):
         reason, able = beyond, "reference"
     if reason:
         raise UserError(f"attention_kernel={name!r} cannot do {reason}: take {able}, or auto")
     return name
 
 
-def _only_reference(q: Any, mask: AttentionMask, softcap: float | None, dropout: float) -> str | None:
+def _only_reference(q: Any, k: Any, mask: AttentionMask, softcap: float | None, dropout: float) -> str | None:
     """What of this no other kernel can do, or None."""
     if mask.bias is not None:
         return "a bias of the scores"
@@ -122,7 +117,7 @@ def _only_reference(q: Any, mask: AttentionMask, softcap: float | None, dropout:
         return "a soft cap of the scores"
     if dropout and mask.dropout_key is not None:
         return "dropout of the attention weights"
-    if mask.key_segment_ids is not None and _splits_sequence(q, mask):
+    if _splits_sequence(q, k, mask) and (mask.key_segment_ids is not None or q.shape[1] != k.shape[2]):
         return "keys of another sequence on mesh.context"
     return None
 
@@ -167,13 +162,15 @@ def attend(
     """softmax(scale q k^T + bias) v over the keys that `mask` allows, by the kernel that it names.
 
     `softcap` c squashes the scaled scores s to c tanh(s / c); `dropout` zeroes attention weights at this rate, in
-    training.
+    training. A sequence that a context axis splits is in zigzag order; there may be more queries than keys, or fewer.
     """
     if (calls := _calls.get()) is not None:
         aval = jax.typeof
         calls.append(Call(aval(q), aval(k), aval(v), jax.tree.map(aval, mask), scale, softcap, dropout))
     name = choose(q, k, mask, softcap=softcap, dropout=dropout)
     kernel = functools.partial(KERNELS[name].run, scale=scale)
+    if mask.segment_ids is not None and mask.key_segment_ids is None and q.shape[1] != k.shape[2]:
+        raise ValueError("segment ids need as many queries as keys, or key_segment_ids")
     bias, keep = mask.bias, None
     if bias is not None and bias.shape[1] != q.shape[2]:
         raise UserError(
@@ -192,7 +189,7 @@ def attend(
     if not sizes:
         return kernel(q, k, v, mask, **_given(bias=bias, keep=keep))
     tensor = sizes.get("tensor", 1)
-    if not _splits_sequence(q, mask):
+    if not _splits_sequence(q, k, mask):
         return _sharded(kernel, q, k, v, mask, tensor, None, bias, keep)
     if name == "reference":  # knows one order only, that of the text
         q, k, v = context.unzigzag(q), *(context.unzigzag(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (k, v))
@@ -205,8 +202,9 @@ def attend(
     return _sharded(on_chunks, q, k, v, mask, tensor, "sequence")
 
 
-def _splits_sequence(q: Any, mask: AttentionMask) -> bool:
-    return mask.q_index is None and context.splits(q.shape[1])
+def _splits_sequence(q: Any, k: Any, mask: AttentionMask) -> bool:
+    """Whether queries or keys are split over mesh.context, in zigzag order; a cache is not."""
+    return mask.q_index is None and (context.splits(q.shape[1]) or context.splits(k.shape[2]))
 
 
 def _given(**arrays: jax.Array | None) -> dict[str, jax.Array]:
@@ -232,8 +230,6 @@ def _sharded(
         copies = copies if num_heads % (num_kv_heads * copies) == 0 else num_heads // num_kv_heads
         k, v = (jnp.repeat(x, copies, axis=1) for x in (k, v))
     k, v = (shard(x, "batch", heads and "kv_heads", sequence, None) for x in (k, v))
-    if mask.segment_ids is not None and mask.key_segment_ids is None and q.shape[1] != k.shape[2]:
-        raise ValueError("segment ids need as many queries as keys")
     q = shard(q, "batch", sequence, "heads", None)
     out = spec("batch", sequence, "heads", None, shape=(*q.shape[:3], v.shape[3]))
     mask = jax.tree.map(lambda x: shard(x, "batch", sequence), mask)

@@ -134,9 +134,8 @@ class SparseLatentAttentionModule(LatentAttentionModule):
             else:
                 y, *divergence = self._masked(self.expand(q, latents), index, mask, learns)
                 if learns:
-                    real = mask.real()
-                    counted = divergence[0] if real is None else jnp.where(real, divergence[0], 0)
-                    aux["loss.indexer"] = self.config.index_loss_weight * counted.mean()
+                    mean = mask.mean_of_rows(mask.row_means(divergence[0]))
+                    aux["loss.indexer"] = self.config.index_loss_weight * mean
         return self.o_proj(y), cache, aux
 
     def init_cache(self, batch: int, length: int, dtype: Any) -> Cache:
@@ -168,6 +167,7 @@ class SparseLatentAttentionModule(LatentAttentionModule):
                     chosen &= _largest(jax.lax.stop_gradient(index), config.index_topk)
                 scores = config.scale * jnp.einsum("btnh,bnsh->bnts", q_i, k_j, preferred_element_type=jnp.float32)
                 weights = jax.nn.softmax(jnp.where(chosen[:, None], scores, blockwise.MASKED), axis=-1)
+                weights = jnp.where(chosen[:, None], weights, 0)  # where nothing is seen: not 1/S each
                 y = jnp.einsum("bnts,bnsv->bntv", weights.astype(v.dtype), v_j)[:, :, None]
                 if not learns:
                     return carry, (y,)

@@ -136,7 +136,8 @@ class ExpertsModule(FeedForwardModule):
         self, x: Float[Array, "b t d"], *, mask: AttentionMask
     ) -> tuple[Float[Array, "b t d"], dict[str, jax.Array]]:
         """Auxiliary: `loss.load_balance` and `loss.router_z` where they have a coefficient; `experts_load` [E], each
-        expert's share of the assignments; `dropped_share`, of those that found no place."""
+        expert's share of the assignments; `dropped_share`, of those that found no place; both with their number, under
+        `of.`, which parts of a batch are weighted by."""
         config, length = self.config, x.shape[1]
         with jax.named_scope("router"):
             routing = self.router(x, mask=mask)
@@ -171,7 +172,7 @@ class ExpertsModule(FeedForwardModule):
         if self.shared is not None:
             with jax.named_scope("shared"):
                 y = y + self.shared(x, mask=mask)[0]
-        return y, self._auxiliary(routing, real, wanted, kept)
+        return y, self._auxiliary(routing, mask, wanted, kept)
 
     def _by_capacity(self, length: int) -> bool:
         """Places for more than twice the assignments are more work than sorting: so it is where nothing is dropped."""
@@ -193,33 +194,29 @@ class ExpertsModule(FeedForwardModule):
     def _auxiliary(
         self,
         routing: Routing,
-        real: Bool[Array, "b t"] | None,
+        mask: AttentionMask,
         wanted: Bool[Array, "b t k"],
         kept: Bool[Array, "b t k"],
     ) -> dict[str, jax.Array]:
         config = self.config
         assignments = jax.nn.one_hot(routing.experts, config.num_experts) * wanted[..., None]
         counts = assignments.sum((1, 2))  # [B, E]
-        total = jnp.maximum(counts.sum(), 1.0)
+        number = counts.sum()
+        total = jnp.maximum(number, 1.0)
         aux = {
             "experts_load": counts.sum(0) / total,
-            "dropped_share": 1 - kept.sum() / total,
+            "dropped_share": (number - kept.sum()) / total,
+            "of.experts_load": number,
+            "of.dropped_share": number,
         }
         aux |= {f"statistic.router.{name}": value for name, value in self.router.statistics(counts.mean(0)).items()}
-
-        def row_mean(values: jax.Array) -> jax.Array:
-            """[B, T, ...] -> [B, ...], over the row's tokens."""
-            if real is None:
-                return values.mean(1)
-            weight = real.reshape(*real.shape, *(1,) * (values.ndim - 2))
-            return (values * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
 
         if config.load_balance_loss > 0:
             load = assignments[:, :, : routing.counted].sum((1, 2))
             load = load / jnp.maximum(load.sum(-1, keepdims=True), 1.0)
-            balance = config.num_experts * (load * row_mean(routing.probabilities)).sum(-1).mean()
-            aux["loss.load_balance"] = config.load_balance_loss * balance
+            balance = mask.mean_of_rows((load * mask.row_means(routing.probabilities)).sum(-1))
+            aux["loss.load_balance"] = config.load_balance_loss * config.num_experts * balance
         if config.router_z_loss > 0:
-            z = row_mean(jax.nn.logsumexp(routing.logits, -1) ** 2).mean()
+            z = mask.mean_of_rows(mask.row_means(jax.nn.logsumexp(routing.logits, -1) ** 2))
             aux["loss.router_z"] = config.router_z_loss * z
         return aux

@@ -178,6 +178,38 @@ def test_padding_does_not_count(config: Experts):
     np.testing.assert_allclose(valid_aux["experts_load"], aux["experts_load"], atol=1e-6)
 
 
+ALL_LOSSES = [dataclasses.replace(config, load_balance_loss=0.1, router_z_loss=0.3) for config in (V3, SWITCH, GSHARD)]
+
+
+@pytest.mark.parametrize("config", ALL_LOSSES, ids=["v3", "switch", "gshard"])
+def test_rows_of_padding_count_nothing(config: Experts):
+    """Neither beside rows with tokens nor alone, where losses, gradients and shares are zeros."""
+    graphdef, params, rest = split(config)
+    x, rows = inputs(), jnp.ones((ROWS, LENGTH), jnp.int32)
+
+    @jax.jit
+    def found(params, x, segments):
+        def loss(params, x):
+            y, aux = nnx.merge(graphdef, params, rest)(x, mask=AttentionMask(segment_ids=segments))
+            losses = [value for name, value in aux.items() if name.startswith("loss.")]
+            return (y * (segments > 0)[..., None]).sum() + sum(losses), aux
+
+        (_, aux), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+        shares = {name: value for name, value in aux.items() if not name.startswith("statistic.")}
+        return shares, *gradients
+
+    expected, *gradients = found(params, x, rows.at[1].set(0))
+    fewer, d_fewer, d_x_fewer = found(params, x[::2], rows[::2])
+    for name, value in fewer.items():
+        np.testing.assert_allclose(expected[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+    assert float(fewer["loss.load_balance"]) > 0
+    for one, other in zip(jax.tree.leaves(gradients[0]), jax.tree.leaves(d_fewer), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(gradients[1][::2], d_x_fewer, atol=1e-4)
+    for value in jax.tree.leaves(found(params, x, jnp.zeros_like(rows))):
+        np.testing.assert_array_equal(value, np.zeros(value.shape))
+
+
 def test_a_row_does_not_see_its_neighbours():
     """Capacity is of a row; packed documents share one only where something can be dropped."""
     x = inputs()

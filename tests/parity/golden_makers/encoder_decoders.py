@@ -1,11 +1,15 @@
 """Encoder-decoder families: T5, BART, Marian, Switch Transformers."""
 
+import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from golden_makers.common import (
     GOLDENS,
+    PLAIN,
     Tensors,
     check_reads,
     divide,
@@ -20,7 +24,7 @@ from golden_makers.common import (
     search,
     write,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -33,6 +37,7 @@ from transformers import (
 )
 
 SOURCE_LENGTH, SHORT, TARGET_LENGTH, NUM_POSITIONS = 18, 11, 14, 48
+LONG_TARGETS, LONGEST = ((100, 200), (129, 300), (40, 260)), 300
 
 T5 = {
     "architectures": ["T5ForConditionalGeneration"],
@@ -401,6 +406,46 @@ def make_t5_long_source() -> None:
     np.savez_compressed(GOLDENS / "t5_long_source.npz", **found, margin=np.float32(margin))
 
 
+def lengthened(config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    """A golden with `LONGEST` positions: a learned table goes on from its beginning."""
+    if "max_position_embeddings" not in config:
+        return config, tensors
+    special = 2  # rows that BART has before the first position
+    tables = {key: t for key, t in tensors.items() if key.endswith("embed_positions.weight")}
+    for key, table in tables.items():
+        rows = [*range(special), *(special + i % NUM_POSITIONS for i in range(LONGEST))]
+        tables[key] = table[rows]
+    return config | {"max_position_embeddings": LONGEST}, tensors | tables
+
+
+def make_long_targets() -> None:
+    """Logits of a few places of targets longer than their sources, from the weights of other goldens.
+
+    A file for each: `logits_S_T` at `places_S_T`, and the tokens as bytes.
+    """
+    kinds = {"bart": BartForConditionalGeneration, "marian": MarianMTModel, "t5_v1_0": T5ForConditionalGeneration}
+    for name, kind in kinds.items():
+        config = json.loads((GOLDENS / name / "config.json").read_text())
+        config, tensors = lengthened(config, load_file(GOLDENS / name / "model.safetensors"))
+        found: dict[str, Any] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(config))
+            save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+            model = kind.from_pretrained(folder, **PLAIN).float().eval()
+        for source_length, target_length in LONG_TARGETS:
+            source, mask = padded(random_ids((2, source_length), 60), source_length * 2 // 3, config["pad_token_id"])
+            target = random_ids((2, target_length), 60, seed=1)
+            target[:, 0] = config["decoder_start_token_id"]
+            logits = model(input_ids=source, attention_mask=mask, decoder_input_ids=target).logits
+            # The last place of every stretch: what is lost in one block of queries is seen.
+            places = np.arange(target_length - 1, 0, -30)
+            tokens = {"source": source, "source_mask": mask, "target": target}
+            arrays = {key: x.numpy().astype(np.uint8) for key, x in tokens.items()}
+            arrays |= {"places": places.astype(np.int32), "logits": logits[:, places.copy()].numpy()}
+            found |= {f"{key}_{source_length}_{target_length}": x for key, x in arrays.items()}
+        np.savez_compressed(GOLDENS / f"long_targets_{name}.npz", **found)
+
+
 CASES = {
     "t5_v1_0": make_t5_v1_0,
     "t5_long_source": make_t5_long_source,
@@ -412,4 +457,5 @@ CASES = {
     "marian_bin": make_marian_bin,
     "switch_transformers": make_switch_transformers,
     "switch_transformers_dropping": make_switch_transformers_dropping,
+    "long_targets": make_long_targets,
 }
