@@ -4,7 +4,7 @@
     lm = llama_jax.load("runs/tiny_python")
     logits = lm.model(tokens)
 
-The rooms, in the order of the data: config, parallel, tokenizers, data, nn, models, zoo, training, checkpoint,
+The rooms, in the order of the data: config, remote, parallel, tokenizers, data, nn, models, zoo, training, checkpoint,
 sampling, planning, run. docs/architecture.md shows the house.
 """
 

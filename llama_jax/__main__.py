@@ -26,6 +26,7 @@ from llama_jax.config import (
 )
 from llama_jax.data import cli as data_cli
 from llama_jax.parallel import distributed
+from llama_jax.remote import with_urls
 from llama_jax.run import Preempted, RunConfig, RunFailed, load_config, train
 from llama_jax.run.planning import PLAN_OPTIONS, PLAN_USAGE, plan_command
 from llama_jax.sampling import cli as sampling_cli
@@ -34,7 +35,8 @@ from llama_jax.tokenizers import cli as tokenizers_cli
 TRAIN_USAGE = """usage: train.py CONFIG [--key value ...] [--run-dir DIR]
                 [--coordinator-address HOST:PORT --num-processes N --process-id I]
 
-Trains CONFIG, a name in configs/ or a path, in DIR (default: runs/CONFIG); the same command again continues it.
+Trains CONFIG, a name in configs/ or a path, in DIR (default: runs/CONFIG), which may be a URL of an object store
+(s3://, gs://); the same command again continues it.
 On several hosts it is started once on each; the second line is for where SLURM, Open MPI or a TPU does not say it.
 """
 
@@ -50,20 +52,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return guarded(lambda: plan_main(argv[1:]))
     if argv[:1] == ["sample"]:
         return guarded(lambda: sampling_cli.main(argv[1:]))
+    args = command_parser().parse_args(argv)
+    return guarded(lambda: args.main(args))
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of all commands but those above, which are only named in its help."""
     parser = argparse.ArgumentParser(prog="python -m llama_jax", description="Language models in JAX.")
     subparsers = parser.add_subparsers(dest="command", required=True)
     subparsers.add_parser("train", help="train a config, or continue a run", add_help=False)
     subparsers.add_parser("plan", help="will a config fit a machine, and how fast", add_help=False)
     subparsers.add_parser("sample", help="continue texts with a trained model", add_help=False)
     convert_parser = subparsers.add_parser("convert", help="import or export weights, with the logit check")
-    convert_parser.add_argument("source", help="run, Hugging Face or Meta directory, or a llama2.c .bin")
-    convert_parser.add_argument("destination", help="directory to make")
+    convert_parser.add_argument("source", help="run, Hugging Face or Meta directory, or a llama2.c .bin; or URL")
+    convert_parser.add_argument("destination", help="directory to make, or URL to write")
     convert_parser.add_argument("--to", choices=("hf", "native"), required=True)
     convert_parser.set_defaults(main=convert_command)
     tokenizers_cli.add_arguments(subparsers)
     data_cli.add_arguments(subparsers)
-    args = parser.parse_args(argv)
-    return guarded(lambda: args.main(args))
+    return parser
 
 
 def guarded(command: Callable[[], int]) -> int:
@@ -73,7 +80,7 @@ def guarded(command: Callable[[], int]) -> int:
     except distributed.AgreedError as error:
         return told(f"error: {error}", 2)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {with_urls(str(error))}", file=sys.stderr)
         return distributed.leave(2)
     except (RunFailed, ConversionError) as error:
         return told(f"failed: {error}", 1)
@@ -94,7 +101,7 @@ def guarded(command: Callable[[], int]) -> int:
 def told(sentence: str, code: int) -> int:
     """`code`, which every process ends with, told once."""
     if distributed.is_main():
-        print(sentence, file=sys.stderr)
+        print(with_urls(sentence), file=sys.stderr)
     return code
 
 
@@ -118,8 +125,7 @@ def train_command(argv: Sequence[str]) -> int:
     if wants_help:
         print(_help(names[0], module.__doc__, config))
         return 0
-    run_dir = Path(run_dir or Path("runs") / find_config(names[0]).stem)
-    run = train(config, run_dir)
+    run = train(config, run_dir or Path("runs") / find_config(names[0]).stem)
     if hasattr(module, "report"):
         distributed.agreed(lambda: module.report(run))
     return 0

@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -344,6 +345,8 @@ def config_names() -> list[str]:
 def find_config(name: str | Path) -> Path:
     """The file of a config given by name (`tiny_python`) or by path. Raises UserError when there is none."""
     path = Path(name)
+    if re.match("[a-zA-Z][a-zA-Z0-9+.-]+:/", str(name)):
+        raise UserError(f"config file '{name}' must be a local file: it is a program, copy it here first")
     if path.suffix == ".py":
         if not path.is_file():
             raise UserError(f"config file '{name}' does not exist")

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "llama_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # A room imports only from those before it. A new room takes its place here.
 ROOMS = (
-    "config", "parallel", "tokenizers", "data", "nn", "models", "zoo", "training", "checkpoint", "sampling",
+    "config", "remote", "parallel", "tokenizers", "data", "nn", "models", "zoo", "training", "checkpoint", "sampling",
     "evaluation", "planning", "run", "ablation", "__main__",
 )  # fmt: skip
 MAX_LINES = 400

@@ -31,6 +31,7 @@ from llama_jax.models import (
     assemble,
     layers_with,
 )
+from llama_jax.remote import as_local, uploaded
 from llama_jax.tokenizers import Tokenizer
 from llama_jax.zoo import Weight
 
@@ -120,9 +121,13 @@ def write_receipt(directory: Path, receipt: Mapping[str, Any]) -> None:
 def new_directory(directory: str | Path) -> Iterator[Path]:
     """A folder to write into that becomes `directory` when all went well, and vanishes otherwise.
 
-    Raises UserError where `directory` exists and is not empty.
+    Raises UserError where `directory` exists and is not empty. It may be a URL, to which the folder is uploaded.
     """
-    directory = Path(directory)
+    if (local := as_local(directory)) is None:
+        with uploaded(directory, last=("config.json",)) as folder:
+            yield folder
+        return
+    directory = local
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"'{directory}' exists already: give a new path, or remove it first")
     directory.parent.mkdir(parents=True, exist_ok=True)

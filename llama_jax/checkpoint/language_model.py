@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,10 +21,13 @@ from llama_jax.checkpoint.convert import (
     params_logits,
     write_receipt,
 )
+from llama_jax.checkpoint.formats.meta import is_meta
 from llama_jax.checkpoint.store import CheckpointConfig, CheckpointStore
+from llama_jax.checkpoint.stored import model_files
 from llama_jax.config import UserError, from_json, read_json, to_json
 from llama_jax.models import Compute, Model, ModelConfig, abstract_params, from_params
 from llama_jax.parallel import make_mesh
+from llama_jax.remote import check_destination, fetch_beside, is_remote, local_copy
 from llama_jax.tokenizers import Tokenizer, load_tokenizer
 from llama_jax.training import TrainState
 
@@ -58,12 +62,14 @@ def load(
 ) -> LanguageModel:
     """The language model at `path`: a run directory, a saved native one, a Hugging Face or Meta directory, a `.bin`.
 
+    `path` and `tokenizer` may be URLs (`s3://`, `gs://`, `hf://`); what they hold is kept in the cache directory.
+
     `mesh`, as `{"fsdp": 2, "tensor": 4}` or a jax Mesh, is where the weights stream to; `dtype` ("float32" or
     "bfloat16") is the type they are kept and computed in: by default bfloat16 on TPU and GPU, float32 on CPU.
     `components` are classes from outside the package that the saved config may name; `step` picks a checkpoint of a
     run (default: the latest). Raises UserError for anything missing, damaged or unsupported.
     """
-    path = _existing(path)
+    path = _existing(path, step)
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r} must be float32 or bfloat16")
     compute = Compute(dtype=dtype or "auto")  # type: ignore[arg-type]
@@ -98,8 +104,13 @@ def config_of(path: str | Path, components: Sequence[type] = ()) -> ModelConfig:
     return from_json(ModelConfig, data.get("model", data), components)
 
 
-def _existing(path: str | Path) -> Path:
-    path = Path(path)
+def _existing(path: str | Path, step: int | None = None) -> Path:
+    """The model's local path; of what a store has, a copy."""
+    given, path = path, local_copy(path, functools.partial(model_files, step=step))
+    if is_remote(given) and (path / "data.json").is_file():  # of a run: a store has no empty directories
+        (path / CHECKPOINTS_DIRECTORY).mkdir(exist_ok=True)
+    if is_remote(given) and is_meta(path):
+        fetch_beside(given, ("tokenizer.model",))  # Meta's downloads have it beside the directories of the sizes
     if not path.exists():
         raise UserError(
             f"'{path}' does not exist: give a run directory, a Hugging Face or Meta directory, or a .bin file"
@@ -120,12 +131,11 @@ def _entered(mesh: MeshLike):
 
 def _load_native(path: Path, compute: Compute, components: Sequence[type], step: int | None):
     config = config_of(path, components)
-    store = CheckpointStore(path / CHECKPOINTS_DIRECTORY)
-    steps = store.steps()
-    if not steps:
-        raise UserError(f"'{path}' has no finished checkpoint yet: let the run reach its first one")
-    params = store.load_params(steps[-1] if step is None else step, abstract_params(config, compute.jax_dtype))
-    store.close()
+    with contextlib.closing(CheckpointStore(path / CHECKPOINTS_DIRECTORY)) as store:
+        steps = store.steps()
+        if not steps:
+            raise UserError(f"'{path}' has no finished checkpoint yet: let the run reach its first one")
+        params = store.load_params(steps[-1] if step is None else step, abstract_params(config, compute.jax_dtype))
     return config, params
 
 
@@ -135,6 +145,7 @@ def save(lm: LanguageModel, directory: str | Path, *, format: Literal["hf", "nat
     A native copy converts nothing and returns {}. Raises UserError where `directory` is not empty or the format cannot
     express the model.
     """
+    check_destination(directory)
     params = lm.model.params()
     if format == "hf":
         return export_hf(lm.config, params, directory, lm.tokenizer, model_type=lm.model_type)
@@ -163,9 +174,11 @@ def convert(
     Importing compares with a plain numpy model that reads the source's own tensors; exporting reads back what was
     written. Nothing is kept where they disagree.
     """
+    check_destination(destination)
+    source = _existing(source)
     if to == "hf":
         lm = load(source, dtype="float32", components=components)
-        original = None if (Path(source) / CHECKPOINTS_DIRECTORY).is_dir() else open_source(source)
+        original = None if (source / CHECKPOINTS_DIRECTORY).is_dir() else open_source(source)
         return export_hf(lm.config, lm.model.params(), destination, lm.tokenizer, source=original)
     opened = open_source(source)
     abstract = abstract_params(opened.config)

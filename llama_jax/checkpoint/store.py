@@ -4,9 +4,11 @@ Saved is a flat dict: parameters by canonical name, the optimizer's arrays by pa
 the data and in every random stream too. Loading takes any mesh and dtype.
 """
 
+import contextlib
 import dataclasses
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from llama_jax.training import TrainState
 
 _STATE = "state"
 _TEMPORARY = ".orbax-checkpoint-tmp"
+_FAILURES = (OSError, RuntimeError, ValueError)  # TensorStore says ValueError of files, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +31,8 @@ class CheckpointConfig:
 
     every_steps: steps between checkpoints; the last step is always saved.
     keep_last: how many of the latest stay.
-    keep_best: how many of those with the lowest validation loss stay as well.
+    keep_best: how many of those with the lowest validation loss stay as well; where validations and checkpoints meet, a
+      validation between them that finds one of the best is saved, too.
     """
 
     every_steps: int = 1000
@@ -39,6 +43,10 @@ class CheckpointConfig:
         for name, least in (("every_steps", 1), ("keep_last", 1), ("keep_best", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written."""
 
 
 class CheckpointStore:
@@ -68,6 +76,10 @@ class CheckpointStore:
             str(self.directory),
             preservation_policy=keep or policies.PreserveAll(),  # type: ignore[arg-type]
         )
+        metrics: dict[int, Any] = {c.step: c.metrics for c in self._orbax.checkpoints if c.metrics}
+        self._measured: dict[int, float] = {step: values["val_loss"] for step, values in metrics.items()}
+        self._saving: tuple[int, ocp.AsyncResponse[bool]] | None = None  # the step that is being written
+        self._failed = False
 
     def _make_directory(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -78,19 +90,65 @@ class CheckpointStore:
         """Steps that can be loaded, ascending."""
         return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
 
+    def is_best(self, val_loss: float) -> bool:
+        """Return whether a checkpoint with this validation loss would be one of the `keep_best` that stay."""
+        assert self._config is not None
+        # Process 0 says: others' view of a shared file system may be older.
+        keep = self._config.keep_best
+        better = sum(measured <= val_loss for measured in self._measured.values())
+        return math.isfinite(val_loss) and distributed.from_main(lambda: better < keep)
+
     def save(self, state: TrainState, *, val_loss: float | None = None) -> None:
-        """Starts saving `state` under its step; the arrays are copied before this returns, so they may be donated."""
-        metrics: Any = None if val_loss is None else {"val_loss": val_loss}
-        # Forced, or Orbax skips a save while the one before it is still being written.
-        self._orbax.save_checkpointables_async(int(state.step), {_STATE: to_disk(state)}, metrics=metrics, force=True)
+        """Start saving `state` under its step; the arrays are copied before this returns, so they may be donated.
+
+        A loss that is not finite counts as not measured. Raises SaveFailed where this or the save before it fails.
+        """
+        step = int(state.step)
+        metrics: Any = None
+        if val_loss is not None and math.isfinite(val_loss):
+            metrics = {"val_loss": val_loss}
+            self._measured[step] = val_loss
+        self._settle()
+        with self._told(step):
+            # Forced, or Orbax skips a save while the one before it is still being written.
+            response = self._orbax.save_checkpointables_async(
+                step, {_STATE: to_disk(state)}, metrics=metrics, force=True
+            )
+        assert response is not None
+        self._saving = step, response
+
+    def _settle(self) -> None:
+        """Wait for the save that is under way. Its response holds a thread and three descriptors until it is asked."""
+        if self._saving is not None:
+            (step, response), self._saving = self._saving, None
+            with self._told(step):
+                response.result()
 
     def wait(self) -> None:
-        """Returns when everything saved is on disk."""
+        """Return when everything saved is on disk. Raises SaveFailed where it cannot be written."""
+        self._settle()
         self._orbax.wait()
 
     def close(self) -> None:
-        """Waits as `wait` does, and ends the threads that save."""
-        self._orbax.close()
+        """Wait as `wait` does, and end the threads that save."""
+        try:
+            self._settle()
+        finally:
+            # What has failed and was told, Orbax would say once more.
+            with contextlib.suppress(*_FAILURES) if self._failed else contextlib.nullcontext():
+                self._orbax.close()
+
+    @contextlib.contextmanager
+    def _told(self, step: int) -> Iterator[None]:
+        """Whatever keeps a checkpoint from being written, a full disk or a store that is away, as SaveFailed."""
+        try:
+            yield
+        except _FAILURES as error:
+            self._failed = True
+            reason = " ".join(str(error).split())[:200]
+            raise SaveFailed(
+                f"the checkpoint of step {step} cannot be written to '{self.directory}' ({reason})"
+            ) from error
 
     def load(self, step: int, abstract: TrainState) -> TrainState:
         """The state of `step`, bit for bit, in the shardings of `abstract` on the current mesh."""

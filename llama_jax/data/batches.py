@@ -18,9 +18,10 @@ SMALL = 1 << 16  # rows; below, index_shuffle takes 2**16 / n times as long as a
 class Batches:
     """Training batches of one or several sources, without end.
 
-    The sequence at place p = step * global_batch_size + row of the global order comes from the source that the mixture
+    The sequence at place p = batch * global_batch_size + row of the global order comes from the source that the mixture
     says. The n-th of a source with m rows is number n % m of its epoch n // m, and every epoch a permutation of its
-    rows. With `rows`, only these of each global batch are read, in their order: those that a process's devices need.
+    rows. Step n takes batch n; where batches in `skip` are left out, the n-th of the others. With `rows`, only these of
+    each global batch are read, in their order: those that a process's devices need.
     Raises ValueError for a source without rows.
     """
 
@@ -33,6 +34,7 @@ class Batches:
         mixture: Mixture | None = None,
         rows: Sequence[int] | None = None,
         num_prefetch: int = 4,
+        skip: Sequence[int] = (),
     ):
         if any(source.num_rows < 1 for source in sources):
             raise ValueError("a source has no rows")
@@ -40,11 +42,20 @@ class Batches:
         self._mixture = mixture or Mixture(((0, Schedule([1] * len(sources))),))
         self._rows = range(global_batch_size) if rows is None else rows
         self._global_batch_size, self._num_prefetch = global_batch_size, num_prefetch
+        self._skip = sorted(set(skip))
 
     def places(self, step: int) -> list[tuple[int, int, int]]:
         """(source, epoch, row) of the batch's rows at `step`."""
-        first = step * self._global_batch_size
+        first = self.number(step) * self._global_batch_size
         return [self._place(first + row) for row in self._rows]
+
+    def number(self, step: int) -> int:
+        """Return the number of the batch that `step` takes: `step` itself where none is skipped."""
+        for skipped in self._skip:
+            if skipped > step:
+                break
+            step += 1
+        return step
 
     def batch(self, step: int) -> Batch:
         """The rows of the global batch of `step`."""

@@ -14,13 +14,14 @@ from llama_jax.data.corpus import Corpus
 from llama_jax.data.files import find_files
 from llama_jax.data.prepare import prepare, prepare_shards
 from llama_jax.data.readers import plan_shards
+from llama_jax.remote import with_urls
 from llama_jax.tokenizers import load_tokenizer
 
-DESCRIPTION = """Tokenizes a corpus into shards: text, JSONL and JSON lines (each also .gz and .zst), Parquet, datasets
-of Hugging Face (hf://NAME[/CONFIG]:SPLIT, or a directory of save_to_disk), ArrayRecord (tf.train.Example or JSON), and
-nanoGPT's and llm.c's .bin, on disk or in an object store (gs://, s3://). What is there already is not made again. On a
-cluster, run one process for each of the --shards, with one --output; the same command without --shards then makes the
-index."""
+DESCRIPTION = """Tokenizes a corpus into shards: text, JSONL, JSON, CSV and TSV (each also .gz, .zst, .bz2 and .xz), the
+members of tar archives, Parquet, datasets of Hugging Face (hf://NAME[/CONFIG]:SPLIT, or a directory of save_to_disk),
+ArrayRecord (tf.train.Example or JSON), and nanoGPT's and llm.c's .bin, on disk or in an object store (gs://, s3://).
+What is there already is not made again. On a cluster, run one process for each of the --shards, with one --output; the
+same command without --shards then makes the index."""
 
 
 def add_arguments(subparsers: argparse._SubParsersAction) -> None:
@@ -87,7 +88,7 @@ def main(args: argparse.Namespace) -> int:
 
         options = {"directory": args.output, "num_workers": args.num_workers, "progress": progress}
         if args.shards is not None:
-            print(prepare_shards(config, tokenizer, _numbers(args.shards), **options))
+            print(with_urls(str(prepare_shards(config, tokenizer, _numbers(args.shards), **options))))
             return 0
         corpus = prepare(config, tokenizer, **options)
     _print(corpus, time.monotonic() - start if made else None)
@@ -107,13 +108,10 @@ def _numbers(shards: str) -> range:
 
 
 def _print(corpus: Corpus, seconds: float | None) -> None:
-    print(corpus.directory)
+    print(with_urls(str(corpus.directory)))
     for split, documents in corpus.num_documents.items():
         print(f"{split}: {documents} documents, {corpus.num_tokens[split]} tokens, {corpus.num_bytes[split]} bytes")
     if seconds is not None:
         print(f"{sum(corpus.num_tokens.values()) / seconds:,.0f} tokens/s in {seconds:.1f} s")
-    if corpus.skipped:
-        print(f"skipped: {len(corpus.skipped)}, the first being {corpus.skipped[0]}")
-    for reason, count in corpus.bad_records["reasons"].items():
-        first = [name for name in corpus.bad_records["first"] if f" {reason}" in name][:3]
-        print(f"bad records ({reason}): {count}" + (f", first {'; '.join(first)}" if first else ""))
+    for line in corpus.left_out():
+        print(line)

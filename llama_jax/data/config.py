@@ -68,7 +68,8 @@ class Stage:
 class DataConfig:
     """Which text a run learns from, and as what.
 
-    path: files, directories (with all below them), globs, on disk or as gs:// and s3://, and hf://NAME[/CONFIG]:SPLIT.
+    path: files, directories (with all below them but hidden files and backups), globs, on disk or as gs:// and s3://,
+      and hf://NAME[/CONFIG]:SPLIT.
     exclude: patterns as in the shell of files to leave out, matched with the path and with its part below `path`.
     fields: what holds the text, the token ids or the messages in a record; several are a document's parts, in order; a
       number that is no first part (a class) counts as its digits.
@@ -76,13 +77,15 @@ class DataConfig:
     max_record_bytes: longer lines, records and whole files are bad records.
     max_bad_records: more than so many bad records (not UTF-8, without a field...) are an error; none: any number.
     validation_fraction: share of documents held out, chosen by a hash of their text.
-    cache_dir: where tokenized shards are kept; None is $LLAMA_JAX_CACHE or ~/.cache/llama_jax.
+    cache_dir: where tokenized shards are kept, a path or a URL; None is $LLAMA_JAX_CACHE or ~/.cache/llama_jax.
     num_prefetch: batches prepared ahead of the step that takes them.
     chat_template: how the messages of a chat become tokens, where a field holds them.
     objective: what is to be learned of a document.
     packing: how documents share rows: `cut` where a row ends, or `best_fit`: only those longer than a row are cut.
     sources: several corpora instead of `path`, each with its share or its epochs.
     stages: shares of the sources that change at given steps.
+    skip_batches: numbers of batches that no step takes: the others follow in their order. Without any, step n takes
+      batch n, counted from 0.
     """
 
     path: tuple[str, ...]
@@ -99,6 +102,7 @@ class DataConfig:
     packing: Packing = "cut"
     sources: tuple[Source, ...] = ()
     stages: tuple[Stage, ...] = ()
+    skip_batches: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("path", "exclude", "fields"):
@@ -122,6 +126,8 @@ class DataConfig:
             raise UserError(f"max_bad_records={self.max_bad_records} must be at least 0, or none for any number")
         if self.num_prefetch < 0:
             raise UserError(f"num_prefetch={self.num_prefetch} must be at least 0")
+        if any(number < 0 for number in self.skip_batches):
+            raise UserError(f"skip_batches={','.join(map(str, self.skip_batches))} must all be at least 0")
         self._check_sources()
 
     def _check_sources(self) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from llama_jax.config import UserError
 from llama_jax.data.config import DataConfig, Split
 from llama_jax.data.documents import BadRecords, read_texts
+from llama_jax.data.scored import OLD, sum_scored
 from llama_jax.data.shards import ARRAYS, array_file, whole
 from llama_jax.data.stream import Shard, TokenStream
 
@@ -26,7 +27,8 @@ class Corpus:
 
     `num_bytes` is the size of the documents' text in UTF-8 (of token ids, none), `content_hash` of the files and the
     options that made it, `tokenizer` the fingerprint, `skipped` what was left out ("file: reason"), `bad_records` how
-    many of each kind and the first of them.
+    many of each kind and the first of them. `scored_bytes` are the bytes of text that a left-to-right model is asked
+    for in validation, None where that cannot be said, because `unscored`.
     """
 
     def __init__(self, directory: Path, config: DataConfig):
@@ -40,6 +42,8 @@ class Corpus:
         self.num_tokens: dict[Split, int] = {split: sum(shards["tokens"]) for split, shards in splits.items()}
         self.num_documents: dict[Split, int] = {split: sum(shards["documents"]) for split, shards in splits.items()}
         self.num_bytes: dict[Split, int] = {split: sum(shards["num_bytes"]) for split, shards in splits.items()}
+        self.scored_bytes: int | None = index.get("scored_bytes")
+        self.unscored: str = index.get("unscored", OLD)
         # One listing of the directory is cheaper than thousands of files asked for one by one.
         sizes = {entry.name: entry.stat().st_size for entry in os.scandir(directory)}
         self.train = _stream(directory, "train", index, sizes)
@@ -48,6 +52,16 @@ class Corpus:
     def texts(self, split: Split) -> Iterator[str]:
         """The documents' text again, read from the original files."""
         return read_texts(self._config, split)
+
+    def left_out(self) -> list[str]:
+        """What is to be said of files and records that are not in the corpus."""
+        lines = []
+        if self.skipped:
+            lines.append(f"skipped: {len(self.skipped)}, the first being {'; '.join(self.skipped[:3])}")
+        for reason, count in self.bad_records["reasons"].items():
+            first = [name for name in self.bad_records["first"] if f" {reason}" in name][:3]
+            lines.append(f"bad records ({reason}): {count}" + (f", first {'; '.join(first)}" if first else ""))
+        return lines
 
 
 def _stream(directory: Path, split: Split, index: dict[str, Any], sizes: dict[str, int]) -> TokenStream:
@@ -135,17 +149,20 @@ def write_index(directory: Path, summaries: list[dict[str, Any]], content_hash: 
         for split in get_args(Split)
     }
     counts = {split: sum(shards["documents"]) for split, shards in splits.items()}
+    skipped = list(dict.fromkeys(name for summary in summaries for name in summary["skipped"]))
     if not any(counts.values()):
-        raise UserError(f"path={', '.join(config.path)} has no text: give files with text in them")
+        first = f" (skipped: {'; '.join(skipped[:3])})" if skipped else ""
+        raise UserError(f"path={', '.join(config.path)} has no text{first}: give files with text in them")
     if not counts["train"]:
         raise _empty_split("train", counts, config)
     index = {
         "content_hash": content_hash,
         "tokenizer": summaries[0]["tokenizer"],
         "dtype": summaries[0]["dtype"],
-        "skipped": [name for summary in summaries for name in summary["skipped"]],
+        "skipped": skipped,
         "bad_records": bad.summary(),
         "splits": splits,
+        **sum_scored(summary["splits"]["validation"] for summary in summaries),
     }
     with whole(directory / INDEX) as file:
         file.write_text(json.dumps(index))

@@ -11,7 +11,7 @@ from llama_jax.data.batches import Batches
 from llama_jax.data.config import DataConfig, Source, Split, Stage
 from llama_jax.data.corpus import Corpus, check_validation
 from llama_jax.data.mixture import Mixture, Schedule
-from llama_jax.data.objectives import Vocabulary
+from llama_jax.data.objectives import Causal, Vocabulary
 from llama_jax.data.plan import Packer
 from llama_jax.data.prepare import prepare
 from llama_jax.data.rows import PackedRows, Rows, WindowRows
@@ -82,6 +82,16 @@ class Dataset:
     def num_bytes(self) -> dict[Split, int]:
         return _sum(corpus.num_bytes for corpus in self.corpora.values())
 
+    def scored_bytes(self) -> int | None:
+        """Bytes of the text that validation scores, of all rows of all sources; None where that cannot be said.
+
+        Only a left-to-right model says how likely a whole text is, and nothing else.
+        """
+        counts = [corpus.scored_bytes for corpus in self.corpora.values() if corpus.num_documents["validation"]]
+        if type(self.config.objective) is not Causal or None in counts:
+            return None
+        return sum(count for count in counts if count is not None)
+
     def mixture(self, *, global_batch_size: int, num_steps: int) -> Mixture:
         """Which source gives which of a run's sequences.
 
@@ -99,7 +109,7 @@ class Dataset:
         return itertools.chain.from_iterable(corpus.texts(split) for corpus in self.corpora.values())
 
     def describe(self, batches: Batches, num_steps: int) -> list[str]:
-        """What a run is told of its data: how full rows are, and what it takes of which source."""
+        """What a run is told of its data: how full rows are, what it takes of which source, and what was left out."""
         lines, taken = [], self.proportions(batches, num_steps)
         for source, rows, held_out in zip(self.sources, self.train, self.validation, strict=True):
             text = f"{source.name}: {rows.num_rows:,} rows, {rows.num_tokens / rows.num_positions:.1%} full"
@@ -110,6 +120,10 @@ class Dataset:
             lines.append(f"{text}; {taken[f'epochs/{source.name}']:.2f} epochs")
             if not held_out.num_rows and self.corpora[source.name].num_documents["validation"]:
                 lines.append(f"{source.name}: none of the held-out documents is in a row")
+        for name, corpus in self.corpora.items():
+            lines += [f"{name}: {line}" for line in corpus.left_out()]
+            if type(self.config.objective) is Causal and corpus.num_documents["validation"] and corpus.unscored:
+                lines.append(f"{name}: no val_bits_per_byte, for {corpus.unscored}")
         return lines
 
     def proportions(self, batches: Batches, step: int) -> dict[str, float]:

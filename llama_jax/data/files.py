@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-import fsspec
-
 from llama_jax.config import UserError
 from llama_jax.data.config import DataConfig
+from llama_jax.data.listing import Pattern, split_glob, walk
+from llama_jax.remote import file_system, is_remote
 
 BUFFER = 1 << 20
 SETTLED_NS = 2_000_000_000  # a file may change again without its time changing while this is not over
@@ -28,7 +28,8 @@ class CorpusFile:
     """A file of the corpus; one that a directory or glob brought (not `named`) is skipped where it is not text.
 
     `path` is a local path or a URL; `stamp` changes when the content does (a file's time, a store's tag); `pieces` is
-    how many pieces it comes in by itself (the files of a dataset), or None.
+    how many pieces it comes in by itself (the files of a dataset), or None. `copy` is where its content is, if not at
+    `path` (a member of an archive); `problem` says why it cannot be read, if it is only named (a dangling link).
     """
 
     path: str
@@ -36,11 +37,13 @@ class CorpusFile:
     named: bool
     stamp: str = ""
     pieces: int | None = None
+    copy: str = ""
+    problem: str = ""
 
-
-def is_remote(path: str) -> bool:
-    """Whether `path` is a URL, not a path on disk."""
-    return "://" in path
+    @property
+    def place(self) -> str:
+        """Where the content is."""
+        return self.copy or self.path
 
 
 def is_dataset(path: str) -> bool:
@@ -59,16 +62,6 @@ def open_file(path: str) -> io.BufferedIOBase:
         raise UserError(f"'{path}' cannot be read ({error.strerror or error}): check that it is still there") from None
 
 
-def file_system(path: str) -> tuple[Any, str]:
-    """(the file system of a URL, the name in it). Raises UserError where a package for it is missing."""
-    try:
-        return fsspec.core.url_to_fs(path)
-    except ImportError as error:
-        raise UserError(f"path '{path}' needs a package that is not installed ({error}): install it with pip") from None
-    except ValueError as error:
-        raise UserError(f"path '{path}' is of no file system that fsspec knows: {error}") from None
-
-
 def find_files(config: DataConfig) -> list[CorpusFile]:
     """The corpus' files, each once, in the order of `path` and sorted within its entries.
 
@@ -84,11 +77,13 @@ def find_files(config: DataConfig) -> list[CorpusFile]:
             files.setdefault(entry, find_dataset(entry))
             continue
         find = _find_remote if is_remote(entry) else _find_local
-        top, found = find(os.path.expandvars(entry))
+        found, is_directory = find(os.path.expandvars(entry))
         if not found:
-            raise UserError(f"path '{entry}' is no file, no directory with files and no glob that matches one")
-        for file in _of_saved_dataset(entry, top, found):
-            below = file.path.removeprefix(top).lstrip("/") or file.path
+            raise UserError(
+                f"path '{entry}' is no file, no directory with files and no glob that matches one (hidden files and "
+                "backups have to be named one by one)"
+            )
+        for below, file in (_of_saved_dataset(entry, found) if is_directory else found).items():
             if not _matches(config.exclude, below, file.path):
                 key = file.path if is_remote(file.path) else os.path.abspath(file.path)
                 files.setdefault(key, file)
@@ -97,63 +92,83 @@ def find_files(config: DataConfig) -> list[CorpusFile]:
     return list(files.values())
 
 
-def _find_local(entry: str) -> tuple[str, list[CorpusFile]]:
-    """(the directory that `entry` is, or "", its files)."""
+def _find_local(entry: str) -> tuple[dict[str, CorpusFile], bool]:
+    """(the files of an entry by their paths below its directory or the glob's, whether it is a directory)."""
     top = Path(os.path.expanduser(entry))
     if top.is_file():
-        found = [top]
-    elif top.is_dir():
-        found = sorted(directory / file for directory, _, names in top.walk() for file in names)
-    else:
-        name = str(top)
-        found = sorted(map(Path, glob.glob(name, recursive=True))) if glob.has_magic(name) else []
-    files = []
-    for path in found:
-        if path.is_file():
-            status = path.stat()
-            files.append(CorpusFile(str(path), status.st_size, path == top, str(status.st_mtime_ns)))
-    return str(top) if top.is_dir() else "", files
+        status = top.stat()
+        return {str(top): CorpusFile(str(top), status.st_size, True, str(status.st_mtime_ns))}, False
+    if top.is_symlink() and not top.exists():
+        raise UserError(
+            f"path '{entry}' is a link to '{os.readlink(top)}', which is not there: mend it or leave it out"
+        )
+    is_directory, pattern = top.is_dir(), Pattern()
+    if not is_directory:
+        base, parts = split_glob(top.parts)
+        top, pattern = Path(*base), Pattern(parts)
+        if not parts or not top.is_dir():
+            return {}, False
+    return {
+        str(found.path.relative_to(top)): CorpusFile(
+            str(found.path), found.size, False, str(found.time_ns), problem=found.problem
+        )
+        for found in walk(top, pattern)
+    }, is_directory
 
 
-def _find_remote(entry: str) -> tuple[str, list[CorpusFile]]:
+def _find_remote(entry: str) -> tuple[dict[str, CorpusFile], bool]:
+    """As `_find_local`; in a store there are no links."""
     fs, name = file_system(entry)
+    base, pattern = name, Pattern()
     try:
-        if fs.isfile(name):
-            found = {name: fs.info(name)}
+        is_file = fs.isfile(name)
+        if is_file:
+            listed = {name: fs.info(name)}
         elif glob.has_magic(name):
-            found = {path: info for path, info in fs.glob(name, detail=True).items() if info["type"] == "file"}
+            parts = split_glob(name.split("/"))
+            base, pattern = "/".join(parts[0]), Pattern(parts[1])
+            listed = fs.find(base, detail=True) if "**" in parts[1] else _matching(fs, name)
         else:
-            found = fs.find(name, detail=True)
+            listed = fs.find(name, detail=True)
     except FileNotFoundError:
-        found = {}
+        return {}, False
     except Exception as error:  # of many stores' own packages: no credentials, no network, no permission
         reason = " ".join(str(error).split())
         raise UserError(f"path '{entry}' cannot be listed ({reason}): check its name and your credentials") from None
-    files = [
-        CorpusFile(fs.unstrip_protocol(path), info["size"], path == name, str(fs.ukey(path)))
-        for path, info in sorted(found.items())
-    ]
-    return ("" if glob.has_magic(name) else fs.unstrip_protocol(name)), files
+    files = {}
+    for path in sorted(listed, key=lambda path: path.split("/")):  # as on disk, where a/b is before a.txt
+        below = path.removeprefix(base).lstrip("/")
+        if is_file or pattern.matches(below.split("/")):
+            file = CorpusFile(fs.unstrip_protocol(path), listed[path]["size"], is_file, str(fs.ukey(path)))
+            files[below or path] = file
+    return files, not is_file and base == name
 
 
-def _of_saved_dataset(entry: str, top: str, found: list[CorpusFile]) -> list[CorpusFile]:
-    """`found`, or where the directory `top` was written by `save_to_disk` of Hugging Face, only its data."""
-    by_name = {file.path.removeprefix(top).lstrip("/"): file for file in found} if top else {}
+def _matching(fs: Any, name: str) -> dict[str, dict[str, Any]]:
+    """What a glob without `**` matches, of directories all that is below."""
+    listed = {}
+    for path, info in fs.glob(name, detail=True).items():
+        listed |= fs.find(path, detail=True) if info["type"] == "directory" else {path: info}
+    return listed
+
+
+def _of_saved_dataset(entry: str, by_name: dict[str, CorpusFile]) -> dict[str, CorpusFile]:
+    """A directory's files, or where it was written by `save_to_disk` of Hugging Face, only its data."""
     if "dataset_dict.json" in by_name:
         splits = _json_of(by_name["dataset_dict.json"])
         if isinstance(splits, dict) and isinstance(splits := splits.get("splits"), list):
             names = ", ".join(map(str, splits))
             raise UserError(f"path '{entry}' is a dataset with the splits {names}: name one, '{entry}/train'")
     if not {"state.json", "dataset_info.json"} <= by_name.keys():
-        return found
+        return by_name
     state = _json_of(by_name["state.json"])
     if not isinstance(state, dict) or "_data_files" not in state:
-        return found
+        return by_name
     names = [part["filename"] for part in state["_data_files"]]
     missing = [name for name in names if name not in by_name]
     if missing:
         raise UserError(f"dataset '{entry}' lacks its file '{missing[0]}': get it again")
-    return [dataclasses.replace(by_name[name], named=True) for name in names]
+    return {name: dataclasses.replace(by_name[name], named=True) for name in names}
 
 
 def _json_of(file: CorpusFile) -> dict[str, Any]:
@@ -175,8 +190,8 @@ def digests(files: list[CorpusFile], cache: Path) -> Iterator[str]:
     kept: list[tuple[list, str]] = []
 
     def digest(file: CorpusFile) -> str:
-        if is_remote(file.path):
-            return file.stamp
+        if is_remote(file.path) or file.problem:
+            return file.problem or file.stamp
         key = [os.path.abspath(file.path), file.size, file.stamp]
         if (found := known.get(json.dumps(key))) is not None:
             return found

@@ -4,22 +4,25 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from llama_jax.config import UserError, choices, to_json
 from llama_jax.data.chat import ChatTemplate
 from llama_jax.data.config import DataConfig
-from llama_jax.data.corpus import Corpus, check_bad_records, check_validation, open_corpus, write_index
+from llama_jax.data.corpus import INDEX, Corpus, check_bad_records, check_validation, open_corpus, write_index
 from llama_jax.data.files import CorpusFile, digests, find_files
-from llama_jax.data.readers import Unit, kind_of, plan_shards
+from llama_jax.data.readers import Unit, kind_of, packing_of, plan_shards
 from llama_jax.data.shards import PARTIAL, ShardSet, locked, make_shard
 from llama_jax.data.workers import make_shards
+from llama_jax.remote import Mirror, as_local, check_destination, default_cache, working_copy
 from llama_jax.tokenizers import Tokenizer
 
 FORMAT = 2  # of a corpus' files; part of the cache key
+_CORPUS_FILE = re.compile(rf"(?:train|validation|shard)-(\d+)\.\w+|{re.escape(INDEX)}")
 
 type Progress = Callable[[int, int], None]
 
@@ -39,10 +42,26 @@ def prepare(
     tokenizer. Shards that are there already are not made again; the others are made by `num_workers` processes
     (default: one for each core). `progress` is called with the bytes of the files done so far and altogether. Raises
     UserError for a corpus without text, an empty split (of validation only where it `needs_validation`), too many bad
-    records, and a directory with other shards.
+    records, and a directory with other shards. Where `directory` or `config.cache_dir` is a URL, the corpus that is
+    opened is a local copy.
     """
+    _check_destination(config, directory)
     files = find_files(config)
     content_hash = _content_hash(files, config, tokenizer)
+    with _local_directory(config, directory, content_hash) as local:
+        return _prepare(files, content_hash, config, tokenizer, local, num_workers, needs_validation, progress)
+
+
+def _prepare(
+    files: list[CorpusFile],
+    content_hash: str,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    directory: str | Path | None,
+    num_workers: int | None,
+    needs_validation: bool,
+    progress: Progress | None,
+) -> Corpus:
     place = _place(files, config, tokenizer, directory, content_hash)
 
     def checked(corpus: Corpus) -> Corpus:
@@ -87,6 +106,7 @@ def prepare_shards(
     Each shard is a function of its number, the files and the options, so a cluster may run one process for each;
     `prepare` on the same directory then makes the index. Raises UserError as `prepare` does.
     """
+    _check_destination(config, directory)
     files = find_files(config)
     shards = plan_shards(files, config)
     wanted = list(numbers)
@@ -94,10 +114,39 @@ def prepare_shards(
         if not 0 <= number < len(shards):
             raise UserError(f"there is no shard {number}: this corpus has {len(shards)}, numbered from 0")
     content_hash = _content_hash(files, config, tokenizer) if directory is None else ""
-    place = _place(files, config, tokenizer, directory, content_hash)
-    with locked(_lock_of(place), shared=True):
-        _make(place, {number: shards[number] for number in wanted}, config, tokenizer, num_workers, progress)
+    with _local_directory(config, directory, content_hash, wanted) as local:
+        place = _place(files, config, tokenizer, local, content_hash)
+        with locked(_lock_of(place), shared=True):
+            _make(place, {number: shards[number] for number in wanted}, config, tokenizer, num_workers, progress)
     return place.directory
+
+
+def _check_destination(config: DataConfig, directory: str | Path | None) -> None:
+    check_destination(config.cache_dir or "" if directory is None else directory, new=False)
+
+
+@contextlib.contextmanager
+def _local_directory(
+    config: DataConfig, directory: str | Path | None, content_hash: str, shards: Sequence[int] | None = None
+) -> Iterator[str | Path | None]:
+    """`directory`, or the local copy of one in a store, or of one in a cache there, that is uploaded at the end.
+
+    Only the files of `shards` are copied; None copies all.
+    """
+    url, path = directory, None
+    if directory is None and config.cache_dir is not None:
+        url = f"{config.cache_dir.rstrip('/')}/corpora/{content_hash[:32]}"
+        path = cache_directory(config) / "corpora" / content_hash[:32]
+    if url is None or as_local(url) is not None:
+        yield directory
+        return
+
+    def select(names: Iterable[str]) -> list[str]:
+        found = ((name, _CORPUS_FILE.fullmatch(name)) for name in names)
+        return [name for name, match in found if match and (shards is None or int(match[1] or -1) in shards)]
+
+    with working_copy(url, select, path=path, last=("shard-*.json", INDEX)) as local:
+        yield directory if directory is None else local
 
 
 def _lock_of(place: ShardSet) -> Path:
@@ -105,9 +154,11 @@ def _lock_of(place: ShardSet) -> Path:
 
 
 def cache_directory(config: DataConfig) -> Path:
-    """Where tokenized corpora are kept."""
-    default = os.environ.get("LLAMA_JAX_CACHE") or "~/.cache/llama_jax"
-    return Path(config.cache_dir or default).expanduser()
+    """Where tokenized corpora are kept; of a cache in a store, where its local copies are."""
+    if config.cache_dir is None:
+        return default_cache()
+    local = as_local(config.cache_dir)
+    return Mirror(config.cache_dir).path if local is None else local.expanduser()
 
 
 def _make(
@@ -153,7 +204,7 @@ def _place(
         # A cluster's processes do not all read the whole corpus: sizes and times say whether it is the same.
         stamps = [[kind_of(file.path), file.size, file.stamp] for file in files]
         key = hashlib.sha256(json.dumps([FORMAT, _options(config), stamps]).encode()).hexdigest()
-        place = ShardSet(Path(directory).absolute(), key, tokenizer.fingerprint)
+        place = ShardSet((as_local(directory) or Path(directory)).absolute(), key, tokenizer.fingerprint)
     try:
         place.directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -173,6 +224,6 @@ def _content_hash(files: list[CorpusFile], config: DataConfig, tokenizer: Tokeni
     with contextlib.suppress(OSError):  # told where the corpus itself cannot be written
         cache.mkdir(parents=True, exist_ok=True)
     for file, content in zip(files, digests(files, cache / "digests.jsonl"), strict=True):
-        packed = file.path.endswith((".gz", ".zst"))
+        packed = bool(packing_of(file.path))
         digest.update(f"{content} {kind_of(file.path)} {packed}\n".encode())
     return digest.hexdigest()

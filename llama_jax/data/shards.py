@@ -17,6 +17,7 @@ from llama_jax.data.chat import chat_tokens
 from llama_jax.data.config import DataConfig, Split
 from llama_jax.data.documents import BadRecords, good_records, separators_of, split_of, text_bytes
 from llama_jax.data.readers import EMPTY_PART, BadRecord, Record, Unit
+from llama_jax.data.scored import ScoredBytes
 from llama_jax.tokenizers import Tokenizer
 
 BATCH_CHARS = 1 << 20  # text tokenized at once: bounds the memory
@@ -81,6 +82,7 @@ def make_shard(
     """
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     reading = _Reading(units, config, separators_of(tokenizer.start_ids, tokenizer.eos_ids))
+    scored = ScoredBytes(tokenizer)
     with contextlib.ExitStack() as stack:
         writers = {
             split: _SplitWriter(shard_set.directory, split, number, tokenizer, stack) for split in get_args(Split)
@@ -91,11 +93,15 @@ def make_shard(
                 if len(record.parts) > 1 and not all(len(part) for part in parts):
                     reading.bad.add(BadRecord(record.where, EMPTY_PART))
                 else:
-                    writers[split_of(content, config)].add(parts, text_bytes(record, content))
+                    split = split_of(content, config)
+                    writers[split].add(parts, text_bytes(record, content))
+                    if split == "validation":
+                        scored.add(record, parts)
             for writer in writers.values():
                 writer.flush(dtype)
             progress(reading.done)
         splits = {split: writer.summary() for split, writer in writers.items()}
+        splits["validation"] |= scored.summary()
     summary = {
         "tokenizer": shard_set.tokenizer,
         "key": shard_set.key,

@@ -18,6 +18,7 @@ from llama_jax.nn.parameters import child
 
 type Aux = dict[str, jax.Array]
 STATISTIC = "statistic."
+OF = "of."  # before the name of a share: what it is a share of, for means over parts of a batch
 
 
 class Block(nnx.Module):
@@ -125,9 +126,10 @@ def of_stack(stack: str, aux: Aux) -> Aux:
     prefix = stack.removesuffix("layers")
     found = {}
     for name, value in aux.items():
-        kind, dot, own = name.rpartition("loss.")
+        kind = next((kind for kind in ("loss.", OF) if name.startswith(kind)), "")
         whole = name.startswith(STATISTIC)
-        found[f"{STATISTIC}{stack}.{name.removeprefix(STATISTIC)}" if whole else f"{kind}{dot}{prefix}{own}"] = value
+        own = f"{kind}{prefix}{name.removeprefix(kind)}"
+        found[f"{STATISTIC}{stack}.{name.removeprefix(STATISTIC)}" if whole else own] = value
     return found
 
 

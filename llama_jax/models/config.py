@@ -1,6 +1,8 @@
 """What every room below needs to know of a model, and the fields that all Transformers share."""
 
+import collections
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -66,8 +68,7 @@ class ModelConfig(Component):
 
     def score_flops(self, target_length: int, source_length: int) -> float:
         """FLOPs of a row's forward pass in all layers' attention scores, causal ones counted at half."""
-        length = target_length + source_length
-        return length * sum(mixer.score_flops(length / 2) for mixer, _ in self.layer_pieces())
+        return causal_score_flops([mixer for mixer, _ in self.layer_pieces()], target_length + source_length)
 
     def example(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Arguments of a call of the model, for the comparison of its logits with others'."""
@@ -79,6 +80,24 @@ class ModelConfig(Component):
         """Whether training draws random numbers in it."""
         pieces = [piece for layer in self.layer_pieces() for piece in layer if piece is not None]
         return getattr(self, "dropout", 0.0) > 0 or any(piece.is_random for piece in pieces)
+
+
+def causal_score_flops(mixers: Iterable[Mixer], length: int) -> float:
+    """Return the FLOPs of a row's causal scores: a token sees those before it and half of itself, half of all together,
+    of which a window leaves the last."""
+    return sum(
+        times * sum(mixer.score_flops(place + 0.5) for place in range(length))
+        for mixer, times in collections.Counter(mixers).items()
+    )
+
+
+def full_score_flops(mixers: Iterable[Mixer], length: int) -> float:
+    """Return the FLOPs of a row's scores where every token sees both sides: itself and those before it, and as many
+    places as a window has after it."""
+    return sum(
+        times * (2 * sum(mixer.score_flops(seen) for seen in range(1, length + 1)) - length * mixer.score_flops(1))
+        for mixer, times in collections.Counter(mixers).items()
+    )
 
 
 @dataclasses.dataclass(frozen=True)

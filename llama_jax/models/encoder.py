@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from llama_jax.config import UserError
 from llama_jax.models.block import Aux, Layers
 from llama_jax.models.compute import Compute
-from llama_jax.models.config import TransformerConfig
+from llama_jax.models.config import TransformerConfig, full_score_flops
 from llama_jax.models.parts import Embedding
 from llama_jax.models.transformer import Batch, Prediction, Transformer
 from llama_jax.nn.attention.context import unzigzag, zigzag
@@ -105,8 +105,7 @@ class EncoderConfig(TransformerConfig):
 
     def score_flops(self, target_length: int, source_length: int) -> float:
         """FLOPs of a row's forward pass in all layers' attention scores, in full: every token sees every other."""
-        length = target_length + source_length
-        return length * sum(mixer.score_flops(length) for mixer, _ in self.layer_pieces())
+        return full_score_flops([mixer for mixer, _ in self.layer_pieces()], target_length + source_length)
 
     def example(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         found = super().example(rng)

@@ -16,8 +16,10 @@ from llama_jax.models.config import (
     LayerOverride,
     Pieces,
     TransformerConfig,
+    causal_score_flops,
     check_overrides,
     check_position_bias,
+    full_score_flops,
     with_overrides,
 )
 from llama_jax.models.parts import Embedding
@@ -103,8 +105,8 @@ class EncoderDecoderConfig(TransformerConfig):
     def score_flops(self, target_length: int, source_length: int) -> float:
         encoder, decoder = self.stacks().values()
         return (
-            source_length * sum(mixer.score_flops(source_length) for mixer, _ in encoder)
-            + target_length * sum(mixer.score_flops(target_length / 2) for mixer, _ in decoder)
+            full_score_flops([mixer for mixer, _ in encoder], source_length)
+            + causal_score_flops([mixer for mixer, _ in decoder], target_length)
             + target_length * len(decoder) * self.cross_attention.score_flops(source_length)
         )
 

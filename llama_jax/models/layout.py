@@ -17,7 +17,7 @@ from flax import nnx
 from llama_jax.models.block import Layers
 from llama_jax.models.compute import Compute
 from llama_jax.models.config import ModelConfig
-from llama_jax.nn.parameters import Buffer, child
+from llama_jax.nn.parameters import Buffer, child, seed_key
 
 Params = dict[str, jax.Array]
 
@@ -102,8 +102,9 @@ def buffers(config: ModelConfig) -> dict[str, Any]:
 
 
 def init_params(config: ModelConfig, seed: int | jax.Array) -> Params:
-    """First values: a function of the seed, the parameter's name and its layer alone. Jit it to get it sharded."""
-    rngs = nnx.Rngs(params=jax.random.key(seed))
+    """First values: a function of the seed, the parameter's name and its layer alone. Jit it to get it sharded, with
+    `seed_value` of a large seed."""
+    rngs = nnx.Rngs(params=seed_key(seed))
     params: Params = {}
     for name, part in config.build_parts(rngs=rngs).items():
         params |= {f"{name}.{k}": v for k, v in _flat(nnx.split(part)[1]).items()}

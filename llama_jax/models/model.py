@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float
 from llama_jax.models.compute import Compute
 from llama_jax.models.config import ModelConfig
 from llama_jax.models.layout import Params, assemble, flatten, init_params
+from llama_jax.nn import seed_value
 
 
 class Model:
@@ -71,18 +73,18 @@ def _hidden_states(module: Any, arguments: tuple[Any, ...], named: dict[str, Any
 
 
 def build(config: ModelConfig, *, seed: int = 0, compute: Compute | None = None) -> Model:
-    """A model with random weights on the current mesh (`jax.set_mesh`), or on one device."""
+    """A model with random weights on the current mesh (`jax.set_mesh`), or on one device; `seed` is below 2**64."""
     mesh = jax.sharding.get_mesh()
     return from_params(config, initialize(config, seed), compute or Compute(), None if mesh.empty else mesh)
 
 
 def initialize(config: ModelConfig, seed: int) -> Params:
     """`init_params` compiled, on the current mesh: always the same program, so always the same bits."""
-    return _initializer(jax.default_backend())(config, seed)
+    return _initializer(jax.default_backend())(config, seed_value(seed))
 
 
 @functools.cache
-def _initializer(platform: str) -> Callable[[ModelConfig, int], Params]:
+def _initializer(platform: str) -> Callable[[ModelConfig, np.ndarray], Params]:
     # Runs once: fully optimized, XLA:CPU compiles random bits for a second per shape, and they come no faster.
     options = {"xla_backend_optimization_level": 1} if platform == "cpu" else None
     return jax.jit(init_params, static_argnums=0, compiler_options=options)

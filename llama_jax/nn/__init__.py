@@ -16,7 +16,7 @@ from llama_jax.nn.feed_forward import MLP, GatedLinearUnit, SwiGLU
 from llama_jax.nn.masks import AttentionMask
 from llama_jax.nn.mixer import FeedForward, FeedForwardModule, Mixer, MixerModule
 from llama_jax.nn.norms import LayerNorm, Norm, RMSNorm
-from llama_jax.nn.parameters import Projection, child, parameter, use
+from llama_jax.nn.parameters import Projection, child, parameter, seed_key, seed_value, use
 from llama_jax.nn.position_bias import Alibi, PositionBias, PositionBiasModule, RelativeBias
 from llama_jax.nn.positions import LinearScaling, Llama3Scaling, NTKScaling, Rope, RopeScaling, YarnScaling
 from llama_jax.nn.recurrent import GRU, LSTM, BidirectionalRNN, ElmanRNN, NGram
@@ -67,5 +67,7 @@ __all__ = [
     "attend",
     "child",
     "parameter",
+    "seed_key",
+    "seed_value",
     "use",
 ]

@@ -12,10 +12,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from llama_jax.config import UserError
 from llama_jax.parallel import axes_of, fitting, mesh_axis_sizes, reshape, shard, spec
+
+
+def seed_value(seed: int) -> np.ndarray:
+    """Return a seed as what jitted functions take: uint32, or where it does not fit, its high and its low half, [2].
+
+    Raises UserError outside of [0, 2**64).
+    """
+    if not 0 <= seed < 2**64:
+        raise UserError(f"seed={seed} must be at least 0 and below 2**64")
+    high, low = divmod(int(seed), 2**32)
+    return np.array([high, low] if high else low, np.uint32)
+
+
+def seed_key(seed: int | np.ndarray | jax.Array) -> jax.Array:
+    """Return the random key of a seed, or of what `seed_value` made of it: `jax.random.key` for all 64 bits."""
+    seed = seed_value(seed) if isinstance(seed, int) else jnp.asarray(seed)
+    key = jax.random.key(seed if seed.ndim == 0 else seed[1])
+    return key if seed.ndim == 0 else jax.random.fold_in(key, seed[0])
 
 
 class Keys(nnx.Rngs):

@@ -55,7 +55,7 @@ CHIPS = {
         Chip("v5e", PEAK_FLOPS["TPU v5e"], 15.75 * GIB, 8.1e11, 5e10, 3.125e9, (16, 16), 128 * MIB, 16),
         Chip("v5p", PEAK_FLOPS["TPU v5p"], 95.74 * GIB, 2.765e12, 1e11, 6.25e9, (16, 20, 28), 128 * MIB, 4),
         Chip("v6e", PEAK_FLOPS["TPU v6e"], 31.25 * GIB, 1.6e12, 1e11, 1.25e10, (16, 16), 128 * MIB, 16),
-        Chip("h100", PEAK_FLOPS["NVIDIA H100"], 80e9, 3.35e12, 4.5e11, 5e10, (8,)),
+        Chip("h100", PEAK_FLOPS["NVIDIA H100 80GB HBM3"], 80e9, 3.35e12, 4.5e11, 5e10, (8,)),
         Chip("h200", PEAK_FLOPS["NVIDIA H200"], 141e9, 4.8e12, 4.5e11, 5e10, (8,)),
         Chip("b200", PEAK_FLOPS["NVIDIA B200"], 180e9, 8e12, 9e11, 5e10, (8,)),
     )

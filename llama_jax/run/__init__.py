@@ -4,7 +4,7 @@ In: a `RunConfig` and a directory. Out: the same directory with metrics, checkpo
 log is a line in `training.py`; a new place to log to is a class in `reporting.py`.
 """
 
-from llama_jax.run.config import LoggingConfig, ProfileConfig, RunConfig, load_config
+from llama_jax.run.config import LoggingConfig, ProfileConfig, ResumeConfig, RunConfig, load_config
 from llama_jax.run.directory import Run, open_run
 from llama_jax.run.planning import plan
 from llama_jax.run.training import Preempted, RunFailed, train
@@ -13,6 +13,7 @@ __all__ = [
     "LoggingConfig",
     "Preempted",
     "ProfileConfig",
+    "ResumeConfig",
     "Run",
     "RunConfig",
     "RunFailed",

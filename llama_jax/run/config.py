@@ -1,15 +1,17 @@
 """The config of a run."""
 
 import dataclasses
+import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llama_jax.checkpoint.store import CheckpointConfig
-from llama_jax.config import UserError, load_config_module, override
+from llama_jax.config import UserError, leaves, load_config_module, override
 from llama_jax.data import DataConfig
 from llama_jax.data.objectives import Classification
 from llama_jax.models import Compute, EncoderDecoderConfig, ModelConfig
+from llama_jax.nn import seed_value
 from llama_jax.parallel import MeshConfig, batch_parts
 from llama_jax.tokenizers import TokenizerConfig
 from llama_jax.training import OptimizerConfig
@@ -59,6 +61,20 @@ class ProfileConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ResumeConfig:
+    """What may differ when a run is continued, beside what does not change what it learns.
+
+    allow: keys, or sections of them, that may have another value than the run had: optimizer.learning_rate,...
+    """
+
+    allow: tuple[str, ...] = ()
+
+    def allows(self, key: str) -> bool:
+        """Return whether `allow` has this key, or a section that it is in."""
+        return any(f"{key}.".startswith(f"{allowed.replace('-', '_')}.") for allowed in self.allow)
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything that a run does.
 
@@ -69,13 +85,15 @@ class RunConfig:
     num_steps: updates of the parameters; the learning rate's cosine ends there.
     global_batch_size: sequences of one update, over all devices.
     sequence_length: tokens of a sequence.
-    seed: of initial values and of the order of the data.
-    init_from: weights to begin with, whatever can be loaded; parameters that they lack are drawn. None draws all.
+    seed: of initial values and of the order of the data; below 2**64.
+    init_from: weights to begin with, whatever can be loaded, a path or a URL; parameters that they lack are drawn. None
+      draws all.
     mesh: how devices are used.
     compute: how the model is computed; changes speed and memory, not the result.
     checkpoint: when it is saved.
     logging: what it says.
     profile: a window of steps to record.
+    resume: what may differ from the run that is continued.
     """
 
     model: ModelConfig
@@ -92,14 +110,14 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     profile: ProfileConfig = ProfileConfig()
+    resume: ResumeConfig = ResumeConfig()
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "global_batch_size", "sequence_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         self._check_lengths()
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed} must be at least 0")
+        seed_value(self.seed)
         takes, gives = self.model.batch_fields, self.data.objective.fields()
         if unknown := [name for name in gives if name not in takes]:
             raise UserError(
@@ -122,6 +140,15 @@ class RunConfig:
                 f"tokenizer.vocab_size={self.tokenizer.vocab_size} is more than model.vocab_size="
                 f"{self.model.vocab_size}: lower the one or raise the other"
             )
+
+    def check_allowed(self) -> None:
+        """Raises UserError where `resume.allow` names what is no key."""
+        keys = [key for key, *_ in leaves(self)]
+        for allowed in self.resume.allow:
+            if not any(ResumeConfig((allowed,)).allows(key) for key in keys):
+                near = difflib.get_close_matches(allowed, keys, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else "give keys such as optimizer.learning_rate"
+                raise UserError(f"resume.allow={allowed} is no key of a run: {hint}")
 
     def _check_lengths(self) -> None:
         source, name = self.data.objective.source_length, "data.objective.source_length"

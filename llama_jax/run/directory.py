@@ -1,9 +1,11 @@
 """The directory of a run: everything about it."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,14 @@ from llama_jax.checkpoint.language_model import (
     load,
 )
 from llama_jax.checkpoint.store import CheckpointStore
+from llama_jax.checkpoint.stored import run_files
 from llama_jax.config import UserError, from_json, leaves, read_json, to_json
 from llama_jax.data import Batches, Dataset, Vocabulary, prepare_dataset
 from llama_jax.data.windows import Batch
+from llama_jax.remote import as_local, local_copy, url_of
 from llama_jax.run.config import RunConfig
 from llama_jax.tokenizers import Tokenizer, load_tokenizer
+from llama_jax.training import learning_rate
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
@@ -35,31 +40,50 @@ CHANGEABLE = (
     "checkpoint.",
     "logging.",
     "profile.",
+    "resume.",
+    "optimizer.accumulation_steps",
+    "data.path",  # the same texts: `check_dataset`
     "data.num_prefetch",
     "data.cache_dir",
     "data.max_bad_records",
 )
+# What `resume.allow` is for: how the rest of the run goes, not what it is.
+ADVISED = ("optimizer.", "data.skip_batches", "num_steps")
 
 
 class Run:
-    """A run that was started: its config, metrics, data and checkpoints."""
+    """A run that was started: its config, metrics, data and checkpoints.
 
-    def __init__(self, directory: Path, config: RunConfig, components: Sequence[type] = ()):
-        self.directory, self.config, self.components = directory, config, tuple(components)
+    Of one in an object store, `directory` is its local copy and `url` where it is; else `url` is None.
+    """
+
+    def __init__(self, directory: Path, config: RunConfig, components: Sequence[type] = (), *, url: str | None = None):
+        self.directory, self.config, self.components, self.url = directory, config, tuple(components), url
 
     def __repr__(self) -> str:
-        return f"Run({str(self.directory)!r})"
+        return f"Run({self.url or str(self.directory)!r})"
 
     def metrics(self) -> list[dict[str, Any]]:
-        """One dict per logged step: `step`, `loss`, `learning_rate`, `grad_norm`, ..., `val_loss` where measured."""
+        """Return a dict per logged step: `step`, `loss`, `learning_rate`, `grad_norm`, ..., `val_loss` where measured.
+
+        A value that was no number is None. Lines that a crash has damaged are left out.
+        """
+        return self.read_metrics()[0]
+
+    def read_metrics(self) -> tuple[list[dict[str, Any]], int]:
+        """Return what `metrics` does, and how many damaged lines are left out."""
         file = self.directory / METRICS_FILE
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-        # A line without its end is one that a killed process did not finish.
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+        # A line without its end is one that a killed process did not finish; where the machine itself went down, a file
+        # may have zeros in the place of what was not yet on disk.
+        lines = [line.strip("\0\r ") for line in text.split("\n")[:-1]]
+        found = [_metrics_of(line) for line in lines]
+        return [metrics for metrics in found if metrics is not None], found.count(None)
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint."""
-        return CheckpointStore(self.directory / CHECKPOINTS_DIRECTORY).steps()
+        with contextlib.closing(CheckpointStore(self.directory / CHECKPOINTS_DIRECTORY)) as store:
+            return store.steps()
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -103,42 +127,122 @@ class Run:
             seed=config.seed,
             rows=rows,
             num_prefetch=config.data.num_prefetch,
+            skip=config.data.skip_batches,
         )
 
     def load(self, step: int | None = None, *, mesh: MeshLike = None, dtype: str | None = None) -> LanguageModel:
         """The model as it was at `step` (default: the latest checkpoint)."""
-        return load(self.directory, mesh=mesh, dtype=dtype, components=self.components, step=step)
+        return load(self.url or self.directory, mesh=mesh, dtype=dtype, components=self.components, step=step)
 
 
 def open_run(directory: str | Path, components: Sequence[type] = ()) -> Run:
-    """The run in `directory`. Raises UserError where there is none."""
-    directory = Path(directory)
+    """The run in `directory`, which may be a URL. Raises UserError where there is none."""
+    url = url_of(directory) if as_local(directory) is None else None
+    directory = local_copy(directory, functools.partial(run_files, arrays=False))
     if not (directory / CONFIG_FILE).is_file():
         raise UserError(f"'{directory}' is not a run directory: it has no {CONFIG_FILE}")
-    return Run(directory, from_json(RunConfig, read_json(directory / CONFIG_FILE), components), components)
+    if url is not None:  # a store has no empty directories
+        (directory / CHECKPOINTS_DIRECTORY).mkdir(exist_ok=True)
+    return Run(directory, from_json(RunConfig, read_json(directory / CONFIG_FILE), components), components, url=url)
 
 
-def check_directory(run: Run) -> None:
-    """That the run is new or can be continued in its directory; writes nothing.
+def _metrics_of(line: str) -> dict[str, Any] | None:
+    """A line of metrics, or None for a damaged one. Constants that JSON has not (NaN) are None, too."""
+    try:
+        found = json.loads(line, parse_constant=lambda _: None)
+    except json.JSONDecodeError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
 
-    Raises UserError where another run is there, or files of something else.
+
+def check_directory(run: Run) -> list[str]:
+    """Check that the run is new or can be continued in its directory; writes nothing.
+
+    Returns what there is to say of a continued one: what differs from before. Raises UserError where another run is
+    there, or files of something else.
     """
     directory = run.directory
-    if (directory / CONFIG_FILE).exists():
-        before, now = _values(open_run(directory, run.components).config), _values(run.config)
-        changeable = CHANGEABLE
-        if len({source.epochs is None for source in run.config.data.sources}) > 1:
-            changeable = tuple(key for key in CHANGEABLE if key != "num_steps")  # the order of the data depends on it
-        for key in [*now, *(key for key in before if key not in now)]:
-            if before.get(key) != now.get(key) and not key.startswith(changeable):
-                raise UserError(
-                    f"'{directory}' holds a run with {key}={before.get(key)!r}, not {now.get(key)!r}: "
-                    "continue it unchanged, or give another --run-dir"
-                )
-    elif directory.exists() and not directory.is_dir():
-        raise UserError(f"'{directory}' is a file: give another --run-dir")
-    elif directory.is_dir() and any(not file.name.endswith(_PARTIAL) for file in directory.iterdir()):
-        raise UserError(f"'{directory}' is not empty and not a run: give another --run-dir")
+    if not (directory / CONFIG_FILE).exists():
+        if directory.exists() and not directory.is_dir():
+            raise UserError(f"'{directory}' is a file: give another --run-dir")
+        if directory.is_dir() and any(not file.name.endswith(_PARTIAL) for file in directory.iterdir()):
+            raise UserError(f"'{directory}' is not empty and not a run: give another --run-dir")
+        return []
+    before = open_run(directory, run.components)
+    changes = _changes(before, run)
+    step = max(before.steps(), default=0) if (directory / CHECKPOINTS_DIRECTORY).is_dir() else 0
+    if step > run.config.num_steps:
+        raise UserError(
+            f"'{directory}' is at step {step}, beyond num_steps={run.config.num_steps}: give more, or load an earlier "
+            "checkpoint of it"
+        )
+    _check_skipped(before, run, step)
+    lines = [f"changed: {change}" for change in changes]
+    old, new = (float(learning_rate(step, c.optimizer.hyper(c.num_steps))) for c in (before.config, run.config))
+    if 0 < step < run.config.num_steps and new > 1.001 * old:
+        lines.append(
+            f"the learning rate goes up: from step {step} on it is {new:.3g}, where it would have been {old:.3g}"
+        )
+    return lines
+
+
+def _changes(before: Run, run: Run) -> list[str]:
+    """What differs, as `key=old -> new`. Raises UserError with all that must not."""
+    old, new = _values(before.config), _values(run.config)
+    keys = list(dict.fromkeys([*new, *old]))
+    changeable = CHANGEABLE
+    if len({source.epochs is None for source in run.config.data.sources}) > 1:
+        changeable = tuple(key for key in CHANGEABLE if key != "num_steps")  # the order of the data depends on it
+    differing = [key for key in keys if old.get(key) != new.get(key) and not key.startswith("resume.")]
+    refused = [
+        key
+        for key in differing
+        if not key.startswith(changeable)
+        and not run.config.resume.allows(key)
+        and not _same(key, old.get(key), new.get(key), before)
+    ]
+    if refused:
+        told = "; ".join(f"{key}={old.get(key)!r}, not {new.get(key)!r}" for key in refused)
+        advised = all(key.startswith(ADVISED) for key in refused)
+        allow = f", allow this with --resume.allow {','.join(refused)}," if advised else ","
+        raise UserError(
+            f"'{before.directory}' holds a run with {told}: continue it unchanged{allow} or give another --run-dir"
+        )
+    return [f"{key}={_shown(old.get(key))} -> {_shown(new.get(key))}" for key in differing]
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _same(key: str, old: Any, new: Any, before: Run) -> bool:
+    """Whether two values mean the same: another way to write a path, another place of the same tokenizer or texts."""
+    if old is None or new is None:
+        return False
+    if key == "data.sources":  # of their texts, `check_dataset` says whether they are the same
+        return [dataclasses.replace(source, path=()) for source in old] == [
+            dataclasses.replace(source, path=()) for source in new
+        ]
+    if key not in ("tokenizer.path", "init_from"):
+        return False
+    if "://" not in old + new and os.path.realpath(old) == os.path.realpath(new):
+        return True
+    if key == "init_from" or not (before.directory / TOKENIZER_DIRECTORY).is_dir():
+        return False
+    return load_tokenizer(new).fingerprint == before.tokenizer.fingerprint
+
+
+def _check_skipped(before: Run, run: Run, step: int) -> None:
+    """Raises UserError where other batches are skipped among those that were learned before `step`."""
+    old, new = (set(r.config.data.skip_batches) for r in (before, run))
+    count = step  # batches that are gone through, with those that were skipped among them
+    while (grown := step + sum(number < count for number in old)) > count:
+        count = grown
+    if early := [number for number in old ^ new if number < count]:
+        raise UserError(
+            f"data.skip_batches={_shown(run.config.data.skip_batches)} changes what '{run.directory}' has learned "
+            f"before its checkpoint of step {step} (batch {min(early)}): change only batches from {count} on"
+        )
 
 
 def _values(config: RunConfig) -> dict[str, Any]:
@@ -171,7 +275,10 @@ def _summary(dataset: Dataset) -> dict[str, Any]:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all, also where the machine goes down."""
     partial = file.with_name(f".{file.name}{_PARTIAL}")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
     partial.replace(file)

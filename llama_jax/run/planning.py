@@ -33,8 +33,10 @@ DEVICE_KINDS = {
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
     "TPU v5": "v5p",
-    "TPU v6": "v6e",
-    "NVIDIA H100": "h100",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA H200": "h200",
     "NVIDIA B200": "b200",
 }
@@ -69,8 +71,8 @@ def workload_of(config: RunConfig) -> Workload:
 
 def topology_of(devices: Sequence[Any]) -> Topology | None:
     """The machine that these devices are; None for what the planner does not know, such as CPUs."""
-    kind = devices[0].device_kind
-    name = next((name for prefix, name in DEVICE_KINDS.items() if kind.startswith(prefix)), None)
+    # By the whole name: boards of one chip (H100 SXM, PCIe, NVL) differ in speed and in what connects them.
+    name = DEVICE_KINDS.get(devices[0].device_kind)
     if name is None:
         return None
     chip = CHIPS[name]

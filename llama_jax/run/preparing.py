@@ -24,14 +24,16 @@ SAMPLE_TOKENS = 128
 
 
 def prepare(run: Run, mesh: MeshConfig, num_devices: int) -> list[Any]:
-    """The tokenized corpora's directories, what of the tokenizer the objective needs, and the length of samples.
+    """The tokenized corpora's directories, what of the tokenizer the objective needs, the length of samples, and what
+    there is to say.
 
     Raises UserError for all that cannot run here.
     """
     config = run.config
     dataclasses.replace(config, mesh=mesh).check_mesh(num_devices)
     check_writers(config.logging)
-    check_directory(run)
+    config.check_allowed()
+    lines = check_directory(run)
     if config.init_from is not None and not (run.directory / CONFIG_FILE).exists():
         inheritance(config, run.components)
     tokenizer = run.tokenizer = _tokenizer(run)
@@ -44,7 +46,7 @@ def prepare(run: Run, mesh: MeshConfig, num_devices: int) -> list[Any]:
     _check_start(config, vocabulary)
     sample_tokens = _sample_tokens(config, tokenizer)
     directories = [str(directory.absolute()) for directory in _prepare_dataset(config, tokenizer)]
-    return [directories, dataclasses.asdict(vocabulary), sample_tokens]
+    return [directories, dataclasses.asdict(vocabulary), sample_tokens, lines]
 
 
 def check_shared(file: Path, key: str) -> None:

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import math
+import secrets
 import time
 from pathlib import Path
 from types import TracebackType
@@ -10,11 +12,13 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from llama_jax.config import UserError
+from llama_jax.config import UserError, to_json
+from llama_jax.remote import with_urls
 from llama_jax.run.config import LoggingConfig
 from llama_jax.run.directory import METRICS_FILE, Run, write_text
 
 Metrics = dict[str, Any]
+WANDB_FILE = "wandb_id.txt"
 NOTEBOOK_SECONDS = 0.2  # between two drawings of a bar in a notebook
 
 
@@ -24,20 +28,32 @@ class Writer(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl. Lines of steps that are going to be repeated after a restart are dropped."""
+    """metrics.jsonl. Lines of steps that are going to be repeated after a restart are dropped.
+
+    `damaged` counts lines that could not be read. What is no finite number, JSON has no word for: null.
+    """
 
     def __init__(self, run: Run, start_step: int):
         file = run.directory / METRICS_FILE
-        kept = [line for line in run.metrics() if line["step"] <= start_step]
-        write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
+        lines, self.damaged = run.read_metrics()
+        write_text(file, "".join(_json(line) for line in lines if line["step"] <= start_step))
         self._file = file.open("a", encoding="utf-8")
 
     def write(self, metrics: Metrics) -> None:
-        self._file.write(json.dumps(metrics) + "\n")
+        self._file.write(_json(metrics))
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def _json(metrics: Metrics) -> str:
+    def finite(value: Any) -> Any:
+        if isinstance(value, list):
+            return [finite(part) for part in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps({name: finite(value) for name, value in metrics.items()}, allow_nan=False) + "\n"
 
 
 def _scalars(metrics: Metrics) -> Metrics:
@@ -52,10 +68,13 @@ def _scalars(metrics: Metrics) -> Metrics:
 
 
 class TensorBoard:
-    def __init__(self, directory: Path):
+    """A file of events for every start of the run; what an earlier one has of steps after `start_step` is not shown."""
+
+    def __init__(self, directory: Path, start_step: int):
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory))
+        # Files are told apart by second and suffix.
+        self._writer = SummaryWriter(str(directory), purge_step=start_step + 1, filename_suffix=f".{start_step}")
 
     def write(self, metrics: Metrics) -> None:
         for name, value in _scalars(metrics).items():
@@ -66,10 +85,24 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
+    """One run there, however often it is continued here: its id is kept in the run directory. Steps that are repeated
+    after a restart, W&B has already."""
+
     def __init__(self, project: str, run: Run):
         import wandb  # type: ignore[import-not-found]
 
-        self._run = wandb.init(project=project, name=run.directory.name, dir=str(run.directory), resume="allow")
+        file = run.directory / WANDB_FILE
+        if not file.exists():
+            write_text(file, secrets.token_hex(4) + "\n")
+        self._run = wandb.init(
+            project=project,
+            id=file.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            name=run.directory.name,
+            dir=str(run.directory),
+            config=to_json(run.config),
+            allow_val_change=True,
+        )
 
     def write(self, metrics: Metrics) -> None:
         self._run.log(_scalars(metrics), step=metrics["step"])
@@ -141,7 +174,7 @@ class Bar:
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
-        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._progress.console.print(with_urls(text), markup=False, highlight=False, soft_wrap=True)
 
     def show(self, metrics: Metrics) -> None:
         """The metrics of a step."""

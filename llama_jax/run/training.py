@@ -15,17 +15,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llama_jax.checkpoint.language_model import CHECKPOINTS_DIRECTORY, CONFIG_FILE
-from llama_jax.checkpoint.store import CheckpointStore
-from llama_jax.data import Causal, Dataset, ValidationBatches
+from llama_jax.checkpoint.store import CheckpointStore, SaveFailed
+from llama_jax.data import Dataset, ValidationBatches
 from llama_jax.data.windows import Batch
 from llama_jax.models import EncoderDecoderConfig, abstract_params, buffers
 from llama_jax.parallel import distributed, make_mesh, mesh_axis_sizes, platform
 from llama_jax.run.config import RunConfig
-from llama_jax.run.directory import SAMPLES_FILE, Run, start_run, write_text
+from llama_jax.run.directory import METRICS_FILE, SAMPLES_FILE, Run, start_run, write_text
 from llama_jax.run.initial import first_params
 from llama_jax.run.planning import mesh_of
 from llama_jax.run.preparing import check_shared, open_dataset, prepare
 from llama_jax.run.reporting import Bar, JsonLines, TensorBoard, WeightsAndBiases, Writer
+from llama_jax.run.stored import StoredRun, local_run
 from llama_jax.sampling import generate_text
 from llama_jax.training import (
     PreflightFailed,
@@ -51,26 +52,42 @@ class Preempted(Exception):
 def train(config: RunConfig, run_dir: str | Path, *, components: Sequence[type] = ()) -> Run:
     """Trains `config` in `run_dir`, or continues what is in it, bit for bit as if it had never stopped.
 
+    `run_dir` may be the URL of an object store (`s3://`, `gs://`): every checkpoint is uploaded when it is saved.
+
     Returns the finished run. Raises UserError for a config that cannot run here or that is not this directory's,
     RunFailed when the loss is no longer finite, Preempted after a termination signal, with a checkpoint saved.
     """
-    run = Run(Path(run_dir), config, components)
+    with local_run(run_dir) as (directory, stored):
+        run = _train(Run(directory, config, components), stored)
+    run.url = None if stored is None else stored.url
+    return run
+
+
+def _train(run: Run, stored: StoredRun | None) -> Run:
+    config = run.config
     devices = jax.devices()  # several processes find their devices together
     mesh = mesh_of(config, devices)
     # All that can be wrong is found out before anything is written; of several processes, the first does it for all.
-    directories, vocabulary, sample_tokens = distributed.from_main(lambda: prepare(run, mesh, len(devices)))
+    directories, vocabulary, sample_tokens, lines = distributed.from_main(lambda: prepare(run, mesh, len(devices)))
     with jax.set_mesh(make_mesh(mesh)):
-        loop = distributed.agreed(lambda: _Loop(run, open_dataset(run, directories, vocabulary), sample_tokens))
+        loop = distributed.agreed(lambda: _Loop(run, open_dataset(run, directories, vocabulary), sample_tokens, lines))
         distributed.from_main(lambda: start_run(run, loop.dataset))
         distributed.agreed(lambda: check_shared(run.directory / CONFIG_FILE, "--run-dir"))
-        loop.run()
+        if stored is not None:
+            stored.start()
+        try:
+            loop.run()
+        except SaveFailed as error:
+            if distributed.several():  # others may still wait for this one: the command line ends them
+                raise
+            raise RunFailed(f"{error}: make room there, then start again to continue") from error
     return run
 
 
 class _Loop:
     """One process's part of a run."""
 
-    def __init__(self, run: Run, dataset: Dataset, sample_tokens: int):
+    def __init__(self, run: Run, dataset: Dataset, sample_tokens: int, lines: Sequence[str] = ()):
         config = run.config
         self.run_, self.config, self.dataset, self.sample_tokens = run, config, dataset, sample_tokens
         self.main = distributed.is_main()
@@ -92,8 +109,11 @@ class _Loop:
         self.hyper = config.optimizer.hyper(config.num_steps, config.seed)
         self.tokens_per_step = config.global_batch_size * config.row_length
         flops = train_flops_per_token(config.model, config.sequence_length, config.data.objective.source_length or 0)
-        peak = peak_flops(jax.local_devices()[0], config.compute.jax_dtype) * jax.device_count()
-        self.mfu_per_speed = flops / peak
+        peak = peak_flops(jax.local_devices()[0], config.compute.jax_dtype)
+        self.mfu_per_speed = None if peak is None else flops / (peak * jax.device_count())
+        self.lines = list(lines)
+        every, validates = config.checkpoint.every_steps, config.logging.validate_every_steps
+        self.measures_checkpoints = validates >= config.num_steps or math.lcm(every, validates) < config.num_steps
         self.stopped_by: int | None = None
 
     def run(self) -> None:
@@ -116,6 +136,7 @@ class _Loop:
         ):
             if start:
                 bar.say(f"continuing '{self.run_.directory}' from step {start}")
+            lines += [*self.lines, *self._warnings(start), *writers.lines]
             for line in [*lines, *self.dataset.describe(self.batches, config.num_steps)]:
                 bar.say(line)
             if axes := ", ".join(f"{axis} {size}" for axis, size in mesh_axis_sizes().items() if size > 1):
@@ -135,6 +156,37 @@ class _Loop:
         abstract = jax.eval_shape(make, abstract_params(self.config.model), self.hyper)
         return store.load(step, abstract), []
 
+    def _warnings(self, start: int) -> list[str]:
+        """What of the config will not do what it seems to say."""
+        config, lines = self.config, []
+        warmup, steps, profile = config.optimizer.warmup_steps, config.num_steps, config.profile
+        if warmup > steps:
+            lines.append(
+                f"optimizer.warmup_steps={warmup} is longer than num_steps={steps}: the learning rate ends at "
+                f"{steps / warmup:.1%} of its peak"
+            )
+        if profile.start_step is not None and not self._recorded(start):
+            window = f"steps {profile.start_step} to {profile.start_step + profile.num_steps}"
+            lines.append(
+                f"profile records nothing: {window} are not among those from {start} to {steps} that this run does"
+            )
+        if config.checkpoint.keep_best and len(self.validation) and not self.measures_checkpoints:
+            every, validates = config.checkpoint.every_steps, config.logging.validate_every_steps
+            lines.append(
+                f"checkpoint.keep_best keeps none but the last: checkpoints (every {every} steps) and validations (every "
+                f"{validates}) do not meet before"
+            )
+        if self.mfu_per_speed is None:
+            lines.append(f"no MFU: the peak of '{jax.local_devices()[0].device_kind}' is not known")
+        return lines
+
+    def _recorded(self, start: int) -> range:
+        """The steps of this start that are in the profile's window."""
+        profile, steps = self.config.profile, range(start, self.config.num_steps)
+        if profile.start_step is None:
+            return range(0)
+        return range(max(profile.start_step, start), min(profile.start_step + profile.num_steps, steps.stop))
+
     def _preflight(self, start: int, bar: Bar) -> None:
         """The attention kernel against the reference, before anything is trained with it."""
         try:
@@ -149,15 +201,19 @@ class _Loop:
         config, log, num_steps = self.config, self.config.logging, self.config.num_steps
         batches = self.batches.iterate(start)
         pending: dict[str, Any] | None = None
-        clock = _Clock(start)
+        clock, recorded = _Clock(start), self._recorded(start)
         with contextlib.ExitStack() as recording:
             for step in range(start, num_steps):
-                self._profile(step, state, recording)
-                state, metrics = self.train_step(state, self._on_devices(next(batches)), self.hyper)
+                self._profile(step, recorded, state, recording)
+                before = time.perf_counter()
+                batch = self._on_devices(next(batches))
+                # Small steps are computed within the call: the last one ended before that, not when it is asked for.
+                ended = before if pending is not None and _are_ready(pending) else None
+                state, metrics = self.train_step(state, batch, self.hyper)
                 done = step + 1
                 # Only now, with the next step already on its way, does the host wait for the last one's numbers.
                 if pending is not None:
-                    self._log(pending, clock, bar, writers)
+                    self._log(pending, clock, bar, writers, ended)
                 pending = {"step": done} | metrics
                 bar.advance(done)
                 stopping = self._stopping(done)
@@ -172,7 +228,9 @@ class _Loop:
                             bar.say(f"step {done}/{num_steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in val.items()))
                         self._log(pending | val, clock, bar, writers)
                         pending = None
-                        if saves:
+                        # Where checkpoints are measured at all, what is measured between them may be the best.
+                        best = self.measures_checkpoints and "val_loss" in val and store.is_best(val["val_loss"])
+                        if saves or best:
                             store.save(state, val_loss=val.get("val_loss"))
                 if stopping:
                     store.wait()
@@ -181,23 +239,27 @@ class _Loop:
     def _on_devices(self, batch: Batch) -> dict[str, jax.Array]:
         return to_devices(batch, self.rows, self.config.global_batch_size)
 
-    def _log(self, metrics: dict[str, Any], clock: "_Clock", bar: Bar, writers: "_Writers") -> None:
+    def _log(
+        self, metrics: dict[str, Any], clock: "_Clock", bar: Bar, writers: "_Writers", ended: float | None = None
+    ) -> None:
         step, every = metrics["step"], self.config.logging.every_steps
         if step % every == 0 or step in (1, self.config.num_steps) or "val_loss" in metrics:
             values = {k: v if isinstance(v, int) else np.asarray(v).tolist() for k, v in metrics.items()}
             if self.config.data.sources:
                 values |= self.dataset.proportions(self.batches, step)
-            speed = clock.speed(step)
+            speed = clock.speed(step, ended)
             if speed is not None:
                 values["tokens_per_second"] = speed * self.tokens_per_step
-                values["mfu"] = values["tokens_per_second"] * self.mfu_per_speed
+                if self.mfu_per_speed is not None:
+                    values["mfu"] = values["tokens_per_second"] * self.mfu_per_speed
             bar.show(values)
             writers.write(values)
         for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
             if not math.isfinite(value := float(metrics[name])):
                 raise RunFailed(
-                    f"the {what} at step {step} is {value}: lower optimizer.learning_rate or raise "
-                    "optimizer.warmup_steps; the checkpoints before it are kept"
+                    f"the {what} at step {step} is {value}: lower optimizer.learning_rate, raise "
+                    f"optimizer.warmup_steps or add {self.batches.number(step - 1)} to data.skip_batches, and continue "
+                    "from the checkpoint before it with --resume.allow and the key"
                 )
 
     def _validate(self, state: TrainState) -> dict[str, float]:
@@ -208,14 +270,8 @@ class _Loop:
         if not targets:  # chats of which no answer is held out
             return {}
         values = {"val_loss": nats / targets}
-        num_bytes = self.dataset.num_bytes["validation"]
-        # Only a causal model says how likely the whole text is, and nothing else; of token ids the bytes are not known.
-        if (
-            self.config.logging.validation_batches is None
-            and isinstance(self.config.data.objective, Causal)
-            and self.config.data.chat_template is None
-            and num_bytes
-        ):
+        # Only over all of the text are nats and bytes those of the same tokens.
+        if self.config.logging.validation_batches is None and (num_bytes := self.dataset.scored_bytes()):
             values["val_bits_per_byte"] = nats / math.log(2) / num_bytes
         return values
 
@@ -229,13 +285,12 @@ class _Loop:
         if self.main:
             write_text(self.run_.directory / SAMPLES_FILE, samples + "\n")
 
-    def _profile(self, step: int, state: TrainState, recording: contextlib.ExitStack) -> None:
-        profile = self.config.profile
-        if profile.start_step is None or not self.main:
+    def _profile(self, step: int, recorded: range, state: TrainState, recording: contextlib.ExitStack) -> None:
+        if not recorded or not self.main:
             return
-        if step == profile.start_step:
+        if step == recorded.start:
             recording.enter_context(jax.profiler.trace(str(self.run_.directory / "profile")))
-        elif step == profile.start_step + profile.num_steps:
+        elif step == recorded.stop:
             jax.block_until_ready(state)
             recording.close()
 
@@ -271,6 +326,10 @@ class _Loop:
                 signal.signal(number, handler)
 
 
+def _are_ready(metrics: dict[str, Any]) -> bool:
+    return all(value.is_ready() for value in metrics.values() if isinstance(value, jax.Array))  # type: ignore[attr-defined]
+
+
 class _Clock:
     """Steps per second of training alone: the first step (compilation) and pauses are not counted."""
 
@@ -285,11 +344,16 @@ class _Clock:
         yield
         self._since = time.perf_counter()
 
-    def speed(self, step: int) -> float | None:
-        """Steps per second since the last call; None for the first."""
+    def speed(self, step: int, ended: float | None = None) -> float | None:
+        """Return the steps per second since the last call; None for the first.
+
+        `ended` is when `step` was done (`time.perf_counter`, since the last pause) if that was before now: what came
+        after it is time of the next.
+        """
         self._count()
-        seconds, steps, first = self._seconds, step - self._step, self._first
-        self._step, self._seconds, self._first = step, 0.0, False
+        after = 0.0 if ended is None or self._since is None else self._since - ended
+        seconds, steps, first = self._seconds - after, step - self._step, self._first
+        self._step, self._seconds, self._first = step, after, False
         return None if first or seconds <= 0 or steps <= 0 else steps / seconds
 
     def _count(self) -> None:
@@ -301,10 +365,13 @@ class _Clock:
 class _Writers:
     def __init__(self, run: Run, start: int, main: bool):
         self._all: list[Writer] = []
+        self.lines: list[str] = []  # what there is to say of them
         if main:
-            self._all.append(JsonLines(run, start))
+            self._all.append(lines := JsonLines(run, start))
+            if lines.damaged:
+                self.lines.append(f"{lines.damaged} damaged lines of '{METRICS_FILE}' are dropped")
             if run.config.logging.tensorboard:
-                self._all.append(TensorBoard(run.directory / "tensorboard"))
+                self._all.append(TensorBoard(run.directory / "tensorboard", start))
             if (project := run.config.logging.wandb_project) is not None:
                 self._all.append(WeightsAndBiases(project, run))
 

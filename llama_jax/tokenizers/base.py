@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from llama_jax.config import UserError
+from llama_jax.remote import as_local, uploaded, url_of
 
 
 class TextStream(abc.ABC):
@@ -81,13 +82,18 @@ class Tokenizer(abc.ABC):
             digest.update(f"{name} {len(content)}\n".encode() + content)
         return digest.hexdigest()
 
-    def save(self, directory: str | Path) -> Path:
-        """Write `files` into `directory` (made if needed); returns the path that `load_tokenizer` takes."""
-        directory = Path(directory)
+    def save(self, directory: str | Path) -> Path | str:
+        """Write `files` into `directory` (made if needed, or a URL); returns the path that `load_tokenizer` takes."""
+        local, first = as_local(directory), next(iter(self.files))
+        if local is None:
+            with uploaded(directory, new=False, last=(first,)) as folder:
+                self.save(folder)
+            return f"{url_of(directory).rstrip('/')}/{first}"
+        directory = local
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             (directory / name).write_bytes(content)
-        return directory / next(iter(self.files))
+        return directory / first
 
     def check_id(self, token_id: int) -> int:
         """`token_id`, or UserError where the vocabulary has no such id."""

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from llama_jax.config import UserError
+from llama_jax.remote import check_destination, local_copy
 from llama_jax.tokenizers.comparing import SAMPLES, compare, comparison_table
 from llama_jax.tokenizers.loading import load_tokenizer
 from llama_jax.tokenizers.training import KINDS, train_tokenizer
@@ -57,6 +58,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> None:
+    check_destination(args.output, new=False)
     files = [_existing(name) for name in args.files]
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -74,9 +76,10 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _existing(name: str) -> Path:
-    if not Path(name).is_file():
+    file = local_copy(name)
+    if not file.is_file():
         raise UserError(f"text file '{name}' does not exist")
-    return Path(name)
+    return file
 
 
 def _blocks(files: list[Path], advance: Callable[[int], None]) -> Iterator[str]:

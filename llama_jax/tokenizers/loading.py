@@ -1,8 +1,11 @@
 """Loading a tokenizer, its kind found by the file's own content."""
 
+import fnmatch
+from collections.abc import Iterable
 from pathlib import Path
 
 from llama_jax.config import UserError
+from llama_jax.remote import local_copy
 from llama_jax.tokenizers.base import Tokenizer
 from llama_jax.tokenizers.chatglm import ChatGLMTokenizer, is_chatglm
 from llama_jax.tokenizers.huggingface import json_tokenizer
@@ -11,6 +14,8 @@ from llama_jax.tokenizers.tiktoken import read_ranks, tiktoken_tokenizer
 from llama_jax.tokenizers.vocabularies import bert_tokenizer, gpt2_tokenizer, read_merges, read_pieces, read_vocabulary
 
 FILE_NAMES = ("tokenizer.model", "tokenizer.json", "vocab.json", "vocab.txt")
+# What may belong to a tokenizer in a directory of a store, which may hold weights as well.
+STORED = ("*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.jinja")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -19,9 +24,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Reads SentencePiece models (ChatGLM2's where tokenizer_config.json or config.json beside it say so), tiktoken's
     ranks of Llama 3 and of OpenAI's encodings, any `tokenizer.json` of the `tokenizers` library, GPT-2's pair of
     `vocab.json` and `merges.txt` (`path` is either; both names may begin with the same prefix), BERT's `vocab.txt` and
-    llama2.c's `.bin`. Raises UserError for a missing, damaged or unknown file.
+    llama2.c's `.bin`. Raises UserError for a missing, damaged or unknown file. `path` may be a URL.
     """
-    path = Path(path)
+    path = local_copy(path, _stored, beside=STORED)
     if path.is_dir():
         found = [path / name for name in FILE_NAMES if (path / name).is_file()]
         if not found:
@@ -54,6 +59,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"'{path}' is damaged or no tokenizer: it is none of SentencePiece model, tiktoken ranks, tokenizer.json, "
             "vocab.json with merges.txt, vocab.txt and llama2.c .bin"
         ) from None
+
+
+def _stored(names: Iterable[str]) -> list[str]:
+    of_folder = "additional_chat_templates/"
+    names = [name for name in names if "/" not in name.removeprefix(of_folder)]
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in STORED)]
 
 
 def _beside(path: Path, name: str) -> bytes | None:

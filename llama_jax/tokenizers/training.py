@@ -45,7 +45,7 @@ Progress = Callable[[int, int], None]
 class TokenizerConfig:
     """Which tokenizer a run uses.
 
-    path: file or directory of a tokenizer; None trains one on the run's own training documents.
+    path: file or directory of a tokenizer, a path or a URL; None trains one on the run's own training documents.
     kind: what is trained then: `bpe` or `unigram` (SentencePiece, Llama's settings), `byte_bpe` (GPT-2), `wordpiece`
         (BERT, uncased) or `whitespace`.
     vocab_size: number of tokens of the one that is trained, special tokens and 256 bytes included.

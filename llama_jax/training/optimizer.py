@@ -9,6 +9,7 @@ import optax
 
 from llama_jax.config import UserError
 from llama_jax.models import is_stacked
+from llama_jax.nn import seed_value
 
 Hyper = dict[str, Any]
 Schedule = Literal["cosine", "linear", "inverse_sqrt", "constant"]
@@ -66,7 +67,7 @@ class OptimizerConfig:
         from."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "accumulation_steps"}
         values |= {"schedule": get_args(Schedule).index(self.schedule), "num_steps": num_steps}
-        return {name: jnp.float32(value) for name, value in values.items()} | {"seed": jnp.uint32(seed)}
+        return {name: jnp.float32(value) for name, value in values.items()} | {"seed": jnp.asarray(seed_value(seed))}
 
 
 def learning_rate(step: jax.Array | int, hyper: Hyper) -> jax.Array:
@@ -86,8 +87,9 @@ def learning_rate(step: jax.Array | int, hyper: Hyper) -> jax.Array:
 
 
 def is_matrix(name: str, value: Any) -> bool:
-    """Whether a parameter is decayed: two dimensions or more in each layer, and no bias."""
-    return value.ndim - is_stacked(name) >= 2 and not name.endswith("bias")
+    """Whether a parameter is decayed: two dimensions or more in each layer, and no bias, nor a table of biases (T5's of
+    relative positions)."""
+    return value.ndim - is_stacked(name) >= 2 and not any(part.endswith("bias") for part in name.split("."))
 
 
 def make_optimizer(hyper: Hyper) -> optax.GradientTransformation:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from llama_jax.models import Compute, ModelConfig, Prediction, assemble, buffers
-from llama_jax.models.block import STATISTIC
+from llama_jax.models.block import OF, STATISTIC
 from llama_jax.models.layout import Params
+from llama_jax.nn import seed_key
 from llama_jax.nn.attention.context import zigzag
 from llama_jax.nn.experts import Experts
 from llama_jax.parallel import reshape, shard
@@ -143,9 +144,9 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:
         key = None
         if config.is_random:
-            key = jax.random.fold_in(jax.random.key(hyper["seed"]), state.step)
+            key = jax.random.fold_in(seed_key(hyper["seed"]), state.step)
 
-        def gradient(part: Batch, number: Any = 0) -> tuple[Params, tuple[Metrics, Metrics]]:
+        def gradient(part: Batch, number: Any = 0) -> tuple[Params, tuple[Metrics, ...]]:
             def loss(params: Params):
                 own_key = None if key is None else jax.random.fold_in(key, number)
                 options = {name: hyper[name] for name in ("z_loss", "label_smoothing")}
@@ -156,6 +157,9 @@ def make_train_step(
                 ):
                     total += p.coefficient * value / denominator
                     metrics[p.name] = ce / denominator
+                # Shares are summed with what they are shares of, which parts have unequally much of.
+                wholes = {name.removeprefix(OF): aux.pop(name) for name in [*aux] if name.startswith(OF)}
+                amounts = {name: (aux.pop(name).T * whole.T).T for name, whole in wholes.items()}
                 if accumulation_steps > 1:  # a part's share: losses are means over the rows that have tokens
                     of_losses, of_others = _num_rows(part) / num_rows, 1 / accumulation_steps
                     aux = {n: value * (of_losses if n.startswith("loss.") else of_others) for n, value in aux.items()}
@@ -166,14 +170,14 @@ def make_train_step(
                         metrics[f"{name.removeprefix('loss.')}_loss"] = value.sum()
                     elif name not in statistics:
                         metrics[name] = value.mean(0)
-                return total, (metrics, statistics)
+                return total, (metrics, statistics, amounts, wholes)
 
             return jax.grad(loss, has_aux=True)(state.params)
 
         denominators: list[jax.Array] = []
         num_rows = jnp.maximum(_num_rows(batch), 1)
         if accumulation_steps == 1:
-            grads, (metrics, statistics) = gradient(batch)
+            grads, (metrics, statistics, amounts, wholes) = gradient(batch)
         else:
             # Of the whole batch; all but the weights' sums is compiled away.
             whole, _ = predict(state.params | state.buffers, batch, config, compute)
@@ -190,7 +194,9 @@ def make_train_step(
             def add(total: Any, part: Any) -> tuple[Any, None]:
                 return jax.tree.map(lambda t, g: t + keep(g), total, gradient(*part)), None
 
-            (grads, (metrics, statistics)), _ = jax.lax.scan(add, zeros, (parts, numbers))
+            (grads, (metrics, statistics, amounts, wholes)), _ = jax.lax.scan(add, zeros, (parts, numbers))
+        for name, amount in amounts.items():
+            metrics[name] = (amount.T / jnp.maximum(wholes[name].T, 1.0)).T.mean(0)
         rate = learning_rate(state.step, hyper)
         updates, opt_state = make_optimizer(hyper).update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)

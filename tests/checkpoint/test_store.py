@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.checkpoint.store import CheckpointConfig, CheckpointStore, to_disk
+from llama_jax.checkpoint.store import CheckpointConfig, CheckpointStore, SaveFailed, to_disk
 from llama_jax.config import UserError
 from llama_jax.models import DecoderConfig, abstract_params, initialize
 from llama_jax.parallel import distributed, make_mesh
@@ -71,6 +72,62 @@ def test_every_save_happens_and_survives_donation(tmp_path: Path):
             loaded = store.load(step, jax.eval_shape(lambda: state))
             assert int(loaded.step) == step
             assert np.array_equal(loaded.params["a"], np.full(1 << 20, step))
+
+
+def held() -> tuple[int, int]:
+    """Descriptors and threads of this process."""
+    return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts what Linux lists under /proc")
+def test_saving_and_loading_hold_nothing(tmp_path: Path):
+    """After 60 checkpoints as after 10, and after 20 loads as after one, but for a few that are just ending."""
+    counts = []
+    with opened(tmp_path, CheckpointConfig(keep_last=1, keep_best=0)) as store:
+        for step in range(1, 61):
+            store.save(small(step))
+            if step in (10, 60):
+                store.wait()
+                counts.append(held())
+    for times in (1, 20):
+        for _ in range(times):
+            with opened(tmp_path) as store:
+                store.load(60, jax.eval_shape(lambda: small(0)))
+        counts.append(held())
+    for before, after in (counts[:2], counts[2:]):
+        assert all(b <= a + 3 for a, b in zip(before, after, strict=True)), counts
+
+
+class Failing:
+    """The response of a save that fails in the background."""
+
+    def result(self, timeout: float | None = None) -> bool:
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("then", ["save", "wait", "close"])
+def test_a_save_that_fails_in_the_background_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str):
+    store = CheckpointStore(tmp_path, CheckpointConfig())
+    with monkeypatch.context() as patched:
+        patched.setattr(store._orbax, "save_checkpointables_async", lambda *_, **__: Failing())
+        store.save(small(1))
+    with pytest.raises(SaveFailed, match=r"checkpoint of step 1 cannot be written .*No space left on device"):
+        store.save(small(2)) if then == "save" else getattr(store, then)()
+    store.close()
+
+
+def test_the_best_are_told_from_the_rest(tmp_path: Path):
+    """By what was measured, in this process or one before; a loss that is no number never is one of them."""
+    with opened(tmp_path, CheckpointConfig(keep_last=1, keep_best=2)) as store:
+        assert store.is_best(9.0)
+        for step, loss in ((1, 3.0), (2, None), (3, float("nan")), (4, 2.0), (5, None)):
+            store.save(small(step), val_loss=loss)
+        assert not store.is_best(3.0)
+    with opened(tmp_path, CheckpointConfig(keep_last=1, keep_best=2)) as store:
+        assert [store.is_best(loss) for loss in (2.9, 3.0, float("nan"), float("-inf"))] == [True, False, False, False]
+        store.save(small(6))
+    with opened(tmp_path) as store:
+        assert store.steps() == [1, 4, 6]
 
 
 MESHES = [None, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]

@@ -32,7 +32,7 @@ def make_files(directory: Path) -> Path:
     (directory / "e.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (directory / "f.txt.gz").write_bytes(gzip.compress(b"zipped\n"))
     (directory / "g.json.zst").write_bytes(zstandard.compress(lines.encode()))
-    (directory / "h.json").write_text('{\n "text": "not lines"\n}\n')
+    (directory / "h.json").write_text('{\n "text": "no lines",\n "body": "aucune"\n}\n')
     return directory
 
 
@@ -47,7 +47,7 @@ def texts(*path: str | Path, **options) -> list[str]:
 
 
 TWO = ["one", "two\nlines"]
-LATER = ["zipped\n", *TWO, '{\n "text": "not lines"\n}\n', "x = 1\n", "deep\x0cpage\n\n"]
+LATER = ["zipped\n", *TWO, "no lines", "x = 1\n", "deep\x0cpage\n\n"]
 ALL = ["naïve\r\nline 2\n", *TWO, *TWO, *LATER]
 
 
@@ -78,7 +78,7 @@ def test_object_stores_are_as_disks(tmp_path: Path):
         store.rm("/corpus", recursive=True)
 
 
-@pytest.mark.parametrize(("url", "package"), [("s3://bucket/key", "s3fs"), ("gs://bucket/key", "gcsfs")])
+@pytest.mark.parametrize(("url", "package"), [("abfs://bucket/key", "adlfs"), ("gs://bucket/key", "gcsfs")])
 def test_a_store_whose_package_is_missing(url: str, package: str):
     with pytest.raises(UserError, match=f"needs a package that is not installed .*{package}") as error:
         texts(url)

@@ -143,6 +143,16 @@ def test_rows_are_those_of_the_global_batch(rows: list[int] | range):
         assert_equal(next(iterator), {name: value[list(rows)] for name, value in make_batches().batch(step).items()})
 
 
+@pytest.mark.parametrize("skip", [(0,), (3, 4, 4), (9, 2, 0), ()])
+def test_skipped_batches_are_those_that_no_step_takes(skip: tuple[int, ...]):
+    batches, plain = make_batches(skip=skip), make_batches()
+    left = [number for number in range(15) if number not in skip]
+    assert [batches.number(step) for step in range(len(left))] == left
+    for step in (0, 3, 5):
+        assert_equal(batches.batch(step), plain.batch(left[step]))
+    assert_equal(next(batches.iterate(4)), batches.batch(4))
+
+
 def test_a_source_without_rows_is_refused():
     with pytest.raises(ValueError, match="no rows"):
         Batches([WindowRows(make_stream([2]), 300, partial=False)], global_batch_size=1, seed=0)

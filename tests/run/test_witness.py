@@ -109,6 +109,7 @@ CHANGES: dict[str, Callable[[RunConfig, Path], Any]] = {
     "data.objective": lambda *_: Prefix(),
     "data.sources": lambda config, _: (Source("one", ("a.txt",), share=1.0), *config.data.sources[1:]),
     "data.stages": lambda *_: (Stage(1, (1.0, 0.0)),),
+    "data.skip_batches": lambda *_: (0,),
     "data.document_chars": lambda *_: 100,
     "data.cache_dir": lambda _, folder: str(folder / "elsewhere"),
     "compute.dtype": lambda *_: "float32",
@@ -121,6 +122,7 @@ CHANGES: dict[str, Callable[[RunConfig, Path], Any]] = {
     "logging.sample_prompts": lambda *_: ("the cat", "a mat"),
     "logging.wandb_project": lambda *_: "mine",
     "profile.start_step": lambda *_: 5,
+    "resume.allow": lambda *_: ("no.such.key",),
 }  # fmt: skip
 
 
@@ -369,7 +371,7 @@ def test_every_leaf_has_a_witness(base: RunConfig, folder: Path, tmp_path: Path,
                 witnesses[key] = "error"
                 continue
             assert new != config, key
-            told_only = key.startswith(("checkpoint.", "logging.", "profile."))
+            told_only = key.startswith(("checkpoint.", "logging.", "profile.", "resume."))
             for look in (*cheap, written) if told_only else (*cheap, program, program_on_a_mesh, written):
                 if seen(look, config) != seen(look, new):
                     witnesses[key] = look.__name__

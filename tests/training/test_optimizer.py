@@ -10,8 +10,17 @@ import optax
 import pytest
 
 from llama_jax.config import UserError
-from llama_jax.models import DecoderConfig, abstract_params
-from llama_jax.training import OptimizerConfig, init_state, learning_rate, make_optimizer, train_flops_per_token
+from llama_jax.models import DecoderConfig, abstract_params, build, initialize
+from llama_jax.models.config import causal_score_flops, full_score_flops
+from llama_jax.nn import seed_key
+from llama_jax.training import (
+    OptimizerConfig,
+    init_state,
+    learning_rate,
+    make_optimizer,
+    peak_flops,
+    train_flops_per_token,
+)
 from llama_jax.training.optimizer import is_matrix
 
 CONFIG = OptimizerConfig(learning_rate=0.02, warmup_steps=4, final_fraction=0.1)
@@ -133,6 +142,45 @@ def test_matrices_of_the_decoder(tiny_config: DecoderConfig):
     assert any(name.endswith("bias") for name in parameters)
 
 
+def test_biases_of_relative_positions_are_not_decayed():
+    """As transformers leaves out what has `bias` in its name, T5's `relative_attention_bias.weight` too."""
+    shape = jax.ShapeDtypeStruct((32, 8), jnp.float32)
+    names = ["position_bias.weight", "encoder_position_bias.weight", "layers.position_bias.bias"]
+    assert not any(is_matrix(name, shape) for name in names)
+    assert is_matrix("positions.weight", shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    device_kind: str
+    platform: str = "gpu"
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA B200", 2250e12),
+        ("TPU v5", 459e12),
+        ("TPU v5 lite", 197e12),
+        ("NVIDIA H100", None),  # which of the boards?
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA H200 of a kind to come", None),
+        ("TPU v50", None),
+        ("TPU7x", None),
+        ("AMD Instinct MI300X", None),
+    ],
+)
+def test_peaks_are_of_the_whole_name_or_none(kind: str, peak: float | None):
+    assert peak_flops(Device(kind), jnp.dtype(jnp.bfloat16)) == peak
+
+
 def test_first_moments_are_zero_and_all_is_float32():
     state = init_state(params(), CONFIG.hyper(10))
     for leaf in jax.tree.leaves(state.opt_state):
@@ -170,3 +218,45 @@ def test_flops_counted_by_hand(tiny_config: DecoderConfig, tied: bool):
     attention = 2 * 2 * 4 * 8 * (10 / 2)  # scores and values, 2 FLOPs each, of 4 heads of 8 with half of 10 keys
     expected = 6 * (2 * layer + head) + 3 * 2 * attention
     assert train_flops_per_token(dataclasses.replace(tiny_config, tie_embeddings=tied), 10) == expected
+
+
+@pytest.mark.parametrize("length", [1, 6, 7, 40])
+@pytest.mark.parametrize("window", [1, 3, 7, None])
+def test_scores_are_those_of_the_keys_that_are_seen(tiny_config: DecoderConfig, length: int, window: int | None):
+    """Counted one by one: of causal ones a token is half before itself, as of the whole triangle half is counted."""
+    mixer = dataclasses.replace(tiny_config.attention, window=window)
+    of_key = 4 * mixer.num_heads * mixer.head_dim
+    before, inside = 0.0, 0
+    for query in range(length):
+        before += min(sum(1.0 for key in range(query)) + 0.5, window or length)
+        inside += sum(window is None or abs(query - key) < window for key in range(length))
+    assert causal_score_flops([mixer, mixer], length) == 2 * of_key * before
+    assert full_score_flops([mixer], length) == of_key * inside
+    config = dataclasses.replace(tiny_config, attention=mixer)
+    assert config.score_flops(length, 0) == 2 * of_key * before
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31 - 1])
+def test_small_seeds_are_what_they_were(seed: int):
+    assert jnp.array_equal(jax.random.key_data(seed_key(seed)), jax.random.key_data(jax.random.key(seed)))
+
+
+def test_every_seed_of_64_bits_is_another():
+    seeds = [0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**33, 2**63, 2**64 - 1]
+    keys = [np.asarray(jax.random.key_data(seed_key(seed))) for seed in seeds]
+    assert len({key.tobytes() for key in keys}) == len(seeds)
+    for seed, key in zip(seeds, keys, strict=True):  # jitted, as a train step takes it
+        traced = jax.jit(lambda seed: jax.random.key_data(seed_key(seed)))(CONFIG.hyper(1, seed)["seed"])
+        assert np.array_equal(traced, key), seed
+    for seed in (-1, 2**64):
+        with pytest.raises(UserError, match=f"seed={seed} must be at least 0 and below"):
+            CONFIG.hyper(1, seed)
+
+
+def test_models_of_any_seed(tiny_config: DecoderConfig):
+    config = dataclasses.replace(tiny_config, num_layers=1)
+    values = [np.asarray(initialize(config, seed)["embedding.weight"]) for seed in (7, 2**31 + 7, 2**32 + 7, 2**64 - 1)]
+    assert len({value.tobytes() for value in values}) == 4
+    for seed in (-1, 2**64):
+        with pytest.raises(UserError, match="seed="):
+            build(config, seed=seed)

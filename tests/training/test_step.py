@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from llama_jax.models import Compute, DecoderConfig, initialize
+from llama_jax.nn import Experts, SoftmaxTopK
 from llama_jax.parallel import make_mesh
 from llama_jax.run.training import to_devices
 from llama_jax.training import OptimizerConfig, TrainState, init_state, make_eval_step, make_train_step
@@ -86,6 +87,27 @@ def test_three_steps_on_a_mesh_are_those_of_one_device(
 def test_accumulation_is_the_large_batch(tiny_config: DecoderConfig, on_one_device: Any, mesh: Any, parts: int):
     """Also though the parts have different numbers of targets."""
     assert_same(run(tiny_config, mesh, parts=parts), on_one_device)
+
+
+def test_shares_of_unequal_parts_are_those_of_the_whole(tiny_config: DecoderConfig):
+    """What experts report of parts, and of devices' rows, with different numbers of real tokens."""
+    experts = Experts(4, 8, SoftmaxTopK(2, normalize=True), "silu", gated=True, capacity_factor=0.75)
+    config = dataclasses.replace(tiny_config, feed_forward=experts, num_layers=1)
+    batch = batch_of()
+    padding = np.arange(LENGTH) >= np.array([16, 1, 9, 0, 2, 0, 16, 0])[:, None]
+    batch |= {name: np.where(padding, 0, batch[name]) for name in ("segment_ids", "weights", "positions")}
+    found = []
+    for parts, mesh in ((1, {}), (4, {}), (1, {"data": 8})):
+        with jax.set_mesh(make_mesh(mesh, jax.devices()[: 8 if mesh else 1])):
+            step = make_train_step(config, Compute(loss_chunk=4), accumulation_steps=parts)
+            _, metrics = step(start(config), to_devices(batch, range(ROWS), ROWS), HYPER)
+        found.append({name: np.asarray(value) for name, value in metrics.items()})
+    assert 0.02 < found[0]["dropped_share"] < 0.9
+    assert found[0]["experts_load"].shape == (4,)
+    assert not any(name.startswith("of.") for name in found[0])
+    for other in found[1:]:
+        for name in ("dropped_share", "experts_load", "loss"):
+            np.testing.assert_allclose(other[name], found[0][name], rtol=1e-5, err_msg=name)
 
 
 def test_unrolled_layer_and_tied_head_on_a_mesh(tiny_config: DecoderConfig):

@@ -20,7 +20,7 @@ BATCH_RECORDS = 64
 
 def read_array_record(unit: Unit, config: DataConfig) -> Iterator[Item]:
     """A record of the file a record, of the unit's share of them."""
-    path = unit.file.path
+    path = unit.file.place
     if not is_remote(path):
         yield from _read(path, unit, config)
         return

@@ -42,7 +42,7 @@ def _arrow(path: str) -> Iterator[ModuleType]:
 def read_parquet(unit: Unit, config: DataConfig) -> Iterator[Item]:
     """A record a row, of the unit's row groups; only the columns of `fields` are read."""
     path = unit.file.path
-    with open_file(path) as content, _arrow(path) as pyarrow:
+    with open_file(unit.file.place) as content, _arrow(path) as pyarrow:
         parquet = pyarrow.parquet.ParquetFile(content)
         _check_columns(path, parquet.schema_arrow.names, config)
         first, end = unit.range_of(parquet.num_row_groups)
@@ -54,7 +54,7 @@ def read_parquet(unit: Unit, config: DataConfig) -> Iterator[Item]:
 def read_arrow(unit: Unit, config: DataConfig) -> Iterator[Item]:
     """A record a row of a stream of record batches."""
     path = unit.file.path
-    with open_file(path) as content, _arrow(path) as pyarrow:
+    with open_file(unit.file.place) as content, _arrow(path) as pyarrow:
         batches = pyarrow.ipc.open_stream(content)
         _check_columns(path, batches.schema.names, config)
         yield from _rows(pyarrow, batches, 0, path, config)

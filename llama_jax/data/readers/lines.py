@@ -1,17 +1,15 @@
-"""Text and JSONL files, plain, gzip or zstd."""
+"""Text and JSONL files."""
 
 import codecs
-import contextlib
-import gzip
 import io
 import json
 from collections.abc import Iterable, Iterator
 
-import zstandard
-
 from llama_jax.data.config import DataConfig
-from llama_jax.data.files import BUFFER, open_file
+from llama_jax.data.files import BUFFER
+from llama_jax.data.readers.packed import opened
 from llama_jax.data.readers.record import (
+    HAS_NULS,
     NOT_JSON,
     NOT_UTF8,
     TOO_LONG,
@@ -23,49 +21,7 @@ from llama_jax.data.readers.record import (
 )  # fmt: skip
 from llama_jax.data.readers.units import Unit
 
-WINDOW = 1 << 31  # the largest that zstd --long writes
-
-
-class _Zstd(io.RawIOBase):
-    """Decompressed frames of `raw`. Raises EOFError where one is cut off, which zstandard's own reader hides."""
-
-    def __init__(self, raw: io.BufferedIOBase):
-        self._raw, self._ready, self._rest = raw, b"", b""
-        self._new_frame()
-
-    def _new_frame(self) -> None:
-        self._frame, self._begun = zstandard.ZstdDecompressor(max_window_size=WINDOW).decompressobj(), False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:  # type: ignore[override]
-        while not self._ready:
-            data, self._rest = self._rest or self._raw.read(1 << 14), b""
-            if not data:
-                if self._begun:
-                    raise EOFError
-                return 0
-            self._ready, self._begun = self._frame.decompress(data), True
-            if self._frame.eof:
-                self._rest = self._frame.unused_data
-                self._new_frame()
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
-
-
-@contextlib.contextmanager
-def opened(path: str) -> Iterator[io.BufferedIOBase]:
-    """The file's content, unzipped by its name."""
-    with open_file(path) as raw:
-        if path.endswith(".gz"):
-            yield gzip.GzipFile(fileobj=raw)
-        elif path.endswith(".zst"):
-            yield io.BufferedReader(_Zstd(raw), BUFFER)
-        else:
-            yield raw
+_BOM = "\ufeff"
 
 
 def lines_of(content: io.BufferedIOBase, unit: Unit, limit: int) -> Iterator[tuple[int, bytes | None]]:
@@ -100,10 +56,17 @@ def _skip_line(content: io.BufferedIOBase) -> int:
     return skipped
 
 
+def as_text(data: bytes, errors: str = "strict") -> str:
+    """`data` from UTF-8, without the marks that begin a UTF-8 file where one stands at the beginning or, as in files
+    that were put together, at a line's."""
+    text = data.decode(errors=errors)
+    return text.removeprefix(_BOM).replace("\n" + _BOM, "\n") if _BOM in text else text
+
+
 def read_jsonl(unit: Unit, config: DataConfig) -> Iterator[Item]:
     """A record a line."""
     path, whole = unit.file.path, unit.index == 0
-    with opened(path) as content:
+    with opened(unit.file) as content:
         for number, (begin, line) in enumerate(lines_of(content, unit, config.max_record_bytes), 1):
             where = f"line {number} of '{path}'" if whole else f"the line at byte {begin} of '{path}'"
             if line is None:
@@ -114,7 +77,7 @@ def read_jsonl(unit: Unit, config: DataConfig) -> Iterator[Item]:
 
 def _parsed(line: bytes, where: str, config: DataConfig) -> Item:
     try:
-        values = json.loads(line.decode())
+        values = json.loads(as_text(line))
     except UnicodeDecodeError:
         return BadRecord(where, NOT_UTF8)
     except (ValueError, RecursionError) as error:
@@ -122,53 +85,47 @@ def _parsed(line: bytes, where: str, config: DataConfig) -> Item:
     return as_record(values, where, config)
 
 
-def read_json(unit: Unit, config: DataConfig) -> Iterator[Item]:
-    """A `.json`: JSONL where its first line is a whole object, else one text."""
-    with opened(unit.file.path) as content:
-        first = content.readline(config.max_record_bytes + 1)
-    try:
-        is_lines = isinstance(json.loads(first), dict)
-    except (ValueError, RecursionError):
-        is_lines = False
-    if is_lines:
-        yield from read_jsonl(unit, config)
-    elif unit.index == 0:
-        yield from read_text(Unit(unit.file, 0, 1), config)
-
-
 def read_text(unit: Unit, config: DataConfig) -> Iterator[Item]:
     """One document, or with `document_chars` several."""
     file, limit = unit.file, config.max_record_bytes
     where = f"'{file.path}'" if unit.count == 1 else f"part {unit.index + 1} of {unit.count} of '{file.path}'"
-    not_text = BadRecord(where, NOT_UTF8) if file.named else SkippedFile(file.path, "not UTF-8")
+
+    def no_text(reason: str, found: str) -> Item:
+        return BadRecord(where, reason) if file.named else SkippedFile(file.path, found)
+
     if config.document_chars is None:
-        with opened(file.path) as content:
+        with opened(file) as content:
             data = content.read(limit + 1)
         try:
-            if len(data) <= limit:
-                yield Record((data.decode(),), where)
-            else:
+            if len(data) > limit:
                 codecs.getincrementaldecoder("utf-8")().decode(data[:BUFFER])
                 yield BadRecord(where, TOO_LONG)
+            elif b"\0" in data:
+                yield no_text(HAS_NULS, "a binary file")
+            else:
+                yield Record((as_text(data),), where)
         except UnicodeDecodeError:
-            yield not_text
+            yield no_text(NOT_UTF8, "not UTF-8")
         return
-    with opened(file.path) as content:  # all of it is text before any of it is a document
+    with opened(file) as content:  # all of it is text before any of it is a document
         try:
             for _, line in lines_of(content, unit, limit):
                 (line or b"").decode()
+                if b"\0" in (line or b""):
+                    yield no_text(HAS_NULS, "a binary file")
+                    return
         except UnicodeDecodeError:
-            yield not_text
+            yield no_text(NOT_UTF8, "not UTF-8")
             return
     bad: list[BadRecord] = []
 
     def lines() -> Iterator[str]:
-        with opened(file.path) as content:
+        with opened(file) as content:
             for begin, line in lines_of(content, unit, limit):
                 if line is None:
                     bad.append(BadRecord(f"the line at byte {begin} of '{file.path}'", TOO_LONG))
                 else:
-                    yield line.decode()
+                    yield as_text(line)
 
     for text in cut(lines(), config.document_chars):
         yield from bad

@@ -34,7 +34,7 @@ class BadRecord:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SkippedFile:
-    """A file that a directory or glob brought and that is no text."""
+    """A file that a directory, a glob or an archive brought and that cannot be read; `reason` is what it is."""
 
     path: str
     reason: str
@@ -44,6 +44,8 @@ type Item = Record | BadRecord | SkippedFile
 
 NOT_UTF8 = "is not UTF-8"
 NOT_JSON = "is not JSON"
+NOT_TABLE = "is no row of the table"
+HAS_NULS = "is no text: it has NUL bytes"
 NO_FIELD = "lacks a field"
 WRONG_TYPE = "has a field of another type"
 SURROGATE = "has half a surrogate pair"
@@ -52,7 +54,9 @@ TOO_LONG = "is longer than max_record_bytes"
 
 
 def as_record(values: object, where: str, config: DataConfig) -> Record | BadRecord:
-    """The record of a mapping from field to value."""
+    """The record of a mapping from field to value, or of a text alone where no other field is asked for."""
+    if isinstance(values, str) and config.fields == ("text",):
+        return Record((values,), where)
     if not isinstance(values, Mapping):
         return BadRecord(where, NO_FIELD, "it has no fields at all")
     parts = []

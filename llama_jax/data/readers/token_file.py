@@ -8,6 +8,7 @@ import numpy as np
 from llama_jax.config import UserError
 from llama_jax.data.config import DataConfig
 from llama_jax.data.files import open_file
+from llama_jax.data.readers.content import check_ids
 from llama_jax.data.readers.record import TOO_LONG, BadRecord, Item, Record
 from llama_jax.data.readers.units import Unit
 
@@ -22,10 +23,12 @@ def read_tokens(unit: Unit, config: DataConfig, separators: Sequence[int]) -> It
     With llm.c's header the ids are of its kind, without one 16 bits wide (nanoGPT). Documents of no token are none.
     """
     path = unit.file.path
-    if not separators:
-        raise UserError(f"'{path}' needs a tokenizer with a token that ends a document: this one has none")
-    with open_file(path) as content:
-        offset, dtype, total = _layout(content.read(HEADER), unit)
+    with open_file(unit.file.place) as content:
+        head = content.read(HEADER)
+        check_ids(head)
+        if not separators:
+            raise UserError(f"'{path}' needs a tokenizer with a token that ends a document: this one has none")
+        offset, dtype, total = _layout(head, unit)
         first, end = unit.range_of(total)
         if first == end:
             return

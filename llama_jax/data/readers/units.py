@@ -9,14 +9,23 @@ from llama_jax.data.files import CorpusFile, is_dataset, is_remote
 SHARD_BYTES = 1 << 26  # of input; also the size of a unit
 MAX_SHARDS = 4096  # above, shards grow: every shard is some memory maps, of which Linux gives a process 65530
 
-KINDS = (
-    (r"\.(jsonl|ndjson)(\.gz|\.zst)?$", "jsonl"),
-    (r"\.json(\.gz|\.zst)?$", "json"),
-    (r"\.parquet$", "parquet"),
-    (r"\.arrow$", "arrow"),
-    (r"\.array_?record(-\d+-of-\d+)?$", "array_record"),
-    (r"\.bin$", "tokens"),
+_PACKED = r"(\.(gz|zst|bz2|xz))?$"
+KINDS = tuple(
+    (re.compile(pattern, re.IGNORECASE), kind)
+    for pattern, kind in (
+        (r"\.(jsonl|jsonlines|ndjson)" + _PACKED, "jsonl"),
+        (r"\.json" + _PACKED, "json_file"),
+        (r"\.csv" + _PACKED, "csv"),
+        (r"\.(tsv|tab)" + _PACKED, "tsv"),
+        (r"\.(tar" + _PACKED + r"|t(gz|zst|bz2?|xz)$)", "tar"),
+        (r"\.parquet$", "parquet"),
+        (r"\.arrow$", "arrow"),
+        (r"\.array_?record(-\d+-of-\d+)?$", "array_record"),
+        (r"\.bin$", "tokens"),
+    )
 )
+SPLIT_KINDS = ("jsonl", "json_file", "parquet", "array_record", "tokens")
+_PACKING = re.compile(r"\.t?(?:(gz)|(zst)|(bz2|(?<=\.t)bz)|(xz))$", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +51,23 @@ def kind_of(path: str) -> str:
     """The kind of file, by its name."""
     if is_dataset(path):
         return "dataset"
-    return next((kind for pattern, kind in KINDS if re.search(pattern, path)), "text")
+    return next((kind for pattern, kind in KINDS if pattern.search(path)), "text")
+
+
+def packing_of(path: str) -> str:
+    """What the file is compressed by, by its name, or ""."""
+    found = _PACKING.search(path)
+    return "" if found is None else ("gzip", "zstd", "bzip2", "xz")[found.lastindex - 1]  # type: ignore[operator]
 
 
 def _splits(path: str, config: DataConfig) -> bool:
     """Whether parts of the file can be read without what is before them."""
-    if path.endswith((".gz", ".zst")):
+    if packing_of(path):
         return False
     kind = kind_of(path)
     if kind == "array_record" and is_remote(path):
         return False  # its reader takes a local file: each piece would be copied with all of it
-    return kind not in ("text", "arrow") or (kind == "text" and config.document_chars is not None)
+    return kind in SPLIT_KINDS or (kind == "text" and config.document_chars is not None)
 
 
 def plan_shards(files: list[CorpusFile], config: DataConfig) -> list[list[Unit]]:

@@ -136,7 +136,8 @@ class ExpertsModule(FeedForwardModule):
         self, x: Float[Array, "b t d"], *, mask: AttentionMask
     ) -> tuple[Float[Array, "b t d"], dict[str, jax.Array]]:
         """Auxiliary: `loss.load_balance` and `loss.router_z` where they have a coefficient; `experts_load` [E], each
-        expert's share of the assignments; `dropped_share`, of those that found no place."""
+        expert's share of the assignments; `dropped_share`, of those that found no place; both with their number, under
+        `of.`, which parts of a batch are weighted by."""
         config, length = self.config, x.shape[1]
         with jax.named_scope("router"):
             routing = self.router(x, mask=mask)
@@ -200,10 +201,13 @@ class ExpertsModule(FeedForwardModule):
         config = self.config
         assignments = jax.nn.one_hot(routing.experts, config.num_experts) * wanted[..., None]
         counts = assignments.sum((1, 2))  # [B, E]
-        total = jnp.maximum(counts.sum(), 1.0)
+        number = counts.sum()
+        total = jnp.maximum(number, 1.0)
         aux = {
             "experts_load": counts.sum(0) / total,
-            "dropped_share": (wanted.sum() - kept.sum()) / total,
+            "dropped_share": (number - kept.sum()) / total,
+            "of.experts_load": number,
+            "of.dropped_share": number,
         }
         aux |= {f"statistic.router.{name}": value for name, value in self.router.statistics(counts.mean(0)).items()}
 

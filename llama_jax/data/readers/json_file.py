@@ -1,0 +1,163 @@
+"""Files called `.json`: one object, an array of them, or JSON lines."""
+
+import codecs
+import io
+import itertools
+import json
+import re
+from collections.abc import Iterator
+
+from llama_jax.data.config import DataConfig
+from llama_jax.data.files import BUFFER
+from llama_jax.data.readers.lines import read_jsonl
+from llama_jax.data.readers.packed import opened
+from llama_jax.data.readers.record import NOT_JSON, NOT_UTF8, TOO_LONG, BadRecord, Item, SkippedFile, as_record
+from llama_jax.data.readers.units import Unit
+
+_SPACE = re.compile(r"[ \t\r\n\ufeff]*")
+_SPACE_BYTES = b" \t\r\n\xef\xbb\xbf"
+_NEAR_END = 16  # characters: what is wrong there may be a word or an escape that is not all here yet
+_NUMBER = "0123456789+-.eE"
+_REST = "what follows it in the file is left out"
+
+
+def read_json(unit: Unit, config: DataConfig) -> Iterator[Item]:
+    """A record an object: of an array, of those that follow one another, or the only one.
+
+    Where the first of several lines is a whole object, it is JSONL, and comes in pieces like it; anything else is read
+    by the first unit. A file that was only found and is one value without a record (a program's settings) is skipped.
+    """
+    with opened(unit.file) as content:
+        lines = _is_lines(content, config.max_record_bytes)
+    if lines:
+        yield from read_jsonl(unit, config)
+    elif unit.index == 0:
+        yield from _read_values(unit, config)
+
+
+def _is_lines(content: io.BufferedIOBase, limit: int) -> bool:
+    while (begin := content.read(1)) and begin in _SPACE_BYTES:
+        pass
+    if begin != b"{":
+        return False
+    try:
+        if not isinstance(json.loads(begin + content.readline(limit)), dict):
+            return False
+    except (ValueError, RecursionError):
+        return False
+    return any(not data.isspace() for data in iter(lambda: content.read(BUFFER), b""))
+
+
+def _read_values(unit: Unit, config: DataConfig) -> Iterator[Item]:
+    path = unit.file.path
+    with opened(unit.file) as content:
+        items = _items(content, path, config)
+        first, second = next(items, None), next(items, None)
+        if first is not None and second is None and not unit.file.named:
+            item, in_array = first
+            if isinstance(item, BadRecord) and not in_array:
+                yield SkippedFile(path, f"{item.reason} ({item.detail})" if item.detail else item.reason)
+                return
+        for found in itertools.chain((first, second), items):
+            if found is not None:
+                yield found[0]
+
+
+def _items(content: io.BufferedIOBase, path: str, config: DataConfig) -> Iterator[tuple[Item, bool]]:
+    """(the record of a value, whether it is of an array)."""
+    for number, (value, in_array) in enumerate(json_values(content, config.max_record_bytes), 1):
+        where = f"record {number} of '{path}'"
+        if isinstance(value, JsonProblem):
+            yield BadRecord(where, value.reason, value.detail), in_array
+        else:
+            yield as_record(value, where, config), in_array
+
+
+class JsonProblem:
+    """Why there is no value where one should be: a `reason` of bad records and its own detail."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        self.reason, self.detail = reason, detail
+
+
+def json_values(content: io.BufferedIOBase, limit: int) -> Iterator[tuple[object, bool]]:
+    """(value or JsonProblem, whether it is of an array) of the values at the top, for an array those that it has.
+
+    Only about one value of at most `limit` bytes is held at a time. After a problem with the text itself nothing comes.
+    """
+    text, in_array, first = _Text(content, limit), False, True
+    while (char := text.next_char()) or in_array:
+        if in_array and char == "]":
+            text.place += 1
+            in_array = False
+            continue
+        if not in_array and char == "[":
+            text.place += 1
+            in_array = first = True
+            if text.next_char() == "]":
+                continue
+        elif in_array and not first:
+            if char != ",":
+                yield JsonProblem(NOT_JSON, f"an array goes on with {char!r}" if char else "an array has no end"), True
+                return
+            text.place += 1
+            text.next_char()
+        first = False
+        value, is_end = text.value()
+        yield value, in_array
+        if is_end:
+            return
+
+
+class _Text:
+    """A JSON text of which the part at `place` is held."""
+
+    def __init__(self, content: io.BufferedIOBase, limit: int):
+        self._content, self._limit = content, limit
+        # What is no UTF-8 becomes half a surrogate pair, and is told of its own value.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self._decode = json.JSONDecoder().raw_decode
+        self._held, self._ended = "", False
+        self.place = 0
+
+    def next_char(self) -> str:
+        """The next character that is no space, or "" at the end."""
+        while True:
+            self.place = _SPACE.match(self._held, self.place).end()  # type: ignore[union-attr]  # it matches nothing too
+            if self.place < len(self._held):
+                return self._held[self.place]
+            if self._ended:
+                return ""
+            self._fill()
+
+    def value(self) -> tuple[object, bool]:
+        """(the value that begins here or its JsonProblem, whether nothing can be read behind it)."""
+        while True:
+            try:
+                value, end = self._decode(self._held, self.place)
+                behind = self._held[end : end + _NEAR_END]
+                if self._ended or len(behind) == _NEAR_END or (behind and behind[0] not in _NUMBER):
+                    break  # else a number may go on
+            except RecursionError:
+                return JsonProblem(NOT_JSON, f"it is nested too deeply; {_REST}"), True
+            except ValueError as error:
+                place, message = getattr(error, "pos", 0), getattr(error, "msg", str(error))
+                is_cut = message.startswith("Unterminated string") or place >= len(self._held) - _NEAR_END
+                if self._ended or not is_cut:
+                    return JsonProblem(NOT_JSON, f"{message}; {_REST}"), True
+            if len(self._held) - self.place > self._limit:
+                return JsonProblem(TOO_LONG, _REST), True
+            self._fill()
+        text, self.place = self._held[self.place : end], end
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError:
+            return JsonProblem(NOT_UTF8), False
+        return (JsonProblem(TOO_LONG) if size > self._limit else value), False
+
+    def _fill(self) -> None:
+        """Reads on, as much as is held: a long value is parsed again only as often as it doubles."""
+        rest = self._held[self.place :]
+        data = self._content.read(max(BUFFER, len(rest)))
+        self._ended = not data
+        self._held, self.place = rest + self._decoder.decode(data, final=self._ended), 0

@@ -1,0 +1,299 @@
+"""What may differ when a run is continued, what is said of it, and what a crash may leave behind.
+
+Steps without arithmetic: each metric is a function of the step alone.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from llama_jax.config import UserError, override
+from llama_jax.run import Run, RunConfig, RunFailed, open_run, train, training
+from llama_jax.training import TrainState
+
+STEP_SECONDS = 0.04
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def loss_of(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
+    """Steps of no cost; losses, and validation losses (under -step), that are not 1 can be set."""
+    values: dict[int, float] = {}
+    now = [0]
+
+    def make_train_step(*_: Any, **__: Any) -> Any:
+        def step(state: TrainState, batch: Any, hyper: Any) -> Any:
+            now[0] = int(state.step) + 1
+            loss = np.float32(values.get(now[0], 1.0))
+            metrics = {"loss": loss, "grad_norm": np.float32(1), "learning_rate": hyper["learning_rate"]}
+            return dataclasses.replace(state, step=state.step + 1), metrics
+
+        return step
+
+    monkeypatch.setattr(training, "make_train_step", make_train_step)
+    monkeypatch.setattr(
+        training, "make_eval_step", lambda *_: lambda *_: (np.float32(values.get(-now[0], 1.0)), np.float32(1))
+    )
+    monkeypatch.setattr(training, "preflight", lambda *_: [])
+    return values
+
+
+@pytest.fixture
+def quick(run_config: RunConfig) -> RunConfig:
+    change = {"num_steps": 6, "checkpoint.every_steps": 4, "mesh.fsdp": 4, "mesh.tensor": 2}
+    return override(run_config, change | {"logging.sample_prompts": ()})
+
+
+@pytest.fixture
+def begun(quick: RunConfig, loss_of: dict[int, float], tmp_path: Path) -> Path:
+    """A run of six steps that is at its fourth."""
+    run = train(quick, tmp_path / "run")
+    shutil.rmtree(run.directory / "checkpoints" / "6")
+    return run.directory
+
+
+def test_what_learns_the_same_may_differ_and_is_told(
+    begun: Path, quick: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The same texts and tokenizer at another place, another way to compute the same; all of it is said."""
+    texts = Path(shutil.copytree(quick.data.path[0], tmp_path / "elsewhere"))
+    changes = {"data.path": (f"{texts}/",), "optimizer.accumulation_steps": 2, "logging.every_steps": 2}
+    train(override(quick, changes), begun)
+    said = capsys.readouterr().out
+    assert f"changed: data.path={quick.data.path[0]} -> {texts}/" in said
+    assert "changed: optimizer.accumulation_steps=1 -> 2" in said
+    assert "changed: logging.every_steps=1 -> 2" in said
+    assert open_run(begun).config.data.path == (f"{texts}/",)
+
+
+def test_tokenizer_and_init_from_may_be_written_otherwise(
+    begun: Path, quick: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(begun / "tokenizer", tokenizer)
+    config = override(quick, {"tokenizer.path": str(tokenizer)})
+    run = train(config, tmp_path / "with_tokenizer")
+    train(override(config, {"tokenizer.path": f"{tokenizer}/"}), run.directory)
+    train(override(config, {"tokenizer.path": str(run.directory / "tokenizer")}), run.directory)
+    init = override(config, {"init_from": str(begun)})
+    run = train(init, tmp_path / "with_init")
+    monkeypatch.chdir(tmp_path)
+    train(override(init, {"init_from": "run/"}), run.directory)
+    with pytest.raises(UserError, match=r"init_from='run/', not '.*with_tokenizer'"):
+        train(override(init, {"init_from": str(tmp_path / "with_tokenizer")}), run.directory)
+
+
+def test_all_that_must_not_differ_is_told_with_the_way_out(begun: Path, quick: RunConfig):
+    before = files_of(begun)
+    change = {"optimizer.learning_rate": 0.005, "optimizer.beta1": 0.8, "optimizer.accumulation_steps": 2}
+    with pytest.raises(UserError) as told:
+        train(override(quick, change), begun)
+    assert "holds a run with optimizer.learning_rate=0.01, not 0.005; optimizer.beta1=0.9, not 0.8: " in str(told.value)
+    assert "allow this with --resume.allow optimizer.learning_rate,optimizer.beta1," in str(told.value)
+    with pytest.raises(UserError, match="run with seed=0, not 1: continue it unchanged, or give another --run-dir"):
+        train(override(quick, change | {"seed": 1, "resume.allow": ("optimizer",)}), begun)
+    assert files_of(begun) == before
+
+
+@pytest.mark.parametrize("allow", ["optimizer.learning_rate,data.skip_batches", "optimizer,data.skip-batches"])
+def test_what_the_message_of_a_failed_run_advises_can_be_done(
+    begun: Path, quick: RunConfig, loss_of: dict[int, float], allow: str, capsys: pytest.CaptureFixture[str]
+):
+    loss_of[5] = float("nan")
+    with pytest.raises(RunFailed, match=r"at step 5 is nan: lower .* add 4 to data.skip_batches.*--resume.allow"):
+        train(quick, begun)
+    loss_of.clear()
+    change = {"optimizer.learning_rate": 0.005, "data.skip_batches": "4"}
+    capsys.readouterr()
+    run = train(override(quick, change | {"resume.allow": allow}), begun)
+    assert "changed: optimizer.learning_rate=0.01 -> 0.005" in capsys.readouterr().out
+    assert [line["learning_rate"] for line in run.metrics()] == pytest.approx([0.01] * 4 + [0.005] * 2)
+    plain = Run(begun, quick)
+    assert all(
+        np.array_equal(run.batch(step)["tokens"], plain.batch(step + (step >= 4))["tokens"]) for step in range(6)
+    )
+    with pytest.raises(UserError, match=r"changes what .* has learned before its checkpoint of step 6 \(batch 3\)"):
+        train(override(quick, change | {"data.skip_batches": "3,4", "resume.allow": allow}), begun)
+
+
+def test_keys_that_are_none_cannot_be_allowed(quick: RunConfig, tmp_path: Path):
+    with pytest.raises(UserError, match=r"resume.allow=optimizer.learning_rat is no key .*'optimizer.learning_rate'"):
+        train(override(quick, {"resume.allow": ("optimizer.learning_rat",)}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_steps_than_are_done_change_nothing(begun: Path, quick: RunConfig):
+    before = files_of(begun)
+    with pytest.raises(UserError, match="is at step 4, beyond num_steps=3"):
+        train(override(quick, {"num_steps": 3}), begun)
+    assert files_of(begun) == before
+
+
+def test_a_schedule_that_goes_up_again_is_told(begun: Path, quick: RunConfig, capsys: pytest.CaptureFixture[str]):
+    train(quick, begun)
+    capsys.readouterr()
+    train(override(quick, {"num_steps": 20, "checkpoint.every_steps": 20}), begun)
+    said = capsys.readouterr().out
+    assert "changed: num_steps=6 -> 20" in said
+    assert "the learning rate goes up: from step 6 on it is 0.00933, where it would have been 0.001" in said
+
+
+def test_what_does_nothing_is_told_at_the_start(
+    quick: RunConfig, loss_of: dict[int, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    train(quick, tmp_path / "plain")
+    said = capsys.readouterr().out
+    assert not any(word in said for word in ("changed", "warmup_steps", "profile", "do not meet", "MFU:"))
+    change = {"optimizer.warmup_steps": 600, "profile.start_step": 6, "logging.validate_every_steps": 5}
+    train(override(quick, change), tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "optimizer.warmup_steps=600 is longer than num_steps=6: the learning rate ends at 1.0% of its peak" in said
+    assert "profile records nothing: steps 6 to 9 are not among those from 0 to 6" in said
+    assert (
+        "keep_best keeps none but the last: checkpoints (every 4 steps) and validations (every 5) do not meet" in said
+    )
+
+
+def test_a_window_that_began_before_is_recorded_from_where_the_run_continues(
+    begun: Path, quick: RunConfig, monkeypatch: pytest.MonkeyPatch
+):
+    @contextlib.contextmanager
+    def trace(directory: str) -> Iterator[None]:
+        recorded.append(directory)
+        yield
+
+    recorded: list[str] = []
+    monkeypatch.setattr(jax.profiler, "trace", trace)
+    train(override(quick, {"profile.start_step": 3, "profile.num_steps": 2}), begun)
+    assert recorded == [str(begun / "profile")]
+
+
+@pytest.mark.parametrize(
+    ("every", "validate", "losses", "kept"),
+    [
+        (4, 3, {3: 0.1}, [3, 12, 14]),  # measured between two checkpoints
+        (3, 2, {2: 0.5, 4: 0.2, 6: 0.3}, [4, 12, 14]),
+        (1, 4, {4: 0.1}, [4, 13, 14]),  # checkpoints that were not measured
+        (4, 4, {4: 0.1}, [4, 12, 14]),
+        (3, 3, {3: float("nan"), 6: 0.3}, [6, 12, 14]),
+        (20, 5, {5: 0.1}, [14]),  # told at the start
+        (4, 5, {5: 0.1}, [12, 14]),
+    ],
+)
+def test_the_best_that_was_measured_stays(
+    quick: RunConfig,
+    loss_of: dict[int, float],
+    tmp_path: Path,
+    every: int,
+    validate: int,
+    losses: dict[int, float],
+    kept: list[int],
+):
+    """Whatever the two periods, if they meet, and with a continuation in between."""
+    loss_of.update({-step: loss for step, loss in losses.items()})
+    change = {"checkpoint.every_steps": every, "logging.validate_every_steps": validate, "num_steps": 14}
+    run = train(override(quick, change), tmp_path / "run")
+    assert run.steps() == kept
+    shutil.rmtree(run.directory / "checkpoints" / "14")
+    assert train(override(quick, change), run.directory).steps() == kept
+
+
+@pytest.mark.parametrize(
+    ("damage", "left", "dropped"),
+    [
+        (lambda lines: b"".join(lines) + b"\0" * 300 + b"\n", 6, 1),
+        (lambda lines: b"".join(lines[:2]) + lines[2][:20] + b"".join(lines[3:]), 4, 1),
+        (lambda lines: b"".join(lines[:2]) + b"\0" * 9 + b"".join(lines[2:]), 6, 0),
+        (lambda lines: b"\xff\xfe\n[1]\n{}\nnull\n\n" + b"".join(lines), 6, 5),
+        (lambda lines: b"".join(lines)[:-1], 5, 0),
+    ],
+    ids=["zeros", "cut within", "zeros before", "no objects", "cut at the end"],
+)
+def test_damaged_lines_of_metrics_stop_nothing(
+    begun: Path, quick: RunConfig, damage: Callable, left: int, dropped: int, capsys: pytest.CaptureFixture[str]
+):
+    file = begun / "metrics.jsonl"
+    file.write_bytes(damage(file.read_bytes().splitlines(keepends=True)))
+    assert len(open_run(begun).metrics()) == left
+    capsys.readouterr()
+    run = train(quick, begun)
+    assert (f"{dropped} damaged lines of 'metrics.jsonl' are dropped" in capsys.readouterr().out) == (dropped > 0)
+    steps = [json.loads(line)["step"] for line in file.read_text().splitlines()]
+    assert steps == sorted(set(steps)) == [line["step"] for line in run.metrics()]
+    assert steps[-2:] == [5, 6]
+
+
+def test_metrics_are_strict_json_where_a_loss_is_no_number(quick: RunConfig, loss_of: dict[int, float], tmp_path: Path):
+    loss_of.update({3: float("inf"), -2: float("nan")})
+    with pytest.raises(RunFailed, match="the loss at step 3 is inf"):
+        train(override(quick, {"logging.validate_every_steps": 2}), tmp_path / "run")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    assert [line["loss"] for line in lines] == [1.0, 1.0, None]
+    assert lines[1]["val_loss"] is None
+    (tmp_path / "run" / "metrics.jsonl").write_text(text.replace("null", "NaN"))  # as runs before wrote it
+    assert open_run(tmp_path / "run").metrics() == lines
+    loss_of.clear()
+    assert [line["loss"] for line in train(quick, tmp_path / "run").metrics()] == [1.0] * 6
+
+
+def test_no_interval_is_faster_than_its_steps(run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Steps that are computed within the call, as small ones are: none of them is counted in another's interval."""
+
+    def make_train_step(*_: Any, **__: Any) -> Any:
+        def step(state: TrainState, batch: Any, hyper: Any) -> Any:
+            time.sleep(STEP_SECONDS)
+            value = jax.block_until_ready(1 / (1 + state.step))
+            metrics = dict.fromkeys(("loss", "grad_norm", "learning_rate"), value)
+            return dataclasses.replace(state, step=state.step + 1), metrics
+
+        return step
+
+    monkeypatch.setattr(training, "make_train_step", make_train_step)
+    monkeypatch.setattr(training, "preflight", lambda *_: [])
+    change = {"logging.sample_prompts": (), "logging.validate_every_steps": 5, "num_steps": 11}
+    change |= {"logging.every_steps": 3, "checkpoint.every_steps": 7, "checkpoint.keep_best": 0}
+    run = train(override(run_config, change), tmp_path / "run")
+    speeds = {line["step"]: line.get("tokens_per_second") for line in run.metrics()}
+    assert list(speeds) == [1, 3, 5, 6, 9, 10, 11]
+    tokens = run_config.global_batch_size * run_config.sequence_length
+    assert speeds.pop(1) is None
+    for step, speed in speeds.items():
+        assert speed is not None
+        assert speed <= 1.02 * tokens / STEP_SECONDS, step
+
+
+@pytest.mark.slow
+def test_repeated_trainings_and_loads_hold_nothing(quick: RunConfig, loss_of: dict[int, float], tmp_path: Path):
+    def held() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("counts what Linux lists under /proc")
+    counts = []
+    for times in (2, 20):
+        for _ in range(times):
+            train(quick, tmp_path / "run")
+            run = open_run(tmp_path / "run")
+            run.load(), run.steps(), run.batch(0), run.metrics()
+            shutil.rmtree(tmp_path / "run" / "checkpoints" / "6", ignore_errors=True)
+        counts.append(held())
+    assert all(after <= before + 4 for before, after in zip(*counts, strict=True)), counts
