@@ -21,8 +21,9 @@ _IDS = {
 }
 _TOKENS = ("suppress_tokens", "begin_suppress_tokens")
 _COUNTS = ("min_length", "min_new_tokens", "no_repeat_ngram_size")
+READ_KEYS = (*_LISTS.values(), *_IDS.values(), "bad_words_ids", *_TOKENS, *_COUNTS, "repetition_penalty")
 # They change which token is the most probable, and sampling has no part for them: with these values they do nothing.
-_UNKNOWN_PARTS: dict[str, tuple[Any, ...]] = {
+UNFOLLOWED_KEYS: dict[str, tuple[Any, ...]] = {
     "sequence_bias": (),
     "encoder_repetition_penalty": (1,),
     "encoder_no_repeat_ngram_size": (0,),
@@ -100,8 +101,7 @@ def read_generation(
     file = directory / (GENERATION_FILE if own else config_file or GENERATION_FILE)
     if config.get("force_bos_token_to_be_generated"):  # as BART's first releases say it
         config.setdefault("forced_bos_token_id", config.get("bos_token_id", 0))
-    read = (*_LISTS.values(), *_IDS.values(), "bad_words_ids", *_TOKENS, *_COUNTS, "repetition_penalty")
-    data = {key: config[key] for key in (*read, *_UNKNOWN_PARTS, *_SEARCH) if key in config} | own
+    data = {key: config[key] for key in (*READ_KEYS, *UNFOLLOWED_KEYS, *_SEARCH) if key in config} | own
     found: dict[str, Any] = {}
     for field, key in _LISTS.items():
         found[field] = _ids(file, key, data.pop(key, []))
@@ -121,7 +121,7 @@ def read_generation(
     penalty = data.pop("repetition_penalty", 1.0)
     if type(penalty) not in (int, float) or not 0 < penalty < float("inf"):
         raise _wrong(file, "repetition_penalty", penalty)
-    unknown = tuple(key for key, idle in _UNKNOWN_PARTS.items() if data.get(key) and data[key] not in idle)
+    unknown = tuple(key for key, idle in UNFOLLOWED_KEYS.items() if data.get(key) and data[key] not in idle)
     return GenerationSettings(
         **found, repetition_penalty=float(penalty), others=json.dumps(data, sort_keys=True), unknown=unknown
     )

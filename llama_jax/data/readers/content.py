@@ -6,7 +6,7 @@ HEAD = 512  # bytes that tell
 
 # (where, the bytes there, what begins so, what to do); the names of kinds that are read say how to call the file.
 _UNPACK, _NAME = "unpack it and give its files", "give it a name that ends with"
-_MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
+MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
     (0, rb"PK(\x03\x04|\x05\x06|\x07\x08)", "a ZIP archive (or Word, Excel, PyTorch, NumPy)", _UNPACK),
     (0, rb"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
     (0, rb"Rar!\x1a\x07", "a RAR archive", _UNPACK),
@@ -47,7 +47,7 @@ _MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
     (0, rb"(\xff\xfe\x00\x00|\x00\x00\xfe\xff)", "UTF-32", "convert it to UTF-8 (iconv)"),
     (0, rb"(\xff\xfe|\xfe\xff)..", "UTF-16", "convert it to UTF-8 (iconv)"),
 )
-_COMPILED = tuple((where, re.compile(magic, re.DOTALL), what, advice) for where, magic, what, advice in _MAGIC)
+_COMPILED = tuple((where, re.compile(magic, re.DOTALL), what, advice) for where, magic, what, advice in MAGIC)
 _OF_FOUR_BYTES = re.compile(rb"(\x1f\x8b|\x1f\x9d|\x80|\xff|\xfe)")  # shorter ones are also token ids
 
 
