@@ -1,4 +1,4 @@
-"""Writes compatibility.md, what is read, written and refused of other people's files: `python docs/compatibility.py`."""
+"""Writes compatibility.md, the table of other people's files: `python docs/compatibility.py`."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -86,17 +86,17 @@ def page() -> str:
                 "Written are native directories (Orbax) and, for each family, Hugging Face's: `config.json`, "
                 "`generation_config.json`, safetensors, the tokenizer with its settings and chat template.",
                 "## Keys of config.json\n\nA key that no family reads is harmless where its value is null, false or empty, "
-                "and these whatever they are. Any other may change a logit and is refused, unless "
-                "`--ignore-config-keys KEY` takes it away.",
+                "and those of this table are whatever their value. Any other may change a logit and is refused, unless "
+                "`--ignore-config-keys KEY` leaves it out.",
                 harmless_keys(),
                 "## Generation settings\n\n`generation_config.json` decides, then `config.json`. "
-                f"Followed are {_code(generation.READ_KEYS)}. Beams, temperature and the like are the arguments' to say. What would change "
-                f"a logit and is not followed is named when the model is sampled from: {_code(generation.UNFOLLOWED_KEYS)}.",
-                "## Tokenizers\n\nTried in this order: "
-                f"{_code(FILE_NAMES)}; by themselves also tiktoken's ranks and llama2.c's `.bin`. Beside them: "
-                "`tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`, `chat_template.jinja`, "
-                "`additional_chat_templates/`. A class that is not in this table is read from its `tokenizer.json`, and "
-                "refused by name without one.",
+                f"Followed are {_code(generation.READ_KEYS)}. Beams, temperature and other ways to search are set by the "
+                "arguments of sampling. A model whose file has one of these, which change logits and are not followed, is "
+                f"refused when it is sampled from: {_code(generation.UNFOLLOWED_KEYS)}.",
+                f"## Tokenizers\n\nTried in this order: {_code(FILE_NAMES)}; by themselves also tiktoken's ranks and "
+                "llama2.c's `.bin`. With the settings beside them: `tokenizer_config.json`, `special_tokens_map.json`, "
+                "`added_tokens.json`, `chat_template.jinja`, `additional_chat_templates/`. A class that is not in this table "
+                "is read from its `tokenizer.json`, and refused by name without one.",
                 tokenizer_classes(),
                 "## Text files",
                 text_files(),
