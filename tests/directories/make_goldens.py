@@ -145,7 +145,7 @@ def answer(model: Any, tokenizer: Any, ids: list[int]) -> dict[str, Any]:
 
 def eos_ids(model: Any) -> list[int]:
     found = model.generation_config.eos_token_id
-    return [found] if isinstance(found, int) else found
+    return [found] if isinstance(found, int) else found or []
 
 
 def by_file(folder: Path, text: str, affixes: bool) -> list[int]:
