@@ -67,45 +67,57 @@ def other_contents() -> str:
 
 def page() -> str:
     """The whole page."""
-    return (
-        "\n\n".join(
-            [
-                INTRODUCTION.strip(),
-                "## Families\n\nAn export names the first class.",
-                families(),
-                "## Files of weights",
-                markdown("read|what it is", ((f"`{name}`", what) for name, what in catalog.READ.items())),
-                markdown(
-                    "names of tensors|what they are",
-                    ((_code([name]) if "." in name else name, what) for name, what in catalog.WRAPPERS.items()),
-                ),
-                markdown(
-                    "refused by name|what it is",
-                    ((_code([name]) if "*" in name else name, what) for name, what in catalog.REFUSED.items()),
-                ),
-                "Written are native directories (Orbax) and, for each family, Hugging Face's: `config.json`, "
-                "`generation_config.json`, safetensors, the tokenizer with its settings and chat template.",
-                "## Keys of config.json\n\nA key that no family reads is harmless where its value is null, false or empty, "
-                "and those of this table are whatever their value. Any other may change a logit and is refused, unless "
-                "`--ignore-config-keys KEY` leaves it out.",
-                harmless_keys(),
-                "## Generation settings\n\n`generation_config.json` decides, then `config.json`. "
-                f"Followed are {_code(generation.READ_KEYS)}. Beams, temperature and other ways to search are set by the "
-                "arguments of sampling. A model whose file has one of these, which change logits and are not followed, is "
-                f"refused when it is sampled from: {_code(generation.UNFOLLOWED_KEYS)}.",
-                f"## Tokenizers\n\nTried in this order: {_code(FILE_NAMES)}; by themselves also tiktoken's ranks and "
-                "llama2.c's `.bin`. With the settings beside them: `tokenizer_config.json`, `special_tokens_map.json`, "
-                "`added_tokens.json`, `chat_template.jinja`, `additional_chat_templates/`. A class that is not in this table "
-                "is read from its `tokenizer.json`, and refused by name without one.",
-                tokenizer_classes(),
-                "## Text files",
-                text_files(),
-                "By their first bytes, whatever the name:",
-                other_contents(),
-            ]
-        )
-        + "\n"
-    )
+    weights = ((f"`{name}`", what) for name, what in catalog.READ.items())
+    names = ((_code([name]) if "." in name else name, what) for name, what in catalog.WRAPPERS.items())
+    refused = ((_code([name]) if "*" in name else name, what) for name, what in catalog.REFUSED.items())
+    return f"""{INTRODUCTION}
+## Families
+
+An export names the first class.
+
+{families()}
+
+## Files of weights
+
+{markdown("read|what it is", weights)}
+
+{markdown("names of tensors|what they are", names)}
+
+{markdown("refused by name|what it is", refused)}
+
+Written are native directories (Orbax) and, for each family, Hugging Face's: `config.json`, `generation_config.json`,
+safetensors, the tokenizer with its settings and chat template.
+
+## Keys of config.json
+
+A key that no family reads is harmless where its value is null, false or empty, and those of this table are whatever their
+value. Any other may change a logit and is refused, unless `--ignore-config-keys KEY` leaves it out.
+
+{harmless_keys()}
+
+## Generation settings
+
+`generation_config.json` decides, then `config.json`. Followed are {_code(generation.READ_KEYS)}. Beams, temperature and
+other ways to search are set by the arguments of sampling. A model whose file has one of these, which change logits and are
+not followed, is refused when it is sampled from: {_code(generation.UNFOLLOWED_KEYS)}.
+
+## Tokenizers
+
+Tried in this order: {_code(FILE_NAMES)}; by themselves also tiktoken's ranks and llama2.c's `.bin`. With the settings
+beside them: `tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`, `chat_template.jinja`,
+`additional_chat_templates/`. A class that is not in this table is read from its `tokenizer.json`, and refused by name
+without one.
+
+{tokenizer_classes()}
+
+## Text files
+
+{text_files()}
+
+By their first bytes, whatever the name:
+
+{other_contents()}
+"""
 
 
 if __name__ == "__main__":
