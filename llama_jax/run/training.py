@@ -173,8 +173,8 @@ class _Loop:
         if config.checkpoint.keep_best and len(self.validation) and not self.measures_checkpoints:
             every, validates = config.checkpoint.every_steps, config.logging.validate_every_steps
             lines.append(
-                f"checkpoint.keep_best keeps none but the last: checkpoints (every {every} steps) and validations (every "
-                f"{validates}) do not meet before"
+                f"checkpoint.keep_best keeps none but the last: checkpoints (every {every} steps) and validations "
+                f"(every {validates}) do not meet before"
             )
         if self.mfu_per_speed is None:
             lines.append(f"no MFU: the peak of '{jax.local_devices()[0].device_kind}' is not known")

@@ -183,14 +183,22 @@ class _Continuation:
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int]):
         self._tokenizer, self._stream, self._known = tokenizer, tokenizer.stream(), tokenizer.vocab_size
-        self.feed(prompt_ids)
+        prompt = [i for i in prompt_ids if i < self._known]
+        self._held = 0
+        seen = self.feed(prompt)
+        # Characters of the prompt that the stream holds back, because more bytes may follow, come with what follows.
+        self._held = len(tokenizer.decode(prompt)) - len(seen)
 
     def feed(self, ids: Iterable[int]) -> str:
         # A vocabulary padded beyond the tokenizer's has ids that stand for nothing.
-        return "".join([self._text(i) for i in ids if i < self._known])
+        return self._new("".join([self._text(i) for i in ids if i < self._known]))
 
     def flush(self) -> str:
-        return self._stream.flush()
+        return self._new(self._stream.flush())
+
+    def _new(self, text: str) -> str:
+        held, self._held = self._held, max(0, self._held - len(text))
+        return text[held:]
 
     def _text(self, token_id: int) -> str:
         return self._stream.feed(token_id)

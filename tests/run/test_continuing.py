@@ -296,4 +296,4 @@ def test_repeated_trainings_and_loads_hold_nothing(quick: RunConfig, loss_of: di
             run.load(), run.steps(), run.batch(0), run.metrics()
             shutil.rmtree(tmp_path / "run" / "checkpoints" / "6", ignore_errors=True)
         counts.append(held())
-    assert all(after <= before + 4 for before, after in zip(*counts, strict=True)), counts
+    assert all(after <= before + 10 for before, after in zip(*counts, strict=True)), counts

@@ -10,9 +10,10 @@ import numpy as np
 
 from llama_jax.config import UserError
 from llama_jax.data.config import DataConfig
-from llama_jax.data.files import is_remote, open_file
+from llama_jax.data.files import open_file
 from llama_jax.data.readers.record import NOT_JSON, NOT_UTF8, TOO_LONG, BadRecord, Item, as_record
 from llama_jax.data.readers.units import Unit
+from llama_jax.remote import is_remote
 from llama_jax.tokenizers.protobuf import read_varint
 
 BATCH_RECORDS = 64

@@ -4,7 +4,8 @@ import dataclasses
 import re
 
 from llama_jax.data.config import DataConfig
-from llama_jax.data.files import CorpusFile, is_dataset, is_remote
+from llama_jax.data.files import CorpusFile, is_dataset
+from llama_jax.remote import is_remote
 
 SHARD_BYTES = 1 << 26  # of input; also the size of a unit
 MAX_SHARDS = 4096  # above, shards grow: every shard is some memory maps, of which Linux gives a process 65530
