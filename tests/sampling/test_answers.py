@@ -10,7 +10,7 @@ import pytest
 from llama_jax.checkpoint.language_model import LanguageModel, save
 from llama_jax.config import UserError
 from llama_jax.models import EncoderDecoderConfig, Model
-from llama_jax.nn import MLP, CrossAttention, GroupedQuery, RelativeBias, RMSNorm
+from llama_jax.nn import MLP, CrossAttention, GroupedQuery, LearnedPositions, RelativeBias, RMSNorm
 from llama_jax.parallel import make_mesh
 from llama_jax.sampling import Sampler, cli, complete, generate, generate_text, stream_text
 from llama_jax.tokenizers import train_tokenizer, with_document_rule
@@ -148,14 +148,25 @@ def test_only_the_answer_is_printed(answering: LanguageModel, tmp_path, capsys: 
         ({"source_mask": [[1, 2]]}, r"source_mask of shape \(1, 2\) must have a 0 or 1"),
         ({"source_mask": [[0, 0]]}, r"source_mask\[0\] leaves nothing of its source"),
         ({"source_mask": [[1, 1]], "prompt_lengths": [2]}, "prompt_lengths and source_mask both"),
-        ({"tokens": [[1] * 33]}, "a source of 33 tokens is more than the model's 32 positions: shorten the prompt"),
-        ({"max_new_tokens": 32}, "the start token and max_new_tokens=32 are more than .* take at most 31"),
         ({"tokens": [[1, 40]]}, "token id 40 is outside"),
     ],
 )
 def test_what_cannot_be_answered(change: dict, sentence: str, model: Model):
     with pytest.raises(UserError, match=sentence):
         generate(model, **{"tokens": [[1, 2]]} | change)
+
+
+def test_the_positions_are_the_limit(make_model, model: Model):
+    """Of relative ones there is none."""
+    config = dataclasses.replace(model.config, position_bias=None, encoder_position_bias=None)
+    limited = make_model(dataclasses.replace(config, positions=LearnedPositions(32, offset=0)))
+    with pytest.raises(
+        UserError, match="a source of 33 tokens is more than the model's 32 positions: shorten the prom"
+    ):
+        generate(limited, [[1] * 33])
+    with pytest.raises(UserError, match=r"the start token and max_new_tokens=32 are more than .* take at most 31"):
+        generate(limited, [[1, 2]], max_new_tokens=32)
+    assert generate(model, [[1] * 33], max_new_tokens=2).shape == (1, 3)
 
 
 def test_a_decoder_takes_no_source_mask(make_model, tiny_config):
