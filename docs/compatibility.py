@@ -90,16 +90,16 @@ safetensors, the tokenizer with its settings and chat template.
 
 ## Keys of config.json
 
-A key that no family reads is harmless where its value is null, false or empty, and those of this table are whatever their
-value. Any other may change a logit and is refused, unless `--ignore-config-keys KEY` leaves it out.
+A key that no family reads is harmless where its value is null, false or empty, and those of this table whatever their
+value is. Any other may change a logit and is refused, unless `--ignore-config-keys KEY` leaves it out.
 
 {harmless_keys()}
 
 ## Generation settings
 
 `generation_config.json` decides, then `config.json`. Followed are {_code(generation.READ_KEYS)}. Beams, temperature and
-other ways to search are set by the arguments of sampling. A model whose file has one of these, which change logits and are
-not followed, is refused when it is sampled from: {_code(generation.UNFOLLOWED_KEYS)}.
+other ways to search are set by the arguments of sampling. A model whose file has one of these, which change logits and
+are not followed, is refused when it is sampled from: {_code(generation.UNFOLLOWED_KEYS)}.
 
 ## Tokenizers
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE, WordPiece
 from transformers.convert_slow_tokenizer import SentencePieceExtractor
@@ -98,7 +99,9 @@ def sentencepiece_model(vocab_size: int, **options: Any) -> bytes:
             minloglevel=2,
             **(llama | options),
         )
-    return file.getvalue()
+    model = sentencepiece_model_pb2.ModelProto.FromString(file.getvalue())
+    model.normalizer_spec.ClearField("normalization_rule_tsv")  # a temporary file's name
+    return model.SerializeToString()
 
 
 def normalization(model: bytes) -> bytes:
