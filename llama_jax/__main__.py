@@ -64,9 +64,13 @@ def command_parser() -> argparse.ArgumentParser:
     subparsers.add_parser("plan", help="will a config fit a machine, and how fast", add_help=False)
     subparsers.add_parser("sample", help="continue texts with a trained model", add_help=False)
     convert_parser = subparsers.add_parser("convert", help="import or export weights, with the logit check")
-    convert_parser.add_argument("source", help="run, Hugging Face or Meta directory, or a llama2.c .bin; or URL")
-    convert_parser.add_argument("destination", help="directory to make, or URL to write")
-    convert_parser.add_argument("--to", choices=("hf", "native"), required=True)
+    convert_parser.add_argument(
+        "source", metavar="SOURCE", help="run, Hugging Face or Meta directory, or a llama2.c .bin; or URL"
+    )
+    convert_parser.add_argument("destination", metavar="DESTINATION", help="directory to make, or URL to write")
+    convert_parser.add_argument(
+        "--to", choices=("hf", "native"), required=True, help="form of DESTINATION: Hugging Face's or this package's"
+    )
     convert_parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as the source has it")
     convert_parser.add_argument(
         "--ignore-config-keys",

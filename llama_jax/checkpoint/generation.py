@@ -115,7 +115,7 @@ def read_generation(
     found |= {key: _ids(file, key, data.pop(key, [])) for key in _TOKENS}
     for key in _COUNTS:
         count = data.pop(key, 0)
-        if type(count) is not int or count < 0:
+        if type(count) is not int or not 0 <= count < 2**31:
             raise _wrong(file, key, count)
         found[key] = count
     penalty = data.pop("repetition_penalty", 1.0)
@@ -125,6 +125,11 @@ def read_generation(
     return GenerationSettings(
         **found, repetition_penalty=float(penalty), others=json.dumps(data, sort_keys=True), unknown=unknown
     )
+
+
+def generation_keys(directory: Path) -> Collection[str]:
+    """Return the keys that the `generation_config.json` of a directory has; none where there is no such file."""
+    return _entries(directory / GENERATION_FILE, ()).keys()
 
 
 def write_generation(directory: Path, settings: GenerationSettings) -> None:

@@ -19,6 +19,7 @@ from llama_jax.checkpoint.formats.block_scaled import block_scaled
 from llama_jax.checkpoint.formats.huggingface import has_weights, read_directory
 from llama_jax.checkpoint.formats.llama2c import is_llama2c, read_llama2c
 from llama_jax.checkpoint.formats.meta import is_meta, read_meta
+from llama_jax.checkpoint.generation import generation_keys
 from llama_jax.checkpoint.names import brought_to, refuse_adapter
 from llama_jax.config import UserError, read_json
 from llama_jax.models import ModelConfig, is_stacked, layers_with
@@ -79,7 +80,8 @@ def open_source(path: str | Path, ignore_config_keys: Collection[str] = ()) -> S
     data = read_json(path / "config.json")
     if not isinstance(data, dict):
         raise UserError(f"'{path / 'config.json'}' has no model_type: it is not a Hugging Face config")
-    data = without_keys(data, ignore_config_keys)
+    elsewhere = generation_keys(path)
+    data = without_keys(data, [key for key in ignore_config_keys if key in data or key not in elsewhere])
     model_type = zoo.model_type_of(data, path / "config.json")
     family = zoo.family(model_type)
     config, tensors = family.from_hf(data), read_directory(path)

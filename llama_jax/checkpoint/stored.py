@@ -10,6 +10,10 @@ _ARRAYS = "state/"  # what is large in a checkpoint
 # What other libraries read, and what a run writes for viewers.
 _UNUSED = re.compile(r".*\.(h5|msgpack|ot|onnx|onnx_data|tflite|gguf|mlmodel)$|(tensorboard|profile|wandb|samples)\b.*")
 
+# Weights of a Hugging Face directory, and other forms of them that are not read where these are there.
+_PREFERRED = re.compile(r"model(-.*)?\.safetensors")
+_SAME_WEIGHTS = re.compile(r"pytorch_model.*\.bin(\.index\.json)?|consolidated\..*")
+
 
 def step_of(name: str) -> int | None:
     """The checkpoint that a file of a run directory belongs to, by the file's relative name; None for other files."""
@@ -45,8 +49,8 @@ def run_files(names: Iterable[str], step: int | None = None, *, arrays: bool = T
 def model_files(names: Iterable[str], step: int | None = None) -> list[str]:
     """Of the files of a directory that `load` takes, of any kind, those that it reads; `step` as in `run_files`."""
     names = [name for name in run_files(names, step) if not _UNUSED.fullmatch(name)]
-    if any(name.endswith(".safetensors") and "/" not in name for name in names):
-        names = [name for name in names if not re.fullmatch(r"pytorch_model.*\.bin", name)]
+    if "config.json" in names and any(_PREFERRED.fullmatch(name) for name in names):
+        names = [name for name in names if not _SAME_WEIGHTS.fullmatch(name)]
     # Of other people's directories, folders hold other forms of the same weights.
     kept = ("checkpoints/", "tokenizer/", "additional_chat_templates/")
     return [name for name in names if "/" not in name or name.startswith(kept)]

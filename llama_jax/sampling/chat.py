@@ -1,7 +1,7 @@
 """Conversations: the answer that a model writes to messages, by the chat template of its directory."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_jax.checkpoint.language_model import LanguageModel
@@ -9,7 +9,7 @@ from llama_jax.config import UserError, choices
 from llama_jax.data.chat import ChatTemplate, chat_prompt, turn_ends
 from llama_jax.sampling.processors import Sampler
 from llama_jax.sampling.templates import render
-from llama_jax.sampling.text import Completion, Encoded, complete_encoded, stop_ids, stream_encoded, tokenizer_of
+from llama_jax.sampling.text import Encoded, complete_encoded, stop_ids, tokenizer_of
 from llama_jax.tokenizers import Tokenizer
 
 # Files of a Hugging Face directory that name special tokens.
@@ -38,35 +38,6 @@ def chat(
     sampler = Sampler.of(temperature, top_k, top_p)
     (found,) = complete_encoded(lm, [""], [encoded], max_new_tokens=max_new_tokens, sampler=sampler, seed=seed)
     return found.completion
-
-
-def stream_chat(
-    lm: LanguageModel,
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    max_new_tokens: int,
-    sampler: Sampler,
-    seed: int,
-    row: int = 0,
-    template: ChatTemplate | str | None = None,
-) -> Iterator[str]:
-    """What `chat` answers, piece by piece as it comes; `row` is the number of the answer."""
-    encoded = encoded_chat(lm, messages, template)
-    yield from stream_encoded(lm, encoded, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed, row=row)
-
-
-def complete_chats(
-    lm: LanguageModel,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    sampler: Sampler,
-    seed: int,
-    template: ChatTemplate | str | None = None,
-) -> list[Completion]:
-    """The answers to conversations of one message each."""
-    encoded = [encoded_chat(lm, [{"role": "user", "content": prompt}], template) for prompt in prompts]
-    return complete_encoded(lm, prompts, encoded, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed)
 
 
 def encoded_chat(

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from llama_jax.checkpoint.language_model import LanguageModel, load
 from llama_jax.config import UserError
 from llama_jax.models import EncoderDecoderConfig
-from llama_jax.sampling.chat import built_in, complete_chats, stream_chat
+from llama_jax.sampling.chat import built_in, encoded_chat
 from llama_jax.sampling.processors import Sampler
-from llama_jax.sampling.text import complete, stream_text
+from llama_jax.sampling.text import Encoded, complete_encoded, encoded_prompt, stream_encoded
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,11 +31,8 @@ def main(argv: Sequence[str]) -> int:
     if args.prompt is None:
         _converse(lm, args)
     elif args.json:
-        if args.chat:
-            answers = complete_chats(lm, args.prompt, template=args.chat_template, **settings)
-        else:
-            answers = complete(lm, args.prompt, **settings)
-        for found in answers:
+        encoded = [_encoded(lm, [{"role": "user", "content": prompt}], args) for prompt in args.prompt]
+        for found in complete_encoded(lm, args.prompt, encoded, **settings):
             print(json.dumps(dataclasses.asdict(found)))
     else:
         for row, prompt in enumerate(args.prompt):
@@ -54,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "which special tokens such as <extra_id_0> may be written out, and only the answer is printed. With --chat "
         "the prompt is a message, and only the answer is printed.",
     )
-    parser.add_argument("path", metavar="PATH", help="run, Hugging Face or Meta directory, or a llama2.c .bin")
+    parser.add_argument("path", metavar="PATH", help="run, Hugging Face or Meta directory, or a llama2.c .bin; or URL")
     parser.add_argument(
         "--prompt",
         action="append",
@@ -64,14 +61,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--chat",
         action="store_true",
-        help="a conversation, by the model's chat template; each --prompt is one of its own",
+        help="answer by the model's chat template; each --prompt begins a conversation",
     )
     parser.add_argument(
         "--chat-template",
         metavar="NAME",
-        help="another one: a name that the model's files have, or Llama2Chat, Llama3Chat, ChatML, ChatGLM2Chat",
+        help="another chat template: one that the model's files name, or Llama2Chat, Llama3Chat, ChatML, ChatGLM2Chat",
     )
-    parser.add_argument("--tokenizer", metavar="FILE", help="default: the one beside the weights")
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", help="file, directory or URL; default: the one beside the weights"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy; default: %(default)s")
     parser.add_argument("--top-k", type=int, metavar="K", help="only the K most probable tokens")
@@ -111,27 +110,16 @@ def _print_answer(lm: LanguageModel, messages: list[dict[str, str]], row: int, a
 
 
 def _pieces(lm: LanguageModel, messages: list[dict[str, str]], row: int, args: argparse.Namespace) -> Iterator[str]:
+    sampler = Sampler.of(args.temperature, args.top_k, args.top_p)
+    encoded = _encoded(lm, messages, args)
+    return stream_encoded(lm, encoded, max_new_tokens=args.max_new_tokens, sampler=sampler, seed=args.seed, row=row)
+
+
+def _encoded(lm: LanguageModel, messages: list[dict[str, str]], args: argparse.Namespace) -> Encoded:
+    """The conversation by its template, or without --chat the last message as it is."""
     if args.chat:
-        sampler = Sampler.of(args.temperature, args.top_k, args.top_p)
-        return stream_chat(
-            lm,
-            messages,
-            max_new_tokens=args.max_new_tokens,
-            sampler=sampler,
-            seed=args.seed,
-            row=row,
-            template=args.chat_template,
-        )
-    return stream_text(
-        lm,
-        messages[-1]["content"],
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        row=row,
-    )
+        return encoded_chat(lm, messages, args.chat_template)
+    return encoded_prompt(lm, messages[-1]["content"])
 
 
 def _converse(lm: LanguageModel, args: argparse.Namespace) -> None:

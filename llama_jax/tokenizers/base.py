@@ -125,7 +125,15 @@ class Tokenizer(abc.ABC):
 
     @functools.cached_property
     def chat_templates(self) -> Mapping[str, str]:
-        """Jinja texts of the chat templates by name, the usual one under "default"."""
+        """Jinja texts of the chat templates by name, "default" the usual one. Raises UserError for damaged ones."""
+        try:
+            return self._chat_templates()
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise UserError(
+                f"the tokenizer's chat templates are damaged: repair chat_template in {SETTINGS_FILE} or the .jinja files"
+            ) from None
+
+    def _chat_templates(self) -> dict[str, str]:
         found = json.loads(self.files.get(SETTINGS_FILE, b"{}")).get("chat_template") or {}
         if isinstance(found, str):
             found = {"default": found}

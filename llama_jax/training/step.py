@@ -157,9 +157,7 @@ def make_train_step(
                 ):
                     total += p.coefficient * value / denominator
                     metrics[p.name] = ce / denominator
-                # Shares are summed with what they are shares of, which parts have unequally much of.
-                wholes = {name.removeprefix(OF): aux.pop(name) for name in [*aux] if name.startswith(OF)}
-                amounts = {name: (aux.pop(name).T * whole.T).T for name, whole in wholes.items()}
+                amounts, wholes = _shares(aux)
                 if accumulation_steps > 1:  # a part's share: losses are means over the rows that have tokens
                     of_losses, of_others = _num_rows(part) / num_rows, 1 / accumulation_steps
                     aux = {n: value * (of_losses if n.startswith("loss.") else of_others) for n, value in aux.items()}
@@ -195,8 +193,7 @@ def make_train_step(
                 return jax.tree.map(lambda t, g: t + keep(g), total, gradient(*part)), None
 
             (grads, (metrics, statistics, amounts, wholes)), _ = jax.lax.scan(add, zeros, (parts, numbers))
-        for name, amount in amounts.items():
-            metrics[name] = (amount.T / jnp.maximum(wholes[name].T, 1.0)).T.mean(0)
+        metrics |= {name: _ratio(amount, wholes[name]).mean(0) for name, amount in amounts.items()}
         rate = learning_rate(state.step, hyper)
         updates, opt_state = make_optimizer(hyper).update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
@@ -210,8 +207,19 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
 
 
+def _shares(aux: Metrics) -> tuple[Metrics, Metrics]:
+    """Take the shares out of `aux`: (the amounts, what they are shares of), both of which add up over parts."""
+    wholes = {name.removeprefix(OF): aux.pop(name) for name in [*aux] if name.startswith(OF)}
+    return {name: (aux.pop(name).T * whole.T).T for name, whole in wholes.items()}, wholes
+
+
+def _ratio(amount: jax.Array, whole: jax.Array) -> jax.Array:
+    """[L, ...] / [L]: a share again, 0 where there is nothing."""
+    return (amount.T / jnp.maximum(whole.T, 1.0)).T
+
+
 def _num_rows(batch: Batch) -> jax.Array:
-    """How many rows have tokens."""
+    """Number of rows that have tokens."""
     return (batch["segment_ids"] > 0).any(1).sum()
 
 

@@ -120,15 +120,17 @@ def test_keys_can_be_ignored_and_types_chosen_by_command(copy, tmp_path):
     """In both files; what is ignored is not written either."""
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"quantum_gates": 3}))
-    (copy / "generation_config.json").write_text('{"eos_token_id": "x", "min_length": 3}')
+    (copy / "generation_config.json").write_text(
+        '{"eos_token_id": "x", "min_length": 3, "sequence_bias": [[[1], 2.0]]}'
+    )
     more = ["--to", "hf", "--dtype", "bfloat16"]
     assert main(["convert", str(copy), str(tmp_path / "out"), *more]) == 2
-    more += ["--ignore-config-keys", "quantum_gates,eos_token_id"]
+    more += ["--ignore-config-keys", "quantum_gates,eos_token_id,sequence_bias"]
     assert main(["convert", str(copy), str(tmp_path / "out"), *more]) == 0
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert written == {"bos_token_id": 1, "min_length": 3}
     assert set(_dtypes(tmp_path / "out").values()) == {"bfloat16"}
-    assert language_model.load(copy, ignore_config_keys=["quantum_gates", "eos_token_id"]).generation.min_length == 3
+    assert language_model.load(copy, ignore_config_keys=more[-1].split(",")).generation.min_length == 3
 
 
 def test_large_exports_are_sharded(tmp_path, monkeypatch):

@@ -145,7 +145,14 @@ def test_a_whole_directory_of_others_is_not_fetched():
         "original/a.pth",
     ]
     assert model_files(names) == ["config.json", "model.safetensors"]
+    assert model_files([*names, "consolidated.safetensors"]) == ["config.json", "model.safetensors"]
     assert model_files(["config.json", "pytorch_model.bin"]) == ["config.json", "pytorch_model.bin"]
+    for unlike in (
+        "consolidated.safetensors",
+        "voice.safetensors",
+    ):  # of which the weights are not known to be the same
+        both = ["config.json", "pytorch_model.bin", unlike]
+        assert model_files(both) == both
     steps = [f"checkpoints/{step}/{name}" for step in (4, 8) for name in (COMMIT_FILE, "metrics/m", "state/d/x")]
     half = ["checkpoints/12/state/d/x", "checkpoints/12/metrics/m", "checkpoints/16.orbax-checkpoint-tmp/state/d/x"]
     names = ["config.json", *steps, *half]

@@ -1,5 +1,6 @@
 """Conversations: templates rendered as transformers does, prompts without a second BOS, answers, the command."""
 
+import copy
 import dataclasses
 import io
 import json
@@ -15,10 +16,11 @@ from llama_jax.checkpoint.language_model import LanguageModel, save
 from llama_jax.config import UserError
 from llama_jax.data.chat import ChatML, Llama2Chat, Llama3Chat
 from llama_jax.sampling import Sampler, chat, cli, generate
-from llama_jax.sampling.chat import complete_chats, encoded_chat, special_names
+from llama_jax.sampling.chat import encoded_chat, special_names
 from llama_jax.sampling.templates import render
+from llama_jax.sampling.text import complete_encoded
 from llama_jax.tokenizers import train_tokenizer
-from llama_jax.tokenizers.base import TEMPLATE_FILE
+from llama_jax.tokenizers.base import SETTINGS_FILE, TEMPLATE_FILE
 
 GOLDENS = json.loads(Path(__file__).with_name("goldens.json").read_text(encoding="utf-8"))
 TEMPLATE = (
@@ -89,7 +91,7 @@ def test_the_prompt_is_the_rendered_text(chatting: LanguageModel):
     assert [i for i in found.ids if i in (1, start, end)] == [1, start, end, start]
     answer = chat(chatting, USER, max_new_tokens=12, temperature=0)
     new = generate(chatting, [found.ids], max_new_tokens=12, eos_id=end)[0, len(found.ids) :].tolist()
-    (completion,) = complete_chats(chatting, ["one fish"], max_new_tokens=12, sampler=Sampler(), seed=0)
+    (completion,) = complete_encoded(chatting, ["one fish"], [found], max_new_tokens=12, sampler=Sampler(), seed=0)
     assert completion.completion == answer
     assert completion.token_ids == new[: len(completion.token_ids)]
     assert answer
@@ -125,6 +127,20 @@ def test_templates_travel_with_the_model(chatting: LanguageModel, tmp_path: Path
 def test_what_cannot_be_answered(messages: list, template, sentence: str, chatting: LanguageModel):
     with pytest.raises(UserError, match=sentence):
         chat(chatting, messages, template=template)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [(SETTINGS_FILE, b'{"chat_template": [{"template": "x"}]}'), (SETTINGS_FILE, b'{"chat_template": 3}'),
+     (TEMPLATE_FILE, b"\xff")],
+)  # fmt: skip
+def test_damaged_templates_are_refused_when_they_are_needed(file: str, content: bytes, lm: LanguageModel):
+    tokenizer = copy.copy(lm.tokenizer)
+    assert tokenizer is not None
+    vars(tokenizer).pop("chat_templates", None)
+    tokenizer.files = {**tokenizer.files, file: content}
+    with pytest.raises(UserError, match="chat templates are damaged"):
+        chat(dataclasses.replace(lm, tokenizer=tokenizer), USER)
 
 
 def test_models_without_a_template_name_the_built_in_ones(lm: LanguageModel):
