@@ -36,7 +36,7 @@ type Select = Callable[[Iterable[str]], Iterable[str]]
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether `path` is a URL, also one whose slashes `pathlib` has joined (`s3:/bucket`)."""
+    """Return whether `path` is a URL, also one whose slashes `pathlib` has joined (`s3:/bucket`)."""
     return _URL.match(os.fspath(path)) is not None
 
 
@@ -117,7 +117,7 @@ class Mirror:
         return stamps
 
     def fetch(self, select: Select | None = None, *, prune: bool = False) -> Stamps:
-        """Makes the local files those of the store; returns what the store has.
+        """Make the local files those of the store; return what the store has.
 
         `select` takes the names of all files and returns those to fetch. Local files that the store once had and has
         no longer are removed; with `prune`, all that are not fetched.
@@ -141,7 +141,7 @@ class Mirror:
         return there
 
     def upload(self, names: Iterable[str], *, last: Sequence[str] = ()) -> None:
-        """Puts the local files `names` into the store, as far as it has others; those that match the patterns `last`
+        """Put the local files `names` into the store, as far as it has others; those that match the patterns `last`
         after all others, in the patterns' order."""
         names = list(names)
         with self._locked():
@@ -159,18 +159,18 @@ class Mirror:
                     self._remember(known)
 
     def delete(self, names: Iterable[str]) -> None:
-        """Removes files from the store, one after the other."""
+        """Remove files from the store, one after the other."""
         for name in names:
             with _telling(self._name(name), "removed"):
                 self._fs.rm_file(f"{self._root}/{name}")
 
     def is_uploaded(self, names: Iterable[str], there: Stamps) -> bool:
-        """Whether these local files are the same as those that the store has."""
+        """Return whether these local files are the same as those that the store has."""
         known = self._known()
         return all(self._same(name, there, known) for name in names)
 
     def check_writable(self) -> None:
-        """Raises UserError where nothing can be written: a test file is, and removed."""
+        """Raise UserError where nothing can be written: a test file is, and removed."""
         protocol = _protocol(self.url)
         if protocol in _READ_ONLY:
             raise UserError(f"'{self.url}' can only be read, not written: give a local path or a store such as s3://")
@@ -259,7 +259,7 @@ def local_copy(path: str | Path, select: Select | None = None, *, beside: Sequen
 
 
 def fetch_beside(url: str | Path, patterns: Sequence[str]) -> None:
-    """Fetches the files in the same directory of the store whose names match; they lie beside the local copy."""
+    """Fetch the files in the same directory of the store whose names match; they lie beside the local copy."""
     parent, _, own = url_of(url).rstrip("/").rpartition("/")
     fs, name = file_system(parent)
     try:
@@ -290,7 +290,7 @@ def uploaded(directory: str | Path, *, new: bool = True, last: Sequence[str] = (
 
 
 def check_destination(directory: str | Path, *, new: bool = True) -> None:
-    """Raises UserError for a URL that cannot be written, or where there are files already and must be none."""
+    """Raise UserError for a URL that cannot be written, or where there are files already and must be none."""
     if is_remote(directory) and _file_url(directory) is None:
         mirror = Mirror(directory)
         mirror.check_writable()

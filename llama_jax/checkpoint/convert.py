@@ -171,8 +171,8 @@ def export_hf(
     generation: GenerationSettings | None = None,
     dtype: Any = None,
 ) -> dict[str, Any]:
-    """Writes config.json, generation_config.json, safetensors (with an index above 5 GB), tokenizer with chat template
-    and receipt; returns the receipt.
+    """Write config.json, generation_config.json, safetensors (with an index above 5 GB), tokenizer with chat template
+    and receipt; return the receipt.
 
     The family is `model_type` where it can express the model, else the first that can. `generation` None says nothing:
     the tokenizer's own stops are written. The weights keep their dtype. Where `params` were imported from `source` (as

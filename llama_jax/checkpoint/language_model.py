@@ -166,7 +166,7 @@ def _load_native(path: Path, dtype: Any, components: Sequence[type], step: int |
 
 
 def save(lm: LanguageModel, directory: str | Path, *, format: Literal["hf", "native"] = "native") -> dict[str, Any]:
-    """Writes config, weights, tokenizer and generation settings; of an export, returns the receipt stored with it.
+    """Write config, weights, tokenizer and generation settings; of an export, return the receipt stored with it.
 
     The receipt is that of the comparison of logits; a native copy converts nothing and returns {}. Raises UserError
     where `directory` is not empty or the format cannot express the model.

@@ -25,7 +25,7 @@ _QUANTIZED = {
 
 
 def refuse_adapter(directory: Path) -> None:
-    """Raises UserError where a directory has an adapter (LoRA and the like), which changes the weights beside it."""
+    """Raise UserError where a directory has an adapter (LoRA and the like), which changes the weights beside it."""
     found = [directory / "adapter_config.json", *sorted(directory.glob("adapter_model.*"))]
     for file in found:
         if file.is_file():

@@ -13,7 +13,7 @@ FOLDERS = ("__pycache__", "__MACOSX")
 
 
 def is_left_out(name: str) -> bool:
-    """Whether a directory's entry of this name is no text of its own: hidden, an editor's backup, a cache."""
+    """Return whether a directory's entry of this name is no text of its own: hidden, an editor's backup, a cache."""
     is_autosave = len(name) > 1 and name[0] == name[-1] == "#"
     return name.startswith(".") or name.endswith(BACKUPS) or name in FOLDERS or is_autosave
 
@@ -41,11 +41,11 @@ class Pattern:
         return self._closed(found)
 
     def is_end(self, places: frozenset[int]) -> bool:
-        """Whether the whole pattern leads here."""
+        """Return whether the whole pattern leads here."""
         return len(self._parts) in places
 
     def matches(self, names: Sequence[str]) -> bool:
-        """Whether the pattern takes the file at this path, given by its parts."""
+        """Return whether the pattern takes the file at this path, given by its parts."""
         places = self.start
         for name in names:
             places = self.step(places, name)

@@ -13,7 +13,7 @@ OLD = "the corpus was prepared before the bytes were counted: remove its directo
 
 
 class ScoredBytes:
-    """Counts the bytes of text behind the tokens that a left-to-right model predicts: all but a document's first.
+    """Counter of the bytes of text behind the tokens that a left-to-right model predicts: all but a document's first.
 
     There is no such number where documents are token ids or chats, or where a tokenizer loses some of the text: the
     model is not asked for what is lost.
@@ -24,7 +24,7 @@ class ScoredBytes:
         self._num_bytes, self._reason = 0, ""
 
     def add(self, record: Record, parts: Sequence[np.ndarray]) -> None:
-        """Counts a document of which `parts` are the tokens."""
+        """Count a document of which `parts` are the tokens."""
         if self._reason:
             return
         for text, ids in zip(record.parts, parts, strict=False):  # a chat has more parts

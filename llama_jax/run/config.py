@@ -142,7 +142,7 @@ class RunConfig:
             )
 
     def check_allowed(self) -> None:
-        """Raises UserError where `resume.allow` names what is no key."""
+        """Raise UserError where `resume.allow` names what is no key."""
         keys = [key for key, *_ in leaves(self)]
         for allowed in self.resume.allow:
             if not any(ResumeConfig((allowed,)).allows(key) for key in keys):

@@ -235,7 +235,7 @@ def _same(key: str, old: Any, new: Any, before: Run) -> bool:
 
 
 def _check_skipped(before: Run, run: Run, step: int) -> None:
-    """Raises UserError where other batches are skipped among those that were learned before `step`."""
+    """Raise UserError where other batches are skipped among those that were learned before `step`."""
     old, new = (set(r.config.data.skip_batches) for r in (before, run))
     count = step  # batches that are gone through, with those that were skipped among them
     while (grown := step + sum(number < count for number in old)) > count:
@@ -277,7 +277,7 @@ def _summary(dataset: Dataset) -> dict[str, Any]:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes a file whole or not at all, also where the machine goes down."""
+    """Write a file whole or not at all, also where the machine goes down."""
     partial = file.with_name(f".{file.name}{_PARTIAL}")
     with partial.open("w", encoding="utf-8") as opened:
         opened.write(text)

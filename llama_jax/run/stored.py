@@ -26,7 +26,7 @@ class StoredRun:
     """The local directory of a run at a URL, and the thread that uploads what is new in it."""
 
     def __init__(self, url: str | Path):
-        """Fetches the run's files and its latest checkpoint, of the older ones their metrics.
+        """Fetch the run's files and its latest checkpoint, of the older ones their metrics.
 
         Raises UserError for a URL that cannot be written, and one that has files of something else.
         """
@@ -45,14 +45,14 @@ class StoredRun:
         return self._mirror.url
 
     def start(self) -> None:
-        """Uploads what there is and begins to upload every checkpoint. Raises UserError where it cannot."""
+        """Upload what there is and begin to upload every checkpoint. Raises UserError where it cannot."""
         steps = whole_steps(self._mirror.local_files())
         self.upload()
         self._thread = threading.Thread(target=self._watch, args=(steps,), name="upload", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Uploads what is left, of a run that was started. Raises UserError where it cannot."""
+        """Upload what is left, of a run that was started. Raises UserError where it cannot."""
         if self._thread is None:
             return
         self._closing.set()
@@ -67,9 +67,9 @@ class StoredRun:
                 time.sleep(_POLL_SECONDS * 2**attempt)
 
     def upload(self) -> bool:
-        """Makes the store's files those of the directory: checkpoints last, the older ones then removed.
+        """Make the store's files those of the directory: checkpoints last, the older ones then removed.
 
-        Returns whether all is done: a checkpoint that is removed meanwhile is not uploaded.
+        Return whether all is done: a checkpoint that is removed meanwhile is not uploaded.
         """
         names = self._mirror.local_files()
         self._mirror.upload([name for name in names if not name.startswith(f"{CHECKPOINTS_DIRECTORY}/")])

@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _write_anything() -> None:
-    """Makes letters pass that an ASCII locale does not have: written as escapes, read as UTF-8."""
+    """Make letters pass that an ASCII locale does not have: written as escapes, read as UTF-8."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     if isinstance(sys.stdin, io.TextIOWrapper):  # what is no text is refused by the tokenizer, in a sentence

@@ -130,7 +130,8 @@ class Tokenizer(abc.ABC):
             return self._chat_templates()
         except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(
-                f"the tokenizer's chat templates are damaged: repair chat_template in {SETTINGS_FILE} or the .jinja files"
+                f"the tokenizer's chat templates are damaged: repair chat_template in {SETTINGS_FILE}, or the file "
+                "of its own (.jinja)"
             ) from None
 
     def _chat_templates(self) -> dict[str, str]:

@@ -166,7 +166,7 @@ def reachable_names(tokenizer: tokenizers.Tokenizer, model: Mapping[str, Any], s
 
 
 def _is_word(tokenizer: tokenizers.Tokenizer, name: str) -> bool:
-    """Whether `name` is a word of its own in some text."""
+    """Return whether `name` is a word of its own in some text."""
     split = tokenizer.pre_tokenizer
     contexts = (name, f"a{name}a", f" {name} ", f"\n{name}\n", f".{name}.")
     return split is None or any(word == name for text in contexts for word, _ in split.pre_tokenize_str(text))

@@ -118,5 +118,5 @@ def origin(key: str, value: Any) -> str | None:
 
 
 def is_off(value: Any) -> bool:
-    """Whether a value says that something is not there: null, false or empty. 0 does not: it may be an index."""
+    """Return whether a value says that something is not there: null, false or empty. 0 does not: it may be an index."""
     return value is None or value is False or value in ("", [], {}, ())

@@ -93,7 +93,7 @@ class ConfigReader:
                 )
 
     def finish(self) -> None:
-        """Raises UserError for a key that nobody took, and that may change a logit."""
+        """Raise UserError for a key that nobody took, and that may change a logit."""
         for key, value in self._data.items():
             if key in self.taken or key in self._harmless or is_off(value) or origin(key, value) is not None:
                 continue

@@ -92,7 +92,7 @@ def read_directory(directory: Path) -> Tensors:
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether a directory has weights under the names that Hugging Face has for them."""
+    """Return whether a directory has weights under the names that Hugging Face has for them."""
     names = [name for name, _ in _FORMS[:2]]
     return any((directory / f"{name}{end}").is_file() for name in names for end in ("", ".index.json"))
 

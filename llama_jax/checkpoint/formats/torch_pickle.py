@@ -77,7 +77,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads a pickle of `stream`, in which the storage of a key has these (offset, nbytes) in `file`.
+    """Read a pickle of `stream`, in which the storage of a key has these (offset, nbytes) in `file`.
 
     Without `storages` it notes in `found` what they would be: type and number of elements by key.
     """

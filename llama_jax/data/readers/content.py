@@ -60,14 +60,14 @@ class OtherContentError(Exception):
 
 
 def check_text(head: bytes) -> None:
-    """Raises OtherContentError for the first bytes of a file (HEAD of them) that is no text."""
+    """Raise OtherContentError for the first bytes of a file (HEAD of them) that is no text."""
     _check(head)
     if b"\0" in head:
         raise OtherContentError("a binary file")
 
 
 def check_ids(head: bytes) -> None:
-    """Raises OtherContentError for the first bytes of a file that is no array of token ids for certain."""
+    """Raise OtherContentError for the first bytes of a file that is no array of token ids for certain."""
     if not _OF_FOUR_BYTES.match(head) or head.startswith(b"\x80\x02\x8a\x0al\xfc\x9cF"):
         _check(head)
 

@@ -156,7 +156,7 @@ class _Text:
         return (JsonProblem(TOO_LONG) if size > self._limit else value), False
 
     def _fill(self) -> None:
-        """Reads on, as much as is held: a long value is parsed again only as often as it doubles."""
+        """Read on, as much as is held: a long value is parsed again only as often as it doubles."""
         rest = self._held[self.place :]
         data = self._content.read(max(BUFFER, len(rest)))
         self._ended = not data

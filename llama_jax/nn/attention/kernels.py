@@ -203,7 +203,7 @@ def attend(
 
 
 def _splits_sequence(q: Any, k: Any, mask: AttentionMask) -> bool:
-    """Whether queries or keys are split over mesh.context, in zigzag order; a cache is not."""
+    """Return whether queries or keys are split over mesh.context, in zigzag order; a cache is not."""
     return mask.q_index is None and (context.splits(q.shape[1]) or context.splits(k.shape[2]))
 
 
