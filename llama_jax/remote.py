@@ -291,11 +291,14 @@ def uploaded(directory: str | Path, *, new: bool = True, last: Sequence[str] = (
 
 def check_destination(directory: str | Path, *, new: bool = True) -> None:
     """Raise UserError for a URL that cannot be written, or where there are files already and must be none."""
-    if is_remote(directory) and _file_url(directory) is None:
+    if (local := as_local(directory)) is None:
         mirror = Mirror(directory)
         mirror.check_writable()
-        if new and mirror.stamps():
-            raise UserError(f"'{mirror.url}' exists already: give a new path, or remove it first")
+        place, taken = mirror.url, new and bool(mirror.stamps())
+    else:
+        place, taken = local, new and local.exists() and (not local.is_dir() or any(local.iterdir()))
+    if taken:
+        raise UserError(f"'{place}' exists already: give a new path, or remove it first")
 
 
 @contextlib.contextmanager

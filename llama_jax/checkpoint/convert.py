@@ -33,7 +33,7 @@ from llama_jax.models import (
     assemble,
     layers_with,
 )
-from llama_jax.remote import as_local, uploaded
+from llama_jax.remote import as_local, check_destination, uploaded
 from llama_jax.tokenizers import Tokenizer
 from llama_jax.zoo import Weight
 
@@ -147,8 +147,7 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
             yield folder
         return
     directory = local
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"'{directory}' exists already: give a new path, or remove it first")
+    check_destination(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:

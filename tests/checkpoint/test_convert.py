@@ -182,6 +182,8 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
 def test_export_does_not_overwrite(tmp_path):
     source, params = _load("llama_gqa")
     (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(UserError, match="exists already"):  # before anything is read
+        language_model.convert(tmp_path / "nothing", tmp_path, to="hf")
     with pytest.raises(UserError, match="exists already"):
         convert.export_hf(source.config, params, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
