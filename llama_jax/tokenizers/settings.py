@@ -214,7 +214,8 @@ def settings_of(files: Mapping[str, bytes]) -> Settings:
         tokens |= {int(i): _merged(Added.of(value), special) for i, value in decoder.items()}
     except (TypeError, ValueError, AttributeError):
         raise ValueError("its settings name special or added tokens in a form that is not known") from None
-    return dataclasses.replace(settings, added=tokens)
+    # A token without text would be found everywhere.
+    return dataclasses.replace(settings, added={i: token for i, token in tokens.items() if token.content})
 
 
 def _merged(token: Added, special: Mapping[str, Added]) -> Added:

@@ -297,6 +297,7 @@ def test_added_tokens_are_found_as_they_say(tmp_path: Path):
         size + 1: {"content": "<r>", "rstrip": True},
         size + 2: {"content": "word", "single_word": True},
         size + 4: {"content": "<s2>", "special": True},
+        size + 5: {"content": ""},
     }
     config = {"tokenizer_class": "LlamaTokenizer", "added_tokens_decoder": {str(i): t for i, t in added.items()}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
