@@ -25,6 +25,7 @@ from llama_jax.config import (
     type_name,
 )
 from llama_jax.data import cli as data_cli
+from llama_jax.data import read_pieces
 from llama_jax.parallel import distributed
 from llama_jax.remote import with_urls
 from llama_jax.run import Preempted, RunConfig, RunFailed, load_config, train
@@ -80,7 +81,7 @@ def command_parser() -> argparse.ArgumentParser:
         help="keys of the source's config files to take as if they were not there",
     )
     convert_parser.set_defaults(main=convert_command)
-    tokenizers_cli.add_arguments(subparsers)
+    tokenizers_cli.add_arguments(subparsers, read_pieces)
     data_cli.add_arguments(subparsers)
     return parser
 

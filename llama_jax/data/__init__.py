@@ -9,7 +9,7 @@ from llama_jax.data.batches import Batches, ValidationBatches
 from llama_jax.data.config import DataConfig, Source, Stage
 from llama_jax.data.corpus import Corpus
 from llama_jax.data.dataset import Dataset, prepare_dataset
-from llama_jax.data.documents import read_texts
+from llama_jax.data.documents import read_pieces, read_texts
 from llama_jax.data.objectives import Causal, Vocabulary
 from llama_jax.data.prepare import prepare, prepare_shards
 from llama_jax.data.stream import Shard, TokenStream
@@ -31,5 +31,6 @@ __all__ = [
     "prepare",
     "prepare_dataset",
     "prepare_shards",
+    "read_pieces",
     "read_texts",
 ]

@@ -76,7 +76,11 @@ class Batches:
 
     def num_sequences(self, step: int) -> list[int]:
         """How many sequences each source has given in the steps before `step`."""
-        return self._mixture.counts(step * self._global_batch_size)
+        size, last = self._global_batch_size, self.number(step - 1) if step else -1
+        counts = np.array(self._mixture.counts((last + 1) * size))
+        for skipped in self._skip[: last + 1 - step]:  # those that were gone through
+            counts -= np.subtract(self._mixture.counts((skipped + 1) * size), self._mixture.counts(skipped * size))
+        return counts.tolist()
 
     def _place(self, place: int) -> tuple[int, int, int]:
         source, number = self._mixture.locate(place)

@@ -44,6 +44,8 @@ class Corpus:
         self.num_bytes: dict[Split, int] = {split: sum(shards["num_bytes"]) for split, shards in splits.items()}
         self.scored_bytes: int | None = index.get("scored_bytes")
         self.unscored: str = index.get("unscored", OLD)
+        if self.unscored == OLD:
+            self.unscored += f": remove '{directory}', and it is made again"
         # One listing of the directory is cheaper than thousands of files asked for one by one.
         sizes = {entry.name: entry.stat().st_size for entry in os.scandir(directory)}
         self.train = _stream(directory, "train", index, sizes)

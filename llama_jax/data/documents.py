@@ -56,6 +56,27 @@ def read_texts(config: DataConfig, split: Split) -> Iterator[str]:
                     yield from _texts_of(part, record.where)
 
 
+def read_pieces(
+    path: Sequence[str], *, fields: Sequence[str] = ("text",), piece_chars: int, skipped: list[str]
+) -> Iterator[tuple[object, str]]:
+    """(key, text) of all documents, long ones in pieces of about `piece_chars` characters that end where a line does.
+
+    Pieces of one text follow one another with the same key. `skipped` is told of the files that are left out. Raises
+    UserError for the first record that is none.
+    """
+    config = DataConfig(path=tuple(path), fields=tuple(fields), validation_fraction=0.0, document_chars=piece_chars)
+    for unit in (unit for shard in plan_shards(find_files(config), config) for unit in shard):
+        for item in read_unit(unit, config):
+            if isinstance(item, SkippedFile):
+                skipped.append(f"{item.path}: {item.reason}")
+                continue
+            if isinstance(item, BadRecord) or isinstance(bad := content_of(item), BadRecord):
+                raise UserError(f"{item if isinstance(item, BadRecord) else bad}: mend it or leave it out")
+            for i, part in enumerate(item.parts):
+                for j, text in enumerate(_texts_of(part, item.where)):
+                    yield (item.where, i, j), text
+
+
 def good_records(
     unit: Unit, config: DataConfig, separators: Sequence[int], bad: BadRecords, skipped: list[str]
 ) -> Iterator[tuple[Record, bytes]]:

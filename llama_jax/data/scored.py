@@ -9,7 +9,7 @@ from llama_jax.data.readers import Record
 from llama_jax.tokenizers import Tokenizer
 
 BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character
-OLD = "the corpus was prepared before the bytes were counted: remove its directory, and it is made again"
+OLD = "the corpus was prepared before the bytes were counted"
 
 
 class ScoredBytes:

@@ -1,30 +1,36 @@
 """`python -m llama_jax tokenizer train|encode|decode|compare`."""
 
 import argparse
+import functools
+import io
+import itertools
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 
 from rich.console import Console
 from rich.progress import Progress
 
 from llama_jax.config import UserError
-from llama_jax.remote import check_destination, local_copy
+from llama_jax.remote import check_destination
 from llama_jax.tokenizers.comparing import SAMPLES, compare, comparison_table
 from llama_jax.tokenizers.loading import load_tokenizer
 from llama_jax.tokenizers.training import KINDS, train_tokenizer
 
 BLOCK = 1 << 20  # characters that are read before they are given to the training
 
+type Read = Callable[..., Iterator[tuple[object, str]]]
+"""Reads files of a corpus: `llama_jax.data.read_pieces`, which this room does not know."""
 
-def add_arguments(subparsers: argparse._SubParsersAction) -> None:
-    """Add the command `tokenizer` to the program's commands."""
+
+def add_arguments(subparsers: argparse._SubParsersAction, read: Read) -> None:
+    """Add the command `tokenizer`, which reads texts by `read`, to the program's commands."""
     command = subparsers.add_parser("tokenizer", help="train and compare tokenizers; text to token ids and back")
-    command.set_defaults(main=main)
+    command.set_defaults(main=functools.partial(main, read=read))
     actions = command.add_subparsers(dest="action", required=True)
 
     train = actions.add_parser("train", help="train a tokenizer of any kind")
-    train.add_argument("files", nargs="+", metavar="FILE", help="UTF-8 text files")
+    train.add_argument("files", nargs="+", metavar="FILE", help="files, directories and globs, as `prepare` reads them")
+    train.add_argument("--fields", default="text", metavar="A[,B...]", help="fields of JSON, columns of tables")
     train.add_argument("--kind", choices=KINDS, default="bpe", help="bpe and unigram: SentencePiece; default: bpe")
     train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="bytes and special tokens included")
     train.add_argument(
@@ -49,23 +55,26 @@ def add_arguments(subparsers: argparse._SubParsersAction) -> None:
     versus = actions.add_parser("compare", help="tokens per word, character and byte, round trip and speed")
     versus.add_argument("tokenizers", nargs="+", metavar="TOKENIZER", help="tokenizer files, or their directories")
     versus.add_argument("--text", nargs="+", metavar="FILE", help="default: a sample in English and one in Chinese")
+    versus.add_argument("--fields", default="text", metavar="A[,B...]", help="fields of JSON, columns of tables")
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace, read: Read) -> int:
     """Run what `add_arguments` parsed; returns the exit code. Raises UserError for a user's mistake."""
-    {"train": _train, "encode": _encode, "decode": _decode, "compare": _compare}[args.action](args)
+    if args.action in ("train", "compare"):
+        {"train": _train, "compare": _compare}[args.action](args, read)
+    else:
+        {"encode": _encode, "decode": _decode}[args.action](args)
     return 0
 
 
-def _train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace, read: Read) -> None:
     check_destination(args.output, new=False)
-    files = [_existing(name) for name in args.files]
-    console = Console(stderr=True)
+    console, skipped = Console(stderr=True), []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        reading = bar.add_task("reading", total=sum(file.stat().st_size for file in files))
         learning = bar.add_task("learning", total=None)  # only some kinds tell how far they are
+        pieces = read(args.files, fields=args.fields.split(","), piece_chars=BLOCK, skipped=skipped)
         tokenizer = train_tokenizer(
-            _blocks(files, lambda num_bytes: bar.advance(reading, num_bytes)),
+            itertools.chain.from_iterable(map(_blocks, _documents(pieces))),
             kind=args.kind,
             vocab_size=args.vocab_size,
             special_tokens=args.special_token,
@@ -73,45 +82,37 @@ def _train(args: argparse.Namespace) -> None:
         )
     path = tokenizer.save(args.output)
     print(f"{path}: {args.kind}, {tokenizer.vocab_size} tokens")
+    for line in skipped:
+        print(f"left out: {line}", file=sys.stderr)
 
 
-def _existing(name: str) -> Path:
-    file = local_copy(name)
-    if not file.is_file():
-        raise UserError(f"text file '{name}' does not exist")
-    return file
+def _documents(pieces: Iterable[tuple[object, str]]) -> Iterator[Iterator[str]]:
+    """Documents, each as the pieces that follow one another with the same key."""
+    for _, document in itertools.groupby(pieces, key=lambda piece: piece[0]):
+        yield (text for _, text in document)
 
 
-def _blocks(files: list[Path], advance: Callable[[int], None]) -> Iterator[str]:
-    """The files in blocks of whole lines, so that a large one is never held whole.
+def _blocks(pieces: Iterable[str]) -> Iterator[str]:
+    """A document's pieces as blocks of whole lines, so that a large one is never held whole.
 
     A block ends before the line end of a line that ends with no space: there every kind cuts a text anyway.
     """
-    for file in files:
-        block, size = [], 0
-        try:
-            with file.open(encoding="utf-8", newline="\n") as lines:
-                for line in lines:
-                    block.append(line)
-                    size += len(line)
-                    if size >= BLOCK and line.endswith("\n") and not line[-2:-1].isspace() and len(line) > 1:
-                        text = "".join(block)[:-1]
-                        yield text
-                        advance(len(text.encode()))
-                        block, size = ["\n"], 1
-        except UnicodeDecodeError:
-            raise UserError(f"'{file}' is not UTF-8 text: convert it or leave it out") from None
-        text = "".join(block)
-        yield text
-        advance(len(text.encode()))
+    block, size = [], 0
+    for line in itertools.chain.from_iterable(io.StringIO(piece, newline="\n") for piece in pieces):
+        block.append(line)
+        size += len(line)
+        if size >= BLOCK and line.endswith("\n") and not line[-2:-1].isspace() and len(line) > 1:
+            yield "".join(block)[:-1]
+            block, size = ["\n"], 1
+    yield "".join(block)
 
 
-def _compare(args: argparse.Namespace) -> None:
-    texts = (
-        SAMPLES
-        if args.text is None
-        else {name: "".join(_blocks([_existing(name)], lambda _: None)) for name in args.text}
-    )
+def _compare(args: argparse.Namespace, read: Read) -> None:
+    def text_of(name: str) -> str:
+        pieces = read([name], fields=args.fields.split(","), piece_chars=BLOCK, skipped=[])
+        return "\n".join(map("".join, _documents(pieces)))
+
+    texts = SAMPLES if args.text is None else {name: text_of(name) for name in args.text}
     tokenizers = {name: load_tokenizer(name) for name in args.tokenizers}
     console = Console()
     if not console.is_terminal:

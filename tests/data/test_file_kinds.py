@@ -272,7 +272,7 @@ def made_by_libraries(directory: Path) -> dict[str, bytes]:
         "safetensors": (12).to_bytes(8, "little") + b'{"a":      }', "pickle": pickle.dumps([1, 2]),
         "utf-16": "text".encode("utf-16"), "utf-16-be": b"\xfe\xff" + "text".encode("utf-16-be"),
         "utf-32": "text".encode("utf-32"), "warc": b"WARC/1.0\r\n", "nuls": b"text\0text",
-        "doc": bytes.fromhex("d0cf11e0a1b11ae1"),
+        "mp4": b"\0\0\0\x20ftypisom\0\0\2\0", "doc": bytes.fromhex("d0cf11e0a1b11ae1"),
     }  # fmt: skip
 
 
@@ -289,6 +289,15 @@ def test_what_is_no_text_is_refused_by_name(tmp_path_factory, name: str):
             assert "binary" not in str(error.value), kind
         (skipped,) = items(directory)
         assert skipped == SkippedFile(str(file), str(error.value).split("' is ")[1].split(", which is")[0])
+
+
+def test_text_that_begins_like_another_kind_is_text(tmp_path: Path):
+    for text in (
+        "the ftyp box comes first", "PAR1 is a gene", "PAR1\n", "GIF89a is a format", f"{'x' * 257}ustar and more",
+        "RIFF, WAVE", "PK and 7z", "BZh9", "Obj", "Rar! said he", "WARC/1.0", "SQLite format 3", "ID3 tags", "II*MM",
+    ):  # fmt: skip
+        (tmp_path / "a.txt").write_text(text)
+        assert texts(tmp_path / "a.txt") == [text]
 
 
 def test_weights_are_no_token_ids(tmp_path: Path):

@@ -118,4 +118,4 @@ def test_what_was_left_out_is_told_each_time(tmp_path: Path):
     old = dataset_of(tmp_path, tokenizer, [TRAIN, "text", 3], **config)
     assert old.corpora["data"].directory == corpus.directory
     assert old.scored_bytes() is None
-    assert "prepared before the bytes were counted: remove its directory" in told(old)[-1]
+    assert f"prepared before the bytes were counted: remove '{corpus.directory}'" in told(old)[-1]

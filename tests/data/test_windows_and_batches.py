@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_jax.data import Batch, Batches, Shard, TokenStream, ValidationBatches
+from llama_jax.data.mixture import Mixture, Schedule
 from llama_jax.data.rows import WindowRows
 from llama_jax.data.windows import num_windows, read_windows
 
@@ -151,6 +152,16 @@ def test_skipped_batches_are_those_that_no_step_takes(skip: tuple[int, ...]):
     for step in (0, 3, 5):
         assert_equal(batches.batch(step), plain.batch(left[step]))
     assert_equal(next(batches.iterate(4)), batches.batch(4))
+
+
+@given(skip=st.lists(st.integers(0, 12), max_size=6), step=st.integers(0, 12))
+def test_what_sources_gave_is_what_steps_took(skip: list[int], step: int):
+    rows = WindowRows(STREAM, 7, partial=False)
+    batches = Batches(
+        [rows] * 3, global_batch_size=4, seed=1, mixture=Mixture(((0, Schedule([0.6, 0.3, 0.1])),)), skip=skip
+    )
+    taken = [source for before in range(step) for source, _, _ in batches.places(before)]
+    assert batches.num_sequences(step) == [taken.count(source) for source in range(3)]
 
 
 def test_a_source_without_rows_is_refused():

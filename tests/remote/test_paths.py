@@ -50,7 +50,9 @@ COMMANDS = {
 }
 COMMAND_WORDS = {
     "tokenizer train special_token", "tokenizer encode text", "tokenizer decode ids", "prepare exclude",
+    "tokenizer train fields", "tokenizer compare fields",
     "prepare fields", "prepare shards", "prepare max_bad_records", "sample prompt",
+    "sample chat_template",
     "sample ignore_config_keys", "convert ignore_config_keys",
 }  # fmt: skip
 

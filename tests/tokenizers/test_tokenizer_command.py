@@ -1,6 +1,8 @@
 """The `tokenizer` command: train, encode, decode, compare."""
 
+import gzip
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,21 @@ def test_train_is_train_tokenizer_on_the_whole_text(
     assert load_tokenizer(out).files == whole.files
 
 
+def test_files_of_all_kinds_are_read_as_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "a.JSONL.GZ").write_bytes(gzip.compress("\n".join(json.dumps({"body": t}) for t in LINES[:50]).encode()))
+    (corpus / "b.json").write_text("\ufeff" + json.dumps([{"body": t} for t in LINES[50:]], indent=1))
+    (corpus / "c.txt").write_bytes(b"GIF89a\0\0")
+    (corpus / ".hidden.txt").write_text("hidden " * 500)
+    train = ["train", "--kind", "byte_bpe", "--vocab-size", "288", "--output", str(tmp_path / "out")]
+    assert main(["tokenizer", *train, "--fields", "body", str(corpus)]) == 0
+    assert capsys.readouterr().err == f"left out: {corpus / 'c.txt'}: a GIF image\n"
+    assert load_tokenizer(tmp_path / "out").files == train_tokenizer(LINES, kind="byte_bpe", vocab_size=288).files
+    table = run(capsys, "compare", str(tmp_path / "out"), "--fields", "body", "--text", str(corpus / "b.json"))
+    assert "exact" in table
+
+
 def test_encode_and_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     tokenizer = train_tokenizer(LINES, kind="unigram", vocab_size=288)
     out = str(tokenizer.save(tmp_path))
@@ -58,14 +75,21 @@ def test_wrong_inputs_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFix
     train_tokenizer(LINES, vocab_size=288).save(tmp_path)
     (tmp_path / "latin").write_bytes(b"caf\xe9\n")
     (tmp_path / "blank").write_bytes(b" \n")
+    (tmp_path / "page.txt").write_bytes(b"SQLite format 3\0 a b c d e f\n" * 50)
+    (tmp_path / "nuls.txt").write_bytes(b"a b c d e f\n" * 50 + b"\0")
+    (tmp_path / "a.jsonl").write_text('{"content": "a"}\n')
     train = ["train", "--vocab-size", "288", "--output", "o"]
     for words, message in (
         (["decode", str(tmp_path), "12", "x1"], "'x1' is not a token id"),
-        ([*train, str(tmp_path / "none")], "does not exist"),
+        ([*train, str(tmp_path / "none")], "is no file"),
+        ([*train, str(tmp_path / "page.txt")], "is an SQLite database, which is not read"),
+        ([*train, str(tmp_path / "nuls.txt")], "is no text: it has NUL bytes"),
+        ([*train, str(tmp_path / "a.jsonl")], "lacks a field .*set fields"),
+        (["compare", str(tmp_path), "--text", str(tmp_path / "page.txt")], "is an SQLite database"),
         ([*train, str(tmp_path / "latin")], "not UTF-8"),
         ([*train, "--special-token", "pad", str(tmp_path / "blank")], "must be a name in brackets"),
         (["compare", str(tmp_path / "none")], "does not exist"),
-        (["compare", str(tmp_path), "--text", str(tmp_path / "none")], "text file .* does not exist"),
+        (["compare", str(tmp_path), "--text", str(tmp_path / "none")], "is no file"),
         (["compare", str(tmp_path), "--text", str(tmp_path / "blank")], "blank': there is nothing to compare"),
     ):
         assert main(["tokenizer", *words]) == 2
