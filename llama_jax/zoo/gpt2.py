@@ -108,7 +108,10 @@ _ALIASES = {
     "max_position_embeddings": "n_positions",
     "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",
+    "n_vocab": "vocab_size",
 }
+# n_ctx was the size of the mask, which needs none; in float32, where the softmax is here anyway, order is rounding.
+_HARMLESS = CAUSAL | {"embd_pdrop", "n_ctx", "reorder_and_upcast_attn"}
 
 
 def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
@@ -116,15 +119,10 @@ def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
 
     Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
     """
-    reader = ConfigReader(data, _A_GPT2, ARCHITECTURES, aliases=_ALIASES, harmless=CAUSAL | {"embd_pdrop"})
+    reader = ConfigReader(data, _A_GPT2, ARCHITECTURES, aliases=_ALIASES, harmless=_HARMLESS)
     take = reader.take
-    reader.only(
-        scale_attn_by_inverse_layer_idx=False,
-        reorder_and_upcast_attn=False,
-        add_cross_attention=False,
-    )
+    reader.only(scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     max_positions = take("n_positions", int, 1024)
-    reader.only(n_ctx=max_positions)
     config = gpt(
         vocab_size=take("vocab_size", int, 50257),
         hidden_size=take("n_embd", int),

@@ -6,6 +6,7 @@ family reads it, or it is refused unless it is off.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 KNOWN: dict[str, frozenset[str]] = {
@@ -68,41 +69,110 @@ KNOWN: dict[str, frozenset[str]] = {
     }),
 }  # fmt: skip
 
-_NUMBER, _IDS, _TEXT, _SWITCH = (int, float), (int, list), str, (bool, str, int)
-# Names that say what a key is about, for values of these types.
-PATTERNS: dict[str, tuple[re.Pattern[str], Any]] = {
-    "tokenizers' settings": (re.compile(r"tokenizer_.*|(bos|eos|pad|unk|sep|cls|mask|additional)_tokens?"), object),
-    "trainings' settings": (
-        re.compile(r"(train|training|eval|wandb|optimizer|scheduler|warmup)_.*|(save|log|logging)_(steps?|every|strategy)"),
-        object,
+# Words of the pieces of a model. A key that has one may choose the piece, whatever its other words are.
+_NO_PIECE = (
+    r"(?!.*(?:^|_)(?:attn|attention|pos|positions?|rope|rotary|alibi|norm|layernorm|mlp|ffn|act|activation|gate|gating"
+    r"|router|routing|experts?|capacity|heads?|logits?|emb|embed|embeddings?|layers?|blocks?|residual|skip|bias|mask"
+    r"|qk|qkv|softmax|scale|scaling|factor|causal|bidirectional)(?:_|$))"
+)
+_FLOATS = re.compile(
+    r"((torch|np|jnp|jax\.numpy)\.)?"
+    r"(auto|half|single|double|((bfloat|float|bf|fp|tf)(8|16|32|64)(_?e\dm\d\w*)?|16|32|64)(-\w+)?)"
+)
+_KERNELS = re.compile(r"auto|eager|math|naive|torch|paged|(flash|flex|sdpa|xformers|triton|cudnn|te\b|mem).*")
+
+
+def _any(value: Any) -> bool:
+    return True
+
+
+def _switch(value: Any) -> bool:
+    return type(value) is bool
+
+
+def _count(value: Any) -> bool:
+    return type(value) in (bool, int, str)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _rate(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float, str)
+
+
+def _ids(value: Any) -> bool:
+    return type(value) in (int, list)
+
+
+def _floats(value: Any) -> bool:
+    return _switch(value) or _FLOATS.fullmatch(str(value)) is not None
+
+
+def _kernel(value: Any) -> bool:
+    return _switch(value) or (isinstance(value, str) and _KERNELS.fullmatch(value) is not None)
+
+
+# Names that say what a key is about, for values that can be of that.
+PATTERNS: dict[str, tuple[re.Pattern[str], Callable[[Any], bool]]] = {
+    "tokenizers' settings": (re.compile(r"tokenizer_.*"), _any),
+    "texts of tokens": (
+        re.compile(r"(bos|eos|pad|unk|sep|cls|mask|additional)_tokens?"),
+        lambda value: isinstance(value, (str, dict, list, bool)),
     ),
-    "rates of dropout": (re.compile(r"(.*_)?(dropout|pdrop|layerdrop|drop_path)(_(rate|prob|p|ratio))?"), _NUMBER),
-    "versions of software": (re.compile(r"(.*_)?version"), _TEXT),
-    "special tokens": (re.compile(r"(.*_)?(token|tokens)_(id|ids|index)"), _IDS),
-    "weights of losses": (re.compile(r"(.*_)?loss(_(coef|coeff|weight|alpha|type|function))?"), (*_NUMBER, str)),
-    "first values": (re.compile(r"(init|initializer)_(.*_)?(std|range|factor|scale|method|fn|gain)"), (*_NUMBER, str)),
-    "types of numbers": (re.compile(r"(.*_)?(dtype|in_fp32|precision)"), _SWITCH),
+    "trainings' settings": (
+        re.compile(
+            _NO_PIECE + r"((train|training|eval|wandb|optimizer|scheduler|warmup|student|teacher)_.*"
+            r"|(save|log|logging)_(steps?|every|strategy))"
+        ),
+        _any,
+    ),
+    "sizes of a distilled model": (re.compile(r"(student|teacher)_(encoder_|decoder_)?layers"), _ids),
+    "rates of dropout": (re.compile(r"(.*_)?(dropout|pdrop|layerdrop|drop_path)(_(rate|prob|p|ratio))?"), _rate),
+    "versions of software": (re.compile(_NO_PIECE + r"(.*_)?version"), _text),
+    "special tokens": (re.compile(r"(.*_)?(token|tokens)_(id|ids|index)"), _ids),
+    "weights of losses": (re.compile(r"(.*_)?loss(_(coef|coeff|weight|alpha|type|function))?"), _number),
+    "first values": (re.compile(r"(init|initializer)_(.*_)?(std|range|factor|scale|method|fn|gain)"), _number),
+    "types of numbers": (re.compile(r"(.*_)?(dtype|in_fp32|precision)"), _floats),
     "kernels": (
         re.compile(
             r"_?(attn|attention)_impl(ementation)?"
-            r"|_?(use_)?(flash_?att|sdpa|xformers|mem(ory)?_eff(icient)?_att|fused_|triton|liger).*"
+            r"|_?(use_)?(flash_?att(n|ention)?|sdpa|xformers|mem(ory)?_eff(icient)?_att(n|ention)?)(_?[23])?(_enabled)?"
+            r"|_?(use_)?flash_(rotary|rope)"
+            r"|(use_)?fused_(bias_fc|mlp|swiglu|rope|rotary|softmax|cross_entropy|(dropout_)?(add_)?(rms_?|layer_?)?(norm|ln))"
+            r"|(use_)?(triton|liger|fused)(_kernels?)?"
         ),
-        _SWITCH,
+        _kernel,
     ),
-    "memory": (re.compile(r"(.*_)?(gradient|activation|selective)_checkpoint(ing)?(_.*)?"), _SWITCH),
+    "memory": (re.compile(r"(.*_)?(gradient|activation|selective)_checkpoint(ing)?(_.*)?"), _count),
     "parallel machines": (
-        re.compile(r"((use_)?(tensor|sequence|pipeline|expert|context|data|model)_(model_)?parallel.*|[tepcd]p_size)"),
-        _SWITCH,
+        re.compile(
+            r"(use_)?(tensor|sequence|pipeline|expert|context|data|model)_(model_)?parallel(ism)?"
+            r"(_(world_)?(size|degree|rank|enabled|mode|group|rules))?|[tepcd]p_size"
+        ),
+        _count,
     ),
     "devices": (
-        re.compile(r"((.*_)?to_device|is_gpu|xla_device|device|device_map|use_(gpu|cuda|tpu|cpu))"),
-        (*_SWITCH, dict),
+        re.compile(r"(.*_)?to_device|is_gpu|xla_device|device|device_map|use_(gpu|cuda|tpu|cpu)"),
+        lambda value: _count(value) or isinstance(value, dict),
     ),
     "names and places": (
-        re.compile(r"(.*_)?(name_or_path|path|dir|repo_id|commit|hash|author|date|description)"),
-        _TEXT,
+        re.compile(_NO_PIECE + r"(.*_)?(name_or_path|path|dir|repo_id|commit|hash|author|date|description)"),
+        _text,
     ),
-    "marks of a converter": (re.compile(r"is_[a-z0-9]+_config|unsloth_.*|transformers\..*"), object),
+    # Of a model that says which code it is for: the names of families.
+    "marks of a converter": (
+        re.compile(
+            r"is_(llama|mistral|mixtral|gpt|gpt2|bert|roberta|bart|marian|t5|glm|chatglm|deepseek|qwen|qwen2)_?\d*_config"
+            r"|unsloth_.*|transformers\..*"
+        ),
+        _any,
+    ),
 }  # fmt: skip
 
 
@@ -111,8 +181,8 @@ def origin(key: str, value: Any) -> str | None:
     for name, keys in KNOWN.items():
         if key in keys:
             return name
-    for name, (pattern, kinds) in PATTERNS.items():
-        if pattern.fullmatch(key) and isinstance(value, kinds):
+    for name, (pattern, can_be) in PATTERNS.items():
+        if pattern.fullmatch(key) and can_be(value):
             return name
     return None
 

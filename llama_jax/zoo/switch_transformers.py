@@ -88,6 +88,8 @@ def from_hf(data: Mapping[str, Any]) -> EncoderDecoderConfig:
         add_cross_attention=False,
         router_dtype="float32",
         router_ignore_padding_tokens=False,
+        router_type="tokens_masked",
+        num_selected_experts=1,
     )
     shape, size, tied = read_shape(reader, data), take("d_ff", int), take("tie_word_embeddings", bool, True)
     experts = _experts(

@@ -111,10 +111,8 @@ def test_both_spellings_of_glm_s_rotary_positions():
     ("family", "change", "named"),
     [
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
-        ("gpt2", {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn=True"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),
         ("gpt2", {"hidden_size": 32}, "hidden_size=32 and n_embd=24, which are one setting"),
-        ("gpt2", {"n_ctx": 24}, "n_ctx=24.*only have 48"),
         ("gpt2", {"activation_function": "mish"}, "activation_function='mish'"),
         ("gpt2", {"n_head": 5}, "hidden_size=24 is not divisible by num_heads=5"),
         ("gpt2", {"n_embd": None}, "n_embd"),

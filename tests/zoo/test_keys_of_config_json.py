@@ -45,7 +45,11 @@ TOOLS = {
     "image_token_id": 9, "softmax_in_fp32": True, "model_name_or_path": "a/b",
     "tokenizer_padding_side": "right", "neftune_noise_alpha": 5, "xla_device": True, "name": "Bert",
     "adapters": {"a": 1}, "sbert_ce_default_activation_function": "torch.nn.Identity", "replacing_rate": 0,
-    "pad_token": "<pad>", "train_args": {"lr": 1e-4}, "attn_implementation": "sdpa",
+    "pad_token": "<pad>", "train_args": {"lr": 1e-4}, "attn_implementation": "sdpa", "kv_cache_precision": 16,
+    "fused_bias_fc": True, "fused_dropout_add_ln": True, "use_flash_attention_2": True, "use_flash_attn": True,
+    "tensor_model_parallel_size": 8, "sequence_parallel": True, "training_seq_len": 512, "student_decoder_layers": 3,
+    "save_step": 58, "output_dir": "out", "torch_version": "2.1", "eval_strategy": "steps", "use_liger_kernel": True,
+    "matmul_precision": "bf16-mixed", "is_mistral_config": True, "residual_in_fp32": True,
 }  # fmt: skip
 # What changes what a model computes, in other families, in the base class or in somebody's own code.
 CHANGING = {
@@ -55,6 +59,12 @@ CHANGING = {
     "residual_multiplier": 0.22, "alibi": True, "num_memory_blocks": 2, "attention_sinks": 4, "expert_offset": 0,
     "position_encoding": "alibi", "logits_scaling": 8, "layer_types": ["sliding_attention", "full_attention"],
     "a_new_trick": 1, "share_layers": [0, 0, 1],
+    # Named like what is harmless.
+    "token_dropout": True, "num_dropout": 3, "use_expert_parallel_shared": True, "use_flash_attention_bias": True,
+    "fused_bias": True, "fused_gate": True, "activation_path": "relu", "weight_precision": 4, "weight_dtype": "int4",
+    "eval_capacity_factor": 2.0, "train_rope_scaling": {"factor": 2}, "rope_version": "v2", "attention_impl": "local",
+    "mask_tokens": 5, "is_causal_config": True, "sequence_parallel_mixing": True, "logit_scale_init_value": 2.6,
+    "qkv_bias": True, "attention_multiplier": 0.01, "no_rope_layers": [1, 0], "embedding_size": 16, "clip_qkv": 8.0,
 }  # fmt: skip
 
 
@@ -162,6 +172,22 @@ def test_dropouts_of_training_are_the_model_s_or_nothing(name: str):
         attention = family.from_hf(data | {key: 0.25}).attention if key in data else None
         if hasattr(attention, field):
             assert getattr(attention, field) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("gpt2", {"n_ctx": 512, "n_vocab": 50257, "reorder_and_upcast_attn": True}),
+        ("switch_transformers", {"router_type": "tokens_masked", "num_selected_experts": 1}),
+    ],
+)
+def test_keys_of_first_releases(name: str, keys: dict[str, Any]):
+    family, data = zoo.family(name), CONFIGS[name]
+    assert family.from_hf(data | keys) == family.from_hf(data)
+    for key, value in keys.items():
+        if isinstance(value, int) and key not in ("n_ctx", "reorder_and_upcast_attn"):
+            with pytest.raises(UserError, match=key):
+                family.from_hf(data | {key: value + 1})
 
 
 # -- heads

@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import io
 import pickle
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -34,8 +35,9 @@ _STORAGES = {
 }
 
 
-# What the first pickle begins with, of protocol 2: a long of ten bytes.
-_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+# What the first pickle begins with, of protocol 2 (PyTorch's default) or a later one, which has frames: a long of ten
+# bytes.
+_MAGIC = re.compile(rb"\x80[\x02-\x05](\x95.{8})?\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +162,7 @@ def _read_archive(archive: zipfile.ZipFile, file: Path) -> Tensors:
 def _read_sequence(file: Path) -> Tensors | None:
     """The tensors of a file of PyTorch before 1.6; None of any other file."""
     with open(file, "rb") as stream:
-        if stream.read(len(_MAGIC)) != _MAGIC:
+        if _MAGIC.match(stream.read(32)) is None:
             return None
         stream.seek(0)
 

@@ -22,7 +22,7 @@ def _write(file: Path, state: bytes, *, compression: int = zipfile.ZIP_STORED) -
     return file
 
 
-@pytest.mark.parametrize("file", ["torch.pth", "torch_before_1_6.pth"])
+@pytest.mark.parametrize("file", ["torch.pth", "torch_before_1_6.pth", "torch_before_1_6_protocol_4.pth"])
 def test_every_dtype_and_layout_that_torch_writes(file):
     tensors = read_torch(GOLDENS / file)
     expected = np.load(GOLDENS / "torch_expected.npz")

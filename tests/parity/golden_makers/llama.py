@@ -170,6 +170,8 @@ def make_torch_file() -> None:
     }
     torch.save(tensors, GOLDENS / "torch.pth")
     torch.save(tensors, GOLDENS / "torch_before_1_6.pth", _use_new_zipfile_serialization=False)
+    later = {"_use_new_zipfile_serialization": False, "pickle_protocol": 4}
+    torch.save(tensors, GOLDENS / "torch_before_1_6_protocol_4.pth", **later)
     np.savez_compressed(
         GOLDENS / "torch_expected.npz",
         **{
