@@ -249,6 +249,12 @@ def test_members_of_archives_are_files(tmp_path: Path):
         assert "\n" not in str(error.value)
 
 
+def test_members_that_were_packed_from_elsewhere(tmp_path: Path):
+    file = tmp_path / "a.tar"
+    file.write_bytes(tar_of({"../up/a.txt": b"a", "/abs/b.txt": b"b", "./c.txt": b"c", "d/../.git/x": b"no"}))
+    assert [item.parts[0] for item in items(file) if not isinstance(item, SkippedFile)] == ["a", "b", "c"]
+
+
 def made_by_libraries(directory: Path) -> dict[str, bytes]:
     """Files of kinds that are no text, or have lost the end of their name."""
     table = pyarrow.table({"text": ["a"]})

@@ -21,7 +21,7 @@ def members(archive: CorpusFile) -> Iterator[CorpusFile | SkippedFile]:
         with unpacked(archive) as content, tarfile.open(fileobj=content, mode="r|") as tar:  # type: ignore[call-overload]
             for member in tar:
                 path = f"{archive.path}/{member.name.removeprefix('./')}"
-                if member.isdir() or any(is_left_out(name) for name in member.name.split("/") if name not in ("", ".")):
+                if member.isdir() or any(map(is_left_out, member.name.split("/"))):
                     continue
                 if (held := tar.extractfile(member) if member.isfile() else None) is None:
                     yield SkippedFile(path, "no ordinary file (a link, a pipe or a device)")
