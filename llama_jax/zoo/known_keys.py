@@ -44,8 +44,9 @@ KNOWN: dict[str, frozenset[str]] = {
     # What a tokenizer is told; some of it lands in the model's file.
     "tokenizers": frozenset({
         "add_bos_token", "add_eos_token", "add_prefix_space", "chat_template", "clean_up_tokenization_spaces",
-        "do_lower_case", "lowercase", "max_seq_len", "max_seq_length", "max_sequence_length", "model_max_length",
-        "padding", "padding_side", "return_tensors", "special_tokens_map", "stride", "truncation", "truncation_side",
+        "do_basic_tokenize", "do_lower_case", "lowercase", "max_seq_len", "max_seq_length", "max_sequence_length",
+        "merges_file", "model_max_length", "pad_to_multiple_of", "pad_token_type_id", "padding", "padding_side",
+        "return_tensors", "special_tokens_map", "stride", "truncation", "truncation_side", "vocab_file",
     }),
     # Heads that are not loaded, and what their first releases said of them.
     "other heads": frozenset({
@@ -55,17 +56,27 @@ KNOWN: dict[str, frozenset[str]] = {
     }),
     # Settings of a training or of the machine that it ran on.
     "training": frozenset({
-        "add_router_probs", "batch_size", "bf16", "bias_dropout_fusion", "ep_size", "epochs", "eval_batch_size",
-        "fp16", "gradient_accumulation_steps", "learning_rate", "lr", "lr_scheduler_type",
-        "make_vocab_size_divisible_by", "max_grad_norm", "max_steps", "neftune_noise_alpha", "num_train_epochs",
-        "optimizer", "pretraining_tp", "remat", "replacing_rate", "scan_layers", "seed", "train_batch_size",
-        "use_kernel", "warmup_ratio", "warmup_steps", "weight_decay",
+        "adam_beta1", "adam_beta2", "adam_epsilon", "add_router_probs", "batch_size", "bf16", "bias_dropout_fusion",
+        "data_seed", "deepspeed", "do_eval", "do_predict", "do_train", "ep_size", "epochs", "eval_batch_size",
+        "evaluation_strategy", "fp16", "fp16_opt_level", "freeze_embeds", "freeze_encoder", "fsdp", "global_step",
+        "gradient_accumulation_steps", "gradient_clip_val", "is_training", "label_smoothing", "label_smoothing_factor",
+        "learning_rate", "line_by_line", "load_best_model_at_end", "local_rank", "lr", "lr_scheduler_type",
+        "make_vocab_size_divisible_by", "max_grad_norm", "max_source_length", "max_steps", "max_target_length",
+        "metric_for_best_model", "mlm", "mlm_probability", "n_gpu", "neftune_noise_alpha", "no_cuda", "num_proc",
+        "num_train_epochs", "num_train_steps", "num_workers", "optimizer", "overwrite_output_dir",
+        "per_device_eval_batch_size", "per_device_train_batch_size", "pretraining_tp", "remat", "replacing_rate",
+        "report_to", "resume_from_checkpoint", "scan_layers", "seed", "shuffle", "sortish_sampler",
+        "test_max_target_length", "tf32", "torch_compile", "train_batch_size", "use_kernel", "val_max_target_length",
+        "warmup_ratio", "warmup_steps", "weight_decay", "world_size",
     }),
     "other tools": frozenset({
-        "_mlx_version", "adapters", "base_model", "base_model_name_or_path", "custom_generate", "finetuned_from",
-        "language", "languages", "library_name", "license", "model_name", "model_size", "name", "paraphrase",
-        "pipeline_tag", "prediction_heads", "sbert_ce_default_activation_function", "sentence_transformers", "tags",
-        "transformers.js_config", "transformers_weights", "unsloth_fixed",
+        "_mlx_version", "adapters", "base_model", "base_model_name_or_path", "base_model_prefix", "conversational",
+        "custom_generate", "datasets", "finetuned_from", "framework", "hub_model_id", "language", "languages",
+        "library_name", "license", "low_cpu_mem_usage", "model_creator", "model_name", "model_size", "name",
+        "paraphrase", "pipeline_tag", "prediction_heads", "push_to_hub", "return_all_scores", "revision",
+        "sbert_ce_default_activation_function", "sentence_transformers", "tags", "task", "transformers.js_config",
+        "transformers_weights", "trust_remote_code", "unsloth_fixed", "use_auth_token", "use_safetensors",
+        "vocab_size_or_config_json_file",
     }),
 }  # fmt: skip
 

@@ -50,6 +50,8 @@ TOOLS = {
     "tensor_model_parallel_size": 8, "sequence_parallel": True, "training_seq_len": 512, "student_decoder_layers": 3,
     "save_step": 58, "output_dir": "out", "torch_version": "2.1", "eval_strategy": "steps", "use_liger_kernel": True,
     "matmul_precision": "bf16-mixed", "is_mistral_config": True, "residual_in_fp32": True,
+    "vocab_size_or_config_json_file": -1, "label_smoothing": 0.1, "sortish_sampler": True, "max_target_length": 56,
+    "vocab_file": "vocab.txt", "trust_remote_code": True, "freeze_encoder": True, "eos_token_ids": [50256],
 }  # fmt: skip
 # What changes what a model computes, in other families, in the base class or in somebody's own code.
 CHANGING = {
