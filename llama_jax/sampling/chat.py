@@ -28,9 +28,9 @@ def chat(
 
     Each message has a `role` (system, user, assistant, or what the template knows) and a `content`. `template` None is
     the chat template that a run was trained with, else the one that came with the tokenizer; a text names another of
-    the latter's; a `ChatTemplate` of `llama_jax.data.chat` serves models without any, and ends the answer with its own
-    end of a turn as well. Raises UserError where there is no template or it refuses the messages, and as
-    `generate_text` does.
+    the latter's or a built-in one; a `ChatTemplate` of `llama_jax.data.chat` serves models without any, and ends the
+    answer with its own end of a turn as well. Raises UserError where there is no template or it refuses the messages,
+    and as `generate_text` does.
     """
     encoded = encoded_chat(lm, messages, template)
     sampler = Sampler.of(temperature, top_k, top_p)
@@ -77,6 +77,10 @@ def encoded_chat(
     if not messages or messages[-1].get("role") == "assistant":
         raise UserError("a conversation must end with what is to be answered: add the user's message")
     template = lm.chat_template if template is None else template
+    if not isinstance(template, ChatTemplate | str | None):
+        raise UserError("template must be a name or a template of llama_jax.data.chat, such as ChatML()")
+    if isinstance(template, str) and template not in tokenizer.chat_templates and template in choices(ChatTemplate):
+        template = built_in(template, tokenizer)
     if isinstance(template, ChatTemplate):
         ends = turn_ends(template, tokenizer)
         return Encoded(chat_prompt(messages, template, tokenizer), tuple(dict.fromkeys((*stop_ids(lm), *ends))))

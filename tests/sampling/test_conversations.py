@@ -115,6 +115,7 @@ def test_a_run_answers_by_the_template_of_its_training(chatting: LanguageModel, 
     again = llama_jax.load(tmp_path / "native")
     assert encoded_chat(again, USER, None) == encoded_chat(chatting, USER, ChatML())
     assert encoded_chat(again, USER, "default") == encoded_chat(chatting, USER, None)
+    assert encoded_chat(chatting, USER, "ChatML") == encoded_chat(chatting, USER, ChatML())
     # A run's own config has it with the data.
     (tmp_path / "native" / "origin.json").unlink()
     model = json.loads((tmp_path / "native" / "config.json").read_text())
