@@ -148,8 +148,9 @@ class Settings:
     def naming(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """The two files that name special tokens, the one that decides last: as in transformers
         special_tokens_map.json, the older way, unless tokenizer_config.json lists the added tokens."""
-        files = (self.special_map, self.config)
-        return files if self.config.get("added_tokens_decoder") is not None else files[::-1]
+        if self.config.get("added_tokens_decoder") is None:
+            return self.config, self.special_map
+        return self.special_map, self.config
 
     def said(self, key: str) -> str | None:
         """The token that the files themselves name under `key`, or None."""
