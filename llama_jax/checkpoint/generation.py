@@ -22,6 +22,7 @@ _IDS = {
 _TOKENS = ("suppress_tokens", "begin_suppress_tokens")
 _COUNTS = ("min_length", "min_new_tokens", "no_repeat_ngram_size")
 READ_KEYS = (*_LISTS.values(), *_IDS.values(), "bad_words_ids", *_TOKENS, *_COUNTS, "repetition_penalty")
+NAMED_KEYS = tuple(key for key in (*_LISTS.values(), *_IDS.values()) if not key.startswith("forced"))
 # They change which token is the most probable, and sampling has no part for them: with these values they do nothing.
 UNFOLLOWED_KEYS: dict[str, tuple[Any, ...]] = {
     "sequence_bias": (),
@@ -93,15 +94,18 @@ def read_generation(
 ) -> GenerationSettings:
     """Return what a directory says of generation; where both of its files speak, `generation_config.json` decides.
 
-    Entries that are null say nothing, nor do those named in `ignore_keys`; `config_file` None reads the other file
-    alone. Raises UserError for entries that are no tokens or numbers.
+    Where that file says anything, only ids of BOS, EOS, padding and an answer's start that it lacks are taken from
+    `config.json`: as in transformers, what forces and forbids tokens stands in one of them. Entries that are null say
+    nothing, nor do those named in `ignore_keys`; `config_file` None reads the other file alone. Raises UserError for
+    entries that are no tokens or numbers.
     """
     own = _entries(directory / GENERATION_FILE, ignore_keys)
     config = {} if config_file is None else _entries(directory / config_file, ignore_keys)
     file = directory / (GENERATION_FILE if own else config_file or GENERATION_FILE)
     if config.get("force_bos_token_to_be_generated"):  # as BART's first releases say it
         config.setdefault("forced_bos_token_id", config.get("bos_token_id", 0))
-    data = {key: config[key] for key in (*READ_KEYS, *UNFOLLOWED_KEYS, *_SEARCH) if key in config} | own
+    read = NAMED_KEYS if own else (*READ_KEYS, *UNFOLLOWED_KEYS, *_SEARCH)
+    data = {key: config[key] for key in read if key in config} | own
     found: dict[str, Any] = {}
     for field, key in _LISTS.items():
         found[field] = _ids(file, key, data.pop(key, []))
@@ -192,5 +196,4 @@ def default_stops(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def special_tokens(settings: GenerationSettings) -> dict[str, Any]:
     """Return what an exported `config.json` says of `settings`: ids of BOS, EOS, padding and an answer's start."""
-    keys = (*_LISTS.values(), *_IDS.values())
-    return {key: value for key, value in settings.to_hf().items() if key in keys and not key.startswith("forced")}
+    return {key: value for key, value in settings.to_hf().items() if key in NAMED_KEYS}

@@ -25,6 +25,7 @@ from llama_jax.checkpoint.sources import Source, as_stored, load_params, open_so
 from llama_jax.checkpoint.store import CheckpointConfig, CheckpointStore
 from llama_jax.checkpoint.stored import model_files
 from llama_jax.config import UserError, from_json, read_json, to_json
+from llama_jax.data.chat import ChatTemplate
 from llama_jax.models import Compute, EncoderDecoderConfig, Model, ModelConfig, abstract_params, from_params
 from llama_jax.parallel import make_mesh
 from llama_jax.remote import check_destination, fetch_beside, is_remote, local_copy
@@ -34,6 +35,7 @@ from llama_jax.training import TrainState
 CONFIG_FILE = "config.json"
 TOKENIZER_DIRECTORY = "tokenizer"
 CHECKPOINTS_DIRECTORY = "checkpoints"
+ORIGIN_FILE = "origin.json"  # of a saved model: the family and the chat template of `LanguageModel`
 
 MeshLike = Mesh | Mapping[str, int] | None
 
@@ -43,7 +45,8 @@ class LanguageModel:
     """Config, model and tokenizer together; `tokenizer` is None when the source has none.
 
     `model_type` is the family on Hugging Face whose files it came from: an export goes back there. `generation` is what
-    its files say of the tokens that it writes: what ends a text, what is forced and forbidden.
+    its files say of the tokens that it writes: what ends a text, what is forced and forbidden. `chat_template` is that
+    of the conversations it was trained on by a run of ours.
     """
 
     config: ModelConfig
@@ -51,6 +54,7 @@ class LanguageModel:
     tokenizer: Tokenizer | None
     model_type: str | None = None
     generation: GenerationSettings = GenerationSettings()
+    chat_template: ChatTemplate | None = None
 
 
 def load(
@@ -77,11 +81,11 @@ def load(
     if dtype is not None:
         _dtype(dtype)
     compute = Compute(dtype=dtype or "auto")  # type: ignore[arg-type]
-    model_type, native, generation = None, (path / CHECKPOINTS_DIRECTORY).is_dir(), GenerationSettings()
+    native, template = (path / CHECKPOINTS_DIRECTORY).is_dir(), None
     with _entered(mesh) as jax_mesh:
         if native:
             config, params = _load_native(path, compute.jax_dtype, components, step)
-            found = path / TOKENIZER_DIRECTORY
+            found, (model_type, template) = path / TOKENIZER_DIRECTORY, _origin(path, components)
             generation = read_generation(path, ignore_config_keys, config_file=None)
         else:
             source = open_source(path, ignore_config_keys)
@@ -92,9 +96,18 @@ def load(
         tokenizer = _tokenizer(found, config if native else None)
     elif tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer)
-    if model_type is not None:
+    if not native:
         generation = _generation(source, tokenizer, ignore_config_keys)
-    return LanguageModel(config, model, tokenizer, model_type, generation)
+    return LanguageModel(config, model, tokenizer, model_type, generation, template)
+
+
+def _origin(path: Path, components: Sequence[type]) -> tuple[str | None, ChatTemplate | None]:
+    """Family and chat template of a saved model or a run."""
+    saved = path / ORIGIN_FILE
+    data = read_json(saved) if saved.is_file() else read_json(path / CONFIG_FILE).get("data", {})
+    template = data.get("chat_template")
+    found = None if template is None else from_json(ChatTemplate, template, components, "chat_template.")
+    return data.get("model_type"), found
 
 
 def _tokenizer(path: Path, own: ModelConfig | None) -> Tokenizer:
@@ -178,7 +191,8 @@ def save(lm: LanguageModel, directory: str | Path, *, format: Literal["hf", "nat
     if format != "native":
         raise UserError(f"format={format!r} must be hf or native")
     with new_directory(directory) as folder:
-        _write_native(folder, lm.config, params, lm.tokenizer, lm.generation)
+        origin = {"model_type": lm.model_type, "chat_template": to_json(lm.chat_template)}
+        _write_native(folder, lm.config, params, lm.tokenizer, lm.generation, origin)
     return {}
 
 
@@ -188,7 +202,10 @@ def _write_native(
     params: Mapping[str, jax.Array],
     tokenizer: Tokenizer | None,
     generation: GenerationSettings,
+    origin: Mapping[str, Any],
 ) -> None:
+    if origin := {key: value for key, value in origin.items() if value is not None}:
+        (folder / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     (folder / CONFIG_FILE).write_text(json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8")
     write_generation(folder, generation)
     if tokenizer is not None:
@@ -216,10 +233,10 @@ def convert(
     """
     check_destination(destination)
     path, kept = _existing(source), None if dtype is None else _dtype(dtype)
-    opened = None
+    opened, model_type = None, None
     if to == "hf" and (path / CHECKPOINTS_DIRECTORY).is_dir():
         config, params = _load_native(path, kept, components, None)
-        found = path / TOKENIZER_DIRECTORY
+        found, (model_type, _) = path / TOKENIZER_DIRECTORY, _origin(path, components)
         tokenizer = _tokenizer(found, config) if found.exists() else None
         generation = read_generation(path, ignore_config_keys, config_file=None)
     else:
@@ -229,10 +246,19 @@ def convert(
         tokenizer = load_tokenizer(opened.tokenizer) if opened.tokenizer else None
         generation = _generation(opened, tokenizer, ignore_config_keys)
     if to == "hf":
-        return export_hf(config, params, destination, tokenizer, source=opened, generation=generation, dtype=kept)
+        return export_hf(
+            config,
+            params,
+            destination,
+            tokenizer,
+            source=opened,
+            model_type=model_type,
+            generation=generation,
+            dtype=kept,
+        )
     assert opened is not None
     with new_directory(destination) as folder:
-        _write_native(folder, config, params, tokenizer, generation)
+        _write_native(folder, config, params, tokenizer, generation, {"model_type": opened.model_type})
         del params
         _, read_again = _load_native(folder, None, components, None)
         receipt = check_conversion(opened, params_logits(config, read_again), dtype=kept)

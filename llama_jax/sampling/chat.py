@@ -1,6 +1,5 @@
 """Conversations: the answer that a model writes to messages, by the chat template of its directory."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,9 +10,7 @@ from llama_jax.sampling.processors import Sampler
 from llama_jax.sampling.templates import render
 from llama_jax.sampling.text import Encoded, complete_encoded, stop_ids, tokenizer_of
 from llama_jax.tokenizers import Tokenizer
-
-# Files of a Hugging Face directory that name special tokens.
-NAMING_FILES = ("special_tokens_map.json", "tokenizer_config.json")
+from llama_jax.tokenizers.settings import settings_of
 
 
 def chat(
@@ -30,9 +27,10 @@ def chat(
     """Return what the model answers to a conversation that ends with the user.
 
     Each message has a `role` (system, user, assistant, or what the template knows) and a `content`. `template` None is
-    the chat template that came with the tokenizer; a text names another of its templates; a `ChatTemplate` of
-    `llama_jax.data.chat` serves models without any, and ends the answer with its own end of a turn as well. Raises
-    UserError where there is no template or it refuses the messages, and as `generate_text` does.
+    the chat template that a run was trained with, else the one that came with the tokenizer; a text names another of
+    the latter's or a built-in one; a `ChatTemplate` of `llama_jax.data.chat` serves models without any, and ends the
+    answer with its own end of a turn as well. Raises UserError where there is no template or it refuses the messages,
+    and as `generate_text` does.
     """
     encoded = encoded_chat(lm, messages, template)
     sampler = Sampler.of(temperature, top_k, top_p)
@@ -49,6 +47,11 @@ def encoded_chat(
         raise UserError('messages must be a list of {"role": ..., "content": ...}')
     if not messages or messages[-1].get("role") == "assistant":
         raise UserError("a conversation must end with what is to be answered: add the user's message")
+    template = lm.chat_template if template is None else template
+    if not isinstance(template, ChatTemplate | str | None):
+        raise UserError("template must be a name or a template of llama_jax.data.chat, such as ChatML()")
+    if isinstance(template, str) and template not in tokenizer.chat_templates and template in choices(ChatTemplate):
+        template = built_in(template, tokenizer)
     if isinstance(template, ChatTemplate):
         ends = turn_ends(template, tokenizer)
         return Encoded(chat_prompt(messages, template, tokenizer), tuple(dict.fromkeys((*stop_ids(lm), *ends))))
@@ -91,8 +94,8 @@ def special_names(tokenizer: Tokenizer) -> dict[str, str]:
     ids = {"bos": tokenizer.bos_id, "pad": tokenizer.pad_id, "unk": tokenizer.unk_id}
     ids["eos"] = tokenizer.eos_ids[0] if tokenizer.eos_ids else None
     found = {f"{key}_token": names[i] for key, i in ids.items() if i is not None and i in names}
-    for file in NAMING_FILES:
-        for key, value in json.loads(tokenizer.files.get(file, b"{}")).items():
+    for data in settings_of(tokenizer.files).naming:
+        for key, value in data.items():
             if isinstance(value, dict):
                 value = value.get("content")
             if key.endswith("_token") and isinstance(value, str):

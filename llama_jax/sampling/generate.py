@@ -14,7 +14,7 @@ from llama_jax.config import UserError
 from llama_jax.models import EncoderDecoderConfig, Model, ModelConfig
 from llama_jax.sampling.controls import Controls
 from llama_jax.sampling.loop import NOT_NUMBERS, Choice, Rows, advance, padded_stops, start
-from llama_jax.sampling.processors import Sampler
+from llama_jax.sampling.processors import Sampler, number
 
 
 def generate(
@@ -86,6 +86,7 @@ def continued(
     Raises UserError for what the model has no room for, for a seed outside of 0 to 2**64 - 1, and as soon as a row's
     logits are not numbers or allow no token.
     """
+    max_new_tokens, seed = number("max_new_tokens", max_new_tokens, whole=True), number("seed", seed, whole=True)
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if not 0 <= seed < 2**64:

@@ -8,6 +8,7 @@ the vocabulary, exact, and 15 times faster than a sort on a CPU.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,16 @@ from llama_jax.config import UserError
 Logits = Float[Array, "b v"]
 Number = float | Array
 # Float32 has no smaller normal number but a few: dividing by less is dividing by 0.
-LOWEST_TEMPERATURE = 1e-37
+SMALLEST = 1e-37
 LARGEST = 2**31 - 1
+
+
+def number(name: str, value: Any, *, whole: bool = False) -> Any:
+    """Return a user's number as Python's own, of numpy's and JAX's scalars too. Raises UserError for what is none."""
+    found = value.item() if getattr(value, "shape", None) == () else value
+    if isinstance(found, bool) or not isinstance(found, int if whole else int | float):
+        raise UserError(f"{name}={value!r} must be a {'whole ' if whole else ''}number")
+    return found
 
 
 def top_k(logits: Logits, k: Number) -> Logits:
@@ -76,15 +85,21 @@ class Sampler:
     @classmethod
     def of(cls, temperature: float, top_k: int | None, top_p: float | None) -> "Sampler":
         """The sampler of a user's settings; a temperature below 1e-37 is greedy. Raises UserError for others."""
+        temperature = number("temperature", temperature)
+        top_k = None if top_k is None else number("top_k", top_k, whole=True)
+        top_p = None if top_p is None else number("top_p", top_p)
         if not 0 <= temperature < float("inf"):
             raise UserError(f"temperature={temperature} must be 0 (greedy) or above")
         if top_k is not None and top_k < 1:
             raise UserError(f"top_k={top_k} must be at least 1")
         if top_p is not None and not 0 < top_p <= 1:
             raise UserError(f"top_p={top_p} must be above 0 and at most 1")
-        if temperature < LOWEST_TEMPERATURE:
+        if temperature < SMALLEST:
             return cls()
-        return cls(temperature, None if top_k is None else min(top_k, LARGEST), None if top_p == 1 else top_p)
+        # As float32, none of them becomes 0 or infinite.
+        top_k = None if top_k is None else min(top_k, LARGEST)
+        top_p = None if top_p is None or top_p == 1 else max(top_p, SMALLEST)
+        return cls(min(temperature, 1 / SMALLEST), top_k, top_p)
 
     def choose(self, logits: Logits, keys: Key[Array, " b"]) -> Int[Array, " b"]:
         """One token of each row's float32 logits, drawn with the row's own key."""

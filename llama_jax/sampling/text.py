@@ -53,7 +53,11 @@ def generate_text(
     them, such as T5's <extra_id_0>, are these tokens, in answers too. Raises UserError as `generate` does, for
     `prompts` that are no list of texts and for a model without tokenizer.
     """
-    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+    if (
+        isinstance(prompts, str)
+        or not isinstance(prompts, Sequence)
+        or not all(isinstance(prompt, str) for prompt in prompts)
+    ):
         raise UserError("prompts must be a list of texts: put a single one into brackets, [text]")
     sampler = Sampler.of(temperature, top_k, top_p)
     found = complete(lm, prompts, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed)

@@ -144,9 +144,17 @@ class Settings:
         """These settings, of class `name` where they name none."""
         return self if self.class_name is not None else dataclasses.replace(self, class_name=name)
 
+    @property
+    def naming(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """The two files that name special tokens, the one that decides last: as in transformers
+        special_tokens_map.json, the older way, unless tokenizer_config.json lists the added tokens."""
+        if self.config.get("added_tokens_decoder") is None:
+            return self.config, self.special_map
+        return self.special_map, self.config
+
     def said(self, key: str) -> str | None:
         """The token that the files themselves name under `key`, or None."""
-        for data in (self.config, self.special_map):
+        for data in reversed(self.naming):
             if key in data:
                 return Added.of(data[key]).content if data[key] else None
         return None
@@ -159,7 +167,7 @@ class Settings:
     def named(self) -> dict[str, Added]:
         """All special tokens that the files name, by their text."""
         found = {}
-        for data in (self.special_map, self.config):
+        for data in self.naming:
             listed = [data[key] for key in KEYS if data.get(key)]
             for key in MORE_KEYS:
                 more = data.get(key) or []

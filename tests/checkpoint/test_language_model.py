@@ -129,6 +129,14 @@ def test_generation_settings_and_the_rule_of_prompts_come_back(lm: LanguageModel
     assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [1, [2, 7, 9], 0]
 
 
+def test_a_native_copy_knows_its_family(lm: LanguageModel, tmp_path: Path):
+    save(dataclasses.replace(lm, model_type="llama"), tmp_path / "saved")
+    save(lm, tmp_path / "own")
+    save(lm, tmp_path / "hf", format="hf")
+    convert(tmp_path / "hf", tmp_path / "converted", to="native")
+    assert [load(tmp_path / name).model_type for name in ("saved", "own", "converted")] == ["llama", None, "llama"]
+
+
 def test_an_export_of_an_own_model_says_where_its_texts_end(lm: LanguageModel, tmp_path: Path):
     save(lm, tmp_path / "hf", format="hf")
     written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())

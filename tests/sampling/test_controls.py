@@ -83,6 +83,9 @@ def test_the_generation_config_decides_where_both_speak(tmp_path: Path):
     config = {"eos_token_id": 1, "bos_token_id": 4, "min_length": 7, "bad_words_ids": [[9]], "model_type": "x"}
     found = settings_of(tmp_path, {"eos_token_id": [1, 2, 3], "min_length": None, "top_p": 0.9}, config)
     assert found.eos_ids == (1, 2, 3)
+    # Of config.json, transformers reads what forces and forbids tokens only where the other file says nothing.
+    assert (found.bos_id, found.min_length, found.bad_words_ids) == (4, 0, ())
+    found = settings_of(tmp_path, {}, config)
     assert (found.bos_id, found.min_length, found.bad_words_ids) == (4, 7, ((9,),))
     assert settings_of(tmp_path, {}, {"eos_token_id": [292, 299, 301]}).eos_ids == (292, 299, 301)
     assert settings_of(tmp_path, {}, {"pad_token_id": -1}) == GenerationSettings()

@@ -111,6 +111,21 @@ def test_templates_travel_with_the_model(chatting: LanguageModel, tmp_path: Path
     )
 
 
+def test_a_run_answers_by_the_template_of_its_training(chatting: LanguageModel, tmp_path: Path):
+    trained = dataclasses.replace(chatting, chat_template=ChatML())
+    save(trained, tmp_path / "native")
+    again = llama_jax.load(tmp_path / "native")
+    assert encoded_chat(again, USER, None) == encoded_chat(chatting, USER, ChatML())
+    assert encoded_chat(again, USER, "default") == encoded_chat(chatting, USER, None)
+    assert encoded_chat(chatting, USER, "ChatML") == encoded_chat(chatting, USER, ChatML())
+    # A run's own config has it with the data.
+    (tmp_path / "native" / "origin.json").unlink()
+    model = json.loads((tmp_path / "native" / "config.json").read_text())
+    run = {"model": model, "data": {"chat_template": {"type": "Llama2Chat"}}}
+    (tmp_path / "native" / "config.json").write_text(json.dumps(run))
+    assert llama_jax.load(tmp_path / "native").chat_template == Llama2Chat()
+
+
 @pytest.mark.parametrize(
     ("messages", "template", "sentence"),
     [

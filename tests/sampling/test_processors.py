@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llama_jax.config import UserError
 from llama_jax.sampling import Sampler
-from llama_jax.sampling.processors import top_k, top_p
+from llama_jax.sampling.processors import number, top_k, top_p
 
 # Small whole weights: many ties, and sums that no rounding moves across a target that lies between them.
 WEIGHTS = st.lists(st.integers(1, 6), min_size=12, max_size=12).filter(lambda w: sum(w) > 0)
@@ -107,3 +107,24 @@ def test_a_set_of_one_is_greedy(settings: tuple):
 def test_impossible_settings(settings: tuple, sentence: str):
     with pytest.raises(UserError, match=sentence):
         Sampler.of(*settings)
+
+
+def test_numbers_of_any_library():
+    for value in ("0", None, [1], True, np.array([1, 2]), np.bool_(True), 1.5):
+        with pytest.raises(UserError, match=r"seed=.* must be a whole number"):
+            number("seed", value, whole=True)
+    for value in (np.uint64(2**63), jnp.int32(3), np.array(3), 2**70):
+        assert number("seed", value, whole=True) == int(value)
+        assert type(number("seed", value, whole=True)) is int
+    assert number("temperature", np.float32(0.5)) == 0.5
+    with pytest.raises(UserError, match="temperature='0' must be a number"):
+        number("temperature", "0")
+
+
+def test_extreme_settings_stay_numbers():
+    """As float32, 1e300 would be infinite and 1e-300 zero."""
+    logits = jax.random.normal(jax.random.key(0), (8, 300))
+    keys = jax.random.split(jax.random.key(1), 8)
+    hot = Sampler.of(1e300, None, None)
+    assert len({*np.asarray(hot.choose(logits, keys)).tolist()}) > 4
+    np.testing.assert_array_equal(Sampler.of(1.0, None, 1e-300).choose(logits, keys), logits.argmax(-1))

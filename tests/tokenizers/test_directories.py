@@ -237,6 +237,18 @@ def test_tokenizer_json_has_its_own_splitting(tmp_path: Path):
     assert loaded.encode("", bos=True) == [loaded.bos_id]
 
 
+def test_which_file_names_the_special_tokens(tmp_path: Path):
+    """special_tokens_map.json, as Vicuna and Alpaca have it, unless tokenizer_config.json lists the added tokens."""
+    own("bpe").save(tmp_path)
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "", "eos_token": "<s>", "pad_token": None}
+    named = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": "<unk>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(named))
+    for decoder, ids in ({}, (1, (2,), 0)), ({"added_tokens_decoder": {}}, (None, (1,), None)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | decoder))
+        found = load_tokenizer(tmp_path)
+        assert (found.bos_id, found.eos_ids, found.pad_id) == ids
+
+
 def test_t5_has_its_sentinels(loaded: dict[str, Tokenizer], tmp_path: Path):
     tokenizer = loaded["t5"]
     first = tokenizer.vocab_size - 100
