@@ -7,7 +7,7 @@ batch, context 2048, 300B tokens. Two things differ: the paper's cosine ends at 
 32k tokens over the first 4B to 12B. Batch and learning rate of the other sizes: 350M 0.5M, 3e-4; 760M 0.5M, 2.5e-4;
 1.3B 1M, 2e-4; 2.7B 1M, 1.6e-4; 6.7B 2M, 1.2e-4; 13B 2M, 1e-4; 175B 3.2M, 0.6e-4.
 
-Cost: 125,226,240 parameters, 572,204 steps, 2.44e20 FLOPs without recomputation. Expected result: not run to the end
+Cost: 125,226,240 parameters, 572,204 steps, 2.43e20 FLOPs without recomputation. Expected result: not run to the end
 with this package; nothing is claimed.
 
 vocab.json is GPT-2's, with merges.txt beside it; without --tokenizer.path a byte-level BPE of 50,257 tokens is

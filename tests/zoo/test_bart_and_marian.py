@@ -224,7 +224,7 @@ def test_marian_never_writes_padding(tmp_path):
     with np.load(GOLDENS / "marian" / "expected.npz") as golden:
         source, mask, expected = golden["source"], golden["source_mask"], golden["generated"]
     lm = written("marian", tmp_path / "padding", padding_wins)
-    found = llama_jax.generate(lm, source, source_mask=mask, max_new_tokens=20)
+    found = llama_jax.generate(lm.model, source, source_mask=mask, max_new_tokens=20)
     np.testing.assert_array_equal(found, expected)
     with pytest.raises(UserError, match="never_written"):
         dataclasses.replace(lm.config, never_written=(64,))
