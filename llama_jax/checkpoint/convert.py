@@ -24,6 +24,7 @@ from llama_jax.checkpoint.generation import GenerationSettings, completed, speci
 from llama_jax.checkpoint.reference import llama_logits
 from llama_jax.checkpoint.sources import Source, load_params, open_source, place_of, sharing
 from llama_jax.config import UserError
+from llama_jax.data.chat import ChatTemplate, turn_ends
 from llama_jax.models import (
     Compute,
     DecoderConfig,
@@ -35,6 +36,7 @@ from llama_jax.models import (
 )
 from llama_jax.remote import as_local, check_destination, uploaded
 from llama_jax.tokenizers import Tokenizer
+from llama_jax.tokenizers.base import TEMPLATE_FILE
 from llama_jax.zoo import Weight
 
 RECEIPT = "conversion.json"
@@ -168,13 +170,15 @@ def export_hf(
     source: Source | None = None,
     model_type: str | None = None,
     generation: GenerationSettings | None = None,
+    chat_template: ChatTemplate | None = None,
     dtype: Any = None,
 ) -> dict[str, Any]:
     """Write config.json, generation_config.json, safetensors (with an index above 5 GB), tokenizer with chat template
     and receipt; return the receipt.
 
     The family is `model_type` where it can express the model, else the first that can. `generation` None says nothing:
-    the tokenizer's own stops are written. The weights keep their dtype. Where `params` were imported from `source` (as
+    the tokenizer's own stops are written. `chat_template` is that of a run's conversations: the export has it as jinja,
+    and its ends of a turn as stops. The weights keep their dtype. Where `params` were imported from `source` (as
     `dtype`, unless None), what was written is compared with that too, so that the receipt covers the whole way. Raises
     UserError for a model that no family on Hugging Face has, and for a `directory` that is not empty; ConversionError,
     leaving nothing behind, where what was written and read again computes other logits.
@@ -183,13 +187,18 @@ def export_hf(
     params_dtypes = {str(value.dtype): value.size for value in params.values()}
     data["torch_dtype"] = max(params_dtypes, key=lambda name: params_dtypes[name])
     generation = completed(generation or GenerationSettings(), config, tokenizer)
+    files = dict(tokenizer.export_files()) if tokenizer is not None else {}
+    if tokenizer is not None and chat_template is not None and chat_template.JINJA is not None:
+        files[TEMPLATE_FILE] = chat_template.JINJA.encode()
+        ends = dict.fromkeys((*generation.eos_ids, *turn_ends(chat_template, tokenizer)))
+        generation = dataclasses.replace(generation, eos_ids=tuple(ends))
     data |= special_tokens(generation)
     pieces = _pieces(config, params, zoo.weights_of(family, config))
     with new_directory(directory) as folder:
         _write_weights(folder, pieces)
         (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         write_generation(folder, generation)
-        for name, content in (tokenizer.export_files() if tokenizer is not None else {}).items():
+        for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
         written = open_source(folder)

@@ -187,7 +187,15 @@ def save(lm: LanguageModel, directory: str | Path, *, format: Literal["hf", "nat
     check_destination(directory)
     params = lm.model.params()
     if format == "hf":
-        return export_hf(lm.config, params, directory, lm.tokenizer, model_type=lm.model_type, generation=lm.generation)
+        return export_hf(
+            lm.config,
+            params,
+            directory,
+            lm.tokenizer,
+            model_type=lm.model_type,
+            generation=lm.generation,
+            chat_template=lm.chat_template,
+        )
     if format != "native":
         raise UserError(f"format={format!r} must be hf or native")
     with new_directory(directory) as folder:
@@ -233,10 +241,10 @@ def convert(
     """
     check_destination(destination)
     path, kept = _existing(source), None if dtype is None else _dtype(dtype)
-    opened, model_type = None, None
+    opened, model_type, template = None, None, None
     if to == "hf" and (path / CHECKPOINTS_DIRECTORY).is_dir():
         config, params = _load_native(path, kept, components, None)
-        found, (model_type, _) = path / TOKENIZER_DIRECTORY, _origin(path, components)
+        found, (model_type, template) = path / TOKENIZER_DIRECTORY, _origin(path, components)
         tokenizer = _tokenizer(found, config) if found.exists() else None
         generation = read_generation(path, ignore_config_keys, config_file=None)
     else:
@@ -254,6 +262,7 @@ def convert(
             source=opened,
             model_type=model_type,
             generation=generation,
+            chat_template=template,
             dtype=kept,
         )
     assert opened is not None

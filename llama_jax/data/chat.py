@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -28,7 +29,13 @@ class Piece:
 
 
 class ChatTemplate(Component):
-    """Base of the turn formats."""
+    """Base of the turn formats.
+
+    `JINJA` is the same format as a chat template of Hugging Face, which an export of a model trained with it gets; None
+    where there is none.
+    """
+
+    JINJA: ClassVar[str | None] = None
 
     def pieces(self, messages: Sequence[Message]) -> Iterable[Piece]:
         """The conversation, in order; `trained` is what the model is to write. Roles have been checked."""
@@ -51,6 +58,13 @@ class Llama2Chat(ChatTemplate):
     The marks are ordinary text, so that a message may contain them; the system's message stands in the first question.
     """
 
+    JINJA = (
+        "{% set ns = namespace(system='') %}{% for message in messages %}{% set content = message['content'] | trim %}"
+        "{% if message['role'] == 'system' %}{% set ns.system = '<<SYS>>\\n' + content + '\\n<</SYS>>\\n\\n' %}"
+        "{% elif message['role'] == 'user' %}{{ bos_token + '[INST] ' + ns.system + content + ' [/INST]' }}"
+        "{% set ns.system = '' %}{% else %}{{ ' ' + content + ' ' + eos_token }}{% endif %}{% endfor %}"
+    )
+
     def pieces(self, messages: Sequence[Message]) -> Iterator[Piece]:
         system = ""
         for message in messages:
@@ -69,6 +83,12 @@ class Llama2Chat(ChatTemplate):
 @dataclasses.dataclass(frozen=True)
 class Llama3Chat(ChatTemplate):
     """Each message behind a header that names its role, and before <|eot_id|> (Llama Team 2024)."""
+
+    JINJA = (
+        "<|begin_of_text|>{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
+        "'<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    )
 
     def pieces(self, messages: Sequence[Message]) -> Iterator[Piece]:
         yield Piece("<|begin_of_text|>", special=True)
@@ -92,6 +112,11 @@ class Llama3Chat(ChatTemplate):
 class ChatML(ChatTemplate):
     """<|im_start|>, the role, a line end, the message, <|im_end|> and a line end (OpenAI 2023; Qwen and others)."""
 
+    JINJA = (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + "
+        "'<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+
     def pieces(self, messages: Sequence[Message]) -> Iterator[Piece]:
         for message in messages:
             answer = message["role"] == "assistant"
@@ -113,6 +138,14 @@ class ChatGLM2Chat(ChatTemplate):
     The marks are ordinary text, and only the last answer ends with EOS; the system's message, for which the original
     has no place, stands before the first round.
     """
+
+    JINJA = (
+        "[gMASK]sop{% set ns = namespace(rounds=0) %}{% for message in messages %}"
+        "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+        "{% elif message['role'] == 'user' %}{% set ns.rounds = ns.rounds + 1 %}"
+        "{{ '[Round ' ~ ns.rounds ~ ']\\n\\n问：' + message['content'] + '\\n\\n答：' }}"
+        "{% else %}{{ message['content'] + (eos_token if loop.last else '\\n\\n') }}{% endif %}{% endfor %}"
+    )
 
     def pieces(self, messages: Sequence[Message]) -> Iterator[Piece]:
         yield Piece("[gMASK]", special=True)

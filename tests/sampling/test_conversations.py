@@ -14,7 +14,7 @@ from llama_jax.__main__ import main
 from llama_jax.checkpoint.generation import GenerationSettings
 from llama_jax.checkpoint.language_model import LanguageModel, save
 from llama_jax.config import UserError
-from llama_jax.data.chat import ChatML, Llama2Chat, Llama3Chat
+from llama_jax.data.chat import ChatGLM2Chat, ChatML, ChatTemplate, Llama2Chat, Llama3Chat
 from llama_jax.sampling import Sampler, chat, cli, generate
 from llama_jax.sampling.chat import encoded_chat, special_names
 from llama_jax.sampling.templates import render
@@ -124,6 +124,27 @@ def test_a_run_answers_by_the_template_of_its_training(chatting: LanguageModel, 
     run = {"model": model, "data": {"chat_template": {"type": "Llama2Chat"}}}
     (tmp_path / "native" / "config.json").write_text(json.dumps(run))
     assert llama_jax.load(tmp_path / "native").chat_template == Llama2Chat()
+
+
+@pytest.mark.parametrize("template", [ChatGLM2Chat(), ChatML(), Llama2Chat(), Llama3Chat()], ids=repr)
+@pytest.mark.parametrize("roles", [("user",), ("system", "user"), ("system", "user", "assistant", "user")])
+def test_built_in_templates_are_their_jinja(template: ChatTemplate, roles: tuple[str, ...]):
+    messages = [{"role": role, "content": f" {role} {i} "} for i, role in enumerate(roles)]
+    names = {"BOS": "<s>", "EOS": "</s>"}
+    pieces = [*template.pieces(messages), *template.opening()]
+    expected = "".join(names.get(piece.text, piece.text) if piece.special else piece.text for piece in pieces)
+    assert template.JINJA is not None
+    assert render(template.JINJA, messages, {"bos_token": "<s>", "eos_token": "</s>"}) == expected
+
+
+def test_an_export_has_the_template_of_the_training(chatting: LanguageModel, tmp_path: Path):
+    tokenizer = chatting.tokenizer
+    assert tokenizer is not None
+    plain = dataclasses.replace(chatting, chat_template=Llama2Chat())
+    save(plain, tmp_path / "hf", format="hf")
+    again = llama_jax.load(tmp_path / "hf")
+    assert encoded_chat(again, USER, None).ids == encoded_chat(chatting, USER, Llama2Chat()).ids
+    assert set(again.generation.eos_ids) >= {tokenizer.eos_ids[0], *chatting.generation.eos_ids}
 
 
 @pytest.mark.parametrize(
