@@ -19,7 +19,7 @@ from llama_jax.checkpoint.language_model import (
     load,
 )
 from llama_jax.checkpoint.store import CheckpointStore
-from llama_jax.checkpoint.stored import run_files
+from llama_jax.checkpoint.stored import COMMIT_FILE, run_files, whole_steps
 from llama_jax.config import UserError, from_json, leaves, read_json, to_json
 from llama_jax.data import Batches, Dataset, Vocabulary, prepare_dataset
 from llama_jax.data.windows import Batch
@@ -172,7 +172,9 @@ def check_directory(run: Run) -> list[str]:
         return []
     before = open_run(directory, run.components)
     changes = _changes(before, run)
-    step = max(before.steps(), default=0) if (directory / CHECKPOINTS_DIRECTORY).is_dir() else 0
+    # By names: opening a store is something that all processes have to do together, and one alone is here.
+    commits = (directory / CHECKPOINTS_DIRECTORY).glob(f"*/{COMMIT_FILE}")
+    step = max(whole_steps(commit.relative_to(directory).as_posix() for commit in commits), default=0)
     if step > run.config.num_steps:
         raise UserError(
             f"'{directory}' is at step {step}, beyond num_steps={run.config.num_steps}: give more, or load an earlier "

@@ -205,10 +205,11 @@ class _Loop:
         with contextlib.ExitStack() as recording:
             for step in range(start, num_steps):
                 self._profile(step, recorded, state, recording)
-                before = time.perf_counter()
                 batch = self._on_devices(next(batches))
-                # Small steps are computed within the call: the last one ended before that, not when it is asked for.
-                ended = before if pending is not None and _are_ready(pending) else None
+                if pending is not None and platform() == "cpu":
+                    # A CPU may compute the next step within its call: where the last one ended would not be seen.
+                    jax.block_until_ready(pending)
+                ended = time.perf_counter() if pending is not None and _are_ready(pending) else None
                 state, metrics = self.train_step(state, batch, self.hyper)
                 done = step + 1
                 # Only now, with the next step already on its way, does the host wait for the last one's numbers.

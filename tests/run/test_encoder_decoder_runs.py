@@ -148,7 +148,10 @@ def test_source_and_target_are_as_long_as_positions_each(config: RunConfig):
             {"model.decoder_start_id": 2},
             "model.decoder_start_id=2 is not the token 3 that data.objective.start_token='pad' puts first",
         ),
-        ({"logging.sample_prompts": ("the cat " * 60,)}, "a prompt of logging.sample_prompts has .* shorten it"),
+        (
+            {"model.positions": SinusoidalPositions(), "logging.sample_prompts": ("the cat " * 60,)},
+            "a prompt of logging.sample_prompts has .* shorten it",
+        ),
     ],
 )
 def test_runs_that_do_not_start(changes: dict, sentence: str, config: RunConfig, tmp_path: Path):
