@@ -116,7 +116,11 @@ def test_saved_by_four_continued_by_two_then_by_one(
     two = Processes(2, 2, tmp_path, config, "stop@4", mesh__fsdp=1, mesh__context=4, compute__preflight="true")
     codes, outs, errors = two.end()
     assert codes == [75, 75], errors
-    first, _, mesh, kernel, step = outs[0].splitlines()[:5]
+    told = outs[0].splitlines()
+    changed = [line for line in told if line.startswith("changed: ")]
+    assert "changed: mesh.tensor=4 -> 1" in changed
+    assert "changed: mesh.context=1 -> 4" in changed
+    first, _, mesh, kernel, step = [line for line in told if line not in changed][:5]
     assert first == f"continuing '{tmp_path / 'run'}' from step 2"
     assert mesh == "mesh: context 4"
     assert re.match("attention kernel '.*' agrees with the reference", kernel)
