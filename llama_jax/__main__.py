@@ -73,13 +73,7 @@ def command_parser() -> argparse.ArgumentParser:
         "--to", choices=("hf", "native"), required=True, help="form of DESTINATION: Hugging Face's or this package's"
     )
     convert_parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as the source has it")
-    convert_parser.add_argument(
-        "--ignore-config-keys",
-        type=lambda keys: [key for key in keys.split(",") if key],
-        default=[],
-        metavar="KEY[,KEY]",
-        help="keys of the source's config files to take as if they were not there",
-    )
+    sampling_cli.add_ignored_keys(convert_parser)
     convert_parser.set_defaults(main=convert_command)
     tokenizers_cli.add_arguments(subparsers, read_pieces)
     data_cli.add_arguments(subparsers)

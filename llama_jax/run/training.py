@@ -206,15 +206,15 @@ class _Loop:
             for step in range(start, num_steps):
                 self._profile(step, recorded, state, recording)
                 batch = self._on_devices(next(batches))
+                # A CPU may compute the next step within its call, which would hide where the last one ended.
                 if pending is not None and platform() == "cpu":
-                    # A CPU may compute the next step within its call: where the last one ended would not be seen.
-                    jax.block_until_ready(pending)
-                ended = time.perf_counter() if pending is not None and _are_ready(pending) else None
+                    self._log(pending, clock, bar, writers)
+                    pending = None
                 state, metrics = self.train_step(state, batch, self.hyper)
                 done = step + 1
-                # Only now, with the next step already on its way, does the host wait for the last one's numbers.
+                # Elsewhere the host waits for the last one's numbers with the next step already on its way.
                 if pending is not None:
-                    self._log(pending, clock, bar, writers, ended)
+                    self._log(pending, clock, bar, writers)
                 pending = {"step": done} | metrics
                 bar.advance(done)
                 stopping = self._stopping(done)
@@ -240,15 +240,13 @@ class _Loop:
     def _on_devices(self, batch: Batch) -> dict[str, jax.Array]:
         return to_devices(batch, self.rows, self.config.global_batch_size)
 
-    def _log(
-        self, metrics: dict[str, Any], clock: "_Clock", bar: Bar, writers: "_Writers", ended: float | None = None
-    ) -> None:
+    def _log(self, metrics: dict[str, Any], clock: "_Clock", bar: Bar, writers: "_Writers") -> None:
         step, every = metrics["step"], self.config.logging.every_steps
         if step % every == 0 or step in (1, self.config.num_steps) or "val_loss" in metrics:
             values = {k: v if isinstance(v, int) else np.asarray(v).tolist() for k, v in metrics.items()}
             if self.config.data.sources:
                 values |= self.dataset.proportions(self.batches, step)
-            speed = clock.speed(step, ended)
+            speed = clock.speed(step)
             if speed is not None:
                 values["tokens_per_second"] = speed * self.tokens_per_step
                 if self.mfu_per_speed is not None:
@@ -327,10 +325,6 @@ class _Loop:
                 signal.signal(number, handler)
 
 
-def _are_ready(metrics: dict[str, Any]) -> bool:
-    return all(value.is_ready() for value in metrics.values() if isinstance(value, jax.Array))  # type: ignore[attr-defined]
-
-
 class _Clock:
     """Steps per second of training alone: the first step (compilation) and pauses are not counted."""
 
@@ -345,16 +339,11 @@ class _Clock:
         yield
         self._since = time.perf_counter()
 
-    def speed(self, step: int, ended: float | None = None) -> float | None:
-        """Return the steps per second since the last call; None for the first.
-
-        `ended` is when `step` was done (`time.perf_counter`, since the last pause) if that was before now: what came
-        after it is time of the next.
-        """
+    def speed(self, step: int) -> float | None:
+        """Return the steps per second since the last call; None for the first."""
         self._count()
-        after = 0.0 if ended is None or self._since is None else self._since - ended
-        seconds, steps, first = self._seconds - after, step - self._step, self._first
-        self._step, self._seconds, self._first = step, after, False
+        seconds, steps, first = self._seconds, step - self._step, self._first
+        self._step, self._seconds, self._first = step, 0.0, False
         return None if first or seconds <= 0 or steps <= 0 else steps / seconds
 
     def _count(self) -> None:

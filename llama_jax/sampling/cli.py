@@ -77,14 +77,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, metavar="P", help="only the most probable tokens that make up P")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="0 to 2**64 - 1; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="one object per prompt, with token ids and finish_reason")
+    add_ignored_keys(parser)
+    return parser
+
+
+def add_ignored_keys(parser: argparse.ArgumentParser) -> None:
+    """Add `--ignore-config-keys`, the option of every command that opens other people's directories."""
     parser.add_argument(
         "--ignore-config-keys",
         type=lambda keys: [key for key in keys.split(",") if key],
         default=[],
         metavar="KEY[,KEY]",
-        help="keys of the model's own config files to take as if they were not there",
+        help="keys of the directory's config files to take as if they were not there",
     )
-    return parser
 
 
 def _write_anything() -> None:
