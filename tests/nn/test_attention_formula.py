@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from in_text_order import attention_and_gradients
 
-from llama_jax.nn.attention import accelerated, blockwise, context, kernels
+from llama_jax.nn.attention import accelerated, blockwise, kernels
 from llama_jax.nn.attention.cross import CrossAttention
 from llama_jax.nn.masks import AttentionMask
 from llama_jax.parallel import make_mesh, shard
@@ -245,14 +246,7 @@ def test_what_kernels_of_others_accept_leaves_no_query_without_a_key(name: str):
 @functools.partial(jax.jit, static_argnums=0)
 def attended(scale: float, q, k, v, direction, mask: AttentionMask):
     """`attend` and its gradients on the current mesh, of arrays in the order of the text."""
-
-    def value(q, k, v):
-        place = lambda x: context.zigzag(x.swapaxes(1, 2)).swapaxes(1, 2)  # noqa: E731
-        y = kernels.attend(context.zigzag(q), place(k), place(v), jax.tree.map(context.zigzag, mask), scale=scale)
-        return context.unzigzag(y)
-
-    out, pull = jax.vjp(value, q, k, v)
-    return out, *pull(shard(direction, "batch", "sequence", "heads", None))
+    return attention_and_gradients(q, k, v, direction, mask, scale=scale)
 
 
 @pytest.mark.parametrize(

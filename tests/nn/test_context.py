@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from in_text_order import attention_and_gradients
 
 from llama_jax.nn.attention import context, kernels
 from llama_jax.nn.masks import AttentionMask
@@ -36,14 +37,7 @@ def inputs(kv_heads: int) -> tuple[jax.Array, ...]:
 def results(kernel: str, method: str, q, k, v, direction, mask: AttentionMask):
     """Attention and its gradients along `direction`, all in the order of the text."""
     mask = AttentionMask(mask.causal, mask.window, segment_ids=mask.segment_ids, kernel=kernel, context=method)
-
-    def value(q, k, v):
-        place = lambda x: context.zigzag(x.swapaxes(1, 2)).swapaxes(1, 2)  # noqa: E731
-        y = kernels.attend(context.zigzag(q), place(k), place(v), jax.tree.map(context.zigzag, mask), scale=SCALE)
-        return context.unzigzag(y)
-
-    out, pull = jax.vjp(value, q, k, v)
-    return out, *pull(shard(direction, "batch", "sequence", "heads", None))
+    return attention_and_gradients(q, k, v, direction, mask, scale=SCALE)
 
 
 @pytest.mark.parametrize("method", ["ring", "all_gather"])

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from in_text_order import attention_and_gradients
 
 from llama_jax.config import UserError
-from llama_jax.nn.attention import blockwise, context, kernels
+from llama_jax.nn.attention import blockwise, kernels
 from llama_jax.nn.masks import AttentionMask
 from llama_jax.parallel import make_mesh, shard
 
@@ -117,14 +118,7 @@ def test_kernels_of_others_refuse_by_name(name: str, monkeypatch: pytest.MonkeyP
 def on_a_mesh(kernel: str, q, k, v, direction, mask: AttentionMask):
     """`results` by `attend` on the current mesh, of arrays in the order of the text."""
     mask = AttentionMask(segment_ids=mask.segment_ids, prefix=mask.prefix, kernel=kernel)
-
-    def value(q, k, v):
-        place = lambda x: context.zigzag(x.swapaxes(1, 2)).swapaxes(1, 2)  # noqa: E731
-        y = kernels.attend(context.zigzag(q), place(k), place(v), jax.tree.map(context.zigzag, mask), scale=SCALE)
-        return context.unzigzag(y)
-
-    out, pull = jax.vjp(value, q, k, v)
-    return out, *pull(shard(direction, "batch", "sequence", "heads", None))
+    return attention_and_gradients(q, k, v, direction, mask, scale=SCALE)
 
 
 @pytest.mark.parametrize(
