@@ -15,8 +15,7 @@ from typing import Any
 import llama_jax
 from llama_jax.__main__ import _parse
 from llama_jax.config import from_json, to_json
-from llama_jax.planning import CompiledStep, Memory, Topology
-from llama_jax.planning.report import Report
+from llama_jax.planning import CompiledStep, Memory, Report, Topology
 
 FILE = Path(__file__).with_suffix(".json")
 COMPILED: dict[str, dict[str, Any]] = json.loads(FILE.read_text("utf-8")) if FILE.exists() else {}  # by plan

@@ -8,11 +8,10 @@ The rooms, in the order of the data: config, remote, parallel, tokenizers, data,
 sampling, planning, run. docs/architecture.md shows the house.
 """
 
-from llama_jax.checkpoint.language_model import LanguageModel, convert, load, save
+from llama_jax.checkpoint import LanguageModel, convert, load, save
 from llama_jax.config import UserError, override
 from llama_jax.models import build, num_parameters
-from llama_jax.run import Run, RunConfig, load_config, plan, train
-from llama_jax.run import open_run as open_run
+from llama_jax.run import Run, RunConfig, load_config, open_run as open_run, plan, train
 from llama_jax.sampling import chat, generate, generate_text
 from llama_jax.zoo import presets
 

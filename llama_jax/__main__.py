@@ -11,8 +11,7 @@ from pathlib import Path
 # XLA's C++ side prints its start-up to stderr; errors still show.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from llama_jax.checkpoint.convert import ConversionError
-from llama_jax.checkpoint.language_model import convert
+from llama_jax.checkpoint import ConversionError, convert
 from llama_jax.config import (
     UserError,
     component_choices,
@@ -24,12 +23,10 @@ from llama_jax.config import (
     override,
     type_name,
 )
-from llama_jax.data import cli as data_cli
-from llama_jax.data import read_pieces
+from llama_jax.data import cli as data_cli, read_pieces
 from llama_jax.parallel import distributed
 from llama_jax.remote import with_urls
-from llama_jax.run import Preempted, RunConfig, RunFailed, load_config, train
-from llama_jax.run.planning import PLAN_OPTIONS, PLAN_USAGE, plan_command
+from llama_jax.run import PLAN_OPTIONS, PLAN_USAGE, Preempted, RunConfig, RunFailed, load_config, plan_command, train
 from llama_jax.sampling import cli as sampling_cli
 from llama_jax.tokenizers import cli as tokenizers_cli
 

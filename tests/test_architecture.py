@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A room imports only from those before it. A new room takes its place here.
 ROOMS = (
     "config", "remote", "parallel", "tokenizers", "data", "nn", "models", "zoo", "training", "checkpoint", "sampling",
-    "evaluation", "planning", "run", "ablation", "__main__",
+    "evaluation", "run_config", "planning", "run", "ablation", "__main__",
 )  # fmt: skip
 MAX_LINES = 400
 
@@ -41,7 +41,9 @@ def wrong_imports(room: str, source: str) -> list[str]:
         target = rest.split(".")[0]
         stranger = top == "torch" or (top == "orbax" and room != "checkpoint") or (top == "grain" and room != "data")
         below = top == "llama_jax" and room != "__init__" and target not in ROOMS[: ROOMS.index(room) + 1]
-        if stranger or below:
+        # From outside, a package is imported by its own name: what it exports is what others may use.
+        deep = top == "llama_jax" and target != room and rest.count(".") > 1
+        if stranger or below or deep:
             wrong.append(name)
     return wrong
 
@@ -68,6 +70,9 @@ def later():
     assert wrong_imports("checkpoint", source) == ["torch.nn", "llama_jax.run.loop.run", "grain.python"]
     assert wrong_imports("data", source) == [name for name in forbidden if name != "grain.python"]
     assert wrong_imports("__init__", "from llama_jax.run import train") == []
+    deep = "from llama_jax.nn.masks import AttentionMask"
+    assert wrong_imports("models", deep) == ["llama_jax.nn.masks.AttentionMask"]
+    assert wrong_imports("nn", deep) == []
     assert wrong_imports("config", "import llama_jax") == ["llama_jax"]
 
 

@@ -24,7 +24,7 @@ from llama_jax.checkpoint.generation import GenerationSettings, completed, speci
 from llama_jax.checkpoint.reference import llama_logits
 from llama_jax.checkpoint.sources import Source, load_params, open_source, place_of, sharing
 from llama_jax.config import UserError
-from llama_jax.data.chat import ChatTemplate, turn_ends
+from llama_jax.data import ChatTemplate, turn_ends
 from llama_jax.models import (
     Compute,
     DecoderConfig,
@@ -35,8 +35,7 @@ from llama_jax.models import (
     layers_with,
 )
 from llama_jax.remote import as_local, check_destination, uploaded
-from llama_jax.tokenizers import Tokenizer
-from llama_jax.tokenizers.base import TEMPLATE_FILE
+from llama_jax.tokenizers import TEMPLATE_FILE, Tokenizer
 from llama_jax.zoo import Weight
 
 RECEIPT = "conversion.json"

@@ -25,7 +25,7 @@ from llama_jax.checkpoint.sources import Source, as_stored, load_params, open_so
 from llama_jax.checkpoint.store import CheckpointConfig, CheckpointStore
 from llama_jax.checkpoint.stored import model_files
 from llama_jax.config import UserError, from_json, read_json, to_json
-from llama_jax.data.chat import ChatTemplate
+from llama_jax.data import ChatTemplate
 from llama_jax.models import Compute, EncoderDecoderConfig, Model, ModelConfig, abstract_params, from_params
 from llama_jax.parallel import make_mesh
 from llama_jax.remote import check_destination, fetch_beside, is_remote, local_copy

@@ -10,9 +10,7 @@ import numpy as np
 
 from llama_jax.checkpoint.formats import Tensors
 from llama_jax.models import DecoderConfig
-from llama_jax.nn.attention.grouped_query import GroupedQuery
-from llama_jax.nn.feed_forward import SwiGLU
-from llama_jax.nn.norms import RMSNorm
+from llama_jax.nn import GroupedQuery, RMSNorm, SwiGLU
 
 _HF_NAMES = {
     "embedding": "model.embed_tokens",

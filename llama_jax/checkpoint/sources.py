@@ -23,9 +23,8 @@ from llama_jax.checkpoint.generation import generation_keys
 from llama_jax.checkpoint.names import brought_to, refuse_adapter
 from llama_jax.config import UserError, read_json
 from llama_jax.models import ModelConfig, is_stacked, layers_with
-from llama_jax.tokenizers.loading import FILE_NAMES
-from llama_jax.zoo import Weight, llama
-from llama_jax.zoo.reading import without_keys
+from llama_jax.tokenizers import FILE_NAMES
+from llama_jax.zoo import Weight, llama, without_keys
 
 # Of a large matrix so much is read, permuted and cast at a time.
 _BLOCK_BYTES = 1 << 24

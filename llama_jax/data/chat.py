@@ -10,7 +10,7 @@ from jaxtyping import Int32, Int64
 
 from llama_jax.config import Component, UserError
 from llama_jax.data.objectives.base import special_id
-from llama_jax.tokenizers.base import Tokenizer
+from llama_jax.tokenizers import Tokenizer
 
 type Message = Mapping[str, str]
 """`role` (system, user or assistant) and `content`."""

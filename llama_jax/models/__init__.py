@@ -6,54 +6,32 @@ Dimension letters everywhere: `B` batch, `T` query length, `S` key or cache leng
 `K` key/value heads, `G` = N/K, `H` head dim, `F` feed-forward, `V` vocabulary, `L` layers, `E` experts.
 """
 
-from llama_jax.models.compute import Compute
-from llama_jax.models.config import LayerOverride, ModelConfig, TransformerConfig
-from llama_jax.models.decoder import Decoder, DecoderConfig
-from llama_jax.models.encoder import Encoder, EncoderConfig
-from llama_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-from llama_jax.models.layout import (
-    abstract_params,
-    assemble,
-    assemble_unrolled,
-    buffers,
-    flatten,
-    init_params,
-    is_stacked,
-    layers_with,
-    num_parameters,
-    per_layer,
+from llama_jax.models.block import OF as OF, STATISTIC as STATISTIC
+from llama_jax.models.compute import Compute as Compute
+from llama_jax.models.config import (
+    LayerOverride as LayerOverride,
+    ModelConfig as ModelConfig,
+    TransformerConfig as TransformerConfig,
 )
-from llama_jax.models.model import Model, build, from_params, initialize
-from llama_jax.models.mtp import MTPDecoder, MTPDecoderConfig
-from llama_jax.models.transformer import Prediction, Transformer
-
-__all__ = [
-    "Compute",
-    "Decoder",
-    "DecoderConfig",
-    "Encoder",
-    "EncoderConfig",
-    "EncoderDecoder",
-    "EncoderDecoderConfig",
-    "LayerOverride",
-    "MTPDecoder",
-    "MTPDecoderConfig",
-    "Model",
-    "ModelConfig",
-    "Prediction",
-    "Transformer",
-    "TransformerConfig",
-    "abstract_params",
-    "assemble",
-    "assemble_unrolled",
-    "buffers",
-    "build",
-    "flatten",
-    "from_params",
-    "init_params",
-    "initialize",
-    "is_stacked",
-    "layers_with",
-    "num_parameters",
-    "per_layer",
-]
+from llama_jax.models.decoder import Decoder as Decoder, DecoderConfig as DecoderConfig
+from llama_jax.models.encoder import Encoder as Encoder, EncoderConfig as EncoderConfig
+from llama_jax.models.encoder_decoder import (
+    EncoderDecoder as EncoderDecoder,
+    EncoderDecoderConfig as EncoderDecoderConfig,
+)
+from llama_jax.models.layout import (
+    Params as Params,
+    abstract_params as abstract_params,
+    assemble as assemble,
+    assemble_unrolled as assemble_unrolled,
+    buffers as buffers,
+    flatten as flatten,
+    init_params as init_params,
+    is_stacked as is_stacked,
+    layers_with as layers_with,
+    num_parameters as num_parameters,
+    per_layer as per_layer,
+)
+from llama_jax.models.model import Model as Model, build as build, from_params as from_params, initialize as initialize
+from llama_jax.models.mtp import MTPDecoder as MTPDecoder, MTPDecoderConfig as MTPDecoderConfig
+from llama_jax.models.transformer import Prediction as Prediction, Transformer as Transformer

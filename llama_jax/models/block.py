@@ -11,10 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from llama_jax.models.compute import REMAT_POLICIES
-from llama_jax.nn import FeedForward, Mixer
-from llama_jax.nn.dropout import dropout
-from llama_jax.nn.masks import AttentionMask
-from llama_jax.nn.parameters import child
+from llama_jax.nn import AttentionMask, FeedForward, Mixer, child, dropout
 
 type Aux = dict[str, jax.Array]
 STATISTIC = "statistic."

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.config import UserError
-from llama_jax.nn.attention.kernels import KERNELS
+from llama_jax.nn import KERNELS
 from llama_jax.parallel import platform
 
 # What the backward pass of a layer finds saved; the rest it computes again.

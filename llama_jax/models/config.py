@@ -12,9 +12,7 @@ from llama_jax.config import Component, UserError
 from llama_jax.models.block import Block
 from llama_jax.models.compute import Compute
 from llama_jax.models.parts import EMBEDDING_STD, HeadBias
-from llama_jax.nn import FeedForward, Mixer, Norm, PositionBias, Positions
-from llama_jax.nn.dropout import check_rate
-from llama_jax.nn.parameters import Projection, child
+from llama_jax.nn import FeedForward, Mixer, Norm, PositionBias, Positions, Projection, check_rate, child
 
 # Of a sequence: int32 counts so far.
 NO_LIMIT = 2**31 - 1

@@ -13,9 +13,7 @@ from llama_jax.models.compute import Compute
 from llama_jax.models.config import TransformerConfig
 from llama_jax.models.parts import Embedding
 from llama_jax.models.transformer import Batch, Prediction, Transformer
-from llama_jax.nn.attention.context import unzigzag, zigzag
-from llama_jax.nn.masks import AttentionMask
-from llama_jax.nn.parameters import child
+from llama_jax.nn import AttentionMask, child, unzigzag, zigzag
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,12 +15,20 @@ from llama_jax.models.compute import Compute
 from llama_jax.models.config import TransformerConfig, full_score_flops
 from llama_jax.models.parts import Embedding
 from llama_jax.models.transformer import Batch, Prediction, Transformer
-from llama_jax.nn.attention.context import unzigzag, zigzag
-from llama_jax.nn.dropout import check_rate, dropout
-from llama_jax.nn.feed_forward import ACTIVATIONS, Activation
-from llama_jax.nn.masks import AttentionMask
-from llama_jax.nn.norms import Norm
-from llama_jax.nn.parameters import Projection, child, gather, matmul
+from llama_jax.nn import (
+    ACTIVATIONS,
+    Activation,
+    AttentionMask,
+    Norm,
+    Projection,
+    check_rate,
+    child,
+    dropout,
+    gather,
+    matmul,
+    unzigzag,
+    zigzag,
+)
 from llama_jax.parallel import shard
 
 # Parts that read the first token of a text alone.

@@ -24,10 +24,7 @@ from llama_jax.models.config import (
 )
 from llama_jax.models.parts import Embedding
 from llama_jax.models.transformer import Batch, Prediction, Transformer
-from llama_jax.nn import CrossAttention, PositionBias
-from llama_jax.nn.dropout import check_rate, dropout
-from llama_jax.nn.masks import AttentionMask
-from llama_jax.nn.parameters import child
+from llama_jax.nn import AttentionMask, CrossAttention, PositionBias, check_rate, child, dropout
 from llama_jax.parallel import mesh_axis_sizes, shard
 
 Cache = dict[str, Any]

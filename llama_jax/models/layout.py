@@ -17,7 +17,7 @@ from flax import nnx
 from llama_jax.models.block import Layers
 from llama_jax.models.compute import Compute
 from llama_jax.models.config import ModelConfig
-from llama_jax.nn.parameters import Buffer, child, seed_key
+from llama_jax.nn import Buffer, child, seed_key
 
 Params = dict[str, jax.Array]
 

@@ -14,9 +14,7 @@ from llama_jax.models.compute import REMAT_POLICIES, Compute
 from llama_jax.models.config import Pieces
 from llama_jax.models.decoder import Decoder, DecoderConfig
 from llama_jax.models.transformer import Batch, Prediction
-from llama_jax.nn.attention.context import unzigzag, zigzag
-from llama_jax.nn.masks import AttentionMask
-from llama_jax.nn.parameters import Projection, child
+from llama_jax.nn import AttentionMask, Projection, child, unzigzag, zigzag
 from llama_jax.parallel import shard
 
 STACK = "mtp_layers"

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from llama_jax.nn.parameters import buffer, lookup, parameter
+from llama_jax.nn import buffer, lookup, parameter
 
 # Of the embedding and the head: logits start near zero and the first loss near ln V.
 EMBEDDING_STD = 0.02

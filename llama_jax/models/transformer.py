@@ -12,9 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llama_jax.models.block import Aux, Layers
 from llama_jax.models.compute import Compute
 from llama_jax.models.config import TransformerConfig
-from llama_jax.nn.dropout import dropout
-from llama_jax.nn.masks import AttentionMask
-from llama_jax.nn.parameters import gather, matmul
+from llama_jax.nn import AttentionMask, dropout, gather, matmul
 from llama_jax.parallel import axes_of, shard
 
 type Batch = dict[str, jax.Array]

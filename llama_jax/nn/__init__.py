@@ -5,69 +5,79 @@ feed-forward is one file here, or one class in a notebook: derive the config fro
 it builds from `MixerModule` or `FeedForwardModule`.
 """
 
-from llama_jax.nn.absolute_positions import LearnedPositions, Positions, PositionsModule, SinusoidalPositions
-from llama_jax.nn.attention.cross import CrossAttention, CrossAttentionModule
-from llama_jax.nn.attention.grouped_query import GroupedQuery
-from llama_jax.nn.attention.kernels import attend
-from llama_jax.nn.attention.latent import LatentAttention
-from llama_jax.nn.attention.sparse import SparseLatentAttention
-from llama_jax.nn.experts import Experts, GShardRouter, Router, SigmoidTopK, SoftmaxTopK, SwitchRouter
-from llama_jax.nn.feed_forward import MLP, GatedLinearUnit, SwiGLU
-from llama_jax.nn.masks import AttentionMask
-from llama_jax.nn.mixer import FeedForward, FeedForwardModule, Mixer, MixerModule
-from llama_jax.nn.norms import LayerNorm, Norm, RMSNorm
-from llama_jax.nn.parameters import Projection, child, parameter, seed_key, seed_value, use
-from llama_jax.nn.position_bias import Alibi, PositionBias, PositionBiasModule, RelativeBias
-from llama_jax.nn.positions import LinearScaling, Llama3Scaling, NTKScaling, Rope, RopeScaling, YarnScaling
-from llama_jax.nn.recurrent import GRU, LSTM, BidirectionalRNN, ElmanRNN, NGram
-
-__all__ = [
-    "GRU",
-    "LSTM",
-    "MLP",
-    "Alibi",
-    "AttentionMask",
-    "BidirectionalRNN",
-    "CrossAttention",
-    "CrossAttentionModule",
-    "ElmanRNN",
-    "Experts",
-    "FeedForward",
-    "FeedForwardModule",
-    "GShardRouter",
-    "GatedLinearUnit",
-    "GroupedQuery",
-    "LatentAttention",
-    "LayerNorm",
-    "LearnedPositions",
-    "LinearScaling",
-    "Llama3Scaling",
-    "Mixer",
-    "MixerModule",
-    "NGram",
-    "NTKScaling",
-    "Norm",
-    "PositionBias",
-    "PositionBiasModule",
-    "Positions",
-    "PositionsModule",
-    "Projection",
-    "RMSNorm",
-    "RelativeBias",
-    "Rope",
-    "RopeScaling",
-    "Router",
-    "SigmoidTopK",
-    "SinusoidalPositions",
-    "SoftmaxTopK",
-    "SparseLatentAttention",
-    "SwiGLU",
-    "SwitchRouter",
-    "YarnScaling",
-    "attend",
-    "child",
-    "parameter",
-    "seed_key",
-    "seed_value",
-    "use",
-]
+from llama_jax.nn.absolute_positions import (
+    LearnedPositions as LearnedPositions,
+    Positions as Positions,
+    PositionsModule as PositionsModule,
+    SinusoidalPositions as SinusoidalPositions,
+)
+from llama_jax.nn.attention.context import unzigzag as unzigzag, zigzag as zigzag
+from llama_jax.nn.attention.cross import CrossAttention as CrossAttention, CrossAttentionModule as CrossAttentionModule
+from llama_jax.nn.attention.grouped_query import GroupedQuery as GroupedQuery
+from llama_jax.nn.attention.kernels import (
+    KERNELS as KERNELS,
+    Call as Call,
+    attend as attend,
+    calls_of_attend as calls_of_attend,
+    choose as choose,
+)
+from llama_jax.nn.attention.latent import LatentAttention as LatentAttention
+from llama_jax.nn.attention.sparse import SparseLatentAttention as SparseLatentAttention
+from llama_jax.nn.dropout import check_rate as check_rate, dropout as dropout
+from llama_jax.nn.experts.experts import Experts as Experts, ExpertsModule as ExpertsModule
+from llama_jax.nn.experts.routers import (
+    GShardRouter as GShardRouter,
+    Router as Router,
+    SigmoidTopK as SigmoidTopK,
+    SoftmaxTopK as SoftmaxTopK,
+    SwitchRouter as SwitchRouter,
+)
+from llama_jax.nn.feed_forward import (
+    ACTIVATIONS as ACTIVATIONS,
+    MLP as MLP,
+    Activation as Activation,
+    GatedLinearUnit as GatedLinearUnit,
+    SwiGLU as SwiGLU,
+)
+from llama_jax.nn.masks import AttentionMask as AttentionMask
+from llama_jax.nn.mixer import (
+    FeedForward as FeedForward,
+    FeedForwardModule as FeedForwardModule,
+    Mixer as Mixer,
+    MixerModule as MixerModule,
+)
+from llama_jax.nn.norms import LayerNorm as LayerNorm, Norm as Norm, RMSNorm as RMSNorm
+from llama_jax.nn.parameters import (
+    Buffer as Buffer,
+    Projection as Projection,
+    buffer as buffer,
+    child as child,
+    gather as gather,
+    lookup as lookup,
+    matmul as matmul,
+    parameter as parameter,
+    seed_key as seed_key,
+    seed_value as seed_value,
+    use as use,
+)
+from llama_jax.nn.position_bias import (
+    Alibi as Alibi,
+    PositionBias as PositionBias,
+    PositionBiasModule as PositionBiasModule,
+    RelativeBias as RelativeBias,
+)
+from llama_jax.nn.positions import (
+    LinearScaling as LinearScaling,
+    Llama3Scaling as Llama3Scaling,
+    NTKScaling as NTKScaling,
+    Rope as Rope,
+    RopeScaling as RopeScaling,
+    YarnScaling as YarnScaling,
+)
+from llama_jax.nn.recurrent import (
+    GRU as GRU,
+    LSTM as LSTM,
+    BidirectionalRNN as BidirectionalRNN,
+    ElmanRNN as ElmanRNN,
+    NGram as NGram,
+)

@@ -4,38 +4,19 @@ In: a mesh shape. Out: partition specs for parameters and activations, by the na
 axis is one line in `axes.LOGICAL_AXES`. `distributed` makes one program of several processes.
 """
 
-from llama_jax.parallel import distributed
+from llama_jax.parallel import distributed as distributed
 from llama_jax.parallel.axes import (
-    LOGICAL_AXES,
-    axes_of,
-    batch_parts,
-    einsum,
-    fitting,
-    mesh_axis_sizes,
-    platform,
-    replicate,
-    reshape,
-    shard,
-    spec,
-    split_over,
+    LOGICAL_AXES as LOGICAL_AXES,
+    axes_of as axes_of,
+    batch_parts as batch_parts,
+    einsum as einsum,
+    fitting as fitting,
+    mesh_axis_sizes as mesh_axis_sizes,
+    platform as platform,
+    replicate as replicate,
+    reshape as reshape,
+    shard as shard,
+    spec as spec,
+    split_over as split_over,
 )
-from llama_jax.parallel.mesh import MESH_AXES, MeshConfig, make_mesh
-
-__all__ = [
-    "LOGICAL_AXES",
-    "MESH_AXES",
-    "MeshConfig",
-    "axes_of",
-    "batch_parts",
-    "distributed",
-    "einsum",
-    "fitting",
-    "make_mesh",
-    "mesh_axis_sizes",
-    "platform",
-    "replicate",
-    "reshape",
-    "shard",
-    "spec",
-    "split_over",
-]
+from llama_jax.parallel.mesh import MESH_AXES as MESH_AXES, MeshConfig as MeshConfig, make_mesh as make_mesh

@@ -6,34 +6,22 @@ In: the configs of a run and the name of a topology. Out: memory, time and what 
 a GPU one in `gpu_target.py` too.
 """
 
-from llama_jax.planning.collectives import Collective, read_collectives
-from llama_jax.planning.compiled import CompiledStep, CompileRequest, DoesNotFit, Memory, compile_step
-from llama_jax.planning.estimate import Plan, SamplingPlan, estimate, estimate_sampling
-from llama_jax.planning.hardware import CHIPS, Topology
-from llama_jax.planning.hlo import Program
-from llama_jax.planning.report import Report
-from llama_jax.planning.search import Candidate, best_mesh, remedy, search
-from llama_jax.planning.workload import Workload
-
-__all__ = [
-    "CHIPS",
-    "Candidate",
-    "Collective",
-    "CompileRequest",
-    "CompiledStep",
-    "DoesNotFit",
-    "Memory",
-    "Plan",
-    "Program",
-    "Report",
-    "SamplingPlan",
-    "Topology",
-    "Workload",
-    "best_mesh",
-    "compile_step",
-    "estimate",
-    "estimate_sampling",
-    "read_collectives",
-    "remedy",
-    "search",
-]
+from llama_jax.planning.collectives import Collective as Collective, read_collectives as read_collectives
+from llama_jax.planning.compiled import (
+    CompiledStep as CompiledStep,
+    CompileRequest as CompileRequest,
+    DoesNotFit as DoesNotFit,
+    Memory as Memory,
+    compile_step as compile_step,
+)
+from llama_jax.planning.estimate import (
+    Plan as Plan,
+    SamplingPlan as SamplingPlan,
+    estimate as estimate,
+    estimate_sampling as estimate_sampling,
+)
+from llama_jax.planning.hardware import CHIPS as CHIPS, Topology as Topology
+from llama_jax.planning.hlo import Program as Program
+from llama_jax.planning.report import Report as Report
+from llama_jax.planning.search import Candidate as Candidate, best_mesh as best_mesh, remedy as remedy, search as search
+from llama_jax.planning.workload import Workload as Workload

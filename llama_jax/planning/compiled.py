@@ -28,8 +28,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from llama_jax.config import UserError, from_json, to_json
-from llama_jax.models import Compute, ModelConfig, abstract_params
-from llama_jax.models.layout import buffers
+from llama_jax.models import Compute, ModelConfig, abstract_params, buffers
 from llama_jax.parallel import MeshConfig, make_mesh, spec
 from llama_jax.planning.collectives import SLICE_IDS, Collective, read_collectives
 from llama_jax.planning.gpu_target import GPU_TARGETS

@@ -12,7 +12,7 @@ import math
 import re
 
 from llama_jax.config import UserError
-from llama_jax.training.flops import PEAK_FLOPS
+from llama_jax.training import PEAK_FLOPS
 
 MIB, GIB = 2**20, 2**30
 

@@ -14,8 +14,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from llama_jax.config import UserError
 from llama_jax.models import Compute, ModelConfig
-from llama_jax.nn import Projection
-from llama_jax.nn.experts.experts import ExpertsModule
+from llama_jax.nn import ExpertsModule, Projection
 from llama_jax.parallel import MeshConfig, batch_parts, mesh_axis_sizes, spec, split_over
 from llama_jax.training import OptimizerConfig
 

@@ -4,21 +4,18 @@ In: a `RunConfig` and a directory. Out: the same directory with metrics, checkpo
 log is a line in `training.py`; a new place to log to is a class in `reporting.py`.
 """
 
-from llama_jax.run.config import LoggingConfig, ProfileConfig, ResumeConfig, RunConfig, load_config
-from llama_jax.run.directory import Run, open_run
-from llama_jax.run.planning import plan
-from llama_jax.run.training import Preempted, RunFailed, train
-
-__all__ = [
-    "LoggingConfig",
-    "Preempted",
-    "ProfileConfig",
-    "ResumeConfig",
-    "Run",
-    "RunConfig",
-    "RunFailed",
-    "load_config",
-    "open_run",
-    "plan",
-    "train",
-]
+from llama_jax.run.directory import Run as Run, open_run as open_run
+from llama_jax.run.planning import (
+    PLAN_OPTIONS as PLAN_OPTIONS,
+    PLAN_USAGE as PLAN_USAGE,
+    plan as plan,
+    plan_command as plan_command,
+)
+from llama_jax.run.training import Preempted as Preempted, RunFailed as RunFailed, train as train
+from llama_jax.run_config import (
+    LoggingConfig as LoggingConfig,
+    ProfileConfig as ProfileConfig,
+    ResumeConfig as ResumeConfig,
+    RunConfig as RunConfig,
+    load_config as load_config,
+)

@@ -10,22 +10,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_jax.checkpoint.language_model import (
+from llama_jax.checkpoint import (
     CHECKPOINTS_DIRECTORY,
+    COMMIT_FILE,
     CONFIG_FILE,
     TOKENIZER_DIRECTORY,
+    CheckpointStore,
     LanguageModel,
     MeshLike,
     load,
+    run_files,
+    whole_steps,
 )
-from llama_jax.checkpoint.store import CheckpointStore
-from llama_jax.checkpoint.stored import COMMIT_FILE, run_files, whole_steps
 from llama_jax.config import UserError, from_json, leaves, read_json, to_json
-from llama_jax.data import Batches, Dataset, Vocabulary, prepare_dataset
-from llama_jax.data.windows import Batch
+from llama_jax.data import Batch, Batches, Dataset, Vocabulary, prepare_dataset
 from llama_jax.models import EncoderDecoderConfig
 from llama_jax.remote import as_local, local_copy, url_of
-from llama_jax.run.config import RunConfig
+from llama_jax.run_config import RunConfig
 from llama_jax.tokenizers import Tokenizer, load_saved_tokenizer, load_tokenizer
 from llama_jax.training import learning_rate
 

@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama_jax.checkpoint.language_model import config_of, load
+from llama_jax.checkpoint import config_of, load
 from llama_jax.config import UserError
-from llama_jax.models import ModelConfig, abstract_params, initialize
-from llama_jax.models.layout import Params
-from llama_jax.run.config import RunConfig
+from llama_jax.models import ModelConfig, Params, abstract_params, initialize
+from llama_jax.run_config import RunConfig
 
 EMBEDDING = "embedding.weight"
 NAMED = 8  # parameters that a line names

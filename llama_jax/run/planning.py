@@ -25,7 +25,7 @@ from llama_jax.planning import (
     remedy,
     search,
 )
-from llama_jax.run.config import RunConfig
+from llama_jax.run_config import RunConfig
 
 # How JAX names the kinds of devices that the planner knows; the longer of two with one beginning first.
 DEVICE_KINDS = {

@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_jax.checkpoint.language_model import CONFIG_FILE, TOKENIZER_DIRECTORY
+from llama_jax.checkpoint import CONFIG_FILE, TOKENIZER_DIRECTORY
 from llama_jax.config import UserError
-from llama_jax.data import DataConfig, Dataset, Vocabulary, prepare_dataset, read_texts
-from llama_jax.data.objectives import SequenceToSequence
+from llama_jax.data import DataConfig, Dataset, SequenceToSequence, Vocabulary, prepare_dataset, read_texts
 from llama_jax.models import EncoderDecoderConfig
 from llama_jax.parallel import MeshConfig
-from llama_jax.run.config import RunConfig
 from llama_jax.run.directory import Run, check_directory
 from llama_jax.run.initial import inheritance
 from llama_jax.run.reporting import Bar, check_writers
+from llama_jax.run_config import RunConfig
 from llama_jax.sampling import encode_prompt
 from llama_jax.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer, with_document_rule
 

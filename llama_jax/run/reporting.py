@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from llama_jax.config import UserError, to_json
 from llama_jax.remote import with_urls
-from llama_jax.run.config import LoggingConfig
 from llama_jax.run.directory import METRICS_FILE, Run, write_text
+from llama_jax.run_config import LoggingConfig
 
 Metrics = dict[str, Any]
 WANDB_FILE = "wandb_id.txt"

@@ -11,8 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from llama_jax.checkpoint.language_model import CHECKPOINTS_DIRECTORY, CONFIG_FILE
-from llama_jax.checkpoint.stored import COMMIT_FILE, run_files, step_of, whole_steps
+from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, COMMIT_FILE, CONFIG_FILE, run_files, step_of, whole_steps
 from llama_jax.config import UserError
 from llama_jax.parallel import distributed
 from llama_jax.remote import Mirror, as_local

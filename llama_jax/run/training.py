@@ -14,19 +14,17 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from llama_jax.checkpoint.language_model import CHECKPOINTS_DIRECTORY, CONFIG_FILE
-from llama_jax.checkpoint.store import CheckpointStore, SaveFailed
-from llama_jax.data import Dataset, ValidationBatches
-from llama_jax.data.windows import Batch
+from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, CONFIG_FILE, CheckpointStore, SaveFailed
+from llama_jax.data import Batch, Dataset, ValidationBatches
 from llama_jax.models import EncoderDecoderConfig, abstract_params, buffers
 from llama_jax.parallel import distributed, make_mesh, mesh_axis_sizes, platform
-from llama_jax.run.config import RunConfig
 from llama_jax.run.directory import METRICS_FILE, SAMPLES_FILE, Run, start_run, write_text
 from llama_jax.run.initial import first_params
 from llama_jax.run.planning import mesh_of
 from llama_jax.run.preparing import check_shared, open_dataset, prepare
 from llama_jax.run.reporting import Bar, JsonLines, TensorBoard, WeightsAndBiases, Writer
 from llama_jax.run.stored import StoredRun, local_run
+from llama_jax.run_config import RunConfig
 from llama_jax.sampling import generate_text
 from llama_jax.training import (
     PreflightFailed,

@@ -5,9 +5,13 @@ function of logits in `processors.py` and a field of its `Sampler`; what a model
 in `controls.py`. A conversation becomes a prompt in `chat.py`.
 """
 
-from llama_jax.sampling.chat import chat
-from llama_jax.sampling.generate import generate
-from llama_jax.sampling.processors import Sampler
-from llama_jax.sampling.text import Completion, complete, encode_prompt, generate_text, stream_text
-
-__all__ = ["Completion", "Sampler", "chat", "complete", "encode_prompt", "generate", "generate_text", "stream_text"]
+from llama_jax.sampling.chat import chat as chat
+from llama_jax.sampling.generate import generate as generate
+from llama_jax.sampling.processors import Sampler as Sampler
+from llama_jax.sampling.text import (
+    Completion as Completion,
+    complete as complete,
+    encode_prompt as encode_prompt,
+    generate_text as generate_text,
+    stream_text as stream_text,
+)

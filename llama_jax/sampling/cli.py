@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 
-from llama_jax.checkpoint.language_model import LanguageModel, load
+from llama_jax.checkpoint import LanguageModel, load
 from llama_jax.config import UserError
 from llama_jax.models import EncoderDecoderConfig
 from llama_jax.sampling.chat import built_in, encoded_chat

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from llama_jax.checkpoint.generation import GenerationSettings
+from llama_jax.checkpoint import GenerationSettings
 from llama_jax.config import UserError
 from llama_jax.parallel import shard
 

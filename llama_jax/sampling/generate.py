@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llama_jax.checkpoint.generation import GenerationSettings
-from llama_jax.checkpoint.language_model import LanguageModel
+from llama_jax.checkpoint import GenerationSettings, LanguageModel
 from llama_jax.config import UserError
 from llama_jax.models import EncoderDecoderConfig, Model, ModelConfig
 from llama_jax.sampling.controls import Controls

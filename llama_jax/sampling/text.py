@@ -6,8 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from llama_jax.checkpoint.generation import default_stops
-from llama_jax.checkpoint.language_model import LanguageModel
+from llama_jax.checkpoint import LanguageModel, default_stops
 from llama_jax.config import UserError
 from llama_jax.models import EncoderDecoderConfig, ModelConfig
 from llama_jax.sampling.generate import checked_prompts, continued

@@ -6,16 +6,13 @@ defaults of a class of transformers are one entry of `settings.CLASSES`; a new k
 `training.py`. `textbook.py` has the algorithms as the papers have them, for notebooks.
 """
 
-from llama_jax.tokenizers.base import TextStream, Tokenizer
-from llama_jax.tokenizers.loading import load_saved_tokenizer, load_tokenizer, with_document_rule
-from llama_jax.tokenizers.training import TokenizerConfig, train_tokenizer
-
-__all__ = [
-    "TextStream",
-    "Tokenizer",
-    "TokenizerConfig",
-    "load_saved_tokenizer",
-    "load_tokenizer",
-    "train_tokenizer",
-    "with_document_rule",
-]
+from llama_jax.tokenizers.base import TEMPLATE_FILE as TEMPLATE_FILE, TextStream as TextStream, Tokenizer as Tokenizer
+from llama_jax.tokenizers.loading import (
+    FILE_NAMES as FILE_NAMES,
+    load_saved_tokenizer as load_saved_tokenizer,
+    load_tokenizer as load_tokenizer,
+    with_document_rule as with_document_rule,
+)
+from llama_jax.tokenizers.protobuf import read_varint as read_varint
+from llama_jax.tokenizers.settings import settings_of as settings_of
+from llama_jax.tokenizers.training import TokenizerConfig as TokenizerConfig, train_tokenizer as train_tokenizer

@@ -4,32 +4,23 @@ In: a model config, a `TrainState` and a batch. Out: the next state and its metr
 `optimizer.make_optimizer`; hyper-parameters are traced, so that a sweep does not compile again.
 """
 
-from llama_jax.training.flops import peak_flops, train_flops_per_token
-from llama_jax.training.kernel_check import PreflightFailed, preflight
-from llama_jax.training.losses import cross_entropy
-from llama_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from llama_jax.training.step import (
-    CPU_COMPILER_OPTIONS,
-    TrainState,
-    compiler_options,
-    init_state,
-    make_eval_step,
-    make_train_step,
+from llama_jax.training.flops import (
+    PEAK_FLOPS as PEAK_FLOPS,
+    peak_flops as peak_flops,
+    train_flops_per_token as train_flops_per_token,
 )
-
-__all__ = [
-    "CPU_COMPILER_OPTIONS",
-    "OptimizerConfig",
-    "PreflightFailed",
-    "TrainState",
-    "compiler_options",
-    "cross_entropy",
-    "init_state",
-    "learning_rate",
-    "make_eval_step",
-    "make_optimizer",
-    "make_train_step",
-    "peak_flops",
-    "preflight",
-    "train_flops_per_token",
-]
+from llama_jax.training.kernel_check import PreflightFailed as PreflightFailed, preflight as preflight
+from llama_jax.training.losses import cross_entropy as cross_entropy
+from llama_jax.training.optimizer import (
+    OptimizerConfig as OptimizerConfig,
+    learning_rate as learning_rate,
+    make_optimizer as make_optimizer,
+)
+from llama_jax.training.step import (
+    CPU_COMPILER_OPTIONS as CPU_COMPILER_OPTIONS,
+    TrainState as TrainState,
+    compiler_options as compiler_options,
+    init_state as init_state,
+    make_eval_step as make_eval_step,
+    make_train_step as make_train_step,
+)

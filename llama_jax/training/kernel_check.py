@@ -9,9 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.models import Compute, ModelConfig, abstract_params
-from llama_jax.nn.attention.context import unzigzag, zigzag
-from llama_jax.nn.attention.kernels import Call, attend, calls_of_attend, choose
-from llama_jax.nn.masks import AttentionMask
+from llama_jax.nn import AttentionMask, Call, attend, calls_of_attend, choose, unzigzag, zigzag
 from llama_jax.parallel import axes_of, mesh_axis_sizes, replicate, shard
 from llama_jax.training.step import Batch, predict
 

@@ -9,12 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llama_jax.models import Compute, ModelConfig, Prediction, assemble, buffers
-from llama_jax.models.block import OF, STATISTIC
-from llama_jax.models.layout import Params
-from llama_jax.nn import seed_key
-from llama_jax.nn.attention.context import zigzag
-from llama_jax.nn.experts import Experts
+from llama_jax.models import OF, STATISTIC, Compute, ModelConfig, Params, Prediction, assemble, buffers
+from llama_jax.nn import Experts, seed_key, zigzag
 from llama_jax.parallel import reshape, shard
 from llama_jax.training.losses import cross_entropy
 from llama_jax.training.optimizer import Hyper, learning_rate, make_optimizer

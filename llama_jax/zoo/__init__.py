@@ -22,6 +22,7 @@ import numpy as np
 from llama_jax.config import UserError
 from llama_jax.models import ModelConfig
 from llama_jax.zoo import reading
+from llama_jax.zoo.reading import without_keys as without_keys
 
 _PAIRS = ("two", "half")  # axes of two entries
 

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from llama_jax.models.encoder_decoder import EncoderDecoderConfig
+from llama_jax.models import EncoderDecoderConfig
 from llama_jax.nn import MLP, GroupedQuery, LearnedPositions
 from llama_jax.zoo import Weight
 from llama_jax.zoo.reading import ConfigReader, checked, expect, read_activation, write_activation

@@ -5,10 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama_jax.config import UserError
-from llama_jax.models.decoder import DecoderConfig
-from llama_jax.nn.attention.grouped_query import GroupedQuery
-from llama_jax.nn.feed_forward import SwiGLU
-from llama_jax.nn.norms import RMSNorm
+from llama_jax.models import DecoderConfig
+from llama_jax.nn import GroupedQuery, RMSNorm, SwiGLU
 from llama_jax.zoo import Weight
 from llama_jax.zoo.glm import glm
 from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect

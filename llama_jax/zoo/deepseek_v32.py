@@ -7,8 +7,7 @@ from typing import Any
 from llama_jax.models import MTPDecoderConfig
 from llama_jax.nn import LatentAttention, SparseLatentAttention
 from llama_jax.zoo import Weight, deepseek_v2, deepseek_v3
-from llama_jax.zoo.deepseek_v3 import TIED as TIED
-from llama_jax.zoo.deepseek_v3 import with_tensors as with_tensors
+from llama_jax.zoo.deepseek_v3 import TIED as TIED, with_tensors as with_tensors
 from llama_jax.zoo.reading import checked
 
 

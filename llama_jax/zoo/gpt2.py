@@ -4,11 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama_jax.config import UserError
-from llama_jax.models.decoder import DecoderConfig
-from llama_jax.nn.absolute_positions import LearnedPositions
-from llama_jax.nn.attention.grouped_query import GroupedQuery
-from llama_jax.nn.feed_forward import MLP, Activation
-from llama_jax.nn.norms import LayerNorm
+from llama_jax.models import DecoderConfig
+from llama_jax.nn import MLP, Activation, GroupedQuery, LayerNorm, LearnedPositions
 from llama_jax.zoo import Weight
 from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect, read_activation, write_activation
 

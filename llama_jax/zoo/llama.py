@@ -7,11 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama_jax.config import UserError
-from llama_jax.models.decoder import DecoderConfig
-from llama_jax.nn.attention.grouped_query import GroupedQuery
-from llama_jax.nn.feed_forward import SwiGLU
-from llama_jax.nn.norms import RMSNorm
-from llama_jax.nn.positions import Llama3Scaling, Rope, RopeScaling
+from llama_jax.models import DecoderConfig
+from llama_jax.nn import GroupedQuery, Llama3Scaling, RMSNorm, Rope, RopeScaling, SwiGLU
 from llama_jax.zoo import Weight
 from llama_jax.zoo.known_keys import is_off
 from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect, read_activation, read_rope, typed, write_rope

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from llama_jax.config import UserError
-from llama_jax.models.encoder_decoder import EncoderDecoderConfig
+from llama_jax.models import EncoderDecoderConfig
 from llama_jax.nn import SinusoidalPositions
 from llama_jax.zoo import bart
 from llama_jax.zoo.reading import ConfigReader, checked

@@ -6,8 +6,7 @@ from typing import Any
 
 from llama_jax.config import UserError
 from llama_jax.models import DecoderConfig
-from llama_jax.nn import Experts, GroupedQuery, RMSNorm, Rope, SoftmaxTopK
-from llama_jax.nn.positions import RopeScaling
+from llama_jax.nn import Experts, GroupedQuery, RMSNorm, Rope, RopeScaling, SoftmaxTopK
 from llama_jax.zoo import Weight, llama
 from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect, read_activation, read_rope, write_rope
 

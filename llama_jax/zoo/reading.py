@@ -6,8 +6,7 @@ from typing import Any
 
 from llama_jax.config import UserError
 from llama_jax.models import ModelConfig
-from llama_jax.nn.feed_forward import Activation
-from llama_jax.nn.positions import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+from llama_jax.nn import Activation, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 from llama_jax.zoo.known_keys import is_off, origin
 
 _MISSING: Any = object()

@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from llama_jax.config import UserError
-from llama_jax.models.encoder import EncoderConfig
-from llama_jax.nn.absolute_positions import LearnedPositions
+from llama_jax.models import EncoderConfig
+from llama_jax.nn import LearnedPositions
 from llama_jax.zoo.bert import (
     BASE,
     LARGE,

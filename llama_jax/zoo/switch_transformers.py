@@ -3,10 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from llama_jax.models.config import LayerOverride
-from llama_jax.models.encoder_decoder import EncoderDecoderConfig
-from llama_jax.nn import MLP
-from llama_jax.nn.experts import Experts, SwitchRouter
+from llama_jax.models import EncoderDecoderConfig, LayerOverride
+from llama_jax.nn import MLP, Experts, SwitchRouter
 from llama_jax.zoo import Weight
 from llama_jax.zoo.reading import ConfigReader, checked, expect
 from llama_jax.zoo.t5 import ALIASES, IGNORED, TIED, plain, read_shape, t5, weights, write_shape

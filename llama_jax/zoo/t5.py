@@ -9,8 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from llama_jax.config import UserError
-from llama_jax.models.config import LayerOverride
-from llama_jax.models.encoder_decoder import EncoderDecoderConfig
+from llama_jax.models import EncoderDecoderConfig, LayerOverride
 from llama_jax.nn import MLP, CrossAttention, FeedForward, GatedLinearUnit, GroupedQuery, RelativeBias, RMSNorm
 from llama_jax.zoo import Weight
 from llama_jax.zoo.reading import ConfigReader, checked, expect

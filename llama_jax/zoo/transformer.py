@@ -7,11 +7,18 @@ million parameters, where it says 65 and 213.
 from typing import Any, Literal
 
 from llama_jax.config import UserError
-from llama_jax.models.config import LayerOverride
-from llama_jax.models.encoder_decoder import EncoderDecoderConfig
-from llama_jax.nn import MLP, CrossAttention, FeedForward, GroupedQuery, LayerNorm, Mixer, Positions
-from llama_jax.nn.absolute_positions import SinusoidalPositions
-from llama_jax.nn.feed_forward import Activation
+from llama_jax.models import EncoderDecoderConfig, LayerOverride
+from llama_jax.nn import (
+    MLP,
+    Activation,
+    CrossAttention,
+    FeedForward,
+    GroupedQuery,
+    LayerNorm,
+    Mixer,
+    Positions,
+    SinusoidalPositions,
+)
 
 
 def transformer(

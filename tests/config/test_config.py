@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from llama_jax import config as machinery
 from llama_jax.config import UserError, choices, find_config, from_json, leaves, load_config_module, override, to_json

@@ -20,8 +20,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 from file_kinds import as_example, write_array_record
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from llama_jax.config import UserError
 from llama_jax.data import DataConfig

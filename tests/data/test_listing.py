@@ -6,8 +6,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from llama_jax.config import UserError
 from llama_jax.data import DataConfig

@@ -4,8 +4,7 @@ import collections
 from fractions import Fraction
 
 import numpy as np
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from llama_jax.data.mixture import BLOCK, Mixture, Schedule
 

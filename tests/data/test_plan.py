@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from llama_jax.data.objectives import BlankFilling, Causal, MaskedLM, Objective, ParallelText, SpanCorruption
 from llama_jax.data.plan import Plan, plan_rows

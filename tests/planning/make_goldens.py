@@ -19,8 +19,12 @@ sys.path.insert(0, str(FOLDER.parents[1]))
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from jax.sharding import AxisType, Mesh, NamedSharding  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
+from jax.sharding import (  # noqa: E402
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec as P,
+)
 
 from llama_jax.config import to_json  # noqa: E402
 from llama_jax.models import Compute, DecoderConfig  # noqa: E402

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from llama_jax.tokenizers import textbook
 from llama_jax.tokenizers.textbook import (

@@ -13,8 +13,7 @@ import directories
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from llama_jax.config import UserError

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from llama_jax.config import UserError

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from llama_jax.config import Component, UserError
-from llama_jax.tokenizers.base import Tokenizer
+from llama_jax.tokenizers import Tokenizer
 
 type Example = dict[str, np.ndarray]
 """Arrays, one entry a position. Names that begin with `source_` are the encoder's stream, all others the (target)

@@ -14,7 +14,7 @@ from llama_jax.data.files import open_file
 from llama_jax.data.readers.record import NOT_JSON, NOT_UTF8, TOO_LONG, BadRecord, Item, as_record
 from llama_jax.data.readers.units import Unit
 from llama_jax.remote import is_remote
-from llama_jax.tokenizers.protobuf import read_varint
+from llama_jax.tokenizers import read_varint
 
 BATCH_RECORDS = 64
 

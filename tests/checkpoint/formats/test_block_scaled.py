@@ -5,8 +5,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from llama_jax.checkpoint.formats import Tensor
 from llama_jax.checkpoint.formats.block_scaled import BlockScaled, block_scaled

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from llama_jax.checkpoint.formats import Joined, Stored
 from llama_jax.checkpoint.formats.llama2c import is_llama2c, read_llama2c

@@ -6,8 +6,7 @@ import itertools
 import numpy as np
 import objective_cases as cases
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from objective_cases import BOS, CASES, EOP, EOS, HOLE, MASK, PAD, SOP, STOP, VOCABULARY, X0, X1
 
 from llama_jax.config import UserError, choices, field_docs, field_types

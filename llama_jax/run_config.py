@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_jax.checkpoint.store import CheckpointConfig
+from llama_jax.checkpoint import CheckpointConfig
 from llama_jax.config import UserError, leaves, load_config_module, override
-from llama_jax.data import DataConfig
-from llama_jax.data.objectives import Classification
+from llama_jax.data import Classification, DataConfig
 from llama_jax.models import Compute, EncoderDecoderConfig, ModelConfig
 from llama_jax.nn import seed_value
 from llama_jax.parallel import MeshConfig, batch_parts
