@@ -16,9 +16,10 @@ from jax.experimental import multihost_utils
 
 from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, CONFIG_FILE, CheckpointStore, SaveFailed
 from llama_jax.data import Batch, Dataset, ValidationBatches
+from llama_jax.files import write_text
 from llama_jax.models import abstract_params, buffers
 from llama_jax.parallel import distributed, make_mesh, mesh_axis_sizes, platform
-from llama_jax.run.directory import METRICS_FILE, SAMPLES_FILE, Run, start_run, write_text
+from llama_jax.run.directory import METRICS_FILE, SAMPLES_FILE, Run, start_run
 from llama_jax.run.initial import first_params
 from llama_jax.run.planning import mesh_of
 from llama_jax.run.preparing import check_shared, open_dataset, prepare
