@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from tables import markdown
+from markdown_table import markdown
 from zoo_table import title
 
 from llama_jax import zoo

@@ -4,11 +4,11 @@ import dataclasses
 import functools
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from compiled_plans import COMPILED, LONG, PLANS, README_PLANS, TUNED_ON, compiled_memory, plan
+from markdown_table import markdown
 
 import llama_jax
 from llama_jax.models import Compute
@@ -19,14 +19,6 @@ from llama_jax.planning.report import duration, gib, mesh_text
 from llama_jax.training import OptimizerConfig, train_flops_per_token
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def markdown(header: str, rows: Iterable[Sequence[Any]]) -> str:
-    """A table. Columns are separated by `|` in the header, and one that ends with `>` is aligned to the right."""
-    names = header.split("|")
-    rule = "|".join("---:" if name.endswith(">") else "---" for name in names)
-    lines = [f"| {' | '.join(name.removesuffix('>') for name in names)} |", f"|{rule}|"]
-    return "\n".join([*lines, *(f"| {' | '.join(map(str, cells))} |" for cells in rows)])
 
 
 def plans_table() -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from tables import markdown
+from markdown_table import markdown
 
 import llama_jax
 from llama_jax import zoo
