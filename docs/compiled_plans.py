@@ -1,8 +1,8 @@
-"""Compiles train steps for machines that are not here, and keeps what XLA says of them beside this file.
+"""Compile train steps for machines that are not available, and keep XLA's figures in compiled_plans.json.
 
-`python docs/compiled_plans.py` compiles what compiled_plans.json does not have yet; with words on the command line, the
-plans in whose command all of them occur, again. It needs libtpu and JAX's CUDA plugin (extras `plan` and `plan-gpu`),
-neither a TPU nor a GPU, and one to five minutes a plan.
+`python docs/compiled_plans.py` compiles the plans that compiled_plans.json lacks; with words on the command line, it
+compiles again the plans whose command has all of them. It needs libtpu and JAX's CUDA plugin (extras `plan` and
+`plan-gpu`), neither a TPU nor a GPU, and one to five minutes a plan.
 """
 
 import importlib.metadata
@@ -22,7 +22,7 @@ COMPILED: dict[str, dict[str, Any]] = json.loads(FILE.read_text("utf-8")) if FIL
 BLOCKWISE = "--compute.attention-kernel blockwise"  # cuDNN's cannot be compiled without its GPU
 LONG = "--sequence-length 131072 --model.max-positions 131072 --global-batch-size 32"
 
-# What follows `python -m llama_jax plan`. The README's: 4M tokens a batch, and `remat full` as the configs have.
+# Arguments of `python -m llama_jax plan`. The README's: 4M tokens a batch, and `remat full` as the configs have.
 README_PLANS = {
     "llama2_7b --topology v5e:8x8 --optimizer.accumulation-steps 4": "Llama-2 7B",
     "llama2_7b --topology v5e:16x16": "Llama-2 7B",
