@@ -7,7 +7,7 @@ AdamW 0.9/0.95, weight decay 0.1, clipping at 1.0, 2000 warm-up steps to 4.2e-4,
 of the tokens; here a cosine goes there. Where a batch does not fit, --optimizer.accumulation-steps computes it in parts
 with the same result; --mesh.expert splits the experts.
 
-Cost: 15,706,484,224 parameters, of which a token meets 2.4 billion; 301,996 steps, 9.35e22 FLOPs without recomputation.
+Cost: 15,706,484,224 parameters, of which a token uses 2.4 billion; 301,996 steps, 9.35e22 FLOPs without recomputation.
 Expected result: not run to the end with this package; nothing is claimed.
 
 Without --tokenizer.path a byte-level BPE of 102,400 tokens is trained on the corpus.

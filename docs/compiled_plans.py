@@ -73,14 +73,14 @@ PLANS = [*README_PLANS, *MORE_PLANS]
 
 
 def plan(command: str, *, compile: bool = False) -> Report:
-    """What `python -m llama_jax plan COMMAND` finds."""
+    """Return the report of `python -m llama_jax plan COMMAND`."""
     (name,), options, _ = _parse(shlex.split(command))
     topology = options.pop("topology")
     return llama_jax.plan(llama_jax.load_config(name, options), topology, compile=compile)
 
 
 def summary(step: CompiledStep) -> dict[str, Any]:
-    """What is kept of a compiled step: `collectives` are bytes that a chip sends in a step, by kind and axes."""
+    """Return the kept figures of a compiled step; `collectives` are bytes that a chip sends in a step, by kind."""
     sent: dict[str, dict[str, int]] = {}
     for collective in step.collectives:
         entry = sent.setdefault(collective.label, {"bytes": 0, "overlapped": 0})
@@ -96,12 +96,12 @@ def summary(step: CompiledStep) -> dict[str, Any]:
 
 
 def compiled_memory(command: str) -> Memory:
-    """What XLA said of a plan's memory."""
+    """Return XLA's figures of a plan's memory."""
     return from_json(Memory, COMPILED[command]["memory"])
 
 
 def main() -> None:
-    """Compiles and writes, plan by plan."""
+    """Compile and write, plan by plan."""
     chosen = [p for p in PLANS if all(word in p for word in sys.argv[1:])] if sys.argv[1:] else PLANS
     for command in chosen:
         if command in COMPILED and not sys.argv[1:]:

@@ -87,7 +87,7 @@ class Recorder:
 
 
 def stack(frame: FrameType | None) -> Iterator[FrameType]:
-    """The frame and those that called it, innermost first."""
+    """Iterate over a frame and its callers, innermost first."""
     while frame is not None:
         yield frame
         frame = frame.f_back
@@ -203,7 +203,7 @@ def measure() -> dict[str, Any]:
 
 
 def tables(measures: dict[str, Any]) -> str:
-    """The measures as the page shows them."""
+    """Return the measures as the page shows them."""
     both = {*measures["to_loss"], *measures["to_token"]}
     passed = [
         ("files from text to loss", len(measures["to_loss"])),
@@ -226,7 +226,7 @@ def tables(measures: dict[str, Any]) -> str:
 
 
 def written(measures: dict[str, Any]) -> str:
-    """The page with the tables of these measures."""
+    """Return the page with the tables of these measures."""
     text = PAGE.read_text("utf-8")
     block = f"{BEGIN}\n{tables(measures)}\n{END}"
     text, count = re.subn(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: block, text, flags=re.DOTALL)

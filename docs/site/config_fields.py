@@ -16,7 +16,7 @@ class ConfigFields(griffe.Extension):
 
 
 def with_section(text: str, fields: set[str]) -> str:
-    """The docstring with `Attributes:` before each run of lines about `fields`, and these indented."""
+    """Return the docstring with `Attributes:` before each run of lines about `fields`, and these indented."""
     lines: list[str] = []
     inside = False
     for line in text.splitlines():

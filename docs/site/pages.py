@@ -50,14 +50,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def api_page(package: str) -> str:
-    """A page with the docstring of a package or module and those of what it exports."""
+    """Return a page with the docstring of a package or module and those of what it exports."""
     parts = [f"# {package}\n\n::: {package}\n    options:\n      members: false\n      show_root_heading: false\n"]
     parts += [f"::: {package}.{name}\n" for name in exported(package)]
     return "\n".join(parts)
 
 
 def exported(package: str) -> list[str]:
-    """Names that a package exports (`from m import A as A`, in its stub where it has one), or a module defines."""
+    """Return the names that a package exports (`from m import A as A`, in its stub where it has one), or a module defines."""
     path = ROOT.joinpath(*package.split("."))
     file = next(f for f in (path / "__init__.pyi", path / "__init__.py", path.with_suffix(".py")) if f.is_file())
     names = []
