@@ -57,7 +57,7 @@ def api_page(package: str) -> str:
 
 
 def exported(package: str) -> list[str]:
-    """Return the names that a package exports (`from m import A as A`, in its stub where it has one), or a module defines."""
+    """Return the names that a package exports (in its stub where it has one), or that a module defines."""
     path = ROOT.joinpath(*package.split("."))
     file = next(f for f in (path / "__init__.pyi", path / "__init__.py", path.with_suffix(".py")) if f.is_file())
     names = []
