@@ -167,7 +167,7 @@ def check_directory(run: Run) -> list[str]:
     if not (directory / CONFIG_FILE).exists():
         if directory.exists() and not directory.is_dir():
             raise UserError(f"'{directory}' is a file: give another --run-dir")
-        if directory.is_dir() and any(not file.name.endswith(_PARTIAL) for file in directory.iterdir()):
+        if directory.is_dir() and any(".partial" not in file.name for file in directory.iterdir()):
             raise UserError(f"'{directory}' is not empty and not a run: give another --run-dir")
         return []
     before = open_run(directory, run.components)
