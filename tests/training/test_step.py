@@ -13,7 +13,7 @@ from llama_jax.models import Compute, DecoderConfig, initialize
 from llama_jax.nn import Experts, SoftmaxTopK
 from llama_jax.parallel import make_mesh
 from llama_jax.run.training import to_devices
-from llama_jax.training import AdamW, TrainState, init_state, make_eval_step, make_train_step
+from llama_jax.training import AdamW, Hyper, TrainState, init_state, make_eval_step, make_train_step
 
 ROWS, LENGTH = 8, 16
 OPTIMIZER = AdamW(learning_rate=0.01, warmup_steps=2, z_loss=1e-2)
