@@ -8,7 +8,6 @@ from zoo_table import title
 
 from llama_jax import zoo
 from llama_jax.checkpoint import catalog, generation
-from llama_jax.data.readers import content, units
 from llama_jax.tokenizers import settings
 from llama_jax.tokenizers.loading import FILE_NAMES
 
@@ -56,13 +55,13 @@ def tokenizer_classes() -> str:
 
 def text_files() -> str:
     """Kinds of text files by name."""
-    rows = [(kind.replace("_", " "), _code([pattern.pattern])) for pattern, kind in units.KINDS]
+    rows = [(kind.replace("_", " "), _code([pattern.pattern])) for pattern, kind in records.KINDS]
     return markdown("kind|names (patterns, in any case); all others are text", rows)
 
 
 def other_contents() -> str:
     """What is told by a file's first bytes and refused, or passed over where a directory brought it."""
-    return markdown("begins like|what to do", dict.fromkeys((what, advice) for _, _, what, advice in content.MAGIC))
+    return markdown("begins like|what to do", dict.fromkeys((what, advice) for _, _, what, advice in opening.MAGIC))
 
 
 def page() -> str:

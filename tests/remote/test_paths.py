@@ -78,7 +78,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "load_config name": lambda url, run, config: llama_jax.load_config(url),
     "load_tokenizer path": lambda url, run, config: tokenizers.load_tokenizer(url),
     "open_run directory": lambda url, run, config: llama_jax.open_run(url),
-    "prepare directory": lambda url, run, config: data.prepare(config.data, run.tokenizer, directory=url),
+    "prepare directory": lambda url, run, config: data.prepare_corpus(config.data, run.tokenizer, directory=url),
     "prepare_shards directory": lambda url, run, config: data.prepare_shards(
         config.data, run.tokenizer, [0], directory=url
     ),
@@ -207,4 +207,4 @@ def test_cache_of_the_environment_is_local(monkeypatch: pytest.MonkeyPatch, run_
     monkeypatch.setenv("LLAMA_JAX_CACHE", "gs://bucket/cache")
     config = override(run_config, {"data.cache_dir": None})
     with pytest.raises(UserError, match="LLAMA_JAX_CACHE='gs://bucket/cache' must be a local directory"):
-        data.prepare(config.data, finished_run.tokenizer)
+        data.prepare_corpus(config.data, finished_run.tokenizer)
