@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from llama_jax.data import Shard
 from llama_jax.data.objectives import BlankFilling, Causal, MaskedLM, Objective, ParallelText, SpanCorruption
 from llama_jax.data.rows.fitting import RowIndex, fit_rows
-from llama_jax.data.rows.windows import Shard
 
 SPECIAL = 2  # BOS and EOS around every document
 
