@@ -8,6 +8,7 @@ from zoo_table import title
 
 from llama_jax import zoo
 from llama_jax.checkpoint import catalog, generation
+from llama_jax.data.readers import opening, records
 from llama_jax.tokenizers import settings
 from llama_jax.tokenizers.loading import FILE_NAMES
 
