@@ -39,9 +39,8 @@ def wrong_imports(package: str, source: str) -> list[str]:
     for name in imports(ast.parse(source)):
         top, _, rest = name.partition(".")
         target = rest.split(".")[0]
-        stranger = (
-            top == "torch" or (top == "orbax" and package != "checkpoint") or (top == "grain" and package != "data")
-        )
+        at_home = {"orbax": "checkpoint", "grain": "data", "torch": None}
+        stranger = top in at_home and package != at_home[top]
         below = top == "llama_jax" and package != "__init__" and target not in ORDER[: ORDER.index(package) + 1]
         # From outside, names come from the package itself: only what it exports is for others.
         deep = top == "llama_jax" and target != package and rest.count(".") > 1
