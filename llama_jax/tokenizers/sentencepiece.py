@@ -8,6 +8,7 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import google.protobuf.message
@@ -258,13 +259,13 @@ class _PieceStream(TextStream):
         return self._decoder.decode(b"", final=True)
 
 
-def sentencepiece_tokenizer(model: bytes, settings: Settings, file_name: str) -> SentencePieceTokenizer:
+def sentencepiece_tokenizer(path: Path, content: bytes, settings: Settings) -> SentencePieceTokenizer:
     """Return the tokenizer of a SentencePiece model, read as the class that `settings` name reads it.
 
-    A lone spiece.model is T5's where pad, eos and unk have the ids 0, 1, 2. Raises RuntimeError where `model` is not a
-    model, ValueError for a class that gives the pieces other ids, and for a file of such a class.
+    A lone spiece.model is T5's where pad, eos and unk have the ids 0, 1, 2. Raises RuntimeError where `content` is not
+    a model, ValueError for a class that gives the pieces other ids, and for a file of such a class.
     """
-    processor = _processor(model)
+    processor, file_name = _processor(content), path.name
     if settings.class_name is None and file_name in CLASS_FILES:
         ids = (processor.pad_id(), processor.eos_id(), processor.unk_id(), processor.bos_id())
         if file_name != "spiece.model" or ids != (0, 1, 2, -1):
@@ -278,11 +279,11 @@ def sentencepiece_tokenizer(model: bytes, settings: Settings, file_name: str) ->
             f"its class {settings.class_name} reads SentencePiece models in a way that is not known: give the "
             "tokenizer.json of the model"
         )
-    return SentencePieceTokenizer(model, settings, file_name if file_name in CLASS_FILES else "tokenizer.model")
+    return SentencePieceTokenizer(content, settings, file_name if file_name in CLASS_FILES else "tokenizer.model")
 
 
-def llama2c_model(content: bytes) -> bytes | None:
-    """Return the SentencePiece model that llama2.c's tokenizer file `content` holds, or None if it is another file.
+def llama2c_tokenizer(path: Path, content: bytes, settings: Settings) -> SentencePieceTokenizer | None:
+    """Return the tokenizer of llama2.c's file, which is a SentencePiece model in another format; None for another file.
 
     The format (karpathy/llama2.c, tokenizer.py): int32 longest length, then float32 score, int32 length and the bytes
     of every piece, with spaces for U+2581 and line ends around the names of BOS and EOS.
@@ -308,7 +309,7 @@ def llama2c_model(content: bytes) -> bytes | None:
     model.trainer_spec.byte_fallback = True
     normalizer = model.normalizer_spec
     normalizer.name, normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces = "identity", True, False
-    return model.SerializeToString()
+    return SentencePieceTokenizer(model.SerializeToString(), settings)
 
 
 def with_dummy_prefix(model: bytes) -> bytes:

@@ -16,10 +16,9 @@ from tokenizers import pre_tokenizers
 
 from llama_jax.config import UserError
 from llama_jax.tokenizers.base import Tokenizer
-from llama_jax.tokenizers.huggingface import HuggingFaceTokenizer
+from llama_jax.tokenizers.huggingface import HuggingFaceTokenizer, byte_letters
 from llama_jax.tokenizers.sentencepiece import SentencePieceTokenizer, with_dummy_prefix
 from llama_jax.tokenizers.settings import Settings
-from llama_jax.tokenizers.streams import byte_letters
 from llama_jax.tokenizers.vocabularies import BERT_SPECIAL, byte_level_bpe, whitespace, wordpiece
 
 Kind = Literal["bpe", "unigram", "byte_bpe", "wordpiece", "whitespace"]
