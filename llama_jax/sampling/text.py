@@ -8,7 +8,7 @@ import numpy as np
 
 from llama_jax.checkpoint import LanguageModel, default_stops
 from llama_jax.config import UserError
-from llama_jax.models import EncoderDecoderConfig, ModelConfig
+from llama_jax.models import ModelConfig
 from llama_jax.sampling.sampler import Control, Sampler
 from llama_jax.sampling.token_ids import checked_prompts, continued
 from llama_jax.tokenizers import Tokenizer
@@ -163,7 +163,7 @@ def encode_prompt(config: ModelConfig, tokenizer: Tokenizer, prompt: str) -> lis
 
     Raises UserError where there are none.
     """
-    ids = tokenizer.encode_prompt(prompt, special=isinstance(config, EncoderDecoderConfig))
+    ids = tokenizer.encode_prompt(prompt, special=config.has_source)
     if not ids:
         raise UserError("an empty prompt needs a tokenizer with a BOS token to start from: give some text")
     return ids
@@ -185,7 +185,7 @@ class _NewText:
         self._stream, self._known = tokenizer.stream(), tokenizer.vocab_size
         self._names: dict[int, str] = {}
         self._held = 0
-        if isinstance(lm.config, EncoderDecoderConfig):
+        if lm.config.has_source:
             silent = {tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id, *tokenizer.eos_ids}
             self._names = {i: name for name, i in tokenizer.special_tokens.items() if i not in silent}
             return  # the prompt is the source, not the beginning of this text
