@@ -15,10 +15,10 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from llama_jax.config import UserError
+from llama_jax.tokenizers.config import BERT_SPECIAL
 from llama_jax.tokenizers.huggingface import HuggingFaceTokenizer, byte_letters
 from llama_jax.tokenizers.settings import CLASSES, END, Settings
 
-BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # Expressions of the words that text is split into before byte-level BPE.
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CL100K_SPLIT = (
