@@ -23,7 +23,7 @@ from llama_jax.checkpoint import (
     whole_steps,
 )
 from llama_jax.config import UserError, leaves, read_json, to_json
-from llama_jax.data import Batch, Batches, Dataset, Vocabulary, prepare_dataset
+from llama_jax.data import Batches, Dataset, HostBatch, Vocabulary, prepare_dataset
 from llama_jax.files import replacing, write_text
 from llama_jax.remote import as_local, local_copy, url_of
 from llama_jax.run_config import RunConfig, read_config
@@ -115,7 +115,7 @@ class Run:
                 "with: bring them back, or give another --run-dir"
             )
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> HostBatch:
         """The exact global batch that the update from `step` to `step + 1` used: numpy arrays [B, T]."""
         return self.batches(self.dataset).batch(step)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llama_jax.data.objectives import Denoising, Document, Example, Vocabulary
-from llama_jax.data.packing import pack
+from llama_jax.data.rows.packing import pack
 from llama_jax.models import Compute, EncoderDecoderConfig, Model, abstract_params, assemble, buffers, init_params
 from llama_jax.nn import LearnedPositions
 from llama_jax.parallel import make_mesh, shard

@@ -13,11 +13,11 @@ from typing import Any
 from llama_jax.config import UserError, choices, to_json
 from llama_jax.data.chat import ChatTemplate
 from llama_jax.data.config import DataConfig
-from llama_jax.data.corpus import INDEX, Corpus, check_bad_records, check_validation, open_corpus, write_index
-from llama_jax.data.files import CorpusFile, digests, find_files
-from llama_jax.data.readers import Unit, kind_of, packing_of, plan_shards
-from llama_jax.data.shards import PARTIAL, ShardSet, locked, make_shard
-from llama_jax.data.workers import make_shards
+from llama_jax.data.corpus.corpus import INDEX, Corpus, check_bad_records, check_validation, open_corpus, write_index
+from llama_jax.data.corpus.files import digests, find_files
+from llama_jax.data.corpus.shards import PARTIAL, ShardSet, locked, make_shard
+from llama_jax.data.corpus.workers import make_shards
+from llama_jax.data.readers.records import CorpusFile, Unit, kind_of, packing_of, units_by_shard
 from llama_jax.remote import Mirror, as_local, check_destination, default_cache, working_copy
 from llama_jax.tokenizers import Tokenizer
 
@@ -27,7 +27,7 @@ _CORPUS_FILE = re.compile(rf"(?:train|validation|shard)-(\d+)\.\w+|{re.escape(IN
 type Progress = Callable[[int, int], None]
 
 
-def prepare(
+def prepare_corpus(
     config: DataConfig,
     tokenizer: Tokenizer,
     *,
@@ -77,7 +77,7 @@ def _prepare(
     with contextlib.nullcontext() if (corpus := made()) is not None else locked(_lock_of(place)):
         if (corpus := corpus or made()) is None:
             place.directory.mkdir(exist_ok=True)  # the process before may have failed and removed it
-            shards = plan_shards(files, config)
+            shards = units_by_shard(files, config)
             summaries = _make(place, dict(enumerate(shards)), config, tokenizer, num_workers, progress)
             for leftover in place.directory.glob(f".*{PARTIAL}*"):  # of processes that were killed
                 leftover.unlink(missing_ok=True)
@@ -108,7 +108,7 @@ def prepare_shards(
     """
     _check_destination(config, directory)
     files = find_files(config)
-    shards = plan_shards(files, config)
+    shards = units_by_shard(files, config)
     wanted = list(numbers)
     for number in wanted:
         if not 0 <= number < len(shards):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from llama_jax.data import Shard
 from llama_jax.data.objectives import BlankFilling, Causal, MaskedLM, Objective, ParallelText, SpanCorruption
-from llama_jax.data.plan import Plan, plan_rows
-from llama_jax.data.stream import Shard
+from llama_jax.data.rows.fitting import RowIndex, fit_rows
 
 SPECIAL = 2  # BOS and EOS around every document
 
@@ -19,15 +19,15 @@ def make_shard(sizes: list[int], first_parts: list[int] | None = None) -> Shard:
     return Shard(np.zeros(lengths.sum(), np.uint16), starts, parts)
 
 
-def planned(shard: Shard, objective: Objective, packing: str, capacity: tuple[int, ...]) -> Plan:
-    plan = plan_rows(shard, objective, packing, capacity, num_before=1, num_after=1)
+def planned(shard: Shard, objective: Objective, packing: str, capacity: tuple[int, ...]) -> RowIndex:
+    plan = fit_rows(shard, objective, packing, capacity, num_before=1, num_after=1)
     assert plan.rows[0] == 0
     assert plan.rows[-1] == len(plan.pieces)
     assert (np.diff(plan.rows) > 0).all()
     return plan
 
 
-def used(plan: Plan, lengths: np.ndarray) -> np.ndarray:
+def used(plan: RowIndex, lengths: np.ndarray) -> np.ndarray:
     """[streams, rows]: positions that the examples of a row fill."""
     return np.add.reduceat(lengths, plan.rows[:-1], axis=1) if len(plan.pieces) else np.zeros((len(lengths), 0), int)
 

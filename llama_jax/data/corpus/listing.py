@@ -8,15 +8,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-BACKUPS = ("~", ".bak", ".swp", ".swo")
-FOLDERS = ("__pycache__", "__MACOSX")
-
-
-def is_left_out(name: str) -> bool:
-    """Return whether a directory's entry of this name is no text of its own: hidden, an editor's backup, a cache."""
-    is_autosave = len(name) > 1 and name[0] == name[-1] == "#"
-    is_hidden = name.startswith(".") and name not in (".", "..")
-    return is_hidden or name.endswith(BACKUPS) or name in FOLDERS or is_autosave
+from llama_jax.data.readers.opening import is_left_out
 
 
 class Pattern:

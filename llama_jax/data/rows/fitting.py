@@ -13,10 +13,10 @@ from jaxtyping import Int
 
 from llama_jax.config import UserError
 from llama_jax.data.config import Packing, Split
-from llama_jax.data.corpus import Corpus, map_array
-from llama_jax.data.objectives import Causal, Objective, Vocabulary
-from llama_jax.data.shards import locked, whole
-from llama_jax.data.stream import Shard, TokenStream
+from llama_jax.data.corpus.corpus import Corpus, Shard, TokenStream, map_array
+from llama_jax.data.corpus.shards import locked, whole
+from llama_jax.data.objectives.base import Objective, Vocabulary
+from llama_jax.data.objectives.decoder import Causal
 
 FORMAT = 1  # of a plan's files; part of their directory's name
 
@@ -25,7 +25,7 @@ MAX_TRIES = 16  # sizes of room, and rows with that room, that are looked at for
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RowIndex:
     """Rows of one shard: row r has the pieces `rows[r]` to `rows[r + 1]`.
 
     A piece is (where it begins in the shard's tokens, how many it has). `num_tokens` are the positions that the
@@ -99,7 +99,7 @@ class Packer:
             )
             rows.write(np.zeros(1, "<i8").tobytes())
             for shard, start in zip(stream.shards, stream.starts, strict=False):
-                plan = plan_rows(shard, self.objective, self.packing, self.capacity, num_before=before, num_after=after)
+                plan = fit_rows(shard, self.objective, self.packing, self.capacity, num_before=before, num_after=after)
                 pieces.write((plan.pieces + np.array([start, 0])).astype("<i8").tobytes())
                 rows.write((plan.rows[1:] + counts["num_pieces"]).astype("<i8").tobytes())
                 counts["num_rows"] += len(plan.rows) - 1
@@ -129,7 +129,7 @@ def special_ends(vocabulary: Vocabulary) -> tuple[int, int]:
     return len(vocabulary.start_ids), int(vocabulary.eos_id is not None)
 
 
-def plan_rows(
+def fit_rows(
     shard: Shard,
     objective: Objective,
     packing: Packing,
@@ -137,7 +137,7 @@ def plan_rows(
     *,
     num_before: int,
     num_after: int,
-) -> Plan:
+) -> RowIndex:
     """The rows of a shard whose examples' streams have `capacity` tokens: (target,) or (target, source).
 
     `cut` fills row after row in the documents' order and cuts a document where a row ends. `best_fit` cuts only
@@ -171,7 +171,7 @@ def plan_rows(
     order = np.argsort(row_of, kind="stable")
     num_rows = int(row_of.max(initial=-1)) + 1
     rows = np.searchsorted(row_of[order], np.arange(num_rows + 1))
-    return Plan(pieces[order], rows, num_tokens=int(lengths.sum()), num_dropped=int((~useful).sum()))
+    return RowIndex(pieces[order], rows, num_tokens=int(lengths.sum()), num_dropped=int((~useful).sum()))
 
 
 def _first_parts(shard: Shard, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:

@@ -15,9 +15,8 @@ import numpy as np
 from llama_jax.config import UserError
 from llama_jax.data.chat import chat_tokens
 from llama_jax.data.config import DataConfig, Split
-from llama_jax.data.documents import BadRecords, good_records, separators_of, split_of, text_bytes
-from llama_jax.data.readers import EMPTY_PART, BadRecord, Record, Unit
-from llama_jax.data.scored import ScoredBytes
+from llama_jax.data.corpus.documents import BadRecords, ScoredBytes, good_records, separators_of, split_of, text_bytes
+from llama_jax.data.readers.records import EMPTY_PART, BadRecord, Record, Unit
 from llama_jax.tokenizers import Tokenizer
 
 BATCH_CHARS = 1 << 20  # text tokenized at once: bounds the memory

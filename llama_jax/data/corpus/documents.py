@@ -2,7 +2,7 @@
 
 import collections
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,10 @@ import numpy as np
 from llama_jax.config import UserError
 from llama_jax.data.chat import problem_of
 from llama_jax.data.config import DataConfig, Split
-from llama_jax.data.files import find_files
-from llama_jax.data.readers import SURROGATE, BadRecord, Part, Record, SkippedFile, Unit, plan_shards, read_unit
+from llama_jax.data.corpus.files import find_files
+from llama_jax.data.readers import read_unit
+from llama_jax.data.readers.records import SURROGATE, BadRecord, Part, Record, SkippedFile, Unit, units_by_shard
+from llama_jax.tokenizers import Tokenizer
 
 NO_CONVERSATION = "messages that are no conversation"
 NAMED = 100  # bad records that are told by name
@@ -49,7 +51,7 @@ def read_texts(config: DataConfig, split: Split) -> Iterator[str]:
     Raises UserError for documents that are token ids, and where more records are bad than may be.
     """
     bad = BadRecords(config.max_bad_records)
-    for unit in (unit for shard in plan_shards(find_files(config), config) for unit in shard):
+    for unit in (unit for shard in units_by_shard(find_files(config), config) for unit in shard):
         for record, content in good_records(unit, config, (0,), bad, []):
             if split_of(content, config) == split:
                 for part in record.parts:
@@ -65,7 +67,7 @@ def read_pieces(
     UserError for the first record that is none.
     """
     config = DataConfig(path=tuple(path), fields=tuple(fields), validation_fraction=0.0, document_chars=piece_chars)
-    for unit in (unit for shard in plan_shards(find_files(config), config) for unit in shard):
+    for unit in (unit for shard in units_by_shard(find_files(config), config) for unit in shard):
         for item in read_unit(unit, config):
             if isinstance(item, SkippedFile):
                 skipped.append(f"{item.path}: {item.reason}")
@@ -136,3 +138,53 @@ def split_of(content: str | bytes, config: DataConfig) -> Split:
 def separators_of(start_ids: Sequence[int], eos_ids: Sequence[int]) -> tuple[int, ...]:
     """The ids that stand around documents in files of tokens (llm.c puts Llama-3's BOS there)."""
     return (*eos_ids[:1], *start_ids)
+
+
+BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character
+OLD = "the corpus was prepared before the bytes were counted"
+
+
+class ScoredBytes:
+    """Counter of the bytes of text behind the tokens that a left-to-right model predicts: all but a document's first.
+
+    There is no such number where documents are token ids or chats, or where a tokenizer loses some of the text: the
+    model is not asked for what is lost.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._num_bytes, self._reason = 0, ""
+
+    def add(self, record: Record, parts: Sequence[np.ndarray]) -> None:
+        """Count a document of which `parts` are the tokens."""
+        if self._reason:
+            return
+        for text, ids in zip(record.parts, parts, strict=False):  # a chat has more parts
+            if not isinstance(text, str):
+                self._reason = f"{record.where} is no text but {'a chat' if isinstance(text, list) else 'token ids'}"
+                return
+            if self._tokenizer.decode(ids.tolist()) != text:
+                self._reason = f"the tokenizer loses text: {record.where} is not what its tokens decode to"
+                return
+            self._num_bytes += len(text.encode())
+        if not self._tokenizer.start_ids:  # nothing predicts the first token
+            text, first = record.parts[0], self._tokenizer.decode(parts[0][:1].tolist())
+            if BROKEN in first or not str(text).startswith(first):
+                self._reason = f"the first token of {record.where} is part of a character, and no token is before it"
+                return
+            self._num_bytes -= len(first.encode())
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON: `scored_bytes`, None where it cannot be said, and why."""
+        return {"scored_bytes": None if self._reason else self._num_bytes, "unscored": self._reason}
+
+
+def sum_scored(shards: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The sum of such summaries; of shards that were made before there were any, None."""
+    total, reason = 0, ""
+    for shard in shards:
+        if (count := shard.get("scored_bytes")) is None:
+            reason = reason or shard.get("unscored", OLD)
+        else:
+            total += count
+    return {"scored_bytes": None if reason else total, "unscored": reason}

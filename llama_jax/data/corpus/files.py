@@ -6,60 +6,22 @@ import fcntl
 import fnmatch
 import glob
 import hashlib
-import io
 import json
 import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import Any
 
 from llama_jax.config import UserError
 from llama_jax.data.config import DataConfig
-from llama_jax.data.listing import Pattern, split_glob, walk
+from llama_jax.data.corpus.listing import Pattern, split_glob, walk
+from llama_jax.data.readers.opening import open_file
+from llama_jax.data.readers.records import CorpusFile, is_dataset
+from llama_jax.data.readers.tables import find_dataset
 from llama_jax.remote import file_system, is_remote
 
-BUFFER = 1 << 20
 SETTLED_NS = 2_000_000_000  # a file may change again without its time changing while this is not over
-
-
-@dataclasses.dataclass(frozen=True)
-class CorpusFile:
-    """A file of the corpus; one that a directory or glob brought (not `named`) is skipped where it is not text.
-
-    `path` is a local path or a URL; `stamp` changes when the content does (a file's time, a store's tag); `pieces` is
-    how many pieces it comes in by itself (the files of a dataset), or None. `copy` is where its content is, if not at
-    `path` (a member of an archive); `problem` says why it cannot be read, if it is only named (a dangling link).
-    """
-
-    path: str
-    size: int
-    named: bool
-    stamp: str = ""
-    pieces: int | None = None
-    copy: str = ""
-    problem: str = ""
-
-    @property
-    def place(self) -> str:
-        """Where the content is."""
-        return self.copy or self.path
-
-
-def is_dataset(path: str) -> bool:
-    """Whether `path` names a Hugging Face dataset, not a file of the Hub's file system."""
-    return path.startswith("hf://") and not path.startswith(("hf://datasets/", "hf://buckets/"))
-
-
-def open_file(path: str) -> io.BufferedIOBase:
-    """The file's content, buffered. Raises UserError for a file that cannot be read."""
-    try:
-        if not is_remote(path):
-            return cast(io.BufferedReader, open(path, "rb", buffering=BUFFER))
-        fs, name = file_system(path)
-        return io.BufferedReader(cast(io.RawIOBase, fs.open(name, "rb")), BUFFER)
-    except (FileNotFoundError, PermissionError) as error:
-        raise UserError(f"'{path}' cannot be read ({error.strerror or error}): check that it is still there") from None
 
 
 def find_files(config: DataConfig) -> list[CorpusFile]:
@@ -72,8 +34,6 @@ def find_files(config: DataConfig) -> list[CorpusFile]:
     files: dict[str, CorpusFile] = {}
     for entry in config.path:
         if is_dataset(entry):
-            from llama_jax.data.readers.hub import find_dataset
-
             files.setdefault(entry, find_dataset(entry))
             continue
         find = _find_remote if is_remote(entry) else _find_local

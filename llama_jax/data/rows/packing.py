@@ -1,47 +1,46 @@
-"""Rows of a batch by number: windows of a token stream, or packed examples of an objective."""
+"""Rows of packed examples: documents through an objective, side by side in one row."""
 
-import abc
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int
 
-from llama_jax.data.objectives import Document, Example, Objective, Vocabulary
-from llama_jax.data.objectives.base import FLOATS
-from llama_jax.data.packing import pack
-from llama_jax.data.plan import special_ends
-from llama_jax.data.stream import TokenStream
-from llama_jax.data.windows import Batch, num_windows, read_windows
+from llama_jax.data.corpus.corpus import TokenStream
+from llama_jax.data.objectives.base import FLOATS, Document, Example, Objective, Vocabulary
+from llama_jax.data.rows.fitting import special_ends
+from llama_jax.data.rows.windows import HostBatch, Rows
+
+SOURCE = "source_"
 
 
-class Rows(abc.ABC):
-    """What one source gives: the same rows in every epoch, though an objective may draw other noise.
+def pack(examples: Sequence[Example], length: int, source_length: int | None) -> Example:
+    """One row: the examples' fields one after another, then zeros up to `length` (`source_length` in the source).
 
-    `num_rows` in an epoch; `num_tokens` are the positions of all of them that are not padding, `num_positions` all;
-    `num_dropped` documents are in no row.
+    `segment_ids` and, with a source, `source_segment_ids` number the examples from 1, equally in both; 0 is padding.
+    Raises ValueError where the examples do not fit, or are not of one objective.
     """
-
-    num_rows: int
-    num_tokens: int
-    num_positions: int
-    num_dropped: int = 0
-
-    @abc.abstractmethod
-    def read(self, places: Sequence[tuple[int, int]]) -> Batch:
-        """The batch of these (epoch, row); a row beyond the last is all padding."""
-
-
-class WindowRows(Rows):
-    """The stream cut into windows: causal language modelling with no index. `partial` counts a last one not full."""
-
-    def __init__(self, stream: TokenStream, sequence_length: int, *, partial: bool):
-        self._stream, self._length = stream, sequence_length
-        self.num_rows = num_windows(stream, sequence_length, partial=partial)
-        self.num_positions = self.num_rows * sequence_length
-        self.num_tokens = min(self.num_positions, max(stream.num_tokens - 1, 0))
-
-    def read(self, places: Sequence[tuple[int, int]]) -> Batch:
-        return read_windows(self._stream, [row for _, row in places], self._length)
+    names = list(examples[0]) if examples else []
+    if not names or any(list(example) != names for example in examples):
+        raise ValueError("a row needs examples, all with the same fields")
+    row: Example = {}
+    for prefix, capacity in (("", length), (SOURCE, source_length)):
+        stream = [name for name in names if name.startswith(SOURCE) == bool(prefix)]
+        if bool(stream) != (capacity is not None):
+            raise ValueError("source_length is for examples with a source, and they need it")
+        if capacity is None:
+            continue
+        sizes = [{len(example[name]) for name in stream} for example in examples]
+        if any(len(size) != 1 for size in sizes):
+            raise ValueError("the fields of an example's stream must be equally long")
+        total = sum(size for (size,) in sizes)
+        if total > capacity:
+            raise ValueError(f"examples of {total} {prefix}positions do not fit into a row of {capacity}")
+        padding = (0, capacity - total)
+        for name in stream:
+            row[name] = np.pad(np.concatenate([example[name] for example in examples]), padding)
+        numbers = np.arange(1, len(examples) + 1, dtype=np.int32)
+        row[f"{prefix}segment_ids"] = np.pad(np.repeat(numbers, [size for (size,) in sizes]), padding)
+    return row
 
 
 class PackedRows(Rows):
@@ -68,7 +67,7 @@ class PackedRows(Rows):
         self.num_rows, self.num_tokens, self.num_dropped = len(rows) - 1, num_tokens, num_dropped
         self.num_positions = self.num_rows * (sequence_length + (objective.source_length or 0))
 
-    def read(self, places: Sequence[tuple[int, int]]) -> Batch:
+    def read(self, places: Sequence[tuple[int, int]]) -> HostBatch:
         source_length = self._objective.source_length
         batch = empty_batch(self._objective, len(places), self._length)
         for number, (epoch, row) in enumerate(places):
@@ -110,7 +109,7 @@ class PackedRows(Rows):
         return shard.tokens[start + before : end - after].astype(np.int32)
 
 
-def empty_batch(objective: Objective, num_rows: int, sequence_length: int) -> Batch:
+def empty_batch(objective: Objective, num_rows: int, sequence_length: int) -> HostBatch:
     """The objective's batch of nothing but padding."""
     names = (*objective.fields(), "segment_ids")
     if objective.source_length is not None:
