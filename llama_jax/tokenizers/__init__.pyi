@@ -8,6 +8,5 @@ from .loading import (
     load_tokenizer as load_tokenizer,
     with_document_rule as with_document_rule,
 )
-from .protobuf import read_varint as read_varint
-from .settings import settings_of as settings_of
+from .settings import Settings as Settings, settings_of as settings_of
 from .training import train_tokenizer as train_tokenizer

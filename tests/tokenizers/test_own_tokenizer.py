@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.tokenizers import READERS, TextStream, Tokenizer, load_saved_tokenizer, load_tokenizer
+from llama_jax.tokenizers import READERS, Settings, TextStream, Tokenizer, load_saved_tokenizer, load_tokenizer
 
 
 class Letters(Tokenizer):
@@ -40,8 +40,8 @@ class LetterStream(TextStream):
         return ""
 
 
-def read_letters(path: Path, content: bytes, settings: object) -> Letters | None:
-    return Letters(content) if content.startswith(b"letters ") else None
+def read_letters(path: Path, content: bytes, settings: Settings) -> Letters | None:
+    return Letters(content, settings) if content.startswith(b"letters ") else None
 
 
 def test_a_reader_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
