@@ -11,16 +11,12 @@ from llama_jax.tokenizers import READERS, Settings, TextStream, Tokenizer, load_
 class Letters(Tokenizer):
     """One token a letter of the alphabet in the file, after `<eos>`."""
 
-    def __init__(self, content: bytes):
+    def __init__(self, content: bytes, settings: Settings):
         self.letters = content.decode().split()[1]
-        self.vocab_size, self.bos_id, self.eos_ids, self.pad_id, self.unk_id = (
-            1 + len(self.letters),
-            None,
-            (0,),
-            None,
-            None,
-        )
-        self.special_tokens, self.files = {"<eos>": 0}, {"tokenizer.model": content}
+        self.vocab_size, self.eos_ids = 1 + len(self.letters), (0,)
+        self.bos_id = self.pad_id = self.unk_id = None
+        self.special_tokens = {"<eos>": 0}
+        self.files = {"tokenizer.model": content, **settings.files}
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [[1 + self.letters.index(letter) for letter in text] for text in texts]
