@@ -10,7 +10,7 @@ import pytest
 from llama_jax.__main__ import main
 from llama_jax.tokenizers import cli, comparing, load_tokenizer, train_tokenizer
 from llama_jax.tokenizers.comparing import CHINESE, ENGLISH, compare
-from llama_jax.tokenizers.training import KINDS
+from llama_jax.tokenizers.config import KINDS
 
 LINES = [f"def name_{i}(value{i % 7}):\n    return value{i % 7} + {i * 37}  \n\n" for i in range(100)]
 SIZES = {"bpe": 295, "unigram": 293, "byte_bpe": 288, "wordpiece": 100, "whitespace": 100}
