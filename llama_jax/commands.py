@@ -106,10 +106,10 @@ def train_command(args: argparse.Namespace) -> int:
         print(key_help(args, module, config))
         return 0
     join(args)
-    module, config = distributed.agreed(lambda: read_config(args))
+    module, config = distributed.all_agree(lambda: read_config(args))
     run = train(config, args.run_dir or Path("runs") / find_config(args.config).stem)
     if hasattr(module, "report"):
-        distributed.agreed(lambda: module.report(run))
+        distributed.all_agree(lambda: module.report(run))
     return 0
 
 
@@ -254,7 +254,7 @@ def print_answer(lm: LanguageModel, messages: list[dict[str, str]], row: int, ar
         lm, prompt, max_new_tokens=args.max_new_tokens, sampler=args.sampler, seed=args.seed, row=row
     )
     first = next(pieces, "")  # before the prompt is printed: a prompt that is refused leaves stdout empty
-    shows_prompt = not args.chat and lm.config.source_of_prompt is None
+    shows_prompt = not args.chat and not lm.config.has_source
     print(messages[-1]["content"] if shows_prompt else "", end=first, flush=True)
     written = [first]
     for text in pieces:

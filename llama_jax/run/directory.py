@@ -25,7 +25,6 @@ from llama_jax.checkpoint import (
 from llama_jax.config import UserError, from_json, leaves, read_json, to_json
 from llama_jax.data import Batch, Batches, Dataset, Vocabulary, prepare_dataset
 from llama_jax.files import replacing, write_text
-from llama_jax.models import EncoderDecoderConfig
 from llama_jax.remote import as_local, local_copy, url_of
 from llama_jax.run_config import RunConfig
 from llama_jax.tokenizers import Tokenizer, load_saved_tokenizer, load_tokenizer
@@ -89,7 +88,7 @@ class Run:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        of_sources = isinstance(self.config.model, EncoderDecoderConfig)
+        of_sources = self.config.model.has_source
         return load_saved_tokenizer(self.directory / TOKENIZER_DIRECTORY, of_sources=of_sources)
 
     @functools.cached_property

@@ -10,7 +10,7 @@ import numpy as np
 
 from llama_jax.checkpoint import GenerationSettings, LanguageModel
 from llama_jax.config import UserError
-from llama_jax.models import EncoderDecoderConfig, Model, ModelConfig
+from llama_jax.models import Model, ModelConfig
 from llama_jax.sampling.controls import Controls
 from llama_jax.sampling.loop import NOT_NUMBERS, Choice, Rows, advance, padded_stops, start
 from llama_jax.sampling.processors import Sampler, number
@@ -181,7 +181,7 @@ def checked_prompts(
     tokens = np.where(real, tokens, 0)
     _check_ids(config, tokens)
     tokens, width = tokens.astype(np.int32), tokens.shape[1]
-    if isinstance(config, EncoderDecoderConfig):
+    if config.has_source:
         used = int(real.any(0).nonzero()[0].max()) + 1
         first = np.full((len(tokens), 1), config.decoder_start_id if start_id is None else start_id)
         _check_ids(config, first)
@@ -217,7 +217,7 @@ def _check_ids(config: ModelConfig, tokens: np.ndarray) -> None:
 
 def _checked_mask(config: ModelConfig, source_mask: Any, shape: tuple[int, ...]) -> np.ndarray:
     """A mask of the source as bool. Raises UserError where it is none."""
-    if not isinstance(config, EncoderDecoderConfig):
+    if not config.has_source:
         raise UserError(f"source_mask is for encoder-decoders, and this is a {type(config).__name__}: leave it out")
     mask = np.asarray(source_mask)
     if mask.shape != shape or not np.isin(mask, (0, 1)).all():

@@ -8,7 +8,7 @@ import numpy as np
 
 from llama_jax.checkpoint import LanguageModel, default_stops
 from llama_jax.config import UserError
-from llama_jax.models import EncoderDecoderConfig, ModelConfig
+from llama_jax.models import ModelConfig
 from llama_jax.sampling.generate import checked_prompts, continued
 from llama_jax.sampling.processors import Sampler
 from llama_jax.tokenizers import Tokenizer
@@ -164,7 +164,7 @@ def encode_prompt(config: ModelConfig, tokenizer: Tokenizer, prompt: str) -> lis
 
     Raises UserError where there are none.
     """
-    ids = tokenizer.encode_prompt(prompt, special=isinstance(config, EncoderDecoderConfig))
+    ids = tokenizer.encode_prompt(prompt, special=config.has_source)
     if not ids:
         raise UserError("an empty prompt needs a tokenizer with a BOS token to start from: give some text")
     return ids
@@ -176,7 +176,7 @@ def stop_ids(lm: LanguageModel) -> tuple[int, ...]:
 
 
 def _text_stream(lm: LanguageModel, prompt_ids: list[int]) -> "_Continuation":
-    if isinstance(lm.config, EncoderDecoderConfig):
+    if lm.config.has_source:
         return _Answer(tokenizer_of(lm), ())
     return _Continuation(tokenizer_of(lm), prompt_ids)
 
