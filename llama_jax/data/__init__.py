@@ -11,9 +11,11 @@ from llama_jax.data.config import DataConfig as DataConfig, Source as Source, St
 from llama_jax.data.corpus import Corpus as Corpus
 from llama_jax.data.dataset import Dataset as Dataset, prepare_dataset as prepare_dataset
 from llama_jax.data.documents import read_pieces as read_pieces, read_texts as read_texts
+from llama_jax.data.files import find_files as find_files
 from llama_jax.data.objectives.base import SequenceToSequence as SequenceToSequence, Vocabulary as Vocabulary
 from llama_jax.data.objectives.classification import Classification as Classification
 from llama_jax.data.objectives.left_to_right import Causal as Causal
 from llama_jax.data.prepare import prepare as prepare, prepare_shards as prepare_shards
+from llama_jax.data.readers import plan_shards as plan_shards
 from llama_jax.data.stream import Shard as Shard, TokenStream as TokenStream
 from llama_jax.data.windows import Batch as Batch

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from llama_jax.models import Decoder, EncoderDecoder, Model
 from llama_jax.parallel import replicate, shard
 from llama_jax.sampling.controls import Controls, Text
-from llama_jax.sampling.processors import Sampler
+from llama_jax.sampling.sampler import Sampler
 
 SMALLEST_BUCKET = 16
 # More ids that end a text than these are rounded up to a power of two.

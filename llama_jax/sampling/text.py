@@ -9,8 +9,8 @@ import numpy as np
 from llama_jax.checkpoint import LanguageModel, default_stops
 from llama_jax.config import UserError
 from llama_jax.models import ModelConfig
-from llama_jax.sampling.generate import checked_prompts, continued
-from llama_jax.sampling.processors import Sampler
+from llama_jax.sampling.sampler import Sampler
+from llama_jax.sampling.token_ids import checked_prompts, continued
 from llama_jax.tokenizers import Tokenizer
 
 # Tokens that streaming lets the device make before it looks: few enough to flow, many enough to hide the look.

@@ -7,6 +7,7 @@ defaults of a class of transformers are one entry of `settings.CLASSES`; a new k
 """
 
 from llama_jax.tokenizers.base import TEMPLATE_FILE as TEMPLATE_FILE, TextStream as TextStream, Tokenizer as Tokenizer
+from llama_jax.tokenizers.comparing import SAMPLES as SAMPLES, compare as compare, comparison_table as comparison_table
 from llama_jax.tokenizers.loading import (
     FILE_NAMES as FILE_NAMES,
     load_saved_tokenizer as load_saved_tokenizer,

@@ -14,7 +14,7 @@ from llama_jax.data.objectives import Causal, Classification, MaskedLM
 from llama_jax.models import Compute, EncoderConfig, Model, abstract_params, assemble, build, from_params
 from llama_jax.parallel import make_mesh
 from llama_jax.run import RunConfig
-from llama_jax.sampling.generate import generate
+from llama_jax.sampling import generate
 from llama_jax.training import OptimizerConfig, init_state, make_train_step, train_flops_per_token
 from llama_jax.training.step import losses
 from llama_jax.zoo.bert import encoder

@@ -17,7 +17,7 @@ from llama_jax.config import UserError
 from llama_jax.parallel import make_mesh, shard
 from llama_jax.sampling import complete, generate
 from llama_jax.sampling.controls import Controls, Text
-from llama_jax.sampling.processors import Sampler
+from llama_jax.sampling.sampler import Sampler
 
 GOLDENS = json.loads(Path(__file__).with_name("goldens.json").read_text(encoding="utf-8"))
 PARITY = Path(__file__).parents[1] / "parity" / "goldens"

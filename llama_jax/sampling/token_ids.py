@@ -13,7 +13,7 @@ from llama_jax.config import UserError
 from llama_jax.models import Model, ModelConfig
 from llama_jax.sampling.controls import Controls
 from llama_jax.sampling.loop import NOT_NUMBERS, Choice, Rows, advance, padded_stops, start
-from llama_jax.sampling.processors import Sampler, number
+from llama_jax.sampling.sampler import Sampler, number
 
 
 def generate(

@@ -6,7 +6,7 @@ from typing import Any
 from llama_jax.checkpoint import LanguageModel
 from llama_jax.config import UserError, choices
 from llama_jax.data import ChatTemplate, chat_prompt, turn_ends
-from llama_jax.sampling.processors import Sampler
+from llama_jax.sampling.sampler import Sampler
 from llama_jax.sampling.templates import render
 from llama_jax.sampling.text import Encoded, complete_encoded, stop_ids, tokenizer_of
 from llama_jax.tokenizers import Tokenizer, settings_of
