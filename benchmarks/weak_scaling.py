@@ -20,7 +20,7 @@ from llama_jax.parallel import MeshConfig
 from llama_jax.planning import compile_step
 from llama_jax.run_config import RunConfig
 from llama_jax.tokenizers import TokenizerConfig
-from llama_jax.training import OptimizerConfig
+from llama_jax.training import AdamW
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 # 512 chips are two slices: parameters are split within a slice, and gradients cross between them.
@@ -57,7 +57,7 @@ def measure(num_chips: int) -> dict[str, float]:
             num_steps=1,
             model=MODEL,
             compute=Compute(dtype="bfloat16", remat="full", attention_kernel="reference"),
-            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=10),
+            optimizer=AdamW(learning_rate=1e-3, warmup_steps=10),
             mesh=MeshConfig(**mesh),
             global_batch_size=ROWS_PER_CHIP * num_chips,
             sequence_length=LENGTH,

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from llama_jax.config import UserError, field_types, override
-from llama_jax.data import DataConfig, find_files, plan_shards, prepare, prepare_shards, read_pieces
+from llama_jax.data import DataConfig, find_files, prepare_corpus, prepare_shards, read_pieces, units_by_shard
 from llama_jax.remote import check_destination, with_urls
 from llama_jax.tokenizers import SAMPLES, compare, comparison_table, load_tokenizer, train_tokenizer
 
@@ -27,7 +27,7 @@ def prepare_command(args: argparse.Namespace) -> int:
     if args.num_workers is not None and args.num_workers < 1:
         raise UserError(f"--num-workers={args.num_workers} must be at least 1")
     if args.count:
-        print(len(plan_shards(find_files(config), config)))
+        print(len(units_by_shard(find_files(config), config)))
         return 0
     tokenizer = load_tokenizer(args.tokenizer)
     console, start, made = Console(stderr=True), time.monotonic(), False
@@ -43,7 +43,7 @@ def prepare_command(args: argparse.Namespace) -> int:
         if args.shards is not None:
             print(with_urls(str(prepare_shards(config, tokenizer, shard_numbers(args.shards), **options))))
             return 0
-        corpus = prepare(config, tokenizer, **options)
+        corpus = prepare_corpus(config, tokenizer, **options)
     seconds = time.monotonic() - start
     print(with_urls(str(corpus.directory)))
     for split, documents in corpus.num_documents.items():

@@ -36,7 +36,7 @@ from llama_jax.planning import CompiledStep, compile_step  # noqa: E402
 from llama_jax.planning.xla.compiled import ENVIRONMENT, get_devices  # noqa: E402
 from llama_jax.run_config import RunConfig  # noqa: E402
 from llama_jax.tokenizers import TokenizerConfig  # noqa: E402
-from llama_jax.training import OptimizerConfig  # noqa: E402
+from llama_jax.training import AdamW  # noqa: E402
 
 MODEL = DecoderConfig(
     vocab_size=32000,
@@ -67,7 +67,7 @@ def planned(**fields: Any) -> RunConfig:
     anything = {
         "tokenizer": TokenizerConfig(path="tokenizer.model", kind="bpe", vocab_size=0),
         "data": DataConfig(path=()),
-        "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=10),
+        "optimizer": AdamW(learning_rate=1e-3, warmup_steps=10),
         "num_steps": 1,
     }
     return RunConfig(**(anything | fields))

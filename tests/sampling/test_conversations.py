@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from llama_jax.sampling.templates import render
 
 import llama_jax
 from llama_jax.__main__ import main
@@ -17,7 +18,6 @@ from llama_jax.config import UserError
 from llama_jax.data.chat import ChatGLM2Chat, ChatML, ChatTemplate, Llama2Chat, Llama3Chat
 from llama_jax.sampling import Sampler, chat, generate
 from llama_jax.sampling.conversations import encoded_chat, special_names
-from llama_jax.sampling.templates import render
 from llama_jax.sampling.text import complete_encoded
 from llama_jax.tokenizers import train_tokenizer
 from llama_jax.tokenizers.base import SETTINGS_FILE, TEMPLATE_FILE
