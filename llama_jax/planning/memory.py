@@ -158,7 +158,7 @@ def _attention_workspace(local: Local, platform: str) -> float:
 
 
 def attention_kernel(local: Local, platform: str) -> str:
-    """The kernel that a run takes there (`nn.attention.kernels.choose`)."""
+    """The kernel that a run takes there (`nn.choose`)."""
     name = local.workload.compute.attention_kernel
     if name != "auto":
         return name
