@@ -73,18 +73,12 @@ from llama_jax.nn.parameters import (
 from llama_jax.nn.positions import (
     Alibi as Alibi,
     LearnedPositions as LearnedPositions,
-    LinearScaling as LinearScaling,
-    Llama3Scaling as Llama3Scaling,
-    NTKScaling as NTKScaling,
     PositionBias as PositionBias,
     PositionBiasModule as PositionBiasModule,
     Positions as Positions,
     PositionsModule as PositionsModule,
     RelativeBias as RelativeBias,
-    Rope as Rope,
-    RopeScaling as RopeScaling,
     SinusoidalPositions as SinusoidalPositions,
-    YarnScaling as YarnScaling,
 )
 from llama_jax.nn.recurrent import (
     GRU as GRU,
@@ -92,4 +86,12 @@ from llama_jax.nn.recurrent import (
     BidirectionalRNN as BidirectionalRNN,
     ElmanRNN as ElmanRNN,
     NGram as NGram,
+)
+from llama_jax.nn.rope import (
+    LinearScaling as LinearScaling,
+    Llama3Scaling as Llama3Scaling,
+    NTKScaling as NTKScaling,
+    Rope as Rope,
+    RopeScaling as RopeScaling,
+    YarnScaling as YarnScaling,
 )

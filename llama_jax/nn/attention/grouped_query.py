@@ -13,7 +13,7 @@ from llama_jax.nn.attention.attend import attend
 from llama_jax.nn.base import ForwardContext, Mixer, MixerModule, Piece, check_above_zero, check_at_least, check_rate
 from llama_jax.nn.norms import Norm
 from llama_jax.nn.parameters import Projection, child
-from llama_jax.nn.positions import Rope
+from llama_jax.nn.rope import Rope
 from llama_jax.parallel import shard
 
 Cache = dict[str, Float[Array, "b k s _"]]

@@ -18,7 +18,7 @@ from llama_jax.nn.attention.grouped_query import Cache, write_cache
 from llama_jax.nn.base import ForwardContext, Mixer, MixerModule, check_at_least
 from llama_jax.nn.norms import RMSNorm
 from llama_jax.nn.parameters import Projection, cast_and_gather, child
-from llama_jax.nn.positions import Rope
+from llama_jax.nn.rope import Rope
 from llama_jax.parallel import einsum, shard
 
 # The two parts of a query: the one that is multiplied with the latents, and the rotary one.
