@@ -72,8 +72,8 @@ def later():
     assert wrong_imports("checkpoint", source) == ["torch.nn", "llama_jax.run.loop.run", "grain.python"]
     assert wrong_imports("data", source) == [name for name in forbidden if name != "grain.python"]
     assert wrong_imports("__init__", "from llama_jax.run import train") == []
-    deep = "from llama_jax.nn.masks import AttentionMask"
-    assert wrong_imports("models", deep) == ["llama_jax.nn.masks.AttentionMask"]
+    deep = "from llama_jax.nn.base import Mask"
+    assert wrong_imports("models", deep) == ["llama_jax.nn.base.Mask"]
     assert wrong_imports("nn", deep) == []
     assert wrong_imports("config", "import llama_jax") == ["llama_jax"]
 
