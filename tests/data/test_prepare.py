@@ -17,8 +17,9 @@ import zstandard
 from llama_jax.__main__ import main
 from llama_jax.config import UserError
 from llama_jax.data import DataConfig, prepare_corpus, prepare_shards
-from llama_jax.data.corpus import shards, workers
 from llama_jax.data.corpus.files import find_files
+from llama_jax.data.corpus.shards import ShardMaker
+from llama_jax.data.corpus.workers import make_shards
 from llama_jax.data.readers import records
 from llama_jax.data.readers.records import Unit, units_by_shard
 from llama_jax.tokenizers import Tokenizer, train_tokenizer
@@ -275,11 +276,9 @@ def test_memory_does_not_grow_with_the_corpus(config, tokenizer, tmp_path: Path,
         file.write_text(block * (megabytes * 10**6 // len(block)))
         (found,) = find_files(DataConfig(path=(str(file),)))
         seen = []
-        shard_set = shards.ShardSet(tmp_path, "key", tokenizer.fingerprint)
+        maker = ShardMaker(tmp_path, "key", config, tokenizer)
         units_of = {number: [Unit(found, 0, 1)]}
-        workers.make_shards(
-            shard_set, units_of, config, tokenizer, 1, lambda _, seen=seen: seen.append(peak_of_child())
-        )
+        make_shards(maker, units_of, 1, lambda _, seen=seen: seen.append(peak_of_child()))
         peaks.append(max(seen))
     assert peaks[1] < 1.15 * peaks[0], f"{peaks} KiB for 30 and 120 MB"
 
