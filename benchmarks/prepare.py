@@ -32,7 +32,7 @@ from llama_jax.tokenizers import Tokenizer, load_tokenizer  # noqa: E402
 
 
 def sample(sources: list[Path], size: int, file: Path) -> list[str]:
-    """Writes about `size` bytes of documents of 5 to 200 lines into the JSONL `file`; returns their texts."""
+    """Write about `size` bytes of documents of 5 to 200 lines into the JSONL `file`; returns their texts."""
     rng, texts, written = random.Random(0), [], 0
     lines = [path.read_text(errors="replace").splitlines(keepends=True) for path in sources]
     lines = [each for each in lines if len(each) > 5]
@@ -58,7 +58,7 @@ def batches(texts: list[str]) -> Iterator[list[str]]:
 
 
 def library(tokenizer: Tokenizer) -> Callable[[list[str]], object]:
-    """The library's own batch encode, in one thread."""
+    """Run the library's own batch encode, in one thread."""
     inner = getattr(tokenizer, "_tokenizer", None)
     if inner is not None:
         return lambda texts: [e.ids for e in inner.encode_batch_fast(texts, add_special_tokens=False)]
@@ -73,7 +73,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def peak() -> int:
-    """The most memory that this process' only worker has held so far, in KiB (Linux)."""
+    """Return the most memory that this process' only worker has held so far, in KiB (Linux)."""
     children = (pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split())
     (child,) = (pid for pid in children if b"popen_loky" in Path(f"/proc/{pid}/cmdline").read_bytes())
     (line,) = (line for line in Path(f"/proc/{child}/status").read_text().splitlines() if line.startswith("VmHWM"))

@@ -27,6 +27,7 @@ from collections import Counter
 import matplotlib.pyplot as plt
 import numpy as np
 import rich
+import textbook_tokenizers as textbook  # beside this notebook
 
 import llama_jax.data.objectives as objectives
 import llama_jax.tokenizers.comparing as comparing
@@ -37,7 +38,7 @@ from llama_jax.data.objectives import Document
 from llama_jax.data.rows.fitting import fit_rows
 from llama_jax.data.rows.packing import pack
 from llama_jax.nn import AttentionMask
-from llama_jax.tokenizers import textbook, train_tokenizer
+from llama_jax.tokenizers import train_tokenizer
 from llama_jax.tokenizers.training import KINDS
 
 ENGLISH = """\

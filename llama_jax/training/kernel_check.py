@@ -64,7 +64,7 @@ def attention_calls(config: ModelConfig, compute: Compute, batch: Batch) -> list
     """The different calls of `attend` in a forward pass of the batch; nothing is computed."""
 
     def hidden(params: Any, batch: Batch) -> list[jax.Array]:
-        key = jax.random.key(0) if config.is_random else None
+        key = jax.random.key(0) if config.needs_rng else None
         predictions, _ = predict(params, batch, config, dataclasses.replace(compute, remat="none"), key=key)
         return [prediction.hidden for prediction in predictions]
 

@@ -100,7 +100,7 @@ def test_packed_is_separate(config: EncoderDecoderConfig, params: dict[str, jax.
 
     @jax.jit
     def hidden(params: Any, batch: Any) -> jax.Array:
-        (prediction,), _ = assemble(config, params, Compute()).predictions(batch)
+        (prediction,), _ = assemble(config, params, Compute()).loss_terms(batch)
         return prediction.hidden
 
     packed, alone = hidden(params, together), hidden(params, apart)

@@ -1,7 +1,7 @@
-"""The algorithms of subword tokenizers as they stand in the papers: short and slow, to read and to try in a notebook.
+"""Subword algorithms as in their papers, short and slow, for `tokenizers_and_objectives.ipynb`.
 
 Byte-pair encoding (Sennrich et al. 2016) and the unigram language model (Kudo 2018). A run's tokenizers are trained by
-`train_tokenizer`; the tests compare the unigram model here with SentencePiece's.
+`llama_jax.tokenizers.train_tokenizer`; the tests compare the unigram model here with SentencePiece's.
 """
 
 import dataclasses

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import textbook_tokenizers as textbook
 from hypothesis import given, settings, strategies as st
-
-from llama_jax.tokenizers import textbook
-from llama_jax.tokenizers.textbook import (
+from textbook_tokenizers import (
     best_segmentation,
     bpe_merges,
     expected_counts,
