@@ -2,20 +2,22 @@
 
 import concurrent.futures
 import os
-import pickle
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import loky
 from loky.backend import get_context
 
 from llama_jax.config import UserError
+from llama_jax.data.config import DataConfig
 from llama_jax.data.corpus.shards import ShardMaker
 from llama_jax.data.readers.records import Unit
+from llama_jax.tokenizers import load_tokenizer
 
 # Each process has one thread: there are as many of them as cores.
 ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "LLAMA_JAX_TOKENIZER_THREADS": "1"}
@@ -31,46 +33,54 @@ def make_shards(
     """Make all `shards` by `num_workers` processes; a finished shard stays whatever happens to the others.
 
     `progress` is called with the number of bytes that are done. Raises UserError for what a process could not make,
-    where one was killed, and for a tokenizer, a template or an objective that cannot be pickled.
+    where one was killed, and for a tokenizer that is another one after it was saved and loaded.
     """
-    # Processes of loky: multiprocessing would import the user's script again, or fork one that has JAX's threads.
-    updates = get_context("loky").SimpleQueue()  # (shard, its bytes that are done)
-    try:
-        pickled = cloudpickle.dumps(maker)  # classes of a notebook too
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"other processes cannot get the tokenizer ({reason}): prepare with num_workers=1") from None
-    pool = loky.ProcessPoolExecutor(
-        num_workers, env=ONE_THREAD, initializer=_start, initargs=(os.getpid(), pickled, updates)
-    )
+    with tempfile.TemporaryDirectory(prefix="llama_jax-tokenizer-") as directory:
+        path = maker.tokenizer.save(directory)  # its libraries' objects cannot be pickled
+        if load_tokenizer(path).fingerprint != maker.tokenizer.fingerprint:
+            raise UserError("this tokenizer cannot be saved and loaded as it is: prepare with num_workers=1")
+        updates = get_context("loky").SimpleQueue()  # (shard, its bytes that are done)
+        # Processes of loky: multiprocessing would import the user's script again, or fork one that has JAX's threads.
+        # Loky sends the classes of a notebook too.
+        pool = loky.ProcessPoolExecutor(
+            num_workers, env=ONE_THREAD, initializer=_start,
+            initargs=(os.getpid(), maker.directory, maker.key, maker.config, path, updates),
+        )  # fmt: skip
+        try:
+            _collect(pool, updates, shards, progress)
+        except loky.process_executor.BrokenProcessPool as error:
+            raise UserError(
+                f"a process that made shards ended ({str(error).splitlines()[0]}): start again, the shards that are "
+                "finished are kept (perhaps it was killed for its memory: try a smaller num_workers)"
+            ) from None
+        finally:
+            pool.shutdown(kill_workers=True)
+
+
+def _collect(
+    pool: loky.ProcessPoolExecutor, updates: Any, shards: Mapping[int, list[Unit]], progress: Callable[[int], None]
+) -> None:
+    """Let the pool make all shards, and report their progress."""
     done = dict.fromkeys(shards, 0)
-    try:
-        waiting = {pool.submit(_make, number, units) for number, units in shards.items()}
-        while waiting:
-            finished, waiting = concurrent.futures.wait(waiting, POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
-            while not updates.empty():
-                number, size = updates.get()
-                done[number] = size
-            for future in finished:
-                number = future.result()
-                done[number] = sum(unit.size for unit in shards[number])
-            progress(sum(done.values()))
-    except loky.process_executor.BrokenProcessPool as error:
-        raise UserError(
-            f"a process that made shards ended ({str(error).splitlines()[0]}): start again, the shards that are "
-            "finished are kept (perhaps it was killed for its memory: try a smaller num_workers)"
-        ) from None
-    finally:
-        pool.shutdown(kill_workers=True)
+    waiting = {pool.submit(_make, number, units) for number, units in shards.items()}
+    while waiting:
+        finished, waiting = concurrent.futures.wait(waiting, POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
+        while not updates.empty():
+            number, size = updates.get()
+            done[number] = size
+        for future in finished:
+            number = future.result()
+            done[number] = sum(unit.size for unit in shards[number])
+        progress(sum(done.values()))
 
 
-def _start(parent: int, pickled: bytes, updates: Any) -> None:
+def _start(parent: int, directory: Path, key: str, config: DataConfig, tokenizer: Path, updates: Any) -> None:
     """Prepare a worker process."""
     global _maker, _updates
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     os.dup2(2, 1)  # the parent's output is a report, which libraries must not print into
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    _maker, _updates = pickle.loads(pickled), updates
+    _maker, _updates = ShardMaker(directory, key, config, load_tokenizer(tokenizer)), updates
 
 
 def _end_with(parent: int) -> None:
