@@ -24,10 +24,10 @@ ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "LLAM
 os.environ.update(ONE_THREAD)  # before the libraries are loaded
 
 from llama_jax.data import DataConfig  # noqa: E402
-from llama_jax.data.files import find_files  # noqa: E402
-from llama_jax.data.readers import Unit, plan_shards  # noqa: E402
-from llama_jax.data.shards import BATCH_CHARS, ShardSet, make_shard  # noqa: E402
-from llama_jax.data.workers import make_shards  # noqa: E402
+from llama_jax.data.corpus.files import find_files  # noqa: E402
+from llama_jax.data.corpus.shards import BATCH_CHARS, ShardSet, make_shard  # noqa: E402
+from llama_jax.data.corpus.workers import make_shards  # noqa: E402
+from llama_jax.data.readers.records import Unit, units_by_shard  # noqa: E402
 from llama_jax.tokenizers import Tokenizer, load_tokenizer  # noqa: E402
 
 
@@ -81,7 +81,7 @@ def peak() -> int:
 
 def one_shard(path: Path) -> tuple[DataConfig, list[Unit]]:
     config = DataConfig(path=(str(path),))
-    return config, [unit for shard in plan_shards(find_files(config), config) for unit in shard]
+    return config, [unit for shard in units_by_shard(find_files(config), config) for unit in shard]
 
 
 def main() -> None:

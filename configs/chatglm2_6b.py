@@ -21,7 +21,7 @@ from llama_jax.models import Compute
 from llama_jax.parallel import MeshConfig
 from llama_jax.run import RunConfig
 from llama_jax.tokenizers import TokenizerConfig
-from llama_jax.training import OptimizerConfig
+from llama_jax.training import AdamW
 from llama_jax.zoo import presets
 
 TOKENS = 1_400_000_000_000
@@ -35,7 +35,7 @@ def get_config() -> RunConfig:
         model=presets()["chatglm2_6b"],
         tokenizer=TokenizerConfig(path=None, kind="bpe", vocab_size=65_024, special_tokens=OBJECTIVE.special_tokens()),
         data=DataConfig(path=(), objective=OBJECTIVE, packing="best_fit"),
-        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2000),
+        optimizer=AdamW(learning_rate=3e-4, warmup_steps=2000),
         num_steps=TOKENS // (GLOBAL_BATCH_SIZE * SEQUENCE_LENGTH),
         global_batch_size=GLOBAL_BATCH_SIZE,
         sequence_length=SEQUENCE_LENGTH,

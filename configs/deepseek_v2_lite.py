@@ -20,7 +20,7 @@ from llama_jax.nn import Rope
 from llama_jax.parallel import MeshConfig
 from llama_jax.run import RunConfig
 from llama_jax.tokenizers import TokenizerConfig
-from llama_jax.training import OptimizerConfig
+from llama_jax.training import AdamW
 from llama_jax.zoo import presets
 
 TOKENS = 5_700_000_000_000
@@ -35,7 +35,7 @@ def get_config() -> RunConfig:
         model=override(presets()["deepseek_v2_lite"], changes),
         tokenizer=TokenizerConfig(path=None, kind="byte_bpe", vocab_size=102_400),
         data=DataConfig(path=()),
-        optimizer=OptimizerConfig(learning_rate=4.2e-4, warmup_steps=2000),
+        optimizer=AdamW(learning_rate=4.2e-4, warmup_steps=2000),
         num_steps=TOKENS // (GLOBAL_BATCH_SIZE * SEQUENCE_LENGTH),
         global_batch_size=GLOBAL_BATCH_SIZE,
         sequence_length=SEQUENCE_LENGTH,

@@ -17,7 +17,7 @@ from llama_jax.models import Compute
 from llama_jax.parallel import MeshConfig
 from llama_jax.run import RunConfig
 from llama_jax.tokenizers import TokenizerConfig
-from llama_jax.training import OptimizerConfig
+from llama_jax.training import AdamW
 from llama_jax.zoo import presets
 
 TOKENS = 2_000_000_000_000
@@ -30,7 +30,7 @@ def get_config() -> RunConfig:
         model=presets()["llama2_70b"],
         tokenizer=TokenizerConfig(path=None, kind="bpe", vocab_size=32_000),
         data=DataConfig(path=()),
-        optimizer=OptimizerConfig(learning_rate=1.5e-4, warmup_steps=2000, eps=1e-5),
+        optimizer=AdamW(learning_rate=1.5e-4, warmup_steps=2000, eps=1e-5),
         num_steps=TOKENS // (GLOBAL_BATCH_SIZE * SEQUENCE_LENGTH),
         global_batch_size=GLOBAL_BATCH_SIZE,
         sequence_length=SEQUENCE_LENGTH,

@@ -21,7 +21,7 @@ from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU
 from llama_jax.run import LoggingConfig, Run, RunConfig
 from llama_jax.sampling import generate_text
 from llama_jax.tokenizers import TokenizerConfig
-from llama_jax.training import OptimizerConfig
+from llama_jax.training import AdamW
 
 
 def get_config() -> RunConfig:
@@ -57,7 +57,7 @@ def get_config() -> RunConfig:
             ),
             validation_fraction=0.05,
         ),
-        optimizer=OptimizerConfig(learning_rate=2.5e-3, warmup_steps=40),
+        optimizer=AdamW(learning_rate=2.5e-3, warmup_steps=40),
         num_steps=700,
         global_batch_size=max(4, jax.device_count()),  # the demo runs on whatever is there
         sequence_length=256,

@@ -8,7 +8,7 @@ from zoo_table import title
 
 from llama_jax import zoo
 from llama_jax.checkpoint import catalog, generation
-from llama_jax.data.readers import content, units
+from llama_jax.data.readers import opening, records
 from llama_jax.tokenizers import settings
 from llama_jax.tokenizers.loading import FILE_NAMES
 
@@ -56,13 +56,13 @@ def tokenizer_classes() -> str:
 
 def text_files() -> str:
     """Return the kinds of text files by name."""
-    rows = [(kind.replace("_", " "), _code([pattern.pattern])) for pattern, kind in units.KINDS]
+    rows = [(kind.replace("_", " "), _code([pattern.pattern])) for pattern, kind in records.KINDS]
     return markdown("kind|names (patterns, in any case); all others are text", rows)
 
 
 def other_contents() -> str:
     """Return the kinds of files that are recognised by their first bytes and not read."""
-    return markdown("begins like|what to do", dict.fromkeys((what, advice) for _, _, what, advice in content.MAGIC))
+    return markdown("begins like|what to do", dict.fromkeys((what, advice) for _, _, what, advice in opening.MAGIC))
 
 
 def page() -> str:

@@ -16,7 +16,7 @@ from llama_jax.parallel import MeshConfig
 from llama_jax.planning import Topology, Workload, estimate
 from llama_jax.planning.hardware import GIB
 from llama_jax.planning.report import duration, gib, mesh_text
-from llama_jax.training import OptimizerConfig, train_flops_per_token
+from llama_jax.training import AdamW, train_flops_per_token
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -114,7 +114,7 @@ def predicted_mfu(run: Published, efficiency: float) -> float:
     workload = Workload(
         model=llama_jax.presets()[run.preset],
         compute=Compute(remat="full"),
-        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=1),
+        optimizer=AdamW(learning_rate=1e-4, warmup_steps=1),
         mesh=MeshConfig(fsdp=-1),
         global_batch_size=run.batch_per_chip * topology.num_chips,
         sequence_length=run.sequence_length,

@@ -34,7 +34,7 @@ from llama_jax.planning.collectives import SLICE_IDS, Collective, read_collectiv
 from llama_jax.planning.gpu_target import GPU_TARGETS
 from llama_jax.planning.hardware import Topology
 from llama_jax.planning.hlo import Program
-from llama_jax.training import OptimizerConfig, compiler_options, init_state, make_train_step
+from llama_jax.training import Optimizer, compiler_options, init_state, make_train_step
 
 BATCH_DTYPES = {
     "tokens": jnp.int32,
@@ -78,7 +78,7 @@ class CompileRequest:
     topology: str
     model: ModelConfig
     compute: Compute
-    optimizer: OptimizerConfig
+    optimizer: Optimizer
     mesh: MeshConfig
     global_batch_size: int
     sequence_length: int
