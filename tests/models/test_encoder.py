@@ -170,6 +170,7 @@ def test_sharded_is_one_device(bert, random_params):
         np.testing.assert_allclose(sharded[name], value, atol=2e-5, rtol=1e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_one_batch_is_learned_by_heart(bert):
     """With dropout, as trained; masked tokens and pairs together."""
     config = dataclasses.replace(bert, dropout=0.05, num_classes=0)

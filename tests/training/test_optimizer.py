@@ -240,13 +240,13 @@ def test_impossible_values_are_named(field: str, value: float):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_flops_counted_by_hand(tiny_config: DecoderConfig, tied: bool):
+def test_flops_counted_by_hand(two_layers: DecoderConfig, tied: bool):
     # D 16, 4 heads of 8, 2 kv heads, F 24, V 40, 2 layers.
     layer = 16 * 32 + 2 * 16 * 16 + 32 * 16 + 3 * 16 * 24
     head = 16 * 40
     attention = 2 * 2 * 4 * 8 * (10 / 2)  # scores and values, 2 FLOPs each, of 4 heads of 8 with half of 10 keys
     expected = 6 * (2 * layer + head) + 3 * 2 * attention
-    assert train_flops_per_token(dataclasses.replace(tiny_config, tie_embeddings=tied), 10) == expected
+    assert train_flops_per_token(dataclasses.replace(two_layers, tie_embeddings=tied), 10) == expected
 
 
 @pytest.mark.parametrize("length", [1, 6, 7, 40])
