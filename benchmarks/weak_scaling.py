@@ -17,7 +17,7 @@ from llama_jax.models import Compute, DecoderConfig
 from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU
 from llama_jax.parallel import MeshConfig
 from llama_jax.planning import CompileRequest, compile_step
-from llama_jax.training import OptimizerConfig
+from llama_jax.training import AdamW
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 # 512 chips are two slices: parameters are split within a slice, and gradients cross between them.
@@ -50,7 +50,7 @@ def measure(num_chips: int) -> dict[str, float]:
             topology=topology,
             model=MODEL,
             compute=Compute(dtype="bfloat16", remat="full", attention_kernel="reference"),
-            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=10),
+            optimizer=AdamW(learning_rate=1e-3, warmup_steps=10),
             mesh=MeshConfig(**mesh),
             global_batch_size=ROWS_PER_CHIP * num_chips,
             sequence_length=LENGTH,

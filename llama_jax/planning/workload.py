@@ -16,7 +16,7 @@ from llama_jax.config import UserError
 from llama_jax.models import Compute, ModelConfig
 from llama_jax.nn import ExpertsModule, Projection
 from llama_jax.parallel import MeshConfig, batch_parts, mesh_axis_sizes, spec, split_over
-from llama_jax.training import OptimizerConfig
+from llama_jax.training import Optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Workload:
 
     model: ModelConfig
     compute: Compute
-    optimizer: OptimizerConfig
+    optimizer: Optimizer
     mesh: MeshConfig
     global_batch_size: int
     sequence_length: int

@@ -15,10 +15,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, CONFIG_FILE, CheckpointStore, SaveFailed
-from llama_jax.data import Batch, Dataset, ValidationBatches
+from llama_jax.data import Dataset, HostBatch, ValidationBatches
+from llama_jax.files import write_text
 from llama_jax.models import abstract_params, buffers
 from llama_jax.parallel import distributed, make_mesh, mesh_axis_sizes, platform
-from llama_jax.run.directory import METRICS_FILE, SAMPLES_FILE, Run, start_run, write_text
+from llama_jax.run.directory import METRICS_FILE, SAMPLES_FILE, Run, start_run
 from llama_jax.run.initial import first_params
 from llama_jax.run.planning import mesh_of
 from llama_jax.run.preparing import check_shared, open_dataset, prepare
@@ -239,7 +240,7 @@ class _Loop:
                     store.wait()
                     raise Preempted(f"stopped at step {done} with a checkpoint saved: start again to continue")
 
-    def _on_devices(self, batch: Batch) -> dict[str, jax.Array]:
+    def _on_devices(self, batch: HostBatch) -> dict[str, jax.Array]:
         return to_devices(batch, self.rows, self.config.global_batch_size)
 
     def _log(self, metrics: dict[str, Any], clock: "_Clock", bar: Bar, writers: "_Writers") -> None:
@@ -376,6 +377,6 @@ class _Writers:
             writer.close()
 
 
-def to_devices(batch: Batch, rows: Sequence[int], num_rows: int) -> dict[str, jax.Array]:
+def to_devices(batch: HostBatch, rows: Sequence[int], num_rows: int) -> dict[str, jax.Array]:
     """A batch of `num_rows`, of which this process has `rows`, as global arrays on the current mesh."""
     return {name: distributed.place_rows(value, rows, num_rows) for name, value in batch.items()}

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 
 from llama_jax.checkpoint import LanguageModel, load
 from llama_jax.config import UserError
-from llama_jax.sampling.chat import built_in, encoded_chat
-from llama_jax.sampling.processors import Sampler
+from llama_jax.sampling.conversations import built_in, encoded_chat
+from llama_jax.sampling.sampler import Sampler
 from llama_jax.sampling.text import Encoded, complete_encoded, encoded_prompt, stream_encoded
 
 

@@ -12,9 +12,27 @@ from llama_jax.training.flops import (
 from llama_jax.training.kernel_check import PreflightFailed as PreflightFailed, preflight as preflight
 from llama_jax.training.losses import cross_entropy as cross_entropy
 from llama_jax.training.optimizer import (
+    SGD as SGD,
+    STATIC as STATIC,
+    Adafactor as Adafactor,
+    AdamW as AdamW,
+    Hyper as Hyper,
+    Lion as Lion,
+    Muon as Muon,
+    Optimizer as Optimizer,
     OptimizerConfig as OptimizerConfig,
     learning_rate as learning_rate,
     make_optimizer as make_optimizer,
+    state_bytes as state_bytes,
+)
+from llama_jax.training.schedules import (
+    Constant as Constant,
+    Cosine as Cosine,
+    InverseSqrt as InverseSqrt,
+    Linear as Linear,
+    Schedule as Schedule,
+    WarmupStableDecay as WarmupStableDecay,
+    schedule_of_name as schedule_of_name,
 )
 from llama_jax.training.step import (
     CPU_COMPILER_OPTIONS as CPU_COMPILER_OPTIONS,

@@ -140,12 +140,12 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:
         key = None
         if config.needs_rng:
-            key = jax.random.fold_in(seed_key(hyper["seed"]), state.step)
+            key = jax.random.fold_in(seed_key(hyper.seed), state.step)
 
         def gradient(part: Batch, number: Any = 0) -> tuple[Params, tuple[Metrics, ...]]:
             def loss(params: Params):
                 own_key = None if key is None else jax.random.fold_in(key, number)
-                options = {name: hyper[name] for name in ("z_loss", "label_smoothing")}
+                options = {name: getattr(hyper.optimizer, name) for name in ("z_loss", "label_smoothing")}
                 found, aux = losses(params | state.buffers, part, config, compute, key=own_key, **options)
                 total, metrics = jnp.float32(0), {}
                 for (p, value, ce), denominator in zip(

@@ -16,9 +16,9 @@ from llama_jax.checkpoint.store import CheckpointConfig, CheckpointStore, SaveFa
 from llama_jax.config import UserError
 from llama_jax.models import DecoderConfig, abstract_params, initialize
 from llama_jax.parallel import distributed, make_mesh
-from llama_jax.training import OptimizerConfig, TrainState, init_state
+from llama_jax.training import AdamW, TrainState, init_state
 
-HYPER = OptimizerConfig(0.01, 1).hyper(10)
+HYPER = AdamW(0.01, 1).hyper(10)
 
 
 def small(step: int) -> TrainState:

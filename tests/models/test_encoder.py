@@ -14,8 +14,8 @@ from llama_jax.data.objectives import Causal, Classification, MaskedLM
 from llama_jax.models import Compute, EncoderConfig, Model, abstract_params, assemble, build, from_params
 from llama_jax.parallel import make_mesh
 from llama_jax.run import RunConfig
-from llama_jax.sampling.generate import generate
-from llama_jax.training import OptimizerConfig, init_state, make_train_step, train_flops_per_token
+from llama_jax.sampling import generate
+from llama_jax.training import AdamW, Constant, init_state, make_train_step, train_flops_per_token
 from llama_jax.training.step import losses
 from llama_jax.zoo.bert import encoder
 
@@ -174,7 +174,7 @@ def test_one_batch_is_learned_by_heart(bert):
     """With dropout, as trained; masked tokens and pairs together."""
     config = dataclasses.replace(bert, dropout=0.05, num_classes=0)
     batch = batch_of((9, 12))
-    hyper = OptimizerConfig(learning_rate=2e-2, warmup_steps=3, weight_decay=0.0, schedule="constant").hyper(60)
+    hyper = AdamW(learning_rate=2e-2, warmup_steps=3, weight_decay=0.0, schedule=Constant()).hyper(60)
     step = make_train_step(config, Compute())
     state = init_state(build(config).params(), hyper)
     first = None

@@ -29,7 +29,7 @@ from llama_jax.nn import (
     RMSNorm,
 )
 from llama_jax.parallel import make_mesh
-from llama_jax.training import OptimizerConfig, init_state, make_train_step, train_flops_per_token
+from llama_jax.training import AdamW, Constant, init_state, make_train_step, train_flops_per_token
 from llama_jax.training.optimizer import is_matrix
 from llama_jax.training.step import losses
 
@@ -180,7 +180,7 @@ def test_eight_devices_scanned_and_recomputed_are_one(config, random_params):
 
 
 def test_one_batch_is_learned_by_heart(config):
-    hyper = OptimizerConfig(learning_rate=1e-2, warmup_steps=5, weight_decay=0.0, schedule="constant").hyper(60)
+    hyper = AdamW(learning_rate=1e-2, warmup_steps=5, weight_decay=0.0, schedule=Constant()).hyper(60)
     plain = dataclasses.replace(
         config,
         num_encoder_layers=1,

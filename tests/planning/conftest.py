@@ -7,14 +7,14 @@ import pytest
 from llama_jax.models import Compute, DecoderConfig
 from llama_jax.parallel import MeshConfig
 from llama_jax.planning import Workload
-from llama_jax.training import OptimizerConfig
+from llama_jax.training import AdamW
 from llama_jax.zoo import presets
 
 
 @pytest.fixture(scope="session")
 def workload(tiny_config: DecoderConfig) -> Workload:
     """A tiny model, eight rows."""
-    optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=1)
+    optimizer = AdamW(learning_rate=1e-3, warmup_steps=1)
     return Workload(tiny_config, Compute(), optimizer, MeshConfig(), global_batch_size=8, sequence_length=64)
 
 

@@ -32,7 +32,7 @@ from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU  # noqa: E402
 from llama_jax.parallel import MeshConfig  # noqa: E402
 from llama_jax.planning import CompiledStep, CompileRequest, compile_step  # noqa: E402
 from llama_jax.planning.compiled import ENVIRONMENT, get_devices  # noqa: E402
-from llama_jax.training import OptimizerConfig  # noqa: E402
+from llama_jax.training import AdamW  # noqa: E402
 
 MODEL = DecoderConfig(
     vocab_size=32000,
@@ -70,7 +70,7 @@ def request(
         topology=topology,
         model=model,
         compute=Compute(dtype="bfloat16", remat="full", attention_kernel=kernel),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=10),
+        optimizer=AdamW(learning_rate=1e-3, warmup_steps=10),
         mesh=MeshConfig(**({"fsdp": 1} | mesh)),
         global_batch_size=batch,
         sequence_length=length,

@@ -17,7 +17,7 @@ from llama_jax.parallel import MeshConfig
 from llama_jax.planning import Collective, CompileRequest
 from llama_jax.planning.compiled import describe, lower_step
 from llama_jax.planning.hlo import bytes_of
-from llama_jax.training import OptimizerConfig
+from llama_jax.training import AdamW
 
 GOLDENS = Path(__file__).parent / "goldens"
 BATCH, LENGTH = 8, 32
@@ -40,7 +40,7 @@ def on_cpu(**mesh: int) -> list[Collective]:
         topology="",
         model=TINY,
         compute=Compute(dtype="float32", attention_kernel=kernel, loss_chunk=LENGTH),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=1),
+        optimizer=AdamW(learning_rate=1e-3, warmup_steps=1),
         mesh=MeshConfig(**({"fsdp": 1} | mesh)),
         global_batch_size=BATCH,
         sequence_length=LENGTH,

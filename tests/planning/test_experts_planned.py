@@ -12,7 +12,7 @@ from llama_jax.planning import Topology, estimate
 from llama_jax.planning.communication import traffic
 from llama_jax.planning.estimate import MATRIX_UNITS
 from llama_jax.planning.workload import Local, Workload
-from llama_jax.training import OptimizerConfig
+from llama_jax.training import AdamW
 from llama_jax.training.optimizer import is_matrix
 
 EXPERTS = Experts(8, 64, SoftmaxTopK(2, normalize=True), "silu", gated=True, num_shared=1)
@@ -22,7 +22,7 @@ def local(tiny_config, feed_forward: Experts = EXPERTS, **axes: int) -> Local:
     model = dataclasses.replace(tiny_config, feed_forward=feed_forward)
     mesh = MeshConfig(**({"fsdp": 1} | axes))
     workload = Workload(
-        model=model, mesh=mesh, compute=Compute(), optimizer=OptimizerConfig(1e-3, 1), global_batch_size=16,
+        model=model, mesh=mesh, compute=Compute(), optimizer=AdamW(1e-3, 1), global_batch_size=16,
         sequence_length=32,
     )  # fmt: skip
     return Local.of(workload, math.prod(axes.values()) if axes else 1)

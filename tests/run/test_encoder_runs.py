@@ -18,7 +18,7 @@ from llama_jax.run import LoggingConfig, Run, RunConfig, train
 from llama_jax.run.initial import inheritance
 from llama_jax.sampling import cli
 from llama_jax.tokenizers import TokenizerConfig
-from llama_jax.training import OptimizerConfig
+from llama_jax.training import AdamW, Linear
 from llama_jax.zoo.bert import encoder
 
 WORDS = {"animal": "cat dog hen pig cow", "colour": "red blue green pink grey"}
@@ -55,7 +55,7 @@ def pretraining(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
             validation_fraction=0.3,
             cache_dir=str(folder / "cache"),
         ),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2, schedule="linear"),
+        optimizer=AdamW(learning_rate=3e-3, warmup_steps=2, schedule=Linear()),
         num_steps=NUM_STEPS,
         global_batch_size=8,
         sequence_length=48,
