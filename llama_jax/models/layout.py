@@ -162,7 +162,7 @@ def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, 
         name: jax.ShapeDtypeStruct(
             shape,
             jnp.float32 if name in kept else dtype,
-            sharding=None if mesh.empty else jax.sharding.NamedSharding(mesh, spec),
+            sharding=None if spec is None else jax.sharding.NamedSharding(mesh, spec),
         )
         for name, (shape, spec) in _shapes_and_specs(config, jax.sharding.get_abstract_mesh()).items()
     }
@@ -171,10 +171,10 @@ def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, 
 @functools.lru_cache(maxsize=64)
 def _shapes_and_specs(
     config: ModelConfig, mesh: jax.sharding.AbstractMesh
-) -> dict[str, tuple[tuple[int, ...], jax.sharding.PartitionSpec]]:
+) -> dict[str, tuple[tuple[int, ...], jax.sharding.PartitionSpec | None]]:
     # Tracing takes a second. Specs depend on the current mesh, which is an argument for the cache to tell them apart.
     abstract = jax.eval_shape(functools.partial(init_params, config), 0)
-    return {name: (a.shape, a.sharding.spec) for name, a in abstract.items()}
+    return {name: (a.shape, None if mesh.empty else a.sharding.spec) for name, a in abstract.items()}
 
 
 def repeating_pattern(pieces: tuple[Any, ...]) -> tuple[int, int]:
