@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.checkpoint.store import CheckpointConfig, CheckpointStore, SaveFailed, to_disk
+from llama_jax.checkpoint import CheckpointConfig, CheckpointStore, SaveFailed, to_disk
 from llama_jax.config import UserError
 from llama_jax.models import DecoderConfig, abstract_params, initialize
 from llama_jax.parallel import distributed, make_mesh

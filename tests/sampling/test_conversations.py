@@ -11,8 +11,7 @@ import pytest
 
 import llama_jax
 from llama_jax.__main__ import main
-from llama_jax.checkpoint.generation import GenerationSettings
-from llama_jax.checkpoint.language_model import LanguageModel, save
+from llama_jax.checkpoint import GenerationSettings, LanguageModel, save
 from llama_jax.config import UserError
 from llama_jax.data.chat import ChatGLM2Chat, ChatML, ChatTemplate, Llama2Chat, Llama3Chat
 from llama_jax.sampling import Sampler, chat, cli, generate

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.checkpoint.language_model import LanguageModel, save
+from llama_jax.checkpoint import LanguageModel, save
 from llama_jax.config import UserError
 from llama_jax.sampling import Sampler, cli, complete, generate, generate_text, stream_text
 

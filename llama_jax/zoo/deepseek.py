@@ -1,0 +1,468 @@
+"""DeepSeek-V2 and V2-Lite (arXiv 2405.04434), V3 (arXiv 2412.19437) and V3.2 ("DeepSeek-V3.2-Exp", 2025).
+
+V3 is V2 with experts balanced by a bias, eight-bit files and multi-token prediction; the attention of V3.2 reads only
+the tokens that an indexer chooses. Sizes and YaRN's numbers from the released configs; the counts they give are tested
+to the digit.
+"""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+from llama_jax.config import UserError
+from llama_jax.models import DecoderConfig, LayerOverride, MTPDecoderConfig
+from llama_jax.nn import (
+    Experts,
+    LatentAttention,
+    RMSNorm,
+    Rope,
+    RopeScaling,
+    Router,
+    SigmoidTopK,
+    SoftmaxTopK,
+    SparseLatentAttention,
+    SwiGLU,
+    YarnScaling,
+)
+from llama_jax.zoo import llama
+from llama_jax.zoo.reading import CAUSAL, ConfigReader, Key, read_quantization, read_rope, write_rope
+from llama_jax.zoo.registry import Family
+from llama_jax.zoo.weights import TensorNames, WeightMapping, mappings
+
+_Q_LORA_RANK = 1536
+_LATENT_EPS = 1e-6  # of the norms of the latents, in all of the original code, whatever rms_norm_eps is
+_BIAS_UPDATE_RATE = 1e-3  # V3, section 4.2
+_MTP_WEIGHT = 0.3  # V3, section 4.2; 0.1 in the last third of the training
+
+
+def _fields(
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    num_layers: int,
+    max_positions: int,
+    num_heads: int,
+    q_lora_rank: int | None,
+    kv_lora_rank: int,
+    qk_nope_head_dim: int,
+    qk_rope_head_dim: int,
+    v_head_dim: int,
+    theta: float,
+    scaling: RopeScaling | None,
+    eps: float,
+    num_dense: int,
+    dense_size: int,
+    num_experts: int,
+    num_shared: int,
+    expert_size: int,
+    router: Router,
+    load_balance_loss: float,
+    tie_embeddings: bool = False,
+) -> dict[str, Any]:
+    """Return the fields of a `DecoderConfig`: experts everywhere but in the first `num_dense` layers."""
+    dense = LayerOverride(tuple(range(min(num_dense, num_layers))), SwiGLU(intermediate_size=dense_size, bias=False))
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_layers": num_layers,
+        "max_positions": max_positions,
+        "attention": LatentAttention(
+            num_heads=num_heads,
+            q_lora_rank=q_lora_rank,
+            kv_lora_rank=kv_lora_rank,
+            qk_nope_head_dim=qk_nope_head_dim,
+            qk_rope_head_dim=qk_rope_head_dim,
+            v_head_dim=v_head_dim,
+            rope=Rope(theta=theta, scaling=scaling),
+            eps=_LATENT_EPS,
+        ),
+        "feed_forward": Experts(
+            num_experts=num_experts,
+            intermediate_size=expert_size,
+            router=router,
+            activation="silu",
+            gated=True,
+            num_shared=num_shared,
+            load_balance_loss=load_balance_loss,
+        ),
+        "norm": RMSNorm(eps=eps),
+        "tie_embeddings": tie_embeddings,
+        "overrides": (dense,) if dense.layers else (),
+    }
+
+
+def _sparse(fields: dict[str, Any], num_heads: int, head_dim: int, topk: int) -> dict[str, Any]:
+    """Return the fields with V3.2's indexer in the attention."""
+    latent = {f.name: getattr(fields["attention"], f.name) for f in dataclasses.fields(LatentAttention)}
+    indexer = {"num_index_heads": num_heads, "index_head_dim": head_dim, "index_topk": topk}
+    return fields | {"attention": SparseLatentAttention(**latent, **indexer)}
+
+
+_RELEASED: dict[str, Any] = {
+    "max_positions": 163_840,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "theta": 10_000.0,
+    "eps": 1e-6,
+}
+_V2: dict[str, Any] = _RELEASED | {
+    "vocab_size": 102_400,
+    "scaling": YarnScaling(40.0, 4096, beta_fast=32.0, beta_slow=1.0, mscale=0.707, mscale_all_dim=0.707),
+    "num_dense": 1,
+    "num_shared": 2,
+    "load_balance_loss": 1e-3,
+}
+_V2_PRESETS: dict[str, DecoderConfig] = {
+    "deepseek_v2_lite": DecoderConfig(
+        **_fields(
+            **_V2,
+            num_layers=27,
+            hidden_size=2048,
+            num_heads=16,
+            q_lora_rank=None,
+            dense_size=10944,
+            num_experts=64,
+            expert_size=1408,
+            router=SoftmaxTopK(top_k=6, normalize=False),
+        )
+    ),
+    "deepseek_v2": DecoderConfig(
+        **_fields(
+            **_V2,
+            num_layers=60,
+            hidden_size=5120,
+            num_heads=128,
+            q_lora_rank=1536,
+            dense_size=12288,
+            num_experts=160,
+            expert_size=1536,
+            router=SoftmaxTopK(top_k=6, normalize=False, scaling=16.0, num_groups=8, top_groups=3),
+        )
+    ),
+}
+_V3: dict[str, Any] = _fields(
+    **_RELEASED,
+    vocab_size=129_280,
+    num_layers=61,
+    hidden_size=7168,
+    num_heads=128,
+    q_lora_rank=1536,
+    scaling=YarnScaling(40.0, 4096, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0),
+    num_dense=3,
+    dense_size=18432,
+    num_experts=256,
+    num_shared=1,
+    expert_size=2048,
+    router=SigmoidTopK(
+        top_k=8, normalize=True, scaling=2.5, num_groups=8, top_groups=4, bias_update_rate=_BIAS_UPDATE_RATE
+    ),
+    load_balance_loss=1e-4,
+)
+_V32_PRESET = MTPDecoderConfig(**_sparse(_V3, num_heads=64, head_dim=128, topk=2048))
+
+_ATTENTION, _MLP = llama.LAYER + "self_attn.", llama.LAYER + "mlp."
+# Each head of a file has its rotary part last, in interleaved pairs, so heads are joined one by one (`merged`).
+_NOPE, _PAIRS = "n h d -> d n h", "n (p two) d -> d n (two p)"
+_NOPE_OF_LATENT, _PAIRS_OF_LATENT = "n h c -> c n h", "n (p two) c -> c n (two p)"
+V2_WEIGHTS = (
+    *mappings(llama.ENDS | llama.HEAD),
+    *mappings(llama.NORMS, "layers.", llama.LAYER),
+    WeightMapping("layers.attention.q_nope_proj.weight", _ATTENTION + "q_proj.weight", _NOPE, 1, True),
+    WeightMapping("layers.attention.q_rope_proj.weight", _ATTENTION + "q_proj.weight", _PAIRS, 1, True),
+    WeightMapping("layers.attention.q_b_nope_proj.weight", _ATTENTION + "q_b_proj.weight", _NOPE_OF_LATENT, 1, True),
+    WeightMapping("layers.attention.q_b_rope_proj.weight", _ATTENTION + "q_b_proj.weight", _PAIRS_OF_LATENT, 1, True),
+    WeightMapping("layers.attention.k_b_proj.weight", _ATTENTION + "kv_b_proj.weight", _NOPE_OF_LATENT, 1, True),
+    WeightMapping("layers.attention.v_b_proj.weight", _ATTENTION + "kv_b_proj.weight", _NOPE_OF_LATENT, 1, True),
+    *mappings(
+        {
+            "q_a_proj": ("q_a_proj", "c d -> d c"),
+            "q_a_layernorm": ("q_a_layernorm", "c -> c"),
+            "kv_a_proj": ("kv_a_proj_with_mqa", "c d -> d c"),
+            "k_rope_proj": ("kv_a_proj_with_mqa", "(p two) d -> d (two p)"),
+            "kv_a_layernorm": ("kv_a_layernorm", "c -> c"),
+            "o_proj": ("o_proj", "d (n h) -> n h d"),
+        },
+        "layers.attention.",
+        _ATTENTION,
+    ),
+    *mappings(
+        {
+            "gate_proj": ("gate_proj", "f d -> d f"),
+            "up_proj": ("up_proj", "f d -> d f"),
+            "down_proj": ("down_proj", "d f -> f d"),
+            "router": ("gate", "e d -> d e"),
+            "experts.gate_proj": ("experts.{expert}.gate_proj", "e f d -> e d f"),
+            "experts.up_proj": ("experts.{expert}.up_proj", "e f d -> e d f"),
+            "experts.down_proj": ("experts.{expert}.down_proj", "e d f -> e f d"),
+            "shared.gate_proj": ("shared_experts.gate_proj", "f d -> d f"),
+            "shared.up_proj": ("shared_experts.up_proj", "f d -> d f"),
+            "shared.down_proj": ("shared_experts.down_proj", "d f -> f d"),
+        },
+        "layers.feed_forward.",
+        _MLP,
+    ),
+)
+_V3_WEIGHTS = (
+    *V2_WEIGHTS,
+    WeightMapping("layers.feed_forward.router.choice_bias", _MLP + "gate.e_score_correction_bias", "e -> e"),
+)
+_INDEXER = mappings(
+    {
+        # Its rotary part comes first, in halves as ours.
+        "q_proj": ("wq_b", "(n h) c -> c n h"),
+        "k_proj": ("wk", "h d -> d h"),
+        "k_norm": ("k_norm", "h -> h", "h -> h"),
+        "weights_proj": ("weights_proj", "n d -> d n"),
+    },
+    "layers.attention.indexer.",
+    _ATTENTION + "indexer.",
+)
+
+
+def _with_mtp(weights: tuple[WeightMapping, ...]) -> TensorNames:
+    """Return the names with the further blocks of multi-token prediction, which files count as layers after the last.
+
+    They repeat the tensors that they share with the model.
+    """
+    further = tuple(
+        dataclasses.replace(w, name=f"mtp_{w.name}", source=w.source.replace("{layer}", "{after}"))
+        for w in weights
+        if w.name.startswith("layers.")
+    )
+    own = {
+        "enorm": ("enorm", "d -> d"),
+        "hnorm": ("hnorm", "d -> d"),
+        "eh_proj": ("eh_proj", "d c -> c d"),
+        "norm": ("shared_head.norm", "d -> d"),
+    }
+    copies = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+    # A copy may be of any layer: they follow wherever a model's layers end.
+    tied = {f"model.layers.{after}.{name}": copies[name] for after in range(1000) for name in copies}
+    return TensorNames((*weights, *further, *mappings(own, "mtp_layers.", "model.layers.{after}.")), llama.TIED | tied)
+
+
+def _keys(*, q_lora_rank: int | None, scaling: float, groups: int, top_groups: int) -> tuple[Key, ...]:
+    """Return the keys that all have, with the defaults of a version."""
+    return (
+        Key("vocab_size", "vocab_size", int),
+        Key("hidden_size", "hidden_size", int),
+        Key("num_hidden_layers", "num_layers", int),
+        Key("max_position_embeddings", "max_positions", int),
+        Key("num_attention_heads", "attention.num_heads", int),
+        Key("q_lora_rank", "attention.q_lora_rank", int, None, absent=q_lora_rank),
+        Key("kv_lora_rank", "attention.kv_lora_rank", int),
+        Key("qk_nope_head_dim", "attention.qk_nope_head_dim", int),
+        Key("qk_rope_head_dim", "attention.qk_rope_head_dim", int),
+        Key("v_head_dim", "attention.v_head_dim", int),
+        Key("rms_norm_eps", "norm.eps", float, 1e-6),
+        Key("n_routed_experts", "feed_forward.num_experts", int),
+        Key("n_shared_experts", "feed_forward.num_shared", int),
+        Key("moe_intermediate_size", "feed_forward.intermediate_size", int, argument="expert_size"),
+        Key("num_experts_per_tok", "feed_forward.router.top_k", int),
+        Key("n_group", "feed_forward.router.num_groups", int, groups),
+        Key("topk_group", "feed_forward.router.top_groups", int, top_groups),
+        Key("routed_scaling_factor", "feed_forward.router.scaling", float, scaling, argument="router_scaling"),
+        Key("aux_loss_alpha", "feed_forward.load_balance_loss", float, 1e-3),
+        Key("tie_word_embeddings", "tie_embeddings", bool, False),
+    )
+
+
+def _pieces(attention: type, router: type) -> dict[str, tuple[type, ...]]:
+    return {
+        "attention": (attention,),
+        "feed_forward": (Experts,),
+        "feed_forward.router": (router,),
+        "norm": (RMSNorm,),
+    }
+
+
+def _read(reader: ConfigReader, fields: dict[str, Any], router: Router, *, num_dense: int) -> dict[str, Any]:
+    """Return the fields of a config, of the keys that all have; `num_dense` is for files without that key."""
+    reader.activation("hidden_act", "silu", only="silu")
+    reader.only(attention_bias=False, mlp_bias=False, moe_layer_freq=1)
+    read_quantization(reader)
+    nope, rope = fields["qk_nope_head_dim"], fields["qk_rope_head_dim"]
+    # Other keys have these sizes already.
+    reader.only(num_key_value_heads=fields["num_heads"], head_dim=rope, qk_head_dim=nope + rope)
+    return _fields(
+        **fields,
+        **read_rope(reader, fields["max_positions"]),
+        num_dense=reader.take("first_k_dense_replace", int, num_dense),
+        dense_size=reader.take("intermediate_size", int),
+        router=router,
+    )
+
+
+def _router_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Take the fields of a router out of `fields` and return them."""
+    names = {"top_k": "top_k", "num_groups": "num_groups", "top_groups": "top_groups", "router_scaling": "scaling"}
+    return {field: fields.pop(name) for name, field in names.items()}
+
+
+def _read_v2(reader: ConfigReader, fields: dict[str, Any]) -> DecoderConfig:
+    reader.only(scoring_func="softmax", norm_topk_prob=False)
+    method = reader.take("topk_method", str, "greedy")
+    if method not in ("greedy", "group_limited_greedy"):
+        raise UserError(f"config.json has topk_method={method!r}: a DeepSeek-V2 has greedy or group_limited_greedy")
+    if method == "greedy":
+        fields |= {"num_groups": 1, "top_groups": 1}  # whatever the file has
+    router = SoftmaxTopK(**_router_fields(fields), normalize=False)
+    return DecoderConfig(**_read(reader, fields, router, num_dense=0))
+
+
+def _read_v3_fields(reader: ConfigReader, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a V3's config."""
+    reader.only(scoring_func="sigmoid", topk_method="noaux_tc", rope_interleave=True)
+    further = {"num_mtp_layers": reader.take("num_nextn_predict_layers", int, 0), "mtp_weight": _MTP_WEIGHT}
+    router = SigmoidTopK(
+        **_router_fields(fields), normalize=fields.pop("normalize"), bias_update_rate=_BIAS_UPDATE_RATE
+    )
+    return _read(reader, fields, router, num_dense=3) | further
+
+
+def _read_v3(reader: ConfigReader, fields: dict[str, Any]) -> MTPDecoderConfig:
+    return MTPDecoderConfig(**_read_v3_fields(reader, fields))
+
+
+def _read_v32(reader: ConfigReader, fields: dict[str, Any]) -> MTPDecoderConfig:
+    indexer = [fields.pop(name) for name in ("num_index_heads", "index_head_dim", "index_topk")]
+    config = MTPDecoderConfig(**_sparse(_read_v3_fields(reader, fields), *indexer))
+    # Other keys decide these already.
+    kinds = ["sparse" if piece is config.feed_forward else "dense" for _, piece in config.stacks()["layers"]]
+    reader.only(mlp_layer_types=kinds, layer_types=["indexed_attention"] * config.num_layers)
+    return config
+
+
+def _write(config: DecoderConfig, label: str) -> dict[str, Any]:
+    """Return the other keys that all have."""
+    attention: Any = config.attention
+    dense = [piece for _, piece in config.stacks()["layers"] if isinstance(piece, SwiGLU)]
+    return {
+        "num_key_value_heads": attention.num_heads,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "first_k_dense_replace": len(dense),
+        "moe_layer_freq": 1,
+        "intermediate_size": dense[0].intermediate_size if dense else 4 * config.hidden_size,
+        "seq_aux": True,
+        **write_rope(attention, label),
+    }
+
+
+def _write_v2(config: DecoderConfig, label: str) -> dict[str, Any]:
+    router: Any = config.feed_forward.router  # type: ignore[union-attr]
+    method = "greedy" if router.num_groups == 1 else "group_limited_greedy"
+    own = {"scoring_func": "softmax", "topk_method": method, "norm_topk_prob": router.normalize}
+    return _write(config, label) | own
+
+
+def _write_v3(config: MTPDecoderConfig, label: str) -> dict[str, Any]:
+    own = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "num_nextn_predict_layers": config.num_mtp_layers}
+    return _write(config, label) | own
+
+
+def _released[C: DecoderConfig](config: C) -> C:
+    """Return the model without what only its training needs, which no config.json can express."""
+    experts: Any = config.feed_forward
+    attention, router = config.attention, experts.router
+    if isinstance(router, SigmoidTopK):
+        router = dataclasses.replace(router, bias_update_rate=_BIAS_UPDATE_RATE)
+    if isinstance(attention, SparseLatentAttention):
+        attention = dataclasses.replace(attention, index_loss_weight=0.0)
+    experts = dataclasses.replace(experts, router=router, router_z_loss=0.0, dispatch="auto")
+    config = dataclasses.replace(config, attention=attention, feed_forward=experts)
+    return dataclasses.replace(config, mtp_weight=_MTP_WEIGHT) if isinstance(config, MTPDecoderConfig) else config
+
+
+def _with_tensors[C: DecoderConfig](config: C, names: Collection[str]) -> C:
+    """Return the config with a latent of the queries where a file has one, and without where it has none.
+
+    Files that leave out `q_lora_rank` are of both kinds; the original code's default is 1536.
+    """
+    attention: Any = config.attention
+    if attention.q_lora_rank is None and "model.layers.0.self_attn.q_a_proj.weight" in names:
+        attention = dataclasses.replace(attention, q_lora_rank=_Q_LORA_RANK)
+    elif attention.q_lora_rank is not None and "model.layers.0.self_attn.q_proj.weight" in names:
+        attention = dataclasses.replace(attention, q_lora_rank=None)
+    return dataclasses.replace(config, attention=attention)
+
+
+def _with_mtp_tensors(config: MTPDecoderConfig, names: Collection[str]) -> MTPDecoderConfig:
+    """Return the config without further blocks where a file has no tensor of them.
+
+    `transformers` writes none, whatever its config has.
+    """
+    config = _with_tensors(config, names)
+    after = f"model.layers.{config.num_layers}."
+    return config if any(name.startswith(after) for name in names) else dataclasses.replace(config, num_mtp_layers=0)
+
+
+_ALIASES = {
+    "num_experts": "n_routed_experts",
+    "num_local_experts": "n_routed_experts",
+    "num_mtp_layers": "num_nextn_predict_layers",
+}
+_HARMLESS = CAUSAL | {"attention_dropout", "seq_aux"}  # latent attention has no dropout here
+_V3_KEYS = (
+    *_keys(q_lora_rank=_Q_LORA_RANK, scaling=2.5, groups=8, top_groups=4),
+    Key("norm_topk_prob", "feed_forward.router.normalize", bool, True),
+)
+
+DEEPSEEK_V2 = Family(
+    name="deepseek_v2",
+    title="DeepSeek-V2 and V2-Lite",
+    label="a DeepSeek-V2",
+    presets=_V2_PRESETS,
+    config_type=DecoderConfig,
+    architectures=("DeepseekV2ForCausalLM", "DeepseekV2Model"),
+    keys=_keys(q_lora_rank=None, scaling=1.0, groups=1, top_groups=1),
+    pieces=_pieces(LatentAttention, SoftmaxTopK),
+    read=_read_v2,
+    write=_write_v2,
+    aliases=_ALIASES,
+    harmless=_HARMLESS,
+    names=TensorNames(V2_WEIGHTS, llama.TIED),
+    released=_released,
+    with_tensors=_with_tensors,
+)
+DEEPSEEK_V3 = Family(
+    name="deepseek_v3",
+    title="DeepSeek-V3",
+    label="a DeepSeek-V3",
+    presets={"deepseek_v3": MTPDecoderConfig(**_V3)},
+    config_type=MTPDecoderConfig,
+    architectures=("DeepseekV3ForCausalLM", "DeepseekV3Model"),
+    keys=_V3_KEYS,
+    pieces=_pieces(LatentAttention, SigmoidTopK),
+    read=_read_v3,
+    write=_write_v3,
+    aliases=_ALIASES,
+    harmless=_HARMLESS,
+    names=_with_mtp(_V3_WEIGHTS),
+    released=_released,
+    with_tensors=_with_mtp_tensors,
+)
+DEEPSEEK_V32 = Family(
+    name="deepseek_v32",
+    title="DeepSeek-V3.2",
+    label="a DeepSeek-V3.2",
+    presets={"deepseek_v32": _V32_PRESET},
+    config_type=MTPDecoderConfig,
+    architectures=("DeepseekV32ForCausalLM", "DeepseekV32Model"),
+    keys=(
+        *_V3_KEYS,
+        Key("index_n_heads", "attention.num_index_heads", int),
+        Key("index_head_dim", "attention.index_head_dim", int),
+        Key("index_topk", "attention.index_topk", int),
+    ),
+    pieces=_pieces(SparseLatentAttention, SigmoidTopK),
+    read=_read_v32,
+    write=_write_v3,
+    aliases=_ALIASES,
+    harmless=_HARMLESS,
+    names=_with_mtp((*_V3_WEIGHTS, *_INDEXER)),
+    released=_released,
+    with_tensors=_with_mtp_tensors,
+)
