@@ -99,46 +99,29 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> None:
     (directory / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-_HF_NAMES = {
-    "embedding": "model.embed_tokens",
-    "attention_norm": "model.layers.{}.input_layernorm",
-    "q": "model.layers.{}.self_attn.q_proj",
-    "k": "model.layers.{}.self_attn.k_proj",
-    "v": "model.layers.{}.self_attn.v_proj",
-    "o": "model.layers.{}.self_attn.o_proj",
-    "ffn_norm": "model.layers.{}.post_attention_layernorm",
-    "gate": "model.layers.{}.mlp.gate_proj",
-    "up": "model.layers.{}.mlp.up_proj",
-    "down": "model.layers.{}.mlp.down_proj",
-    "norm": "model.norm",
-    "head": "lm_head",
-}
-_META_NAMES = {
-    "embedding": "tok_embeddings",
-    "attention_norm": "layers.{}.attention_norm",
-    "q": "layers.{}.attention.wq",
-    "k": "layers.{}.attention.wk",
-    "v": "layers.{}.attention.wv",
-    "o": "layers.{}.attention.wo",
-    "ffn_norm": "layers.{}.ffn_norm",
-    "gate": "layers.{}.feed_forward.w1",
-    "up": "layers.{}.feed_forward.w3",
-    "down": "layers.{}.feed_forward.w2",
-    "norm": "norm",
-    "head": "output",
+# Names of a Llama's tensors: Hugging Face's and Meta's.
+_NAMES = {
+    "embedding": ("model.embed_tokens", "tok_embeddings"),
+    "attention_norm": ("model.layers.{}.input_layernorm", "layers.{}.attention_norm"),
+    "q": ("model.layers.{}.self_attn.q_proj", "layers.{}.attention.wq"),
+    "k": ("model.layers.{}.self_attn.k_proj", "layers.{}.attention.wk"),
+    "v": ("model.layers.{}.self_attn.v_proj", "layers.{}.attention.wv"),
+    "o": ("model.layers.{}.self_attn.o_proj", "layers.{}.attention.wo"),
+    "ffn_norm": ("model.layers.{}.post_attention_layernorm", "layers.{}.ffn_norm"),
+    "gate": ("model.layers.{}.mlp.gate_proj", "layers.{}.feed_forward.w1"),
+    "up": ("model.layers.{}.mlp.up_proj", "layers.{}.feed_forward.w3"),
+    "down": ("model.layers.{}.mlp.down_proj", "layers.{}.feed_forward.w2"),
+    "norm": ("model.norm", "norm"),
+    "head": ("lm_head", "output"),
 }
 
 
-def _rotate_halves(x_BTNH: np.ndarray, cos_TH: np.ndarray, sin_TH: np.ndarray) -> np.ndarray:
-    first, second = np.split(x_BTNH, 2, axis=-1)
+def _rotate(x_BTNH: np.ndarray, cos_TH: np.ndarray, sin_TH: np.ndarray, *, interleaved: bool) -> np.ndarray:
+    """Return vectors with rotary positions; their pairs are neighbours (`interleaved`) or in the two halves."""
     cos, sin = cos_TH[:, None], sin_TH[:, None]
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def _rotate_pairs(x_BTNH: np.ndarray, cos_TH: np.ndarray, sin_TH: np.ndarray) -> np.ndarray:
-    even, odd = x_BTNH[..., ::2], x_BTNH[..., 1::2]
-    cos, sin = cos_TH[:, None], sin_TH[:, None]
-    return np.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x_BTNH.shape)
+    first, second = (x_BTNH[..., ::2], x_BTNH[..., 1::2]) if interleaved else np.split(x_BTNH, 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return np.stack(turned, axis=-1).reshape(x_BTNH.shape) if interleaved else np.concatenate(turned, axis=-1)
 
 
 def _silu(x: np.ndarray) -> np.ndarray:
@@ -152,8 +135,7 @@ def llama_logits(config: DecoderConfig, tensors: Tensors, tokens: np.ndarray, *,
     layout and the JAX model, so an error in them cannot hide on both sides of a comparison. One matrix is in memory
     at a time.
     """
-    names: Mapping[str, str] = _META_NAMES if interleaved else _HF_NAMES
-    rotate: Callable[..., np.ndarray] = _rotate_pairs if interleaved else _rotate_halves
+    names = {name: pair[interleaved] for name, pair in _NAMES.items()}
     attention, feed_forward, norm = config.attention, config.feed_forward, config.norm
     assert isinstance(attention, GroupedQuery)
     assert isinstance(feed_forward, SwiGLU)
@@ -176,11 +158,11 @@ def llama_logits(config: DecoderConfig, tensors: Tensors, tokens: np.ndarray, *,
     cos, sin = ((magnitude * f(angles)).astype(np.float32) for f in (np.cos, np.sin))
     future = np.where(np.tri(t, dtype=bool), 0, -np.inf).astype(np.float32)
     x = np.stack([tensors[f"{names['embedding']}.weight"].read((slice(i, i + 1),))[0] for i in tokens.reshape(-1)])
-    x = x.astype(np.float32).reshape(b, t, -1)
+    x = x.astype(np.float32).reshape(b, t, -1)  # [B, T, D], rows of the embedding read one by one
     for layer in range(config.num_layers):
         y = normalize(x, "attention_norm", layer)
         q, k, v = (linear(y, name, layer, attention.qkv_bias).reshape(b, t, -1, attention.head_dim) for name in "qkv")
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = (_rotate(x, cos, sin, interleaved=interleaved) for x in (q, k))
         k, v = np.repeat(k, groups, axis=2), np.repeat(v, groups, axis=2)
         scores = np.einsum("btnh,bsnh->bnts", q, k) * np.float32(attention.head_dim**-0.5) + future
         weights = np.exp(scores - scores.max(-1, keepdims=True))

@@ -19,28 +19,23 @@ from llama_jax.zoo.weights import TensorNames, WeightMapping, mappings
 
 def encoder(
     *,
-    vocab_size: int,
     hidden_size: int,
-    num_layers: int,
     num_heads: int,
     intermediate_size: int,
     max_positions: int,
-    num_token_types: int,
     eps: float,
     offset: int = 0,
     activation: Activation = "gelu",
     dropout: float = 0.1,
     attention_dropout: float = 0.1,
-    **heads: Any,
+    **fields: Any,
 ) -> EncoderConfig:
-    """Return a model of these sizes, made as BERT is; `heads` are fields of `EncoderConfig`."""
+    """Return a model of these sizes, made as BERT is; `fields` are the others of `EncoderConfig`."""
     if num_heads < 1 or hidden_size % num_heads:
         raise UserError(f"hidden_size={hidden_size} is not divisible by num_attention_heads={num_heads}")
     norm = LayerNorm(eps=eps, bias=True)
     return EncoderConfig(
-        vocab_size=vocab_size,
         hidden_size=hidden_size,
-        num_layers=num_layers,
         max_positions=max_positions,
         attention=GroupedQuery(
             num_heads=num_heads,
@@ -58,8 +53,7 @@ def encoder(
         positions=LearnedPositions(num_positions=max_positions, offset=offset),
         embedding_norm=norm,
         dropout=dropout,
-        num_token_types=num_token_types,
-        **heads,
+        **fields,
     )
 
 

@@ -35,18 +35,12 @@ _BIAS_UPDATE_RATE = 1e-3  # V3, section 4.2
 _MTP_WEIGHT = 0.3  # V3, section 4.2; 0.1 in the last third of the training
 
 
+_LATENT = ("num_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
 def _fields(
     *,
-    vocab_size: int,
-    hidden_size: int,
     num_layers: int,
-    max_positions: int,
-    num_heads: int,
-    q_lora_rank: int | None,
-    kv_lora_rank: int,
-    qk_nope_head_dim: int,
-    qk_rope_head_dim: int,
-    v_head_dim: int,
     theta: float,
     scaling: RopeScaling | None,
     eps: float,
@@ -58,24 +52,17 @@ def _fields(
     router: Router,
     load_balance_loss: float,
     tie_embeddings: bool = False,
+    **sizes: Any,
 ) -> dict[str, Any]:
-    """Return the fields of a `DecoderConfig`: experts everywhere but in the first `num_dense` layers."""
+    """Return the fields of a `DecoderConfig`: experts everywhere but in the first `num_dense` layers.
+
+    `sizes` are the others of the config and those of its attention (`_LATENT`).
+    """
+    latent = {name: sizes.pop(name) for name in _LATENT}
     dense = LayerOverride(tuple(range(min(num_dense, num_layers))), SwiGLU(intermediate_size=dense_size, bias=False))
-    return {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
+    return sizes | {
         "num_layers": num_layers,
-        "max_positions": max_positions,
-        "attention": LatentAttention(
-            num_heads=num_heads,
-            q_lora_rank=q_lora_rank,
-            kv_lora_rank=kv_lora_rank,
-            qk_nope_head_dim=qk_nope_head_dim,
-            qk_rope_head_dim=qk_rope_head_dim,
-            v_head_dim=v_head_dim,
-            rope=Rope(theta=theta, scaling=scaling),
-            eps=_LATENT_EPS,
-        ),
+        "attention": LatentAttention(**latent, rope=Rope(theta=theta, scaling=scaling), eps=_LATENT_EPS),
         "feed_forward": Experts(
             num_experts=num_experts,
             intermediate_size=expert_size,
@@ -427,7 +414,8 @@ DEEPSEEK_V2 = Family(
     released=_released,
     with_tensors=_with_tensors,
 )
-DEEPSEEK_V3 = Family(
+DEEPSEEK_V3 = dataclasses.replace(
+    DEEPSEEK_V2,  # type: ignore[arg-type]
     name="deepseek_v3",
     title="DeepSeek-V3",
     label="a DeepSeek-V3",
@@ -438,18 +426,15 @@ DEEPSEEK_V3 = Family(
     pieces=_pieces(LatentAttention, SigmoidTopK),
     read=_read_v3,
     write=_write_v3,
-    aliases=_ALIASES,
-    harmless=_HARMLESS,
     names=_with_mtp(_V3_WEIGHTS),
-    released=_released,
     with_tensors=_with_mtp_tensors,
 )
-DEEPSEEK_V32 = Family(
+DEEPSEEK_V32 = dataclasses.replace(
+    DEEPSEEK_V3,
     name="deepseek_v32",
     title="DeepSeek-V3.2",
     label="a DeepSeek-V3.2",
     presets={"deepseek_v32": _V32_PRESET},
-    config_type=MTPDecoderConfig,
     architectures=("DeepseekV32ForCausalLM", "DeepseekV32Model"),
     keys=(
         *_V3_KEYS,
@@ -459,10 +444,5 @@ DEEPSEEK_V32 = Family(
     ),
     pieces=_pieces(SparseLatentAttention, SigmoidTopK),
     read=_read_v32,
-    write=_write_v3,
-    aliases=_ALIASES,
-    harmless=_HARMLESS,
     names=_with_mtp((*_V3_WEIGHTS, *_INDEXER)),
-    released=_released,
-    with_tensors=_with_mtp_tensors,
 )

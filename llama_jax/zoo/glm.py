@@ -17,28 +17,19 @@ from llama_jax.zoo.weights import TensorNames, mappings
 
 def glm(
     *,
-    vocab_size: int,
-    hidden_size: int,
-    num_layers: int,
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
     intermediate_size: int,
-    max_positions: int,
-    norm: RMSNorm,
     theta: float = 10_000.0,
     scaling: RopeScaling | None = None,
     qkv_bias: bool = True,
     tie_embeddings: bool = False,
     attention_dropout: float = 0.0,
-    dropout: float = 0.0,
+    **fields: Any,
 ) -> DecoderConfig:
-    """Return the model that GLM-4 and ChatGLM2 have in common."""
+    """Return the model that GLM-4 and ChatGLM2 have in common; `fields` are the others of `DecoderConfig`."""
     return DecoderConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        max_positions=max_positions,
         attention=GroupedQuery(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
@@ -49,9 +40,8 @@ def glm(
             dropout=attention_dropout,
         ),
         feed_forward=SwiGLU(intermediate_size=intermediate_size, bias=False),
-        norm=norm,
         tie_embeddings=tie_embeddings,
-        dropout=dropout,
+        **fields,
     )
 
 

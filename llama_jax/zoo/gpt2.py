@@ -13,7 +13,6 @@ from llama_jax.zoo.weights import TensorNames, mappings
 
 def gpt(
     *,
-    num_layers: int,
     hidden_size: int,
     num_heads: int,
     max_positions: int,
@@ -22,17 +21,19 @@ def gpt(
     activation: Activation = "gelu_tanh",
     eps: float = 1e-5,
     scale: float | None = None,
-    dropout: float = 0.0,
     attention_dropout: float = 0.0,
     tie_embeddings: bool = True,
+    **fields: Any,
 ) -> DecoderConfig:
-    """Return a decoder of this shape: attention as wide as the model, the feed-forward four times (by default)."""
+    """Return a decoder whose attention is as wide as the model, and whose feed-forward by default is four times that.
+
+    `fields` are the others of `DecoderConfig`.
+    """
     if num_heads < 1 or hidden_size % num_heads:
         raise UserError(f"hidden_size={hidden_size} is not divisible by num_heads={num_heads}")
     return DecoderConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        num_layers=num_layers,
         max_positions=max_positions,
         attention=GroupedQuery(
             num_heads=num_heads,
@@ -48,7 +49,7 @@ def gpt(
         norm=LayerNorm(eps=eps, bias=True),
         tie_embeddings=tie_embeddings,
         positions=LearnedPositions(num_positions=max_positions),
-        dropout=dropout,
+        **fields,
     )
 
 

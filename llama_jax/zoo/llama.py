@@ -8,7 +8,7 @@ from typing import Any
 
 from llama_jax.config import UserError
 from llama_jax.models import DecoderConfig
-from llama_jax.nn import FeedForward, GroupedQuery, Llama3Scaling, RMSNorm, Rope, RopeScaling, SwiGLU
+from llama_jax.nn import GroupedQuery, Llama3Scaling, RMSNorm, Rope, RopeScaling, SwiGLU
 from llama_jax.zoo.known_keys import is_off
 from llama_jax.zoo.reading import CAUSAL, ConfigReader, Key, read_rope, typed, write_rope
 from llama_jax.zoo.registry import Family, MetaFiles
@@ -17,14 +17,10 @@ from llama_jax.zoo.weights import TensorNames, mappings
 
 def llama_like(
     *,
-    vocab_size: int,
     hidden_size: int,
-    num_layers: int,
     num_heads: int,
-    max_positions: int,
     eps: float,
     theta: float,
-    feed_forward: FeedForward,
     num_kv_heads: int | None = None,
     head_dim: int | None = None,
     scaling: RopeScaling | None = None,
@@ -32,13 +28,11 @@ def llama_like(
     attention_bias: bool = False,
     attention_dropout: float = 0.0,
     tie_embeddings: bool = False,
+    **fields: Any,
 ) -> DecoderConfig:
-    """Return a decoder of these sizes with Llama's attention, norm and positions."""
+    """Return a decoder with Llama's attention, norm and positions; `fields` are the others of `DecoderConfig`."""
     return DecoderConfig(
-        vocab_size=vocab_size,
         hidden_size=hidden_size,
-        num_layers=num_layers,
-        max_positions=max_positions,
         attention=GroupedQuery(
             num_heads=num_heads,
             num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
@@ -49,9 +43,9 @@ def llama_like(
             window=window,
             dropout=attention_dropout,
         ),
-        feed_forward=feed_forward,
         norm=RMSNorm(eps=eps),
         tie_embeddings=tie_embeddings,
+        **fields,
     )
 
 

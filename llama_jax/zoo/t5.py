@@ -29,13 +29,9 @@ from llama_jax.zoo.weights import TensorNames, mappings
 
 def t5(
     *,
-    vocab_size: int,
     hidden_size: int,
-    num_encoder_layers: int,
-    num_layers: int,
     num_heads: int,
     head_dim: int,
-    feed_forward: FeedForward,
     dropout: float,
     version_1_0: bool,
     max_positions: int = 512,
@@ -44,10 +40,12 @@ def t5(
     max_distance: int = 128,
     decoder_start_id: int = 0,
     scaled_logits: bool | None = None,
-    overrides: tuple[LayerOverride, ...] = (),
-    encoder_overrides: tuple[LayerOverride, ...] = (),
+    **fields: Any,
 ) -> EncoderDecoderConfig:
-    """Return a model of T5's pieces; `scaled_logits` None scales them in `version_1_0`, whose head is tied."""
+    """Return a model of T5's pieces; `scaled_logits` None scales them in `version_1_0`, whose head is tied.
+
+    `fields` are the others of `EncoderDecoderConfig`.
+    """
     heads: dict[str, Any] = {
         "num_heads": num_heads,
         "num_kv_heads": num_heads,
@@ -59,14 +57,10 @@ def t5(
     }
     scaled = version_1_0 if scaled_logits is None else scaled_logits
     return EncoderDecoderConfig(
-        vocab_size=vocab_size,
         hidden_size=hidden_size,
-        num_layers=num_layers,
-        num_encoder_layers=num_encoder_layers,
         max_positions=max_positions,
         attention=GroupedQuery(rope=None, **heads),
         cross_attention=CrossAttention(**heads),
-        feed_forward=feed_forward,
         norm=RMSNorm(eps=eps),
         tie_embeddings=version_1_0,
         logit_scale=hidden_size**-0.5 if scaled else 1.0,
@@ -75,12 +69,13 @@ def t5(
         decoder_start_id=decoder_start_id,
         dropout=dropout,
         final_dropout=dropout,
-        overrides=overrides,
-        encoder_overrides=encoder_overrides,
+        **fields,
     )
 
 
-def _preset(layers: int, width: int, heads: int, head_dim: int, ffn: int) -> EncoderDecoderConfig:
+def _released(
+    layers: int, width: int, heads: int, head_dim: int, feed_forward: FeedForward, dropout: float, version_1_0: bool
+) -> EncoderDecoderConfig:
     return t5(
         vocab_size=32128,
         hidden_size=width,
@@ -88,25 +83,21 @@ def _preset(layers: int, width: int, heads: int, head_dim: int, ffn: int) -> Enc
         num_layers=layers,
         num_heads=heads,
         head_dim=head_dim,
-        feed_forward=MLP(ffn, "relu", bias=False, dropout=0.1),
-        dropout=0.1,
-        version_1_0=True,
+        feed_forward=feed_forward,
+        dropout=dropout,
+        version_1_0=version_1_0,
     )
+
+
+def _preset(layers: int, width: int, heads: int, head_dim: int, ffn: int) -> EncoderDecoderConfig:
+    feed_forward = MLP(ffn, "relu", bias=False, dropout=0.1)
+    return _released(layers, width, heads, head_dim, feed_forward, dropout=0.1, version_1_0=True)
 
 
 def _preset_1_1(layers: int, width: int, heads: int, ffn: int) -> EncoderDecoderConfig:
     # Trained without dropout; the released configs have 0.1, for fine-tuning.
-    return t5(
-        vocab_size=32128,
-        hidden_size=width,
-        num_encoder_layers=layers,
-        num_layers=layers,
-        num_heads=heads,
-        head_dim=64,
-        feed_forward=GatedLinearUnit(ffn, "gelu_tanh", bias=False),
-        dropout=0.0,
-        version_1_0=False,
-    )
+    feed_forward = GatedLinearUnit(ffn, "gelu_tanh", bias=False)
+    return _released(layers, width, heads, 64, feed_forward, dropout=0.0, version_1_0=False)
 
 
 _PRESETS: dict[str, EncoderDecoderConfig] = {

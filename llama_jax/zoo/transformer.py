@@ -8,7 +8,7 @@ text was trained with, begins its translations and has a logit of 0: it is never
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Any
 
 from llama_jax.config import UserError
 from llama_jax.models import EncoderDecoderConfig, LayerOverride
@@ -21,7 +21,6 @@ from llama_jax.nn import (
     LayerNorm,
     LearnedPositions,
     Mixer,
-    Positions,
     SinusoidalPositions,
 )
 from llama_jax.zoo.reading import ConfigReader, Key, expect
@@ -33,28 +32,25 @@ _OFFSET = 2  # of BART's positions
 
 def transformer(
     *,
-    vocab_size: int,
     hidden_size: int,
     num_encoder_layers: int,
-    num_layers: int,
     encoder_heads: int,
     num_heads: int,
     encoder_intermediate_size: int,
     intermediate_size: int,
-    max_positions: int,
-    positions: Positions,
-    decoder_start_id: int,
     scale_embedding: bool,
     activation: Activation = "relu",
     embedding_norm: bool = False,
-    head_bias: Literal["none", "trained", "fixed"] = "none",
     eps: float = 1e-5,
     dropout: float = 0.1,
     attention_dropout: float = 0.0,
     activation_dropout: float = 0.0,
-    never_written: tuple[int, ...] = (),
+    **fields: Any,
 ) -> EncoderDecoderConfig:
-    """Return a model of these sizes, made as in the paper: norms after the sums, biases everywhere, one embedding."""
+    """Return a model of these sizes, made as in the paper: norms after the sums, biases everywhere, one embedding.
+
+    `fields` are the others of `EncoderDecoderConfig`.
+    """
     norm = LayerNorm(eps=eps, bias=True)
 
     def heads(count: int, name: str) -> dict[str, Any]:
@@ -77,24 +73,18 @@ def transformer(
     of_encoder = pieces(encoder_heads, "encoder_heads", encoder_intermediate_size)
     everywhere = tuple(range(num_encoder_layers))
     return EncoderDecoderConfig(
-        vocab_size=vocab_size,
         hidden_size=hidden_size,
-        num_layers=num_layers,
         num_encoder_layers=num_encoder_layers,
-        max_positions=max_positions,
         attention=own[0],
         cross_attention=CrossAttention(**heads(num_heads, "num_heads")),
         feed_forward=own[1],
         norm=norm,
         norm_placement="post",
-        positions=positions,
         embedding_norm=norm if embedding_norm else None,
         embedding_scale=hidden_size**0.5 if scale_embedding else 1.0,
         tie_embeddings=True,
-        head_bias=head_bias,
-        decoder_start_id=decoder_start_id,
         dropout=dropout,
-        never_written=never_written,
+        **fields,
         encoder_overrides=tuple(
             LayerOverride(everywhere, piece) for piece, same in zip(of_encoder, own, strict=True) if piece != same
         ),

@@ -122,7 +122,7 @@ def test_what_a_classifier_was_trained_on_changes_no_logit():
     [
         ({"norm": RMSNorm(1e-6)}, "LayerNorm, and this model RMSNorm"),
         ({"embedding_norm": None}, "embedding_norm=None"),
-        ({"norm": LayerNorm(1e-6, True)}, "embedding_norm="),
+        ({"norm": LayerNorm(1e-6, True)}, r"embedding_norm\.eps="),
         ({"norm_placement": "pre"}, "norm_placement=pre"),
         ({"pooler": False}, "pooler=False"),
         ({"tie_embeddings": False}, "tie_embeddings=False"),

@@ -124,7 +124,7 @@ def test_what_a_config_asks_for_is_never_ignored(family, change, named):
     ("change", "named"),
     [
         ({"feed_forward": GatedLinearUnit(40, "gelu", bias=False, dropout=0.1)}, "activation=gelu"),
-        ({"feed_forward": GatedLinearUnit(40, "silu", bias=False)}, "feed_forward=.*has no place"),
+        ({"feed_forward": GatedLinearUnit(40, "silu", bias=False)}, r"feed_forward\.dropout=.*has no place"),
         ({"logit_scale": 0.5}, "logit_scale=0.5"),
         ({"final_dropout": 0.0}, r"final_dropout=0\.0"),
         ({"norm_placement": "post"}, "norm_placement=post"),
