@@ -21,7 +21,7 @@ from llama_jax.data.objectives import MaskedLM
 from llama_jax.parallel import MeshConfig
 from llama_jax.run import RunConfig
 from llama_jax.tokenizers import TokenizerConfig
-from llama_jax.training import OptimizerConfig
+from llama_jax.training import AdamW, Linear
 from llama_jax.zoo import presets
 
 
@@ -30,10 +30,10 @@ def get_config() -> RunConfig:
         model=override(presets()["bert_base"], {"pair_head": True, "head_transform": "gelu", "head_bias": "trained"}),
         tokenizer=TokenizerConfig(path=None, kind="wordpiece", vocab_size=30_522),
         data=DataConfig(path=(), objective=MaskedLM(), packing="best_fit"),
-        optimizer=OptimizerConfig(
+        optimizer=AdamW(
             learning_rate=1e-4,
             warmup_steps=10_000,
-            schedule="linear",
+            schedule=Linear(),
             final_fraction=0.0,
             weight_decay=0.01,
             beta2=0.999,

@@ -19,7 +19,7 @@ from llama_jax.models import Compute
 from llama_jax.parallel import MeshConfig
 from llama_jax.run import RunConfig
 from llama_jax.tokenizers import TokenizerConfig
-from llama_jax.training import OptimizerConfig
+from llama_jax.training import AdamW
 from llama_jax.zoo import presets
 
 TOKENS = 300_000_000_000
@@ -32,7 +32,7 @@ def get_config() -> RunConfig:
         model=presets()["gpt3_125m"],
         tokenizer=TokenizerConfig(path=None, kind="byte_bpe", vocab_size=50_257),
         data=DataConfig(path=()),
-        optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=375_000_000 // 2**19),
+        optimizer=AdamW(learning_rate=6e-4, warmup_steps=375_000_000 // 2**19),
         num_steps=TOKENS // (GLOBAL_BATCH_SIZE * SEQUENCE_LENGTH),
         global_batch_size=GLOBAL_BATCH_SIZE,
         sequence_length=SEQUENCE_LENGTH,

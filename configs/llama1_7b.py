@@ -3,8 +3,8 @@
 python train.py llama1_7b --data.path corpus/ --tokenizer.path tokenizer.model
 
 AdamW 0.9/0.95, weight decay 0.1, clipping at 1.0, 2000 warm-up steps to 3e-4, cosine to a tenth, 4M tokens a batch,
-context 2048, 1.0T tokens. Where a batch does not fit, --optimizer.accumulation-steps computes it in parts with the same
-result.
+context 2048, 1.0T tokens. If a batch does not fit, --optimizer.accumulation-steps splits it into micro-batches, with
+the same result.
 
 Cost: 6,738,415,616 parameters, 238,418 steps, 4.13e22 FLOPs without recomputation. Expected result: not run to the end
 with this package; nothing is claimed.
@@ -17,7 +17,7 @@ from llama_jax.models import Compute
 from llama_jax.parallel import MeshConfig
 from llama_jax.run import RunConfig
 from llama_jax.tokenizers import TokenizerConfig
-from llama_jax.training import OptimizerConfig
+from llama_jax.training import AdamW
 from llama_jax.zoo import presets
 
 TOKENS = 1_000_000_000_000
@@ -30,7 +30,7 @@ def get_config() -> RunConfig:
         model=presets()["llama1_7b"],
         tokenizer=TokenizerConfig(path=None, kind="bpe", vocab_size=32_000),
         data=DataConfig(path=()),
-        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2000),
+        optimizer=AdamW(learning_rate=3e-4, warmup_steps=2000),
         num_steps=TOKENS // (GLOBAL_BATCH_SIZE * SEQUENCE_LENGTH),
         global_batch_size=GLOBAL_BATCH_SIZE,
         sequence_length=SEQUENCE_LENGTH,

@@ -3,8 +3,8 @@
 python train.py llama2_70b --data.path corpus/ --tokenizer.path tokenizer.model
 
 AdamW 0.9/0.95 with eps 1e-5, weight decay 0.1, clipping at 1.0, 2000 warm-up steps to 1.5e-4, cosine to a tenth, 4M
-tokens a batch, context 4096, 2.0T tokens. Where a batch does not fit, --optimizer.accumulation-steps computes it in
-parts with the same result.
+tokens a batch, context 4096, 2.0T tokens. If a batch does not fit, --optimizer.accumulation-steps splits it into
+micro-batches, with the same result.
 
 Cost: 68,976,648,192 parameters, 476,837 steps, 8.57e23 FLOPs without recomputation. Expected result: not run to the end
 with this package; nothing is claimed.
@@ -17,7 +17,7 @@ from llama_jax.models import Compute
 from llama_jax.parallel import MeshConfig
 from llama_jax.run import RunConfig
 from llama_jax.tokenizers import TokenizerConfig
-from llama_jax.training import OptimizerConfig
+from llama_jax.training import AdamW
 from llama_jax.zoo import presets
 
 TOKENS = 2_000_000_000_000
@@ -30,7 +30,7 @@ def get_config() -> RunConfig:
         model=presets()["llama2_70b"],
         tokenizer=TokenizerConfig(path=None, kind="bpe", vocab_size=32_000),
         data=DataConfig(path=()),
-        optimizer=OptimizerConfig(learning_rate=1.5e-4, warmup_steps=2000, eps=1e-5),
+        optimizer=AdamW(learning_rate=1.5e-4, warmup_steps=2000, eps=1e-5),
         num_steps=TOKENS // (GLOBAL_BATCH_SIZE * SEQUENCE_LENGTH),
         global_batch_size=GLOBAL_BATCH_SIZE,
         sequence_length=SEQUENCE_LENGTH,

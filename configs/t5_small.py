@@ -18,7 +18,7 @@ from llama_jax.data.objectives import SpanCorruption
 from llama_jax.parallel import MeshConfig
 from llama_jax.run import RunConfig
 from llama_jax.tokenizers import TokenizerConfig
-from llama_jax.training import OptimizerConfig
+from llama_jax.training import AdamW, InverseSqrt
 from llama_jax.zoo import presets
 
 
@@ -27,9 +27,7 @@ def get_config() -> RunConfig:
         model=override(presets()["t5_small"], {"decoder_start_id": 3}),
         tokenizer=TokenizerConfig(path=None, kind="unigram", vocab_size=32_100, special_tokens=("<pad>",)),
         data=DataConfig(path=(), objective=SpanCorruption(source_length=512), packing="best_fit"),
-        optimizer=OptimizerConfig(
-            learning_rate=1e-3, warmup_steps=10_000, schedule="inverse_sqrt", weight_decay=0.0, beta2=0.999
-        ),
+        optimizer=AdamW(learning_rate=1e-3, warmup_steps=10_000, schedule=InverseSqrt(), weight_decay=0.0, beta2=0.999),
         num_steps=2**19,
         global_batch_size=128,
         sequence_length=114,

@@ -14,7 +14,7 @@ from llama_jax.models import Compute, DecoderConfig
 from llama_jax.nn import LSTM
 from llama_jax.run import LoggingConfig, RunConfig
 from llama_jax.tokenizers import TokenizerConfig
-from llama_jax.training import OptimizerConfig
+from llama_jax.training import AdamW
 
 
 def get_config() -> RunConfig:
@@ -34,7 +34,7 @@ def get_config() -> RunConfig:
         ),
         tokenizer=TokenizerConfig(path=None, kind="bpe", vocab_size=1024),
         data=DataConfig(path=(), document_chars=4000, validation_fraction=0.1),
-        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50),
+        optimizer=AdamW(learning_rate=4e-3, warmup_steps=50),
         num_steps=500,
         global_batch_size=16,
         sequence_length=256,

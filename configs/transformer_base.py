@@ -17,7 +17,7 @@ from llama_jax.data import DataConfig
 from llama_jax.data.objectives import ParallelText
 from llama_jax.run import RunConfig
 from llama_jax.tokenizers import TokenizerConfig
-from llama_jax.training import OptimizerConfig
+from llama_jax.training import AdamW, InverseSqrt
 from llama_jax.zoo import presets
 
 LENGTH = 256
@@ -32,7 +32,7 @@ def get_config() -> RunConfig:
         data=DataConfig(
             path=(), fields=("source", "target"), objective=ParallelText(source_length=LENGTH), packing="best_fit"
         ),
-        optimizer=OptimizerConfig(
+        optimizer=AdamW(
             learning_rate=(model.hidden_size * WARMUP_STEPS) ** -0.5,
             warmup_steps=WARMUP_STEPS,
             weight_decay=0.0,
@@ -40,7 +40,7 @@ def get_config() -> RunConfig:
             beta2=0.98,
             eps=1e-9,
             clip_norm=1e6,
-            schedule="inverse_sqrt",
+            schedule=InverseSqrt(),
             label_smoothing=0.1,
         ),
         num_steps=100_000,

@@ -38,7 +38,8 @@ def choices(base: type, components: Sequence[type] = ()) -> dict[str, type]:
     while stack:
         cls = stack.pop()
         stack += cls.__subclasses__()
-        if dataclasses.is_dataclass(cls) and cls.__module__.split(".")[0] == __package__:
+        concrete = dataclasses.is_dataclass(cls) and not inspect.isabstract(cls)
+        if concrete and cls.__module__.split(".")[0] == __package__:
             found[cls.__name__] = cls
     found |= {cls.__name__: cls for cls in components if issubclass(cls, base)}
     return dict(sorted(found.items()))

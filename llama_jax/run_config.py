@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.checkpoint import CheckpointConfig
-from llama_jax.config import UserError, leaves, load_config_module, override
+from llama_jax.config import UserError, from_json, leaves, load_config_module, override, read_json, to_json
 from llama_jax.data import Classification, DataConfig
-from llama_jax.models import Compute, EncoderDecoderConfig, ModelConfig
+from llama_jax.models import Compute, ModelConfig
 from llama_jax.nn import seed_value
 from llama_jax.parallel import MeshConfig, batch_parts
 from llama_jax.tokenizers import TokenizerConfig
-from llama_jax.training import OptimizerConfig
+from llama_jax.training import Optimizer, schedule_of_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ class RunConfig:
     model: ModelConfig
     tokenizer: TokenizerConfig
     data: DataConfig
-    optimizer: OptimizerConfig
+    optimizer: Optimizer
     num_steps: int
     global_batch_size: int
     sequence_length: int
@@ -165,7 +165,7 @@ class RunConfig:
 
     def _check_encoder(self) -> None:
         objective, num_classes = self.data.objective, getattr(self.model, "num_classes", 0)
-        if isinstance(self.model, EncoderDecoderConfig) and objective.source_length is None:
+        if self.model.has_source and objective.source_length is None:
             raise UserError(
                 f"data.objective={type(objective).__name__} has no source for the encoder of "
                 f"{type(self.model).__name__}: take SpanCorruption, Denoising or ParallelText"
@@ -220,3 +220,18 @@ def load_config(
     Raises UserError for an unknown name, key or value.
     """
     return override(load_config_module(name).get_config(), overrides or {}, components)
+
+
+def read_config(file: Path, components: Sequence[type] = ()) -> RunConfig:
+    """Return the config that a run directory has in its `config.json`.
+
+    Raises UserError as `from_json` does.
+    """
+    data = read_json(file)
+    optimizer = data.get("optimizer") if isinstance(data, dict) else None
+    # From before optimizers and schedules were components.
+    if isinstance(optimizer, dict) and optimizer.get("type") == "OptimizerConfig":
+        optimizer["type"] = "AdamW"
+        if isinstance(name := optimizer.get("schedule"), str):
+            optimizer["schedule"] = to_json(schedule_of_name(name))
+    return from_json(RunConfig, data, components)

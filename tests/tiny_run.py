@@ -12,7 +12,7 @@ from llama_jax.models import DecoderConfig
 from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU
 from llama_jax.run import LoggingConfig, RunConfig
 from llama_jax.tokenizers import TokenizerConfig
-from llama_jax.training import OptimizerConfig
+from llama_jax.training import AdamW
 
 TEXT = "the cat sat on a mat and then ran to see what made such noise in that old red barn by our river"
 
@@ -38,7 +38,7 @@ def get_config() -> RunConfig:
         ),
         tokenizer=TokenizerConfig(path=None, kind="bpe", vocab_size=300),
         data=DataConfig(path=(), validation_fraction=0.2),
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=3),
+        optimizer=AdamW(learning_rate=1e-2, warmup_steps=3),
         num_steps=12,
         global_batch_size=8,
         sequence_length=32,

@@ -21,7 +21,7 @@ from worker import (
 
 from llama_jax.models import Compute, DecoderConfig, from_params
 from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU
-from llama_jax.training import CPU_COMPILER_OPTIONS, OptimizerConfig, init_state, make_train_step
+from llama_jax.training import CPU_COMPILER_OPTIONS, AdamW, init_state, make_train_step
 
 COMPUTE = Compute(dtype="float32", scan_layers=False, loss_chunk=256)
 
@@ -49,7 +49,7 @@ def count(params: dict[str, jax.Array]) -> int:
 
 
 def train(work: Work) -> tuple[int, Run]:
-    optimizer = OptimizerConfig(
+    optimizer = AdamW(
         learning_rate=LEARNING_RATE,
         warmup_steps=0,
         final_fraction=1.0,

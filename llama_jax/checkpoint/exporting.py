@@ -4,9 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from llama_jax.checkpoint.importing import Source, open_source, tensor_name, wei
 from llama_jax.checkpoint.verifying import check_conversion, params_logits, source_logits, write_report
 from llama_jax.config import UserError
 from llama_jax.data import ChatTemplate, turn_ends
+from llama_jax.files import replacing
 from llama_jax.models import ModelConfig, layers_with
 from llama_jax.remote import as_local, check_destination, uploaded
 from llama_jax.tokenizers import TEMPLATE_FILE, Tokenizer
@@ -45,14 +43,9 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
     directory = local
     check_destination(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
+    with replacing(directory) as partial:
+        partial.mkdir()
         yield partial
-        partial.chmod(0o755)
-        os.replace(partial, directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def export_hf(

@@ -17,7 +17,7 @@ from llama_jax.checkpoint.importing import Source, load_params, open_source, sto
 from llama_jax.checkpoint.store import CheckpointStore, model_files
 from llama_jax.config import UserError, from_json, read_json
 from llama_jax.data import ChatTemplate
-from llama_jax.models import Compute, EncoderDecoderConfig, Model, ModelConfig, abstract_params, from_params
+from llama_jax.models import Compute, Model, ModelConfig, abstract_params, from_params
 from llama_jax.parallel import make_mesh
 from llama_jax.remote import fetch_beside, is_remote, local_copy
 from llama_jax.tokenizers import Tokenizer, load_saved_tokenizer, load_tokenizer
@@ -118,7 +118,7 @@ def read_contents(
         abstract = abstract_params(config, dtype or jnp.float32)
         params = load_params(source, stored_dtypes(source, abstract) if dtype is None else abstract)
     if tokenizer is None and tokenizer_path is not None and tokenizer_path.exists():
-        of_sources = isinstance(config, EncoderDecoderConfig)
+        of_sources = config.has_source
         tokenizer = (
             load_saved_tokenizer(tokenizer_path, of_sources=of_sources) if native else load_tokenizer(tokenizer_path)
         )

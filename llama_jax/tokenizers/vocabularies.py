@@ -1,26 +1,37 @@
-"""Tokenizers made from a vocabulary: GPT-2's byte-level BPE, BERT's WordPiece, and words between spaces.
+"""Tokenizers made from a vocabulary: byte-level BPE, BERT's WordPiece, and words between spaces.
 
-Those read from files that say only the vocabulary (`vocab.json` with `merges.txt`, `vocab.txt`), and those that
-`training.py` makes.
+The readers are for files that hold only the vocabulary: GPT-2's pair `vocab.json` and `merges.txt`, BERT's `vocab.txt`,
+tiktoken's ranks. `training.py` makes the same kinds.
 """
 
+import base64
+import binascii
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from llama_jax.tokenizers.huggingface import HuggingFaceTokenizer
-from llama_jax.tokenizers.settings import CLASSES, Settings
-from llama_jax.tokenizers.streams import byte_letters
+from llama_jax.config import UserError
+from llama_jax.tokenizers.config import BERT_SPECIAL
+from llama_jax.tokenizers.huggingface import HuggingFaceTokenizer, byte_letters
+from llama_jax.tokenizers.settings import CLASSES, END, Settings
 
-# How text is split before byte-level BPE, by the name in `CLASSES`; None is what ByteLevel does by itself (GPT-2's).
-SPLITS = {
-    "gpt2": None,
-    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+",
-}
-BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# Expressions of the words that text is split into before byte-level BPE.
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CL100K_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+O200K_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# By the name in `settings.CLASSES`; None is GPT-2's expression inside the library.
+SPLITS = {"gpt2": None, "qwen2": CL100K_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")}
 
 
 def byte_level_bpe(
@@ -31,12 +42,14 @@ def byte_level_bpe(
     add_prefix_space: bool = False,
     split: str | None = None,
     nfc: bool = False,
+    ignore_merges: bool = False,
 ) -> tokenizers.Tokenizer:
-    """BPE over bytes, written in GPT-2's letters: every string survives it.
+    """Return BPE over bytes, written in GPT-2's letters: every string survives it.
 
-    `split` is the expression of the words; None for GPT-2's. `nfc` normalizes text first.
+    `split` is the expression of the words; None for GPT-2's. `nfc` normalizes text first. With `ignore_merges` a whole
+    word that is a token stays whole.
     """
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=dict(vocabulary), merges=merges))
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=dict(vocabulary), merges=merges, ignore_merges=ignore_merges))
     letters = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=split is None)
     words = [letters] if split is None else [pre_tokenizers.Split(Regex(split), "isolated"), letters]
     tokenizer.pre_tokenizer = words[0] if split is None else pre_tokenizers.Sequence(words)  # type: ignore[assignment]
@@ -54,7 +67,7 @@ def wordpiece(
     strip_accents: bool | None = None,
     chinese_characters: bool = True,
 ) -> tokenizers.Tokenizer:
-    """WordPiece after BERT's normalization: a text comes back lower-cased, without accents, newly spaced.
+    """Return WordPiece after BERT's normalization: a text comes back lower-cased, without accents, newly spaced.
 
     `strip_accents` None: as `lowercase`. `chinese_characters`: each of them is a word.
     """
@@ -71,9 +84,9 @@ def wordpiece(
 
 
 def whitespace(vocabulary: Mapping[str, int], special_tokens: Iterable[str]) -> tokenizers.Tokenizer:
-    """Every word between spaces is a token or `<unk>`; a text of known words comes back with single spaces.
+    """Return a tokenizer whose tokens are words between spaces; a text of known words comes back with single spaces.
 
-    Special tokens that are not in `vocabulary` get the ids after it.
+    Other words are `<unk>`. Special tokens that are not in `vocabulary` get the ids after it.
     """
     tokenizer = tokenizers.Tokenizer(models.WordLevel(vocab=dict(vocabulary), unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
@@ -85,8 +98,8 @@ def _with_special(tokenizer: tokenizers.Tokenizer, names: Iterable[str]) -> toke
     return tokenizer
 
 
-def read_vocabulary(content: bytes) -> dict[str, int] | None:
-    """The ids of a `vocab.json`, or None if `content` is none."""
+def _read_vocabulary(content: bytes) -> dict[str, int] | None:
+    """Return the ids of a `vocab.json`, or None if `content` is another file."""
     try:
         data = json.loads(content)
     except ValueError:
@@ -94,8 +107,8 @@ def read_vocabulary(content: bytes) -> dict[str, int] | None:
     return data if isinstance(data, dict) and data and all(type(i) is int for i in data.values()) else None
 
 
-def read_merges(content: bytes) -> list[tuple[str, str]] | None:
-    """The pairs of a `merges.txt` (two tokens a line, after a line with its version), or None if `content` is none."""
+def _read_merges(content: bytes) -> list[tuple[str, str]] | None:
+    """Return the pairs of a `merges.txt` (two tokens a line, after a line with its version), or None."""
     try:
         lines = content.decode().split("\n")
     except UnicodeDecodeError:
@@ -106,13 +119,30 @@ def read_merges(content: bytes) -> list[tuple[str, str]] | None:
     return [(pair[0], pair[1]) for pair in pairs] if pairs and all(len(pair) == 2 for pair in pairs) else None
 
 
-def byte_level_tokenizer(vocabulary: bytes, merges: bytes, settings: Settings) -> HuggingFaceTokenizer:
-    """Return the tokenizer of a `vocab.json` and a `merges.txt`: GPT-2's, or that of the class that `settings` name.
+def _partner(path: Path, own: str, other: str) -> bytes:
+    """Return the content of the other file of GPT-2's pair, whose name has the same beginning as that of `path`."""
+    if not path.name.endswith(own):
+        raise ValueError(f"a vocabulary of byte-level BPE has a name that ends with {own}, and {other} beside it")
+    partner = path.with_name(path.name.removesuffix(own) + other)
+    if not partner.is_file():
+        raise ValueError(f"'{partner}' must be in the same directory")
+    return partner.read_bytes()
 
-    What is neither a byte nor made by a merge is a special token. Raises ValueError where a file cannot be used, and
-    for a class that is known to read them in another way or not known.
+
+def byte_level_tokenizer(path: Path, content: bytes, settings: Settings) -> HuggingFaceTokenizer | None:
+    """Return the tokenizer of a `vocab.json` and a `merges.txt`, of which `path` is either; None for another file.
+
+    It is GPT-2's, or that of the class that `settings` name. A token that is neither a byte nor made by a merge is a
+    special one. Raises ValueError where a file cannot be used, and for a class that reads them in another or an unknown
+    way.
     """
-    ids, pairs = read_vocabulary(vocabulary), read_merges(merges)
+    if path.name.endswith("merges.txt") and _read_merges(content):
+        vocabulary, merges = _partner(path, "merges.txt", "vocab.json"), content
+    elif _read_vocabulary(content):
+        vocabulary, merges = content, _partner(path, "vocab.json", "merges.txt")
+    else:
+        return None
+    ids, pairs = _read_vocabulary(vocabulary), _read_merges(merges)
     if ids is None or pairs is None:
         raise ValueError("one of vocab.json and merges.txt is damaged")
     settings = settings.as_class("GPT2Tokenizer")
@@ -129,7 +159,7 @@ def byte_level_tokenizer(vocabulary: bytes, merges: bytes, settings: Settings) -
         tokenizer = byte_level_bpe(
             ids | added,
             pairs,
-            # Those that have options of their own are added with the others of the settings.
+            # Those with options are added later, with the others of the settings.
             sorted(special - added.keys() - settings.named().keys(), key=ids.__getitem__),
             add_prefix_space=settings.config.get("add_prefix_space") or False,
             split=SPLITS[rules.splitting],
@@ -138,26 +168,22 @@ def byte_level_tokenizer(vocabulary: bytes, merges: bytes, settings: Settings) -
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"vocab.json and merges.txt do not fit: {error}") from None
     files = {"vocab.json": vocabulary, "merges.txt": merges}
-    model = {"vocab": ids | added, "merges": pairs}
-    return HuggingFaceTokenizer(tokenizer, files, settings, model=model)
+    return HuggingFaceTokenizer(tokenizer, files, settings, model={"vocab": ids | added, "merges": pairs})
 
 
-def read_pieces(content: bytes) -> dict[str, int] | None:
-    """The ids of a BERT `vocab.txt` (one token a line), or None if `content` is none."""
+def bert_tokenizer(path: Path, content: bytes, settings: Settings) -> HuggingFaceTokenizer | None:
+    """Return BERT's tokenizer of a `vocab.txt` (one token a line); None for another file.
+
+    Where `settings` do not decide whether text is lower-cased, it is unless a piece has an upper-case letter.
+    Raises ValueError for a class that reads the file in another way.
+    """
     try:
         lines = content.decode().removesuffix("\n").split("\n")
     except UnicodeDecodeError:
         return None
     pieces = {line.rstrip("\r"): i for i, line in enumerate(lines)}
-    return pieces if {"[UNK]", "[CLS]", "[SEP]"} <= pieces.keys() else None
-
-
-def bert_tokenizer(content: bytes, pieces: Mapping[str, int], settings: Settings) -> HuggingFaceTokenizer:
-    """Return BERT's tokenizer from the `pieces` of its `vocab.txt`.
-
-    Where `settings` do not say whether text is lower-cased, it is unless a piece has an upper-case letter.
-    Raises ValueError for a class that reads the file in another way.
-    """
+    if not {"[UNK]", "[CLS]", "[SEP]"} <= pieces.keys():
+        return None
     settings = settings.as_class("BertTokenizer")
     if settings.rules != CLASSES["BertTokenizer"]:
         raise ValueError(
@@ -166,7 +192,7 @@ def bert_tokenizer(content: bytes, pieces: Mapping[str, int], settings: Settings
         )
     options = settings.config
     cased = any(piece != piece.lower() for piece in pieces if not (piece.startswith("[") and piece.endswith("]")))
-    pieces = {**pieces, **{token.content: i for i, token in settings.added.items()}}
+    pieces |= {token.content: i for i, token in settings.added.items()}
     tokenizer = wordpiece(
         pieces,
         [name for name in BERT_SPECIAL if name in pieces],
@@ -175,3 +201,92 @@ def bert_tokenizer(content: bytes, pieces: Mapping[str, int], settings: Settings
         chinese_characters=options.get("tokenize_chinese_chars", True),
     )
     return HuggingFaceTokenizer(tokenizer, {"vocab.txt": content}, settings, model={"vocab": pieces})
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """The part of an encoding that a file of ranks lacks: how text is split first, and the special tokens."""
+
+    name: str
+    pattern: str
+    special_tokens: dict[str, int]
+    bos: str | None = END
+    eos: str = END
+    prefix: tuple[str, ...] = ()
+
+
+# Patterns and ids as OpenAI and Meta publish them (openai/tiktoken, tiktoken_ext/openai_public.py;
+# meta-llama/llama-models, llama3/tokenizer.py, with the names of 3.1 for tokens that 3.0 had reserved).
+LLAMA3_SPECIAL = (
+    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)),
+)  # fmt: skip
+CL100K_SPECIAL = {
+    END: 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276
+}  # fmt: skip
+LLAMA3 = Encoding(
+    "Llama 3",
+    CL100K_SPLIT,
+    {name: 128000 + i for i, name in enumerate(LLAMA3_SPECIAL)},
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    ("<|begin_of_text|>",),
+)
+# By the number of ranks in the file.
+ENCODINGS = {
+    50256: Encoding("r50k_base", GPT2_SPLIT, {END: 50256}),
+    50280: Encoding("p50k_base", GPT2_SPLIT, {END: 50256}),  # its ranks leave 50256 out
+    100256: Encoding("cl100k_base", CL100K_SPLIT, CL100K_SPECIAL),
+    128000: LLAMA3,
+    199998: Encoding("o200k_base", O200K_SPLIT, {END: 199999, "<|endofprompt|>": 200018}),
+}
+
+
+def _read_ranks(content: bytes) -> dict[bytes, int] | None:
+    """Return the ranks of a tiktoken file (a base64 token and its rank a line), or None for another file."""
+    ranks = {}
+    lines = content.splitlines()
+    for line in lines:
+        try:
+            token, rank = line.split(b" ", 2)
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            return None
+    complete = len(ranks) == len(lines) == len(set(ranks.values())) and all(bytes([b]) in ranks for b in range(256))
+    return ranks if complete else None
+
+
+def tiktoken_tokenizer(path: Path, content: bytes, settings: Settings) -> HuggingFaceTokenizer | None:
+    """Return the tokenizer of a tiktoken file of ranks; None for another file.
+
+    The encoding is GLM-4's where `settings` name its class (and the special tokens), else it follows from the number of
+    ranks. tiktoken merges the neighbours whose union has the lowest rank, so every way to cut a token in two known ones
+    is a merge, with the token's rank as its priority. Raises UserError where no known encoding has that many ranks.
+    """
+    if (ranks := _read_ranks(content)) is None:
+        return None
+    encoding = ENCODINGS.get(len(ranks))
+    if settings.class_name == "ChatGLM4Tokenizer":
+        special = {token.content: i for i, token in settings.added.items()}
+        encoding = Encoding("GLM-4", CL100K_SPLIT, special, None, END, ("[gMASK]", "<sop>"))
+    if encoding is None or set(encoding.special_tokens.values()) & set(ranks.values()):
+        known = ", ".join(f"{encoding.name} ({number})" for number, encoding in ENCODINGS.items())
+        raise UserError(
+            f"its {len(ranks)} ranks are those of no known encoding ({known}), and a file of ranks has neither the way "
+            "to split text nor the special tokens: use the model's tokenizer.json"
+        )
+    letters = byte_letters()
+    spelled = {rank: "".join(letters[b] for b in token) for token, rank in ranks.items()}
+    merges: list[tuple[str, str]] = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
+        pairs = sorted((ranks[left], ranks[right]) for left, right in cuts if left in ranks and right in ranks)
+        merges += [(spelled[left], spelled[right]) for left, right in pairs]
+    # Special tokens are in the vocabulary so that each gets its own id, also where ids between are free.
+    vocabulary = {text: rank for rank, text in spelled.items()} | encoding.special_tokens
+    special = list(encoding.special_tokens)
+    tokenizer = byte_level_bpe(vocabulary, merges, special, split=encoding.pattern, ignore_merges=True)
+    names = {"bos_token": encoding.bos, "eos_token": encoding.eos}
+    settings = dataclasses.replace(settings, config=names | dict(settings.config))
+    return HuggingFaceTokenizer(tokenizer, {"tokenizer.model": content}, settings, prefix=encoding.prefix)

@@ -5,16 +5,33 @@ In: a model config, a `TrainState` and a batch. Out: the next state and its metr
 """
 
 from llama_jax.training.flops import (
-    PEAK_FLOPS as PEAK_FLOPS,
     peak_flops as peak_flops,
     train_flops_per_token as train_flops_per_token,
 )
 from llama_jax.training.kernel_check import PreflightFailed as PreflightFailed, preflight as preflight
 from llama_jax.training.losses import cross_entropy as cross_entropy
 from llama_jax.training.optimizer import (
+    SGD as SGD,
+    STATIC as STATIC,
+    Adafactor as Adafactor,
+    AdamW as AdamW,
+    Hyper as Hyper,
+    Lion as Lion,
+    Muon as Muon,
+    Optimizer as Optimizer,
     OptimizerConfig as OptimizerConfig,
     learning_rate as learning_rate,
     make_optimizer as make_optimizer,
+    state_bytes as state_bytes,
+)
+from llama_jax.training.schedules import (
+    Constant as Constant,
+    Cosine as Cosine,
+    InverseSqrt as InverseSqrt,
+    Linear as Linear,
+    Schedule as Schedule,
+    WarmupStableDecay as WarmupStableDecay,
+    schedule_of_name as schedule_of_name,
 )
 from llama_jax.training.step import (
     CPU_COMPILER_OPTIONS as CPU_COMPILER_OPTIONS,

@@ -1,105 +1,408 @@
-"""AdamW with linear warm-up, a decay and clipping, its hyper-parameters traced."""
+"""Optimizers as components, with their numbers traced: another learning rate compiles nothing.
 
+An optimizer of one's own is a frozen dataclass that derives from `Optimizer` and returns an optax transformation. Its
+state follows the parameters' sharding; the planner reads the memory of the state from it.
+"""
+
+import abc
 import dataclasses
-from typing import Any, Literal, get_args
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
+from jax.sharding import PartitionSpec, auto_axes
 
-from llama_jax.config import UserError
-from llama_jax.models import is_stacked
+from llama_jax.config import Component, UserError, field_types
+from llama_jax.models import Params, is_stacked
 from llama_jax.nn import seed_value
+from llama_jax.parallel import axes_of, mesh_axis_sizes
+from llama_jax.training.schedules import Cosine, Schedule, schedule_of_name
 
-Hyper = dict[str, Any]
-Schedule = Literal["cosine", "linear", "inverse_sqrt", "constant"]
+STATIC = {"static": True}
+"""Metadata of an `int` or `float` field that is compiled into the step: one that shapes or loops depend on."""
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter 2019); the defaults are the Llama recipe.
+class Optimizer(Component, abc.ABC):
+    """Base of the optimizers: gradients are clipped and transformed, weights decayed, and both scaled by the rate.
 
     learning_rate: peak.
     warmup_steps: steps of linear warm-up to the peak.
-    weight_decay: on matrices only, not on norms and biases.
-    beta1: decay of the first moment.
-    beta2: decay of the second moment.
-    eps: added to the root of the second moment.
+    weight_decay: on matrices only, not on norms and biases; decoupled, as in AdamW.
     clip_norm: largest global norm of the gradient.
-    schedule: after the warm-up: a cosine or a line down to the end, the inverse square root of the step (Vaswani et al.
-      2017, eq. 3; without an end), or constant.
-    final_fraction: where the cosine or the line ends, as a part of the peak.
+    final_fraction: end of the schedules that have one, as a fraction of the peak.
     z_loss: weight of logsumexp(logits)^2 in the loss.
+    accumulation_steps: micro-batches that a global batch is computed in; the result is that of the whole.
+    schedule: learning rate after the warm-up.
     label_smoothing: share of a target's probability that is spread evenly over the vocabulary.
-    accumulation_steps: parts that a global batch is computed in; the result is that of the whole.
     """
 
     learning_rate: float
     warmup_steps: int
     weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
     clip_norm: float = 1.0
     final_fraction: float = 0.1
     z_loss: float = 0.0
-    accumulation_steps: int = 1
-    schedule: Schedule = "cosine"
+    accumulation_steps: int = dataclasses.field(default=1, metadata=STATIC)
+    schedule: Schedule = Cosine()
     label_smoothing: float = 0.0
 
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "eps", "clip_norm"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}={getattr(self, name)} must be above 0")
-        for name in ("warmup_steps", "weight_decay", "z_loss"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must not be below 0")
-        for name in ("beta1", "beta2", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
-        if not 0 <= self.final_fraction <= 1:
-            raise UserError(f"final_fraction={self.final_fraction} must lie between 0 and 1")
-        if self.accumulation_steps < 1:
-            raise UserError(f"accumulation_steps={self.accumulation_steps} must be at least 1")
+    positive: ClassVar[tuple[str, ...]] = ("learning_rate", "clip_norm")
+    """Names of the fields that must be above 0."""
+    not_negative: ClassVar[tuple[str, ...]] = ("warmup_steps", "weight_decay", "z_loss")
+    elementwise: ClassVar[bool] = True
+    """False where `transform` does more than elementwise operations, such as products of matrices or sums of rows."""
+    decays: ClassVar[tuple[str, ...]] = ("label_smoothing",)
+    """Names of the fields that must be at least 0 and below 1."""
 
-    def hyper(self, num_steps: int, seed: int = 0) -> Hyper:
-        """What the train step takes as traced scalars; `num_steps` is where a decay ends, `seed` what dropout draws
-        from."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "accumulation_steps"}
-        values |= {"schedule": get_args(Schedule).index(self.schedule), "num_steps": num_steps}
-        return {name: jnp.float32(value) for name, value in values.items()} | {"seed": jnp.asarray(seed_value(seed))}
+    def __post_init__(self) -> None:
+        for names, holds, rule in (
+            (self.positive, lambda x: x > 0, "be above 0"),
+            (self.not_negative, lambda x: x >= 0, "not be below 0"),
+            (self.decays, lambda x: 0 <= x < 1, "be at least 0 and below 1"),
+            (("final_fraction",), lambda x: 0 <= x <= 1, "lie between 0 and 1"),
+            (("accumulation_steps",), lambda x: x >= 1, "be at least 1"),
+        ):
+            for name in names:
+                if not holds(value := getattr(self, name)):
+                    raise UserError(f"{name}={value} must {rule}")
+
+    @abc.abstractmethod
+    def transform(self) -> optax.GradientTransformation:
+        """Return the transformation of clipped gradients, by parameter name, to updates.
+
+        Weight decay and the learning rate follow it. The fields that are numbers hold traced arrays here.
+        """
+
+    def hyper(self, num_steps: int, seed: int = 0) -> "Hyper":
+        """Return the traced numbers of a train step; a decay ends at `num_steps`, dropout draws from `seed`."""
+        arrays = jax.tree.map(jnp.float32, _numbers(self))
+        return Hyper(_with_numbers(self, arrays), jnp.float32(num_steps), jnp.asarray(seed_value(seed)))
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW(Optimizer):
+    """AdamW (Loshchilov and Hutter 2019); the defaults are the Llama recipe.
+
+    beta1: decay of the first moment.
+    beta2: decay of the second moment.
+    eps: added to the root of the second moment.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+
+    positive = (*Optimizer.positive, "eps")
+    decays = (*Optimizer.decays, "beta1", "beta2")
+
+    def transform(self) -> optax.GradientTransformation:
+        return optax.scale_by_adam(b1=self.beta1, b2=self.beta2, eps=self.eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lion(Optimizer):
+    """Lion: the sign of an interpolated momentum (Chen et al. 2023); wants a learning rate 3 to 10 times lower than
+    AdamW's, and as much more weight decay.
+
+    beta1: weight of the momentum in the update.
+    beta2: decay of the momentum.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.99
+
+    decays = (*Optimizer.decays, "beta1", "beta2")
+
+    def transform(self) -> optax.GradientTransformation:
+        return optax.scale_by_lion(b1=self.beta1, b2=self.beta2)
+
+
+@dataclasses.dataclass(frozen=True)
+class SGD(Optimizer):
+    """Stochastic gradient descent with momentum (Sutskever et al. 2013).
+
+    momentum: decay of the sum of gradients.
+    nesterov: take the gradient after the momentum's step.
+    """
+
+    momentum: float = 0.9
+    nesterov: bool = False
+
+    decays = (*Optimizer.decays, "momentum")
+
+    def transform(self) -> optax.GradientTransformation:
+        return optax.trace(decay=self.momentum, nesterov=self.nesterov)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adafactor(Optimizer):
+    """Adafactor: second moments of a matrix by its rows and columns, updates relative to the parameter's size (Shazeer
+    and Stern 2018); each layer's matrix is one.
+
+    decay_rate: second moments decay by 1 - step^-decay_rate.
+    clip_update: largest root mean square of a parameter's update, before its scale.
+    eps: added to squared gradients.
+    min_factored: smallest side of a matrix whose second moments are factored.
+    """
+
+    decay_rate: float = 0.8
+    clip_update: float = 1.0
+    eps: float = 1e-30
+    min_factored: int = dataclasses.field(default=128, metadata=STATIC)
+
+    elementwise = False
+    positive = (*Optimizer.positive, "decay_rate", "clip_update", "eps", "min_factored")
+
+    def transform(self) -> optax.GradientTransformation:
+        of_matrix = optax.chain(
+            optax.scale_by_factored_rms(
+                decay_rate=self.decay_rate, min_dim_size_to_factor=self.min_factored, epsilon=self.eps
+            ),
+            optax.clip_by_block_rms(self.clip_update),
+            optax.scale_by_param_block_rms(),
+        )
+        return on_matrices(of_matrix)
+
+
+@dataclasses.dataclass(frozen=True)
+class Muon(Optimizer):
+    """Muon: the momentum of a layer's matrices orthogonalised by Newton-Schulz (Jordan et al. 2024); AdamW for the
+    embedding, the head, norms and biases.
+
+    Updates are scaled to the root mean square of AdamW's (Liu et al. 2025, section 2.2), so that one learning rate and
+    weight decay are right for both.
+
+    momentum: decay of the matrices' momentum.
+    num_iterations: of Newton-Schulz.
+    update_rms: root mean square of a matrix's update, before the learning rate.
+    beta1: decay of AdamW's first moment.
+    beta2: decay of AdamW's second moment.
+    eps: added to the root of AdamW's second moment.
+    """
+
+    momentum: float = 0.95
+    num_iterations: int = dataclasses.field(default=5, metadata=STATIC)
+    update_rms: float = 0.2
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+
+    elementwise = False
+    positive = (*Optimizer.positive, "num_iterations", "update_rms", "eps")
+    decays = (*Optimizer.decays, "momentum", "beta1", "beta2")
+
+    def transform(self) -> optax.GradientTransformation:
+        orthogonal = optax.contrib.scale_by_muon(
+            beta=self.momentum, ns_steps=self.num_iterations, weight_dimension_numbers=_dimension_numbers
+        )
+
+        def scale(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+            first, split = _matrix_axes(path[0].key, update.shape)
+            sides = math.prod(update.shape[first:split]), math.prod(update.shape[split:])
+            # Rows or columns are orthonormal: the root mean square of the elements is 1 / sqrt(longer side).
+            return self.update_rms * math.sqrt(max(sides)) * update
+
+        def groups(params: Params) -> dict[str, str]:
+            return {n: "muon" if is_stacked(n) and is_matrix(n, value) else "adamw" for n, value in params.items()}
+
+        adam = optax.scale_by_adam(b1=self.beta1, b2=self.beta2, eps=self.eps)
+        scaled = optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
+        muon = optax.chain(orthogonal, scaled)
+        return optax.partition({"muon": muon, "adamw": adam}, groups)
+
+
+def OptimizerConfig(*, schedule: str | Schedule = "cosine", **fields: Any) -> AdamW:
+    """Return the `AdamW` of a config file from before optimizers and schedules were components."""
+    return AdamW(schedule=schedule_of_name(schedule) if isinstance(schedule, str) else schedule, **fields)
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class Hyper:
+    """What a train step takes beyond state and batch: traced numbers, around an optimizer that is static.
+
+    optimizer: the run's, with arrays in the place of its numbers.
+    num_steps: of the run, where a decay ends.
+    seed: of dropout, as `seed_value` gives it.
+    """
+
+    optimizer: Optimizer
+    num_steps: Any
+    seed: Any
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], Optimizer]:
+        """Return (numbers, the optimizer without them): the second is what a program is compiled for."""
+        return (_numbers(self.optimizer), self.num_steps, self.seed), _with_numbers(self.optimizer, None)
+
+    @classmethod
+    def tree_unflatten(cls, optimizer: Optimizer, children: tuple[Any, ...]) -> "Hyper":
+        """Return the inverse of `tree_flatten`."""
+        numbers, num_steps, seed = children
+        return cls(_with_numbers(optimizer, numbers), num_steps, seed)
+
+
+def _number_fields(config: Component) -> list[str]:
+    """Names of the fields that are traced: declared as numbers and not static."""
+    fields = dataclasses.fields(config)  # type: ignore[arg-type]
+    types = field_types(type(config))
+    return [f.name for f in fields if types[f.name] in (int, float) and not f.metadata.get("static")]
+
+
+def _numbers(config: Component) -> dict[str, Any]:
+    """Return the numbers of a component and of the components in it, by field name."""
+    parts = {name: getattr(config, name) for name in field_types(type(config))}
+    nested = {name: _numbers(part) for name, part in parts.items() if isinstance(part, Component)}
+    return {name: parts[name] for name in _number_fields(config)} | nested
+
+
+def _with_numbers[C: Component](config: C, numbers: Mapping[str, Any] | None) -> C:
+    """Return a copy of `config` with `numbers`, as `_numbers` gives them, in place of its own; None for all where None.
+
+    Nothing is checked: arrays under a trace have no values to compare.
+    """
+    copy = object.__new__(type(config))
+    traced = _number_fields(config)
+    for name in field_types(type(config)):
+        value = getattr(config, name)
+        if isinstance(value, Component):
+            value = _with_numbers(value, None if numbers is None else numbers[name])
+        elif name in traced:
+            value = None if numbers is None else numbers[name]
+        object.__setattr__(copy, name, value)
+    return copy
 
 
 def learning_rate(step: jax.Array | int, hyper: Hyper) -> jax.Array:
-    """Rate of the update that takes `step` to `step + 1`: warm-up reaches the peak after `warmup_steps` updates."""
-    step = jnp.float32(step)
-    warmup, peak, final = hyper["warmup_steps"], hyper["learning_rate"], hyper["final_fraction"]
-    progress = jnp.clip((step - warmup) / jnp.maximum(hyper["num_steps"] - warmup, 1), 0, 1)
-    by_name = {
-        "cosine": final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress)),
-        "linear": 1 - (1 - final) * progress,
-        "inverse_sqrt": jnp.sqrt(jnp.maximum(warmup, 1) / (step + 1)),
-        "constant": jnp.ones_like(progress),
-    }
-    which = hyper["schedule"].astype(jnp.int32)
-    decay = jnp.stack([by_name[name] for name in get_args(Schedule)])[which]
-    return peak * jnp.where(step < warmup, (step + 1) / jnp.maximum(warmup, 1), decay)
+    """Return the rate of the update from `step` to `step + 1`: the warm-up's last update has the peak."""
+    step, optimizer = jnp.float32(step), hyper.optimizer
+    warmup = optimizer.warmup_steps
+    after = optimizer.schedule.factor(step, warmup, hyper.num_steps, optimizer.final_fraction)
+    return optimizer.learning_rate * jnp.where(step < warmup, (step + 1) / jnp.maximum(warmup, 1), after)
 
 
 def is_matrix(name: str, value: Any) -> bool:
-    """Whether a parameter is decayed: two dimensions or more in each layer, and no bias, nor a table of biases (T5's of
-    relative positions)."""
+    """Return whether a parameter is decayed: it has two dimensions or more in each layer, and is neither a bias nor a
+    table of biases (T5's of relative positions)."""
     return value.ndim - is_stacked(name) >= 2 and not any(part.endswith("bias") for part in name.split("."))
 
 
 def make_optimizer(hyper: Hyper) -> optax.GradientTransformation:
-    """Clipping, Adam and decoupled decay; `update` wants the parameters, and its result is scaled by -learning rate."""
+    """Return clipping, the optimizer's transformation and decoupled decay.
 
-    def decayed(params: Any) -> dict[str, bool]:
+    `update` requires the parameters; the caller scales its result by minus the learning rate.
+    """
+
+    def decayed(params: Params) -> dict[str, bool]:
         return {name: is_matrix(name, value) for name, value in params.items()}
 
     return optax.chain(
-        optax.clip_by_global_norm(hyper["clip_norm"]),
-        optax.scale_by_adam(b1=hyper["beta1"], b2=hyper["beta2"], eps=hyper["eps"]),
-        optax.add_decayed_weights(hyper["weight_decay"], mask=decayed),
+        optax.clip_by_global_norm(hyper.optimizer.clip_norm),
+        hyper.optimizer.transform() if hyper.optimizer.elementwise else _across_devices(hyper),
+        optax.add_decayed_weights(hyper.optimizer.weight_decay, mask=decayed),
     )
+
+
+def state_bytes(optimizer: Optimizer, params: Mapping[str, Any]) -> int:
+    """Return the bytes of the optimizer's state on one device of the current mesh; `params` may be abstract."""
+    state = jax.eval_shape(lambda params: make_optimizer(optimizer.hyper(1)).init(params), params)
+    local = lambda x: x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)  # noqa: E731
+    return sum(math.prod(local(x)) * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
+def _matrix_axes(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return (first dimension of the matrix, first of its columns) of a parameter; layers and experts come before.
+
+    Of three dimensions or more, such as [D, N, H] of a projection to heads, those are the rows that make the matrix
+    most nearly square.
+    """
+    first = min(is_stacked(name) + (".experts." in name), len(shape) - 1)
+
+    def skew(split: int) -> float:
+        return abs(math.log(math.prod(shape[first:split]) / math.prod(shape[split:])))
+
+    return first, min(range(first + 1, len(shape)), key=skew, default=len(shape))
+
+
+def _dimension_numbers(params: Any) -> Any:
+    """Return optax's description of each parameter's matrix, in the tree of the parameters."""
+
+    def describe(path: tuple[Any, ...], x: jax.Array) -> Any:
+        first, split = _matrix_axes(path[0].key, x.shape)
+        return optax.contrib.MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, x.ndim)))
+
+    return jax.tree_util.tree_map_with_path(describe, params)
+
+
+def on_matrices(of_matrix: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Return the transformation that applies `of_matrix` to each layer's and expert's matrix or vector separately.
+
+    The state has the leading dimension of the layers and experts of a parameter.
+    """
+
+    def view(name: str, x: jax.Array) -> jax.Array:
+        first, split = _matrix_axes(name, x.shape)
+        sizes = math.prod(x.shape[:first]), math.prod(x.shape[first:split]), math.prod(x.shape[split:])
+        return x.reshape(sizes[: 2 + (split < x.ndim)])
+
+    def init(params: Params) -> dict[str, Any]:
+        return {name: jax.vmap(of_matrix.init)(view(name, x)) for name, x in params.items()}
+
+    def update(grads: Params, state: Mapping[str, Any], params: Params) -> tuple[Params, dict[str, Any]]:
+        updates, new = {}, {}
+        for name, grad in grads.items():
+            found, new[name] = jax.vmap(of_matrix.update)(view(name, grad), state[name], view(name, params[name]))
+            updates[name] = found.reshape(grad.shape)
+        return updates, new
+
+    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+
+
+def _across_devices(hyper: Hyper) -> optax.GradientTransformation:
+    """Return the optimizer's transformation for arrays that a mesh splits, with XLA to place its products and sums.
+
+    State of a parameter's shape is split like the parameter, other state along the dimensions that it shares with it.
+    """
+
+    def layout(params: Params) -> tuple[Any, Any]:
+        """Return the partition specs of (updates, state)."""
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+        result = shapes, jax.eval_shape(hyper.optimizer.transform().init, shapes)
+        return jax.tree_util.tree_map_with_path(lambda path, x: _like_parameter(path, x, params), result)
+
+    # The numbers are arguments: what a function of automatic axes closes over may not have a type with explicit ones.
+    def run_init(hyper: Hyper, params: Params) -> Any:
+        return hyper.optimizer.transform().init(params)
+
+    def run_update(hyper: Hyper, grads: Params, state: Any, params: Params) -> Any:
+        return hyper.optimizer.transform().update(grads, state, params)
+
+    def init(params: Params) -> Any:
+        run = auto_axes(run_init, out_sharding=layout(params)[1]) if mesh_axis_sizes() else run_init
+        return run(hyper, params)
+
+    def update(grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
+        run = auto_axes(run_update, out_sharding=layout(params)) if mesh_axis_sizes() else run_update
+        return run(hyper, grads, state, params)
+
+    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+
+
+def _like_parameter(path: tuple[Any, ...], x: Any, params: Mapping[str, Any]) -> PartitionSpec:
+    """Return the partition spec of an array of the optimizer's state: of the parameter whose name is in its path."""
+    keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+    name = next((key for key in keys if key in params), None)
+    if name is None:
+        return PartitionSpec()
+    # In order, each dimension with the next of the parameter's that has its size: sums over rows or columns lack one.
+    of_param = list(zip(params[name].shape, axes_of(params[name]), strict=True))
+    entries: list[tuple[str, ...] | None] = []
+    for size in x.shape:
+        match = next((i for i, (other, _) in enumerate(of_param) if other == size), None)
+        entries.append(None if match is None else of_param[match][1] or None)
+        of_param = of_param if match is None else of_param[match + 1 :]
+    return PartitionSpec(*entries)

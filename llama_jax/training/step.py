@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llama_jax.models import OF, STATISTIC, Compute, ModelConfig, Params, Prediction, assemble, buffers
+from llama_jax.models import OF, STATISTIC, Compute, LossTerm, ModelConfig, Params, assemble, buffers
 from llama_jax.nn import Experts, seed_key, zigzag
 from llama_jax.parallel import reshape, shard
 from llama_jax.training.losses import cross_entropy
@@ -66,7 +66,7 @@ def losses(
     z_loss: float | jax.Array = 0.0,
     label_smoothing: float | jax.Array = 0.0,
     key: jax.Array | None = None,
-) -> tuple[list[tuple[Prediction, jax.Array, jax.Array]], dict[str, jax.Array]]:
+) -> tuple[list[tuple[LossTerm, jax.Array, jax.Array]], dict[str, jax.Array]]:
     """(prediction, summed loss, summed cross-entropy) of all that the model is trained on, in nats, and the layers'
     auxiliary arrays, [layers, ...]. Smoothing is for the main prediction alone."""
     predictions, aux = predict(params, batch, config, compute, key=key)
@@ -82,9 +82,9 @@ def losses(
 
 def predict(
     params: Params, batch: Batch, config: ModelConfig, compute: Compute, *, key: jax.Array | None = None
-) -> tuple[list[Prediction], dict[str, jax.Array]]:
-    """`predictions` of the model of these parameters (buffers among them) for a batch as the data room makes it."""
-    return assemble(config, params, compute).predictions(in_one_row(batch, config), key=key)
+) -> tuple[list[LossTerm], dict[str, jax.Array]]:
+    """`loss_terms` of the model of these parameters (buffers among them) for a batch as the data room makes it."""
+    return assemble(config, params, compute).loss_terms(in_one_row(batch, config), key=key)
 
 
 def in_one_row(batch: Batch, config: ModelConfig) -> Batch:
@@ -139,13 +139,13 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:
         key = None
-        if config.is_random:
-            key = jax.random.fold_in(seed_key(hyper["seed"]), state.step)
+        if config.needs_rng:
+            key = jax.random.fold_in(seed_key(hyper.seed), state.step)
 
         def gradient(part: Batch, number: Any = 0) -> tuple[Params, tuple[Metrics, ...]]:
             def loss(params: Params):
                 own_key = None if key is None else jax.random.fold_in(key, number)
-                options = {name: hyper[name] for name in ("z_loss", "label_smoothing")}
+                options = {name: getattr(hyper.optimizer, name) for name in ("z_loss", "label_smoothing")}
                 found, aux = losses(params | state.buffers, part, config, compute, key=own_key, **options)
                 total, metrics = jnp.float32(0), {}
                 for (p, value, ce), denominator in zip(
@@ -219,7 +219,7 @@ def _num_rows(batch: Batch) -> jax.Array:
     return (batch["segment_ids"] > 0).any(1).sum()
 
 
-def _count(prediction: Prediction) -> jax.Array:
+def _count(prediction: LossTerm) -> jax.Array:
     return jnp.maximum(prediction.weights.sum(), 1.0)
 
 

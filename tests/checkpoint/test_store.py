@@ -16,9 +16,9 @@ from llama_jax.checkpoint import CheckpointConfig, CheckpointStore, SaveFailed, 
 from llama_jax.config import UserError
 from llama_jax.models import DecoderConfig, abstract_params, initialize
 from llama_jax.parallel import distributed, make_mesh
-from llama_jax.training import OptimizerConfig, TrainState, init_state
+from llama_jax.training import AdamW, TrainState, init_state
 
-HYPER = OptimizerConfig(0.01, 1).hyper(10)
+HYPER = AdamW(0.01, 1).hyper(10)
 
 
 def small(step: int) -> TrainState:
@@ -53,7 +53,7 @@ def test_the_last_and_the_best_stay(tmp_path: Path, keep_last: int, keep_best: i
 def test_leftovers_are_removed_by_the_first_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, main: bool):
     leftover = tmp_path / "8.orbax-checkpoint-tmp"
     leftover.mkdir()
-    monkeypatch.setattr(distributed, "from_main", lambda function: function() if main else None)
+    monkeypatch.setattr(distributed, "broadcast_from_main", lambda function: function() if main else None)
     with opened(tmp_path, CheckpointConfig()):
         assert leftover.exists() != main
 

@@ -14,7 +14,7 @@ from llama_jax.models import Compute, DecoderConfig, EncoderConfig, abstract_par
 from llama_jax.nn import LSTM, BidirectionalRNN
 from llama_jax.run import load_config, train
 from llama_jax.sampling import generate
-from llama_jax.training import OptimizerConfig, init_state, make_train_step
+from llama_jax.training import AdamW, init_state, make_train_step
 
 NAMES = ("tiny_ngram", "tiny_rnn", "tiny_lstm", "tiny_gru")
 FAST = ("tiny_ngram", "tiny_lstm")
@@ -63,7 +63,7 @@ def test_overfits_one_batch(name: str):
     }
     for begin in (0, *ends[:-1]):
         batch["weights"][:, begin : begin + 4] = 0
-    hyper = OptimizerConfig(learning_rate=4e-2, warmup_steps=5, weight_decay=0.0).hyper(80)
+    hyper = AdamW(learning_rate=4e-2, warmup_steps=5, weight_decay=0.0).hyper(80)
     step = make_train_step(config, Compute())
     state, losses = jax.jit(init_state)(initialize(config, 0), hyper), []
     for _ in range(80):
@@ -111,7 +111,7 @@ def test_a_bidirectional_encoder_learns_what_was_masked():
     tokens[:, masked], weights[:, masked] = 0, 1
     batch = {"tokens": tokens, "targets": targets, "weights": weights}
     batch |= {"segment_ids": np.ones_like(tokens), "positions": np.arange(24)[None].repeat(8, 0).astype(np.int32)}
-    hyper = OptimizerConfig(learning_rate=4e-2, warmup_steps=5, weight_decay=0.0).hyper(40)
+    hyper = AdamW(learning_rate=4e-2, warmup_steps=5, weight_decay=0.0).hyper(40)
     step = make_train_step(config, Compute())
     state, losses = jax.jit(init_state)(initialize(config, 0), hyper), []
     for _ in range(40):

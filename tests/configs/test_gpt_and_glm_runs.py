@@ -13,11 +13,11 @@ import pytest
 
 from llama_jax.config import override
 from llama_jax.data.objectives import BlankFilling, Causal, Document, Vocabulary
-from llama_jax.data.packing import pack
+from llama_jax.data.rows.packing import pack
 from llama_jax.models import Compute, DecoderConfig, Model, from_params, initialize
 from llama_jax.nn import RMSNorm
 from llama_jax.run import RunConfig, load_config, train
-from llama_jax.training import OptimizerConfig, init_state, make_train_step
+from llama_jax.training import AdamW, init_state, make_train_step
 from llama_jax.zoo.glm import glm
 from llama_jax.zoo.gpt2 import gpt, gpt3
 
@@ -70,7 +70,7 @@ def test_overfits_one_batch_of_its_objective(name: str):
     config = dataclasses.replace(MODELS[name], dropout=0.0)
     config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, dropout=0.0))  # type: ignore[call-arg]
     batch = rows_of(name)
-    hyper = OptimizerConfig(learning_rate=2e-2, warmup_steps=5, weight_decay=0.0).hyper(60)
+    hyper = AdamW(learning_rate=2e-2, warmup_steps=5, weight_decay=0.0).hyper(60)
     step = make_train_step(config, Compute())
     state, losses = jax.jit(init_state)(initialize(config, 0), hyper), []
     for _ in range(60):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from llama_jax.data.objectives import Denoising, Document, Example, Vocabulary
-from llama_jax.data.packing import pack
+from llama_jax.data.rows.packing import pack
 from llama_jax.models import Compute, EncoderDecoderConfig, Model, abstract_params, assemble, buffers, init_params
 from llama_jax.nn import LearnedPositions
 from llama_jax.parallel import make_mesh, shard
 from llama_jax.sampling import generate
-from llama_jax.training import OptimizerConfig, init_state, make_train_step
+from llama_jax.training import AdamW, Constant, init_state, make_train_step
 from llama_jax.training.step import losses
 from llama_jax.zoo.transformer import transformer
 
@@ -100,7 +100,7 @@ def test_packed_is_separate(config: EncoderDecoderConfig, params: dict[str, jax.
 
     @jax.jit
     def hidden(params: Any, batch: Any) -> jax.Array:
-        (prediction,), _ = assemble(config, params, Compute()).predictions(batch)
+        (prediction,), _ = assemble(config, params, Compute()).loss_terms(batch)
         return prediction.hidden
 
     packed, alone = hidden(params, together), hidden(params, apart)
@@ -131,7 +131,7 @@ def test_a_batch_is_learned_by_heart(config: EncoderDecoderConfig):
     """And written again from its sources with holes. The bias of the logits, which is only loaded, stays."""
     learned = examples()[:4]
     batch, compute = batch_of(*[[example] for example in learned]), Compute()
-    hyper = OptimizerConfig(learning_rate=2e-2, warmup_steps=5, weight_decay=0.0, schedule="constant").hyper(60)
+    hyper = AdamW(learning_rate=2e-2, warmup_steps=5, weight_decay=0.0, schedule=Constant()).hyper(60)
     first = init_params(config, 0)
     state, step, found = init_state(first, hyper, frozenset(buffers(config))), make_train_step(config, compute), []
     assert set(state.buffers) == {"head_bias.bias"}

@@ -29,7 +29,7 @@ from llama_jax.nn import (
     RMSNorm,
 )
 from llama_jax.parallel import make_mesh
-from llama_jax.training import OptimizerConfig, init_state, make_train_step, train_flops_per_token
+from llama_jax.training import AdamW, Constant, init_state, make_train_step, train_flops_per_token
 from llama_jax.training.optimizer import is_matrix
 from llama_jax.training.step import losses
 
@@ -97,7 +97,7 @@ def test_a_source_sees_itself_and_a_target_its_source_and_what_stands_before_it(
     def jacobian(table):
         def scalars(table):
             model = assemble(config, params | {"embedding.weight": table}, Compute())
-            (main,), _ = model.predictions(batch)
+            (main,), _ = model.loss_terms(batch)
             encoded, _ = model.encode(batch["source_tokens"], segment_ids=batch["source_segment_ids"])
             return jnp.concatenate([main.hidden[0], encoded[0]]) @ direction
 
@@ -114,7 +114,7 @@ def test_a_source_sees_itself_and_a_target_its_source_and_what_stands_before_it(
 def test_packed_documents_are_separate_documents(config, random_params):
     params, batch = random_params(config), batch_of(config)
     model = from_params(config, params, Compute())
-    together = model.run(lambda module, batch: module.logits(module.predictions(batch)[0][0].hidden), batch)
+    together = model.run(lambda module, batch: module.logits(module.loss_terms(batch)[0][0].hidden), batch)
     for segment in (1, 2):
         target, source = segment == TARGET, segment == SOURCE
         alone = [np.zeros((ROWS, 10), np.int32) for _ in range(2)]
@@ -139,7 +139,7 @@ def test_cached_is_uncached(config, random_params):
     def decode(module, source, real, tokens):
         cache = module.init_cache(ROWS, 12, source=source, source_mask=real)
         valid = jnp.arange(4) < first[:, None]
-        hidden, cache = module.extend(tokens[:, :4], cache=cache, lengths=jnp.zeros(ROWS, jnp.int32), valid=valid)
+        hidden, cache = module.extend(tokens[:, :4], cache=cache, lengths=jnp.zeros(ROWS, jnp.int32), is_token=valid)
         found = [module.logits(hidden)]
         for i in range(2):
             new = tokens[np.arange(ROWS), first + i][:, None]
@@ -180,7 +180,7 @@ def test_eight_devices_scanned_and_recomputed_are_one(config, random_params):
 
 
 def test_one_batch_is_learned_by_heart(config):
-    hyper = OptimizerConfig(learning_rate=1e-2, warmup_steps=5, weight_decay=0.0, schedule="constant").hyper(60)
+    hyper = AdamW(learning_rate=1e-2, warmup_steps=5, weight_decay=0.0, schedule=Constant()).hyper(60)
     plain = dataclasses.replace(
         config,
         num_encoder_layers=1,
@@ -237,7 +237,7 @@ def test_a_sequence_cannot_be_split(config, random_params):
         jax.set_mesh(make_mesh({"context": 8})),
         pytest.raises(UserError, match=r"mesh\.context cannot split the sequences of an encoder-decoder"),
     ):
-        jax.eval_shape(lambda p: assemble(config, p, Compute()).predictions(batch_of(config)), random_params(config))
+        jax.eval_shape(lambda p: assemble(config, p, Compute()).loss_terms(batch_of(config)), random_params(config))
 
 
 @pytest.mark.parametrize(

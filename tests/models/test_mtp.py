@@ -21,7 +21,7 @@ from llama_jax.models import (
 )
 from llama_jax.nn import Experts, LayerNorm, SigmoidTopK
 from llama_jax.parallel import make_mesh, shard
-from llama_jax.training import OptimizerConfig, init_state, make_train_step
+from llama_jax.training import AdamW, init_state, make_train_step
 from llama_jax.training.step import losses
 
 ROWS, LENGTH = 8, 16
@@ -145,7 +145,7 @@ def test_scanned_and_recomputed_are_the_same(config, random_params):
 
 def test_a_step_trains_all_blocks_and_balances_their_experts(balanced):
     """Biases of both stacks move, each by the load of its own layers."""
-    hyper = OptimizerConfig(learning_rate=2e-2, warmup_steps=1).hyper(80)
+    hyper = AdamW(learning_rate=2e-2, warmup_steps=1).hyper(80)
     state = init_state(initialize(balanced, 0), hyper, frozenset(buffers(balanced)))
     step, batch = make_train_step(balanced, COMPUTE), batch_of(balanced.vocab_size)
     _, aux = means(balanced, COMPUTE, state.params | state.buffers, batch)

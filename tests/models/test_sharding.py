@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from llama_jax.models import Compute, DecoderConfig, abstract_params, assemble, from_params
 from llama_jax.parallel import axes_of, make_mesh, mesh_axis_sizes, shard, spec
-from llama_jax.training import OptimizerConfig, init_state, make_train_step
+from llama_jax.training import AdamW, init_state, make_train_step
 from llama_jax.training.step import losses
 
 MESHES = {
@@ -144,7 +144,7 @@ def test_activations_are_split(name: str, config, random_params):
 
 @pytest.mark.parametrize("name", ["data", "fsdp, tensor and context"])
 def test_three_steps_are_those_of_one_device(name: str, config, random_params):
-    hyper = OptimizerConfig(learning_rate=1e-2, warmup_steps=1).hyper(10)
+    hyper = AdamW(learning_rate=1e-2, warmup_steps=1).hyper(10)
 
     def three_steps(accumulation_steps: int, params: dict, *, whole: bool):
         step = make_train_step(config, COMPUTE, accumulation_steps=accumulation_steps)

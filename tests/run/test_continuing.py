@@ -39,7 +39,7 @@ def loss_of(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
         def step(state: TrainState, batch: Any, hyper: Any) -> Any:
             now[0] = int(state.step) + 1
             loss = np.float32(values.get(now[0], 1.0))
-            metrics = {"loss": loss, "grad_norm": np.float32(1), "learning_rate": hyper["learning_rate"]}
+            metrics = {"loss": loss, "grad_norm": np.float32(1), "learning_rate": hyper.optimizer.learning_rate}
             return dataclasses.replace(state, step=state.step + 1), metrics
 
         return step

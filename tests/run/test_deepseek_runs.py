@@ -14,7 +14,7 @@ from llama_jax import zoo
 from llama_jax.config import load_config_module
 from llama_jax.models import Compute, DecoderConfig, buffers, initialize
 from llama_jax.run import Run, RunConfig, train
-from llama_jax.training import OptimizerConfig, init_state, make_train_step
+from llama_jax.training import AdamW, init_state, make_train_step
 
 GOLDENS = Path(__file__).parent.parent / "parity" / "goldens"
 # What a run logs of each beside the loss.
@@ -51,7 +51,7 @@ def test_it_learns_a_batch_by_heart(name: str):
         "positions": np.broadcast_to(np.arange(16, dtype=np.int32), (4, 16)),
     }
     batch = {key: jnp.asarray(value) for key, value in batch.items()}
-    hyper = OptimizerConfig(learning_rate=1e-2, warmup_steps=5).hyper(60)
+    hyper = AdamW(learning_rate=1e-2, warmup_steps=5).hyper(60)
     state = init_state(initialize(config, 0), hyper, frozenset(buffers(config)))
     step = make_train_step(config, Compute(dtype="float32"))
     history = []

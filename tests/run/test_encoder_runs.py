@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.__main__ import parse
 from llama_jax.checkpoint import CheckpointConfig
+from llama_jax.commands import sample_command
 from llama_jax.config import UserError
 from llama_jax.data import DataConfig, ValidationBatches
 from llama_jax.data.objectives import Classification, MaskedLM
 from llama_jax.run import LoggingConfig, Run, RunConfig, train
 from llama_jax.run.initial import inheritance
-from llama_jax.sampling import cli
 from llama_jax.tokenizers import TokenizerConfig
-from llama_jax.training import OptimizerConfig
+from llama_jax.training import AdamW, Linear
 from llama_jax.zoo.bert import encoder
 
 WORDS = {"animal": "cat dog hen pig cow", "colour": "red blue green pink grey"}
@@ -55,7 +56,7 @@ def pretraining(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
             validation_fraction=0.3,
             cache_dir=str(folder / "cache"),
         ),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2, schedule="linear"),
+        optimizer=AdamW(learning_rate=3e-3, warmup_steps=2, schedule=Linear()),
         num_steps=NUM_STEPS,
         global_batch_size=8,
         sequence_length=48,
@@ -102,7 +103,7 @@ def test_a_fine_tuned_classifier_is_right_about_texts_it_has_not_seen(pretrained
     assert f"pair_head.weight of '{pretrained.directory}' are left out" in said
 
     def right(module, batch):
-        (prediction,), _ = module.predictions(batch)
+        (prediction,), _ = module.loss_terms(batch)
         best = prediction.head(prediction.hidden, prediction.head_weight).argmax(-1)
         return ((best == prediction.targets) * prediction.weights).sum(), prediction.weights.sum()
 
@@ -140,7 +141,7 @@ def test_what_cannot_be_begun_with_is_told_before_anything_is_written(pretrained
 
 def test_an_encoder_is_asked_for_no_text(pretrained: Run):
     with pytest.raises(UserError, match="EncoderConfig continues no texts"):
-        cli.main([str(pretrained.directory), "--prompt", "cat"])
+        sample_command(parse(["sample", str(pretrained.directory), "--prompt", "cat"]))
     logging = dataclasses.replace(pretrained.config.logging, sample_prompts=("cat",))
     with pytest.raises(UserError, match=r"logging\.sample_prompts are no task for EncoderConfig"):
         dataclasses.replace(pretrained.config, logging=logging)

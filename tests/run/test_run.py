@@ -20,7 +20,7 @@ from llama_jax.checkpoint import CheckpointStore, save
 from llama_jax.config import UserError, override
 from llama_jax.data import read_texts
 from llama_jax.models import Compute
-from llama_jax.nn.attention import kernels
+from llama_jax.nn.attention import attend as kernels
 from llama_jax.run import Run, RunConfig, RunFailed, open_run, train
 from llama_jax.run.training import _Clock
 from llama_jax.tokenizers import load_tokenizer
@@ -267,7 +267,7 @@ def test_configs_are_values(run_config: RunConfig):
 
 def test_a_kernel_that_disagrees_does_not_start(run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def ignores_documents(q, k, v, mask, *, scale):
-        return kernels.online(q, k, v, dataclasses.replace(mask, segment_ids=None), scale=scale)
+        return kernels.blockwise_attention(q, k, v, dataclasses.replace(mask, segment_ids=None), scale=scale)
 
     monkeypatch.setitem(kernels.KERNELS, "blockwise", kernels.Kernel(ignores_documents))
     config = override(run_config, {"compute.attention_kernel": "blockwise", "seed": 77})

@@ -18,7 +18,7 @@ from llama_jax.models import Compute
 from llama_jax.nn import SinusoidalPositions
 from llama_jax.run import LoggingConfig, RunConfig, train
 from llama_jax.tokenizers import TokenizerConfig
-from llama_jax.training import OptimizerConfig
+from llama_jax.training import AdamW, InverseSqrt
 from llama_jax.zoo.transformer import transformer
 
 WORDS = ["sun", "moon", "tree", "river", "stone", "bird", "fish", "wolf", "wind", "rain", "snow", "fire"]
@@ -69,13 +69,13 @@ def config(sentences: list[str], tmp_path_factory: pytest.TempPathFactory) -> Ru
             validation_fraction=0.0,
             cache_dir=str(folder / "cache"),
         ),
-        optimizer=OptimizerConfig(
+        optimizer=AdamW(
             learning_rate=1e-2,
             warmup_steps=40,
             weight_decay=0.0,
             beta2=0.98,
             eps=1e-9,
-            schedule="inverse_sqrt",
+            schedule=InverseSqrt(),
             label_smoothing=0.1,
         ),
         num_steps=100,

@@ -48,7 +48,7 @@ from llama_jax.parallel import make_mesh, spec
 from llama_jax.run import LoggingConfig, ProfileConfig, Run, RunConfig, preparing, train, training
 from llama_jax.run.preparing import trained_tokenizer
 from llama_jax.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
-from llama_jax.training import OptimizerConfig, TrainState, init_state, make_train_step
+from llama_jax.training import AdamW, TrainState, init_state, make_train_step
 
 
 class OtherAttention(GroupedQuery):
@@ -231,14 +231,12 @@ def first_batches(tokenizer: TokenizerConfig, data: DataConfig, rows: int, lengt
     return first, prepared
 
 
-def step_program(model: DecoderConfig, compute: Compute, optimizer: OptimizerConfig, rows: int, length: int) -> str:
+def step_program(model: DecoderConfig, compute: Compute, optimizer: AdamW, rows: int, length: int) -> str:
     return step_program_on(jax.sharding.get_mesh(), model, compute, optimizer, rows, length)
 
 
 @functools.cache
-def step_program_on(
-    mesh: Any, model: DecoderConfig, compute: Compute, optimizer: OptimizerConfig, rows: int, length: int
-) -> str:
+def step_program_on(mesh: Any, model: DecoderConfig, compute: Compute, optimizer: AdamW, rows: int, length: int) -> str:
     names = ("tokens", "targets", "segment_ids", "positions")
     batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
     batch["weights"] = jax.ShapeDtypeStruct((rows, length), jnp.float32)
@@ -285,7 +283,7 @@ def batches(config: RunConfig) -> Any:
 
 def program(config: RunConfig) -> Any:
     """Of the train step; its hyper-parameters are traced, so that their values are not in it."""
-    optimizer = OptimizerConfig(1.0, 1, accumulation_steps=config.optimizer.accumulation_steps)
+    optimizer = AdamW(1.0, 1, accumulation_steps=config.optimizer.accumulation_steps)
     return step_program(config.model, config.compute, optimizer, config.global_batch_size, config.sequence_length)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from llama_jax.checkpoint import GenerationSettings, LanguageModel, save
 from llama_jax.sampling import Sampler, complete
-from llama_jax.sampling.chat import encoded_chat
+from llama_jax.sampling.conversations import encoded_chat
 from llama_jax.tokenizers.base import TEMPLATE_FILE
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"

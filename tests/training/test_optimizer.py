@@ -14,7 +14,14 @@ from llama_jax.models import DecoderConfig, abstract_params, build, initialize
 from llama_jax.models.config import causal_score_flops, full_score_flops
 from llama_jax.nn import seed_key
 from llama_jax.training import (
+    AdamW,
+    Constant,
+    Cosine,
+    InverseSqrt,
+    Linear,
     OptimizerConfig,
+    Schedule,
+    WarmupStableDecay,
     init_state,
     learning_rate,
     make_optimizer,
@@ -23,7 +30,7 @@ from llama_jax.training import (
 )
 from llama_jax.training.optimizer import is_matrix
 
-CONFIG = OptimizerConfig(learning_rate=0.02, warmup_steps=4, final_fraction=0.1)
+CONFIG = AdamW(learning_rate=0.02, warmup_steps=4, final_fraction=0.1)
 
 
 def test_schedule_by_hand():
@@ -40,43 +47,65 @@ def test_schedule_by_hand():
 def test_schedule_is_optax_one():
     # Optax's first update has the initial value, ours the first step towards the peak.
     theirs = optax.warmup_cosine_decay_schedule(0.005, 0.02, warmup_steps=3, decay_steps=19, end_value=0.002)
-    ours = [float(learning_rate(step, OptimizerConfig(0.02, 4).hyper(19))) for step in range(4)]
+    ours = [float(learning_rate(step, AdamW(0.02, 4).hyper(19))) for step in range(4)]
     np.testing.assert_allclose(ours, [theirs(step) for step in range(4)], rtol=1e-6)
     theirs = optax.cosine_decay_schedule(0.02, decay_steps=15, alpha=0.1)
-    ours = [float(learning_rate(4 + step, OptimizerConfig(0.02, 4).hyper(19))) for step in range(20)]
+    ours = [float(learning_rate(4 + step, AdamW(0.02, 4).hyper(19))) for step in range(20)]
     np.testing.assert_allclose(ours, [theirs(step) for step in range(20)], rtol=1e-6)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "inverse_sqrt", "constant"])
+@pytest.mark.parametrize("schedule", [Linear(), InverseSqrt(), Constant(), WarmupStableDecay(0.25)], ids=str)
 @pytest.mark.parametrize(("warmup", "num_steps"), [(4, 20), (0, 20), (1, 20), (4, 4)])
-def test_other_schedules_by_hand(schedule: str, warmup: int, num_steps: int):
-    """Alike in the warm-up, whose last update has the peak; a line ends at its fraction, the others have no end."""
+def test_other_schedules_by_hand(schedule: Schedule, warmup: int, num_steps: int):
+    """Alike in the warm-up, whose last update has the peak; those with an end reach its fraction there."""
     config = dataclasses.replace(CONFIG, schedule=schedule, warmup_steps=warmup)
     for step in range(num_steps + 5):
+        part = min((step - warmup) / max(num_steps - warmup, 1), 1)
+        if isinstance(schedule, WarmupStableDecay):
+            part = max(part - 0.75, 0) / 0.25
         if step < warmup:
             expected = 0.02 * (step + 1) / warmup
-        elif schedule == "linear":
-            part = min((step - warmup) / max(num_steps - warmup, 1), 1)
+        elif isinstance(schedule, Linear | WarmupStableDecay):
             expected = 0.02 * (1 - part) + 0.1 * 0.02 * part
-        elif schedule == "inverse_sqrt":
+        elif isinstance(schedule, InverseSqrt):
             expected = 0.02 * max(warmup, 1) ** 0.5 * (step + 1) ** -0.5
         else:
             expected = 0.02
         found = float(learning_rate(step, config.hyper(num_steps)))
-        assert found == pytest.approx(expected, rel=1e-6), step
+        assert found == pytest.approx(expected, rel=1e-5), step
+
+
+def test_schedules_with_an_end_are_optax_ones():
+    theirs = {
+        Cosine(): optax.cosine_decay_schedule(0.02, decay_steps=16, alpha=0.1),
+        Linear(): optax.linear_schedule(0.02, 0.002, 16),
+        WarmupStableDecay(0.25): optax.linear_schedule(0.02, 0.002, 4, transition_begin=12),
+        Constant(): optax.constant_schedule(0.02),
+    }
+    for schedule, expected in theirs.items():
+        hyper = dataclasses.replace(CONFIG, schedule=schedule).hyper(20)
+        found = [float(learning_rate(4 + step, hyper)) for step in range(20)]
+        np.testing.assert_allclose(found, [expected(step) for step in range(20)], rtol=1e-5)
 
 
 def test_no_schedule_jumps_where_the_warm_up_ends():
-    for schedule in ("cosine", "linear", "inverse_sqrt", "constant"):
+    for schedule in (Cosine(), Linear(), InverseSqrt(), Constant(), WarmupStableDecay()):
         hyper = dataclasses.replace(CONFIG, schedule=schedule, warmup_steps=100).hyper(10_000)
         rates = [float(learning_rate(step, hyper)) for step in (98, 99, 100, 101)]
         assert rates[1] == max(rates) == pytest.approx(0.02), schedule
         assert rates[2] > 0.99 * rates[1], schedule
 
 
+def test_config_files_of_before_schedules_were_components_still_run():
+    old = OptimizerConfig(learning_rate=0.02, warmup_steps=4, schedule="inverse_sqrt")  # type: ignore[arg-type]
+    assert old == AdamW(learning_rate=0.02, warmup_steps=4, schedule=InverseSqrt())
+    with pytest.raises(UserError, match="schedule='cosin' must be a schedule"):
+        OptimizerConfig(learning_rate=0.02, warmup_steps=4, schedule="cosin")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("warmup", "num_steps"), [(0, 5), (5, 5), (9, 5)])
 def test_schedule_at_its_ends(warmup: int, num_steps: int):
-    rates = [float(learning_rate(step, OptimizerConfig(1.0, warmup).hyper(num_steps))) for step in range(num_steps)]
+    rates = [float(learning_rate(step, AdamW(1.0, warmup).hyper(num_steps))) for step in range(num_steps)]
     assert all(0 < rate <= 1 for rate in rates)
     assert rates[0] == (pytest.approx(1 / warmup) if warmup else 1)
 
@@ -88,7 +117,7 @@ def params() -> dict[str, jax.Array]:
     return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
 
 
-def updates(config: OptimizerConfig, steps: int = 3) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+def updates(config: AdamW, steps: int = 3) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Parameters after some updates at rate 0.01: ours, and those of optax.adamw with the config's numbers."""
     ours, theirs = params(), params()
     optimizer = make_optimizer(config.hyper(10))
@@ -246,7 +275,7 @@ def test_every_seed_of_64_bits_is_another():
     keys = [np.asarray(jax.random.key_data(seed_key(seed))) for seed in seeds]
     assert len({key.tobytes() for key in keys}) == len(seeds)
     for seed, key in zip(seeds, keys, strict=True):  # jitted, as a train step takes it
-        traced = jax.jit(lambda seed: jax.random.key_data(seed_key(seed)))(CONFIG.hyper(1, seed)["seed"])
+        traced = jax.jit(lambda seed: jax.random.key_data(seed_key(seed)))(CONFIG.hyper(1, seed).seed)
         assert np.array_equal(traced, key), seed
     for seed in (-1, 2**64):
         with pytest.raises(UserError, match=f"seed={seed} must be at least 0 and below"):

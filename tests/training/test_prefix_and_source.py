@@ -10,9 +10,9 @@ import optax
 import pytest
 
 from llama_jax.models import Compute, DecoderConfig, abstract_params, assemble, from_params
-from llama_jax.nn.attention import kernels
+from llama_jax.nn.attention import attend as kernels
 from llama_jax.parallel import make_mesh, shard
-from llama_jax.training import OptimizerConfig, init_state, kernel_check as module, make_train_step
+from llama_jax.training import AdamW, init_state, kernel_check as module, make_train_step
 from llama_jax.training.kernel_check import PreflightFailed, preflight
 from llama_jax.training.losses import cross_entropy
 from llama_jax.training.step import in_one_row, losses
@@ -87,7 +87,7 @@ def test_a_step_on_a_mesh_and_in_parts_is_that_of_one_device(kind: str, tiny_con
         value, gradient = jax.value_and_grad(loss)(params)
         return value, optax.tree.norm(gradient)
 
-    hyper = OptimizerConfig(learning_rate=0.01, warmup_steps=1).hyper(5)
+    hyper = AdamW(learning_rate=0.01, warmup_steps=1).hyper(5)
     with jax.set_mesh(make_mesh({"fsdp": 2, "tensor": 2, "context": 2})):
         placed = {name: jax.device_put(params[name], a.sharding) for name, a in abstract_params(tiny_config).items()}
         rows = {name: shard(jnp.asarray(x), "batch", "sequence") for name, x in batch.items()}
@@ -133,7 +133,7 @@ def test_a_kernel_that_forgets_the_prefix_is_refused(kind: str, tiny_config, mon
     assert 0 < max(agreement.errors.values()) < 1e-5
 
     def forgets(q, k, v, mask, *, scale):
-        return kernels.online(q, k, v, dataclasses.replace(mask, prefix=None), scale=scale)
+        return kernels.blockwise_attention(q, k, v, dataclasses.replace(mask, prefix=None), scale=scale)
 
     monkeypatch.setitem(kernels.KERNELS, "blockwise", kernels.Kernel(forgets))
     module._errors.clear_cache()

@@ -9,10 +9,10 @@ import pytest
 
 from llama_jax.models import Compute, DecoderConfig, MTPDecoderConfig
 from llama_jax.nn import Experts, SoftmaxTopK, SparseLatentAttention
-from llama_jax.training import OptimizerConfig, init_state, make_train_step
+from llama_jax.training import AdamW, init_state, make_train_step
 
 LENGTH, COMPUTE = 8, Compute(dtype="float32", loss_chunk=4)
-HYPER = OptimizerConfig(learning_rate=0.01, warmup_steps=1, weight_decay=0.0, z_loss=0.1, label_smoothing=0.1).hyper(5)
+HYPER = AdamW(learning_rate=0.01, warmup_steps=1, weight_decay=0.0, z_loss=0.1, label_smoothing=0.1).hyper(5)
 
 
 @pytest.fixture(scope="module")

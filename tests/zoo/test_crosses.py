@@ -18,16 +18,16 @@ from llama_jax.nn import (
     GroupedQuery,
     LearnedPositions,
     Mixer,
+    MixerModule,
     RelativeBias,
     RMSNorm,
     Rope,
     SinusoidalPositions,
     SwiGLU,
 )
-from llama_jax.nn.mixer import MixerModule
 from llama_jax.parallel import make_mesh
 from llama_jax.run.training import to_devices
-from llama_jax.training import OptimizerConfig, init_state, make_train_step
+from llama_jax.training import AdamW, init_state, make_train_step
 from llama_jax.zoo.gpt2 import gpt
 
 ROWS, LENGTH, VOCAB = 8, 12, 40
@@ -85,7 +85,7 @@ def batch_of() -> dict[str, np.ndarray]:
 
 def step(config: DecoderConfig, mesh: dict[str, int]) -> tuple[float, dict[str, np.ndarray]]:
     """Loss of a step on the mesh, and the first moments that it leaves: the gradient, clipped, times a constant."""
-    hyper = OptimizerConfig(learning_rate=1e-2, warmup_steps=0).hyper(10)
+    hyper = AdamW(learning_rate=1e-2, warmup_steps=0).hyper(10)
     with jax.set_mesh(make_mesh(mesh, jax.devices()[: 8 if mesh else 1])):
         state = jax.jit(init_state)(initialize(config, 0), hyper)
         batch = to_devices(batch_of(), range(ROWS), ROWS)

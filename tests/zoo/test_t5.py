@@ -11,8 +11,7 @@ import llama_jax
 from llama_jax import zoo
 from llama_jax.config import UserError
 from llama_jax.models import num_parameters
-from llama_jax.nn import MLP, GatedLinearUnit, RelativeBias, Rope, SinusoidalPositions
-from llama_jax.nn.experts import Experts
+from llama_jax.nn import MLP, Experts, GatedLinearUnit, RelativeBias, Rope, SinusoidalPositions
 
 switch_transformers = zoo.family("switch_transformers")
 t5 = zoo.family("t5")

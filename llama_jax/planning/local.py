@@ -1,0 +1,266 @@
+"""A train step on one device of a mesh: its weights, caches and tokens. Nothing is allocated."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
+
+from llama_jax.models import ModelConfig
+from llama_jax.nn import ExpertsModule, Projection
+from llama_jax.parallel import batch_parts, mesh_axis_sizes, spec, split_over
+from llama_jax.run_config import RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalWeight:
+    """A parameter, on one device of a mesh.
+
+    name: as `models.layout` has it.
+    layers: layers that have it; 0 for one around them.
+    stored: elements, of all layers.
+    used: elements of one layer's, gathered for its product.
+    met: elements of one layer's that a token is multiplied with: of the experts on all devices, those it goes to.
+    inputs: elements per token that its product takes; 0 where it takes part in none.
+    outputs: that its product makes.
+    sums: whether its product is a sum over the tensor axis.
+    splits: whether the tensor axis splits what its product makes.
+    returns: whether its product returns to the residual stream.
+    experts: whether it is of experts, of which a token meets a few.
+    """
+
+    name: str
+    layers: int
+    stored: int
+    used: int
+    met: int
+    inputs: int
+    outputs: int
+    sums: bool
+    splits: bool
+    returns: bool
+    experts: bool
+
+    @property
+    def copies(self) -> int:
+        return max(1, self.layers)
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether it is stored in parts that its product needs together."""
+        return self.stored < self.copies * self.used
+
+    @property
+    def module(self) -> str:
+        """What it belongs to: `layers.attention`."""
+        return self.name.rsplit(".", 2)[0]
+
+    @property
+    def of_feed_forward(self) -> bool:
+        return self.name.split(".")[1] == "feed_forward"
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalModel:
+    """A model on one device of a mesh.
+
+    weights: all of them.
+    vocab: entries of the vocabulary, in the head.
+    vocab_splits: whether the tensor axis splits them.
+    heads: query heads of the layer that has most.
+    head_parts: parts that the tensor axis splits query heads into.
+    keys: elements per token of the caches of all layers.
+    scores: FLOPs of all layers' attention scores, for one query and one key.
+    """
+
+    weights: tuple[LocalWeight, ...]
+    vocab: int
+    vocab_splits: bool
+    heads: int
+    head_parts: int
+    keys: int
+    scores: float
+
+    def __getitem__(self, name: str) -> LocalWeight:
+        return next(weight for weight in self.weights if weight.name == name)
+
+    @property
+    def products(self) -> list[LocalWeight]:
+        """The weights of the layers that take part in products."""
+        return [weight for weight in self.weights if weight.layers and weight.inputs]
+
+
+@functools.lru_cache(maxsize=4096)
+def _local_model(model: ModelConfig, fsdp: int, tensor: int, expert: int) -> LocalModel:
+    """Of the axes that split parameters; the others make no difference."""
+    heads = [getattr(mixer, "num_heads", 1) for mixer, _ in model.layer_pieces()]
+    found, keys = _weights(model), _keys(model, tensor)  # before the mesh: they enter one of their own
+    with abstract_mesh({"fsdp": fsdp, "tensor": tensor, "expert": expert}):
+        vocab = split_over("vocab", model.vocab_size)
+        # Where the axis does not divide the heads, every device has all of them.
+        parts = tensor if all(n % tensor == 0 for n in heads) else 1
+        return LocalModel(
+            weights=tuple(_localized(name, weight) for name, weight in found.items()),
+            vocab=model.vocab_size // (tensor if vocab else 1),
+            vocab_splits=bool(vocab),
+            heads=max(heads) // parts,
+            head_parts=parts,
+            keys=keys,
+            scores=sum(mixer.score_flops(1.0) for mixer, _ in model.layer_pieces()) / parts,
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _keys(model: ModelConfig, tensor: int) -> int:
+    with abstract_mesh({"tensor": tensor}):
+        return cache_bytes(model, 1, 1, jnp.dtype("bfloat16")) // 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """A run's train step on one device of a mesh.
+
+    config: the run.
+    sizes: of the mesh axes.
+    model: the device's part of the model.
+    tokens: tokens of a micro-batch on the device.
+    """
+
+    config: RunConfig
+    sizes: dict[str, int]
+    model: LocalModel
+    tokens: int
+
+    @staticmethod
+    def of(config: RunConfig, num_chips: int) -> "Local":
+        """Return one device's part. Raises UserError where mesh and chips, or mesh and batch, do not fit."""
+        config.check_mesh(num_chips)
+        sizes = config.mesh.sizes(num_chips)
+        rows = config.global_batch_size // config.optimizer.accumulation_steps // batch_parts(sizes)
+        model = _local_model(config.model, sizes["fsdp"], sizes["tensor"], sizes["expert"])
+        return Local(config, sizes, model, rows * (config.row_length // sizes["context"]))
+
+    @property
+    def micro_batches(self) -> int:
+        """Number of gradient-accumulation micro-batches."""
+        return self.config.optimizer.accumulation_steps
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an activation."""
+        return compute_dtype(self.config).itemsize
+
+
+def compute_dtype(config: RunConfig) -> jnp.dtype:
+    """Return the type of activations; on the accelerators that are planned for, auto is bfloat16."""
+    return jnp.dtype("bfloat16" if config.compute.dtype == "auto" else config.compute.dtype)
+
+
+@contextlib.contextmanager
+def abstract_mesh(sizes: dict[str, int]) -> Iterator[None]:
+    """The current mesh, of devices that need not exist."""
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weight:
+    """A parameter: its shape in one layer, its logical axes, how many dimensions its product contracts."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    layers: int
+    in_dims: int
+    choices: int
+    """Experts that a token goes to, of those along the first dimension; 0 where there are none."""
+    drops: bool
+    """Whether experts have a capacity."""
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(model: ModelConfig) -> dict[str, _Weight]:
+    """Every parameter by name; nothing is allocated."""
+    found: dict[str, _Weight] = {}
+    with abstract_mesh({}):
+        rngs = nnx.Rngs(params=0)
+        found |= _of_module("", nnx.eval_shape(lambda: nnx.Dict(model.build_parts(rngs=rngs))), 0)
+        for stack, pieces in model.stacks().items():
+            for kind in dict.fromkeys(pieces):
+                block = nnx.eval_shape(lambda kind=kind, stack=stack: model.build_block(stack, kind, rngs=rngs))
+                for name, weight in _of_module(f"{stack}.", block, pieces.count(kind)).items():
+                    before = found[name].layers if name in found else 0
+                    found[name] = dataclasses.replace(weight, layers=weight.layers + before)
+    return found
+
+
+def _of_module(prefix: str, module: nnx.Module, layers: int) -> dict[str, _Weight]:
+    nodes = [(".".join(map(str, path)), node) for path, node in nnx.iter_graph(module)]
+    contracts = {f"{path}.weight": len(node.in_shape) for path, node in nodes if isinstance(node, Projection)}
+    experts = {
+        f"{path}.experts.{name}_proj.weight": (node.config.router.choices, node.config.drops)
+        for path, node in nodes
+        if isinstance(node, ExpertsModule)
+        for name in node.experts.params()
+    }
+    contracts |= dict.fromkeys(experts, 1)
+    return {
+        prefix + path: _Weight(
+            node.shape, node.get_metadata("axes"), layers, contracts.get(path, 0), *experts.get(path, (0, False))
+        )
+        for path, node in nodes
+        if isinstance(node, nnx.Param)
+    }
+
+
+def _localized(name: str, weight: _Weight) -> LocalWeight:
+    # Storage alone splits the model dimension; for a product it is gathered.
+    gathered = tuple(None if axis == "embed" else axis for axis in weight.axes)
+
+    def size(axes: tuple[str | None, ...], dims: slice = slice(None)) -> int:
+        return math.prod(weight.shape[dims]) // _parts(spec(*axes[dims], shape=weight.shape[dims]))
+
+    first, times = (1, weight.choices) if weight.choices else (0, 1)
+    # Where nothing is dropped there is room for the tokens of all devices, since all may choose the experts of one.
+    rows = times if weight.drops or not weight.choices else times * mesh_axis_sizes().get("expert", 1)
+    ins, outs = slice(first, first + weight.in_dims), slice(first + weight.in_dims, None)
+    return LocalWeight(
+        name=name,
+        layers=weight.layers,
+        stored=max(1, weight.layers) * size(weight.axes),
+        used=size(gathered),
+        met=times * size(gathered, slice(first, None)),
+        inputs=rows * size(gathered, ins) if weight.in_dims else 0,
+        outputs=rows * size(gathered, outs) if weight.in_dims else 0,
+        sums=weight.in_dims > 0 and size(gathered, ins) < math.prod(weight.shape[ins]),
+        splits=weight.in_dims > 0 and size(gathered, outs) < math.prod(weight.shape[outs]),
+        returns=weight.in_dims > 0 and weight.axes[outs] == ("embed",),
+        experts=weight.choices > 0,
+    )
+
+
+def _parts(partition: Any) -> int:
+    sizes = mesh_axis_sizes()
+    entries = ((entry,) if isinstance(entry, str) else entry or () for entry in partition or ())
+    return math.prod(sizes[axis] for entry in entries for axis in entry)
+
+
+def cache_bytes(model: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> int:
+    """Bytes of all layers' caches on one device of the current mesh, for `batch` rows of `length` positions."""
+    pieces = model.stacks()["layers"]  # what an encoder keeps of its source is not counted
+
+    def make(kind: Any) -> Any:
+        block: Any = model.build_block("layers", kind, rngs=nnx.Rngs(params=0))
+        return block.attention.init_cache(batch, length, dtype)
+
+    return sum(
+        pieces.count(kind) * array.size * array.dtype.itemsize // _parts(array.sharding.spec)
+        for kind in dict.fromkeys(pieces)
+        for array in jax.tree.leaves(jax.eval_shape(functools.partial(make, kind)))
+    )

@@ -1,0 +1,194 @@
+"""Machines: chips and how they are connected, as a mesh is laid over them."""
+
+import dataclasses
+import difflib
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from llama_jax.chips import CHIPS, Chip, chip_of
+from llama_jax.config import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What the devices of one mesh axis have between them, for each device.
+
+    inner: devices of the axis within one slice or node.
+    outer: slices or nodes that the axis spans.
+    ici: bytes per second at which a device receives what the others of its slice send; 0 where there are none.
+    hop: the same from one neighbour alone.
+    dcn: bytes per second between slices, all `inner` devices together; 0 where the axis spans one slice.
+    """
+
+    inner: int
+    outer: int
+    ici: float
+    hop: float
+    dcn: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Chips of one kind: a torus (TPU) or a node (GPU) of this shape, several times.
+
+    chip: the kind.
+    shape: of one slice.
+    num_slices: slices or nodes.
+    """
+
+    chip: Chip
+    shape: tuple[int, ...]
+    num_slices: int = 1
+
+    @property
+    def num_chips(self) -> int:
+        return math.prod(self.shape) * self.num_slices
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        if self.chip.platform == "gpu":
+            return f"{self.chip.name}:{self.num_slices}x{shape}"
+        return (f"{self.num_slices}x " if self.num_slices > 1 else "") + f"{self.chip.name}:{shape}"
+
+    @staticmethod
+    def parse(text: str) -> "Topology":
+        """Of `v5p:4x4x8` (a TPU slice), `2x v5e:16x16` (two of them), `h100:4x8` (nodes x GPUs) or `h100:8`.
+
+        Sizes count chips. Raises UserError, with the nearest name, for what is none of these.
+        """
+        found = re.fullmatch(r"(?:(\d+) ?x )?\s*([A-Za-z]\w*)\s*:\s*(\d+(?:x\d+)*)", text.strip())
+        name = found[2].lower() if found else re.split(r"[:\-]", text.strip())[0].split(" ")[-1].lower()
+        if name not in CHIPS:
+            near = difflib.get_close_matches(name, CHIPS, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(CHIPS)}"
+            raise UserError(f"topology={text!r}: there is no chip '{name}': {hint}")
+        chip = CHIPS[name]
+        example = {1: f"{name}:4x8 (nodes x GPUs)", 2: f"{name}:8x8", 3: f"{name}:4x4x8"}[len(chip.max_shape)]
+        if not found:
+            counts = "" if chip.platform == "gpu" else "; it counts chips, where cloud names may count cores"
+            raise UserError(f"topology={text!r} is not of the form {example}{counts}")
+        slices, shape = int(found[1] or 1), tuple(map(int, found[3].split("x")))
+        if chip.platform == "gpu" and len(shape) == 2:
+            slices, shape = slices * shape[0], shape[1:]
+        if len(shape) != len(chip.max_shape):
+            raise UserError(
+                f"topology={text!r} has {len(shape)} sizes and {name} takes {len(chip.max_shape)}: {example}"
+            )
+        # Which way round a torus is written makes no difference.
+        if (
+            slices < 1
+            or min(shape) < 1
+            or any(a > b for a, b in zip(sorted(shape), sorted(chip.max_shape), strict=True))
+        ):
+            largest = "x".join(map(str, chip.max_shape))
+            raise UserError(
+                f"topology={text!r}: one {'slice' if chip.wraps else 'node'} of {name} has at most {largest}"
+            )
+        return Topology(chip, shape, slices)
+
+    @staticmethod
+    def of(devices: Sequence[Any]) -> "Topology | None":
+        """Return the machine that these JAX devices are, or None for chips that are not planned for, such as CPUs."""
+        chip = chip_of(devices[0].device_kind)
+        if chip is None:
+            return None
+        if chip.platform == "gpu":
+            # NVLink domains, where JAX knows them; there may be a process for each GPU.
+            num_slices = len({getattr(device, "slice_index", device.process_index) for device in devices})
+            shape: tuple[int, ...] = (len(devices) // num_slices,)
+        else:
+            num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+            coords = zip(*(device.coords for device in devices), strict=True)
+            shape = tuple(len(set(along)) for along in coords)[: len(chip.max_shape)]
+        found = Topology(chip, shape, num_slices)
+        return found if found.num_chips == len(devices) else None
+
+    def larger(self) -> "Topology":
+        """The next size: the smallest torus axis doubled while it can be, then one more slice or node as often."""
+        order = sorted(range(len(self.shape)), key=lambda i: self.shape[i])
+        for i in order:
+            shape = tuple(size * (2 if i == j else 1) for j, size in enumerate(self.shape))
+            if all(a <= b for a, b in zip(sorted(shape), sorted(self.chip.max_shape), strict=True)):
+                return dataclasses.replace(self, shape=shape)
+        return dataclasses.replace(self, num_slices=2 * self.num_slices)
+
+    def networks(self, sizes: dict[str, int]) -> dict[str, Network]:
+        """What connects the devices of each mesh axis larger than 1; `sizes` in the order of the mesh, outermost first.
+
+        As `parallel.make_mesh` lays them out: data, or else fsdp, spans slices, the innermost axes get the torus axes
+        first, and fill a node. Raises UserError for sizes that do not multiply to the slices or the torus.
+        """
+        inner, outer = _split_slices(sizes, self) if self.chip.platform == "tpu" else _split_nodes(sizes, self)
+        torus = self._torus(inner) if self.chip.platform == "tpu" else {}
+        found = {}
+        for axis, size in sizes.items():
+            if size == 1:
+                continue
+            ici, hop = torus.get(axis, (self.chip.link, self.chip.link)) if inner[axis] > 1 else (0.0, 0.0)
+            dcn = self.chip.network * inner[axis] if outer[axis] > 1 else 0.0
+            found[axis] = Network(inner[axis], outer[axis], ici, hop or dcn, dcn)
+        return found
+
+    def _closed(self, size: int) -> bool:
+        if self.chip.max_shape == (16, 16):
+            return size == self.chip.wraps
+        return all(s % self.chip.wraps == 0 for s in self.shape)  # optical switches close whole cubes only
+
+    def _torus(self, sizes: dict[str, int]) -> dict[str, tuple[float, float]]:
+        """(bandwidth, bandwidth of a hop) of each mesh axis: its share of the torus axes that it is laid along."""
+        whole = {i: size for i, size in enumerate(self.shape) if size > 1}
+        left = dict(whole)
+        found: dict[str, tuple[float, float]] = {}
+        rest = []
+        for axis, size in reversed([(axis, size) for axis, size in sizes.items() if size > 1]):
+            free = [i for i in left if left[i] == whole[i]]
+            subsets = [c for n in range(len(free), 0, -1) for c in itertools.combinations(free, n)]
+            chosen = next((c for c in subsets if math.prod(whole[i] for i in c) == size), None)
+            if chosen is None:
+                rest.append((axis, size))
+                continue
+            found[axis] = (sum(self._ring(whole[i], whole[i], 1) for i in chosen), self.chip.link)
+            left = {i: n for i, n in left.items() if i not in chosen}
+        for axis, size in rest:  # a part of a torus axis, whose links it shares with the axes that have the other parts
+            bandwidth, need, stride = 0.0, size, 1
+            for i in sorted(left, key=lambda i: -left[i]):
+                part = math.gcd(need, left[i])
+                if part > 1:
+                    stride = whole[i] // left[i]
+                    bandwidth += self._ring(whole[i], part, stride)
+                    left[i] //= part
+                    need //= part
+            if need > 1:
+                shape = "x".join(map(str, self.shape))
+                raise UserError(
+                    f"mesh.{axis}={size} cannot be laid along a torus of {shape}: take a divisor of its sizes"
+                )
+            found[axis] = (bandwidth, self.chip.link / stride)
+        return found
+
+    def _ring(self, whole: int, part: int, stride: int) -> float:
+        """Both directions of a closed ring, one of an open line; `stride` rings share the links of a strided one."""
+        closed = part * stride == whole and self._closed(whole)
+        return (2 if closed else 1) * self.chip.link / stride
+
+
+def _split_slices(sizes: dict[str, int], topology: Topology) -> tuple[dict[str, int], dict[str, int]]:
+    """(inner, outer) sizes of each axis: data runs across the slices, or else fsdp."""
+    outer, n = dict.fromkeys(sizes, 1), topology.num_slices
+    across = next((axis for axis in ("data", "fsdp") if sizes.get(axis, 1) % n == 0), None)
+    if across is None:
+        raise UserError(f"topology {topology} has {n} slices: mesh.data or mesh.fsdp has to be a multiple of {n}")
+    outer[across] = n
+    return {axis: size // outer[axis] for axis, size in sizes.items()}, outer
+
+
+def _split_nodes(sizes: dict[str, int], topology: Topology) -> tuple[dict[str, int], dict[str, int]]:
+    """(inner, outer) sizes of each axis: the innermost axes fill the node."""
+    inner, left = dict.fromkeys(sizes, 1), math.prod(topology.shape)
+    for axis, size in reversed(sizes.items()):
+        inner[axis] = math.gcd(size, left)
+        left //= inner[axis]
+    return inner, {axis: size // inner[axis] for axis, size in sizes.items()}

@@ -1,0 +1,77 @@
+"""What version 0.1.0 wrote is read and continued to the same bits: runs, checkpoints, corpora, packing, saved models.
+
+`make_artifacts.py` is the program that wrote the archive, run with that version.
+"""
+
+import hashlib
+import json
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from before.reading import LAST, STOPPED, cpu, digests, read_stopped
+
+import llama_jax
+
+ARCHIVE = Path(__file__).parent / "artifacts.tar.xz"
+RUNS = ("llama", "experts", "translation")
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("before")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(before: Path) -> dict[str, Any]:
+    return json.loads((before / "expected.json").read_text())
+
+
+@pytest.fixture(params=RUNS)
+def stopped(request: pytest.FixtureRequest, before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a run that stopped after 4 of its 6 steps; the folder that it was started in is the current one."""
+    shutil.copytree(before / request.param, tmp_path / request.param)
+    monkeypatch.chdir(tmp_path / request.param)
+    return request.param
+
+
+def test_a_run_is_read_and_continued(stopped: str, expected: dict[str, Any]):
+    run = llama_jax.open_run("run")
+    assert read_stopped(run, STOPPED) == expected[stopped]["stopped"]
+
+    run = llama_jax.train(run.config, "run")
+    final = run.load(step=LAST).model.params()
+    assert final.keys() == expected[stopped]["means"].keys()
+    for name, value in final.items():
+        mean = float(np.abs(np.asarray(value)).mean())
+        assert mean == pytest.approx(expected[stopped]["means"][name], rel=1e-4, abs=1e-7), name
+    metrics = {"step", "loss", "val_loss", "grad_norm", "learning_rate"}
+    lines = [{key: value for key, value in line.items() if key in metrics} for line in run.metrics()]
+    assert len(lines) == len(expected[stopped]["metrics"])
+    for line, old in zip(lines, expected[stopped]["metrics"], strict=True):
+        assert line == pytest.approx(old, rel=1e-5)
+    if cpu() == expected["cpu"]:  # a CPU of another kind may add in another order
+        assert digests(final) == expected[stopped]["final"]
+
+    # The corpus and its packing were found, not made again, and not one byte of them changed.
+    old_files = {
+        name: value
+        for name, value in expected["files"].items()
+        if name.startswith(f"{stopped}/cache/corpora") and not name.endswith(".lock")
+    }
+    files = [path for path in Path("cache/corpora").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert {f"{stopped}/{f}": hashlib.sha256(f.read_bytes()).hexdigest() for f in files} == old_files
+
+
+@pytest.mark.parametrize("folder", ["native", "hf"])
+def test_a_saved_model_is_read(folder: str, before: Path, expected: dict[str, Any]):
+    lm = llama_jax.load(before / folder)
+    assert digests(lm.model.params()) == expected["native"]["params"]
+    tokens = np.array([[1, 5, 9, 40]], np.int32)
+    assert np.asarray(llama_jax.generate(lm, tokens, max_new_tokens=8)).tolist() == expected["native"]["greedy"]

@@ -1,0 +1,265 @@
+"""Every optimizer is optax's, on each layer's matrix, on every mesh, and one from outside the package is like them."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+from test_step import ROWS, batch_of
+
+from llama_jax.checkpoint import from_disk, to_disk
+from llama_jax.config import UserError, override, to_json
+from llama_jax.models import Compute, DecoderConfig, abstract_params, initialize
+from llama_jax.nn import Experts, SoftmaxTopK
+from llama_jax.parallel import make_mesh
+from llama_jax.run import RunConfig, open_run, train
+from llama_jax.run.training import to_devices
+from llama_jax.training import (
+    SGD,
+    Adafactor,
+    AdamW,
+    Hyper,
+    Lion,
+    Muon,
+    Optimizer,
+    Schedule,
+    init_state,
+    learning_rate,
+    make_optimizer,
+    make_train_step,
+    state_bytes,
+)
+
+OPTIMIZERS = (
+    Lion(1e-3, 2),
+    SGD(1e-2, 2, nesterov=True),
+    Adafactor(1e-2, 2, min_factored=4),
+    Muon(1e-2, 2),
+)
+MATRICES = {"embedding.weight": (6, 4), "layers.q_proj.weight": (2, 8, 2, 4), "layers.o_proj.weight": (2, 2, 4, 8)}
+MATRICES |= {"layers.experts.up_proj.weight": (2, 3, 8, 5)}
+VECTORS = {"layers.norm.weight": (2, 8), "norm.weight": (8,), "layers.q_proj.bias": (2, 2, 4)}
+SIDES = {"embedding.weight": (1, 6, 4), "layers.q_proj.weight": (2, 8, 8), "layers.o_proj.weight": (2, 8, 8)}
+SIDES |= {"layers.experts.up_proj.weight": (6, 8, 5), "layers.norm.weight": (2, 8), "norm.weight": (1, 8)}
+SIDES |= {"layers.q_proj.bias": (2, 2, 4)}
+
+
+def ids(value: Any) -> str:
+    return type(value).__name__
+
+
+def params() -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in (MATRICES | VECTORS).items()}
+
+
+def apart(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Each layer's and expert's matrix or vector under a name of its own."""
+    return {f"{name}/{i}": part for name, x in values.items() for i, part in enumerate(x.reshape(SIDES[name]))}
+
+
+def reference(optimizer: Optimizer, rate: float) -> optax.GradientTransformation:
+    """Optax's own of the same numbers, for parameters as `apart` has them."""
+    decay = {"weight_decay": optimizer.weight_decay}
+
+    def decayed(values: Any) -> dict[str, bool]:
+        return {name: name.split("/")[0] in MATRICES for name in values}
+
+    match optimizer:
+        case Lion(beta1=b1, beta2=b2):
+            inner = optax.lion(rate, b1=b1, b2=b2, mask=decayed, **decay)
+        case SGD(momentum=momentum, nesterov=nesterov):
+            # Decay is decoupled.
+            inner = optax.chain(
+                optax.trace(momentum, nesterov),
+                optax.add_decayed_weights(optimizer.weight_decay, decayed),
+                optax.scale(-rate),
+            )
+        case Adafactor(min_factored=smallest):
+            inner = optax.chain(
+                optax.adafactor(min_dim_size_to_factor=smallest),
+                optax.scale(-1),
+                optax.add_decayed_weights(optimizer.weight_decay, decayed),
+                optax.scale(-rate),
+            )
+        case Muon(momentum=beta, update_rms=rms, beta1=b1, beta2=b2):
+            adam = optax.adamw(rate, b1=b1, b2=b2, mask=decayed, **decay)
+            muon = optax.contrib.muon(rate, beta=beta, consistent_rms=rms, **decay)
+
+            hidden = [name for name in MATRICES if name.startswith("layers.")]
+
+            def groups(values: Any) -> dict[str, str]:
+                return {name: "muon" if name.split("/")[0] in hidden else "adam" for name in values}
+
+            inner = optax.partition({"muon": muon, "adam": adam}, groups)
+        case _:
+            raise AssertionError(optimizer)
+    return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), inner)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=ids)
+def test_is_optax_one(optimizer: Optimizer):
+    ours, theirs = params(), apart(params())
+    transform, expected = make_optimizer(optimizer.hyper(10)), reference(optimizer, 0.01)
+    state, their_state = transform.init(ours), expected.init(theirs)
+    update, their_update = jax.jit(transform.update), jax.jit(expected.update)
+    for step in range(3):
+        grads = {name: jnp.sin(7 * p + step) for name, p in ours.items()}
+        change, state = update(grads, state, ours)
+        ours = {name: p - 0.01 * change[name] for name, p in ours.items()}
+        change, their_state = their_update(apart(grads), their_state, theirs)
+        theirs = optax.apply_updates(theirs, change)
+        for name, value in apart(ours).items():
+            np.testing.assert_allclose(value, theirs[name], rtol=2e-4, atol=2e-6, err_msg=name)  # type: ignore[index]
+
+
+@pytest.fixture(scope="module")
+def small(tiny_config: DecoderConfig) -> DecoderConfig:
+    """With experts and biases, so that every kind of parameter is there."""
+    experts = Experts(4, 8, SoftmaxTopK(2, normalize=True), "silu", gated=True)
+    attention = dataclasses.replace(tiny_config.attention, qkv_bias=True)
+    return dataclasses.replace(tiny_config, attention=attention, feed_forward=experts, num_layers=1)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=ids)
+def test_same_on_a_mesh_and_sharded_like_the_parameters(small: DecoderConfig, optimizer: Optimizer):
+    """Also: the layout of the state is the same before and after a step, and the planner's bytes are those held."""
+    results, hyper = [], optimizer.hyper(10)
+    for mesh in ({}, {"fsdp": 2, "tensor": 2, "expert": 2}):
+        with jax.set_mesh(make_mesh(mesh, jax.devices()[: 8 if mesh else 1])):
+            step = make_train_step(small, Compute(loss_chunk=4))
+            state = jax.jit(init_state)(initialize(small, 0), hyper)
+            for i in range(2):
+                before = jax.tree.map(lambda x: x.sharding, state.opt_state)
+                state, metrics = step(state, to_devices(batch_of(i), range(ROWS), ROWS), hyper)
+                assert before == jax.tree.map(lambda x: x.sharding, state.opt_state)
+            held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.opt_state))
+            assert state_bytes(optimizer, abstract_params(small)) == held
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
+                for name, value in state.params.items():
+                    if jax.tree_util.DictKey(name) in path and leaf.shape == value.shape:
+                        assert leaf.sharding == value.sharding, name
+            results.append((float(metrics["loss"]), {n: np.asarray(p) for n, p in state.params.items()}))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
+    for name, value in results[0][1].items():
+        np.testing.assert_allclose(results[1][1][name], value, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=ids)
+def test_another_learning_rate_compiles_nothing(
+    tiny_config: DecoderConfig, optimizer: Optimizer, caplog: pytest.LogCaptureFixture
+):
+    changed = {
+        field.name: getattr(optimizer, field.name) / 2
+        for field in dataclasses.fields(optimizer)
+        if type(getattr(optimizer, field.name)) is float
+    }
+    other = dataclasses.replace(optimizer, **changed, warmup_steps=1)
+    state, batch = jax.jit(init_state)(initialize(tiny_config, 0), optimizer.hyper(10)), batch_of()
+    step = make_train_step(tiny_config, Compute())
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for i, hyper in enumerate((optimizer.hyper(10), other.hyper(20, seed=3))):
+            caplog.clear()
+            state, _ = step(state, batch, hyper)
+            compiled = [r.message for r in caplog.records if "Compiling" in r.message and "train_step" in r.message]
+            assert len(compiled) == (i == 0), compiled
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=ids)
+def test_state_is_saved_by_name(tiny_config: DecoderConfig, optimizer: Optimizer):
+    state = init_state(initialize(tiny_config, 0), optimizer.hyper(10))
+    state = dataclasses.replace(state, opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))
+    flat = to_disk(state)
+    assert len(flat) == len(jax.tree.leaves(state))
+    again = from_disk(flat, init_state(state.params, optimizer.hyper(10)))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, again, state))
+
+
+def test_overfits_one_batch_with_each(tiny_config: DecoderConfig):
+    for optimizer in (Lion(1e-2, 5), SGD(0.3, 5, weight_decay=0.0), Adafactor(0.1, 5), Muon(0.03, 5)):
+        step, hyper = make_train_step(tiny_config, Compute()), optimizer.hyper(60)
+        state, batch, losses = jax.jit(init_state)(initialize(tiny_config, 0), hyper), batch_of(), []
+        for _ in range(60):
+            state, metrics = step(state, batch, hyper)
+            losses.append(float(metrics["loss"]))
+        assert losses[-1] < 0.5 * losses[0], (type(optimizer).__name__, losses[::10])
+
+
+# What a notebook cell would define.
+
+
+@dataclasses.dataclass(frozen=True)
+class Signs(Optimizer):
+    """Signs of the gradient's running mean.
+
+    memory: decay of the mean.
+    """
+
+    memory: float = 0.5
+
+    elementwise = False
+
+    def transform(self) -> optax.GradientTransformation:
+        return optax.chain(optax.ema(self.memory), optax.stateless(lambda updates, _: jax.tree.map(jnp.sign, updates)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps(Schedule):
+    """Half the rate from a step on.
+
+    half_from: that step.
+    """
+
+    half_from: int = 3
+
+    def factor(self, step: Any, warmup_steps: Any, num_steps: Any, final_fraction: Any) -> jax.Array:
+        return jnp.where(step < self.half_from, 1.0, 0.5)
+
+
+def test_one_of_ones_own_is_chosen_run_and_continued(run_config: RunConfig, tmp_path: Path):
+    own = (Signs, Steps)
+    changes = {"optimizer": "Signs", "optimizer.schedule": "Steps", "optimizer.schedule.half_from": 4}
+    changes |= {"num_steps": 6, "checkpoint.every_steps": 3, "logging.sample_prompts": (), "optimizer.warmup_steps": 1}
+    config = override(run_config, changes, own)
+    assert isinstance(config.optimizer, Signs)
+    run = train(config, tmp_path / "run", components=own)
+    rates = [metrics["learning_rate"] for metrics in run.metrics()]
+    assert rates == pytest.approx([0.01] * 4 + [0.005] * 2)
+    with pytest.raises(UserError, match="names the class 'Signs'"):
+        open_run(run.directory)
+    open_run(run.directory, own).load()
+    again = train(override(config, {"num_steps": 8, "resume.allow": "num_steps"}), run.directory, components=own)
+    assert again.steps()[-1] == 8
+
+
+@pytest.mark.parametrize("name", ["Muon", "Adafactor"])
+def test_continued_bit_for_bit(run_config: RunConfig, tmp_path: Path, name: str):
+    changes = {"optimizer": name, "checkpoint.every_steps": 2, "logging.sample_prompts": (), "mesh.fsdp": 8}
+    config = override(run_config, changes | {"optimizer.schedule": "Constant", "num_steps": 4})
+    whole = train(config, tmp_path / "whole")
+    train(override(config, {"num_steps": 2}), tmp_path / "parts")
+    parts = train(config, tmp_path / "parts")
+    assert [m["loss"] for m in whole.metrics()] == [m["loss"] for m in parts.metrics()]
+
+
+def test_a_run_of_before_optimizers_were_components_is_read(run_config: RunConfig, tmp_path: Path):
+    config = dataclasses.replace(run_config, optimizer=AdamW(0.01, 3, final_fraction=0.2))
+    data = to_json(config)
+    data["optimizer"] |= {"type": "OptimizerConfig", "schedule": "cosine"}
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    assert open_run(tmp_path).config == config
+
+
+def test_rate_is_traced(tiny_config: DecoderConfig):
+    rate = jax.jit(lambda step, hyper: learning_rate(step, hyper))
+    found = {float(rate(5, Muon(peak, 2).hyper(10))) for peak in (0.1, 0.2, 0.3)}
+    assert len(found) == 3
+    assert rate._cache_size() == 1
+    assert isinstance(Muon(0.1, 2).hyper(10), Hyper)
