@@ -12,7 +12,7 @@ from typing import Any
 from llama_jax.config import UserError
 from llama_jax.models import EncoderConfig
 from llama_jax.nn import MLP, Activation, GroupedQuery, LayerNorm, LearnedPositions
-from llama_jax.zoo.reading import ConfigReader, Key
+from llama_jax.zoo.reading import ConfigReader, Key, expect
 from llama_jax.zoo.registry import Family
 from llama_jax.zoo.weights import TensorNames, WeightMapping, mappings
 
@@ -184,7 +184,7 @@ def _kind(config: EncoderConfig) -> str:
 
 
 def _write(config: EncoderConfig, label: str, family: str) -> dict[str, Any]:
-    positions: Any = config.positions
+    positions = expect(config.positions, LearnedPositions, label=label)
     data = {
         "architectures": [family + _kind(config)],
         "max_position_embeddings": positions.num_positions + positions.offset,
@@ -220,7 +220,6 @@ BERT = Family(
     label="a BERT",
     objectives=("MaskedLM",),
     presets={"bert_base": encoder(**_BASE, **_BERT), "bert_large": encoder(**_LARGE, **_BERT)},
-    config_type=EncoderConfig,
     architectures=tuple(
         f"Bert{kind}" for kind in ("ForPreTraining", "ForMaskedLM", "Model", "ForSequenceClassification")
     ),
@@ -236,12 +235,6 @@ BERT = Family(
         Key("type_vocab_size", "num_token_types", int, 2),
         Key("layer_norm_eps", "norm.eps", float, 1e-12),
     ),
-    pieces={
-        "attention": (GroupedQuery,),
-        "feed_forward": (MLP,),
-        "norm": (LayerNorm,),
-        "positions": (LearnedPositions,),
-    },
     read=_read_bert,
     write=functools.partial(_write, family="Bert"),
     names=_BERT_NAMES,

@@ -80,7 +80,7 @@ def _fields(
 
 def _sparse(fields: dict[str, Any], num_heads: int, head_dim: int, topk: int) -> dict[str, Any]:
     """Return the fields with V3.2's indexer in the attention."""
-    latent = {f.name: getattr(fields["attention"], f.name) for f in dataclasses.fields(LatentAttention)}
+    latent: dict[str, Any] = {f.name: getattr(fields["attention"], f.name) for f in dataclasses.fields(LatentAttention)}
     indexer = {"num_index_heads": num_heads, "index_head_dim": head_dim, "index_topk": topk}
     return fields | {"attention": SparseLatentAttention(**latent, **indexer)}
 
@@ -153,7 +153,8 @@ _ATTENTION, _MLP = llama.LAYER + "self_attn.", llama.LAYER + "mlp."
 # Each head of a file has its rotary part last, in interleaved pairs, so heads are joined one by one (`merged`).
 _NOPE, _PAIRS = "n h d -> d n h", "n (p two) d -> d n (two p)"
 _NOPE_OF_LATENT, _PAIRS_OF_LATENT = "n h c -> c n h", "n (p two) c -> c n (two p)"
-V2_WEIGHTS = (
+_GLU = {"gate_proj": "f d -> d f", "up_proj": "f d -> d f", "down_proj": "d f -> f d"}
+_V2_WEIGHTS = (
     *mappings(llama.ENDS | llama.HEAD),
     *mappings(llama.NORMS, "layers.", llama.LAYER),
     WeightMapping("layers.attention.q_nope_proj.weight", _ATTENTION + "q_proj.weight", _NOPE, 1, True),
@@ -176,23 +177,20 @@ V2_WEIGHTS = (
     ),
     *mappings(
         {
-            "gate_proj": ("gate_proj", "f d -> d f"),
-            "up_proj": ("up_proj", "f d -> d f"),
-            "down_proj": ("down_proj", "d f -> f d"),
             "router": ("gate", "e d -> d e"),
-            "experts.gate_proj": ("experts.{expert}.gate_proj", "e f d -> e d f"),
-            "experts.up_proj": ("experts.{expert}.up_proj", "e f d -> e d f"),
-            "experts.down_proj": ("experts.{expert}.down_proj", "e d f -> e f d"),
-            "shared.gate_proj": ("shared_experts.gate_proj", "f d -> d f"),
-            "shared.up_proj": ("shared_experts.up_proj", "f d -> d f"),
-            "shared.down_proj": ("shared_experts.down_proj", "d f -> f d"),
+            **{name: (name, pattern) for name, pattern in _GLU.items()},
+            **{f"shared.{name}": (f"shared_experts.{name}", pattern) for name, pattern in _GLU.items()},
+            **{
+                f"experts.{name}": (f"experts.{{expert}}.{name}", "e " + pattern.replace("-> ", "-> e "))
+                for name, pattern in _GLU.items()
+            },
         },
         "layers.feed_forward.",
         _MLP,
     ),
 )
 _V3_WEIGHTS = (
-    *V2_WEIGHTS,
+    *_V2_WEIGHTS,
     WeightMapping("layers.feed_forward.router.choice_bias", _MLP + "gate.e_score_correction_bias", "e -> e"),
 )
 _INDEXER = mappings(
@@ -254,15 +252,6 @@ def _keys(*, q_lora_rank: int | None, scaling: float, groups: int, top_groups: i
         Key("aux_loss_alpha", "feed_forward.load_balance_loss", float, 1e-3),
         Key("tie_word_embeddings", "tie_embeddings", bool, False),
     )
-
-
-def _pieces(attention: type, router: type) -> dict[str, tuple[type, ...]]:
-    return {
-        "attention": (attention,),
-        "feed_forward": (Experts,),
-        "feed_forward.router": (router,),
-        "norm": (RMSNorm,),
-    }
 
 
 def _read(reader: ConfigReader, fields: dict[str, Any], router: Router, *, num_dense: int) -> dict[str, Any]:
@@ -402,15 +391,13 @@ DEEPSEEK_V2 = Family(
     title="DeepSeek-V2 and V2-Lite",
     label="a DeepSeek-V2",
     presets=_V2_PRESETS,
-    config_type=DecoderConfig,
     architectures=("DeepseekV2ForCausalLM", "DeepseekV2Model"),
     keys=_keys(q_lora_rank=None, scaling=1.0, groups=1, top_groups=1),
-    pieces=_pieces(LatentAttention, SoftmaxTopK),
     read=_read_v2,
     write=_write_v2,
     aliases=_ALIASES,
     harmless=_HARMLESS,
-    names=TensorNames(V2_WEIGHTS, llama.TIED),
+    names=TensorNames(_V2_WEIGHTS, llama.TIED),
     released=_released,
     with_tensors=_with_tensors,
 )
@@ -420,10 +407,8 @@ DEEPSEEK_V3 = dataclasses.replace(
     title="DeepSeek-V3",
     label="a DeepSeek-V3",
     presets={"deepseek_v3": MTPDecoderConfig(**_V3)},
-    config_type=MTPDecoderConfig,
     architectures=("DeepseekV3ForCausalLM", "DeepseekV3Model"),
     keys=_V3_KEYS,
-    pieces=_pieces(LatentAttention, SigmoidTopK),
     read=_read_v3,
     write=_write_v3,
     names=_with_mtp(_V3_WEIGHTS),
@@ -442,7 +427,6 @@ DEEPSEEK_V32 = dataclasses.replace(
         Key("index_head_dim", "attention.index_head_dim", int),
         Key("index_topk", "attention.index_topk", int),
     ),
-    pieces=_pieces(SparseLatentAttention, SigmoidTopK),
     read=_read_v32,
     names=_with_mtp((*_V3_WEIGHTS, *_INDEXER)),
 )

@@ -84,7 +84,6 @@ GLM = Family(
             norm=RMSNorm(eps=1.5625e-07),
         )
     },
-    config_type=DecoderConfig,
     architectures=("GlmForCausalLM", "GlmModel"),
     keys=(
         Key("vocab_size", "vocab_size", int),
@@ -100,7 +99,6 @@ GLM = Family(
         Key("attention_bias", "attention.qkv_bias", bool, True),
         Key("tie_word_embeddings", "tie_embeddings", bool, False),
     ),
-    pieces={"attention": (GroupedQuery,), "feed_forward": (SwiGLU,), "norm": (RMSNorm,)},
     read=_read_glm,
     write=_write_glm,
     harmless=CAUSAL,
@@ -178,7 +176,6 @@ CHATGLM = Family(
             norm=RMSNorm(eps=1e-5, cast_last=True),
         )
     },
-    config_type=DecoderConfig,
     architectures=("ChatGLMModel", "ChatGLMForConditionalGeneration"),
     keys=(
         Key("padded_vocab_size", "vocab_size", int),
@@ -194,7 +191,6 @@ CHATGLM = Family(
         Key("attention_dropout", "attention.dropout", float, 0.0, argument="attention_dropout"),
         Key("hidden_dropout", "dropout", float, 0.0),
     ),
-    pieces={"attention": (GroupedQuery,), "feed_forward": (SwiGLU,), "norm": (RMSNorm,)},
     read=_read_chatglm,
     write=_write_chatglm,
     # Ways of computing the same: the scaling by layer cancels out, and softmax is in float32 here anyway.

@@ -122,7 +122,6 @@ GPT2 = Family(
     title="GPT-2",
     label="a GPT-2",
     presets=PRESETS,
-    config_type=DecoderConfig,
     architectures=("GPT2LMHeadModel", "GPT2Model"),
     keys=(
         Key("vocab_size", "vocab_size", int, 50257),
@@ -138,7 +137,6 @@ GPT2 = Family(
         Key("attn_pdrop", "attention.dropout", float, 0.1, argument="attention_dropout"),
         Key("tie_word_embeddings", "tie_embeddings", bool, True),
     ),
-    pieces={"attention": (GroupedQuery,), "feed_forward": (MLP,), "norm": (LayerNorm,)},
     read=_read,
     write=_write,
     aliases={

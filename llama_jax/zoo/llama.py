@@ -53,7 +53,7 @@ def _llama(*, intermediate_size: int, mlp_bias: bool = False, **sizes: Any) -> D
     return llama_like(feed_forward=SwiGLU(intermediate_size, bias=mlp_bias), **sizes)
 
 
-def _sizes(layers: int, width: int, heads: int, kv_heads: int, ffn: int) -> dict[str, int]:
+def _sizes(layers: int, width: int, heads: int, kv_heads: int, ffn: int) -> dict[str, Any]:
     return {
         "num_layers": layers,
         "hidden_size": width,
@@ -195,7 +195,6 @@ LLAMA = Family(
     title="The Llama family",
     label="a Llama",
     presets=PRESETS,
-    config_type=DecoderConfig,
     architectures=("LlamaForCausalLM", "LlamaModel"),
     keys=(
         Key("vocab_size", "vocab_size", int),
@@ -212,7 +211,6 @@ LLAMA = Family(
         Key("mlp_bias", "feed_forward.bias", bool, False, argument="mlp_bias"),
         Key("tie_word_embeddings", "tie_embeddings", bool, False),
     ),
-    pieces={"attention": (GroupedQuery,), "feed_forward": (SwiGLU,), "norm": (RMSNorm,)},
     read=_read,
     write=_write,
     harmless=CAUSAL,

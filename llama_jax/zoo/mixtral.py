@@ -113,7 +113,6 @@ MIXTRAL = Family(
     title="Mixtral",
     label="a Mixtral",
     presets=PRESETS,
-    config_type=DecoderConfig,
     architectures=("MixtralForCausalLM", "MixtralModel"),
     keys=(
         Key("vocab_size", "vocab_size", int),
@@ -133,12 +132,6 @@ MIXTRAL = Family(
         Key("attention_dropout", "attention.dropout", float, 0.0, argument="attention_dropout"),
         Key("tie_word_embeddings", "tie_embeddings", bool, False),
     ),
-    pieces={
-        "attention": (GroupedQuery,),
-        "feed_forward": (Experts,),
-        "feed_forward.router": (SoftmaxTopK,),
-        "norm": (RMSNorm,),
-    },
     read=_read,
     write=_write,
     aliases={"num_experts": "num_local_experts"},

@@ -140,11 +140,17 @@ class ConfigReader:
 
 
 def write_keys(
-    config: ModelConfig, keys: Collection[Key], pieces: Mapping[str, tuple[type, ...]], label: str
+    config: ModelConfig, keys: Collection[Key], samples: Collection[ModelConfig], label: str
 ) -> dict[str, Any]:
-    """Return the values of declared keys. Raises UserError where a piece is not of just the types in `pieces`."""
-    for field, wanted in pieces.items():
-        expect(operator.attrgetter(field)(config), *wanted, label=label)
+    """Return the values of declared keys.
+
+    Raises UserError where a piece that has such a field is not of just the types that it has in `samples`.
+    """
+    parts = [key.field.split(".")[:-1] for key in keys]
+    pieces = dict.fromkeys(".".join(names[: i + 1]) for names in parts for i in range(len(names)))
+    for field in pieces:
+        piece = operator.attrgetter(field)
+        expect(piece(config), *{type(piece(sample)): None for sample in samples}, label=label)
     data = {}
     for key in keys:
         value = operator.attrgetter(key.field)(config)
@@ -215,7 +221,7 @@ def write_activation(activation: str, label: str) -> str:
 
 
 # Scalings by rope_type. Their fields are keys of rope_scaling, but for one name; of the others these may be absent.
-_SCALINGS: dict[str, type[RopeScaling]] = {"linear": LinearScaling, "llama3": Llama3Scaling, "yarn": YarnScaling}
+_SCALINGS: dict[str, type[Any]] = {"linear": LinearScaling, "llama3": Llama3Scaling, "yarn": YarnScaling}
 _OLD_LENGTH = "original_max_position_embeddings"
 _YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
 
@@ -286,7 +292,8 @@ def write_rope(attention: Any, label: str) -> dict[str, Any]:
     """
     if attention.rope is None:
         raise UserError(f"rope=None has no place in {label}")
-    scaling, written = attention.rope.scaling, None
+    scaling: Any = attention.rope.scaling
+    written = None
     if scaling is not None:
         kind = next((name for name, scaling_type in _SCALINGS.items() if type(scaling) is scaling_type), None)
         if kind is None:

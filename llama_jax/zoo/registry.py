@@ -39,8 +39,8 @@ class Family[C: ModelConfig](Presets):
     """Released models of one `model_type` on Hugging Face (`name`): their config.json and their weights.
 
     `label` is the name of such a model in messages ("a Llama"). `architectures` are the classes whose weights are read;
-    the first is the usual one. `keys` are those of config.json that are fields of a config; `pieces` are the types of
-    the pieces that its configs must have, by dotted field. `read(reader, arguments)` makes a config of the values of
+    the first is the usual one. `keys` are those of config.json that are fields of a config; the pieces that have these
+    fields are of the types that they have in the presets. `read(reader, arguments)` makes a config of the values of
     `keys` (by argument) and of what else it takes from the reader; `write(config, label)` returns the other keys.
     `aliases` are other names of keys, as `{other: key}`; keys that are `harmless` may have any value. `released`
     returns a config without what no config.json can express. `with_tensors(config, tensors)` returns it with what
@@ -48,10 +48,8 @@ class Family[C: ModelConfig](Presets):
     """
 
     label: str
-    config_type: type[C]
     architectures: tuple[str, ...]
     keys: tuple[Key, ...]
-    pieces: Mapping[str, tuple[type, ...]]
     read: Callable[[ConfigReader, dict[str, Any]], C]
     write: Callable[[Any, str], dict[str, Any]]
     names: TensorNames | Callable[[C], TensorNames]
@@ -76,10 +74,11 @@ class Family[C: ModelConfig](Presets):
 
         Raises UserError for a model of another family, naming what a model of this one cannot have.
         """
-        if not isinstance(config, self.config_type):
+        samples = tuple(self.presets.values())
+        if not isinstance(config, type(samples[0])):
             raise UserError(f"{self.label} is not a {type(config).__name__}")
         data = {"architectures": [self.architectures[0]], "model_type": self.name}
-        data |= write_keys(config, self.keys, self.pieces, self.label) | self.write(config, self.label)
+        data |= write_keys(config, self.keys, samples, self.label) | self.write(config, self.label)
         check_lossless(config if self.released is None else self.released(config), self.from_hf(data), self.label)
         return data
 

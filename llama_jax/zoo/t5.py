@@ -229,7 +229,6 @@ T5 = Family(
     label="a T5",
     objectives=("SpanCorruption",),
     presets=_PRESETS,
-    config_type=EncoderDecoderConfig,
     architectures=("T5ForConditionalGeneration", "T5Model", "T5WithLMHeadModel"),
     keys=(
         Key("vocab_size", "vocab_size", int),
@@ -247,12 +246,6 @@ T5 = Family(
         Key("dropout_rate", "dropout", float, 0.1),
         Key("tie_word_embeddings", "tie_embeddings", bool, True, argument="version_1_0"),
     ),
-    pieces={
-        "attention": (GroupedQuery,),
-        "feed_forward": (MLP, GatedLinearUnit),
-        "norm": (RMSNorm,),
-        "position_bias": (RelativeBias,),
-    },
     read=_read_t5,
     write=_write_t5,
     aliases={
@@ -364,7 +357,6 @@ SWITCH_TRANSFORMERS = dataclasses.replace(
         ),
     },
     architectures=("SwitchTransformersForConditionalGeneration", "SwitchTransformersModel"),
-    pieces=T5.pieces | {"feed_forward": (MLP,)},
     read=_read_switch,
     write=_write_switch,
     names=_names(

@@ -174,7 +174,7 @@ _EMBEDDING_ROWS = {
     "positions": ("embed_positions", "v d -> v d"),
     "embedding_norm": ("layernorm_embedding", "d -> d", "d -> d"),
 }
-_TIED = dict.fromkeys(
+_TIED: dict[str, str] = dict.fromkeys(
     ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight"), "model.shared.weight"
 )
 
@@ -277,10 +277,8 @@ BART = Family(
     label="a BART",
     objectives=("Denoising",),
     presets={"bart_base": _bart(6, 768, 12), "bart_large": _bart(12, 1024, 16)},
-    config_type=EncoderDecoderConfig,
     architectures=("BartForConditionalGeneration", "BartModel"),
     keys=_keys(decoder_start_id=2),
-    pieces={"attention": (GroupedQuery,), "feed_forward": (MLP,)},
     read=_read_bart,
     write=_write_bart,
     aliases={
