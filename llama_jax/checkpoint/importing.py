@@ -172,14 +172,16 @@ def rename_tensors(path: Path, tensors: Tensors, names: TensorNames) -> Tensors:
         if not is_known.fullmatch(name):
             name = next((prefix + name for prefix in prefixes if is_known.fullmatch(prefix + name)), name)
         if name in found:
-            raise UserError(f"'{path}' has '{old}' and another tensor that stands for '{name}'")
+            raise UserError(f"'{path}' has '{old}' and another tensor of the name '{name}'")
         found[name] = tensor
     return found
 
 
 def _separate_experts(tensors: Tensors) -> Tensors:
-    """Return the tensors with one for each expert where a layer's are one: gate and up projection [E, 2F, D], down
-    projection [E, D, F]."""
+    """Return the tensors with one for each expert, where a layer has one for all.
+
+    These are gate and up projection [E, 2F, D], and down projection [E, D, F].
+    """
     found: Tensors = {}
     for name, tensor in tensors.items():
         if (match := _EXPERTS.fullmatch(name)) is None or len(tensor.shape) != 3:
@@ -242,7 +244,7 @@ def _match(
             # Files of tied models may repeat a tensor.
             if _equal(source.tensors[name], source.tensors[original]):
                 continue
-            raise UserError(f"'{source.path}' has a '{name}' of its own, and its config says that it is tied")
+            raise UserError(f"'{source.path}' has a separate '{name}', and its config ties it")
         raise UserError(f"'{source.path}' has the tensor '{name}', for which its config has no place")
     return places
 

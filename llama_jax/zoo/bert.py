@@ -12,7 +12,7 @@ from typing import Any
 from llama_jax.config import UserError
 from llama_jax.models import EncoderConfig
 from llama_jax.nn import MLP, Activation, GroupedQuery, LayerNorm, LearnedPositions
-from llama_jax.zoo.reading import ConfigReader, Key, expect
+from llama_jax.zoo.reading import SIZES, ConfigReader, Key, expect
 from llama_jax.zoo.registry import Family
 from llama_jax.zoo.weights import TensorNames, WeightMapping, mappings
 
@@ -224,10 +224,7 @@ BERT = Family(
         f"Bert{kind}" for kind in ("ForPreTraining", "ForMaskedLM", "Model", "ForSequenceClassification")
     ),
     keys=(
-        Key("vocab_size", "vocab_size", int),
-        Key("hidden_size", "hidden_size", int),
-        Key("num_hidden_layers", "num_layers", int),
-        Key("num_attention_heads", "attention.num_heads", int),
+        *SIZES,
         Key("intermediate_size", "feed_forward.intermediate_size", int),
         Key("hidden_act", "feed_forward.activation", Activation, "gelu"),
         Key("hidden_dropout_prob", "dropout", float, 0.1),

@@ -25,7 +25,7 @@ from llama_jax.nn import (
     YarnScaling,
 )
 from llama_jax.zoo import llama
-from llama_jax.zoo.reading import CAUSAL, ConfigReader, Key, read_quantization, read_rope, write_rope
+from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, read_quantization, read_rope, write_rope
 from llama_jax.zoo.registry import Family
 from llama_jax.zoo.weights import TensorNames, WeightMapping, mappings
 
@@ -81,7 +81,7 @@ def _fields(
 def _sparse(fields: dict[str, Any], num_heads: int, head_dim: int, topk: int) -> dict[str, Any]:
     """Return the fields with V3.2's indexer in the attention."""
     latent: dict[str, Any] = {f.name: getattr(fields["attention"], f.name) for f in dataclasses.fields(LatentAttention)}
-    indexer = {"num_index_heads": num_heads, "index_head_dim": head_dim, "index_topk": topk}
+    indexer: dict[str, Any] = {"num_index_heads": num_heads, "index_head_dim": head_dim, "index_topk": topk}
     return fields | {"attention": SparseLatentAttention(**latent, **indexer)}
 
 
@@ -231,11 +231,8 @@ def _with_mtp(weights: tuple[WeightMapping, ...]) -> TensorNames:
 def _keys(*, q_lora_rank: int | None, scaling: float, groups: int, top_groups: int) -> tuple[Key, ...]:
     """Return the keys that all have, with the defaults of a version."""
     return (
-        Key("vocab_size", "vocab_size", int),
-        Key("hidden_size", "hidden_size", int),
-        Key("num_hidden_layers", "num_layers", int),
+        *SIZES,
         Key("max_position_embeddings", "max_positions", int),
-        Key("num_attention_heads", "attention.num_heads", int),
         Key("q_lora_rank", "attention.q_lora_rank", int, None, absent=q_lora_rank),
         Key("kv_lora_rank", "attention.kv_lora_rank", int),
         Key("qk_nope_head_dim", "attention.qk_nope_head_dim", int),

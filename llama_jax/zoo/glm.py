@@ -10,7 +10,7 @@ from llama_jax.config import UserError
 from llama_jax.models import DecoderConfig
 from llama_jax.nn import GroupedQuery, RMSNorm, Rope, RopeScaling, SwiGLU
 from llama_jax.zoo import llama
-from llama_jax.zoo.reading import CAUSAL, ConfigReader, Key, read_rope, write_rope
+from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, read_rope, write_rope
 from llama_jax.zoo.registry import Family
 from llama_jax.zoo.weights import TensorNames, mappings
 
@@ -86,10 +86,7 @@ GLM = Family(
     },
     architectures=("GlmForCausalLM", "GlmModel"),
     keys=(
-        Key("vocab_size", "vocab_size", int),
-        Key("hidden_size", "hidden_size", int),
-        Key("num_hidden_layers", "num_layers", int),
-        Key("num_attention_heads", "attention.num_heads", int),
+        *SIZES,
         Key("num_key_value_heads", "attention.num_kv_heads", int, None, absent=2),
         Key("head_dim", "attention.head_dim", int, None, absent=128),
         Key("intermediate_size", "feed_forward.intermediate_size", int),

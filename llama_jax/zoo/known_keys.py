@@ -1,8 +1,8 @@
-"""Keys of config.json that change no logit, whichever family has them: who writes them, and what they are about.
+"""Keys of config.json that change no logit, whichever family has them, by the tool that writes them or their subject.
 
-Read off `PretrainedConfig` and `GenerationConfig` of transformers 4.0 to 5.23 and off released files. What may change
-a logit is not here, even where the base class writes it (`is_decoder`, `pruned_heads`, `tie_word_embeddings`...): a
-family reads it, or it is refused unless it is off.
+Collected from `PretrainedConfig` and `GenerationConfig` of transformers 4.0 to 5.23 and from released files. A key that
+may change a logit is not here, even where the base class writes it (`is_decoder`, `pruned_heads`,
+`tie_word_embeddings`...): a family reads it, or it is refused unless it is off.
 """
 
 import re
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 KNOWN: dict[str, frozenset[str]] = {
-    # What outputs look like, where the model came from, labels, how it is computed.
+    # Forms of outputs, the model's origin, labels, ways of computing.
     "transformers' base class": frozenset({
         "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "_auto_class",
         "_commit_hash", "_experts_implementation", "_experts_implementation_internal", "_flash_attn_2_enabled",
@@ -23,7 +23,7 @@ KNOWN: dict[str, frozenset[str]] = {
         "tf_legacy_loss", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "use_bfloat16",
         "use_cache", "use_return_dict", "use_return_tuple",
     }),
-    # How to search for an answer. What decides it is read elsewhere, from the same file.
+    # Search for an answer. `checkpoint/generation.py` reads those that decide it.
     "transformers' generation settings": frozenset({
         "_from_model_config", "assistant_confidence_threshold", "assistant_early_exit", "assistant_ensemble_weight",
         "assistant_lookbehind", "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "cache_config",
@@ -41,14 +41,14 @@ KNOWN: dict[str, frozenset[str]] = {
         "stop_strings", "suppress_tokens", "target_lookbehind", "task_specific_params", "temperature", "token_healing",
         "top_h", "top_k", "top_p", "typical_p", "use_mtp", "watermarking_config",
     }),
-    # What a tokenizer is told; some of it lands in the model's file.
+    # Settings of a tokenizer, some of which land in the model's file.
     "tokenizers": frozenset({
         "add_bos_token", "add_eos_token", "add_prefix_space", "chat_template", "clean_up_tokenization_spaces",
         "do_basic_tokenize", "do_lower_case", "lowercase", "max_seq_len", "max_seq_length", "max_sequence_length",
         "merges_file", "model_max_length", "pad_to_multiple_of", "pad_token_type_id", "padding", "padding_side",
         "return_tensors", "special_tokens_map", "stride", "truncation", "truncation_side", "vocab_file",
     }),
-    # Heads that are not loaded, and what their first releases said of them.
+    # Heads that are not loaded, with the keys of their first releases.
     "other heads": frozenset({
         "classif_dropout", "classifier_activation", "n_special", "pooler_fc_size", "pooler_num_attention_heads",
         "pooler_num_fc_layers", "pooler_size_per_head", "predict_special_tokens", "summary_activation",
@@ -109,7 +109,7 @@ _ANY = (str, bool, int, float, list, dict)
 _COUNT = (bool, int, str)
 _NUMBER = (int, float, str)
 
-# Patterns of names for what a key is about, and the types of its values or a test of them.
+# Patterns of names, and the types of their values or a test of them.
 PATTERNS: dict[str, tuple[re.Pattern[str], tuple[type, ...] | Callable[[Any], bool]]] = {
     "tokenizers' settings": (re.compile(r"tokenizer_.*"), _ANY),
     "texts of tokens": (re.compile(r"(bos|eos|pad|unk|sep|cls|mask|additional)_tokens?"), (str, dict, list, bool)),
@@ -153,7 +153,7 @@ PATTERNS: dict[str, tuple[re.Pattern[str], tuple[type, ...] | Callable[[Any], bo
         re.compile(_NO_PIECE + r"(.*_)?(name_or_path|path|dir|repo_id|commit|hash|author|date|description)"),
         (str,),
     ),
-    # Of a model that says which code it is for: the names of families.
+    # Marks of the code that a model is for: the names of families.
     "marks of a converter": (
         re.compile(
             r"is_(llama|mistral|mixtral|gpt|gpt2|bert|roberta|bart|marian|t5|glm|chatglm|deepseek|qwen|qwen2)_?\d*_config"

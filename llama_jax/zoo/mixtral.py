@@ -8,7 +8,7 @@ from llama_jax.config import UserError
 from llama_jax.models import DecoderConfig, LayerOverride
 from llama_jax.nn import Experts, GatedLinearUnit, GroupedQuery, GShardRouter, RelativeBias, RMSNorm, SoftmaxTopK
 from llama_jax.zoo import llama
-from llama_jax.zoo.reading import CAUSAL, ConfigReader, Key, read_rope, write_rope
+from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, read_rope, write_rope
 from llama_jax.zoo.registry import Family, MetaFiles, Presets
 from llama_jax.zoo.weights import TensorNames, WeightMapping, mappings
 
@@ -63,7 +63,7 @@ WEIGHTS = (
     *mappings(llama.NORMS | _ATTENTION, "layers.", llama.LAYER),
     *_table(llama.LAYER + "block_sparse_moe.", _EXPERT),
 )
-# What newer code calls the same.
+# Names of newer code.
 RENAMES = (
     (r"\.mlp\.gate\.weight$", ".block_sparse_moe.gate.weight"),
     (r"\.mlp\.experts\.(\d+)\.gate_proj\.", r".block_sparse_moe.experts.\1.w1."),
@@ -115,10 +115,7 @@ MIXTRAL = Family(
     presets=PRESETS,
     architectures=("MixtralForCausalLM", "MixtralModel"),
     keys=(
-        Key("vocab_size", "vocab_size", int),
-        Key("hidden_size", "hidden_size", int),
-        Key("num_hidden_layers", "num_layers", int),
-        Key("num_attention_heads", "attention.num_heads", int),
+        *SIZES,
         Key("num_key_value_heads", "attention.num_kv_heads", int, None, absent=8),
         Key("head_dim", "attention.head_dim", int, None),
         Key("intermediate_size", "feed_forward.intermediate_size", int),
@@ -146,7 +143,7 @@ def _glam(num_layers: int, hidden_size: int, intermediate_size: int, num_heads: 
 
     From the paper: the sizes (table 4), experts of two matrices in every other layer, dense layers whose first matrix
     is a GELU-gated pair (section 4), top-2 routing as in GShard, the balance loss of 0.01 (section 5.1), 1024
-    positions, a vocabulary of 256K. These sum to 1.16T parameters, 96.6B of them active, as the paper says, with the
+    positions, a vocabulary of 256K. These sum to 1.16T parameters, 96.6B of them active, as in the paper, with the
     embedding shared. Not from the paper: RMS norms without biases; GShard's capacity of 2T/E, which GLaM's does not
     name; one relative bias for all layers, where GLaM has Transformer-XL's in each. Its weights were never released.
     """

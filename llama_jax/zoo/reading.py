@@ -1,4 +1,4 @@
-"""What the families share in reading and writing Hugging Face's config.json."""
+"""Reading and writing of Hugging Face's config.json, for all families."""
 
 import dataclasses
 import operator
@@ -11,24 +11,18 @@ from llama_jax.nn import Activation, LinearScaling, Llama3Scaling, RopeScaling, 
 from llama_jax.zoo.known_keys import is_off, origin
 
 _MISSING: Any = object()
-# Of each activation the usual name first; several compute the same.
+# Activations by their names; the first name of each is the one that is written.
 ACTIVATIONS: dict[str, Activation] = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
+    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"), "gelu_tanh"),
     "relu": "relu",
     "relu2": "relu_squared",
-    "silu": "silu",
-    "swish": "silu",
+    **dict.fromkeys(("silu", "swish"), "silu"),
     "tanh": "tanh",
 }
-# Of a model that is nothing but a decoder.
+# Keys that are harmless in a model that is nothing but a decoder.
 CAUSAL = frozenset({"is_decoder"})
-# What quantizes weights, by the name that `quant_method` has for it.
+# Tools that quantize weights, by `quant_method`.
 _QUANTIZERS = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "mlx": "MLX"}
 
 
@@ -51,6 +45,15 @@ class Key:
     def __post_init__(self) -> None:
         if not self.argument:
             object.__setattr__(self, "argument", self.field.rpartition(".")[2])
+
+
+# Keys that most families have.
+SIZES = (
+    Key("vocab_size", "vocab_size", int),
+    Key("hidden_size", "hidden_size", int),
+    Key("num_hidden_layers", "num_layers", int),
+    Key("num_attention_heads", "attention.num_heads", int),
+)
 
 
 class ConfigReader:
@@ -232,7 +235,7 @@ def read_rope(
     """Return `theta` and `scaling` of both spellings: `rope_theta` with `rope_scaling`, or `rope_parameters`.
 
     `partial` is the share of a head that the family rotates, and the only one that may be asked for. Dynamic NTK,
-    which changes nothing up to `max_positions`, is no scaling. Raises UserError for a kind that is not supported and
+    which changes nothing up to `max_positions`, counts as none. Raises UserError for a kind that is not supported and
     for keys that are not known.
     """
     theta, before = reader.take("rope_theta", float, theta), reader.take(_OLD_LENGTH, int, None)

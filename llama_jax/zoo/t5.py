@@ -308,7 +308,7 @@ def _read_switch(reader: ConfigReader, fields: dict[str, Any]) -> EncoderDecoder
     steps = []
     for name, layers in (("encoder", fields["num_encoder_layers"]), ("decoder", fields["num_layers"])):
         sparse = take(f"num_sparse_{name}_layers", int, 3)
-        # As the original has it, one layer in a model that asks for none, too.
+        # The original code has one sparse layer in a model that asks for none, too.
         steps.append(take(f"{name}_sparse_step", int, layers // sparse if sparse else layers))
     return _switch(size, (steps[0], steps[1]), experts, **fields)
 

@@ -304,7 +304,7 @@ MARIAN = dataclasses.replace(
     title="Marian's Transformer",
     label="a Marian",
     objectives=("ParallelText",),
-    # The sizes of opus-mt-en-de; every pair of languages has a vocabulary of its own.
+    # The sizes of opus-mt-en-de; every pair of languages has a different vocabulary.
     presets={
         "opus_mt_en_de": transformer(
             vocab_size=58_101,
