@@ -16,7 +16,6 @@ from llama_jax.nn import (
     LatentAttention,
     RMSNorm,
     Rope,
-    RopeScaling,
     Router,
     SigmoidTopK,
     SoftmaxTopK,
@@ -35,54 +34,40 @@ _BIAS_UPDATE_RATE = 1e-3  # V3, section 4.2
 _MTP_WEIGHT = 0.3  # V3, section 4.2; 0.1 in the last third of the training
 
 
-_LATENT = ("num_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_LATENT = ("num_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope")
+_EXPERTS = ("num_experts", "num_shared", "router", "load_balance_loss")
+_ROUTER = ("top_k", "num_groups", "top_groups", "scaling")
 
 
 def _fields(
-    *,
-    num_layers: int,
-    theta: float,
-    scaling: RopeScaling | None,
-    eps: float,
-    num_dense: int,
-    dense_size: int,
-    num_experts: int,
-    num_shared: int,
-    expert_size: int,
-    router: Router,
-    load_balance_loss: float,
-    tie_embeddings: bool = False,
-    **sizes: Any,
+    *, num_layers: int, eps: float, num_dense: int, dense_size: int, expert_size: int, **sizes: Any
 ) -> dict[str, Any]:
     """Return the fields of a `DecoderConfig`: experts everywhere but in the first `num_dense` layers.
 
-    `sizes` are the others of the config and those of its attention (`_LATENT`).
+    `sizes` are the others of the config, those of its attention (`_LATENT`) and of its experts (`_EXPERTS`).
     """
     latent = {name: sizes.pop(name) for name in _LATENT}
+    experts = {name: sizes.pop(name) for name in _EXPERTS}
     dense = LayerOverride(tuple(range(min(num_dense, num_layers))), SwiGLU(intermediate_size=dense_size, bias=False))
+    sizes.setdefault("tie_embeddings", False)
     return sizes | {
         "num_layers": num_layers,
-        "attention": LatentAttention(**latent, rope=Rope(theta=theta, scaling=scaling), eps=_LATENT_EPS),
-        "feed_forward": Experts(
-            num_experts=num_experts,
-            intermediate_size=expert_size,
-            router=router,
-            activation="silu",
-            gated=True,
-            num_shared=num_shared,
-            load_balance_loss=load_balance_loss,
-        ),
+        "attention": LatentAttention(**latent, eps=_LATENT_EPS),
+        "feed_forward": Experts(**experts, intermediate_size=expert_size, activation="silu", gated=True),
         "norm": RMSNorm(eps=eps),
-        "tie_embeddings": tie_embeddings,
         "overrides": (dense,) if dense.layers else (),
     }
 
 
-def _sparse(fields: dict[str, Any], num_heads: int, head_dim: int, topk: int) -> dict[str, Any]:
-    """Return the fields with V3.2's indexer in the attention."""
-    latent: dict[str, Any] = {f.name: getattr(fields["attention"], f.name) for f in dataclasses.fields(LatentAttention)}
-    indexer: dict[str, Any] = {"num_index_heads": num_heads, "index_head_dim": head_dim, "index_topk": topk}
-    return fields | {"attention": SparseLatentAttention(**latent, **indexer)}
+def _sparse(attention: Any, num_heads: int, head_dim: int, topk: int) -> SparseLatentAttention:
+    """Return a `LatentAttention` with V3.2's indexer."""
+    latent: dict[str, Any] = vars(attention)
+    return SparseLatentAttention(**latent, num_index_heads=num_heads, index_head_dim=head_dim, index_topk=topk)
+
+
+def _rope(mscale: float) -> Rope:
+    scaling = YarnScaling(40.0, 4096, beta_fast=32.0, beta_slow=1.0, mscale=mscale, mscale_all_dim=mscale)
+    return Rope(theta=10_000.0, scaling=scaling)
 
 
 _RELEASED: dict[str, Any] = {
@@ -91,78 +76,95 @@ _RELEASED: dict[str, Any] = {
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
-    "theta": 10_000.0,
     "eps": 1e-6,
 }
-_V2: dict[str, Any] = _RELEASED | {
-    "vocab_size": 102_400,
-    "scaling": YarnScaling(40.0, 4096, beta_fast=32.0, beta_slow=1.0, mscale=0.707, mscale_all_dim=0.707),
-    "num_dense": 1,
-    "num_shared": 2,
-    "load_balance_loss": 1e-3,
-}
-_V2_PRESETS: dict[str, DecoderConfig] = {
-    "deepseek_v2_lite": DecoderConfig(
-        **_fields(
-            **_V2,
-            num_layers=27,
-            hidden_size=2048,
-            num_heads=16,
-            q_lora_rank=None,
-            dense_size=10944,
-            num_experts=64,
-            expert_size=1408,
-            router=SoftmaxTopK(top_k=6, normalize=False),
-        )
-    ),
-    "deepseek_v2": DecoderConfig(
-        **_fields(
-            **_V2,
-            num_layers=60,
-            hidden_size=5120,
-            num_heads=128,
-            q_lora_rank=1536,
-            dense_size=12288,
-            num_experts=160,
-            expert_size=1536,
-            router=SoftmaxTopK(top_k=6, normalize=False, scaling=16.0, num_groups=8, top_groups=3),
-        )
-    ),
-}
-_V3: dict[str, Any] = _fields(
-    **_RELEASED,
-    vocab_size=129_280,
-    num_layers=61,
-    hidden_size=7168,
-    num_heads=128,
-    q_lora_rank=1536,
-    scaling=YarnScaling(40.0, 4096, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0),
-    num_dense=3,
-    dense_size=18432,
-    num_experts=256,
-    num_shared=1,
-    expert_size=2048,
-    router=SigmoidTopK(
-        top_k=8, normalize=True, scaling=2.5, num_groups=8, top_groups=4, bias_update_rate=_BIAS_UPDATE_RATE
-    ),
-    load_balance_loss=1e-4,
-)
-_V32_PRESET = MTPDecoderConfig(**_sparse(_V3, num_heads=64, head_dim=128, topk=2048))
 
-_ATTENTION, _MLP = llama.LAYER + "self_attn.", llama.LAYER + "mlp."
+
+def _v2(**sizes: Any) -> DecoderConfig:
+    return DecoderConfig(
+        **_fields(
+            **_RELEASED,
+            **sizes,
+            vocab_size=102_400,
+            rope=_rope(mscale=0.707),
+            num_dense=1,
+            num_shared=2,
+            load_balance_loss=1e-3,
+        )
+    )
+
+
+_V2_PRESETS = {
+    "deepseek_v2_lite": _v2(
+        num_layers=27,
+        hidden_size=2048,
+        num_heads=16,
+        q_lora_rank=None,
+        dense_size=10944,
+        num_experts=64,
+        expert_size=1408,
+        router=SoftmaxTopK(top_k=6, normalize=False),
+    ),
+    "deepseek_v2": _v2(
+        num_layers=60,
+        hidden_size=5120,
+        num_heads=128,
+        q_lora_rank=1536,
+        dense_size=12288,
+        num_experts=160,
+        expert_size=1536,
+        router=SoftmaxTopK(top_k=6, normalize=False, scaling=16.0, num_groups=8, top_groups=3),
+    ),
+}
+_V3_PRESET = MTPDecoderConfig(
+    **_fields(
+        **_RELEASED,
+        vocab_size=129_280,
+        num_layers=61,
+        hidden_size=7168,
+        num_heads=128,
+        q_lora_rank=1536,
+        rope=_rope(mscale=1.0),
+        num_dense=3,
+        dense_size=18432,
+        num_experts=256,
+        num_shared=1,
+        expert_size=2048,
+        router=SigmoidTopK(8, True, scaling=2.5, num_groups=8, top_groups=4, bias_update_rate=_BIAS_UPDATE_RATE),
+        load_balance_loss=1e-4,
+    )
+)
+_V32_INDEXER = _sparse(_V3_PRESET.attention, num_heads=64, head_dim=128, topk=2048)
+
+_ATTENTION = llama.LAYER + "self_attn."
 # Each head of a file has its rotary part last, in interleaved pairs, so heads are joined one by one (`merged`).
-_NOPE, _PAIRS = "n h d -> d n h", "n (p two) d -> d n (two p)"
-_NOPE_OF_LATENT, _PAIRS_OF_LATENT = "n h c -> c n h", "n (p two) c -> c n (two p)"
-_GLU = {"gate_proj": "f d -> d f", "up_proj": "f d -> d f", "down_proj": "d f -> f d"}
+_WHOLE, _PAIRS = "n h c -> c n h", "n (p two) c -> c n (two p)"
+_FEED_FORWARDS = {  # dense, shared and routed
+    f"{ours}{name}": (f"{theirs}{name}", pattern.format(e=e))
+    for ours, theirs, e in (("", "", ""), ("shared.", "shared_experts.", ""), ("experts.", "experts.{expert}.", "e "))
+    for name, pattern in (
+        ("gate_proj", "{e}f d -> {e}d f"),
+        ("up_proj", "{e}f d -> {e}d f"),
+        ("down_proj", "{e}d f -> {e}f d"),
+    )
+}
 _V2_WEIGHTS = (
     *mappings(llama.ENDS | llama.HEAD),
     *mappings(llama.NORMS, "layers.", llama.LAYER),
-    WeightMapping("layers.attention.q_nope_proj.weight", _ATTENTION + "q_proj.weight", _NOPE, 1, True),
-    WeightMapping("layers.attention.q_rope_proj.weight", _ATTENTION + "q_proj.weight", _PAIRS, 1, True),
-    WeightMapping("layers.attention.q_b_nope_proj.weight", _ATTENTION + "q_b_proj.weight", _NOPE_OF_LATENT, 1, True),
-    WeightMapping("layers.attention.q_b_rope_proj.weight", _ATTENTION + "q_b_proj.weight", _PAIRS_OF_LATENT, 1, True),
-    WeightMapping("layers.attention.k_b_proj.weight", _ATTENTION + "kv_b_proj.weight", _NOPE_OF_LATENT, 1, True),
-    WeightMapping("layers.attention.v_b_proj.weight", _ATTENTION + "kv_b_proj.weight", _NOPE_OF_LATENT, 1, True),
+    *mappings(
+        {
+            "q_nope_proj": ("q_proj", _WHOLE),
+            "q_rope_proj": ("q_proj", _PAIRS),
+            "q_b_nope_proj": ("q_b_proj", _WHOLE),
+            "q_b_rope_proj": ("q_b_proj", _PAIRS),
+            "k_b_proj": ("kv_b_proj", _WHOLE),
+            "v_b_proj": ("kv_b_proj", _WHOLE),
+        },
+        "layers.attention.",
+        _ATTENTION,
+        joined=1,
+        merged=True,
+    ),
     *mappings(
         {
             "q_a_proj": ("q_a_proj", "c d -> d c"),
@@ -175,23 +177,11 @@ _V2_WEIGHTS = (
         "layers.attention.",
         _ATTENTION,
     ),
-    *mappings(
-        {
-            "router": ("gate", "e d -> d e"),
-            **{name: (name, pattern) for name, pattern in _GLU.items()},
-            **{f"shared.{name}": (f"shared_experts.{name}", pattern) for name, pattern in _GLU.items()},
-            **{
-                f"experts.{name}": (f"experts.{{expert}}.{name}", "e " + pattern.replace("-> ", "-> e "))
-                for name, pattern in _GLU.items()
-            },
-        },
-        "layers.feed_forward.",
-        _MLP,
-    ),
+    *mappings({"router": ("gate", "e d -> d e")} | _FEED_FORWARDS, "layers.feed_forward.", llama.LAYER + "mlp."),
 )
 _V3_WEIGHTS = (
     *_V2_WEIGHTS,
-    WeightMapping("layers.feed_forward.router.choice_bias", _MLP + "gate.e_score_correction_bias", "e -> e"),
+    WeightMapping("layers.feed_forward.router.choice_bias", llama.LAYER + "mlp.gate.e_score_correction_bias", "e -> e"),
 )
 _INDEXER = mappings(
     {
@@ -217,8 +207,7 @@ def _with_mtp(weights: tuple[WeightMapping, ...]) -> TensorNames:
         if w.name.startswith("layers.")
     )
     own = {
-        "enorm": ("enorm", "d -> d"),
-        "hnorm": ("hnorm", "d -> d"),
+        **{name: (name, "d -> d") for name in ("enorm", "hnorm")},
         "eh_proj": ("eh_proj", "d c -> c d"),
         "norm": ("shared_head.norm", "d -> d"),
     }
@@ -245,7 +234,7 @@ def _keys(*, q_lora_rank: int | None, scaling: float, groups: int, top_groups: i
         Key("num_experts_per_tok", "feed_forward.router.top_k", int),
         Key("n_group", "feed_forward.router.num_groups", int, groups),
         Key("topk_group", "feed_forward.router.top_groups", int, top_groups),
-        Key("routed_scaling_factor", "feed_forward.router.scaling", float, scaling, argument="router_scaling"),
+        Key("routed_scaling_factor", "feed_forward.router.scaling", float, scaling),
         Key("aux_loss_alpha", "feed_forward.load_balance_loss", float, 1e-3),
         Key("tie_word_embeddings", "tie_embeddings", bool, False),
     )
@@ -261,17 +250,11 @@ def _read(reader: ConfigReader, fields: dict[str, Any], router: Router, *, num_d
     reader.only(num_key_value_heads=fields["num_heads"], head_dim=rope, qk_head_dim=nope + rope)
     return _fields(
         **fields,
-        **read_rope(reader, fields["max_positions"]),
+        rope=Rope(**read_rope(reader, fields["max_positions"])),
         num_dense=reader.take("first_k_dense_replace", int, num_dense),
         dense_size=reader.take("intermediate_size", int),
         router=router,
     )
-
-
-def _router_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """Take the fields of a router out of `fields` and return them."""
-    names = {"top_k": "top_k", "num_groups": "num_groups", "top_groups": "top_groups", "router_scaling": "scaling"}
-    return {field: fields.pop(name) for name, field in names.items()}
 
 
 def _read_v2(reader: ConfigReader, fields: dict[str, Any]) -> DecoderConfig:
@@ -281,31 +264,25 @@ def _read_v2(reader: ConfigReader, fields: dict[str, Any]) -> DecoderConfig:
         raise UserError(f"config.json has topk_method={method!r}: a DeepSeek-V2 has greedy or group_limited_greedy")
     if method == "greedy":
         fields |= {"num_groups": 1, "top_groups": 1}  # whatever the file has
-    router = SoftmaxTopK(**_router_fields(fields), normalize=False)
+    router = SoftmaxTopK(**{name: fields.pop(name) for name in _ROUTER}, normalize=False)
     return DecoderConfig(**_read(reader, fields, router, num_dense=0))
 
 
-def _read_v3_fields(reader: ConfigReader, fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a V3's config."""
-    reader.only(scoring_func="sigmoid", topk_method="noaux_tc", rope_interleave=True)
-    further = {"num_mtp_layers": reader.take("num_nextn_predict_layers", int, 0), "mtp_weight": _MTP_WEIGHT}
-    router = SigmoidTopK(
-        **_router_fields(fields), normalize=fields.pop("normalize"), bias_update_rate=_BIAS_UPDATE_RATE
-    )
-    return _read(reader, fields, router, num_dense=3) | further
-
-
 def _read_v3(reader: ConfigReader, fields: dict[str, Any]) -> MTPDecoderConfig:
-    return MTPDecoderConfig(**_read_v3_fields(reader, fields))
+    reader.only(scoring_func="sigmoid", topk_method="noaux_tc", rope_interleave=True)
+    router = {name: fields.pop(name) for name in (*_ROUTER, "normalize")}
+    found = _read(reader, fields, SigmoidTopK(**router, bias_update_rate=_BIAS_UPDATE_RATE), num_dense=3)
+    num_mtp_layers = reader.take("num_nextn_predict_layers", int, 0)
+    return MTPDecoderConfig(**found, num_mtp_layers=num_mtp_layers, mtp_weight=_MTP_WEIGHT)
 
 
 def _read_v32(reader: ConfigReader, fields: dict[str, Any]) -> MTPDecoderConfig:
     indexer = [fields.pop(name) for name in ("num_index_heads", "index_head_dim", "index_topk")]
-    config = MTPDecoderConfig(**_sparse(_read_v3_fields(reader, fields), *indexer))
+    config = _read_v3(reader, fields)
     # Other keys decide these already.
     kinds = ["sparse" if piece is config.feed_forward else "dense" for _, piece in config.stacks()["layers"]]
     reader.only(mlp_layer_types=kinds, layer_types=["indexed_attention"] * config.num_layers)
-    return config
+    return dataclasses.replace(config, attention=_sparse(config.attention, *indexer))
 
 
 def _write(config: DecoderConfig, label: str) -> dict[str, Any]:
@@ -363,21 +340,12 @@ def _with_tensors[C: DecoderConfig](config: C, names: Collection[str]) -> C:
 
 
 def _with_mtp_tensors(config: MTPDecoderConfig, names: Collection[str]) -> MTPDecoderConfig:
-    """Return the config without further blocks where a file has no tensor of them.
-
-    `transformers` writes none, whatever its config has.
-    """
+    """Return the config without further blocks where a file has none of their tensors: `transformers` writes none."""
     config = _with_tensors(config, names)
     after = f"model.layers.{config.num_layers}."
     return config if any(name.startswith(after) for name in names) else dataclasses.replace(config, num_mtp_layers=0)
 
 
-_ALIASES = {
-    "num_experts": "n_routed_experts",
-    "num_local_experts": "n_routed_experts",
-    "num_mtp_layers": "num_nextn_predict_layers",
-}
-_HARMLESS = CAUSAL | {"attention_dropout", "seq_aux"}  # latent attention has no dropout here
 _V3_KEYS = (
     *_keys(q_lora_rank=_Q_LORA_RANK, scaling=2.5, groups=8, top_groups=4),
     Key("norm_topk_prob", "feed_forward.router.normalize", bool, True),
@@ -392,8 +360,12 @@ DEEPSEEK_V2 = Family(
     keys=_keys(q_lora_rank=None, scaling=1.0, groups=1, top_groups=1),
     read=_read_v2,
     write=_write_v2,
-    aliases=_ALIASES,
-    harmless=_HARMLESS,
+    aliases={
+        "num_experts": "n_routed_experts",
+        "num_local_experts": "n_routed_experts",
+        "num_mtp_layers": "num_nextn_predict_layers",
+    },
+    harmless=CAUSAL | {"attention_dropout", "seq_aux"},  # latent attention has no dropout here
     names=TensorNames(_V2_WEIGHTS, llama.TIED),
     released=_released,
     with_tensors=_with_tensors,
@@ -403,7 +375,7 @@ DEEPSEEK_V3 = dataclasses.replace(
     name="deepseek_v3",
     title="DeepSeek-V3",
     label="a DeepSeek-V3",
-    presets={"deepseek_v3": MTPDecoderConfig(**_V3)},
+    presets={"deepseek_v3": _V3_PRESET},
     architectures=("DeepseekV3ForCausalLM", "DeepseekV3Model"),
     keys=_V3_KEYS,
     read=_read_v3,
@@ -416,7 +388,7 @@ DEEPSEEK_V32 = dataclasses.replace(
     name="deepseek_v32",
     title="DeepSeek-V3.2",
     label="a DeepSeek-V3.2",
-    presets={"deepseek_v32": _V32_PRESET},
+    presets={"deepseek_v32": dataclasses.replace(_V3_PRESET, attention=_V32_INDEXER)},
     architectures=("DeepseekV32ForCausalLM", "DeepseekV32Model"),
     keys=(
         *_V3_KEYS,

@@ -118,14 +118,15 @@ class TensorNames:
 
 
 def mappings(
-    rows: Mapping[str, tuple[str, ...]], ours: str = "", theirs: str = "", *, joined: int = 0
+    rows: Mapping[str, tuple[str, ...]], ours: str = "", theirs: str = "", *, joined: int = 0, merged: bool = False
 ) -> tuple[WeightMapping, ...]:
     """Return the table of `rows`: from our name to their name, the pattern of the weight and that of the bias, if any.
 
-    `ours` and `theirs` are prefixes of the names; `.weight` and `.bias` follow them. `joined` is that of the weights.
+    `ours` and `theirs` are prefixes of the names; `.weight` and `.bias` follow them. `joined` and `merged` are for the
+    weights alone.
     """
     found = []
     for name, (source, weight, *bias) in rows.items():
-        found.append(WeightMapping(f"{ours}{name}.weight", f"{theirs}{source}.weight", weight, joined))
+        found.append(WeightMapping(f"{ours}{name}.weight", f"{theirs}{source}.weight", weight, joined, merged))
         found += [WeightMapping(f"{ours}{name}.bias", f"{theirs}{source}.bias", pattern) for pattern in bias]
     return tuple(found)
