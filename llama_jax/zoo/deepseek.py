@@ -1,8 +1,7 @@
 """DeepSeek-V2 and V2-Lite (arXiv 2405.04434), V3 (arXiv 2412.19437) and V3.2 ("DeepSeek-V3.2-Exp", 2025).
 
 V3 is V2 with experts balanced by a bias, eight-bit files and multi-token prediction; the attention of V3.2 reads only
-the tokens that an indexer chooses. Sizes and YaRN's numbers from the released configs; the counts they give are tested
-to the digit.
+the tokens that an indexer chooses. Sizes and YaRN's numbers are from the released configs, their counts are tested.
 """
 
 import dataclasses
