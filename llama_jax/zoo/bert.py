@@ -14,6 +14,7 @@ from llama_jax.models import EncoderConfig
 from llama_jax.nn import MLP, Activation, GroupedQuery, LayerNorm, LearnedPositions
 from llama_jax.zoo.reading import SIZES, ConfigReader, Key, expect
 from llama_jax.zoo.registry import Family
+from llama_jax.zoo.transformer import full_heads
 from llama_jax.zoo.weights import TensorNames, WeightMapping, mappings
 
 
@@ -31,20 +32,12 @@ def encoder(
     **fields: Any,
 ) -> EncoderConfig:
     """Return a model of these sizes, made as BERT is; `fields` are the others of `EncoderConfig`."""
-    if num_heads < 1 or hidden_size % num_heads:
-        raise UserError(f"hidden_size={hidden_size} is not divisible by num_attention_heads={num_heads}")
     norm = LayerNorm(eps=eps, bias=True)
     return EncoderConfig(
         hidden_size=hidden_size,
         max_positions=max_positions,
         attention=GroupedQuery(
-            num_heads=num_heads,
-            num_kv_heads=num_heads,
-            head_dim=hidden_size // num_heads,
-            rope=None,
-            qkv_bias=True,
-            out_bias=True,
-            dropout=attention_dropout,
+            rope=None, **full_heads(hidden_size, num_heads, "num_attention_heads", dropout=attention_dropout)
         ),
         feed_forward=MLP(intermediate_size=intermediate_size, activation=activation, bias=True),
         norm=norm,

@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Any
 
-from llama_jax.config import UserError
 from llama_jax.models import DecoderConfig, LayerOverride
 from llama_jax.nn import MLP, Activation, GroupedQuery, LayerNorm, LearnedPositions
 from llama_jax.zoo.reading import CAUSAL, ConfigReader, Key
 from llama_jax.zoo.registry import Family, Presets
+from llama_jax.zoo.transformer import full_heads
 from llama_jax.zoo.weights import TensorNames, mappings
 
 
@@ -29,22 +29,11 @@ def gpt(
 
     `fields` are the others of `DecoderConfig`.
     """
-    if num_heads < 1 or hidden_size % num_heads:
-        raise UserError(f"hidden_size={hidden_size} is not divisible by num_heads={num_heads}")
     return DecoderConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         max_positions=max_positions,
-        attention=GroupedQuery(
-            num_heads=num_heads,
-            num_kv_heads=num_heads,
-            head_dim=hidden_size // num_heads,
-            rope=None,
-            qkv_bias=True,
-            out_bias=True,
-            scale=scale,
-            dropout=attention_dropout,
-        ),
+        attention=GroupedQuery(rope=None, scale=scale, **full_heads(hidden_size, num_heads, dropout=attention_dropout)),
         feed_forward=MLP(intermediate_size=intermediate_size or 4 * hidden_size, activation=activation, bias=True),
         norm=LayerNorm(eps=eps, bias=True),
         tie_embeddings=tie_embeddings,

@@ -229,6 +229,41 @@ _OLD_LENGTH = "original_max_position_embeddings"
 _YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
 
 
+def _pop_rope(rest: dict[str, Any], kind: str, key: str, type_: Any, default: Any = _MISSING) -> Any:
+    """Take a key of rope_scaling out of `rest`. Raises UserError where it is missing or of another type."""
+    if key not in rest and default is _MISSING:
+        raise UserError(f"config.json has rope_type={kind!r} without '{key}'")
+    return typed(rest.pop(key, default), type_, f"config.json has rope_scaling.{key}")
+
+
+def _read_scaling(rest: dict[str, Any], kind: str, max_positions: int) -> RopeScaling | None:
+    """Return the scaling of a rope_type, and take its keys out of `rest`."""
+    if kind == "dynamic":
+        # Frequencies change where a text is longer than max_positions, and no text here becomes that long.
+        _pop_rope(rest, kind, "factor", float, 1.0)
+    if kind in ("default", "dynamic"):
+        return None
+    if kind not in _SCALINGS:
+        raise UserError(
+            f"config.json has rope_type={kind!r}, which is not supported: linear, dynamic, yarn and llama3 are"
+        )
+    fields = {}
+    for name in (field.name for field in dataclasses.fields(_SCALINGS[kind])):
+        if name == "original_max_positions":
+            fields[name] = _pop_rope(rest, kind, _OLD_LENGTH, int, max_positions)
+        else:
+            fields[name] = _pop_rope(rest, kind, name, float, _YARN_DEFAULTS.get(name, _MISSING))
+    scaling = _SCALINGS[kind](**fields)
+    if kind == "yarn":
+        # Hugging Face computes it where it is not given; another value would be another model.
+        magnitude = scaling.magnitude()
+        if abs(_pop_rope(rest, kind, "attention_factor", float, magnitude) - magnitude) > 1e-6:
+            raise UserError("config.json has its own rope_scaling.attention_factor, which is not supported")
+        if not _pop_rope(rest, kind, "truncate", bool, True):
+            raise UserError("config.json has rope_scaling.truncate=False, which is not supported")
+    return scaling
+
+
 def read_rope(
     reader: ConfigReader, max_positions: int, theta: float = 10_000.0, *, partial: float = 1.0
 ) -> dict[str, Any]:
@@ -252,33 +287,9 @@ def read_rope(
     if kind in ("default", "linear", "dynamic"):
         rest.pop(_OLD_LENGTH, None)  # of the weights before; these kinds do not read it
 
-    def take(key: str, type_: Any = float, default: Any = _MISSING) -> Any:
-        if key not in rest and default is _MISSING:
-            raise UserError(f"config.json has rope_type={kind!r} without '{key}'")
-        return typed(rest.pop(key, default), type_, f"config.json has rope_scaling.{key}")
-
-    theta = take("rope_theta", float, theta)
-    scaling: RopeScaling | None = None
-    if kind == "dynamic":
-        # Frequencies change where a text is longer than max_positions, and no text here becomes that long.
-        take("factor", float, 1.0)
-    elif kind in _SCALINGS:
-        names = [field.name for field in dataclasses.fields(_SCALINGS[kind])]
-        fields = {n: take(n, float, _YARN_DEFAULTS.get(n, _MISSING)) for n in names if n != "original_max_positions"}
-        if "original_max_positions" in names:
-            fields["original_max_positions"] = take(_OLD_LENGTH, int, max_positions)
-        scaling = _SCALINGS[kind](**fields)
-    elif kind != "default":
-        raise UserError(
-            f"config.json has rope_type={kind!r}, which is not supported: linear, dynamic, yarn and llama3 are"
-        )
-    if isinstance(scaling, YarnScaling):
-        # Hugging Face computes it where it is not given; another value would be another model.
-        if abs(take("attention_factor", float, scaling.magnitude()) - scaling.magnitude()) > 1e-6:
-            raise UserError("config.json has its own rope_scaling.attention_factor, which is not supported")
-        if not take("truncate", bool, True):
-            raise UserError("config.json has rope_scaling.truncate=False, which is not supported")
-    if (asked := take("partial_rotary_factor", float, partial)) != partial:
+    theta = _pop_rope(rest, kind, "rope_theta", float, theta)
+    scaling = _read_scaling(rest, kind, max_positions)
+    if (asked := _pop_rope(rest, kind, "partial_rotary_factor", float, partial)) != partial:
         raise UserError(f"config.json has partial_rotary_factor={asked}, and {reader.label} can only have {partial}")
     if rest:
         raise UserError(

@@ -63,7 +63,7 @@ def t5(
         cross_attention=CrossAttention(**heads),
         norm=RMSNorm(eps=eps),
         tie_embeddings=version_1_0,
-        logit_scale=hidden_size**-0.5 if scaled else 1.0,
+        logit_scale=max(hidden_size, 1) ** -0.5 if scaled else 1.0,
         position_bias=RelativeBias(num_heads, num_buckets, max_distance, bidirectional=False),
         encoder_position_bias=RelativeBias(num_heads, num_buckets, max_distance, bidirectional=True),
         decoder_start_id=decoder_start_id,

@@ -30,15 +30,29 @@ from llama_jax.zoo.weights import TensorNames, WeightMapping, mappings
 _OFFSET = 2  # of BART's positions
 
 
+def full_heads(hidden_size: int, num_heads: int, name: str = "num_heads", *, dropout: float) -> dict[str, Any]:
+    """Return the fields of attention as wide as the model, with biases everywhere; `name` is for its error."""
+    if num_heads < 1 or hidden_size % num_heads:
+        raise UserError(f"hidden_size={hidden_size} is not divisible by {name}={num_heads}")
+    return {
+        "num_heads": num_heads,
+        "num_kv_heads": num_heads,
+        "head_dim": hidden_size // num_heads,
+        "qkv_bias": True,
+        "out_bias": True,
+        "dropout": dropout,
+    }
+
+
 def transformer(
     *,
     hidden_size: int,
     num_encoder_layers: int,
-    encoder_heads: int,
     num_heads: int,
-    encoder_intermediate_size: int,
     intermediate_size: int,
     scale_embedding: bool,
+    encoder_heads: int | None = None,
+    encoder_intermediate_size: int | None = None,
     activation: Activation = "relu",
     embedding_norm: bool = False,
     eps: float = 1e-5,
@@ -49,34 +63,26 @@ def transformer(
 ) -> EncoderDecoderConfig:
     """Return a model of these sizes, made as in the paper: norms after the sums, biases everywhere, one embedding.
 
-    `fields` are the others of `EncoderDecoderConfig`.
+    The encoder's sizes are the decoder's where they are None; `fields` are the others of `EncoderDecoderConfig`.
     """
     norm = LayerNorm(eps=eps, bias=True)
 
-    def heads(count: int, name: str) -> dict[str, Any]:
-        if count < 1 or hidden_size % count:
-            raise UserError(f"hidden_size={hidden_size} is not divisible by {name}={count}")
-        return {
-            "num_heads": count,
-            "num_kv_heads": count,
-            "head_dim": hidden_size // count,
-            "qkv_bias": True,
-            "out_bias": True,
-            "dropout": attention_dropout,
-        }
-
     def pieces(count: int, name: str, size: int) -> tuple[Mixer, FeedForward]:
-        feed_forward = MLP(size, activation, bias=True, dropout=activation_dropout)
-        return GroupedQuery(rope=None, **heads(count, name)), feed_forward
+        heads = full_heads(hidden_size, count, name, dropout=attention_dropout)
+        return GroupedQuery(rope=None, **heads), MLP(size, activation, bias=True, dropout=activation_dropout)
 
     own = pieces(num_heads, "num_heads", intermediate_size)
-    of_encoder = pieces(encoder_heads, "encoder_heads", encoder_intermediate_size)
+    of_encoder = pieces(
+        num_heads if encoder_heads is None else encoder_heads,
+        "encoder_heads",
+        intermediate_size if encoder_intermediate_size is None else encoder_intermediate_size,
+    )
     everywhere = tuple(range(num_encoder_layers))
     return EncoderDecoderConfig(
         hidden_size=hidden_size,
         num_encoder_layers=num_encoder_layers,
         attention=own[0],
-        cross_attention=CrossAttention(**heads(num_heads, "num_heads")),
+        cross_attention=CrossAttention(**full_heads(hidden_size, num_heads, dropout=attention_dropout)),
         feed_forward=own[1],
         norm=norm,
         norm_placement="post",
@@ -98,9 +104,7 @@ def _paper(hidden_size: int, num_heads: int, intermediate_size: int, dropout: fl
         hidden_size=hidden_size,
         num_encoder_layers=6,
         num_layers=6,
-        encoder_heads=num_heads,
         num_heads=num_heads,
-        encoder_intermediate_size=intermediate_size,
         intermediate_size=intermediate_size,
         max_positions=512,
         positions=SinusoidalPositions(),
@@ -130,9 +134,7 @@ def _bart(layers: int, width: int, heads: int) -> EncoderDecoderConfig:
         hidden_size=width,
         num_encoder_layers=layers,
         num_layers=layers,
-        encoder_heads=heads,
         num_heads=heads,
-        encoder_intermediate_size=4 * width,
         intermediate_size=4 * width,
         max_positions=1024,
         positions=LearnedPositions(1024, offset=_OFFSET),
@@ -311,9 +313,7 @@ MARIAN = dataclasses.replace(
             hidden_size=512,
             num_encoder_layers=6,
             num_layers=6,
-            encoder_heads=8,
             num_heads=8,
-            encoder_intermediate_size=2048,
             intermediate_size=2048,
             max_positions=512,
             positions=SinusoidalPositions("halves"),
