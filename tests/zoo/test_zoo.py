@@ -1,16 +1,18 @@
 """The zoo: exact sizes, one declaration for both directions, nothing of a config.json ignored."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+import llama_jax
 from llama_jax import zoo
 from llama_jax.config import UserError
-from llama_jax.models import num_parameters
+from llama_jax.models import Compute, from_params, init_params, num_parameters
 from llama_jax.nn import GroupedQuery, LinearScaling, Llama3Scaling, NTKScaling, Rope, YarnScaling
-from llama_jax.zoo import WeightMapping
+from llama_jax.zoo import WeightMapping, registry
 
 chatglm = zoo.family("chatglm")
 glm = zoo.family("glm")
@@ -64,6 +66,29 @@ def test_presets_survive_hugging_face_config(name):
 def test_unknown_model_type_is_refused_by_name():
     with pytest.raises(UserError, match=r"'mamba'.*llama"):
         zoo.family("mamba")
+
+
+def test_a_family_from_outside_the_package_is_exported_and_loaded(tmp_path, monkeypatch):
+    """Weights, config and family come back; without it nobody reads them."""
+    monkeypatch.setattr(registry, "_registered", {})
+    config = llama.from_hf(CONFIG)
+    zoo.register(
+        dataclasses.replace(
+            llama, name="my_llama", label="a MyLlama", architectures=("MyLlamaModel",), presets={"my_tiny": config}
+        )
+    )
+    params = init_params(config, 0)
+    lm = llama_jax.LanguageModel(config, from_params(config, params, Compute(dtype="float32")), None, "my_llama")
+    llama_jax.save(lm, tmp_path / "mine", format="hf")
+    assert json.loads((tmp_path / "mine" / "config.json").read_text())["architectures"] == ["MyLlamaModel"]
+    again = llama_jax.load(tmp_path / "mine", dtype="float32")
+    assert (again.model_type, again.config) == ("my_llama", config)
+    for name, value in again.model.params().items():
+        np.testing.assert_array_equal(value, params[name], err_msg=name)
+    assert llama_jax.presets()["my_tiny"] == config
+    monkeypatch.setattr(registry, "_registered", {})
+    with pytest.raises(UserError, match="'my_llama' is not one of the families"):
+        llama_jax.load(tmp_path / "mine")
 
 
 # -- the table
