@@ -73,9 +73,11 @@ def t5(
     )
 
 
-def _released(
-    layers: int, width: int, heads: int, head_dim: int, feed_forward: FeedForward, dropout: float, version_1_0: bool
+def _preset(
+    layers: int, width: int, heads: int, head_dim: int, ffn: int, *, version_1_0: bool = True
 ) -> EncoderDecoderConfig:
+    # Version 1.1 was trained without dropout; the released configs have 0.1, for fine-tuning.
+    relu, gated = MLP(ffn, "relu", bias=False, dropout=0.1), GatedLinearUnit(ffn, "gelu_tanh", bias=False)
     return t5(
         vocab_size=32128,
         hidden_size=width,
@@ -83,21 +85,10 @@ def _released(
         num_layers=layers,
         num_heads=heads,
         head_dim=head_dim,
-        feed_forward=feed_forward,
-        dropout=dropout,
+        feed_forward=relu if version_1_0 else gated,
+        dropout=0.1 if version_1_0 else 0.0,
         version_1_0=version_1_0,
     )
-
-
-def _preset(layers: int, width: int, heads: int, head_dim: int, ffn: int) -> EncoderDecoderConfig:
-    feed_forward = MLP(ffn, "relu", bias=False, dropout=0.1)
-    return _released(layers, width, heads, head_dim, feed_forward, dropout=0.1, version_1_0=True)
-
-
-def _preset_1_1(layers: int, width: int, heads: int, ffn: int) -> EncoderDecoderConfig:
-    # Trained without dropout; the released configs have 0.1, for fine-tuning.
-    feed_forward = GatedLinearUnit(ffn, "gelu_tanh", bias=False)
-    return _released(layers, width, heads, 64, feed_forward, dropout=0.0, version_1_0=False)
 
 
 _PRESETS: dict[str, EncoderDecoderConfig] = {
@@ -106,15 +97,15 @@ _PRESETS: dict[str, EncoderDecoderConfig] = {
     "t5_large": _preset(24, 1024, 16, 64, 4096),
     "t5_3b": _preset(24, 1024, 32, 128, 16384),
     "t5_11b": _preset(24, 1024, 128, 128, 65536),
-    "t5_v1_1_small": _preset_1_1(8, 512, 6, 1024),
-    "t5_v1_1_base": _preset_1_1(12, 768, 12, 2048),
-    "t5_v1_1_large": _preset_1_1(24, 1024, 16, 2816),
-    "t5_v1_1_xl": _preset_1_1(24, 2048, 32, 5120),
-    "t5_v1_1_xxl": _preset_1_1(24, 4096, 64, 10240),
+    "t5_v1_1_small": _preset(8, 512, 6, 64, 1024, version_1_0=False),
+    "t5_v1_1_base": _preset(12, 768, 12, 64, 2048, version_1_0=False),
+    "t5_v1_1_large": _preset(24, 1024, 16, 64, 2816, version_1_0=False),
+    "t5_v1_1_xl": _preset(24, 2048, 32, 64, 5120, version_1_0=False),
+    "t5_v1_1_xxl": _preset(24, 4096, 64, 64, 10240, version_1_0=False),
 }
 
 
-def _names(feed_forward: dict[str, tuple[str, ...]], ignored: tuple[str, ...]) -> TensorNames:
+def _names(feed_forward: dict[str, tuple[str, ...]]) -> TensorNames:
     """Return the names of a family whose feed-forward has these rows, below its layer's name."""
 
     def attention(place: str, name: str, ours: str, norm: str) -> dict[str, tuple[str, ...]]:
@@ -144,23 +135,19 @@ def _names(feed_forward: dict[str, tuple[str, ...]], ignored: tuple[str, ...]) -
     )
     # Tensors that files may repeat.
     copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+    # Part of the first releases, and never used.
+    ignored = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)
     return TensorNames(weights, dict.fromkeys(copies, "shared.weight"), ignored)
 
 
 _IN, _OUT = "f d -> d f", "d f -> f d"
-# Part of the first releases, and never used.
-_IGNORED = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)
-_NAMES_1_0 = _names(
-    {"up_proj": ("DenseReluDense.wi", _IN), "down_proj": ("DenseReluDense.wo", _OUT)},
-    _IGNORED,
-)
+_NAMES_1_0 = _names({"up_proj": ("DenseReluDense.wi", _IN), "down_proj": ("DenseReluDense.wo", _OUT)})
 _NAMES_1_1 = _names(
     {
         "gate_proj": ("DenseReluDense.wi_0", _IN),
         "up_proj": ("DenseReluDense.wi_1", _IN),
         "down_proj": ("DenseReluDense.wo", _OUT),
-    },
-    _IGNORED,
+    }
 )
 _PLAIN = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu"}
 _GATED = {"gated-gelu": "gelu_tanh", "gated-relu": "relu", "gated-silu": "silu"}
@@ -366,8 +353,7 @@ SWITCH_TRANSFORMERS = dataclasses.replace(
             "router": ("mlp.router.classifier", "e d -> d e", "e -> e"),
             "experts.up_proj": ("mlp.experts.expert_{expert}.wi", "e f d -> e d f"),
             "experts.down_proj": ("mlp.experts.expert_{expert}.wo", "e d f -> e f d"),
-        },
-        _IGNORED,
+        }
     ),
     with_tensors=None,
 )

@@ -186,7 +186,7 @@ def test_only_parameters_in_another_type(tiny_config: DecoderConfig, saved: dict
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": 32}, r"has 'params.embedding.weight' of shape \(40, 16\), and this config wants \(40, 32\)"),
+        ({"hidden_size": 32}, r"has 'params.embedding.weight' of shape \(40, 16\), and this config needs \(40, 32\)"),
         ({"tie_embeddings": True}, "has 'optimizer.1.mu.lm_head.weight', which this config does not have"),
     ],
 )
