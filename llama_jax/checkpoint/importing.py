@@ -244,7 +244,7 @@ def _match(
             # Files of tied models may repeat a tensor.
             if _equal(source.tensors[name], source.tensors[original]):
                 continue
-            raise UserError(f"'{source.path}' has a separate '{name}', and its config ties it")
+            raise UserError(f"'{source.path}' has a separate '{name}', which is tied in its config")
         raise UserError(f"'{source.path}' has the tensor '{name}', for which its config has no place")
     return places
 

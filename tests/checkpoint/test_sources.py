@@ -164,7 +164,7 @@ def test_consolidated_safetensors_beside_either_config(name: str, tmp_path: Path
     family = mixtral if name == "mixtral" else llama
     config, _ = golden(name)
     config |= {"max_position_embeddings": 512}
-    tensors = _meta_names(name, family.META_WEIGHTS, family.WEIGHTS)
+    tensors = _meta_names(name, family.meta.names.weights, family.names.weights)
     of_hub = written(tmp_path / "hub", config, tensors, "consolidated.safetensors")
     expected = params(GOLDENS / name)
     sizes = {
