@@ -11,7 +11,11 @@ from llama_jax.checkpoint.generation import (
     read_generation as read_generation,
     write_generation as write_generation,
 )
-from llama_jax.checkpoint.importing import Source as Source, load_params as load_params, open_source as open_source
+from llama_jax.checkpoint.importing import (
+    WeightSource as WeightSource,
+    load_params as load_params,
+    open_source as open_source,
+)
 from llama_jax.checkpoint.loading import (
     CHECKPOINTS_DIRECTORY as CHECKPOINTS_DIRECTORY,
     CONFIG_FILE as CONFIG_FILE,

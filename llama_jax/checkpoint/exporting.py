@@ -15,7 +15,7 @@ import numpy as np
 from llama_jax import zoo
 from llama_jax.checkpoint.formats import Slices, Tensor, Tensors, write_safetensors
 from llama_jax.checkpoint.generation import GenerationSettings, completed, special_tokens, write_generation
-from llama_jax.checkpoint.importing import Source, open_source, tensor_name, weights_of_tensor
+from llama_jax.checkpoint.importing import WeightSource, open_source, tensor_name, weights_of_tensor
 from llama_jax.checkpoint.verifying import check_conversion, params_logits, source_logits, write_report
 from llama_jax.config import UserError
 from llama_jax.data import ChatTemplate, turn_ends
@@ -54,7 +54,7 @@ def export_hf(
     directory: str | Path,
     tokenizer: Tokenizer | None = None,
     *,
-    source: Source | None = None,
+    source: WeightSource | None = None,
     model_type: str | None = None,
     generation: GenerationSettings | None = None,
     chat_template: ChatTemplate | None = None,

@@ -51,7 +51,7 @@ _QUANTIZED = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class WeightSource:
     """Weights of another project, opened: no tensor is read yet.
 
     `tensors` have the names of the table `names`; `tokenizer` is the path of the tokenizer's file, None without one.
@@ -66,7 +66,7 @@ class Source:
     tokenizer: Path | None = None
 
 
-def open_source(path: str | Path, ignore_config_keys: Collection[str] = ()) -> Source:
+def open_source(path: str | Path, ignore_config_keys: Collection[str] = ()) -> WeightSource:
     """Open a Hugging Face directory, a Meta directory or a llama2.c `.bin`, recognized by their content.
 
     `ignore_config_keys` are left out of the config that describes the model. Raises UserError for anything else, for
@@ -101,7 +101,7 @@ def _open_meta(
     tensors: Tensors,
     ignore_config_keys: Collection[str],
     tokenizer: Path | None = None,
-) -> Source:
+) -> WeightSource:
     """Return the source of a `params.json` and tensors with Meta's names."""
     model_type = "mixtral" if params.get("moe") else "llama"
     meta = zoo.family(model_type).meta
@@ -109,10 +109,10 @@ def _open_meta(
     tensors = rename_tensors(path, tensors, meta.names)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     config = meta.from_meta(without_keys(params, ignore_config_keys), shapes)
-    return Source(path, form, model_type, config, tensors, meta.names, tokenizer)
+    return WeightSource(path, form, model_type, config, tensors, meta.names, tokenizer)
 
 
-def _open_huggingface(path: Path, ignore_config_keys: Collection[str], tokenizer: Path | None) -> Source:
+def _open_huggingface(path: Path, ignore_config_keys: Collection[str], tokenizer: Path | None) -> WeightSource:
     """Return the source of a directory with a `config.json`."""
     data = read_json(path / "config.json")
     if not isinstance(data, dict):
@@ -131,7 +131,7 @@ def _open_huggingface(path: Path, ignore_config_keys: Collection[str], tokenizer
     if family.with_tensors is not None:
         config = family.with_tensors(config, tensors)
         names = family.names_of(config) if form == "huggingface" else names
-    return Source(path, form, model_type, config, tensors, names, tokenizer)
+    return WeightSource(path, form, model_type, config, tensors, names, tokenizer)
 
 
 def _refuse_adapter(directory: Path) -> None:
@@ -198,7 +198,7 @@ def _separate_experts(tensors: Tensors) -> Tensors:
     return found
 
 
-def load_params(source: Source, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def load_params(source: WeightSource, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Return the parameters of `source`, by name, in the shapes, dtypes and shardings of `abstract`.
 
     Streams: beyond what the devices hold, host memory is at most one shard of one stacked parameter. Raises UserError
@@ -208,7 +208,9 @@ def load_params(source: Source, abstract: Mapping[str, jax.ShapeDtypeStruct]) ->
     return {name: _load(*places[name], a) for name, a in abstract.items()}
 
 
-def stored_dtypes(source: Source, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+def stored_dtypes(
+    source: WeightSource, abstract: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Return `abstract` with the dtypes of the source's tensors, of several the widest; raises as `load_params`."""
     places = _match(source, abstract)
     dtypes = {name: jnp.result_type(*(tensor.dtype for tensor in tensors)) for name, (_, tensors) in places.items()}
@@ -216,7 +218,7 @@ def stored_dtypes(source: Source, abstract: Mapping[str, jax.ShapeDtypeStruct]) 
 
 
 def _match(
-    source: Source, abstract: Mapping[str, jax.ShapeDtypeStruct]
+    source: WeightSource, abstract: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, tuple[WeightMapping, list[Tensor]]]:
     """Return for each parameter its table entry and its tensors, one for each layer that has it."""
     weights, tied = source.names.weights, source.names.tied
@@ -270,7 +272,7 @@ def tensor_name(weight: WeightMapping, config: ModelConfig, layer: int | None, e
 
 
 def _layer_tensor(
-    source: Source,
+    source: WeightSource,
     weight: WeightMapping,
     fused: Sequence[WeightMapping],
     shapes: Mapping[str, tuple[int, ...]],

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from llama_jax.checkpoint.formats import is_meta
 from llama_jax.checkpoint.generation import GenerationSettings, read_generation
-from llama_jax.checkpoint.importing import Source, load_params, open_source, stored_dtypes
+from llama_jax.checkpoint.importing import WeightSource, load_params, open_source, stored_dtypes
 from llama_jax.checkpoint.store import CheckpointStore, model_files
 from llama_jax.config import UserError, from_json, read_json
 from llama_jax.data import ChatTemplate
@@ -60,7 +60,7 @@ class Contents:
     model_type: str | None
     generation: GenerationSettings
     chat_template: ChatTemplate | None = None
-    source: Source | None = None
+    source: WeightSource | None = None
 
 
 def load(

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from llama_jax.checkpoint.formats import Tensors, rounded
-from llama_jax.checkpoint.importing import Source, load_params
+from llama_jax.checkpoint.importing import WeightSource, load_params
 from llama_jax.models import Compute, DecoderConfig, Model, ModelConfig, abstract_params, assemble
 from llama_jax.nn import GroupedQuery, RMSNorm, SwiGLU
 
@@ -46,7 +46,7 @@ def _main_logits(module: Any, inputs: dict[str, jax.Array]) -> jax.Array:
 
 
 def source_logits(
-    source: Source, inputs: Mapping[str, np.ndarray], dtype: np.dtype | None = None
+    source: WeightSource, inputs: Mapping[str, np.ndarray], dtype: np.dtype | None = None
 ) -> tuple[np.ndarray, str]:
     """Return float32 logits [B, T, V] of the source, and which reference computed them: "numpy" or "llama_jax".
 
@@ -64,7 +64,7 @@ def source_logits(
     return params_logits(source.config, params)(inputs), "llama_jax"
 
 
-def check_conversion(source: Source, logits: Logits, *, dtype: np.dtype | None = None) -> dict[str, Any]:
+def check_conversion(source: WeightSource, logits: Logits, *, dtype: np.dtype | None = None) -> dict[str, Any]:
     """Compare the logits of `source` (see `source_logits`) with those of the converted weights; return the report.
 
     `dtype` is the type that all weights were converted to, None where they have kept theirs. Raises ConversionError on

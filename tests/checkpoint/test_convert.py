@@ -19,7 +19,7 @@ from llama_jax import zoo
 from llama_jax.__main__ import main
 from llama_jax.checkpoint import (
     ConversionError,
-    Source,
+    WeightSource,
     check_conversion,
     convert,
     export_hf,
@@ -365,7 +365,7 @@ def test_loaded_parameters_can_be_donated(wide_export):
 # -- others
 
 
-def _greedy(source: Source, num_tokens: int) -> list[int]:
+def _greedy(source: WeightSource, num_tokens: int) -> list[int]:
     """Greedy ids from BOS by the full forward at every step: no cache is involved."""
     logits = params_logits(source.config, load_params(source, abstract_params(source.config)))
     ids = np.ones((1, num_tokens + 1), np.int32)
