@@ -4,6 +4,7 @@ GLM Team 2024, arXiv 2406.12793 (table 1): few key/value heads, rotary positions
 on queries, keys and values alone.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from llama_jax.config import UserError
@@ -45,11 +46,27 @@ def glm(
     )
 
 
-# Of queries and keys the first half of a head turns, in pairs that lie side by side. The other half is reordered like
-# it: scores do not depend on the order, if it is the same for both.
-_Q = ("(n half h two) d -> d n (half two h)", "(n half h two) -> n (half two h)")
-_K = ("(k half h two) d -> d k (half two h)", "(k half h two) -> k (half two h)")
-_V = ("(k h) d -> d k h", "(k h) -> k h")
+def _rows(qkv: Sequence[str], o: str, gate_up: str, down: str) -> dict[str, tuple[str, ...]]:
+    """Return the rows of a layer's weights, by their names in the file."""
+    # Of queries and keys the first half of a head turns, in pairs that lie side by side. The other half is reordered
+    # like it: scores do not depend on the order, if it is the same for both.
+    q, k, v = qkv
+    return {
+        **llama.NORMS,
+        "attention.q_proj": (q, "(n half h two) d -> d n (half two h)", "(n half h two) -> n (half two h)"),
+        "attention.k_proj": (k, "(k half h two) d -> d k (half two h)", "(k half h two) -> k (half two h)"),
+        "attention.v_proj": (v, "(k h) d -> d k h", "(k h) -> k h"),
+        "attention.o_proj": (o, "d (n h) -> n h d"),
+        "feed_forward.gate_proj": (gate_up, "f d -> d f"),
+        "feed_forward.up_proj": (gate_up, "f d -> d f"),
+        "feed_forward.down_proj": (down, "d f -> f d"),
+    }
+
+
+_GLM_ROWS = _rows([f"self_attn.{name}_proj" for name in "qkv"], "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+_CHATGLM_ROWS = _rows(
+    ["self_attention.query_key_value"] * 3, "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"
+)
 
 
 def _read_glm(reader: ConfigReader, fields: dict[str, Any]) -> DecoderConfig:
@@ -99,26 +116,7 @@ GLM = Family(
     read=_read_glm,
     write=_write_glm,
     harmless=CAUSAL,
-    names=TensorNames(
-        (
-            *mappings(llama.ENDS | llama.HEAD),
-            *mappings(
-                {
-                    **llama.NORMS,
-                    "attention.q_proj": ("self_attn.q_proj", *_Q),
-                    "attention.k_proj": ("self_attn.k_proj", *_K),
-                    "attention.v_proj": ("self_attn.v_proj", *_V),
-                    "attention.o_proj": ("self_attn.o_proj", "d (n h) -> n h d"),
-                    "feed_forward.gate_proj": ("mlp.gate_up_proj", "f d -> d f"),
-                    "feed_forward.up_proj": ("mlp.gate_up_proj", "f d -> d f"),
-                    "feed_forward.down_proj": ("mlp.down_proj", "d f -> f d"),
-                },
-                "layers.",
-                llama.LAYER,
-            ),
-        ),
-        llama.TIED,
-    ),
+    names=TensorNames(mappings(llama.ENDS | llama.HEAD) + mappings(_GLM_ROWS, "layers.", llama.LAYER), llama.TIED),
 )
 
 
@@ -202,20 +200,7 @@ CHATGLM = Family(
                 },
                 theirs="transformer.",
             ),
-            *mappings(
-                {
-                    **llama.NORMS,
-                    "attention.q_proj": ("self_attention.query_key_value", *_Q),
-                    "attention.k_proj": ("self_attention.query_key_value", *_K),
-                    "attention.v_proj": ("self_attention.query_key_value", *_V),
-                    "attention.o_proj": ("self_attention.dense", "d (n h) -> n h d"),
-                    "feed_forward.gate_proj": ("mlp.dense_h_to_4h", "f d -> d f"),
-                    "feed_forward.up_proj": ("mlp.dense_h_to_4h", "f d -> d f"),
-                    "feed_forward.down_proj": ("mlp.dense_4h_to_h", "d f -> f d"),
-                },
-                "layers.",
-                "transformer.encoder.layers.{layer}.",
-            ),
+            *mappings(_CHATGLM_ROWS, "layers.", "transformer.encoder.layers.{layer}."),
         )
     ),
 )
