@@ -31,6 +31,7 @@ from llama_jax.checkpoint.store import (
     CheckpointConfig as CheckpointConfig,
     CheckpointStore as CheckpointStore,
     SaveFailed as SaveFailed,
+    from_disk as from_disk,
     model_files as model_files,
     run_files as run_files,
     step_of as step_of,
