@@ -30,21 +30,21 @@ MATRIX_UNITS, HBM, DCN, NETWORK = "matrix units", "HBM", "DCN", "network"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a train step needs on a machine, and how fast it can be.
+    """Memory and speed of a train step on a machine.
 
     topology: of the machine.
     num_chips: of it.
     mesh: sizes of the mesh axes.
     remat: what is computed again.
-    accumulation_steps: parts that the batch is computed in.
+    accumulation_steps: micro-batches of an update.
     global_batch_size: sequences of one update.
     sequence_length: tokens of a sequence.
     parameters: of the model.
     flops: of one update of the whole model, nothing recomputed counted, causal attention at half.
     memory: bytes on each device, by kind.
-    argument_bytes: those of them that the step takes; exact.
+    argument_bytes: the part of it that the step takes as arguments; exact.
     capacity: bytes that each device has.
-    seconds: of one update that each resource is busy.
+    seconds: time of one update that each resource is busy.
     step_seconds: of one update.
     bound: the resource that the step waits for.
     mfu: share of the chips' peak that `flops` take.
@@ -73,19 +73,21 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """Needed on each device."""
+        """Bytes needed on each device."""
         return sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
+        """Return whether the memory of a device is enough."""
         return self.total_bytes <= self.capacity
 
     @property
     def communication_bound(self) -> bool:
+        """Return whether the step waits for a network."""
         return self.bound not in (MATRIX_UNITS, HBM)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain JSON data."""
         return dataclasses.asdict(self) | {"total_bytes": self.total_bytes, "fits": self.fits}
 
 
@@ -95,7 +97,7 @@ def _model_flops(model: Any, sequence_length: int) -> tuple[int, float]:
 
 
 def estimate(config: RunConfig, topology: Topology, *, efficiency: float = EFFICIENCY) -> Plan:
-    """The plan of this step on this machine. Raises UserError for a mesh that fits neither chips nor batch."""
+    """Return the plan of a run's step on a machine. Raises UserError for a mesh that fits neither chips nor batch."""
     local = Local.of(config, topology.num_chips)
     networks = topology.networks(local.sizes)
     chip = topology.chip
@@ -147,7 +149,7 @@ def estimate(config: RunConfig, topology: Topology, *, efficiency: float = EFFIC
 
 @dataclasses.dataclass(frozen=True)
 class _Pass:
-    """What one device does in one pass: FLOPs of matrix products, bytes to and from HBM, what it sends."""
+    """The work of one device in one pass: FLOPs of matrix products, bytes to and from HBM, and its traffic."""
 
     flops: float
     bytes: int
@@ -155,7 +157,7 @@ class _Pass:
 
 
 def _passes(local: Local, sent: list[Traffic], kernel: str) -> list[_Pass]:
-    """Forward, backward and update of one step."""
+    """Return the forward pass, the backward pass and the update of one step."""
     model, size, policy, parts = local.model, local.itemsize, local.config.compute.remat, local.micro_batches
     tokens = local.tokens * parts
     head = model["embedding.weight" if local.config.model.tie_embeddings else "lm_head.weight"]
@@ -193,7 +195,7 @@ def _passes(local: Local, sent: list[Traffic], kernel: str) -> list[_Pass]:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingPlan:
-    """What it takes to sample a batch of texts: memory, and the time that reading it takes for every token.
+    """Memory of sampling a batch of texts, and the time that reading it takes for every token.
 
     memory: bytes on each device, by kind.
     capacity: bytes that each device has.
@@ -210,11 +212,12 @@ class SamplingPlan:
 
     @property
     def fits(self) -> bool:
+        """Return whether the memory of a device is enough."""
         return sum(self.memory.values()) <= self.capacity
 
 
 def estimate_sampling(config: RunConfig, topology: Topology, batch: int, length: int) -> SamplingPlan:
-    """The plan of sampling `batch` rows of up to `length` positions with the run's mesh."""
+    """Return the plan of sampling `batch` rows of up to `length` positions with the run's mesh."""
     need = sampling_memory(config, topology.num_chips, batch, length)
     # Every device reads its part of the weights and, where fsdp splits them, writes and reads what it gathers.
     read = need["parameters"] * (1 + 2 * (config.mesh.sizes(topology.num_chips)["fsdp"] > 1)) + need["cache"]

@@ -25,14 +25,14 @@ class LocalWeight:
     name: as `models.layout` has it.
     layers: layers that have it; 0 for one around them.
     stored: elements, of all layers.
-    used: elements of one layer's, gathered for its product.
-    met: elements of one layer's that a token is multiplied with: of the experts on all devices, those it goes to.
+    used: elements of one layer, gathered for its product.
+    met: elements of one layer that a token is multiplied with; of experts, only those that it is sent to.
     inputs: elements per token that its product takes; 0 where it takes part in none.
-    outputs: that its product makes.
-    sums: whether its product is a sum over the tensor axis.
-    splits: whether the tensor axis splits what its product makes.
-    returns: whether its product returns to the residual stream.
-    experts: whether it is of experts, of which a token meets a few.
+    outputs: elements per token that its product makes.
+    sums: True where its product is a sum over the tensor axis.
+    splits: True where the tensor axis splits the result of its product.
+    returns: True where its product returns to the residual stream.
+    experts: True for weights of experts, of which a token meets a few.
     """
 
     name: str
@@ -49,20 +49,22 @@ class LocalWeight:
 
     @property
     def copies(self) -> int:
+        """Return the number of layers that have it, 1 for one around them."""
         return max(1, self.layers)
 
     @property
     def is_gathered(self) -> bool:
-        """Whether it is stored in parts that its product needs together."""
+        """Return whether it is stored in parts that its product needs together."""
         return self.stored < self.copies * self.used
 
     @property
     def module(self) -> str:
-        """What it belongs to: `layers.attention`."""
+        """Return the module that it belongs to: `layers.attention`."""
         return self.name.rsplit(".", 2)[0]
 
     @property
     def of_feed_forward(self) -> bool:
+        """Return whether it belongs to a feed-forward."""
         return self.name.split(".")[1] == "feed_forward"
 
 
@@ -72,7 +74,7 @@ class LocalModel:
 
     weights: all of them.
     vocab: entries of the vocabulary, in the head.
-    vocab_splits: whether the tensor axis splits them.
+    vocab_splits: True where the tensor axis splits them.
     heads: query heads of the layer that has most.
     head_parts: parts that the tensor axis splits query heads into.
     keys: elements per token of the caches of all layers.
@@ -92,15 +94,15 @@ class LocalModel:
 
     @property
     def products(self) -> list[LocalWeight]:
-        """The weights of the layers that take part in products."""
+        """Return the weights of the layers that take part in products."""
         return [weight for weight in self.weights if weight.layers and weight.inputs]
 
 
 @functools.lru_cache(maxsize=4096)
 def _local_model(model: ModelConfig, fsdp: int, tensor: int, expert: int) -> LocalModel:
-    """Of the axes that split parameters; the others make no difference."""
+    """Return one device's part by the axes that split parameters; the others make no difference."""
     heads = [getattr(mixer, "num_heads", 1) for mixer, _ in model.layer_pieces()]
-    found, keys = _weights(model), _keys(model, tensor)  # before the mesh: they enter one of their own
+    found, keys = _weights(model), _keys(model, tensor)  # before the mesh: they set another one
     with abstract_mesh({"fsdp": fsdp, "tensor": tensor, "expert": expert}):
         vocab = split_over("vocab", model.vocab_size)
         # Where the axis does not divide the heads, every device has all of them.
@@ -164,7 +166,7 @@ def compute_dtype(config: RunConfig) -> jnp.dtype:
 
 @contextlib.contextmanager
 def abstract_mesh(sizes: dict[str, int]) -> Iterator[None]:
-    """The current mesh, of devices that need not exist."""
+    """Set the current mesh, of devices that need not exist."""
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
     with jax.sharding.use_abstract_mesh(mesh):
         yield
@@ -181,12 +183,12 @@ class _Weight:
     choices: int
     """Experts that a token goes to, of those along the first dimension; 0 where there are none."""
     drops: bool
-    """Whether experts have a capacity."""
+    """True where experts have a capacity."""
 
 
 @functools.lru_cache(maxsize=64)
 def _weights(model: ModelConfig) -> dict[str, _Weight]:
-    """Every parameter by name; nothing is allocated."""
+    """Return every parameter by name."""
     found: dict[str, _Weight] = {}
     with abstract_mesh({}):
         rngs = nnx.Rngs(params=0)
@@ -252,7 +254,7 @@ def _parts(partition: Any) -> int:
 
 
 def cache_bytes(model: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> int:
-    """Bytes of all layers' caches on one device of the current mesh, for `batch` rows of `length` positions."""
+    """Return the bytes of all layers' caches on one device of the current mesh, for `batch` x `length` positions."""
     pieces = model.stacks()["layers"]  # what an encoder keeps of its source is not counted
 
     def make(kind: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Bytes on one device: exact for what a train step takes, estimated for what it makes on the way.
+"""Bytes on one device: exact for the arguments of a train step, estimated for its temporaries.
 
 The estimate follows the programs that XLA makes for TPUs, read from its buffer assignments: which arrays are alive
 together at the three places where memory can peak, the loss, the backward pass of a layer, and the gradient of the
@@ -27,13 +27,13 @@ SCORE_BLOCK, MIN_SCORE_BLOCK, SCORE_BLOCKS = 512, 128, 16  # nn.attention.blockw
 
 
 def memory(local: Local, chip: Chip) -> dict[str, int]:
-    """Bytes by kind on a device, at the place where their sum is largest."""
+    """Return the bytes by kind on a device, at the place where their sum is largest."""
     temporary = max(_places(local, chip), key=lambda place: sum(place.values()))
     return argument_bytes(local) | {kind: math.ceil(size) for kind, size in temporary.items() if size}
 
 
 def argument_bytes(local: Local) -> dict[str, int]:
-    """Exactly what a device holds of the parameters, the optimizer's moments and the batch."""
+    """Return exactly the bytes that a device holds of the parameters, the optimizer's moments and the batch."""
     stored = sum(weight.stored for weight in local.model.weights)
     batch = local.tokens * local.micro_batches * BATCH_ARRAYS * BATCH_ITEMSIZE
     counters = 2 * 4  # the step, and Adam's count of updates
@@ -45,10 +45,10 @@ class Widths:
     """Elements per token on one device, summed over layers.
 
     residual: between the layers.
-    inputs: what products take; once where several take the same.
-    outputs: what products make that does not return to the residual stream.
-    mixed: what attention's last product takes.
-    inner: what a feed-forward's last product takes.
+    inputs: inputs of products; once where several take the same.
+    outputs: results of products that do not return to the residual stream.
+    mixed: input of attention's last product.
+    inner: input of a feed-forward's last product.
     """
 
     residual: int
@@ -59,7 +59,7 @@ class Widths:
 
 
 def widths(local: Local) -> Widths:
-    """Of the layers of a model."""
+    """Return the widths of a model's layers."""
     inputs = {(w.module, w.layers * w.inputs) for w in local.model.products}
     last = [w for w in local.model.products if w.returns]
     return Widths(
@@ -72,7 +72,7 @@ def widths(local: Local) -> Widths:
 
 
 def saved_bytes(local: Local) -> int:
-    """What the forward pass of all layers keeps for the backward pass, by remat policy."""
+    """Return the bytes that the forward pass of all layers keeps for the backward pass, by remat policy."""
     of, size, policy = widths(local), local.itemsize, local.config.compute.remat
     if policy == "full":
         return of.residual * size * local.tokens
@@ -88,7 +88,7 @@ def saved_bytes(local: Local) -> int:
 
 
 def _tile_padding(local: Local, platform: str) -> int:
-    """What TPUs keep of queries, keys, values and results beyond their elements: their tiles have 128 columns."""
+    """Return the padding of queries, keys, values and results on TPUs, whose tiles have 128 columns."""
     if platform != "tpu" or local.config.compute.remat != "none":
         return 0
     of, columns = widths(local), 128
@@ -97,7 +97,7 @@ def _tile_padding(local: Local, platform: str) -> int:
 
 
 def _places(local: Local, chip: Chip) -> list[dict[str, float]]:
-    """What is alive at each place where memory can peak, arguments aside."""
+    """Return the bytes by kind, without arguments, at each place where memory can peak: loss, layer, embedding."""
     model, tokens, size = local.config.model, local.tokens, local.itemsize
     stored = sum(w.stored for w in local.model.weights)
     of_layers = sum(w.stored for w in local.model.weights if w.layers)
@@ -141,7 +141,7 @@ def _places(local: Local, chip: Chip) -> list[dict[str, float]]:
 
 
 def _attention_workspace(local: Local, platform: str) -> float:
-    """What attention's backward pass makes of scores and float32 gradients."""
+    """Return the bytes of scores and float32 gradients in attention's backward pass."""
     length = local.config.row_length // local.sizes["context"]
     kernel = attention_kernel(local, platform)
     if kernel == "splash":
@@ -171,7 +171,7 @@ def attention_kernel(local: Local, platform: str) -> str:
 
 
 def sampling_memory(config: RunConfig, num_chips: int, batch: int, length: int) -> dict[str, int]:
-    """Bytes by kind on a device when `batch` rows of up to `length` positions are sampled, in the compute type.
+    """Return the bytes by kind on a device for sampling `batch` rows of up to `length` positions in the compute type.
 
     Raises UserError for a mesh of another size.
     """

@@ -1,4 +1,4 @@
-"""A plan with what else was asked for, as tables for people and as JSON for programs."""
+"""`plan`, and its report as tables for people and as JSON for programs."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -40,13 +40,13 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """By XLA's own figure where the step was compiled, else by the estimate; sampling as well."""
+        """Return whether step and sampling fit, by XLA's figure where the step was compiled, else by the estimate."""
         if self.compile_failure is not None or (self.sampling is not None and not self.sampling.fits):
             return False
         return self.plan.fits if self.compiled is None else self.compiled.memory.total <= self.plan.capacity
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain JSON data."""
 
         def of(candidate: Candidate) -> dict[str, Any]:
             return {"changes": candidate.changes, "topology": candidate.topology, "plan": candidate.plan.to_json()}
@@ -121,17 +121,17 @@ def plan(
 
 
 def gib(size: float) -> str:
-    """Bytes as GiB."""
+    """Return bytes as text in GiB."""
     return f"{size / GIB:.2f}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """Return seconds as text, in seconds or milliseconds."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
 
 
 def mesh_text(mesh: dict[str, int]) -> str:
-    """The axes larger than 1."""
+    """Return the axes larger than 1 as text."""
     return ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one chip"
 
 

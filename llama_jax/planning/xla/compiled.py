@@ -1,8 +1,8 @@
 """The real train step, compiled by XLA for a machine that is not here.
 
 libtpu compiles for any TPU topology without one, JAX's CUDA plugin for any GPU that is described to it. Once they are
-loaded they change what a process says and which devices it looks for, so that happens in a process of its own, JSON in
-and out.
+loaded they change what a process prints and which devices it looks for, so that happens in another process, JSON in and
+out.
 """
 
 import contextlib
@@ -67,10 +67,10 @@ class DoesNotFit(RuntimeError):
 class Memory:
     """Bytes that a program needs on each device, by XLA's own count.
 
-    arguments: what it takes: parameters, moments, the batch.
-    outputs: what it makes.
-    aliased: what of the outputs lies where an argument lay.
-    temporaries: the most that is alive at one time between.
+    arguments: parameters, moments and the batch.
+    outputs: results.
+    aliased: outputs in the place of an argument.
+    temporaries: the most that is alive at one time besides.
     generated_code: the program itself.
     """
 
@@ -88,13 +88,13 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """What XLA says of a compiled train step.
+    """XLA's figures of a compiled train step.
 
     num_devices: chips that it is compiled for.
     memory: bytes on each of them.
     flops: of the products of matrices in one step, on one device, with all that is computed again; Pallas kernels, into
       which XLA does not see, are not counted.
-    collectives: what the devices exchange.
+    collectives: exchanges between the devices.
     seconds: how long the compilation took.
     """
 
@@ -150,7 +150,7 @@ def compile_step(config: RunConfig, topology: str) -> CompiledStep:
 
 @contextlib.contextmanager
 def _one_at_a_time() -> Iterator[None]:
-    """Compilations take gigabytes: they wait for one another."""
+    """Hold a lock of this machine: compilations take gigabytes, so that they wait for one another."""
     path = Path(tempfile.gettempdir()) / "llama_jax_compile.lock"
     with contextlib.ExitStack() as held:
         try:
@@ -217,7 +217,7 @@ def lower_step(config: RunConfig, devices: list[Any]) -> tuple[jax.stages.Lowere
 
 
 def describe(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, seconds: float) -> CompiledStep:
-    """What a compiled program needs and communicates."""
+    """Return the memory, FLOPs and collectives of a compiled program."""
     stats: Any = compiled.memory_analysis()
     program = Program(compiled.as_text() or "")
     # The number of a TPU tells its slice; that of a GPU does not tell its node.
@@ -238,7 +238,7 @@ def describe(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, seconds: fl
 
 
 def main() -> None:
-    """The process that compiles: a request on stdin, the answer as the last line of stdout."""
+    """Compile in this process: a request on stdin, the answer as the last line of stdout."""
     try:
         request = json.load(sys.stdin)
         start = time.perf_counter()
