@@ -159,7 +159,7 @@ def _attention_workspace(local: Local, platform: str) -> float:
 
 
 def attention_kernel(local: Local, platform: str) -> str:
-    """The kernel that a run takes there (`nn.attention.kernels.choose`)."""
+    """The kernel that a run takes there (`nn.choose`)."""
     name = local.config.compute.attention_kernel
     if name != "auto":
         return name

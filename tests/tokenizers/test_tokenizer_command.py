@@ -11,7 +11,7 @@ from llama_jax import text_commands
 from llama_jax.__main__ import KINDS as PARSED_KINDS, main
 from llama_jax.tokenizers import comparing, load_tokenizer, train_tokenizer
 from llama_jax.tokenizers.comparing import CHINESE, ENGLISH, compare
-from llama_jax.tokenizers.training import KINDS
+from llama_jax.tokenizers.config import KINDS
 
 LINES = [f"def name_{i}(value{i % 7}):\n    return value{i % 7} + {i * 37}  \n\n" for i in range(100)]
 assert KINDS == PARSED_KINDS
