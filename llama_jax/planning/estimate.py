@@ -189,8 +189,10 @@ def _passes(local: Local, sent: list[Traffic], kernel: str) -> list[_Pass]:
         (2 + recomputed) * flow + (4 + recomputed) * gathered + in_backward + recomputed * in_forward,
         [t for t in sent if t.backward],
     )
-    # Read: gradients twice (their norm comes first), parameters, both moments; written: the latter three.
-    return [forward, backward, _Pass(0.0, 8 * stored + (2 * parts * stored if parts > 1 else 0), [])]
+    # Read: gradients twice (their norm comes first), parameters, the optimizer's state; written: the latter two.
+    state = argument_bytes(local)["optimizer"] - 8  # without two counters
+    update = 4 * stored + 2 * state + (2 * parts * stored if parts > 1 else 0)
+    return [forward, backward, _Pass(0.0, update, [])]
 
 
 @dataclasses.dataclass(frozen=True)

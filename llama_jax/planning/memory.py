@@ -10,8 +10,9 @@ import math
 
 from llama_jax.chips import Chip
 from llama_jax.config import UserError
+from llama_jax.nn import FASTEST, KEY_BLOCK, MAX_QUERY_BLOCKS, MIN_QUERY_BLOCK
 from llama_jax.parallel import batch_parts
-from llama_jax.planning.local import Local, abstract_mesh, cache_bytes, compute_dtype
+from llama_jax.planning.local import Local, abstract_mesh, cache_bytes, compute_dtype, optimizer_bytes
 from llama_jax.run_config import RunConfig
 
 BATCH_ARRAYS, BATCH_ITEMSIZE = 5, 4  # tokens, targets, weights, segment ids and positions
@@ -23,7 +24,6 @@ ON_CHIP = 0.9  # of a TPU's on-chip memory, which XLA fills with a layer's array
 GATHERED_LAYERS, GATHERED_ON_CHIP = 1.5, 0.8
 CHUNK_COPIES = 2.25  # of a chunk of float32 logits: themselves, their softmax, their gradient
 SCORE_COPIES = 4  # of a block of float32 scores in blockwise attention's backward pass
-SCORE_BLOCK, MIN_SCORE_BLOCK, SCORE_BLOCKS = 512, 128, 16  # nn.attention.blockwise
 
 
 def memory(local: Local, chip: Chip) -> dict[str, int]:
@@ -33,11 +33,13 @@ def memory(local: Local, chip: Chip) -> dict[str, int]:
 
 
 def argument_bytes(local: Local) -> dict[str, int]:
-    """Return exactly the bytes that a device holds of the parameters, the optimizer's moments and the batch."""
+    """Return the exact bytes that a device holds of the parameters, the optimizer's state and the batch."""
     stored = sum(weight.stored for weight in local.model.weights)
     batch = local.tokens * local.micro_batches * BATCH_ARRAYS * BATCH_ITEMSIZE
-    counters = 2 * 4  # the step, and Adam's count of updates
-    return {"parameters": 4 * stored, "optimizer": 8 * stored + counters, "batch": batch}
+    optimizer = dataclasses.replace(local.config.optimizer, accumulation_steps=1)  # does not change the state
+    splits = (local.sizes[axis] for axis in ("fsdp", "tensor", "expert"))
+    state = 4 + optimizer_bytes(optimizer, local.config.model, *splits)  # with the step's number
+    return {"parameters": 4 * stored, "optimizer": state, "batch": batch}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +152,8 @@ def _attention_workspace(local: Local, platform: str) -> float:
         return local.tokens * length  # documents are kept apart by a dense mask
     if kernel == "reference":
         return 3 * 4 * local.model.heads * local.tokens * local.config.row_length
-    block = max(MIN_SCORE_BLOCK, math.ceil(length / SCORE_BLOCKS))
-    scores = SCORE_COPIES * 4 * local.model.heads * block * min(SCORE_BLOCK, length) * local.tokens / length
+    block = max(MIN_QUERY_BLOCK, math.ceil(length / MAX_QUERY_BLOCKS))
+    scores = SCORE_COPIES * 4 * local.model.heads * block * min(KEY_BLOCK, length) * local.tokens / length
     keys = local.model.keys / local.config.model.num_layers * local.tokens
     # Gradients of keys and values in float32, twice; gathered, those of all parts of the sequence.
     gathered = local.sizes["context"] if local.config.compute.context == "all_gather" else 0
@@ -165,9 +167,8 @@ def attention_kernel(local: Local, platform: str) -> str:
         return name
     if local.sizes["context"] > 1:
         return "blockwise"
-    if platform == "tpu":
-        return "splash" if local.config.row_length % 128 == 0 else "blockwise"
-    return "cudnn"
+    fastest = FASTEST[platform]  # splash needs whole blocks of 128
+    return "blockwise" if fastest == "splash" and local.config.row_length % 128 else fastest
 
 
 def sampling_memory(config: RunConfig, num_chips: int, batch: int, length: int) -> dict[str, int]:
