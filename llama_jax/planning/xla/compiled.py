@@ -186,14 +186,14 @@ def get_devices(topology: str, target: Sequence[str] | None = None) -> list[Any]
     if found is None:
         raise UserError(f"topology={topology!r} is not of the form v5e:8x8, v5p:4x4x8 or 2x v5e:8x8")
     slices = {"num_slices": int(found[1])} if found[1] else {}
+    refused = f"topology={topology!r} is none that libtpu can compile for"
     try:
         devices = topologies.get_topology_desc(found[2], platform="tpu", **slices).devices
-        cores = len(devices) // (math.prod(map(int, found[3].split("x"))) * int(found[1] or 1))
-        reason = "" if cores == 1 else f"it has {cores} devices on a chip"
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-    if reason:
-        raise UserError(f"topology={topology!r} is none that libtpu can compile for: {reason}")
+        raise UserError(f"{refused}: {str(error).splitlines()[0]}") from None
+    cores = len(devices) // (math.prod(map(int, found[3].split("x"))) * int(found[1] or 1))
+    if cores != 1:
+        raise UserError(f"{refused}: it has {cores} devices on a chip")
     return devices
 
 
@@ -207,7 +207,7 @@ def lower_step(config: RunConfig, devices: list[Any]) -> tuple[jax.stages.Lowere
         shape = (config.global_batch_size, config.row_length)
         sharding = NamedSharding(mesh, spec("batch", "sequence", shape=shape))  # type: ignore[arg-type]
         batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_DTYPES.items()}
-        step = make_train_step(
+        step: Any = make_train_step(
             config.model,
             config.compute,
             accumulation_steps=config.optimizer.accumulation_steps,
