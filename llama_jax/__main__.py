@@ -74,7 +74,7 @@ COMMANDS = {
         (
             *CONFIG,
             flag("--run-dir", "DIR", "or a URL of an object store (default: runs/CONFIG)"),
-            # Where SLURM, Open MPI or a TPU does not know these.
+            # For clusters other than SLURM, Open MPI and TPUs, which have these.
             flag("--coordinator-address", "HOST:PORT", "process 0, where nothing else names it"),
             flag("--num-processes", "N", "how many there are"),
             flag("--process-id", "I", "number of this one, from 0"),
@@ -136,7 +136,7 @@ COMMANDS = {
         "Tokenize a corpus into shards. It may be text, JSONL, JSON, CSV and TSV (each also .gz, .zst, .bz2 and .xz), "
         "the members of tar archives, Parquet, datasets of Hugging Face (hf://NAME[/CONFIG]:SPLIT, or a directory of "
         "save_to_disk), ArrayRecord (tf.train.Example or JSON), and nanoGPT's and llm.c's .bin, on disk or in an "
-        "object store (gs://, s3://). What is there already is not made again. On a cluster, run one process for each "
+        "object store (gs://, s3://). Finished shards are not made again. On a cluster, run one process for each "
         "of the --shards, with one --output; the same command without --shards then makes the index.",
         (
             flag("path", "PATH", "files, directories and globs; or URLs", nargs="+"),
@@ -228,7 +228,7 @@ def can_restart() -> bool:
     """Return whether this process may be replaced by one with the same command line and `TUNABLES`.
 
     It may not where GLIBC_TUNABLES is set, where it has been already (also if something drops environment variables),
-    and where it is not a program of its own: under a debugger or profiler, in a notebook, read from standard input.
+    and where it is not a program by itself: under a debugger or profiler, in a notebook, read from standard input.
     """
     watched = sys.gettrace() is not None or sys.getprofile() is not None
     watched = watched or any(sys.monitoring.get_tool(tool) is not None for tool in range(6))
@@ -269,7 +269,7 @@ def run(args: argparse.Namespace) -> int:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the arguments of a command line, with the command's name as `command`.
 
-    Those of `train` and `plan` also have `keys`, the texts of dotted keys (True where a key stands alone), and `help`:
+    Those of `train` and `plan` also have `keys`, the texts of dotted keys (True for a key without one), and `help`:
     None, `common` or `all`. Raises UserError for a mistake; `--help` of the other commands prints and exits.
     """
     words = list(argv)

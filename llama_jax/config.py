@@ -377,4 +377,4 @@ def read_json(file: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"'{file}' does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"'{file}' is not valid JSON ({error}): it is damaged or not what it should be") from None
+        raise UserError(f"'{file}' is not valid JSON ({error}): it is damaged or another kind of file") from None

@@ -29,7 +29,7 @@ _LOCAL = re.compile(r"(file|local):/*")
 _READ_ONLY = ("hf", "http", "https")
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "datasets"}  # protocol to the extra that has it
 _TRANSFERS = 8  # files at a time
-_mirrors: dict[str, str] = {}  # local path to the URL that it stands for, of this process
+_mirrors: dict[str, str] = {}  # local path to the URL that it is a copy of, in this process
 
 type Stamps = dict[str, str]  # a file's name relative to a URL ("": the URL is a file) to what changes with its content
 type Select = Callable[[Iterable[str]], Iterable[str]]
@@ -79,9 +79,9 @@ def with_urls(sentence: str) -> str:
 
 
 class Mirror:
-    """A URL and the local path that stands for it, a file or a directory.
+    """A URL and the local path that is its copy, a file or a directory.
 
-    A list beside the path says which version of every file is the same in both places.
+    A list next to the path has the version of every file that is the same in both places.
     """
 
     def __init__(self, url: str | Path, *, path: Path | None = None, kind: str = "remote"):
@@ -239,7 +239,7 @@ class Mirror:
 def local_copy(path: str | Path, select: Select | None = None, *, beside: Sequence[str] = ()) -> Path:
     """Return `path` itself where it is local, else a local copy of the file or directory that the URL names.
 
-    `select` as in `Mirror.fetch`; of the files beside a file, those are fetched too whose names match the patterns
+    `select` as in `Mirror.fetch`; with a file, those of its directory are fetched too whose names match the patterns
     `beside`. Raises UserError where nothing is there and where it cannot be read.
     """
     if not is_remote(path):
@@ -256,7 +256,7 @@ def local_copy(path: str | Path, select: Select | None = None, *, beside: Sequen
 
 
 def fetch_beside(url: str | Path, patterns: Sequence[str]) -> None:
-    """Fetch the files in the same directory of the store whose names match; they lie beside the local copy."""
+    """Fetch the files in the same directory of the store whose names match; they are next to the local copy."""
     parent, _, own = url_of(url).rstrip("/").rpartition("/")
     fs, name = file_system(parent)
     try:
@@ -332,7 +332,7 @@ def _stamp(info: dict[str, Any]) -> str:
         return str(tag)
     said = {key: value for key, value in info.items() if value is not None}
     if said.keys() <= {"name", "size", "type", "mimetype", "url", "partial"}:
-        return uuid.uuid4().hex  # nothing says whether it has changed: it is fetched each time
+        return uuid.uuid4().hex  # a change cannot be seen: it is fetched each time
     return str(sorted(said.items(), key=str))
 
 

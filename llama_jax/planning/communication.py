@@ -1,6 +1,6 @@
 """Traffic between the devices of a train step: the least that a layout needs, and how long it takes.
 
-Formulas: "How to scale your model" (jax-ml.github.io/scaling-book), chapters 3 and 5. What is sent follows from how
+Formulas: "How to scale your model" (jax-ml.github.io/scaling-book), chapters 3 and 5. The traffic follows from how
 this package computes: weights are split over `fsdp` in storage only and gathered in the compute type for their product;
 `tensor` sums the outputs of products over split dimensions; `context` passes keys and values around a ring; `expert`
 brings tokens to their experts and back.
@@ -20,7 +20,7 @@ class Traffic:
     kind: all-gather, reduce-scatter, all-reduce or collective-permute.
     axis: of the mesh.
     backward: True in the backward pass.
-    bytes: per device and step: what a gather makes, what the others take.
+    bytes: per device and step: the result of a gather, the input of the others.
     """
 
     purpose: str
@@ -92,7 +92,7 @@ def _of_activations(local: Local) -> list[Traffic]:
     for weight in local.model.weights:
         if weight.sums:
             found.append((False, tokens * weight.copies * weight.outputs))
-            # Attention's sum is made again for what follows it in the layer; the feed-forward's is followed by nothing.
+            # Attention's sum is computed again, because the layer goes on from it; nothing follows the feed-forward's.
             if local.config.compute.remat == "full" and not weight.of_feed_forward:
                 found.append((True, tokens * weight.copies * weight.outputs))
         if weight.splits and weight.layers:  # the gradient of its input is a sum too; for all that share it, one
@@ -118,7 +118,7 @@ def _of_keys(local: Local) -> list[Traffic]:
     keys = local.model.keys * local.tokens * local.micro_batches
     again = 1 if local.config.compute.remat == "none" else 2
     ring = local.config.compute.context == "ring"
-    # Around the ring a device passes on what others hold; gradients go one hop further, home to their owner.
+    # Around the ring a device passes on the parts of others; gradients go one hop further, back to their owner.
     forward = (context - 1 if ring else context) * keys * local.itemsize
     kinds = ("collective-permute", "collective-permute") if ring else ("all-gather", "reduce-scatter")
     return [

@@ -1,4 +1,4 @@
-"""The plan of a train step: memory, time by the roofline, and what these mean for a run.
+"""The plan of a train step: memory, and time by the roofline.
 
 Time: in the forward pass, the backward pass and the update, matrix units, HBM and networks work at the same time, so
 that a pass takes as long as its slowest resource ("How to scale your model", chapters 1 and 5). Only the sums that TPUs
@@ -19,7 +19,7 @@ from llama_jax.run_config import RunConfig
 from llama_jax.training import train_flops_per_token
 
 # Of the peak of the matrix units, in products and attention together: the geometric mean over MaxText's published runs
-# of what their times leave for it (docs/tables.py computes it).
+# of the share that their times leave for it (docs/tables.py computes it).
 EFFICIENCY = 0.637
 # Bytes to and from HBM for each score, in the forward and the backward pass, where attention is XLA's: float32 scores
 # are written, read for their maximum and read for their exponential; backward, weights and gradients are rounded,
@@ -35,7 +35,7 @@ class Plan:
     topology: of the machine.
     num_chips: of it.
     mesh: sizes of the mesh axes.
-    remat: what is computed again.
+    remat: policy of recomputation.
     accumulation_steps: micro-batches of an update.
     global_batch_size: sequences of one update.
     sequence_length: tokens of a sequence.
@@ -164,17 +164,17 @@ def _passes(local: Local, sent: list[Traffic], kernel: str) -> list[_Pass]:
     layers = 2 * tokens * sum(w.layers * w.met for w in model.products)
     logits = 2 * tokens * head.used
     scores = tokens * model.scores * local.config.row_length / 2
-    # Of a layer that is computed again, what only a sum consumes is not: the feed-forward's result, or a saved one.
+    # A product whose result only a sum consumes is not computed again: the feed-forward's last, or one that is saved.
     skipped = [w for w in model.products if w.returns and (policy == "attention" or w.of_feed_forward)]
     repeated = layers - 2 * tokens * sum(w.layers * w.met for w in skipped)
     again = {"none": 0.0, "dots": scores}.get(policy, repeated + scores)
     of = widths(local)
     gathered = parts * size * sum(w.layers * w.used for w in model.products)
-    # What each product reads and writes, and the few passes over the residual stream between them.
+    # Reads and writes of each product, and the few passes over the residual stream between them.
     flow = tokens * size * (of.inputs + of.outputs + 6 * of.residual)
     stored = 4 * sum(w.stored for w in model.weights)
     recomputed = 0 if policy == "none" else 1
-    # Blocks leave out what comes later in the text.
+    # Blocks leave out the keys that come later in the text.
     seen = local.config.row_length // (1 if kernel == "reference" else 2)
     in_forward, in_backward = (
         n * tokens * seen * model.heads * local.config.model.num_layers for n in SCORE_BYTES.get(kernel, (0, 0))
@@ -221,7 +221,7 @@ class SamplingPlan:
 def estimate_sampling(config: RunConfig, topology: Topology, batch: int, length: int) -> SamplingPlan:
     """Return the plan of sampling `batch` rows of up to `length` positions with the run's mesh."""
     need = sampling_memory(config, topology.num_chips, batch, length)
-    # Every device reads its part of the weights and, where fsdp splits them, writes and reads what it gathers.
+    # Every device reads its part of the weights and, where fsdp splits them, writes and reads the gathered weights.
     read = need["parameters"] * (1 + 2 * (config.mesh.sizes(topology.num_chips)["fsdp"] > 1)) + need["cache"]
     seconds = read / topology.chip.bandwidth
     return SamplingPlan(batch, length, need, int(topology.chip.memory), seconds, batch / seconds)

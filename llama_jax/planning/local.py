@@ -272,7 +272,7 @@ def _parts(partition: Any) -> int:
 
 def cache_bytes(model: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> int:
     """Return the bytes of all layers' caches on one device of the current mesh, for `batch` x `length` positions."""
-    pieces = model.stacks()["layers"]  # what an encoder keeps of its source is not counted
+    pieces = model.stacks()["layers"]  # the keys of an encoder's source are not counted
 
     def make(kind: Any) -> Any:
         block: Any = model.build_block("layers", kind, rngs=nnx.Rngs(params=0))

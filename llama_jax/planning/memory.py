@@ -80,7 +80,7 @@ def saved_bytes(local: Local) -> int:
         return of.residual * size * local.tokens
     if policy == "attention":
         return 2 * of.residual * size * local.tokens
-    if policy == "dots":  # what only a sum consumes is not needed again, so a feed-forward's result is not kept
+    if policy == "dots":  # only a sum consumes a feed-forward's result, so it is not kept
         return (2 * of.residual + of.outputs) * size * local.tokens
     # All of it: two norms in float32 and rounded, attention's result before it is reshaped, three steps of a gated
     # nonlinearity; and the weights as they were gathered.

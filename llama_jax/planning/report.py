@@ -71,7 +71,7 @@ class Report:
         if self.compiled is not None:
             parts += [Text(), _collectives_table(self.compiled)]
         if self.compile_failure is not None:
-            parts += [Text(), Text(f"does not fit, says XLA: {self.compile_failure}")]
+            parts += [Text(), Text(f"does not fit by XLA: {self.compile_failure}")]
         if self.sampling is not None:
             parts += [Text(), _sampling(self.sampling)]
         if self.candidates is not None:
@@ -89,14 +89,14 @@ def plan(
     sample_batch: int | None = None,
     sample_length: int | None = None,
 ) -> Report:
-    """Plan a run on a machine such as `v5e:8x8`, which need not be here: memory, speed, and what to change.
+    """Plan a run on a machine such as `v5e:8x8`, which need not be here: memory, speed, and a change that helps.
 
     With `compile`, the report has XLA's figures of the real step (extra `plan`), with `search_all` all options that
     fit, with both `sample_` arguments the plan of sampling. Raises UserError for an unknown topology, for an
     encoder-decoder, and a mesh that fits neither its chips nor the batch.
     """
     if config.model.has_source:
-        raise UserError("the planner knows models of one sequence: of an encoder-decoder it can say nothing")
+        raise UserError("an encoder-decoder cannot be planned: the planner is for models of one sequence")
     machine = Topology.parse(topology)
     if (sample_batch is None) != (sample_length is None):
         given, missing = ("sample_batch", "sample_length")[:: 1 if sample_length is None else -1]
@@ -184,7 +184,7 @@ def _summary(plan: Plan) -> Text:
 
 def _collectives_table(compiled: CompiledStep) -> Table:
     table = _table(
-        "collective", "axes", "MiB", "times", "beside products", title="what the compiled step sends, for each device"
+        "collective", "axes", "MiB", "times", "with products", title="traffic of the compiled step, for each device"
     )
     rows: dict[tuple[str, str, bool], list[float]] = {}
     for c in compiled.collectives:
@@ -209,7 +209,7 @@ def _candidates_table(candidates: Sequence[Candidate]) -> RenderableType:
     if not candidates:
         return Text("no mesh, accumulation and remat policy fits")
     table = _table(
-        "mesh", "parts", "remat", "GiB", "step", "MFU", "bound by", title=f"what fits, {len(candidates)} in all"
+        "mesh", "parts", "remat", "GiB", "step", "MFU", "bound by", title=f"options that fit, {len(candidates)} in all"
     )
     for candidate in candidates[:SHOWN_CANDIDATES]:
         plan = candidate.plan

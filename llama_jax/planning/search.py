@@ -1,4 +1,4 @@
-"""Which options to take: the smallest change that makes a plan fit or frees it from its network, and all that fit."""
+"""The smallest change that makes a plan fit or frees it from its network, and all options that fit."""
 
 import dataclasses
 import itertools
@@ -107,7 +107,7 @@ def best_mesh(config: RunConfig, topology: Topology) -> MeshConfig | None:
 
 def _rank(candidate: Candidate) -> tuple[float, int, int]:
     plan = candidate.plan
-    # To a thousandth: what is closer than that is the same, and then fewer split axes are better.
+    # To a thousandth: closer plans count as equal, and then fewer split axes are better.
     return float(f"{plan.step_seconds:.3g}"), sum(size > 1 for size in plan.mesh.values()), plan.total_bytes
 
 
@@ -136,7 +136,7 @@ def _try(config: RunConfig, topology: Topology, changes: dict[str, Any]) -> Cand
 
 
 def _sensible(config: RunConfig, sizes: dict[str, int]) -> bool:
-    """Return whether the axes split what they are for: heads and feed-forwards, and the sequence in zigzag order."""
+    """Return whether tensor divides the heads, and context the sequence in zigzag order."""
     heads = [getattr(mixer, "num_heads", sizes["tensor"]) for mixer, _ in config.model.layer_pieces()]
     if any(n % sizes["tensor"] for n in heads):
         return False

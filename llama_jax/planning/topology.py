@@ -18,7 +18,7 @@ class Network:
 
     inner: devices of the axis within one slice or node.
     outer: slices or nodes that the axis spans.
-    ici: bytes per second at which a device receives what the others of its slice send; 0 where there are none.
+    ici: bytes per second at which a device receives from the others of its slice; 0 where there are none.
     hop: the same from one neighbour alone.
     dcn: bytes per second between slices, all `inner` devices together; 0 where the axis spans one slice.
     """
@@ -58,7 +58,7 @@ class Topology:
     def parse(text: str) -> "Topology":
         """Parse `v5p:4x4x8` (a TPU slice), `2x v5e:16x16` (two of them), `h100:4x8` (nodes x GPUs) or `h100:8`.
 
-        Sizes count chips. Raises UserError, with the nearest name, for what is none of these.
+        Sizes count chips. Raises UserError, with the nearest name, for any other text.
         """
         found = re.fullmatch(r"(?:(\d+) ?x )?\s*([A-Za-z]\w*)\s*:\s*(\d+(?:x\d+)*)", text.strip())
         name = found[2].lower() if found else re.split(r"[:\-]", text.strip())[0].split(" ")[-1].lower()

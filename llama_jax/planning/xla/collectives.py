@@ -2,7 +2,7 @@
 
 Three things are particular to TPU programs. An asynchronous collective is a chain of fusions: `AsyncCollectiveStart`,
 steps fused with the products that it hides behind, `AsyncCollectiveDone`. A reduce-scatter is a fusion of an all-reduce
-with a slice. And what crosses from slice to slice is sent to the host, with the devices to exchange it with.
+with a slice. Data that crosses from slice to slice is sent to the host, with the devices to exchange it with.
 """
 
 import dataclasses
@@ -30,13 +30,13 @@ class Collective:
     kind: one of KINDS.
     axes: mesh axes that its groups of devices span; empty where it spans no axis larger than 1.
     group_size: devices that exchange data with one another.
-    arrays: what it takes on one device, or makes in an all-gather, such as `bf16[512,1408]`.
+    arrays: inputs on one device, or results of an all-gather, such as `bf16[512,1408]`.
     bytes: size of `arrays` together.
-    loops: iterations of the loops around it, outermost first; 0 where the program does not say.
+    loops: iterations of the loops around it, outermost first; 0 where unknown.
     asynchronous: True where other work may run meanwhile.
     overlapped: True where a product of matrices, or a loop with one, runs between its start and its end.
     across_slices: True where a group has devices of several slices: it runs over the data-center network.
-    op_name: what it was in JAX; of several that were combined, one of them.
+    op_name: its name in JAX; of several that were combined, one of them.
     """
 
     kind: str
@@ -108,7 +108,7 @@ def _mesh_groups(text: str) -> list[list[int]]:
         devices = _iota(order[1], order[2])
     else:
         devices = np.array(_ints(found[2])) if found[2] else np.arange(math.prod(sizes.values()))
-    # An axis of which a part is taken is three: what lies before the part, the part, what lies behind it.
+    # An axis of which a part is taken is three: the part, and the sizes before and after it.
     dims: list[int] = []
     place: dict[str, int] = {}
     parts = {name: (int(before), int(size)) for name, before, size in re.findall(r"'([^']*)':\((\d+)\)(\d+)", found[3])}
@@ -167,7 +167,7 @@ def _read(program: Program, site: Site, kind: str, mesh_shape: Mapping[str, int]
     # The further operands of a permutation are where the result is written.
     operands = op.operands[:1] if kind == "collective-permute" else op.operands
     arrays = [array for operand in operands for array in arrays_of(computation[operand].shape)]
-    if kind == "all-gather":  # what it makes; the shape of a started one holds what it takes, too
+    if kind == "all-gather":  # results; the shape of a started one has the inputs, too
         arrays = list(arrays_of(op.shape))[len(arrays) if op.opcode.endswith("-start") else 0 :]
     if pairs := _PAIRS.search(op.attributes):
         groups = [_ints(pair) for pair in re.findall(r"\{(\d+,\d+)\}", pairs[1])]

@@ -51,7 +51,7 @@ ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# JAX finds its CUDA plugin only where no platform is named; the CPU is what is left to it.
+# JAX finds its CUDA plugin only where no platform is named; without visible GPUs it takes the CPU.
 GPU_ENVIRONMENT = ENVIRONMENT | {
     "JAX_PLATFORMS": "",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
@@ -109,7 +109,7 @@ def compile_step(config: RunConfig, topology: str) -> CompiledStep:
     """Compile the train step of a run for a topology, in another process.
 
     `topology`: chips of a TPU, `v5e:8x8`; of several slices, `2x v5e:8x8`; nodes and GPUs, `h100:4x8`. Waits while
-    another such process of this machine runs. Raises UserError where the compiler is missing or does not know the
+    another such process of this machine runs. Raises UserError where the compiler is missing or does not have the
     topology, for a mesh that does not fit it, and for an attention kernel that needs its GPU to be compiled; DoesNotFit
     when a device's memory is too small; RuntimeError with XLA's message when it cannot compile.
     """
@@ -169,7 +169,7 @@ def gpu_target(topology: str) -> tuple[str, str] | None:
     if (chip := CHIPS.get(topology.partition(":")[0])) is None or chip.platform != "gpu":
         return None
     if chip.target is None:
-        raise UserError(f"topology={topology!r}: XLA can compile for a GPU that it is told of: give its Chip a target")
+        raise UserError(f"topology={topology!r}: XLA needs a description of this GPU: give its Chip a target")
     machine = Topology.parse(topology)
     return chip.target.proto(), f"{machine.num_slices}x1x{machine.shape[0]}"
 
@@ -177,7 +177,7 @@ def gpu_target(topology: str) -> tuple[str, str] | None:
 def get_devices(topology: str, target: Sequence[str] | None = None) -> list[Any]:
     """Return stand-ins for the devices of a topology; `target` is a GPU's `gpu_target`.
 
-    Raises UserError for a topology that the compiler does not know.
+    Raises UserError for a topology that the compiler does not have.
     """
     if target is not None:
         proto, shape = target
@@ -220,7 +220,7 @@ def describe(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, seconds: fl
     """Return the memory, FLOPs and collectives of a compiled program."""
     stats: Any = compiled.memory_analysis()
     program = Program(compiled.as_text() or "")
-    # The number of a TPU tells its slice; that of a GPU does not tell its node.
+    # The number of a TPU follows from its slice; that of a GPU does not depend on its node.
     ids = [d.id + (SLICE_IDS * (1 + d.process_index) if d.platform == "gpu" else 0) for d in mesh.devices.flat]
     return CompiledStep(
         num_devices=mesh.size,

@@ -1,7 +1,7 @@
 """A compiled program as XLA writes it: computations, the loops and calls between them, the products in them.
 
 `compiled.as_text()` is a list of computations, one instruction a line, in the order of the schedule. `Program.walk`
-goes from the entry computation into loops, calls and fusions, and says how often each instruction is executed.
+goes from the entry computation into loops, calls and fusions, with the number of executions of each instruction.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ class Site:
     """An instruction where it is executed.
 
     computation: the name of the computation that holds it.
-    loops: iterations of the loops around it, outermost first; 0 where the program does not say.
+    loops: iterations of the loops around it, outermost first; 0 where unknown.
     caller: where it is inside a fusion or an asynchronous call, the computation and the instruction of that.
     """
 
@@ -128,7 +128,7 @@ class Program:
 
     @functools.cache  # noqa: B019
     def multiplies(self, computation: str) -> bool:
-        """Return whether there is a product of matrices in a computation, or in what it calls."""
+        """Return whether there is a product of matrices in a computation, or in computations that it calls."""
         return any(self.is_product(i) for i in self.computations.get(computation, {}).values())
 
     def is_product(self, instruction: Instruction) -> bool:
