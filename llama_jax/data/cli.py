@@ -13,7 +13,7 @@ from llama_jax.data.config import DataConfig
 from llama_jax.data.corpus.corpus import Corpus
 from llama_jax.data.corpus.files import find_files
 from llama_jax.data.corpus.prepare import prepare_corpus, prepare_shards
-from llama_jax.data.readers.records import units_by_shard
+from llama_jax.data.readers import units_by_shard
 from llama_jax.remote import with_urls
 from llama_jax.tokenizers import load_tokenizer
 

@@ -14,8 +14,8 @@ from llama_jax.config import UserError
 from llama_jax.data import DataConfig, read_texts
 from llama_jax.data.corpus.documents import split_of
 from llama_jax.data.corpus.files import find_files
-from llama_jax.data.readers import read_unit
-from llama_jax.data.readers.records import BadRecord, Record, SkippedFile, units_by_shard
+from llama_jax.data.readers import read_unit, units_by_shard
+from llama_jax.data.readers.records import BadRecord, Record, SkippedFile
 from llama_jax.tokenizers import train_tokenizer
 
 
@@ -146,7 +146,7 @@ def test_bad_records_are_named(tmp_path: Path):
         "4 lacks a field ('text'; it has txt, n: set fields)",
         "5 lacks a field (it has no fields at all)",
         "6 has a field of another type ('text' is no text, no list of token ids and no list of messages)",
-        "7 lacks a field ('text'; it has text: set fields)",
+        "7 lacks a field ('text' is null)",
         "8 has a field of another type ('text' is no text, no list of token ids and no list of messages)",
         "9 has a field of another type ('text' is no text, no list of token ids and no list of messages)",
         "10 is longer than max_record_bytes",

@@ -12,8 +12,8 @@ from llama_jax.config import UserError
 from llama_jax.data.chat import problem_of
 from llama_jax.data.config import DataConfig, Split
 from llama_jax.data.corpus.files import find_files
-from llama_jax.data.readers import read_unit
-from llama_jax.data.readers.records import SURROGATE, BadRecord, Part, Record, SkippedFile, Unit, units_by_shard
+from llama_jax.data.readers import read_unit, units_by_shard
+from llama_jax.data.readers.records import SURROGATE, BadRecord, Part, Record, SkippedFile, Unit
 from llama_jax.tokenizers import Tokenizer
 
 NO_CONVERSATION = "messages that are no conversation"

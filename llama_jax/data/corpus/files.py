@@ -16,8 +16,8 @@ from llama_jax.config import UserError
 from llama_jax.data.config import DataConfig
 from llama_jax.data.corpus.listing import Pattern, split_glob, walk
 from llama_jax.data.readers.opening import open_file
-from llama_jax.data.readers.records import CorpusFile, is_dataset
-from llama_jax.data.readers.tables import find_dataset
+from llama_jax.data.readers.records import CorpusFile
+from llama_jax.data.readers.tables import find_dataset, is_dataset
 from llama_jax.files import lock
 from llama_jax.remote import file_system, is_remote
 

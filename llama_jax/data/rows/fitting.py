@@ -60,7 +60,7 @@ class Packer:
 
     def directory(self, corpus: Corpus) -> Path:
         """Named after all that a plan depends on, lengths of examples by their figures."""
-        objective, ends = self.objective, special_ends(self.vocabulary)
+        objective, ends = self.objective, self.vocabulary.num_special
         kind = [FORMAT, self.packing, self.capacity, objective.bare, objective.overlap, objective.divisible, ends]
         digest = hashlib.sha256(json.dumps(kind).encode())
         sizes = np.arange(2 * sum(self.capacity) + 2)
@@ -90,7 +90,7 @@ class Packer:
                     self._write(directory, split, getattr(corpus, split))
 
     def _write(self, directory: Path, split: Split, stream: TokenStream) -> None:
-        before, after = special_ends(self.vocabulary)
+        before, after = self.vocabulary.num_special
         counts = dict.fromkeys(("num_rows", "num_pieces", "num_tokens", "num_dropped"), 0)
         with contextlib.ExitStack() as stack:
             pieces, rows = (
@@ -121,11 +121,6 @@ def _map(file: Path, count: int) -> np.ndarray:
         return map_array(file, "<i8", count, file.stat().st_size)
     except ValueError:
         raise UserError(f"'{file}' is not whole: remove its directory, and it is made again") from None
-
-
-def special_ends(vocabulary: Vocabulary) -> tuple[int, int]:
-    """How many special tokens stand before and after every document of a corpus."""
-    return len(vocabulary.start_ids), int(vocabulary.eos_id is not None)
 
 
 def fit_rows(

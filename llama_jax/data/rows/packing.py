@@ -7,7 +7,6 @@ from jaxtyping import Int
 
 from llama_jax.data.corpus.corpus import TokenStream
 from llama_jax.data.objectives.base import FLOATS, Document, Example, Objective, Vocabulary
-from llama_jax.data.rows.fitting import special_ends
 from llama_jax.data.rows.windows import HostBatch, Rows
 
 SOURCE = "source_"
@@ -105,7 +104,7 @@ class PackedRows(Rows):
         other = (own + int(rng.integers(1, num_documents))) % num_documents
         start = int(shard.documents[other])
         end = int(shard.documents[other + 1]) if other + 1 < num_documents else len(shard.tokens)
-        before, after = special_ends(self._vocabulary) if self._objective.bare else (0, 0)
+        before, after = self._vocabulary.num_special if self._objective.bare else (0, 0)
         return shard.tokens[start + before : end - after].astype(np.int32)
 
 
