@@ -54,8 +54,8 @@ class BadRecords:
 
 def good_records(
     units: Iterable[Unit], config: DataConfig, separators: Sequence[int], bad: BadRecords, skipped: list[str]
-) -> Iterator[tuple[Unit, Record, bytes]]:
-    """Yield (unit, record, `content_of` it) of the records that can be used; the rest is added to `bad` and `skipped`.
+) -> Iterator[tuple[Record, bytes]]:
+    """Yield (record, `content_of` it) of the records that can be used; the rest is added to `bad` and `skipped`.
 
     `separators`: ids that stand between documents in files of token ids.
     """
@@ -68,14 +68,13 @@ def good_records(
             elif isinstance(content := content_of(item), BadRecord):
                 bad.add(content)
             else:
-                yield unit, item, content
+                yield item, content
 
 
 def _all_records(config: DataConfig, bad: BadRecords, skipped: list[str]) -> Iterator[tuple[Record, bytes]]:
-    """Yield (record, content) of the whole corpus in its order."""
+    """Yield the good records of the whole corpus in its order."""
     units = (unit for shard in units_by_shard(find_files(config), config) for unit in shard)
-    for _, record, content in good_records(units, config, (0,), bad, skipped):
-        yield record, content
+    return good_records(units, config, (0,), bad, skipped)
 
 
 def read_texts(config: DataConfig, split: Split) -> Iterator[str]:

@@ -110,7 +110,7 @@ class ShardMaker:
         size = finished = 0
         for unit in units:
             read = 0
-            for _, record, content in good_records([unit], self.config, separators, bad, skipped):
+            for record, content in good_records([unit], self.config, separators, bad, skipped):
                 batch.append((record, content))
                 size += len(content)
                 read += len(content)
