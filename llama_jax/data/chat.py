@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, override
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -65,6 +65,7 @@ class Llama2Chat(ChatTemplate):
         "{% set ns.system = '' %}{% else %}{{ ' ' + content + ' ' + eos_token }}{% endif %}{% endfor %}"
     )
 
+    @override
     def pieces(self, messages: Sequence[Message]) -> Iterator[Piece]:
         system = ""
         for message in messages:
@@ -90,6 +91,7 @@ class Llama3Chat(ChatTemplate):
         "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
     )
 
+    @override
     def pieces(self, messages: Sequence[Message]) -> Iterator[Piece]:
         yield Piece("<|begin_of_text|>", special=True)
         for message in messages:
@@ -98,6 +100,7 @@ class Llama3Chat(ChatTemplate):
             yield Piece(message["content"].strip(), trained=answer)
             yield Piece("<|eot_id|>", special=True, trained=answer)
 
+    @override
     def opening(self) -> Iterator[Piece]:
         return self._header("assistant")
 
@@ -117,6 +120,7 @@ class ChatML(ChatTemplate):
         "'<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
 
+    @override
     def pieces(self, messages: Sequence[Message]) -> Iterator[Piece]:
         for message in messages:
             answer = message["role"] == "assistant"
@@ -126,6 +130,7 @@ class ChatML(ChatTemplate):
             yield Piece("<|im_end|>", special=True, trained=answer)
             yield Piece("\n")
 
+    @override
     def opening(self) -> Iterator[Piece]:
         yield Piece("<|im_start|>", special=True)
         yield Piece("assistant\n")
@@ -147,6 +152,7 @@ class ChatGLM2Chat(ChatTemplate):
         "{% else %}{{ message['content'] + (eos_token if loop.last else '\\n\\n') }}{% endif %}{% endfor %}"
     )
 
+    @override
     def pieces(self, messages: Sequence[Message]) -> Iterator[Piece]:
         yield Piece("[gMASK]", special=True)
         yield Piece("sop", special=True)

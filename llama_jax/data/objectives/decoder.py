@@ -1,7 +1,7 @@
 """Objectives of decoders: text from left to right, and GLM's blanks."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, override
 
 import numpy as np
 
@@ -16,6 +16,7 @@ class LeftToRight(Objective):
     bare: ClassVar[bool] = False
     overlap: ClassVar[int] = 1
 
+    @override
     def lengths(self, num_tokens: Numbers, target_start: Numbers) -> tuple[np.ndarray, ...]:
         return (np.maximum(num_tokens - 1, 0),)
 
@@ -31,6 +32,7 @@ class LeftToRight(Objective):
 class Causal(LeftToRight):
     """Every token from those before it (Radford et al. 2018)."""
 
+    @override
     def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
         return self.shifted(document.tokens)
 
@@ -42,9 +44,11 @@ class Prefix(LeftToRight):
     The prefix has at least one token and leaves at least one to predict; its length is drawn uniformly.
     """
 
+    @override
     def fields(self) -> tuple[str, ...]:
         return *super().fields(), "prefix"
 
+    @override
     def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
         example = self.shifted(document.tokens)
         index = np.arange(len(example["tokens"]))
@@ -57,10 +61,12 @@ class Prefix(LeftToRight):
 class Chat(LeftToRight):
     """Supervised fine-tuning: like Causal, with a loss at the tokens of answers (odd parts) alone."""
 
+    @override
     def check_parts(self, num_documents: int, num_parts: int) -> None:
         if num_parts < num_documents:
             raise UserError("Chat needs conversations, and there are texts: set fields and chat_template")
 
+    @override
     def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
         part = np.searchsorted(np.asarray(document.parts), np.arange(1, len(document.tokens)), side="right")
         return self.shifted(document.tokens) | as_example(weights=part % 2)
@@ -93,16 +99,20 @@ class BlankFilling(Objective):
     def __post_init__(self) -> None:
         noise.check_noise(self.noise_density, self.mean_span_length)
 
+    @override
     def special_tokens(self) -> tuple[str, ...]:
         return self.mask_token, self.start_token, self.end_token
 
+    @override
     def fields(self) -> tuple[str, ...]:
         return *super().fields(), "prefix", *(("block_positions",) if self.two_dimensional else ())
 
+    @override
     def lengths(self, num_tokens: Numbers, target_start: Numbers) -> tuple[np.ndarray, ...]:
         _, num_spans = noise.noise_counts(num_tokens, self.noise_density, self.mean_span_length)
         return (num_tokens + 2 * num_spans,)
 
+    @override
     def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
         mask, start, end = map(vocabulary.id, self.special_tokens())
         text = document.tokens

@@ -1,7 +1,7 @@
 """Objectives of encoders: masked tokens, and classes of texts."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, override
 
 import numpy as np
 
@@ -46,19 +46,24 @@ class MaskedLM(Objective):
         check_fraction("masked_fraction", self.masked_fraction)
 
     @property
+    @override
     def wants_other(self) -> bool:
         return self.next_sentence
 
+    @override
     def special_tokens(self) -> tuple[str, ...]:
         return self.mask_token, self.cls_token, self.sep_token
 
+    @override
     def fields(self) -> tuple[str, ...]:
         pair = ("token_types", "pair_targets", "pair_weights") if self.next_sentence else ()
         return *super().fields(), "prefix", *pair
 
+    @override
     def lengths(self, num_tokens: Numbers, target_start: Numbers) -> tuple[np.ndarray, ...]:
         return (num_tokens + (3 if self.next_sentence else 2),)
 
+    @override
     def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
         mask, cls, sep = map(vocabulary.id, self.special_tokens())
         a, b, follows = document.tokens, np.zeros(0, np.int64), True
@@ -121,12 +126,15 @@ class Classification(Objective):
         if len(set(self.labels)) < max(2, len(self.labels)):
             raise UserError(f"labels={','.join(self.labels)} must be two different ones or more")
 
+    @override
     def special_tokens(self) -> tuple[str, ...]:
         return self.cls_token, self.sep_token
 
+    @override
     def texts(self) -> tuple[str, ...]:
         return self.labels
 
+    @override
     def check(self, vocabulary: Vocabulary) -> None:
         super().check(vocabulary)
         written: dict[tuple[int, ...], str] = {}
@@ -137,15 +145,19 @@ class Classification(Objective):
                 raise UserError(f"the tokenizer writes the label {label!r} {like}: give labels that it tells apart")
             written[ids] = label
 
+    @override
     def check_parts(self, num_documents: int, num_parts: int) -> None:
         check_pairs("Classification", "a text and a label", "text,label", num_documents, num_parts)
 
+    @override
     def fields(self) -> tuple[str, ...]:
         return "tokens", "class_targets", "weights", "positions"
 
+    @override
     def lengths(self, num_tokens: Numbers, target_start: Numbers) -> tuple[np.ndarray, ...]:
         return (target_start + 2,)
 
+    @override
     def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
         self.check_parts(1, len(document.parts))
         start = int(document.parts[0])

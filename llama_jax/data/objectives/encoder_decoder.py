@@ -1,7 +1,7 @@
 """Objectives of encoder-decoders: a target from a source."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, override
 
 import numpy as np
 
@@ -29,11 +29,13 @@ class SequenceToSequence(Objective):
         if self.source_length < 1:
             raise UserError(f"source_length={self.source_length} must be at least 1")
 
+    @override
     def check(self, vocabulary: Vocabulary) -> None:
         super().check(vocabulary)
         vocabulary.boundary(self.start_token)
         vocabulary.boundary("eos")
 
+    @override
     def fields(self) -> tuple[str, ...]:
         return *super().fields(), "source_tokens", "source_positions"
 
@@ -66,12 +68,15 @@ class ParallelText(SequenceToSequence):
     start_token: Boundary = "bos"
     divisible: ClassVar[bool] = False
 
+    @override
     def check_parts(self, num_documents: int, num_parts: int) -> None:
         check_pairs("ParallelText", "a source and a target", "en,de", num_documents, num_parts)
 
+    @override
     def lengths(self, num_tokens: Numbers, target_start: Numbers) -> tuple[np.ndarray, ...]:
         return num_tokens - target_start + 1, target_start + 1
 
+    @override
     def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
         self.check_parts(1, len(document.parts))
         start = int(document.parts[0])
@@ -104,13 +109,16 @@ class SpanCorruption(SequenceToSequence):
         if self.num_sentinels < 1:
             raise UserError(f"num_sentinels={self.num_sentinels} must be at least 1")
 
+    @override
     def special_tokens(self) -> tuple[str, ...]:
         return tuple(f"<extra_id_{i}>" for i in range(self.num_sentinels))
 
+    @override
     def lengths(self, num_tokens: Numbers, target_start: Numbers) -> tuple[np.ndarray, ...]:
         num_noise, num_spans = self._counts(num_tokens)
         return num_noise + num_spans + 1, num_tokens - num_noise + num_spans + 1
 
+    @override
     def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
         text = document.tokens
         num_noise, num_spans = (int(x[0]) for x in self._counts(np.array([len(text)])))
@@ -159,13 +167,16 @@ class Denoising(SequenceToSequence):
         super().__post_init__()
         noise.check_noise(self.noise_density, self.mean_span_length)
 
+    @override
     def special_tokens(self) -> tuple[str, ...]:
         return (self.mask_token,)
 
+    @override
     def lengths(self, num_tokens: Numbers, target_start: Numbers) -> tuple[np.ndarray, ...]:
         num_noise, num_spans = noise.noise_counts(num_tokens, self.noise_density, self.mean_span_length)
         return num_tokens + 1, num_tokens - num_noise + num_spans + 1
 
+    @override
     def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
         text = document.tokens
         counts = noise.noise_counts(np.array([len(text)]), self.noise_density, self.mean_span_length)

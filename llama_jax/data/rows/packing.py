@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import get_args, override
 
 import numpy as np
 
@@ -118,6 +118,7 @@ class PackedRows(Rows):
         self.num_rows, self.num_tokens, self.num_dropped = len(index.rows) - 1, index.num_tokens, index.num_dropped
         self.num_positions = self.num_rows * sum(packer.capacity)
 
+    @override
     def read(self, places: Sequence[tuple[int, int]]) -> HostBatch:
         objective, length = self._packer.objective, self._packer.sequence_length
         batch = empty_batch(objective, len(places), length)

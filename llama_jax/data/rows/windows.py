@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Sequence
+from typing import override
 
 import numpy as np
 
@@ -44,6 +45,7 @@ class WindowRows(Rows):
         self.num_positions = self.num_rows * sequence_length
         self.num_tokens = min(self.num_positions, num_targets)
 
+    @override
     def read(self, places: Sequence[tuple[int, int]]) -> HostBatch:
         shape = len(places), self._length + 1
         tokens, sizes = np.zeros(shape, np.int32), np.zeros((len(places), 1), np.int64)
