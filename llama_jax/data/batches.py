@@ -58,6 +58,8 @@ class Batches:
         places = self.places(step)
         numbers = sorted({source for source, _, _ in places})
         parts = [self._sources[i].read([(e, r) for source, e, r in places if source == i]) for i in numbers]
+        if len(parts) == 1:
+            return parts[0]
         # The parts have the rows source by source: back into the order of the places.
         order = np.argsort(np.argsort([source for source, _, _ in places], kind="stable"))
         return {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
