@@ -12,7 +12,7 @@ from llama_jax.data.objectives.decoder import Causal
 
 Split = Literal["train", "validation"]
 Packing = Literal["cut", "best_fit"]
-ONLY = "data"  # the name of a run's source that is no mixture's
+ONLY = "data"  # name of the source of a run without a mixture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class DataConfig:
       and hf://NAME[/CONFIG]:SPLIT.
     exclude: patterns as in the shell of files to leave out, matched with the path and with its part below `path`.
     fields: names of the fields of a record that have the text, the token ids or the messages; several are a document's
-      parts, in order; a number that is no first part (a class) is read as its digits.
+      parts, in order; a number in another part than the first (a class) is read as its digits.
     document_chars: longer documents are cut at line ends into documents of about so many characters; None cuts none.
     max_record_bytes: longer lines, records and whole files are bad records.
     max_bad_records: more bad records (not UTF-8, without a field...) than this are an error; none allows any number.
@@ -134,10 +134,10 @@ class DataConfig:
 
     def _check_sources(self) -> None:
         if self.sources and self.path:
-            raise UserError("path and sources are both given: put the path into a source of its own")
+            raise UserError("path and sources are both given: make the path a source")
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
-            raise UserError(f"sources are called {', '.join(names)}: give each a name of its own")
+            raise UserError(f"sources are called {', '.join(names)}: give each another name")
         if self.sources and not any(source.share or source.epochs for source in self.sources):
             raise UserError("sources all have the share 0: give one of them more")
         if self.stages and not self.sources:
@@ -145,7 +145,7 @@ class DataConfig:
         if not self.stages:
             return
         if any(source.epochs is not None for source in self.sources):
-            raise UserError("stages change shares, and a source says epochs: give all sources shares")
+            raise UserError("stages change shares, and a source has epochs: give all sources shares")
         steps = [stage.start_step for stage in self.stages]
         if steps[0] < 1 or steps != sorted(set(steps)):
             raise UserError(

@@ -355,14 +355,14 @@ def test_wrong_mixtures(folder, tokenizer):
     one = Source("a", ("x",), share=1.0)
     for options, message in (
         ({"path": ("y",), "sources": (one,)}, "path and sources are both given"),
-        ({"sources": (one, one)}, "give each a name of its own"),
+        ({"sources": (one, one)}, "give each another name"),
         ({"sources": (dataclasses.replace(one, share=0.0),)}, "all have the share 0"),
         ({"sources": (one,), "stages": (Stage(0, (1.0,)),)}, "must be after 0"),
         ({"stages": (Stage(3, ()),)}, "there are none: give sources"),
         ({"fields": ("",)}, "must name one field"),
         ({"sources": (one,), "stages": (Stage(1, (1.0, 2.0)),)}, "give each of the 1 sources one"),
         ({"sources": (one,), "stages": (Stage(1, (-1.0,)),)}, "0 or more"),
-        ({"sources": (Source("a", ("x",), epochs=1.0),), "stages": (Stage(1, (1.0,)),)}, "a source says epochs"),
+        ({"sources": (Source("a", ("x",), epochs=1.0),), "stages": (Stage(1, (1.0,)),)}, "a source has epochs"),
     ):
         with pytest.raises(UserError, match=message):
             DataConfig(**{"path": (), **options})

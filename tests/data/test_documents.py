@@ -188,7 +188,7 @@ def test_wrong_inputs(tmp_path: Path):
         ("*.nothing", {}, "no glob that matches"),
         ("hollow", {}, "no directory with files"),
         ("b.txt", {"exclude": ("*",)}, "leaves no file"),
-        ("d.jsonl", {"fields": ("txt",)}, "line 1 of .* lacks a field .'txt'; it has text, body: set fields.*mend it"),
+        ("d.jsonl", {"fields": ("txt",)}, "line 1 of .* lacks a field .'txt'; it has text, body: set fields.*repair"),
         ("broken.jsonl", {}, "line 2 of .* is not JSON"),
         ("half.jsonl", {}, "line 2 of .* has half a surrogate pair"),
         ("sub/picture.png", {}, "picture.png' is not UTF-8.*max_bad_records"),

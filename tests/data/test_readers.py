@@ -231,7 +231,7 @@ def test_hugging_face_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert texts_of(found) == TEXTS
     assert found[-1].where == f"row 3 of file 2 of 'hf://{folder}:train'"
     assert ids_of(list(read_unit(Unit(file, 0, 2), DataConfig(path=config.path, fields=("tokens",))))) == IDS[:2]
-    with pytest.raises(UserError, match="must say its split"):
+    with pytest.raises(UserError, match="must name its split"):
         read("hf://some/dataset")
     with pytest.raises(UserError, match="cannot be read"):
         read(f"hf://{tmp_path}/absent:train")

@@ -61,7 +61,7 @@ def _find_local(entry: str) -> Found:
         return {str(top): CorpusFile(str(top), status.st_size, True, str(status.st_mtime_ns))}, False
     if top.is_symlink() and not top.exists():
         raise UserError(
-            f"path '{entry}' is a link to '{os.readlink(top)}', which is not there: mend it or leave it out"
+            f"path '{entry}' is a link to '{os.readlink(top)}', which is not there: repair it or leave it out"
         )
     is_directory, pattern = top.is_dir(), Pattern()
     if not is_directory:

@@ -14,7 +14,7 @@ from llama_jax.data.readers.opening import is_left_out
 class Pattern:
     """A glob's parts below a directory; without parts, the directory with all below it.
 
-    As in the shell, `*` stays within a part, `**` is any number of directories, and a directory that matches stands for
+    As in the shell, `*` stays within a part, `**` is any number of directories, and a directory that matches takes
     all below it. A name that is left out matches only a part that is itself such a name (`.*`, `*.bak`).
     """
 
@@ -60,7 +60,10 @@ def split_glob(parts: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A file that was found, with its size in bytes and its time; `problem` is the reason why it cannot be read."""
+    """A file that was found, with its size in bytes and its time; `problem` is the reason why it cannot be read.
+
+    Problems are hashed with the corpus's files: their words must not change.
+    """
 
     path: Path
     size: int = 0

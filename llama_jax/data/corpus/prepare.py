@@ -109,7 +109,7 @@ def prepare_shards(
 
 
 def _open(maker: ShardMaker, content_hash: str) -> Corpus | None:
-    """Return the corpus that is there, or None where there is none, another, or one whose files are not whole."""
+    """Return the corpus that is there, or None where it is missing, another one, or not whole."""
     try:
         corpus = Corpus(maker.directory, maker.config)
     except (OSError, ValueError, KeyError):

@@ -1,4 +1,4 @@
-"""What objectives take and make: documents, vocabularies, examples; and their base class."""
+"""Base of the objectives, and its types: documents, vocabularies, examples."""
 
 import dataclasses
 import functools
@@ -76,7 +76,7 @@ class Vocabulary:
         )
 
     def id(self, name: str) -> int:
-        """Return the id of a special token. Raises UserError where there is none of that name."""
+        """Return the id of a special token. Raises UserError for a name without a token."""
         return special_id(self.special, name)
 
     def boundary(self, which: Boundary) -> int:
@@ -108,7 +108,7 @@ class Vocabulary:
 
 
 def special_id(special: Mapping[str, int], name: str) -> int:
-    """Return the id of a special token. Raises UserError where there is none of that name."""
+    """Return the id of a special token. Raises UserError for a name without a token."""
     if name not in special:
         raise UserError(
             f"the tokenizer has no special token {name!r}: train it with special_tokens that name it, or use a "

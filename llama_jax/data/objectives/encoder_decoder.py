@@ -144,7 +144,7 @@ class SpanCorruption(SequenceToSequence):
 class Denoising(SequenceToSequence):
     """The whole text, from one with holes and its sentences in another order (Lewis et al. 2020, section 2.2).
 
-    One mask stands for each span, also for one of no tokens. Spans have Poisson many tokens, conditioned on their sum:
+    One mask replaces each span, also one of no tokens. Spans have Poisson many tokens, conditioned on their sum:
     a multinomial distribution over a number of spans that follows from the text's length. A sentence ends after a full
     stop, a question mark or an exclamation mark that is one token.
 

@@ -19,7 +19,15 @@ from llama_jax.data.readers import records
 from llama_jax.data.readers.binary import read_array_record, read_tokens
 from llama_jax.data.readers.json_file import read_json
 from llama_jax.data.readers.opening import OtherContentError, members, packing_of
-from llama_jax.data.readers.records import EMPTY_PART, BadRecord, CorpusFile, Item, Record, SkippedFile, Unit
+from llama_jax.data.readers.records import (
+    EMPTY_PART,
+    BadRecord as BadRecord,
+    CorpusFile,
+    Item,
+    Record as Record,
+    SkippedFile as SkippedFile,
+    Unit as Unit,
+)
 from llama_jax.data.readers.tables import is_dataset, read_arrow, read_dataset, read_parquet
 from llama_jax.data.readers.text import cut, read_delimited, read_jsonl, read_text
 from llama_jax.remote import is_remote
@@ -117,7 +125,7 @@ def units_by_shard(files: Sequence[CorpusFile], config: DataConfig) -> list[list
 def read_unit(unit: Unit, config: DataConfig, separators: Sequence[int] = ()) -> Iterator[Item]:
     """Yield all records of a unit, in order, without the empty ones.
 
-    `separators` are the ids that stand between documents in files of tokens. Raises UserError for a damaged file, and
+    `separators` are the ids between documents in files of tokens. Raises UserError for a damaged file, and
     for one that was named and is of a kind that is not read; one that was only found is skipped.
     """
     file = unit.file

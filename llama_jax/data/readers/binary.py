@@ -24,7 +24,7 @@ BATCH_RECORDS = 64
 
 
 def read_tokens(unit: Unit, config: DataConfig, separators: Sequence[int]) -> Iterator[Item]:
-    """Yield the documents between two separators (ids that stand before or after each) that begin in the unit.
+    """Yield the documents between two separators (ids before or after each) that begin in the unit.
 
     The type of the ids is that of llm.c's header, or 16 bits without one (nanoGPT). Empty documents are left out.
     """
@@ -71,11 +71,11 @@ def _layout(head: bytes, unit: Unit) -> tuple[int, np.dtype, int]:
     magic, version, count = struct.unpack_from("<3i", head) if len(head) >= 12 else (0, 0, 0)
     if (kind := DTYPES.get((magic, version))) is None:
         if size % 2:
-            raise UserError(f"'{path}' is no file of 16-bit token ids: it has an odd number of bytes")
+            raise UserError(f"'{path}' is not a file of 16-bit token ids: it has an odd number of bytes")
         return 0, np.dtype("<u2"), size // 2
     dtype = np.dtype(kind)
     if size != HEADER + count * dtype.itemsize:
-        raise UserError(f"'{path}' is damaged: its header says {count} tokens and its size another number")
+        raise UserError(f"'{path}' is damaged: its header has {count} tokens, which its size does not fit")
     return HEADER, dtype, count
 
 

@@ -1,4 +1,4 @@
-"""Files opened as what they hold: decompressed, unpacked, and refused where the content is no text."""
+"""Files opened by their kind: decompressed, unpacked, and refused where the content is not text."""
 
 import bz2
 import contextlib

@@ -129,7 +129,7 @@ def _parse(entry: str) -> tuple[str, str | None, str]:
     """Return (name, config or None, split) of an entry."""
     name, colon, split = entry.removeprefix("hf://").rpartition(":")
     if not colon or not name or not split:
-        raise UserError(f"path '{entry}' must say its split: hf://NAME[/CONFIG]:SPLIT")
+        raise UserError(f"path '{entry}' must name its split: hf://NAME[/CONFIG]:SPLIT")
     user, *rest = name.split("/")
     if not user or name.startswith("."):  # a folder on disk
         return name, None, split

@@ -32,7 +32,7 @@ _REST = "the rows behind it are left out"
 def lines_of(content: io.BufferedIOBase, unit: Unit, limit: int) -> Iterator[tuple[int, bytes | None]]:
     """Yield (first byte, line with its end) of the lines that begin in the unit's bytes; None for one over `limit`.
 
-    Only a newline ends a line, whatever Unicode says; no line is held that is longer than `limit`.
+    Only a newline ends a line, in spite of Unicode's other ones; a line longer than `limit` is not held.
     """
     begin, end = unit.range_of(unit.file.size) if unit.count > 1 else (0, None)
     if begin:

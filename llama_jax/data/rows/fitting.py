@@ -1,4 +1,4 @@
-"""Which pieces of which documents share a row."""
+"""Documents fitted into rows: the pieces that share each row."""
 
 import dataclasses
 from collections.abc import Sequence
