@@ -8,7 +8,8 @@ from markdown_table import markdown
 
 from llama_jax import zoo
 from llama_jax.checkpoint import generation
-from llama_jax.data.readers import opening, records
+from llama_jax.data import readers
+from llama_jax.data.readers import opening
 from llama_jax.tokenizers import settings
 from llama_jax.tokenizers.loading import FILE_NAMES
 from llama_jax.zoo import known_keys
@@ -107,7 +108,7 @@ def tokenizer_classes() -> str:
 
 def text_files() -> str:
     """Return the kinds of text files by name."""
-    rows = [(kind.replace("_", " "), _code([pattern.pattern])) for pattern, kind in records.KINDS]
+    rows = [(kind.name.replace("_", " "), _code([kind.pattern])) for kind in readers.KINDS]
     return markdown("kind|names (patterns, in any case); all others are text", rows)
 
 
