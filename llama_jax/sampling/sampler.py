@@ -171,7 +171,7 @@ def _argmax(x: Logits) -> Int[Array, " b"]:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PlainFunction:
+class _PlainFunction:
     """A control that is no pytree: part of the compiled program."""
 
     function: Control = dataclasses.field(metadata=STATIC)
@@ -183,12 +183,12 @@ class PlainFunction:
 def _traceable(control: Control) -> Control:
     if not callable(control):
         raise UserError(f"controls has {control!r}: give functions of logits and of what is written")
-    return PlainFunction(control) if jax.tree_util.all_leaves([control]) else control
+    return _PlainFunction(control) if jax.tree_util.all_leaves([control]) else control
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class RepetitionPenalty:
+class _RepetitionPenalty:
     """Make tokens that are in the text less probable (Keskar et al. 2019)."""
 
     penalty: Number
@@ -201,7 +201,7 @@ class RepetitionPenalty:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class NoRepeat:
+class _NoRepeat:
     """Forbid tokens that would complete a sequence of `size` tokens a second time (Paulus et al. 2017)."""
 
     size: int = dataclasses.field(metadata=STATIC)
@@ -218,7 +218,7 @@ class NoRepeat:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class BadSequences:
+class _BadSequences:
     """Forbid the `last` token [N] of a sequence whose others, [N, size], are at the end of the text."""
 
     size: int = dataclasses.field(metadata=STATIC)
@@ -250,7 +250,7 @@ def _marked(ids: Int[Array, "b n"], where: Bool[Array, "b n"], size: int) -> Boo
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Forbidden:
+class _Forbidden:
     """Forbid `tokens` [V] (true) always."""
 
     tokens: TokenMask
@@ -261,7 +261,7 @@ class Forbidden:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ForbiddenBefore:
+class _ForbiddenBefore:
     """Forbid `tokens` [V] (true) in texts of less than `length` tokens, and before `new` new ones."""
 
     tokens: TokenMask
@@ -275,7 +275,7 @@ class ForbiddenBefore:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ForbiddenFirst:
+class _ForbiddenFirst:
     """Forbid `tokens` [V] (true) as the first new one; after a single token whose next is forced, as the second."""
 
     tokens: TokenMask
@@ -288,7 +288,7 @@ class ForbiddenFirst:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ForcedSecond:
+class _ForcedSecond:
     """Allow only `tokens` [V] (true) after a single token."""
 
     tokens: TokenMask
@@ -299,7 +299,7 @@ class ForcedSecond:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ForcedLast:
+class _ForcedLast:
     """Allow only `tokens` [V] (true) as the new one number `count`."""
 
     tokens: TokenMask
@@ -335,27 +335,27 @@ def controls_of(settings: GenerationSettings, vocab_size: int, max_new_tokens: i
 
     controls: list[Control] = []
     if settings.repetition_penalty != 1:
-        controls.append(RepetitionPenalty(settings.repetition_penalty))
+        controls.append(_RepetitionPenalty(settings.repetition_penalty))
     if settings.no_repeat_ngram_size:
-        controls.append(NoRepeat(settings.no_repeat_ngram_size))
+        controls.append(_NoRepeat(settings.no_repeat_ngram_size))
     words = [word for word in settings.bad_words_ids if not (len(word) == 1 and word[0] in settings.eos_ids)]
     mask("bad_words_ids", (i for word in words for i in word))  # longer ones are checked too
     if singles := [word[0] for word in words if len(word) == 1]:
-        controls.append(Forbidden(mask("bad_words_ids", singles)))
+        controls.append(_Forbidden(mask("bad_words_ids", singles)))
     for size in sorted({len(word) - 1 for word in words} - {0}):
         rows = np.array([word for word in words if len(word) == size + 1], np.int32)
-        controls.append(BadSequences(size, rows[:, :-1], rows[:, -1]))
+        controls.append(_BadSequences(size, rows[:, :-1], rows[:, -1]))
     if settings.eos_ids and (settings.min_length or settings.min_new_tokens):
         known = [i for i in settings.eos_ids if i < vocab_size]
-        controls.append(ForbiddenBefore(mask("eos_token_id", known), settings.min_length, settings.min_new_tokens))
+        controls.append(_ForbiddenBefore(mask("eos_token_id", known), settings.min_length, settings.min_new_tokens))
     forced = settings.forced_bos_id
     if forced is not None:
-        controls.append(ForcedSecond(mask("forced_bos_token_id", [forced])))
+        controls.append(_ForcedSecond(mask("forced_bos_token_id", [forced])))
     if settings.forced_eos_ids:
-        controls.append(ForcedLast(mask("forced_eos_token_id", settings.forced_eos_ids), max_new_tokens))
+        controls.append(_ForcedLast(mask("forced_eos_token_id", settings.forced_eos_ids), max_new_tokens))
     if settings.suppress_tokens:
-        controls.append(Forbidden(mask("suppress_tokens", settings.suppress_tokens)))
+        controls.append(_Forbidden(mask("suppress_tokens", settings.suppress_tokens)))
     if settings.begin_suppress_tokens:
         tokens = mask("begin_suppress_tokens", settings.begin_suppress_tokens)
-        controls.append(ForbiddenFirst(tokens, forced is not None))
+        controls.append(_ForbiddenFirst(tokens, forced is not None))
     return tuple(controls)

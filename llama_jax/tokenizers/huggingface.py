@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 import tokenizers
 from tokenizers import AddedToken, Regex, pre_tokenizers
@@ -113,12 +113,15 @@ class HuggingFaceTokenizer(Tokenizer):
         token = self._added.get(token_id)
         return token is not None and token.special
 
+    @override
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([i for i in map(self.check_id, map(int, ids)) if not self.is_silent(i)])
 
+    @override
     def stream(self) -> TextStream:
         return _DecoderStream(self, self._tokenizer)
 
+    @override
     def export_files(self) -> dict[str, bytes]:
         data = json.loads(self._tokenizer.to_str())
         data["pre_tokenizer"] = None if self._splitting is None else json.loads(self._splitting.__getstate__())

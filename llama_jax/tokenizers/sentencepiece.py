@@ -9,7 +9,7 @@ import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 import sentencepiece
 import tokenizers
@@ -110,9 +110,11 @@ class SentencePieceTokenizer(Tokenizer):
         model.normalizer_spec.add_dummy_prefix = False
         return _processor(model.SerializeToString())
 
+    @override
     def stream(self) -> "_PieceStream":
         return _PieceStream(self)
 
+    @override
     def export_files(self) -> dict[str, bytes]:
         data = sentencepiece_json(self._model, self._added, prefixes_first_only=self._prefixes_first_only)
         return exported(self, data, self._settings)
