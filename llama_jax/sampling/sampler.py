@@ -172,7 +172,7 @@ def _argmax(x: Logits) -> Int[Array, " b"]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _PlainFunction:
-    """A control that is no pytree: part of the compiled program."""
+    """A control that is not a pytree: part of the compiled program."""
 
     function: Control = dataclasses.field(metadata=STATIC)
 
@@ -182,7 +182,7 @@ class _PlainFunction:
 
 def _traceable(control: Control) -> Control:
     if not callable(control):
-        raise UserError(f"controls has {control!r}: give functions of logits and of what is written")
+        raise UserError(f"controls has {control!r}: give functions of logits and of the rows written so far")
     return _PlainFunction(control) if jax.tree_util.all_leaves([control]) else control
 
 

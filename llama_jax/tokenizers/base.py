@@ -164,7 +164,7 @@ class Tokenizer(abc.ABC):
     def fingerprint(self) -> str:
         """SHA-256 of the files' names and contents, equal only for tokenizers that give documents the same ids.
 
-        The rule of prompts and chat templates (in files of their own) are left out.
+        The rule of prompts and .jinja files of chat templates are left out.
         """
         digest = hashlib.sha256()
         for name, content in sorted(self.files.items()):

@@ -44,7 +44,7 @@ class TokenizerConfig:
 
 
 def check_training(kind: str, vocab_size: int, special_tokens: Sequence[str]) -> None:
-    """Raise UserError for a tokenizer that cannot be trained, whatever the texts are."""
+    """Raise UserError for a tokenizer that cannot be trained on any texts."""
     if kind not in KINDS:
         raise UserError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
     for name in special_tokens:

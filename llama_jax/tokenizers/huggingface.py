@@ -13,14 +13,14 @@ from tokenizers import AddedToken, Regex, pre_tokenizers
 from llama_jax.tokenizers.base import TextStream, Tokenizer
 from llama_jax.tokenizers.settings import KEYS, Settings, exported, guess
 
-# Names that these tokens usually have, tried where a file stands alone and no setting names them.
+# Usual names of these tokens, tried where no setting names one.
 GUESSED = {
     "bos_token": ("<s>", "<|begin_of_text|>", "<bos>", "[CLS]", "<|endoftext|>"),
     "eos_token": ("</s>", "<|end_of_text|>", "<eos>", "[SEP]", "<|endoftext|>"),
     "pad_token": ("<pad>", "[PAD]", "<|finetune_right_pad_id|>"),
     "unk_token": ("<unk>", "[UNK]"),
 }
-# Ends of a chat turn end a generated text too, whatever EOS is.
+# Ends of a chat turn end a generated text too, in addition to EOS.
 TURN_END_NAMES = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<end_of_turn>")
 
 
@@ -70,7 +70,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return None if name is None else self._tokenizer.token_to_id(name)
 
     def _unknown(self) -> int | None:
-        if (name := self._settings.said("unk_token")) is not None:
+        if (name := self._settings.from_files("unk_token")) is not None:
             return self._tokenizer.token_to_id(name)
         # Unigram models do not name it; byte-level models have none.
         model = self._tokenizer.model
@@ -241,7 +241,7 @@ class _DecoderStream(TextStream):
         # Any other decoder may change all the text until its end.
         self._waits_for_end = not (fused or kinds == ["ByteLevel"] or LOCAL.issuperset(kinds))
         self._has_bytes = "ByteFallback" in kinds
-        # Ends of a text that is not certain: an incomplete character, and what is stripped at the end of the whole.
+        # Ends of a text that is not certain: an incomplete character, and text that is stripped from the end of all.
         tails = (part["content"] for part in parts if fused and part["type"] == "Strip" and part["stop"])
         self._uncertain = ("\ufffd", *tails)
 

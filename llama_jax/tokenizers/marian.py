@@ -19,7 +19,7 @@ class MarianTokenizer(Tokenizer):
     """Source text to ids, ids to target text, as in transformers' MarianTokenizer.
 
     A text may begin with the name of its target language, as ">>fra<<". `files` are those of a Marian model, by name.
-    Text encoded is source text; what is decoded may be of either language. Raises ValueError for a damaged vocabulary,
+    Encoded text is source text; decoded text may be of either language. Raises ValueError for a damaged vocabulary,
     RuntimeError for a damaged SentencePiece model.
     """
 
@@ -61,7 +61,7 @@ class MarianTokenizer(Tokenizer):
         return _Stream(self)
 
     def text_of(self, token_id: int) -> str:
-        """Return what the token writes, spaces at both ends of a text included; nothing for a special token."""
+        """Return the text of a token, also spaces at both ends of a text; nothing for a special token."""
         piece = self._texts.get(self.check_id(token_id), "")
         return "" if piece in self.special_tokens else piece.replace(SPACE, " ")
 
@@ -97,7 +97,7 @@ def _language(text: str) -> tuple[str, str]:
 
 
 def marian_tokenizer(path: Path, content: bytes, settings: Settings) -> MarianTokenizer | None:
-    """Return the tokenizer of `path` and the files beside it; None for a file of another kind.
+    """Return the tokenizer of `path` and the files next to it; None for a file of another kind.
 
     Raises ValueError for a missing or damaged file.
     """

@@ -207,7 +207,7 @@ def _added(pieces: Sequence[Any], settings: Settings) -> dict[int, Added]:
 def _named(settings: Settings, key: str, ids: Mapping[str, int], token_id: int) -> int | None:
     """Return the id of the token that `settings` name under `key`, the model's own `token_id` where they do not."""
     if key in settings.config or key in settings.special_map:
-        name = settings.said(key)
+        name = settings.from_files(key)
         return None if name is None else ids.get(name)
     return None if token_id < 0 else token_id
 

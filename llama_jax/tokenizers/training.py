@@ -20,7 +20,7 @@ from llama_jax.tokenizers.settings import Settings
 from llama_jax.tokenizers.vocabularies import byte_level_bpe, whitespace, wordpiece
 
 COVERAGE = 0.99995  # of the characters; rare ones are left to bytes, or unknown
-# What regular expressions and Rust call white space (Unicode's White_Space; Python's \s has four more).
+# White space of regular expressions and of Rust (Unicode's White_Space; Python's \s has four more).
 SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 # Pre-tokens of GPT-2 never cross these, and cut one by one they are cut as in the whole text.
 GPT2_CHUNK = re.compile(rf" ?[^{SPACES}]+|[{SPACES}]+(?![^{SPACES}])|[{SPACES}]+")
