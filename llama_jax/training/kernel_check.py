@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.models import Compute, ModelConfig, abstract_params
+from llama_jax.models import Compute, ModelConfig, abstract_params, assemble
 from llama_jax.nn import AttentionMask, Call, attend, calls_of_attend, choose, unzigzag, zigzag
 from llama_jax.parallel import axes_of, mesh_axis_sizes, replicate, shard
-from llama_jax.training.step import Batch, predict
+from llama_jax.training.step import BatchArrays, model_batch
 
 # Scores that the reference may hold on a device at a time; where its all would be more, it goes by blocks of queries.
 SCORES = 1 << 26
@@ -30,7 +30,7 @@ class Agreement:
     errors: dict[str, float]
 
 
-def preflight(config: ModelConfig, compute: Compute, batch: Batch) -> list[Agreement]:
+def preflight(config: ModelConfig, compute: Compute, batch: BatchArrays) -> list[Agreement]:
     """Compares each kind of attention that the model calls with the float32 reference, forward and gradients.
 
     Same shapes, dtype, mask and sharding as a train step of this batch on the current mesh; the values are random, and
@@ -60,12 +60,13 @@ def tolerance(dtype: Any) -> float:
     return 4 * eps if eps > 1e-4 else 100 * eps
 
 
-def attention_calls(config: ModelConfig, compute: Compute, batch: Batch) -> list[Call]:
+def attention_calls(config: ModelConfig, compute: Compute, batch: BatchArrays) -> list[Call]:
     """The different calls of `attend` in a forward pass of the batch; nothing is computed."""
 
-    def hidden(params: Any, batch: Batch) -> list[jax.Array]:
+    def hidden(params: Any, batch: BatchArrays) -> list[jax.Array]:
         key = jax.random.key(0) if config.is_random else None
-        predictions, _ = predict(params, batch, config, dataclasses.replace(compute, remat="none"), key=key)
+        model = assemble(config, params, dataclasses.replace(compute, remat="none"))
+        predictions, _ = model.predictions(model_batch(batch, config), key=key)
         return [prediction.hidden for prediction in predictions]
 
     with calls_of_attend() as calls:

@@ -15,7 +15,7 @@ from llama_jax.parallel import make_mesh, shard
 from llama_jax.training import AdamW, init_state, kernel_check as module, make_train_step
 from llama_jax.training.kernel_check import PreflightFailed, preflight
 from llama_jax.training.losses import cross_entropy
-from llama_jax.training.step import in_one_row, losses
+from llama_jax.training.step import losses, model_batch
 
 ROWS, LENGTH, SOURCE_LENGTH = 4, 20, 12
 
@@ -48,7 +48,7 @@ def test_a_source_and_its_target_in_one_row(tiny_config):
         "segment_ids": [[1, 2, 2, 0]], "positions": [[0, 0, 1, 0]], "token_types": [[7, 7, 7, 7]],
         "source_tokens": [[20, 21, 22, 0]], "source_segment_ids": [[1, 1, 2, 0]], "source_positions": [[0, 1, 0, 0]],
     }  # fmt: skip
-    row = in_one_row({name: jnp.asarray(x) for name, x in batch.items()}, tiny_config)
+    row = model_batch({name: jnp.asarray(x) for name, x in batch.items()}, tiny_config)
     assert {name: x.tolist() for name, x in row.items()} == {
         "tokens": [[20, 21, 22, 0, 10, 11, 12, 0]],
         "targets": [[0, 0, 0, 0, 11, 12, 13, 0]],
