@@ -8,7 +8,7 @@ BIN := .venv/bin
 # A file's tests stay together: they share fixtures.
 PARALLEL := -n 2 --dist loadfile
 
-.PHONY: install test test-slow lint demo
+.PHONY: install test test-slow lint docs demo
 
 install: .venv/installed
 
@@ -38,6 +38,11 @@ test: lint
 
 test-slow: install
 	$(BIN)/pytest -m slow $(PARALLEL)
+
+# Guides and API reference as a site, in .cache/site; any warning is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "open .cache/site/index.html, or serve it: $(BIN)/python -m mkdocs serve"
 
 # A small Llama on the interpreter's own standard library, then what it writes.
 demo: .venv/library

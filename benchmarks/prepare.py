@@ -24,15 +24,15 @@ ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "LLAM
 os.environ.update(ONE_THREAD)  # before the libraries are loaded
 
 from llama_jax.data import DataConfig  # noqa: E402
-from llama_jax.data.files import find_files  # noqa: E402
-from llama_jax.data.readers import Unit, plan_shards  # noqa: E402
-from llama_jax.data.shards import BATCH_CHARS, ShardSet, make_shard  # noqa: E402
-from llama_jax.data.workers import make_shards  # noqa: E402
+from llama_jax.data.corpus.files import find_files  # noqa: E402
+from llama_jax.data.corpus.shards import BATCH_CHARS, ShardSet, make_shard  # noqa: E402
+from llama_jax.data.corpus.workers import make_shards  # noqa: E402
+from llama_jax.data.readers.records import Unit, units_by_shard  # noqa: E402
 from llama_jax.tokenizers import Tokenizer, load_tokenizer  # noqa: E402
 
 
 def sample(sources: list[Path], size: int, file: Path) -> list[str]:
-    """Writes about `size` bytes of documents of 5 to 200 lines into the JSONL `file`; returns their texts."""
+    """Write about `size` bytes of documents of 5 to 200 lines into the JSONL `file`; returns their texts."""
     rng, texts, written = random.Random(0), [], 0
     lines = [path.read_text(errors="replace").splitlines(keepends=True) for path in sources]
     lines = [each for each in lines if len(each) > 5]
@@ -58,7 +58,7 @@ def batches(texts: list[str]) -> Iterator[list[str]]:
 
 
 def library(tokenizer: Tokenizer) -> Callable[[list[str]], object]:
-    """The library's own batch encode, in one thread."""
+    """Run the library's own batch encode, in one thread."""
     inner = getattr(tokenizer, "_tokenizer", None)
     if inner is not None:
         return lambda texts: [e.ids for e in inner.encode_batch_fast(texts, add_special_tokens=False)]
@@ -73,7 +73,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def peak() -> int:
-    """The most memory that this process' only child has held so far, in KiB (Linux)."""
+    """Return the most memory that this process' only child has held so far, in KiB (Linux)."""
     (child,) = (pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split())
     (line,) = (line for line in Path(f"/proc/{child}/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1])
@@ -81,7 +81,7 @@ def peak() -> int:
 
 def one_shard(path: Path) -> tuple[DataConfig, list[Unit]]:
     config = DataConfig(path=(str(path),))
-    return config, [unit for shard in plan_shards(find_files(config), config) for unit in shard]
+    return config, [unit for shard in units_by_shard(find_files(config), config) for unit in shard]
 
 
 def main() -> None:

@@ -101,7 +101,7 @@ def take_turn(worker: Worker, work: dict, steps: int) -> Turn:
 
 
 def same_work(work: dict, setups: dict[str, dict], rounds: list[dict[str, Turn]]) -> str | None:
-    """What differs in the peers' parameter counts, losses or tokens; None where they computed the same."""
+    """Return the differences in the peers' parameter counts, losses or tokens; None where they computed the same."""
     counts = {name: setup["parameters"] for name, setup in setups.items()}
     if len(set(counts.values())) > 1:
         return f"parameter counts differ: {counts}"
@@ -186,7 +186,7 @@ def show(title: str, outcome: dict, console: Console) -> None:
 
 
 def main(description: str, works: dict[str, dict], steps: int) -> None:
-    """The command line of a benchmark; exits with 1 where the peers computed different things."""
+    """Run the command line of a benchmark; exits with 1 where the peers computed different things."""
     parser = argparse.ArgumentParser(
         description=description, epilog="A peer whose interpreter is not given is left out. See benchmarks/README.md."
     )

@@ -2,10 +2,10 @@
 
 python train.py chatglm2_6b --data.path corpus/
 
-Of its training, the release tells the tokens, 1.4T, and that the objective is GLM's; the optimizer, its batch and the
-length of a row are those of LLaMA-1 7B. What is left of a text is seen whole, and its spans are written behind it;
-unlike GLM, ChatGLM2 has one position for each token, which counts on. Where a batch does not fit,
---optimizer.accumulation-steps computes it in parts with the same result.
+The release gives the number of training tokens, 1.4T, and GLM's objective; the optimizer, the batch and the length of a
+row are those of LLaMA-1 7B. The text with its gaps is read in both directions, and its spans are written after it;
+unlike GLM, ChatGLM2 has one increasing position for each token. If a batch does not fit, --optimizer.accumulation-steps
+splits it into micro-batches, with the same result.
 
 Cost: 6,243,584,000 parameters, 333,786 steps, 5.22e22 FLOPs without recomputation. Expected result: not run to the
 end with this package; nothing is claimed.

@@ -4,10 +4,10 @@ python train.py deepseek_v2_lite --data.path corpus/ --tokenizer.path tokenizer.
 
 AdamW 0.9/0.95, weight decay 0.1, clipping at 1.0, 2000 warm-up steps to 4.2e-4, 4608 sequences of 4096 tokens a batch,
 5.7T tokens, a balance loss of 0.001 for the experts. The paper's rate falls in two steps to a tenth, at 80 and at 90 %
-of the tokens; here a cosine goes there. Where a batch does not fit, --optimizer.accumulation-steps computes it in parts
-with the same result; --mesh.expert splits the experts.
+of the tokens; here a cosine goes there. If a batch does not fit, --optimizer.accumulation-steps splits it into
+micro-batches, with the same result; --mesh.expert splits the experts.
 
-Cost: 15,706,484,224 parameters, of which a token meets 2.4 billion; 301,996 steps, 9.35e22 FLOPs without recomputation.
+Cost: 15,706,484,224 parameters, of which a token uses 2.4 billion; 301,996 steps, 9.35e22 FLOPs without recomputation.
 Expected result: not run to the end with this package; nothing is claimed.
 
 Without --tokenizer.path a byte-level BPE of 102,400 tokens is trained on the corpus.

@@ -2,11 +2,11 @@
 
 python train.py gpt2 --data.path corpus/ --tokenizer.path vocab.json
 
-Of its training, the paper (Radford et al. 2019) tells the batch, 512 texts of 1024 tokens, and that the learning rate
-was tuned by hand. The rest is GPT-3's recipe for that size (arXiv 2005.14165, appendix B), with GPT-2's dropout:
-AdamW 0.9/0.95, weight decay 0.1, clipping at 1.0, 715 warm-up steps to 6e-4, cosine to a tenth, 300B tokens. Dropout
-of the attention weights is computed by the reference kernel alone; --model.attention.dropout 0 leaves it out. The
-first values are this package's own: a matrix begins with the standard deviation of its input's width, not at 0.02.
+The paper (Radford et al. 2019) gives the batch, 512 texts of 1024 tokens, and a learning rate tuned by hand. The rest
+is GPT-3's recipe for that size (arXiv 2005.14165, appendix B), with GPT-2's dropout: AdamW 0.9/0.95, weight decay 0.1,
+clipping at 1.0, 715 warm-up steps to 6e-4, cosine to a tenth, 300B tokens. Dropout of the attention weights is computed
+by the reference kernel alone; --model.attention.dropout 0 leaves it out. The first values are this package's: their
+standard deviation follows from a matrix's input width and is not 0.02.
 
 Cost: 124,439,808 parameters, 572,204 steps, 2.39e20 FLOPs without recomputation. Expected result: not run to the end
 with this package; nothing is claimed.

@@ -3,8 +3,8 @@
 python train.py llama1_7b --data.path corpus/ --tokenizer.path tokenizer.model
 
 AdamW 0.9/0.95, weight decay 0.1, clipping at 1.0, 2000 warm-up steps to 3e-4, cosine to a tenth, 4M tokens a batch,
-context 2048, 1.0T tokens. Where a batch does not fit, --optimizer.accumulation-steps computes it in parts with the same
-result.
+context 2048, 1.0T tokens. If a batch does not fit, --optimizer.accumulation-steps splits it into micro-batches, with
+the same result.
 
 Cost: 6,738,415,616 parameters, 238,418 steps, 4.13e22 FLOPs without recomputation. Expected result: not run to the end
 with this package; nothing is claimed.

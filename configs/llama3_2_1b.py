@@ -2,10 +2,9 @@
 
 python train.py llama3_2_1b --data.path corpus/ --tokenizer.path tokenizer.model
 
-The released model was pruned from Llama-3.1 8B and distilled (its model card says: up to 9T tokens), so there is no
-recipe of its own: this is Llama-3 8B's, for 9T tokens of next-token prediction at context 8192. The positions are
-scaled for 131,072. Where a batch does not fit, --optimizer.accumulation-steps computes it in parts with the same
-result.
+The released model was pruned from Llama-3.1 8B and distilled (up to 9T tokens by its model card), so it has no recipe:
+this is Llama-3 8B's, for 9T tokens of next-token prediction at context 8192. The positions are scaled for 131,072. If a
+batch does not fit, --optimizer.accumulation-steps splits it into micro-batches, with the same result.
 
 Cost: 1,235,814,400 parameters, 2,145,767 steps, 8.12e22 FLOPs without recomputation. Expected result: not run to the
 end with this package; nothing is claimed.

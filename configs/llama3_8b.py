@@ -4,8 +4,8 @@ python train.py llama3_8b --data.path corpus/ --tokenizer.path tokenizer.model
 
 From the paper (arXiv 2407.21783): the peak rate 3e-4 (table 3), context 8192, 15T tokens. It gives no other setting for
 this size; the rest is Llama 2's recipe: AdamW 0.9/0.95 with eps 1e-5, weight decay 0.1, clipping at 1.0, 2000 warm-up
-steps, cosine to a tenth, 4M tokens a batch. Where a batch does not fit, --optimizer.accumulation-steps computes it in
-parts with the same result.
+steps, cosine to a tenth, 4M tokens a batch. If a batch does not fit, --optimizer.accumulation-steps splits it into
+micro-batches, with the same result.
 
 Cost: 8,030,261,248 parameters, 3,576,278 steps, 7.72e23 FLOPs without recomputation. Expected result: not run to the
 end with this package; nothing is claimed.

@@ -70,7 +70,7 @@ def get_config() -> RunConfig:
 
 
 def report(run: Run) -> None:
-    """Prints how the model does on held-out files and as a writer of Python, beside simpler means."""
+    """Print bits per byte on held-out files and the share of samples that parse, compared with simpler means."""
     texts = list(run.dataset.texts("validation"))
     data = "".join(texts).encode()
     table = Table("bits per byte", "model", "gzip -9", "xz", title=f"{len(texts)} held-out files, {len(data):,} bytes")
@@ -94,7 +94,7 @@ def report(run: Run) -> None:
 
 
 def is_python(text: str) -> bool:
-    """Whether a text without its last line, which a sample leaves unfinished, is a program of a statement or more."""
+    """Return whether a text without its unfinished last line is a program of at least one statement."""
     try:
         return bool(ast.parse(text.rpartition("\n")[0]).body)
     except (SyntaxError, ValueError):

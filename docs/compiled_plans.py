@@ -1,8 +1,8 @@
-"""Compiles train steps for machines that are not here, and keeps what XLA says of them beside this file.
+"""Compile train steps for machines that are not available, and keep XLA's figures in compiled_plans.json.
 
-`python docs/compiled_plans.py` compiles what compiled_plans.json does not have yet; with words on the command line, the
-plans in whose command all of them occur, again. It needs libtpu and JAX's CUDA plugin (extras `plan` and `plan-gpu`),
-neither a TPU nor a GPU, and one to five minutes a plan.
+`python docs/compiled_plans.py` compiles the plans that compiled_plans.json lacks; with words on the command line, it
+compiles again the plans whose command has all of them. It needs libtpu and JAX's CUDA plugin (extras `plan` and
+`plan-gpu`), neither a TPU nor a GPU, and one to five minutes a plan.
 """
 
 import importlib.metadata
@@ -22,7 +22,7 @@ COMPILED: dict[str, dict[str, Any]] = json.loads(FILE.read_text("utf-8")) if FIL
 BLOCKWISE = "--compute.attention-kernel blockwise"  # cuDNN's cannot be compiled without its GPU
 LONG = "--sequence-length 131072 --model.max-positions 131072 --global-batch-size 32"
 
-# What follows `python -m llama_jax plan`. The README's: 4M tokens a batch, and `remat full` as the configs have.
+# Arguments of `python -m llama_jax plan`. The README's: 4M tokens a batch, and `remat full` as the configs have.
 README_PLANS = {
     "llama2_7b --topology v5e:8x8 --optimizer.accumulation-steps 4": "Llama-2 7B",
     "llama2_7b --topology v5e:16x16": "Llama-2 7B",
@@ -73,14 +73,14 @@ PLANS = [*README_PLANS, *MORE_PLANS]
 
 
 def plan(command: str, *, compile: bool = False) -> Report:
-    """What `python -m llama_jax plan COMMAND` finds."""
+    """Return the report of `python -m llama_jax plan COMMAND`."""
     (name,), options, _ = _parse(shlex.split(command))
     topology = options.pop("topology")
     return llama_jax.plan(llama_jax.load_config(name, options), topology, compile=compile)
 
 
 def summary(step: CompiledStep) -> dict[str, Any]:
-    """What is kept of a compiled step: `collectives` are bytes that a chip sends in a step, by kind and axes."""
+    """Return the kept figures of a compiled step; `collectives` are bytes that a chip sends in a step, by kind."""
     sent: dict[str, dict[str, int]] = {}
     for collective in step.collectives:
         entry = sent.setdefault(collective.label, {"bytes": 0, "overlapped": 0})
@@ -96,12 +96,12 @@ def summary(step: CompiledStep) -> dict[str, Any]:
 
 
 def compiled_memory(command: str) -> Memory:
-    """What XLA said of a plan's memory."""
+    """Return XLA's figures of a plan's memory."""
     return from_json(Memory, COMPILED[command]["memory"])
 
 
 def main() -> None:
-    """Compiles and writes, plan by plan."""
+    """Compile and write, plan by plan."""
     chosen = [p for p in PLANS if all(word in p for word in sys.argv[1:])] if sys.argv[1:] else PLANS
     for command in chosen:
         if command in COMPILED and not sys.argv[1:]:

@@ -1,14 +1,14 @@
-"""Writes the tables of the pages that the package knows better: `python docs/tables.py`."""
+"""Write the tables of README.md and planning.md: `python docs/tables.py`."""
 
 import dataclasses
 import functools
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from compiled_plans import COMPILED, LONG, PLANS, README_PLANS, TUNED_ON, compiled_memory, plan
+from markdown_table import markdown
 
 import llama_jax
 from llama_jax.models import Compute
@@ -21,16 +21,8 @@ from llama_jax.training import AdamW, train_flops_per_token
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def markdown(header: str, rows: Iterable[Sequence[Any]]) -> str:
-    """A table. Columns are separated by `|` in the header, and one that ends with `>` is aligned to the right."""
-    names = header.split("|")
-    rule = "|".join("---:" if name.endswith(">") else "---" for name in names)
-    lines = [f"| {' | '.join(name.removesuffix('>') for name in names)} |", f"|{rule}|"]
-    return "\n".join([*lines, *(f"| {' | '.join(map(str, cells))} |" for cells in rows)])
-
-
 def plans_table() -> str:
-    """What the planner estimates of a few runs, and XLA's figure of memory."""
+    """Return the planner's estimates for a few runs, with XLA's figure of memory."""
     rows = []
     for command, what in README_PLANS.items():
         found = plan(command).plan
@@ -39,13 +31,13 @@ def plans_table() -> str:
         chips = f"{found.topology} ({found.num_chips})"
         rows.append((what, chips, mesh_text(found.mesh), found.accumulation_steps, *memory, *speed))
     return markdown(
-        "run|chips|mesh|parts of the batch>|GiB a chip>|by XLA>|of>|step>|bound by|MFU>|tokens/s>",
+        "run|chips|mesh|micro-batches>|GiB a chip>|by XLA>|of>|step>|bound by|MFU>|tokens/s>",
         rows,
     )
 
 
 def memory_table() -> str:
-    """Every estimate of memory beside XLA's figure."""
+    """Return every estimate of memory with XLA's figure."""
     rows = []
     for command in PLANS:
         estimated, found = plan(command).plan.total_bytes, compiled_memory(command).total
@@ -55,7 +47,7 @@ def memory_table() -> str:
 
 
 def context_table() -> str:
-    """How what XLA makes beside the arguments falls with the context axis, parameters over eight chips."""
+    """Return XLA's memory besides the arguments by the size of the context axis, with parameters over eight chips."""
     rows = []
     found = [(plan(c).plan, compiled_memory(c)) for c in PLANS if LONG in c]
     for estimated, memory in sorted(found, key=lambda pair: pair[0].mesh["context"]):
@@ -63,11 +55,11 @@ def context_table() -> str:
             chips = f"{estimated.topology} ({estimated.num_chips})"
             beside = gib(memory.total - memory.arguments)
             rows.append((chips, mesh_text(estimated.mesh), gib(memory.arguments), beside))
-    return markdown("chips|mesh|arguments, GiB>|beside them, GiB>", rows)
+    return markdown("chips|mesh|arguments, GiB>|other memory, GiB>", rows)
 
 
 def collectives_table() -> str:
-    """What XLA's programs of the README's plans send, and how much of it behind products."""
+    """Return the bytes that XLA's programs of the README's plans send, and the share behind products."""
     rows = []
     for command, what in README_PLANS.items():
         found = plan(command).plan
@@ -80,7 +72,7 @@ def collectives_table() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A run that MaxText published: what it ran, and its MFU (attention counted in full) or tokens/s a chip."""
+    """A published run of MaxText, with its MFU (attention counted in full) or tokens/s a chip."""
 
     what: str
     preset: str
@@ -106,7 +98,7 @@ PUBLISHED = [
 
 
 def published_mfu(run: Published) -> float:
-    """By this package's formula, which counts causal attention at half."""
+    """Return the published MFU by this package's formula, which counts causal attention at half."""
     model, peak = llama_jax.presets()[run.preset], Topology.parse(run.topology).chip.peak_flops
     flops = train_flops_per_token(model, run.sequence_length)
     if run.tokens_per_second is not None:
@@ -117,7 +109,7 @@ def published_mfu(run: Published) -> float:
 
 
 def predicted_mfu(run: Published, efficiency: float) -> float:
-    """By the planner, when matrix units reach this part of their peak."""
+    """Return the planner's MFU if matrix units reach this part of their peak."""
     topology = Topology.parse(run.topology)
     workload = Workload(
         model=llama_jax.presets()[run.preset],
@@ -132,7 +124,7 @@ def predicted_mfu(run: Published, efficiency: float) -> float:
 
 @functools.cache
 def fitting_efficiency(run: Published) -> float:
-    """The efficiency at which the planner predicts this run exactly, by bisection."""
+    """Return the efficiency at which the planner predicts this run exactly, by bisection."""
     published, low, high = published_mfu(run), 0.01, 1.0
     for _ in range(30):
         middle = (low + high) / 2
@@ -141,12 +133,12 @@ def fitting_efficiency(run: Published) -> float:
 
 
 def fitted_efficiency(runs: Sequence[Published]) -> float:
-    """The geometric mean of what fits each of the runs."""
+    """Return the geometric mean of the efficiencies that fit each of the runs."""
     return statistics.geometric_mean(map(fitting_efficiency, runs))
 
 
 def published_table() -> str:
-    """Published MFU beside what is predicted with the efficiency that the other runs give."""
+    """Return published MFU and the prediction with the efficiency fitted to the other runs."""
     rows = []
     for run in PUBLISHED:
         efficiency = fitted_efficiency([other for other in PUBLISHED if other != run])
@@ -154,7 +146,7 @@ def published_table() -> str:
         difference = f"{predicted / published - 1:+.0%}"
         rows.append((run.what, f"{published:.1%}", f"{efficiency:.2f}", f"{predicted:.1%}", difference))
     return markdown(
-        "run of MaxText|published MFU>|efficiency fitted on the others>|predicted MFU>|difference>",
+        "run of MaxText|published MFU>|efficiency fitted to the others>|predicted MFU>|difference>",
         rows,
     )
 
@@ -167,7 +159,7 @@ TABLES = {
 
 
 def with_tables(page: str, text: str) -> str:
-    """The text of a page with its tables as they should be."""
+    """Return the text of a page with its tables brought up to date."""
     for name, table in TABLES[page].items():
         block = f"<!-- {name}: written by docs/tables.py -->\n{table()}\n<!-- end of {name} -->"
         pattern = f"<!-- {name}: written by docs/tables.py -->.*<!-- end of {name} -->"

@@ -1,4 +1,4 @@
-"""Measures the goldens and writes the README's table of the zoo: `python docs/zoo_table.py`."""
+"""Measure the goldens and write the README's table of the zoo: `python docs/zoo_table.py`."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from tables import markdown
+from markdown_table import markdown
 
 import llama_jax
 from llama_jax import zoo
@@ -25,7 +25,7 @@ type Arrays = dict[str, np.ndarray]
 
 
 def model_types() -> dict[str, str]:
-    """The family of every golden: what its config.json says, Llama where it has Meta's params.json."""
+    """Return the family of every golden by its config.json; Llama where it has Meta's params.json."""
     found = {}
     for folder in sorted(path for path in GOLDENS.iterdir() if path.is_dir()):
         config = folder / "config.json"
@@ -34,13 +34,13 @@ def model_types() -> dict[str, str]:
 
 
 def expected(name: str) -> Arrays:
-    """What the original code computes of a golden."""
+    """Return the arrays that the original code computed for a golden."""
     with np.load(GOLDENS / name / "expected.npz") as arrays:
         return dict(arrays)
 
 
 def computed(lm: LanguageModel, golden: Mapping[str, np.ndarray]) -> Arrays:
-    """The same by the package: what every block gives, logits, and what other heads there are."""
+    """Return the same arrays computed by the package: outputs of every block, logits, and those of other heads."""
     if "source" in golden:
         arguments, named = (golden["source"], golden["target"]), {"source_mask": golden["source_mask"]}
     else:
@@ -62,7 +62,7 @@ def _everything(
 
 
 def difference(golden: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], name: str) -> float:
-    """The largest difference of one array, padding left out."""
+    """Return the largest difference of one array, without padding."""
     error = np.abs(golden[name] - found[name])
     mask = golden.get("source_mask" if name.startswith("encoder_") else "mask")
     if mask is not None and error.ndim == 3:
@@ -71,14 +71,14 @@ def difference(golden: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
 
 
 def parity_error(name: str) -> float:
-    """The largest difference of a golden's logits, of all its heads."""
+    """Return the largest difference of a golden's logits, over all heads."""
     golden = expected(name)
     found = computed(llama_jax.load(GOLDENS / name, dtype="float32"), golden)
     return max(difference(golden, found, key) for key in ("logits", *HEADS) if key in golden)
 
 
 def loads(model_type: str) -> str:
-    """Whose weights the family's goldens are, and in which files."""
+    """Return the classes of the family's goldens, and the forms of their files."""
     architectures, forms = [], []
     for name, found in model_types().items():
         if found != model_type:
@@ -93,22 +93,22 @@ def loads(model_type: str) -> str:
 
 
 def families() -> dict[str, ModuleType]:
-    """Every family, those without released weights too."""
+    """Return every family, including those without released weights."""
     return {name: module for name, module in zoo._modules().items() if getattr(module, "PRESETS", None)}
 
 
 def title(module: ModuleType) -> str:
-    """What the family's file calls it: the first words of its docstring."""
+    """Return the family's title: the first words of its docstring."""
     return re.split(r" \(|[:,\n]|\.(?!\d)", module.__doc__ or "")[0]
 
 
 def objectives(module: ModuleType) -> tuple[str, ...]:
-    """The names of what such models are trained on: the next token, where the family says nothing."""
+    """Return the names of the family's objectives; by default the next token."""
     return getattr(module, "OBJECTIVES", ("Causal",))
 
 
 def zoo_table(errors: Mapping[str, str]) -> str:
-    """A row for each family: `errors` are what was measured of those with weights, by family."""
+    """Return the table, a row for each family; `errors` are the measured parity errors by family."""
     rows = []
     for name, module in families().items():
         sizes = [f"`{preset}` {llama_jax.num_parameters(config):,}" for preset, config in module.PRESETS.items()]
@@ -118,7 +118,7 @@ def zoo_table(errors: Mapping[str, str]) -> str:
 
 
 def measure() -> dict[str, str]:
-    """The largest parity error of each family's goldens."""
+    """Return the largest parity error of each family's goldens."""
     errors: dict[str, float] = {}
     for name, model_type in model_types().items():
         if model_type not in families():
@@ -130,7 +130,7 @@ def measure() -> dict[str, str]:
 
 
 def written(text: str) -> tuple[str, dict[str, str]]:
-    """The table that stands in a page, and its parity errors by family."""
+    """Return the table in a page, and its parity errors by family."""
     match = re.search(f"{BEGIN}\n(.*){END}", text, re.DOTALL)
     assert match, f"README.md has lost {BEGIN} or {END}"
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in match[1].splitlines()[2:]]

@@ -124,14 +124,14 @@ def train_command(argv: Sequence[str]) -> int:
         module = load_config_module(names[0])
         return module, override(module.get_config(), {key: options[key] for key in options if key != "run_dir"})
 
-    module, config = distributed.agreed(load)
+    module, config = distributed.all_agree(load)
     run_dir = options.get("run_dir")
     if wants_help:
         print(_help(names[0], module.__doc__, config))
         return 0
     run = train(config, run_dir or Path("runs") / find_config(names[0]).stem)
     if hasattr(module, "report"):
-        distributed.agreed(lambda: module.report(run))
+        distributed.all_agree(lambda: module.report(run))
     return 0
 
 

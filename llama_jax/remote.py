@@ -7,7 +7,6 @@ complete last, so that no reader takes the half of an upload for the whole.
 
 import concurrent.futures
 import contextlib
-import fcntl
 import fnmatch
 import hashlib
 import json
@@ -23,6 +22,7 @@ from typing import Any
 import fsspec
 
 from llama_jax.config import UserError
+from llama_jax.files import lock, replacing, write_text
 
 _URL = re.compile(r"((?:[a-zA-Z][\w+.-]+::)*[a-zA-Z][\w+.-]+):(/+|$)")  # at least two letters: `c:/` is a drive
 _LOCAL = re.compile(r"(file|local):/*")
@@ -194,13 +194,9 @@ class Mirror:
     def _get(self, name: str) -> tuple[str, list[int]]:
         target = self._local(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.partial")
-        try:
-            with _telling(self._name(name), "read"):
-                self._fs.get_file(f"{self._root}/{name}" if name else self._root, str(partial))
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        # Made outside of the mirrored directory, so that a process that is killed leaves nothing in it.
+        with replacing(target, near=self.path) as partial, _telling(self._name(name), "read"):
+            self._fs.get_file(f"{self._root}/{name}" if name else self._root, str(partial))
         return name, _signature(target)
 
     def _put(self, name: str) -> tuple[str, list[int]]:
@@ -222,9 +218,7 @@ class Mirror:
             return {}
 
     def _remember(self, known: dict[str, list]) -> None:
-        partial = self._list.with_name(f"{self._list.name}.{uuid.uuid4().hex}.partial")
-        partial.write_text(json.dumps(known), encoding="utf-8")
-        partial.replace(self._list)
+        write_text(self._list, json.dumps(known))
 
     def _remove_empty_directories(self) -> None:
         for directory, _, _ in self.path.walk(top_down=False):
@@ -234,8 +228,7 @@ class Mirror:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_name(f".{self.path.name}.lock").open("w") as held:
-            fcntl.flock(held, fcntl.LOCK_EX)
+        with lock(self.path.with_name(f".{self.path.name}.lock")):
             yield
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from llama_jax.checkpoint import CheckpointConfig
 from llama_jax.config import UserError, from_json, leaves, load_config_module, override, read_json, to_json
 from llama_jax.data import Classification, DataConfig
-from llama_jax.models import Compute, EncoderDecoderConfig, ModelConfig
+from llama_jax.models import Compute, ModelConfig
 from llama_jax.nn import seed_value
 from llama_jax.parallel import MeshConfig, batch_parts
 from llama_jax.tokenizers import TokenizerConfig
@@ -165,7 +165,7 @@ class RunConfig:
 
     def _check_encoder(self) -> None:
         objective, num_classes = self.data.objective, getattr(self.model, "num_classes", 0)
-        if isinstance(self.model, EncoderDecoderConfig) and objective.source_length is None:
+        if self.model.has_source and objective.source_length is None:
             raise UserError(
                 f"data.objective={type(objective).__name__} has no source for the encoder of "
                 f"{type(self.model).__name__}: take SpanCorruption, Denoising or ParallelText"

@@ -27,6 +27,7 @@ from collections import Counter
 import matplotlib.pyplot as plt
 import numpy as np
 import rich
+import textbook_tokenizers as textbook  # beside this notebook
 
 import llama_jax.data.objectives as objectives
 import llama_jax.tokenizers.comparing as comparing
@@ -34,10 +35,10 @@ from llama_jax.data import Shard, Vocabulary
 from llama_jax.data.chat import ChatML, chat_tokens
 from llama_jax.data.mixture import Schedule
 from llama_jax.data.objectives import Document
-from llama_jax.data.packing import pack
-from llama_jax.data.plan import plan_rows
+from llama_jax.data.rows.fitting import fit_rows
+from llama_jax.data.rows.packing import pack
 from llama_jax.nn import AttentionMask
-from llama_jax.tokenizers import textbook, train_tokenizer
+from llama_jax.tokenizers import train_tokenizer
 from llama_jax.tokenizers.training import KINDS
 
 ENGLISH = """\
@@ -492,7 +493,7 @@ lengths = np.random.default_rng(0).lognormal(mean=5.7, sigma=1.0, size=2000).ast
 starts = np.cumsum(lengths) - lengths
 shard = Shard(tokens=np.zeros(lengths.sum(), np.uint16), documents=starts, parts=np.zeros(0, np.int64))
 plans = {
-    packing: plan_rows(shard, objectives.Causal(), packing, (ROW,), num_before=1, num_after=1)
+    packing: fit_rows(shard, objectives.Causal(), packing, (ROW,), num_before=1, num_after=1)
     for packing in ("cut", "best_fit")
 }
 fills, pieces_of = {}, {}

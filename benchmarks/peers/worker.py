@@ -75,7 +75,7 @@ def training_tokens(work: Work) -> Iterator[np.ndarray]:
 
 
 def prompt_tokens(work: Work) -> np.ndarray:
-    """The prompts, int32 [B, P]: token 1 (as BOS), then random ones."""
+    """Return the prompts, int32 [B, P]: token 1 (as BOS), then random ones."""
     shape = (work["batch_size"], work["prompt_length"])
     tokens = np.random.default_rng(1).integers(3, work["vocab_size"], shape, np.int32)
     tokens[:, 0] = 1

@@ -28,7 +28,7 @@ SHARES = {
 
 
 def get_sources(root: str = "$CORPORA") -> tuple[Source, ...]:
-    """The seven corpora as folders below `root`."""
+    """Return the seven corpora as folders below `root`."""
     return tuple(Source(name, (f"{root}/{name}",), share=share) for name, share in SHARES.items())
 
 

@@ -4,9 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
-import shutil
-import tempfile
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
@@ -25,6 +22,7 @@ from llama_jax.checkpoint.reference import llama_logits
 from llama_jax.checkpoint.sources import Source, load_params, open_source, place_of, sharing
 from llama_jax.config import UserError
 from llama_jax.data import ChatTemplate, turn_ends
+from llama_jax.files import replacing
 from llama_jax.models import (
     Compute,
     DecoderConfig,
@@ -150,14 +148,9 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
     directory = local
     check_destination(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
+    with replacing(directory) as partial:
+        partial.mkdir()
         yield partial
-        partial.chmod(0o755)
-        os.replace(partial, directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def export_hf(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.config import UserError, read_json
-from llama_jax.models import EncoderDecoderConfig, ModelConfig
+from llama_jax.models import ModelConfig
 from llama_jax.tokenizers import Tokenizer
 
 GENERATION_FILE = "generation_config.json"
@@ -172,7 +172,7 @@ def completed(settings: GenerationSettings, config: ModelConfig, tokenizer: Toke
     where nothing ends a text, what does (`default_stops`).
     """
     found: dict[str, Any] = {}
-    if isinstance(config, EncoderDecoderConfig):
+    if config.has_source:
         if settings.decoder_start_id is None:
             found["decoder_start_id"] = config.decoder_start_id
         words = dict.fromkeys([*settings.bad_words_ids, *((i,) for i in config.never_written)])
@@ -189,7 +189,7 @@ def default_stops(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
     stops = dict.fromkeys(tokenizer.eos_ids)
     # What begins a text opens another one; llama2.c's models write nothing else at the end of one. BART's answers
     # begin with it.
-    if not isinstance(config, EncoderDecoderConfig):
+    if not config.has_source:
         stops |= dict.fromkeys(tokenizer.start_ids)
     return tuple(stops)
 

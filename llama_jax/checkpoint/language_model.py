@@ -26,7 +26,7 @@ from llama_jax.checkpoint.store import CheckpointConfig, CheckpointStore
 from llama_jax.checkpoint.stored import model_files
 from llama_jax.config import UserError, from_json, read_json, to_json
 from llama_jax.data import ChatTemplate
-from llama_jax.models import Compute, EncoderDecoderConfig, Model, ModelConfig, abstract_params, from_params
+from llama_jax.models import Compute, Model, ModelConfig, abstract_params, from_params
 from llama_jax.parallel import make_mesh
 from llama_jax.remote import check_destination, fetch_beside, is_remote, local_copy
 from llama_jax.tokenizers import Tokenizer, load_saved_tokenizer, load_tokenizer
@@ -114,7 +114,7 @@ def _tokenizer(path: Path, own: ModelConfig | None) -> Tokenizer:
     """The tokenizer at `path`; `own` is the config where it is that of a model of ours."""
     if own is None:
         return load_tokenizer(path)
-    return load_saved_tokenizer(path, of_sources=isinstance(own, EncoderDecoderConfig))
+    return load_saved_tokenizer(path, of_sources=own.has_source)
 
 
 def _generation(source: Source, tokenizer: Tokenizer | None, ignore: Collection[str]) -> GenerationSettings:

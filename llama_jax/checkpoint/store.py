@@ -60,7 +60,7 @@ class CheckpointStore:
             if not self.directory.is_dir():
                 raise UserError(f"'{directory}' has no checkpoints: is it the directory of a run that saved one?")
         else:
-            distributed.from_main(self._make_directory)
+            distributed.broadcast_from_main(self._make_directory)
         policies = ocp.training.preservation_policies
         keep = config and policies.AnyPreservationPolicy(
             [
@@ -96,7 +96,7 @@ class CheckpointStore:
         # Process 0 says: others' view of a shared file system may be older.
         keep = self._config.keep_best
         better = sum(measured <= val_loss for measured in self._measured.values())
-        return math.isfinite(val_loss) and distributed.from_main(lambda: better < keep)
+        return math.isfinite(val_loss) and distributed.broadcast_from_main(lambda: better < keep)
 
     def save(self, state: TrainState, *, val_loss: float | None = None) -> None:
         """Start saving `state` under its step; the arrays are copied before this returns, so they may be donated.

@@ -9,8 +9,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from llama_jax.data.mixture import Mixture, Schedule
-from llama_jax.data.rows import Rows
-from llama_jax.data.windows import Batch
+from llama_jax.data.rows.windows import HostBatch, Rows
 
 SMALL = 1 << 16  # rows; below, index_shuffle takes 2**16 / n times as long as above, and a permutation is cheap
 
@@ -57,7 +56,7 @@ class Batches:
             step += 1
         return step
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> HostBatch:
         """The rows of the global batch of `step`."""
         places = self.places(step)
         numbers = sorted({source for source, _, _ in places})
@@ -68,7 +67,7 @@ class Batches:
         names = parts[numbers[0]]
         return {name: np.concatenate([parts[i][name] for i in numbers])[order] for name in names}
 
-    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
+    def iterate(self, start_step: int = 0) -> Iterator[HostBatch]:
         """`batch(start_step)`, `batch(start_step + 1)`... prepared ahead by threads; its state is the step number."""
         steps = grain.MapDataset.range(start_step, 1 << 60).map(self.batch)
         num_threads = min(self._num_prefetch, 4)
@@ -92,7 +91,7 @@ class Batches:
         return source, epoch, index_shuffle(index, max_index=num_rows - 1, seed=_epoch_seed(key), rounds=4)
 
 
-class ValidationBatches(Sequence[Batch]):
+class ValidationBatches(Sequence[HostBatch]):
     """All rows of all sources once, in order, as a fixed sequence of batches, the last one padded.
 
     Only the first `max_batches` where given, and of each only `rows`, as in `Batches`.
@@ -116,17 +115,17 @@ class ValidationBatches(Sequence[Batch]):
         return self._num_batches
 
     @overload
-    def __getitem__(self, index: int) -> Batch: ...
+    def __getitem__(self, index: int) -> HostBatch: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Batch]: ...
-    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
+    def __getitem__(self, index: slice) -> list[HostBatch]: ...
+    def __getitem__(self, index: int | slice) -> HostBatch | list[HostBatch]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         first = range(len(self))[index] * self._global_batch_size
         parts = [self._read(first + row) for row in self._rows]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def _read(self, place: int) -> Batch:
+    def _read(self, place: int) -> HostBatch:
         last = len(self._sources) - 1
         source = min(int(np.searchsorted(self._ends, place, side="right")), last)
         before = int(self._ends[source - 1]) if source else 0

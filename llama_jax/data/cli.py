@@ -10,10 +10,10 @@ from rich.progress import Progress
 from llama_jax.config import UserError, choices, field_docs
 from llama_jax.data.chat import ChatTemplate
 from llama_jax.data.config import DataConfig
-from llama_jax.data.corpus import Corpus
-from llama_jax.data.files import find_files
-from llama_jax.data.prepare import prepare, prepare_shards
-from llama_jax.data.readers import plan_shards
+from llama_jax.data.corpus.corpus import Corpus
+from llama_jax.data.corpus.files import find_files
+from llama_jax.data.corpus.prepare import prepare_corpus, prepare_shards
+from llama_jax.data.readers.records import units_by_shard
 from llama_jax.remote import with_urls
 from llama_jax.tokenizers import load_tokenizer
 
@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
     if args.num_workers is not None and args.num_workers < 1:
         raise UserError(f"--num-workers={args.num_workers} must be at least 1")
     if args.count:
-        print(len(plan_shards(find_files(config), config)))
+        print(len(units_by_shard(find_files(config), config)))
         return 0
     tokenizer = load_tokenizer(args.tokenizer)
     console = Console(stderr=True)
@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> int:
         if args.shards is not None:
             print(with_urls(str(prepare_shards(config, tokenizer, _numbers(args.shards), **options))))
             return 0
-        corpus = prepare(config, tokenizer, **options)
+        corpus = prepare_corpus(config, tokenizer, **options)
     _print(corpus, time.monotonic() - start if made else None)
     return 0
 

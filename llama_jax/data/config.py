@@ -7,7 +7,8 @@ from typing import Literal
 
 from llama_jax.config import UserError
 from llama_jax.data.chat import ChatTemplate
-from llama_jax.data.objectives import Causal, Objective
+from llama_jax.data.objectives.base import Objective
+from llama_jax.data.objectives.decoder import Causal
 
 Split = Literal["train", "validation"]
 Packing = Literal["cut", "best_fit"]

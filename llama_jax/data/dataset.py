@@ -9,12 +9,14 @@ from pathlib import Path
 from llama_jax.config import UserError
 from llama_jax.data.batches import Batches
 from llama_jax.data.config import DataConfig, Source, Split, Stage
-from llama_jax.data.corpus import Corpus, check_validation
+from llama_jax.data.corpus.corpus import Corpus, check_validation
+from llama_jax.data.corpus.prepare import prepare_corpus
 from llama_jax.data.mixture import Mixture, Schedule
-from llama_jax.data.objectives import Causal, Vocabulary
-from llama_jax.data.plan import Packer
-from llama_jax.data.prepare import prepare
-from llama_jax.data.rows import PackedRows, Rows, WindowRows
+from llama_jax.data.objectives.base import Vocabulary
+from llama_jax.data.objectives.decoder import Causal
+from llama_jax.data.rows.fitting import Packer
+from llama_jax.data.rows.packing import PackedRows
+from llama_jax.data.rows.windows import Rows, WindowRows
 from llama_jax.tokenizers import Tokenizer
 
 
@@ -34,7 +36,7 @@ def prepare_dataset(
     packer = Packer(config.objective, config.packing, vocabulary, sequence_length)
     corpora = []
     for _, source in config.corpora():
-        corpus = prepare(source, tokenizer, progress=progress, needs_validation=not config.sources)
+        corpus = prepare_corpus(source, tokenizer, progress=progress, needs_validation=not config.sources)
         if packer.plans:
             packer.write(corpus)
         corpora.append(corpus)

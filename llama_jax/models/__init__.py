@@ -34,4 +34,4 @@ from llama_jax.models.layout import (
 )
 from llama_jax.models.model import Model as Model, build as build, from_params as from_params, initialize as initialize
 from llama_jax.models.mtp import MTPDecoder as MTPDecoder, MTPDecoderConfig as MTPDecoderConfig
-from llama_jax.models.transformer import Prediction as Prediction, Transformer as Transformer
+from llama_jax.models.transformer import LossTerm as LossTerm, Transformer as Transformer

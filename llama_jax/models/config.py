@@ -24,18 +24,23 @@ class ModelConfig(Component):
     """Config of a model. `batch_fields` are those it is trained on."""
 
     batch_fields: ClassVar[frozenset[str]]
+    has_source: ClassVar[bool] = False
+    """True where the model reads a source and writes a target, as encoder-decoders do."""
     joins_source: ClassVar[bool] = False
-    """Whether a source goes into the same row as its target: true of models without an encoder."""
+    """True where a source goes into the same row as its target (decoders)."""
     generates: ClassVar[bool] = True
-    """Whether it can continue a text."""
+    """True where the model can continue a text."""
     splits_sequence: ClassVar[bool] = True
-    """Whether a sequence may be split over several devices."""
+    """True where a sequence may be split over several devices."""
 
     vocab_size: int
     hidden_size: int
     num_layers: int
     max_positions: int
     tie_embeddings: bool
+    # Only where `has_source`: the first token of a target, and tokens that sampling never chooses.
+    decoder_start_id: int
+    never_written: tuple[int, ...]
 
     def stacks(self) -> dict[str, tuple[Pieces, ...]]:
         """Mixer and feed-forward of every layer, by stack.
@@ -82,10 +87,10 @@ class ModelConfig(Component):
         return {"tokens": rng.integers(0, self.vocab_size, shape).astype(np.int32)}
 
     @property
-    def is_random(self) -> bool:
+    def needs_rng(self) -> bool:
         """Whether training draws random numbers in it."""
         pieces = [piece for layer in self.layer_pieces() for piece in layer if piece is not None]
-        return getattr(self, "dropout", 0.0) > 0 or any(piece.is_random for piece in pieces)
+        return getattr(self, "dropout", 0.0) > 0 or any(piece.needs_rng for piece in pieces)
 
 
 def causal_score_flops(mixers: Iterable[Mixer], length: int) -> float:

@@ -12,7 +12,7 @@ from llama_jax.models.block import Aux, Layers
 from llama_jax.models.compute import Compute
 from llama_jax.models.config import TransformerConfig
 from llama_jax.models.parts import Embedding
-from llama_jax.models.transformer import Batch, Prediction, Transformer
+from llama_jax.models.transformer import Batch, LossTerm, Transformer
 from llama_jax.nn import AttentionMask, child, unzigzag, zigzag
 
 
@@ -97,7 +97,7 @@ class Decoder(Transformer):
         self.trunk(tokens, positions=positions, segment_ids=segment_ids, prefix=prefix, outputs=outputs)
         return {"layers": [unzigzag(x) for x in outputs]}
 
-    def predictions(self, batch: Batch, *, key: jax.Array | None = None) -> tuple[list[Prediction], Aux]:
+    def loss_terms(self, batch: Batch, *, key: jax.Array | None = None) -> tuple[list[LossTerm], Aux]:
         hidden, aux = self.trunk(
             batch["tokens"],
             positions=batch["positions"],
@@ -105,7 +105,7 @@ class Decoder(Transformer):
             prefix=batch.get("prefix"),
             key=key,
         )
-        main = Prediction("loss", hidden, batch["targets"], batch["weights"], self.head, self.head_weight())
+        main = LossTerm("loss", hidden, batch["targets"], batch["weights"], self.head, self.head_weight())
         return [main], aux
 
     def init_cache(self, batch: int, length: int) -> list[Any]:

@@ -14,7 +14,7 @@ from llama_jax.models.block import Aux, Layers
 from llama_jax.models.compute import Compute
 from llama_jax.models.config import TransformerConfig, full_score_flops
 from llama_jax.models.parts import Embedding
-from llama_jax.models.transformer import Batch, Prediction, Transformer
+from llama_jax.models.transformer import Batch, LossTerm, Transformer
 from llama_jax.nn import (
     ACTIVATIONS,
     Activation,
@@ -122,8 +122,8 @@ class EncoderConfig(TransformerConfig):
         return found
 
     @property
-    def is_random(self) -> bool:
-        return super().is_random or (self.num_classes > 0 and bool(self.classifier_dropout))
+    def needs_rng(self) -> bool:
+        return super().needs_rng or (self.num_classes > 0 and bool(self.classifier_dropout))
 
 
 class HeadTransform(nnx.Module):
@@ -234,7 +234,7 @@ class Encoder(Transformer):
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         return super().logits(self._transformed(hidden))
 
-    def predictions(self, batch: Batch, *, key: jax.Array | None = None) -> tuple[list[Prediction], Aux]:
+    def loss_terms(self, batch: Batch, *, key: jax.Array | None = None) -> tuple[list[LossTerm], Aux]:
         """Classes alone where the batch has them; else masked tokens, and whether texts follow where it asks."""
         hidden, mask, aux = self.trunk(
             batch["tokens"],
@@ -247,13 +247,13 @@ class Encoder(Transformer):
         head = self._first_token_head
         if "class_targets" in batch:
             x, weight = self._classified(hidden, mask), self._weight("classifier")
-            return [Prediction("loss", x, batch["class_targets"], batch["weights"], head, weight)], aux
+            return [LossTerm("loss", x, batch["class_targets"], batch["weights"], head, weight)], aux
         x = self._transformed(hidden)
-        found = [Prediction("loss", x, batch["targets"], batch["weights"], self.head, self.head_weight())]
+        found = [LossTerm("loss", x, batch["targets"], batch["weights"], self.head, self.head_weight())]
         if "pair_targets" in batch:
             # Released heads say "follows" with entry 0, the data with 1.
             x, targets, weight = self._pool(hidden), 1 - batch["pair_targets"], self._weight("pair_head")
-            found.append(Prediction("pair_loss", x, targets, batch["pair_weights"], head, weight))
+            found.append(LossTerm("pair_loss", x, targets, batch["pair_weights"], head, weight))
         return found, aux
 
     def _transformed(self, hidden: jax.Array) -> jax.Array:

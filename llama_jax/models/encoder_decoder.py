@@ -23,7 +23,7 @@ from llama_jax.models.config import (
     with_overrides,
 )
 from llama_jax.models.parts import Embedding
-from llama_jax.models.transformer import Batch, Prediction, Transformer
+from llama_jax.models.transformer import Batch, LossTerm, Transformer
 from llama_jax.nn import AttentionMask, CrossAttention, PositionBias, check_rate, child, dropout
 from llama_jax.parallel import mesh_axis_sizes, shard
 
@@ -48,6 +48,7 @@ class EncoderDecoderConfig(TransformerConfig):
     batch_fields = frozenset(
         ("tokens", "targets", "weights", "positions", "segment_ids", "source_tokens", "source_positions")
     )
+    has_source = True
     splits_sequence = False
 
     num_encoder_layers: int
@@ -113,8 +114,8 @@ class EncoderDecoderConfig(TransformerConfig):
         return {name: rng.integers(0, self.vocab_size, shape).astype(np.int32) for name, shape in shapes.items()}
 
     @property
-    def is_random(self) -> bool:
-        return super().is_random or self.cross_attention.is_random or self.final_dropout > 0
+    def needs_rng(self) -> bool:
+        return super().needs_rng or self.cross_attention.needs_rng or self.final_dropout > 0
 
 
 class EncoderDecoder(Transformer):
@@ -210,7 +211,7 @@ class EncoderDecoder(Transformer):
         self.decode(target, encoded, source_segment_ids=segments, outputs=outputs["layers"])
         return outputs
 
-    def predictions(self, batch: Batch, *, key: jax.Array | None = None) -> tuple[list[Prediction], Aux]:
+    def loss_terms(self, batch: Batch, *, key: jax.Array | None = None) -> tuple[list[LossTerm], Aux]:
         keys = (None, None) if key is None else jax.random.split(key)
         source_segments = batch["source_segment_ids"]
         encoded, aux = self.encode(
@@ -224,7 +225,7 @@ class EncoderDecoder(Transformer):
             source_segment_ids=source_segments,
             key=keys[1],
         )
-        main = Prediction("loss", hidden, batch["targets"], batch["weights"], self.head, self.head_weight())
+        main = LossTerm("loss", hidden, batch["targets"], batch["weights"], self.head, self.head_weight())
         return [main], aux | of_decoder
 
     def init_cache(

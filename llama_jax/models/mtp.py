@@ -13,7 +13,7 @@ from llama_jax.models.block import Aux, Block, Layers, of_stack
 from llama_jax.models.compute import REMAT_POLICIES, Compute
 from llama_jax.models.config import Pieces
 from llama_jax.models.decoder import Decoder, DecoderConfig
-from llama_jax.models.transformer import Batch, Prediction
+from llama_jax.models.transformer import Batch, LossTerm
 from llama_jax.nn import AttentionMask, Projection, child, unzigzag, zigzag
 from llama_jax.parallel import shard
 
@@ -77,11 +77,11 @@ class MTPBlock(Block):
 class MTPDecoder(Decoder):
     """A `Decoder` with further blocks that only training uses."""
 
-    def predictions(self, batch: Batch, *, key: jax.Array | None = None) -> tuple[list[Prediction], Aux]:
+    def loss_terms(self, batch: Batch, *, key: jax.Array | None = None) -> tuple[list[LossTerm], Aux]:
         """The next token, then with each further block the one after. Each takes the main model's final hidden state,
         or that of the block before, as its norm leaves it."""
-        (main,), aux = super().predictions(batch, key=key)
-        predictions, hidden, config = [main], main.hidden, self.config
+        (main,), aux = super().loss_terms(batch, key=key)
+        terms, hidden, config = [main], main.hidden, self.config
         assert isinstance(config, MTPDecoderConfig)
         further = self.part(STACK)
         for depth, block in enumerate(further.blocks() if further is not None else (), 1):
@@ -91,7 +91,7 @@ class MTPDecoder(Decoder):
                 aux[name] = jnp.concatenate([aux[name], value[None]]) if name in aux else value[None]
             segments = batch["segment_ids"]
             same = (_shifted(segments, depth, fill=-1) == segments).astype(batch["weights"].dtype)
-            predictions.append(
+            terms.append(
                 dataclasses.replace(
                     main,
                     name=f"mtp_{depth}_loss",
@@ -101,7 +101,7 @@ class MTPDecoder(Decoder):
                     coefficient=config.mtp_weight / config.num_mtp_layers,
                 )
             )
-        return predictions, aux
+        return terms, aux
 
     def mtp_logits(
         self, tokens: Int[Array, "b t"], *, segment_ids: Int[Array, "b t"] | None = None

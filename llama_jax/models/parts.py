@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from llama_jax.nn import buffer, lookup, parameter
+from llama_jax.nn import buffer, embed_lookup, parameter
 
 # Of the embedding and the head: logits start near zero and the first loss near ln V.
 EMBEDDING_STD = 0.02
@@ -19,7 +19,7 @@ class Embedding(nnx.Module):
         self.weight = parameter(rngs, "weight", (vocab_size, width), ("vocab", "embed"), std=EMBEDDING_STD)
 
     def __call__(self, tokens: Int[Array, "b t"], dtype: Any) -> Float[Array, "b t d"]:
-        return lookup(self.weight[...].astype(dtype), tokens)
+        return embed_lookup(self.weight[...].astype(dtype), tokens)
 
 
 class HeadBias(nnx.Module):

@@ -19,7 +19,7 @@ type Batch = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Prediction:
+class LossTerm:
     """Something that training takes a cross-entropy of.
 
     `head(hidden [B, T, D], weight)` gives float32 logits of which `targets` [B, T] should be high, where `weights`
@@ -129,7 +129,7 @@ class Transformer(nnx.Module):
         """float32 logits of what the model is for, of the arguments of a call: those of the call itself."""
         return self(**inputs)  # type: ignore[operator]
 
-    def predictions(self, batch: Batch, *, key: jax.Array | None = None) -> tuple[list[Prediction], Aux]:
+    def loss_terms(self, batch: Batch, *, key: jax.Array | None = None) -> tuple[list[LossTerm], Aux]:
         """What training takes the losses of, the main one first, and the layers' auxiliary arrays.
 
         `key` is what dropout and the like draw from; without one there is none.

@@ -51,14 +51,14 @@ from llama_jax.nn.parameters import (
     Buffer as Buffer,
     Projection as Projection,
     buffer as buffer,
+    cast_and_gather as cast_and_gather,
     child as child,
+    embed_lookup as embed_lookup,
     gather as gather,
-    lookup as lookup,
     matmul as matmul,
     parameter as parameter,
     seed_key as seed_key,
     seed_value as seed_value,
-    use as use,
 )
 from llama_jax.nn.position_bias import (
     Alibi as Alibi,

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import Component, UserError
-from llama_jax.nn.parameters import lookup, parameter
+from llama_jax.nn.parameters import embed_lookup, parameter
 
 # Small beside token embeddings, as GPT-2 and BERT begin.
 POSITIONS_STD = 0.02
@@ -68,7 +68,7 @@ class LearnedPositionsModule(PositionsModule):
         self.weight = parameter(rngs, "weight", shape, (None, "embed"), std=POSITIONS_STD)
 
     def __call__(self, positions: Int[Array, "b t"], dtype: Any = jnp.float32) -> Float[Array, "b t d"]:
-        return lookup(self.weight[...].astype(dtype), positions + self.offset)
+        return embed_lookup(self.weight[...].astype(dtype), positions + self.offset)
 
 
 @dataclasses.dataclass(frozen=True)

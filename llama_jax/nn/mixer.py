@@ -37,7 +37,7 @@ class Mixer(Component):
         return 0.0
 
     @property
-    def is_random(self) -> bool:
+    def needs_rng(self) -> bool:
         """Whether training draws random numbers in it (dropout)."""
         return getattr(self, "dropout", 0.0) > 0
 
@@ -66,6 +66,6 @@ class FeedForward(Component):
         return 0
 
     @property
-    def is_random(self) -> bool:
+    def needs_rng(self) -> bool:
         """Whether training draws random numbers in it (dropout, jitter)."""
         return getattr(self, "dropout", 0.0) > 0

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from llama_jax.config import Component, UserError
-from llama_jax.nn.parameters import parameter, use
+from llama_jax.nn.parameters import cast_and_gather, parameter
 
 
 class Norm(Component):
@@ -45,9 +45,9 @@ class RMSNormModule(nnx.Module):
         x_32 = x.astype(jnp.float32)
         normal = x_32 * jax.lax.rsqrt(jnp.mean(x_32 * x_32, axis=-1, keepdims=True) + self.config.eps)
         if self.config.cast_last:
-            return (normal * use(self.weight, jnp.float32)).astype(x.dtype)
+            return (normal * cast_and_gather(self.weight, jnp.float32)).astype(x.dtype)
         # Cast down first, then scale: the order of Meta's and Hugging Face's code.
-        return normal.astype(x.dtype) * use(self.weight, x.dtype)
+        return normal.astype(x.dtype) * cast_and_gather(self.weight, x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +78,8 @@ class LayerNormModule(nnx.Module):
         x_32 = x.astype(jnp.float32)
         centred = x_32 - jnp.mean(x_32, axis=-1, keepdims=True)
         y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
-        y = y * use(self.weight, jnp.float32)
-        return (y if self.bias is None else y + use(self.bias, jnp.float32)).astype(x.dtype)
+        y = y * cast_and_gather(self.weight, jnp.float32)
+        return (y if self.bias is None else y + cast_and_gather(self.bias, jnp.float32)).astype(x.dtype)
 
 
 def _check_eps(eps: float) -> None:

@@ -79,7 +79,7 @@ def buffer(value: jax.Array, update: Callable[[jax.Array, jax.Array], jax.Array]
     return Buffer(value, axes=(None,) * value.ndim, update=update)
 
 
-def use(param: nnx.Variable, dtype: Any) -> jax.Array:
+def cast_and_gather(param: nnx.Variable, dtype: Any) -> jax.Array:
     """A parameter's value as the computation wants it: cast, then gathered over the axis that only storage has."""
     return gather(param[...].astype(dtype), param.get_metadata("axes"))
 
@@ -89,7 +89,7 @@ def gather(value: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return shard(value, *_gathered(axes))
 
 
-def lookup(table: Float[Array, "v d"], index: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+def embed_lookup(table: Float[Array, "v d"], index: Int[Array, "b t"]) -> Float[Array, "b t d"]:
     """Rows of a table as it is stored; where its rows are split over the vocabulary, no device ever holds all of it."""
     if not mesh_axis_sizes():
         return _rows(table, index)
@@ -163,7 +163,7 @@ class Projection(nnx.Module):
         w = gather(w, stored)
         y = matmul(reshape(x, (*lead, w.shape[0]), "batch", "sequence", in_axis), w, in_axis=in_axis, out_axis=out_axis)
         y = reshape(y, (*lead, *self.out_shape), "batch", "sequence", out_axis, *(None,) * (len(self.out_shape) - 1))
-        return y if self.bias is None else y + use(self.bias, x.dtype)
+        return y if self.bias is None else y + cast_and_gather(self.bias, x.dtype)
 
 
 def matmul(

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import Component, UserError
-from llama_jax.nn.parameters import parameter, use
+from llama_jax.nn.parameters import cast_and_gather, parameter
 from llama_jax.parallel import shard, spec
 
 BIAS_STD = 0.02  # every distance counts almost the same at first
@@ -87,7 +87,7 @@ class RelativeBiasModule(PositionBiasModule):
         self, query_positions: Int[Array, "#b t"], key_positions: Int[Array, "*#b s"]
     ) -> Float[Array, "#b n t s"]:
         limit = self.config.max_distance
-        by_offset = use(self.weight, jnp.float32).T[:, self.config.buckets()]
+        by_offset = cast_and_gather(self.weight, jnp.float32).T[:, self.config.buckets()]
         place = jnp.clip(_offsets(query_positions, key_positions), -limit, limit) + limit
         shape = (by_offset.shape[0], *place.shape)
         bias = by_offset.at[:, place].get(out_sharding=spec("heads", "batch", "sequence", None, shape=shape))

@@ -21,7 +21,7 @@ from llama_jax.config import UserError
 from llama_jax.nn.attention import context
 from llama_jax.nn.masks import AttentionMask
 from llama_jax.nn.mixer import Mixer, MixerModule
-from llama_jax.nn.parameters import Projection, child, use
+from llama_jax.nn.parameters import Projection, cast_and_gather, child
 from llama_jax.parallel import axes_of, mesh_axis_sizes, shard
 
 State = Any  # arrays [B, H], float32: what a cell of Flax carries
@@ -149,7 +149,7 @@ class _Cell(nnx.Module):
         It begins anew with each document, and stays as it is where no token stands.
         """
         inputs = shard(self.input_proj(x), "batch", None, None)
-        weight = use(self.state_proj.weight, jnp.dtype("float32"))
+        weight = cast_and_gather(self.state_proj.weight, jnp.dtype("float32"))
         places = jax.tree.map(lambda x: shard(x, "batch", None), (_begins(mask, reverse=reverse), mask.real()))
         rows = axes_of(inputs)[0] if mesh_axis_sizes() else ()
 

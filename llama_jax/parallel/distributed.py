@@ -101,7 +101,7 @@ def leave(code: int) -> int:
     return code
 
 
-def agreed[T](function: Callable[[], T]) -> T:
+def all_agree[T](function: Callable[[], T]) -> T:
     """`function()`, called by all processes at the same point; where it raises UserError on any, they all raise it."""
     if not several():
         return function()
@@ -125,9 +125,9 @@ def agreed[T](function: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def from_main[T](function: Callable[[], T]) -> T:
+def broadcast_from_main[T](function: Callable[[], T]) -> T:
     """What `function` returns on process 0, which alone calls it: a JSON value. Its UserError is raised on all."""
-    value = agreed(lambda: function() if is_main() else None)
+    value = all_agree(lambda: function() if is_main() else None)
     return _exchange(value, PATIENCE)[0] if several() else value  # type: ignore[return-value]
 
 

@@ -7,7 +7,6 @@ and out.
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import importlib.util
 import json
@@ -28,6 +27,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from llama_jax.config import UserError, from_json, to_json
+from llama_jax.files import lock
 from llama_jax.models import Compute, ModelConfig, abstract_params, buffers
 from llama_jax.parallel import MeshConfig, make_mesh, spec
 from llama_jax.planning.collectives import SLICE_IDS, Collective, read_collectives
@@ -169,12 +169,13 @@ def compile_step(request: CompileRequest) -> CompiledStep:
 @contextlib.contextmanager
 def _one_at_a_time() -> Iterator[None]:
     """Compilations take gigabytes: they wait for one another."""
-    with open(Path(tempfile.gettempdir()) / "llama_jax_compile.lock", "w") as lock:
+    path = Path(tempfile.gettempdir()) / "llama_jax_compile.lock"
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            held.enter_context(lock(path, timeout=0))
+        except TimeoutError:
             print("waiting for another compilation on this machine", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            held.enter_context(lock(path))
         yield
 
 

@@ -23,8 +23,8 @@ from llama_jax.checkpoint import (
     whole_steps,
 )
 from llama_jax.config import UserError, leaves, read_json, to_json
-from llama_jax.data import Batch, Batches, Dataset, Vocabulary, prepare_dataset
-from llama_jax.models import EncoderDecoderConfig
+from llama_jax.data import Batches, Dataset, HostBatch, Vocabulary, prepare_dataset
+from llama_jax.files import replacing, write_text
 from llama_jax.remote import as_local, local_copy, url_of
 from llama_jax.run_config import RunConfig, read_config
 from llama_jax.tokenizers import Tokenizer, load_saved_tokenizer, load_tokenizer
@@ -33,7 +33,6 @@ from llama_jax.training import learning_rate
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
 DATA_FILE = "data.json"
-_PARTIAL = ".partial"
 # What may differ when a run is continued: how it is computed and told, not what it learns.
 CHANGEABLE = (
     "num_steps",
@@ -89,7 +88,7 @@ class Run:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        of_sources = isinstance(self.config.model, EncoderDecoderConfig)
+        of_sources = self.config.model.has_source
         return load_saved_tokenizer(self.directory / TOKENIZER_DIRECTORY, of_sources=of_sources)
 
     @functools.cached_property
@@ -116,7 +115,7 @@ class Run:
                 "with: bring them back, or give another --run-dir"
             )
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> HostBatch:
         """The exact global batch that the update from `step` to `step + 1` used: numpy arrays [B, T]."""
         return self.batches(self.dataset).batch(step)
 
@@ -168,7 +167,7 @@ def check_directory(run: Run) -> list[str]:
     if not (directory / CONFIG_FILE).exists():
         if directory.exists() and not directory.is_dir():
             raise UserError(f"'{directory}' is a file: give another --run-dir")
-        if directory.is_dir() and any(not file.name.endswith(_PARTIAL) for file in directory.iterdir()):
+        if directory.is_dir() and any(".partial" not in file.name for file in directory.iterdir()):
             raise UserError(f"'{directory}' is not empty and not a run: give another --run-dir")
         return []
     before = open_run(directory, run.components)
@@ -269,21 +268,10 @@ def start_run(run: Run, dataset: Dataset) -> None:
     # The config first: with it, a directory that was left half-made is a run to continue.
     write_text(directory / CONFIG_FILE, json.dumps(to_json(run.config), indent=2) + "\n")
     if not (directory / TOKENIZER_DIRECTORY).is_dir():
-        partial = directory / f".{TOKENIZER_DIRECTORY}{_PARTIAL}"
-        run.tokenizer.save(partial)
-        partial.rename(directory / TOKENIZER_DIRECTORY)
+        with replacing(directory / TOKENIZER_DIRECTORY) as partial:
+            run.tokenizer.save(partial)
     write_text(directory / DATA_FILE, json.dumps(_summary(dataset), indent=2) + "\n")
 
 
 def _summary(dataset: Dataset) -> dict[str, Any]:
     return {"content_hash": dataset.content_hash, "num_tokens": dataset.num_tokens, "num_bytes": dataset.num_bytes}
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all, also where the machine goes down."""
-    partial = file.with_name(f".{file.name}{_PARTIAL}")
-    with partial.open("w", encoding="utf-8") as opened:
-        opened.write(text)
-        opened.flush()
-        os.fsync(opened.fileno())
-    partial.replace(file)

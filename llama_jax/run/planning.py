@@ -8,7 +8,6 @@ import jax
 from rich.console import Console
 
 from llama_jax.config import UserError
-from llama_jax.models import EncoderDecoderConfig
 from llama_jax.parallel import MeshConfig
 from llama_jax.planning import (
     CHIPS,
@@ -90,7 +89,7 @@ def topology_of(devices: Sequence[Any]) -> Topology | None:
 
 def mesh_of(config: RunConfig, devices: Sequence[Any]) -> MeshConfig:
     """The mesh of a run on these devices: the config's; where it says nothing, the fastest that fits by the planner."""
-    unknown = isinstance(config.model, EncoderDecoderConfig)
+    unknown = config.model.has_source
     if config.mesh != MeshConfig() or unknown or (machine := topology_of(devices)) is None:
         return config.mesh
     return best_mesh(workload_of(config), machine) or config.mesh
@@ -110,7 +109,7 @@ def plan(
     With `compile`, XLA's own figures of the real step (extra `plan`). Raises UserError for an unknown topology, for an
     encoder-decoder, and a mesh that fits neither its chips nor the batch.
     """
-    if isinstance(config.model, EncoderDecoderConfig):
+    if config.model.has_source:
         raise UserError("the planner knows models of one sequence: of an encoder-decoder it can say nothing")
     machine, workload = Topology.parse(topology), workload_of(config)
     if (sample_batch is None) != (sample_length is None):

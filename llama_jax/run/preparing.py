@@ -10,7 +10,6 @@ from typing import Any
 from llama_jax.checkpoint import CONFIG_FILE, TOKENIZER_DIRECTORY
 from llama_jax.config import UserError
 from llama_jax.data import DataConfig, Dataset, SequenceToSequence, Vocabulary, prepare_dataset, read_texts
-from llama_jax.models import EncoderDecoderConfig
 from llama_jax.parallel import MeshConfig
 from llama_jax.run.directory import Run, check_directory
 from llama_jax.run.initial import inheritance
@@ -60,7 +59,7 @@ def _tokenizer(run: Run) -> Tokenizer:
         return run.tokenizer
     config = run.config.tokenizer
     found = trained_tokenizer(config, run.config.data) if config.path is None else load_tokenizer(config.path)
-    return with_document_rule(found, of_sources=isinstance(run.config.model, EncoderDecoderConfig))
+    return with_document_rule(found, of_sources=run.config.model.has_source)
 
 
 def trained_tokenizer(config: TokenizerConfig, data: DataConfig) -> Tokenizer:
@@ -75,7 +74,7 @@ def _sample_tokens(config: RunConfig, tokenizer: Tokenizer) -> int:
     """How many tokens the model can write after the longest of the prompts."""
     limit = config.model.length_limit
     # An encoder-decoder writes after its start token, however long the prompt is that it reads.
-    longest, own = (limit, 1) if isinstance(config.model, EncoderDecoderConfig) else (limit - 1, None)
+    longest, own = (limit, 1) if config.model.has_source else (limit - 1, None)
     left = limit
     for prompt in config.logging.sample_prompts:
         size = len(encode_prompt(config.model, tokenizer, prompt))
@@ -91,7 +90,7 @@ def _sample_tokens(config: RunConfig, tokenizer: Tokenizer) -> int:
 def _check_start(config: RunConfig, vocabulary: Vocabulary) -> None:
     """Raises UserError where the decoder is trained to begin with another token than it will begin with."""
     model, objective = config.model, config.data.objective
-    if not isinstance(model, EncoderDecoderConfig) or not isinstance(objective, SequenceToSequence):
+    if not model.has_source or not isinstance(objective, SequenceToSequence):
         return
     start = vocabulary.boundary(objective.start_token)
     if start != model.decoder_start_id:

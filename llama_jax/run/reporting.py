@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from llama_jax.config import UserError, to_json
+from llama_jax.files import write_text
 from llama_jax.remote import with_urls
-from llama_jax.run.directory import METRICS_FILE, Run, write_text
+from llama_jax.run.directory import METRICS_FILE, Run
 from llama_jax.run_config import LoggingConfig
 
 Metrics = dict[str, Any]

@@ -130,7 +130,7 @@ def local_run(run_dir: str | Path) -> Iterator[tuple[Path, StoredRun | None]]:
     if (local := as_local(run_dir)) is not None:
         yield local, None
         return
-    with contextlib.closing(distributed.agreed(lambda: _stored(run_dir))) as stored:
+    with contextlib.closing(distributed.all_agree(lambda: _stored(run_dir))) as stored:
         yield stored.directory, stored
 
 

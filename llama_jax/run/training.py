@@ -15,10 +15,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, CONFIG_FILE, CheckpointStore, SaveFailed
-from llama_jax.data import Batch, Dataset, ValidationBatches
-from llama_jax.models import EncoderDecoderConfig, abstract_params, buffers
+from llama_jax.data import Dataset, HostBatch, ValidationBatches
+from llama_jax.files import write_text
+from llama_jax.models import abstract_params, buffers
 from llama_jax.parallel import distributed, make_mesh, mesh_axis_sizes, platform
-from llama_jax.run.directory import METRICS_FILE, SAMPLES_FILE, Run, start_run, write_text
+from llama_jax.run.directory import METRICS_FILE, SAMPLES_FILE, Run, start_run
 from llama_jax.run.initial import first_params
 from llama_jax.run.planning import mesh_of
 from llama_jax.run.preparing import check_shared, open_dataset, prepare
@@ -66,11 +67,15 @@ def _train(run: Run, stored: StoredRun | None) -> Run:
     devices = jax.devices()  # several processes find their devices together
     mesh = mesh_of(config, devices)
     # All that can be wrong is found out before anything is written; of several processes, the first does it for all.
-    directories, vocabulary, sample_tokens, lines = distributed.from_main(lambda: prepare(run, mesh, len(devices)))
+    directories, vocabulary, sample_tokens, lines = distributed.broadcast_from_main(
+        lambda: prepare(run, mesh, len(devices))
+    )
     with jax.set_mesh(make_mesh(mesh)):
-        loop = distributed.agreed(lambda: _Loop(run, open_dataset(run, directories, vocabulary), sample_tokens, lines))
-        distributed.from_main(lambda: start_run(run, loop.dataset))
-        distributed.agreed(lambda: check_shared(run.directory / CONFIG_FILE, "--run-dir"))
+        loop = distributed.all_agree(
+            lambda: _Loop(run, open_dataset(run, directories, vocabulary), sample_tokens, lines)
+        )
+        distributed.broadcast_from_main(lambda: start_run(run, loop.dataset))
+        distributed.all_agree(lambda: check_shared(run.directory / CONFIG_FILE, "--run-dir"))
         if stored is not None:
             stored.start()
         try:
@@ -125,7 +130,7 @@ class _Loop:
 
     def _train(self, store: CheckpointStore) -> None:
         config = self.config
-        state, lines = distributed.agreed(lambda: self._state(store))
+        state, lines = distributed.all_agree(lambda: self._state(store))
         start = int(state.step)
         with (
             contextlib.closing(_Writers(self.run_, start, self.main)) as writers,
@@ -147,7 +152,7 @@ class _Loop:
         """The latest checkpoint's state, or a new one, and what there is to say of it."""
         make = jax.jit(functools.partial(init_state, buffer_names=frozenset(buffers(self.config.model))))
         # Process 0 says which: others' view of a shared file system may be older.
-        step = distributed.from_main(lambda: max(store.steps(), default=None))
+        step = distributed.broadcast_from_main(lambda: max(store.steps(), default=None))
         if step is None:
             params, lines = first_params(self.config, self.run_.components)
             return make(params, self.hyper), lines
@@ -235,7 +240,7 @@ class _Loop:
                     store.wait()
                     raise Preempted(f"stopped at step {done} with a checkpoint saved: start again to continue")
 
-    def _on_devices(self, batch: Batch) -> dict[str, jax.Array]:
+    def _on_devices(self, batch: HostBatch) -> dict[str, jax.Array]:
         return to_devices(batch, self.rows, self.config.global_batch_size)
 
     def _log(self, metrics: dict[str, Any], clock: "_Clock", bar: Bar, writers: "_Writers") -> None:
@@ -277,7 +282,7 @@ class _Loop:
         texts = generate_text(
             self.run_.load(), prompts, max_new_tokens=self.sample_tokens, temperature=0.8, seed=self.config.seed
         )
-        between = "\n" if isinstance(self.config.model, EncoderDecoderConfig) else ""
+        between = "\n" if self.config.model.has_source else ""
         samples = "\n\n".join(prompt + between + text for prompt, text in zip(prompts, texts, strict=True))
         if self.main:
             write_text(self.run_.directory / SAMPLES_FILE, samples + "\n")
@@ -372,6 +377,6 @@ class _Writers:
             writer.close()
 
 
-def to_devices(batch: Batch, rows: Sequence[int], num_rows: int) -> dict[str, jax.Array]:
+def to_devices(batch: HostBatch, rows: Sequence[int], num_rows: int) -> dict[str, jax.Array]:
     """A batch of `num_rows`, of which this process has `rows`, as global arrays on the current mesh."""
     return {name: distributed.place_rows(value, rows, num_rows) for name, value in batch.items()}

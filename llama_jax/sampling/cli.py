@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 
 from llama_jax.checkpoint import LanguageModel, load
 from llama_jax.config import UserError
-from llama_jax.models import EncoderDecoderConfig
-from llama_jax.sampling.chat import built_in, encoded_chat
-from llama_jax.sampling.processors import Sampler
+from llama_jax.sampling.conversations import built_in, encoded_chat
+from llama_jax.sampling.sampler import Sampler
 from llama_jax.sampling.text import Encoded, complete_encoded, encoded_prompt, stream_encoded
 
 
@@ -106,7 +105,7 @@ def _print_answer(lm: LanguageModel, messages: list[dict[str, str]], row: int, a
     returns what the model wrote."""
     prompt, pieces = messages[-1]["content"], _pieces(lm, messages, row, args)
     first = next(pieces, "")  # before the prompt is printed: a prompt that is refused leaves stdout empty
-    print("" if args.chat or isinstance(lm.config, EncoderDecoderConfig) else prompt, end=first, flush=True)
+    print("" if args.chat or lm.config.has_source else prompt, end=first, flush=True)
     written = [first]
     for text in pieces:
         print(text, end="", flush=True)

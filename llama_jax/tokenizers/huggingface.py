@@ -10,8 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from llama_jax.tokenizers.base import TextStream, Tokenizer
-from llama_jax.tokenizers.exporting import exported
-from llama_jax.tokenizers.settings import KEYS, Settings, guess
+from llama_jax.tokenizers.settings import KEYS, Settings, exported, guess
 from llama_jax.tokenizers.streams import stage_of
 
 # Names that these tokens usually have, tried where a file stands alone and no setting names them.

@@ -11,13 +11,14 @@ from llama_jax.tokenizers.huggingface import json_tokenizer
 from llama_jax.tokenizers.marian import marian_tokenizer
 from llama_jax.tokenizers.sentencepiece import SentencePieceTokenizer, llama2c_model, sentencepiece_tokenizer
 from llama_jax.tokenizers.settings import Settings, read_settings
-from llama_jax.tokenizers.tiktoken import read_ranks, tiktoken_tokenizer
 from llama_jax.tokenizers.vocabularies import (
     bert_tokenizer,
     byte_level_tokenizer,
     read_merges,
     read_pieces,
+    read_ranks,
     read_vocabulary,
+    tiktoken_tokenizer,
 )
 
 # In the order in which they decide, as in transformers. The last is known only to be refused.

@@ -7,7 +7,7 @@ from pathlib import Path
 import sentencepiece
 
 from llama_jax.tokenizers.base import SETTINGS_FILE, TextStream, Tokenizer
-from llama_jax.tokenizers.pieces import SPACE
+from llama_jax.tokenizers.sentencepiece import SPACE
 from llama_jax.tokenizers.settings import Settings
 
 FILES = ("source.spm", "target.spm", "vocab.json")

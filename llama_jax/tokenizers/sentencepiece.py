@@ -1,33 +1,33 @@
 """SentencePiece models, and llama2.c's tokenizers, which are SentencePiece models in another file format."""
 
 import codecs
+import dataclasses
 import functools
+import json
 import os
+import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+import google.protobuf.message
 import sentencepiece
+import tokenizers
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from llama_jax.tokenizers.added import AddedTokens
+from llama_jax.config import UserError
 from llama_jax.tokenizers.base import TextStream, Tokenizer
-from llama_jax.tokenizers.exporting import exported, sentencepiece_json
-from llama_jax.tokenizers.pieces import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    SPACE,
-    UNKNOWN,
-    USER_DEFINED,
-    Piece,
-    read_pieces,
-    without_text,
-)
-from llama_jax.tokenizers.protobuf import field
-from llama_jax.tokenizers.settings import GENERIC, Added, Settings
+from llama_jax.tokenizers.settings import GENERIC, Added, Settings, exported
 
+# The wheel's classes are made when it is imported: type checkers do not see them.
+ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
+Kind: Any = ModelProto.SentencePiece
+UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
+SPACE = "\u2581"  # a space inside pieces
 CHATGLM = "ChatGLMTokenizer"
 CLASS_FILES = ("spiece.model", "sentencepiece.bpe.model")
-# In the order of their ids, the first behind the model's last piece.
+# In the order of their ids, the first after the model's last piece.
 CHATGLM_SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
 
@@ -35,32 +35,31 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model (BPE or unigram), given as the content of its file, with the tokens added to it.
 
     With byte fallback and identity normalization (Llama's settings) every string survives encode and decode, except
-    that U+2581 becomes a space. `settings` name special tokens and add tokens, and their class has its own: T5's
+    that U+2581 becomes a space. `settings` name special tokens and add tokens, and their class may have more: T5's
     sentinels, ChatGLM2's `CHATGLM_SPECIAL`, whose prompts and documents begin with [gMASK] and sop. `file_name` is the
-    model's. Raises RuntimeError where `model` is no SentencePiece model.
+    model's. Raises RuntimeError where `model` is not a SentencePiece model.
     """
 
     def __init__(self, model: bytes, settings: Settings | None = None, file_name: str = "tokenizer.model"):
-        self.settings = settings = settings or Settings()
-        self.model = model
+        self._settings = settings = settings or Settings()
         self._processor = _processor(model)
-        pieces = read_pieces(model)
-        self.added = _added(pieces, settings)
-        if changed := [i for i in self.added if i < len(pieces)]:
-            self._processor = _processor(without_text(model, changed))
-        self._finder = AddedTokens(self.added)
-        self.vocab_size = max([len(pieces) - 1, *self.added]) + 1
-        kinds = (UNKNOWN, CONTROL, USER_DEFINED)
-        special = {i: piece.text for i, piece in enumerate(pieces) if piece.kind in kinds}
-        special |= {i: token.content for i, token in self.added.items()}
+        self._model = read_model(model)
+        pieces = self._model.pieces
+        self._added = _added(pieces, settings)
+        if any(i < len(pieces) for i in self._added):
+            # A piece that is an added token now must not be found in ordinary text.
+            self._processor = _processor(_without_text(self._model, self._added).SerializeToString())
+        self._text_tokens = AddedTokens({i: token for i, token in self._added.items() if not token.special})
+        self.vocab_size = max([len(pieces) - 1, *self._added]) + 1
+        kinds = (Kind.UNKNOWN, Kind.CONTROL, Kind.USER_DEFINED)
+        added = {i: token.content for i, token in self._added.items()}
+        special = {i: piece.piece for i, piece in enumerate(pieces) if piece.type in kinds} | added
         self.special_tokens = {name: i for i, name in sorted(special.items())}
-        ids = {piece.text: i for i, piece in enumerate(pieces)} | {t.content: i for i, t in self.added.items()}
-        model_ids = (self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id())
-        self.bos_id, eos_id, self.pad_id = (
-            _named(settings, key, ids, token_id)
-            for key, token_id in zip(("bos_token", "eos_token", "pad_token"), model_ids, strict=True)
-        )
+        ids = {piece.piece: i for i, piece in enumerate(pieces)} | {name: i for i, name in added.items()}
+        self.bos_id = _named(settings, "bos_token", ids, self._processor.bos_id())
+        self.pad_id = _named(settings, "pad_token", ids, self._processor.pad_id())
         self.unk_id = _optional(self._processor.unk_id())
+        eos_id = _named(settings, "eos_token", ids, self._processor.eos_id())
         self.eos_ids = () if eos_id is None else (eos_id,)
         if settings.class_name == CHATGLM:
             self.bos_id, self.pad_id = ids["sop"], self.unk_id
@@ -68,77 +67,80 @@ class SentencePieceTokenizer(Tokenizer):
         self.files = {file_name: model, **settings.files}
 
     def _affixes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        config, suffix = self.settings.config, self.settings.rules.suffix
+        config, suffix = self._settings.config, self._settings.rules.suffix
         add_bos, add_eos = config.get("add_bos_token", not suffix), config.get("add_eos_token", False) or suffix
         return (self.start_ids if add_bos else ()), (self.eos_ids if add_eos else ())
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        if not any(not token.special for token in self.added.values()):
-            return self._encode_pieces(texts)
-        return [self._join(self._finder.split(text, special=False)) for text in texts]
+        if self._text_tokens:
+            return [self._join(self._text_tokens.split(text)) for text in texts]
+        num_threads = int(os.environ.get("LLAMA_JAX_TOKENIZER_THREADS", "-1"))  # -1: all cores
+        return self._processor.encode(list(texts), num_threads=num_threads)
 
     def _encode_special(self, text: str) -> list[int]:
         self.check_text(text)
+        return self._join(self._all_tokens.split(text))
+
+    @functools.cached_property
+    def _all_tokens(self) -> "AddedTokens":
         special = {i: Added(name, special=True) for name, i in self.special_tokens.items() if i != self.unk_id}
-        return self._join(AddedTokens(special | self.added).split(text, special=True))
+        return AddedTokens(special | self._added)
 
     def _join(self, parts: Sequence[str | int]) -> list[int]:
-        """Ids of texts and of the added tokens between them."""
+        """Return the ids of texts and of the added tokens between them."""
         first = [part for part in parts[:1] if isinstance(part, str)]
         others = [part for part in parts[1:] if isinstance(part, str)]
-        plain = self._inner if self.prefixes_first_only else self._processor
+        plain = self._inner if self._prefixes_first_only else self._processor
         encoded = iter([*self._processor.encode(first), *plain.encode(others)])
         ids: list[int] = []
         for part in parts:
             ids += next(encoded) if isinstance(part, str) else [part]
         return ids
 
-    def _encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        num_threads = int(os.environ.get("LLAMA_JAX_TOKENIZER_THREADS", "-1"))  # -1: all cores
-        return self._processor.encode(list(texts), num_threads=num_threads)
-
     @functools.cached_property
-    def prefixes_first_only(self) -> bool:
-        """Whether no space is put before the text behind an added token: transformers' Llama where `legacy` is off."""
-        is_llama = self.settings.class_name in ("LlamaTokenizer", "CodeLlamaTokenizer")
-        return is_llama and not self.settings.config.get("legacy", False)
+    def _prefixes_first_only(self) -> bool:
+        """True where no space is put before the text after an added token: transformers' Llama with `legacy` off."""
+        is_llama = self._settings.class_name in ("LlamaTokenizer", "CodeLlamaTokenizer")
+        return is_llama and not self._settings.config.get("legacy", False)
 
     @functools.cached_property
     def _inner(self) -> sentencepiece.SentencePieceProcessor:
         """The model without the space that it puts before a text."""
-        return _processor(without_text(self.model, self.added) + field(3, field(3, 0)))
+        model = _without_text(self._model, self._added)
+        model.normalizer_spec.add_dummy_prefix = False
+        return _processor(model.SerializeToString())
 
     def stream(self) -> "_PieceStream":
         return _PieceStream(self)
 
     def export_files(self) -> dict[str, bytes]:
-        data = sentencepiece_json(self.model, self.added, prefixes_first_only=self.prefixes_first_only)
-        return exported(self, data, self.settings)
+        data = sentencepiece_json(self._model, self._added, prefixes_first_only=self._prefixes_first_only)
+        return exported(self, data, self._settings)
 
     @functools.cached_property
     def pieces(self) -> list[bytes]:
-        """What every id writes, before the leading space is taken off; nothing for special tokens."""
-        model, pieces = self._processor, []
-        for i in range(self.vocab_size):
-            if i in self.added:
-                pieces.append(b"" if self.added[i].special else self.added[i].content.encode())
-            elif i >= model.vocab_size() or model.is_control(i):
-                pieces.append(b"")
-            elif model.is_byte(i):
-                pieces.append(bytes([int(model.id_to_piece(i)[3:5], 16)]))
-            elif model.is_unknown(i):
-                # transformers' classes take it for a special token, SentencePiece writes " \u2047 ".
-                alone = self.settings.class_name is None
-                pieces.append(model.decode([i]).encode() if alone else b"")
-            else:
-                pieces.append(model.id_to_piece(i).replace(SPACE, " ").encode())
+        """Text of every id in UTF-8, with the leading space that decoding may drop; nothing for special tokens."""
+        pieces = [self._text(i, piece) for i, piece in enumerate(self._model.pieces)]
+        pieces += [b""] * (self.vocab_size - len(pieces))
+        for i, token in self._added.items():
+            pieces[i] = b"" if token.special else token.content.encode()
         return pieces
+
+    def _text(self, i: int, piece: Any) -> bytes:
+        if piece.type == Kind.CONTROL:
+            return b""
+        if piece.type == Kind.BYTE:  # <0x0A>
+            return bytes([int(piece.piece[3:5], 16)])
+        if piece.type == Kind.UNKNOWN:
+            # transformers' classes take it for a special token, SentencePiece writes " \u2047 ".
+            return self._processor.decode([i]).encode() if self._settings.class_name is None else b""
+        return piece.piece.replace(SPACE, " ").encode()
 
     @functools.cached_property
     def leading_spaces(self) -> tuple[bool, bool]:
-        """Whether decoding drops the first space (put there by the encoder), and whether it drops all leading ones."""
+        """Two flags: decoding drops the first space (which the encoder put there), and drops all leading ones."""
         model = self._processor
-        spaced = next((i for i in range(model.vocab_size()) if self.starts_with_space(i)), None)
+        spaced = next((i for i in range(len(self._model.pieces)) if self.starts_with_space(i)), None)
         if spaced is None:
             return False, False
         strips = model.decode([spaced]) != model.id_to_piece(spaced).replace(SPACE, " ")
@@ -147,44 +149,93 @@ class SentencePieceTokenizer(Tokenizer):
 
     def starts_with_space(self, token_id: int) -> bool:
         """Return whether the piece begins with a space."""
-        known = token_id not in self.added and token_id < self._processor.vocab_size()
-        return known and self._processor.id_to_piece(token_id).startswith(SPACE)
+        known = token_id not in self._added and token_id < len(self._model.pieces)
+        return known and self._model.pieces[token_id].piece.startswith(SPACE)
 
 
-def _added(pieces: Sequence[Piece], settings: Settings) -> dict[int, Added]:
-    """The tokens that are added to `pieces` or change one of them, by id."""
+class AddedTokens:
+    """Tokens by id that are found in a text before a model splits the rest of it."""
+
+    def __init__(self, tokens: Mapping[int, Added]):
+        self._tokens = {token.content: (i, token) for i, token in tokens.items()}
+        # Of several at one place the longest is found.
+        longest_first = sorted(tokens.values(), key=lambda token: -len(token.content))
+        forms = [(re.escape(token.content), token.single_word) for token in longest_first]
+        self._pattern = re.compile("|".join(rf"(?<!\w){form}(?!\w)" if word else form for form, word in forms))
+
+    def __bool__(self) -> bool:
+        return bool(self._tokens)
+
+    def split(self, text: str) -> list[str | int]:
+        """Return the ids of the tokens in `text`, and the texts between them."""
+        parts: list[str | int] = []
+        end, strips = 0, False
+        for match in self._pattern.finditer(text) if self else ():
+            i, token = self._tokens[match[0]]
+            between = text[end : match.start()]
+            between = between.lstrip() if strips else between
+            parts += [between.rstrip() if token.lstrip else between, i]
+            end, strips = match.end(), token.rstrip
+        rest = text[end:]
+        return [part for part in (*parts, rest.lstrip() if strips else rest) if part != ""]
+
+
+def _added(pieces: Sequence[Any], settings: Settings) -> dict[int, Added]:
+    """Return the tokens that are added to `pieces` or change one of them, by id."""
     added = dict(settings.added)
-    names: list[str] = []
+    names: Sequence[str] = ()
     if settings.class_name == CHATGLM:
-        names += CHATGLM_SPECIAL
+        names = CHATGLM_SPECIAL
     elif settings.rules.suffix:  # T5
         number = settings.config.get("extra_ids", 100)
-        names += [f"<extra_id_{i}>" for i in reversed(range(number))]
-    known = {piece.text for piece in pieces} | {token.content for token in added.values()}
+        names = [f"<extra_id_{i}>" for i in reversed(range(number))]
+    known = {piece.piece for piece in pieces} | {token.content for token in added.values()}
     more = [Added(name, special=True) for name in names if name not in known]
     more += [token for name, token in settings.named().items() if name not in known.union(names)]
     first = max([len(pieces) - 1, *added]) + 1
     added |= {first + i: token for i, token in enumerate(more)}
-    # What the model itself takes for the token needs nothing.
-    return {i: token for i, token in added.items() if i >= len(pieces) or not _is(pieces[i], token)}
 
+    def changes(i: int, token: Added) -> bool:
+        piece = pieces[i]
+        return piece.piece != token.content or (token.special and piece.type not in (Kind.UNKNOWN, Kind.CONTROL))
 
-def _is(piece: Piece, token: Added) -> bool:
-    return piece.text == token.content and (piece.kind in (UNKNOWN, CONTROL) or not token.special)
+    return {i: token for i, token in added.items() if i >= len(pieces) or changes(i, token)}
 
 
 def _named(settings: Settings, key: str, ids: Mapping[str, int], token_id: int) -> int | None:
-    """The id of the token that `settings` name under `key`, the model's own `token_id` where they do not."""
+    """Return the id of the token that `settings` name under `key`, the model's own `token_id` where they do not."""
     if key in settings.config or key in settings.special_map:
         name = settings.said(key)
         return None if name is None else ids.get(name)
     return _optional(token_id)
 
 
+def _optional(token_id: int) -> int | None:
+    return None if token_id < 0 else token_id
+
+
 def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
     processor = sentencepiece.SentencePieceProcessor()
     processor.LoadFromSerializedProto(model)
     return processor
+
+
+def read_model(model: bytes) -> Any:
+    """Return the `ModelProto` of a model file. Raises RuntimeError where `model` is damaged."""
+    try:
+        return ModelProto.FromString(model)
+    except google.protobuf.message.DecodeError:
+        raise RuntimeError("not a SentencePiece model") from None
+
+
+def _without_text(model: Any, ids: Iterable[int]) -> Any:
+    """Return a copy of `model` with the pieces `ids` made control pieces, which are never found in a text."""
+    changed = ModelProto()
+    changed.CopyFrom(model)
+    for i in ids:
+        if i < len(changed.pieces):
+            changed.pieces[i].type = Kind.CONTROL
+    return changed
 
 
 class _PieceStream(TextStream):
@@ -194,24 +245,24 @@ class _PieceStream(TextStream):
         self._strips, self._strips_all = tokenizer.leading_spaces
 
     def feed(self, token_id: int) -> str:
-        piece = self._tokenizer.pieces[self._tokenizer.check_id(token_id)]
-        if self._strips and piece:
+        text = self._tokenizer.pieces[self._tokenizer.check_id(token_id)]
+        if self._strips and text:
             if self._tokenizer.starts_with_space(token_id):
-                piece = piece[1:]
-                self._strips = self._strips_all and not piece
+                text = text[1:]
+                self._strips = self._strips_all and not text
             else:
                 self._strips = False
-        return self._decoder.decode(piece)
+        return self._decoder.decode(text)
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
 
 
 def sentencepiece_tokenizer(model: bytes, settings: Settings, file_name: str) -> SentencePieceTokenizer:
-    """Return the tokenizer of a SentencePiece model, read as the class that `settings` name has it.
+    """Return the tokenizer of a SentencePiece model, read as the class that `settings` name reads it.
 
-    A lone spiece.model is T5's where pad, eos and unk have the ids 0, 1, 2. Raises RuntimeError where `model` is none,
-    ValueError for a class that gives the pieces other ids, and for a file of such a class.
+    A lone spiece.model is T5's where pad, eos and unk have the ids 0, 1, 2. Raises RuntimeError where `model` is not a
+    model, ValueError for a class that gives the pieces other ids, and for a file of such a class.
     """
     processor = _processor(model)
     if settings.class_name is None and file_name in CLASS_FILES:
@@ -231,39 +282,119 @@ def sentencepiece_tokenizer(model: bytes, settings: Settings, file_name: str) ->
 
 
 def llama2c_model(content: bytes) -> bytes | None:
-    """The SentencePiece model that does what llama2.c's tokenizer file `content` says, or None if it is no such file.
+    """Return the SentencePiece model that llama2.c's tokenizer file `content` holds, or None if it is another file.
 
     The format (karpathy/llama2.c, tokenizer.py): int32 longest length, then float32 score, int32 length and the bytes
     of every piece, with spaces for U+2581 and line ends around the names of BOS and EOS.
     """
-    pieces: list[tuple[str, float]] = []
+    model = ModelProto()
     position, longest = 4, 0
     while position < len(content):
         try:
             score, length = struct.unpack_from("<fi", content, position)
             (piece,) = struct.unpack_from(f"{length}s", content, position + 8)
-            pieces.append((piece.decode(), score))
+            model.pieces.add(piece=piece.decode(), score=score)
         except (struct.error, UnicodeDecodeError, OverflowError):
             return None
         position += 8 + length
         longest = max(longest, length)
-    if len(pieces) < 259 or content[:4] != struct.pack("<i", longest):
+    if len(model.pieces) < 259 or content[:4] != struct.pack("<i", longest):
         return None
-    model = bytearray()
-    for i, (piece, score) in enumerate(pieces):
-        kind = UNKNOWN if i == 0 else CONTROL if i < 3 else BYTE if i < 259 else NORMAL
-        text = piece.strip("\n") if kind == CONTROL else piece.replace(" ", SPACE)
-        model += field(1, field(1, text.encode()) + field(2, score) + field(3, kind))
-    bpe = 2
-    model += field(2, field(3, bpe) + field(4, len(pieces)) + field(35, 1))  # byte fallback
-    model += field(3, field(1, b"identity") + field(3, 1) + field(4, 0))  # dummy prefix, keep extra whitespace
-    return bytes(model)
+    for i, piece in enumerate(model.pieces):
+        is_name = i in (1, 2)
+        piece.type = Kind.UNKNOWN if i == 0 else Kind.CONTROL if is_name else Kind.BYTE if i < 259 else Kind.NORMAL
+        piece.piece = piece.piece.strip("\n") if is_name else piece.piece.replace(" ", SPACE)
+    model.trainer_spec.model_type, model.trainer_spec.vocab_size = BPE, len(model.pieces)
+    model.trainer_spec.byte_fallback = True
+    normalizer = model.normalizer_spec
+    normalizer.name, normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces = "identity", True, False
+    return model.SerializeToString()
 
 
 def with_dummy_prefix(model: bytes) -> bytes:
-    """`model` with a space put before every text, as Llama has it: protobuf merges what is appended."""
-    return model + field(3, field(3, 1))
+    """Return `model` with a space put before every text, as Llama has it: protobuf merges appended messages."""
+    prefix = ModelProto()
+    prefix.normalizer_spec.add_dummy_prefix = True
+    return model + prefix.SerializeToString()
 
 
-def _optional(token_id: int) -> int | None:
-    return None if token_id < 0 else token_id
+def sentencepiece_json(model: Any, added: Mapping[int, Added], *, prefixes_first_only: bool) -> dict[str, Any]:
+    """Return the `tokenizer.json` that gives the ids of a SentencePiece model and the tokens `added` to it, by id.
+
+    `prefixes_first_only`: no space is put before the text after an added token.
+    Raises UserError for a model of words or characters, and for one whose spaces end words.
+    """
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    marks_beginnings = normalizer.escape_whitespaces and not trainer.treat_whitespace_as_suffix
+    if trainer.model_type not in (UNIGRAM, BPE) or not marks_beginnings:
+        raise UserError("this SentencePiece model can have no tokenizer.json: only BPE and unigram models that mark "
+                        "the beginning of words can be exported")  # fmt: skip
+    pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
+    # Ids without a piece need a name, too.
+    pieces += [(f"<unused_{i}>", 0.0, Kind.CONTROL) for i in range(len(pieces), max([-1, *added]) + 1)]
+    for i, token in added.items():
+        pieces[i] = (token.content, 0.0, Kind.CONTROL)
+    defined = [text for text, _, kind in pieces if kind == Kind.USER_DEFINED]
+    unk_id = next((i for i, (_, _, kind) in enumerate(pieces) if kind == Kind.UNKNOWN), 0)
+    if trainer.model_type == UNIGRAM:
+        vocabulary = [(text, score) for text, score, _ in pieces]
+        made = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=unk_id, byte_fallback=trainer.byte_fallback))
+    else:
+        made = tokenizers.Tokenizer(
+            models.BPE(
+                vocab={text: i for i, (text, _, _) in enumerate(pieces)},
+                merges=_merges({text: score for text, score, kind in pieces if kind == Kind.NORMAL}),
+                unk_token=pieces[unk_id][0],
+                fuse_unk=True,
+                byte_fallback=trainer.byte_fallback,
+                ignore_merges=bool(defined),  # each is a word, by the split below
+            )
+        )
+    first_only = normalizer.add_dummy_prefix and prefixes_first_only
+    charsmap = normalizer.precompiled_charsmap
+    steps: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
+    if normalizer.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if first_only:
+        # Metaspace puts no space before a text that has one: SentencePiece does.
+        steps += [normalizers.Replace(Regex(r"\A "), "  "), normalizers.Replace(Regex(rf"\A{SPACE}"), SPACE * 2)]
+    else:
+        steps += [normalizers.Prepend(SPACE)] if normalizer.add_dummy_prefix else []
+        steps += [normalizers.Replace(" ", SPACE)]
+    made.normalizer = normalizers.Sequence(steps)  # type: ignore[assignment]
+    splits: list[Any] = [pre_tokenizers.Metaspace(prepend_scheme="first", split=False)] if first_only else []
+    if defined:
+        longest = sorted(defined, key=len, reverse=True)
+        splits.append(pre_tokenizers.Split(Regex("|".join(map(re.escape, longest))), "isolated"))
+    if trainer.model_type == UNIGRAM and trainer.byte_fallback:
+        # The name of a byte that is written out in a text is ordinary text.
+        splits.append(pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "merged_with_previous"))
+    if splits:
+        made.pre_tokenizer = pre_tokenizers.Sequence(splits)  # type: ignore[assignment]
+    strips = normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces
+    made.decoder = decoders.Sequence(  # type: ignore[assignment]
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        + ([decoders.Strip(" ", 1, 0)] if strips else [])
+    )
+    options = {token.content: token for token in added.values()}
+    tokens = [options.get(text, Added(text, special=True)) for text, _, kind in pieces if kind == Kind.CONTROL]
+    # Not normalized: a space would be put before their names.
+    made.add_tokens([AddedToken(**vars(dataclasses.replace(token, normalized=False))) for token in tokens])
+    made.add_special_tokens([AddedToken(pieces[unk_id][0], special=True, normalized=False)])
+    return json.loads(made.to_str())
+
+
+def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Return the merges of byte-pair encoding that give the same as SentencePiece's scores, by piece.
+
+    SentencePiece joins the neighbours whose union has the greatest score, so every way to cut a piece in two known
+    ones is a merge; of equal ones those with the longer left part come first, as the leftmost neighbours do.
+    """
+    found = [
+        (-score, text[:cut], text[cut:])
+        for text, score in scores.items()
+        for cut in range(len(text) - 1, 0, -1)
+        if text[:cut] in scores and text[cut:] in scores
+    ]
+    found.sort(key=lambda merge: merge[0])  # stable
+    return [(left, right) for _, left, right in found]

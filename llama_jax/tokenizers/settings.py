@@ -1,6 +1,7 @@
 """Settings beside a vocabulary: tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat templates.
 
-They name the special tokens, add tokens to the vocabulary, and say what stands before and behind a prompt.
+They name the special tokens, add tokens to the vocabulary, and give the tokens before and after a prompt. `exported`
+writes them for AutoTokenizer of transformers.
 """
 
 import dataclasses
@@ -9,13 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_jax.tokenizers.base import RULE_FILE, SETTINGS_FILE, TEMPLATE_DIRECTORY, TEMPLATE_FILE
+from llama_jax.tokenizers.base import RULE_FILE, SETTINGS_FILE, TEMPLATE_DIRECTORY, TEMPLATE_FILE, Tokenizer
 
 SPECIAL_MAP_FILE, ADDED_FILE = "special_tokens_map.json", "added_tokens.json"
 KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
 # Keys of further special tokens, a list each.
 MORE_KEYS = ("additional_special_tokens", "extra_special_tokens")
 END = "<|endoftext|>"
+# One class of transformers reads any tokenizer.json as it is: others rebuild parts of it.
+EXPORTED_CLASS = "PreTrainedTokenizerFast"
+# Keys of a tokenizer_config.json that an export leaves out: of other classes, of files, or written anew.
+DROPPED = (
+    "auto_map", "backend", "extra_ids", "fast_tokenizer_files", "init_inputs", "is_local", "legacy", "name_or_path",
+    "processor_class", "sp_model_kwargs", "special_tokens_map_file", "tokenizer_file", "vocab_file",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +31,8 @@ class TokenizerClass:
     """Defaults of a class of transformers, which its files leave out.
 
     names: special tokens by key, as `eos_token`.
-    prefix, suffix: keys of the tokens around a prompt where no file says it.
-    splitting: how text is split before byte-level BPE ("gpt2" or "qwen2"); None where the class reads other files.
+    prefix, suffix: keys of the tokens around a prompt where no file gives them.
+    splitting: key of `vocabularies.SPLITS`, for byte-level BPE; None where the class reads other files.
     nfc: text is normalized to NFC first.
     sentencepiece: reads a SentencePiece model whose ids are the model's own.
     keeps_rule: the class ignores the post-processor of a tokenizer.json.
@@ -52,7 +60,7 @@ _ROBERTA = TokenizerClass(
     suffix=("sep_token",),
     splitting="gpt2",
 )
-# BERT's documents begin and end with the tokens that stand around its sentences.
+# BERT's documents begin and end with the tokens around its sentences.
 _BERT = TokenizerClass(
     _names(bos="[CLS]", eos="[SEP]", unk="[UNK]", pad="[PAD]", cls="[CLS]", sep="[SEP]", mask="[MASK]"),
     prefix=("cls_token",),
@@ -84,7 +92,7 @@ CLASSES = {
     "MarianTokenizer": _MARIAN,
     "ChatGLMTokenizer": TokenizerClass(sentencepiece=True),
 }
-# Classes that say nothing: the files do.
+# Classes without defaults: the files decide.
 GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")
 # Classes of models whose config.json and tokenizer_config.json name none.
 MODEL_CLASSES = {
@@ -102,7 +110,7 @@ MODEL_CLASSES = {
 
 @dataclasses.dataclass(frozen=True)
 class Added:
-    """A token added to a vocabulary: its text and how it is found in a text (as in the `tokenizers` library)."""
+    """A token added to a vocabulary: its text and how it is found in others (as in the `tokenizers` library)."""
 
     content: str
     special: bool = False
@@ -113,7 +121,7 @@ class Added:
 
     @staticmethod
     def of(value: Any, **defaults: Any) -> "Added":
-        """The token of a JSON value, a string or an object; `defaults` hold where the object says nothing."""
+        """Return the token of a JSON value, a string or an object; `defaults` are for keys that the object lacks."""
         data = value if isinstance(value, dict) else {"content": value}
         fields = {field.name for field in dataclasses.fields(Added)}
         return Added(**(defaults | {key: item for key, item in data.items() if key in fields}))
@@ -125,7 +133,7 @@ class Settings:
 
     config, special_map: JSON of tokenizer_config.json and of special_tokens_map.json, {} where absent.
     added: added tokens by id.
-    class_name: the tokenizer's class without "Fast"; None where no file says it.
+    class_name: the tokenizer's class without "Fast"; None where no file names it.
     files: contents of all the files, by name, with the class written out.
     """
 
@@ -137,35 +145,38 @@ class Settings:
 
     @property
     def rules(self) -> TokenizerClass:
-        """Defaults of the class; those that say nothing for an unknown one."""
+        """Defaults of the class; empty ones for an unknown class."""
         return CLASSES.get(self.class_name or "", TokenizerClass())
 
     def as_class(self, name: str) -> "Settings":
-        """These settings, of class `name` where they name none."""
+        """Return these settings, with class `name` where they name none."""
         return self if self.class_name is not None else dataclasses.replace(self, class_name=name)
 
     @property
     def naming(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        """The two files that name special tokens, the one that decides last: as in transformers
-        special_tokens_map.json, the older way, unless tokenizer_config.json lists the added tokens."""
+        """The two files that name special tokens, the one that decides last.
+
+        As in transformers that is special_tokens_map.json, the older way, unless tokenizer_config.json lists the added
+        tokens.
+        """
         if self.config.get("added_tokens_decoder") is None:
             return self.config, self.special_map
         return self.special_map, self.config
 
     def said(self, key: str) -> str | None:
-        """The token that the files themselves name under `key`, or None."""
+        """Return the token that the files themselves name under `key`, or None."""
         for data in reversed(self.naming):
             if key in data:
                 return Added.of(data[key]).content if data[key] else None
         return None
 
     def name(self, key: str) -> str | None:
-        """The token under `key`, the class's own where the files do not speak of it."""
-        spoken = key in self.config or key in self.special_map
-        return self.said(key) if spoken else self.rules.names.get(key)
+        """Return the token under `key`, the class's own where no file has the key."""
+        in_files = key in self.config or key in self.special_map
+        return self.said(key) if in_files else self.rules.names.get(key)
 
     def named(self) -> dict[str, Added]:
-        """All special tokens that the files name, by their text."""
+        """Return all special tokens that the files name, by their text."""
         found = {}
         for data in self.naming:
             listed = [data[key] for key in KEYS if data.get(key)]
@@ -176,8 +187,10 @@ class Settings:
         return {content: dataclasses.replace(token, special=True) for content, token in found.items() if content}
 
     def affixes(self, id_of: Callable[[str], int | None]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Ids before and behind a prompt where no post-processor says it: `add_bos_token` and `add_eos_token`, else the
-        class's rule. `id_of` gives the id of a token by its text."""
+        """Return the ids before and after a prompt where no post-processor gives them.
+
+        `add_bos_token` and `add_eos_token` decide, else the class. `id_of` returns the id of a token by its text.
+        """
         prefix, suffix = self.rules.prefix, self.rules.suffix
         if (add_bos := self.config.get("add_bos_token")) is not None and prefix in ((), ("bos_token",)):
             prefix = ("bos_token",) if add_bos else ()
@@ -202,7 +215,7 @@ def read_settings(directory: Path) -> Settings:
     name = config.get("tokenizer_class") or model_config.get("tokenizer_class")
     name = name or MODEL_CLASSES.get(str(model_config.get("model_type")))
     if name is not None and not config.get("tokenizer_class"):
-        # The class has to be known without the model's config, too.
+        # The class must be known without the model's config, too.
         config = {**config, "tokenizer_class": name}
         files[SETTINGS_FILE] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     return settings_of(files)
@@ -227,7 +240,7 @@ def settings_of(files: Mapping[str, bytes]) -> Settings:
 
 
 def _merged(token: Added, special: Mapping[str, Added]) -> Added:
-    """`token`, special where it is named as such."""
+    """Return `token`, special where it is named as such."""
     return dataclasses.replace(token, special=token.special or token.content in special)
 
 
@@ -242,5 +255,61 @@ def _object(name: str, content: bytes) -> dict[str, Any]:
 
 
 def guess(names: Sequence[str], id_of: Callable[[str], int | None]) -> int | None:
-    """The id of the first of `names` that the vocabulary has."""
+    """Return the id of the first of `names` that the vocabulary has."""
     return next((i for name in names if (i := id_of(name)) is not None), None)
+
+
+def exported(
+    tokenizer: Tokenizer, data: dict[str, Any], settings: Settings, *, keeps_processor: bool = False
+) -> dict[str, bytes]:
+    """Return the files of a directory for transformers: those of `tokenizer`, `data` as `tokenizer.json`, settings.
+
+    The post-processor of `data` puts the ids of `tokenizer`'s rule around a text, unless it `keeps_processor`.
+    """
+    names = {i: token["content"] for token in data["added_tokens"] if (i := token["id"]) is not None}
+    names |= {i: name for name, i in tokenizer.special_tokens.items()}
+    if not keeps_processor:
+        data["post_processor"] = _template(tokenizer.prefix_ids, tokenizer.suffix_ids, names)
+    ids = {"bos_token": tokenizer.bos_id, "unk_token": tokenizer.unk_id, "pad_token": tokenizer.pad_id}
+    ids["eos_token"] = next(iter(tokenizer.eos_ids), None)
+    found = {key: settings.name(key) for key in KEYS if key not in ids}
+    found |= {key: None if i is None else names.get(i) for key, i in ids.items()}
+    special = {key: name for key, name in found.items() if name is not None and name in names.values()}
+    decoder = {
+        str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in data["added_tokens"]
+    }
+    config = {key: value for key, value in settings.config.items() if key not in DROPPED and key not in KEYS}
+    config |= {"tokenizer_class": EXPORTED_CLASS, "added_tokens_decoder": decoder, **special}
+    config["add_bos_token"] = tokenizer.prefix_ids == ((tokenizer.bos_id,) if tokenizer.bos_id is not None else None)
+    config["add_eos_token"] = bool(tokenizer.eos_ids) and tokenizer.suffix_ids == tokenizer.eos_ids[:1]
+    config.setdefault("clean_up_tokenization_spaces", False)
+    # The class takes any model for one with token types.
+    pairs = ["token_type_ids"] if data["model"]["type"] == "WordPiece" else []
+    config.setdefault("model_input_names", ["input_ids", *pairs, "attention_mask"])
+    special_map = {key: value for key, value in settings.special_map.items() if key not in KEYS} | special
+    files = {name: content for name, content in tokenizer.files.items() if name != RULE_FILE}
+    files["tokenizer.json"] = _json(data)
+    return files | {SETTINGS_FILE: _json(config), SPECIAL_MAP_FILE: _json(special_map)}
+
+
+def _json(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _template(prefix: Sequence[int], suffix: Sequence[int], names: Mapping[int, str]) -> dict[str, Any] | None:
+    """Return the post-processor that puts `prefix` and `suffix` around a text, as JSON; None without both."""
+    if not prefix and not suffix:
+        return None
+
+    def of(ids: Sequence[int], kind: int) -> list[dict[str, Any]]:
+        return [{"SpecialToken": {"id": names.get(i, str(i)), "type_id": kind}} for i in ids]
+
+    first, second = ({"Sequence": {"id": text, "type_id": kind}} for kind, text in enumerate("AB"))
+    single = [*of(prefix, 0), first, *of(suffix, 0)]
+    tokens = {names.get(i, str(i)): i for i in (*prefix, *suffix)}
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, second, *of(suffix, 1)],
+        "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in tokens.items()},
+    }

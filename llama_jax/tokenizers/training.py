@@ -1,11 +1,12 @@
 """Training a tokenizer of any kind: the same texts give the same file."""
 
 import dataclasses
+import heapq
 import io
 import itertools
 import re
 import typing
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -16,7 +17,6 @@ from tokenizers import pre_tokenizers
 from llama_jax.config import UserError
 from llama_jax.tokenizers.base import Tokenizer
 from llama_jax.tokenizers.huggingface import HuggingFaceTokenizer
-from llama_jax.tokenizers.merging import merge_pairs
 from llama_jax.tokenizers.sentencepiece import SentencePieceTokenizer, with_dummy_prefix
 from llama_jax.tokenizers.settings import Settings
 from llama_jax.tokenizers.streams import byte_letters
@@ -38,6 +38,7 @@ COVERAGE = 0.99995  # of the characters; rare ones are left to bytes, or unknown
 SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 # Pre-tokens of GPT-2 never cross these, and cut one by one they are cut as in the whole text.
 GPT2_CHUNK = re.compile(rf" ?[^{SPACES}]+|[{SPACES}]+(?![^{SPACES}])|[{SPACES}]+")
+COMPLEMENT = bytes(range(255, -1, -1))
 MAX_WORD = 100  # characters; BERT takes a longer word as unknown
 
 Progress = Callable[[int, int], None]
@@ -288,3 +289,85 @@ def _whitespace(
     # Not the others: a word of a text could have their name. They are added, with the ids that follow.
     known = [special[0], *frequent[: vocab_size - len(special)]]
     return whitespace({token: i for i, token in enumerate(known)}, special)
+
+
+def merge_pairs(
+    words: Mapping[tuple[bytes, ...], int], join: Callable[[bytes, bytes], bytes] = bytes.__add__
+) -> Iterator[tuple[bytes, bytes]]:
+    """The pairs of neighbours that byte-pair encoding merges, in order, until no word has two symbols left.
+
+    `words` has the symbols of every distinct word and how often it occurs; `join` is the symbol of a merged pair. The
+    most frequent pair is merged; of equally frequent ones the greatest, compared as bytes, its first symbol first.
+    Every merge touches only the words that have the pair, and the heap is corrected only when a pair is drawn.
+    """
+    ids: dict[bytes, int] = {}
+    symbols: list[bytes] = []
+    order: list[str] = []
+
+    def symbol_id(symbol: bytes) -> int:
+        if symbol not in ids:
+            ids[symbol] = len(symbols)
+            symbols.append(symbol)
+            # Least for the greatest bytes; the end comes after every byte, so that "ab" is less than "a".
+            order.append(symbol.translate(COMPLEMENT).decode("latin-1") + "\u0100")
+        return ids[symbol]
+
+    spelled = [[symbol_id(symbol) for symbol in word] for word in words]
+    counts = list(words.values())
+    pair_counts: dict[tuple[int, int], int] = defaultdict(int)
+    pair_words: dict[tuple[int, int], set[int]] = defaultdict(set)
+    for index, word in enumerate(spelled):
+        for pair in itertools.pairwise(word):
+            pair_counts[pair] += counts[index]
+            pair_words[pair].add(index)
+    heap = [(-count, order[pair[0]] + order[pair[1]], pair) for pair, count in pair_counts.items()]
+    heapq.heapify(heap)
+    while heap:
+        negative, key, pair = heapq.heappop(heap)
+        count = pair_counts.get(pair, 0)
+        if count != -negative:  # it has changed since; a pair that grew is in the heap with its new count too
+            if 0 < count < -negative:
+                heapq.heappush(heap, (-count, key, pair))
+            continue
+        left, right = pair
+        yield symbols[left], symbols[right]
+        merged = symbol_id(join(symbols[left], symbols[right]))
+        changes: dict[tuple[int, int], int] = defaultdict(int)
+        for index in pair_words.pop(pair):
+            _merge(spelled[index], left, right, merged, counts[index], changes, pair_words, index)
+        del pair_counts[pair]
+        changes.pop(pair, None)
+        for changed, change in changes.items():
+            if change:
+                pair_counts[changed] += change
+                if change > 0:
+                    key = order[changed[0]] + order[changed[1]]
+                    heapq.heappush(heap, (-pair_counts[changed], key, changed))
+
+
+def _merge(
+    word: list[int],
+    left: int,
+    right: int,
+    merged: int,
+    count: int,
+    changes: dict[tuple[int, int], int],
+    pair_words: dict[tuple[int, int], set[int]],
+    index: int,
+) -> None:
+    """Replace every `left`, `right` in `word` from the left on; what that does to its pairs goes to `changes`."""
+    for pair in itertools.pairwise(word):
+        changes[pair] -= count
+    position = 0
+    while True:
+        try:
+            position = word.index(left, position)
+        except ValueError:
+            break
+        if position + 1 < len(word) and word[position + 1] == right:
+            word[position : position + 2] = [merged]
+        position += 1
+    for pair in itertools.pairwise(word):
+        changes[pair] += count
+        if merged in pair:
+            pair_words[pair].add(index)

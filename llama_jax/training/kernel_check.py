@@ -64,10 +64,10 @@ def attention_calls(config: ModelConfig, compute: Compute, batch: BatchArrays) -
     """The different calls of `attend` in a forward pass of the batch; nothing is computed."""
 
     def hidden(params: Any, batch: BatchArrays) -> list[jax.Array]:
-        key = jax.random.key(0) if config.is_random else None
+        key = jax.random.key(0) if config.needs_rng else None
         model = assemble(config, params, dataclasses.replace(compute, remat="none"))
-        predictions, _ = model.predictions(model_batch(batch, config), key=key)
-        return [prediction.hidden for prediction in predictions]
+        terms, _ = model.loss_terms(model_batch(batch, config), key=key)
+        return [term.hidden for term in terms]
 
     with calls_of_attend() as calls:
         jax.eval_shape(hidden, abstract_params(config), batch)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llama_jax.models import OF, STATISTIC, Compute, ModelConfig, Params, Prediction, assemble, buffers
+from llama_jax.models import OF, STATISTIC, Compute, LossTerm, ModelConfig, Params, assemble, buffers
 from llama_jax.nn import Experts, seed_key, zigzag
 from llama_jax.parallel import reshape, shard
 from llama_jax.training.losses import cross_entropy
@@ -66,14 +66,14 @@ def losses(
     z_loss: float | jax.Array = 0.0,
     label_smoothing: float | jax.Array = 0.0,
     key: jax.Array | None = None,
-) -> tuple[list[tuple[Prediction, jax.Array, jax.Array]], Metrics]:
+) -> tuple[list[tuple[LossTerm, jax.Array, jax.Array]], Metrics]:
     """Return [(loss term, summed loss, summed cross-entropy)] in nats, the main term first, and the layers' auxiliary
     arrays, [layers, ...].
 
     `params` has the buffers, too. z-loss and smoothing are for the main term alone; `key` is for dropout.
     """
-    terms, aux = assemble(config, params, compute).predictions(model_batch(batch, config), key=key)
-    found: list[tuple[Prediction, jax.Array, jax.Array]] = []
+    terms, aux = assemble(config, params, compute).loss_terms(model_batch(batch, config), key=key)
+    found: list[tuple[LossTerm, jax.Array, jax.Array]] = []
     for i, term in enumerate(terms):
         options = {"z_loss": z_loss, "label_smoothing": label_smoothing} if i == 0 else {}
         loss, ce = cross_entropy(
@@ -226,7 +226,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: BatchArrays, hyper: Hyper) -> tuple[TrainState, Metrics]:
         # Randomness is a function of seed and step, so that a run that continues draws as if it had never stopped.
-        key = jax.random.fold_in(seed_key(hyper.seed), state.step) if config.is_random else None
+        key = jax.random.fold_in(seed_key(hyper.seed), state.step) if config.needs_rng else None
         fixed = {"buffers": state.buffers, "hyper": hyper, "config": config, "compute": compute}
         gradient = jax.grad(functools.partial(_loss, **fixed), has_aux=True)
         if accumulation_steps == 1:
@@ -234,7 +234,7 @@ def make_train_step(
         else:
             # The forward pass of the global batch: all but the sums of its weights is compiled away.
             model = assemble(config, state.params | state.buffers, compute)
-            terms, _ = model.predictions(model_batch(batch, config))
+            terms, _ = model.loss_terms(model_batch(batch, config))
             num_rows = jnp.maximum(_num_rows(batch), 1)
             whole = _Whole([_num_targets(term) for term in terms], num_rows, accumulation_steps)
             grads, found = _accumulate(gradient, state.params, batch, key, whole)
@@ -271,7 +271,7 @@ def _num_rows(batch: BatchArrays) -> jax.Array:
     return (batch["segment_ids"] > 0).any(1).sum()
 
 
-def _num_targets(term: Prediction) -> jax.Array:
+def _num_targets(term: LossTerm) -> jax.Array:
     """Return the sum of a loss term's weights, or 1 if that is larger."""
     return jnp.maximum(term.weights.sum(), 1.0)
 

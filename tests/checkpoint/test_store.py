@@ -53,7 +53,7 @@ def test_the_last_and_the_best_stay(tmp_path: Path, keep_last: int, keep_best: i
 def test_leftovers_are_removed_by_the_first_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, main: bool):
     leftover = tmp_path / "8.orbax-checkpoint-tmp"
     leftover.mkdir()
-    monkeypatch.setattr(distributed, "from_main", lambda function: function() if main else None)
+    monkeypatch.setattr(distributed, "broadcast_from_main", lambda function: function() if main else None)
     with opened(tmp_path, CheckpointConfig()):
         assert leftover.exists() != main
 

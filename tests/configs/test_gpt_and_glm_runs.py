@@ -13,7 +13,7 @@ import pytest
 
 from llama_jax.config import override
 from llama_jax.data.objectives import BlankFilling, Causal, Document, Vocabulary
-from llama_jax.data.packing import pack
+from llama_jax.data.rows.packing import pack
 from llama_jax.models import Compute, DecoderConfig, Model, from_params, initialize
 from llama_jax.nn import RMSNorm
 from llama_jax.run import RunConfig, load_config, train

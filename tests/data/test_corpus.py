@@ -16,8 +16,9 @@ import pytest
 from file_kinds import as_example, write_array_record
 
 from llama_jax.config import UserError
-from llama_jax.data import DataConfig, TokenStream, files, prepare, shards
-from llama_jax.data.readers import units
+from llama_jax.data import DataConfig, TokenStream, prepare_corpus
+from llama_jax.data.corpus import files, shards
+from llama_jax.data.readers import records
 from llama_jax.tokenizers import Tokenizer, train_tokenizer
 
 TEXTS = [f"document {i}: " + "word " * (i % 13) + "\nend" for i in range(200)]
@@ -63,10 +64,10 @@ class Counting(Tokenizer):
 
 @pytest.mark.parametrize("shard_bytes", [1 << 26, 1000])
 def test_all_the_text_is_there(config, tokenizer, monkeypatch: pytest.MonkeyPatch, shard_bytes: int):
-    monkeypatch.setattr(units, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(records, "SHARD_BYTES", shard_bytes)
     monkeypatch.setattr(shards, "BATCH_CHARS", 1000)
     steps = []
-    made = prepare(config, tokenizer, num_workers=1, progress=lambda done, total: steps.append((done, total)))
+    made = prepare_corpus(config, tokenizer, num_workers=1, progress=lambda done, total: steps.append((done, total)))
     for split, stream in (("train", made.train), ("validation", made.validation)):
         texts = list(made.texts(split))
         assert [tokenizer.decode(ids) for ids in documents_of(stream)] == texts
@@ -86,19 +87,19 @@ def test_all_the_text_is_there(config, tokenizer, monkeypatch: pytest.MonkeyPatc
 def test_large_vocabularies_take_four_bytes(config, tokenizer):
     wide = Counting(tokenizer)
     wide.vocab_size, wide.fingerprint = 1 << 17, "wide"
-    assert prepare(config, wide).train.shards[0].tokens.dtype == np.uint32
+    assert prepare_corpus(config, wide).train.shards[0].tokens.dtype == np.uint32
 
 
 def test_tokenizes_once_and_again_for_each_change(config, tokenizer, tmp_path: Path):
     counting = Counting(tokenizer)
-    first = prepare(config, counting)
+    first = prepare_corpus(config, counting)
     assert counting.count == len(TEXTS)
-    again = prepare(config, counting)
+    again = prepare_corpus(config, counting)
     assert counting.count == len(TEXTS)
     assert again.directory == first.directory
     (tmp_path / "texts").rename(tmp_path / "moved")
     moved = DataConfig(path=(str(tmp_path / "moved"),), validation_fraction=0.1, cache_dir=config.cache_dir)
-    assert prepare(moved, counting).directory == first.directory
+    assert prepare_corpus(moved, counting).directory == first.directory
     seen = {first.content_hash}
     for change in (
         {"document_chars": 30},
@@ -106,12 +107,12 @@ def test_tokenizes_once_and_again_for_each_change(config, tokenizer, tmp_path: P
         {"fields": ("body",)},
         {"max_record_bytes": 999},
     ):
-        made = prepare(DataConfig(**{**vars(moved), **change}), counting)
+        made = prepare_corpus(DataConfig(**{**vars(moved), **change}), counting)
         seen.add(made.content_hash)
     (tmp_path / "moved" / "000.txt").write_text("changed")
-    seen.add(prepare(moved, counting).content_hash)
+    seen.add(prepare_corpus(moved, counting).content_hash)
     counting.fingerprint = "another"
-    seen.add(prepare(moved, counting).content_hash)
+    seen.add(prepare_corpus(moved, counting).content_hash)
     assert len(seen) == 7
 
 
@@ -119,21 +120,21 @@ def test_tokenizes_once_and_again_for_each_change(config, tokenizer, tmp_path: P
 def test_a_failure_leaves_nothing(config, tokenizer, monkeypatch: pytest.MonkeyPatch, error: BaseException):
     monkeypatch.setattr(shards, "BATCH_CHARS", 1000)
     with pytest.raises(type(error)):
-        prepare(config, Counting(tokenizer, fails_at=100, error=error))
+        prepare_corpus(config, Counting(tokenizer, fails_at=100, error=error))
     assert list(Path(config.cache_dir).glob("corpora/*/*")) == []
 
 
 @pytest.mark.parametrize("name", ["train-00000.tokens", "validation-00000.documents", "index.json"])
 def test_a_damaged_cache_is_made_again(config, tokenizer, name: str):
-    made = prepare(config, tokenizer)
+    made = prepare_corpus(config, tokenizer)
     expected = documents_of(made.train)
     file = made.directory / name
     file.write_bytes(file.read_bytes()[:-2])
-    assert documents_of(prepare(config, tokenizer).train) == expected
+    assert documents_of(prepare_corpus(config, tokenizer).train) == expected
 
 
 def test_nothing_held_out(config, tokenizer):
-    made = prepare(DataConfig(**{**vars(config), "validation_fraction": 0.0}), tokenizer)
+    made = prepare_corpus(DataConfig(**{**vars(config), "validation_fraction": 0.0}), tokenizer)
     assert made.num_documents == {"train": len(TEXTS), "validation": 0}
     assert made.validation.num_tokens == 0
 
@@ -144,18 +145,18 @@ def test_empty_splits_and_corpora(tmp_path: Path, tokenizer, monkeypatch: pytest
     file.write_text("one line\n" * 50)
     for fraction, empty in ((1 - 1e-9, "train"), (1e-9, "validation")):
         with pytest.raises(UserError, match=f"leaves no document for {empty} among 1"):
-            prepare(DataConfig(path=(str(file),), validation_fraction=fraction), tokenizer)
+            prepare_corpus(DataConfig(path=(str(file),), validation_fraction=fraction), tokenizer)
     file.write_text("")
     with pytest.raises(UserError, match="has no text"):
-        prepare(DataConfig(path=(str(file),)), tokenizer)
+        prepare_corpus(DataConfig(path=(str(file),)), tokenizer)
     with pytest.raises(UserError, match="cannot be made"):
-        prepare(DataConfig(path=(str(file),), cache_dir=str(file / "below")), tokenizer)
+        prepare_corpus(DataConfig(path=(str(file),), cache_dir=str(file / "below")), tokenizer)
     assert not [p for p in (tmp_path / "cache").glob("corpora/*") if p.suffix != ".lock"]
 
 
 def test_skipped_files_are_counted(config, tokenizer, tmp_path: Path):
     (tmp_path / "texts" / "noise").write_bytes(b"\xff\xfe")
-    assert prepare(config, tokenizer).skipped == [f"{tmp_path / 'texts' / 'noise'}: not UTF-8"]
+    assert prepare_corpus(config, tokenizer).skipped == [f"{tmp_path / 'texts' / 'noise'}: not UTF-8"]
 
 
 def documents_and_parts(stream: TokenStream) -> list[tuple[list[int], list[int]]]:
@@ -176,11 +177,11 @@ def test_parts(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch, batch
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     config = DataConfig(path=(str(tmp_path / "a.jsonl"),), fields=("en", "de"), validation_fraction=0.0)
     config = dataclasses.replace(config, cache_dir=str(tmp_path / "cache"))
-    made = prepare(config, tokenizer)
+    made = prepare_corpus(config, tokenizer)
     expected = [[tokenizer.encode(a, bos=True), tokenizer.encode(b, eos=True)] for a, b in pairs]
     assert documents_and_parts(made.train) == [(a + b, [len(a)]) for a, b in expected]
     assert made.num_bytes["train"] == sum(len(a) + len(b) for a, b in pairs)
-    assert prepare(dataclasses.replace(config, fields=("de", "en")), tokenizer).content_hash != made.content_hash
+    assert prepare_corpus(dataclasses.replace(config, fields=("de", "en")), tokenizer).content_hash != made.content_hash
     assert next(iter(made.texts("train"))) == "a word"
 
 
@@ -206,7 +207,7 @@ def test_text_and_its_tokens_are_the_same_shards(tmp_path: Path, tokenizer):
     for name, write in make.items():
         write(tmp_path / name)
         config = DataConfig(path=(str(tmp_path / name),), validation_fraction=0.0, cache_dir=str(tmp_path / "cache"))
-        made = prepare(config, tokenizer)
+        made = prepare_corpus(config, tokenizer)
         found[name] = arrays_of(made.directory)
         assert made.num_bytes["train"] == (sum(map(len, TEXTS)) if name.startswith("text") else 0)
     assert found["text.jsonl"].keys() == {"train-00000.tokens", "train-00000.documents"}
@@ -217,7 +218,7 @@ def test_ids_outside_the_vocabulary(tmp_path: Path, tokenizer):
     for wrong in (290, -1):
         (tmp_path / "a.jsonl").write_text(f'{{"text": [1, 289]}}\n{{"text": [5, {wrong}]}}')
         with pytest.raises(UserError, match=f"line 2 of .*a.jsonl' has the id {wrong}, outside .* vocabulary of 290"):
-            prepare(DataConfig(path=(str(tmp_path / "a.jsonl"),), cache_dir=str(tmp_path / "cache")), tokenizer)
+            prepare_corpus(DataConfig(path=(str(tmp_path / "a.jsonl"),), cache_dir=str(tmp_path / "cache")), tokenizer)
 
 
 def test_chats_need_a_template(tmp_path: Path, tokenizer):
@@ -225,7 +226,7 @@ def test_chats_need_a_template(tmp_path: Path, tokenizer):
         '{"text": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}'
     )
     with pytest.raises(UserError, match="holds the messages of a chat: set chat_template"):
-        prepare(DataConfig(path=(str(tmp_path / "a.jsonl"),), cache_dir=str(tmp_path / "cache")), tokenizer)
+        prepare_corpus(DataConfig(path=(str(tmp_path / "a.jsonl"),), cache_dir=str(tmp_path / "cache")), tokenizer)
 
 
 def test_bad_records_up_to_a_limit(tmp_path: Path, tokenizer):
@@ -233,33 +234,33 @@ def test_bad_records_up_to_a_limit(tmp_path: Path, tokenizer):
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     config = DataConfig(path=(str(tmp_path / "a.jsonl"),), validation_fraction=0.0, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"line 2 of .* is not JSON .*: mend it, or raise max_bad_records=0"):
-        prepare(config, tokenizer)
+        prepare_corpus(config, tokenizer)
     with pytest.raises(UserError, match=r"4 records are bad, first line 2 of .*; line 3 of .*; line 4 of [^;]* mend"):
-        prepare(dataclasses.replace(config, max_bad_records=3), tokenizer)
+        prepare_corpus(dataclasses.replace(config, max_bad_records=3), tokenizer)
     for limit in (4, None):
-        made = prepare(dataclasses.replace(config, max_bad_records=limit), tokenizer)
+        made = prepare_corpus(dataclasses.replace(config, max_bad_records=limit), tokenizer)
         assert list(made.texts("train")) == ["good", "fine"]
         assert made.num_documents["train"] == 2
         reasons = {"has half a surrogate pair": 1, "is not JSON": 2, "lacks a field": 1}
         assert made.bad_records["reasons"] == reasons
         assert len(made.bad_records["first"]) == 4
     with pytest.raises(UserError, match="4 records are bad"):  # the tokenized corpus is there, and its limit is lower
-        prepare(dataclasses.replace(config, max_bad_records=3), tokenizer)
+        prepare_corpus(dataclasses.replace(config, max_bad_records=3), tokenizer)
 
 
 def test_contents_are_hashed_once(config, tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     old = 1_000_000_000
     for file in (tmp_path / "texts").iterdir():
         os.utime(file, (old, old))
-    first = prepare(config, tokenizer)
+    first = prepare_corpus(config, tokenizer)
     opened, open_file = [], files.open_file
     monkeypatch.setattr(files, "open_file", lambda path: opened.append(path) or open_file(path))
-    assert prepare(config, tokenizer).content_hash == first.content_hash
+    assert prepare_corpus(config, tokenizer).content_hash == first.content_hash
     assert opened == []
     file = tmp_path / "texts" / "007.txt"
     file.write_text("changed")  # its time is so new that it may change again unseen
     for _ in range(2):
-        assert prepare(config, tokenizer).content_hash != first.content_hash
+        assert prepare_corpus(config, tokenizer).content_hash != first.content_hash
     assert opened == [str(file)] * 2
 
 
@@ -268,10 +269,10 @@ def test_a_store_is_known_by_its_tags(tokenizer, tmp_path: Path):
     config = DataConfig(path=("memory://tagged",), validation_fraction=0.0, cache_dir=str(tmp_path / "cache"))
     try:
         store.pipe("/tagged/a.txt", b"one text")
-        first = prepare(config, tokenizer)
+        first = prepare_corpus(config, tokenizer)
         assert list(first.texts("train")) == ["one text"]
-        assert prepare(config, tokenizer).directory == first.directory
+        assert prepare_corpus(config, tokenizer).directory == first.directory
         store.pipe("/tagged/a.txt", b"two text")
-        assert prepare(config, tokenizer).directory != first.directory
+        assert prepare_corpus(config, tokenizer).directory != first.directory
     finally:
         store.rm("/tagged", recursive=True)

@@ -16,18 +16,18 @@ from hypothesis import given, settings, strategies as st
 
 from llama_jax.config import UserError
 from llama_jax.data import (
-    Batch,
     Batches,
     Corpus,
     DataConfig,
     Dataset,
+    HostBatch,
     Shard,
     Source,
     Stage,
     TokenStream,
     ValidationBatches,
     Vocabulary,
-    prepare,
+    prepare_corpus,
     prepare_dataset,
 )
 from llama_jax.data.chat import ChatML, ChatTemplate, Llama2Chat, Llama3Chat, Piece
@@ -41,9 +41,9 @@ from llama_jax.data.objectives import (
     Prefix,
     SpanCorruption,
 )
-from llama_jax.data.plan import plan_rows
-from llama_jax.data.readers import units
-from llama_jax.data.rows import PackedRows
+from llama_jax.data.readers import records
+from llama_jax.data.rows.fitting import fit_rows
+from llama_jax.data.rows.packing import PackedRows
 from llama_jax.tokenizers import Tokenizer, train_tokenizer
 
 SIZES = {"prose": 60, "code": 35, "notes": 9}  # documents
@@ -94,7 +94,7 @@ def batches_of(dataset: Dataset, *, num_steps: int = 50, size: int = 8, **option
     return Batches(dataset.train, mixture=mixture, global_batch_size=size, seed=0, **options)
 
 
-def hash_of(parts: list[Batch]) -> str:
+def hash_of(parts: list[HostBatch]) -> str:
     """Of a global batch, from the rows of several processes."""
     digest = hashlib.sha256()
     for name in sorted(parts[0]):
@@ -210,7 +210,7 @@ def test_shares_are_of_tokens_where_rows_are_not_full(folder, tokenizer):
 def test_all_text_is_learned_from_once_an_epoch(
     folder, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str, shard_bytes: int
 ):
-    monkeypatch.setattr(units, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(records, "SHARD_BYTES", shard_bytes)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     config = DataConfig(
         path=(str(folder / "prose"),), validation_fraction=0.0, cache_dir=str(tmp_path), packing=packing
@@ -249,7 +249,7 @@ def test_a_small_source_may_have_none_held_out(folder, tokenizer):
         with pytest.raises(UserError, match="leaves no document for validation among 9"):
             opened(dataclasses.replace(mixed(folder, own), validation_fraction=0.1), tokenizer)
     with pytest.raises(UserError, match="leaves no document for validation among 9"):
-        prepare(
+        prepare_corpus(
             DataConfig(path=(str(folder / "notes"),), validation_fraction=0.1, cache_dir=config.cache_dir), tokenizer
         )
 
@@ -271,7 +271,7 @@ def test_a_chat_cut_in_pieces_keeps_whose_turn_it_is(folder, tokenizer):
     shard = Shard(np.tile(tokens, 2), places, np.concatenate([place + parts for place in places]))
     vocabulary = Vocabulary.of(tokenizer)
     whole = Chat().example(Document(tokens.astype(np.int32), parts), np.random.default_rng(0), vocabulary)
-    plan = plan_rows(shard, Chat(), "best_fit", (20,), num_before=1, num_after=1)
+    plan = fit_rows(shard, Chat(), "best_fit", (20,), num_before=1, num_after=1)
     rows = PackedRows(
         TokenStream([shard]), Chat(), vocabulary, plan.pieces, plan.rows,
         sequence_length=20, num_tokens=plan.num_tokens, num_dropped=0, seed=(0,),
@@ -399,7 +399,7 @@ def test_pairs_and_chats_need_their_parts(folder, tokenizer, tmp_path: Path):
         path=(str(tmp_path / "pairs.jsonl"),), fields=("en", "fr"), objective=ParallelText(source_length=8),
         validation_fraction=0.0, max_bad_records=2, cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
-    corpus = Corpus(prepare(config, words).directory, config)
+    corpus = Corpus(prepare_corpus(config, words).directory, config)
     assert corpus.bad_records["reasons"] == {"has a part without tokens": 2}
     assert corpus.num_documents["train"] == 1
 
@@ -439,7 +439,7 @@ def test_a_corpus_that_is_there_is_only_read(folder, tokenizer, tmp_path: Path, 
     def no_lock(*_: Any, **__: Any) -> None:
         raise AssertionError("a lock is written")
 
-    for module in ("prepare", "plan"):
+    for module in ("corpus.prepare", "rows.fitting"):
         monkeypatch.setattr(sys.modules[f"llama_jax.data.{module}"], "locked", no_lock)
     assert opened(config, tokenizer).train[0].num_rows
     with pytest.raises(AssertionError, match="a lock is written"):

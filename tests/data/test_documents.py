@@ -12,9 +12,10 @@ from hypothesis import given, strategies as st
 
 from llama_jax.config import UserError
 from llama_jax.data import DataConfig, read_texts
-from llama_jax.data.documents import split_of
-from llama_jax.data.files import find_files
-from llama_jax.data.readers import BadRecord, Record, SkippedFile, plan_shards, read_unit
+from llama_jax.data.corpus.documents import split_of
+from llama_jax.data.corpus.files import find_files
+from llama_jax.data.readers import read_unit
+from llama_jax.data.readers.records import BadRecord, Record, SkippedFile, units_by_shard
 from llama_jax.tokenizers import train_tokenizer
 
 
@@ -37,7 +38,7 @@ def make_files(directory: Path) -> Path:
 
 def items(*path: str | Path, **options) -> list[Record | BadRecord | SkippedFile]:
     config = DataConfig(path=tuple(map(str, path)), **options)
-    shards = plan_shards(find_files(config), config)
+    shards = units_by_shard(find_files(config), config)
     return [item for shard in shards for unit in shard for item in read_unit(unit, config)]
 
 

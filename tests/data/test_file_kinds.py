@@ -24,9 +24,10 @@ from hypothesis import given, strategies as st
 
 from llama_jax.config import UserError
 from llama_jax.data import DataConfig
-from llama_jax.data.files import find_files
-from llama_jax.data.readers import BadRecord, Item, SkippedFile, plan_shards, read_unit
+from llama_jax.data.corpus.files import find_files
+from llama_jax.data.readers import read_unit
 from llama_jax.data.readers.json_file import JsonProblem, json_values
+from llama_jax.data.readers.records import BadRecord, Item, SkippedFile, units_by_shard
 
 BOM = b"\xef\xbb\xbf"
 RECORDS = [{"text": "one"}, {"text": 'tw"o\n, [naïve]'}, {"text": "😀 } \\"}]
@@ -35,7 +36,9 @@ TEXTS = [record["text"] for record in RECORDS]
 
 def items(*path: str | Path, **options) -> list[Item]:
     config = DataConfig(path=tuple(map(str, path)), **options)
-    return [i for shard in plan_shards(find_files(config), config) for unit in shard for i in read_unit(unit, config)]
+    return [
+        i for shard in units_by_shard(find_files(config), config) for unit in shard for i in read_unit(unit, config)
+    ]
 
 
 def texts(*path: str | Path, **options) -> list[str]:
@@ -164,7 +167,7 @@ def test_a_large_array_is_not_held(tmp_path: Path):
             out.write(("," if i else "") + json.dumps({"text": "x" * 5000}))
         out.write("]")
     tracemalloc.start()
-    assert sum(1 for _ in read_unit(plan_shards(find_files(DataConfig((str(file),))), DataConfig(()))[0][0],
+    assert sum(1 for _ in read_unit(units_by_shard(find_files(DataConfig((str(file),))), DataConfig(()))[0][0],
                                     DataConfig((str(file),)))) == 3000  # fmt: skip
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -10,9 +10,10 @@ from hypothesis import given, strategies as st
 
 from llama_jax.config import UserError
 from llama_jax.data import DataConfig
-from llama_jax.data.files import find_files
-from llama_jax.data.listing import is_left_out
-from llama_jax.data.readers import SkippedFile, Unit, read_unit
+from llama_jax.data.corpus.files import find_files
+from llama_jax.data.readers import read_unit
+from llama_jax.data.readers.opening import is_left_out
+from llama_jax.data.readers.records import SkippedFile, Unit
 
 TAKEN = ["a.txt", "a", "b", "sub", "z.jsonl", "a~b", "#c", "x.swp.txt"]
 LEFT_OUT = [".git", ".x.txt", "a.txt~", "a.swp", "#a.txt#", "b.bak", "__pycache__", ".ipynb_checkpoints", "._a.txt"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llama_jax.data.objectives import Example
-from llama_jax.data.packing import pack
+from llama_jax.data.rows.packing import pack
 
 
 def example(n: int, first: int, source: int | None = None) -> Example:

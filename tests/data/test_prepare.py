@@ -16,9 +16,11 @@ import zstandard
 
 from llama_jax.__main__ import main
 from llama_jax.config import UserError
-from llama_jax.data import DataConfig, prepare, prepare_shards, shards, workers
-from llama_jax.data.files import find_files
-from llama_jax.data.readers import Unit, plan_shards, units
+from llama_jax.data import DataConfig, prepare_corpus, prepare_shards
+from llama_jax.data.corpus import shards, workers
+from llama_jax.data.corpus.files import find_files
+from llama_jax.data.readers import records
+from llama_jax.data.readers.records import Unit, units_by_shard
 from llama_jax.tokenizers import Tokenizer, train_tokenizer
 
 SHARD_BYTES = 20_000
@@ -39,7 +41,7 @@ def tokenizer(lines: list[str]) -> Tokenizer:
 @pytest.fixture
 def config(tmp_path: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> DataConfig:
     """A corpus of six shards: pieces of a large file and small files together."""
-    monkeypatch.setattr(units, "SHARD_BYTES", SHARD_BYTES)
+    monkeypatch.setattr(records, "SHARD_BYTES", SHARD_BYTES)
     (tmp_path / "a.jsonl").write_text("\n".join(lines[:600]))
     for i in range(20):
         (tmp_path / f"b{i:02}.jsonl").write_text("\n".join(lines[600 + 10 * i : 610 + 10 * i]))
@@ -56,20 +58,20 @@ def times_of(directory: Path) -> dict[str, int]:
 
 
 def num_shards(config: DataConfig) -> int:
-    return len(plan_shards(find_files(config), config))
+    return len(units_by_shard(find_files(config), config))
 
 
 @pytest.fixture
 def serial(config: DataConfig, tokenizer: Tokenizer, tmp_path: Path) -> dict[str, bytes]:
     assert num_shards(config) == 6
-    files = files_of(prepare(config, tokenizer, directory=tmp_path / "serial", num_workers=1).directory)
+    files = files_of(prepare_corpus(config, tokenizer, directory=tmp_path / "serial", num_workers=1).directory)
     assert set(files) >= {"index.json", "shard-00005.json", "train-00000.tokens", "train-00000.documents"}
     return files
 
 
 def test_processes_make_the_same_bytes(config, tokenizer, serial, tmp_path: Path):
     steps = []
-    made = prepare(
+    made = prepare_corpus(
         config, tokenizer, directory=tmp_path / "parallel", num_workers=2,
         progress=lambda done, total: steps.append((done, total)),
     )  # fmt: skip
@@ -85,39 +87,42 @@ def test_shards_one_by_one_in_any_order(config, tokenizer, serial, tmp_path: Pat
         assert prepare_shards(config, tokenizer, [number], directory=directory) == directory
     assert not (directory / "index.json").exists()
     times = times_of(directory)
-    assert files_of(prepare(config, tokenizer, directory=directory).directory) == serial
+    assert files_of(prepare_corpus(config, tokenizer, directory=directory).directory) == serial
     assert {name: times_of(directory)[name] for name in times} == times  # only the index is new
     with pytest.raises(UserError, match="there is no shard 6: this corpus has 6, numbered from 0"):
         prepare_shards(config, tokenizer, [6], directory=directory)
 
 
 def test_index_in_the_cache_is_as_stable(config, tokenizer, serial, tmp_path: Path):
-    made = prepare(config, tokenizer, num_workers=1)
+    made = prepare_corpus(config, tokenizer, num_workers=1)
     assert made.directory.parent == tmp_path / "cache" / "corpora"
     ours = files_of(made.directory)
     assert ours["index.json"] == serial["index.json"]
     shutil.rmtree(made.directory)
     prepare_shards(config, tokenizer, [2], num_workers=1)
-    assert files_of(prepare(config, tokenizer, num_workers=1).directory) == ours
+    assert files_of(prepare_corpus(config, tokenizer, num_workers=1).directory) == ours
 
 
 KILLED = """
-import json, os, signal, sys, types
-for name, folder in (("llama_jax", sys.argv[6]), ("llama_jax.data", sys.argv[6] + "/data")):  # without JAX, as workers
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = [folder]
+import json, os, signal, sys, time
 from llama_jax.config import from_json
-from llama_jax.data import shards
 from llama_jax.data.config import DataConfig
-from llama_jax.data.prepare import prepare
-from llama_jax.data.readers import units
+from llama_jax.data.corpus import shards, workers
+from llama_jax.data.corpus.prepare import prepare_corpus
+from llama_jax.data.readers import records
 from llama_jax.tokenizers import load_tokenizer
-units.SHARD_BYTES, shards.BATCH_CHARS = int(sys.argv[4]), 1000
+records.SHARD_BYTES, shards.BATCH_CHARS = int(sys.argv[4]), 1000
 def progress(done, total):
     if done > 0.6 * total:
         os.kill(os.getpid(), signal.SIGKILL)
+def slowly(number, units):
+    from llama_jax.data.corpus import workers
+    time.sleep(1)  # so that the parent is killed before all shards are made
+    return workers._make(number, units)
+workers._make = slowly
 config = from_json(DataConfig, json.loads(sys.argv[1]))
-prepare(config, load_tokenizer(sys.argv[2]), directory=sys.argv[3], num_workers=int(sys.argv[5]), progress=progress)
+tokenizer = load_tokenizer(sys.argv[2])
+prepare_corpus(config, tokenizer, directory=sys.argv[3], num_workers=int(sys.argv[5]), progress=progress)
 """
 
 
@@ -128,17 +133,16 @@ def test_killed_and_started_again(config, tokenizer, serial, tmp_path: Path, num
     directory = tmp_path / "killed"
     path = tokenizer.save(tmp_path / "tokenizer")
     words = [json.dumps(to_json(config)), str(path), str(directory), str(SHARD_BYTES), str(num_workers)]
-    words.append(str(Path(workers.__file__).parents[1]))
     process = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True, timeout=120)
     assert process.returncode == -signal.SIGKILL, process.stderr
     before: dict[str, int] = {}
-    while before != (before := times_of(directory)):  # a process that was left alone ends when it says something
+    while before != (before := times_of(directory)):  # a process that was left alone ends soon
         time.sleep(0.5)
     finished = {name for name in before if name.startswith("shard")}
     assert 1 <= len(finished) < 6
     assert "index.json" not in before
     assert num_workers > 1 or any(".partial-" in name for name in before)
-    assert files_of(prepare(config, tokenizer, directory=directory, num_workers=1).directory) == serial
+    assert files_of(prepare_corpus(config, tokenizer, directory=directory, num_workers=1).directory) == serial
     after = times_of(directory)
     assert {name: after[name] for name in finished} == {name: before[name] for name in finished}
 
@@ -149,58 +153,54 @@ def test_a_lost_or_cut_file_is_made_again_alone(config, tokenizer, serial, tmp_p
     (directory / "train-00002.tokens").unlink()
     cut = directory / "train-00004.documents"
     cut.write_bytes(cut.read_bytes()[:-8])
-    assert files_of(prepare(config, tokenizer, directory=directory, num_workers=1).directory) == serial
+    assert files_of(prepare_corpus(config, tokenizer, directory=directory, num_workers=1).directory) == serial
     changed = {name for name, made in times_of(directory).items() if made != before[name]}
     assert {name.split("-")[1].split(".")[0] for name in changed if "-" in name} == {"00002", "00004"}
 
 
-def test_a_worker_that_dies(config, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    started = []
-    start = workers._Worker.__init__
+def workers_of(process: int) -> set[int]:
+    """Ids of the processes that make shards for `process`."""
+    children = {
+        pid for task in Path(f"/proc/{process}/task").iterdir() for pid in (task / "children").read_text().split()
+    }
+    return {int(pid) for pid in children if b"popen_loky_posix" in Path(f"/proc/{pid}/cmdline").read_bytes()}
 
-    def init(self, *args):
-        start(self, *args)
-        started.append(self.process)
 
-    monkeypatch.setattr(workers._Worker, "__init__", init)
+def test_a_worker_that_dies(config, tokenizer, tmp_path: Path):
     directory = tmp_path / "dies"
 
     def progress(done: int, total: int) -> None:
-        if len(list(directory.glob("shard-*.json"))) == 2:
-            os.kill(started[0].pid, signal.SIGKILL)
+        if len(list(directory.glob("shard-*.json"))) >= 2 and (alive := workers_of(os.getpid())):
+            os.kill(alive.pop(), signal.SIGKILL)
 
-    with pytest.raises(UserError, match=r"a process that made shard . ended with code -9: start again") as error:
-        prepare(config, tokenizer, directory=directory, num_workers=2, progress=progress)
+    with pytest.raises(UserError, match=r"a process that made shards ended \(.*\): start again") as error:
+        prepare_corpus(config, tokenizer, directory=directory, num_workers=2, progress=progress)
     assert "\n" not in str(error.value)
-    assert len(started) == 2
-    assert all(process.poll() is not None for process in started)
+    assert not workers_of(os.getpid())
     assert len(list(directory.glob("shard-*.json"))) >= 2
 
 
-def test_an_interrupt_leaves_no_process(config, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    started = []
-    popen = subprocess.Popen
-    monkeypatch.setattr(workers.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
-
+def test_an_interrupt_leaves_no_process(config, tokenizer, tmp_path: Path):
     def progress(done: int, total: int) -> None:
+        assert len(workers_of(os.getpid())) == 2
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(config, tokenizer, directory=tmp_path / "stopped", num_workers=2, progress=progress)
-    assert [process.poll() for process in started] == [-signal.SIGKILL] * 2
+        prepare_corpus(config, tokenizer, directory=tmp_path / "stopped", num_workers=2, progress=progress)
+    assert not workers_of(os.getpid())
 
 
 def test_a_mistake_found_by_a_worker(config, tokenizer, tmp_path: Path):
     file = tmp_path / "b07.jsonl"
     file.write_text(file.read_text() + "\n{")
     with pytest.raises(UserError, match=r"line 11 of '.*b07.jsonl' is not JSON"):
-        prepare(config, tokenizer, directory=tmp_path / "bad", num_workers=2)
+        prepare_corpus(config, tokenizer, directory=tmp_path / "bad", num_workers=2)
 
 
 def test_other_tokenizers_and_other_texts_are_refused(config, tokenizer, serial, tmp_path: Path, lines):
     directory = tmp_path / "serial"
     other = train_tokenizer((json.loads(line)["text"] for line in lines), vocab_size=285)
-    for make in (prepare, lambda *a, **k: prepare_shards(*a, [1], **k)):
+    for make in (prepare_corpus, lambda *a, **k: prepare_shards(*a, [1], **k)):
         with pytest.raises(UserError, match="has shards of another tokenizer"):
             make(config, other, directory=directory, num_workers=1)
         changed = DataConfig(**{**vars(config), "validation_fraction": 0.2})
@@ -225,7 +225,7 @@ def test_command(config, tokenizer, serial, tmp_path: Path, capsys: pytest.Captu
     assert {f.name for f in (tmp_path / "out").glob("*.json")} == {f"shard-0000{i}.json" for i in range(3)}
     assert main(words) == 0
     directory, *said = capsys.readouterr().out.splitlines()
-    made = prepare(
+    made = prepare_corpus(
         DataConfig(**{**vars(config), "exclude": ("*00*",), "max_bad_records": None}), tokenizer, num_workers=1
     )  # fmt: skip
     assert directory == str(tmp_path / "out")
@@ -256,9 +256,9 @@ def test_a_shard_without_documents(config, tokenizer, tmp_path: Path):
     (tmp_path / "a0.jsonl").write_text("\n" * (2 * SHARD_BYTES))
     lonely = DataConfig(**{**vars(config), "path": (str(tmp_path / "a0.jsonl"),)})
     with pytest.raises(UserError, match="has no text"):
-        prepare(lonely, tokenizer, num_workers=1)
+        prepare_corpus(lonely, tokenizer, num_workers=1)
     both = DataConfig(**{**vars(config), "path": (str(tmp_path / "a0.jsonl"), *config.path)})
-    made, alone = prepare(both, tokenizer, num_workers=1), prepare(config, tokenizer, num_workers=1)
+    made, alone = prepare_corpus(both, tokenizer, num_workers=1), prepare_corpus(config, tokenizer, num_workers=1)
     assert not list(made.directory.glob("*-00000.tokens"))
     assert made.num_documents == alone.num_documents
     np.testing.assert_array_equal(made.train.read(0, 1 << 30), alone.train.read(0, 1 << 30))
@@ -285,8 +285,8 @@ def test_memory_does_not_grow_with_the_corpus(config, tokenizer, tmp_path: Path,
 
 
 def peak_of_child() -> int:
-    """The most memory that this process' only child has held so far, in KiB."""
-    (child,) = {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+    """The most memory that this process' only worker has held so far, in KiB."""
+    (child,) = workers_of(os.getpid())
     (line,) = (line for line in Path(f"/proc/{child}/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1])
 
@@ -328,4 +328,4 @@ def test_a_missing_package_is_named(tmp_path: Path, tokenizer, monkeypatch: pyte
     ):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(UserError, match=rf"needs the package {module}: pip install 'llama_jax\[{extra}\]'"):
-            prepare(DataConfig(path=(path,), cache_dir=str(tmp_path / "cache")), tokenizer)
+            prepare_corpus(DataConfig(path=(path,), cache_dir=str(tmp_path / "cache")), tokenizer)

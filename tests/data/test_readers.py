@@ -14,9 +14,10 @@ from hypothesis import given, strategies as st
 
 from llama_jax.config import UserError
 from llama_jax.data import DataConfig
-from llama_jax.data.files import CorpusFile, find_files
-from llama_jax.data.readers import BadRecord, Record, Unit, plan_shards, read_unit, units
-from llama_jax.data.readers.array_record import example
+from llama_jax.data.corpus.files import find_files
+from llama_jax.data.readers import read_unit, records
+from llama_jax.data.readers.binary import example
+from llama_jax.data.readers.records import BadRecord, CorpusFile, Record, Unit, units_by_shard
 
 EOS = 50256
 IDS = [[1, 2, 3], [70, 40000], [5], [9] * 30, [0, 65535]]
@@ -50,7 +51,7 @@ def write_bin(file: Path, documents: list[list[int]], *, after: bool = True) -> 
     count=st.integers(1, 30), ends=st.booleans(), limit=st.integers(1, 14),
 )  # fmt: skip
 def test_any_cut_of_jsonl_gives_the_same_lines(tmp_path_factory, lines, count: int, ends: bool, limit: int):
-    from llama_jax.data.readers.lines import lines_of
+    from llama_jax.data.readers.text import lines_of
 
     data = b"\n".join(lines) + b"\n" * ends
     file = tmp_path_factory.mktemp("cut") / "a.jsonl"
@@ -128,8 +129,8 @@ def test_array_record(tmp_path: Path, count: int):
     pairs = list(zip(TEXTS, IDS, strict=True))
     examples = [as_example({"text": t.encode(), "tokens": i, "score": 0.5}, packed=len(i) > 1) for t, i in pairs]
     objects = [json.dumps({"text": text, "tokens": ids}).encode() for text, ids in pairs]
-    for records in (examples, objects):
-        file = write_array_record(tmp_path / "a.array_record-00000-of-00001", records)
+    for written in (examples, objects):
+        file = write_array_record(tmp_path / "a.array_record-00000-of-00001", written)
         assert texts_of(read(file, count=count)) == TEXTS
         assert ids_of(read(file, count=count, fields=("tokens",))) == IDS
     assert read(file, count=count)[-1].where == f"record 5 of '{file}'"
@@ -167,7 +168,7 @@ def test_integers_of_an_example(values: list[int], packed: bool):
 def test_token_files_in_any_pieces(tmp_path_factory, documents, count: int, after: bool, batch: int):
     file = write_bin(tmp_path_factory.mktemp("tokens") / "a.bin", documents, after=after)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llama_jax.data.readers.token_file.BATCH_TOKENS", batch)
+        patch.setattr("llama_jax.data.readers.binary.BATCH_TOKENS", batch)
         assert ids_of(read(file, count=count)) == [document for document in documents if document]
 
 
@@ -214,7 +215,7 @@ def test_hugging_face_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made = datasets.Dataset(table())
     made.save_to_disk(tmp_path / "saved", num_shards=2)
     config = DataConfig(path=(str(tmp_path / "saved"),))
-    (shard,) = plan_shards(find_files(config), config)
+    (shard,) = units_by_shard(find_files(config), config)
     assert [record.parts[0] for unit in shard for record in read_unit(unit, config)] == TEXTS
     datasets.DatasetDict({"train": made, "test": made}).save_to_disk(tmp_path / "both")
     with pytest.raises(UserError, match="splits train, test: name one"):
@@ -226,7 +227,7 @@ def test_hugging_face_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = DataConfig(path=(f"hf://{folder}:train",))
     (file,) = find_files(config)
     assert file.pieces == 2
-    found = [record for shard in plan_shards([file], config) for u in shard for record in read_unit(u, config)]
+    found = [record for shard in units_by_shard([file], config) for u in shard for record in read_unit(u, config)]
     assert texts_of(found) == TEXTS
     assert found[-1].where == f"row 3 of file 2 of 'hf://{folder}:train'"
     assert ids_of(list(read_unit(Unit(file, 0, 2), DataConfig(path=config.path, fields=("tokens",))))) == IDS[:2]
@@ -239,14 +240,14 @@ def test_hugging_face_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def read_all(config: DataConfig) -> list[Any]:
-    return [r for s in plan_shards(find_files(config), config) for unit in s for r in read_unit(unit, config)]
+    return [r for s in units_by_shard(find_files(config), config) for unit in s for r in read_unit(unit, config)]
 
 
 def test_units_follow_from_names_and_sizes(monkeypatch: pytest.MonkeyPatch):
     config = DataConfig(path=("x",))
     sizes = {"a.jsonl": 1000, "b.txt": 10, "c.txt": 10, "d.jsonl.gz": 500, "e.parquet": 250, "f.bin": 99, "g.txt": 1}
-    monkeypatch.setattr(units, "SHARD_BYTES", 100)
-    shards = plan_shards([CorpusFile(name, size, named=True) for name, size in sizes.items()], config)
+    monkeypatch.setattr(records, "SHARD_BYTES", 100)
+    shards = units_by_shard([CorpusFile(name, size, named=True) for name, size in sizes.items()], config)
     names = [[f"{unit.file.path} {unit.index}/{unit.count}" for unit in shard] for shard in shards]
     assert names == [
         *([f"a.jsonl {i}/10"] for i in range(10)),
@@ -254,5 +255,5 @@ def test_units_follow_from_names_and_sizes(monkeypatch: pytest.MonkeyPatch):
         ["e.parquet 0/2"], ["e.parquet 1/2"], ["f.bin 0/1", "g.txt 0/1"],
     ]  # fmt: skip
     assert sum(unit.size for shard in shards for unit in shard) == sum(sizes.values())
-    monkeypatch.setattr(units, "MAX_SHARDS", 4)
-    assert len(plan_shards([CorpusFile("a.jsonl", 1000, named=True)], config)) == 4
+    monkeypatch.setattr(records, "MAX_SHARDS", 4)
+    assert len(units_by_shard([CorpusFile("a.jsonl", 1000, named=True)], config)) == 4

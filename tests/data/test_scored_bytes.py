@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.data import Batches, DataConfig, Dataset, ValidationBatches, Vocabulary, prepare_dataset, shards
+from llama_jax.data import Batches, DataConfig, Dataset, ValidationBatches, Vocabulary, prepare_dataset
+from llama_jax.data.corpus import shards
 from llama_jax.data.objectives import Prefix
 from llama_jax.tokenizers import Tokenizer
 

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from llama_jax.data import Batch, Batches, Shard, TokenStream, ValidationBatches
+from llama_jax.data import Batches, HostBatch, Shard, TokenStream, ValidationBatches
 from llama_jax.data.mixture import Mixture, Schedule
-from llama_jax.data.rows import WindowRows
-from llama_jax.data.windows import num_windows, read_windows
+from llama_jax.data.rows.windows import WindowRows, num_windows, read_windows
 
 BOS, EOS = 1, 2
 
@@ -84,7 +83,7 @@ def test_validation_sees_every_target_once(sizes: list[int], num_shards: int, le
         assert_equal(ours, {name: value[rows] for name, value in whole.items()})
 
 
-def assert_equal(a: Batch, b: Batch) -> None:
+def assert_equal(a: HostBatch, b: HostBatch) -> None:
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)

@@ -131,7 +131,7 @@ def test_architecture_names_every_room():
 
 
 def test_files_that_the_pages_name_exist():
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    pages = [*ROOT.glob("*.md"), ROOT / "examples" / "README.md", *(ROOT / "docs").glob("*.md")]
     for page in pages:
         text = page.read_text("utf-8")
         named = re.findall(r"`((?:tests|configs|docs|notebooks|benchmarks|llama_jax)/[\w./]+)`", text)

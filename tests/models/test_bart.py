@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llama_jax.data.objectives import Denoising, Document, Example, Vocabulary
-from llama_jax.data.packing import pack
+from llama_jax.data.rows.packing import pack
 from llama_jax.models import Compute, EncoderDecoderConfig, Model, abstract_params, assemble, buffers, init_params
 from llama_jax.nn import LearnedPositions
 from llama_jax.parallel import make_mesh, shard
@@ -100,7 +100,7 @@ def test_packed_is_separate(config: EncoderDecoderConfig, params: dict[str, jax.
 
     @jax.jit
     def hidden(params: Any, batch: Any) -> jax.Array:
-        (prediction,), _ = assemble(config, params, Compute()).predictions(batch)
+        (prediction,), _ = assemble(config, params, Compute()).loss_terms(batch)
         return prediction.hidden
 
     packed, alone = hidden(params, together), hidden(params, apart)

@@ -14,7 +14,7 @@ from llama_jax.data.objectives import Causal, Classification, MaskedLM
 from llama_jax.models import Compute, EncoderConfig, Model, abstract_params, assemble, build, from_params
 from llama_jax.parallel import make_mesh
 from llama_jax.run import RunConfig
-from llama_jax.sampling.generate import generate
+from llama_jax.sampling import generate
 from llama_jax.training import AdamW, Constant, init_state, make_train_step, train_flops_per_token
 from llama_jax.training.step import losses
 from llama_jax.zoo.bert import encoder
@@ -191,7 +191,7 @@ def test_dropout_is_training_s_alone(bert, random_params):
 
     def hidden(config: EncoderConfig, key: jax.Array | None) -> jax.Array:
         model = assemble(config, params, Compute())
-        return model.predictions(batch, key=key)[0][0].hidden
+        return model.loss_terms(batch, key=key)[0][0].hidden
 
     key = jax.random.key(0)
     plain = hidden(bert, None)
@@ -202,8 +202,8 @@ def test_dropout_is_training_s_alone(bert, random_params):
     np.testing.assert_allclose(own, np.where(kept, 2 * plain, 0), rtol=1e-5)
     everywhere = hidden(dataclasses.replace(bert, dropout=0.5), key)
     assert np.abs(np.asarray(everywhere)[kept] - np.asarray(own)[kept]).max() > 0.01
-    assert not bert.is_random
-    assert dataclasses.replace(bert, classifier_dropout=0.5).is_random
+    assert not bert.needs_rng
+    assert dataclasses.replace(bert, classifier_dropout=0.5).needs_rng
 
 
 def test_flops_are_those_of_every_token_seeing_every_other(bert):

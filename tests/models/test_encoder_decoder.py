@@ -97,7 +97,7 @@ def test_a_source_sees_itself_and_a_target_its_source_and_what_stands_before_it(
     def jacobian(table):
         def scalars(table):
             model = assemble(config, params | {"embedding.weight": table}, Compute())
-            (main,), _ = model.predictions(batch)
+            (main,), _ = model.loss_terms(batch)
             encoded, _ = model.encode(batch["source_tokens"], segment_ids=batch["source_segment_ids"])
             return jnp.concatenate([main.hidden[0], encoded[0]]) @ direction
 
@@ -114,7 +114,7 @@ def test_a_source_sees_itself_and_a_target_its_source_and_what_stands_before_it(
 def test_packed_documents_are_separate_documents(config, random_params):
     params, batch = random_params(config), batch_of(config)
     model = from_params(config, params, Compute())
-    together = model.run(lambda module, batch: module.logits(module.predictions(batch)[0][0].hidden), batch)
+    together = model.run(lambda module, batch: module.logits(module.loss_terms(batch)[0][0].hidden), batch)
     for segment in (1, 2):
         target, source = segment == TARGET, segment == SOURCE
         alone = [np.zeros((ROWS, 10), np.int32) for _ in range(2)]
@@ -237,7 +237,7 @@ def test_a_sequence_cannot_be_split(config, random_params):
         jax.set_mesh(make_mesh({"context": 8})),
         pytest.raises(UserError, match=r"mesh\.context cannot split the sequences of an encoder-decoder"),
     ):
-        jax.eval_shape(lambda p: assemble(config, p, Compute()).predictions(batch_of(config)), random_params(config))
+        jax.eval_shape(lambda p: assemble(config, p, Compute()).loss_terms(batch_of(config)), random_params(config))
 
 
 @pytest.mark.parametrize(

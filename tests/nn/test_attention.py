@@ -150,7 +150,7 @@ def test_no_masks_are_kept_for_a_scan_over_layers(case: str, monkeypatch: pytest
         monkeypatch.setattr(blockwise, name, size)
 
     def loss(scales, q, k, v, mask):
-        layer = lambda x, scale: (kernels.online(scale * x, k, v, mask, scale=SCALE), None)  # noqa: E731
+        layer = lambda x, scale: (kernels.blockwise_attention(scale * x, k, v, mask, scale=SCALE), None)  # noqa: E731
         return jax.lax.scan(jax.checkpoint(layer), q, scales)[0].sum()
 
     def temporary_bytes(length: int) -> int:

@@ -241,8 +241,8 @@ def test_cached_is_the_whole_row(changes: dict[str, Any]):
 def test_dropout_keeps_the_mean_and_is_off_outside_of_training():
     x = jnp.asarray(1 + numbers(8, 64, 32))
     for config in (MLP(64, "relu", True, dropout=0.3), GatedLinearUnit(64, "relu", True, dropout=0.3)):
-        assert config.is_random
-        assert not dataclasses.replace(config, dropout=0.0).is_random
+        assert config.needs_rng
+        assert not dataclasses.replace(config, dropout=0.0).needs_rng
         module, _ = built(config, 32)
         plain, _ = built(dataclasses.replace(config, dropout=0.0), 32)
         still, _ = module(x, mask=AttentionMask())
@@ -254,7 +254,7 @@ def test_dropout_keeps_the_mean_and_is_off_outside_of_training():
 
 def test_attention_weights_are_dropped_in_training_alone():
     config = dataclasses.replace(PLAIN, dropout=0.4, rope=None)
-    assert config.is_random
+    assert config.needs_rng
     x, positions = jnp.asarray(0.1 * numbers(64, LENGTH, WIDTH)), jnp.zeros((64, LENGTH), jnp.int32)
     module, _ = built(config)
     plain, _ = built(dataclasses.replace(config, dropout=0.0))

@@ -17,7 +17,7 @@ def cells(notebook) -> list[tuple[str, str]]:
 
 
 def test_there_are_notebooks():
-    scripts = {path.stem for path in NOTEBOOKS[0].parent.glob("*.py")}
+    scripts = {path.stem for path in NOTEBOOKS[0].parent.glob("*.py") if "jupytext" in path.read_text(encoding="utf-8")}
     assert "quickstart" in scripts
     assert {path.stem for path in NOTEBOOKS} == scripts
 
@@ -43,6 +43,8 @@ def run(name: str, tmp_path: Path) -> tuple[list, str, list[str]]:
     notebook = nbformat.read(next(path for path in NOTEBOOKS if path.stem == name), 4)
     # One device: what a notebook has on a laptop.
     env = os.environ | {"LLAMA_JAX_QUICK": "1", "TMPDIR": str(tmp_path), "XLA_FLAGS": ""}
+    # Jupyter starts a kernel in the notebook's folder, where its helper modules are.
+    env["PYTHONPATH"] = os.pathsep.join([str(NOTEBOOKS[0].parent), os.environ.get("PYTHONPATH", "")])
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute(env=env, cwd=str(tmp_path))
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     shown = [output.data for output in outputs if "data" in output]

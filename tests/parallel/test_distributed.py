@@ -60,7 +60,7 @@ import os, sys
 from llama_jax.parallel import distributed
 distributed.start()
 assert distributed.is_main() and not distributed.several()
-assert distributed.agreed(lambda: 3) == 3 and distributed.from_main(lambda: [4]) == [4]
+assert distributed.all_agree(lambda: 3) == 3 and distributed.broadcast_from_main(lambda: [4]) == [4]
 assert distributed.leave(5) == 5
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized()

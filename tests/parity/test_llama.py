@@ -13,7 +13,7 @@ from llama_jax.checkpoint.convert import load_params, open_source
 from llama_jax.checkpoint.language_model import load
 from llama_jax.models import Compute, abstract_params, assemble
 from llama_jax.nn.masks import AttentionMask
-from llama_jax.sampling.generate import generate
+from llama_jax.sampling import generate
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = sorted(folder.name for pattern in ("llama_*", "meta_*") for folder in GOLDENS.glob(pattern))

@@ -278,7 +278,7 @@ def test_failed_run_that_never_started_writes_nothing(store):
 
 def test_several_processes_are_refused(store, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(distributed, "several", lambda: True)
-    monkeypatch.setattr(distributed, "agreed", lambda function: function())
+    monkeypatch.setattr(distributed, "all_agree", lambda function: function())
     with pytest.raises(UserError, match="is for one process"), local_run("memory://bucket/run"):
         raise AssertionError("nothing is made")
     assert store.find("/bucket") == []

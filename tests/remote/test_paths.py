@@ -78,7 +78,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "load_config name": lambda url, run, config: llama_jax.load_config(url),
     "load_tokenizer path": lambda url, run, config: tokenizers.load_tokenizer(url),
     "open_run directory": lambda url, run, config: llama_jax.open_run(url),
-    "prepare directory": lambda url, run, config: data.prepare(config.data, run.tokenizer, directory=url),
+    "prepare_corpus directory": lambda url, run, config: data.prepare_corpus(config.data, run.tokenizer, directory=url),
     "prepare_shards directory": lambda url, run, config: data.prepare_shards(
         config.data, run.tokenizer, [0], directory=url
     ),
@@ -154,7 +154,8 @@ def test_every_key_is_known_to_be_a_path_or_not():
 def test_every_function_that_takes_a_path_is_known():
     named = {name: getattr(llama_jax, name) for name in llama_jax.__all__}
     named |= {
-        function.__name__: function for function in (data.prepare, data.prepare_shards, tokenizers.load_tokenizer)
+        function.__name__: function
+        for function in (data.prepare_corpus, data.prepare_shards, tokenizers.load_tokenizer)
     }
     named |= {"Tokenizer.save": tokenizers.Tokenizer.save}
     found = set()
@@ -207,4 +208,4 @@ def test_cache_of_the_environment_is_local(monkeypatch: pytest.MonkeyPatch, run_
     monkeypatch.setenv("LLAMA_JAX_CACHE", "gs://bucket/cache")
     config = override(run_config, {"data.cache_dir": None})
     with pytest.raises(UserError, match="LLAMA_JAX_CACHE='gs://bucket/cache' must be a local directory"):
-        data.prepare(config.data, finished_run.tokenizer)
+        data.prepare_corpus(config.data, finished_run.tokenizer)

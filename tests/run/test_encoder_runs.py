@@ -102,7 +102,7 @@ def test_a_fine_tuned_classifier_is_right_about_texts_it_has_not_seen(pretrained
     assert f"pair_head.weight of '{pretrained.directory}' are left out" in said
 
     def right(module, batch):
-        (prediction,), _ = module.predictions(batch)
+        (prediction,), _ = module.loss_terms(batch)
         best = prediction.head(prediction.hidden, prediction.head_weight).argmax(-1)
         return ((best == prediction.targets) * prediction.weights).sum(), prediction.weights.sum()
 

@@ -268,7 +268,7 @@ def test_configs_are_values(run_config: RunConfig):
 
 def test_a_kernel_that_disagrees_does_not_start(run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def ignores_documents(q, k, v, mask, *, scale):
-        return kernels.online(q, k, v, dataclasses.replace(mask, segment_ids=None), scale=scale)
+        return kernels.blockwise_attention(q, k, v, dataclasses.replace(mask, segment_ids=None), scale=scale)
 
     monkeypatch.setitem(kernels.KERNELS, "blockwise", kernels.Kernel(ignores_documents))
     config = override(run_config, {"compute.attention_kernel": "blockwise", "seed": 77})

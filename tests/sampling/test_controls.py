@@ -1,5 +1,6 @@
 """What a model's files force and forbid, against transformers (goldens.json; make_goldens.py writes it)."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -15,9 +16,8 @@ from llama_jax.checkpoint.generation import GenerationSettings, read_generation,
 from llama_jax.checkpoint.language_model import LanguageModel
 from llama_jax.config import UserError
 from llama_jax.parallel import make_mesh, shard
-from llama_jax.sampling import complete, generate
-from llama_jax.sampling.controls import Controls, Text
-from llama_jax.sampling.processors import Sampler
+from llama_jax.sampling import complete, generate, loop
+from llama_jax.sampling.sampler import Sampler, Written, controls_of
 
 GOLDENS = json.loads(Path(__file__).with_name("goldens.json").read_text(encoding="utf-8"))
 PARITY = Path(__file__).parents[1] / "parity" / "goldens"
@@ -33,31 +33,33 @@ def test_logits_are_those_of_transformers(tmp_path: Path):
     for (number, prompt), cases in itertools.groupby(GOLDENS["processed"], key=lambda case: case[:2]):
         cases = list(cases)
         settings = settings_of(tmp_path, GOLDENS["settings"][number] | {"eos_token_id": GOLDENS["eos"]})
-        controls = Controls.of(settings, GOLDENS["vocabulary"], GOLDENS["max_new_tokens"])
+        sampler = Sampler(controls=controls_of(settings, GOLDENS["vocabulary"], GOLDENS["max_new_tokens"]))
         tokens = np.full((len(cases), 16), 3, np.int32)  # what stands behind a text is never looked at
         for row, case in zip(tokens, cases, strict=True):
             row[: len(case[2])] = case[2]
         lengths = np.array([len(case[2]) for case in cases], np.int32)
-        text = Text(jnp.asarray(tokens), jnp.asarray(lengths), jnp.full(len(cases), prompt, jnp.int32))
+        text = Written(jnp.asarray(tokens), jnp.asarray(lengths), jnp.full(len(cases), prompt, jnp.int32))
         logits = jnp.broadcast_to(jnp.asarray(GOLDENS["scores"][number], jnp.float32), (len(cases), 12))
         expected = np.array([[-np.inf if x is None else x for x in case[3]] for case in cases])
-        np.testing.assert_allclose(controls(logits, text), expected, rtol=1e-6, err_msg=f"{settings} {prompt}")
+        np.testing.assert_allclose(
+            sampler.controlled(logits, text), expected, rtol=1e-6, err_msg=f"{settings} {prompt}"
+        )
 
 
 def test_a_mesh_changes_no_logits(tmp_path: Path):
     """All of them at once, where the rows are split over devices."""
     settings = settings_of(tmp_path, GOLDENS["settings"][-1] | {"eos_token_id": 2, "begin_suppress_tokens": [4]})
-    controls = Controls.of(settings, 12, 4)
+    sampler = Sampler(controls=controls_of(settings, 12, 4))
     rng = np.random.default_rng(0)
     tokens, logits = rng.integers(0, 12, (8, 16)).astype(np.int32), rng.normal(size=(8, 12)).astype(np.float32)
-    text = Text(jnp.asarray(tokens), jnp.arange(4, 12), jnp.full(8, 3, jnp.int32))
-    expected = controls(jnp.asarray(logits), text)
+    text = Written(jnp.asarray(tokens), jnp.arange(4, 12), jnp.full(8, 3, jnp.int32))
+    expected = sampler.controlled(jnp.asarray(logits), text)
     assert np.isinf(expected).any()
     with jax.set_mesh(make_mesh({"data": 2, "fsdp": 4})):
 
         def split(logits: jax.Array, *text: jax.Array) -> jax.Array:
-            rows = Text(*(shard(x, "batch", *([None] * (x.ndim - 1))) for x in text))
-            return controls(shard(logits, "batch", None), rows)
+            rows = Written(*(shard(x, "batch", *([None] * (x.ndim - 1))) for x in text))
+            return sampler.controlled(shard(logits, "batch", None), rows)
 
         found = jax.jit(split)(logits, *(np.asarray(x) for x in (text.tokens, text.lengths, text.prompts)))
     np.testing.assert_array_equal(found, expected)
@@ -130,9 +132,9 @@ def test_settings_that_cannot_be_followed_are_named_when_sampling(tmp_path: Path
     ):
         settings = settings_of(tmp_path, data)
         with pytest.raises(UserError, match=f"{sentence}.*--ignore-config-keys"):
-            Controls.of(settings, 12, 4)
+            controls_of(settings, 12, 4)
     harmless = {"encoder_no_repeat_ngram_size": 0, "guidance_scale": 1.0, "num_beams": 4, "watermarking_config": None}
-    assert Controls.of(settings_of(tmp_path, harmless), 12, 4).parts == ()
+    assert controls_of(settings_of(tmp_path, harmless), 12, 4) == ()
 
 
 def test_a_text_ends_at_every_stop_of_the_files_and_at_no_other(lm: LanguageModel):
@@ -153,3 +155,38 @@ def test_a_text_ends_at_every_stop_of_the_files_and_at_no_other(lm: LanguageMode
     )
     (found,) = complete(told, ["one fish"], max_new_tokens=20, sampler=Sampler(), seed=0)
     assert found.finish_reason == "length"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bonus:
+    """A control of one's own whose number is traced."""
+
+    bonus: float | jax.Array
+
+    def __call__(self, logits: jax.Array, written: Written) -> jax.Array:
+        return logits.at[:, 5].add(self.bonus)
+
+
+def only_odd(logits: jax.Array, written: Written) -> jax.Array:
+    return jnp.where(jnp.arange(logits.shape[1]) % 2 == 1, logits, -jnp.inf)
+
+
+def test_controls_of_ones_own(tmp_path: Path):
+    """A function and a pytree change which token is chosen, greedy and drawn, after those of the files."""
+    lm, prompts = load(PARITY / "llama_gqa"), [[1, 4, 9], [3, 2, 7]]
+    drawn = {"temperature": 1.0, "top_p": 0.9}
+    for settings in ({}, drawn):
+        free = generate(lm, prompts, **settings)[:, 3:]
+        assert (generate(lm, prompts, **settings, controls=[only_odd])[:, 3:] % 2 == 1).all()
+        assert not (free % 2 == 1).all()
+        np.testing.assert_array_equal(generate(lm, prompts, **settings, controls=[Bonus(0.0)])[:, 3:], free)
+    before = loop._advance._cache_size()
+    assert (generate(lm, prompts, **drawn, controls=[Bonus(1e6)])[:, 3:] == 5).all()
+    assert loop._advance._cache_size() == before, "another number needs no other program"
+    with pytest.raises(UserError, match="every token is forbidden at new token 1 of prompt 0"):
+        generate(lm, prompts, controls=[lambda logits, written: jnp.full_like(logits, -jnp.inf)])
+    with pytest.raises(UserError, match="not numbers"):
+        generate(lm, prompts, controls=[lambda logits, written: logits * jnp.nan])
+    with pytest.raises(UserError, match=r"return the same shape and type"):
+        generate(lm, prompts, controls=[lambda logits, written: logits[:, :3]])

@@ -16,8 +16,7 @@ from llama_jax.checkpoint.language_model import LanguageModel, save
 from llama_jax.config import UserError
 from llama_jax.data.chat import ChatGLM2Chat, ChatML, ChatTemplate, Llama2Chat, Llama3Chat
 from llama_jax.sampling import Sampler, chat, cli, generate
-from llama_jax.sampling.chat import encoded_chat, special_names
-from llama_jax.sampling.templates import render
+from llama_jax.sampling.conversations import encoded_chat, render, special_names
 from llama_jax.sampling.text import complete_encoded
 from llama_jax.tokenizers import train_tokenizer
 from llama_jax.tokenizers.base import SETTINGS_FILE, TEMPLATE_FILE

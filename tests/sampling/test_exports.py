@@ -15,7 +15,7 @@ import pytest
 from llama_jax.checkpoint.generation import GenerationSettings
 from llama_jax.checkpoint.language_model import LanguageModel, save
 from llama_jax.sampling import Sampler, complete
-from llama_jax.sampling.chat import encoded_chat
+from llama_jax.sampling.conversations import encoded_chat
 from llama_jax.tokenizers.base import TEMPLATE_FILE
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"

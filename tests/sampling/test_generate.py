@@ -10,8 +10,8 @@ import pytest
 from llama_jax.config import UserError
 from llama_jax.models import Compute, DecoderConfig, Model, from_params
 from llama_jax.parallel import make_mesh
-from llama_jax.sampling import generate, loop
-from llama_jax.sampling.loop import Choice, advance, bucket, start
+from llama_jax.sampling import Sampler, generate, loop
+from llama_jax.sampling.loop import advance, bucket, start
 
 LENGTHS = np.array([5, 1, 9, 3])
 
@@ -160,8 +160,8 @@ def test_a_mesh_changes_nothing(
 
 
 def test_the_cache_is_donated(model: Model, prompts: np.ndarray):
-    state, _ = start(model, prompts, np.full(4, 9), max_new_tokens=8, seed=0, choice=Choice())
-    advance(model, state, 7, choice=Choice())
+    state, _ = start(model, prompts, np.full(4, 9), Sampler(), max_new_tokens=8, seed=0)
+    advance(model, state, Sampler(), 7)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache))
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, strategies as st
 
 from llama_jax.config import UserError
 from llama_jax.sampling import Sampler
-from llama_jax.sampling.processors import number, top_k, top_p
+from llama_jax.sampling.sampler import number, top_k, top_p
 
 # Small whole weights: many ties, and sums that no rounding moves across a target that lies between them.
 WEIGHTS = st.lists(st.integers(1, 6), min_size=12, max_size=12).filter(lambda w: sum(w) > 0)

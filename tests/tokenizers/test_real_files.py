@@ -8,8 +8,7 @@ import pytest
 
 from llama_jax.config import UserError
 from llama_jax.tokenizers import load_tokenizer
-from llama_jax.tokenizers.tiktoken import ENCODINGS
-from llama_jax.tokenizers.vocabularies import byte_letters
+from llama_jax.tokenizers.vocabularies import ENCODINGS, byte_letters
 
 GOLDEN = json.loads(Path(__file__).with_name("bert_cases.json").read_text())
 

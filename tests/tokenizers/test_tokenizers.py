@@ -18,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from llama_jax.config import UserError
 from llama_jax.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
-from llama_jax.tokenizers.tiktoken import ENCODINGS, Encoding
+from llama_jax.tokenizers.vocabularies import ENCODINGS, Encoding
 
 TEXT = (
     "The quick brown fox\n\tjumps over   the lazy dog, 12345 times; don't ask.\n    def f(x):\n        return x + 1\n"

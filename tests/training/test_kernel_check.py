@@ -36,7 +36,7 @@ def wrong(change, **fields):
 
     def run(q, k, v, mask, *, scale):
         return (
-            kernels.online(q, k, v, dataclasses.replace(mask, **fields), scale=scale)
+            kernels.blockwise_attention(q, k, v, dataclasses.replace(mask, **fields), scale=scale)
             if fields
             else change(q, k, v, mask, scale)
         )
@@ -45,7 +45,7 @@ def wrong(change, **fields):
 
 
 def no_gradient_of_keys(q, k, v, mask, scale):
-    return kernels.online(q, jax.lax.stop_gradient(k), v, mask, scale=scale)
+    return kernels.blockwise_attention(q, jax.lax.stop_gradient(k), v, mask, scale=scale)
 
 
 MISTAKES = {
@@ -53,7 +53,9 @@ MISTAKES = {
     "is not causal": wrong(None, causal=False),
     "sees eight keys at most": wrong(None, window=8),
     "has no gradient of the keys": wrong(no_gradient_of_keys),
-    "scales wrongly": wrong(lambda q, k, v, mask, scale: kernels.online(q, k, v, mask, scale=1.001 * scale)),
+    "scales wrongly": wrong(
+        lambda q, k, v, mask, scale: kernels.blockwise_attention(q, k, v, mask, scale=1.001 * scale)
+    ),
 }
 
 

@@ -133,7 +133,7 @@ def test_a_kernel_that_forgets_the_prefix_is_refused(kind: str, tiny_config, mon
     assert 0 < max(agreement.errors.values()) < 1e-5
 
     def forgets(q, k, v, mask, *, scale):
-        return kernels.online(q, k, v, dataclasses.replace(mask, prefix=None), scale=scale)
+        return kernels.blockwise_attention(q, k, v, dataclasses.replace(mask, prefix=None), scale=scale)
 
     monkeypatch.setitem(kernels.KERNELS, "blockwise", kernels.Kernel(forgets))
     module._errors.clear_cache()

@@ -5,14 +5,10 @@ puts into rows with others. A new one is a frozen dataclass that derives from `O
 notebook's cell.
 """
 
-from llama_jax.data.objectives.base import Document, Example, Objective, SequenceToSequence, Vocabulary
-from llama_jax.data.objectives.blank_filling import BlankFilling
-from llama_jax.data.objectives.classification import Classification
-from llama_jax.data.objectives.denoising import Denoising
-from llama_jax.data.objectives.left_to_right import Causal, Chat, Prefix
-from llama_jax.data.objectives.masked import MaskedLM
-from llama_jax.data.objectives.parallel_text import ParallelText
-from llama_jax.data.objectives.span_corruption import SpanCorruption
+from llama_jax.data.objectives.base import Document, Example, Objective, Vocabulary
+from llama_jax.data.objectives.decoder import BlankFilling, Causal, Chat, Prefix
+from llama_jax.data.objectives.encoder import Classification, MaskedLM
+from llama_jax.data.objectives.encoder_decoder import Denoising, ParallelText, SequenceToSequence, SpanCorruption
 
 __all__ = [
     "BlankFilling",

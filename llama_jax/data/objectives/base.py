@@ -167,39 +167,6 @@ class Objective(Component):
         raise NotImplementedError
 
 
-class SequenceToSequence(Objective):
-    """Base of objectives with a source for an encoder to read and a target for a decoder to write."""
-
-    source_length: int = 512  # type: ignore[assignment]
-    start_token: Boundary = "pad"
-
-    def __post_init__(self) -> None:
-        if self.source_length < 1:
-            raise UserError(f"source_length={self.source_length} must be at least 1")
-
-    def check(self, vocabulary: Vocabulary) -> None:
-        super().check(vocabulary)
-        vocabulary.boundary(self.start_token)
-        vocabulary.boundary("eos")
-
-    def fields(self) -> tuple[str, ...]:
-        return *super().fields(), "source_tokens", "source_positions"
-
-    def pair(self, source: np.ndarray, target: np.ndarray, vocabulary: Vocabulary) -> Example:
-        """The example of a source and a target: both end with EOS, and the decoder reads the target one place later,
-        behind the start token."""
-        eos = vocabulary.boundary("eos")
-        source, targets = np.append(source, eos), np.append(target, eos)
-        return as_example(
-            tokens=np.append(vocabulary.boundary(self.start_token), target),
-            targets=targets,
-            weights=np.ones(len(targets)),
-            positions=np.arange(len(targets)),
-            source_tokens=source,
-            source_positions=np.arange(len(source)),
-        )
-
-
 def as_example(**fields: Any) -> Example:
     """The fields in the types that examples have."""
     return {name: np.asarray(x, np.float32 if name in FLOATS else np.int32) for name, x in fields.items()}

@@ -11,17 +11,24 @@ from collections.abc import Iterator, Sequence
 
 from llama_jax.config import UserError
 from llama_jax.data.config import DataConfig
-from llama_jax.data.readers.archive import members
-from llama_jax.data.readers.array_record import read_array_record
-from llama_jax.data.readers.columns import read_arrow, read_parquet
-from llama_jax.data.readers.content import OtherContentError
-from llama_jax.data.readers.delimited import read_delimited
-from llama_jax.data.readers.hub import read_dataset
+from llama_jax.data.readers.binary import read_array_record, read_tokens
 from llama_jax.data.readers.json_file import read_json
-from llama_jax.data.readers.lines import cut, read_jsonl, read_text
-from llama_jax.data.readers.record import EMPTY_PART, SURROGATE, BadRecord, Item, Part, Record, SkippedFile
-from llama_jax.data.readers.token_file import read_tokens
-from llama_jax.data.readers.units import Unit, kind_of, packing_of, plan_shards
+from llama_jax.data.readers.opening import OtherContentError, members
+from llama_jax.data.readers.records import (
+    EMPTY_PART,
+    SURROGATE,
+    BadRecord,
+    Item,
+    Part,
+    Record,
+    SkippedFile,
+    Unit,
+    kind_of,
+    packing_of,
+    units_by_shard,
+)
+from llama_jax.data.readers.tables import read_arrow, read_dataset, read_parquet
+from llama_jax.data.readers.text import cut, read_delimited, read_jsonl, read_text
 
 __all__ = [
     "EMPTY_PART",
@@ -34,8 +41,8 @@ __all__ = [
     "Unit",
     "kind_of",
     "packing_of",
-    "plan_shards",
     "read_unit",
+    "units_by_shard",
 ]
 
 READERS = {

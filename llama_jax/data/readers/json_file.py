@@ -8,11 +8,19 @@ import re
 from collections.abc import Iterator
 
 from llama_jax.data.config import DataConfig
-from llama_jax.data.files import BUFFER
-from llama_jax.data.readers.lines import read_jsonl
-from llama_jax.data.readers.packed import opened
-from llama_jax.data.readers.record import NOT_JSON, NOT_UTF8, TOO_LONG, BadRecord, Item, SkippedFile, as_record
-from llama_jax.data.readers.units import Unit
+from llama_jax.data.readers.opening import opened
+from llama_jax.data.readers.records import (
+    BUFFER,
+    NOT_JSON,
+    NOT_UTF8,
+    TOO_LONG,
+    BadRecord,
+    Item,
+    SkippedFile,
+    Unit,
+    as_record,
+)
+from llama_jax.data.readers.text import read_jsonl
 
 _SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 _SPACE_BYTES = b" \t\r\n\xef\xbb\xbf"

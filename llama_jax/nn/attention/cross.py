@@ -44,7 +44,7 @@ class CrossAttention(Component):
         check_rate("dropout", self.dropout)
 
     @property
-    def is_random(self) -> bool:
+    def needs_rng(self) -> bool:
         """Whether training draws random numbers in it."""
         return self.dropout > 0
 

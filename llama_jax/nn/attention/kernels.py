@@ -56,7 +56,7 @@ def reference(
     return _ungrouped(jnp.einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), v))
 
 
-def online(q: Queries, k: Keys, v: Values, mask: AttentionMask, *, scale: float) -> Results:
+def blockwise_attention(q: Queries, k: Keys, v: Values, mask: AttentionMask, *, scale: float) -> Results:
     """By blocks with an online softmax: memory linear in the sequence, on every platform."""
     return _ungrouped(blockwise.blockwise(_grouped(q, k.shape[1]), k, v, mask, scale))
 
@@ -71,7 +71,7 @@ class Kernel:
 
 KERNELS = {
     "reference": Kernel(reference),
-    "blockwise": Kernel(online),
+    "blockwise": Kernel(blockwise_attention),
     "splash": Kernel(accelerated.splash, accelerated.splash_refuses),
     "cudnn": Kernel(accelerated.cudnn, accelerated.cudnn_refuses),
 }

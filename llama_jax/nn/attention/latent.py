@@ -18,7 +18,7 @@ from llama_jax.nn.attention.kernels import attend
 from llama_jax.nn.masks import AttentionMask
 from llama_jax.nn.mixer import Mixer, MixerModule
 from llama_jax.nn.norms import RMSNorm
-from llama_jax.nn.parameters import Projection, child, use
+from llama_jax.nn.parameters import Projection, cast_and_gather, child
 from llama_jax.nn.positions import Rope
 from llama_jax.parallel import einsum, shard
 
@@ -163,12 +163,12 @@ class LatentAttentionModule(MixerModule):
     def on_latents(self, q: Parts, latents: Float[Array, "b s r"], mask: AttentionMask) -> Float[Array, "b t n v"]:
         """The same, with the projections of keys and values absorbed."""
         heads = ("batch", "sequence", "heads", None)
-        q_latent = einsum("btnh,rnh->btnr", q[0], use(self.k_b_proj.weight, q[0].dtype), out=heads)
+        q_latent = einsum("btnh,rnh->btnr", q[0], cast_and_gather(self.k_b_proj.weight, q[0].dtype), out=heads)
         keys = latents[:, None]
         # The rotary part is not asked for; without it, the values would be a copy of most of the cache.
         y = attend(jnp.concatenate([q_latent, q[1]], axis=-1), keys, keys, mask, scale=self.config.scale)
         y = y[..., : self.config.kv_lora_rank]
-        return einsum("btnr,rnv->btnv", y, use(self.v_b_proj.weight, y.dtype), out=heads)
+        return einsum("btnr,rnv->btnv", y, cast_and_gather(self.v_b_proj.weight, y.dtype), out=heads)
 
     def init_cache(self, batch: int, length: int, dtype: Any) -> Cache:
         shape = (batch, 1, length, self.config.kv_lora_rank + self.config.qk_rope_head_dim)

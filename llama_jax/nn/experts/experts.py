@@ -76,8 +76,8 @@ class Experts(FeedForward):
         return (self.num_experts - self.router.choices) * matrices * width * self.intermediate_size
 
     @property
-    def is_random(self) -> bool:
-        return self.router.is_random
+    def needs_rng(self) -> bool:
+        return self.router.needs_rng
 
     def shared(self) -> FeedForward | None:
         """The experts that every token goes to, as one feed-forward."""

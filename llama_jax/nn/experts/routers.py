@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llama_jax.config import Component, UserError
 from llama_jax.nn.dropout import check_rate, random_key
 from llama_jax.nn.masks import AttentionMask
-from llama_jax.nn.parameters import buffer, matmul, parameter, use
+from llama_jax.nn.parameters import buffer, cast_and_gather, matmul, parameter
 from llama_jax.parallel import reshape, spec
 
 
@@ -60,7 +60,7 @@ class Router(Component):
             raise UserError(f"num_experts={num_experts} must be at least the {self.choices} that a token goes to")
 
     @property
-    def is_random(self) -> bool:
+    def needs_rng(self) -> bool:
         """Whether training draws random numbers in it."""
         return False
 
@@ -75,8 +75,8 @@ class _LinearRouter(RouterModule):
     def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t e"]:
         x = x.astype(jnp.float32)
         with jax.default_matmul_precision("highest"):  # on TPU, products of float32 are otherwise of bfloat16
-            logits = matmul(x, use(self.weight, x.dtype), out_axis=None)
-        return logits if self.bias is None else logits + use(self.bias, x.dtype)
+            logits = matmul(x, cast_and_gather(self.weight, x.dtype), out_axis=None)
+        return logits if self.bias is None else logits + cast_and_gather(self.bias, x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ class SwitchRouter(Router):
         return 1
 
     @property
-    def is_random(self) -> bool:
+    def needs_rng(self) -> bool:
         return self.jitter > 0
 
     def build(self, width: int, num_experts: int, *, rngs: nnx.Rngs) -> "SwitchRouterModule":
@@ -135,7 +135,7 @@ class GShardRouter(Router):
         return 2
 
     @property
-    def is_random(self) -> bool:
+    def needs_rng(self) -> bool:
         return True
 
     def build(self, width: int, num_experts: int, *, rngs: nnx.Rngs) -> "GShardRouterModule":

@@ -11,7 +11,7 @@ import pytest
 from objective_cases import CASES, VOCABULARY
 
 from llama_jax.data.objectives import Example, Objective
-from llama_jax.data.packing import pack
+from llama_jax.data.rows.packing import pack
 from llama_jax.models import Compute, DecoderConfig, assemble
 from llama_jax.nn.attention import blockwise
 from llama_jax.training.step import losses, model_batch

@@ -25,8 +25,8 @@ from llama_jax.data.objectives import (
     SequenceToSequence,
     SpanCorruption,
     Vocabulary,
-    denoising,
 )
+from llama_jax.data.objectives.encoder_decoder import permuted
 
 # With a text that is written as another is.
 SAME = dataclasses.replace(VOCABULARY, texts=cases.LABELS | {"si": (20,)})
@@ -202,7 +202,7 @@ def test_spans_of_no_tokens_are_masks_too():
 def test_sentences_are_permuted_whole():
     sentences = [[20, 21, STOP], [22, STOP], [STOP], [23, 24, 25]]
     text = np.concatenate(sentences)
-    found = {tuple(denoising.permuted(np.random.default_rng(seed), text, (STOP,)).tolist()) for seed in range(300)}
+    found = {tuple(permuted(np.random.default_rng(seed), text, (STOP,)).tolist()) for seed in range(300)}
     assert found == {tuple(itertools.chain.from_iterable(order)) for order in itertools.permutations(sentences)}
 
 

@@ -80,7 +80,7 @@ def assert_same(found, expected) -> None:
 def kind(request: pytest.FixtureRequest):
     """A config, and what one device computes of it, without random numbers and with them."""
     config = KINDS[request.param]
-    return config, {random: run(config, random)[0] for random in {False, config.is_random}}
+    return config, {random: run(config, random)[0] for random in {False, config.needs_rng}}
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -88,7 +88,7 @@ def test_eight_devices_are_one(name: str, kind):
     config, expected = kind
     with jax.set_mesh(make_mesh(MESHES[name])):
         # Where the sequence is split, numbers are drawn in its zigzag order: other ones.
-        random = config.is_random and "context" not in name
+        random = config.needs_rng and "context" not in name
         found, params = run(config, random)
         sizes = MESHES[name]
         up = params["experts"]["up_proj"]["weight"][...]

@@ -1,0 +1,260 @@
+"""Measure the size of the code and write the table in architecture.md.
+
+    python docs/measure_code.py           # write the table
+    python docs/measure_code.py --check   # exit 1 where the table is not what is measured
+    python docs/measure_code.py --frames  # print every file and frame that is counted
+
+A file counts as passed when one of its functions runs while a small Llama trains one step on a text file, and while the
+result is loaded and samples; what runs at import does not count. Frames are those of the package, from the train step
+to the projection that is called deepest below it. Complexity is ruff's C901 (McCabe).
+"""
+
+import argparse
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+from markdown_table import markdown
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "llama_jax"
+PAGE = ROOT / "docs" / "architecture.md"
+BEGIN, END = "<!-- code: written by docs/measure_code.py -->", "<!-- end of code -->"
+NUM_LONGEST = 5
+
+# What the numbers may be at most; tests/docs/test_measure_code.py compares.
+MAX_FILES = 100
+MAX_FRAMES = 20
+MAX_COMPLEXITY = 40
+MAX_LINES = 30_000
+
+
+class Recorder:
+    """Record the files of the package whose functions run, and the stack of the deepest projection.
+
+    Shards may be made by other processes, which have the same recorder (`start_in_children`): each appends a file's
+    path to `log` when it is first seen.
+    """
+
+    def __init__(self, log: Path):
+        self.log = log
+        self.seen: set[str] = set()
+        self.frames: list[str] = []
+
+    def start(self) -> None:
+        monitoring = sys.monitoring
+        monitoring.use_tool_id(monitoring.PROFILER_ID, "measure_code")
+        monitoring.register_callback(monitoring.PROFILER_ID, monitoring.events.PY_START, self._called)
+        monitoring.set_events(monitoring.PROFILER_ID, monitoring.events.PY_START)
+
+    def files(self) -> set[str]:
+        """Files recorded since the last call, by this process and its children."""
+        found = set(self.log.read_text("utf-8").split("\n")) - {""} if self.log.exists() else set()
+        self.log.unlink(missing_ok=True)
+        self.seen.clear()
+        sys.monitoring.restart_events()
+        return found
+
+    def _called(self, code: CodeType, _offset: int) -> object:
+        if not code.co_filename.startswith(str(PACKAGE)):
+            return sys.monitoring.DISABLE
+        frames = [f for f in stack(sys._getframe(1)) if is_of_package(f)]
+        if any(f.f_code.co_name == "<module>" for f in frames):
+            return None  # at import: the next call may be another
+        if code.co_qualname == "Projection.__call__":
+            self._projection(frames)
+            return None
+        if code.co_filename not in self.seen:
+            self.seen.add(code.co_filename)
+            with self.log.open("a", encoding="utf-8") as log:
+                log.write(str(Path(code.co_filename).relative_to(ROOT)) + "\n")
+        return sys.monitoring.DISABLE
+
+    def _projection(self, frames: list[FrameType]) -> None:
+        names = [f"{Path(f.f_code.co_filename).relative_to(ROOT)}:{f.f_code.co_qualname}" for f in frames]
+        top = max((i for i, f in enumerate(frames) if f.f_code.co_name == "train_step"), default=-1)
+        if top + 1 > len(self.frames):
+            self.frames = names[top::-1]
+
+
+def stack(frame: FrameType | None) -> Iterator[FrameType]:
+    """Iterate over a frame and its callers, innermost first."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def is_of_package(frame: FrameType) -> bool:
+    return frame.f_code.co_filename.startswith(str(PACKAGE))
+
+
+def start_in_children(folder: Path, log: Path) -> None:
+    """Let every Python process that this one starts record into `log` as well."""
+    (folder / "sitecustomize.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'docs')!r})\n"
+        "from pathlib import Path\nfrom measure_code import Recorder\n"
+        f"Recorder(Path({str(log)!r})).start()\n"
+    )
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+
+
+def record_run(folder: Path) -> dict[str, list[str]]:
+    """Train one step and sample; return the files of each stage, and the frames."""
+    import llama_jax
+    from llama_jax.tokenizers import train_tokenizer
+
+    text = "\n".join(f"Line {i}: the quick brown fox jumps over the lazy dog, while others watch." for i in range(500))
+    (folder / "text.txt").write_text(text)
+    tokenizer = train_tokenizer([text], vocab_size=300).save(folder / "tokenizer")
+    config = llama_jax.load_config(
+        "tiny_python",
+        {
+            "num_steps": 1, "global_batch_size": 2, "sequence_length": 16, "data.path": str(folder / "text.txt"),
+            "data.exclude": (), "data.cache_dir": str(folder / "cache"), "data.validation_fraction": 0.0,
+            "tokenizer.path": str(tokenizer), "model.hidden_size": 16, "model.num_layers": 2,
+            "logging.sample_prompts": (),
+        },
+    )  # fmt: skip
+    recorder = Recorder(folder / "log")
+    start_in_children(folder, folder / "log")
+    recorder.start()
+    run = llama_jax.train(config, folder / "run")
+    to_loss = recorder.files()
+    llama_jax.generate_text(llama_jax.load(run.directory), ["the"], max_new_tokens=2, temperature=0.8, seed=0)
+    return {"to_loss": sorted(to_loss), "to_token": sorted(recorder.files()), "frames": recorder.frames}
+
+
+def recorded() -> dict[str, list[str]]:
+    """`record_run` in a process of its own: what this one has compiled would not be traced again."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+        program = [sys.executable, __file__, "--record", folder]
+        found = subprocess.run(program, env=os.environ | environment, capture_output=True, text=True)
+    if found.returncode:
+        raise RuntimeError(found.stderr)
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def lines_by_package() -> Counter[str]:
+    """Lines of all .py files, by package (or module) directly below llama_jax/."""
+    counts: Counter[str] = Counter()
+    for file in sorted(PACKAGE.rglob("*.py")):
+        part = file.relative_to(PACKAGE).parts
+        counts[part[0] + "/" if len(part) > 1 else part[0]] += len(file.read_text("utf-8").splitlines())
+    return counts
+
+
+def functions() -> dict[tuple[str, int], tuple[str, int]]:
+    """Return (file: qualified name, lines) of all functions by their file and first line."""
+    found: dict[tuple[str, int], tuple[str, int]] = {}
+
+    def collect(node: ast.AST, file: str, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                collect(child, file, prefix)
+                continue
+            if not isinstance(child, ast.ClassDef):
+                assert child.end_lineno is not None
+                found[file, child.lineno] = (f"{file}: {prefix}{child.name}", child.end_lineno - child.lineno + 1)
+            collect(child, file, f"{prefix}{child.name}.")
+
+    for file in sorted(PACKAGE.rglob("*.py")):
+        collect(ast.parse(file.read_text("utf-8")), str(file.relative_to(PACKAGE)), "")
+    return found
+
+
+def largest_first(numbers: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    return sorted(numbers, key=lambda pair: (-pair[1], pair[0]))
+
+
+def complexities(names: dict[tuple[str, int], tuple[str, int]]) -> list[tuple[str, int]]:
+    """Return (name, complexity) of the functions that branch more than twice."""
+    command = [
+        str(Path(sys.executable).with_name("ruff")), "check", "--isolated", "--select", "C901", "--exit-zero",
+        "--config", "lint.mccabe.max-complexity=3", "--output-format", "json", str(PACKAGE),
+    ]  # fmt: skip
+    messages = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    found = []
+    for message in messages:
+        match = re.fullmatch(r"`.+` is too complex \((\d+) > 3\)", message["message"])
+        assert match is not None, message
+        place = (str(Path(message["filename"]).relative_to(PACKAGE)), message["location"]["row"])
+        found.append((names[place][0], int(match[1])))
+    return found
+
+
+def measure() -> dict[str, Any]:
+    """All measures; `files` and `frames` are lists of names."""
+    names = functions()
+    return recorded() | {
+        "lines": lines_by_package(),
+        "longest": largest_first(names.values()),
+        "most_complex": largest_first(complexities(names)),
+    }
+
+
+def tables(measures: dict[str, Any]) -> str:
+    """Return the measures as the page shows them."""
+    both = {*measures["to_loss"], *measures["to_token"]}
+    passed = [
+        ("files from text to loss", len(measures["to_loss"])),
+        ("files from prompt to token", len(measures["to_token"])),
+        ("files of both together", len(both)),
+        ("frames from the train step to a projection", len(measures["frames"])),
+    ]
+    lines = [(f"`{name}`", f"{count:,}") for name, count in measures["lines"].items()]
+    longest = [(f"`{name}`", count) for name, count in measures["longest"][:NUM_LONGEST]]
+    complex_ = [(f"`{name}`", count) for name, count in measures["most_complex"][:NUM_LONGEST]]
+    total = ("all", f"{measures['lines'].total():,}")
+    return "\n\n".join(
+        [
+            markdown("on the way of a token|number>", passed),
+            markdown("package|lines>", [*lines, total]),
+            markdown("longest functions|lines>", longest),
+            markdown("most complex functions|complexity>", complex_),
+        ]
+    )
+
+
+def written(measures: dict[str, Any]) -> str:
+    """Return the page with the tables of these measures."""
+    text = PAGE.read_text("utf-8")
+    block = f"{BEGIN}\n{tables(measures)}\n{END}"
+    text, count = re.subn(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: block, text, flags=re.DOTALL)
+    assert count == 1, f"{PAGE.name} has lost the marks of its table"
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the table is out of date")
+    parser.add_argument("--frames", action="store_true", help="print the files and frames instead")
+    parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.record:
+        print(json.dumps(record_run(args.record)))
+        return 0
+    measures = measure()
+    if args.frames:
+        for name in ("to_loss", "to_token", "frames"):
+            print(f"{name}: {len(measures[name])}", *measures[name], sep="\n  ")
+        return 0
+    page = written(measures)
+    if args.check:
+        return int(page != PAGE.read_text("utf-8"))
+    PAGE.write_text(page, encoding="utf-8")
+    print(tables(measures))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

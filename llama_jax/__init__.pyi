@@ -1,0 +1,26 @@
+from . import (
+    checkpoint as checkpoint,
+    config as config,
+    data as data,
+    files as files,
+    models as models,
+    nn as nn,
+    parallel as parallel,
+    planning as planning,
+    remote as remote,
+    run as run,
+    run_config as run_config,
+    sampling as sampling,
+    tokenizers as tokenizers,
+    training as training,
+    zoo as zoo,
+)
+from .checkpoint import LanguageModel as LanguageModel, convert as convert, load as load, save as save
+from .config import UserError as UserError, override as override
+from .models import build as build, num_parameters as num_parameters
+from .run import Run as Run, open_run as open_run, plan as plan, train as train
+from .run_config import RunConfig as RunConfig, load_config as load_config
+from .sampling import chat as chat, generate as generate, generate_text as generate_text
+from .zoo import presets as presets
+
+__version__: str

@@ -1,0 +1,1 @@
+"""Corpora: files found, tokenized into shards on disk, opened."""

@@ -1,0 +1,229 @@
+"""A tokenized corpus on disk: its directory's index, and the streams over its shards."""
+
+import ctypes
+import dataclasses
+import functools
+import json
+import mmap
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from jaxtyping import Int, Int32
+
+from llama_jax.config import UserError
+from llama_jax.data.config import DataConfig, Split
+from llama_jax.data.corpus.documents import OLD, BadRecords, read_texts, sum_scored
+from llama_jax.data.corpus.shards import ARRAYS, array_file, whole
+
+INDEX = "index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Documents' tokens one after another, as memory maps: each document is BOS, its tokens, EOS.
+
+    `documents` has where in `tokens` every document begins (increasing from 0), `parts` where a document's second and
+    later parts begin (increasing; empty where documents have one part).
+    """
+
+    tokens: np.ndarray
+    documents: Int[np.ndarray, " d"]
+    parts: Int[np.ndarray, " p"]
+
+
+class TokenStream:
+    """The tokens of all shards, one after another."""
+
+    def __init__(self, shards: Sequence[Shard]):
+        self.shards = list(shards)
+        # Where each shard begins in the stream, and at the end the stream's length.
+        self.starts = np.cumsum([0, *(len(shard.tokens) for shard in self.shards)], dtype=np.int64)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def num_documents(self) -> int:
+        return sum(len(shard.documents) for shard in self.shards)
+
+    def read(self, start: int, stop: int) -> Int32[np.ndarray, " n"]:
+        """Tokens `start` to `stop` (or the stream's end)."""
+        pieces = [shard.tokens[a:b].astype(np.int32) for shard, _, a, b in self._spans(start, stop)]
+        return np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
+
+    def document_starts(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
+        """Where documents begin, of the places from `start` up to but without `stop`."""
+        found = []
+        for shard, offset, a, b in self._spans(start, stop):
+            first, last = np.searchsorted(shard.documents, [a, b])
+            found.append(shard.documents[first:last] + offset)
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+    def shard_at(self, place: int) -> tuple[Shard, int]:
+        """The shard that has this place of the stream, and where the shard begins."""
+        number = int(np.searchsorted(self.starts, place, side="right")) - 1
+        return self.shards[number], int(self.starts[number])
+
+    def _spans(self, start: int, stop: int):
+        """(shard, where it begins in the stream, first, end) of the shards with places `start` to `stop`."""
+        stop = min(stop, self.num_tokens)
+        number = int(np.searchsorted(self.starts, start, side="right")) - 1
+        while start < stop:
+            offset, end = int(self.starts[number]), int(self.starts[number + 1])
+            if start < end:
+                yield self.shards[number], offset, start - offset, min(stop, end) - offset
+                start = min(stop, end)
+            number += 1
+
+
+class Corpus:
+    """A tokenized corpus, opened from its directory: `train` and `validation` streams with their counts by split.
+
+    `num_bytes` is the size of the documents' text in UTF-8 (of token ids, none), `content_hash` of the files and the
+    options that made it, `tokenizer` the fingerprint, `skipped` what was left out ("file: reason"), `bad_records` how
+    many of each kind and the first of them. `scored_bytes` are the bytes of text that a left-to-right model is asked
+    for in validation, None where that cannot be said, because `unscored`.
+    """
+
+    def __init__(self, directory: Path, config: DataConfig):
+        index = json.loads((directory / INDEX).read_text())
+        self.directory, self._config = directory, config
+        self.content_hash: str = index["content_hash"]
+        self.tokenizer: str = index["tokenizer"]
+        self.skipped: list[str] = index["skipped"]
+        self.bad_records: dict[str, Any] = index["bad_records"]
+        splits = index["splits"]
+        self.num_tokens: dict[Split, int] = {split: sum(shards["tokens"]) for split, shards in splits.items()}
+        self.num_documents: dict[Split, int] = {split: sum(shards["documents"]) for split, shards in splits.items()}
+        self.num_bytes: dict[Split, int] = {split: sum(shards["num_bytes"]) for split, shards in splits.items()}
+        self.scored_bytes: int | None = index.get("scored_bytes")
+        self.unscored: str = index.get("unscored", OLD)
+        if self.unscored == OLD:
+            self.unscored += f": remove '{directory}', and it is made again"
+        # One listing of the directory is cheaper than thousands of files asked for one by one.
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(directory)}
+        self.train = _stream(directory, "train", index, sizes)
+        self.validation = _stream(directory, "validation", index, sizes)
+
+    def texts(self, split: Split) -> Iterator[str]:
+        """The documents' text again, read from the original files."""
+        return read_texts(self._config, split)
+
+    def left_out(self) -> list[str]:
+        """What is to be said of files and records that are not in the corpus."""
+        lines = []
+        if self.skipped:
+            lines.append(f"skipped: {len(self.skipped)}, the first being {'; '.join(self.skipped[:3])}")
+        for reason, count in self.bad_records["reasons"].items():
+            first = [name for name in self.bad_records["first"] if f" {reason}" in name][:3]
+            lines.append(f"bad records ({reason}): {count}" + (f", first {'; '.join(first)}" if first else ""))
+        return lines
+
+
+def _stream(directory: Path, split: Split, index: dict[str, Any], sizes: dict[str, int]) -> TokenStream:
+    shards = []
+    for number, counts in enumerate(zip(*(index["splits"][split][array] for array in ARRAYS), strict=True)):
+        if counts[0]:
+            arrays = {}
+            for (array, kind), count in zip(ARRAYS.items(), counts, strict=True):
+                file = array_file(directory, split, number, array)
+                arrays[array] = map_array(file, kind or index["dtype"], count, sizes.get(file.name))
+            shards.append(Shard(**arrays))
+    return TokenStream(shards)
+
+
+def map_array(file: Path, dtype: str, count: int, size: int | None) -> np.ndarray:
+    """The array in `file` of `size` bytes; raises ValueError where it has not `count` elements."""
+    if not count:
+        return np.zeros(0, dtype)
+    if size is None or size != count * np.dtype(dtype).itemsize:
+        raise ValueError(f"{file} is not whole")
+    return _mapped(file, size).view(dtype)
+
+
+def _mapped(file: Path, size: int) -> np.ndarray:
+    """The file's bytes as a read-only array.
+
+    By the C library: Python's mmap, which numpy's is too, keeps a file open for each (up to 3.12), and a large corpus
+    has more of them than a process may open.
+    """
+    libc = _libc()
+    with file.open("rb") as content:
+        address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, content.fileno(), 0)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(file))
+    memory = (ctypes.c_ubyte * size).from_address(address)
+    weakref.finalize(memory, libc.munmap, address, size).atexit = False
+    array = np.frombuffer(memory, np.uint8)
+    array.flags.writeable = False
+    return array
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    return libc
+
+
+def open_corpus(directory: Path, config: DataConfig) -> Corpus | None:
+    """The corpus in `directory`, or None where there is none or its files are not whole (a full or failing disk)."""
+    try:
+        return Corpus(directory, config)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def check_bad_records(summaries: list[dict[str, Any]], config: DataConfig) -> BadRecords:
+    """All the shards' bad records. Raises UserError where they are more than may be."""
+    bad = BadRecords(config.max_bad_records)
+    for summary in summaries:
+        bad.extend(summary)
+    return bad
+
+
+def check_validation(num_documents: Mapping[Split, int], config: DataConfig) -> None:
+    """Raises UserError where no document is held out."""
+    if not num_documents["validation"]:
+        raise _empty_split("validation", num_documents, config)
+
+
+def _empty_split(split: Split, num_documents: Mapping[Split, int], config: DataConfig) -> UserError:
+    return UserError(
+        f"validation_fraction={config.validation_fraction} leaves no document for {split} among "
+        f"{sum(num_documents.values())}: change it (0 holds out none), give more files, or cut with document_chars"
+    )
+
+
+def write_index(directory: Path, summaries: list[dict[str, Any]], content_hash: str, config: DataConfig) -> None:
+    """Writes the index of shards that are all there. Raises UserError for a corpus without text and an empty split."""
+    bad = check_bad_records([summary["bad_records"] for summary in summaries], config)
+    splits = {
+        split: {name: [summary["splits"][split][name] for summary in summaries] for name in (*ARRAYS, "num_bytes")}
+        for split in get_args(Split)
+    }
+    counts = {split: sum(shards["documents"]) for split, shards in splits.items()}
+    skipped = list(dict.fromkeys(name for summary in summaries for name in summary["skipped"]))
+    if not any(counts.values()):
+        first = f" (skipped: {'; '.join(skipped[:3])})" if skipped else ""
+        raise UserError(f"path={', '.join(config.path)} has no text{first}: give files with text in them")
+    if not counts["train"]:
+        raise _empty_split("train", counts, config)
+    index = {
+        "content_hash": content_hash,
+        "tokenizer": summaries[0]["tokenizer"],
+        "dtype": summaries[0]["dtype"],
+        "skipped": skipped,
+        "bad_records": bad.summary(),
+        "splits": splits,
+        **sum_scored(summary["splits"]["validation"] for summary in summaries),
+    }
+    with whole(directory / INDEX) as file:
+        file.write_text(json.dumps(index))

@@ -1,0 +1,135 @@
+"""Objectives of decoders: text from left to right, and GLM's blanks."""
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from llama_jax.config import UserError
+from llama_jax.data.objectives import noise
+from llama_jax.data.objectives.base import Document, Example, Numbers, Objective, Vocabulary, as_example
+
+
+class LeftToRight(Objective):
+    """Base of those whose inputs are all tokens but the last, and whose targets are all but the first."""
+
+    bare: ClassVar[bool] = False
+    overlap: ClassVar[int] = 1
+
+    def lengths(self, num_tokens: Numbers, target_start: Numbers) -> tuple[np.ndarray, ...]:
+        return (np.maximum(num_tokens - 1, 0),)
+
+    def shifted(self, tokens: np.ndarray) -> Example:
+        """The example in which every target counts."""
+        targets = tokens[1:]
+        return as_example(
+            tokens=tokens[:-1], targets=targets, weights=np.ones(len(targets)), positions=np.arange(len(targets))
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Causal(LeftToRight):
+    """Every token from those before it (Radford et al. 2018)."""
+
+    def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
+        return self.shifted(document.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix(LeftToRight):
+    """The rest of a text after a prefix whose tokens all see each other (Raffel et al. 2020, section 3.2.1).
+
+    The prefix has at least one token and leaves at least one to predict; its length is drawn uniformly.
+    """
+
+    def fields(self) -> tuple[str, ...]:
+        return *super().fields(), "prefix"
+
+    def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
+        example = self.shifted(document.tokens)
+        index = np.arange(len(example["tokens"]))
+        length = rng.integers(len(index)) + 1 if len(index) else 0
+        # The target of a prefix's last token is the first that the prefix does not show.
+        return example | as_example(weights=index >= length - 1, prefix=index < length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat(LeftToRight):
+    """Supervised fine-tuning: like Causal, and only what lies in an answer (an odd part) has a loss."""
+
+    def check_parts(self, num_documents: int, num_parts: int) -> None:
+        if num_parts < num_documents:
+            raise UserError("Chat needs conversations, and there are texts: set fields and chat_template")
+
+    def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
+        example = self.shifted(document.tokens)
+        part = np.searchsorted(np.asarray(document.parts), np.arange(1, len(document.tokens)), side="right")
+        return example | as_example(weights=part % 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlankFilling(Objective):
+    """Autoregressive blank filling (Du et al. 2022, section 2.1).
+
+    Part A is the text with a mask in place of each span, and all of it sees all of it; part B the spans in random
+    order, each behind its start and predicted left to right. Spans have one token and Poisson many more, conditioned on
+    their sum.
+
+    noise_density: share of the tokens that are predicted.
+    mean_span_length: tokens of a span, on average.
+    two_dimensional: whether a span has the position of its mask, and its own counting as block_positions; else
+        positions count on.
+    mask_token: stands where a span was.
+    start_token: before a span.
+    end_token: after a span, as a target.
+    """
+
+    noise_density: float = 0.15
+    mean_span_length: float = 3.0
+    two_dimensional: bool = True
+    mask_token: str = "[MASK]"
+    start_token: str = "<sop>"
+    end_token: str = "<eop>"
+
+    def __post_init__(self) -> None:
+        noise.check_noise(self.noise_density, self.mean_span_length)
+
+    def special_tokens(self) -> tuple[str, ...]:
+        return self.mask_token, self.start_token, self.end_token
+
+    def fields(self) -> tuple[str, ...]:
+        return *super().fields(), "prefix", *(("block_positions",) if self.two_dimensional else ())
+
+    def lengths(self, num_tokens: Numbers, target_start: Numbers) -> tuple[np.ndarray, ...]:
+        _, num_spans = noise.noise_counts(num_tokens, self.noise_density, self.mean_span_length)
+        return (num_tokens + 2 * num_spans,)
+
+    def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
+        mask, start, end = map(vocabulary.id, self.special_tokens())
+        text = document.tokens
+        num_noise, num_spans = (
+            int(x[0]) for x in noise.noise_counts(np.array([len(text)]), self.noise_density, self.mean_span_length)
+        )
+        sizes = 1 + noise.poisson_parts(rng, num_noise - num_spans, num_spans)
+        spans = noise.scattered(rng, len(text), sizes)
+        part_a = noise.replaced(text, spans, [mask] * num_spans)
+        # In part A, each span before has become one token.
+        places = np.array([span.start for span in spans], np.int64) - (np.cumsum(sizes) - sizes) + np.arange(num_spans)
+        tokens, targets, positions, blocks = [part_a], [np.zeros(len(part_a))], [np.arange(len(part_a))], []
+        for i in rng.permutation(num_spans):
+            span = text[spans[i]]
+            tokens += [[start], span]
+            targets += [span, [end]]
+            positions += [np.full(len(span) + 1, places[i])]
+            blocks += [np.arange(len(span) + 1) + 1]
+        in_a = np.arange(len(text) + 2 * num_spans) < len(part_a)
+        example = as_example(
+            tokens=np.concatenate(tokens),
+            targets=np.concatenate(targets),
+            weights=~in_a,
+            positions=np.concatenate(positions) if self.two_dimensional else np.arange(len(in_a)),
+            prefix=in_a,
+        )
+        if self.two_dimensional:
+            example |= as_example(block_positions=np.concatenate([np.zeros(len(part_a)), *blocks]))
+        return example

@@ -1,0 +1,175 @@
+"""Objectives of encoder-decoders: a target from a source."""
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from llama_jax.config import UserError
+from llama_jax.data.objectives import noise
+from llama_jax.data.objectives.base import Boundary, Document, Example, Numbers, Objective, Vocabulary, as_example
+
+
+class SequenceToSequence(Objective):
+    """Base of objectives with a source for an encoder to read and a target for a decoder to write."""
+
+    source_length: int = 512  # type: ignore[assignment]
+    start_token: Boundary = "pad"
+
+    def __post_init__(self) -> None:
+        if self.source_length < 1:
+            raise UserError(f"source_length={self.source_length} must be at least 1")
+
+    def check(self, vocabulary: Vocabulary) -> None:
+        super().check(vocabulary)
+        vocabulary.boundary(self.start_token)
+        vocabulary.boundary("eos")
+
+    def fields(self) -> tuple[str, ...]:
+        return *super().fields(), "source_tokens", "source_positions"
+
+    def pair(self, source: np.ndarray, target: np.ndarray, vocabulary: Vocabulary) -> Example:
+        """The example of a source and a target: both end with EOS, and the decoder reads the target one place later,
+        behind the start token."""
+        eos = vocabulary.boundary("eos")
+        source, targets = np.append(source, eos), np.append(target, eos)
+        return as_example(
+            tokens=np.append(vocabulary.boundary(self.start_token), target),
+            targets=targets,
+            weights=np.ones(len(targets)),
+            positions=np.arange(len(targets)),
+            source_tokens=source,
+            source_positions=np.arange(len(source)),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelText(SequenceToSequence):
+    """Documents of two parts, the second from the first (Sutskever et al. 2014); one that does not fit is left out.
+
+    source_length: source positions in a row.
+    start_token: what the decoder reads first.
+    """
+
+    source_length: int = 512
+    start_token: Boundary = "bos"
+    divisible: ClassVar[bool] = False
+
+    def check_parts(self, num_documents: int, num_parts: int) -> None:
+        if num_parts != num_documents:
+            raise UserError(
+                f"ParallelText needs documents of a source and a target, and {num_documents:,} documents have "
+                f"{num_parts + num_documents:,} parts: name two fields, as in fields=en,de"
+            )
+
+    def lengths(self, num_tokens: Numbers, target_start: Numbers) -> tuple[np.ndarray, ...]:
+        return num_tokens - target_start + 1, target_start + 1
+
+    def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
+        self.check_parts(1, len(document.parts))
+        start = int(document.parts[0])
+        return self.pair(document.tokens[:start], document.tokens[start:], vocabulary)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanCorruption(SequenceToSequence):
+    """Span corruption (Raffel et al. 2020, section 3.1.4), spans cut as `random_spans_noise_mask` of their code does.
+
+    Kept and noise spans alternate, the first kept and the last noise, both cut uniformly. A noise span becomes one
+    sentinel in the source; in the target each comes behind its own. A single token is all noise.
+
+    noise_density: share of the tokens that are noise.
+    mean_span_length: tokens of a noise span, on average.
+    num_sentinels: sentinels that the tokenizer has, <extra_id_0> and on; no text gets more spans.
+    source_length: source positions in a row.
+    start_token: what the decoder reads first.
+    """
+
+    noise_density: float = 0.15
+    mean_span_length: float = 3.0
+    num_sentinels: int = 100
+    source_length: int = 512
+    start_token: Boundary = "pad"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        noise.check_noise(self.noise_density, self.mean_span_length)
+        if self.num_sentinels < 1:
+            raise UserError(f"num_sentinels={self.num_sentinels} must be at least 1")
+
+    def special_tokens(self) -> tuple[str, ...]:
+        return tuple(f"<extra_id_{i}>" for i in range(self.num_sentinels))
+
+    def lengths(self, num_tokens: Numbers, target_start: Numbers) -> tuple[np.ndarray, ...]:
+        num_noise, num_spans = self._counts(num_tokens)
+        return num_noise + num_spans + 1, num_tokens - num_noise + num_spans + 1
+
+    def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
+        text = document.tokens
+        num_noise, num_spans = (int(x[0]) for x in self._counts(np.array([len(text)])))
+        taken = noise.positive_parts(rng, num_noise, num_spans)
+        num_kept = len(text) - num_noise
+        kept = noise.positive_parts(rng, num_kept, num_spans) if num_kept else np.zeros(num_spans, np.int64)
+        ends = np.cumsum(kept + taken)
+        spans = [slice(int(end - size), int(end)) for end, size in zip(ends, taken, strict=True)]
+        sentinels = [vocabulary.id(name) for name in self.special_tokens()[:num_spans]]
+        target = [piece for sentinel, span in zip(sentinels, spans, strict=True) for piece in ([sentinel], text[span])]
+        return self.pair(noise.replaced(text, spans, sentinels), np.concatenate([*target, text[:0]]), vocabulary)
+
+    def _counts(self, length: Numbers) -> tuple[np.ndarray, np.ndarray]:
+        num_noise, num_spans = noise.noise_counts(length, self.noise_density, self.mean_span_length)
+        num_noise = np.where(length < 2, length, np.minimum(num_noise, length - 1))
+        # Every noise span has a kept one before it.
+        most = np.where(length < 2, length, np.minimum(num_noise, length - num_noise))
+        return num_noise, np.minimum(num_spans, np.minimum(most, self.num_sentinels))
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoising(SequenceToSequence):
+    """Text infilling and sentence permutation (Lewis et al. 2020, section 2.2).
+
+    One mask stands for each span, also for one of no tokens. Spans have Poisson many tokens, conditioned on their sum:
+    a multinomial distribution over a number of spans that follows from the text's length. A sentence ends after a full
+    stop, a question mark or an exclamation mark that is a token of its own.
+
+    noise_density: share of the tokens that are masked.
+    mean_span_length: tokens of a span, on average.
+    permute_sentences: whether the source has its sentences in random order.
+    mask_token: stands for a span.
+    source_length: source positions in a row.
+    start_token: what the decoder reads first.
+    """
+
+    noise_density: float = 0.3
+    mean_span_length: float = 3.0
+    permute_sentences: bool = True
+    mask_token: str = "<mask>"
+    source_length: int = 512
+    start_token: Boundary = "eos"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        noise.check_noise(self.noise_density, self.mean_span_length)
+
+    def special_tokens(self) -> tuple[str, ...]:
+        return (self.mask_token,)
+
+    def lengths(self, num_tokens: Numbers, target_start: Numbers) -> tuple[np.ndarray, ...]:
+        num_noise, num_spans = noise.noise_counts(num_tokens, self.noise_density, self.mean_span_length)
+        return num_tokens + 1, num_tokens - num_noise + num_spans + 1
+
+    def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
+        text = document.tokens
+        num_noise, num_spans = (
+            int(x[0]) for x in noise.noise_counts(np.array([len(text)]), self.noise_density, self.mean_span_length)
+        )
+        source = permuted(rng, text, vocabulary.sentence_ends) if self.permute_sentences else text
+        spans = noise.scattered(rng, len(text), noise.poisson_parts(rng, num_noise, num_spans))
+        source = noise.replaced(source, spans, [vocabulary.id(self.mask_token)] * num_spans)
+        return self.pair(source, text, vocabulary)
+
+
+def permuted(rng: np.random.Generator, tokens: np.ndarray, ends: tuple[int, ...]) -> np.ndarray:
+    """The sentences in random order; each goes to a token of `ends`, or to the text's end."""
+    sentences = np.split(tokens, np.flatnonzero(np.isin(tokens, ends)) + 1)
+    return np.concatenate([sentences[i] for i in rng.permutation(len(sentences))])

@@ -1,0 +1,1 @@
+"""Rows of batches: windows of a token stream, or packed examples."""

@@ -1,0 +1,34 @@
+"""The code is as small as architecture.md says, and within its limits."""
+
+from typing import Any
+
+import measure_code
+import pytest
+
+
+@pytest.fixture(scope="module")
+def measures() -> dict[str, Any]:
+    return measure_code.measure()
+
+
+def test_page_has_what_is_measured(measures: dict[str, Any]):
+    page = measure_code.PAGE.read_text("utf-8")
+    assert measure_code.written(measures) == page, "run: python docs/measure_code.py"
+
+
+def test_a_token_passes_few_files_and_frames(measures: dict[str, Any]):
+    assert {"llama_jax/training/step.py", "llama_jax/config.py"} <= set(measures["to_loss"])
+    assert "llama_jax/config.py" in measures["to_token"]
+    assert len(measures["to_loss"]) <= measure_code.MAX_FILES
+    assert len(measures["to_token"]) <= measure_code.MAX_FILES
+    assert measures["frames"][0].endswith("train_step")
+    assert measures["frames"][-1].endswith("Projection.__call__")
+    assert len(measures["frames"]) <= measure_code.MAX_FRAMES
+
+
+def test_functions_are_simple(measures: dict[str, Any]):
+    assert [found for found in measures["most_complex"] if found[1] > measure_code.MAX_COMPLEXITY] == []
+
+
+def test_code_is_short(measures: dict[str, Any]):
+    assert measures["lines"].total() <= measure_code.MAX_LINES
