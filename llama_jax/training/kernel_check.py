@@ -11,7 +11,7 @@ import numpy as np
 from llama_jax.models import Compute, ModelConfig, abstract_params, assemble
 from llama_jax.nn import AttentionMask, Call, attend, calls_of_attend, choose, unzigzag, zigzag
 from llama_jax.parallel import axes_of, mesh_axis_sizes, replicate, shard
-from llama_jax.training.step import BatchArrays, model_batch
+from llama_jax.training.step import Batch, model_batch
 
 # Scores that the reference may hold on a device at a time; where its all would be more, it goes by blocks of queries.
 SCORES = 1 << 26
@@ -30,7 +30,7 @@ class Agreement:
     errors: dict[str, float]
 
 
-def preflight(config: ModelConfig, compute: Compute, batch: BatchArrays) -> list[Agreement]:
+def preflight(config: ModelConfig, compute: Compute, batch: Batch) -> list[Agreement]:
     """Compares each kind of attention that the model calls with the float32 reference, forward and gradients.
 
     Same shapes, dtype, mask and sharding as a train step of this batch on the current mesh; the values are random, and
@@ -60,10 +60,10 @@ def tolerance(dtype: Any) -> float:
     return 4 * eps if eps > 1e-4 else 100 * eps
 
 
-def attention_calls(config: ModelConfig, compute: Compute, batch: BatchArrays) -> list[Call]:
+def attention_calls(config: ModelConfig, compute: Compute, batch: Batch) -> list[Call]:
     """The different calls of `attend` in a forward pass of the batch; nothing is computed."""
 
-    def hidden(params: Any, batch: BatchArrays) -> list[jax.Array]:
+    def hidden(params: Any, batch: Batch) -> list[jax.Array]:
         key = jax.random.key(0) if config.needs_rng else None
         model = assemble(config, params, dataclasses.replace(compute, remat="none"))
         terms, _ = model.loss_terms(model_batch(batch, config), key=key)

@@ -349,17 +349,18 @@ def on_matrices(of_matrix: optax.GradientTransformation) -> optax.GradientTransf
         sizes = math.prod(x.shape[:first]), math.prod(x.shape[first:split]), math.prod(x.shape[split:])
         return x.reshape(sizes[: 2 + (split < x.ndim)])
 
-    def init(params: Params) -> dict[str, Any]:
+    def init(params: Any) -> dict[str, Any]:
         return {name: jax.vmap(of_matrix.init)(view(name, x)) for name, x in params.items()}
 
-    def update(grads: Params, state: Mapping[str, Any], params: Params) -> tuple[Params, dict[str, Any]]:
-        updates, new = {}, {}
-        for name, grad in grads.items():
-            found, new[name] = jax.vmap(of_matrix.update)(view(name, grad), state[name], view(name, params[name]))
-            updates[name] = found.reshape(grad.shape)
-        return updates, new
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Params, dict[str, Any]]:
+        new_updates, new_state = {}, {}
+        for name, grad in updates.items():
+            views = view(name, grad), state[name], view(name, params[name])
+            found, new_state[name] = jax.vmap(of_matrix.update)(*views)
+            new_updates[name] = jnp.reshape(found, grad.shape)
+        return new_updates, new_state
 
-    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+    return optax.GradientTransformation(init, update)
 
 
 def _across_devices(hyper: Hyper) -> optax.GradientTransformation:
@@ -374,22 +375,21 @@ def _across_devices(hyper: Hyper) -> optax.GradientTransformation:
         result = shapes, jax.eval_shape(hyper.optimizer.transform().init, shapes)
         return jax.tree_util.tree_map_with_path(lambda path, x: _like_parameter(path, x, params), result)
 
-    # The numbers are arguments: what a function of automatic axes closes over may not have a type with explicit ones.
-    def run_init(hyper: Hyper, params: Params) -> Any:
-        return hyper.optimizer.transform().init(params)
+    def run(method: str, specs: Any, *args: Any) -> Any:
+        def function(hyper: Hyper, *args: Any) -> Any:
+            return getattr(hyper.optimizer.transform(), method)(*args)
 
-    def run_update(hyper: Hyper, grads: Params, state: Any, params: Params) -> Any:
-        return hyper.optimizer.transform().update(grads, state, params)
+        # The numbers are arguments, too: a function of automatic axes may not close over arrays of explicit ones.
+        placed: Any = auto_axes(function, out_sharding=specs) if mesh_axis_sizes() else function
+        return placed(hyper, *args)
 
-    def init(params: Params) -> Any:
-        run = auto_axes(run_init, out_sharding=layout(params)[1]) if mesh_axis_sizes() else run_init
-        return run(hyper, params)
+    def init(params: Any) -> Any:
+        return run("init", layout(params)[1], params)
 
-    def update(grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
-        run = auto_axes(run_update, out_sharding=layout(params)) if mesh_axis_sizes() else run_update
-        return run(hyper, grads, state, params)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return run("update", layout(params), updates, state, params)
 
-    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+    return optax.GradientTransformation(init, update)
 
 
 def _like_parameter(path: tuple[Any, ...], x: Any, params: Mapping[str, Any]) -> PartitionSpec:

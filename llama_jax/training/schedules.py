@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from llama_jax.config import Component, UserError
 
-type Scalar = jax.Array
+type Scalar = jax.Array | float
 
 
 class Schedule(Component, abc.ABC):

@@ -15,7 +15,7 @@ from llama_jax.parallel import reshape, shard
 from llama_jax.training.losses import cross_entropy
 from llama_jax.training.optimizer import Hyper, learning_rate, make_optimizer
 
-BatchArrays = dict[str, jax.Array]
+Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 # On CPUs, products by Eigen where XLA would take YNNPACK: 10 % more of them a second in a Llama's layers.
@@ -59,7 +59,7 @@ def init_state(params: Params, hyper: Hyper, buffer_names: frozenset[str] = froz
 
 def losses(
     params: Params,
-    batch: BatchArrays,
+    batch: Batch,
     config: ModelConfig,
     compute: Compute,
     *,
@@ -83,7 +83,7 @@ def losses(
     return found, aux
 
 
-def model_batch(batch: BatchArrays, config: ModelConfig) -> BatchArrays:
+def model_batch(batch: Batch, config: ModelConfig) -> Batch:
     """Return the batch as the model takes it: for a decoder a source joined before its target, and all of it in zigzag
     order where a context axis splits the rows.
 
@@ -95,7 +95,7 @@ def model_batch(batch: BatchArrays, config: ModelConfig) -> BatchArrays:
     return {name: zigzag(x) for name, x in batch.items()}
 
 
-def _joined(batch: BatchArrays) -> BatchArrays:
+def _joined(batch: Batch) -> Batch:
     """Return the batch with each source before its target, as one row."""
     batch = {name: shard(x, "batch", None) for name, x in batch.items()}
     source, segments = batch["source_segment_ids"], batch["segment_ids"]
@@ -143,7 +143,7 @@ class _Whole(NamedTuple):
 
 def _loss(
     params: Params,
-    batch: BatchArrays,
+    batch: Batch,
     key: jax.Array | None,
     whole: _Whole | None,
     *,
@@ -179,7 +179,7 @@ def _loss(
 def _accumulate(
     gradient: Callable[..., tuple[Params, _Measures]],
     params: Params,
-    batch: BatchArrays,
+    batch: Batch,
     key: jax.Array | None,
     whole: _Whole,
 ) -> tuple[Params, _Measures]:
@@ -191,11 +191,11 @@ def _accumulate(
     }
     micro_batches = {name: jnp.moveaxis(x, 1, 0) for name, x in split.items()}
 
-    def one(micro_batch: BatchArrays, number: jax.Array | int) -> tuple[Params, _Measures]:
+    def one(micro_batch: Batch, number: jax.Array | int) -> tuple[Params, _Measures]:
         own_key = None if key is None else jax.random.fold_in(key, number)
         return gradient(params, micro_batch, own_key, whole)
 
-    def add(total: tuple[Params, _Measures], xs: tuple[BatchArrays, jax.Array]) -> tuple[Any, None]:
+    def add(total: tuple[Params, _Measures], xs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         # Through the barrier libtpu does not see that the sum over devices could wait for the loop's end; where it
         # does, it fails on the embedding's ("while_loop_all_reduce_code_motion.cc: RET_CHECK failure").
         keep = jax.lax.optimization_barrier
@@ -214,7 +214,7 @@ def make_train_step(
     *,
     accumulation_steps: int = 1,
     compiler_options: dict[str, Any] | None = None,
-) -> Callable[[TrainState, BatchArrays, Hyper], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, Metrics]]:
     """Return `train_step(state, batch, hyper) -> (state, metrics)`, jitted, with the state donated.
 
     Batch arrays are [B, T]: `tokens`, `targets`, `weights`, `segment_ids`, `positions` and, where the objective has
@@ -224,7 +224,7 @@ def make_train_step(
     `CPU_COMPILER_OPTIONS`; with any, JAX takes the step in no other `jit`.
     """
 
-    def train_step(state: TrainState, batch: BatchArrays, hyper: Hyper) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:
         # Randomness is a function of seed and step, so that a run that continues draws as if it had never stopped.
         key = jax.random.fold_in(seed_key(hyper.seed), state.step) if config.needs_rng else None
         fixed = {"buffers": state.buffers, "hyper": hyper, "config": config, "compute": compute}
@@ -266,7 +266,7 @@ def _ratio(amount: jax.Array, whole: jax.Array) -> jax.Array:
     return (amount.T / jnp.maximum(whole.T, 1.0)).T
 
 
-def _num_rows(batch: BatchArrays) -> jax.Array:
+def _num_rows(batch: Batch) -> jax.Array:
     """Return the number of rows that have tokens."""
     return (batch["segment_ids"] > 0).any(1).sum()
 
@@ -285,13 +285,11 @@ def _updated(values: Params, statistics: Metrics, config: ModelConfig) -> Params
     }
 
 
-def make_eval_step(
-    config: ModelConfig, compute: Compute
-) -> Callable[[Params, BatchArrays], tuple[jax.Array, jax.Array]]:
+def make_eval_step(config: ModelConfig, compute: Compute) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
     """Return `eval_step(params, batch) -> (summed cross-entropy in nats, number of targets)`, jitted; `params` has the
     buffers, too."""
 
-    def eval_step(params: Params, batch: BatchArrays) -> tuple[jax.Array, jax.Array]:
+    def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         (main, _, ce), *_ = losses(params, batch, config, compute)[0]
         return ce, main.weights.sum()
 

@@ -15,7 +15,7 @@ from llama_jax.config import UserError
 from llama_jax.data import DataConfig, ValidationBatches
 from llama_jax.data.objectives import Classification, MaskedLM
 from llama_jax.run import LoggingConfig, Run, RunConfig, train
-from llama_jax.run.initial import inheritance
+from llama_jax.run.preparing import inheritance
 from llama_jax.sampling import cli
 from llama_jax.tokenizers import TokenizerConfig
 from llama_jax.training import AdamW, Linear

@@ -259,7 +259,8 @@ def parameters(config: RunConfig) -> Any:
 
 def hyper(config: RunConfig) -> Any:
     """That the step minds each of them is shown in tests/training."""
-    return {name: float(value) for name, value in loop_of(config).hyper.items()}
+    values, optimizer = jax.tree.flatten(loop_of(config).hyper)
+    return [float(value) for value in values], optimizer
 
 
 def mesh(config: RunConfig) -> Any:
