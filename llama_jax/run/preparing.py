@@ -123,40 +123,28 @@ def open_dataset(run: Run, directories: Sequence[str], vocabulary: dict[str, Any
     return run.open_dataset([Path(directory) for directory in directories], Vocabulary(**vocabulary))
 
 
-@dataclasses.dataclass(frozen=True)
-class Inheritance:
-    """Names of a model's parameters that begin as in other weights, of the new ones, and of the weights left out."""
+def inheritance(config: RunConfig, components: Sequence[type] = ()) -> tuple[list[str], list[str]]:
+    """Return the names of the parameters of `config.model` that begin as in `config.init_from`, and lines for the log.
 
-    taken: tuple[str, ...]
-    new: tuple[str, ...]
-    left: tuple[str, ...]
-
-    def describe(self, path: str) -> list[str]:
-        """Return it as lines of a run's log."""
-        lines = [f"{len(self.taken)} parameters begin as in '{path}'"]
-        for names, what in ((self.new, "are new"), (self.left, f"of '{path}' are left out")):
-            if names:
-                more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-                lines.append(f"{', '.join(names[:NAMED])}{more} {what}")
-        return lines
-
-
-def inheritance(config: RunConfig, components: Sequence[type] = ()) -> Inheritance:
-    """Return what `config.model` takes of `config.init_from`: parameters of the same name and shape.
-
-    Reads no weights. Raises UserError where there are none, and where the embedding is not among them.
+    Those are the parameters of the same name and shape; no weights are read. Raises UserError where there are none, and
+    where the embedding is not among them.
     """
-    assert config.init_from is not None
-    found, wanted = (_shapes(c) for c in (config_of(config.init_from, components), config.model))
-    taken = tuple(name for name in wanted if found.get(name) == wanted[name])
+    path = config.init_from
+    assert path is not None
+    found, wanted = (_shapes(c) for c in (config_of(path, components), config.model))
+    taken = [name for name in wanted if found.get(name) == wanted[name]]
     if EMBEDDING not in taken:
         shapes = [shapes.get(EMBEDDING, "missing") for shapes in (found, wanted)]
         raise UserError(
-            f"init_from='{config.init_from}' has another embedding than model ({shapes[0]}, not {shapes[1]}): give a "
+            f"init_from='{path}' has another embedding than model ({shapes[0]}, not {shapes[1]}): give a "
             "model of its sizes"
         )
-    new, left = (tuple(name for name in names if name not in taken) for names in (wanted, found))
-    return Inheritance(taken, new, left)
+    lines = [f"{len(taken)} parameters begin as in '{path}'"]
+    for names, what in ((wanted, "are new"), (found, f"of '{path}' are left out")):
+        if names := [name for name in names if name not in taken]:
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            lines.append(f"{', '.join(names[:NAMED])}{more} {what}")
+    return taken, lines
 
 
 def first_params(config: RunConfig, components: Sequence[type] = ()) -> tuple[Params, list[str]]:
@@ -164,9 +152,9 @@ def first_params(config: RunConfig, components: Sequence[type] = ()) -> tuple[Pa
     params = initialize(config.model, config.seed)
     if config.init_from is None:
         return params, []
-    inherited = inheritance(config, components)
+    taken, lines = inheritance(config, components)
     found = load(config.init_from, dtype="float32", components=components).model.params()
-    return params | {name: found[name] for name in inherited.taken}, inherited.describe(config.init_from)
+    return params | {name: found[name] for name in taken}, lines
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -8,9 +8,8 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, override
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -65,17 +64,20 @@ class JsonLines(Logger):
         write_text(file, "".join(_json(line) for line in lines if line["step"] <= start_step))
         self._file = file.open("a", encoding="utf-8")
 
+    @override
     def write(self, metrics: Metrics) -> None:
         self._file.write(_json(metrics))
         self._file.flush()
 
+    @override
     def close(self) -> None:
         self._file.close()
 
 
 class TensorBoard(Logger):
     """A file of events for every start of the run, in its `tensorboard/`; of an earlier one, steps after `start_step`
-    are not shown."""
+    are not shown.
+    """
 
     module, extra = "tensorboardX", "tensorboard"
 
@@ -87,10 +89,12 @@ class TensorBoard(Logger):
         directory, suffix = str(run.directory / "tensorboard"), f".{start_step}"
         self._writer = SummaryWriter(directory, purge_step=start_step + 1, filename_suffix=suffix)
 
+    @override
     def write(self, metrics: Metrics) -> None:
         for name, value in _scalars(metrics).items():
             self._writer.add_scalar(name, value, metrics["step"])
 
+    @override
     def close(self) -> None:
         self._writer.close()
 
@@ -120,9 +124,11 @@ class WeightsAndBiases(Logger):
             allow_val_change=True,
         )
 
+    @override
     def write(self, metrics: Metrics) -> None:
         self._run.log(_scalars(metrics), step=metrics["step"])
 
+    @override
     def close(self) -> None:
         self._run.finish()
 
@@ -136,23 +142,6 @@ def configured_loggers(config: LoggingConfig) -> list[type[Logger]]:
                 raise UserError(f"logging.{key} needs an extra: pip install 'llama_jax[{logger.extra}]'")
             chosen.append(logger)
     return chosen
-
-
-class Loggers(Logger):
-    """Several loggers as one, closed in order."""
-
-    def __init__(self, run: Run, start_step: int, classes: Iterable[type[Logger]]):
-        super().__init__(run, start_step)
-        self._all = [logger(run, start_step) for logger in classes]
-        self.notices = [logger.notice for logger in self._all if logger.notice is not None]
-
-    def write(self, metrics: Metrics) -> None:
-        for logger in self._all:
-            logger.write(metrics)
-
-    def close(self) -> None:
-        for logger in self._all:
-            logger.close()
 
 
 def _json(metrics: Metrics) -> str:

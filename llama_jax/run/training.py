@@ -22,7 +22,7 @@ from llama_jax.parallel import distributed, make_mesh, mesh_axis_sizes, platform
 from llama_jax.run.directory import SAMPLES_FILE, Run, start_run
 from llama_jax.run.planning import mesh_of
 from llama_jax.run.preparing import check_shared, first_params, open_dataset, prepare
-from llama_jax.run.reporting import Bar, Logger, Loggers, configured_loggers
+from llama_jax.run.reporting import Bar, Logger, configured_loggers
 from llama_jax.run.stored import StoredRun, local_run
 from llama_jax.run_config import RunConfig
 from llama_jax.sampling import generate_text
@@ -152,14 +152,16 @@ class _Loop:
         config = self.config
         state, lines = distributed.all_agree(lambda: self._state(store))
         start = int(state.step)
-        with (
-            contextlib.closing(Loggers(self.run_, start, self.loggers if self.main else ())) as loggers,
-            Bar("training", start, config.num_steps, quiet=not self.main) as bar,
-            self._signals(),
-        ):
+        with contextlib.ExitStack() as stack:
+            loggers = [
+                stack.enter_context(contextlib.closing(logger(self.run_, start)))
+                for logger in (self.loggers if self.main else ())
+            ]
+            bar = stack.enter_context(Bar("training", start, config.num_steps, quiet=not self.main))
+            stack.enter_context(self._signals())
             if start:
                 bar.say(f"continuing '{self.run_.directory}' from step {start}")
-            lines += [*self.lines, *self._warnings(start), *loggers.notices]
+            lines += [*self.lines, *self._warnings(start), *(logger.notice for logger in loggers if logger.notice)]
             for line in [*lines, *self.dataset.describe(self.batches, config.num_steps)]:
                 bar.say(line)
             if axes := ", ".join(f"{axis} {size}" for axis, size in mesh_axis_sizes().items() if size > 1):
@@ -220,7 +222,9 @@ class _Loop:
             error = max(agreement.errors.values())
             bar.say(f"attention kernel '{agreement.kernel}' agrees with the reference: relative error {error:.1e}")
 
-    def _steps(self, state: TrainState, start: int, store: CheckpointStore, bar: Bar, loggers: Loggers) -> None:
+    def _steps(
+        self, state: TrainState, start: int, store: CheckpointStore, bar: Bar, loggers: Sequence[Logger]
+    ) -> None:
         """Take the steps from `start` to the end; log, validate and save between them.
 
         Raises Preempted after a termination signal, with a checkpoint saved, and what `_log` raises.
@@ -267,9 +271,10 @@ class _Loop:
     def _on_devices(self, batch: HostBatch) -> dict[str, jax.Array]:
         return to_devices(batch, self.rows, self.config.global_batch_size)
 
-    def _log(self, metrics: dict[str, Any], clock: "_Clock", bar: Bar, loggers: Loggers) -> None:
+    def _log(self, metrics: dict[str, Any], clock: "_Clock", bar: Bar, loggers: Sequence[Logger]) -> None:
         """Wait for the metrics of a step and report them where it is one to log. Raises RunFailed for a loss or a
-        gradient that is not finite."""
+        gradient that is not finite.
+        """
         step, every = metrics["step"], self.config.logging.every_steps
         if step % every == 0 or step in (1, self.config.num_steps) or "val_loss" in metrics:
             values = {k: v if isinstance(v, int) else np.asarray(v).tolist() for k, v in metrics.items()}
@@ -281,7 +286,8 @@ class _Loop:
                 if self.mfu_per_speed is not None:
                     values["mfu"] = values["tokens_per_second"] * self.mfu_per_speed
             bar.show(values)
-            loggers.write(values)
+            for logger in loggers:
+                logger.write(values)
         for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
             if not math.isfinite(value := float(metrics[name])):
                 raise RunFailed(

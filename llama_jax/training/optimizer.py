@@ -6,9 +6,10 @@ state follows the parameters' sharding; the planner reads the memory of the stat
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, override
 
 import jax
 import jax.numpy as jnp
@@ -80,8 +81,10 @@ class Optimizer(Component, abc.ABC):
 
     def hyper(self, num_steps: int, seed: int = 0) -> "Hyper":
         """Return the traced numbers of a train step; a decay ends at `num_steps`, dropout draws from `seed`."""
-        arrays = jax.tree.map(jnp.float32, _numbers(self))
-        return Hyper(_with_numbers(self, arrays), jnp.float32(num_steps), jnp.asarray(seed_value(seed)))
+        numbers = _numbers(self)
+        kind = _with_numbers(self, jax.tree.map(lambda _: None, numbers))
+        arrays = jax.tree.map(jnp.float32, numbers)
+        return Hyper(arrays, jnp.float32(num_steps), jnp.asarray(seed_value(seed)), kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +103,7 @@ class AdamW(Optimizer):
     positive = (*Optimizer.positive, "eps")
     decays = (*Optimizer.decays, "beta1", "beta2")
 
+    @override
     def transform(self) -> optax.GradientTransformation:
         return optax.scale_by_adam(b1=self.beta1, b2=self.beta2, eps=self.eps)
 
@@ -118,6 +122,7 @@ class Lion(Optimizer):
 
     decays = (*Optimizer.decays, "beta1", "beta2")
 
+    @override
     def transform(self) -> optax.GradientTransformation:
         return optax.scale_by_lion(b1=self.beta1, b2=self.beta2)
 
@@ -135,6 +140,7 @@ class SGD(Optimizer):
 
     decays = (*Optimizer.decays, "momentum")
 
+    @override
     def transform(self) -> optax.GradientTransformation:
         return optax.trace(decay=self.momentum, nesterov=self.nesterov)
 
@@ -158,6 +164,7 @@ class Adafactor(Optimizer):
     elementwise = False
     positive = (*Optimizer.positive, "decay_rate", "clip_update", "eps", "min_factored")
 
+    @override
     def transform(self) -> optax.GradientTransformation:
         of_matrix = optax.chain(
             optax.scale_by_factored_rms(
@@ -196,6 +203,7 @@ class Muon(Optimizer):
     positive = (*Optimizer.positive, "num_iterations", "update_rms", "eps")
     decays = (*Optimizer.decays, "momentum", "beta1", "beta2")
 
+    @override
     def transform(self) -> optax.GradientTransformation:
         orthogonal = optax.contrib.scale_by_muon(
             beta=self.momentum, ns_steps=self.num_iterations, weight_dimension_numbers=_dimension_numbers
@@ -221,59 +229,52 @@ def OptimizerConfig(*, schedule: str | Schedule = "cosine", **fields: Any) -> Ad
     return AdamW(schedule=schedule_of_name(schedule) if isinstance(schedule, str) else schedule, **fields)
 
 
-@jax.tree_util.register_pytree_node_class
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["numbers", "num_steps", "seed"], meta_fields=["kind"])
 @dataclasses.dataclass(frozen=True)
 class Hyper:
-    """What a train step takes beyond state and batch: traced numbers, around an optimizer that is static.
+    """Numbers of a train step, traced, and the kind of optimizer that it is compiled for.
 
-    optimizer: the run's, with arrays in the place of its numbers.
+    numbers: of the optimizer and its schedule, by field name.
     num_steps: of the run, where a decay ends.
     seed: of dropout, as `seed_value` gives it.
+    kind: the optimizer with None in place of its numbers.
     """
 
-    optimizer: Optimizer
+    numbers: dict[str, Any]
     num_steps: Any
     seed: Any
+    kind: Optimizer
 
-    def tree_flatten(self) -> tuple[tuple[Any, ...], Optimizer]:
-        """Return (numbers, the optimizer without them): the second is what a program is compiled for."""
-        return (_numbers(self.optimizer), self.num_steps, self.seed), _with_numbers(self.optimizer, None)
-
-    @classmethod
-    def tree_unflatten(cls, optimizer: Optimizer, children: tuple[Any, ...]) -> "Hyper":
-        """Return the inverse of `tree_flatten`."""
-        numbers, num_steps, seed = children
-        return cls(_with_numbers(optimizer, numbers), num_steps, seed)
-
-
-def _number_fields(config: Component) -> list[str]:
-    """Names of the fields that are traced: declared as numbers and not static."""
-    fields = dataclasses.fields(config)  # type: ignore[arg-type]
-    types = field_types(type(config))
-    return [f.name for f in fields if types[f.name] in (int, float) and not f.metadata.get("static")]
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer with arrays in place of its numbers."""
+        return _with_numbers(self.kind, self.numbers)
 
 
 def _numbers(config: Component) -> dict[str, Any]:
-    """Return the numbers of a component and of the components in it, by field name."""
-    parts = {name: getattr(config, name) for name in field_types(type(config))}
-    nested = {name: _numbers(part) for name, part in parts.items() if isinstance(part, Component)}
-    return {name: parts[name] for name in _number_fields(config)} | nested
+    """Return the numbers of a component and of the components in it, by field name: int and float fields, if not
+    static.
+    """
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        if isinstance(value, Component):
+            found[field.name] = _numbers(value)
+        elif field_types(type(config))[field.name] in (int, float) and not field.metadata.get("static"):
+            found[field.name] = value
+    return found
 
 
-def _with_numbers[C: Component](config: C, numbers: Mapping[str, Any] | None) -> C:
-    """Return a copy of `config` with `numbers`, as `_numbers` gives them, in place of its own; None for all where None.
+def _with_numbers[C: Component](config: C, numbers: Mapping[str, Any]) -> C:
+    """Return a copy of `config` with `numbers`, as `_numbers` gives them, in place of its own.
 
     Nothing is checked: arrays under a trace have no values to compare.
     """
     copy = object.__new__(type(config))
-    traced = _number_fields(config)
     for name in field_types(type(config)):
         value = getattr(config, name)
-        if isinstance(value, Component):
-            value = _with_numbers(value, None if numbers is None else numbers[name])
-        elif name in traced:
-            value = None if numbers is None else numbers[name]
-        object.__setattr__(copy, name, value)
+        new = _with_numbers(value, numbers[name]) if isinstance(value, Component) else numbers.get(name, value)
+        object.__setattr__(copy, name, new)
     return copy
 
 
@@ -287,7 +288,8 @@ def learning_rate(step: jax.Array | int, hyper: Hyper) -> jax.Array:
 
 def is_matrix(name: str, value: Any) -> bool:
     """Return whether a parameter is decayed: it has two dimensions or more in each layer, and is neither a bias nor a
-    table of biases (T5's of relative positions)."""
+    table of biases (T5's of relative positions).
+    """
     return value.ndim - is_stacked(name) >= 2 and not any(part.endswith("bias") for part in name.split("."))
 
 

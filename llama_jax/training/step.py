@@ -25,7 +25,7 @@ EXPERTS_COMPILER_OPTIONS = {"xla_tpu_enable_ragged_dot_kernel": True}
 
 
 def compiler_options(config: ModelConfig, platform: str) -> dict[str, Any] | None:
-    """What the train step of this model is compiled with, beyond XLA's defaults."""
+    """Return the options that the train step of this model is compiled with; None for XLA's defaults."""
     experts = any(isinstance(piece, Experts) for _, piece in config.layer_pieces())
     return {"cpu": CPU_COMPILER_OPTIONS, "tpu": EXPERTS_COMPILER_OPTIONS if experts else None}.get(platform)
 
@@ -35,10 +35,10 @@ def compiler_options(config: ModelConfig, platform: str) -> dict[str, Any] | Non
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that training changes, as arrays or as their abstract values.
+    """State of training, as arrays or as their abstract values.
 
-    Randomness needs no state: it is a function of the run's seed and `step`. `buffers` are what the model has beside
-    its parameters and no gradient trains.
+    There is no random state: randomness is a function of the run's seed and `step`. `buffers` are the model's arrays
+    that no gradient trains.
     """
 
     step: Any
@@ -48,9 +48,9 @@ class TrainState:
 
 
 def init_state(params: Params, hyper: Hyper, buffer_names: frozenset[str] = frozenset()) -> TrainState:
-    """State before the first step. Jit it to get the moments sharded like the parameters.
+    """Return the state before the first step. Jit it to get the moments sharded like the parameters.
 
-    `buffer_names` says which of `params`, as a model has them, are buffers.
+    `buffer_names` are the buffers among `params`.
     """
     trained = {name: value for name, value in params.items() if name not in buffer_names}
     rest = {name: value for name, value in params.items() if name in buffer_names}
@@ -287,7 +287,8 @@ def _updated(values: Params, statistics: Metrics, config: ModelConfig) -> Params
 
 def make_eval_step(config: ModelConfig, compute: Compute) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
     """Return `eval_step(params, batch) -> (summed cross-entropy in nats, number of targets)`, jitted; `params` has the
-    buffers, too."""
+    buffers, too.
+    """
 
     def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         (main, _, ce), *_ = losses(params, batch, config, compute)[0]
