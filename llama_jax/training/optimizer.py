@@ -31,6 +31,8 @@ STATIC = {"static": True}
 class Optimizer(Component, abc.ABC):
     """Base of the optimizers: gradients are clipped and transformed, weights decayed, and both scaled by the rate.
 
+    A field of one name has one meaning in all of them: its value is kept where a config changes the optimizer.
+
     learning_rate: peak.
     warmup_steps: steps of linear warm-up to the peak.
     weight_decay: on matrices only, not on norms and biases; decoupled, as in AdamW.
@@ -110,21 +112,21 @@ class AdamW(Optimizer):
 
 @dataclasses.dataclass(frozen=True)
 class Lion(Optimizer):
-    """Lion: the sign of an interpolated momentum (Chen et al. 2023); wants a learning rate 3 to 10 times lower than
-    AdamW's, and as much more weight decay.
+    """Lion: the sign of an interpolated momentum (Chen et al. 2023). Its learning rates are 3 to 10 times lower than
+    AdamW's, and its weight decay is higher by as much.
 
-    beta1: weight of the momentum in the update.
-    beta2: decay of the momentum.
+    interpolation: weight of the momentum in the update, against the gradient.
+    momentum: decay of the momentum.
     """
 
-    beta1: float = 0.9
-    beta2: float = 0.99
+    interpolation: float = 0.9
+    momentum: float = 0.99
 
-    decays = (*Optimizer.decays, "beta1", "beta2")
+    decays = (*Optimizer.decays, "interpolation", "momentum")
 
     @override
     def transform(self) -> optax.GradientTransformation:
-        return optax.scale_by_lion(b1=self.beta1, b2=self.beta2)
+        return optax.scale_by_lion(b1=self.interpolation, b2=self.momentum)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,23 +154,23 @@ class Adafactor(Optimizer):
 
     decay_rate: second moments decay by 1 - step^-decay_rate.
     clip_update: largest root mean square of a parameter's update, before its scale.
-    eps: added to squared gradients.
+    min_square: added to squared gradients.
     min_factored: smallest side of a matrix whose second moments are factored.
     """
 
     decay_rate: float = 0.8
     clip_update: float = 1.0
-    eps: float = 1e-30
+    min_square: float = 1e-30
     min_factored: int = dataclasses.field(default=128, metadata=STATIC)
 
     elementwise = False
-    positive = (*Optimizer.positive, "decay_rate", "clip_update", "eps", "min_factored")
+    positive = (*Optimizer.positive, "decay_rate", "clip_update", "min_square", "min_factored")
 
     @override
     def transform(self) -> optax.GradientTransformation:
         of_matrix = optax.chain(
             optax.scale_by_factored_rms(
-                decay_rate=self.decay_rate, min_dim_size_to_factor=self.min_factored, epsilon=self.eps
+                decay_rate=self.decay_rate, min_dim_size_to_factor=self.min_factored, epsilon=self.min_square
             ),
             optax.clip_by_block_rms(self.clip_update),
             optax.scale_by_param_block_rms(),

@@ -73,7 +73,7 @@ def reference(optimizer: Optimizer, rate: float) -> optax.GradientTransformation
         return {name: name.split("/")[0] in MATRICES for name in values}
 
     match optimizer:
-        case Lion(beta1=b1, beta2=b2):
+        case Lion(interpolation=b1, momentum=b2):
             inner = optax.lion(rate, b1=b1, b2=b2, mask=decayed, **decay)
         case SGD(momentum=momentum, nesterov=nesterov):
             # Decay is decoupled.
