@@ -5,8 +5,8 @@ SHELL := /bin/bash
 PYTHON := $(shell for p in python3.12 python3 python3.13 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-# A file's tests stay together: they share fixtures.
-PARALLEL := -n 2 --dist loadfile
+# A worker that has finished takes tests from the other, those of one file mostly together: they share fixtures.
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: install test test-slow lint docs demo
 
@@ -34,10 +34,10 @@ lint: install
 	$(BIN)/pyright
 
 test: lint
-	$(BIN)/pytest $(PARALLEL)
+	$(BIN)/pytest $(PARALLEL) --budget 30
 
 test-slow: install
-	$(BIN)/pytest -m slow $(PARALLEL)
+	$(BIN)/pytest -m slow $(PARALLEL) --budget 100
 
 # Guides and API reference as a site, in .cache/site; any warning is an error.
 docs: install

@@ -31,7 +31,7 @@ import numpy as np
 import rich
 
 import llama_jax
-from llama_jax.nn import AttentionMask, FeedForward, FeedForwardModule, Projection, child
+from llama_jax.nn import FeedForward, FeedForwardModule, ForwardContext, Projection, child
 
 folder = Path(tempfile.mkdtemp(prefix="quickstart_"))
 jax.devices()
@@ -139,7 +139,7 @@ def attention_weights(module, tokens, layer):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     x = module.embedding(tokens, jnp.float32)
     for i in range(layer):
-        x, _, _ = module.layers[i](x, positions=positions, mask=AttentionMask())
+        x, _, _ = module.layers[i](x, positions=positions, ctx=ForwardContext())
     block = module.layers[layer]
     attention, x = block.attention, block.input_layernorm(x)
     q_BTNH = attention.config.rope.rotate(attention.q_proj(x), positions)
@@ -196,7 +196,7 @@ class SquaredReLUModule(FeedForwardModule):
         self.up_proj = Projection(outer, inner, bias=False, rngs=child(rngs, "up_proj"))
         self.down_proj = Projection(inner, outer, bias=False, rngs=child(rngs, "down_proj"))
 
-    def __call__(self, x, *, mask):
+    def __call__(self, x, *, ctx):
         return self.down_proj(jnp.square(jax.nn.relu(self.up_proj(x)))), {}
 
 

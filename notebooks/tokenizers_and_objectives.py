@@ -37,9 +37,8 @@ from llama_jax.data.mixture import Schedule
 from llama_jax.data.objectives import Document
 from llama_jax.data.rows.fitting import fit_rows
 from llama_jax.data.rows.packing import pack
-from llama_jax.nn import AttentionMask
-from llama_jax.tokenizers import train_tokenizer
-from llama_jax.tokenizers.training import KINDS
+from llama_jax.nn import Mask
+from llama_jax.tokenizers import KINDS, train_tokenizer
 
 ENGLISH = """\
 The farmer gets up before the sun and looks at the sky. If the sky is red, there will be rain in the afternoon. She
@@ -407,7 +406,7 @@ def packed_row(objective: objectives.Objective, length: int) -> objectives.Examp
 def allowed(row: objectives.Example) -> np.ndarray:
     """[T, T]: whether a query (row) sees a key (column)."""
     prefix = row["prefix"][None] if "prefix" in row else None
-    mask = AttentionMask(segment_ids=row["segment_ids"][None], prefix=prefix)
+    mask = Mask(segment_ids=row["segment_ids"][None], prefix=prefix)
     size = len(row["tokens"])
     return np.asarray(mask.allowed(0, size, 0, size))[0]
 

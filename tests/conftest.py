@@ -36,6 +36,7 @@ ROOMS = [
 # An int is a float to type checkers, and to users.
 install_import_hook(ROOMS, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
+import budget  # noqa: E402
 import tiny_run  # noqa: E402
 
 from llama_jax.config import override  # noqa: E402
@@ -49,7 +50,13 @@ settings.register_profile("llama_jax", deadline=None, derandomize=True, database
 settings.load_profile("llama_jax")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--budget", type=float, metavar="SECONDS", help="limit of one test's processor time")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if (limit := config.getoption("budget")) is not None:
+        config.pluginmanager.register(budget.Budget(limit))
     # beartype draws the items of a list that it checks; nothing that a test sees depends on it.
     config.addinivalue_line(
         "filterwarnings", "ignore:Do not use the `random` module:hypothesis.errors.HypothesisDeprecationWarning"

@@ -1,4 +1,4 @@
-"""The house stands as docs/architecture.md draws it: who imports whom, where Orbax and Grain live, file lengths."""
+"""The packages are as docs/architecture.md describes them: imports in one direction, strangers, lengths, docstrings."""
 
 import ast
 import re
@@ -11,10 +11,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llama_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
-# A room imports only from those before it. A new room takes its place here.
-ROOMS = (
-    "config", "files", "remote", "parallel", "tokenizers", "data", "nn", "models", "zoo", "training", "checkpoint",
-    "sampling", "evaluation", "run_config", "planning", "run", "ablation", "__main__",
+# A package (or module) imports only from those before it. A new one takes its place here.
+ORDER = (
+    "config", "files", "chips", "remote", "parallel", "tokenizers", "data", "nn", "models", "zoo", "training",
+    "checkpoint", "sampling", "evaluation", "run_config", "planning", "run", "ablation", "text_commands",
+    "commands", "__main__",
 )  # fmt: skip
 MAX_LINES = 400
 
@@ -25,37 +26,38 @@ def imports(tree: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports hide the room that they reach into"
+            assert node.level == 0, "relative imports hide the package that they reach into"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def room_of(file: Path) -> str:
+def package_of(file: Path) -> str:
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def wrong_imports(room: str, source: str) -> list[str]:
-    """What a file of `room` imports and must not."""
+def wrong_imports(package: str, source: str) -> list[str]:
+    """Return the imports that a file of `package` must not have."""
     wrong = []
     for name in imports(ast.parse(source)):
         top, _, rest = name.partition(".")
         target = rest.split(".")[0]
-        stranger = top == "torch" or (top == "orbax" and room != "checkpoint") or (top == "grain" and room != "data")
-        below = top == "llama_jax" and room != "__init__" and target not in ROOMS[: ROOMS.index(room) + 1]
-        # From outside, a package is imported by its own name: what it exports is what others may use.
-        deep = top == "llama_jax" and target != room and rest.count(".") > 1
+        at_home = {"orbax": "checkpoint", "grain": "data", "torch": None}
+        stranger = top in at_home and package != at_home[top]
+        below = top == "llama_jax" and package != "__init__" and target not in ORDER[: ORDER.index(package) + 1]
+        # From outside, names come from the package itself: only what it exports is for others.
+        deep = top == "llama_jax" and target != package and rest.count(".") > 1
         if stranger or below or deep:
             wrong.append(name)
     return wrong
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_imports_only_from_rooms_above(file: Path):
-    room = room_of(file)
-    assert room in (*ROOMS, "__init__"), f"'{room}' is a new room: give it a place in ROOMS and in docs/architecture.md"
-    assert wrong_imports(room, file.read_text(encoding="utf-8")) == []
+def test_imports_only_from_packages_before(file: Path):
+    package = package_of(file)
+    assert package in (*ORDER, "__init__"), f"'{package}' is new: give it a place in ORDER and in docs/architecture.md"
+    assert wrong_imports(package, file.read_text(encoding="utf-8")) == []
 
 
-def test_wrong_imports_are_seen():
+def test_wrong_imports_are_found():
     source = """
 import torch.nn
 import orbax.checkpoint as ocp
@@ -70,8 +72,8 @@ def later():
     assert wrong_imports("checkpoint", source) == ["torch.nn", "llama_jax.run.loop.run", "grain.python"]
     assert wrong_imports("data", source) == [name for name in forbidden if name != "grain.python"]
     assert wrong_imports("__init__", "from llama_jax.run import train") == []
-    deep = "from llama_jax.nn.masks import AttentionMask"
-    assert wrong_imports("models", deep) == ["llama_jax.nn.masks.AttentionMask"]
+    deep = "from llama_jax.nn.base import Mask"
+    assert wrong_imports("models", deep) == ["llama_jax.nn.base.Mask"]
     assert wrong_imports("nn", deep) == []
     assert wrong_imports("config", "import llama_jax") == ["llama_jax"]
 
@@ -81,7 +83,7 @@ def test_files_are_short():
     assert {name: n for name, n in lines.items() if n > MAX_LINES} == {}
 
 
-def test_every_module_says_what_it_is():
+def test_every_module_has_a_docstring():
     silent = [str(f.relative_to(ROOT)) for f in FILES if not ast.get_docstring(ast.parse(f.read_text("utf-8")))]
     assert silent == []
     folders = {f.parent for f in FILES}
@@ -96,7 +98,7 @@ def test_no_path_of_anyones_machine():
             cwd=ROOT, capture_output=True, text=True, check=True,
         ).stdout.splitlines()  # fmt: skip
     except (FileNotFoundError, subprocess.CalledProcessError):
-        pytest.skip("not a git checkout: the repository's own files cannot be told from others")
+        pytest.skip("not a git checkout: the repository's own files are not known")
     assert "llama_jax/config.py" in listed
     present = [name for name in listed if (ROOT / name).is_file()]
     assert [name for name in present if homes.search((ROOT / name).read_text("utf-8", errors="replace"))] == []

@@ -63,7 +63,8 @@ def exported(package: str) -> list[str]:
     names = []
     for node in ast.parse(file.read_text("utf-8")).body:
         if isinstance(node, ast.ImportFrom) and file.stem == "__init__":
-            ours = node.level > 0 or (node.module or "").startswith("llama_jax")
+            module = node.module or ""  # none: a module, which has its own page
+            ours = module != "" and (node.level > 0 or module.startswith("llama_jax"))
             names += [alias.asname or alias.name for alias in node.names if ours]
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.append(node.name)

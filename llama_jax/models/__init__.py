@@ -1,4 +1,4 @@
-"""Models: pieces assembled into blocks, blocks into a decoder or an encoder.
+"""Models: pieces assembled into blocks, blocks into a decoder, an encoder or both.
 
 In: a `ModelConfig` and parameters by name. Out: a module that turns tokens into logits.
 
@@ -6,9 +6,8 @@ Dimension letters everywhere: `B` batch, `T` query length, `S` key or cache leng
 `K` key/value heads, `G` = N/K, `H` head dim, `F` feed-forward, `V` vocabulary, `L` layers, `E` experts.
 """
 
-from llama_jax.models.block import OF as OF, STATISTIC as STATISTIC
-from llama_jax.models.compute import Compute as Compute
 from llama_jax.models.config import (
+    Compute as Compute,
     LayerOverride as LayerOverride,
     ModelConfig as ModelConfig,
     TransformerConfig as TransformerConfig,
@@ -23,7 +22,6 @@ from llama_jax.models.layout import (
     Params as Params,
     abstract_params as abstract_params,
     assemble as assemble,
-    assemble_unrolled as assemble_unrolled,
     buffers as buffers,
     flatten as flatten,
     init_params as init_params,
@@ -32,6 +30,13 @@ from llama_jax.models.layout import (
     num_parameters as num_parameters,
     per_layer as per_layer,
 )
-from llama_jax.models.model import Model as Model, build as build, from_params as from_params, initialize as initialize
+from llama_jax.models.model import (
+    LossTerm as LossTerm,
+    Model as Model,
+    Transformer as Transformer,
+    build as build,
+    from_params as from_params,
+    initialize as initialize,
+)
 from llama_jax.models.mtp import MTPDecoder as MTPDecoder, MTPDecoderConfig as MTPDecoderConfig
-from llama_jax.models.transformer import LossTerm as LossTerm, Transformer as Transformer
+from llama_jax.models.stack import OF as OF, STATISTIC as STATISTIC

@@ -1,27 +1,79 @@
-"""What every room below needs to know of a model, and the fields that all Transformers share."""
+"""Configs: the interface of all models, the fields that Transformers share, and how a model is computed."""
 
 import collections
 import dataclasses
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from llama_jax.config import Component, UserError
-from llama_jax.models.block import Block
-from llama_jax.models.compute import Compute
-from llama_jax.models.parts import EMBEDDING_STD, HeadBias
-from llama_jax.nn import FeedForward, Mixer, Norm, PositionBias, Positions, Projection, check_rate, child
+from llama_jax.nn import (
+    EMBEDDING_STD,
+    KERNELS,
+    Embedding,
+    FeedForward,
+    HeadBias,
+    Mixer,
+    Norm,
+    PositionBias,
+    Positions,
+    Projection,
+    check_at_least,
+    check_rate,
+    child,
+)
+from llama_jax.parallel import platform
 
-# Of a sequence: int32 counts so far.
+# The largest length of a sequence: int32 counts as far.
 NO_LIMIT = 2**31 - 1
 
 type Pieces = tuple[Mixer, FeedForward | None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """Execution options of a run; they change nothing of what a model computes, beyond rounding.
+
+    dtype: type of activations; auto is bfloat16 on TPU and GPU, float32 on CPU. Softmax, norms and loss stay float32.
+    scan_layers: compile the repeating pattern of layers once and scan over it; off is faster on CPU.
+    remat: what the backward pass computes again: none of it, a full layer, all but dots (products with weights), all
+      but attention outputs.
+    attention_kernel: kernel by name (reference, blockwise, splash on TPU, cudnn on GPU), or auto.
+    context: how keys and values reach the other parts of a sequence split over mesh.context; all_gather is sooner
+      there, and holds all of them on every device.
+    preflight: compare the attention kernel with the reference before the first step, and do not start if they disagree.
+    loss_chunk: positions of each row whose logits exist at a time in the loss.
+    """
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    scan_layers: bool = True
+    remat: Literal["none", "full", "dots", "attention"] = "none"
+    attention_kernel: str = "auto"
+    context: Literal["ring", "all_gather"] = "ring"
+    loss_chunk: int = 128
+    preflight: bool = True
+
+    def __post_init__(self) -> None:
+        if self.attention_kernel != "auto" and self.attention_kernel not in KERNELS:
+            raise UserError(
+                f"attention_kernel={self.attention_kernel!r} does not exist: the kernels are auto, {', '.join(KERNELS)}"
+            )
+        check_at_least(self, 1, "loss_chunk")
+
+    @property
+    def jax_dtype(self) -> jnp.dtype:
+        """The activation type, with auto resolved for the platform of the mesh."""
+        name = self.dtype
+        if name == "auto":
+            name = "float32" if platform() == "cpu" else "bfloat16"
+        return jnp.dtype(name)
+
+
 class ModelConfig(Component):
-    """Config of a model. `batch_fields` are those it is trained on."""
+    """Config of a model. `batch_fields` are the fields of a batch that it is trained on."""
 
     batch_fields: ClassVar[frozenset[str]]
     has_source: ClassVar[bool] = False
@@ -43,59 +95,61 @@ class ModelConfig(Component):
     never_written: tuple[int, ...]
 
     def stacks(self) -> dict[str, tuple[Pieces, ...]]:
-        """Mixer and feed-forward of every layer, by stack.
+        """Return mixer and feed-forward of every layer, by stack.
 
         Parameters of the layers of a stack are stacked, and their names begin with the stack's: `layers.`.
         """
         raise NotImplementedError
 
     def layer_pieces(self) -> tuple[Pieces, ...]:
-        """Mixer and feed-forward of every layer of all stacks."""
+        """Return mixer and feed-forward of every layer of all stacks."""
         return tuple(pieces for stack in self.stacks().values() for pieces in stack)
 
     def build_parts(self, *, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
-        """What stands around the blocks, by name."""
+        """Return the modules before and after the blocks, by name."""
         raise NotImplementedError
 
     def build_block(self, stack: str, pieces: Pieces, *, rngs: nnx.Rngs) -> nnx.Module:
-        """The block of a layer of `stack` with these pieces."""
+        """Return the block of a layer of `stack` with these pieces."""
         raise NotImplementedError
 
     def build_model(self, parts: dict[str, nnx.Module], stacks: dict[str, Any], compute: Compute) -> nnx.Module:
-        """The model of its parts and of its `Layers` by stack."""
+        """Return the model of its parts and of its `Layers` by stack."""
         raise NotImplementedError
 
     def tokens_of(self, name: str, target_length: int, source_length: int) -> int:
-        """How many tokens of a row are multiplied with the matrix `name`; 0 where it is a table."""
+        """Return how many tokens of a row are multiplied with the matrix `name`; 0 where it is a table."""
         part = name.partition(".")[0]
         if part.endswith(("positions", "position_bias")) or (part == "embedding" and not self.tie_embeddings):
             return 0
         return target_length + source_length
 
     def score_flops(self, target_length: int, source_length: int) -> float:
-        """FLOPs of a row's forward pass in all layers' attention scores, causal ones counted at half."""
+        """Return the FLOPs of a row's forward pass in all layers' attention scores, causal ones counted at half."""
         return causal_score_flops([mixer for mixer, _ in self.layer_pieces()], target_length + source_length)
 
     @property
     def length_limit(self) -> int:
-        """The longest sequence that it can be given: `max_positions`, where positions are more than distances."""
+        """The longest sequence that the model takes: `max_positions`, where positions are more than distances."""
         return self.max_positions
 
     def example(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Arguments of a call of the model, for the comparison of its logits with others'."""
+        """Return arguments of a call of the model, for the comparison of its logits with those of other code."""
         shape = (2, min(32, self.max_positions))
         return {"tokens": rng.integers(0, self.vocab_size, shape).astype(np.int32)}
 
     @property
     def needs_rng(self) -> bool:
-        """Whether training draws random numbers in it."""
+        """True where training draws random numbers in it."""
         pieces = [piece for layer in self.layer_pieces() for piece in layer if piece is not None]
         return getattr(self, "dropout", 0.0) > 0 or any(piece.needs_rng for piece in pieces)
 
 
 def causal_score_flops(mixers: Iterable[Mixer], length: int) -> float:
-    """Return the FLOPs of a row's causal scores: a token sees those before it and half of itself, half of all together,
-    of which a window leaves the last."""
+    """Return the FLOPs of a row's causal scores.
+
+    A token's keys are those before it and half of itself: half of all pairs, of which a window leaves the last.
+    """
     return sum(
         times * sum(mixer.score_flops(place + 0.5) for place in range(length))
         for mixer, times in collections.Counter(mixers).items()
@@ -103,10 +157,12 @@ def causal_score_flops(mixers: Iterable[Mixer], length: int) -> float:
 
 
 def full_score_flops(mixers: Iterable[Mixer], length: int) -> float:
-    """Return the FLOPs of a row's scores where every token sees both sides: itself and those before it, and as many
-    places as a window has after it."""
+    """Return the FLOPs of a row's scores where every token attends to both sides.
+
+    Its keys are itself and those before it, and as many after it as a window has.
+    """
     return sum(
-        times * (2 * sum(mixer.score_flops(seen) for seen in range(1, length + 1)) - length * mixer.score_flops(1))
+        times * (2 * sum(mixer.score_flops(keys) for keys in range(1, length + 1)) - length * mixer.score_flops(1))
         for mixer, times in collections.Counter(mixers).items()
     )
 
@@ -120,7 +176,7 @@ class LayerOverride:
 
 
 def with_overrides(pieces: Pieces, num_layers: int, overrides: tuple[LayerOverride, ...]) -> tuple[Pieces, ...]:
-    """Mixer and feed-forward of every layer of a stack."""
+    """Return mixer and feed-forward of every layer of a stack."""
     layers: list[Pieces] = [pieces] * num_layers
     for change in overrides:
         for i in change.layers:
@@ -133,7 +189,7 @@ def with_overrides(pieces: Pieces, num_layers: int, overrides: tuple[LayerOverri
 def check_overrides(
     name: str, overrides: tuple[LayerOverride, ...], num_layers: int, counted: str = "num_layers"
 ) -> None:
-    """Raises UserError where they name layers that are not there, or hold what is no piece of a layer."""
+    """Raise UserError where overrides name layers that do not exist, or hold no piece of a layer."""
     for change in overrides:
         for layer in change.layers:
             if not 0 <= layer < num_layers:
@@ -145,7 +201,7 @@ def check_overrides(
 def check_position_bias(
     name: str, bias: PositionBias | None, attention: Mixer, overrides: tuple[LayerOverride, ...]
 ) -> None:
-    """Raises UserError where a layer's mixer has no scores for the bias, or another number of heads."""
+    """Raise UserError where a layer's mixer has no scores for the bias, or another number of heads."""
     if bias is None:
         return
     for mixer in (attention, *(change.piece for change in overrides if isinstance(change.piece, Mixer))):
@@ -162,26 +218,26 @@ def check_position_bias(
 class TransformerConfig(ModelConfig):
     """The fields that decoders, encoders and encoder-decoders share; the defaults are Llama's.
 
-    vocab_size: tokens, special ones included.
+    vocab_size: number of tokens, special ones included.
     hidden_size: width of the residual stream.
-    num_layers: blocks; of an encoder-decoder, the decoder's.
+    num_layers: number of blocks; of an encoder-decoder, the decoder's.
     max_positions: the longest sequence that the positions are meant for; distances alone have no end.
-    attention: of every layer, or what takes its place.
-    feed_forward: of every layer; none leaves it out.
-    norm: of every place that has one; none leaves them out.
-    tie_embeddings: whether the head is the embedding, transposed.
+    attention: attention of every layer, or another mixer.
+    feed_forward: feed-forward of every layer, or none.
+    norm: norm of every place that has one, or none.
+    tie_embeddings: use the embedding, transposed, as the head.
     overrides: layers whose attention or feed-forward differs.
-    norm_placement: pre normalises what enters a sublayer, post the sum of it and the residual, sandwich what enters and
-      what leaves.
-    residual: whether a sublayer's result is added to what entered it, or takes its place.
-    positions: added to the embeddings, or none.
-    position_bias: added to the attention scores of all layers, or none.
-    embedding_norm: after the embeddings, or none.
-    embedding_scale: what embeddings are multiplied by.
-    dropout: of the embeddings' sum and of what every sublayer returns, in training.
-    logit_scale: what logits are multiplied by.
+    norm_placement: pre normalises what enters a sublayer, post the sum of its result and the residual, sandwich what
+      enters and what leaves.
+    residual: add a sublayer's result to what entered it, or replace that.
+    positions: positions added to the embeddings, or none.
+    position_bias: bias added to the attention scores of all layers, or none.
+    embedding_norm: norm after the embeddings, or none.
+    embedding_scale: factor of the embeddings.
+    dropout: rate on the embeddings' sum and on the result of every sublayer, in training.
+    logit_scale: factor of the logits.
     logit_softcap: c makes logits c tanh(logits / c).
-    head_bias: added to the logits; a fixed one is loaded and not trained.
+    head_bias: bias added to the logits; a fixed one is loaded and not trained.
     """
 
     vocab_size: int
@@ -205,9 +261,7 @@ class TransformerConfig(ModelConfig):
     head_bias: Literal["none", "trained", "fixed"] = "none"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "max_positions"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        check_at_least(self, 1, "vocab_size", "hidden_size", "num_layers", "max_positions")
         check_rate("dropout", self.dropout)
         if self.logit_softcap is not None and self.logit_softcap <= 0:
             raise UserError(f"logit_softcap={self.logit_softcap} must be above 0, or none")
@@ -229,42 +283,35 @@ class TransformerConfig(ModelConfig):
     def stacks(self) -> dict[str, tuple[Pieces, ...]]:
         return {"layers": with_overrides((self.attention, self.feed_forward), self.num_layers, self.overrides)}
 
-    def embedding_parts(self, *, rngs: nnx.Rngs, prefix: str = "") -> dict[str, nnx.Module]:
-        """What lies between the tokens' embedding and the first block of a stack."""
+    def token_embedding(self, *, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+        """Return the embedding of tokens."""
+        return {"embedding": Embedding(self.vocab_size, self.hidden_size, rngs=child(rngs, "embedding"))}
+
+    def embedding_parts(self, *, rngs: nnx.Rngs, side: str = "") -> dict[str, nnx.Module]:
+        """Return the modules between the embedding and the first block; names begin with `side` (`encoder_`)."""
         parts: dict[str, nnx.Module] = {}
+        positions, bias, norm = (f"{side}{name}" for name in ("positions", "position_bias", "embedding_norm"))
         if self.positions is not None:
-            name = f"{prefix}positions"
-            parts[name] = self.positions.build(self.hidden_size, rngs=child(rngs, name))
-        name = f"{prefix}position_bias"
-        if (bias := getattr(self, name)) is not None:
-            parts[name] = bias.build(rngs=child(rngs, name))
+            parts[positions] = self.positions.build(self.hidden_size, rngs=child(rngs, positions))
+        if (bias_config := getattr(self, bias)) is not None:
+            parts[bias] = bias_config.build(rngs=child(rngs, bias))
         if self.embedding_norm is not None:
-            name = f"{prefix}embedding_norm"
-            parts[name] = self.embedding_norm.build(self.hidden_size, rngs=child(rngs, name))
+            parts[norm] = self.embedding_norm.build(self.hidden_size, rngs=child(rngs, norm))
         return parts
 
-    def final_norm(self, *, rngs: nnx.Rngs, prefix: str = "") -> dict[str, nnx.Module]:
-        """The norm after the last block of a stack, which blocks that end with a norm make superfluous."""
+    def final_norm(self, *, rngs: nnx.Rngs, side: str = "") -> dict[str, nnx.Module]:
+        """Return the norm after the last block of a stack; blocks that end with a norm make it superfluous."""
         if self.norm is None or self.norm_placement == "post":
             return {}
-        return {f"{prefix}norm": self.norm.build(self.hidden_size, rngs=child(rngs, f"{prefix}norm"))}
+        return {f"{side}norm": self.norm.build(self.hidden_size, rngs=child(rngs, f"{side}norm"))}
 
     def head_parts(self, *, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
-        """What makes logits, where it is not the embedding."""
+        """Return the head, where it is not the embedding, and its bias."""
         parts: dict[str, nnx.Module] = {}
         if not self.tie_embeddings:
-            parts["lm_head"] = Projection(
-                {"embed": self.hidden_size},
-                {"vocab": self.vocab_size},
-                bias=False,
-                rngs=child(rngs, "lm_head"),
-                std=EMBEDDING_STD,
-            )
+            dims = {"embed": self.hidden_size}, {"vocab": self.vocab_size}
+            parts["lm_head"] = Projection(*dims, bias=False, rngs=child(rngs, "lm_head"), std=EMBEDDING_STD)
         if self.head_bias != "none":
             trained = self.head_bias == "trained"
             parts["head_bias"] = HeadBias(self.vocab_size, trained=trained, rngs=child(rngs, "head_bias"))
         return parts
-
-    def build_block(self, stack: str, pieces: Pieces, *, rngs: nnx.Rngs) -> nnx.Module:
-        del stack
-        return Block(self, *pieces, rngs=rngs)

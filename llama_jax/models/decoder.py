@@ -4,16 +4,13 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from llama_jax.models.block import Aux, Layers
-from llama_jax.models.compute import Compute
-from llama_jax.models.config import TransformerConfig
-from llama_jax.models.parts import Embedding
-from llama_jax.models.transformer import Batch, LossTerm, Transformer
-from llama_jax.nn import AttentionMask, child, unzigzag, zigzag
+from llama_jax.models.config import Compute, Pieces, TransformerConfig
+from llama_jax.models.model import Batch, LossTerm, Transformer
+from llama_jax.models.stack import Aux, Block, Layers
+from llama_jax.nn import Mask, unzigzag, zigzag
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +23,15 @@ class DecoderConfig(TransformerConfig):
     joins_source = True
 
     def build_parts(self, *, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
-        return {
-            "embedding": Embedding(self.vocab_size, self.hidden_size, rngs=child(rngs, "embedding")),
-            **self.embedding_parts(rngs=rngs),
-            **self.final_norm(rngs=rngs),
-            **self.head_parts(rngs=rngs),
-        }
+        return (
+            self.token_embedding(rngs=rngs)
+            | self.embedding_parts(rngs=rngs)
+            | self.final_norm(rngs=rngs)
+            | self.head_parts(rngs=rngs)
+        )
+
+    def build_block(self, stack: str, pieces: Pieces, *, rngs: nnx.Rngs) -> nnx.Module:
+        return Block(self, pieces, rngs=rngs)
 
     def build_model(self, parts: dict[str, nnx.Module], stacks: dict[str, Layers], compute: Compute) -> "Decoder":
         return Decoder(self, parts, stacks, compute)
@@ -52,65 +52,38 @@ class Decoder(Transformer):
         key: jax.Array | None = None,
         outputs: list[jax.Array] | None = None,
     ) -> tuple[Float[Array, "b t d"], Aux]:
-        """Final hidden states, and the layers' auxiliary arrays. Positions default to 0, 1, 2...
+        """Return final hidden states, and the layers' auxiliary arrays. Positions default to 0, 1, 2...
 
-        Tokens whose `prefix` is 1 are seen by all of their document, by what stands before them too. Where a context
-        axis splits the sequence, all of these are in zigzag order (`nn.attention.context`). `key` is for dropout;
-        `outputs` is given what every block gives.
+        All tokens of a document attend to those whose `prefix` is 1, tokens before them too. Where a context axis
+        splits the sequence, all arrays are in zigzag order (`nn/attention/context.py`). `key` is for dropout; the
+        results of all blocks are appended to `outputs`.
         """
-        if positions is None:
-            positions = zigzag(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
-        mask = self.row_mask(tokens.shape[1], segment_ids=segment_ids, prefix=prefix, dropout_key=key)
-        x = self.embed(tokens, positions, mask)
-        x, aux = self.layers(x, positions=positions, mask=mask, remat=self.compute.remat, outputs=outputs)
-        return self.normed(x), aux
+        mask = Mask(segment_ids=segment_ids, prefix=prefix)
+        hidden, _, aux = self.run_stack(tokens, positions, mask, key=key, outputs=outputs)
+        return hidden, aux
 
-    def row_mask(self, length: int, **fields: Any) -> AttentionMask:
-        """The mask of whole rows."""
-        places = jnp.arange(length)
-        return self.mask(bias=self.bias(places[None], places), **fields)
-
-    def __call__(
-        self,
-        tokens: Int[Array, "b t"],
-        *,
-        positions: Int[Array, "b t"] | None = None,
-        segment_ids: Int[Array, "b t"] | None = None,
-        prefix: Int[Array, "b t"] | None = None,
-    ) -> Float[Array, "b t v"]:
-        """float32 logits at every position."""
-        tokens, positions, segment_ids, prefix = jax.tree.map(zigzag, (tokens, positions, segment_ids, prefix))
-        hidden, _ = self.trunk(tokens, positions=positions, segment_ids=segment_ids, prefix=prefix)
-        return self.logits(unzigzag(hidden))
+    def __call__(self, tokens: Int[Array, "b t"], **others: Int[Array, "b t"] | None) -> Float[Array, "b t v"]:
+        """Return float32 logits at every position; other arguments are `positions`, `segment_ids` and `prefix`."""
+        tokens, others = jax.tree.map(zigzag, (tokens, others))
+        return self.logits(unzigzag(self.trunk(tokens, **others)[0]))
 
     def hidden_states(
-        self,
-        tokens: Int[Array, "b t"],
-        *,
-        positions: Int[Array, "b t"] | None = None,
-        segment_ids: Int[Array, "b t"] | None = None,
-        prefix: Int[Array, "b t"] | None = None,
+        self, tokens: Int[Array, "b t"], **others: Int[Array, "b t"] | None
     ) -> dict[str, list[Float[Array, "b t d"]]]:
-        """What every block gives, by stack."""
-        tokens, positions, segment_ids, prefix = jax.tree.map(zigzag, (tokens, positions, segment_ids, prefix))
+        """Return the results of every block for the arguments of a call, by stack."""
+        tokens, others = jax.tree.map(zigzag, (tokens, others))
         outputs: list[jax.Array] = []
-        self.trunk(tokens, positions=positions, segment_ids=segment_ids, prefix=prefix, outputs=outputs)
+        self.trunk(tokens, **others, outputs=outputs)
         return {"layers": [unzigzag(x) for x in outputs]}
 
     def loss_terms(self, batch: Batch, *, key: jax.Array | None = None) -> tuple[list[LossTerm], Aux]:
-        hidden, aux = self.trunk(
-            batch["tokens"],
-            positions=batch["positions"],
-            segment_ids=batch["segment_ids"],
-            prefix=batch.get("prefix"),
-            key=key,
-        )
-        main = LossTerm("loss", hidden, batch["targets"], batch["weights"], self.head, self.head_weight())
-        return [main], aux
+        mask = Mask(segment_ids=batch["segment_ids"], prefix=batch.get("prefix"))
+        hidden, _, aux = self.run_stack(batch["tokens"], batch["positions"], mask, key=key)
+        return [self.main_term(hidden, batch)], aux
 
     def init_cache(self, batch: int, length: int) -> list[Any]:
-        """Empty caches of all layers for `length` positions."""
-        return [block.attention.init_cache(batch, length, self.compute.jax_dtype) for block in self.layers.prefix]
+        """Return empty caches of all layers for `length` positions."""
+        return [block.attention.init_cache(batch, length, self.compute.jax_dtype) for block in self.layers.leading]
 
     def extend(
         self,
@@ -118,18 +91,17 @@ class Decoder(Transformer):
         *,
         cache: list[Any],
         lengths: Int[Array, " b"],
-        valid: Bool[Array, "b t"] | None = None,
+        is_token: Bool[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b t d"], list[Any]]:
-        """Hidden states of T more tokens in rows that hold `lengths` already, and the cache with them in it.
+        """Return hidden states of T more tokens in rows that hold `lengths` tokens, and the cache with them in it.
 
-        What is not `valid` stands behind a row's end, and is as if it were not there. Layers have to be unrolled: with
-        the cache as a scan output or carry decoding is up to twice as slow.
+        Inputs where `is_token` is false are padding behind a row's end. Layers have to be unrolled: with the cache as a
+        scan output or carry decoding is up to twice as slow.
         """
-        assert not self.layers.pattern
-        index, mask = self.cache_mask(tokens.shape[1], cache, lengths, valid)
-        x = self.embed(tokens, index, mask)
-        new = []
-        for block, layer_cache in zip(self.layers.prefix, cache, strict=True):
-            x, _, layer_cache = block(x, positions=index, mask=mask, cache=layer_cache)
+        assert not self.layers.repeated
+        positions, ctx = self.cache_context(tokens.shape[1], cache, lengths, is_token)
+        x, new = self.embed(tokens, positions, ctx), []
+        for block, layer_cache in zip(self.layers.leading, cache, strict=True):
+            x, _, layer_cache = block(x, positions=positions, ctx=ctx, cache=layer_cache)
             new.append(layer_cache)
-        return self.normed(x), new
+        return self.final(x, ctx), new

@@ -1,4 +1,4 @@
-"""The encoder: every token sees all others of its text. Heads say what a masked token was, or what the text is."""
+"""The encoder: every token attends to all others of its text. Heads predict masked tokens, or classify the text."""
 
 import dataclasses
 from typing import Any, Literal
@@ -10,17 +10,18 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import UserError
-from llama_jax.models.block import Aux, Layers
-from llama_jax.models.compute import Compute
-from llama_jax.models.config import TransformerConfig, full_score_flops
-from llama_jax.models.parts import Embedding
-from llama_jax.models.transformer import Batch, LossTerm, Transformer
+from llama_jax.models.config import Compute, Pieces, TransformerConfig, full_score_flops
+from llama_jax.models.model import Batch, LossTerm, Transformer
+from llama_jax.models.stack import Aux, Block, Layers
 from llama_jax.nn import (
     ACTIVATIONS,
     Activation,
-    AttentionMask,
+    Embedding,
+    ForwardContext,
+    Mask,
     Norm,
     Projection,
+    check_at_least,
     check_rate,
     child,
     dropout,
@@ -31,20 +32,20 @@ from llama_jax.nn import (
 )
 from llama_jax.parallel import shard
 
-# Parts that read the first token of a text alone.
+# Parts that use the first token of a text alone.
 FIRST_TOKEN_PARTS = ("pooler", "pair_head", "classifier_dense", "classifier")
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig(TransformerConfig):
-    """A model of texts that are there as a whole (Devlin et al. 2019, BERT; Liu et al. 2019, RoBERTa).
+    """A bidirectional model of whole texts (Devlin et al. 2019, BERT; Liu et al. 2019, RoBERTa).
 
     num_token_types: kinds of tokens, each with a vector that is added to its embeddings; 0 for none.
     head_transform: activation of a layer, normalised, between the last block and the head of masked tokens, or none.
-    pooler: a layer with tanh that reads the first token.
-    pair_head: whether the second of two texts follows the first, read from the pooler.
-    num_classes: kinds of texts that a classifier tells apart; 0 for none.
-    classifier: what the classifier reads: the pooler (BERT), or a dense layer with tanh of its own (RoBERTa).
+    pooler: a layer with tanh on the first token.
+    pair_head: a head on the pooler that predicts if the second of two texts follows the first.
+    num_classes: classes of texts that a classifier distinguishes; 0 for no classifier.
+    classifier: input of the classifier: the pooler (BERT), or a separate dense layer with tanh (RoBERTa).
     classifier_dropout: rate before the classifier; none for `dropout`.
     """
 
@@ -60,9 +61,7 @@ class EncoderConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_token_types", "num_classes"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 0")
+        check_at_least(self, 0, "num_token_types", "num_classes")
         check_rate("classifier_dropout", self.classifier_dropout or 0.0)
         if self.head_transform is not None and self.norm is None:
             raise UserError(f"head_transform={self.head_transform!r} needs a norm")
@@ -78,8 +77,7 @@ class EncoderConfig(TransformerConfig):
         return frozenset(names | ({"class_targets"} if self.num_classes else set()))
 
     def build_parts(self, *, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
-        width, wide = self.hidden_size, {"embed": self.hidden_size}
-        parts: dict[str, nnx.Module] = {"embedding": Embedding(self.vocab_size, width, rngs=child(rngs, "embedding"))}
+        width, parts = self.hidden_size, self.token_embedding(rngs=rngs)
         if self.num_token_types:
             name = "token_type_embedding"
             parts[name] = Embedding(self.num_token_types, width, rngs=child(rngs, name))
@@ -97,8 +95,11 @@ class EncoderConfig(TransformerConfig):
         }
         for name, size in outputs.items():
             if size:
-                parts[name] = Projection(wide, {"_out": size}, bias=True, rngs=child(rngs, name))
+                parts[name] = Projection({"embed": width}, {"_out": size}, bias=True, rngs=child(rngs, name))
         return parts | self.head_parts(rngs=rngs)
+
+    def build_block(self, stack: str, pieces: Pieces, *, rngs: nnx.Rngs) -> nnx.Module:
+        return Block(self, pieces, rngs=rngs)
 
     def build_model(self, parts: dict[str, nnx.Module], stacks: dict[str, Layers], compute: Compute) -> "Encoder":
         return Encoder(self, parts, stacks, compute)
@@ -112,7 +113,6 @@ class EncoderConfig(TransformerConfig):
         return super().tokens_of(name, target_length, source_length)
 
     def score_flops(self, target_length: int, source_length: int) -> float:
-        """FLOPs of a row's forward pass in all layers' attention scores, in full: every token sees every other."""
         return full_score_flops([mixer for mixer, _ in self.layer_pieces()], target_length + source_length)
 
     def example(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -139,7 +139,7 @@ class HeadTransform(nnx.Module):
 
 
 class Encoder(Transformer):
-    """Tokens to logits of what they were, to a vector of the text, and to its class."""
+    """Tokens to logits of masked tokens, to a vector of the text, and to its class."""
 
     layers: Layers
 
@@ -152,37 +152,32 @@ class Encoder(Transformer):
         token_types: Int[Array, "b t"] | None = None,
         key: jax.Array | None = None,
         outputs: list[jax.Array] | None = None,
-    ) -> tuple[Float[Array, "b t d"], AttentionMask, Aux]:
-        """Final hidden states, the mask that they were made with, and the layers' auxiliary arrays.
+    ) -> tuple[Float[Array, "b t d"], ForwardContext, Aux]:
+        """Return final hidden states, the context they were made with, and the layers' auxiliary arrays.
 
-        Where a context axis splits the sequence, all of these are in zigzag order (`nn.attention.context`). `key` is
-        for dropout; `outputs` is given what every block gives.
+        Where a context axis splits the sequence, all arrays are in zigzag order (`nn/attention/context.py`). `key` is
+        for dropout; the results of all blocks are appended to `outputs`.
         """
-        places = jnp.arange(tokens.shape[1])
-        bias = self.bias(places[None], places)
-        mask = self.mask(causal=False, segment_ids=segment_ids, bias=bias, dropout_key=key)
-        kinds: Any = 0
+        added: Any = 0
         if (table := self.part("token_type_embedding")) is not None:
             token_types = jnp.zeros_like(tokens) if token_types is None else token_types
-            kinds = table(token_types, self.compute.jax_dtype)
+            added = table(token_types, self.compute.jax_dtype)
         elif token_types is not None:
             raise UserError("token_types are given to a model with num_token_types=0: leave them out")
-        x = self.embed(tokens, positions, mask, add=kinds)
-        x, aux = self.layers(x, positions=positions, mask=mask, remat=self.compute.remat, outputs=outputs)
-        return self.normed(x), mask, aux
+        mask = Mask(causal=False, segment_ids=segment_ids)
+        return self.run_stack(tokens, positions, mask, add=added, key=key, outputs=outputs)
 
     def __call__(self, tokens: Int[Array, "b t"], **others: Any) -> Float[Array, "b _"] | Float[Array, "b t v"]:
-        """float32 logits of the head that the model has: of the text's classes [B, C] where it tells any apart, else
-        of what stands at every position, or stood there before it was masked, [B, T, V].
+        """Return float32 logits of the model's head: of classes [B, C] with a classifier, else of tokens [B, T, V].
 
-        `mask` [B, T] is 1 at tokens and 0 at padding, which nothing sees; what the logits are at padding means nothing.
-        `segment_ids` [B, T] tell apart texts of one row. `token_types` default to 0, and `positions` to how many tokens
-        of the same text stand before.
+        `mask` [B, T] is 1 at tokens and 0 at padding, to which nothing attends; logits at padding mean nothing.
+        `segment_ids` [B, T] separate texts of one row. `token_types` default to 0, and `positions` to the number of
+        tokens of the same text before each.
         """
         return (self.token_logits if self.part("classifier") is None else self.class_logits)(tokens, **others)
 
     def token_logits(self, tokens: Int[Array, "b t"], **others: Any) -> Float[Array, "b t v"]:
-        """float32 logits of what stands at every position, for the arguments of a call."""
+        """Return float32 logits of the token at every position, for the arguments of a call."""
         return self.logits(self.encoded(tokens, **others))
 
     def encoded(
@@ -195,36 +190,38 @@ class Encoder(Transformer):
         segment_ids: Int[Array, "b t"] | None = None,
         outputs: list[jax.Array] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Final hidden states, in the order of the text; the arguments are those of a call."""
+        """Return final hidden states, in the order of the text, for the arguments of a call."""
         if mask is not None:
             segment_ids = mask if segment_ids is None else segment_ids * mask
         if positions is None:
-            positions = _places(tokens, segment_ids)
+            positions = _default_positions(tokens, segment_ids)
         arguments = {"positions": positions, "segment_ids": segment_ids, "token_types": token_types}
         tokens, arguments = jax.tree.map(zigzag, (tokens, arguments))
         return unzigzag(self.trunk(tokens, outputs=outputs, **arguments)[0])
 
     def hidden_states(self, tokens: Int[Array, "b t"], **others: Any) -> dict[str, list[Float[Array, "b t d"]]]:
-        """What every block gives for the arguments of a call, by stack."""
+        """Return the results of every block for the arguments of a call, by stack."""
         outputs: list[jax.Array] = []
         self.encoded(tokens, outputs=outputs, **others)
         return {"layers": [unzigzag(x) for x in outputs]}
 
     def pooled(self, tokens: Int[Array, "b t"], **others: Any) -> Float[Array, "b d"]:
-        """What the pooler makes of the first token, for the arguments of a call."""
+        """Return the pooler's vector of the first token, for the arguments of a call."""
         return self._pool(_first(self.encoded(tokens, **others)))[:, 0]
 
     def pair_logits(self, tokens: Int[Array, "b t"], **others: Any) -> Float[Array, "b two"]:
-        """float32 logits of whether the second text follows the first (entry 0, as released) or not, of a call's
-        arguments."""
+        """Return float32 logits of the second text following the first (entry 0, as released) or not.
+
+        The arguments are those of a call.
+        """
         self._need("pair_head", "pair_head=true")
         x = self._pool(_first(self.encoded(tokens, **others)))
         return self._first_token_head(x, self._weight("pair_head"))[:, 0]
 
     def class_logits(self, tokens: Int[Array, "b t"], **others: Any) -> Float[Array, "b c"]:
-        """float32 logits of the text's classes, for the arguments of a call."""
+        """Return float32 logits of the text's classes, for the arguments of a call."""
         self._need("classifier", "num_classes")
-        x = self._classified(_first(self.encoded(tokens, **others)), self.mask(causal=False))
+        x = self._classifier_inputs(_first(self.encoded(tokens, **others)), ForwardContext())
         return self._first_token_head(x, self._weight("classifier"))[:, 0]
 
     def main_logits(self, **inputs: Any) -> Float[Array, "b _ c"]:
@@ -235,23 +232,22 @@ class Encoder(Transformer):
         return super().logits(self._transformed(hidden))
 
     def loss_terms(self, batch: Batch, *, key: jax.Array | None = None) -> tuple[list[LossTerm], Aux]:
-        """Classes alone where the batch has them; else masked tokens, and whether texts follow where it asks."""
-        hidden, mask, aux = self.trunk(
+        """Return the term of classes alone where the batch has them; else that of masked tokens, and of pairs."""
+        hidden, ctx, aux = self.trunk(
             batch["tokens"],
             positions=batch["positions"],
             segment_ids=batch["segment_ids"],
             token_types=batch.get("token_types"),
             key=key,
         )
-        # Heads that read first tokens read every position: a packed row has many texts, and other weights are 0.
+        # Heads of first tokens are computed at every position, for a packed row has many texts; other weights are 0.
         head = self._first_token_head
         if "class_targets" in batch:
-            x, weight = self._classified(hidden, mask), self._weight("classifier")
+            x, weight = self._classifier_inputs(hidden, ctx), self._weight("classifier")
             return [LossTerm("loss", x, batch["class_targets"], batch["weights"], head, weight)], aux
-        x = self._transformed(hidden)
-        found = [LossTerm("loss", x, batch["targets"], batch["weights"], self.head, self.head_weight())]
+        found = [self.main_term(self._transformed(hidden), batch)]
         if "pair_targets" in batch:
-            # Released heads say "follows" with entry 0, the data with 1.
+            # Entry 0 of released heads means "follows"; in the data 1 does.
             x, targets, weight = self._pool(hidden), 1 - batch["pair_targets"], self._weight("pair_head")
             found.append(LossTerm("pair_loss", x, targets, batch["pair_weights"], head, weight))
         return found, aux
@@ -264,16 +260,15 @@ class Encoder(Transformer):
         self._need("pooler", "pooler=true")
         return jnp.tanh(self.part("pooler")(hidden))
 
-    def _classified(self, hidden: jax.Array, mask: AttentionMask) -> jax.Array:
-        """What the classifier multiplies."""
+    def _classifier_inputs(self, hidden: jax.Array, ctx: ForwardContext) -> jax.Array:
         config = self.config
         assert isinstance(config, EncoderConfig)
         rate = config.dropout if config.classifier_dropout is None else config.classifier_dropout
         if config.classifier == "pooler":
             x = self._pool(hidden)
         else:
-            x = jnp.tanh(self.part("classifier_dense")(dropout(hidden, rate, mask, "classifier_dense")))
-        return dropout(x, rate, mask, "classifier")
+            x = jnp.tanh(self.part("classifier_dense")(dropout(hidden, rate, ctx, "classifier_dense")))
+        return dropout(x, rate, ctx, "classifier")
 
     def _weight(self, part: str) -> dict[str, jax.Array]:
         module, dtype = self.part(part), self.compute.jax_dtype
@@ -288,8 +283,8 @@ class Encoder(Transformer):
             raise UserError(f"this model has no {part}: make or train one with {option}")
 
 
-def _places(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    """How many tokens of the same text stand before each."""
+def _default_positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """Return the number of tokens of the same text before each."""
     index = jnp.arange(tokens.shape[1])
     if segment_ids is None:
         return jnp.broadcast_to(index, tokens.shape)
@@ -299,5 +294,5 @@ def _places(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
 
 
 def _first(hidden: jax.Array) -> jax.Array:
-    """[B, T, D] -> [B, 1, D]."""
+    """Return the first token's hidden state, [B, T, D] -> [B, 1, D]."""
     return shard(hidden, "batch", None, None)[:, :1]

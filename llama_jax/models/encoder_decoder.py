@@ -10,9 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.config import UserError
-from llama_jax.models.block import Aux, Block, Layers
-from llama_jax.models.compute import Compute
 from llama_jax.models.config import (
+    Compute,
     LayerOverride,
     Pieces,
     TransformerConfig,
@@ -22,9 +21,9 @@ from llama_jax.models.config import (
     full_score_flops,
     with_overrides,
 )
-from llama_jax.models.parts import Embedding
-from llama_jax.models.transformer import Batch, LossTerm, Transformer
-from llama_jax.nn import AttentionMask, CrossAttention, PositionBias, check_rate, child, dropout
+from llama_jax.models.model import Batch, LossTerm, Transformer
+from llama_jax.models.stack import Aux, Block, Layers
+from llama_jax.nn import CrossAttention, ForwardContext, Mask, PositionBias, check_at_least, check_rate, dropout
 from llama_jax.parallel import mesh_axis_sizes, shard
 
 Cache = dict[str, Any]
@@ -36,12 +35,12 @@ class EncoderDecoderConfig(TransformerConfig):
 
     Encoder and decoder share the embedding, and the kind of everything else. max_positions is for each of them.
 
-    num_encoder_layers: blocks of the encoder.
-    cross_attention: of every layer of the decoder, to what the encoder gives.
-    decoder_start_id: the token that the decoder reads first.
+    num_encoder_layers: number of blocks of the encoder.
+    cross_attention: attention of every layer of the decoder to the encoder's results.
+    decoder_start_id: first token of the decoder's inputs.
     encoder_overrides: layers of the encoder whose attention or feed-forward differs.
-    encoder_position_bias: added to the encoder's attention scores, or none; position_bias is the decoder's alone.
-    final_dropout: of what leaves the last block of either, in training.
+    encoder_position_bias: bias added to the encoder's attention scores, or none; position_bias is the decoder's alone.
+    final_dropout: rate on the results of the last block of either, in training.
     never_written: tokens that sampling does not choose, whatever their logits.
     """
 
@@ -61,8 +60,7 @@ class EncoderDecoderConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_encoder_layers < 1:
-            raise UserError(f"num_encoder_layers={self.num_encoder_layers} must be at least 1")
+        check_at_least(self, 1, "num_encoder_layers")
         check_overrides("encoder_overrides", self.encoder_overrides, self.num_encoder_layers, "num_encoder_layers")
         bias, overrides = self.encoder_position_bias, self.encoder_overrides
         check_position_bias("encoder_position_bias", bias, self.attention, overrides)
@@ -80,17 +78,17 @@ class EncoderDecoderConfig(TransformerConfig):
         }
 
     def build_parts(self, *, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
-        return {
-            "embedding": Embedding(self.vocab_size, self.hidden_size, rngs=child(rngs, "embedding")),
-            **self.embedding_parts(rngs=rngs, prefix="encoder_"),
-            **self.embedding_parts(rngs=rngs),
-            **self.final_norm(rngs=rngs, prefix="encoder_"),
-            **self.final_norm(rngs=rngs),
-            **self.head_parts(rngs=rngs),
-        }
+        return (
+            self.token_embedding(rngs=rngs)
+            | self.embedding_parts(rngs=rngs, side="encoder_")
+            | self.embedding_parts(rngs=rngs)
+            | self.final_norm(rngs=rngs, side="encoder_")
+            | self.final_norm(rngs=rngs)
+            | self.head_parts(rngs=rngs)
+        )
 
     def build_block(self, stack: str, pieces: Pieces, *, rngs: nnx.Rngs) -> nnx.Module:
-        return Block(self, *pieces, cross_attention=self.cross_attention if stack == "layers" else None, rngs=rngs)
+        return Block(self, pieces, cross_attention=self.cross_attention if stack == "layers" else None, rngs=rngs)
 
     def build_model(self, parts: dict[str, nnx.Module], stacks: dict[str, Layers], compute: Compute) -> Transformer:
         return EncoderDecoder(self, parts, stacks, compute)
@@ -121,8 +119,8 @@ class EncoderDecoderConfig(TransformerConfig):
 class EncoderDecoder(Transformer):
     """Source and target to the target's logits. Made by `assemble` from parameters by name, or by `build`.
 
-    Sources are [B, S], targets [B, T]. Documents of packed rows are told apart by segment ids, 0 where there is none:
-    a document of the target sees the source of the same number.
+    Sources are [B, S], targets [B, T]. Segment ids separate documents of packed rows, and are 0 at padding: a document
+    of the target attends to the source of the same number.
     """
 
     encoder_layers: Layers
@@ -138,17 +136,13 @@ class EncoderDecoder(Transformer):
         key: jax.Array | None = None,
         outputs: list[jax.Array] | None = None,
     ) -> tuple[Float[Array, "b s d"], Aux]:
-        """What the decoder attends to, and the encoder's auxiliary arrays. Positions default to 0, 1, 2...
+        """Return the hidden states that the decoder attends to, and the encoder's auxiliary arrays.
 
-        `key` is for dropout; `outputs` is given what every block gives.
+        Positions default to 0, 1, 2... `key` is for dropout; the results of all blocks are appended to `outputs`.
         """
-        places = jnp.arange(source.shape[1])
-        bias = self.bias(places[None], places, prefix="encoder_")
-        mask = self.mask(causal=False, segment_ids=segment_ids, bias=bias, dropout_key=key)
-        positions = jnp.broadcast_to(places, source.shape) if positions is None else positions
-        x = self.embed(source, positions, mask, prefix="encoder_")
-        x, aux = self.encoder_layers(x, positions=positions, mask=mask, remat=self.compute.remat, outputs=outputs)
-        return self._final(x, mask, "encoder_"), aux
+        mask = Mask(causal=False, segment_ids=segment_ids)
+        encoded, _, aux = self.run_stack(source, positions, mask, side="encoder_", key=key, outputs=outputs)
+        return encoded, aux
 
     def decode(
         self,
@@ -161,88 +155,80 @@ class EncoderDecoder(Transformer):
         key: jax.Array | None = None,
         outputs: list[jax.Array] | None = None,
     ) -> tuple[Float[Array, "b t d"], Aux]:
-        """The target's final hidden states, and the decoder's auxiliary arrays; arguments as `encode` has them.
+        """Return the target's final hidden states, and the decoder's auxiliary arrays; arguments as for `encode`.
 
-        Without the source's segment ids all of it is seen.
+        Without the source's segment ids targets attend to all of it.
         """
-        places = jnp.arange(target.shape[1])
-        mask = self.mask(segment_ids=segment_ids, bias=self.bias(places[None], places), dropout_key=key)
-        positions = jnp.broadcast_to(places, target.shape) if positions is None else positions
-        x = self.embed(target, positions, mask)
-        x, aux = self.layers(
-            x,
-            positions=positions,
-            mask=mask,
-            source=(encoded, self._source_mask(target, segment_ids, source_segment_ids)),
-            remat=self.compute.remat,
-            outputs=outputs,
-        )
-        return self._final(x, mask, ""), aux
+        source = encoded, self._source_context(target, segment_ids, source_segment_ids)
+        mask = Mask(segment_ids=segment_ids)
+        hidden, _, aux = self.run_stack(target, positions, mask, source=source, key=key, outputs=outputs)
+        return hidden, aux
 
-    def _final(self, x: jax.Array, mask: AttentionMask, prefix: str) -> jax.Array:
-        return dropout(self.normed(x, prefix=prefix), self.config.final_dropout, mask, f"{prefix}final")
+    def final(self, x: Float[Array, "b t d"], ctx: ForwardContext, *, side: str = "") -> Float[Array, "b t d"]:
+        return dropout(super().final(x, ctx, side=side), self.config.final_dropout, ctx, f"{side}final")
 
-    def _source_mask(self, target: jax.Array, segments: jax.Array | None, of_source: jax.Array | None) -> AttentionMask:
-        """Who among the target sees what of the source."""
+    def _source_context(
+        self, target: jax.Array, segment_ids: jax.Array | None, source_segment_ids: jax.Array | None
+    ) -> ForwardContext:
+        """Return the context of the attention from the target to the source."""
         if mesh_axis_sizes().get("context", 1) > 1:
             raise UserError(
                 "mesh.context cannot split the sequences of an encoder-decoder: take 1, and more of mesh.fsdp"
             )
-        if of_source is None:
-            return self.mask(causal=False)
-        segments = shard(jnp.ones_like(target), "batch", None) if segments is None else segments
-        return self.mask(causal=False, segment_ids=segments, key_segment_ids=of_source)
+        if source_segment_ids is None:
+            return self.context(Mask(causal=False))
+        segment_ids = shard(jnp.ones_like(target), "batch", None) if segment_ids is None else segment_ids
+        return self.context(Mask(causal=False, segment_ids=segment_ids, key_segment_ids=source_segment_ids))
 
     def __call__(
         self, source: Int[Array, "b s"], target: Int[Array, "b t"], *, source_mask: Array | None = None
     ) -> Float[Array, "b t v"]:
-        """float32 logits of the target's every next token; `source_mask` [B, S] is false (0) at padding."""
-        segments = None if source_mask is None else source_mask.astype(jnp.int32)
-        encoded, _ = self.encode(source, segment_ids=segments)
-        return self.logits(self.decode(target, encoded, source_segment_ids=segments)[0])
+        """Return float32 logits of the target's every next token; `source_mask` [B, S] is false (0) at padding."""
+        segment_ids = None if source_mask is None else source_mask.astype(jnp.int32)
+        encoded, _ = self.encode(source, segment_ids=segment_ids)
+        return self.logits(self.decode(target, encoded, source_segment_ids=segment_ids)[0])
 
     def hidden_states(
         self, source: Int[Array, "b s"], target: Int[Array, "b t"], *, source_mask: Array | None = None
     ) -> dict[str, list[Float[Array, "b _ d"]]]:
-        """What every block gives, by stack."""
+        """Return the results of every block for the arguments of a call, by stack."""
         outputs: dict[str, list[jax.Array]] = {"encoder_layers": [], "layers": []}
-        segments = None if source_mask is None else source_mask.astype(jnp.int32)
-        encoded, _ = self.encode(source, segment_ids=segments, outputs=outputs["encoder_layers"])
-        self.decode(target, encoded, source_segment_ids=segments, outputs=outputs["layers"])
+        segment_ids = None if source_mask is None else source_mask.astype(jnp.int32)
+        encoded, _ = self.encode(source, segment_ids=segment_ids, outputs=outputs["encoder_layers"])
+        self.decode(target, encoded, source_segment_ids=segment_ids, outputs=outputs["layers"])
         return outputs
 
     def loss_terms(self, batch: Batch, *, key: jax.Array | None = None) -> tuple[list[LossTerm], Aux]:
-        keys = (None, None) if key is None else jax.random.split(key)
-        source_segments = batch["source_segment_ids"]
+        source_key, target_key = (None, None) if key is None else jax.random.split(key)
+        source_segment_ids = batch["source_segment_ids"]
         encoded, aux = self.encode(
-            batch["source_tokens"], positions=batch["source_positions"], segment_ids=source_segments, key=keys[0]
+            batch["source_tokens"], positions=batch["source_positions"], segment_ids=source_segment_ids, key=source_key
         )
         hidden, of_decoder = self.decode(
             batch["tokens"],
             encoded,
             positions=batch["positions"],
             segment_ids=batch["segment_ids"],
-            source_segment_ids=source_segments,
-            key=keys[1],
+            source_segment_ids=source_segment_ids,
+            key=target_key,
         )
-        main = LossTerm("loss", hidden, batch["targets"], batch["weights"], self.head, self.head_weight())
-        return [main], aux | of_decoder
+        return [self.main_term(hidden, batch)], aux | of_decoder
 
     def init_cache(
         self, batch: int, length: int, *, source: Int[Array, "b s"], source_mask: Bool[Array, "b s"]
     ) -> Cache:
-        """The source's keys and values in every layer, and empty caches of the decoder for `length` positions.
+        """Return the source's keys and values in every layer, and empty caches of the decoder for `length` positions.
 
         The source is encoded here, once; `source_mask` is false at its padding.
         """
-        assert not self.layers.pattern
-        segments = source_mask.astype(jnp.int32)
-        encoded, _ = self.encode(source, segment_ids=segments)
-        blocks, dtype = self.layers.prefix, self.compute.jax_dtype
+        assert not self.layers.repeated
+        segment_ids = source_mask.astype(jnp.int32)
+        encoded, _ = self.encode(source, segment_ids=segment_ids)
+        blocks, dtype = self.layers.leading, self.compute.jax_dtype
         return {
             "layers": [block.attention.init_cache(batch, length, dtype) for block in blocks],
             "source": [block.cross_attention.keys(encoded) for block in blocks],
-            "source_segments": segments,
+            "source_segments": segment_ids,
         }
 
     def extend(
@@ -251,17 +237,16 @@ class EncoderDecoder(Transformer):
         *,
         cache: Cache,
         lengths: Int[Array, " b"],
-        valid: Bool[Array, "b t"] | None = None,
+        is_token: Bool[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b t d"], Cache]:
-        """Hidden states of T more tokens in targets that hold `lengths` already, and the cache with them in it.
+        """Return hidden states of T more tokens in targets that hold `lengths` tokens, and the cache with them in it.
 
-        What is not `valid` stands behind a row's end, and is as if it were not there.
+        Inputs where `is_token` is false are padding behind a row's end.
         """
-        index, mask = self.cache_mask(tokens.shape[1], cache["layers"], lengths, valid)
-        source_mask = self._source_mask(tokens, None, cache["source_segments"])
-        x = self.embed(tokens, index, mask)
-        new = []
-        for block, own, keys in zip(self.layers.prefix, cache["layers"], cache["source"], strict=True):
-            x, _, own = block(x, positions=index, mask=mask, cache=own, source=(keys, source_mask))
+        positions, ctx = self.cache_context(tokens.shape[1], cache["layers"], lengths, is_token)
+        source_ctx = self._source_context(tokens, None, cache["source_segments"])
+        x, new = self.embed(tokens, positions, ctx), []
+        for block, own, keys in zip(self.layers.leading, cache["layers"], cache["source"], strict=True):
+            x, _, own = block(x, positions=positions, ctx=ctx, cache=own, source=(keys, source_ctx))
             new.append(own)
-        return self.normed(x), cache | {"layers": new}
+        return self.final(x, ctx), cache | {"layers": new}

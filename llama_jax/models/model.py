@@ -1,24 +1,196 @@
-"""A model with its weights: what notebooks and the sampler hold."""
+"""The base of all models, and a model with its weights: what notebooks and the sampler hold."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from llama_jax.models.compute import Compute
-from llama_jax.models.config import ModelConfig
+from llama_jax.models.config import Compute, ModelConfig, TransformerConfig
 from llama_jax.models.layout import Params, assemble, flatten, init_params
-from llama_jax.nn import seed_value
+from llama_jax.models.stack import Aux, Layers
+from llama_jax.nn import ForwardContext, Mask, dropout, gather, matmul, seed_value, zigzag
+from llama_jax.parallel import axes_of, shard
+
+type Batch = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class LossTerm:
+    """A cross-entropy that training takes: `coefficient` times the weighted mean over all targets.
+
+    name: its name among the metrics.
+    hidden: [B, T, D], the head's inputs.
+    targets: [B, T], the token whose logit should be high.
+    weights: [B, T], the weight of each target; 0 where there is none.
+    head: function of (hidden, head_weight) that returns float32 logits.
+    head_weight: the head's parameters as they are stored.
+    coefficient: factor of the term in the loss.
+    """
+
+    name: str
+    hidden: jax.Array
+    targets: jax.Array
+    weights: jax.Array
+    head: Callable[[jax.Array, Any], jax.Array]
+    head_weight: Any
+    coefficient: float = 1.0
+
+
+class Transformer(nnx.Module):
+    """Parts by name and stacks of blocks; subclasses are decoders, encoders and encoder-decoders.
+
+    A model with two stacks has parts whose names begin with `side`, `encoder_`; else it is empty.
+    """
+
+    embedding: Any
+
+    def __init__(
+        self, config: TransformerConfig, parts: dict[str, nnx.Module], stacks: dict[str, Layers], compute: Compute
+    ):
+        self.config, self.compute = config, compute
+        self.part_names, self.stack_names = tuple(parts), tuple(stacks)
+        for name, module in (parts | stacks).items():
+            setattr(self, name, module)
+
+    def part(self, name: str) -> Any:
+        """Return a part, or None where this model has none of that name."""
+        return getattr(self, name, None)
+
+    def context(self, mask: Mask, **fields: Any) -> ForwardContext:
+        """Return the context of a forward pass with this mask: segment 0 is padding, and the run names the kernels."""
+        fields = {"is_token": None if mask.segment_ids is None else mask.segment_ids > 0} | fields
+        kernel, strategy = self.compute.attention_kernel, self.compute.context
+        return ForwardContext(mask, kernel=kernel, context_strategy=strategy, **fields)
+
+    def run_stack(
+        self,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "b t"] | None,
+        mask: Mask,
+        *,
+        side: str = "",
+        add: Any = 0,
+        source: tuple[jax.Array, ForwardContext] | None = None,
+        key: jax.Array | None = None,
+        outputs: list[jax.Array] | None = None,
+    ) -> tuple[Float[Array, "b t d"], ForwardContext, Aux]:
+        """Return final hidden states of whole rows, the context they were made with, and auxiliary arrays by name.
+
+        Positions default to 0, 1, 2... Where a context axis splits the sequence, all arrays are in zigzag order.
+        `add` is added to the embeddings; `source` is another sequence and the context of the attention to it; `key` is
+        for dropout; the results of all blocks are appended to `outputs`.
+        """
+        if positions is None:
+            positions = zigzag(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
+        ctx = self.row_context(mask, tokens.shape[1], key, side=side)
+        x = self.embed(tokens, positions, ctx, side=side, add=add)
+        layers, remat = getattr(self, f"{side}layers"), self.compute.remat
+        x, aux = layers(x, positions=positions, ctx=ctx, source=source, remat=remat, outputs=outputs)
+        return self.final(x, ctx, side=side), ctx, aux
+
+    def row_context(self, mask: Mask, length: int, key: jax.Array | None, *, side: str = "") -> ForwardContext:
+        """Return the context of whole rows of this length, with the bias of their scores."""
+        places = jnp.arange(length)
+        return self.context(mask, position_bias=self.bias(places[None], places, side=side), dropout_key=key)
+
+    def cache_context(
+        self, length: int, cache: list[Any], lengths: Int[Array, " b"], is_token: Bool[Array, "b t"] | None
+    ) -> tuple[Int[Array, "b t"], ForwardContext]:
+        """Return positions and context of `length` more inputs in rows whose caches hold `lengths` tokens."""
+        places, bias = lengths[:, None] + jnp.arange(length), None
+        if self.part("position_bias") is not None:
+            num_keys = max(x.shape[2] for x in jax.tree.leaves(cache) if x.ndim == 4)  # keys are [B, K, S, H]
+            bias = self.bias(places, jnp.arange(num_keys))
+        return places, self.context(Mask(query_places=places), is_token=is_token, position_bias=bias)
+
+    def bias(self, queries: Int[Array, "#b t"], keys: Int[Array, " s"], *, side: str = "") -> jax.Array | None:
+        """Return the bias of the scores between these positions, [1 or B, N, T, S], or None."""
+        part = self.part(f"{side}position_bias")
+        return None if part is None else part(queries, keys)
+
+    def embed(
+        self,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "b t"],
+        ctx: ForwardContext,
+        *,
+        side: str = "",
+        add: Any = 0,
+    ) -> Float[Array, "b t d"]:
+        """Return the first block's inputs: embeddings, scaled, with positions and `add`, normalised."""
+        x = self.embedding(tokens, self.compute.jax_dtype)
+        if self.config.embedding_scale != 1:
+            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        if (table := self.part(f"{side}positions")) is not None:
+            x = x + table(positions, x.dtype)
+        x = x + add
+        if (norm := self.part(f"{side}embedding_norm")) is not None:
+            x = norm(x)
+        return dropout(x, self.config.dropout, ctx, f"{side}embedding")
+
+    def final(self, x: Float[Array, "b t d"], ctx: ForwardContext, *, side: str = "") -> Float[Array, "b t d"]:
+        """Return the last block's results, normalised where the blocks do not end with a norm."""
+        norm = self.part(f"{side}norm")
+        return x if norm is None else norm(x)
+
+    def head_weight(self) -> Any:
+        """Return the argument of `head`, as it is stored: [V, D] where tied, else [D, V]; transposing would copy it."""
+        lm_head = self.part("lm_head")
+        weight = (self.embedding if lm_head is None else lm_head).weight[...].astype(self.compute.jax_dtype)
+        if (head_bias := self.part("head_bias")) is None:
+            return weight
+        bias = head_bias.bias[...]
+        if axes_of(weight)[0 if lm_head is None else 1]:
+            bias = shard(bias, "vocab")  # a fixed one is stored whole, and has to be split as the logits are
+        return {"weight": weight, "bias": bias}
+
+    def head(self, hidden: Float[Array, "b t d"], weight: Any) -> Float[Array, "b t v"]:
+        """Return float32 logits."""
+        weight, bias = (weight["weight"], weight["bias"]) if isinstance(weight, dict) else (weight, None)
+        tied = self.part("lm_head") is None
+        weight = gather(weight, ("vocab", "embed") if tied else ("embed", "vocab"))
+        logits = matmul(hidden, weight, out_axis="vocab", transposed=tied, dtype=jnp.float32)
+        if self.config.logit_scale != 1:
+            logits = logits * self.config.logit_scale
+        if bias is not None:
+            logits = logits + bias.astype(jnp.float32)
+        if (cap := self.config.logit_softcap) is not None:
+            logits = cap * jnp.tanh(logits / cap)
+        return logits
+
+    def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+        """Return float32 logits of final hidden states."""
+        return self.head(hidden, self.head_weight())
+
+    def main_logits(self, **inputs: Any) -> Float[Array, "b _ c"]:
+        """Return the float32 logits of a call with these arguments, as [B, T, V]."""
+        return self(**inputs)  # type: ignore[operator]
+
+    def loss_terms(self, batch: Batch, *, key: jax.Array | None = None) -> tuple[list[LossTerm], Aux]:
+        """Return the terms of the loss, the main one first, and the layers' auxiliary arrays.
+
+        `key` is the random key of dropout and the like; without one there is none.
+        """
+        raise NotImplementedError
+
+    def main_term(self, hidden: jax.Array, batch: Batch) -> LossTerm:
+        """Return the loss of the batch's targets by the head."""
+        return LossTerm("loss", hidden, batch["targets"], batch["weights"], self.head, self.head_weight())
 
 
 class Model:
-    """Callable on tokens; enters its own mesh and is jitted. `module` is the NNX module inside, with its layers."""
+    """A model with its weights: callable on tokens, on the mesh that it holds, and jitted.
+
+    `module` is the NNX module inside, with its layers.
+    """
 
     def __init__(self, module: Any, mesh: Mesh | None = None):
         self.graphdef, self.state = nnx.split(module)
@@ -26,10 +198,12 @@ class Model:
 
     @property
     def module(self) -> Any:
+        """The NNX module."""
         return nnx.merge(self.graphdef, self.state)
 
     @property
     def config(self) -> ModelConfig:
+        """The model's config."""
         return self.module.config
 
     @property
@@ -38,26 +212,33 @@ class Model:
         return self.module.layers
 
     def params(self) -> Params:
-        """Parameters by canonical name, stacked over layers."""
+        """Return parameters by name, stacked over layers."""
         with self.on_mesh():
             return flatten(self.module)
 
     def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
-        return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
+        """Return a context in which the model's mesh is the current one."""
+        return _on_mesh(self.mesh)
 
     def __call__(self, *arguments: Any, **named: Any) -> Float[Array, "b *t v"]:
-        """The module's own call, jitted: token ids [B, T] (and what else it takes) -> float32 logits [B, T, V], or
-        [B, C] of a model that tells texts apart."""
-        return self.run(_call, arguments, named)
+        """Call the module, jitted: token ids [B, T] (and its other arguments) -> float32 logits [B, T, V].
+
+        Logits of an encoder with a classifier are [B, C].
+        """
+        return self.run(_method, arguments, named, name="__call__")
 
     def hidden_states(self, *arguments: Any, **named: Any) -> dict[str, list[Float[Array, "b t d"]]]:
-        """What every block gives for the arguments of a call, by stack."""
-        return self.run(_hidden_states, arguments, named)
+        """Return the results of every block for the arguments of a call, by stack."""
+        return self.run(_method, arguments, named, name="hidden_states")
 
     def run(self, function: Callable[..., Any], *arguments: Any, **static: Any) -> Any:
-        """`jit(function)(module, *arguments, **static)` on the model's mesh; keyword arguments are static."""
+        """Call `jit(function)(module, *arguments, **static)` on the model's mesh; keyword arguments are static."""
         with self.on_mesh():
             return _run(function, self.graphdef, tuple(static.items()), self.state, *arguments)
+
+
+def _on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    return jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -65,22 +246,21 @@ def _run(function: Callable[..., Any], graphdef: Any, static: tuple[tuple[str, A
     return function(nnx.merge(graphdef, state), *arguments, **dict(static))
 
 
-def _call(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> jax.Array:
-    return module(*arguments, **named)
-
-
-def _hidden_states(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, list[jax.Array]]:
-    return module.hidden_states(*arguments, **named)
+def _method(module: Any, arguments: tuple[Any, ...], named: dict[str, Any], *, name: str) -> Any:
+    return getattr(module, name)(*arguments, **named)
 
 
 def build(config: ModelConfig, *, seed: int = 0, compute: Compute | None = None) -> Model:
-    """A model with random weights on the current mesh (`jax.set_mesh`), or on one device; `seed` is below 2**64."""
+    """Return a model with random weights on the current mesh (`jax.set_mesh`), or on one device.
+
+    `seed` is below 2**64.
+    """
     mesh = jax.sharding.get_mesh()
     return from_params(config, initialize(config, seed), compute or Compute(), None if mesh.empty else mesh)
 
 
 def initialize(config: ModelConfig, seed: int) -> Params:
-    """`init_params` compiled, on the current mesh: always the same program, so always the same bits."""
+    """Return `init_params` compiled, on the current mesh: always the same program, so always the same bits."""
     return _initializer(jax.default_backend())(config, seed_value(seed))
 
 
@@ -92,8 +272,8 @@ def _initializer(platform: str) -> Callable[[ModelConfig, np.ndarray], Params]:
 
 
 def from_params(config: ModelConfig, params: Params, compute: Compute, mesh: Mesh | None = None) -> Model:
-    """A model of parameters by name."""
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+    """Return a model of parameters by name."""
+    with _on_mesh(mesh):
         graphdef, state = _unrolled(config, compute, params)
     return Model(nnx.merge(graphdef, state), mesh)
 

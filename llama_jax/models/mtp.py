@@ -9,12 +9,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import UserError
-from llama_jax.models.block import Aux, Block, Layers, of_stack
-from llama_jax.models.compute import REMAT_POLICIES, Compute
-from llama_jax.models.config import Pieces
+from llama_jax.models.config import Compute, Pieces
 from llama_jax.models.decoder import Decoder, DecoderConfig
-from llama_jax.models.transformer import Batch, LossTerm
-from llama_jax.nn import AttentionMask, Projection, child, unzigzag, zigzag
+from llama_jax.models.model import Batch, LossTerm
+from llama_jax.models.stack import Aux, Block, Layers, of_stack, rematerialized
+from llama_jax.nn import ForwardContext, Mask, Projection, check_at_least, child, unzigzag, zigzag
 from llama_jax.parallel import shard
 
 STACK = "mtp_layers"
@@ -22,11 +21,12 @@ STACK = "mtp_layers"
 
 @dataclasses.dataclass(frozen=True)
 class MTPDecoderConfig(DecoderConfig):
-    """A causal language model that in training predicts further tokens than the next, one more with each of its further
-    blocks. They share the embedding and the head, and take no part in generation.
+    """A causal language model that in training also predicts tokens after the next, one with each further block.
 
-    num_mtp_layers: further tokens to predict.
-    mtp_weight: what the mean of the further losses is multiplied by.
+    Further blocks share the embedding and the head, and are not used in generation.
+
+    num_mtp_layers: number of further tokens to predict.
+    mtp_weight: factor of the mean of the further losses.
     """
 
     num_mtp_layers: int = 0
@@ -34,10 +34,7 @@ class MTPDecoderConfig(DecoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_mtp_layers < 0:
-            raise UserError(f"num_mtp_layers={self.num_mtp_layers} must be at least 0")
-        if self.mtp_weight < 0:
-            raise UserError(f"mtp_weight={self.mtp_weight} must be at least 0")
+        check_at_least(self, 0, "num_mtp_layers", "mtp_weight")
         if self.num_mtp_layers and self.norm is None:
             raise UserError(f"num_mtp_layers={self.num_mtp_layers} needs a norm: what it joins has to be of one size")
 
@@ -46,7 +43,7 @@ class MTPDecoderConfig(DecoderConfig):
         return super().stacks() | ({STACK: further} if further else {})
 
     def build_block(self, stack: str, pieces: Pieces, *, rngs: nnx.Rngs) -> nnx.Module:
-        return (MTPBlock if stack == STACK else Block)(self, *pieces, rngs=rngs)
+        return (MTPBlock if stack == STACK else Block)(self, pieces, rngs=rngs)
 
     def build_model(self, parts: dict[str, nnx.Module], stacks: dict[str, Layers], compute: Compute) -> "MTPDecoder":
         return MTPDecoder(self, parts, stacks, compute)
@@ -58,10 +55,10 @@ class MTPDecoderConfig(DecoderConfig):
 
 
 class MTPBlock(Block):
-    """A block on what is known at each place, joined with the token that follows there (equations 21 and 22)."""
+    """A block on the hidden state of each position, joined with the token that follows (equations 21 and 22)."""
 
-    def __init__(self, config: MTPDecoderConfig, attention: Any, feed_forward: Any, *, rngs: nnx.Rngs):
-        super().__init__(config, attention, feed_forward, rngs=rngs)
+    def __init__(self, config: MTPDecoderConfig, pieces: Pieces, *, rngs: nnx.Rngs):
+        super().__init__(config, pieces, rngs=rngs)
         width = config.hidden_size
         assert config.norm is not None
         self.enorm: Any = config.norm.build(width, rngs=child(rngs, "enorm"))
@@ -70,7 +67,7 @@ class MTPBlock(Block):
         self.norm: Any = config.norm.build(width, rngs=child(rngs, "norm"))
 
     def joined(self, hidden: Float[Array, "b t d"], embedded: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """What the block takes."""
+        """Return the block's inputs, of hidden states and the embeddings of the tokens that follow."""
         return self.eh_proj(jnp.concatenate([self.enorm(embedded), self.hnorm(hidden)], axis=-1))
 
 
@@ -78,8 +75,10 @@ class MTPDecoder(Decoder):
     """A `Decoder` with further blocks that only training uses."""
 
     def loss_terms(self, batch: Batch, *, key: jax.Array | None = None) -> tuple[list[LossTerm], Aux]:
-        """The next token, then with each further block the one after. Each takes the main model's final hidden state,
-        or that of the block before, as its norm leaves it."""
+        """Return the term of the next token, then with each further block that of one token later.
+
+        A further block uses the normalised final hidden states of the main model, or those of the block before.
+        """
         (main,), aux = super().loss_terms(batch, key=key)
         terms, hidden, config = [main], main.hidden, self.config
         assert isinstance(config, MTPDecoderConfig)
@@ -89,15 +88,15 @@ class MTPDecoder(Decoder):
             hidden, found = self._deeper(block, hidden, batch, depth, own_key)
             for name, value in of_stack(STACK, found).items():
                 aux[name] = jnp.concatenate([aux[name], value[None]]) if name in aux else value[None]
-            segments = batch["segment_ids"]
-            same = (_shifted(segments, depth, fill=-1) == segments).astype(batch["weights"].dtype)
+            segment_ids = batch["segment_ids"]
+            same = (_shifted(segment_ids, depth, fill=-1) == segment_ids).astype(batch["weights"].dtype)
             terms.append(
                 dataclasses.replace(
                     main,
                     name=f"mtp_{depth}_loss",
                     hidden=hidden,
                     targets=_shifted(batch["targets"], depth),
-                    weights=_shifted(batch["weights"], depth) * same,
+                    weights=_shifted(batch["weights"], depth) * same,  # targets in another document are no targets
                     coefficient=config.mtp_weight / config.num_mtp_layers,
                 )
             )
@@ -106,7 +105,7 @@ class MTPDecoder(Decoder):
     def mtp_logits(
         self, tokens: Int[Array, "b t"], *, segment_ids: Int[Array, "b t"] | None = None
     ) -> Float[Array, "b u v"]:
-        """float32 logits of the token after the next, at every position but the last, whose next is not there."""
+        """Return float32 logits of the token after the next, at every position that has a next token: U = T - 1."""
         further, (rows, length) = self.part(STACK), tokens.shape
         if further is None:
             raise UserError("a model with num_mtp_layers=0 predicts nothing but the next token: set it to 1 or more")
@@ -119,24 +118,23 @@ class MTPDecoder(Decoder):
     def _deeper(
         self, block: MTPBlock, hidden: jax.Array, batch: Batch, depth: int, key: jax.Array | None
     ) -> tuple[jax.Array, Aux]:
+        """Return the normalised hidden states of a further block, and its auxiliary arrays."""
         positions = batch["positions"]
-        seen = {name: batch.get(name) for name in ("segment_ids", "prefix")}
-        mask = self.row_mask(positions.shape[1], **seen, dropout_key=key)
-        embedded = self.embed(_shifted(batch["tokens"], depth), positions, mask)
+        mask = Mask(segment_ids=batch.get("segment_ids"), prefix=batch.get("prefix"))
+        ctx = self.row_context(mask, positions.shape[1], key)
+        embedded = self.embed(_shifted(batch["tokens"], depth), positions, ctx)
         graphdef, state = nnx.split(block)
 
-        def body(state: Any, hidden: jax.Array, embedded: jax.Array, mask: AttentionMask) -> tuple[jax.Array, Aux]:
+        def body(state: Any, hidden: jax.Array, embedded: jax.Array, ctx: ForwardContext) -> tuple[jax.Array, Aux]:
             block = nnx.merge(graphdef, state)
-            x, aux, _ = block(block.joined(hidden, embedded), positions=positions, mask=mask)
+            x, aux, _ = block(block.joined(hidden, embedded), positions=positions, ctx=ctx)
             return block.norm(x), aux
 
-        if self.compute.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.compute.remat])
-        return body(state, hidden, embedded, mask)
+        return rematerialized(body, self.compute.remat)(state, hidden, embedded, ctx)
 
 
 def _shifted(x: jax.Array, by: int, fill: int = 0) -> jax.Array:
-    """What stands so many places later in each row of the text; `fill` where that is beyond its end."""
+    """Return each row of the text moved `by` places to the left, with `fill` after its end."""
     whole = shard(unzigzag(x), "batch", None)
     by = min(by, whole.shape[1])
     return zigzag(jnp.pad(whole[:, by:], ((0, 0), (0, by)), constant_values=fill))

@@ -1,33 +1,47 @@
 """The pieces of a model, each a small frozen config dataclass with the module that it builds.
 
 In: a width and a stream of random keys, `config.build(width, rngs=rngs)`. Out: an NNX module. A new attention, norm or
-feed-forward is one file here, or one class in a notebook: derive the config from `Mixer`, `FeedForward` or `Norm`, what
-it builds from `MixerModule` or `FeedForwardModule`.
+feed-forward is one file here, or one class in a notebook: derive the config from `Mixer`, `FeedForward` or `Norm`, and
+its module from `MixerModule` or `FeedForwardModule`.
 """
 
-from llama_jax.nn.absolute_positions import (
-    LearnedPositions as LearnedPositions,
-    Positions as Positions,
-    PositionsModule as PositionsModule,
-    SinusoidalPositions as SinusoidalPositions,
-)
-from llama_jax.nn.attention.context import unzigzag as unzigzag, zigzag as zigzag
-from llama_jax.nn.attention.cross import CrossAttention as CrossAttention, CrossAttentionModule as CrossAttentionModule
-from llama_jax.nn.attention.grouped_query import GroupedQuery as GroupedQuery
-from llama_jax.nn.attention.kernels import (
+from llama_jax.nn.attention.attend import (
     KERNELS as KERNELS,
     Call as Call,
     attend as attend,
     calls_of_attend as calls_of_attend,
     choose as choose,
 )
+from llama_jax.nn.attention.blockwise import (
+    KEY_BLOCK as KEY_BLOCK,
+    MAX_QUERY_BLOCKS as MAX_QUERY_BLOCKS,
+    MIN_QUERY_BLOCK as MIN_QUERY_BLOCK,
+)
+from llama_jax.nn.attention.context import unzigzag as unzigzag, zigzag as zigzag
+from llama_jax.nn.attention.grouped_query import (
+    CrossAttention as CrossAttention,
+    CrossAttentionModule as CrossAttentionModule,
+    GroupedQuery as GroupedQuery,
+)
 from llama_jax.nn.attention.latent import LatentAttention as LatentAttention
 from llama_jax.nn.attention.sparse import SparseLatentAttention as SparseLatentAttention
-from llama_jax.nn.dropout import check_rate as check_rate, dropout as dropout
+from llama_jax.nn.base import (
+    FeedForward as FeedForward,
+    FeedForwardModule as FeedForwardModule,
+    ForwardContext as ForwardContext,
+    Mask as Mask,
+    Mixer as Mixer,
+    MixerModule as MixerModule,
+    check_at_least as check_at_least,
+    check_rate as check_rate,
+    dropout as dropout,
+)
 from llama_jax.nn.experts.experts import Experts as Experts, ExpertsModule as ExpertsModule
 from llama_jax.nn.experts.routers import (
     GShardRouter as GShardRouter,
     Router as Router,
+    RouterModule as RouterModule,
+    Routing as Routing,
     SigmoidTopK as SigmoidTopK,
     SoftmaxTopK as SoftmaxTopK,
     SwitchRouter as SwitchRouter,
@@ -39,16 +53,12 @@ from llama_jax.nn.feed_forward import (
     GatedLinearUnit as GatedLinearUnit,
     SwiGLU as SwiGLU,
 )
-from llama_jax.nn.masks import AttentionMask as AttentionMask
-from llama_jax.nn.mixer import (
-    FeedForward as FeedForward,
-    FeedForwardModule as FeedForwardModule,
-    Mixer as Mixer,
-    MixerModule as MixerModule,
-)
 from llama_jax.nn.norms import LayerNorm as LayerNorm, Norm as Norm, RMSNorm as RMSNorm
 from llama_jax.nn.parameters import (
+    EMBEDDING_STD as EMBEDDING_STD,
     Buffer as Buffer,
+    Embedding as Embedding,
+    HeadBias as HeadBias,
     Projection as Projection,
     buffer as buffer,
     cast_and_gather as cast_and_gather,
@@ -60,19 +70,15 @@ from llama_jax.nn.parameters import (
     seed_key as seed_key,
     seed_value as seed_value,
 )
-from llama_jax.nn.position_bias import (
+from llama_jax.nn.positions import (
     Alibi as Alibi,
+    LearnedPositions as LearnedPositions,
     PositionBias as PositionBias,
     PositionBiasModule as PositionBiasModule,
+    Positions as Positions,
+    PositionsModule as PositionsModule,
     RelativeBias as RelativeBias,
-)
-from llama_jax.nn.positions import (
-    LinearScaling as LinearScaling,
-    Llama3Scaling as Llama3Scaling,
-    NTKScaling as NTKScaling,
-    Rope as Rope,
-    RopeScaling as RopeScaling,
-    YarnScaling as YarnScaling,
+    SinusoidalPositions as SinusoidalPositions,
 )
 from llama_jax.nn.recurrent import (
     GRU as GRU,
@@ -80,4 +86,12 @@ from llama_jax.nn.recurrent import (
     BidirectionalRNN as BidirectionalRNN,
     ElmanRNN as ElmanRNN,
     NGram as NGram,
+)
+from llama_jax.nn.rope import (
+    LinearScaling as LinearScaling,
+    Llama3Scaling as Llama3Scaling,
+    NTKScaling as NTKScaling,
+    Rope as Rope,
+    RopeScaling as RopeScaling,
+    YarnScaling as YarnScaling,
 )

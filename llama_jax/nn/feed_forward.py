@@ -1,4 +1,4 @@
-"""Feed-forwards."""
+"""Feed-forwards that act on every token alone."""
 
 import dataclasses
 import functools
@@ -9,10 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from llama_jax.config import UserError
-from llama_jax.nn.dropout import check_rate, dropout
-from llama_jax.nn.masks import AttentionMask
-from llama_jax.nn.mixer import FeedForward, FeedForwardModule
+from llama_jax.nn.base import FeedForward, FeedForwardModule, ForwardContext, check_at_least, check_rate, dropout
 from llama_jax.nn.parameters import Projection, child
 
 Activation = Literal["relu", "relu_squared", "gelu", "gelu_tanh", "silu", "tanh"]
@@ -24,7 +21,6 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
     "tanh": jnp.tanh,
 }
-_INSIDE = ("batch", "sequence", "mlp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,24 +39,10 @@ class MLP(FeedForward):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self.intermediate_size, self.dropout)
+        _check(self)
 
-    def build(self, width: int, *, rngs: nnx.Rngs) -> "MLPModule":
-        return MLPModule(self, width, rngs=rngs)
-
-
-class MLPModule(FeedForwardModule):
-    def __init__(self, config: MLP, width: int, *, rngs: nnx.Rngs):
-        self.config = config
-        outer, inner = {"embed": width}, {"mlp": config.intermediate_size}
-        self.up_proj = Projection(outer, inner, bias=config.bias, rngs=child(rngs, "up_proj"))
-        self.down_proj = Projection(inner, outer, bias=config.bias, rngs=child(rngs, "down_proj"))
-
-    def __call__(
-        self, x: Float[Array, "b t d"], *, mask: AttentionMask
-    ) -> tuple[Float[Array, "b t d"], dict[str, jax.Array]]:
-        h = ACTIVATIONS[self.config.activation](self.up_proj(x))
-        return self.down_proj(dropout(h, self.config.dropout, mask, "feed_forward", _INSIDE)), {}
+    def build(self, width: int, *, rngs: nnx.Rngs) -> "FeedForwardProjections":
+        return FeedForwardProjections(self, width, gated=False, rngs=rngs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +61,10 @@ class GatedLinearUnit(FeedForward):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self.intermediate_size, self.dropout)
+        _check(self)
 
-    def build(self, width: int, *, rngs: nnx.Rngs) -> "GatedLinearUnitModule":
-        return GatedLinearUnitModule(self, width, rngs=rngs)
+    def build(self, width: int, *, rngs: nnx.Rngs) -> "FeedForwardProjections":
+        return FeedForwardProjections(self, width, gated=True, rngs=rngs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,28 +81,34 @@ class SwiGLU(FeedForward):
     dropout: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
-        _check(self.intermediate_size, self.dropout)
+        _check(self)
 
-    def build(self, width: int, *, rngs: nnx.Rngs) -> "GatedLinearUnitModule":
-        return GatedLinearUnitModule(self, width, rngs=rngs)
+    def build(self, width: int, *, rngs: nnx.Rngs) -> "FeedForwardProjections":
+        return FeedForwardProjections(self, width, gated=True, rngs=rngs)
 
 
-class GatedLinearUnitModule(FeedForwardModule):
-    def __init__(self, config: GatedLinearUnit | SwiGLU, width: int, *, rngs: nnx.Rngs):
+def _check(config: MLP | GatedLinearUnit | SwiGLU) -> None:
+    check_at_least(config, 1, "intermediate_size")
+    check_rate("dropout", config.dropout)
+
+
+class FeedForwardProjections(FeedForwardModule):
+    """The projections of a feed-forward, with or without a gate."""
+
+    def __init__(self, config: MLP | GatedLinearUnit | SwiGLU, width: int, *, gated: bool, rngs: nnx.Rngs):
         self.config = config
         outer, inner = {"embed": width}, {"mlp": config.intermediate_size}
-        self.gate_proj = Projection(outer, inner, bias=config.bias, rngs=child(rngs, "gate_proj"))
-        self.up_proj = Projection(outer, inner, bias=config.bias, rngs=child(rngs, "up_proj"))
-        self.down_proj = Projection(inner, outer, bias=config.bias, rngs=child(rngs, "down_proj"))
+        projection = functools.partial(Projection, bias=config.bias)
+        self.gate_proj = projection(outer, inner, rngs=child(rngs, "gate_proj")) if gated else None
+        self.up_proj = projection(outer, inner, rngs=child(rngs, "up_proj"))
+        self.down_proj = projection(inner, outer, rngs=child(rngs, "down_proj"))
 
     def __call__(
-        self, x: Float[Array, "b t d"], *, mask: AttentionMask
+        self, x: Float[Array, "b t d"], *, ctx: ForwardContext
     ) -> tuple[Float[Array, "b t d"], dict[str, jax.Array]]:
-        h = ACTIVATIONS[self.config.activation](self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(dropout(h, self.config.dropout, mask, "feed_forward", _INSIDE)), {}
-
-
-def _check(intermediate_size: int, rate: float) -> None:
-    if intermediate_size < 1:
-        raise UserError(f"intermediate_size={intermediate_size} must be at least 1")
-    check_rate("dropout", rate)
+        activation = ACTIVATIONS[self.config.activation]
+        if self.gate_proj is None:
+            h = activation(self.up_proj(x))
+        else:
+            h = activation(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(dropout(h, self.config.dropout, ctx, "feed_forward", ("batch", "sequence", "mlp"))), {}

@@ -1,4 +1,4 @@
-"""Normalisation."""
+"""Normalisation; a new norm is a config that derives from `Norm`, and its module."""
 
 import dataclasses
 
@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from llama_jax.config import Component, UserError
+from llama_jax.config import Component
+from llama_jax.nn.base import check_above_zero
 from llama_jax.nn.parameters import cast_and_gather, parameter
 
 
@@ -15,6 +16,7 @@ class Norm(Component):
     """Config of a normalisation over the last dimension: the model's, or a head's."""
 
     def build(self, width: int, *, rngs: nnx.Rngs) -> nnx.Module:
+        """Return the module, which maps [..., width] to the same shape and dtype."""
         raise NotImplementedError
 
 
@@ -23,31 +25,33 @@ class RMSNorm(Norm):
     """x / rms(x) * weight, with no bias (Zhang and Sennrich 2019; every released Llama).
 
     eps: added to the mean square.
-    cast_last: multiply by the weight in float32 and round then, as ChatGLM does; Llama and T5 round first.
+    cast_last: multiply by the weight in float32 and round after it, as ChatGLM does; Llama and T5 round first.
     """
 
     eps: float
     cast_last: bool = False
 
     def __post_init__(self) -> None:
-        _check_eps(self.eps)
+        check_above_zero(self, "eps")
 
     def build(self, width: int, *, rngs: nnx.Rngs) -> "RMSNormModule":
         return RMSNormModule(self, width, rngs=rngs)
 
 
 class RMSNormModule(nnx.Module):
+    """Root-mean-square normalisation; the mean square is of float32 values."""
+
     def __init__(self, config: RMSNorm, width: int, *, rngs: nnx.Rngs):
         self.config = config
         self.weight = parameter(rngs, "weight", (width,), (None,), std=None)
 
     def __call__(self, x: Float[Array, "*lead d"]) -> Float[Array, "*lead d"]:
         x_32 = x.astype(jnp.float32)
-        normal = x_32 * jax.lax.rsqrt(jnp.mean(x_32 * x_32, axis=-1, keepdims=True) + self.config.eps)
+        normed = x_32 * jax.lax.rsqrt(jnp.mean(x_32 * x_32, axis=-1, keepdims=True) + self.config.eps)
         if self.config.cast_last:
-            return (normal * cast_and_gather(self.weight, jnp.float32)).astype(x.dtype)
+            return (normed * cast_and_gather(self.weight, jnp.float32)).astype(x.dtype)
         # Cast down first, then scale: the order of Meta's and Hugging Face's code.
-        return normal.astype(x.dtype) * cast_and_gather(self.weight, x.dtype)
+        return normed.astype(x.dtype) * cast_and_gather(self.weight, x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,20 +59,22 @@ class LayerNorm(Norm):
     """(x - mean(x)) / std(x) * weight + bias (Ba et al. 2016), in float32 whatever the dtype of x.
 
     eps: added to the variance.
-    bias: whether there is one.
+    bias: add a bias.
     """
 
     eps: float
     bias: bool
 
     def __post_init__(self) -> None:
-        _check_eps(self.eps)
+        check_above_zero(self, "eps")
 
     def build(self, width: int, *, rngs: nnx.Rngs) -> "LayerNormModule":
         return LayerNormModule(self, width, rngs=rngs)
 
 
 class LayerNormModule(nnx.Module):
+    """Layer normalisation, computed in float32."""
+
     def __init__(self, config: LayerNorm, width: int, *, rngs: nnx.Rngs):
         self.eps = config.eps
         self.weight = parameter(rngs, "weight", (width,), (None,), std=None)
@@ -80,8 +86,3 @@ class LayerNormModule(nnx.Module):
         y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
         y = y * cast_and_gather(self.weight, jnp.float32)
         return (y if self.bias is None else y + cast_and_gather(self.bias, jnp.float32)).astype(x.dtype)
-
-
-def _check_eps(eps: float) -> None:
-    if eps <= 0:
-        raise UserError(f"eps={eps} must be above 0")

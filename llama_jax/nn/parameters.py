@@ -19,9 +19,12 @@ from jaxtyping import Array, Float, Int
 from llama_jax.config import UserError
 from llama_jax.parallel import axes_of, fitting, mesh_axis_sizes, reshape, shard, spec
 
+# Of first values of the embedding and the head: logits start near zero and the first loss near ln V.
+EMBEDDING_STD = 0.02
+
 
 def seed_value(seed: int) -> np.ndarray:
-    """Return a seed as what jitted functions take: uint32, or where it does not fit, its high and its low half, [2].
+    """Return a seed as an argument of jitted functions: uint32, or where it does not fit, its high and low half, [2].
 
     Raises UserError outside of [0, 2**64).
     """
@@ -32,14 +35,14 @@ def seed_value(seed: int) -> np.ndarray:
 
 
 def seed_key(seed: int | np.ndarray | jax.Array) -> jax.Array:
-    """Return the random key of a seed, or of what `seed_value` made of it: `jax.random.key` for all 64 bits."""
+    """Return the random key of a seed or of its `seed_value`: `jax.random.key` for all 64 bits."""
     seed = seed_value(seed) if isinstance(seed, int) else jnp.asarray(seed)
     key = jax.random.key(seed if seed.ndim == 0 else seed[1])
     return key if seed.ndim == 0 else jax.random.fold_in(key, seed[0])
 
 
 class Keys(nnx.Rngs):
-    """The key stream of a module: NNX's own, which also knows the module's dotted name and the root key."""
+    """The key stream of a module: NNX's stream with the module's dotted name and the root key."""
 
     def __init__(self, root: jax.Array, path: str = ""):
         super().__init__(params=jax.random.fold_in(root, zlib.crc32(path.encode())))
@@ -48,7 +51,8 @@ class Keys(nnx.Rngs):
 
 
 def child(rngs: nnx.Rngs, name: str) -> Keys:
-    """The key stream of the child called `name`. Names are folded in at once: a chain of folds compiles slowly."""
+    """Return the key stream of the child called `name`."""
+    # The whole dotted name is folded into the root key at once: a chain of folds compiles slowly.
     root, path = (rngs.root, rngs.path) if isinstance(rngs, Keys) else (rngs["params"].key[...], "")
     return Keys(root, f"{path}.{name}")
 
@@ -56,7 +60,10 @@ def child(rngs: nnx.Rngs, name: str) -> Keys:
 def parameter(
     rngs: nnx.Rngs, name: str, shape: Sequence[int], axes: Sequence[str | None], *, std: float | None
 ) -> nnx.Param:
-    """A float32 parameter: normal with standard deviation `std`; with `std=None` ones."""
+    """Return a float32 parameter: normal with standard deviation `std`; with `std=None` ones.
+
+    `axes` are the logical axes of its dimensions.
+    """
     partition = spec(*axes, shape=shape)
     if std is None:
         value = jnp.ones(shape, jnp.float32, out_sharding=partition)
@@ -67,45 +74,46 @@ def parameter(
 
 
 class Buffer(nnx.Variable):
-    """State that no gradient trains: `update(value, statistic)` gives its next value after a step.
+    """State that no gradient trains: `update(value, statistic)` returns its next value after a step.
 
-    The statistic is what the module returned as `statistic.NAME`, its mean over the parts of the batch; both have a
+    The statistic is the auxiliary array `statistic.NAME` of the module, its mean over the micro-batches; both have a
     leading dimension of the layers that have the buffer.
     """
 
 
 def buffer(value: jax.Array, update: Callable[[jax.Array, jax.Array], jax.Array] | None) -> Buffer:
-    """A buffer with its first value; `update=None` for what never changes. Whole on every device."""
+    """Return a buffer with its first value, whole on every device; `update=None` if it never changes."""
     return Buffer(value, axes=(None,) * value.ndim, update=update)
 
 
 def cast_and_gather(param: nnx.Variable, dtype: Any) -> jax.Array:
-    """A parameter's value as the computation wants it: cast, then gathered over the axis that only storage has."""
+    """Return a parameter's value for the computation: cast, then gathered over the axis that only storage splits."""
     return gather(param[...].astype(dtype), param.get_metadata("axes"))
 
 
 def gather(value: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """A stored value whose dimensions carry these logical axes, whole along those that only storage splits."""
+    """Return a stored value with these logical axes, gathered along those that only storage splits."""
     return shard(value, *_gathered(axes))
 
 
 def embed_lookup(table: Float[Array, "v d"], index: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-    """Rows of a table as it is stored; where its rows are split over the vocabulary, no device ever holds all of it."""
+    """Return rows of a table as it is stored; split over the vocabulary, it is never gathered whole."""
     if not mesh_axis_sizes():
         return _rows(table, index)
     index = shard(index, "batch", "sequence")
     batch_axes = tuple(axis for entry in axes_of(index) for axis in entry)
     if not set(axes_of(table)[1]) <= set(batch_axes):
-        table = shard(table, "vocab", None)
+        table = shard(table, "vocab", None)  # the gather below must be over axes along which the indices differ
     axes, stored = axes_of(table)
 
     def local(table: jax.Array, index: jax.Array) -> jax.Array:
-        # From here on a gradient is a device's own; the transposes of these lines sum it over the devices.
+        # Below these lines a gradient belongs to one device; their transposes sum it over the devices.
         if stored:
             table = jax.lax.all_gather(table, stored, axis=1, tiled=True)
         table = jax.lax.pcast(table, tuple(axis for axis in batch_axes if axis not in stored), to="varying")
         if not axes:
             return _rows(table, index)
+        # Each device looks up the rows that it has; zeros elsewhere, and the sum is the embedding.
         index = index - jax.lax.axis_index(axes) * table.shape[0]
         here = (index >= 0) & (index < table.shape[0])
         return jax.lax.psum(jnp.where(here[..., None], _rows(table, jnp.where(here, index, 0)), 0), axes)
@@ -124,7 +132,7 @@ def _rows_forward(table, index):
 
 
 def _rows_backward(residuals, d_rows):
-    # Summed in float32: a frequent token's row gets thousands of addends.
+    # Summed in float32: the gradient of a frequent token's row is a sum of thousands.
     table, index = residuals
     d_table = jnp.zeros_like(table, jnp.float32).at[index].add(d_rows.astype(jnp.float32))
     return d_table.astype(table.dtype), None
@@ -145,7 +153,7 @@ class Projection(nnx.Module):
         rngs: nnx.Rngs,
         std: float | None = None,
     ):
-        """Dims are `{logical axis: size}`; axes that only name a size (`head_dim`) start with `_`."""
+        # Dims are {logical axis: size}; axes that only name a size (`_head_dim`) begin with `_`, and are never split.
         self.in_shape, self.out_shape = tuple(in_dims.values()), tuple(out_dims.values())
         self.in_axes, self.out_axes = _axes(in_dims), _axes(out_dims)
         std = math.prod(self.in_shape) ** -0.5 if std is None else std
@@ -153,17 +161,38 @@ class Projection(nnx.Module):
         self.bias = parameter(rngs, "bias", self.out_shape, self.out_axes, std=0.0) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, *in_dims] -> [B, T, *out_dims], in the dtype of x."""
+        """Map [B, T, *in_dims] to [B, T, *out_dims], in the dtype of x."""
         lead = x.shape[: x.ndim - len(self.in_shape)]
         stored = fitting(self.in_axes[0], self.in_shape[0]), fitting(self.out_axes[0], self.out_shape[0])
         in_axis, out_axis = _gathered(stored)
-        # Two-dimensional before it is gathered: a reshape between them hides from XLA that the gradient, which is
-        # summed and then cut, is a reduce-scatter.
+        # Reshaped to two dimensions before it is gathered: a reshape after that would hide from XLA that the gradient,
+        # a sum that is then split, is a reduce-scatter.
         w = reshape(self.weight[...].astype(x.dtype), (math.prod(self.in_shape), math.prod(self.out_shape)), *stored)
         w = gather(w, stored)
         y = matmul(reshape(x, (*lead, w.shape[0]), "batch", "sequence", in_axis), w, in_axis=in_axis, out_axis=out_axis)
         y = reshape(y, (*lead, *self.out_shape), "batch", "sequence", out_axis, *(None,) * (len(self.out_shape) - 1))
         return y if self.bias is None else y + cast_and_gather(self.bias, x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Vectors of tokens, or of anything else that is numbered."""
+
+    def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs):
+        self.weight = parameter(rngs, "weight", (vocab_size, width), ("vocab", "embed"), std=EMBEDDING_STD)
+
+    def __call__(self, tokens: Int[Array, "b t"], dtype: Any) -> Float[Array, "b t d"]:
+        """Return the tokens' vectors in this dtype."""
+        return embed_lookup(self.weight[...].astype(dtype), tokens)
+
+
+class HeadBias(nnx.Module):
+    """A number for each token, added to its logit; trained, or only loaded."""
+
+    def __init__(self, vocab_size: int, *, trained: bool, rngs: nnx.Rngs):
+        if trained:
+            self.bias: Any = parameter(rngs, "bias", (vocab_size,), ("vocab",), std=0.0)
+        else:
+            self.bias = buffer(jnp.zeros(vocab_size, jnp.float32), None)
 
 
 def matmul(
@@ -175,7 +204,10 @@ def matmul(
     transposed: bool = False,
     dtype: Any = None,
 ) -> jax.Array:
-    """[B, T, I] x [I, O] (or [O, I], transposed) -> [B, T, O] in `dtype`; the axes say how I and O are split."""
+    """Return x w: [B, T, I] x [I, O] (or [O, I], transposed) -> [B, T, O], in `dtype`; None for the dtype of x.
+
+    `in_axis` and `out_axis` are the logical axes of I and O.
+    """
     (b, t, i), dims, o = x.shape, "fd" if transposed else "df", w.shape[0 if transposed else 1]
     batch, sequence, out_axis = fitting("batch", b), fitting("sequence", t), fitting(out_axis, o)
     if mesh_axis_sizes().get("context", 1) > 1:

@@ -1,178 +1,244 @@
-"""Rotary positions and the ways to stretch them over longer contexts."""
+"""Positions added to the embeddings, and biases of the attention scores that depend on positions."""
 
 import dataclasses
 import math
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import Component, UserError
+from llama_jax.nn.base import check_at_least
+from llama_jax.nn.parameters import cast_and_gather, embed_lookup, parameter
+from llama_jax.parallel import shard, spec
+
+# Standard deviations of first values: small compared with token embeddings, as GPT-2 and BERT begin; and a bias with
+# which every distance counts almost the same at first.
+POSITIONS_STD = 0.02
+BIAS_STD = 0.02
 
 
-class RopeScaling(Component):
-    """Config of a change to the rotary frequencies for contexts longer than those of pretraining."""
+class PositionsModule(nnx.Module):
+    """A vector for each position."""
 
-    def frequencies(self, frequencies: np.ndarray, theta: float, head_dim: int) -> np.ndarray:
-        """The scaled inverse frequencies, [H/2]."""
+    def __call__(self, positions: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+        """Map int [B, T] to [B, T, D] of this dtype."""
         raise NotImplementedError
 
-    def magnitude(self) -> float:
-        """What cos and sin are multiplied by."""
-        return 1.0
 
-    def score_magnitude(self) -> float:
-        """What latent attention multiplies its scores by."""
-        return 1.0
+class Positions(Component):
+    """Config of positions that are added to the embeddings."""
 
+    @property
+    def limit(self) -> int | None:
+        """The number of positions, the first of them 0; None for any. It is not checked in a call."""
+        return None
 
-@dataclasses.dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding (Su et al. 2021): position p turns pair i of a head by p * theta^(-2i/rotary_dim).
-
-    Pairs are (i, i + rotary_dim/2): the rotated halves of Hugging Face's Llama. Weights of families that interleave
-    pairs are permuted when imported.
-
-    theta: base of the frequencies.
-    scaling: how they are stretched for long contexts, or none.
-    rotary_dim: how much of a head turns, its first part; none for all of it.
-    """
-
-    theta: float
-    scaling: RopeScaling | None
-    rotary_dim: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.theta <= 1:
-            raise UserError(f"theta={self.theta} must be above 1")
-        if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
-            raise UserError(f"rotary_dim={self.rotary_dim} must be positive and even")
-
-    def frequencies(self, head_dim: int) -> np.ndarray:
-        """Angle per position of each pair, float64 [H/2], of rotary_dim/2 where a part turns."""
-        head_dim = self.rotary_dim or head_dim
-        frequencies = self.theta ** (-np.arange(0, head_dim, 2) / head_dim)
-        return frequencies if self.scaling is None else self.scaling.frequencies(frequencies, self.theta, head_dim)
-
-    def rotate(self, x: Float[Array, "b t n h"], positions: Int[Array, "b t"]) -> Float[Array, "b t n h"]:
-        """x turned by its positions; angles in float32 whatever the dtype of x."""
-        frequencies = jnp.asarray(self.frequencies(x.shape[-1]), jnp.float32)
-        angles = positions[..., None, None].astype(jnp.float32) * frequencies
-        magnitude = 1.0 if self.scaling is None else self.scaling.magnitude()
-        cos, sin = magnitude * jnp.cos(angles), magnitude * jnp.sin(angles)
-        turning, rest = x[..., : 2 * len(frequencies)], x[..., 2 * len(frequencies) :]
-        first, second = jnp.split(turning.astype(jnp.float32), 2, axis=-1)
-        rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-        return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated
-
-
-def _check_factor(factor: float) -> None:
-    if factor < 1:
-        raise UserError(f"factor={factor} must be at least 1")
+    def build(self, width: int, *, rngs: nnx.Rngs) -> PositionsModule:
+        """Return the module for a model of this width."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearScaling(RopeScaling):
-    """Positions divided by `factor` (Chen et al. 2023, position interpolation).
+class LearnedPositions(Positions):
+    """A trained vector for each position (Gehring et al. 2017; GPT, BERT, BART).
 
-    factor: how many times longer the context becomes.
+    num_positions: number of positions.
+    offset: rows of the table before that of position 0: 2 in BART, 2 in RoBERTa (its padding index, and one).
     """
 
-    factor: float
+    num_positions: int
+    offset: int = 0
 
     def __post_init__(self) -> None:
-        _check_factor(self.factor)
+        check_at_least(self, 1, "num_positions")
+        check_at_least(self, 0, "offset")
 
-    def frequencies(self, frequencies: np.ndarray, theta: float, head_dim: int) -> np.ndarray:
-        return frequencies / self.factor
+    @property
+    def limit(self) -> int:
+        return self.num_positions
+
+    def build(self, width: int, *, rngs: nnx.Rngs) -> "LearnedPositionsModule":
+        return LearnedPositionsModule(self, width, rngs=rngs)
+
+
+class LearnedPositionsModule(PositionsModule):
+    """A table of trained vectors."""
+
+    def __init__(self, config: LearnedPositions, width: int, *, rngs: nnx.Rngs):
+        self.offset = config.offset
+        shape = (config.num_positions + config.offset, width)
+        self.weight = parameter(rngs, "weight", shape, (None, "embed"), std=POSITIONS_STD)
+
+    def __call__(self, positions: Int[Array, "b t"], dtype: Any = jnp.float32) -> Float[Array, "b t d"]:
+        return embed_lookup(self.weight[...].astype(dtype), positions + self.offset)
 
 
 @dataclasses.dataclass(frozen=True)
-class NTKScaling(RopeScaling):
-    """theta raised so that the slowest pair slows down by `factor` and the fastest keeps its speed ("NTK-aware").
+class SinusoidalPositions(Positions):
+    """Sine and cosine of position * base^(-2i/D), for i below D/2 (Vaswani et al. 2017, section 3.5); not trained.
 
-    factor: how many times longer the context becomes.
+    layout: interleaved, sine and cosine by turns as in the paper, or halves, all sines and then all cosines as in
+        Marian.
+    base: of the frequencies.
     """
 
-    factor: float
+    layout: Literal["interleaved", "halves"] = "interleaved"
+    base: float = 10000.0
 
     def __post_init__(self) -> None:
-        _check_factor(self.factor)
+        if self.base <= 1:
+            raise UserError(f"base={self.base} must be above 1")
 
-    def frequencies(self, frequencies: np.ndarray, theta: float, head_dim: int) -> np.ndarray:
-        base = theta * self.factor ** (head_dim / (head_dim - 2))
-        return base ** (-np.arange(0, head_dim, 2) / head_dim)
+    def build(self, width: int, *, rngs: nnx.Rngs) -> "SinusoidalPositionsModule":
+        if width % 2:
+            raise UserError(f"hidden_size={width} must be even for SinusoidalPositions: each sine has its cosine")
+        return SinusoidalPositionsModule(self, width)
+
+
+class SinusoidalPositionsModule(PositionsModule):
+    """Sines and cosines, computed in float32."""
+
+    def __init__(self, config: SinusoidalPositions, width: int):
+        self.config, self.width = config, width
+
+    def __call__(self, positions: Int[Array, "b t"], dtype: Any = jnp.float32) -> Float[Array, "b t d"]:
+        frequencies = jnp.asarray(self.config.base ** (-np.arange(0, self.width, 2) / self.width), jnp.float32)
+        angles = positions[..., None].astype(jnp.float32) * frequencies
+        waves = (jnp.sin(angles), jnp.cos(angles))
+        if self.config.layout == "halves":
+            return jnp.concatenate(waves, axis=-1).astype(dtype)
+        return jnp.stack(waves, axis=-1).reshape(*positions.shape, self.width).astype(dtype)
+
+
+class PositionBiasModule(nnx.Module):
+    """A number for each head and pair of positions."""
+
+    def __call__(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
+        """Map int [1 or B, T] and [S] or [B, S] to float32 [1 or B, N, T, S]."""
+        raise NotImplementedError
+
+
+class PositionBias(Component):
+    """Config of a bias on the attention scores that depends on the positions of query and key; has `num_heads`."""
+
+    num_heads: int
+
+    def build(self, *, rngs: nnx.Rngs) -> PositionBiasModule:
+        """Return the module; its first values do not depend on the model's width."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
-class YarnScaling(RopeScaling):
-    """YaRN (Peng et al. 2023): slow pairs are interpolated, fast ones kept, with a ramp between; attention is scaled.
+class RelativeBias(PositionBias):
+    """A trained number for each head and bucket of distances (Raffel et al. 2020, section 2.1: T5).
 
-    cos and sin are multiplied by m(mscale) / m(mscale_all_dim) where m(s) = 0.1 s ln(factor) + 1; with both 0, by m(1).
+    The nearest half of the buckets holds one distance each, the others grow logarithmically up to max_distance; all
+    beyond it share the last.
 
-    factor: how many times longer the context becomes.
-    original_max_positions: the context of pretraining.
-    beta_fast: pairs that turn more often than this within it are kept.
-    beta_slow: pairs that turn less often are interpolated.
-    mscale: numerator of the magnitude, as above.
-    mscale_all_dim: denominator of the magnitude, as above.
+    num_heads: heads of the attention.
+    num_buckets: buckets; if bidirectional, half of them are for keys after the query.
+    max_distance: smallest distance that is certain to be in the last bucket.
+    bidirectional: separate buckets for keys after the query; without, these count as distance 0.
     """
 
-    factor: float
-    original_max_positions: int
-    beta_fast: float
-    beta_slow: float
-    mscale: float
-    mscale_all_dim: float
+    num_heads: int
+    num_buckets: int
+    max_distance: int
+    bidirectional: bool
 
     def __post_init__(self) -> None:
-        _check_factor(self.factor)
+        check_at_least(self, 1, "num_heads")
+        least = 4 if self.bidirectional else 2
+        if self.num_buckets < least or self.num_buckets % least:
+            raise UserError(f"num_buckets={self.num_buckets} must be a multiple of {least}")
+        if self.max_distance <= self.num_buckets // least:
+            raise UserError(f"max_distance={self.max_distance} must be above {self.num_buckets // least}")
 
-    def _m(self, scale: float) -> float:
-        return 0.1 * scale * math.log(self.factor) + 1.0
+    def buckets(self) -> Int[np.ndarray, " offsets"]:
+        """Return the bucket of each offset (key position minus query position) from -max_distance to max_distance."""
+        offsets = np.arange(-self.max_distance, self.max_distance + 1)
+        distance = np.abs(offsets) if self.bidirectional else np.maximum(-offsets, 0)
+        size = self.num_buckets // 2 if self.bidirectional else self.num_buckets
+        exact = size // 2
+        # In float32, step by step as in T5: where the logarithm is a whole number, its rounding decides the bucket.
+        ratio = np.maximum(distance, exact).astype(np.float32) / np.float32(exact)
+        log = np.log(ratio.astype(np.float64)).astype(np.float32) / np.float32(math.log(self.max_distance / exact))
+        far = np.minimum(exact + (log * np.float32(size - exact)).astype(int), size - 1)
+        bucket = np.where(distance < exact, distance, far)
+        return bucket + size * (offsets > 0) if self.bidirectional else bucket
 
-    def magnitude(self) -> float:
-        if self.mscale and self.mscale_all_dim:
-            return self._m(self.mscale) / self._m(self.mscale_all_dim)
-        return self._m(1.0)
+    def build(self, *, rngs: nnx.Rngs) -> "RelativeBiasModule":
+        return RelativeBiasModule(self, rngs=rngs)
 
-    def score_magnitude(self) -> float:
-        return self._m(self.mscale_all_dim) ** 2
 
-    def frequencies(self, frequencies: np.ndarray, theta: float, head_dim: int) -> np.ndarray:
-        def pair_with(turns: float) -> float:
-            """The pair that turns so many times within the original context."""
-            return head_dim * math.log(self.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+class RelativeBiasModule(PositionBiasModule):
+    """A table of trained numbers, [num_buckets, num_heads]."""
 
-        low = max(math.floor(pair_with(self.beta_fast)), 0)
-        high = min(math.ceil(pair_with(self.beta_slow)), head_dim - 1)
-        ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
-        return frequencies / self.factor * ramp + frequencies * (1 - ramp)
+    def __init__(self, config: RelativeBias, *, rngs: nnx.Rngs):
+        self.config = config
+        shape = (config.num_buckets, config.num_heads)
+        self.weight = parameter(rngs, "weight", shape, (None, "heads"), std=BIAS_STD)
+
+    def __call__(
+        self, query_positions: Int[Array, "#b t"], key_positions: Int[Array, "*#b s"]
+    ) -> Float[Array, "#b n t s"]:
+        limit = self.config.max_distance
+        by_offset = cast_and_gather(self.weight, jnp.float32).T[:, self.config.buckets()]
+        row = jnp.clip(_offsets(query_positions, key_positions), -limit, limit) + limit
+        shape = (by_offset.shape[0], *row.shape)
+        bias = by_offset.at[:, row].get(out_sharding=spec("heads", "batch", "sequence", None, shape=shape))
+        return bias.swapaxes(0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Llama3Scaling(RopeScaling):
-    """Llama 3.1's piecewise scaling by wavelength: long ones are interpolated, short ones kept, a ramp between.
+class Alibi(PositionBias):
+    """Minus the distance, times a slope for each head (Press et al. 2022, ALiBi); not trained.
 
-    factor: how many times longer the context becomes.
-    low_freq_factor: pairs that turn less often than this within the original context are interpolated.
-    high_freq_factor: pairs that turn more often are kept.
-    original_max_positions: the context of pretraining.
+    Keys after the query are as far away as those before it.
+
+    num_heads: heads of the attention.
     """
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
+    num_heads: int
 
     def __post_init__(self) -> None:
-        _check_factor(self.factor)
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise UserError(
-                f"high_freq_factor={self.high_freq_factor} must be above low_freq_factor={self.low_freq_factor}"
-            )
+        check_at_least(self, 1, "num_heads")
 
-    def frequencies(self, frequencies: np.ndarray, theta: float, head_dim: int) -> np.ndarray:
-        turns = self.original_max_positions * frequencies / (2 * math.pi)
-        keep = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
-        return frequencies / self.factor * (1 - keep) + frequencies * keep
+    def slopes(self) -> Float[np.ndarray, " n"]:
+        """Return 2^(-8/n), 2^(-16/n)... for a power of two.
+
+        Other numbers of heads begin with those of the power of two below, and fill up with every second slope of twice
+        that power, as in the authors' code.
+        """
+        power = 1 << (self.num_heads.bit_length() - 1)  # the largest power of two that is not above num_heads
+        some = 2.0 ** (-8 * np.arange(1, power + 1) / power)
+        between = 2.0 ** (-4 * np.arange(1, 2 * power, 2) / power)
+        return np.concatenate([some, between[: self.num_heads - power]])
+
+    def build(self, *, rngs: nnx.Rngs) -> "AlibiModule":
+        return AlibiModule(self)
+
+
+class AlibiModule(PositionBiasModule):
+    """Fixed slopes times distances."""
+
+    def __init__(self, config: Alibi):
+        self.config = config
+
+    def __call__(
+        self, query_positions: Int[Array, "#b t"], key_positions: Int[Array, "*#b s"]
+    ) -> Float[Array, "#b n t s"]:
+        slopes = shard(jnp.asarray(self.config.slopes(), jnp.float32), "heads")
+        distance = jnp.abs(_offsets(query_positions, key_positions)).astype(jnp.float32)
+        return -slopes[:, None, None] * distance[:, None]
+
+
+def _offsets(query_positions: jax.Array, key_positions: jax.Array) -> Int[Array, "#b t s"]:
+    """Return key position minus query position."""
+    keys = key_positions if key_positions.ndim == 2 else key_positions[None]
+    queries = shard(query_positions, "batch", "sequence")
+    return shard(keys, "batch", None)[:, None] - queries[..., None]

@@ -1,10 +1,10 @@
-"""What modelled text before attention: recurrent networks, and the feed-forward n-gram model.
+"""Models of text from before attention: recurrent networks, and the feed-forward n-gram model.
 
-Each is a mixer whose cache is of one size, however long the text: a state, or the last few inputs.
+Each is a mixer whose cache has a fixed size, however long the text: a state, or the last few inputs.
 
-The recurrences are Flax's own cells, made of two linear maps. That of the inputs is one product for all places. That of
-the state runs on each device for its own rows (`shard_map`): the gradient of its weight is summed over the devices
-once, where the compiler would sum it at every place of the sequence.
+The recurrences are Flax's cells, made of two linear maps. The map of the inputs is one product for all positions. The
+map of the state runs on each device for its rows (`shard_map`): the gradient of its weight is summed over the devices
+once, where the compiler would sum it at every position of the sequence.
 """
 
 import dataclasses
@@ -19,8 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.config import UserError
 from llama_jax.nn.attention import context
-from llama_jax.nn.masks import AttentionMask
-from llama_jax.nn.mixer import Mixer, MixerModule
+from llama_jax.nn.base import ForwardContext, Mixer, MixerModule, check_at_least
 from llama_jax.nn.parameters import Projection, cast_and_gather, child
 from llama_jax.parallel import axes_of, mesh_axis_sizes, shard
 
@@ -28,9 +27,10 @@ State = Any  # arrays [B, H], float32: what a cell of Flax carries
 
 
 class Recurrent(Mixer):
-    """Config of a recurrent network, from the first token to the last; `cell` is Flax's, its state begins at 0.
+    """Config of a recurrent network that runs from the first token to the last, with a `cell` of Flax.
 
-    The result is the state, [B, T, state_size]; a projection brings it to the model's width where that differs.
+    The state begins at 0. The result is the state, [B, T, state_size]; a projection maps it to the model's width where
+    that differs.
     """
 
     state_size: int
@@ -38,8 +38,7 @@ class Recurrent(Mixer):
     num_gates: ClassVar[int]
 
     def __post_init__(self) -> None:
-        if self.state_size < 1:
-            raise UserError(f"state_size={self.state_size} must be at least 1")
+        check_at_least(self, 1, "state_size")
 
     def build(self, width: int, *, rngs: nnx.Rngs) -> "RecurrentModule":
         return RecurrentModule(self, width, rngs=rngs)
@@ -75,7 +74,7 @@ class LSTM(Recurrent):
 
 @dataclasses.dataclass(frozen=True)
 class GRU(Recurrent):
-    """Gated recurrent unit (Cho et al. 2014) with the reset gate behind the product, and no bias of its own there.
+    """Gated recurrent unit (Cho et al. 2014) with the reset gate after the product, which has no bias.
 
     r, z = sigmoid(W x + U h + b); n = tanh(W x + b + r (U h)); h' = (1 - z) n + z h.
 
@@ -92,8 +91,8 @@ class GRU(Recurrent):
 class BidirectionalRNN(Mixer):
     """One recurrent network from the left and one from the right, for encoders (Schuster and Paliwal 1997).
 
-    The result is both states side by side; a projection brings it to the model's width where that is not twice the
-    state's.
+    The result is both states, concatenated; a projection maps it to the model's width where that is not twice the
+    state's size.
 
     network: kind and size of each of the two.
     """
@@ -108,8 +107,8 @@ class BidirectionalRNN(Mixer):
 class NGram(Mixer):
     """The feed-forward n-gram model: down(tanh(up([x_t, x_{t-1}, ..., x_{t-n+2}]))) (Bengio et al. 2003, eq. 1).
 
-    Places before a document's first count as zero. The original goes from the hidden layer to the vocabulary at once;
-    so does this where `hidden_size` is the model's width, then without the second map.
+    Inputs before a document's first are zero. The original maps the hidden layer to the vocabulary; so does this where
+    `hidden_size` is the model's width, which leaves out `down`.
 
     order: the n of n-gram: a token is predicted from the n - 1 before it.
     hidden_size: width of the hidden layer.
@@ -121,8 +120,7 @@ class NGram(Mixer):
     def __post_init__(self) -> None:
         if self.order < 2:
             raise UserError(f"order={self.order} must be at least 2: a token predicted from the one before it")
-        if self.hidden_size < 1:
-            raise UserError(f"hidden_size={self.hidden_size} must be at least 1")
+        check_at_least(self, 1, "hidden_size")
 
     def build(self, width: int, *, rngs: nnx.Rngs) -> "NGramModule":
         return NGramModule(self, width, rngs=rngs)
@@ -142,47 +140,49 @@ class _Cell(nnx.Module):
         return jax.tree.map(lambda x: shard(jnp.broadcast_to(x, (batch, self.config.state_size)), "batch", None), state)
 
     def __call__(
-        self, x: Float[Array, "b t d"], mask: AttentionMask, state: State, *, reverse: bool = False
+        self, x: Float[Array, "b t d"], ctx: ForwardContext, state: State, *, reverse: bool = False
     ) -> tuple[Float[Array, "b t h"], State]:
-        """The states at all places, in the dtype of x, and the last one.
+        """Return the states at all positions, in the dtype of x, and the last one.
 
-        It begins anew with each document, and stays as it is where no token stands.
+        The state begins at 0 in each document, and stays as it is at padding.
         """
         inputs = shard(self.input_proj(x), "batch", None, None)
         weight = cast_and_gather(self.state_proj.weight, jnp.dtype("float32"))
-        places = jax.tree.map(lambda x: shard(x, "batch", None), (_begins(mask, reverse=reverse), mask.real()))
+        flags = jax.tree.map(lambda x: shard(x, "batch", None), (_begins(ctx, reverse=reverse), ctx.is_token))
         rows = axes_of(inputs)[0] if mesh_axis_sizes() else ()
 
-        def local(inputs: jax.Array, weight: jax.Array, places: Any, state: State) -> tuple[jax.Array, State]:
+        def local(inputs: jax.Array, weight: jax.Array, flags: Any, state: State) -> tuple[jax.Array, State]:
             cell = _flax_cell(self.config, jax.lax.pcast(weight, rows, to="varying") if rows else weight)
 
             def step(state: State, at: Any) -> tuple[State, jax.Array]:
-                x, (begins, real) = at
+                x, (begins, is_token) = at
                 if begins is not None:
                     state = _choose(begins, jax.tree.map(jnp.zeros_like, state), state)
                 new, y = cell(state, x)
-                return (new if real is None else _choose(real, new, state)), y
+                return (new if is_token is None else _choose(is_token, new, state)), y
 
-            by_place = jax.tree.map(lambda x: x.swapaxes(0, 1), (inputs, places))
-            state, y = jax.lax.scan(step, state, by_place, reverse=reverse)
+            by_position = jax.tree.map(lambda x: x.swapaxes(0, 1), (inputs, flags))
+            state, y = jax.lax.scan(step, state, by_position, reverse=reverse)
             return y.swapaxes(0, 1), state
 
         run = local if not mesh_axis_sizes() else jax.shard_map(local, out_specs=jax.P(rows or None))
-        y, state = run(inputs, weight, places, state)
+        y, state = run(inputs, weight, flags, state)
         return y.astype(x.dtype), state
 
 
 class RecurrentModule(MixerModule):
+    """A recurrent network; its cache is the cell's state."""
+
     def __init__(self, config: Recurrent, width: int, *, rngs: nnx.Rngs):
         self.config = config
         self.cell = _Cell(config, width, rngs=child(rngs, "cell"))
         self.o_proj = _projection_to(width, {"_state": config.state_size}, bias=False, rngs=child(rngs, "o_proj"))
 
     def __call__(
-        self, x: Float[Array, "b t d"], *, positions: Int[Array, "b t"], mask: AttentionMask, cache: State = None
+        self, x: Float[Array, "b t d"], *, positions: Int[Array, "b t"], ctx: ForwardContext, cache: State = None
     ) -> tuple[Float[Array, "b t d"], State]:
-        _check(self.config, mask, x.shape[1], causal=True)
-        y, state = self.cell(x, mask, self.cell.first_state(x.shape[0]) if cache is None else cache)
+        _check(self.config, ctx, x.shape[1], causal=True)
+        y, state = self.cell(x, ctx, self.cell.first_state(x.shape[0]) if cache is None else cache)
         return _projected(y, self.o_proj), None if cache is None else state
 
     def init_cache(self, batch: int, length: int, dtype: Any) -> State:
@@ -190,6 +190,8 @@ class RecurrentModule(MixerModule):
 
 
 class BidirectionalRNNModule(MixerModule):
+    """Two recurrent networks, without a cache."""
+
     def __init__(self, config: BidirectionalRNN, width: int, *, rngs: nnx.Rngs):
         self.config = config
         self.left = _Cell(config.network, width, rngs=child(rngs, "left"))
@@ -198,12 +200,12 @@ class BidirectionalRNNModule(MixerModule):
         self.o_proj = _projection_to(width, states, bias=False, rngs=child(rngs, "o_proj"))
 
     def __call__(
-        self, x: Float[Array, "b t d"], *, positions: Int[Array, "b t"], mask: AttentionMask, cache: Any = None
+        self, x: Float[Array, "b t d"], *, positions: Int[Array, "b t"], ctx: ForwardContext, cache: Any = None
     ) -> tuple[Float[Array, "b t d"], Any]:
-        _check(self.config, mask, x.shape[1], causal=False)
+        _check(self.config, ctx, x.shape[1], causal=False)
         state = self.left.first_state(x.shape[0])
-        from_left, _ = self.left(x, mask, state)
-        from_right, _ = self.right(x, mask, state, reverse=True)
+        from_left, _ = self.left(x, ctx, state)
+        from_right, _ = self.right(x, ctx, state, reverse=True)
         return _projected(jnp.concatenate([from_left, from_right], axis=-1), self.o_proj), cache
 
     def init_cache(self, batch: int, length: int, dtype: Any) -> Any:
@@ -213,9 +215,11 @@ class BidirectionalRNNModule(MixerModule):
 
 
 class NGramModule(MixerModule):
+    """The n-gram model; its cache is the last n - 2 inputs, [B, n - 2, D]."""
+
     def __init__(self, config: NGram, width: int, *, rngs: nnx.Rngs):
         self.config = config
-        inputs, hidden = {"embed": width, "_places": config.order - 1}, {"mlp": config.hidden_size}
+        inputs, hidden = {"embed": width, "_inputs": config.order - 1}, {"mlp": config.hidden_size}
         self.up_proj = Projection(inputs, hidden, bias=True, rngs=child(rngs, "up_proj"))
         self.down_proj = _projection_to(width, hidden, bias=True, rngs=child(rngs, "down_proj"))
 
@@ -224,31 +228,31 @@ class NGramModule(MixerModule):
         x: Float[Array, "b t d"],
         *,
         positions: Int[Array, "b t"],
-        mask: AttentionMask,
+        ctx: ForwardContext,
         cache: Float[Array, "b s d"] | None = None,
     ) -> tuple[Float[Array, "b t d"], Any]:
-        _check(self.config, mask, x.shape[1], causal=True)
+        _check(self.config, ctx, x.shape[1], causal=True)
         batch, length, _ = x.shape
         before = self.init_cache(batch, length, x.dtype) if cache is None else cache.astype(x.dtype)
         num_before = before.shape[1]
         inputs_BSD = jnp.concatenate([before, shard(x, "batch", None, None)], axis=1)
 
-        def places_back(values: jax.Array, distance: int) -> jax.Array:
+        def inputs_back(values: jax.Array, distance: int) -> jax.Array:
             return jax.lax.slice_in_dim(values, num_before - distance, num_before - distance + length, axis=1)
 
-        window = [places_back(inputs_BSD, distance) for distance in range(self.config.order - 1)]
-        if (segments := mask.segment_ids) is not None:
+        window = [inputs_back(inputs_BSD, distance) for distance in range(self.config.order - 1)]
+        if (segments := ctx.mask.segment_ids) is not None:
             segments = shard(segments, "batch", None)
-            # What stands before the row is of no document of the row: it may be anything that no segment is called.
+            # -1, which is no segment id: inputs before the row belong to none of its documents.
             padded = jnp.pad(segments, ((0, 0), (num_before, 0)), constant_values=-1)
             window = [
-                jnp.where((places_back(padded, distance) == segments)[..., None], values, 0)
+                jnp.where((inputs_back(padded, distance) == segments)[..., None], values, 0)
                 for distance, values in enumerate(window)
             ]
         hidden = jnp.tanh(self.up_proj(jnp.stack(window, axis=-1)))
         if cache is not None:
-            # The last inputs before each row's own end.
-            ends = jnp.full(batch, length) if (real := mask.real()) is None else real.sum(-1)
+            # The last inputs before the end of each row, after which there is padding.
+            ends = jnp.full(batch, length) if ctx.is_token is None else ctx.is_token.sum(-1)
             last = jax.vmap(lambda row, end: jax.lax.dynamic_slice_in_dim(row, end, num_before))
             cache = last(inputs_BSD, shard(ends, "batch")).astype(cache.dtype)
         return _projected(hidden, self.down_proj), cache
@@ -259,14 +263,14 @@ class NGramModule(MixerModule):
 
 
 def _flax_cell(config: Recurrent, weight: jax.Array | None) -> Any:
-    """Flax's cell whose inputs come projected, and whose state is projected with `weight`."""
+    """Return Flax's cell for inputs that are projected already, and a state that is projected with `weight`."""
     cell = config.cell(1, 1, kernel_init=zeros, recurrent_kernel_init=zeros, rngs=nnx.Rngs(0))
     cell.dense_i, cell.dense_h = (lambda x: x), (lambda h: h @ weight)
     return cell
 
 
 def _projection_to(width: int, dims: dict[str, int], *, bias: bool, rngs: nnx.Rngs) -> Projection | None:
-    """None where it is of this width already."""
+    """Return a projection to the model's width, or None where it has this width already."""
     return None if sum(dims.values()) == width else Projection(dims, {"embed": width}, bias=bias, rngs=rngs)
 
 
@@ -278,16 +282,18 @@ def _choose(condition: Bool[Array, " b"], yes: State, no: State) -> State:
     return jax.tree.map(lambda a, b: jnp.where(condition[:, None], a, b), yes, no)
 
 
-def _begins(mask: AttentionMask, *, reverse: bool) -> Bool[Array, "b t"] | None:
-    """Where a document begins, for who comes from the left, or `reverse` from the right."""
-    if mask.segment_ids is None:
+def _begins(ctx: ForwardContext, *, reverse: bool) -> Bool[Array, "b t"] | None:
+    """Return where a document begins in reading order; `reverse` reads from the right."""
+    segment_ids = ctx.mask.segment_ids
+    if segment_ids is None:
         return None
-    changes = mask.segment_ids[:, 1:] != mask.segment_ids[:, :-1]
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.pad(changes, ((0, 0), (0, 1) if reverse else (1, 0)))
 
 
-def _check(config: Mixer, mask: AttentionMask, length: int, *, causal: bool) -> None:
-    """Raises UserError for what a recurrence cannot do."""
+def _check(config: Mixer, ctx: ForwardContext, length: int, *, causal: bool) -> None:
+    """Raise UserError for what a recurrence cannot do."""
+    mask = ctx.mask
     name = f"attention={type(config).__name__}"
     if mask.causal and not causal:
         raise UserError(f"{name} sees what comes later, in a model that must not: take LSTM, GRU or ElmanRNN")
@@ -295,9 +301,9 @@ def _check(config: Mixer, mask: AttentionMask, length: int, *, causal: bool) -> 
         raise UserError(f"{name} never sees what comes later, and this model should: take BidirectionalRNN")
     asked = {
         "a prefix that is seen whole": mask.prefix is not None,
-        "relative positions (position_bias)": mask.bias is not None,
+        "relative positions (position_bias)": ctx.position_bias is not None,
         "a window": mask.window is not None,
-        "a sequence split over mesh.context": mask.q_index is None and context.splits(length),
+        "a sequence split over mesh.context": mask.query_places is None and context.splits(length),
     }
     for what, is_asked in asked.items():
         if is_asked:

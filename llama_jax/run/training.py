@@ -19,8 +19,8 @@ from llama_jax.data import Dataset, HostBatch, ValidationBatches
 from llama_jax.files import write_text
 from llama_jax.models import abstract_params, buffers
 from llama_jax.parallel import distributed, make_mesh, mesh_axis_sizes, platform
+from llama_jax.planning import mesh_of
 from llama_jax.run.directory import SAMPLES_FILE, Run, start_run
-from llama_jax.run.planning import mesh_of
 from llama_jax.run.preparing import check_shared, first_params, open_dataset, prepare
 from llama_jax.run.reporting import Bar, Logger, configured_loggers
 from llama_jax.run.stored import StoredRun, local_run

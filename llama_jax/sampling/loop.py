@@ -134,7 +134,7 @@ def _start(graphdef: Any, width: int, weights: Any, inputs: Any, sampler: Sample
     else:
         cache = module.init_cache(num_rows, capacity)
     valid = (jnp.arange(width) < lengths[:, None]) & ~done[:, None]
-    hidden, cache = module.extend(tokens[:, :width], cache=cache, lengths=empty, valid=valid)
+    hidden, cache = module.extend(tokens[:, :width], cache=cache, lengths=empty, is_token=valid)
     at_end = jnp.arange(width) == lengths[:, None] - 1
     hidden = jnp.where(at_end[..., None], hidden, 0).sum(1, keepdims=True)
     state = SamplingState(tokens, lengths, lengths, done, empty, empty, keys, stop_ids, cache)

@@ -6,7 +6,6 @@ compiles once.
 """
 
 from llama_jax.training.flops import (
-    PEAK_FLOPS as PEAK_FLOPS,
     peak_flops as peak_flops,
     train_flops_per_token as train_flops_per_token,
 )

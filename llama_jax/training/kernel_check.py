@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.models import Compute, ModelConfig, abstract_params, assemble
-from llama_jax.nn import AttentionMask, Call, attend, calls_of_attend, choose, unzigzag, zigzag
+from llama_jax.nn import Call, ForwardContext, attend, calls_of_attend, choose, unzigzag, zigzag
 from llama_jax.parallel import axes_of, mesh_axis_sizes, replicate, shard
 from llama_jax.training.step import Batch, model_batch
 
@@ -76,7 +76,7 @@ def attention_calls(config: ModelConfig, compute: Compute, batch: Batch) -> list
 
 def compare(call: Call) -> Agreement | None:
     """The kernel that this call takes beside the reference; None where that is the reference itself."""
-    kernel = choose(call.q, call.k, call.mask, softcap=call.softcap, dropout=call.dropout)
+    kernel = choose(call.q, call.k, call.ctx, softcap=call.softcap, dropout=call.dropout)
     if kernel == "reference":
         return None
     fast, exact = _Attention(call, kernel), _Attention(call, "reference")
@@ -90,7 +90,7 @@ def _drawn(call: Call) -> dict[str, np.ndarray | None]:
     The keys of another sequence are of the same documents, though of some there may be none in either. Every second row
     ends with padding.
     """
-    mask, rng = call.mask, np.random.default_rng(0)
+    mask, rng = call.ctx.mask, np.random.default_rng(0)
     rows, lengths = call.q.shape[0], {"segment_ids": call.q.shape[1], "key_segment_ids": call.k.shape[2]}
     drawn: dict[str, np.ndarray | None] = {}
     for i, (name, length) in enumerate(lengths.items()):
@@ -115,14 +115,14 @@ class _Attention:
         return hash((str(self.call), self.kernel))
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, masks: dict[str, Any]) -> jax.Array:
-        mask = dataclasses.replace(self.call.mask, kernel=self.kernel, valid=None, dropout_key=None, **masks)
+        ctx = dataclasses.replace(self.call.ctx, kernel=self.kernel, is_token=None, dropout_key=None).with_mask(**masks)
         if self.kernel == "reference":
-            return self._by_blocks(q, k, v, mask)
+            return self._by_blocks(q, k, v, ctx)
         k, v = (zigzag(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (k, v))
-        y = attend(zigzag(q), k, v, jax.tree.map(zigzag, mask), scale=self.call.scale)
+        y = attend(zigzag(q), k, v, jax.tree.map(zigzag, ctx), scale=self.call.scale)
         return unzigzag(y)
 
-    def _by_blocks(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask) -> jax.Array:
+    def _by_blocks(self, q: jax.Array, k: jax.Array, v: jax.Array, ctx: ForwardContext) -> jax.Array:
         rows, length, heads, _ = q.shape
         split = np.prod([mesh_axis_sizes()[axis] for i in (0, 2) for axis in axes_of(q)[i]], dtype=int)
         num_blocks = 1
@@ -130,17 +130,18 @@ class _Attention:
             num_blocks *= 2
         # Whole along the sequence, where a context axis would split it.
         q, size = shard(q, "batch", None, "heads", None), length // num_blocks
-        mask = dataclasses.replace(mask, prefix=None if mask.prefix is None else replicate(mask.prefix))
+        mask = ctx.mask
+        ctx = ctx.with_mask(prefix=None if mask.prefix is None else replicate(mask.prefix))
 
         @jax.checkpoint
         def block(start: jax.Array) -> jax.Array:
             part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)  # noqa: E731
             index = jnp.broadcast_to(start + jnp.arange(size), (rows, size))
-            of_block = dataclasses.replace(mask, q_index=index)
+            of_block = ctx.with_mask(query_places=index)
             if mask.segment_ids is not None:
                 own = replicate(mask.segment_ids)
                 keys = own if mask.key_segment_ids is None else replicate(mask.key_segment_ids)
-                of_block = dataclasses.replace(of_block, segment_ids=part(own), key_segment_ids=keys)
+                of_block = of_block.with_mask(segment_ids=part(own), key_segment_ids=keys)
             return attend(part(q), k, v, of_block, scale=self.call.scale)
 
         blocks = jax.lax.map(block, jnp.arange(num_blocks) * size)

@@ -10,8 +10,8 @@ import pytest
 
 from llama_jax.config import config_names
 from llama_jax.data.objectives.base import FLOATS
-from llama_jax.nn.attention import kernels
-from llama_jax.nn.attention.kernels import Call
+from llama_jax.nn.attention import attend as kernels
+from llama_jax.nn.attention.attend import Call
 from llama_jax.run import load_config
 from llama_jax.training import kernel_check, preflight
 from llama_jax.training.kernel_check import Agreement, PreflightFailed
@@ -93,7 +93,7 @@ def test_the_documents_of_a_source_are_those_of_its_target(monkeypatch: pytest.M
     calls = []
     monkeypatch.setattr(kernel_check, "compare", lambda call: calls.append(call))
     check("transformer_base", (200, 100), monkeypatch)
-    (call,) = (call for call in calls if call.mask.key_segment_ids is not None)
+    (call,) = (call for call in calls if call.ctx.mask.key_segment_ids is not None)
     drawn = kernel_check._drawn(call)
     for target, source in zip(drawn["segment_ids"], drawn["key_segment_ids"], strict=True):
         of_target, of_source = set(target) - {0}, set(source) - {0}

@@ -1,4 +1,4 @@
-"""What the pages show is so: their code runs, their tables are those of the package."""
+"""The pages are true: their code runs, their tables are those of the package, their links lead somewhere."""
 
 import dataclasses
 import re
@@ -13,7 +13,7 @@ import tables
 from tiny_run import write_texts
 
 import llama_jax
-from llama_jax.__main__ import _parse
+from llama_jax.__main__ import parse
 from llama_jax.checkpoint.language_model import LanguageModel
 from llama_jax.models import Compute, DecoderConfig, from_params
 from llama_jax.nn import Rope
@@ -25,13 +25,13 @@ README = (ROOT / "README.md").read_text("utf-8")
 
 
 def snippets(page: str) -> list[str]:
-    """The Python blocks of a page."""
+    """Return the Python blocks of a page."""
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def own_attention() -> type:
-    """The class of architecture.md's example, from a module of its own."""
+    """Return the class of architecture.md's example, defined in a separate module."""
     (source,) = snippets("docs/architecture.md")
     namespace = {"__name__": "own_attention"}
     exec(compile(source, "docs/architecture.md", "exec"), namespace)
@@ -119,15 +119,20 @@ def test_readme_commands_parse():
     commands = [line.split("  #")[0] for line in re.findall(r"^python train\.py .*$", README, re.MULTILINE)]
     assert len(commands) >= 3
     for command in commands:
-        (name,), options, _ = _parse(shlex.split(command)[2:])
-        options.pop("run_dir", None)
-        llama_jax.load_config(name, options)
+        args = parse(["train", *shlex.split(command)[2:]])
+        llama_jax.load_config(args.config, args.keys)
 
 
-def test_architecture_names_every_room():
+def test_architecture_names_every_package():
     page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
-    rooms = {path.name for path in (ROOT / "llama_jax").iterdir() if path.is_dir() and (path / "__init__.py").is_file()}
-    assert {room for room in rooms if f"| `{room}/` |" not in page} == set()
+    packages = {path.parent.name for path in (ROOT / "llama_jax").glob("*/__init__.py")}
+    assert {name for name in packages if f"| `{name}/` |" not in page} == set()
+
+
+def test_changelog_has_this_version():
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert headings[0] == "Unreleased"
+    assert llama_jax.__version__ in headings
 
 
 def test_files_that_the_pages_name_exist():

@@ -12,12 +12,9 @@ from flax import nnx
 
 from llama_jax.config import UserError
 from llama_jax.models import Compute, DecoderConfig, LayerOverride, assemble, build, from_params
-from llama_jax.models.compute import REMAT_POLICIES
-from llama_jax.nn import FeedForward
+from llama_jax.models.stack import REMAT_POLICIES
+from llama_jax.nn import FeedForward, FeedForwardModule, ForwardContext, Projection, child
 from llama_jax.nn.attention import blockwise
-from llama_jax.nn.masks import AttentionMask
-from llama_jax.nn.mixer import FeedForwardModule
-from llama_jax.nn.parameters import Projection, child
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +32,7 @@ class ReluModule(FeedForwardModule):
         self.into = Projection({"embed": width}, {"mlp": config.size}, bias=True, rngs=child(rngs, "into"))
         self.out = Projection({"mlp": config.size}, {"embed": width}, bias=False, rngs=child(rngs, "out"))
 
-    def __call__(self, x: jax.Array, *, mask: AttentionMask) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, x: jax.Array, *, ctx: ForwardContext) -> tuple[jax.Array, dict[str, jax.Array]]:
         inner = jax.nn.relu(self.into(x))
         return self.out(inner), {"inner": inner.mean()}
 
@@ -115,7 +112,7 @@ def test_packed_documents_are_separate_documents(tiny_config, random_params):
 def test_scanned_is_unrolled(pattern_config, random_params):
     params, tokens = random_params(pattern_config), tokens_of(pattern_config, 2, 12)
     scanned = assemble(pattern_config, params, Compute()).layers
-    assert (len(scanned.prefix), len(scanned.pattern)) == (1, 2)
+    assert (len(scanned.leading), len(scanned.repeated)) == (1, 2)
     assert_same(
         loss_and_gradient(pattern_config, Compute(), params, tokens),
         loss_and_gradient(pattern_config, Compute(scan_layers=False), params, tokens),

@@ -139,7 +139,7 @@ def test_cached_is_uncached(config, random_params):
     def decode(module, source, real, tokens):
         cache = module.init_cache(ROWS, 12, source=source, source_mask=real)
         valid = jnp.arange(4) < first[:, None]
-        hidden, cache = module.extend(tokens[:, :4], cache=cache, lengths=jnp.zeros(ROWS, jnp.int32), valid=valid)
+        hidden, cache = module.extend(tokens[:, :4], cache=cache, lengths=jnp.zeros(ROWS, jnp.int32), is_token=valid)
         found = [module.logits(hidden)]
         for i in range(2):
             new = tokens[np.arange(ROWS), first + i][:, None]

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from llama_jax import LanguageModel, Run, RunConfig, generate, load, save
 from llama_jax.config import UserError, override
 from llama_jax.models import Compute, DecoderConfig, from_params, initialize
-from llama_jax.nn import AttentionMask, Mixer, MixerModule, Projection, child
+from llama_jax.nn import ForwardContext, Mixer, MixerModule, Projection, child
 from llama_jax.parallel import einsum, shard
 from llama_jax.run import train
 from llama_jax.training import init_state, make_train_step
@@ -49,14 +49,14 @@ class LinearAttentionModule(MixerModule):
         self.o_proj = Projection(heads, outer, bias=False, rngs=child(rngs, "o_proj"))
 
     def __call__(
-        self, x: Float[Array, "b t d"], *, positions: Int[Array, "b t"], mask: AttentionMask, cache: Cache | None = None
+        self, x: Float[Array, "b t d"], *, positions: Int[Array, "b t"], ctx: ForwardContext, cache: Cache | None = None
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
         q_BTNH, k_BSNH, v_BSNH = jax.nn.elu(self.q_proj(x)) + 1, jax.nn.elu(self.k_proj(x)) + 1, self.v_proj(x)
-        if (real := mask.real()) is not None:
-            k_BSNH = jnp.where(real[..., None, None], k_BSNH, 0)
+        if ctx.is_token is not None:
+            k_BSNH = jnp.where(ctx.is_token[..., None, None], k_BSNH, 0)
         allowed = jnp.tri(x.shape[1], dtype=bool)[None]
-        if mask.segment_ids is not None:
-            allowed &= mask.segment_ids[:, :, None] == mask.segment_ids[:, None]
+        if (segment_ids := ctx.mask.segment_ids) is not None:
+            allowed &= segment_ids[:, :, None] == segment_ids[:, None]
         heads = ("batch", "heads", None, None)
         weights_BNTS = jnp.where(allowed[:, None], einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, out=heads), 0)
         sums_BNTH = einsum("bnts,bsnh->bnth", weights_BNTS, v_BSNH, out=heads)

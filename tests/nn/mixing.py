@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from contexts import context_of
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from llama_jax.nn import AttentionMask
+from llama_jax.nn import ForwardContext
 from llama_jax.nn.attention.context import unzigzag, zigzag
 from llama_jax.parallel import make_mesh, shard
 
@@ -34,9 +35,9 @@ def module_of(config: Any, values: dict[str, Any]) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run(config: Any, values: dict[str, Any], x: jax.Array, mask: AttentionMask, positions: Any = None) -> jax.Array:
+def run(config: Any, values: dict[str, Any], x: jax.Array, ctx: ForwardContext, positions: Any = None) -> jax.Array:
     places = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]) if positions is None else positions
-    return module_of(config, values)(x, positions=places, mask=mask)[0]
+    return module_of(config, values)(x, positions=places, ctx=ctx)[0]
 
 
 def inputs(length: int = LENGTH, rows: int = BATCH, seed: int = 1) -> jax.Array:
@@ -52,7 +53,7 @@ def decode(config: Any, values: dict[str, Any], x: jax.Array, lengths: jax.Array
     def extend(cache: Any, start: jax.Array, size: int) -> tuple[Any, jax.Array]:
         index = start[:, None] + jnp.arange(size)
         piece = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, size))(x, start)
-        y, cache, *_ = module(piece, positions=index, mask=AttentionMask(q_index=index), cache=cache)
+        y, cache, *_ = module(piece, positions=index, ctx=context_of(query_places=index), cache=cache)
         return cache, y
 
     # What is before: one padded piece, of which only lengths[b] count.
@@ -63,12 +64,12 @@ def decode(config: Any, values: dict[str, Any], x: jax.Array, lengths: jax.Array
 
 @functools.partial(jax.jit, static_argnums=0)
 def with_gradients(
-    config: Any, values: dict[str, Any], x: jax.Array, direction: jax.Array, mask: AttentionMask, positions: jax.Array
+    config: Any, values: dict[str, Any], x: jax.Array, direction: jax.Array, ctx: ForwardContext, positions: jax.Array
 ) -> Any:
     """The result, and the gradients of its losses and of itself along a direction."""
 
     def loss(values, x):
-        y, _, *aux = module_of(config, values)(x, positions=positions, mask=mask)
+        y, _, *aux = module_of(config, values)(x, positions=positions, ctx=ctx)
         return (y * direction).sum() + sum(jax.tree.leaves(aux)), y
 
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(values, x)
@@ -84,11 +85,11 @@ def placed(config: Any, values: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     }
 
 
-def documents(length: int = LENGTH) -> tuple[AttentionMask, jax.Array]:
+def documents(length: int = LENGTH) -> tuple[ForwardContext, jax.Array]:
     """Rows of two documents and some padding."""
     segments = np.repeat([[1, 2, 0]], [9, length - 11, 2], axis=1).repeat(BATCH, 0)
     positions = np.concatenate([np.arange(9), np.arange(length - 11), [0, 0]])[None].repeat(BATCH, 0)
-    return AttentionMask(segment_ids=jnp.asarray(segments)), jnp.asarray(positions)
+    return context_of(segment_ids=jnp.asarray(segments)), jnp.asarray(positions)
 
 
 def assert_sharded_is_unsharded(config: Any, *, atol: float = 1e-5) -> None:

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contexts import context_of
 
 from llama_jax.config import UserError
-from llama_jax.nn import GroupedQuery, Rope
-from llama_jax.nn.attention import blockwise, kernels
-from llama_jax.nn.masks import AttentionMask
+from llama_jax.nn import GroupedQuery, Mask, Rope
+from llama_jax.nn.attention import attend as kernels, blockwise
 from llama_jax.parallel import make_mesh
 
 BATCH, HEADS, HEAD_DIM = 2, 4, 8
@@ -48,7 +48,7 @@ def test_reference_is_the_formula(kv_heads: int, causal: bool):
     length = 7
     q, k, v, _ = inputs(length, kv_heads)
     segments = np.array([[0] * 7, [0, 0, 0, 1, 1, 1, 1]])
-    mask = AttentionMask(causal=causal, segment_ids=jnp.asarray(segments))
+    mask = Mask(causal=causal, segment_ids=jnp.asarray(segments))
     allowed = segments[:, :, None] == segments[:, None]
     if causal:
         allowed &= np.tri(length, dtype=bool)
@@ -62,26 +62,26 @@ SEGMENTS = np.array([[0] * 5 + [1] * 20 + [2] * 14, [3] * 13 + [0] * 26])
 Q_INDEX = np.array([range(10, 23), range(22, 35)])
 PLACES = np.array([range(10, 34), range(13, 37)])
 CASES = {
-    "causal, multi-head, odd length": (39, 4, None, AttentionMask()),
-    "segments, grouped": (39, 2, None, AttentionMask(segment_ids=jnp.asarray(SEGMENTS))),
-    "not causal, multi-query": (24, 1, None, AttentionMask(causal=False)),
-    "queries at places of a cache": (37, 2, 13, AttentionMask(q_index=jnp.asarray(Q_INDEX))),
-    "not causal, segments": (24, 2, None, AttentionMask(causal=False, segment_ids=jnp.asarray(SEGMENTS[:, :24]))),
-    "whole blocks of queries at places of a cache": (37, 2, 24, AttentionMask(q_index=jnp.asarray(PLACES))),
-    "window": (39, 2, None, AttentionMask(window=11, segment_ids=jnp.asarray(SEGMENTS))),
-    "window, not causal": (39, 2, None, AttentionMask(window=5, causal=False)),
+    "causal, multi-head, odd length": (39, 4, None, Mask()),
+    "segments, grouped": (39, 2, None, Mask(segment_ids=jnp.asarray(SEGMENTS))),
+    "not causal, multi-query": (24, 1, None, Mask(causal=False)),
+    "queries at places of a cache": (37, 2, 13, Mask(query_places=jnp.asarray(Q_INDEX))),
+    "not causal, segments": (24, 2, None, Mask(causal=False, segment_ids=jnp.asarray(SEGMENTS[:, :24]))),
+    "whole blocks of queries at places of a cache": (37, 2, 24, Mask(query_places=jnp.asarray(PLACES))),
+    "window": (39, 2, None, Mask(window=11, segment_ids=jnp.asarray(SEGMENTS))),
+    "window, not causal": (39, 2, None, Mask(window=5, causal=False)),
 }
 LONG_SEGMENTS = jnp.asarray(np.repeat([[1, 2, 3], [1, 2, 0]], [30, 100, 126], axis=1))
 LONG_CASES = {
-    "causal, multi-head": (256, 4, None, AttentionMask()),
-    "segments, grouped": (256, 2, None, AttentionMask(segment_ids=LONG_SEGMENTS)),
-    "window, multi-query": (256, 1, None, AttentionMask(window=70, segment_ids=LONG_SEGMENTS)),
-    "not causal, window": (256, 4, None, AttentionMask(causal=False, window=40)),
+    "causal, multi-head": (256, 4, None, Mask()),
+    "segments, grouped": (256, 2, None, Mask(segment_ids=LONG_SEGMENTS)),
+    "window, multi-query": (256, 1, None, Mask(window=70, segment_ids=LONG_SEGMENTS)),
+    "not causal, window": (256, 4, None, Mask(causal=False, window=40)),
 }
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def results(name: str, q, k, v, direction, mask: AttentionMask):
+def results(name: str, q, k, v, direction, mask: Mask):
     """The kernel's result, and its gradient in q, k and v along `direction`."""
 
     def value(q, k, v):
@@ -112,7 +112,7 @@ def test_a_window_is_the_formula():
         near = np.abs(places[:, None] - places) < window
         allowed = np.broadcast_to(near & np.tri(length, dtype=bool) if causal else near, (BATCH, length, length))
         expected = in_numpy(*(np.asarray(x, np.float64) for x in (q, k.swapaxes(1, 2), v.swapaxes(1, 2))), allowed)
-        mask = AttentionMask(causal=causal, window=window)
+        mask = Mask(causal=causal, window=window)
         np.testing.assert_allclose(kernels.reference(q, k, v, mask, scale=SCALE), expected, atol=2e-6)
 
 
@@ -129,7 +129,7 @@ def test_bfloat16_is_as_near_as_the_reference_in_bfloat16():
 
 
 def temporary_bytes(name: str, length: int) -> int:
-    compiled = results.lower(name, *inputs(length, 2), AttentionMask()).compile()
+    compiled = results.lower(name, *inputs(length, 2), Mask()).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -155,8 +155,8 @@ def test_no_masks_are_kept_for_a_scan_over_layers(case: str, monkeypatch: pytest
 
     def temporary_bytes(length: int) -> int:
         segments, places = jnp.zeros((BATCH, length), jnp.int32), jnp.tile(jnp.arange(length), (BATCH, 1))
-        masks = {"causal": {}, "segments, grouped": {"segment_ids": segments}, "prefill": {"q_index": places}}
-        arguments = jnp.ones(3), *inputs(length, 2)[:3], AttentionMask(**masks[case])
+        masks = {"causal": {}, "segments, grouped": {"segment_ids": segments}, "prefill": {"query_places": places}}
+        arguments = jnp.ones(3), *inputs(length, 2)[:3], Mask(**masks[case])
         return jax.jit(jax.grad(loss)).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(512) < 2.3 * temporary_bytes(256)
@@ -165,7 +165,7 @@ def test_no_masks_are_kept_for_a_scan_over_layers(case: str, monkeypatch: pytest
 def test_kernels_are_chosen_by_name_and_length(monkeypatch: pytest.MonkeyPatch):
     def chosen(name: str, length: int, dtype=jnp.float32, **fields) -> str:
         q, k, _, _ = inputs(length, 2, dtype=dtype)
-        return kernels.choose(q, k, AttentionMask(kernel=name, **fields))
+        return kernels.choose(q, k, context_of(kernel=name, **fields))
 
     assert chosen("auto", 12) == "reference"
     assert chosen("auto", 13) == "blockwise"
@@ -173,7 +173,7 @@ def test_kernels_are_chosen_by_name_and_length(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "platform", lambda: "tpu")
     assert chosen("auto", 128) == "splash"
     assert chosen("auto", 130) == "blockwise", "splash refuses it"
-    assert chosen("auto", 128, q_index=jnp.zeros((BATCH, 128), int)) == "blockwise"
+    assert chosen("auto", 128, query_places=jnp.zeros((BATCH, 128), int)) == "blockwise"
     monkeypatch.setattr(kernels, "platform", lambda: "gpu")
     assert chosen("auto", 128) == "blockwise", "cuDNN has no float32"
     assert chosen("auto", 128, jnp.bfloat16) == "cudnn"
@@ -194,7 +194,7 @@ def test_kernels_are_chosen_by_name_and_length(monkeypatch: pytest.MonkeyPatch):
 def test_a_kernel_refuses_by_name(name: str, length: int, sentence: str):
     q, k, v, _ = inputs(length, 2)
     with pytest.raises(UserError, match=sentence):
-        kernels.attend(q, k, v, AttentionMask(kernel=name), scale=SCALE)
+        kernels.attend(q, k, v, context_of(kernel=name), scale=SCALE)
 
 
 def test_accelerated_kernels_refuse_a_split_sequence():
@@ -202,7 +202,7 @@ def test_accelerated_kernels_refuse_a_split_sequence():
     with jax.set_mesh(make_mesh({"context": 8})):
         for name in ("splash", "cudnn"):
             with pytest.raises(UserError, match=f"'{name}' cannot do a sequence split over mesh.context"):
-                kernels.attend(q.astype(jnp.bfloat16), k, v, AttentionMask(kernel=name), scale=SCALE)
+                kernels.attend(q.astype(jnp.bfloat16), k, v, context_of(kernel=name), scale=SCALE)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contexts import context_of
 from in_text_order import attention_and_gradients
 
-from llama_jax.nn.attention import accelerated, blockwise, kernels
-from llama_jax.nn.attention.cross import CrossAttention
-from llama_jax.nn.masks import AttentionMask
+from llama_jax.nn import CrossAttention, ForwardContext, Mask
+from llama_jax.nn.attention import attend as kernels, blockwise
 from llama_jax.parallel import make_mesh, shard
 
 ROWS = 2
@@ -49,7 +49,7 @@ class Case:
     def scale(self) -> float:
         return self.head_dims[0] ** -0.5
 
-    def mask(self, rng: np.random.Generator) -> AttentionMask:
+    def mask(self, rng: np.random.Generator) -> Mask:
         def documents(length: int, numbers: list[int]) -> np.ndarray:
             ends = np.sort(rng.integers(length + 1, size=(ROWS, len(numbers) - 1)), axis=1)
             return np.asarray(numbers)[(ends[:, :, None] <= np.arange(length)).sum(1)].astype(np.int32)
@@ -64,13 +64,13 @@ class Case:
             fields["prefix"] = (rng.random((ROWS, self.keys)) < 0.3).astype(np.int32)
         if self.cache:
             begins = rng.integers(self.keys - self.queries + 1, size=(ROWS, 1))
-            fields["q_index"] = (begins + np.arange(self.queries)).astype(np.int32)
-        return AttentionMask(self.causal, self.window, **fields)
+            fields["query_places"] = (begins + np.arange(self.queries)).astype(np.int32)
+        return Mask(self.causal, self.window, **fields)
 
 
-def allowed_by(mask: AttentionMask, num_queries: int, num_keys: int) -> np.ndarray:
+def allowed_by(mask: Mask, num_queries: int, num_keys: int) -> np.ndarray:
     """[B, T, S] as the fields of the mask say it."""
-    q = np.tile(np.arange(num_queries), (ROWS, 1)) if mask.q_index is None else np.asarray(mask.q_index)
+    q = np.tile(np.arange(num_queries), (ROWS, 1)) if mask.query_places is None else np.asarray(mask.query_places)
     distance = np.arange(num_keys) - q[:, :, None]  # of key from query, positive after it
     allowed = distance <= 0 if mask.causal else np.ones(distance.shape, bool)
     if mask.prefix is not None:
@@ -112,7 +112,7 @@ def inputs(case: Case, rng: np.random.Generator) -> tuple[jax.Array, ...]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def results(name: str, scale: float, q, k, v, direction, mask: AttentionMask):
+def results(name: str, scale: float, q, k, v, direction, mask: Mask):
     """The kernel's result, and its gradients along `direction`."""
     out, pull = jax.vjp(lambda q, k, v: kernels.KERNELS[name].run(q, k, v, mask, scale=scale), q, k, v)
     return out, *pull(direction)
@@ -227,7 +227,7 @@ def test_kernels_of_others_are_the_formula(case: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", ["splash", "cudnn"])
 def test_what_kernels_of_others_accept_leaves_no_query_without_a_key(name: str):
-    refuses = {"splash": accelerated.splash_refuses, "cudnn": accelerated.cudnn_refuses}[name]
+    refuses = {"splash": kernels.splash_refuses, "cudnn": kernels.cudnn_refuses}[name]
     accepted = 0
     for seed in range(300):
         case = dataclasses.replace(drawn(seed), dtype=jnp.bfloat16)
@@ -244,9 +244,9 @@ def test_what_kernels_of_others_accept_leaves_no_query_without_a_key(name: str):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def attended(scale: float, q, k, v, direction, mask: AttentionMask):
+def attended(scale: float, q, k, v, direction, mask: Mask):
     """`attend` and its gradients on the current mesh, of arrays in the order of the text."""
-    return attention_and_gradients(q, k, v, direction, mask, scale=scale)
+    return attention_and_gradients(q, k, v, direction, ForwardContext(mask), scale=scale)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_another_sequence_on_a_mesh_is_the_formula(mesh: dict[str, int], case: C
 def test_segment_ids_of_as_many_queries_as_keys():
     q, k, v, _ = inputs(Case(9, 5), np.random.default_rng(0))
     with pytest.raises(ValueError, match="segment ids need as many queries as keys, or key_segment_ids"):
-        kernels.attend(q, k, v, AttentionMask(False, segment_ids=jnp.ones((ROWS, 9), jnp.int32)), scale=1.0)
+        kernels.attend(q, k, v, context_of(False, segment_ids=jnp.ones((ROWS, 9), jnp.int32)), scale=1.0)
 
 
 @pytest.mark.parametrize("kernel", ["reference", "blockwise"])
@@ -284,10 +284,10 @@ def test_a_target_without_a_source_reads_nothing(kernel: str):
     rng = np.random.default_rng(0)
     x, source = (jnp.asarray(rng.normal(size=(ROWS, n, 8)), jnp.float32) for n in (19, 7))
     segments, of_source = jnp.ones((ROWS, 19), jnp.int32), jnp.asarray([[1] * 7, [0] * 7], jnp.int32)
-    mask = AttentionMask(False, segment_ids=segments, key_segment_ids=of_source, kernel=kernel)
+    ctx = context_of(False, segment_ids=segments, key_segment_ids=of_source, kernel=kernel)
 
     def value(x, source):
-        y = module(x, module.keys(source), mask=mask)
+        y = module(x, module.keys(source), ctx=ctx)
         return y, y
 
     y, pull, _ = jax.vjp(value, x, source, has_aux=True)

@@ -9,19 +9,19 @@ import pytest
 from hypothesis import given, strategies as st
 from in_text_order import attention_and_gradients
 
-from llama_jax.nn.attention import context, kernels
-from llama_jax.nn.masks import AttentionMask
+from llama_jax.nn import ForwardContext, Mask
+from llama_jax.nn.attention import attend as kernels, context
 from llama_jax.parallel import make_mesh, shard
 
 BATCH, LENGTH, HEADS, HEAD_DIM = 2, 48, 4, 8
 SCALE = HEAD_DIM**-0.5
 SEGMENTS = np.repeat([[1, 2, 3, 4], [1, 1, 2, 0]], [3, 20, 12, 13], axis=1)
 MASKS = {
-    "causal": AttentionMask(),
-    "segments": AttentionMask(segment_ids=jnp.asarray(SEGMENTS)),
-    "window": AttentionMask(window=9),
-    "window and segments": AttentionMask(window=9, segment_ids=jnp.asarray(SEGMENTS)),
-    "not causal": AttentionMask(causal=False, segment_ids=jnp.asarray(SEGMENTS)),
+    "causal": Mask(),
+    "segments": Mask(segment_ids=jnp.asarray(SEGMENTS)),
+    "window": Mask(window=9),
+    "window and segments": Mask(window=9, segment_ids=jnp.asarray(SEGMENTS)),
+    "not causal": Mask(causal=False, segment_ids=jnp.asarray(SEGMENTS)),
 }
 
 
@@ -33,10 +33,10 @@ def inputs(kv_heads: int) -> tuple[jax.Array, ...]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def results(kernel: str, method: str, q, k, v, direction, mask: AttentionMask):
+def results(kernel: str, method: str, q, k, v, direction, mask: Mask):
     """Attention and its gradients along `direction`, all in the order of the text."""
-    mask = AttentionMask(mask.causal, mask.window, segment_ids=mask.segment_ids, kernel=kernel, context=method)
-    return attention_and_gradients(q, k, v, direction, mask, scale=SCALE)
+    ctx = ForwardContext(mask, kernel=kernel, context_strategy=method)
+    return attention_and_gradients(q, k, v, direction, ctx, scale=SCALE)
 
 
 @pytest.mark.parametrize("method", ["ring", "all_gather"])
@@ -83,8 +83,8 @@ def test_no_device_holds_all_keys_in_the_ring():
         with jax.set_mesh(make_mesh({"context": devices}, jax.devices()[:devices])):
             q = shard(jnp.ones(shape), "batch", "sequence", None, None)
             k = shard(jnp.ones((1, 2, 2048, 64)), "batch", None, "sequence", None)
-            mask = AttentionMask(kernel="blockwise", context=method)
-            attend = jax.jit(lambda q, k: kernels.attend(q, k, k, mask, scale=1.0))
+            ctx = ForwardContext(kernel="blockwise", context_strategy=method)
+            attend = jax.jit(lambda q, k: kernels.attend(q, k, k, ctx, scale=1.0))
             return attend.lower(q, k).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes("ring", 8) < 0.7 * temporary_bytes("ring", 4)

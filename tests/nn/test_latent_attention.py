@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contexts import context_of
 from flax import nnx
 from mixing import (
     BATCH,
@@ -21,8 +22,8 @@ from mixing import (
 )
 
 from llama_jax.config import UserError
-from llama_jax.nn import AttentionMask, LatentAttention, Rope, YarnScaling
-from llama_jax.nn.attention import blockwise, kernels
+from llama_jax.nn import LatentAttention, Mask, Rope, YarnScaling
+from llama_jax.nn.attention import attend as kernels, blockwise
 
 YARN = YarnScaling(4.0, original_max_positions=16, beta_fast=32.0, beta_slow=1.0, mscale=0.707, mscale_all_dim=0.5)
 CONFIG = LatentAttention(
@@ -77,7 +78,7 @@ def test_training_form_is_the_formula(name: str):
     values, x = values_of(config), inputs(7, 1)
     scale = 10**-0.5 * (0.1 * 0.5 * np.log(4) + 1) ** 2
     expected = in_numpy(config, values, np.asarray(x[0], np.float64), scale)
-    np.testing.assert_allclose(run(config, values, x, AttentionMask())[0], expected, atol=5e-6)
+    np.testing.assert_allclose(run(config, values, x, context_of())[0], expected, atol=5e-6)
     assert np.abs(expected).max() > 0.1
 
 
@@ -98,7 +99,7 @@ def test_absorbed_decoding_is_the_training_form(name: str):
     values, x = values_of(config), inputs()
     lengths, steps = jnp.array([1, 4, 8, 2, 7, 3, 5, 6]), 16
     found = decode(config, values, x, lengths, steps)
-    whole = run(config, values, x, AttentionMask())
+    whole = run(config, values, x, context_of())
     for row, begin in enumerate(lengths):
         np.testing.assert_allclose(found[row], whole[row, begin : begin + steps], atol=1e-5)
     assert float(jnp.abs(whole).max()) > 0.1
@@ -110,7 +111,7 @@ def test_both_forms_agree_on_a_cache():
     module = module_of(CONFIG, values)
     index = jnp.broadcast_to(jnp.arange(LENGTH), (BATCH, LENGTH))
     q, latents = module.queries(module.query_latents(x), index), module.latents(x, index)
-    forms = [form(q, latents, AttentionMask(q_index=index)) for form in (module.on_keys, module.on_latents)]
+    forms = [form(q, latents, context_of(query_places=index)) for form in (module.on_keys, module.on_latents)]
     np.testing.assert_allclose(*forms, atol=1e-5)
 
 
@@ -134,9 +135,9 @@ def test_packed_is_separate():
     values, x = values_of(CONFIG), inputs(LENGTH, 1)
     segments = jnp.asarray(np.repeat([[1, 2, 0]], [9, 12, 3], axis=1))
     positions = jnp.concatenate([jnp.arange(9), jnp.arange(12), jnp.zeros(3, int)])[None]
-    packed = run(CONFIG, values, x, AttentionMask(segment_ids=segments), positions)
+    packed = run(CONFIG, values, x, context_of(segment_ids=segments), positions)
     for begin, end in ((0, 9), (9, 21)):
-        alone = run(CONFIG, values, x[:, begin:end], AttentionMask())
+        alone = run(CONFIG, values, x[:, begin:end], context_of())
         np.testing.assert_allclose(packed[:, begin:end], alone, atol=3e-6)
 
 
@@ -149,7 +150,7 @@ def test_eight_devices_decode_as_one_does():
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def results(name: str, q, k, v, direction, mask: AttentionMask):
+def results(name: str, q, k, v, direction, mask: Mask):
     out, pull = jax.vjp(lambda q, k, v: kernels.KERNELS[name].run(q, k, v, mask, scale=0.3), q, k, v)
     return out, *pull(direction)
 
@@ -161,9 +162,7 @@ def test_values_may_have_another_size_than_keys(kernel: str, length: int, v_head
     rng = np.random.default_rng(0)
     shapes = (2, length, 4, 8), (2, 2, length, 8), (2, 2, length, v_head_dim), (2, length, 4, v_head_dim)
     arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
-    for a, b in zip(
-        results(kernel, *arrays, AttentionMask()), results("reference", *arrays, AttentionMask()), strict=True
-    ):
+    for a, b in zip(results(kernel, *arrays, Mask()), results("reference", *arrays, Mask()), strict=True):
         np.testing.assert_allclose(a, b, atol=5e-6)
 
 

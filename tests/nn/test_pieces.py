@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contexts import context_of
 from flax import nnx
 from jax.sharding import NamedSharding
 
 from llama_jax.config import UserError, from_json, to_json
 from llama_jax.nn import (
     MLP,
-    AttentionMask,
     CrossAttention,
     GatedLinearUnit,
     GroupedQuery,
@@ -26,8 +26,8 @@ from llama_jax.nn import (
     RMSNorm,
     Rope,
     SwiGLU,
+    dropout,
 )
-from llama_jax.nn.dropout import dropout
 from llama_jax.parallel import make_mesh, shard
 
 BATCH, LENGTH, WIDTH = 4, 12, 16
@@ -102,20 +102,20 @@ def test_feed_forwards_are_their_formulas(activation):
         module, p = built(MLP(24, activation, bias))
         up = x @ p["up_proj.weight"] + p.get("up_proj.bias", 0)
         expected = formula(up) @ p["down_proj.weight"] + p.get("down_proj.bias", 0)
-        found, aux = module(jnp.asarray(x), mask=AttentionMask())
+        found, aux = module(jnp.asarray(x), ctx=context_of())
         assert aux == {}
         np.testing.assert_allclose(found, expected, atol=2e-5, rtol=2e-5)
 
         module, p = built(GatedLinearUnit(24, activation, bias))
         up, gate = (x @ p[f"{name}.weight"] + p.get(f"{name}.bias", 0) for name in ("up_proj", "gate_proj"))
         expected = (formula(gate) * up) @ p["down_proj.weight"] + p.get("down_proj.bias", 0)
-        np.testing.assert_allclose(module(jnp.asarray(x), mask=AttentionMask())[0], expected, atol=1e-4, rtol=2e-5)
+        np.testing.assert_allclose(module(jnp.asarray(x), ctx=context_of())[0], expected, atol=1e-4, rtol=2e-5)
         assert len(p) == (6 if bias else 3)
 
 
 def test_the_gelus_differ_and_swiglu_is_the_gated_unit_of_silu():
     x = jnp.asarray(numbers(2, 3, WIDTH))
-    run = lambda config: np.asarray(built(config)[0](x, mask=AttentionMask())[0])  # noqa: E731
+    run = lambda config: np.asarray(built(config)[0](x, ctx=context_of())[0])  # noqa: E731
     assert np.abs(run(MLP(24, "gelu", True)) - run(MLP(24, "gelu_tanh", True))).max() > 1e-4
     np.testing.assert_array_equal(run(SwiGLU(24, True)), run(GatedLinearUnit(24, "silu", True)))
 
@@ -167,8 +167,8 @@ def test_grouped_queries_are_the_formula(variant: str):
     out = attention(q, k, v, allowed, config.scale or 8**-0.5, config.softcap)
     expected = np.einsum("btnh,nhd->btd", out, p["o_proj.weight"]) + p["o_proj.bias"]
     positions = jnp.broadcast_to(jnp.arange(LENGTH), (2, LENGTH))
-    mask = AttentionMask(causal=not allowed[0, 1:].any())
-    found, cache = module(jnp.asarray(x), positions=positions, mask=mask)
+    ctx = context_of(causal=not allowed[0, 1:].any())
+    found, cache = module(jnp.asarray(x), positions=positions, ctx=ctx)
     assert cache is None
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
@@ -189,7 +189,7 @@ def test_heads_are_normed_before_they_turn():
 
     out = attention(turned(q, "q_norm"), turned(k, "k_norm"), v, CAUSAL, 8**-0.5)
     expected = np.einsum("btnh,nhd->btd", out, p["o_proj.weight"]) + p["o_proj.bias"]
-    np.testing.assert_allclose(module(x, positions=positions, mask=AttentionMask())[0], expected, atol=1e-4)
+    np.testing.assert_allclose(module(x, positions=positions, ctx=context_of())[0], expected, atol=1e-4)
 
 
 def test_cross_attention_is_the_formula():
@@ -198,17 +198,17 @@ def test_cross_attention_is_the_formula():
     x, source = 0.3 * numbers(2, 5, WIDTH), 0.3 * numbers(2, 7, WIDTH, seed=2)
     targets = np.array([[1, 1, 1, 2, 2], [1, 1, 1, 1, 1]])
     sources = np.array([[1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 0, 0, 0, 0]])
-    mask = AttentionMask(causal=False, segment_ids=jnp.asarray(targets), key_segment_ids=jnp.asarray(sources))
+    ctx = context_of(causal=False, segment_ids=jnp.asarray(targets), key_segment_ids=jnp.asarray(sources))
     q, k, v = heads_of(x, p, "q_proj"), heads_of(source, p, "k_proj"), heads_of(source, p, "v_proj")
     out = attention(q, k, v, targets[:, :, None] == sources[:, None], 8**-0.5)
     expected = np.einsum("btnh,nhd->btd", out, p["o_proj.weight"]) + p["o_proj.bias"]
     keys = module.keys(jnp.asarray(source))
     assert {name: a.shape for name, a in keys.items()} == {"k": (2, 2, 7, 8), "v": (2, 2, 7, 8)}
-    np.testing.assert_allclose(module(jnp.asarray(x), keys, mask=mask), expected, atol=1e-4)
-    one = dataclasses.replace(mask, segment_ids=mask.segment_ids[:, 3:4])
-    np.testing.assert_allclose(module(jnp.asarray(x[:, 3:4]), keys, mask=one), expected[:, 3:4], atol=1e-4)
+    np.testing.assert_allclose(module(jnp.asarray(x), keys, ctx=ctx), expected, atol=1e-4)
+    one = ctx.with_mask(segment_ids=ctx.mask.segment_ids[:, 3:4])
+    np.testing.assert_allclose(module(jnp.asarray(x[:, 3:4]), keys, ctx=one), expected[:, 3:4], atol=1e-4)
     with pytest.raises(ValueError, match="sees all of its source"):
-        module(jnp.asarray(x), keys, mask=dataclasses.replace(mask, causal=True))
+        module(jnp.asarray(x), keys, ctx=ctx.with_mask(causal=True))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -216,10 +216,10 @@ def decoded(graphdef: Any, state: Any, x: jax.Array) -> jax.Array:
     """The row read as a prompt of 5, whose last 2 are padding, then token by token."""
     module, rows = nnx.merge(graphdef, state), x.shape[0]
 
-    def extend(cache, begin, x, valid=None):
+    def extend(cache, begin, x, is_token=None):
         places = begin + jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-        mask = AttentionMask(q_index=places, valid=valid)
-        return module(x, positions=places, mask=mask, cache=cache)
+        ctx = context_of(query_places=places, is_token=valid)
+        return module(x, positions=places, ctx=ctx, cache=cache)
 
     valid = jnp.broadcast_to(jnp.arange(5) < 3, (rows, 5))
     prompt, cache = extend(module.init_cache(rows, LENGTH, x.dtype), 0, x[:, :5].at[:, 3:].set(7), valid)
@@ -234,7 +234,7 @@ def test_cached_is_the_whole_row(changes: dict[str, Any]):
     graphdef, state = parts(config)
     x = jnp.asarray(0.3 * numbers(2, LENGTH, WIDTH))
     positions = jnp.broadcast_to(jnp.arange(LENGTH), (2, LENGTH))
-    expected, _ = nnx.merge(graphdef, state)(x, positions=positions, mask=AttentionMask())
+    expected, _ = nnx.merge(graphdef, state)(x, positions=positions, ctx=context_of())
     np.testing.assert_allclose(decoded(graphdef, state, x), expected, atol=2e-5)
 
 
@@ -245,9 +245,9 @@ def test_dropout_keeps_the_mean_and_is_off_outside_of_training():
         assert not dataclasses.replace(config, dropout=0.0).needs_rng
         module, _ = built(config, 32)
         plain, _ = built(dataclasses.replace(config, dropout=0.0), 32)
-        still, _ = module(x, mask=AttentionMask())
-        np.testing.assert_array_equal(still, plain(x, mask=AttentionMask())[0])
-        moved, _ = module(x, mask=AttentionMask(dropout_key=jax.random.key(3)))
+        still, _ = module(x, ctx=context_of())
+        np.testing.assert_array_equal(still, plain(x, ctx=context_of())[0])
+        moved, _ = module(x, ctx=context_of(dropout_key=jax.random.key(3)))
         assert float(jnp.abs(moved - still).mean() / jnp.abs(still).mean()) > 0.05
         np.testing.assert_allclose(moved.mean(), still.mean(), rtol=0.02)
 
@@ -258,17 +258,17 @@ def test_attention_weights_are_dropped_in_training_alone():
     x, positions = jnp.asarray(0.1 * numbers(64, LENGTH, WIDTH)), jnp.zeros((64, LENGTH), jnp.int32)
     module, _ = built(config)
     plain, _ = built(dataclasses.replace(config, dropout=0.0))
-    run = lambda module, **fields: module(x, positions=positions, mask=AttentionMask(**fields))[0]  # noqa: E731
+    run = lambda module, **fields: module(x, positions=positions, ctx=context_of(**fields))[0]  # noqa: E731
     np.testing.assert_array_equal(run(module), run(plain))
     moved = run(module, dropout_key=jax.random.key(0))
     assert float(jnp.abs(moved - run(plain)).mean()) > 0.05
     np.testing.assert_allclose(moved.mean((0, 1)), run(plain).mean((0, 1)), atol=0.25)
     cross, _ = built(dataclasses.replace(CROSS, dropout=0.4))
-    training = AttentionMask(causal=False, dropout_key=jax.random.key(0))
+    training = context_of(causal=False, dropout_key=jax.random.key(0))
     keys = cross.keys(x)
-    assert not np.allclose(cross(x, keys, mask=training), cross(x, keys, mask=AttentionMask(causal=False)))
+    assert not np.allclose(cross(x, keys, ctx=training), cross(x, keys, ctx=context_of(causal=False)))
     both = dataclasses.replace(PLAIN, dropout=0.4)
-    assert not np.allclose(cross(x, keys, mask=training), built(both)[0](x, positions=positions, mask=training)[0])
+    assert not np.allclose(cross(x, keys, ctx=training), built(both)[0](x, positions=positions, ctx=training)[0])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -279,12 +279,12 @@ def block(graphdefs: tuple, states: tuple, x, segments, key):
     def value(states, x):
         norm, bias, mixer, cross, mlp, gated = (nnx.merge(*part) for part in zip(graphdefs, states, strict=True))
         x = shard(x, "batch", "sequence", None)
-        mask = AttentionMask(segment_ids=segments, bias=bias(places[:1], places[0]), dropout_key=key)
-        y, _ = mixer(norm(x), positions=places, mask=mask)
-        other = AttentionMask(causal=False, segment_ids=segments, key_segment_ids=segments, dropout_key=key)
-        y += cross(norm(x + y), cross.keys(x), mask=other)
-        y += mlp(x + y, mask=mask)[0]
-        y += gated(norm(y), mask=mask)[0]
+        ctx = context_of(segment_ids=segments, position_bias=bias(places[:1], places[0]), dropout_key=key)
+        y, _ = mixer(norm(x), positions=places, ctx=ctx)
+        other = context_of(causal=False, segment_ids=segments, key_segment_ids=segments, dropout_key=key)
+        y += cross(norm(x + y), cross.keys(x), ctx=other)
+        y += mlp(x + y, ctx=ctx)[0]
+        y += gated(norm(y), ctx=ctx)[0]
         return jnp.sum(jnp.sin(y)), y
 
     return jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(states, x)
@@ -332,10 +332,10 @@ def test_on_a_mesh_everything_is_the_same_and_so_is_what_is_dropped(mesh: dict[s
 @pytest.mark.parametrize("rate", [0.25, 0.9])
 def test_the_share_that_is_dropped(rate: float):
     x = jnp.ones((64, 64, 64))
-    y = dropout(x, rate, AttentionMask(dropout_key=jax.random.key(1)), "here")
+    y = dropout(x, rate, context_of(dropout_key=jax.random.key(1)), "here")
     np.testing.assert_allclose((y == 0).mean(), rate, atol=0.01)
     np.testing.assert_allclose(y[y != 0], 1 / (1 - rate), rtol=1e-6)
-    other = dropout(x, rate, AttentionMask(dropout_key=jax.random.key(1)), "there")
+    other = dropout(x, rate, context_of(dropout_key=jax.random.key(1)), "there")
     assert bool((y != other).any()), "each place draws for itself"
 
 
@@ -383,6 +383,6 @@ def test_impossible_values(make, sentence: str):
 def test_a_bias_for_other_heads_is_refused():
     module, _ = built(PLAIN)
     x = jnp.asarray(numbers(1, LENGTH, WIDTH))
-    mask = AttentionMask(bias=jnp.zeros((1, 2, LENGTH, LENGTH)))
+    ctx = context_of(position_bias=jnp.zeros((1, 2, LENGTH, LENGTH)))
     with pytest.raises(UserError, match=r"heads.*4|4.*heads"):
-        module(x, positions=jnp.arange(LENGTH)[None], mask=mask)
+        module(x, positions=jnp.arange(LENGTH)[None], ctx=ctx)

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contexts import context_of
 from in_text_order import attention_and_gradients
 
 from llama_jax.config import UserError
-from llama_jax.nn.attention import blockwise, kernels
-from llama_jax.nn.masks import AttentionMask
+from llama_jax.nn import Mask
+from llama_jax.nn.attention import attend as kernels, blockwise
 from llama_jax.parallel import make_mesh, shard
 
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 40, 4, 2, 8
@@ -31,9 +32,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blockwise, "KEY_BLOCK", 8)
 
 
-def mask_of(prefix: np.ndarray, **fields) -> AttentionMask:
+def mask_of(prefix: np.ndarray, **fields) -> Mask:
     arrays = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in fields.items()}
-    return AttentionMask(prefix=jnp.asarray(prefix, jnp.int32), **arrays)
+    return Mask(prefix=jnp.asarray(prefix, jnp.int32), **arrays)
 
 
 MASKS = {
@@ -43,7 +44,7 @@ MASKS = {
     "in a window": mask_of(SCATTERED, segment_ids=SEGMENTS, window=6),
     "everything": mask_of(np.ones((BATCH, LENGTH))),
     "nothing": mask_of(np.zeros((BATCH, LENGTH))),
-    "queries at places of a cache": mask_of(SCATTERED, q_index=PLACES),
+    "queries at places of a cache": mask_of(SCATTERED, query_places=PLACES),
 }
 
 
@@ -54,9 +55,9 @@ def inputs(queries: int = LENGTH) -> tuple[jax.Array, ...]:
     return tuple(jnp.asarray(rng.normal(size=s), jnp.float32) for s in (q_shape, kv_shape, kv_shape, q_shape))
 
 
-def allowed_by(mask: AttentionMask) -> np.ndarray:
+def allowed_by(mask: Mask) -> np.ndarray:
     """[B, T, S], one pair at a time."""
-    places = np.tile(np.arange(LENGTH), (BATCH, 1)) if mask.q_index is None else np.asarray(mask.q_index)
+    places = np.tile(np.arange(LENGTH), (BATCH, 1)) if mask.query_places is None else np.asarray(mask.query_places)
     allowed = np.zeros((BATCH, places.shape[1], LENGTH), bool)
     for b, t, s in np.ndindex(allowed.shape):
         i = places[b, t]
@@ -68,7 +69,7 @@ def allowed_by(mask: AttentionMask) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def results(name: str, q, k, v, direction, mask: AttentionMask):
+def results(name: str, q, k, v, direction, mask: Mask):
     """The kernel's result, and its gradient in q, k and v along `direction`."""
     out, pull = jax.vjp(lambda q, k, v: kernels.KERNELS[name].run(q, k, v, mask, scale=SCALE), q, k, v)
     return out, *pull(direction)
@@ -87,7 +88,7 @@ def test_who_sees_whom(case: str):
 @pytest.mark.parametrize("case", MASKS)
 def test_blockwise_is_the_reference(case: str):
     mask = MASKS[case]
-    arrays = inputs(LENGTH if mask.q_index is None else PLACES.shape[1])
+    arrays = inputs(LENGTH if mask.query_places is None else PLACES.shape[1])
     expected = results("reference", *arrays, mask)
     for found, wanted in zip(results("blockwise", *arrays, mask), expected, strict=True):
         assert float(jnp.abs(wanted).max()) > 0.1
@@ -97,7 +98,7 @@ def test_blockwise_is_the_reference(case: str):
 def test_a_prefix_of_nothing_is_causal():
     arrays = inputs()
     for found, wanted in zip(
-        results("blockwise", *arrays, MASKS["nothing"]), results("blockwise", *arrays, AttentionMask()), strict=True
+        results("blockwise", *arrays, MASKS["nothing"]), results("blockwise", *arrays, Mask()), strict=True
     ):
         np.testing.assert_allclose(found, wanted, atol=5e-6)
 
@@ -106,19 +107,19 @@ def test_a_prefix_of_nothing_is_causal():
 def test_kernels_of_others_refuse_by_name(name: str, monkeypatch: pytest.MonkeyPatch):
     q, k, v = (jnp.zeros(shape, jnp.bfloat16) for shape in ((1, 128, 4, 8), (1, 2, 128, 8), (1, 2, 128, 8)))
     prefix = jnp.zeros((1, 128), jnp.int32)
-    assert kernels.choose(q, k, AttentionMask(kernel=name)) == name, "else the refusal below is of something else"
+    assert kernels.choose(q, k, context_of(kernel=name)) == name, "else the refusal below is of something else"
     with pytest.raises(UserError, match=f"'{name}' cannot do a prefix that is seen whole: take blockwise, or auto"):
-        kernels.attend(q, k, v, AttentionMask(kernel=name, prefix=prefix), scale=SCALE)
+        kernels.attend(q, k, v, context_of(kernel=name, prefix=prefix), scale=SCALE)
     monkeypatch.setattr(kernels, "platform", lambda: {"splash": "tpu", "cudnn": "gpu"}[name])
-    assert kernels.choose(q, k, AttentionMask()) == name
-    assert kernels.choose(q, k, AttentionMask(prefix=prefix)) == "blockwise"
+    assert kernels.choose(q, k, context_of()) == name
+    assert kernels.choose(q, k, context_of(prefix=prefix)) == "blockwise"
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def on_a_mesh(kernel: str, q, k, v, direction, mask: AttentionMask):
+def on_a_mesh(kernel: str, q, k, v, direction, mask: Mask):
     """`results` by `attend` on the current mesh, of arrays in the order of the text."""
-    mask = AttentionMask(segment_ids=mask.segment_ids, prefix=mask.prefix, kernel=kernel)
-    return attention_and_gradients(q, k, v, direction, mask, scale=SCALE)
+    ctx = context_of(segment_ids=mask.segment_ids, prefix=mask.prefix, kernel=kernel)
+    return attention_and_gradients(q, k, v, direction, ctx, scale=SCALE)
 
 
 @pytest.mark.parametrize(
@@ -139,9 +140,9 @@ def test_a_split_sequence_takes_the_reference():
     q, k, v, _ = inputs()
     prefix = jnp.zeros((BATCH, LENGTH), jnp.int32)
     with jax.set_mesh(make_mesh({"context": 4}, jax.devices()[:4])):
-        assert kernels.choose(q, k, AttentionMask()) == "blockwise"
-        assert kernels.choose(q, k, AttentionMask(prefix=prefix)) == "reference"
+        assert kernels.choose(q, k, context_of()) == "blockwise"
+        assert kernels.choose(q, k, context_of(prefix=prefix)) == "reference"
         for name in ("blockwise", "splash"):
             sentence = f"'{name}' cannot do a prefix .* split over mesh.context: take reference, or auto"
             with pytest.raises(UserError, match=sentence):
-                kernels.attend(q, k, v, AttentionMask(kernel=name, prefix=prefix), scale=SCALE)
+                kernels.attend(q, k, v, context_of(kernel=name, prefix=prefix), scale=SCALE)

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contexts import context_of
 from flax import nnx
 
 from llama_jax.config import UserError
-from llama_jax.nn import GRU, LSTM, AttentionMask, BidirectionalRNN, ElmanRNN, Mixer, NGram
+from llama_jax.nn import GRU, LSTM, BidirectionalRNN, ElmanRNN, Mixer, NGram
 from llama_jax.parallel import make_mesh, shard, spec
-from llama_jax.planning.collectives import read_collectives
-from llama_jax.planning.hlo import Program
+from llama_jax.planning import Program, read_collectives
 
 WIDTH, ROWS, LENGTH = 8, 4, 13
 # With a projection to the width behind, and without.
@@ -52,9 +52,9 @@ def module_of(config: Mixer, weights: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(config: Mixer, weights: Any, x: jax.Array, cache: Any = None, **fields: Any) -> tuple[jax.Array, Any]:
-    """(result, cache) of a mixer; `fields` are the mask's."""
-    mask = AttentionMask(causal=not isinstance(config, BidirectionalRNN), **fields)
-    return module_of(config, weights)(x, positions=jnp.zeros(x.shape[:2], jnp.int32), mask=mask, cache=cache)
+    """(result, cache) of a mixer; `fields` are the context's."""
+    ctx = context_of(causal=not isinstance(config, BidirectionalRNN), **fields)
+    return module_of(config, weights)(x, positions=jnp.zeros(x.shape[:2], jnp.int32), ctx=ctx, cache=cache)
 
 
 def inputs(rows: int = ROWS, length: int = LENGTH) -> np.ndarray:
@@ -133,7 +133,7 @@ def test_packed_documents_are_separate_documents(name: str):
 def test_an_encoder_does_not_see_padding():
     config, weights, x = ENCODER, weights_of(ENCODER), inputs()
     lengths = np.array([13, 5, 1, 8])
-    found, _ = run(config, weights, x, valid=np.arange(LENGTH) < lengths[:, None])
+    found, _ = run(config, weights, x, is_token=np.arange(LENGTH) < lengths[:, None])
     for row, length, y in zip(x, lengths, found, strict=True):
         np.testing.assert_allclose(y[:length], in_numpy(config, weights, row[:length]), atol=2e-6)
 
@@ -158,8 +158,8 @@ def test_continued_with_the_cache_is_the_whole_text(name: str, mesh: dict[str, i
                 weights,
                 inputs_BTD,
                 cache,
-                q_index=jnp.asarray(index),
-                valid=None if width == 1 else shard(jnp.asarray(valid), "batch", None),
+                query_places=jnp.asarray(index),
+                is_token=None if width == 1 else shard(jnp.asarray(valid), "batch", None),
             )
             assert y.sharding == inputs_BTD.sharding, "a block adds them"
             for row in range(ROWS):
@@ -295,7 +295,7 @@ def test_bfloat16_inputs_and_a_float32_state():
 def test_what_a_recurrence_cannot_do(fields: dict[str, Any], sentence: str):
     module, x = module_of(GRU(5), weights_of(GRU(5))), jnp.asarray(inputs(1, 8))
     with pytest.raises(UserError, match=sentence):
-        module(x, positions=jnp.zeros((1, 8), int), mask=AttentionMask(**fields))
+        module(x, positions=jnp.zeros((1, 8), int), ctx=context_of(**fields))
 
 
 @pytest.mark.parametrize("name", ["elman", "4-gram", "two elmans"])
@@ -311,7 +311,7 @@ def test_no_recurrence_over_a_split_sequence(name: str):
 def test_a_bidirectional_network_is_for_encoders():
     module, x = module_of(ENCODER, weights_of(ENCODER)), jnp.asarray(inputs())
     with pytest.raises(UserError, match="BidirectionalRNN sees what comes later"):
-        module(x, positions=jnp.zeros((ROWS, LENGTH), int), mask=AttentionMask())
+        module(x, positions=jnp.zeros((ROWS, LENGTH), int), ctx=context_of())
     with pytest.raises(UserError, match="BidirectionalRNN reads a text from both ends and cannot continue it"):
         module.init_cache(1, 10, jnp.float32)
 

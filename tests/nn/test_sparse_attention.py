@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contexts import context_of
 from flax import nnx
 from mixing import (
     BATCH,
@@ -23,8 +24,8 @@ from mixing import (
 )
 
 from llama_jax.config import UserError
-from llama_jax.nn import AttentionMask, LatentAttention, Rope, SparseLatentAttention
-from llama_jax.nn.attention import blockwise, kernels
+from llama_jax.nn import ForwardContext, LatentAttention, Rope, SparseLatentAttention
+from llama_jax.nn.attention import attend as kernels, blockwise
 
 TOPK = 5
 CONFIG = SparseLatentAttention(
@@ -103,19 +104,19 @@ def test_only_the_keys_that_the_formula_chooses_take_part():
     module = module_of(CONFIG, values)
     v = np.einsum("tr,rnv->tnv", module.latents(x, jnp.arange(LENGTH)[None])[0, :, :10], values["v_b_proj.weight"])
     expected = np.einsum("tns,snv,nvd->td", weights, v, values["o_proj.weight"])
-    np.testing.assert_allclose(run(CONFIG, values, x, AttentionMask())[0], expected, atol=1e-5)
-    dense = run(DENSE, dense_values(), x, AttentionMask())[0]
+    np.testing.assert_allclose(run(CONFIG, values, x, context_of())[0], expected, atol=1e-5)
+    dense = run(DENSE, dense_values(), x, context_of())[0]
     np.testing.assert_allclose(expected[:TOPK], dense[:TOPK], atol=1e-5)
     assert np.abs(expected[TOPK:] - dense[TOPK:]).max() > 0.1, "what is left out has to matter"
 
 
 def test_choosing_everything_is_latent_attention():
     values, x = values_of(EVERYTHING), inputs()
-    mask, positions = documents()
-    dense = run(DENSE, dense_values(), x, mask, positions)
-    np.testing.assert_array_equal(run(EVERYTHING, values, x, mask, positions), dense)
+    ctx, positions = documents()
+    dense = run(DENSE, dense_values(), x, ctx, positions)
+    np.testing.assert_array_equal(run(EVERYTHING, values, x, ctx, positions), dense)
     learning = dataclasses.replace(EVERYTHING, index_loss_weight=1.0)  # goes its own way, for the loss
-    np.testing.assert_allclose(run(learning, values, x, mask, positions), dense, atol=1e-5)
+    np.testing.assert_allclose(run(learning, values, x, ctx, positions), dense, atol=1e-5)
 
 
 def test_of_equal_scores_the_first_are_chosen():
@@ -123,9 +124,9 @@ def test_of_equal_scores_the_first_are_chosen():
     values = values_of(CONFIG) | {"indexer.weights_proj.weight": np.zeros((16, 8), np.float32)}
     x = inputs(LENGTH, 1)
     places = np.arange(LENGTH)
-    mask = AttentionMask(prefix=jnp.asarray((places < TOPK)[None], jnp.int32))
-    found = run(CONFIG, values, x, mask)[0]
-    first = run(DENSE, dense_values(), x[:, :TOPK], AttentionMask(causal=False))[0]
+    ctx = context_of(prefix=jnp.asarray((places < TOPK)[None], jnp.int32))
+    found = run(CONFIG, values, x, ctx)[0]
+    first = run(DENSE, dense_values(), x[:, :TOPK], context_of(causal=False))[0]
     np.testing.assert_allclose(found[:TOPK], first, atol=1e-5)
     weights = weights_in_numpy(values, np.asarray(x[0]), np.broadcast_to(places < TOPK, (LENGTH, LENGTH)))
     assert np.allclose(weights.sum(-1), 1)
@@ -140,10 +141,10 @@ def test_of_equal_scores_the_first_are_chosen():
 
 def test_packed_is_separate():
     values, x = values_of(LEARNING), inputs()
-    mask, positions = documents()
-    packed = run(LEARNING, values, x, mask, positions)
+    ctx, positions = documents()
+    packed = run(LEARNING, values, x, ctx, positions)
     for begin, end in ((0, 9), (9, LENGTH - 2)):
-        alone = run(LEARNING, values, x[:, begin:end], AttentionMask())
+        alone = run(LEARNING, values, x[:, begin:end], context_of())
         np.testing.assert_allclose(packed[:, begin:end], alone, atol=1e-5)
 
 
@@ -152,7 +153,7 @@ def test_decoding_is_the_training_form():
     values, x = values_of(CONFIG), inputs()
     lengths, steps = jnp.array([1, 4, 8, 2, 7, 3, 5, 6]), 16
     found = decode(CONFIG, values, x, lengths, steps)
-    whole = run(CONFIG, values, x, AttentionMask())
+    whole = run(CONFIG, values, x, context_of())
     for row, begin in enumerate(lengths):
         np.testing.assert_allclose(found[row], whole[row, begin : begin + steps], atol=1e-5)
 
@@ -162,7 +163,7 @@ def test_decoding_reads_what_is_chosen_alone():
 
     def step(values, x: jax.Array, cache: dict[str, jax.Array]) -> jax.Array:
         index = jnp.full((1, 1), 999)
-        return module_of(CONFIG, values)(x, positions=index, mask=AttentionMask(q_index=index), cache=cache)[0]
+        return module_of(CONFIG, values)(x, positions=index, ctx=context_of(query_places=index), cache=cache)[0]
 
     cache = {"latent": jnp.zeros((1, 1, 1000, 14)), "index": jnp.zeros((1, 1, 1000, 7))}
     with kernels.calls_of_attend() as calls:
@@ -178,9 +179,9 @@ def test_the_cache_holds_128_numbers_more_of_a_token():
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def loss_of(config, values, x, mask, positions):
+def loss_of(config, values, x, ctx, positions):
     def loss(values):
-        return module_of(config, values)(x, positions=positions, mask=mask)[2]["loss.indexer"]
+        return module_of(config, values)(x, positions=positions, ctx=ctx)[2]["loss.indexer"]
 
     return jax.value_and_grad(loss)(values)
 
@@ -199,7 +200,7 @@ def test_the_indexers_loss_is_the_formula(config: SparseLatentAttention):
     expected = 0.3 * np.sum(target[chosen] * np.log(target[chosen] / choice[chosen])) / length
     segments = jnp.asarray((np.arange(LENGTH) < length)[None], jnp.int32)
     positions = jnp.arange(LENGTH)[None]
-    loss, gradient = loss_of(config, values, x, AttentionMask(segment_ids=segments), positions)
+    loss, gradient = loss_of(config, values, x, context_of(segment_ids=segments), positions)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
     for name, value in gradient.items():
         assert (float(jnp.abs(value).max()) > 1e-4) == ("indexer" in name), name
@@ -208,19 +209,19 @@ def test_the_indexers_loss_is_the_formula(config: SparseLatentAttention):
 def test_rows_of_padding_teach_the_indexer_nothing():
     values, x, positions = values_of(LEARNING), inputs(LENGTH, 2), jnp.tile(jnp.arange(LENGTH), (2, 1))
     segments = jnp.ones((2, LENGTH), jnp.int32)
-    wanted = loss_of(LEARNING, values, x[:1], AttentionMask(segment_ids=segments[:1]), positions[:1])
-    found = loss_of(LEARNING, values, x, AttentionMask(segment_ids=segments.at[1].set(0)), positions)
+    wanted = loss_of(LEARNING, values, x[:1], context_of(segment_ids=segments[:1]), positions[:1])
+    found = loss_of(LEARNING, values, x, context_of(segment_ids=segments.at[1].set(0)), positions)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
     assert float(found[0]) > 0
-    for value in jax.tree.leaves(loss_of(LEARNING, values, x, AttentionMask(segment_ids=0 * segments), positions)):
+    for value in jax.tree.leaves(loss_of(LEARNING, values, x, context_of(segment_ids=0 * segments), positions)):
         np.testing.assert_array_equal(value, np.zeros(value.shape))
 
 
 def test_the_indexer_learns_from_its_own_loss_alone():
-    values, x, (mask, positions) = values_of(CONFIG), inputs(), documents()
-    _, (gradient, d_x) = with_gradients(CONFIG, values, x, inputs(seed=2), mask, positions)
-    _, (learning, d_x_learning) = with_gradients(LEARNING, values, x, inputs(seed=2), mask, positions)
+    values, x, (ctx, positions) = values_of(CONFIG), inputs(), documents()
+    _, (gradient, d_x) = with_gradients(CONFIG, values, x, inputs(seed=2), ctx, positions)
+    _, (learning, d_x_learning) = with_gradients(LEARNING, values, x, inputs(seed=2), ctx, positions)
     for name in values:
         if "indexer" in name:
             assert not gradient[name].any(), name
@@ -236,7 +237,7 @@ def test_the_indexer_learns_to_choose():
     positions = jnp.broadcast_to(jnp.arange(LENGTH), (BATCH, LENGTH))
     losses = []
     for _ in range(60):
-        loss, gradient = loss_of(config, values, x, AttentionMask(), positions)
+        loss, gradient = loss_of(config, values, x, context_of(), positions)
         values = {name: value - 0.3 * gradient[name] for name, value in values.items()}
         losses.append(float(loss))
     assert losses[-1] < 0.5 * losses[0]
@@ -266,12 +267,12 @@ def test_impossible_sizes(fields: dict, sentence: str):
 
 
 @pytest.mark.parametrize(
-    ("mask", "sentence"),
+    ("ctx", "sentence"),
     [
-        (AttentionMask(kernel="splash"), "attention_kernel='splash' cannot do sparse attention: take auto"),
-        (AttentionMask(bias=jnp.zeros((1, 8, 24, 24))), "sparse attention takes no bias of the scores"),
+        (context_of(kernel="splash"), "attention_kernel='splash' cannot do sparse attention: take auto"),
+        (context_of(position_bias=jnp.zeros((1, 8, 24, 24))), "sparse attention takes no bias of the scores"),
     ],
 )
-def test_what_it_cannot_do_is_refused(mask: AttentionMask, sentence: str):
+def test_what_it_cannot_do_is_refused(ctx: ForwardContext, sentence: str):
     with pytest.raises(UserError, match=sentence):
-        run(CONFIG, values_of(CONFIG), inputs(), mask)
+        run(CONFIG, values_of(CONFIG), inputs(), ctx)

@@ -12,7 +12,7 @@ import pytest
 from llama_jax.checkpoint.convert import load_params, open_source
 from llama_jax.checkpoint.language_model import load
 from llama_jax.models import Compute, abstract_params, assemble
-from llama_jax.nn.masks import AttentionMask
+from llama_jax.nn import ForwardContext
 from llama_jax.sampling import generate
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -34,7 +34,7 @@ def test_layer_by_layer(name):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     x = model.embedding(tokens, jnp.dtype(jnp.float32))
     for layer in range(len(model.layers)):
-        x, _, _ = model.layers[layer](x, positions=positions, mask=AttentionMask())
+        x, _, _ = model.layers[layer](x, positions=positions, ctx=ForwardContext())
         np.testing.assert_allclose(x, expected[f"layer_{layer}"], atol=TOLERANCE, err_msg=f"layer {layer}")
     assert 0.9 < expected["logits"].std() < 1.1
     logits = model.head(model.norm(x), model.head_weight())

@@ -9,7 +9,7 @@ from zoo_table import GOLDENS
 
 import llama_jax
 from llama_jax.checkpoint.formats.huggingface import read_directory, write_safetensors
-from llama_jax.nn.attention import kernels
+from llama_jax.nn.attention import attend as kernels
 
 NAMES, TOLERANCE, LONGEST = ("bart", "marian", "t5_v1_0"), 5e-5, 300
 LENGTHS = ("129_300", *(pytest.param(lengths, marks=pytest.mark.slow) for lengths in ("100_200", "40_260")))
@@ -40,7 +40,7 @@ def test_logits_of_targets_longer_than_their_sources(name: str, lengths: str, tm
         )
     with kernels.calls_of_attend() as calls:
         logits = lm.model(source.astype(np.int32), target.astype(np.int32), source_mask=mask.astype(np.int32))
-    crossing = [call for call in calls if call.mask.key_segment_ids is not None]
-    assert {kernels.choose(call.q, call.k, call.mask) for call in crossing} == {"blockwise"}
+    crossing = [call for call in calls if call.ctx.mask.key_segment_ids is not None]
+    assert {kernels.choose(call.q, call.k, call.ctx) for call in crossing} == {"blockwise"}
     error = np.abs(np.asarray(logits)[:, places] - expected)
     assert error.max() < TOLERANCE, error.max((0, 2))

@@ -21,7 +21,7 @@ from llama_jax.checkpoint.store import CheckpointStore
 from llama_jax.config import UserError, override
 from llama_jax.data import read_texts
 from llama_jax.models import Compute
-from llama_jax.nn.attention import kernels
+from llama_jax.nn.attention import attend as kernels
 from llama_jax.run import Run, RunConfig, RunFailed, open_run, train
 from llama_jax.run.training import _Clock
 from llama_jax.tokenizers import load_tokenizer

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llama_jax.models import Compute, DecoderConfig
-from llama_jax.nn.attention import kernels
+from llama_jax.nn.attention import attend as kernels
 from llama_jax.parallel import make_mesh, shard
 from llama_jax.training import kernel_check as module
 from llama_jax.training.kernel_check import PreflightFailed, attention_calls, preflight

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from llama_jax.models import Compute, DecoderConfig, abstract_params, assemble, from_params
-from llama_jax.nn.attention import kernels
+from llama_jax.nn.attention import attend as kernels
 from llama_jax.parallel import make_mesh, shard
 from llama_jax.training import AdamW, init_state, kernel_check as module, make_train_step
 from llama_jax.training.kernel_check import PreflightFailed, preflight

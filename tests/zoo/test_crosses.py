@@ -18,13 +18,13 @@ from llama_jax.nn import (
     GroupedQuery,
     LearnedPositions,
     Mixer,
+    MixerModule,
     RelativeBias,
     RMSNorm,
     Rope,
     SinusoidalPositions,
     SwiGLU,
 )
-from llama_jax.nn.mixer import MixerModule
 from llama_jax.parallel import make_mesh
 from llama_jax.run.training import to_devices
 from llama_jax.training import AdamW, init_state, make_train_step

@@ -77,8 +77,8 @@ def test_gpt3_sees_all_and_near_tokens_by_turns(name: str):
 def test_gpt3_s_two_kinds_of_layers_are_scanned():
     config = gpt3.gpt3(6, 8, 4, window=2, max_positions=8, vocab_size=8)
     layers = assemble(config, build(config).params(), Compute(scan_layers=True)).layers
-    assert (len(layers.prefix), len(layers.pattern)) == (0, 2)
-    assert [block.attention.config.window for block in layers.pattern] == [None, 2]
+    assert (len(layers.leading), len(layers.repeated)) == (0, 2)
+    assert [block.attention.config.window for block in layers.repeated] == [None, 2]
 
 
 # -- config.json

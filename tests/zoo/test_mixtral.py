@@ -11,8 +11,7 @@ import pytest
 from llama_jax.checkpoint.convert import load_params, open_source
 from llama_jax.checkpoint.language_model import LanguageModel, load, save
 from llama_jax.config import UserError, override
-from llama_jax.models import DecoderConfig, abstract_params, from_params, num_parameters
-from llama_jax.models.compute import Compute
+from llama_jax.models import Compute, DecoderConfig, abstract_params, from_params, num_parameters
 from llama_jax.nn import SigmoidTopK
 from llama_jax.parallel import make_mesh
 from llama_jax.zoo import glam, mixtral

@@ -10,8 +10,7 @@ import pytest
 import llama_jax
 from llama_jax.config import UserError
 from llama_jax.models import num_parameters
-from llama_jax.nn import MLP, GatedLinearUnit, RelativeBias, Rope, SinusoidalPositions
-from llama_jax.nn.experts import Experts
+from llama_jax.nn import MLP, Experts, GatedLinearUnit, RelativeBias, Rope, SinusoidalPositions
 from llama_jax.zoo import switch_transformers, t5
 
 GOLDENS = Path(__file__).parents[1] / "parity" / "goldens"

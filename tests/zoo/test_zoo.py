@@ -9,8 +9,7 @@ from hypothesis import given, strategies as st
 from llama_jax import zoo
 from llama_jax.config import UserError
 from llama_jax.models import num_parameters
-from llama_jax.nn.attention.grouped_query import GroupedQuery
-from llama_jax.nn.positions import LinearScaling, Llama3Scaling, NTKScaling, Rope, YarnScaling
+from llama_jax.nn import GroupedQuery, LinearScaling, Llama3Scaling, NTKScaling, Rope, YarnScaling
 from llama_jax.zoo import Weight, chatglm, glm, gpt2, llama
 
 COUNTS = {

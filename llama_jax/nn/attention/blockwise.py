@@ -1,11 +1,11 @@
 """Exact attention by blocks with an online softmax (Milakov and Gimelshein 2018; Dao et al. 2022, algorithm 1).
 
-Neither direction ever holds more than a [T/16, 512] block of scores per head, and what no query of a block may see is
-not computed: a causal block of queries reads only the keys up to its end, a window only those from its beginning on.
-Where a prefix may stand later, or queries at any place, all keys are read. A query that sees nothing gets zeros, and
-passes no gradient.
+Neither direction ever holds more than a [T/16, 512] block of scores per head, and blocks of keys that no query of a
+block attends to are not computed: a causal block of queries reads only the keys up to its end, a window only those from
+its beginning on. Where there is a prefix, or queries are at any places, all keys are read. A query without any key to
+attend to gets zeros, and passes no gradient.
 
-Queries come grouped here: q [B, K, G, T, H], k [B, K, S, H] and v [B, K, S, V], whose heads may have another size.
+Queries are grouped here: q [B, K, G, T, H], k [B, K, S, H] and v [B, K, S, V], whose heads may have another size.
 """
 
 import functools
@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from llama_jax.nn.masks import AttentionMask
+from llama_jax.nn.base import Mask
 
 MASKED = -1e30  # finite, so that a fully masked block does not make inf - inf
-# Where maxima begin: below every score and so far above MASKED that exp(MASKED - NOTHING) is 0, also in a row where
-# nothing is seen, whose maximum and logsumexp it stays.
+# Where running maxima begin: below every score and so far above MASKED that exp(MASKED - NOTHING) is 0. In a row where
+# no key is allowed it stays the maximum and the logsumexp.
 NOTHING = MASKED / 2
 MAX_QUERY_BLOCKS = 16
 MIN_QUERY_BLOCK = 128
@@ -31,8 +31,8 @@ Result = Float[Array, "b k g t v"]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def blockwise(q: Grouped, k: Keys, v: Values, mask: AttentionMask, scale: float) -> Result:
-    """softmax(scale q k^T) v, in the dtype of q."""
+def blockwise(q: Grouped, k: Keys, v: Values, mask: Mask, scale: float) -> Result:
+    """Compute softmax(scale q k^T) v, in the dtype of q."""
     return _vjp_forward(q, k, v, mask, scale)[0]
 
 
@@ -52,49 +52,52 @@ blockwise.defvjp(_vjp_forward, _vjp_backward)
 
 
 def row_sums(d_out: Result, out: Result) -> Float[Array, "b k g t"]:
-    """What the softmax's gradient subtracts from each row."""
+    """Return the sum that the softmax's gradient subtracts from each row."""
     return jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
 
-def scores(q: Grouped, k: Keys, mask: AttentionMask, first_query, first_key, scale: float) -> Float[Array, "b k g t s"]:
-    """Masked float32 scores of queries [first_query, first_query + T) against keys [first_key, first_key + S)."""
+def scores(q: Grouped, k: Keys, mask: Mask, first_query, first_key, scale: float) -> Float[Array, "b k g t s"]:
+    """Return masked float32 scores of T queries from `first_query` on against S keys from `first_key` on."""
     b, n_kv, g, t, h = q.shape
-    # The heads of a group are stacked on the query dimension: one product per kv head.
+    # The heads of a group are stacked on the query dimension: one product for each kv head.
     s = jnp.einsum("bkmh,bksh->bkms", q.reshape(b, n_kv, g * t, h), k, preferred_element_type=jnp.float32)
     allowed = mask.allowed(first_query, t, first_key, k.shape[2])
     return jnp.where(allowed[:, None, None], s.reshape(b, n_kv, g, t, k.shape[2]) * scale, MASKED)
 
 
-def forward(
-    q: Grouped, k: Keys, v: Values, mask: AttentionMask, scale: float
-) -> tuple[Result, Float[Array, "b k g t"]]:
-    """The result in float32, and the logsumexp of each row's scores, by which results over other keys can join: NOTHING
-    where the row sees none."""
+def forward(q: Grouped, k: Keys, v: Values, mask: Mask, scale: float) -> tuple[Result, Float[Array, "b k g t"]]:
+    """Return the result in float32, and the logsumexp of each row's scores.
+
+    Results over different sets of keys join by it. It is NOTHING in rows without an allowed key.
+    """
     q, mask, zero = _together(q, mask)
 
     def block(carry, begin, size, first, stop):
         q_i = _block(q, begin, size, 3)
 
         def step(carry, start, size):
-            top, total, out = carry
+            top, total, out = carry  # running maximum, sum of exp(score - top), and sum of exp(score - top) v
             s = scores(q_i, _block(k, start, size), mask, begin, start, scale)
             new_top = jnp.maximum(top, s.max(-1))
             p = jnp.exp(s - new_top[..., None])
-            shrink = jnp.exp(top - new_top)
+            shrink = jnp.exp(top - new_top)  # corrects what was summed with the smaller maximum
             part = jnp.einsum("bkgts,bksh->bkgth", p.astype(v.dtype), _block(v, start, size))
             return (new_top, total * shrink + p.sum(-1), out * shrink[..., None] + part), ()
 
         shape = q_i.shape[:-1]
         init = (jnp.full(shape, NOTHING), jnp.zeros(shape), jnp.zeros((*shape, v.shape[3]), jnp.float32))
         (top, total, out), _ = _over_keys(step, init, zero, first, stop)
-        total = jnp.where(total > 0, total, 1)
+        total = jnp.where(total > 0, total, 1)  # no key was allowed: `out` is 0, and stays it
         return carry, (out / total[..., None], top + jnp.log(total))
 
     return over_queries(block, (), q.shape[3], k.shape[2], mask)[1]
 
 
-def backward(q, k, v, mask: AttentionMask, scale: float, logsumexp, delta, d_out) -> tuple[jax.Array, ...]:
-    """Gradients in q, k and v, float32. `logsumexp` and `delta` (`row_sums`) are those over all keys of the row."""
+def backward(q, k, v, mask: Mask, scale: float, logsumexp, delta, d_out) -> tuple[jax.Array, ...]:
+    """Return the gradients in q, k and v, float32.
+
+    `logsumexp` and `delta` (`row_sums`) are those over all keys of the row, also where k and v are a part of them.
+    """
     q, mask, zero = _together(q, mask)
 
     def block(carry, begin, size, first, stop):
@@ -103,7 +106,7 @@ def backward(q, k, v, mask: AttentionMask, scale: float, logsumexp, delta, d_out
 
         def step(d_q_i, start, size):
             k_j, v_j = _block(k, start, size), _block(v, start, size)
-            p = jnp.exp(scores(q_i, k_j, mask, begin, start, scale) - lse_i)
+            p = jnp.exp(scores(q_i, k_j, mask, begin, start, scale) - lse_i)  # the softmax, computed again
             d_p = jnp.einsum("bkgth,bksh->bkgts", d_out_i, v_j, preferred_element_type=jnp.float32)
             d_s = (p * (d_p - delta_i) * scale).astype(q.dtype)
             # Transposed: XLA:CPU would copy the whole block of scores to bring the summed dimension last.
@@ -120,21 +123,24 @@ def backward(q, k, v, mask: AttentionMask, scale: float, logsumexp, delta, d_out
     return d_q, d_k, d_v
 
 
-def _together(q: Grouped, mask: AttentionMask) -> tuple[Grouped, AttentionMask, jax.Array]:
-    """q, the mask, and a 0 for the places of full key blocks, none of which is known before the others.
+def _together(q: Grouped, mask: Mask) -> tuple[Grouped, Mask, jax.Array]:
+    """Return q, the mask, and a 0 to add to the places of key blocks, tied together by a barrier.
 
-    The mask of a block is the same in every layer. In the gradient of a scan over layers JAX computes what is the same
-    in all of them once, before: that would be the masks of all blocks, quadratic in the sequence.
+    The mask of a block is the same in every layer. In the gradient of a scan over layers JAX computes loop-invariant
+    values once, before the loop: that would be the masks of all blocks, quadratic in the sequence. Behind the barrier
+    they depend on the layer's q.
     """
     return jax.lax.optimization_barrier((q, mask, jnp.int32(0)))
 
 
-def over_queries(block, carry, num_queries: int, num_keys: int, mask: AttentionMask):
-    """`block(carry, begin, size, first, stop) -> (carry, ys)` over blocks of queries and the keys [first, stop) that
-    each may need; ys joined over queries. A scan where all need all keys; else what is masked is not computed. No block
-    is without a key, though it may see none."""
+def over_queries(block, carry, num_queries: int, num_keys: int, mask: Mask):
+    """Call `block(carry, begin, size, first, stop) -> (carry, ys)` for blocks of queries; return carry and joined ys.
+
+    Keys [first, stop) are those that the block may need, at least one. Where all blocks need all keys it is a scan;
+    else a Python loop, in which what is masked is not computed.
+    """
     size = max(MIN_QUERY_BLOCK, -(-num_queries // MAX_QUERY_BLOCKS))
-    anywhere = any(x is not None for x in (mask.q_index, mask.key_index, mask.prefix))
+    anywhere = any(x is not None for x in (mask.query_places, mask.key_places, mask.prefix))
     everything = anywhere or (not mask.causal and mask.window is None)
     if num_queries > size and num_queries % size == 0 and everything:
         begins = jnp.arange(0, num_queries, size)
@@ -147,7 +153,7 @@ def over_queries(block, carry, num_queries: int, num_keys: int, mask: AttentionM
         if not everything and mask.causal:
             stop = min(num_keys, end)
         if not everything and mask.window is not None:
-            # Where queries go on beyond the last key, their window is empty.
+            # Where queries go on beyond the last key their window is empty: one key is read, and masked.
             stop = min(stop, end + mask.window - 1)
             first = min(max(0, begin - mask.window + 1), stop - 1)
         carry, ys = block(carry, begin, end - begin, first, stop)
@@ -156,7 +162,7 @@ def over_queries(block, carry, num_queries: int, num_keys: int, mask: AttentionM
 
 
 def _over_keys(step, carry, zero: jax.Array, first: int, stop: int):
-    """`step(carry, start, size)` over key blocks: a scan over the full ones, then the rest; ys joined over keys."""
+    """Call `step(carry, start, size)` for blocks of keys, the full ones in a scan; return carry and joined ys."""
     full = (stop - first) // KEY_BLOCK if stop - first > KEY_BLOCK else 0
     start = first + full * KEY_BLOCK
     ys = []
@@ -171,7 +177,7 @@ def _over_keys(step, carry, zero: jax.Array, first: int, stop: int):
 
 
 def _joined(blocks: jax.Array, axis: int) -> jax.Array:
-    """[n, ..., size, ...] -> [..., n size, ...], `axis` that of size without n."""
+    """Join blocks [n, ..., size, ...] to [..., n size, ...]; `axis` is that of size, n not counted."""
     shape = blocks.shape[1:]
     return jnp.moveaxis(blocks, 0, axis).reshape(*shape[:axis], -1, *shape[axis + 1 :])
 

@@ -1,22 +1,22 @@
-"""Grouped-query attention; multi-head (K = N) and multi-query (K = 1) are its ends."""
+"""Grouped-query attention and cross-attention; multi-head (K = N) and multi-query (K = 1) are its ends."""
 
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import UserError
-from llama_jax.nn.attention.cache import Cache, write
-from llama_jax.nn.attention.kernels import attend
-from llama_jax.nn.dropout import check_rate
-from llama_jax.nn.masks import AttentionMask
-from llama_jax.nn.mixer import Mixer, MixerModule
+from llama_jax.nn.attention.attend import attend
+from llama_jax.nn.base import ForwardContext, Mixer, MixerModule, Piece, check_above_zero, check_at_least, check_rate
 from llama_jax.nn.norms import Norm
 from llama_jax.nn.parameters import Projection, child
-from llama_jax.nn.positions import Rope
+from llama_jax.nn.rope import Rope
 from llama_jax.parallel import shard
+
+Cache = dict[str, Float[Array, "b k s _"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class GroupedQuery(Mixer):
     out_bias: a bias on the output projection.
     scale: of the scores; none for 1/sqrt(head_dim).
     qk_norm: of each query and key head, before rotary positions (Henry et al. 2020), or none.
-    window: how many keys a query sees, itself included (and as many after it where it sees those); none for all.
+    window: number of keys that a query attends to, itself included (and as many after it in an encoder); none for all.
     softcap: scores are softcap * tanh(scores / softcap), as in Gemma 2; none for as they are.
     dropout: rate on the attention weights.
     """
@@ -49,27 +49,60 @@ class GroupedQuery(Mixer):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_heads(self.num_heads, self.num_kv_heads)
+        _check_heads(self.num_heads, self.num_kv_heads)
         if self.head_dim < 1 or (self.rope is not None and self.head_dim % 2 and self.rope.rotary_dim is None):
             raise UserError(f"head_dim={self.head_dim} must be positive, and even for rotary positions")
         if self.rope is not None and (self.rope.rotary_dim or 0) > self.head_dim:
             raise UserError(f"rope.rotary_dim={self.rope.rotary_dim} must be at most head_dim={self.head_dim}")
-        if self.window is not None and self.window < 1:
-            raise UserError(f"window={self.window} must be at least 1")
-        for name in ("scale", "softcap"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise UserError(f"{name}={value} must be above 0")
+        if self.window is not None:
+            check_at_least(self, 1, "window")
+        check_above_zero(self, "scale", "softcap")
         check_rate("dropout", self.dropout)
 
     def build(self, width: int, *, rngs: nnx.Rngs) -> "GroupedQueryModule":
         return GroupedQueryModule(self, width, rngs=rngs)
 
-    def score_flops(self, context: float) -> float:
-        return 4 * self.num_heads * self.head_dim * (context if self.window is None else min(context, self.window))
+    def score_flops(self, num_keys: float) -> float:
+        return 4 * self.num_heads * self.head_dim * (num_keys if self.window is None else min(num_keys, self.window))
 
 
-def check_heads(num_heads: int, num_kv_heads: int) -> None:
-    """Raises UserError where the key/value heads cannot be shared evenly."""
+@dataclasses.dataclass(frozen=True)
+class CrossAttention(Piece):
+    """Attention to a source (Vaswani et al. 2017, section 3.2.3; Bahdanau et al. 2015), without positions.
+
+    num_heads: query heads.
+    num_kv_heads: key/value heads; divides num_heads.
+    head_dim: size of a head.
+    qkv_bias: biases on the query, key and value projections.
+    out_bias: a bias on the output projection.
+    scale: of the scores; none for 1/sqrt(head_dim).
+    dropout: rate on the attention weights.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qkv_bias: bool
+    out_bias: bool
+    scale: float | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_heads(self.num_heads, self.num_kv_heads)
+        check_at_least(self, 1, "head_dim")
+        check_above_zero(self, "scale")
+        check_rate("dropout", self.dropout)
+
+    def build(self, width: int, *, rngs: nnx.Rngs) -> "CrossAttentionModule":
+        """Return the module for inputs of this width."""
+        return CrossAttentionModule(self, width, rngs=rngs)
+
+    def score_flops(self, num_keys: float) -> float:
+        """Return the FLOPs of one target token beyond its parameters' products, for a source of `num_keys` tokens."""
+        return 4 * self.num_heads * self.head_dim * num_keys
+
+
+def _check_heads(num_heads: int, num_kv_heads: int) -> None:
     if num_heads < 1:
         raise UserError(f"num_heads={num_heads} must be at least 1")
     if num_kv_heads < 1 or num_heads % num_kv_heads:
@@ -80,35 +113,39 @@ def check_heads(num_heads: int, num_kv_heads: int) -> None:
         )
 
 
-def projections(config: Any, width: int, *, rngs: nnx.Rngs) -> tuple[Projection, Projection, Projection, Projection]:
-    """Those of queries, keys, values and output, for a config with their options."""
-    # Scores begin as large as with a scale of 1/sqrt(head_dim): at T5's of 1 they would begin as a choice of one key.
-    shrunk = 1.0 if config.scale is None else min(1.0, config.head_dim**-0.5 / config.scale)
-    heads = {"heads": config.num_heads, "_head_dim": config.head_dim}
-    kv_heads = {"kv_heads": config.num_kv_heads, "_head_dim": config.head_dim}
-    outer = {"embed": width}
-    return (
-        Projection(outer, heads, bias=config.qkv_bias, rngs=child(rngs, "q_proj"), std=shrunk * width**-0.5),
-        Projection(outer, kv_heads, bias=config.qkv_bias, rngs=child(rngs, "k_proj")),
-        Projection(outer, kv_heads, bias=config.qkv_bias, rngs=child(rngs, "v_proj")),
-        Projection(heads, outer, bias=config.out_bias, rngs=child(rngs, "o_proj")),
-    )
+class _Projections(nnx.Module):
+    """The projections of queries, keys, values and output, and the scale of the scores."""
+
+    def __init__(self, config: GroupedQuery | CrossAttention, width: int, *, rngs: nnx.Rngs):
+        self.scale = config.head_dim**-0.5 if config.scale is None else config.scale
+        # Scores begin as large as with a scale of 1/sqrt(head_dim): with T5's scale of 1 each query would otherwise
+        # begin by attending to almost one key.
+        shrunk = min(1.0, config.head_dim**-0.5 / self.scale)
+        outer, heads = {"embed": width}, {"heads": config.num_heads, "_head_dim": config.head_dim}
+        kv_heads = {"kv_heads": config.num_kv_heads, "_head_dim": config.head_dim}
+        bias, std = config.qkv_bias, shrunk * width**-0.5
+        self.q_proj = Projection(outer, heads, bias=bias, rngs=child(rngs, "q_proj"), std=std)
+        self.k_proj = Projection(outer, kv_heads, bias=bias, rngs=child(rngs, "k_proj"))
+        self.v_proj = Projection(outer, kv_heads, bias=bias, rngs=child(rngs, "v_proj"))
+        self.o_proj = Projection(heads, outer, bias=config.out_bias, rngs=child(rngs, "o_proj"))
 
 
-class GroupedQueryModule(MixerModule):
+class GroupedQueryModule(_Projections, MixerModule):
+    """Grouped-query attention; its cache is the keys and values so far, `k` and `v` [B, K, S, H]."""
+
     def __init__(self, config: GroupedQuery, width: int, *, rngs: nnx.Rngs):
+        super().__init__(config, width, rngs=rngs)
         self.config = config
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = projections(config, width, rngs=rngs)
         norm = config.qk_norm
         self.q_norm = norm and norm.build(config.head_dim, rngs=child(rngs, "q_norm"))
         self.k_norm = norm and norm.build(config.head_dim, rngs=child(rngs, "k_norm"))
 
     def __call__(
-        self, x: Float[Array, "b t d"], *, positions: Int[Array, "b t"], mask: AttentionMask, cache: Cache | None = None
+        self, x: Float[Array, "b t d"], *, positions: Int[Array, "b t"], ctx: ForwardContext, cache: Cache | None = None
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
         config = self.config
         if config.window is not None:
-            mask = dataclasses.replace(mask, window=config.window)
+            ctx = ctx.with_mask(window=config.window)
         q_BTNH, k_BTKH, v_BTKH = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
@@ -116,15 +153,52 @@ class GroupedQueryModule(MixerModule):
             q_BTNH, k_BTKH = rope.rotate(q_BTNH, positions), rope.rotate(k_BTKH, positions)
         k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
         if cache is not None:
-            assert mask.q_index is not None
-            cache = write(cache, {"k": k_BKSH, "v": v_BKSH}, mask.q_index[:, 0])
+            cache = write_cache(cache, {"k": k_BKSH, "v": v_BKSH}, ctx.cache_start)
             k_BKSH, v_BKSH = cache["k"].astype(x.dtype), cache["v"].astype(x.dtype)
-        scale = config.head_dim**-0.5 if config.scale is None else config.scale
-        y_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, mask, scale=scale, softcap=config.softcap, dropout=config.dropout)
-        return self.o_proj(y_BTNH), cache
+        options: dict[str, Any] = {"scale": self.scale, "softcap": config.softcap, "dropout": config.dropout}
+        return self.o_proj(attend(q_BTNH, k_BKSH, v_BKSH, ctx, **options)), cache
 
     def init_cache(self, batch: int, length: int, dtype: Any) -> Cache:
+        # [B, K, S, H]: with S before K the TPU program keeps a second, transposed cache.
         shape = (batch, self.config.num_kv_heads, length, self.config.head_dim)
-        return {
-            name: shard(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None) for name in ("k", "v")
-        }  # [B, K, S, H]: with S before K the TPU program keeps a second, transposed cache.
+        return {name: shard(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None) for name in ("k", "v")}
+
+
+class CrossAttentionModule(_Projections):
+    """Attention from a target to a source."""
+
+    def __init__(self, config: CrossAttention, width: int, *, rngs: nnx.Rngs):
+        super().__init__(config, width, rngs=rngs)
+        self.config = config
+
+    def keys(self, source: Float[Array, "b s d"]) -> Cache:
+        """Return keys and values of the source, `k` and `v` [B, K, S, H]: the same for every target token."""
+        return {"k": self.k_proj(source).swapaxes(1, 2), "v": self.v_proj(source).swapaxes(1, 2)}
+
+    def __call__(self, x: Float[Array, "b t d"], keys: Cache, *, ctx: ForwardContext) -> Float[Array, "b t d"]:
+        """Map the target [B, T, D] and the source's `keys` to [B, T, D].
+
+        The mask of `ctx` is not causal; its `segment_ids` [B, T] are those of the target, its `key_segment_ids` [B, S]
+        those of the source.
+        """
+        if ctx.mask.causal or ctx.position_bias is not None:
+            raise ValueError("a target token sees all of its source, and has no position among its tokens")
+        if ctx.dropout_key is not None:  # else it would drop what the layer's other attention drops
+            ctx = dataclasses.replace(ctx, dropout_key=ctx.random_key("cross attention"))
+        k, v = (keys[name].astype(x.dtype) for name in ("k", "v"))
+        return self.o_proj(attend(self.q_proj(x), k, v, ctx, scale=self.scale, dropout=self.config.dropout))
+
+
+def write_cache(cache: Cache, new: dict[str, Float[Array, "b k t _"]], start: Int[Array, " b"]) -> Cache:
+    """Write each row's new entries into a cache of [B, K, S, H] arrays, beginning at its place `start`."""
+
+    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+        if old.shape[0] == 1:  # one slice is written in place; XLA:CPU copies what it scatters into
+            return jax.lax.dynamic_update_slice_in_dim(old, new, start[0], axis=2)
+        # Slices by row, which need no communication on a mesh.
+        place = jax.vmap(lambda row, new_row, at: jax.lax.dynamic_update_slice_in_dim(row, new_row, at, axis=1))
+        return place(old, new, start)
+
+    written = {name: write(cache[name], x.astype(cache[name].dtype)) for name, x in new.items()}
+    # Without the barrier XLA:CPU writes once more inside what reads the cache, and copies the whole cache for that.
+    return jax.lax.optimization_barrier(written)

@@ -1,8 +1,8 @@
 """Multi-head latent attention: all heads' keys and values come from one small latent vector of each token.
 
-Training expands the latents to keys and values. Decoding need not: q . (W_k c) = (W_k^T q) . c, so queries can be
-brought to the latents instead, and what is summed up there is expanded once. Then the latents with the rotary key
-beside them are the keys, and the values too, as in multi-query attention, and all that the cache holds.
+Training expands the latents to keys and values. Decoding can avoid that: q . (W_k c) = (W_k^T q) . c, so queries are
+projected to the size of the latents instead, and the weighted sum of latents is expanded once. Then the latents, joined
+with the rotary key, are both keys and values, as in multi-query attention, and all that the cache holds.
 """
 
 import dataclasses
@@ -13,16 +13,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import UserError
-from llama_jax.nn.attention.cache import Cache, write
-from llama_jax.nn.attention.kernels import attend
-from llama_jax.nn.masks import AttentionMask
-from llama_jax.nn.mixer import Mixer, MixerModule
+from llama_jax.nn.attention.attend import attend
+from llama_jax.nn.attention.grouped_query import Cache, write_cache
+from llama_jax.nn.base import ForwardContext, Mixer, MixerModule, check_at_least
 from llama_jax.nn.norms import RMSNorm
 from llama_jax.nn.parameters import Projection, cast_and_gather, child
-from llama_jax.nn.positions import Rope
+from llama_jax.nn.rope import Rope
 from llama_jax.parallel import einsum, shard
 
-# The two parts of a query or key: what meets the latents, and what is rotated.
+# The two parts of a query: the one that is multiplied with the latents, and the rotary one.
 type Parts = tuple[Float[Array, "b t n h"], Float[Array, "b t n p"]]
 
 
@@ -52,9 +51,7 @@ class LatentAttention(Mixer):
     eps: float
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        check_at_least(self, 1, "num_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise UserError(f"q_lora_rank={self.q_lora_rank} must be at least 1, or none")
         if self.rope is not None and self.qk_rope_head_dim % 2:
@@ -64,13 +61,15 @@ class LatentAttention(Mixer):
 
     @property
     def scale(self) -> float:
-        """What scores are multiplied by."""
+        """The factor of the scores."""
         scaling = None if self.rope is None else self.rope.scaling
         magnitude = 1.0 if scaling is None else scaling.score_magnitude()
         return magnitude * (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
 
     def absorbs(self, num_queries: int) -> bool:
-        """Whether so many queries in a row are cheaper on the latents than on keys and values expanded for them."""
+        """Return whether attention on the latents is cheaper than on keys and values expanded for these queries."""
+        # Products for each key and head: expanding it costs kv_lora_rank * expanded once; every query then needs
+        # expanded + qk_rope_head_dim of them, and 2 * (kv_lora_rank + qk_rope_head_dim) on the latents.
         expanded = self.qk_nope_head_dim + self.v_head_dim
         latent = 2 * (self.kv_lora_rank + self.qk_rope_head_dim)
         return num_queries * (latent - expanded - self.qk_rope_head_dim) < self.kv_lora_rank * expanded
@@ -78,95 +77,106 @@ class LatentAttention(Mixer):
     def build(self, width: int, *, rngs: nnx.Rngs) -> "LatentAttentionModule":
         return LatentAttentionModule(self, width, rngs=rngs)
 
-    def score_flops(self, context: float) -> float:
-        return 2 * self.num_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim) * context
+    def score_flops(self, num_keys: float) -> float:
+        return 2 * self.num_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim) * num_keys
 
 
 class LatentAttentionModule(MixerModule):
-    """Released files have `q_nope_proj` and `q_rope_proj` (or, of a latent, `q_b_*`) as one, so `kv_a_proj` and
-    `k_rope_proj`, and `k_b_proj` and `v_b_proj`."""
+    """Multi-head latent attention; its cache is `latent` [B, 1, S, R], which `latents` returns.
+
+    Released files have `q_nope_proj` and `q_rope_proj` (or `q_b_nope_proj` and `q_b_rope_proj`) as one matrix,
+    `kv_a_proj` and `k_rope_proj` as one, and `k_b_proj` and `v_b_proj` as one.
+    """
 
     def __init__(self, config: LatentAttention, width: int, *, rngs: nnx.Rngs):
         self.config = config
+        nope, rope, value = (
+            {"heads": config.num_heads, "_head_dim": size}
+            for size in (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim)
+        )
         outer, latent = {"embed": width}, {"embed": config.kv_lora_rank}
 
         def projection(name: str, in_dims: dict[str, int], out_dims: dict[str, int]) -> Projection:
             return Projection(in_dims, out_dims, bias=False, rngs=child(rngs, name))
 
-        def norm(name: str, size: int) -> nnx.Module:
+        def norm(name: str, size: int) -> Any:
             return RMSNorm(eps=config.eps).build(size, rngs=child(rngs, name))
 
-        def heads(size: int) -> dict[str, int]:
-            return {"heads": config.num_heads, "_head_dim": size}
-
         if config.q_lora_rank is None:
-            self.q_nope_proj = projection("q_nope_proj", outer, heads(config.qk_nope_head_dim))
-            self.q_rope_proj = projection("q_rope_proj", outer, heads(config.qk_rope_head_dim))
+            self.q_nope_proj = projection("q_nope_proj", outer, nope)
+            self.q_rope_proj = projection("q_rope_proj", outer, rope)
         else:
             q_latent = {"embed": config.q_lora_rank}
             self.q_a_proj = projection("q_a_proj", outer, {"_latent": config.q_lora_rank})
-            self.q_a_layernorm: Any = norm("q_a_layernorm", config.q_lora_rank)
-            self.q_b_nope_proj = projection("q_b_nope_proj", q_latent, heads(config.qk_nope_head_dim))
-            self.q_b_rope_proj = projection("q_b_rope_proj", q_latent, heads(config.qk_rope_head_dim))
+            self.q_a_layernorm = norm("q_a_layernorm", config.q_lora_rank)
+            self.q_b_nope_proj = projection("q_b_nope_proj", q_latent, nope)
+            self.q_b_rope_proj = projection("q_b_rope_proj", q_latent, rope)
         self.kv_a_proj = projection("kv_a_proj", outer, {"_latent": config.kv_lora_rank})
-        self.kv_a_layernorm: Any = norm("kv_a_layernorm", config.kv_lora_rank)
+        self.kv_a_layernorm = norm("kv_a_layernorm", config.kv_lora_rank)
         self.k_rope_proj = projection("k_rope_proj", outer, {"_head_dim": config.qk_rope_head_dim})
-        self.k_b_proj = projection("k_b_proj", latent, heads(config.qk_nope_head_dim))
-        self.v_b_proj = projection("v_b_proj", latent, heads(config.v_head_dim))
-        self.o_proj = projection("o_proj", heads(config.v_head_dim), outer)
+        self.k_b_proj = projection("k_b_proj", latent, nope)
+        self.v_b_proj = projection("v_b_proj", latent, value)
+        self.o_proj = projection("o_proj", value, outer)
 
     def __call__(
-        self, x: Float[Array, "b t d"], *, positions: Int[Array, "b t"], mask: AttentionMask, cache: Cache | None = None
+        self, x: Float[Array, "b t d"], *, positions: Int[Array, "b t"], ctx: ForwardContext, cache: Cache | None = None
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
         q = self.queries(self.query_latents(x), positions)
         latents = self.latents(x, positions)
         if cache is not None:
-            assert mask.q_index is not None
-            cache = write(cache, {"latent": latents[:, None]}, mask.q_index[:, 0])
+            cache = write_cache(cache, {"latent": latents[:, None]}, ctx.cache_start)
             latents = cache["latent"][:, 0].astype(x.dtype)
-        absorbed = cache is not None and self.config.absorbs(x.shape[1])
-        return self.o_proj((self.on_latents if absorbed else self.on_keys)(q, latents, mask)), cache
+        return self.o_proj(self.attended(q, latents, ctx, decoding=cache is not None)), cache
 
     def query_latents(self, x: Float[Array, "b t d"]) -> Float[Array, "b t c"]:
-        """What queries are made of."""
+        """Return the latents that queries are projected from: x itself without a q_lora_rank."""
         return x if self.config.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(x))
 
-    def queries(self, source: Float[Array, "b t c"], positions: Int[Array, "b t"]) -> Parts:
+    def queries(self, query_latents: Float[Array, "b t c"], positions: Int[Array, "b t"]) -> Parts:
+        """Return both parts of the queries of all heads."""
         if self.config.q_lora_rank is None:
-            nope, rope = self.q_nope_proj(source), self.q_rope_proj(source)
+            nope, rope = self.q_nope_proj(query_latents), self.q_rope_proj(query_latents)
         else:
-            nope, rope = self.q_b_nope_proj(source), self.q_b_rope_proj(source)
+            nope, rope = self.q_b_nope_proj(query_latents), self.q_b_rope_proj(query_latents)
         return nope, self._rotate(rope, positions)
 
     def latents(self, x: Float[Array, "b t d"], positions: Int[Array, "b t"]) -> Float[Array, "b t r"]:
-        """What the cache keeps of each token: the latent of its keys and values, normalised, then the rotary key."""
+        """Return the cache entry of each token: the normalised latent of its keys and values, then the rotary key."""
         k_rope = self._rotate(self.k_rope_proj(x)[:, :, None], positions)[:, :, 0]
         return jnp.concatenate([self.kv_a_layernorm(self.kv_a_proj(x)), k_rope], axis=-1)
 
     def _rotate(self, x: Float[Array, "b t n h"], positions: Int[Array, "b t"]) -> Float[Array, "b t n h"]:
         return x if self.config.rope is None else self.config.rope.rotate(x, positions)
 
+    def attended(
+        self, q: Parts, latents: Float[Array, "b s r"], ctx: ForwardContext, *, decoding: bool
+    ) -> Float[Array, "b t n v"]:
+        """Return what each head reads, by the cheaper of both forms where a cache is read."""
+        absorbed = decoding and self.config.absorbs(q[0].shape[1])
+        return (self.on_latents if absorbed else self.on_keys)(q, latents, ctx)
+
     def expand(
         self, q: Parts, latents: Float[Array, "b s r"]
     ) -> tuple[Float[Array, "b t n q"], Float[Array, "b n s q"], Float[Array, "b n s v"]]:
-        """Queries, keys and values of all heads."""
+        """Return queries, keys and values of all heads."""
         latent, k_rope = jnp.split(latents, [self.config.kv_lora_rank], axis=-1)
         k_nope, v = self.k_b_proj(latent), self.v_b_proj(latent)
         shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
         k = jnp.concatenate([k_nope, shard(shared, "batch", "sequence", "heads", None)], axis=-1)
         return jnp.concatenate(q, axis=-1), k.swapaxes(1, 2), v.swapaxes(1, 2)
 
-    def on_keys(self, q: Parts, latents: Float[Array, "b s r"], mask: AttentionMask) -> Float[Array, "b t n v"]:
-        """What each head reads, by keys and values."""
-        return attend(*self.expand(q, latents), mask, scale=self.config.scale)
+    def on_keys(self, q: Parts, latents: Float[Array, "b s r"], ctx: ForwardContext) -> Float[Array, "b t n v"]:
+        """Return what each head reads, by expanded keys and values."""
+        return attend(*self.expand(q, latents), ctx, scale=self.config.scale)
 
-    def on_latents(self, q: Parts, latents: Float[Array, "b s r"], mask: AttentionMask) -> Float[Array, "b t n v"]:
-        """The same, with the projections of keys and values absorbed."""
+    def on_latents(self, q: Parts, latents: Float[Array, "b s r"], ctx: ForwardContext) -> Float[Array, "b t n v"]:
+        """Return the same as `on_keys`, with the projections of keys and values absorbed into queries and result."""
         heads = ("batch", "sequence", "heads", None)
         q_latent = einsum("btnh,rnh->btnr", q[0], cast_and_gather(self.k_b_proj.weight, q[0].dtype), out=heads)
         keys = latents[:, None]
-        # The rotary part is not asked for; without it, the values would be a copy of most of the cache.
-        y = attend(jnp.concatenate([q_latent, q[1]], axis=-1), keys, keys, mask, scale=self.config.scale)
+        # The sum of the rotary keys is computed too, and dropped: values without them would be a copy of most of the
+        # cache.
+        y = attend(jnp.concatenate([q_latent, q[1]], axis=-1), keys, keys, ctx, scale=self.config.scale)
         y = y[..., : self.config.kv_lora_rank]
         return einsum("btnr,rnv->btnv", y, cast_and_gather(self.v_b_proj.weight, y.dtype), out=heads)
 

@@ -1,9 +1,10 @@
 """Latent attention to the keys that a small indexer chooses for each query: DeepSeek sparse attention.
 
-Training computes all scores, by blocks of queries, and masks what is not chosen. Decoding reads only what is chosen.
+Training computes all scores, by blocks of queries, and masks keys that are not chosen. Decoding reads only the chosen.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -13,30 +14,33 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.config import UserError
 from llama_jax.nn.attention import blockwise
-from llama_jax.nn.attention.cache import Cache, write
 from llama_jax.nn.attention.context import splits, zigzag
+from llama_jax.nn.attention.grouped_query import Cache, write_cache
 from llama_jax.nn.attention.latent import LatentAttention, LatentAttentionModule
-from llama_jax.nn.masks import AttentionMask
+from llama_jax.nn.base import ForwardContext, Mask, check_at_least
 from llama_jax.nn.norms import LayerNorm
 from llama_jax.nn.parameters import Projection, child
 from llama_jax.parallel import mesh_axis_sizes, replicate, shard, spec, split_over
 
-# Of the indexer: queries [B, T, I, H], how much each head counts [B, T, I], and keys [B, S, H].
+# The indexer's queries [B, T, I, H], the weight of each of its heads [B, T, I], and its keys [B, S, H].
 type Index = tuple[jax.Array, jax.Array, jax.Array]
+# Queries [B, T, N, H], keys [B, N, S, H] and values [B, N, S, V] of all heads.
+type Heads = tuple[jax.Array, jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class SparseLatentAttention(LatentAttention):
-    """Latent attention whose queries see only what a lightning indexer chooses (DeepSeek-AI 2025, "DeepSeek-V3.2").
+    """Latent attention to the keys that a lightning indexer chooses (DeepSeek-AI 2025, "DeepSeek-V3.2").
 
-    The indexer learns by a loss of its own alone: the divergence of its softmax from the attention weights, summed over
-    the heads and normalised (equations 3 and 4). It starts from what the attention hands it; neither trains the other.
+    The indexer learns by a separate loss: the divergence of its softmax from the attention weights, summed over the
+    heads and normalised (equations 3 and 4). Its inputs are detached; neither the indexer nor the attention trains the
+    other.
 
-    num_index_heads: heads of the indexer, whose one key they share.
+    num_index_heads: heads of the indexer, which share one key.
     index_head_dim: size of the indexer's heads; the first qk_rope_head_dim of it are rotated.
-    index_topk: how many keys each query sees at most.
-    index_loss_weight: what the indexer's loss is multiplied by; 0 leaves the indexer as it is.
-    index_warmup: whether queries see everything while the indexer learns, as in the first stage of its training.
+    index_topk: largest number of keys that a query attends to.
+    index_loss_weight: factor of the indexer's loss; 0 leaves the indexer as it is.
+    index_warmup: attend to all keys while the indexer learns, as in the first stage of its training.
     """
 
     num_index_heads: int
@@ -49,26 +53,23 @@ class SparseLatentAttention(LatentAttention):
         super().__post_init__()
         if self.q_lora_rank is None:
             raise UserError("q_lora_rank=None leaves the indexer without the latent that its queries are made of")
-        for name in ("num_index_heads", "index_topk"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        check_at_least(self, 1, "num_index_heads", "index_topk")
         if self.index_head_dim < self.qk_rope_head_dim:
             raise UserError(
                 f"index_head_dim={self.index_head_dim} must be at least qk_rope_head_dim={self.qk_rope_head_dim}"
             )
-        if self.index_loss_weight < 0:
-            raise UserError(f"index_loss_weight={self.index_loss_weight} must be at least 0")
+        check_at_least(self, 0, "index_loss_weight")
 
     def build(self, width: int, *, rngs: nnx.Rngs) -> "SparseLatentAttentionModule":
         return SparseLatentAttentionModule(self, width, rngs=rngs)
 
-    def score_flops(self, context: float) -> float:
-        seen = context if self.index_warmup else min(context, self.index_topk)
-        return super().score_flops(seen) + 2 * self.num_index_heads * self.index_head_dim * context
+    def score_flops(self, num_keys: float) -> float:
+        num_chosen = num_keys if self.index_warmup else min(num_keys, self.index_topk)
+        return super().score_flops(num_chosen) + 2 * self.num_index_heads * self.index_head_dim * num_keys
 
 
 class Indexer(nnx.Module):
-    """What the score of a key is made of: the sum over heads of weight * relu(q . k), as equation 1 has it."""
+    """The indexer, whose score of a key is the sum over heads of weight * relu(q . k) (equation 1)."""
 
     def __init__(self, config: SparseLatentAttention, width: int, *, rngs: nnx.Rngs):
         assert config.q_lora_rank is not None
@@ -83,14 +84,15 @@ class Indexer(nnx.Module):
         )
 
     def queries(
-        self, x: Float[Array, "b t d"], source: Float[Array, "b t c"], positions: Int[Array, "b t"]
+        self, x: Float[Array, "b t d"], query_latents: Float[Array, "b t c"], positions: Int[Array, "b t"]
     ) -> tuple[Float[Array, "b t i h"], Float[Array, "b t i"]]:
-        """Queries, and how much each head counts, in float32."""
+        """Return the queries, and the float32 weight of each head."""
         scale = (self.config.num_index_heads * self.config.index_head_dim) ** -0.5
-        weights = self.weights_proj(x.astype(jnp.float32)) * scale
-        return self._rotate(self.q_proj(source), positions), weights
+        head_weights = self.weights_proj(x.astype(jnp.float32)) * scale
+        return self._rotate(self.q_proj(query_latents), positions), head_weights
 
     def keys(self, x: Float[Array, "b t d"], positions: Int[Array, "b t"]) -> Float[Array, "b t h"]:
+        """Return the key of each token, which all heads share."""
         return self._rotate(self.k_norm(self.k_proj(x))[:, :, None], positions)[:, :, 0]
 
     def _rotate(self, x: Float[Array, "b t n h"], positions: Int[Array, "b t"]) -> Float[Array, "b t n h"]:
@@ -100,6 +102,8 @@ class Indexer(nnx.Module):
 
 
 class SparseLatentAttentionModule(LatentAttentionModule):
+    """Latent attention with an indexer; its cache also has the indexer's keys, `index` [B, 1, S, H]."""
+
     config: SparseLatentAttention
 
     def __init__(self, config: SparseLatentAttention, width: int, *, rngs: nnx.Rngs):
@@ -107,152 +111,170 @@ class SparseLatentAttentionModule(LatentAttentionModule):
         self.indexer = Indexer(config, width, rngs=child(rngs, "indexer"))
 
     def __call__(
-        self, x: Float[Array, "b t d"], *, positions: Int[Array, "b t"], mask: AttentionMask, cache: Cache | None = None
+        self, x: Float[Array, "b t d"], *, positions: Int[Array, "b t"], ctx: ForwardContext, cache: Cache | None = None
     ) -> tuple[Float[Array, "b t d"], Cache | None, dict[str, jax.Array]]:
-        """Also what the indexer is to learn from, in training: `loss.indexer`."""
-        if mask.kernel not in ("auto", "reference", "blockwise"):
-            raise UserError(f"attention_kernel={mask.kernel!r} cannot do sparse attention: take auto")
-        if mask.bias is not None:
+        """Map [B, T, D] to [B, T, D]; the auxiliary `loss.indexer` is what the indexer learns from, in training."""
+        if ctx.kernel not in ("auto", "reference", "blockwise"):
+            raise UserError(f"attention_kernel={ctx.kernel!r} cannot do sparse attention: take auto")
+        if ctx.position_bias is not None:
             raise UserError("sparse attention takes no bias of the scores: set position_bias to none")
-        source = self.query_latents(x)
-        q, latents = self.queries(source, positions), self.latents(x, positions)
-        x_detached, source = jax.lax.stop_gradient((x, source))
+        query_latents = self.query_latents(x)
+        q, latents = self.queries(query_latents, positions), self.latents(x, positions)
+        x_detached, query_latents = jax.lax.stop_gradient((x, query_latents))
         index_k = self.indexer.keys(x_detached, positions)
         if cache is not None:
-            assert mask.q_index is not None
-            cache = write(cache, {"latent": latents[:, None], "index": index_k[:, None]}, mask.q_index[:, 0])
+            cache = write_cache(cache, {"latent": latents[:, None], "index": index_k[:, None]}, ctx.cache_start)
             latents, index_k = (cache[name][:, 0].astype(x.dtype) for name in ("latent", "index"))
         learns = cache is None and self.config.index_loss_weight > 0
-        aux: dict[str, jax.Array] = {}
         if not learns and (latents.shape[1] <= self.config.index_topk or self.config.index_warmup):
-            absorbed = cache is not None and self.config.absorbs(x.shape[1])
-            y = (self.on_latents if absorbed else self.on_keys)(q, latents, mask)
-        else:
-            index = *self.indexer.queries(x_detached, source, positions), index_k
-            if cache is not None and x.shape[1] == 1:
-                y = self.on_latents(q, *self._chosen(latents, index, mask))
-            else:
-                y, *divergence = self._masked(self.expand(q, latents), index, mask, learns)
-                if learns:
-                    mean = mask.mean_of_rows(mask.row_means(divergence[0]))
-                    aux["loss.indexer"] = self.config.index_loss_weight * mean
+            # All keys are chosen: the indexer is not needed.
+            return self.o_proj(self.attended(q, latents, ctx, decoding=cache is not None)), cache, {}
+        index = *self.indexer.queries(x_detached, query_latents, positions), index_k
+        if cache is not None and x.shape[1] == 1:
+            chosen, mask = choose_entries(latents, index, ctx.mask, self.config)
+            return self.o_proj(self.on_latents(q, chosen, ForwardContext(mask))), cache, {}
+        y, *divergence = sparse_attention(self.expand(q, latents), index, ctx.mask, self.config, learns=learns)
+        aux: dict[str, jax.Array] = {}
+        if learns:
+            aux["loss.indexer"] = self.config.index_loss_weight * ctx.mean_of_rows(ctx.row_means(divergence[0]))
         return self.o_proj(y), cache, aux
 
     def init_cache(self, batch: int, length: int, dtype: Any) -> Cache:
         index = jnp.zeros((batch, 1, length, self.config.index_head_dim), dtype)
         return super().init_cache(batch, length, dtype) | {"index": shard(index, "batch", None, None, None)}
 
-    def _masked(
-        self, attended: tuple[jax.Array, jax.Array, jax.Array], index: Index, mask: AttentionMask, learns: bool
-    ) -> Any:
-        """What each head reads, [B, T, N, V], from queries, keys and values.
 
-        If the indexer `learns`, also how far its choice diverges from the attention weights [B, T].
-        """
-        config = self.config
-        (rows, length, num_heads, _), v_head_dim = attended[0].shape, attended[2].shape[3]
-        head_axes = split_over("heads", num_heads)
-        index_axes = split_over("heads", config.num_index_heads)
+def sparse_attention(
+    heads: Heads, index: Index, mask: Mask, config: SparseLatentAttention, *, learns: bool
+) -> tuple[jax.Array, ...]:
+    """Return what each head reads of the chosen keys, [B, T, N, V].
 
-        def local(q, k, v, index_q, index_weights, index_k, mask):
-            def block(carry, begin, size, first, stop):
-                q_i, index_q_i, weights_i = (
-                    jax.lax.dynamic_slice_in_dim(x, begin, size, axis=1) for x in (q, index_q, index_weights)
-                )
-                k_j, v_j = k[:, :, first:stop], v[:, :, first:stop]
-                chosen = mask.allowed(begin, size, first, stop - first)
-                index = _index_scores(index_q_i, weights_i, index_k[:, first:stop], index_axes)
-                index = jnp.where(chosen, index, blockwise.MASKED)
-                if stop - first > config.index_topk and not config.index_warmup:
-                    chosen &= _largest(jax.lax.stop_gradient(index), config.index_topk)
-                scores = config.scale * jnp.einsum("btnh,bnsh->bnts", q_i, k_j, preferred_element_type=jnp.float32)
-                weights = jax.nn.softmax(jnp.where(chosen[:, None], scores, blockwise.MASKED), axis=-1)
-                weights = jnp.where(chosen[:, None], weights, 0)  # where nothing is seen: not 1/S each
-                y = jnp.einsum("bnts,bnsv->bntv", weights.astype(v.dtype), v_j)[:, :, None]
-                if not learns:
-                    return carry, (y,)
-                target = jax.lax.stop_gradient(weights.sum(1))
-                target = (jax.lax.psum(target, head_axes) if head_axes else target) / num_heads
-                log_choice = jax.nn.log_softmax(jnp.where(chosen, index, blockwise.MASKED), axis=-1)
-                terms = jax.scipy.special.xlogy(target, target) - target * log_choice
-                return carry, (y, jnp.where(chosen, terms, 0).sum(-1)[:, None, None])
+    If the indexer `learns`, also return the divergence of its choice from the attention weights, [B, T].
+    """
+    (rows, length, num_heads, _), v_head_dim = heads[0].shape, heads[2].shape[3]
+    local = functools.partial(
+        _sparse_attention,
+        config=config,
+        learns=learns,
+        num_heads=num_heads,
+        head_axes=split_over("heads", num_heads),
+        index_axes=split_over("heads", config.num_index_heads),
+    )
+    if not mesh_axis_sizes():
+        return local(heads, index, mask)
+    sequence = "sequence" if mask.query_places is None and splits(length) else None
+    queries, keys = ("batch", sequence, "heads", None), ("batch", "heads", None, None)
+    heads = _sharded(heads, queries, keys, keys)
+    index = _sharded(index, queries, queries[:3], ("batch", None, None))
+    shapes = (rows, length, num_heads, v_head_dim), *([(rows, length)] if learns else [])
+    outs = tuple(spec(*queries[: len(shape)], shape=shape) for shape in shapes)
+    mask = _on_mesh(mask, rows, length, sequence)
+    y, *divergence = jax.shard_map(local, out_specs=outs)(heads, index, mask)
+    return shard(y, "batch", "sequence", "heads", None), *divergence
 
-            block = jax.checkpoint(block, static_argnums=(2, 3, 4))
-            _, (y, *divergence) = blockwise.over_queries(block, (), q.shape[1], k.shape[2], mask)
-            return y[:, :, 0].swapaxes(1, 2), *(x[:, 0, 0] for x in divergence)
 
-        if not mesh_axis_sizes():
-            return local(*attended, *index, mask)
-        sequence = "sequence" if mask.q_index is None and splits(length) else None
-        queries, keys = ("batch", sequence, "heads", None), ("batch", "heads", None, None)
-        q, k, v = (shard(x, *names) for x, names in zip(attended, (queries, keys, keys), strict=True))
-        index_q, index_weights, index_k = (
-            shard(x, *names) for x, names in zip(index, (queries, queries[:3], ("batch", None, None)), strict=True)
+def _sparse_attention(
+    heads: Heads,
+    index: Index,
+    mask: Mask,
+    *,
+    config: SparseLatentAttention,
+    learns: bool,
+    num_heads: int,
+    head_axes: tuple[str, ...],
+    index_axes: tuple[str, ...],
+) -> tuple[jax.Array, ...]:
+    """Compute a device's part of `sparse_attention`; mesh axes `head_axes` and `index_axes` split the heads."""
+    (q, k, v), (index_q, head_weights, index_k) = heads, index
+
+    def block(carry, begin, size: int, first: int, stop: int):
+        q_i, index_q_i, weights_i = (
+            jax.lax.dynamic_slice_in_dim(x, begin, size, axis=1) for x in (q, index_q, head_weights)
         )
-        shapes = (rows, length, num_heads, v_head_dim), *([(rows, length)] if learns else [])
-        outs = tuple(spec(*queries[: len(shape)], shape=shape) for shape in shapes)
-        arrays = q, k, v, index_q, index_weights, index_k, _on_mesh(mask, rows, length, sequence)
-        y, *divergence = jax.shard_map(local, out_specs=outs)(*arrays)
-        return shard(y, "batch", "sequence", "heads", None), *divergence
+        k_j, v_j = k[:, :, first:stop], v[:, :, first:stop]
+        chosen = mask.allowed(begin, size, first, stop - first)
+        index_scores = _index_scores(index_q_i, weights_i, index_k[:, first:stop], index_axes)
+        index_scores = jnp.where(chosen, index_scores, blockwise.MASKED)
+        if stop - first > config.index_topk and not config.index_warmup:
+            chosen &= _largest(jax.lax.stop_gradient(index_scores), config.index_topk)
+        scores = config.scale * jnp.einsum("btnh,bnsh->bnts", q_i, k_j, preferred_element_type=jnp.float32)
+        probs = jax.nn.softmax(jnp.where(chosen[:, None], scores, blockwise.MASKED), axis=-1)
+        probs = jnp.where(chosen[:, None], probs, 0)  # where nothing is allowed the softmax has made 1/S of each
+        y = jnp.einsum("bnts,bnsv->bntv", probs.astype(v.dtype), v_j)[:, :, None]
+        if not learns:
+            return carry, (y,)
+        # The target is the attention weights' mean over all heads, those of other devices included.
+        target = jax.lax.stop_gradient(probs.sum(1))
+        target = (jax.lax.psum(target, head_axes) if head_axes else target) / num_heads
+        log_choice = jax.nn.log_softmax(jnp.where(chosen, index_scores, blockwise.MASKED), axis=-1)
+        terms = jax.scipy.special.xlogy(target, target) - target * log_choice
+        return carry, (y, jnp.where(chosen, terms, 0).sum(-1)[:, None, None])
 
-    def _chosen(self, latents: jax.Array, index: Index, mask: AttentionMask) -> tuple[jax.Array, AttentionMask]:
-        """Of the cache, the entries that are chosen for the one query of each row, and which of them it sees."""
-        count, axes = self.config.index_topk, split_over("heads", self.config.num_index_heads)
+    # The backward pass computes a block's scores again: all of them would be quadratic in the sequence.
+    block = jax.checkpoint(block, static_argnums=(2, 3, 4))
+    _, (y, *divergence) = blockwise.over_queries(block, (), q.shape[1], k.shape[2], mask)
+    return y[:, :, 0].swapaxes(1, 2), *(x[:, 0, 0] for x in divergence)
 
-        def local(latents, index_q, index_weights, index_k, mask):
-            scores = _index_scores(index_q, index_weights, index_k, axes)
-            scores = jnp.where(mask.allowed(0, 1, 0, scores.shape[2]), scores, blockwise.MASKED)
-            values, places = jax.lax.top_k(scores[:, 0], count)
-            seen = (values > blockwise.MASKED).astype(jnp.int32)
-            return jnp.take_along_axis(latents, places[:, :, None], axis=1), seen
 
-        rows = latents.shape[0]
-        if mesh_axis_sizes():
-            mask = _on_mesh(mask, rows, 1, None)
-            index_q, index_weights, index_k = index
-            index_q, index_weights = (shard(x, "batch", None, "heads", *(None,) * (x.ndim - 3)) for x in index[:2])
-            index_k, latents = (shard(x, "batch", None, None) for x in (index_k, latents))
-            index = index_q, index_weights, index_k
-            outs = tuple(spec("batch", *(None,) * n, shape=(rows, *(1,) * n)) for n in (2, 1))
-            chosen, seen = jax.shard_map(local, out_specs=outs)(latents, *index, mask)
-        else:
-            chosen, seen = local(latents, *index, mask)
-        # As if what it sees were its document.
-        document = jnp.ones_like(mask.q_index)
-        return chosen, AttentionMask(causal=False, segment_ids=document, key_segment_ids=seen)
+def choose_entries(
+    latents: Float[Array, "b s r"], index: Index, mask: Mask, config: SparseLatentAttention
+) -> tuple[Float[Array, "b k r"], Mask]:
+    """Return the cache entries that are chosen for the one query of each row, and the mask of those it attends to."""
+    local = functools.partial(
+        _choose_entries, count=config.index_topk, index_axes=split_over("heads", config.num_index_heads)
+    )
+    if mesh_axis_sizes():
+        rows, queries = latents.shape[0], ("batch", None, "heads", None)
+        index = _sharded(index, queries, queries[:3], ("batch", None, None))
+        outs = tuple(spec("batch", *(None,) * n, shape=(rows, *(1,) * n)) for n in (2, 1))
+        local, mask = jax.shard_map(local, out_specs=outs), _on_mesh(mask, rows, 1, None)
+        latents = shard(latents, "batch", None, None)
+    chosen, is_allowed = local(latents, index, mask)
+    # Segment ids say which of the chosen entries are allowed: 1 for the query and for those.
+    segment_ids = jnp.ones_like(mask.query_places)
+    return chosen, Mask(causal=False, segment_ids=segment_ids, key_segment_ids=is_allowed)
+
+
+def _choose_entries(
+    latents: jax.Array, index: Index, mask: Mask, *, count: int, index_axes: tuple[str, ...]
+) -> tuple[jax.Array, jax.Array]:
+    scores = _index_scores(*index, index_axes)
+    scores = jnp.where(mask.allowed(0, 1, 0, scores.shape[2]), scores, blockwise.MASKED)
+    values, places = jax.lax.top_k(scores[:, 0], count)
+    return jnp.take_along_axis(latents, places[:, :, None], axis=1), (values > blockwise.MASKED).astype(jnp.int32)
 
 
 def _index_scores(
-    q: Float[Array, "b t i h"], weights: Float[Array, "b t i"], k: Float[Array, "b s h"], axes: tuple[str, ...]
+    q: Float[Array, "b t i h"], head_weights: Float[Array, "b t i"], k: Float[Array, "b s h"], axes: tuple[str, ...]
 ) -> Float[Array, "b t s"]:
-    """The indexer's scores, inside `shard_map`; `axes` of the mesh split its heads."""
+    """Return the indexer's scores, inside `shard_map`; `axes` of the mesh split its heads."""
     scores = jax.nn.relu(jnp.einsum("btih,bsh->btis", q, k, preferred_element_type=jnp.float32))
-    scores = jnp.einsum("btis,bti->bts", scores, weights)
+    scores = jnp.einsum("btis,bti->bts", scores, head_weights)
     return jax.lax.psum(scores, axes) if axes else scores
 
 
 def _largest(scores: Float[Array, "b t s"], count: int) -> Bool[Array, "b t s"]:
-    """Where the `count` largest of each row are; of equal ones the first, as `jax.lax.top_k` has it."""
+    """Return a mask of the `count` largest of each row; of equal ones the first, as `jax.lax.top_k` has it."""
     least = jax.lax.top_k(scores, count)[0][..., -1:]
     above, equal = scores > least, scores == least
     return above | (equal & (jnp.cumsum(equal, axis=-1) <= count - above.sum(-1, keepdims=True)))
 
 
-def _on_mesh(mask: AttentionMask, rows: int, length: int, sequence: str | None) -> AttentionMask:
-    """The mask for queries that `sequence` may split, in zigzag order then, and keys that are whole everywhere."""
+def _sharded[Arrays: tuple[jax.Array, ...]](arrays: Arrays, *names: tuple[str | None, ...]) -> Arrays:
+    return tuple(shard(x, *axes) for x, axes in zip(arrays, names, strict=True))  # type: ignore[return-value]
+
+
+def _on_mesh(mask: Mask, rows: int, length: int, sequence: str | None) -> Mask:
+    """Return the mask for queries that `sequence` may split, in zigzag order then, and keys whole on every device."""
     if sequence:
         places = zigzag(jnp.arange(length)[None])
         mask = dataclasses.replace(
             mask,
-            q_index=jnp.broadcast_to(places, (rows, length)),
-            key_index=replicate(places)[0],
+            query_places=jnp.broadcast_to(places, (rows, length)),
+            key_places=replicate(places)[0],
             key_segment_ids=mask.segment_ids,
         )
-    split = {"q_index": sequence, "segment_ids": sequence, "key_segment_ids": None, "prefix": None}
+    split = {"query_places": sequence, "segment_ids": sequence, "key_segment_ids": None, "prefix": None}
     arrays = {name: (getattr(mask, name), axis) for name, axis in split.items()}
-    return dataclasses.replace(
-        mask,
-        valid=None,
-        dropout_key=None,
-        **{name: x if x is None else shard(x, "batch", axis) for name, (x, axis) in arrays.items()},
-    )
+    changes = {name: x if x is None else shard(x, "batch", axis) for name, (x, axis) in arrays.items()}
+    return dataclasses.replace(mask, **changes)

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and how much it takes of each. All of it in float32."""
+"""The choice of a token's experts and of their gates, computed in float32."""
 
 import dataclasses
 
@@ -7,9 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from llama_jax.config import Component, UserError
-from llama_jax.nn.dropout import check_rate, random_key
-from llama_jax.nn.masks import AttentionMask
+from llama_jax.config import UserError
+from llama_jax.nn.base import ForwardContext, Piece, check_at_least, check_rate
 from llama_jax.nn.parameters import buffer, cast_and_gather, matmul, parameter
 from llama_jax.parallel import reshape, spec
 
@@ -18,14 +17,16 @@ from llama_jax.parallel import reshape, spec
 class Routing:
     """The choices of every token, the best first.
 
-    `experts` [B, T, K] are distinct for a token, `weights` [B, T, K] what their outputs are multiplied by, `sent`
-    [B, T, K] whether the choice is made use of at all (None: always). `logits` [B, T, E] are those of the router-z
-    loss, `probabilities` [B, T, E] sum to 1 and are those of the balance loss, which counts a token's first `counted`
-    choices.
+    experts: [B, T, K], distinct for a token.
+    gates: [B, T, K], factors of the experts' outputs.
+    logits: [B, T, E], for the router-z loss.
+    probabilities: [B, T, E], for the balance loss; they sum to 1.
+    counted: number of a token's choices that the balance loss counts, the first ones.
+    sent: [B, T, K], false at choices that are not made use of; None where all are.
     """
 
     experts: Int[Array, "b t k"]
-    weights: Float[Array, "b t k"]
+    gates: Float[Array, "b t k"]
     logits: Float[Array, "b t e"]
     probabilities: Float[Array, "b t e"]
     counted: int
@@ -33,40 +34,38 @@ class Routing:
 
 
 class RouterModule(nnx.Module):
-    def __call__(self, x: jax.Array, *, mask: AttentionMask) -> Routing:
-        """[B, T, D] -> the choices of every token."""
+    """Chooses the experts of every token."""
+
+    def __call__(self, x: jax.Array, *, ctx: ForwardContext) -> Routing:
+        """Return the choices of every token, from [B, T, D]."""
         raise NotImplementedError
 
     def statistics(self, counts: Float[Array, " e"]) -> dict[str, jax.Array]:
-        """What the module's buffers are updated with, by name; from the assignments that each expert got in a row."""
+        """Return the statistics of the module's buffers by name, from the number of assignments of each expert."""
         del counts
         return {}
 
 
-class Router(Component):
+class Router(Piece):
     """Config of a router."""
 
     @property
     def choices(self) -> int:
-        """Experts that a token goes to."""
+        """The number of experts that a token goes to."""
         raise NotImplementedError
 
     def build(self, width: int, num_experts: int, *, rngs: nnx.Rngs) -> RouterModule:
+        """Return the module for inputs of this width."""
         raise NotImplementedError
 
     def check(self, num_experts: int) -> None:
-        """Raises UserError where it cannot choose among so many experts."""
+        """Raise UserError where it cannot choose among this number of experts."""
         if not 1 <= self.choices <= num_experts:
             raise UserError(f"num_experts={num_experts} must be at least the {self.choices} that a token goes to")
 
-    @property
-    def needs_rng(self) -> bool:
-        """Whether training draws random numbers in it."""
-        return False
-
 
 class _LinearRouter(RouterModule):
-    """A logit of every expert."""
+    """A router with a logit for every expert, by a linear map."""
 
     def __init__(self, width: int, num_experts: int, *, bias: bool = False, rngs: nnx.Rngs):
         self.weight = parameter(rngs, "weight", (width, num_experts), ("embed", None), std=width**-0.5)
@@ -83,7 +82,7 @@ class _LinearRouter(RouterModule):
 class SwitchRouter(Router):
     """The likeliest expert alone, times its probability (Fedus et al. 2021, eq. 1 and 2).
 
-    jitter: training multiplies what the router sees by random numbers within this of 1.
+    jitter: in training the router's inputs are multiplied by random numbers within this of 1.
     bias: a bias on the logits.
     """
 
@@ -106,15 +105,17 @@ class SwitchRouter(Router):
 
 
 class SwitchRouterModule(_LinearRouter):
+    """The likeliest expert of a softmax."""
+
     def __init__(self, config: SwitchRouter, width: int, num_experts: int, *, rngs: nnx.Rngs):
         super().__init__(width, num_experts, bias=config.bias, rngs=rngs)
         self.config = config
 
-    def __call__(self, x: Float[Array, "b t d"], *, mask: AttentionMask) -> Routing:
+    def __call__(self, x: Float[Array, "b t d"], *, ctx: ForwardContext) -> Routing:
         x = x.astype(jnp.float32)
-        if self.config.jitter > 0 and mask.dropout_key is not None:
+        if self.config.jitter > 0 and ctx.dropout_key is not None:
             low, high = 1 - self.config.jitter, 1 + self.config.jitter
-            key, split = random_key(mask, "jitter"), spec("batch", "sequence", None, shape=x.shape)
+            key, split = ctx.random_key("jitter"), spec("batch", "sequence", None, shape=x.shape)
             x = x * jax.random.uniform(key, x.shape, jnp.float32, low, high, out_sharding=split)
         logits = self.logits(x)
         probabilities = jax.nn.softmax(logits)
@@ -124,10 +125,10 @@ class SwitchRouterModule(_LinearRouter):
 
 @dataclasses.dataclass(frozen=True)
 class GShardRouter(Router):
-    """The two likeliest experts, their weights sharing 1; training sends the second with twice its weight's chance.
+    """The two likeliest experts, whose gates sum to 1; training uses the second with twice its gate's probability.
 
-    Lepikhin et al. 2020, section 2.2 and algorithm 1; GLaM's too (Du et al. 2021). Outside of training the second is
-    always sent. The balance loss counts the first choices alone.
+    Lepikhin et al. 2020, section 2.2 and algorithm 1; also GLaM (Du et al. 2021). Outside of training the second is
+    always used. The balance loss counts the first choices alone.
     """
 
     @property
@@ -143,31 +144,33 @@ class GShardRouter(Router):
 
 
 class GShardRouterModule(_LinearRouter):
-    def __call__(self, x: Float[Array, "b t d"], *, mask: AttentionMask) -> Routing:
+    """The two likeliest experts of a softmax."""
+
+    def __call__(self, x: Float[Array, "b t d"], *, ctx: ForwardContext) -> Routing:
         logits = self.logits(x)
         probabilities = jax.nn.softmax(logits)
         experts = _best(probabilities, 2)
-        weights = _of(probabilities, experts)
-        weights /= weights.sum(-1, keepdims=True)
+        gates = _of(probabilities, experts)
+        gates /= gates.sum(-1, keepdims=True)
         sent = None
-        if mask.dropout_key is not None:
-            shape = weights.shape[:2]
+        if ctx.dropout_key is not None:
+            shape = gates.shape[:2]
             draw = jax.random.uniform(
-                random_key(mask, "second"), shape, out_sharding=spec("batch", "sequence", shape=shape)
+                ctx.random_key("second"), shape, out_sharding=spec("batch", "sequence", shape=shape)
             )
-            sent = jnp.stack([jnp.ones_like(draw, bool), draw < 2 * weights[..., 1]], -1)
-        return Routing(experts, weights, logits, probabilities, counted=1, sent=sent)
+            sent = jnp.stack([jnp.ones_like(draw, bool), draw < 2 * gates[..., 1]], -1)
+        return Routing(experts, gates, logits, probabilities, counted=1, sent=sent)
 
 
 @dataclasses.dataclass(frozen=True)
 class SoftmaxTopK(Router):
     """The likeliest experts of a softmax over all (Mixtral; DeepSeek-V2, section 2.2).
 
-    top_k: experts that a token goes to.
-    normalize: whether its weights are divided by their sum.
-    scaling: what they are multiplied by after that.
+    top_k: number of experts that a token goes to.
+    normalize: divide its gates by their sum.
+    scaling: factor of the gates after that.
     num_groups: equal groups of experts, such as those of a device; 1 for none.
-    top_groups: groups that a token may go to: those with the likeliest expert.
+    top_groups: number of groups that a token may go to: those with the likeliest experts.
     """
 
     top_k: int
@@ -192,34 +195,36 @@ class SoftmaxTopK(Router):
 
 
 class SoftmaxTopKModule(_LinearRouter):
+    """The likeliest experts of a softmax."""
+
     def __init__(self, config: SoftmaxTopK, width: int, num_experts: int, *, rngs: nnx.Rngs):
         super().__init__(width, num_experts, rngs=rngs)
         self.config = config
 
-    def __call__(self, x: Float[Array, "b t d"], *, mask: AttentionMask) -> Routing:
+    def __call__(self, x: Float[Array, "b t d"], *, ctx: ForwardContext) -> Routing:
         logits = self.logits(x)
         probabilities = jax.nn.softmax(logits)
         allowed = _within_groups(probabilities, self.config, best=1, otherwise=0.0)
         experts = _best(allowed, self.config.top_k)
-        weights = _of(probabilities, experts)
+        gates = _of(probabilities, experts)
         if self.config.normalize:
-            weights /= weights.sum(-1, keepdims=True)
-        return Routing(experts, weights * self.config.scaling, logits, probabilities, counted=self.config.top_k)
+            gates /= gates.sum(-1, keepdims=True)
+        return Routing(experts, gates * self.config.scaling, logits, probabilities, counted=self.config.top_k)
 
 
 @dataclasses.dataclass(frozen=True)
 class SigmoidTopK(Router):
     """The highest sigmoids, chosen with a bias that no gradient trains (DeepSeek-V3, section 2.1.2, eq. 12 to 16).
 
-    Each step moves the bias of every expert by `bias_update_rate`, up where it got less than the mean load, down where
-    more. Weights are the sigmoids without it.
+    Each step moves the bias of every expert by `bias_update_rate`, up where its load was below the mean, down where it
+    was above. Gates are the sigmoids without the bias.
 
-    top_k: experts that a token goes to.
-    normalize: whether its weights are divided by their sum.
-    scaling: what they are multiplied by after that.
+    top_k: number of experts that a token goes to.
+    normalize: divide its gates by their sum.
+    scaling: factor of the gates after that.
     num_groups: equal groups of experts, such as those of a node; 1 for none.
-    top_groups: groups that a token may go to: those whose two highest sum to most.
-    bias_update_rate: of the bias, each step.
+    top_groups: number of groups that a token may go to: those whose two highest have the largest sum.
+    bias_update_rate: change of the bias in a step.
     """
 
     top_k: int
@@ -231,8 +236,7 @@ class SigmoidTopK(Router):
 
     def __post_init__(self) -> None:
         _check_groups(self)
-        if self.bias_update_rate < 0:
-            raise UserError(f"bias_update_rate={self.bias_update_rate} must be at least 0")
+        check_at_least(self, 0, "bias_update_rate")
 
     @property
     def choices(self) -> int:
@@ -248,7 +252,7 @@ class SigmoidTopK(Router):
 
 @dataclasses.dataclass(frozen=True)
 class _TowardTheMean:
-    """Of a bias and the load of every expert, the next bias. A value: modules of equal configs are equal."""
+    """Update rule of the bias, from the load of every expert; a value, so that modules of equal configs are equal."""
 
     rate: float
 
@@ -257,30 +261,30 @@ class _TowardTheMean:
 
 
 class SigmoidTopKModule(_LinearRouter):
+    """The highest biased sigmoids; the bias is the buffer `choice_bias` [E]."""
+
     def __init__(self, config: SigmoidTopK, width: int, num_experts: int, *, rngs: nnx.Rngs):
         super().__init__(width, num_experts, rngs=rngs)
         self.config = config
         self.choice_bias = buffer(jnp.zeros(num_experts), _TowardTheMean(config.bias_update_rate))
 
-    def __call__(self, x: Float[Array, "b t d"], *, mask: AttentionMask) -> Routing:
+    def __call__(self, x: Float[Array, "b t d"], *, ctx: ForwardContext) -> Routing:
         logits = self.logits(x)
         scores = jax.nn.sigmoid(logits)
         biased = scores + self.choice_bias[...].astype(jnp.float32)
         experts = _best(_within_groups(biased, self.config, best=2, otherwise=-jnp.inf), self.config.top_k)
-        weights = _of(scores, experts)
+        gates = _of(scores, experts)
         if self.config.normalize:
-            weights /= weights.sum(-1, keepdims=True) + 1e-20
+            gates /= gates.sum(-1, keepdims=True) + 1e-20
         probabilities = scores / (scores.sum(-1, keepdims=True) + 1e-20)
-        return Routing(experts, weights * self.config.scaling, logits, probabilities, counted=self.config.top_k)
+        return Routing(experts, gates * self.config.scaling, logits, probabilities, counted=self.config.top_k)
 
     def statistics(self, counts: Float[Array, " e"]) -> dict[str, jax.Array]:
         return {"choice_bias": counts}
 
 
 def _check_groups(config: SoftmaxTopK | SigmoidTopK) -> None:
-    for name in ("top_k", "num_groups", "top_groups"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name}={getattr(config, name)} must be at least 1")
+    check_at_least(config, 1, "top_k", "num_groups", "top_groups")
     if config.top_groups > config.num_groups:
         raise UserError(f"top_groups={config.top_groups} is more than num_groups={config.num_groups}")
 
@@ -304,14 +308,15 @@ def _best(scores: Float[Array, "b t e"], k: int) -> Int[Array, "b t k"]:
 
 
 def _of(scores: Float[Array, "b t e"], experts: Int[Array, "b t k"]) -> Float[Array, "b t k"]:
-    """Scores of the chosen. A masked sum: a gather's gradient would be a scatter."""
+    """Return the scores of the chosen experts."""
+    # By a masked sum: the gradient of a gather would be a scatter.
     return (jax.nn.one_hot(experts, scores.shape[-1]) * scores[..., None, :]).sum(-1)
 
 
 def _within_groups(
     scores: Float[Array, "b t e"], config: SoftmaxTopK | SigmoidTopK, *, best: int, otherwise: float
 ) -> Float[Array, "b t e"]:
-    """Scores of the groups whose `best` highest sum to most; `otherwise` in the others."""
+    """Return the scores of the groups whose `best` highest have the largest sum, and `otherwise` in the others."""
     if config.num_groups == 1:
         return scores
     scores = jax.lax.stop_gradient(scores)

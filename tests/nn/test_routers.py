@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contexts import context_of
 from flax import nnx
 
 from llama_jax.config import UserError, from_json, override, to_json
-from llama_jax.nn import AttentionMask, Experts, GShardRouter, Router, SigmoidTopK, SoftmaxTopK, SwitchRouter
+from llama_jax.nn import Experts, GShardRouter, Router, SigmoidTopK, SoftmaxTopK, SwitchRouter
 
 EXPERTS, WIDTH, ROWS, LENGTH = 8, 6, 2, 50
 
@@ -86,7 +87,7 @@ def inputs() -> jax.Array:
 def test_formula(name: str):
     config, formula = FORMULAS[name]
     module, x = build(config), inputs()
-    found = module(x, mask=AttentionMask())
+    found = module(x, ctx=context_of())
     logits = np.asarray(x, np.float64) @ np.asarray(module.weight[...], np.float64)
     if module.bias is not None:
         logits += np.asarray(module.bias[...])
@@ -97,7 +98,7 @@ def test_formula(name: str):
         expected = formula(logits[row, t], bias)
         chosen = np.asarray(found.experts[row, t]).tolist()
         assert chosen == list(expected), "the best first"
-        np.testing.assert_allclose(found.weights[row, t], list(expected.values()), rtol=1e-5)
+        np.testing.assert_allclose(found.gates[row, t], list(expected.values()), rtol=1e-5)
     np.testing.assert_allclose(found.probabilities.sum(-1), 1, rtol=1e-5)
 
 
@@ -105,11 +106,11 @@ def test_the_choice_bias_is_for_the_choice_alone():
     """It changes who is chosen, and no weight of those that stay chosen apart from their sum."""
     config = dataclasses.replace(V3, normalize=False, num_groups=1, scaling=1.0)
     module, x = build(config), inputs()
-    with_bias = module(x, mask=AttentionMask())
+    with_bias = module(x, ctx=context_of())
     sigmoids = np.asarray(jax.nn.sigmoid(with_bias.logits))
-    np.testing.assert_allclose(with_bias.weights, np.take_along_axis(sigmoids, np.asarray(with_bias.experts), -1))
+    np.testing.assert_allclose(with_bias.gates, np.take_along_axis(sigmoids, np.asarray(with_bias.experts), -1))
     module.choice_bias[...] = jnp.zeros(EXPERTS)
-    assert (np.sort(module(x, mask=AttentionMask()).experts) != np.sort(with_bias.experts)).any()
+    assert (np.sort(module(x, ctx=context_of()).experts) != np.sort(with_bias.experts)).any()
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -119,7 +120,7 @@ def test_gradients_reach_the_router(name: str):
     direction = np.random.default_rng(2).normal(size=(ROWS, LENGTH, FORMULAS[name][0].choices))
 
     def scalar(params):
-        return (nnx.merge(graphdef, params, rest)(inputs(), mask=AttentionMask()).weights * direction).sum()
+        return (nnx.merge(graphdef, params, rest)(inputs(), ctx=context_of()).gates * direction).sum()
 
     gradient = jax.grad(scalar)(params)
     size = jax.tree.map(lambda g: float(jnp.abs(g).max()), gradient)
@@ -128,33 +129,33 @@ def test_gradients_reach_the_router(name: str):
 
 def test_routing_is_float32_whatever_the_activations_are():
     module, x = build(SoftmaxTopK(2, normalize=True)), inputs()
-    half = module(x.astype(jnp.bfloat16), mask=AttentionMask())
-    assert half.logits.dtype == half.weights.dtype == jnp.float32
-    again = module(x.astype(jnp.bfloat16).astype(jnp.float32), mask=AttentionMask())
+    half = module(x.astype(jnp.bfloat16), ctx=context_of())
+    assert half.logits.dtype == half.gates.dtype == jnp.float32
+    again = module(x.astype(jnp.bfloat16).astype(jnp.float32), ctx=context_of())
     np.testing.assert_array_equal(half.logits, again.logits)
 
 
 def test_jitter_is_of_training_alone():
     module, x = build(SwitchRouter(jitter=0.1)), jnp.ones((4, 100, WIDTH))
-    calm = module(x, mask=AttentionMask()).logits
+    calm = module(x, ctx=context_of()).logits
     np.testing.assert_array_equal(calm, jnp.broadcast_to(calm[0, 0], calm.shape))
-    trained = module(x, mask=AttentionMask(dropout_key=jax.random.key(0))).logits
+    trained = module(x, ctx=context_of(dropout_key=jax.random.key(0))).logits
     noise = np.linalg.lstsq(np.asarray(module.weight[...]).T, np.asarray(trained).reshape(-1, EXPERTS).T)[0]
     assert 0.9 - 1e-4 < noise.min() < 0.902
     assert 1.098 < noise.max() < 1.1 + 1e-4
-    again = module(x, mask=AttentionMask(dropout_key=jax.random.key(0))).logits
+    again = module(x, ctx=context_of(dropout_key=jax.random.key(0))).logits
     np.testing.assert_array_equal(trained, again)
-    other = module(x, mask=AttentionMask(dropout_key=jax.random.key(1))).logits
+    other = module(x, ctx=context_of(dropout_key=jax.random.key(1))).logits
     assert (trained != other).all()
 
 
 def test_the_second_choice_is_sent_as_often_as_its_weight_says():
     module = build(GShardRouter())
     x = jnp.broadcast_to(inputs()[0, :3, None], (3, 4000, WIDTH)) * jnp.array([0.3, 1.0, 3.0])[:, None, None]
-    found = module(x, mask=AttentionMask(dropout_key=jax.random.key(0)))
+    found = module(x, ctx=context_of(dropout_key=jax.random.key(0)))
     assert found.sent is not None
     assert found.sent[..., 0].all()
-    chance = 2 * np.asarray(found.weights[:, 0, 1])
+    chance = 2 * np.asarray(found.gates[:, 0, 1])
     assert np.ptp(chance) > 0.3, "the tokens have to differ"
     np.testing.assert_allclose(found.sent[..., 1].mean(1), chance, atol=4 * 0.5 / 4000**0.5)
 
@@ -166,7 +167,7 @@ def test_the_bias_moves_the_load_toward_uniform():
     update = module.choice_bias.get_metadata("update")
     x, spread = inputs(), []
     for _ in range(150):
-        experts = module(x, mask=AttentionMask()).experts
+        experts = module(x, ctx=context_of()).experts
         counts = jnp.bincount(experts.reshape(-1), length=EXPERTS) / ROWS
         spread.append(float(counts.max() / counts.mean()))
         before = module.choice_bias[...]

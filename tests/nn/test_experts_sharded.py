@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contexts import context_of
 from flax import nnx
 
-from llama_jax.nn import AttentionMask, Experts, GShardRouter, SigmoidTopK, SwitchRouter
+from llama_jax.nn import Experts, GShardRouter, SigmoidTopK, SwitchRouter
 from llama_jax.nn.attention.context import unzigzag, zigzag
 from llama_jax.parallel import axes_of, make_mesh, shard
 
@@ -55,8 +56,8 @@ def run(config: Experts, random: bool, rows: int = ROWS):
     def f(params, rest, x, segments, direction, key):
         def loss(params, x):
             module = nnx.merge(graphdef, params, rest)
-            mask = AttentionMask(segment_ids=segments, dropout_key=key if random else None)
-            y, aux = module(x, mask=mask)
+            ctx = context_of(segment_ids=segments, dropout_key=key if random else None)
+            y, aux = module(x, ctx=ctx)
             return (y * direction).sum() + sum(v for k, v in aux.items() if "loss" in k), (y, aux)
 
         gradient, (y, aux) = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contexts import context_of
 from flax import nnx
 
 from llama_jax.config import UserError
-from llama_jax.nn import AttentionMask, Experts, GShardRouter, SigmoidTopK, SoftmaxTopK, SwitchRouter
+from llama_jax.nn import Experts, GShardRouter, SigmoidTopK, SoftmaxTopK, SwitchRouter
 from llama_jax.nn.experts import dispatch
 
 WIDTH, ROWS, LENGTH = 6, 3, 20
@@ -33,13 +34,13 @@ def split(config: Experts):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _call(graphdef, params, rest, x, mask):
-    return nnx.merge(graphdef, params, rest)(x, mask=mask)
+def _call(graphdef, params, rest, x, ctx):
+    return nnx.merge(graphdef, params, rest)(x, ctx=ctx)
 
 
-def call(config: Experts, x, params=None, **mask):
+def call(config: Experts, x, params=None, **fields):
     graphdef, own, rest = split(config)
-    return _call(graphdef, own if params is None else params, rest, x, AttentionMask(**mask))
+    return _call(graphdef, own if params is None else params, rest, x, context_of(**fields))
 
 
 def inputs(rows: int = ROWS, length: int = LENGTH) -> jax.Array:
@@ -48,8 +49,8 @@ def inputs(rows: int = ROWS, length: int = LENGTH) -> jax.Array:
 
 def routing(config: Experts, x):
     graphdef, params, rest = split(config)
-    found = nnx.merge(graphdef, params, rest).router(x, mask=AttentionMask())
-    return np.asarray(found.experts), np.asarray(found.weights), np.asarray(found.probabilities)
+    found = nnx.merge(graphdef, params, rest).router(x, ctx=context_of())
+    return np.asarray(found.experts), np.asarray(found.gates), np.asarray(found.probabilities)
 
 
 def expert(config: Experts, params, i, x: np.ndarray) -> np.ndarray:
@@ -123,11 +124,11 @@ def test_gradients_are_those_of_every_expert_on_every_token(config: Experts):
 
     def dense(params, x):
         module = nnx.merge(graphdef, params, rest)
-        found = module.router(x, mask=AttentionMask())
+        found = module.router(x, ctx=context_of())
         w = {name: p[...] for name, p in module.experts.params().items()}
         up = jnp.einsum("btd,edf->btef", x, w["up"])
         inner = jax.nn.silu(jnp.einsum("btd,edf->btef", x, w["gate"])) * up if config.gated else jax.nn.relu(up)
-        weight = (jax.nn.one_hot(found.experts, config.num_experts) * (found.weights * kept)[..., None]).sum(2)
+        weight = (jax.nn.one_hot(found.experts, config.num_experts) * (found.gates * kept)[..., None]).sum(2)
         return (jnp.einsum("btef,efd,bte->btd", inner, w["down"], weight) * direction).sum()
 
     expected = jax.jit(jax.grad(dense, argnums=(0, 1)))(params, x)
@@ -173,7 +174,7 @@ def test_padding_does_not_count(config: Experts):
     np.testing.assert_allclose(y[:, places], expected, rtol=1e-5, atol=1e-5)
     for name, value in aux.items():
         np.testing.assert_allclose(padded_aux[name], value, atol=1e-5, err_msg=name)
-    y, valid_aux = call(config, padded, valid=segments > 0)
+    y, valid_aux = call(config, padded, is_token=segments > 0)
     np.testing.assert_allclose(y[:, places], expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(valid_aux["experts_load"], aux["experts_load"], atol=1e-6)
 
@@ -190,7 +191,7 @@ def test_rows_of_padding_count_nothing(config: Experts):
     @jax.jit
     def found(params, x, segments):
         def loss(params, x):
-            y, aux = nnx.merge(graphdef, params, rest)(x, mask=AttentionMask(segment_ids=segments))
+            y, aux = nnx.merge(graphdef, params, rest)(x, ctx=context_of(segment_ids=segments))
             losses = [value for name, value in aux.items() if name.startswith("loss.")]
             return (y * (segments > 0)[..., None]).sum() + sum(losses), aux
 
@@ -224,7 +225,7 @@ def test_a_row_does_not_see_its_neighbours():
 def test_a_lone_token_is_never_dropped(config: Experts):
     x = inputs(rows=5, length=1)
     tight = dataclasses.replace(config, capacity=None, capacity_factor=0.01)
-    y, aux = call(tight, x, q_index=jnp.arange(5)[:, None])
+    y, aux = call(tight, x, query_places=jnp.arange(5)[:, None])
     assert float(aux["dropped_share"]) == 0
     np.testing.assert_allclose(y, plain(tight, x)[0], atol=1e-5)
 
@@ -270,7 +271,7 @@ def test_the_balance_loss_is_least_where_all_is_uniform():
     router = 1e-4 * jnp.eye(WIDTH)
     _, aux = _call(
         graphdef, params | {"router": {"weight": params["router"]["weight"].replace(router)}}, rest,
-        jnp.eye(WIDTH)[None], AttentionMask(),
+        jnp.eye(WIDTH)[None], context_of(),
     )  # fmt: skip
     np.testing.assert_allclose(aux["experts_load"], 1 / 6, rtol=1e-6)
     np.testing.assert_allclose(aux["loss.load_balance"], 0.3, rtol=1e-3)

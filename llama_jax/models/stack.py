@@ -1,0 +1,234 @@
+"""Blocks and stacks of blocks: what all models are made of."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from llama_jax.models.config import Pieces, TransformerConfig
+from llama_jax.nn import CrossAttention, ForwardContext, child, dropout
+
+type Aux = dict[str, jax.Array]
+# A source's keys and values in one layer, and the context of the attention to them.
+type Source = tuple[dict[str, jax.Array], ForwardContext]
+
+STATISTIC = "statistic."
+OF = "of."  # before the name of a share: the number that it is a share of, for means over micro-batches
+
+# What the backward pass of a layer finds saved; it computes the rest again.
+REMAT_POLICIES: dict[str, Callable[..., Any]] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+}
+
+
+class Block(nnx.Module):
+    """A mixer, attention to a source where there is one, and a feed-forward, each with its residual and norms.
+
+    Norms before a sublayer have Llama's names: `input_layernorm`, `cross_attention_layernorm`,
+    `post_attention_layernorm`; those after it, or after the sum with the residual, are `attention_norm`,
+    `cross_attention_norm` and `feed_forward_norm`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pieces: Pieces,
+        *,
+        cross_attention: CrossAttention | None = None,
+        rngs: nnx.Rngs,
+    ):
+        width, (attention, feed_forward) = config.hidden_size, pieces
+        self.placement, self.residual, self.dropout = config.norm_placement, config.residual, config.dropout
+
+        def norm(name: str, *placements: str) -> Any:
+            if config.norm is None or self.placement not in placements:
+                return None
+            return config.norm.build(width, rngs=child(rngs, name))
+
+        before, after = ("pre", "sandwich"), ("post", "sandwich")
+        self.input_layernorm = norm("input_layernorm", *before)
+        self.attention: Any = attention.build(width, rngs=child(rngs, "attention"))
+        self.attention_norm = norm("attention_norm", *after)
+        if cross_attention is not None:
+            self.cross_attention_layernorm = norm("cross_attention_layernorm", *before)
+            self.cross_attention = cross_attention.build(width, rngs=child(rngs, "cross_attention"))
+            self.cross_attention_norm = norm("cross_attention_norm", *after)
+        if feed_forward is not None:
+            self.post_attention_layernorm = norm("post_attention_layernorm", *before)
+            self.feed_forward: Any = feed_forward.build(width, rngs=child(rngs, "feed_forward"))
+            self.feed_forward_norm = norm("feed_forward_norm", *after)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        *,
+        positions: Int[Array, "b t"],
+        ctx: ForwardContext,
+        cache: Any = None,
+        source: Source | None = None,
+    ) -> tuple[Float[Array, "b t d"], Aux, Any]:
+        """Return the result, auxiliary arrays by name, and the cache with the inputs in it.
+
+        `source` is what `CrossAttentionModule.keys` returned for a source, and the context of the attention to it.
+        """
+        with jax.named_scope("attention"):
+            h = _normed(self.input_layernorm, x)
+            h, cache, *found = self.attention(h, positions=positions, ctx=ctx, cache=cache)
+            aux = _named("attention", found[0]) if found else {}
+            x = self._add(x, checkpoint_name(h, "attention"), self.attention_norm, ctx, "attention")
+        if source is not None:
+            with jax.named_scope("cross_attention"):
+                keys, source_ctx = source
+                h = self.cross_attention(_normed(self.cross_attention_layernorm, x), keys, ctx=source_ctx)
+                x = self._add(x, h, self.cross_attention_norm, ctx, "cross_attention")
+        if hasattr(self, "feed_forward"):
+            with jax.named_scope("feed_forward"):
+                h, found = self.feed_forward(_normed(self.post_attention_layernorm, x), ctx=ctx)
+                aux |= _named("feed_forward", found)
+                x = self._add(x, h, self.feed_forward_norm, ctx, "feed_forward")
+        return x, aux, cache
+
+    def _add(self, x: jax.Array, y: jax.Array, norm: Any, ctx: ForwardContext, name: str) -> jax.Array:
+        """Return the residual x joined with a sublayer's result y; `norm` is of y (sandwich) or of the sum (post)."""
+        if self.placement == "sandwich":
+            y = _normed(norm, y)
+        y = dropout(y, self.dropout, ctx, name)
+        x = x + y if self.residual else y
+        return _normed(norm, x) if self.placement == "post" else x
+
+
+def _normed(norm: Any, x: jax.Array) -> jax.Array:
+    return x if norm is None else norm(x)
+
+
+def _named(part: str, aux: Aux) -> Aux:
+    """Return a module's auxiliary arrays, with statistics under the dotted names of the buffers that they are for."""
+    return {
+        f"{STATISTIC}{part}.{name.removeprefix(STATISTIC)}" if name.startswith(STATISTIC) else name: value
+        for name, value in aux.items()
+    }
+
+
+def of_stack(stack: str, aux: Aux) -> Aux:
+    """Return a block's auxiliary arrays under names that differ between stacks.
+
+    Statistics get the stack's name, as buffers have it; other arrays the part of it before `layers`.
+    """
+    side, found = stack.removesuffix("layers"), {}
+    for name, value in aux.items():
+        if name.startswith(STATISTIC):
+            found[f"{STATISTIC}{stack}.{name.removeprefix(STATISTIC)}"] = value
+        else:
+            kind = next((kind for kind in ("loss.", OF) if name.startswith(kind)), "")
+            found[f"{kind}{side}{name.removeprefix(kind)}"] = value
+    return found
+
+
+class Layers(nnx.Module):
+    """A stack of blocks: `leading` ones one by one, then `repeated` ones, which are scanned over stacked parameters.
+
+    `name` is the stack's in the model. An unrolled stack has leading blocks only.
+    """
+
+    def __init__(self, name: str, leading: Sequence[Any], repeated: Sequence[Any] = ()):
+        self.name = name
+        self.leading = nnx.List(leading)
+        self.repeated = nnx.List(repeated)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.leading[index]
+
+    def __len__(self) -> int:
+        return len(self.leading)
+
+    def blocks(self) -> Iterator[Any]:
+        """Yield all blocks, one by one."""
+        yield from self.leading
+        if self.repeated:
+            graphdef, state = nnx.split(self.repeated)
+            for i in range(_num_repeats(state)):
+                yield from nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], state))
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        *,
+        positions: Int[Array, "b t"],
+        ctx: ForwardContext,
+        source: tuple[jax.Array, ForwardContext] | None = None,
+        remat: str = "none",
+        outputs: list[jax.Array] | None = None,
+    ) -> tuple[Float[Array, "b t d"], Aux]:
+        """Return the last block's result, and the layers' auxiliary arrays, each [layers that have it, ...].
+
+        `source` is another sequence [B, S, D] and the context of the attention to it. The results of all blocks are
+        appended to `outputs`, for which layers must be unrolled.
+        """
+        assert outputs is None or not self.repeated
+        fixed = {"positions": positions, "ctx": ctx, "source": source}
+        found: dict[str, list[jax.Array]] = {}
+        for i, block in enumerate(self.leading):
+            graphdef, state = nnx.split(nnx.List([block]))
+            step = rematerialized(functools.partial(_apply_blocks, graphdef, **fixed), remat)
+            x, (aux,) = step(x, (state, i))
+            for name, value in aux.items():
+                found.setdefault(name, []).append(value[None])
+            if outputs is not None:
+                outputs.append(x)
+        if self.repeated:
+            graphdef, state = nnx.split(self.repeated)
+            # Within a scan XLA cannot merge the computation with its repetition in the backward pass, so nothing has to
+            # prevent it.
+            step = rematerialized(functools.partial(_apply_blocks, graphdef, **fixed), remat, prevent_cse=False)
+            # The number of the first layer of each repeat is for random keys only.
+            first, period = len(self.leading), len(self.repeated)
+            number = None if ctx.dropout_key is None else first + period * jnp.arange(_num_repeats(state))
+            x, of_repeats = jax.lax.scan(step, x, (state, number))
+            for name in dict.fromkeys(name for aux in of_repeats for name in aux):
+                # [repeats, period, ...] -> [layers, ...]
+                values = jnp.stack([aux[name] for aux in of_repeats if name in aux], axis=1)
+                found.setdefault(name, []).append(values.reshape(-1, *values.shape[2:]))
+        return x, of_stack(self.name, {name: jnp.concatenate(values) for name, values in found.items()})
+
+
+def _apply_blocks(
+    graphdef: Any,
+    x: jax.Array,
+    state_and_number: tuple[Any, Any],
+    *,
+    positions: jax.Array,
+    ctx: ForwardContext,
+    source: tuple[jax.Array, ForwardContext] | None,
+) -> tuple[jax.Array, list[Aux]]:
+    """Apply blocks one after another, the first of which is layer `number`; the body of a scan."""
+    (state, number), found = state_and_number, []
+    for i, block in enumerate(nnx.merge(graphdef, state)):
+        own, of_source = ctx, None
+        if ctx.dropout_key is not None:
+            own = dataclasses.replace(ctx, dropout_key=jax.random.fold_in(ctx.dropout_key, number + i))
+        if source is not None:
+            source_ctx = dataclasses.replace(source[1], dropout_key=own.dropout_key)
+            of_source = block.cross_attention.keys(source[0]), source_ctx
+        x, aux, _ = block(x, positions=positions, ctx=own, source=of_source)
+        found.append(aux)
+    return x, found
+
+
+def rematerialized[F: Callable[..., Any]](function: F, remat: str, *, prevent_cse: bool = True) -> F:
+    """Return `function` with a backward pass that computes again what this policy does not save."""
+    if remat == "none":
+        return function
+    return jax.checkpoint(function, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)  # type: ignore[return-value]
+
+
+def _num_repeats(state: Any) -> int:
+    return jax.tree.leaves(state)[0].shape[0]

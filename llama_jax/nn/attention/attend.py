@@ -1,0 +1,331 @@
+"""Attention by the kernel that the run names, on whatever mesh.
+
+q [B, T, N, H], k [B, K, S, H], v [B, K, S, V]; query head n reads kv head n // (N/K). Softmax in float32, result
+[B, T, N, V] in the dtype of q; a query without any key to attend to gets zeros, and passes no gradient. Kernels get
+the local part of the arrays only: `attend` splits batch, heads and sequence over the mesh. A kernel does everything
+that the mask has or refuses by name. A new kernel is a function and a line in `KERNELS`.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Shaped
+
+from llama_jax.config import UserError
+from llama_jax.nn.attention import blockwise, context
+from llama_jax.nn.base import ForwardContext, Mask
+from llama_jax.parallel import fitting, mesh_axis_sizes, platform, shard, spec
+
+LANES = 128  # numbers in the last dimension of a TPU's vector registers
+SPLASH_BLOCK = 512
+
+Queries = Float[Array, "b t n h"]
+Keys = Float[Array, "b k s h"]
+Values = Float[Array, "b k s v"]
+Results = Float[Array, "b t n v"]
+
+
+def reference(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    mask: Mask,
+    bias: Float[Array, "#b n t s"] | None = None,
+    keep: Bool[Array, "b n t s"] | None = None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> Results:
+    """Compute attention by the plain formula, all scores at once: the kernel that does everything.
+
+    `bias` is added to the scaled scores; `keep` is false at probabilities that `dropout` zeroes.
+    """
+    allowed = mask.allowed(0, q.shape[1], 0, k.shape[2])[:, None, None]
+    scores = blockwise.scores(_grouped(q, k.shape[1]), k, Mask(causal=False), 0, 0, scale)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if bias is not None:
+        scores += _per_group(bias, k.shape[1])
+    probs = jax.nn.softmax(jnp.where(allowed, scores, blockwise.MASKED), axis=-1)
+    probs = jnp.where(allowed, probs, 0)  # where nothing is allowed the softmax has made 1/S of each
+    if keep is not None:
+        probs = jnp.where(_per_group(keep, k.shape[1]), probs / (1 - dropout), 0)
+    return _ungrouped(jnp.einsum("bkgts,bksh->bkgth", probs.astype(v.dtype), v))
+
+
+def blockwise_attention(q: Queries, k: Keys, v: Values, mask: Mask, *, scale: float) -> Results:
+    """Compute attention by blocks with an online softmax: memory linear in the sequence, on every platform."""
+    return _ungrouped(blockwise.blockwise(_grouped(q, k.shape[1]), k, v, mask, scale))
+
+
+def _refuse_cross(q: Any, k: Any, mask: Mask) -> str | None:
+    """Return what neither splash nor cuDNN can do: both are for a sequence that attends to itself, or None."""
+    if mask.query_places is not None or mask.key_places is not None:
+        return "queries at places of a cache"
+    if mask.key_segment_ids is not None:
+        return "keys of another sequence"
+    if q.shape[1] != k.shape[2]:
+        return f"{q.shape[1]} queries of {k.shape[2]} keys"
+    return "a prefix that is seen whole" if mask.prefix is not None else None
+
+
+def splash_refuses(q: Any, k: Any, mask: Mask) -> str | None:
+    """Return what of this splash attention cannot do, or None."""
+    misfit = f"a sequence of {q.shape[1]}, no multiple of {LANES}" if q.shape[1] % LANES else None
+    return _refuse_cross(q, k, mask) or misfit
+
+
+def splash(q: Queries, k: Keys, v: Values, mask: Mask, *, scale: float) -> Results:
+    """Compute attention by splash attention (Pallas, part of JAX).
+
+    It is interpreted where there is no TPU: slow, for tests.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as sa  # imports Pallas, which takes a while
+
+    length, shape = q.shape[1], (q.shape[1], q.shape[1])
+    if mask.window is not None:
+        head = sa.LocalMask(shape, (mask.window - 1, 0 if mask.causal else mask.window - 1), 0)
+    else:
+        head = sa.CausalMask(shape) if mask.causal else sa.FullMask(shape)
+    block = max(size for size in range(LANES, SPLASH_BLOCK + 1, LANES) if length % size == 0)
+    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    # Made anew in every trace: its tables are arrays of the trace, since the devices may not be here.
+    kernel = sa.make_splash_mha(
+        sa.MultiHeadMask([head] * q.shape[2]),
+        block_sizes=sa.BlockSizes(**dict.fromkeys(names, block)),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=platform() != "tpu",
+    )
+    q = (q * scale).astype(q.dtype).swapaxes(1, 2)
+    segments = None if mask.segment_ids is None else sa.SegmentIds(mask.segment_ids, mask.segment_ids)
+    y: Any = jax.vmap(kernel)(q, k, v, segments)
+    return y.swapaxes(1, 2)
+
+
+def cudnn_refuses(q: Any, k: Any, mask: Mask) -> str | None:
+    """Return what of this cuDNN's attention cannot do, or None."""
+    if reason := _refuse_cross(q, k, mask):
+        return reason
+    if mask.window is not None and not mask.causal:
+        return "a window that reaches beyond the query"
+    if mask.segment_ids is not None and q.shape[1] % 2:
+        return f"documents in a sequence of {q.shape[1]}, an odd length"
+    if q.dtype not in (jnp.float16, jnp.bfloat16):
+        return f"{np.dtype(q.dtype).name}"
+    return f"a head_dim of {q.shape[-1]}" if q.shape[-1] % 8 or q.shape[-1] > 256 else None
+
+
+def cudnn(q: Queries, k: Keys, v: Values, mask: Mask, *, scale: float) -> Results:
+    """Compute attention by cuDNN's flash attention, on an NVIDIA GPU.
+
+    Documents are kept apart by a dense mask [B, 1, T, T], since the kernel takes no segment ids; values of another
+    size than the keys are padded.
+    """
+    v_head_dim, head_dim = v.shape[-1], max(q.shape[-1], v.shape[-1])
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, head_dim - x.shape[-1]))) for x in (q, k, v))
+    allowed = None
+    if mask.segment_ids is not None:
+        allowed = (mask.segment_ids[:, :, None] == mask.segment_ids[:, None])[:, None]
+    window = None
+    if mask.window is not None:
+        window = (mask.window - 1, 0 if mask.causal else mask.window - 1)
+    y = jax.nn.dot_product_attention(
+        q,
+        k.swapaxes(1, 2),
+        v.swapaxes(1, 2),
+        mask=allowed,
+        scale=scale,
+        is_causal=mask.causal,
+        local_window_size=window,
+        implementation="cudnn",
+    )
+    return y[..., :v_head_dim]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """An attention kernel: `run(q, k, v, mask, scale=)`, and `refuses(q, k, mask)`, what it cannot do or None."""
+
+    run: Callable[..., jax.Array]
+    refuses: Callable[[jax.Array, jax.Array, Mask], str | None] = lambda q, k, mask: None
+
+
+KERNELS = {
+    "reference": Kernel(reference),
+    "blockwise": Kernel(blockwise_attention),
+    "splash": Kernel(splash, splash_refuses),
+    "cudnn": Kernel(cudnn, cudnn_refuses),
+}
+FASTEST = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
+
+
+def choose(q: Any, k: Any, ctx: ForwardContext, *, softcap: float | None = None, dropout: float = 0.0) -> str:
+    """Return the name of the kernel that `attend` takes: the context's, or for `auto` the fastest that does all of it.
+
+    q and k may be abstract. Raises UserError for an unknown kernel, and for one that cannot do what is asked.
+    """
+    name = ctx.kernel
+    if name != "auto" and name not in KERNELS:
+        raise UserError(f"attention_kernel={name!r} does not exist: the kernels are auto, {', '.join(KERNELS)}")
+    refusal = functools.partial(_refusal, q=q, k=k, ctx=ctx, softcap=softcap, dropout=dropout)
+    if name == "auto":
+        if q.shape[1] <= blockwise.MIN_QUERY_BLOCK and not _is_split(q, k, ctx.mask):
+            return "reference"
+        able = (FASTEST.get(platform(), "blockwise"), "blockwise", "reference")
+        return next(kernel for kernel in able if refusal(kernel) is None)
+    if (reason := refusal(name)) is not None:
+        able = "blockwise" if refusal("blockwise") is None else "reference"
+        raise UserError(f"attention_kernel={name!r} cannot do {reason}: take {able}, or auto")
+    return name
+
+
+def _refusal(kernel: str, q: Any, k: Any, ctx: ForwardContext, softcap: float | None, dropout: float) -> str | None:
+    """Return what of this attention the kernel cannot do, or None."""
+    if kernel == "reference":
+        return None
+    if ctx.position_bias is not None:
+        return "a bias of the scores"
+    if softcap is not None:
+        return "a soft cap of the scores"
+    if dropout and ctx.dropout_key is not None:
+        return "dropout of the attention weights"
+    if _is_split(q, k, ctx.mask):
+        if ctx.mask.key_segment_ids is not None or q.shape[1] != k.shape[2]:
+            return "keys of another sequence on mesh.context"
+        if ctx.mask.prefix is not None:
+            # A device's keys would be needed by queries before them: the zigzag order balances the causal work only.
+            return "a prefix that is seen whole on a sequence split over mesh.context"
+        if kernel != "blockwise":
+            return "a sequence split over mesh.context"
+    return KERNELS[kernel].refuses(q, k, ctx.mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The arguments of one call of `attend`, with the abstract values of its arrays."""
+
+    q: Any
+    k: Any
+    v: Any
+    ctx: ForwardContext
+    scale: float
+    softcap: float | None
+    dropout: float
+
+
+_calls: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar("calls", default=None)
+
+
+@contextlib.contextmanager
+def calls_of_attend() -> Iterator[list[Call]]:
+    """Collect the calls of `attend` while something is traced."""
+    calls: list[Call] = []
+    token = _calls.set(calls)
+    try:
+        yield calls
+    finally:
+        _calls.reset(token)
+
+
+def attend(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    ctx: ForwardContext,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> Results:
+    """Compute softmax(scale q k^T + bias) v over the keys that the mask allows, by the kernel that the context names.
+
+    `softcap` c squashes the scaled scores s to c tanh(s / c); `dropout` zeroes attention weights at this rate, in
+    training. A sequence that a context axis splits is in zigzag order; there may be more queries than keys, or fewer.
+    """
+    if (calls := _calls.get()) is not None:
+        avals = jax.tree.map(jax.typeof, (q, k, v, ctx))
+        calls.append(Call(*avals, scale, softcap, dropout))
+    name, mask, bias = choose(q, k, ctx, softcap=softcap, dropout=dropout), ctx.mask, ctx.position_bias
+    kernel = functools.partial(KERNELS[name].run, scale=scale)
+    if mask.segment_ids is not None and mask.key_segment_ids is None and q.shape[1] != k.shape[2]:
+        raise ValueError("segment ids need as many queries as keys, or key_segment_ids")
+    if bias is not None and bias.shape[1] != q.shape[2]:
+        raise UserError(
+            f"the position bias is for {bias.shape[1]} heads and the attention has {q.shape[2]}: make them equal"
+        )
+    tables: dict[str, jax.Array] = {} if bias is None else {"bias": bias}  # [B, N, T, S] each, for the reference only
+    if name == "reference":
+        kernel = functools.partial(kernel, softcap=softcap, dropout=dropout)
+        if dropout and ctx.dropout_key is not None:
+            shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[2])
+            split = spec("batch", "heads", None, None, shape=shape)
+            key = ctx.random_key("attention weights")
+            tables["keep"] = jax.random.bernoulli(key, 1 - dropout, shape, out_sharding=split)
+    if not mesh_axis_sizes():
+        return kernel(q, k, v, mask, **tables)
+    if not _is_split(q, k, mask):
+        return _sharded(kernel, q, k, v, mask, tables)
+    if name == "reference":  # works in the order of the text only
+        q, k, v = context.unzigzag(q), *(context.unzigzag(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (k, v))
+        return context.zigzag(_sharded(kernel, q, k, v, jax.tree.map(context.unzigzag, mask), tables))
+    kernel = functools.partial(_split_attention, scale=scale, strategy=ctx.context_strategy)
+    return _sharded(kernel, q, k, v, mask, {}, sequence="sequence")
+
+
+def _split_attention(q: Queries, k: Keys, v: Values, mask: Mask, *, scale: float, strategy: str) -> Results:
+    return _ungrouped(context.context_attention(_grouped(q, k.shape[1]), k, v, mask, scale, strategy))
+
+
+def _is_split(q: Any, k: Any, mask: Mask) -> bool:
+    """Return whether queries or keys are split over mesh.context, in zigzag order; a cache is not."""
+    return mask.query_places is None and (context.splits(q.shape[1]) or context.splits(k.shape[2]))
+
+
+def _sharded(
+    kernel: Callable[..., jax.Array],
+    q: Queries,
+    k: Keys,
+    v: Values,
+    mask: Mask,
+    tables: dict[str, jax.Array],
+    sequence: str | None = None,
+) -> Results:
+    """Run the kernel under shard_map, with batch and heads split, and the sequence where the kernel can."""
+    num_heads, num_kv_heads, tensor = q.shape[2], k.shape[1], mesh_axis_sizes().get("tensor", 1)
+    heads = fitting("heads", num_heads)
+    if heads and num_kv_heads % tensor:  # fewer kv heads than devices: each device gets a copy of the one it needs
+        copies = math.lcm(num_kv_heads, tensor) // num_kv_heads
+        copies = copies if num_heads % (num_kv_heads * copies) == 0 else num_heads // num_kv_heads
+        k, v = (jnp.repeat(x, copies, axis=1) for x in (k, v))
+    k, v = (shard(x, "batch", heads and "kv_heads", sequence, None) for x in (k, v))
+    q = shard(q, "batch", sequence, "heads", None)
+    out = spec("batch", sequence, "heads", None, shape=(*q.shape[:3], v.shape[3]))
+    mask = jax.tree.map(lambda x: shard(x, "batch", sequence), mask)
+    tables = {name: shard(x, "batch", "heads", None, None) for name, x in tables.items()}
+    local = lambda q, k, v, mask, tables: kernel(q, k, v, mask, **tables)  # noqa: E731
+    y = jax.shard_map(local, out_specs=out, check_vma=False)(q, k, v, mask, tables)
+    return shard(y, "batch", "sequence", "heads", None)
+
+
+def _grouped(q: Queries, num_kv_heads: int) -> Float[Array, "b k g t h"]:
+    b, t, n, h = q.shape
+    return q.reshape(b, t, num_kv_heads, n // num_kv_heads, h).transpose(0, 2, 3, 1, 4)
+
+
+def _per_group(x: Shaped[Array, "b n t s"], num_kv_heads: int) -> Shaped[Array, "b k g t s"]:
+    return x.reshape(x.shape[0], num_kv_heads, -1, *x.shape[2:])
+
+
+def _ungrouped(y: Float[Array, "b k g t v"]) -> Results:
+    b, k, g, t, h = y.shape
+    return y.transpose(0, 3, 1, 2, 4).reshape(b, t, k * g, h)

@@ -1,0 +1,174 @@
+"""Rotary positions and the ways to stretch them over longer contexts."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from llama_jax.config import Component, UserError
+from llama_jax.nn.base import check_at_least
+
+
+class RopeScaling(Component):
+    """Config of a change to the rotary frequencies for contexts longer than those of pretraining."""
+
+    def frequencies(self, frequencies: np.ndarray, theta: float, head_dim: int) -> np.ndarray:
+        """Return the scaled inverse frequencies, [H/2]."""
+        raise NotImplementedError
+
+    def magnitude(self) -> float:
+        """Return the factor of cos and sin."""
+        return 1.0
+
+    def score_magnitude(self) -> float:
+        """Return the factor of latent attention's scores."""
+        return 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (Su et al. 2021): position p turns pair i of a head by p * theta^(-2i/rotary_dim).
+
+    Pairs are (i, i + rotary_dim/2): the rotated halves of Hugging Face's Llama. Weights of families that interleave
+    pairs are permuted when imported.
+
+    theta: base of the frequencies.
+    scaling: how they are stretched for long contexts, or none.
+    rotary_dim: size of the first part of a head, which is rotated; none for all of it.
+    """
+
+    theta: float
+    scaling: RopeScaling | None
+    rotary_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.theta <= 1:
+            raise UserError(f"theta={self.theta} must be above 1")
+        if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
+            raise UserError(f"rotary_dim={self.rotary_dim} must be positive and even")
+
+    def frequencies(self, head_dim: int) -> np.ndarray:
+        """Return the angle per position of each pair, float64 [rotary_dim/2]; without rotary_dim [H/2]."""
+        head_dim = self.rotary_dim or head_dim
+        frequencies = self.theta ** (-np.arange(0, head_dim, 2) / head_dim)
+        return frequencies if self.scaling is None else self.scaling.frequencies(frequencies, self.theta, head_dim)
+
+    def rotate(self, x: Float[Array, "b t n h"], positions: Int[Array, "b t"]) -> Float[Array, "b t n h"]:
+        """Return x rotated by its positions; angles are float32 whatever the dtype of x."""
+        frequencies = jnp.asarray(self.frequencies(x.shape[-1]), jnp.float32)
+        angles = positions[..., None, None].astype(jnp.float32) * frequencies
+        magnitude = 1.0 if self.scaling is None else self.scaling.magnitude()
+        cos, sin = magnitude * jnp.cos(angles), magnitude * jnp.sin(angles)
+        rotary, rest = x[..., : 2 * len(frequencies)], x[..., 2 * len(frequencies) :]
+        first, second = jnp.split(rotary.astype(jnp.float32), 2, axis=-1)
+        rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+        return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearScaling(RopeScaling):
+    """Positions divided by `factor` (Chen et al. 2023, position interpolation).
+
+    factor: how many times longer the context becomes.
+    """
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "factor")
+
+    def frequencies(self, frequencies: np.ndarray, theta: float, head_dim: int) -> np.ndarray:
+        return frequencies / self.factor
+
+
+@dataclasses.dataclass(frozen=True)
+class NTKScaling(RopeScaling):
+    """theta raised so that the slowest pair slows down by `factor` and the fastest keeps its speed ("NTK-aware").
+
+    factor: how many times longer the context becomes.
+    """
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "factor")
+
+    def frequencies(self, frequencies: np.ndarray, theta: float, head_dim: int) -> np.ndarray:
+        base = theta * self.factor ** (head_dim / (head_dim - 2))
+        return base ** (-np.arange(0, head_dim, 2) / head_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnScaling(RopeScaling):
+    """YaRN (Peng et al. 2023): slow pairs are interpolated, fast ones kept, with a ramp between; attention is scaled.
+
+    cos and sin are multiplied by m(mscale) / m(mscale_all_dim) where m(s) = 0.1 s ln(factor) + 1; with both 0, by m(1).
+
+    factor: how many times longer the context becomes.
+    original_max_positions: the context of pretraining.
+    beta_fast: pairs that turn more often than this within it are kept.
+    beta_slow: pairs that turn less often are interpolated.
+    mscale: numerator of the magnitude, as above.
+    mscale_all_dim: denominator of the magnitude, as above.
+    """
+
+    factor: float
+    original_max_positions: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "factor")
+
+    def _m(self, scale: float) -> float:
+        return 0.1 * scale * math.log(self.factor) + 1.0
+
+    def magnitude(self) -> float:
+        if self.mscale and self.mscale_all_dim:
+            return self._m(self.mscale) / self._m(self.mscale_all_dim)
+        return self._m(1.0)
+
+    def score_magnitude(self) -> float:
+        return self._m(self.mscale_all_dim) ** 2
+
+    def frequencies(self, frequencies: np.ndarray, theta: float, head_dim: int) -> np.ndarray:
+        def pair_with(turns: float) -> float:
+            """Return the (fractional) index of the pair that turns `turns` times within the original context."""
+            return head_dim * math.log(self.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        low = max(math.floor(pair_with(self.beta_fast)), 0)
+        high = min(math.ceil(pair_with(self.beta_slow)), head_dim - 1)
+        ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
+        return frequencies / self.factor * ramp + frequencies * (1 - ramp)
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling(RopeScaling):
+    """Llama 3.1's piecewise scaling by wavelength: long ones are interpolated, short ones kept, a ramp between.
+
+    factor: how many times longer the context becomes.
+    low_freq_factor: pairs that turn less often than this within the original context are interpolated.
+    high_freq_factor: pairs that turn more often are kept.
+    original_max_positions: the context of pretraining.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "factor")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise UserError(
+                f"high_freq_factor={self.high_freq_factor} must be above low_freq_factor={self.low_freq_factor}"
+            )
+
+    def frequencies(self, frequencies: np.ndarray, theta: float, head_dim: int) -> np.ndarray:
+        turns = self.original_max_positions * frequencies / (2 * math.pi)
+        keep = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
+        return frequencies / self.factor * (1 - keep) + frequencies * keep
