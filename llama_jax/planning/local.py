@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from llama_jax.models import ModelConfig
 from llama_jax.nn import ExpertsModule, Projection
 from llama_jax.parallel import batch_parts, mesh_axis_sizes, spec, split_over
 from llama_jax.run_config import RunConfig
+from llama_jax.training import Optimizer, state_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +199,22 @@ def _weights(model: ModelConfig) -> dict[str, _Weight]:
                     before = found[name].layers if name in found else 0
                     found[name] = dataclasses.replace(weight, layers=weight.layers + before)
     return found
+
+
+@functools.lru_cache(maxsize=1024)
+def optimizer_bytes(optimizer: Optimizer, model: ModelConfig, fsdp: int, tensor: int, expert: int) -> int:
+    """Return the bytes of the optimizer's state on one device of a mesh of these axes, the others being 1."""
+    params: dict[str, jax.ShapeDtypeStruct] = {}
+    found = _weights(model)  # before the mesh: it enters one, too
+    with abstract_mesh({"fsdp": fsdp, "tensor": tensor, "expert": expert}):
+        for name, weight in found.items():
+            layers = (weight.layers,) if weight.layers else ()
+            shape = (*layers, *weight.shape)
+            partition = spec(*(None for _ in layers), *weight.axes, shape=shape)
+            assert partition is not None
+            sharding = NamedSharding(jax.sharding.get_abstract_mesh(), partition)
+            params[name] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+        return state_bytes(optimizer, params)
 
 
 def _of_module(prefix: str, module: nnx.Module, layers: int) -> dict[str, _Weight]:

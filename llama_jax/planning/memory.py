@@ -11,7 +11,7 @@ import math
 from llama_jax.chips import Chip
 from llama_jax.config import UserError
 from llama_jax.parallel import batch_parts
-from llama_jax.planning.local import Local, abstract_mesh, cache_bytes, compute_dtype
+from llama_jax.planning.local import Local, abstract_mesh, cache_bytes, compute_dtype, optimizer_bytes
 from llama_jax.run_config import RunConfig
 
 BATCH_ARRAYS, BATCH_ITEMSIZE = 5, 4  # tokens, targets, weights, segment ids and positions
@@ -33,11 +33,13 @@ def memory(local: Local, chip: Chip) -> dict[str, int]:
 
 
 def argument_bytes(local: Local) -> dict[str, int]:
-    """Exactly what a device holds of the parameters, the optimizer's moments and the batch."""
+    """Return the exact bytes that a device holds of the parameters, the optimizer's state and the batch."""
     stored = sum(weight.stored for weight in local.model.weights)
     batch = local.tokens * local.micro_batches * BATCH_ARRAYS * BATCH_ITEMSIZE
-    counters = 2 * 4  # the step, and Adam's count of updates
-    return {"parameters": 4 * stored, "optimizer": 8 * stored + counters, "batch": batch}
+    optimizer = dataclasses.replace(local.config.optimizer, accumulation_steps=1)  # does not change the state
+    splits = (local.sizes[axis] for axis in ("fsdp", "tensor", "expert"))
+    state = 4 + optimizer_bytes(optimizer, local.config.model, *splits)  # with the step's number
+    return {"parameters": 4 * stored, "optimizer": state, "batch": batch}
 
 
 @dataclasses.dataclass(frozen=True)
