@@ -139,20 +139,13 @@ class _Loop:
 
     def run(self) -> None:
         """Train to the end, then write samples."""
-        config = self.config
-        with contextlib.closing(
-            CheckpointStore(self.run_.directory / CHECKPOINTS_DIRECTORY, config.checkpoint)
-        ) as store:
-            self._train(store)
-        if config.logging.sample_prompts:
-            self._sample()
-
-    def _train(self, store: CheckpointStore) -> None:
-        """Find the state to begin with, open what the run reports to, and take the steps."""
-        config = self.config
-        state, lines = distributed.all_agree(lambda: self._state(store))
-        start = int(state.step)
+        config, directory = self.config, self.run_.directory
         with contextlib.ExitStack() as stack:
+            store = stack.enter_context(
+                contextlib.closing(CheckpointStore(directory / CHECKPOINTS_DIRECTORY, config.checkpoint))
+            )
+            state, lines = distributed.all_agree(lambda: self._state(store))
+            start = int(state.step)
             loggers = [
                 stack.enter_context(contextlib.closing(logger(self.run_, start)))
                 for logger in (self.loggers if self.main else ())
@@ -160,7 +153,7 @@ class _Loop:
             bar = stack.enter_context(Bar("training", start, config.num_steps, quiet=not self.main))
             stack.enter_context(self._signals())
             if start:
-                bar.say(f"continuing '{self.run_.directory}' from step {start}")
+                bar.say(f"continuing '{directory}' from step {start}")
             lines += [*self.lines, *self._warnings(start), *(logger.notice for logger in loggers if logger.notice)]
             for line in [*lines, *self.dataset.describe(self.batches, config.num_steps)]:
                 bar.say(line)
@@ -169,6 +162,8 @@ class _Loop:
             if config.compute.preflight and start < config.num_steps:
                 self._preflight(start, bar)
             self._steps(state, start, store, bar, loggers)
+        if config.logging.sample_prompts:
+            self._sample()
 
     def _state(self, store: CheckpointStore) -> tuple[TrainState, list[str]]:
         """Return the latest checkpoint's state, or a new one, and lines for the log that describe it."""

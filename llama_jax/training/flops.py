@@ -11,7 +11,7 @@ import numpy as np
 
 from llama_jax.chips import peak_of
 from llama_jax.models import ModelConfig, abstract_params, buffers
-from llama_jax.training.optimizer import is_matrix
+from llama_jax.training.matrices import is_matrix
 
 
 def train_flops_per_token(config: ModelConfig, sequence_length: int, source_length: int = 0) -> float:

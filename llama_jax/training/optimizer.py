@@ -21,6 +21,7 @@ from llama_jax.config import Component, UserError, field_types
 from llama_jax.models import Params, is_stacked
 from llama_jax.nn import seed_value
 from llama_jax.parallel import axes_of, mesh_axis_sizes
+from llama_jax.training.matrices import dimension_numbers, is_matrix, matrix_axes, on_matrices
 from llama_jax.training.schedules import Cosine, Schedule, schedule_of_name
 
 STATIC = {"static": True}
@@ -208,11 +209,11 @@ class Muon(Optimizer):
     @override
     def transform(self) -> optax.GradientTransformation:
         orthogonal = optax.contrib.scale_by_muon(
-            beta=self.momentum, ns_steps=self.num_iterations, weight_dimension_numbers=_dimension_numbers
+            beta=self.momentum, ns_steps=self.num_iterations, weightdimension_numbers=dimension_numbers
         )
 
         def scale(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
-            first, split = _matrix_axes(path[0].key, update.shape)
+            first, split = matrix_axes(path[0].key, update.shape)
             sides = math.prod(update.shape[first:split]), math.prod(update.shape[split:])
             # Rows or columns are orthonormal: the root mean square of the elements is 1 / sqrt(longer side).
             return self.update_rms * math.sqrt(max(sides)) * update
@@ -288,13 +289,6 @@ def learning_rate(step: jax.Array | int, hyper: Hyper) -> jax.Array:
     return optimizer.learning_rate * jnp.where(step < warmup, (step + 1) / jnp.maximum(warmup, 1), after)
 
 
-def is_matrix(name: str, value: Any) -> bool:
-    """Return whether a parameter is decayed: it has two dimensions or more in each layer, and is neither a bias nor a
-    table of biases (T5's of relative positions).
-    """
-    return value.ndim - is_stacked(name) >= 2 and not any(part.endswith("bias") for part in name.split("."))
-
-
 def make_optimizer(hyper: Hyper) -> optax.GradientTransformation:
     """Return clipping, the optimizer's transformation and decoupled decay.
 
@@ -316,55 +310,6 @@ def state_bytes(optimizer: Optimizer, params: Mapping[str, Any]) -> int:
     state = jax.eval_shape(lambda params: make_optimizer(optimizer.hyper(1)).init(params), params)
     local = lambda x: x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)  # noqa: E731
     return sum(math.prod(local(x)) * x.dtype.itemsize for x in jax.tree.leaves(state))
-
-
-def _matrix_axes(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return (first dimension of the matrix, first of its columns) of a parameter; layers and experts come before.
-
-    Of three dimensions or more, such as [D, N, H] of a projection to heads, those are the rows that make the matrix
-    most nearly square.
-    """
-    first = min(is_stacked(name) + (".experts." in name), len(shape) - 1)
-
-    def skew(split: int) -> float:
-        return abs(math.log(math.prod(shape[first:split]) / math.prod(shape[split:])))
-
-    return first, min(range(first + 1, len(shape)), key=skew, default=len(shape))
-
-
-def _dimension_numbers(params: Any) -> Any:
-    """Return optax's description of each parameter's matrix, in the tree of the parameters."""
-
-    def describe(path: tuple[Any, ...], x: jax.Array) -> Any:
-        first, split = _matrix_axes(path[0].key, x.shape)
-        return optax.contrib.MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, x.ndim)))
-
-    return jax.tree_util.tree_map_with_path(describe, params)
-
-
-def on_matrices(of_matrix: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Return the transformation that applies `of_matrix` to each layer's and expert's matrix or vector separately.
-
-    The state has the leading dimension of the layers and experts of a parameter.
-    """
-
-    def view(name: str, x: jax.Array) -> jax.Array:
-        first, split = _matrix_axes(name, x.shape)
-        sizes = math.prod(x.shape[:first]), math.prod(x.shape[first:split]), math.prod(x.shape[split:])
-        return x.reshape(sizes[: 2 + (split < x.ndim)])
-
-    def init(params: Any) -> dict[str, Any]:
-        return {name: jax.vmap(of_matrix.init)(view(name, x)) for name, x in params.items()}
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Params, dict[str, Any]]:
-        new_updates, new_state = {}, {}
-        for name, grad in updates.items():
-            views = view(name, grad), state[name], view(name, params[name])
-            found, new_state[name] = jax.vmap(of_matrix.update)(*views)
-            new_updates[name] = jnp.reshape(found, grad.shape)
-        return new_updates, new_state
-
-    return optax.GradientTransformation(init, update)
 
 
 def _across_devices(hyper: Hyper) -> optax.GradientTransformation:
