@@ -136,16 +136,12 @@ def test_a_kernel_that_forgets_the_prefix_is_refused(kind: str, tiny_config, mon
         return kernels.blockwise_attention(q, k, v, dataclasses.replace(mask, prefix=None), scale=scale)
 
     monkeypatch.setitem(kernels.KERNELS, "blockwise", kernels.Kernel(forgets))
-    module._errors.clear_cache()
     with pytest.raises(PreflightFailed, match="'blockwise' disagrees with the reference"):
         preflight(tiny_config, COMPUTE, batch)
-    module._errors.clear_cache()
 
 
 def test_the_preflight_of_a_prefix_goes_by_blocks_too(tiny_config, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "SCORES", 16)
-    module._errors.clear_cache()
     batch = {name: jnp.asarray(x) for name, x in batch_of("prefix").items()}
     (agreement,) = preflight(tiny_config, COMPUTE, batch)
     assert max(agreement.errors.values()) < 1e-5
-    module._errors.clear_cache()
