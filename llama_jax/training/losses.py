@@ -39,15 +39,15 @@ def cross_entropy(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(head: Head, chunk: int, *arrays):
+def _chunked(head: Head, chunk: int, *arrays: Any) -> Any:
     return _walk(head, chunk, False, *arrays)[0]
 
 
-def _chunked_forward(head: Head, chunk: int, *arrays):
+def _chunked_forward(head: Head, chunk: int, *arrays: Any) -> Any:
     return _walk(head, chunk, True, *arrays)
 
 
-def _chunked_backward(head: Head, chunk: int, residuals, cotangents):
+def _chunked_backward(head: Head, chunk: int, residuals: Any, cotangents: Any) -> Any:
     d_weight, d_hidden = residuals
     d_total = cotangents[0]  # the second output is a metric that is never differentiated
     scale = lambda d: (d * d_total).astype(d.dtype)  # noqa: E731
@@ -67,7 +67,7 @@ class _Layout(NamedTuple):
     stored: Any
 
 
-def _walk(head: Head, chunk: int, with_gradient: bool, weight: Any, hidden: jax.Array, *others: Any):
+def _walk(head: Head, chunk: int, with_gradient: bool, weight: Any, hidden: jax.Array, *others: Any) -> Any:
     """Return ((loss, ce), (d_weight, d_hidden)); None for the gradients where they are not wanted.
 
     `others` are targets, weights and (z_loss, label_smoothing).
@@ -89,15 +89,23 @@ def _walk(head: Head, chunk: int, with_gradient: bool, weight: Any, hidden: jax.
 
 
 def _local_walk(
-    head: Head, chunk: int, with_gradient: bool, layout: _Layout, weight, hidden, targets, weights, options
-):
+    head: Head,
+    chunk: int,
+    with_gradient: bool,
+    layout: _Layout,
+    weight: Any,
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    options: tuple[jax.Array, jax.Array],
+) -> Any:
     """Return what `_walk` does, from a device's part of the arrays, in chunks of positions."""
     weight = jax.tree.map(lambda w, axes: _gather(w, axes, layout.vocab), weight, layout.stored)
     length = hidden.shape[1]
     num_chunks = -(-length // chunk)
     z_loss, smoothing = options
 
-    def step(carry, xs):
+    def step(carry: Any, xs: tuple[jax.Array, ...]) -> Any:
         totals, d_weight = carry
         hidden, targets, weights = xs
         logits, pullback = jax.vjp(head, hidden, weight)
@@ -105,7 +113,7 @@ def _local_walk(
         totals = totals[0] + loss, totals[1] + ce
         if not with_gradient:
             return (totals, None), None
-        # The gradient by the logits: softmax minus the smoothed target, and of z_loss * lse^2 twice its root.
+        # Derivatives by the logits: of the cross-entropy softmax - wanted, of z_loss * lse^2 2 * z_loss * lse * softmax.
         softmax = jnp.exp(logits - lse[..., None])
         wanted = jnp.where(is_target, 1 - smoothing, 0) + smoothing / size
         d_logits = weights[..., None] * (softmax * (1 + 2 * z_loss * lse)[..., None] - wanted)
@@ -142,7 +150,13 @@ def _join(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
 
 
-def _chunk_loss(logits, targets, weights, options, vocab_axes: tuple[str, ...]) -> tuple[Any, ...]:
+def _chunk_loss(
+    logits: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    options: tuple[jax.Array, jax.Array],
+    vocab_axes: tuple[str, ...],
+) -> tuple[Any, ...]:
     """Return (loss, ce, logsumexp [B, T], which logit is the target's [B, T, V], size of the vocabulary) of a chunk.
 
     `vocab_axes` are those that split the vocabulary.

@@ -57,9 +57,11 @@ def on_matrices(of_matrix: optax.GradientTransformation) -> optax.GradientTransf
         return {name: jax.vmap(of_matrix.init)(view(name, x)) for name, x in params.items()}
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Params, dict[str, Any]]:
-        new_updates, new_state = {}, {}
+        new_updates: Params = {}
+        new_state: dict[str, Any] = {}
         for name, grad in updates.items():
             views = view(name, grad), state[name], view(name, params[name])
+            found: Any
             found, new_state[name] = jax.vmap(of_matrix.update)(*views)
             new_updates[name] = jnp.reshape(found, grad.shape)
         return new_updates, new_state

@@ -209,7 +209,7 @@ class Muon(Optimizer):
     @override
     def transform(self) -> optax.GradientTransformation:
         orthogonal = optax.contrib.scale_by_muon(
-            beta=self.momentum, ns_steps=self.num_iterations, weightdimension_numbers=dimension_numbers
+            beta=self.momentum, ns_steps=self.num_iterations, weight_dimension_numbers=dimension_numbers
         )
 
         def scale(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
