@@ -113,7 +113,7 @@ def _local_walk(
         totals = totals[0] + loss, totals[1] + ce
         if not with_gradient:
             return (totals, None), None
-        # Derivatives by the logits: of the cross-entropy softmax - wanted, of z_loss * lse^2 2 * z_loss * lse * softmax.
+        # By the logits, the cross-entropy has the derivative softmax - wanted, z_loss * lse^2 has 2 * z_loss * lse * softmax.
         softmax = jnp.exp(logits - lse[..., None])
         wanted = jnp.where(is_target, 1 - smoothing, 0) + smoothing / size
         d_logits = weights[..., None] * (softmax * (1 + 2 * z_loss * lse)[..., None] - wanted)
