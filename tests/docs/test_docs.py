@@ -32,7 +32,7 @@ def snippets(page: str) -> list[str]:
 @pytest.fixture(scope="module")
 def own_attention() -> type:
     """Return the class of architecture.md's example, defined in a separate module."""
-    (source,) = snippets("docs/architecture.md")
+    source = next(block for block in snippets("docs/architecture.md") if "class NormedAttention" in block)
     namespace = {"__name__": "own_attention"}
     exec(compile(source, "docs/architecture.md", "exec"), namespace)
     return namespace["NormedAttention"]  # type: ignore[return-value]
