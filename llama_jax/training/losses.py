@@ -113,7 +113,7 @@ def _local_walk(
         totals = totals[0] + loss, totals[1] + ce
         if not with_gradient:
             return (totals, None), None
-        # By the logits, the cross-entropy has the derivative softmax - wanted, z_loss * lse^2 has 2 * z_loss * lse * softmax.
+        # Derivatives by the logits: softmax - wanted of the cross-entropy, 2 * z_loss * lse * softmax of the z-loss.
         softmax = jnp.exp(logits - lse[..., None])
         wanted = jnp.where(is_target, 1 - smoothing, 0) + smoothing / size
         d_logits = weights[..., None] * (softmax * (1 + 2 * z_loss * lse)[..., None] - wanted)
