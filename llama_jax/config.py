@@ -203,8 +203,10 @@ def _apply_field(
     if "" in change:
         value = change.pop("")
         options = component_choices(annotation, components)
-        if isinstance(value, str) and value in options:
-            return _switch(options[value], old, change, key + ".", components)
+        # In any spelling: InverseSqrt is also inverse_sqrt, the name that configs had before schedules were classes.
+        spelled = {name.lower(): name for name in options} | {name: name for name in options}
+        if isinstance(value, str) and (chosen := spelled.get(value, spelled.get(value.lower().replace("_", "")))):
+            return _switch(options[chosen], old, change, key + ".", components)
         try:
             new = _parse(annotation, value, components)
         except _Mismatch:

@@ -227,9 +227,12 @@ class Muon(Optimizer):
         return optax.partition({"muon": muon, "adamw": adam}, groups)
 
 
-def OptimizerConfig(*, schedule: str | Schedule = "cosine", **fields: Any) -> AdamW:
+def OptimizerConfig(
+    learning_rate: float, warmup_steps: int, *, schedule: str | Schedule = "cosine", **fields: Any
+) -> AdamW:
     """Return the `AdamW` of a config file from before optimizers and schedules were components."""
-    return AdamW(schedule=schedule_of_name(schedule) if isinstance(schedule, str) else schedule, **fields)
+    schedule = schedule_of_name(schedule) if isinstance(schedule, str) else schedule
+    return AdamW(learning_rate, warmup_steps, schedule=schedule, **fields)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["numbers", "num_steps", "seed"], meta_fields=["kind"])
