@@ -49,7 +49,7 @@ class RunningMeanModule(MixerModule):
         self.v_proj = Projection({"embed": width}, {"mlp": width}, bias=False, rngs=child(rngs, "v_proj"))
         self.o_proj = Projection({"mlp": width}, {"embed": width}, bias=False, rngs=child(rngs, "o_proj"))
 
-    def __call__(self, x: jax.Array, *, positions: jax.Array, mask: Any, cache: Any = None) -> tuple[Any, ...]:
+    def __call__(self, x: jax.Array, *, positions: jax.Array, ctx: Any, cache: Any = None) -> tuple[Any, ...]:
         count = jnp.arange(1, x.shape[1] + 1)[:, None]
         return self.o_proj(jnp.cumsum(self.v_proj(x), axis=1) / count * self.config.scale), cache
 
@@ -104,7 +104,7 @@ class SquareModule(FeedForwardModule):
         self.up_proj = Projection({"embed": width}, {"mlp": config.size}, bias=False, rngs=child(rngs, "up_proj"))
         self.down_proj = Projection({"mlp": config.size}, {"embed": width}, bias=False, rngs=child(rngs, "down_proj"))
 
-    def __call__(self, x: jax.Array, *, mask: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, x: jax.Array, *, ctx: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         return self.down_proj(self.up_proj(x) ** 2), {"largest": jnp.abs(x).max()}
 
 
