@@ -112,6 +112,8 @@ CHANGES: dict[str, Callable[[RunConfig, Path], Any]] = {
     "data.skip_batches": lambda *_: (0,),
     "data.document_chars": lambda *_: 100,
     "data.cache_dir": lambda _, folder: str(folder / "elsewhere"),
+    "optimizer": lambda *_: "Lion",
+    "optimizer.schedule": lambda *_: "Linear",
     "compute.dtype": lambda *_: "float32",
     "compute.attention_kernel": lambda *_: "blockwise",
     "compute.loss_chunk": lambda *_: 8,
