@@ -18,7 +18,7 @@ from llama_jax.training import Optimizer, schedule_of_name
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
-    """What a run reports, and where.
+    """Reports of a run, and their destinations.
 
     every_steps: steps between metrics.
     validate_every_steps: steps between measurements on the held-out text; the last step is always measured.

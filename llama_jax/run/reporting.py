@@ -1,4 +1,4 @@
-"""Where a run's numbers go: the terminal, and the loggers, each a class.
+"""Destinations of a run's numbers: the terminal, and loggers, each a class.
 
 A destination of one's own is a class that derives from `Logger`, given to `train(..., loggers=(MyLogger,))`.
 """

@@ -58,9 +58,7 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 class _Layout(NamedTuple):
-    """How a mesh splits the walk: the axes of the positions and of the logits' vocabulary, and of each dimension of the
-    stored weight (a tree of tuples).
-    """
+    """Mesh axes that split the positions, the vocabulary, and each dimension of the stored weight (a tree of tuples)."""
 
     batch: tuple[str, ...]
     vocab: tuple[str, ...]

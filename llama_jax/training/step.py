@@ -114,7 +114,7 @@ def _joined(batch: Batch) -> Batch:
 
 
 class _Measures(NamedTuple):
-    """What is measured on a batch beside its gradient. Those of micro-batches add up to those of the whole.
+    """Measurements of a batch along with its gradient; those of micro-batches add up to those of the whole.
 
     metrics: losses, and means that the layers report.
     statistics: by name, what the buffers' rules take.
