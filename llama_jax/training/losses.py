@@ -58,7 +58,7 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 class _Layout(NamedTuple):
-    """Mesh axes that split the positions, the vocabulary, and each dimension of the stored weight (a tree of tuples)."""
+    """Mesh axes of the positions, of the vocabulary, and of each dimension of the stored weight (a tree of tuples)."""
 
     batch: tuple[str, ...]
     vocab: tuple[str, ...]
