@@ -203,10 +203,11 @@ def _apply_field(
     if "" in change:
         value = change.pop("")
         options = component_choices(annotation, components)
-        # In any spelling: InverseSqrt is also inverse_sqrt, the name that configs had before schedules were classes.
-        spelled = {name.lower(): name for name in options} | {name: name for name in options}
-        if isinstance(value, str) and (chosen := spelled.get(value, spelled.get(value.lower().replace("_", "")))):
-            return _switch(options[chosen], old, change, key + ".", components)
+        if isinstance(value, str):
+            # inverse_sqrt is InverseSqrt: the names that schedules had before they were classes.
+            chosen = options.get(value) or options.get("".join(part.capitalize() for part in value.split("_")))
+            if chosen is not None:
+                return _switch(chosen, old, change, key + ".", components)
         try:
             new = _parse(annotation, value, components)
         except _Mismatch:
