@@ -73,7 +73,7 @@ class Decoder(Transformer):
         """Return the results of every block for the arguments of a call, by stack."""
         tokens, others = jax.tree.map(zigzag, (tokens, others))
         outputs: list[jax.Array] = []
-        self.trunk(tokens, **others, outputs=outputs)
+        self.trunk(tokens, outputs=outputs, **others)  # type: ignore[arg-type]
         return {"layers": [unzigzag(x) for x in outputs]}
 
     def loss_terms(self, batch: Batch, *, key: jax.Array | None = None) -> tuple[list[LossTerm], Aux]:
