@@ -22,14 +22,6 @@ class DecoderConfig(TransformerConfig):
     )
     joins_source = True
 
-    def build_parts(self, *, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
-        return (
-            self.token_embedding(rngs=rngs)
-            | self.embedding_parts(rngs=rngs)
-            | self.final_norm(rngs=rngs)
-            | self.head_parts(rngs=rngs)
-        )
-
     def build_block(self, stack: str, pieces: Pieces, *, rngs: nnx.Rngs) -> nnx.Module:
         return Block(self, pieces, rngs=rngs)
 
@@ -67,9 +59,7 @@ class Decoder(Transformer):
         tokens, others = jax.tree.map(zigzag, (tokens, others))
         return self.logits(unzigzag(self.trunk(tokens, **others)[0]))
 
-    def hidden_states(
-        self, tokens: Int[Array, "b t"], **others: Any
-    ) -> dict[str, list[Float[Array, "b t d"]]]:
+    def hidden_states(self, tokens: Int[Array, "b t"], **others: Any) -> dict[str, list[Float[Array, "b t d"]]]:
         """Return the results of every block for the arguments of a call, by stack."""
         tokens, others = jax.tree.map(zigzag, (tokens, others))
         outputs: list[jax.Array] = []

@@ -147,6 +147,7 @@ def _init_stack(config: ModelConfig, stack: str, pieces: tuple[Pieces, ...], bas
             params[name] = groups[0][1]
         else:
             order = [i for layers, _ in groups for i in layers]
+            # Kinds of layers were made apart: put their values into the order of the layers.
             joined = jnp.concatenate([value for _, value in groups])
             params[name] = joined[jnp.array(sorted(range(len(order)), key=order.__getitem__))]
     return params
@@ -216,6 +217,7 @@ def _layers(config: ModelConfig, params: Params, stack: str, blocks: list[_Templ
 
 
 def _take(value: jax.Array, owners: tuple[int, ...], chosen: range) -> jax.Array:
+    # Rows of the stacked array; the layers of a pattern are a fixed distance apart in it, so that one slice takes them.
     rows = [owners.index(i) for i in chosen]
     if rows == list(range(value.shape[0])):
         return value

@@ -84,6 +84,7 @@ class Block(nnx.Module):
             h = _normed(self.input_layernorm, x)
             h, cache, *found = self.attention(h, positions=positions, ctx=ctx, cache=cache)
             aux = _named("attention", found[0]) if found else {}
+            # The name is for the rematerialization policy that saves attention outputs.
             x = self._add(x, checkpoint_name(h, "attention"), self.attention_norm, ctx, "attention")
         if source is not None:
             with jax.named_scope("cross_attention"):
@@ -101,7 +102,7 @@ class Block(nnx.Module):
         """Return the residual x joined with a sublayer's result y; `norm` is of y (sandwich) or of the sum (post)."""
         if self.placement == "sandwich":
             y = _normed(norm, y)
-        y = dropout(y, self.dropout, ctx, name)
+        y = dropout(y, self.dropout, ctx, name)  # before the residual, after a sandwich norm
         x = x + y if self.residual else y
         return _normed(norm, x) if self.placement == "post" else x
 
@@ -181,7 +182,7 @@ class Layers(nnx.Module):
             step = rematerialized(functools.partial(_apply_blocks, graphdef, **fixed), remat)
             x, (aux,) = step(x, (state, i))
             for name, value in aux.items():
-                found.setdefault(name, []).append(value[None])
+                found.setdefault(name, []).append(value[None])  # layers without this array leave no gap
             if outputs is not None:
                 outputs.append(x)
         if self.repeated:
@@ -216,6 +217,7 @@ def _apply_blocks(
         if ctx.dropout_key is not None:
             own = dataclasses.replace(ctx, dropout_key=jax.random.fold_in(ctx.dropout_key, number + i))
         if source is not None:
+            # Keys of the source are projected in the loop: for all layers at once they would take L times the memory.
             source_ctx = dataclasses.replace(source[1], dropout_key=own.dropout_key)
             of_source = block.cross_attention.keys(source[0]), source_ctx
         x, aux, _ = block(x, positions=positions, ctx=own, source=of_source)
