@@ -2,7 +2,7 @@
 
 import sys
 
-from llama_jax.__main__ import main
+from llama_jax.__main__ import console
 
 if __name__ == "__main__":
-    sys.exit(main(["sample", *sys.argv[1:]]))
+    console(["sample", *sys.argv[1:]])

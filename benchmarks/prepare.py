@@ -25,7 +25,7 @@ os.environ.update(ONE_THREAD)  # before the libraries are loaded
 
 from llama_jax.data import DataConfig  # noqa: E402
 from llama_jax.data.corpus.files import find_files  # noqa: E402
-from llama_jax.data.corpus.shards import BATCH_CHARS, ShardSet, make_shard  # noqa: E402
+from llama_jax.data.corpus.shards import BATCH_CHARS, ShardMaker  # noqa: E402
 from llama_jax.data.corpus.workers import make_shards  # noqa: E402
 from llama_jax.data.readers.records import Unit, units_by_shard  # noqa: E402
 from llama_jax.tokenizers import Tokenizer, load_tokenizer  # noqa: E402
@@ -73,8 +73,9 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def peak() -> int:
-    """Return the most memory that this process' only child has held so far, in KiB (Linux)."""
-    (child,) = (pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split())
+    """Return the most memory that this process' only worker has held so far, in KiB (Linux)."""
+    children = (pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split())
+    (child,) = (pid for pid in children if b"popen_loky" in Path(f"/proc/{pid}/cmdline").read_bytes())
     (line,) = (line for line in Path(f"/proc/{child}/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1])
 
@@ -100,12 +101,12 @@ def main() -> None:
         texts = sample(sources, args.megabytes * 10**6, corpus)
         size = sum(len(text.encode()) for text in texts) / 1e6
         config, units = one_shard(corpus)
-        shard_set = ShardSet(out, "benchmark", tokenizer.fingerprint)
+        maker = ShardMaker(out, "benchmark", config, tokenizer)
         times: dict[str, list[float]] = {"library": [], "worker": []}
         num_tokens = 0
         for _ in range(args.rounds):
             times["library"].append(seconds(lambda: [encode(batch) for batch in batches(texts)]))
-            times["worker"].append(seconds(lambda: make_shard(shard_set, 0, units, config, tokenizer)))
+            times["worker"].append(seconds(lambda: maker.make(0, units)))
         num_tokens = sum(
             split["tokens"] for split in json.loads((out / "shard-00000.json").read_text())["splits"].values()
         )
@@ -124,7 +125,7 @@ def main() -> None:
         for number, path in enumerate((corpus, larger), 1):
             config, units = one_shard(path)
             peaks: list[int] = []
-            make_shards(shard_set, {number: units}, config, tokenizer, 1, lambda _, peaks=peaks: peaks.append(peak()))
+            make_shards(maker, {number: units}, 1, lambda _, peaks=peaks: peaks.append(peak()))
             print(f"peak memory of a worker with {path.stat().st_size / 1e6:.0f} MB: {max(peaks) / 1024:.0f} MiB")
 
 

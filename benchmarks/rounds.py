@@ -22,7 +22,7 @@ from rich.table import Table
 from works import tokens_per_step
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from train import TUNABLES
+from llama_jax.__main__ import TUNABLES
 
 OURS = "llama_jax"
 SCRIPTS = {OURS: "ours.py", "torch": "torch_transformers.py", "tunix": "google_tunix.py"}

@@ -13,10 +13,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from llama_jax.data import DataConfig
 from llama_jax.models import Compute, DecoderConfig
 from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU
 from llama_jax.parallel import MeshConfig
-from llama_jax.planning import CompileRequest, compile_step
+from llama_jax.planning import compile_step
+from llama_jax.run_config import RunConfig
+from llama_jax.tokenizers import TokenizerConfig
 from llama_jax.training import AdamW
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -46,15 +49,20 @@ ROWS_PER_CHIP, LENGTH = 2, 1024
 def measure(num_chips: int) -> dict[str, float]:
     topology, mesh = MACHINES[num_chips]
     step = compile_step(
-        CompileRequest(
-            topology=topology,
+        RunConfig(
+            tokenizer=TokenizerConfig(
+                path="tokenizer.model", kind="bpe", vocab_size=0
+            ),  # neither this nor the data matters
+            data=DataConfig(path=()),
+            num_steps=1,
             model=MODEL,
             compute=Compute(dtype="bfloat16", remat="full", attention_kernel="reference"),
             optimizer=AdamW(learning_rate=1e-3, warmup_steps=10),
             mesh=MeshConfig(**mesh),
             global_batch_size=ROWS_PER_CHIP * num_chips,
             sequence_length=LENGTH,
-        )
+        ),
+        topology,
     )
     sent = {False: 0, True: 0}
     for collective in step.collectives:

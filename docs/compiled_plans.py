@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import llama_jax
-from llama_jax.__main__ import _parse
+from llama_jax.__main__ import parse
 from llama_jax.config import from_json, to_json
 from llama_jax.planning import CompiledStep, Memory, Report, Topology
 
@@ -73,10 +73,9 @@ PLANS = [*README_PLANS, *MORE_PLANS]
 
 
 def plan(command: str, *, compile: bool = False) -> Report:
-    """Return the report of `python -m llama_jax plan COMMAND`."""
-    (name,), options, _ = _parse(shlex.split(command))
-    topology = options.pop("topology")
-    return llama_jax.plan(llama_jax.load_config(name, options), topology, compile=compile)
+    """What `python -m llama_jax plan COMMAND` finds."""
+    args = parse(["plan", *shlex.split(command)])
+    return llama_jax.plan(llama_jax.load_config(args.config, args.keys), args.topology, compile=compile)
 
 
 def summary(step: CompiledStep) -> dict[str, Any]:

@@ -4,9 +4,10 @@
     python docs/measure_code.py --check   # exit 1 where the table is not what is measured
     python docs/measure_code.py --frames  # print every file and frame that is counted
 
-A file counts as passed when one of its functions runs while a small Llama trains one step on a text file, and while the
-result is loaded and samples; what runs at import does not count. Frames are those of the package, from the train step
-to the projection that is called deepest below it. Complexity is ruff's C901 (McCabe).
+A file is on the way of a token when one of its functions runs while the corpus, the first batch and one step of a
+small Llama are computed from a text file, or while the model continues a prompt. Functions that run at import do not
+count. In a whole run, `train` also checks, reports and saves, and `load` reads a directory. Frames are those of the
+package, from the train step to the einsum of the projection deepest below it. Complexity is ruff's C901 (McCabe).
 """
 
 import argparse
@@ -14,6 +15,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,14 +34,14 @@ BEGIN, END = "<!-- code: written by docs/measure_code.py -->", "<!-- end of code
 NUM_LONGEST = 5
 
 # What the numbers may be at most; tests/docs/test_measure_code.py compares.
-MAX_FILES = 100
-MAX_FRAMES = 20
+MAX_FILES = 45
+MAX_FRAMES = 13
 MAX_COMPLEXITY = 40
 MAX_LINES = 30_000
 
 
 class Recorder:
-    """Record the files of the package whose functions run, and the stack of the deepest projection.
+    """Record the files of the package whose functions run, and the stack of the deepest projection's einsum.
 
     Shards may be made by other processes, which have the same recorder (`start_in_children`): each appends a file's
     path to `log` when it is first seen.
@@ -49,40 +51,42 @@ class Recorder:
         self.log = log
         self.seen: set[str] = set()
         self.frames: list[str] = []
+        sys.monitoring.use_tool_id(sys.monitoring.PROFILER_ID, "measure_code")
+        sys.monitoring.register_callback(sys.monitoring.PROFILER_ID, sys.monitoring.events.PY_START, self._called)
 
     def start(self) -> None:
-        monitoring = sys.monitoring
-        monitoring.use_tool_id(monitoring.PROFILER_ID, "measure_code")
-        monitoring.register_callback(monitoring.PROFILER_ID, monitoring.events.PY_START, self._called)
-        monitoring.set_events(monitoring.PROFILER_ID, monitoring.events.PY_START)
+        """Begin to record."""
+        sys.monitoring.set_events(sys.monitoring.PROFILER_ID, sys.monitoring.events.PY_START)
 
-    def files(self) -> set[str]:
-        """Files recorded since the last call, by this process and its children."""
-        found = set(self.log.read_text("utf-8").split("\n")) - {""} if self.log.exists() else set()
+    def stop(self) -> list[str]:
+        """Return the files since `start`, of this process and its children, and record nothing more."""
+        sys.monitoring.set_events(sys.monitoring.PROFILER_ID, sys.monitoring.events.NO_EVENTS)
+        found = set(self.log.read_text("utf-8").split()) if self.log.exists() else set()
         self.log.unlink(missing_ok=True)
         self.seen.clear()
         sys.monitoring.restart_events()
-        return found
+        return sorted(found)
 
     def _called(self, code: CodeType, _offset: int) -> object:
-        if not code.co_filename.startswith(str(PACKAGE)):
+        is_einsum = code.co_name == "einsum" and "numpy" in code.co_filename
+        if not is_einsum and not code.co_filename.startswith(str(PACKAGE)):
             return sys.monitoring.DISABLE
-        frames = [f for f in stack(sys._getframe(1)) if is_of_package(f)]
-        if any(f.f_code.co_name == "<module>" for f in frames):
-            return None  # at import: the next call may be another
-        if code.co_qualname == "Projection.__call__":
-            self._projection(frames)
+        frames = [frame for frame in stack(sys._getframe(1)) if frame.f_code.co_filename.startswith(str(PACKAGE))]
+        if is_einsum:
+            self._multiplied(frames)
             return None
+        if any(frame.f_code.co_name == "<module>" for frame in frames):
+            return None  # at import: the next call may not be
         if code.co_filename not in self.seen:
             self.seen.add(code.co_filename)
             with self.log.open("a", encoding="utf-8") as log:
                 log.write(str(Path(code.co_filename).relative_to(ROOT)) + "\n")
         return sys.monitoring.DISABLE
 
-    def _projection(self, frames: list[FrameType]) -> None:
+    def _multiplied(self, frames: list[FrameType]) -> None:
         names = [f"{Path(f.f_code.co_filename).relative_to(ROOT)}:{f.f_code.co_qualname}" for f in frames]
-        top = max((i for i, f in enumerate(frames) if f.f_code.co_name == "train_step"), default=-1)
-        if top + 1 > len(self.frames):
+        top = max((i for i, frame in enumerate(frames) if frame.f_code.co_name == "train_step"), default=-1)
+        if any(name.endswith("Projection.__call__") for name in names) and top + 1 > len(self.frames):
             self.frames = names[top::-1]
 
 
@@ -91,10 +95,6 @@ def stack(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
-
-
-def is_of_package(frame: FrameType) -> bool:
-    return frame.f_code.co_filename.startswith(str(PACKAGE))
 
 
 def start_in_children(folder: Path, log: Path) -> None:
@@ -109,8 +109,11 @@ def start_in_children(folder: Path, log: Path) -> None:
 
 def record_run(folder: Path) -> dict[str, list[str]]:
     """Train one step and sample; return the files of each stage, and the frames."""
+    import jax
+
     import llama_jax
     from llama_jax.tokenizers import train_tokenizer
+    from llama_jax.training import init_state, make_train_step
 
     text = "\n".join(f"Line {i}: the quick brown fox jumps over the lazy dog, while others watch." for i in range(500))
     (folder / "text.txt").write_text(text)
@@ -126,11 +129,32 @@ def record_run(folder: Path) -> dict[str, list[str]]:
     )  # fmt: skip
     recorder = Recorder(folder / "log")
     start_in_children(folder, folder / "log")
+    found = {}
+
     recorder.start()
     run = llama_jax.train(config, folder / "run")
-    to_loss = recorder.files()
-    llama_jax.generate_text(llama_jax.load(run.directory), ["the"], max_new_tokens=2, temperature=0.8, seed=0)
-    return {"to_loss": sorted(to_loss), "to_token": sorted(recorder.files()), "frames": recorder.frames}
+    found["train"] = recorder.stop()
+
+    recorder.start()
+    lm = llama_jax.load(run.directory)
+    llama_jax.generate_text(lm, ["the"], max_new_tokens=2, temperature=0.8, seed=0)
+    found["load_and_sample"] = recorder.stop()
+
+    # Once more without everything around it: nothing is tokenized, traced or loaded yet, or already.
+    shutil.rmtree(folder / "cache")
+    jax.clear_caches()
+    run = llama_jax.open_run(folder / "run")
+    assert run.tokenizer is not None
+    hyper = config.optimizer.hyper(config.num_steps)
+    state = init_state(llama_jax.build(config.model).params(), hyper)
+    recorder.start()
+    make_train_step(config.model, config.compute)(state, run.batch(0), hyper)
+    found["to_loss"] = recorder.stop()
+
+    recorder.start()
+    llama_jax.generate_text(lm, ["the"], max_new_tokens=2, temperature=0.8, seed=0)
+    found["to_token"] = recorder.stop()
+    return found | {"frames": recorder.frames}
 
 
 def recorded() -> dict[str, list[str]]:
@@ -204,12 +228,12 @@ def measure() -> dict[str, Any]:
 
 def tables(measures: dict[str, Any]) -> str:
     """Return the measures as the page shows them."""
-    both = {*measures["to_loss"], *measures["to_token"]}
     passed = [
-        ("files from text to loss", len(measures["to_loss"])),
-        ("files from prompt to token", len(measures["to_token"])),
-        ("files of both together", len(both)),
-        ("frames from the train step to a projection", len(measures["frames"])),
+        ("files on the way from text to loss", len(measures["to_loss"])),
+        ("files on the way from prompt to token", len(measures["to_token"])),
+        ("frames from the train step to a projection's einsum", len(measures["frames"])),
+        ("files in a whole run of one step: `train`", len(measures["train"])),
+        ("files in `load` and `generate_text`", len(measures["load_and_sample"])),
     ]
     lines = [(f"`{name}`", f"{count:,}") for name, count in measures["lines"].items()]
     longest = [(f"`{name}`", count) for name, count in measures["longest"][:NUM_LONGEST]]
@@ -217,7 +241,7 @@ def tables(measures: dict[str, Any]) -> str:
     total = ("all", f"{measures['lines'].total():,}")
     return "\n\n".join(
         [
-            markdown("on the way of a token|number>", passed),
+            markdown("what a reader meets|number>", passed),
             markdown("package|lines>", [*lines, total]),
             markdown("longest functions|lines>", longest),
             markdown("most complex functions|complexity>", complex_),
@@ -245,7 +269,7 @@ def main() -> int:
         return 0
     measures = measure()
     if args.frames:
-        for name in ("to_loss", "to_token", "frames"):
+        for name in ("train", "load_and_sample", "to_loss", "to_token", "frames"):
             print(f"{name}: {len(measures[name])}", *measures[name], sep="\n  ")
         return 0
     page = written(measures)

@@ -11,11 +11,14 @@ from compiled_plans import COMPILED, LONG, PLANS, README_PLANS, TUNED_ON, compil
 from markdown_table import markdown
 
 import llama_jax
+from llama_jax.chips import GIB
+from llama_jax.data import DataConfig
 from llama_jax.models import Compute
 from llama_jax.parallel import MeshConfig
-from llama_jax.planning import Topology, Workload, estimate
-from llama_jax.planning.hardware import GIB
+from llama_jax.planning import Topology, estimate
 from llama_jax.planning.report import duration, gib, mesh_text
+from llama_jax.run_config import RunConfig
+from llama_jax.tokenizers import TokenizerConfig
 from llama_jax.training import AdamW, train_flops_per_token
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,7 +114,12 @@ def published_mfu(run: Published) -> float:
 def predicted_mfu(run: Published, efficiency: float) -> float:
     """Return the planner's MFU if matrix units reach this part of their peak."""
     topology = Topology.parse(run.topology)
-    workload = Workload(
+    config = RunConfig(
+        tokenizer=TokenizerConfig(
+            path="tokenizer.model", kind="bpe", vocab_size=0
+        ),  # neither this nor the data matters
+        data=DataConfig(path=()),
+        num_steps=1,
         model=llama_jax.presets()[run.preset],
         compute=Compute(remat="full"),
         optimizer=AdamW(learning_rate=1e-4, warmup_steps=1),
@@ -119,7 +127,7 @@ def predicted_mfu(run: Published, efficiency: float) -> float:
         global_batch_size=run.batch_per_chip * topology.num_chips,
         sequence_length=run.sequence_length,
     )
-    return estimate(workload, topology, efficiency=efficiency).mfu
+    return estimate(config, topology, efficiency=efficiency).mfu
 
 
 @functools.cache

@@ -28,10 +28,10 @@ class CosineAttentionModule(MixerModule):
         self.k_proj = Projection(outer, heads, bias=False, rngs=child(rngs, "k_proj"))
         self.o_proj = Projection(heads, outer, bias=False, rngs=child(rngs, "o_proj"))
 
-    def __call__(self, x, *, positions, mask, cache=None):
+    def __call__(self, x, *, positions, ctx, cache=None):
         q, k = (z / jnp.linalg.norm(z, axis=-1, keepdims=True) for z in (self.q_proj(x), self.k_proj(x)))
         k = k.swapaxes(1, 2)  # [B, T, N, H] -> [B, N, T, H]; keys are values too
-        return self.o_proj(attend(q, k, k, mask, scale=10.0)), cache
+        return self.o_proj(attend(q, k, k, ctx, scale=10.0)), cache
 
 
 def main(texts: str, directory: str, *changes: str) -> None:

@@ -1,5 +1,6 @@
 from . import (
     checkpoint as checkpoint,
+    chips as chips,
     config as config,
     data as data,
     files as files,
@@ -18,7 +19,8 @@ from . import (
 from .checkpoint import LanguageModel as LanguageModel, convert as convert, load as load, save as save
 from .config import UserError as UserError, override as override
 from .models import build as build, num_parameters as num_parameters
-from .run import Run as Run, open_run as open_run, plan as plan, train as train
+from .planning import plan as plan
+from .run import Run as Run, open_run as open_run, train as train
 from .run_config import RunConfig as RunConfig, load_config as load_config
 from .sampling import chat as chat, generate as generate, generate_text as generate_text
 from .zoo import presets as presets

@@ -1,218 +1,371 @@
-"""The command line: `python -m llama_jax COMMAND`, one function a command."""
+"""The command line, `python -m llama_jax COMMAND`: every parser is here, the work is in `commands.py`.
 
-import argparse
-import logging
-import os
-import sys
-import traceback
-from collections.abc import Callable, Sequence
-from pathlib import Path
-
-# XLA's C++ side prints its start-up to stderr; errors still show.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
-from llama_jax.checkpoint import ConversionError, convert
-from llama_jax.config import (
-    UserError,
-    component_choices,
-    config_names,
-    field_docs,
-    find_config,
-    leaves,
-    load_config_module,
-    override,
-    type_name,
-)
-from llama_jax.data import cli as data_cli, read_pieces
-from llama_jax.parallel import distributed
-from llama_jax.remote import with_urls
-from llama_jax.run import PLAN_OPTIONS, PLAN_USAGE, Preempted, RunConfig, RunFailed, load_config, plan_command, train
-from llama_jax.sampling import cli as sampling_cli
-from llama_jax.tokenizers import cli as tokenizers_cli
-
-TRAIN_USAGE = """usage: train.py CONFIG [--key value ...] [--run-dir DIR]
-                [--coordinator-address HOST:PORT --num-processes N --process-id I]
-
-Trains CONFIG, a name in configs/ or a path, in DIR (default: runs/CONFIG), which may be a URL of an object store
-(s3://, gs://); the same command again continues it.
-On several hosts it is started once on each; the second line is for where SLURM, Open MPI or a TPU does not say it.
+Fixed flags are read by argparse; `train` and `plan` also take the dotted keys of a config. Nothing that needs JAX is
+imported before a command runs, so that `--help` is quick.
 """
 
+import argparse
+import dataclasses
+import difflib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0 done, 1 failed, 2 a user's mistake, 75 preempted."""
-    # What Orbax has to say of a damaged checkpoint comes as one sentence of ours.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["train"]:  # its options are the config's keys, which argparse does not know
-        return guarded(lambda: train_command(argv[1:]))
-    if argv[:1] == ["plan"]:
-        return guarded(lambda: plan_main(argv[1:]))
-    if argv[:1] == ["sample"]:
-        return guarded(lambda: sampling_cli.main(argv[1:]))
-    args = command_parser().parse_args(argv)
-    return guarded(lambda: args.main(args))
+from llama_jax.config import UserError, config_names
+
+# Settings of glibc's allocator: a training step on a CPU takes and frees all of its memory, so that huge pages that are
+# kept save much of its time (benchmarks/ has the figures). glibc reads them when a process starts.
+TUNABLES = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1"
+    ":glibc.malloc.trim_threshold=4611686018427387904"
+}
+RESTARTED = "llama_jax_restarted"  # the -X option of a process that was started again with TUNABLES
+KINDS = ("bpe", "unigram", "byte_bpe", "wordpiece", "whitespace")  # of tokenizers; a test compares them
 
 
-def command_parser() -> argparse.ArgumentParser:
-    """The parser of all commands but those above, which are only named in its help."""
-    parser = argparse.ArgumentParser(prog="python -m llama_jax", description="Language models in JAX.")
-    subparsers = parser.add_subparsers(dest="command", required=True)
-    subparsers.add_parser("train", help="train a config, or continue a run", add_help=False)
-    subparsers.add_parser("plan", help="will a config fit a machine, and how fast", add_help=False)
-    subparsers.add_parser("sample", help="continue texts with a trained model", add_help=False)
-    convert_parser = subparsers.add_parser("convert", help="import or export weights, with the logit check")
-    convert_parser.add_argument(
-        "source", metavar="SOURCE", help="run, Hugging Face or Meta directory, or a llama2.c .bin; or URL"
+Argument = tuple[str, str, dict[str, Any]]  # flag or name, help, and other arguments of argparse's add_argument
+RUN_PATH = "run, Hugging Face or Meta directory, or a llama2.c .bin; or URL"
+IGNORED_KEYS: Argument = (
+    "--ignore-config-keys",
+    "keys of the directory's config files to take as if they were not there",
+    {"type": lambda keys: [key for key in keys.split(",") if key], "default": [], "metavar": "KEY[,KEY]"},
+)
+SWITCH = {"action": "store_true"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command's parser, as data.
+
+    description: what `--help` says; its first sentence is in the list of commands.
+    arguments: flags and positional arguments, in the order of the help.
+    epilog: what follows them.
+    prog: how the command is written; None: `python -m llama_jax` and its name.
+    takes_keys: whether it takes a config and its dotted keys.
+    """
+
+    description: str
+    arguments: tuple[Argument, ...]
+    epilog: str | None = None
+    prog: str | None = None
+    takes_keys: bool = False
+
+
+CONFIG: tuple[Argument, ...] = (
+    ("config", "name in configs/, or path of a .py file", {"nargs": "?", "metavar": "CONFIG"}),
+    ("more", argparse.SUPPRESS, {"nargs": "?"}),
+    ("-h --help", "this; with CONFIG the keys that are changed most; `--help all`: all keys", SWITCH),
+)
+COMMANDS = {
+    "train": Command(
+        "Train a config, or continue a run. CONFIG is a name in configs/ or a path; the same command again continues. "
+        "On several hosts it is started once on each.",
+        (
+            *CONFIG,
+            ("--run-dir", "or a URL of an object store (default: runs/CONFIG)", {"metavar": "DIR"}),
+            # Where SLURM, Open MPI or a TPU does not know these.
+            ("--coordinator-address", "process 0, where nothing else names it", {"metavar": "HOST:PORT"}),
+            ("--num-processes", "how many there are", {"metavar": "N"}),
+            ("--process-id", "number of this one, from 0", {"metavar": "I"}),
+        ),
+        "Exit code 0: done; 1: failed; 2: a mistake; 75: preempted, start it again.",
+        "train.py",
+        takes_keys=True,
+    ),
+    "plan": Command(
+        "Find whether a config fits a machine, and how fast it can be. Neither the machine nor the data is needed.",
+        (
+            *CONFIG,
+            (
+                "--topology",
+                "v5e:8x8, v5p:4x4x8 (chips of a TPU slice), '2x v6e:16x16' (slices), h100:4x8 (nodes x GPUs)",
+                {"metavar": "TOPOLOGY"},
+            ),
+            (
+                "--compile",
+                "compile the real step for it, too (extra `plan`; GPUs: `plan-gpu`): XLA's memory, what it sends",
+                SWITCH,
+            ),
+            ("--search", "try all meshes, accumulation steps and remat policies, and rank what fits", SWITCH),
+            ("--json", "for programs", SWITCH),
+            ("--sample-batch", "memory and speed of sampling so many rows", {"type": int, "metavar": "N"}),
+            ("--sample-length", "positions of each of these rows", {"type": int, "metavar": "N"}),
+        ),
+        "Exit code 0: fits; 1: does not fit; 2: a mistake.",
+        takes_keys=True,
+    ),
+    "sample": Command(
+        "Continue texts with a trained model. An encoder-decoder answers: the prompt is its source, in which special "
+        "tokens such as <extra_id_0> may be written out, and only the answer is printed. With --chat the prompt is a "
+        "message, and only the answer is printed.",
+        (
+            ("path", RUN_PATH, {"metavar": "PATH"}),
+            (
+                "--prompt",
+                "text to continue or answer, repeatable; without one: interactive",
+                {"action": "append", "metavar": "TEXT"},
+            ),
+            ("--chat", "answer by the model's chat template; each --prompt begins a conversation", SWITCH),
+            (
+                "--chat-template",
+                "another chat template: one that the model's files name, or Llama2Chat, Llama3Chat, ChatML, "
+                "ChatGLM2Chat",
+                {"metavar": "NAME"},
+            ),
+            ("--tokenizer", "file, directory or URL; default: the one with the weights", {"metavar": "PATH"}),
+            ("--max-new-tokens", "default: %(default)s", {"type": int, "default": 128, "metavar": "N"}),
+            ("--temperature", "0 is greedy; default: %(default)s", {"type": float, "default": 0.8, "metavar": "T"}),
+            ("--top-k", "only the K most probable tokens", {"type": int, "metavar": "K"}),
+            ("--top-p", "only the most probable tokens that make up P", {"type": float, "metavar": "P"}),
+            ("--seed", "0 to 2**64 - 1; default: %(default)s", {"type": int, "default": 0, "metavar": "S"}),
+            ("--json", "one object per prompt, with token ids and finish_reason", SWITCH),
+            IGNORED_KEYS,
+        ),
+        prog="sample.py",
+    ),
+    "convert": Command(
+        "Import or export weights, with the logit check.",
+        (
+            ("source", RUN_PATH, {"metavar": "SOURCE"}),
+            ("destination", "directory to make, or URL to write", {"metavar": "DESTINATION"}),
+            (
+                "--to",
+                "form of DESTINATION: Hugging Face's or this package's",
+                {"choices": ("hf", "native"), "required": True},
+            ),
+            ("--dtype", "default: as the source has it", {"choices": ("float32", "bfloat16")}),
+            IGNORED_KEYS,
+        ),
+    ),
+    # Flags that are named like fields of DataConfig are read as these, and have its defaults.
+    "prepare": Command(
+        "Tokenize a corpus into shards. It may be text, JSONL, JSON, CSV and TSV (each also .gz, .zst, .bz2 and .xz), "
+        "the members of tar archives, Parquet, datasets of Hugging Face (hf://NAME[/CONFIG]:SPLIT, or a directory of "
+        "save_to_disk), ArrayRecord (tf.train.Example or JSON), and nanoGPT's and llm.c's .bin, on disk or in an "
+        "object store (gs://, s3://). What is there already is not made again. On a cluster, run one process for each "
+        "of the --shards, with one --output; the same command without --shards then makes the index.",
+        (
+            ("path", "files, directories and globs; or URLs", {"nargs": "+"}),
+            ("--tokenizer", "tokenizer file, or a directory with one", {"required": True, "metavar": "PATH"}),
+            ("--exclude", "patterns as in the shell of files to leave out", {"nargs": "+", "metavar": "PATTERN"}),
+            ("--fields", "fields of a record that are its text; default: text", {"metavar": "A[,B...]"}),
+            ("--chat-template", "how the messages of a chat become tokens, such as ChatML", {"metavar": "NAME"}),
+            ("--document-chars", "cut longer documents at line ends; default: none", {"metavar": "N"}),
+            ("--max-record-bytes", "longer lines, records and whole files are bad records", {"metavar": "N"}),
+            ("--max-bad-records", "more are an error; none: any number; default: 0", {"metavar": "N"}),
+            ("--validation-fraction", "share of documents held out; default: 0.01", {"metavar": "F"}),
+            ("--cache-dir", "default: $LLAMA_JAX_CACHE or ~/.cache/llama_jax", {"metavar": "DIR"}),
+            ("--output", "the corpus' directory (default: one in the cache)", {"metavar": "DIR"}),
+            ("--num-workers", "processes (default: one for each core)", {"type": int, "metavar": "N"}),
+            ("--shards --shard", "make only shard I, or shards A to B-1, and no index", {"metavar": "I|A:B"}),
+            ("--count", "only print how many shards there are", SWITCH),
+        ),
+    ),
+    "tokenizer train": Command(
+        "Train a tokenizer of any kind.",
+        (
+            ("files", "files, directories and globs, as `prepare` reads them", {"nargs": "+", "metavar": "FILE"}),
+            ("--fields", "fields of JSON, columns of tables", {"default": "text", "metavar": "A[,B...]"}),
+            ("--kind", "bpe and unigram: SentencePiece; default: bpe", {"choices": KINDS, "default": "bpe"}),
+            (
+                "--vocab-size",
+                "bytes and special tokens included",
+                {"type": int, "required": True, "metavar": "N"},
+            ),
+            (
+                "--special-token",
+                "added to the kind's, repeatable",
+                {"action": "append", "default": [], "metavar": "NAME"},
+            ),
+            ("--output", "directory that gets the tokenizer's file", {"required": True, "metavar": "DIR"}),
+        ),
+    ),
+    "tokenizer encode": Command(
+        "Print the token ids of a text.",
+        (
+            ("tokenizer", "tokenizer file, or a directory that has one", {"metavar": "PATH"}),
+            ("text", "default: standard input", {"nargs": "?", "metavar": "TEXT"}),
+            ("--bos", "begin with the BOS token", SWITCH),
+            ("--eos", "end with the EOS token", SWITCH),
+        ),
+    ),
+    "tokenizer decode": Command(
+        "Print the text of token ids.",
+        (
+            ("tokenizer", "tokenizer file, or a directory that has one", {"metavar": "PATH"}),
+            ("ids", "default: ids from standard input", {"nargs": "*", "metavar": "ID"}),
+        ),
+    ),
+    "tokenizer compare": Command(
+        "Compare tokenizers. The table has tokens per word, character and byte, round trip and speed.",
+        (
+            ("tokenizers", "tokenizer files, or their directories", {"nargs": "+", "metavar": "TOKENIZER"}),
+            ("--text", "default: a sample in English and one in Chinese", {"nargs": "+", "metavar": "FILE"}),
+            ("--fields", "fields of JSON, columns of tables", {"default": "text", "metavar": "A[,B...]"}),
+        ),
+    ),
+}
+
+
+def make_parser(name: str) -> "Parser":
+    """Return the parser of a command."""
+    command = COMMANDS[name]
+    prog = command.prog or f"python -m llama_jax {name}"
+    usage = f"{prog} CONFIG [--flag VALUE ...] [--key value ...]" if command.takes_keys else None
+    parser = Parser(
+        prog=prog,
+        usage=usage,
+        description=command.description,
+        epilog=command.epilog,
+        add_help=not command.takes_keys,
     )
-    convert_parser.add_argument("destination", metavar="DESTINATION", help="directory to make, or URL to write")
-    convert_parser.add_argument(
-        "--to", choices=("hf", "native"), required=True, help="form of DESTINATION: Hugging Face's or this package's"
-    )
-    convert_parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as the source has it")
-    sampling_cli.add_ignored_keys(convert_parser)
-    convert_parser.set_defaults(main=convert_command)
-    tokenizers_cli.add_arguments(subparsers, read_pieces)
-    data_cli.add_arguments(subparsers)
+    for flags, text, options in command.arguments:
+        parser.add_argument(*flags.split(" "), help=text, **options)
     return parser
 
 
-def guarded(command: Callable[[], int]) -> int:
-    """Runs a command; mistakes and failures become one sentence on stderr and an exit code."""
+def console(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run this process's command line and exit: the entry of the console script, `python -m`, train.py and sample.py.
+
+    `train` starts this process again with the allocator's settings, once.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["train"] and not {"-h", "--help"} & set(argv) and can_restart():
+        try:
+            os.execve(sys.executable, [sys.executable, "-X", RESTARTED, *sys.orig_argv[1:]], os.environ | TUNABLES)
+        except OSError as error:
+            print(f"warning: the allocator's settings were not applied: {error}", file=sys.stderr)
+    sys.exit(main(argv))
+
+
+def can_restart() -> bool:
+    """Return whether this process may be replaced by one with the same command line and `TUNABLES`.
+
+    It may not where GLIBC_TUNABLES is set, where it has been already (also if something drops environment variables),
+    and where it is not a program of its own: under a debugger or profiler, in a notebook, read from standard input.
+    """
+    watched = sys.gettrace() is not None or sys.getprofile() is not None
+    watched = watched or any(sys.monitoring.get_tool(tool) is not None for tool in range(6))
+    hosts = {"pdb", "bdb", "debugpy", "pydevd", "IPython", "pytest", "jax"}  # jax: something has run in this process
+    return (
+        sys.platform == "linux"
+        and TUNABLES.keys().isdisjoint(os.environ)
+        and RESTARTED not in sys._xoptions
+        and not (watched or sys.flags.inspect or sys.flags.interactive or hosts & sys.modules.keys())
+        and sys.argv[:1] not in ([], [""], ["-"], ["-c"])
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 done, 1 failed, 2 a user's mistake, 75 preempted."""
     try:
-        return command()
-    except distributed.AgreedError as error:
-        return told(f"error: {error}", 2)
+        return run(parse(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        print(f"error: {with_urls(str(error))}", file=sys.stderr)
-        return distributed.leave(2)
-    except (RunFailed, ConversionError) as error:
-        return told(f"failed: {error}", 1)
-    except Preempted as error:
-        return told(str(error), 75)
-    except KeyboardInterrupt:
-        return distributed.leave(130)
-    except BrokenPipeError:  # whoever read our output has seen enough (`| head`), and Python would mind once more
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output has closed it (`| head`); Python's own flush would raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return distributed.leave(141)
-    except Exception:
-        if not distributed.several():
-            raise
-        traceback.print_exc()
-        return distributed.leave(1)
+        return 141
 
 
-def told(sentence: str, code: int) -> int:
-    """`code`, which every process ends with, told once."""
-    if distributed.is_main():
-        print(with_urls(sentence), file=sys.stderr)
-    return code
+def run(args: argparse.Namespace) -> int:
+    """Run a parsed command and return its exit code."""
+    if COMMANDS[args.command].takes_keys and args.config is None:
+        print(make_parser(args.command).format_help().rstrip(), f"\n\nconfigs: {', '.join(config_names())}", sep="")
+        return 0 if args.help else 2
+    # XLA's C++ side prints its start-up to stderr; errors still show.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from llama_jax import commands  # seconds: JAX and all packages
+
+    return commands.run(args)
 
 
-def train_command(argv: Sequence[str]) -> int:
-    """`train CONFIG [--key value ...] [--run-dir DIR]`, as one of several processes where there are several."""
-    names, options, wants_help = _parse(argv)
-    if not names:
-        print(TRAIN_USAGE + f"\nconfigs: {', '.join(config_names())}\n`train.py CONFIG --help` lists the keys.")
-        return 0 if wants_help else 2
-    if not wants_help:
-        join(options)
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments of a command line, with the command's name as `command`.
 
-    def load():
-        if len(names) > 1:
-            raise UserError(f"'{names[1]}' is one argument too many: give one config, then --key value pairs")
-        module = load_config_module(names[0])
-        return module, override(module.get_config(), {key: options[key] for key in options if key != "run_dir"})
-
-    module, config = distributed.all_agree(load)
-    run_dir = options.get("run_dir")
-    if wants_help:
-        print(_help(names[0], module.__doc__, config))
-        return 0
-    run = train(config, run_dir or Path("runs") / find_config(names[0]).stem)
-    if hasattr(module, "report"):
-        distributed.all_agree(lambda: module.report(run))
-    return 0
-
-
-def join(options: dict[str, str]) -> None:
-    """Joins the other processes, if any; of these only the first prints. Takes its own flags out of `options`."""
-    address, *numbers = (options.pop(key, None) for key in ("coordinator_address", "num_processes", "process_id"))
-    for flag, number in zip(("--num-processes", "--process-id"), numbers, strict=True):
-        if number is not None and not number.isdigit():
-            raise UserError(f"{flag}='{number}' must be a number")
-    distributed.start(address, *(None if number is None else int(number) for number in numbers))
-    if not distributed.is_main():  # what libraries print from C++ is no exception
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def plan_main(argv: Sequence[str]) -> int:
-    """`plan CONFIG --topology TOPOLOGY [--compile] [--search] [--json] [--key value ...]`."""
-    names, options, wants_help = _parse(argv)
-    if not names or wants_help:
-        print(PLAN_USAGE + f"\nconfigs: {', '.join(config_names())}; `train.py CONFIG --help` lists the keys.")
-        return 0 if wants_help else 2
+    Those of `train` and `plan` also have `keys`, the texts of dotted keys (True where a key stands alone), and `help`:
+    None, `common` or `all`. Raises UserError for a mistake; `--help` of the other commands prints and exits.
+    """
+    words = list(argv)
+    command = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
+    if command is None:
+        command_list(words)
+    words = words[len(command.split()) :]
+    parser = make_parser(command)
+    if not COMMANDS[command].takes_keys:
+        return parser.parse_args(words, argparse.Namespace(command=command))
+    fixed, keys = split_keys(words, parser.flags)
+    args = parser.parse_intermixed_args(fixed, argparse.Namespace(command=command, keys=keys))
+    names = [name for name in (args.config, args.more) if name is not None]
+    args.help = ("all" if "all" in names else "common") if args.help else None
+    if args.help == "all":
+        names.remove("all")
     if len(names) > 1:
         raise UserError(f"'{names[1]}' is one argument too many: give one config, then --key value pairs")
-    own = {name: options.pop(name) for name in PLAN_OPTIONS if name in options}
-    return plan_command(load_config(names[0], options), own)
+    args.config = names[0] if names else None
+    return args
 
 
-def _parse(argv: Sequence[str]) -> tuple[list[str], dict[str, str], bool]:
-    """(positional arguments, options by key, whether --help was there)."""
-    names: list[str] = []
-    options: dict[str, str] = {}
-    wants_help = False
-    rest = list(argv)
+def split_keys(words: Sequence[str], flags: Sequence[str]) -> tuple[list[str], dict[str, str | bool]]:
+    """Return (words for argparse, dotted keys with their values): a key is every `--word` that is not in `flags`.
+
+    Its value follows `=` or is the next word; a key before another flag or at the end has the value True.
+    """
+    fixed: list[str] = []
+    keys: dict[str, str | bool] = {}
+    rest = list(words)
     while rest:
         word = rest.pop(0)
-        if word in ("--help", "-h"):
-            wants_help = True
-        elif word.startswith("--"):
-            key, equals, value = word[2:].partition("=")
-            if not equals:
-                # A switch may stand alone: `--logging.tensorboard`.
-                value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-                if key == "run-dir" and value == "true":
-                    raise UserError("--run-dir needs a directory")
-            options[key.replace("-", "_")] = value
-        else:
-            names.append(word)
-    return names, options, wants_help
+        flag, equals, value = word.partition("=")
+        if not word.startswith("--") or flag in flags:
+            fixed.append(word)
+            continue
+        alone = not rest or rest[0].startswith("--")
+        keys[flag[2:].replace("-", "_")] = value if equals else alone or rest.pop(0)
+    return fixed, keys
 
 
-def _help(name: str, doc: str | None, config: RunConfig) -> str:
-    lines = [TRAIN_USAGE, (doc or "").strip(), "", f"keys of {name}, with type, value and meaning:"]
-    docs: dict[str, str] = {}
+class Parser(argparse.ArgumentParser):
+    """A parser that raises a user's mistake as a `UserError` of one sentence."""
 
-    def collect(part: object, prefix: str) -> None:
-        for field, text in field_docs(type(part)).items():
-            docs[prefix + field] = text
-            collect(getattr(part, field), f"{prefix}{field}.")
+    @property
+    def flags(self) -> list[str]:
+        """All flags, as they are written."""
+        return [flag for action in self._actions for flag in action.option_strings]
 
-    collect(config, "")
-    for key, annotation, value in leaves(config):
-        shown = type(value).__name__ if hasattr(value, "__dataclass_fields__") else value
-        if isinstance(value, tuple):
-            shown = ",".join(str(v) for v in value) or "(empty)"
-        flag, kind = f"--{key.replace('_', '-')}", type_name(annotation)
-        if options := component_choices(annotation):
-            kind += f": {'|'.join(options)}"
-        lines.append(f"  {flag} <{kind}> = {shown}\n      {docs.get(key, '')}")
-    return "\n".join(lines)
+    def error(self, message: str) -> NoReturn:
+        """Raise the sentence for one of argparse's messages."""
+        if found := re.fullmatch(r"argument (-[^:/]+).*: invalid (\w+) value: (.*)", message):
+            kind = {"int": "a whole number", "float": "a number"}.get(found[2], found[2])
+            raise UserError(f"{found[1]}={found[3]} must be {kind}")
+        if found := re.fullmatch(r"argument (-[^:/]+).*: expected (?:at least )?one argument", message):
+            metavar = next(a.metavar for a in self._actions if found[1] in a.option_strings)
+            raise UserError(f"{found[1]} needs a {'directory' if metavar == 'DIR' else 'value'}")
+        if found := re.fullmatch(r"unrecognized arguments: (\S+).*", message):
+            if not found[1].startswith("-"):
+                raise UserError(f"'{found[1]}' is one argument too many: `{self.prog} --help` shows what it takes")
+            near = difflib.get_close_matches(found[1].partition("=")[0], self.flags, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"`{self.prog} --help` lists them"
+            raise UserError(f"unknown flag '{found[1]}': {hint}")
+        raise UserError(f"{message.removeprefix('argument ')}: `{self.prog} --help` shows how it is used")
 
 
-def convert_command(args: argparse.Namespace) -> int:
-    """`convert SRC DST --to {hf,native} [--dtype TYPE] [--ignore-config-keys KEY[,KEY]]`."""
-    receipt = convert(
-        args.source, args.destination, to=args.to, dtype=args.dtype, ignore_config_keys=args.ignore_config_keys
-    )
-    print(
-        f"{args.destination}: logits differ by at most {receipt['max_abs_logit_difference']:.2g} "
-        f"(logit standard deviation {receipt['logit_std']:.2g})"
-    )
-    return 0
+def command_list(words: Sequence[str]) -> NoReturn:
+    """Print the commands that begin with these words and exit, or raise UserError for an unknown one."""
+    group = "tokenizer " if words[:1] == ["tokenizer"] else ""
+    names = [name for name in COMMANDS if name.startswith(group)]
+    rest = words[1:] if group else words
+    if rest[:1] in (["-h"], ["--help"]):
+        print(f"usage: python -m llama_jax {group}COMMAND ...\n\nLanguage models in JAX. Commands:\n")
+        print(*(f"  {name:<18} {COMMANDS[name].description.partition('.')[0]}" for name in names), sep="\n")
+        print(f"\n`python -m llama_jax {group}COMMAND --help` shows how one is used.")
+        sys.exit(0)
+    near = difflib.get_close_matches(" ".join(words[: 1 + bool(group)]), names, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"the commands are {', '.join(names)}"
+    raise UserError(f"there is no command '{group}{rest[0]}': {hint}" if rest else f"give a command: {hint}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import filelock
 
-PARTIAL = ".partial-"  # in the names of files that are not whole yet
+PARTIAL = ".partial"  # in the names of files that are not whole yet
 
 
 @contextlib.contextmanager
@@ -20,7 +20,7 @@ def replacing(path: Path, *, near: Path | None = None) -> Iterator[Path]:
     No reader sees a part of it. It has a hidden name in the directory of `near`, by default of `path`; both have to be
     in one file system. A directory may replace an empty one only.
     """
-    partial = (near or path).with_name(f".{path.name}{PARTIAL}{uuid.uuid4().hex}")
+    partial = (near or path).with_name(f".{path.name}{PARTIAL}-{uuid.uuid4().hex}")
     try:
         yield partial
         partial.replace(path)

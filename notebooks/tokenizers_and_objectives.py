@@ -38,8 +38,7 @@ from llama_jax.data.objectives import Document
 from llama_jax.data.rows.fitting import fit_rows
 from llama_jax.data.rows.packing import pack
 from llama_jax.nn import Mask
-from llama_jax.tokenizers import train_tokenizer
-from llama_jax.tokenizers.training import KINDS
+from llama_jax.tokenizers import KINDS, train_tokenizer
 
 ENGLISH = """\
 The farmer gets up before the sun and looks at the sky. If the sky is red, there will be rain in the afternoon. She

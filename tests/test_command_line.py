@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.__main__ import main
+from llama_jax.__main__ import COMMANDS, RESTARTED, TUNABLES, main, parse
+from llama_jax.commands import COMMON_KEYS
 from llama_jax.config import config_names, leaves
 from llama_jax.run import Run, RunConfig, load_config
 
@@ -234,12 +235,86 @@ def test_whoever_has_seen_enough(finished_run: Run):
 
 def test_help_of_every_config_names_every_key(capsys: pytest.CaptureFixture[str]):
     for name in config_names():
-        assert main(["train", name, "--help"]) == 0
+        assert main(["train", name, "--help", "all"]) == 0
         lines = capsys.readouterr().out.splitlines()
         for key, _, _ in leaves(load_config(name)):
             [index] = [i for i, line in enumerate(lines) if line.startswith(f"  --{key.replace('_', '-')} <")]
             assert re.fullmatch(r"  --\S+ <[^>]+> = .+", lines[index]), lines[index]
             assert re.fullmatch(r" {6}\S.*", lines[index + 1]), f"{name}: {key} has no line of meaning"
+
+
+def test_help_shows_the_keys_that_are_changed_most(capsys: pytest.CaptureFixture[str]):
+    everything = {key for key, _, _ in leaves(load_config("tiny_python"))}
+    assert len(COMMON_KEYS) == 20
+    assert set(COMMON_KEYS) <= everything
+    for command in ("train", "plan"):
+        assert main([command, "tiny_python", "--help"]) == 0
+        shown = re.findall(r"^  --(\S+) <", capsys.readouterr().out, re.MULTILINE)
+        assert {key.replace("-", "_") for key in shown} == set(COMMON_KEYS)
+
+
+@pytest.mark.parametrize("words", [[], *(name.split() for name in COMMANDS), ["tokenizer"]], ids=" ".join)
+def test_help_imports_no_jax(words: list[str]):
+    """And takes less than 0.5 s of processor time; so does the package itself."""
+    code = f"import resource, sys; from llama_jax.__main__ import main; main({[*words, '--help']})"
+    check = "import llama_jax; assert not {'jax', 'numpy'} & sys.modules.keys(); llama_jax.load"
+    code = f"import sys, resource\ntry:\n {code}\nexcept SystemExit as e: assert not e.code\n{check.rpartition(';')[0]}"
+    code += "\nused = resource.getrusage(resource.RUSAGE_SELF); assert used.ru_utime + used.ru_stime < 0.5, used"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "usage: " in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["train", TINY, "--run-dri", "x"], "unknown flag '--run-dri': did you mean '--run-dir'?"),
+        (["train", TINY, "--data.cache-dir"], "--data.cache-dir needs a value of type str or none"),
+        (["train", TINY, "--num-steps", "--seed", "1"], "--num-steps needs a value of type int"),
+        (["sample", "x", "--promt", "a"], "unknown flag '--promt': did you mean '--prompt'?"),
+        (["sample", "x", "--top-k", "many"], "--top-k='many' must be a whole number"),
+        (["sample", "x", "y"], "'y' is one argument too many: `sample.py --help` shows what it takes"),
+        (["convert", "a", "b"], "the following arguments are required: --to: `python -m llama_jax convert --help`"),
+        (["prepare", "x", "--tokenizer", "t", "--document-chars", "x"], "document_chars='x' is not of type int"),
+        (["prepare", "x", "--tokenizer", "t", "--chat-template", "ChatMl"], "(one of ChatGLM2Chat, ChatML, Llama2Chat"),
+        (["tokenizer", "tran"], "there is no command 'tokenizer tran': did you mean 'tokenizer train'?"),
+        (["trian"], "there is no command 'trian': did you mean 'train'?"),
+        ([], "give a command: the commands are train, plan"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_words(argv: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert sentence in refused(argv, tmp_path, capsys)
+
+
+def test_keys_and_flags_in_any_order():
+    words = ["--num-steps", "3", "--logging.tensorboard", "--run-dir=x", "tiny", "--mesh.fsdp=-1", "--mesh.data", "-1"]
+    args = parse(["train", *words])
+    assert (args.config, args.run_dir) == ("tiny", "x")
+    assert args.keys == {"num_steps": "3", "logging.tensorboard": True, "mesh.fsdp": "-1", "mesh.data": "-1"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
+@pytest.mark.parametrize("start", [["train.py"], ["-m", "llama_jax", "train"]], ids=" ".join)
+def test_the_allocator_s_settings(start: list[str], tmp_path: Path):
+    """`train` has them however it is started, once; a debugger, a notebook and other commands do not."""
+    config = tmp_path / "config.py"
+    config.write_text("import os, sys\nprint(os.environ.get('GLIBC_TUNABLES'), sys._xoptions)\nraise SystemExit(7)\n")
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+
+    def started(*before: str, **more: str) -> str:
+        command = [sys.executable, *before, *start, str(config)]
+        root = HERE.parent
+        ended = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment | more, timeout=120)
+        assert (ended.returncode, ended.stderr) == (7, "")
+        return ended.stdout.strip()
+
+    assert started() == f"{TUNABLES['GLIBC_TUNABLES']} {{'{RESTARTED}': True}}"
+    assert started(GLIBC_TUNABLES="") == "{}"
+    assert started("-X", RESTARTED).startswith("None"), "whatever drops the environment does not make a loop"
+    if start[0] == "train.py":
+        watched = "import sys, runpy; sys.argv = sys.argv[1:]; sys.settrace(lambda *_: None); "
+        assert started("-c", watched + "runpy.run_path('train.py', run_name='__main__')") == "None {}"
 
 
 def test_help_without_a_config_names_the_configs(capsys: pytest.CaptureFixture[str]):

@@ -9,7 +9,7 @@ from pathlib import Path
 from llama_jax.config import UserError
 from llama_jax.data.batches import Batches
 from llama_jax.data.config import DataConfig, Source, Split, Stage
-from llama_jax.data.corpus.corpus import Corpus, check_validation
+from llama_jax.data.corpus.corpus import Corpus, check_split
 from llama_jax.data.corpus.prepare import prepare_corpus
 from llama_jax.data.mixture import Mixture, Schedule
 from llama_jax.data.objectives.base import Vocabulary
@@ -41,7 +41,7 @@ def prepare_dataset(
             packer.write(corpus)
         corpora.append(corpus)
     if config.validation_fraction > 0:
-        check_validation(_sum(corpus.num_documents for corpus in corpora), config)
+        check_split("validation", _sum(corpus.num_documents for corpus in corpora), config)
     return [corpus.directory for corpus in corpora]
 
 

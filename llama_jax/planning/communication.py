@@ -8,8 +8,8 @@ brings tokens to their experts and back.
 
 import dataclasses
 
-from llama_jax.planning.hardware import Network
-from llama_jax.planning.workload import Local
+from llama_jax.planning.local import Local
+from llama_jax.planning.topology import Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +65,12 @@ def traffic(local: Local) -> list[Traffic]:
 def _of_weights(local: Local) -> list[Traffic]:
     found = []
     # With nothing computed again, the backward pass finds the gathered weights of the layers saved.
-    again = local.workload.compute.remat != "none"
+    again = local.config.compute.remat != "none"
     for weight in local.model.weights:
-        size = local.workload.parts * weight.copies * weight.used * local.itemsize
+        size = local.micro_batches * weight.copies * weight.used * local.itemsize
         kept = size
         if weight.is_gathered:
-            tied = weight.name == "embedding.weight" and local.workload.model.tie_embeddings
+            tied = weight.name == "embedding.weight" and local.config.model.tie_embeddings
             times = 2 if tied else 1  # for its rows, and then as the head
             found += [Traffic("parameters", "all-gather", "fsdp", False, times * size)]
             found += [Traffic("parameters", "all-gather", "fsdp", True, size)] if weight.layers and again else []
@@ -85,15 +85,15 @@ def _of_weights(local: Local) -> list[Traffic]:
 
 
 def _of_activations(local: Local) -> list[Traffic]:
-    tokens = local.tokens * local.workload.parts * local.itemsize
-    width = local.workload.model.hidden_size
+    tokens = local.tokens * local.micro_batches * local.itemsize
+    width = local.config.model.hidden_size
     found: list[tuple[bool, int]] = []
     inputs: dict[str, int] = {}
     for weight in local.model.weights:
         if weight.sums:
             found.append((False, tokens * weight.copies * weight.outputs))
             # Attention's sum is made again for what follows it in the layer; the feed-forward's is followed by nothing.
-            if local.workload.compute.remat == "full" and not weight.of_feed_forward:
+            if local.config.compute.remat == "full" and not weight.of_feed_forward:
                 found.append((True, tokens * weight.copies * weight.outputs))
         if weight.splits and weight.layers:  # the gradient of its input is a sum too; for all that share it, one
             inputs[weight.module] = tokens * weight.copies * weight.inputs
@@ -106,8 +106,8 @@ def _of_activations(local: Local) -> list[Traffic]:
 def _of_tokens(local: Local) -> list[Traffic]:
     """To the devices of all experts, and what these return: at most, as it is where nothing is dropped."""
     layers = sum(weight.layers for weight in local.model.weights if weight.experts and weight.returns)
-    size = layers * local.sizes["expert"] * local.tokens * local.workload.parts * local.itemsize
-    size *= local.workload.model.hidden_size
+    size = layers * local.sizes["expert"] * local.tokens * local.micro_batches * local.itemsize
+    size *= local.config.model.hidden_size
     kinds = ("all-gather", "reduce-scatter")
     return [Traffic("tokens", kind, "expert", backward, size) for kind in kinds for backward in (False, True)]
 
@@ -115,9 +115,9 @@ def _of_tokens(local: Local) -> list[Traffic]:
 def _of_keys(local: Local) -> list[Traffic]:
     """Keys and values, and in the backward pass their float32 gradients too."""
     context = local.sizes["context"]
-    keys = local.model.keys * local.tokens * local.workload.parts
-    again = 1 if local.workload.compute.remat == "none" else 2
-    ring = local.workload.compute.context == "ring"
+    keys = local.model.keys * local.tokens * local.micro_batches
+    again = 1 if local.config.compute.remat == "none" else 2
+    ring = local.config.compute.context == "ring"
     # Around the ring a device passes on what others hold; gradients go one hop further, home to their owner.
     forward = (context - 1 if ring else context) * keys * local.itemsize
     kinds = ("collective-permute", "collective-permute") if ring else ("all-gather", "reduce-scatter")

@@ -12,9 +12,10 @@ from typing import Any
 
 from llama_jax.models import num_parameters
 from llama_jax.planning.communication import Traffic, traffic
-from llama_jax.planning.hardware import Topology
+from llama_jax.planning.local import Local
 from llama_jax.planning.memory import argument_bytes, attention_kernel, memory, sampling_memory, widths
-from llama_jax.planning.workload import Local, Workload
+from llama_jax.planning.topology import Topology
+from llama_jax.run_config import RunConfig
 from llama_jax.training import train_flops_per_token
 
 # Of the peak of the matrix units, in products and attention together: the geometric mean over MaxText's published runs
@@ -93,9 +94,9 @@ def _model_flops(model: Any, sequence_length: int) -> tuple[int, float]:
     return num_parameters(model), train_flops_per_token(model, sequence_length)
 
 
-def estimate(workload: Workload, topology: Topology, *, efficiency: float = EFFICIENCY) -> Plan:
+def estimate(config: RunConfig, topology: Topology, *, efficiency: float = EFFICIENCY) -> Plan:
     """The plan of this step on this machine. Raises UserError for a mesh that fits neither chips nor batch."""
-    local = Local.of(workload, topology.num_chips)
+    local = Local.of(config, topology.num_chips)
     networks = topology.networks(local.sizes)
     chip = topology.chip
     seconds: dict[str, float] = {}
@@ -119,17 +120,17 @@ def estimate(workload: Workload, topology: Topology, *, efficiency: float = EFFI
         for name, value in busy.items():
             add(seconds, name, value)
     step_seconds = sum(waited.values())
-    tokens = workload.global_batch_size * workload.sequence_length
-    parameters, flops_per_token = _model_flops(workload.model, workload.sequence_length)
+    tokens = config.global_batch_size * config.row_length
+    parameters, flops_per_token = _model_flops(config.model, config.row_length)
     flops = flops_per_token * tokens
     return Plan(
         topology=str(topology),
         num_chips=topology.num_chips,
         mesh=local.sizes,
-        remat=workload.compute.remat,
-        accumulation_steps=workload.optimizer.accumulation_steps,
-        global_batch_size=workload.global_batch_size,
-        sequence_length=workload.sequence_length,
+        remat=config.compute.remat,
+        accumulation_steps=config.optimizer.accumulation_steps,
+        global_batch_size=config.global_batch_size,
+        sequence_length=config.row_length,
         parameters=parameters,
         flops=flops,
         memory=memory(local, chip),
@@ -140,7 +141,7 @@ def estimate(workload: Workload, topology: Topology, *, efficiency: float = EFFI
         bound=max(waited, key=lambda name: waited[name]),
         mfu=flops / (step_seconds * topology.num_chips * chip.peak_flops),
         tokens_per_second=tokens / step_seconds,
-        days=workload.num_steps * step_seconds / 86400,
+        days=config.num_steps * step_seconds / 86400,
     )
 
 
@@ -155,12 +156,12 @@ class _Pass:
 
 def _passes(local: Local, sent: list[Traffic], kernel: str) -> list[_Pass]:
     """Forward, backward and update of one step."""
-    model, size, policy, parts = local.model, local.itemsize, local.workload.compute.remat, local.workload.parts
+    model, size, policy, parts = local.model, local.itemsize, local.config.compute.remat, local.micro_batches
     tokens = local.tokens * parts
-    head = model["embedding.weight" if local.workload.model.tie_embeddings else "lm_head.weight"]
+    head = model["embedding.weight" if local.config.model.tie_embeddings else "lm_head.weight"]
     layers = 2 * tokens * sum(w.layers * w.met for w in model.products)
     logits = 2 * tokens * head.used
-    scores = tokens * model.scores * local.workload.sequence_length / 2
+    scores = tokens * model.scores * local.config.row_length / 2
     # Of a layer that is computed again, what only a sum consumes is not: the feed-forward's result, or a saved one.
     skipped = [w for w in model.products if w.returns and (policy == "attention" or w.of_feed_forward)]
     repeated = layers - 2 * tokens * sum(w.layers * w.met for w in skipped)
@@ -172,9 +173,9 @@ def _passes(local: Local, sent: list[Traffic], kernel: str) -> list[_Pass]:
     stored = 4 * sum(w.stored for w in model.weights)
     recomputed = 0 if policy == "none" else 1
     # Blocks leave out what comes later in the text.
-    seen = local.workload.sequence_length // (1 if kernel == "reference" else 2)
+    seen = local.config.row_length // (1 if kernel == "reference" else 2)
     in_forward, in_backward = (
-        n * tokens * seen * model.heads * local.workload.model.num_layers for n in SCORE_BYTES.get(kernel, (0, 0))
+        n * tokens * seen * model.heads * local.config.model.num_layers for n in SCORE_BYTES.get(kernel, (0, 0))
     )
     forward = _Pass(
         layers + scores + 3 * logits,  # the loss takes its gradient in the forward pass
@@ -212,10 +213,10 @@ class SamplingPlan:
         return sum(self.memory.values()) <= self.capacity
 
 
-def estimate_sampling(workload: Workload, topology: Topology, batch: int, length: int) -> SamplingPlan:
+def estimate_sampling(config: RunConfig, topology: Topology, batch: int, length: int) -> SamplingPlan:
     """The plan of sampling `batch` rows of up to `length` positions with the run's mesh."""
-    need = sampling_memory(workload, topology.num_chips, batch, length)
+    need = sampling_memory(config, topology.num_chips, batch, length)
     # Every device reads its part of the weights and, where fsdp splits them, writes and reads what it gathers.
-    read = need["parameters"] * (1 + 2 * (workload.mesh.sizes(topology.num_chips)["fsdp"] > 1)) + need["cache"]
+    read = need["parameters"] * (1 + 2 * (config.mesh.sizes(topology.num_chips)["fsdp"] > 1)) + need["cache"]
     seconds = read / topology.chip.bandwidth
     return SamplingPlan(batch, length, need, int(topology.chip.memory), seconds, batch / seconds)

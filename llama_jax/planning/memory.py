@@ -8,10 +8,11 @@ embedding.
 import dataclasses
 import math
 
+from llama_jax.chips import Chip
 from llama_jax.config import UserError
 from llama_jax.parallel import batch_parts
-from llama_jax.planning.hardware import Chip
-from llama_jax.planning.workload import Local, Workload, abstract_mesh, cache_bytes
+from llama_jax.planning.local import Local, abstract_mesh, cache_bytes, compute_dtype
+from llama_jax.run_config import RunConfig
 
 BATCH_ARRAYS, BATCH_ITEMSIZE = 5, 4  # tokens, targets, weights, segment ids and positions
 # Of the inputs and outputs of a layer's products and of its residual stream: how many times over they are alive at once
@@ -34,7 +35,7 @@ def memory(local: Local, chip: Chip) -> dict[str, int]:
 def argument_bytes(local: Local) -> dict[str, int]:
     """Exactly what a device holds of the parameters, the optimizer's moments and the batch."""
     stored = sum(weight.stored for weight in local.model.weights)
-    batch = local.tokens * local.workload.parts * BATCH_ARRAYS * BATCH_ITEMSIZE
+    batch = local.tokens * local.micro_batches * BATCH_ARRAYS * BATCH_ITEMSIZE
     counters = 2 * 4  # the step, and Adam's count of updates
     return {"parameters": 4 * stored, "optimizer": 8 * stored + counters, "batch": batch}
 
@@ -62,7 +63,7 @@ def widths(local: Local) -> Widths:
     inputs = {(w.module, w.layers * w.inputs) for w in local.model.products}
     last = [w for w in local.model.products if w.returns]
     return Widths(
-        residual=local.workload.model.num_layers * local.workload.model.hidden_size,
+        residual=local.config.model.num_layers * local.config.model.hidden_size,
         inputs=sum(width for _, width in inputs),
         outputs=sum(w.layers * w.outputs for w in local.model.products if not w.returns),
         mixed=sum(w.layers * w.inputs for w in last if not w.of_feed_forward),
@@ -72,7 +73,7 @@ def widths(local: Local) -> Widths:
 
 def saved_bytes(local: Local) -> int:
     """What the forward pass of all layers keeps for the backward pass, by remat policy."""
-    of, size, policy = widths(local), local.itemsize, local.workload.compute.remat
+    of, size, policy = widths(local), local.itemsize, local.config.compute.remat
     if policy == "full":
         return of.residual * size * local.tokens
     if policy == "attention":
@@ -88,16 +89,16 @@ def saved_bytes(local: Local) -> int:
 
 def _tile_padding(local: Local, platform: str) -> int:
     """What TPUs keep of queries, keys, values and results beyond their elements: their tiles have 128 columns."""
-    if platform != "tpu" or local.workload.compute.remat != "none":
+    if platform != "tpu" or local.config.compute.remat != "none":
         return 0
     of, columns = widths(local), 128
-    head_dim = max(1, of.mixed // (local.model.heads * local.workload.model.num_layers))
+    head_dim = max(1, of.mixed // (local.model.heads * local.config.model.num_layers))
     return (2 * of.mixed + local.model.keys) * local.itemsize * local.tokens * (-head_dim % columns) // head_dim
 
 
 def _places(local: Local, chip: Chip) -> list[dict[str, float]]:
     """What is alive at each place where memory can peak, arguments aside."""
-    model, tokens, size = local.workload.model, local.tokens, local.itemsize
+    model, tokens, size = local.config.model, local.tokens, local.itemsize
     stored = sum(w.stored for w in local.model.weights)
     of_layers = sum(w.stored for w in local.model.weights if w.layers)
     embedding = local.model["embedding.weight"]
@@ -105,16 +106,16 @@ def _places(local: Local, chip: Chip) -> list[dict[str, float]]:
 
     saved = saved_bytes(local) + _tile_padding(local, chip.platform)
     cast = of_layers * size if size < 4 else 0  # all layers at once: the casts are moved out of the loop over layers
-    running = 4 * stored if local.workload.parts > 1 else 0  # the sum over the parts so far
-    length = local.workload.sequence_length // local.sizes["context"]
-    chunk = 4 * local.model.vocab * tokens / math.ceil(length / local.workload.compute.loss_chunk)
+    running = 4 * stored if local.micro_batches > 1 else 0  # the sum over the parts so far
+    length = local.config.row_length // local.sizes["context"]
+    chunk = 4 * local.model.vocab * tokens / math.ceil(length / local.config.compute.loss_chunk)
     d_head = 4 * head.used  # summed over the chunks in float32; reduced over the devices when all else is done
     hidden = tokens * model.hidden_size * size
     largest = size * max((w.used for w in local.model.products), default=0)
     layer = size * sum(w.used for w in local.model.products) / len(set(model.layer_pieces()))
     gathered = layer * (GATHERED_ON_CHIP if largest <= chip.on_chip else GATHERED_LAYERS)
     of = widths(local)
-    working = WORKING_SET[local.workload.compute.remat] * (of.inputs + of.outputs + of.residual) / model.num_layers
+    working = WORKING_SET[local.config.compute.remat] * (of.inputs + of.outputs + of.residual) / model.num_layers
     attention = _attention_workspace(local, chip.platform)
     return [
         {
@@ -141,35 +142,35 @@ def _places(local: Local, chip: Chip) -> list[dict[str, float]]:
 
 def _attention_workspace(local: Local, platform: str) -> float:
     """What attention's backward pass makes of scores and float32 gradients."""
-    length = local.workload.sequence_length // local.sizes["context"]
+    length = local.config.row_length // local.sizes["context"]
     kernel = attention_kernel(local, platform)
     if kernel == "splash":
         return 0
     if kernel == "cudnn":
         return local.tokens * length  # documents are kept apart by a dense mask
     if kernel == "reference":
-        return 3 * 4 * local.model.heads * local.tokens * local.workload.sequence_length
+        return 3 * 4 * local.model.heads * local.tokens * local.config.row_length
     block = max(MIN_SCORE_BLOCK, math.ceil(length / SCORE_BLOCKS))
     scores = SCORE_COPIES * 4 * local.model.heads * block * min(SCORE_BLOCK, length) * local.tokens / length
-    keys = local.model.keys / local.workload.model.num_layers * local.tokens
+    keys = local.model.keys / local.config.model.num_layers * local.tokens
     # Gradients of keys and values in float32, twice; gathered, those of all parts of the sequence.
-    gathered = local.sizes["context"] if local.workload.compute.context == "all_gather" else 0
+    gathered = local.sizes["context"] if local.config.compute.context == "all_gather" else 0
     return scores + 2 * 4 * keys + gathered * (4 + local.itemsize) * keys
 
 
 def attention_kernel(local: Local, platform: str) -> str:
     """The kernel that a run takes there (`nn.choose`)."""
-    name = local.workload.compute.attention_kernel
+    name = local.config.compute.attention_kernel
     if name != "auto":
         return name
     if local.sizes["context"] > 1:
         return "blockwise"
     if platform == "tpu":
-        return "splash" if local.workload.sequence_length % 128 == 0 else "blockwise"
+        return "splash" if local.config.row_length % 128 == 0 else "blockwise"
     return "cudnn"
 
 
-def sampling_memory(workload: Workload, num_chips: int, batch: int, length: int) -> dict[str, int]:
+def sampling_memory(config: RunConfig, num_chips: int, batch: int, length: int) -> dict[str, int]:
     """Bytes by kind on a device when `batch` rows of up to `length` positions are sampled, in the compute type.
 
     Raises UserError for a mesh of another size.
@@ -178,11 +179,13 @@ def sampling_memory(workload: Workload, num_chips: int, batch: int, length: int)
         key, value = ("sample_batch", batch) if batch < 1 else ("sample_length", length)
         raise UserError(f"{key}={value} must be at least 1")
     # The batch of the train step is of no concern here: a mesh takes any number of rows.
-    sizes = workload.mesh.sizes(num_chips)
+    sizes = config.mesh.sizes(num_chips)
     rows = batch_parts(sizes)
-    local = Local.of(dataclasses.replace(workload, global_batch_size=rows * workload.parts), num_chips)
+    local = Local.of(
+        dataclasses.replace(config, global_batch_size=rows * config.optimizer.accumulation_steps), num_chips
+    )
     with abstract_mesh(sizes):
-        cache = cache_bytes(workload.model, batch, length, workload.dtype)
+        cache = cache_bytes(config.model, batch, length, compute_dtype(config))
     return {
         "parameters": local.itemsize * sum(w.stored for w in local.model.weights),
         "cache": cache,

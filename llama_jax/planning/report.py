@@ -8,31 +8,34 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from llama_jax.config import to_json
-from llama_jax.planning.estimate import Plan, SamplingPlan
-from llama_jax.planning.hardware import GIB
-from llama_jax.planning.search import Candidate
+from llama_jax.chips import GIB
+from llama_jax.config import UserError, to_json
+from llama_jax.planning.estimate import Plan, SamplingPlan, estimate, estimate_sampling
+from llama_jax.planning.search import Candidate, search, suggestion
+from llama_jax.planning.topology import Topology
+from llama_jax.planning.xla.compiled import CompiledStep, DoesNotFit, compile_step
+from llama_jax.run_config import RunConfig
 
 SHOWN_CANDIDATES = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What is known of a run on a machine.
+    """The plan of a run on a machine, with everything else that `plan` was asked for.
 
     plan: the estimate.
-    remedy: the smallest change that helps where it does not fit or waits for its network; None where nothing is wrong.
-    sampling: of sampling, where that was asked for.
-    candidates: what fits, the fastest first, where that was asked for.
-    compiled: what XLA says of the compiled step (`planning.compiled.CompiledStep`), where that was asked for.
-    compile_failure: XLA's words where it found the machine's memory too small.
+    suggestion: the smallest change that helps where it does not fit or waits for its network; None where it need not.
+    sampling: the plan of sampling.
+    candidates: all options that fit, the fastest first.
+    compiled: XLA's figures of the compiled step.
+    compile_failure: XLA's message where the machine's memory is too small for it.
     """
 
     plan: Plan
-    remedy: Candidate | None = None
+    suggestion: Candidate | None = None
     sampling: SamplingPlan | None = None
     candidates: tuple[Candidate, ...] | None = None
-    compiled: Any = None
+    compiled: CompiledStep | None = None
     compile_failure: str | None = None
 
     @property
@@ -49,7 +52,7 @@ class Report:
             return {"changes": candidate.changes, "topology": candidate.topology, "plan": candidate.plan.to_json()}
 
         found: dict[str, Any] = {"fits": self.fits, "plan": self.plan.to_json()}
-        found["remedy"] = of(self.remedy) if self.remedy else None
+        found["remedy"] = of(self.suggestion) if self.suggestion else None
         if self.sampling is not None:
             found["sampling"] = dataclasses.asdict(self.sampling) | {"fits": self.sampling.fits}
         if self.candidates is not None:
@@ -75,6 +78,46 @@ class Report:
             parts += [Text(), _candidates_table(self.candidates)]
         parts += [Text(), _verdict(self)]
         return Group(*parts)
+
+
+def plan(
+    config: RunConfig,
+    topology: str,
+    *,
+    compile: bool = False,
+    search_all: bool = False,
+    sample_batch: int | None = None,
+    sample_length: int | None = None,
+) -> Report:
+    """Plan a run on a machine such as `v5e:8x8`, which need not be here: memory, speed, and what to change.
+
+    With `compile`, the report has XLA's figures of the real step (extra `plan`), with `search_all` all options that
+    fit, with both `sample_` arguments the plan of sampling. Raises UserError for an unknown topology, for an
+    encoder-decoder, and a mesh that fits neither its chips nor the batch.
+    """
+    if config.model.has_source:
+        raise UserError("the planner knows models of one sequence: of an encoder-decoder it can say nothing")
+    machine = Topology.parse(topology)
+    if (sample_batch is None) != (sample_length is None):
+        given, missing = ("sample_batch", "sample_length")[:: 1 if sample_length is None else -1]
+        raise UserError(f"{given} needs {missing} too")
+    found = estimate(config, machine)
+    sampling = compiled = failure = None
+    if sample_batch is not None and sample_length is not None:
+        sampling = estimate_sampling(config, machine, sample_batch, sample_length)
+    if compile:
+        try:
+            compiled = compile_step(config, str(machine))
+        except DoesNotFit as error:
+            failure = str(error)
+    return Report(
+        plan=found,
+        suggestion=suggestion(config, machine, found),
+        sampling=sampling,
+        candidates=tuple(search(config, machine)) if search_all else None,
+        compiled=compiled,
+        compile_failure=failure,
+    )
 
 
 def gib(size: float) -> str:
@@ -139,7 +182,7 @@ def _summary(plan: Plan) -> Text:
     )
 
 
-def _collectives_table(compiled: Any) -> Table:
+def _collectives_table(compiled: CompiledStep) -> Table:
     table = _table(
         "collective", "axes", "MiB", "times", "beside products", title="what the compiled step sends, for each device"
     )
@@ -187,15 +230,15 @@ def _verdict(report: Report) -> Text:
     if report.fits and not plan.communication_bound:
         return Text("fits", style="bold green")
     head = "fits, and waits for its network" if report.fits else "does not fit"
-    remedy = report.remedy
-    if remedy is None:
+    found = report.suggestion
+    if found is None:
         return Text(
             f"{head}; no single change of mesh, accumulation or remat helps",
             style="bold red" if not report.fits else "bold",
         )
-    where = f" on {remedy.topology}" if remedy.topology != plan.topology else ""
-    change = f"with {remedy.command()}" if remedy.changes else "with nothing else changed"
-    result = f"{gib(remedy.plan.total_bytes)} GiB, {duration(remedy.plan.step_seconds)} a step"
+    where = f" on {found.topology}" if found.topology != plan.topology else ""
+    change = f"with {found.command()}" if found.changes else "with nothing else changed"
+    result = f"{gib(found.plan.total_bytes)} GiB, {duration(found.plan.step_seconds)} a step"
     return Text(
         f"{head}; the smallest change that helps: {change}{where}: {result}",
         style="bold red" if not report.fits else "bold",

@@ -3,14 +3,14 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llama_jax.config import UserError, override
 from llama_jax.parallel import MESH_AXES, MeshConfig, batch_parts
 from llama_jax.planning.estimate import Plan, estimate
-from llama_jax.planning.hardware import Topology
-from llama_jax.planning.workload import Workload
+from llama_jax.planning.topology import Topology
+from llama_jax.run_config import RunConfig
 
 REMAT_ORDER = ("none", "dots", "attention", "full")  # from the one that keeps most to the one that keeps least
 WORTH = 0.95  # a change that is to save time has to bring it below this part
@@ -35,7 +35,7 @@ class Candidate:
         return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in self.changes.items())
 
 
-def remedy(workload: Workload, topology: Topology, plan: Plan) -> Candidate | None:
+def suggestion(config: RunConfig, topology: Topology, plan: Plan) -> Candidate | None:
     """The smallest change that makes the plan fit; where it fits and waits for its network, that saves time.
 
     Smallest: of the fewest options (accumulation, remat, mesh), then the fastest; more chips only where none helps.
@@ -44,16 +44,16 @@ def remedy(workload: Workload, topology: Topology, plan: Plan) -> Candidate | No
     if plan.fits and not plan.communication_bound:
         return None
     options = (
-        list(_accumulations(workload)),
-        [{"compute.remat": name} for name in _stronger(workload)] if not plan.fits else [],
-        [_mesh_change(workload, plan, sizes) for sizes in meshes(topology.num_chips) if sizes != plan.mesh],
+        list(_accumulations(config)),
+        [{"compute.remat": name} for name in _stronger(config)] if not plan.fits else [],
+        [_mesh_change(config, plan, sizes) for sizes in meshes(topology.num_chips) if sizes != plan.mesh],
     )
     for count in range(1, len(options) + 1):
         found = [
             candidate
             for chosen in itertools.combinations(options, count)
             for changes in itertools.product(*chosen)
-            if (candidate := _try(workload, topology, dict(itertools.chain(*(c.items() for c in changes)))))
+            if (candidate := _try(config, topology, dict(itertools.chain(*(c.items() for c in changes)))))
             and candidate.plan.fits
             and (not plan.fits or candidate.plan.step_seconds < WORTH * plan.step_seconds)
         ]
@@ -61,18 +61,18 @@ def remedy(workload: Workload, topology: Topology, plan: Plan) -> Candidate | No
             return min(found, key=lambda c: (c.plan.step_seconds, len(c.changes), c.plan.total_bytes))
     if plan.fits:
         return None
-    follow = {} if -1 in dataclasses.asdict(workload.mesh).values() else {"mesh.fsdp": -1}
+    follow = {} if -1 in dataclasses.asdict(config.mesh).values() else {"mesh.fsdp": -1}
     for _ in range(MAX_DOUBLINGS):
         topology = topology.larger()
-        weaker = ({}, *_accumulations(workload), {"compute.remat": "full"})
+        weaker = ({}, *_accumulations(config), {"compute.remat": "full"})
         for changes in weaker:
-            candidate = _try(workload, topology, follow | changes)
+            candidate = _try(config, topology, follow | changes)
             if candidate and candidate.plan.fits:
                 return candidate
     return None
 
 
-def search(workload: Workload, topology: Topology) -> list[Candidate]:
+def search(config: RunConfig, topology: Topology) -> list[Candidate]:
     """All mesh shapes, parts of the batch and remat policies that fit, the fastest first.
 
     Of equally fast ones the simpler layout, then the one that needs less memory.
@@ -80,19 +80,26 @@ def search(workload: Workload, topology: Topology) -> list[Candidate]:
     found = []
     for sizes in meshes(topology.num_chips):
         mesh = {f"mesh.{axis}": size for axis, size in sizes.items()}
-        for parts, remat in itertools.product(_parts(workload, sizes), REMAT_ORDER):
+        for parts, remat in itertools.product(_parts(config, sizes), REMAT_ORDER):
             changes = mesh | {"optimizer.accumulation_steps": parts, "compute.remat": remat}
-            candidate = _try(workload, topology, changes)
+            candidate = _try(config, topology, changes)
             if candidate and candidate.plan.fits:
                 found.append(candidate)
     return sorted(found, key=_rank)
 
 
-def best_mesh(workload: Workload, topology: Topology) -> MeshConfig | None:
-    """The mesh of the fastest plan that leaves all other options as they are; None where none fits."""
+def mesh_of(config: RunConfig, devices: Sequence[Any]) -> MeshConfig:
+    """Return the mesh of a run on these JAX devices: the config's; where it has the defaults, the fastest that fits."""
+    if config.mesh != MeshConfig() or config.model.has_source or (machine := Topology.of(devices)) is None:
+        return config.mesh
+    return best_mesh(config, machine) or config.mesh
+
+
+def best_mesh(config: RunConfig, topology: Topology) -> MeshConfig | None:
+    """Return the mesh of the fastest plan that leaves all other options as they are, or None where none fits."""
     found = []
     for sizes in meshes(topology.num_chips):
-        candidate = _try(workload, topology, {f"mesh.{axis}": size for axis, size in sizes.items()})
+        candidate = _try(config, topology, {f"mesh.{axis}": size for axis, size in sizes.items()})
         if candidate and candidate.plan.fits:
             found.append(candidate)
     return MeshConfig(**min(found, key=_rank).plan.mesh) if found else None
@@ -117,10 +124,10 @@ def meshes(num_chips: int) -> Iterator[dict[str, int]]:
                 yield dict(zip(MESH_AXES, (data, fsdp, tensor, context, 1), strict=True))
 
 
-def _try(workload: Workload, topology: Topology, changes: dict[str, Any]) -> Candidate | None:
+def _try(config: RunConfig, topology: Topology, changes: dict[str, Any]) -> Candidate | None:
     """The plan with these changes, or None where they are impossible or split what cannot be split."""
     try:
-        changed = override(workload, changes)
+        changed = override(config, changes)
         if not _sensible(changed, changed.mesh.sizes(topology.num_chips)):
             return None
         return Candidate(changes, str(topology), estimate(changed, topology))
@@ -128,31 +135,31 @@ def _try(workload: Workload, topology: Topology, changes: dict[str, Any]) -> Can
         return None
 
 
-def _sensible(workload: Workload, sizes: dict[str, int]) -> bool:
+def _sensible(config: RunConfig, sizes: dict[str, int]) -> bool:
     """Whether the axes split what they are for: heads and feed-forwards, and the sequence in zigzag order."""
-    heads = [getattr(mixer, "num_heads", sizes["tensor"]) for mixer, _ in workload.model.layer_pieces()]
+    heads = [getattr(mixer, "num_heads", sizes["tensor"]) for mixer, _ in config.model.layer_pieces()]
     if any(n % sizes["tensor"] for n in heads):
         return False
-    return sizes["context"] == 1 or workload.sequence_length % (2 * sizes["context"]) == 0
+    return sizes["context"] == 1 or config.row_length % (2 * sizes["context"]) == 0
 
 
-def _stronger(workload: Workload) -> tuple[str, ...]:
-    return REMAT_ORDER[REMAT_ORDER.index(workload.compute.remat) + 1 :]
+def _stronger(config: RunConfig) -> tuple[str, ...]:
+    return REMAT_ORDER[REMAT_ORDER.index(config.compute.remat) + 1 :]
 
 
-def _accumulations(workload: Workload) -> Iterator[dict[str, Any]]:
-    now = workload.optimizer.accumulation_steps
-    for parts in range(2 * now, workload.global_batch_size + 1, now):
-        if workload.global_batch_size % parts == 0:
+def _accumulations(config: RunConfig) -> Iterator[dict[str, Any]]:
+    now = config.optimizer.accumulation_steps
+    for parts in range(2 * now, config.global_batch_size + 1, now):
+        if config.global_batch_size % parts == 0:
             yield {"optimizer.accumulation_steps": parts}
 
 
-def _parts(workload: Workload, sizes: dict[str, int]) -> list[int]:
-    rows = workload.global_batch_size // batch_parts(sizes)
+def _parts(config: RunConfig, sizes: dict[str, int]) -> list[int]:
+    rows = config.global_batch_size // batch_parts(sizes)
     return [2**i for i in range(int(math.log2(rows)) + 1) if rows % 2**i == 0] if rows else []
 
 
-def _mesh_change(workload: Workload, plan: Plan, sizes: dict[str, int]) -> dict[str, Any]:
+def _mesh_change(config: RunConfig, plan: Plan, sizes: dict[str, int]) -> dict[str, Any]:
     """The keys that make a mesh of these sizes of the present one; an axis of -1 is left to follow."""
-    now = dataclasses.asdict(workload.mesh)
+    now = dataclasses.asdict(config.mesh)
     return {f"mesh.{axis}": size for axis, size in sizes.items() if size != plan.mesh[axis] and now[axis] != -1}

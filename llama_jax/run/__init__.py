@@ -5,12 +5,6 @@ log is a line in `training.py`; a new place to log to is a class in `reporting.p
 """
 
 from llama_jax.run.directory import Run as Run, open_run as open_run
-from llama_jax.run.planning import (
-    PLAN_OPTIONS as PLAN_OPTIONS,
-    PLAN_USAGE as PLAN_USAGE,
-    plan as plan,
-    plan_command as plan_command,
-)
 from llama_jax.run.training import Preempted as Preempted, RunFailed as RunFailed, train as train
 from llama_jax.run_config import (
     LoggingConfig as LoggingConfig,

@@ -19,9 +19,9 @@ from llama_jax.data import Dataset, HostBatch, ValidationBatches
 from llama_jax.files import write_text
 from llama_jax.models import abstract_params, buffers
 from llama_jax.parallel import distributed, make_mesh, mesh_axis_sizes, platform
+from llama_jax.planning import mesh_of
 from llama_jax.run.directory import METRICS_FILE, SAMPLES_FILE, Run, start_run
 from llama_jax.run.initial import first_params
-from llama_jax.run.planning import mesh_of
 from llama_jax.run.preparing import check_shared, open_dataset, prepare
 from llama_jax.run.reporting import Bar, JsonLines, TensorBoard, WeightsAndBiases, Writer
 from llama_jax.run.stored import StoredRun, local_run

@@ -13,8 +13,9 @@ from rich.progress import Progress
 from llama_jax.config import UserError
 from llama_jax.remote import check_destination
 from llama_jax.tokenizers.comparing import SAMPLES, compare, comparison_table
+from llama_jax.tokenizers.config import KINDS
 from llama_jax.tokenizers.loading import load_tokenizer
-from llama_jax.tokenizers.training import KINDS, train_tokenizer
+from llama_jax.tokenizers.training import train_tokenizer
 
 BLOCK = 1 << 20  # characters that are read before they are given to the training
 

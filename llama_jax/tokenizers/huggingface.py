@@ -1,9 +1,11 @@
-"""Tokenizers that the `tokenizers` library runs, and its own file, `tokenizer.json`."""
+"""Tokenizers that the `tokenizers` library runs, its own file `tokenizer.json`, and streams of decoded text."""
 
+import codecs
 import functools
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -11,7 +13,6 @@ from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from llama_jax.tokenizers.base import TextStream, Tokenizer
 from llama_jax.tokenizers.settings import KEYS, Settings, exported, guess
-from llama_jax.tokenizers.streams import stage_of
 
 # Names that these tokens usually have, tried where a file stands alone and no setting names them.
 GUESSED = {
@@ -27,7 +28,7 @@ TURN_END_NAMES = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>", "
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library with the files it came from.
 
-    `settings` name the special tokens and add tokens. `model` is the JSON of its model, where this could make special
+    `settings` name the special tokens and add tokens. `model` is the JSON of its model where that could make special
     tokens of ordinary text. `prefix` names the tokens before a prompt where the file can have no post-processor.
     """
 
@@ -72,7 +73,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def _unknown(self) -> int | None:
         if (name := self._settings.said("unk_token")) is not None:
             return self._tokenizer.token_to_id(name)
-        # Unigram models do not tell; byte-level models know every text and have none.
+        # Unigram models do not name it; byte-level models have none.
         model = self._tokenizer.model
         unknown = (model.unk_token,) if hasattr(model, "unk_token") else GUESSED["unk_token"]
         return guess([name for name in unknown if name is not None], self._tokenizer.token_to_id)
@@ -84,8 +85,8 @@ class HuggingFaceTokenizer(Tokenizer):
                 return settings.affixes(self._tokenizer.token_to_id)
             return (self._prefix if settings.config.get("add_bos_token", True) else ()), ()
         found = ((), ()) if rules.keeps_rule else _around(self._tokenizer)
-        # transformers reads add_bos_token and add_eos_token only where there is no tokenizer.json; some classes put
-        # their tokens around a text whatever is there.
+        # transformers reads add_bos_token and add_eos_token only without a tokenizer.json; some classes put their
+        # tokens around every text.
         if found != ((), ()) or (rules.prefix in ((), ("bos_token",)) and not rules.suffix):
             return found
         return settings.affixes(self._tokenizer.token_to_id)
@@ -115,7 +116,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([i for i in map(self.check_id, map(int, ids)) if not self.is_silent(i)])
 
-    def stream(self) -> "_DecoderStream":
+    def stream(self) -> TextStream:
         return _DecoderStream(self, self._tokenizer)
 
     def export_files(self) -> dict[str, bytes]:
@@ -125,23 +126,10 @@ class HuggingFaceTokenizer(Tokenizer):
         return exported(self, data, self._settings, keeps_processor=rule == _around(self._tokenizer))
 
 
-class _DecoderStream(TextStream):
-    def __init__(self, owner: HuggingFaceTokenizer, tokenizer: tokenizers.Tokenizer):
-        self._owner, self._tokenizer = owner, tokenizer
-        self._stage = stage_of(tokenizer)
-
-    def feed(self, token_id: int) -> str:
-        if self._owner.is_silent(self._owner.check_id(token_id)):
-            return ""
-        token = self._tokenizer.id_to_token(token_id)
-        return "" if token is None else self._stage.feed(token)
-
-    def flush(self) -> str:
-        return self._stage.flush()
-
-
-def json_tokenizer(content: bytes, settings: Settings) -> HuggingFaceTokenizer:
-    """Return the tokenizer of a `tokenizer.json`. Raises ValueError where it cannot be read."""
+def json_tokenizer(path: Path, content: bytes, settings: Settings) -> HuggingFaceTokenizer | None:
+    """Return the tokenizer of a `tokenizer.json`; None for another file. Raises ValueError where it cannot be read."""
+    if content.lstrip()[:1] != b"{":
+        return None
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises nothing narrower
@@ -165,14 +153,14 @@ def reachable_names(tokenizer: tokenizers.Tokenizer, model: Mapping[str, Any], s
 
 
 def _is_word(tokenizer: tokenizers.Tokenizer, name: str) -> bool:
-    """Return whether `name` is a word of its own in some text."""
+    """Return whether `name` is a separate word in some text."""
     split = tokenizer.pre_tokenizer
     contexts = (name, f"a{name}a", f" {name} ", f"\n{name}\n", f".{name}.")
     return split is None or any(word == name for text in contexts for word, _ in split.pre_tokenize_str(text))
 
 
 def _cut(tokenizer: tokenizers.Tokenizer, names: Iterable[str]) -> None:
-    """Split words behind the first character of any of `names`, so that none of them is ever a token of a text."""
+    """Split words after the first character of any of `names`, so that none of them is ever a token of a text."""
     heads: dict[str, list[str]] = {}
     for name in names:
         # As it is after the spaces are replaced.
@@ -197,7 +185,7 @@ def _add(tokenizer: tokenizers.Tokenizer, settings: Settings) -> None:
 
 
 def _make_special(tokenizer: tokenizers.Tokenizer, ids: Iterable[int]) -> None:
-    """Make special tokens of those of `ids` that are none."""
+    """Make special tokens of those of `ids` that are not."""
     known = tokenizer.get_added_tokens_decoder()
     for i in ids:
         if (token := known.get(i)) is None:
@@ -208,10 +196,151 @@ def _make_special(tokenizer: tokenizers.Tokenizer, ids: Iterable[int]) -> None:
 
 
 def _around(tokenizer: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids that the post-processor puts before and behind a text."""
+    """Return the ids that the post-processor puts before and after a text."""
     if tokenizer.post_processor is None:
         return (), ()
     encoding = tokenizer.encode("a", add_special_tokens=True)
     mask = encoding.special_tokens_mask
     ordinary = [i for i, special in enumerate(mask) if not special] or [len(mask)]
     return tuple(encoding.ids[: ordinary[0]]), tuple(encoding.ids[ordinary[-1] + 1 :])
+
+
+def byte_letters() -> list[str]:
+    """Return GPT-2's letter for every byte: itself where it prints, else one from U+0100 on, in order."""
+    printing = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = [byte for byte in range(256) if byte not in printing]
+    return [chr(byte) if byte in printing else chr(256 + others.index(byte)) for byte in range(256)]
+
+
+_BYTES = {letter: byte for byte, letter in enumerate(byte_letters())}
+_BYTE_NAME = re.compile("<0x([0-9A-Fa-f]{2})>")
+# Decoders whose text of a token depends on nothing but the token, and on whether it is the first.
+LOCAL = {"Metaspace", "WordPiece", "Replace", "Strip"}
+
+
+class _DecoderStream(TextStream):
+    """The library's decoder, token by token and at linear cost.
+
+    The library's own `DecodeStream` raises on bytes that are not UTF-8. Here a token's text is held back exactly as
+    long as later tokens may still change it.
+    """
+
+    def __init__(self, owner: HuggingFaceTokenizer, tokenizer: tokenizers.Tokenizer):
+        self._owner, self._tokenizer = owner, tokenizer
+        self._stage = _stage_of(tokenizer)
+
+    def feed(self, token_id: int) -> str:
+        if self._owner.is_silent(self._owner.check_id(token_id)):
+            return ""
+        token = self._tokenizer.id_to_token(token_id)
+        return "" if token is None else self._stage.feed(token)
+
+    def flush(self) -> str:
+        return self._stage.flush()
+
+
+def _stage_of(tokenizer: tokenizers.Tokenizer) -> "_Whole":
+    """Return the stage that gives the text of the decoder of `tokenizer`."""
+    decoder = tokenizer.decoder
+    if decoder is None:
+        return _Local(" ".join)
+    data = json.loads(decoder.__getstate__())
+    parts = data["decoders"] if data["type"] == "Sequence" else [data]
+    kinds = [part["type"] for part in parts]
+    if kinds == ["ByteLevel"]:
+        return _ByteLevel()
+    if LOCAL.issuperset(kinds):
+        return _Local(decoder.decode)
+    replaces = [part for part in parts if part["type"] == "Replace"]
+    order = re.fullmatch("(Replace )*(ByteFallback )?Fuse (Strip )?", "".join(f"{kind} " for kind in kinds))
+    if order and all("String" in part["pattern"] for part in replaces):
+        strip = parts[-1] if parts[-1]["type"] == "Strip" else {"content": "", "start": 0, "stop": 0}
+        return _Fallback(replaces, "ByteFallback" in kinds, strip)
+    return _Whole(decoder.decode)
+
+
+class _Whole:
+    """Any decoder: all the text at the end."""
+
+    def __init__(self, decode: Callable[[list[str]], str]):
+        self._decode = decode
+        self._tokens: list[str] = []
+
+    def feed(self, token: str) -> str:
+        """Return the text that is certain once `token` is there."""
+        self._tokens.append(token)
+        return ""
+
+    def flush(self) -> str:
+        """Return the text that was held back."""
+        tokens, self._tokens = self._tokens, []
+        return self._decode(tokens) if tokens else ""
+
+
+class _Local(_Whole):
+    """A decoder that treats all tokens but the first alike."""
+
+    _first = True
+
+    def feed(self, token: str) -> str:
+        if self._first:
+            self._first = False
+            return self._decode([token])
+        return self._decode(["a", token])[len(self._decode(["a"])) :]
+
+
+class _ByteLevel(_Whole):
+    """Byte-level BPE: letters that are bytes; a token with another letter is its own text."""
+
+    def __init__(self):
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token: str) -> str:
+        is_bytes = all(letter in _BYTES for letter in token)
+        return self._decoder.decode(bytes(_BYTES[letter] for letter in token) if is_bytes else token.encode())
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _Fallback(_Whole):
+    """SentencePiece's pieces: replaced characters, runs of byte tokens, characters stripped from both ends.
+
+    A run of bytes that is not UTF-8 as a whole becomes as many U+FFFD, so that a run is held back until it ends.
+    """
+
+    def __init__(self, replaces: Sequence[Mapping[str, Any]], has_bytes: bool, strip: Mapping[str, Any]):
+        self._replaces = [(part["pattern"]["String"], part["content"]) for part in replaces]
+        self._has_bytes, self._run, self._held = has_bytes, bytearray(), ""
+        self._strip, self._start, self._stop = strip["content"], strip["start"], strip["stop"]
+
+    def feed(self, token: str) -> str:
+        for old, new in self._replaces:
+            token = token.replace(old, new)
+        if self._has_bytes and (byte := _BYTE_NAME.fullmatch(token)):
+            self._run.append(int(byte[1], 16))
+            return ""
+        return self._stripped(self._end_run() + token)
+
+    def flush(self) -> str:
+        text, self._held = self._stripped(self._end_run()), ""
+        return text
+
+    def _end_run(self) -> str:
+        run = bytes(self._run)
+        self._run.clear()
+        try:
+            return run.decode()
+        except UnicodeDecodeError:
+            return "\ufffd" * len(run)
+
+    def _stripped(self, text: str) -> str:
+        while self._start and text:
+            if not text.startswith(self._strip):
+                self._start = 0
+                break
+            text, self._start = text[1:], self._start - 1
+        text = self._held + text
+        tail = min(len(text) - len(text.rstrip(self._strip)), self._stop) if self._stop else 0
+        text, self._held = text[: len(text) - tail], text[len(text) - tail :]
+        return text

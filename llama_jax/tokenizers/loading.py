@@ -1,7 +1,7 @@
-"""Loading a tokenizer, its kind found by the file's own content and by the settings beside it."""
+"""Load a tokenizer; its kind follows from the file's content and the settings beside it (`READERS`)."""
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from llama_jax.config import UserError
@@ -9,25 +9,23 @@ from llama_jax.remote import local_copy
 from llama_jax.tokenizers.base import RULE_FILE, Tokenizer
 from llama_jax.tokenizers.huggingface import json_tokenizer
 from llama_jax.tokenizers.marian import marian_tokenizer
-from llama_jax.tokenizers.sentencepiece import SentencePieceTokenizer, llama2c_model, sentencepiece_tokenizer
+from llama_jax.tokenizers.sentencepiece import llama2c_tokenizer, sentencepiece_tokenizer
 from llama_jax.tokenizers.settings import Settings, read_settings
-from llama_jax.tokenizers.vocabularies import (
-    bert_tokenizer,
-    byte_level_tokenizer,
-    read_merges,
-    read_pieces,
-    read_ranks,
-    read_vocabulary,
-    tiktoken_tokenizer,
-)
+from llama_jax.tokenizers.vocabularies import bert_tokenizer, byte_level_tokenizer, tiktoken_tokenizer
 
 # In the order in which they decide, as in transformers. The last is known only to be refused.
 FILE_NAMES = (
     "tokenizer.json", "tokenizer.model", "source.spm", "spiece.model", "vocab.json", "vocab.txt",
     "sentencepiece.bpe.model",
 )  # fmt: skip
-# What may belong to a tokenizer in a directory of a store, which may hold weights as well.
+# Names of files that may belong to a tokenizer in a directory of a store, which may hold weights as well.
 STORED = ("*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.jinja")
+
+Reader = Callable[[Path, bytes, Settings], Tokenizer | None]
+"""Returns the tokenizer of a file (its path, its content, the settings beside it), None for a file of another kind.
+
+Raises ValueError for a file of its kind that cannot be used, RuntimeError for one that is damaged.
+"""
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -52,8 +50,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not path.is_file():
         raise UserError(f"tokenizer file '{path}' does not exist")
     try:
-        settings = read_settings(path.parent)
-        return _read(path, path.read_bytes(), settings)
+        settings, content = read_settings(path.parent), path.read_bytes()
+        return next(found for read in READERS if (found := read(path, content, settings)) is not None)
     except ValueError as error:
         raise UserError(f"'{path}' is no tokenizer that can be used: {error}") from None
     except RuntimeError:
@@ -66,50 +64,29 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def load_saved_tokenizer(directory: str | Path, *, of_sources: bool = False) -> Tokenizer:
     """Return the tokenizer that a run or a native model keeps in `directory`.
 
-    Without a rule of its own (directories of earlier versions) a prompt is as a document (`with_document_rule`).
+    Without a saved rule (directories of earlier versions) a prompt is as a document (`with_document_rule`).
     """
     tokenizer = load_tokenizer(directory)
     return tokenizer if RULE_FILE in tokenizer.files else with_document_rule(tokenizer, of_sources=of_sources)
 
 
 def with_document_rule(tokenizer: Tokenizer, *, of_sources: bool = False) -> Tokenizer:
-    """Return `tokenizer` with prompts that begin as training documents do, or, `of_sources`, end as the sources of an
-    encoder-decoder do."""
-    return (
-        tokenizer.with_rule((), tokenizer.eos_ids[:1]) if of_sources else tokenizer.with_rule(tokenizer.start_ids, ())
-    )
+    """Return `tokenizer` with prompts that begin as training documents do.
+
+    With `of_sources` they end as the sources of an encoder-decoder do.
+    """
+    prefix, suffix = ((), tokenizer.eos_ids[:1]) if of_sources else (tokenizer.start_ids, ())
+    return tokenizer.with_rule(prefix, suffix)
 
 
-def _read(path: Path, content: bytes, settings: Settings) -> Tokenizer:
-    """The tokenizer of a file. Raises ValueError or, for what is no SentencePiece model either, RuntimeError."""
-    if path.name == "source.spm" or (path.name == "vocab.json" and path.with_name("source.spm").is_file()):
-        return marian_tokenizer(path.parent, settings)
-    if content.lstrip()[:1] == b"{":
-        if read_vocabulary(content):
-            return byte_level_tokenizer(content, _partner(path, "vocab.json", "merges.txt"), settings)
-        return json_tokenizer(content, settings)
-    if ranks := read_ranks(content):
-        return tiktoken_tokenizer(content, ranks, settings)
-    if path.name.endswith("merges.txt") and read_merges(content):
-        return byte_level_tokenizer(_partner(path, "merges.txt", "vocab.json"), content, settings)
-    if pieces := read_pieces(content):
-        return bert_tokenizer(content, pieces, settings)
-    if (model := llama2c_model(content)) is not None:
-        return SentencePieceTokenizer(model, settings)
-    return sentencepiece_tokenizer(content, settings, path.name)
+# The first that does not return None decides. A tokenizer from outside the package is an entry at the front.
+READERS: list[Reader] = [
+    marian_tokenizer, tiktoken_tokenizer, byte_level_tokenizer, json_tokenizer, bert_tokenizer, llama2c_tokenizer,
+    sentencepiece_tokenizer,
+]  # fmt: skip
 
 
 def _stored(names: Iterable[str]) -> list[str]:
     of_folder = "additional_chat_templates/"
     names = [name for name in names if "/" not in name.removeprefix(of_folder)]
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in STORED)]
-
-
-def _partner(path: Path, own: str, other: str) -> bytes:
-    """The content of the other file of GPT-2's pair, whose name begins as that of `path` does."""
-    if not path.name.endswith(own):
-        raise ValueError(f"a vocabulary of byte-level BPE has a name that ends with {own}, and {other} beside it")
-    partner = path.with_name(path.name.removesuffix(own) + other)
-    if not partner.is_file():
-        raise ValueError(f"'{partner}' has to stand beside it")
-    return partner.read_bytes()

@@ -93,15 +93,20 @@ def _language(text: str) -> tuple[str, str]:
     return ("", text) if end < 0 else (text[: end + 2], text[end + 2 :])
 
 
-def marian_tokenizer(directory: Path, settings: Settings) -> MarianTokenizer:
-    """Return the tokenizer of the files in `directory`. Raises ValueError where one is missing or damaged."""
+def marian_tokenizer(path: Path, content: bytes, settings: Settings) -> MarianTokenizer | None:
+    """Return the tokenizer of `path` and the files beside it; None for a file of another kind.
+
+    Raises ValueError for a missing or damaged file.
+    """
+    if path.name not in ("source.spm", "vocab.json") or not path.with_name("source.spm").is_file():
+        return None
     names = (*FILES, TARGET_VOCABULARY) if settings.config.get("separate_vocabs") else FILES
-    missing = [name for name in names if not (directory / name).is_file()]
+    missing = [name for name in names if not path.with_name(name).is_file()]
     if missing:
         raise ValueError(f"Marian's tokenizer has {', '.join(names)}, and {missing[0]} is not there")
     try:
-        return MarianTokenizer({name: (directory / name).read_bytes() for name in names}, settings)
+        return MarianTokenizer({name: path.with_name(name).read_bytes() for name in names}, settings)
     except RuntimeError:
-        raise ValueError("source.spm is no SentencePiece model") from None
+        raise ValueError("source.spm is not a SentencePiece model") from None
     except (TypeError, AttributeError):
-        raise ValueError("its vocab.json is no object of pieces and their ids") from None
+        raise ValueError("its vocab.json is not an object of pieces and their ids") from None

@@ -8,9 +8,9 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import google.protobuf.message
 import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
@@ -43,7 +43,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: bytes, settings: Settings | None = None, file_name: str = "tokenizer.model"):
         self._settings = settings = settings or Settings()
         self._processor = _processor(model)
-        self._model = read_model(model)
+        self._model = ModelProto.FromString(model)
         pieces = self._model.pieces
         self._added = _added(pieces, settings)
         if any(i < len(pieces) for i in self._added):
@@ -58,7 +58,7 @@ class SentencePieceTokenizer(Tokenizer):
         ids = {piece.piece: i for i, piece in enumerate(pieces)} | {name: i for i, name in added.items()}
         self.bos_id = _named(settings, "bos_token", ids, self._processor.bos_id())
         self.pad_id = _named(settings, "pad_token", ids, self._processor.pad_id())
-        self.unk_id = _optional(self._processor.unk_id())
+        self.unk_id = self._processor.unk_id()
         eos_id = _named(settings, "eos_token", ids, self._processor.eos_id())
         self.eos_ids = () if eos_id is None else (eos_id,)
         if settings.class_name == CHATGLM:
@@ -207,10 +207,6 @@ def _named(settings: Settings, key: str, ids: Mapping[str, int], token_id: int) 
     if key in settings.config or key in settings.special_map:
         name = settings.said(key)
         return None if name is None else ids.get(name)
-    return _optional(token_id)
-
-
-def _optional(token_id: int) -> int | None:
     return None if token_id < 0 else token_id
 
 
@@ -218,14 +214,6 @@ def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
     processor = sentencepiece.SentencePieceProcessor()
     processor.LoadFromSerializedProto(model)
     return processor
-
-
-def read_model(model: bytes) -> Any:
-    """Return the `ModelProto` of a model file. Raises RuntimeError where `model` is damaged."""
-    try:
-        return ModelProto.FromString(model)
-    except google.protobuf.message.DecodeError:
-        raise RuntimeError("not a SentencePiece model") from None
 
 
 def _without_text(model: Any, ids: Iterable[int]) -> Any:
@@ -258,13 +246,13 @@ class _PieceStream(TextStream):
         return self._decoder.decode(b"", final=True)
 
 
-def sentencepiece_tokenizer(model: bytes, settings: Settings, file_name: str) -> SentencePieceTokenizer:
+def sentencepiece_tokenizer(path: Path, content: bytes, settings: Settings) -> SentencePieceTokenizer:
     """Return the tokenizer of a SentencePiece model, read as the class that `settings` name reads it.
 
-    A lone spiece.model is T5's where pad, eos and unk have the ids 0, 1, 2. Raises RuntimeError where `model` is not a
-    model, ValueError for a class that gives the pieces other ids, and for a file of such a class.
+    A lone spiece.model is T5's where pad, eos and unk have the ids 0, 1, 2. Raises RuntimeError where `content` is not
+    a model, ValueError for a class that gives the pieces other ids, and for a file of such a class.
     """
-    processor = _processor(model)
+    processor, file_name = _processor(content), path.name
     if settings.class_name is None and file_name in CLASS_FILES:
         ids = (processor.pad_id(), processor.eos_id(), processor.unk_id(), processor.bos_id())
         if file_name != "spiece.model" or ids != (0, 1, 2, -1):
@@ -278,11 +266,11 @@ def sentencepiece_tokenizer(model: bytes, settings: Settings, file_name: str) ->
             f"its class {settings.class_name} reads SentencePiece models in a way that is not known: give the "
             "tokenizer.json of the model"
         )
-    return SentencePieceTokenizer(model, settings, file_name if file_name in CLASS_FILES else "tokenizer.model")
+    return SentencePieceTokenizer(content, settings, file_name if file_name in CLASS_FILES else "tokenizer.model")
 
 
-def llama2c_model(content: bytes) -> bytes | None:
-    """Return the SentencePiece model that llama2.c's tokenizer file `content` holds, or None if it is another file.
+def llama2c_tokenizer(path: Path, content: bytes, settings: Settings) -> SentencePieceTokenizer | None:
+    """Return the tokenizer of llama2.c's file, which is a SentencePiece model in another format; None for another file.
 
     The format (karpathy/llama2.c, tokenizer.py): int32 longest length, then float32 score, int32 length and the bytes
     of every piece, with spaces for U+2581 and line ends around the names of BOS and EOS.
@@ -308,7 +296,7 @@ def llama2c_model(content: bytes) -> bytes | None:
     model.trainer_spec.byte_fallback = True
     normalizer = model.normalizer_spec
     normalizer.name, normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces = "identity", True, False
-    return model.SerializeToString()
+    return SentencePieceTokenizer(model.SerializeToString(), settings)
 
 
 def with_dummy_prefix(model: bytes) -> bytes:
@@ -334,11 +322,12 @@ def sentencepiece_json(model: Any, added: Mapping[int, Added], *, prefixes_first
     pieces += [(f"<unused_{i}>", 0.0, Kind.CONTROL) for i in range(len(pieces), max([-1, *added]) + 1)]
     for i, token in added.items():
         pieces[i] = (token.content, 0.0, Kind.CONTROL)
-    defined = [text for text, _, kind in pieces if kind == Kind.USER_DEFINED]
+    defined = sorted((text for text, _, kind in pieces if kind == Kind.USER_DEFINED), key=len, reverse=True)
     unk_id = next((i for i, (_, _, kind) in enumerate(pieces) if kind == Kind.UNKNOWN), 0)
+    fallback = trainer.byte_fallback
     if trainer.model_type == UNIGRAM:
         vocabulary = [(text, score) for text, score, _ in pieces]
-        made = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=unk_id, byte_fallback=trainer.byte_fallback))
+        made = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=unk_id, byte_fallback=fallback))
     else:
         made = tokenizers.Tokenizer(
             models.BPE(
@@ -346,13 +335,36 @@ def sentencepiece_json(model: Any, added: Mapping[int, Added], *, prefixes_first
                 merges=_merges({text: score for text, score, kind in pieces if kind == Kind.NORMAL}),
                 unk_token=pieces[unk_id][0],
                 fuse_unk=True,
-                byte_fallback=trainer.byte_fallback,
+                byte_fallback=fallback,
                 ignore_merges=bool(defined),  # each is a word, by the split below
             )
         )
     first_only = normalizer.add_dummy_prefix and prefixes_first_only
-    charsmap = normalizer.precompiled_charsmap
-    steps: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
+    made.normalizer = _normalization(normalizer, first_only)  # type: ignore[assignment]
+    splits: list[Any] = [pre_tokenizers.Metaspace(prepend_scheme="first", split=False)] if first_only else []
+    if defined:
+        splits.append(pre_tokenizers.Split(Regex("|".join(map(re.escape, defined))), "isolated"))
+    if trainer.model_type == UNIGRAM and fallback:
+        # The name of a byte that is written out in a text is ordinary text.
+        splits.append(pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "merged_with_previous"))
+    if splits:
+        made.pre_tokenizer = pre_tokenizers.Sequence(splits)  # type: ignore[assignment]
+    steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces:
+        steps.append(decoders.Strip(" ", 1, 0))
+    made.decoder = decoders.Sequence(steps)  # type: ignore[assignment]
+    options = {token.content: token for token in added.values()}
+    tokens = [options.get(text, Added(text, special=True)) for text, _, kind in pieces if kind == Kind.CONTROL]
+    # Not normalized: a space would be put before their names.
+    made.add_tokens([AddedToken(**vars(dataclasses.replace(token, normalized=False))) for token in tokens])
+    made.add_special_tokens([AddedToken(pieces[unk_id][0], special=True, normalized=False)])
+    return json.loads(made.to_str())
+
+
+def _normalization(normalizer: Any, first_only: bool) -> normalizers.Sequence:
+    steps: list[Any] = []
+    if normalizer.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(normalizer.precompiled_charsmap))
     if normalizer.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if first_only:
@@ -361,27 +373,7 @@ def sentencepiece_json(model: Any, added: Mapping[int, Added], *, prefixes_first
     else:
         steps += [normalizers.Prepend(SPACE)] if normalizer.add_dummy_prefix else []
         steps += [normalizers.Replace(" ", SPACE)]
-    made.normalizer = normalizers.Sequence(steps)  # type: ignore[assignment]
-    splits: list[Any] = [pre_tokenizers.Metaspace(prepend_scheme="first", split=False)] if first_only else []
-    if defined:
-        longest = sorted(defined, key=len, reverse=True)
-        splits.append(pre_tokenizers.Split(Regex("|".join(map(re.escape, longest))), "isolated"))
-    if trainer.model_type == UNIGRAM and trainer.byte_fallback:
-        # The name of a byte that is written out in a text is ordinary text.
-        splits.append(pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "merged_with_previous"))
-    if splits:
-        made.pre_tokenizer = pre_tokenizers.Sequence(splits)  # type: ignore[assignment]
-    strips = normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces
-    made.decoder = decoders.Sequence(  # type: ignore[assignment]
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-        + ([decoders.Strip(" ", 1, 0)] if strips else [])
-    )
-    options = {token.content: token for token in added.values()}
-    tokens = [options.get(text, Added(text, special=True)) for text, _, kind in pieces if kind == Kind.CONTROL]
-    # Not normalized: a space would be put before their names.
-    made.add_tokens([AddedToken(**vars(dataclasses.replace(token, normalized=False))) for token in tokens])
-    made.add_special_tokens([AddedToken(pieces[unk_id][0], special=True, normalized=False)])
-    return json.loads(made.to_str())
+    return normalizers.Sequence(steps)
 
 
 def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:

@@ -1,14 +1,11 @@
 """Training a tokenizer of any kind: the same texts give the same file."""
 
-import dataclasses
 import heapq
 import io
 import itertools
 import re
-import typing
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Literal
 
 import sentencepiece
 import tokenizers
@@ -16,23 +13,12 @@ from tokenizers import pre_tokenizers
 
 from llama_jax.config import UserError
 from llama_jax.tokenizers.base import Tokenizer
-from llama_jax.tokenizers.huggingface import HuggingFaceTokenizer
+from llama_jax.tokenizers.config import SPECIAL, Kind, check_training
+from llama_jax.tokenizers.huggingface import HuggingFaceTokenizer, byte_letters
 from llama_jax.tokenizers.sentencepiece import SentencePieceTokenizer, with_dummy_prefix
 from llama_jax.tokenizers.settings import Settings
-from llama_jax.tokenizers.streams import byte_letters
-from llama_jax.tokenizers.vocabularies import BERT_SPECIAL, byte_level_bpe, whitespace, wordpiece
+from llama_jax.tokenizers.vocabularies import byte_level_bpe, whitespace, wordpiece
 
-Kind = Literal["bpe", "unigram", "byte_bpe", "wordpiece", "whitespace"]
-KINDS: tuple[Kind, ...] = typing.get_args(Kind)
-# Special tokens that a tokenizer of the kind has without being asked, first in its vocabulary.
-SPECIAL: dict[Kind, tuple[str, ...]] = {
-    "bpe": ("<unk>", "<s>", "</s>"),
-    "unigram": ("<unk>", "<s>", "</s>"),
-    "byte_bpe": ("<|endoftext|>",),
-    "wordpiece": BERT_SPECIAL,
-    "whitespace": ("<unk>",),
-}
-BYTE_KINDS = ("bpe", "unigram", "byte_bpe")
 COVERAGE = 0.99995  # of the characters; rare ones are left to bytes, or unknown
 # What regular expressions and Rust call white space (Unicode's White_Space; Python's \s has four more).
 SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -42,27 +28,6 @@ COMPLEMENT = bytes(range(255, -1, -1))
 MAX_WORD = 100  # characters; BERT takes a longer word as unknown
 
 Progress = Callable[[int, int], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
-    """Which tokenizer a run uses.
-
-    path: file or directory of a tokenizer, a path or a URL; None trains one on the run's own training documents.
-    kind: what is trained then: `bpe` or `unigram` (SentencePiece, Llama's settings), `byte_bpe` (GPT-2), `wordpiece`
-        (BERT, uncased) or `whitespace`.
-    vocab_size: number of tokens of the one that is trained, special tokens and 256 bytes included.
-    special_tokens: names of special tokens that it has besides its kind's own.
-    """
-
-    path: str | None
-    kind: Kind
-    vocab_size: int
-    special_tokens: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.path is None:
-            _check(self.kind, self.vocab_size, self.special_tokens)
 
 
 def train_tokenizer(
@@ -87,7 +52,7 @@ def train_tokenizer(
     number of merges made and to make (`byte_bpe`, `wordpiece`). Raises UserError for empty texts and for a vocabulary
     that they cannot fill or that is too small for their characters.
     """
-    _check(kind, vocab_size, special_tokens)
+    check_training(kind, vocab_size, special_tokens)
     special = tuple(dict.fromkeys([*SPECIAL[kind], *special_tokens]))
     parts = _divided(texts, special)
     if kind in ("bpe", "unigram"):
@@ -95,21 +60,6 @@ def train_tokenizer(
     train = {"byte_bpe": _byte_bpe, "wordpiece": _wordpiece, "whitespace": _whitespace}[kind]
     tokenizer = train(parts, vocab_size, special, progress or (lambda done, total: None))
     return HuggingFaceTokenizer(tokenizer, {"tokenizer.json": tokenizer.to_str(pretty=True).encode()}, Settings())
-
-
-def _check(kind: str, vocab_size: int, special_tokens: Sequence[str]) -> None:
-    if kind not in KINDS:
-        raise UserError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
-    for name in special_tokens:
-        # Brackets, so that no tokenizer can make one of ordinary text.
-        if not re.fullmatch(r"<\S+>|\[\S+\]", name) or list(special_tokens).count(name) > 1:
-            raise UserError(f"special token {name!r} must be a name in brackets, <name> or [NAME], given once")
-    num_bytes, num_special = 256 * (kind in BYTE_KINDS), len({*SPECIAL[kind], *special_tokens})
-    if vocab_size <= num_bytes + num_special:
-        raise UserError(
-            f"vocab_size={vocab_size} must be at least {num_bytes + num_special + 1}: "
-            f"{num_bytes} bytes, {num_special} special tokens and a piece"
-        )
 
 
 def _divided(texts: Iterable[str], special_tokens: Sequence[str]) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""Tokenizers made from a vocabulary: GPT-2's byte-level BPE, BERT's WordPiece, and words between spaces.
+"""Tokenizers made from a vocabulary: byte-level BPE, BERT's WordPiece, and words between spaces.
 
-Those read from files that say only the vocabulary (`vocab.json` with `merges.txt`, `vocab.txt`), and those that
-`training.py` makes.
+The readers are for files that hold only the vocabulary: GPT-2's pair `vocab.json` and `merges.txt`, BERT's `vocab.txt`,
+tiktoken's ranks. `training.py` makes the same kinds.
 """
 
 import base64
@@ -9,22 +9,29 @@ import binascii
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from llama_jax.config import UserError
-from llama_jax.tokenizers.huggingface import HuggingFaceTokenizer
-from llama_jax.tokenizers.settings import CLASSES, Settings
-from llama_jax.tokenizers.streams import byte_letters
+from llama_jax.tokenizers.config import BERT_SPECIAL
+from llama_jax.tokenizers.huggingface import HuggingFaceTokenizer, byte_letters
+from llama_jax.tokenizers.settings import CLASSES, END, Settings
 
-# How text is split before byte-level BPE, by the name in `CLASSES`; None is what ByteLevel does by itself (GPT-2's).
-SPLITS = {
-    "gpt2": None,
-    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+",
-}
-BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# Expressions of the words that text is split into before byte-level BPE.
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CL100K_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+O200K_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# By the name in `settings.CLASSES`; None is GPT-2's expression inside the library.
+SPLITS = {"gpt2": None, "qwen2": CL100K_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")}
 
 
 def byte_level_bpe(
@@ -35,12 +42,14 @@ def byte_level_bpe(
     add_prefix_space: bool = False,
     split: str | None = None,
     nfc: bool = False,
+    ignore_merges: bool = False,
 ) -> tokenizers.Tokenizer:
-    """BPE over bytes, written in GPT-2's letters: every string survives it.
+    """Return BPE over bytes, written in GPT-2's letters: every string survives it.
 
-    `split` is the expression of the words; None for GPT-2's. `nfc` normalizes text first.
+    `split` is the expression of the words; None for GPT-2's. `nfc` normalizes text first. With `ignore_merges` a whole
+    word that is a token stays whole.
     """
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=dict(vocabulary), merges=merges))
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=dict(vocabulary), merges=merges, ignore_merges=ignore_merges))
     letters = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=split is None)
     words = [letters] if split is None else [pre_tokenizers.Split(Regex(split), "isolated"), letters]
     tokenizer.pre_tokenizer = words[0] if split is None else pre_tokenizers.Sequence(words)  # type: ignore[assignment]
@@ -58,7 +67,7 @@ def wordpiece(
     strip_accents: bool | None = None,
     chinese_characters: bool = True,
 ) -> tokenizers.Tokenizer:
-    """WordPiece after BERT's normalization: a text comes back lower-cased, without accents, newly spaced.
+    """Return WordPiece after BERT's normalization: a text comes back lower-cased, without accents, newly spaced.
 
     `strip_accents` None: as `lowercase`. `chinese_characters`: each of them is a word.
     """
@@ -75,9 +84,9 @@ def wordpiece(
 
 
 def whitespace(vocabulary: Mapping[str, int], special_tokens: Iterable[str]) -> tokenizers.Tokenizer:
-    """Every word between spaces is a token or `<unk>`; a text of known words comes back with single spaces.
+    """Return a tokenizer whose tokens are words between spaces; a text of known words comes back with single spaces.
 
-    Special tokens that are not in `vocabulary` get the ids after it.
+    Other words are `<unk>`. Special tokens that are not in `vocabulary` get the ids after it.
     """
     tokenizer = tokenizers.Tokenizer(models.WordLevel(vocab=dict(vocabulary), unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
@@ -89,8 +98,8 @@ def _with_special(tokenizer: tokenizers.Tokenizer, names: Iterable[str]) -> toke
     return tokenizer
 
 
-def read_vocabulary(content: bytes) -> dict[str, int] | None:
-    """The ids of a `vocab.json`, or None if `content` is none."""
+def _read_vocabulary(content: bytes) -> dict[str, int] | None:
+    """Return the ids of a `vocab.json`, or None if `content` is another file."""
     try:
         data = json.loads(content)
     except ValueError:
@@ -98,8 +107,8 @@ def read_vocabulary(content: bytes) -> dict[str, int] | None:
     return data if isinstance(data, dict) and data and all(type(i) is int for i in data.values()) else None
 
 
-def read_merges(content: bytes) -> list[tuple[str, str]] | None:
-    """The pairs of a `merges.txt` (two tokens a line, after a line with its version), or None if `content` is none."""
+def _read_merges(content: bytes) -> list[tuple[str, str]] | None:
+    """Return the pairs of a `merges.txt` (two tokens a line, after a line with its version), or None."""
     try:
         lines = content.decode().split("\n")
     except UnicodeDecodeError:
@@ -110,13 +119,30 @@ def read_merges(content: bytes) -> list[tuple[str, str]] | None:
     return [(pair[0], pair[1]) for pair in pairs] if pairs and all(len(pair) == 2 for pair in pairs) else None
 
 
-def byte_level_tokenizer(vocabulary: bytes, merges: bytes, settings: Settings) -> HuggingFaceTokenizer:
-    """Return the tokenizer of a `vocab.json` and a `merges.txt`: GPT-2's, or that of the class that `settings` name.
+def _partner(path: Path, own: str, other: str) -> bytes:
+    """Return the content of the other file of GPT-2's pair, whose name has the same beginning as that of `path`."""
+    if not path.name.endswith(own):
+        raise ValueError(f"a vocabulary of byte-level BPE has a name that ends with {own}, and {other} beside it")
+    partner = path.with_name(path.name.removesuffix(own) + other)
+    if not partner.is_file():
+        raise ValueError(f"'{partner}' must be in the same directory")
+    return partner.read_bytes()
 
-    What is neither a byte nor made by a merge is a special token. Raises ValueError where a file cannot be used, and
-    for a class that is known to read them in another way or not known.
+
+def byte_level_tokenizer(path: Path, content: bytes, settings: Settings) -> HuggingFaceTokenizer | None:
+    """Return the tokenizer of a `vocab.json` and a `merges.txt`, of which `path` is either; None for another file.
+
+    It is GPT-2's, or that of the class that `settings` name. A token that is neither a byte nor made by a merge is a
+    special one. Raises ValueError where a file cannot be used, and for a class that reads them in another or an unknown
+    way.
     """
-    ids, pairs = read_vocabulary(vocabulary), read_merges(merges)
+    if path.name.endswith("merges.txt") and _read_merges(content):
+        vocabulary, merges = _partner(path, "merges.txt", "vocab.json"), content
+    elif _read_vocabulary(content):
+        vocabulary, merges = content, _partner(path, "vocab.json", "merges.txt")
+    else:
+        return None
+    ids, pairs = _read_vocabulary(vocabulary), _read_merges(merges)
     if ids is None or pairs is None:
         raise ValueError("one of vocab.json and merges.txt is damaged")
     settings = settings.as_class("GPT2Tokenizer")
@@ -133,7 +159,7 @@ def byte_level_tokenizer(vocabulary: bytes, merges: bytes, settings: Settings) -
         tokenizer = byte_level_bpe(
             ids | added,
             pairs,
-            # Those that have options of their own are added with the others of the settings.
+            # Those with options are added later, with the others of the settings.
             sorted(special - added.keys() - settings.named().keys(), key=ids.__getitem__),
             add_prefix_space=settings.config.get("add_prefix_space") or False,
             split=SPLITS[rules.splitting],
@@ -142,26 +168,22 @@ def byte_level_tokenizer(vocabulary: bytes, merges: bytes, settings: Settings) -
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"vocab.json and merges.txt do not fit: {error}") from None
     files = {"vocab.json": vocabulary, "merges.txt": merges}
-    model = {"vocab": ids | added, "merges": pairs}
-    return HuggingFaceTokenizer(tokenizer, files, settings, model=model)
+    return HuggingFaceTokenizer(tokenizer, files, settings, model={"vocab": ids | added, "merges": pairs})
 
 
-def read_pieces(content: bytes) -> dict[str, int] | None:
-    """The ids of a BERT `vocab.txt` (one token a line), or None if `content` is none."""
+def bert_tokenizer(path: Path, content: bytes, settings: Settings) -> HuggingFaceTokenizer | None:
+    """Return BERT's tokenizer of a `vocab.txt` (one token a line); None for another file.
+
+    Where `settings` do not decide whether text is lower-cased, it is unless a piece has an upper-case letter.
+    Raises ValueError for a class that reads the file in another way.
+    """
     try:
         lines = content.decode().removesuffix("\n").split("\n")
     except UnicodeDecodeError:
         return None
     pieces = {line.rstrip("\r"): i for i, line in enumerate(lines)}
-    return pieces if {"[UNK]", "[CLS]", "[SEP]"} <= pieces.keys() else None
-
-
-def bert_tokenizer(content: bytes, pieces: Mapping[str, int], settings: Settings) -> HuggingFaceTokenizer:
-    """Return BERT's tokenizer from the `pieces` of its `vocab.txt`.
-
-    Where `settings` do not say whether text is lower-cased, it is unless a piece has an upper-case letter.
-    Raises ValueError for a class that reads the file in another way.
-    """
+    if not {"[UNK]", "[CLS]", "[SEP]"} <= pieces.keys():
+        return None
     settings = settings.as_class("BertTokenizer")
     if settings.rules != CLASSES["BertTokenizer"]:
         raise ValueError(
@@ -170,7 +192,7 @@ def bert_tokenizer(content: bytes, pieces: Mapping[str, int], settings: Settings
         )
     options = settings.config
     cased = any(piece != piece.lower() for piece in pieces if not (piece.startswith("[") and piece.endswith("]")))
-    pieces = {**pieces, **{token.content: i for i, token in settings.added.items()}}
+    pieces |= {token.content: i for i, token in settings.added.items()}
     tokenizer = wordpiece(
         pieces,
         [name for name in BERT_SPECIAL if name in pieces],
@@ -183,62 +205,51 @@ def bert_tokenizer(content: bytes, pieces: Mapping[str, int], settings: Settings
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """What a file of ranks does not say: how text is split first, and the ids of the special tokens."""
+    """The part of an encoding that a file of ranks lacks: how text is split first, and the special tokens."""
 
     name: str
     pattern: str
     special_tokens: dict[str, int]
-    bos: str | None
-    eos: str
+    bos: str | None = END
+    eos: str = END
     prefix: tuple[str, ...] = ()
 
 
 # Patterns and ids as OpenAI and Meta publish them (openai/tiktoken, tiktoken_ext/openai_public.py;
 # meta-llama/llama-models, llama3/tokenizer.py, with the names of 3.1 for tokens that 3.0 had reserved).
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-CL100K_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-O200K_SPLIT = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 LLAMA3_SPECIAL = (
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
     "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
     "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)),
 )  # fmt: skip
 CL100K_SPECIAL = {
-    "<|endoftext|>": 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|fim_suffix|>": 100260,
-    "<|endofprompt|>": 100276,
+    END: 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276
 }  # fmt: skip
-END = "<|endoftext|>"
-# By the number of ranks, which the file itself tells.
+LLAMA3 = Encoding(
+    "Llama 3",
+    CL100K_SPLIT,
+    {name: 128000 + i for i, name in enumerate(LLAMA3_SPECIAL)},
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    ("<|begin_of_text|>",),
+)
+# By the number of ranks in the file.
 ENCODINGS = {
-    50256: Encoding("r50k_base", GPT2_SPLIT, {END: 50256}, END, END),
-    50280: Encoding("p50k_base", GPT2_SPLIT, {END: 50256}, END, END),  # its ranks leave 50256 out
-    100256: Encoding("cl100k_base", CL100K_SPLIT, CL100K_SPECIAL, END, END),
-    128000: Encoding(
-        "Llama 3",
-        CL100K_SPLIT,
-        {name: 128000 + i for i, name in enumerate(LLAMA3_SPECIAL)},
-        "<|begin_of_text|>",
-        "<|end_of_text|>",
-        ("<|begin_of_text|>",),
-    ),
-    199998: Encoding("o200k_base", O200K_SPLIT, {END: 199999, "<|endofprompt|>": 200018}, END, END),
+    50256: Encoding("r50k_base", GPT2_SPLIT, {END: 50256}),
+    50280: Encoding("p50k_base", GPT2_SPLIT, {END: 50256}),  # its ranks leave 50256 out
+    100256: Encoding("cl100k_base", CL100K_SPLIT, CL100K_SPECIAL),
+    128000: LLAMA3,
+    199998: Encoding("o200k_base", O200K_SPLIT, {END: 199999, "<|endofprompt|>": 200018}),
 }
 
 
-def read_ranks(content: bytes) -> dict[bytes, int] | None:
-    """The ranks of a tiktoken file (a base64 token and its rank a line), or None if `content` is no such file."""
+def _read_ranks(content: bytes) -> dict[bytes, int] | None:
+    """Return the ranks of a tiktoken file (a base64 token and its rank a line), or None for another file."""
     ranks = {}
     lines = content.splitlines()
     for line in lines:
         try:
-            token, rank = line.split(b" ")
+            token, rank = line.split(b" ", 2)
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
             return None
@@ -246,52 +257,36 @@ def read_ranks(content: bytes) -> dict[bytes, int] | None:
     return ranks if complete else None
 
 
-def _glm4(settings: Settings) -> Encoding | None:
-    """GLM-4's encoding, whose settings have the special tokens; None for another class."""
-    if settings.class_name != "ChatGLM4Tokenizer":
-        return None
-    special = {token.content: i for i, token in settings.added.items()}
-    return Encoding("GLM-4", CL100K_SPLIT, special, None, END, ("[gMASK]", "<sop>"))
+def tiktoken_tokenizer(path: Path, content: bytes, settings: Settings) -> HuggingFaceTokenizer | None:
+    """Return the tokenizer of a tiktoken file of ranks; None for another file.
 
-
-def tiktoken_tokenizer(content: bytes, ranks: dict[bytes, int], settings: Settings) -> HuggingFaceTokenizer:
-    """Return the tokenizer of the `ranks` of a tiktoken file `content`.
-
-    The class that `settings` name, else the number of the ranks tells which encoding it is.
-
-    tiktoken merges the neighbours whose union has the lowest rank, so every way to cut a token in two known ones is a
-    merge, with the token's rank as its priority. Raises UserError for a number of ranks that no known encoding has.
+    The encoding is GLM-4's where `settings` name its class (and the special tokens), else it follows from the number of
+    ranks. tiktoken merges the neighbours whose union has the lowest rank, so every way to cut a token in two known ones
+    is a merge, with the token's rank as its priority. Raises UserError where no known encoding has that many ranks.
     """
-    encoding = _glm4(settings) or ENCODINGS.get(len(ranks))
-    taken = set(encoding.special_tokens.values()) if encoding else set()
-    if encoding is None or taken & set(ranks.values()):
+    if (ranks := _read_ranks(content)) is None:
+        return None
+    encoding = ENCODINGS.get(len(ranks))
+    if settings.class_name == "ChatGLM4Tokenizer":
+        special = {token.content: i for i, token in settings.added.items()}
+        encoding = Encoding("GLM-4", CL100K_SPLIT, special, None, END, ("[gMASK]", "<sop>"))
+    if encoding is None or set(encoding.special_tokens.values()) & set(ranks.values()):
         known = ", ".join(f"{encoding.name} ({number})" for number, encoding in ENCODINGS.items())
         raise UserError(
-            f"its {len(ranks)} ranks are those of no known encoding ({known}), and a file of ranks says neither how "
-            "text is split nor what the special tokens are: use the model's tokenizer.json"
+            f"its {len(ranks)} ranks are those of no known encoding ({known}), and a file of ranks has neither the way "
+            "to split text nor the special tokens: use the model's tokenizer.json"
         )
     letters = byte_letters()
-    spelled = {token: "".join(letters[b] for b in token) for token in ranks}
-    merges = [
-        (spelled[token[:i]], spelled[token[i:]])
-        for token in sorted(ranks, key=ranks.__getitem__)
-        for i in sorted(
-            (i for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks),
-            key=lambda i: (ranks[token[:i]], ranks[token[i:]]),
-        )
-    ]
+    spelled = {rank: "".join(letters[b] for b in token) for token, rank in ranks.items()}
+    merges: list[tuple[str, str]] = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
+        pairs = sorted((ranks[left], ranks[right]) for left, right in cuts if left in ranks and right in ranks)
+        merges += [(spelled[left], spelled[right]) for left, right in pairs]
     # Special tokens are in the vocabulary so that each gets its own id, also where ids between are free.
-    vocabulary = {spelled[token]: rank for token, rank in ranks.items()} | encoding.special_tokens
-    # ignore_merges: tiktoken takes a whole word that is a token as it is.
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
-        [
-            pre_tokenizers.Split(Regex(encoding.pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in encoding.special_tokens])
+    vocabulary = {text: rank for rank, text in spelled.items()} | encoding.special_tokens
+    special = list(encoding.special_tokens)
+    tokenizer = byte_level_bpe(vocabulary, merges, special, split=encoding.pattern, ignore_merges=True)
     names = {"bos_token": encoding.bos, "eos_token": encoding.eos}
     settings = dataclasses.replace(settings, config=names | dict(settings.config))
     return HuggingFaceTokenizer(tokenizer, {"tokenizer.model": content}, settings, prefix=encoding.prefix)

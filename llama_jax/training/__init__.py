@@ -5,7 +5,6 @@ In: a model config, a `TrainState` and a batch. Out: the next state and its metr
 """
 
 from llama_jax.training.flops import (
-    PEAK_FLOPS as PEAK_FLOPS,
     peak_flops as peak_flops,
     train_flops_per_token as train_flops_per_token,
 )

@@ -9,41 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.chips import peak_of
 from llama_jax.models import ModelConfig, abstract_params, buffers
 from llama_jax.training.optimizer import is_matrix
-
-# Dense bfloat16 FLOP/s by the whole name that a device says of itself: TPU documentation; NVIDIA's data sheets, halved
-# where they count sparsity. The same chip on another board runs at another clock.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100-PCIE-80GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA A30": 165e12,
-    "NVIDIA A10": 125e12,
-    "NVIDIA A40": 149.7e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA L40": 181e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA H100 80GB HBM3": 989e12,  # SXM
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H200": 989e12,  # SXM
-    "NVIDIA H200 NVL": 835e12,
-    "NVIDIA GH200 120GB": 989e12,
-    "NVIDIA GH200 480GB": 989e12,
-    "NVIDIA GH200 144G HBM3e": 989e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA GB200": 2500e12,
-}
 
 
 def train_flops_per_token(config: ModelConfig, sequence_length: int, source_length: int = 0) -> float:
@@ -74,7 +42,7 @@ def peak_flops(device: Any, dtype: np.dtype) -> float | None:
     types.
     """
     if dtype == jnp.bfloat16 and device.platform != "cpu":
-        return PEAK_FLOPS.get(device.device_kind)
+        return peak_of(device.device_kind)
     return _measured_peak(device, jnp.dtype(dtype).name)
 
 

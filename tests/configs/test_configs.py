@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import llama_jax
-from llama_jax.__main__ import _parse
+from llama_jax.__main__ import parse
 from llama_jax.config import config_names, load_config_module, override
 from llama_jax.data.mixture import Schedule
 from llama_jax.data.objectives.base import FLOATS
@@ -31,8 +31,7 @@ def command(name: str) -> list[str]:
 
 def config_of(name: str) -> llama_jax.RunConfig:
     """The config as its own command gives it."""
-    _, options, _ = _parse(command(name)[2:])
-    return override(load_config_module(name).get_config(), options)
+    return override(load_config_module(name).get_config(), parse(["train", *command(name)[2:]]).keys)
 
 
 def test_the_configs_are_found():

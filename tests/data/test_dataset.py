@@ -440,7 +440,7 @@ def test_a_corpus_that_is_there_is_only_read(folder, tokenizer, tmp_path: Path, 
         raise AssertionError("a lock is written")
 
     for module in ("corpus.prepare", "rows.fitting"):
-        monkeypatch.setattr(sys.modules[f"llama_jax.data.{module}"], "locked", no_lock)
+        monkeypatch.setattr(sys.modules[f"llama_jax.data.{module}"], "lock", no_lock)
     assert opened(config, tokenizer).train[0].num_rows
     with pytest.raises(AssertionError, match="a lock is written"):
         prepare_dataset(config, tokenizer, sequence_length=LENGTH + 1)

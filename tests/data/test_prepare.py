@@ -1,5 +1,6 @@
 """Shards by several processes, one by one, after a kill: always the same bytes, each made once."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -17,8 +18,10 @@ import zstandard
 from llama_jax.__main__ import main
 from llama_jax.config import UserError
 from llama_jax.data import DataConfig, prepare_corpus, prepare_shards
-from llama_jax.data.corpus import shards, workers
+from llama_jax.data.chat import ChatTemplate, Piece
 from llama_jax.data.corpus.files import find_files
+from llama_jax.data.corpus.shards import ShardMaker
+from llama_jax.data.corpus.workers import make_shards
 from llama_jax.data.readers import records
 from llama_jax.data.readers.records import Unit, units_by_shard
 from llama_jax.tokenizers import Tokenizer, train_tokenizer
@@ -190,6 +193,32 @@ def test_an_interrupt_leaves_no_process(config, tokenizer, tmp_path: Path):
     assert not workers_of(os.getpid())
 
 
+def test_workers_get_the_classes_of_a_notebook(config, tokenizer, tmp_path: Path):
+    """A chat template that no other process can import."""
+    space = {"ChatTemplate": ChatTemplate, "Piece": Piece, "dataclass": dataclasses.dataclass, "__name__": "__main__"}
+    exec(NOTEBOOK, space)
+    chat = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "the cat sat"}]
+    for name in "ab":
+        (tmp_path / f"chat_{name}.jsonl").write_text((json.dumps({"text": chat}) + "\n") * 400)
+    template = space["Questions"]()
+    chats = dataclasses.replace(
+        config, path=(str(tmp_path / "chat_*.jsonl"),), chat_template=template, validation_fraction=0.0
+    )
+    assert num_shards(chats) > 1
+    one, two = (
+        files_of(prepare_corpus(chats, tokenizer, directory=tmp_path / f"{n}", num_workers=n).directory) for n in (1, 2)
+    )
+    assert one == two
+
+
+NOTEBOOK = """
+@dataclass(frozen=True)
+class Questions(ChatTemplate):
+    def pieces(self, messages):
+        return [Piece(message["content"], trained=message["role"] == "assistant") for message in messages]
+"""
+
+
 def test_a_mistake_found_by_a_worker(config, tokenizer, tmp_path: Path):
     file = tmp_path / "b07.jsonl"
     file.write_text(file.read_text() + "\n{")
@@ -275,11 +304,9 @@ def test_memory_does_not_grow_with_the_corpus(config, tokenizer, tmp_path: Path,
         file.write_text(block * (megabytes * 10**6 // len(block)))
         (found,) = find_files(DataConfig(path=(str(file),)))
         seen = []
-        shard_set = shards.ShardSet(tmp_path, "key", tokenizer.fingerprint)
+        maker = ShardMaker(tmp_path, "key", config, tokenizer)
         units_of = {number: [Unit(found, 0, 1)]}
-        workers.make_shards(
-            shard_set, units_of, config, tokenizer, 1, lambda _, seen=seen: seen.append(peak_of_child())
-        )
+        make_shards(maker, units_of, 1, lambda _, seen=seen: seen.append(peak_of_child()))
         peaks.append(max(seen))
     assert peaks[1] < 1.15 * peaks[0], f"{peaks} KiB for 30 and 120 MB"
 

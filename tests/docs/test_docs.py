@@ -13,7 +13,7 @@ import tables
 from tiny_run import write_texts
 
 import llama_jax
-from llama_jax.__main__ import _parse
+from llama_jax.__main__ import parse
 from llama_jax.checkpoint.language_model import LanguageModel
 from llama_jax.models import Compute, DecoderConfig, from_params
 from llama_jax.nn import Rope
@@ -32,7 +32,7 @@ def snippets(page: str) -> list[str]:
 @pytest.fixture(scope="module")
 def own_attention() -> type:
     """Return the class of architecture.md's example, defined in a separate module."""
-    (source,) = snippets("docs/architecture.md")
+    source = next(block for block in snippets("docs/architecture.md") if "class NormedAttention" in block)
     namespace = {"__name__": "own_attention"}
     exec(compile(source, "docs/architecture.md", "exec"), namespace)
     return namespace["NormedAttention"]  # type: ignore[return-value]
@@ -119,9 +119,8 @@ def test_readme_commands_parse():
     commands = [line.split("  #")[0] for line in re.findall(r"^python train\.py .*$", README, re.MULTILINE)]
     assert len(commands) >= 3
     for command in commands:
-        (name,), options, _ = _parse(shlex.split(command)[2:])
-        options.pop("run_dir", None)
-        llama_jax.load_config(name, options)
+        args = parse(["train", *shlex.split(command)[2:]])
+        llama_jax.load_config(args.config, args.keys)
 
 
 def test_architecture_names_every_package():

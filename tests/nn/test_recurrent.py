@@ -15,8 +15,7 @@ from flax import nnx
 from llama_jax.config import UserError
 from llama_jax.nn import GRU, LSTM, BidirectionalRNN, ElmanRNN, Mixer, NGram
 from llama_jax.parallel import make_mesh, shard, spec
-from llama_jax.planning.collectives import read_collectives
-from llama_jax.planning.hlo import Program
+from llama_jax.planning import Program, read_collectives
 
 WIDTH, ROWS, LENGTH = 8, 4, 13
 # With a projection to the width behind, and without.

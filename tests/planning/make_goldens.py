@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parents[1]))
@@ -27,11 +28,14 @@ from jax.sharding import (  # noqa: E402
 )
 
 from llama_jax.config import to_json  # noqa: E402
+from llama_jax.data import DataConfig  # noqa: E402
 from llama_jax.models import Compute, DecoderConfig  # noqa: E402
 from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU  # noqa: E402
 from llama_jax.parallel import MeshConfig  # noqa: E402
-from llama_jax.planning import CompiledStep, CompileRequest, compile_step  # noqa: E402
-from llama_jax.planning.compiled import ENVIRONMENT, get_devices  # noqa: E402
+from llama_jax.planning import CompiledStep, compile_step  # noqa: E402
+from llama_jax.planning.xla.compiled import ENVIRONMENT, get_devices  # noqa: E402
+from llama_jax.run_config import RunConfig  # noqa: E402
+from llama_jax.tokenizers import TokenizerConfig  # noqa: E402
 from llama_jax.training import AdamW  # noqa: E402
 
 MODEL = DecoderConfig(
@@ -58,19 +62,23 @@ WIDE = dataclasses.replace(
 )
 
 
-def request(
-    topology: str,
-    mesh: dict[str, int],
-    batch: int,
-    length: int,
-    kernel: str = "reference",
-    model: DecoderConfig = MODEL,
-) -> CompileRequest:
-    return CompileRequest(
-        topology=topology,
+def planned(**fields: Any) -> RunConfig:
+    """A run to plan, whose tokenizer and text do not matter."""
+    anything = {
+        "tokenizer": TokenizerConfig(path="tokenizer.model", kind="bpe", vocab_size=0),
+        "data": DataConfig(path=()),
+        "optimizer": AdamW(learning_rate=1e-3, warmup_steps=10),
+        "num_steps": 1,
+    }
+    return RunConfig(**(anything | fields))
+
+
+def layout(
+    mesh: dict[str, int], batch: int, length: int, kernel: str = "reference", model: DecoderConfig = MODEL
+) -> RunConfig:
+    return planned(
         model=model,
         compute=Compute(dtype="bfloat16", remat="full", attention_kernel=kernel),
-        optimizer=AdamW(learning_rate=1e-3, warmup_steps=10),
         mesh=MeshConfig(**({"fsdp": 1} | mesh)),
         global_batch_size=batch,
         sequence_length=length,
@@ -78,15 +86,17 @@ def request(
 
 
 LAYOUTS = {
-    "data": request("v5e:2x4", {"data": 8}, 16, 256),
-    "fsdp": request("v5e:2x4", {"fsdp": 8}, 16, 256, model=WIDE),
-    "tensor": request("v5e:2x4", {"tensor": 8}, 16, 256),
-    "fsdp_tensor": request("v5e:2x4", {"fsdp": 2, "tensor": 4}, 16, 256),
-    "context": request("v5e:2x4", {"context": 8}, 4, 2048, "blockwise"),
-    "fsdp_torus": request("v5e:4x4", {"fsdp": 16}, 32, 256, model=WIDE),
-    "fsdp_tensor_torus": request("v5e:4x4", {"fsdp": 4, "tensor": 4}, 32, 256),
-    "two_slices": request("2x v5e:2x2", {"data": 2, "fsdp": 4}, 16, 256),
+    "data": layout({"data": 8}, 16, 256),
+    "fsdp": layout({"fsdp": 8}, 16, 256, model=WIDE),
+    "tensor": layout({"tensor": 8}, 16, 256),
+    "fsdp_tensor": layout({"fsdp": 2, "tensor": 4}, 16, 256),
+    "context": layout({"context": 8}, 4, 2048, "blockwise"),
+    "fsdp_torus": layout({"fsdp": 16}, 32, 256, model=WIDE),
+    "fsdp_tensor_torus": layout({"fsdp": 4, "tensor": 4}, 32, 256),
+    "two_slices": layout({"data": 2, "fsdp": 4}, 16, 256),
 }
+TOPOLOGIES = dict.fromkeys(LAYOUTS, "v5e:2x4") | {"fsdp_torus": "v5e:4x4", "fsdp_tensor_torus": "v5e:4x4"}
+TOPOLOGIES["two_slices"] = "2x v5e:2x2"
 
 
 def totals(step: CompiledStep) -> dict[str, dict[str, int]]:
@@ -100,7 +110,7 @@ def totals(step: CompiledStep) -> dict[str, dict[str, int]]:
 
 
 def compile_layout(name: str) -> CompiledStep:
-    return compile_step(LAYOUTS[name])
+    return compile_step(LAYOUTS[name], TOPOLOGIES[name])
 
 
 def make_golden(name: str) -> None:

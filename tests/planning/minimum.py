@@ -5,12 +5,12 @@ import math
 
 from llama_jax.models import DecoderConfig, abstract_params
 from llama_jax.nn import GroupedQuery
-from llama_jax.planning import CompileRequest
+from llama_jax.run_config import RunConfig
 
 BF16, F32 = 2, 4
 
 
-def minimum(request: CompileRequest, *, scattering: int = 1) -> dict[str, float]:
+def minimum(config: RunConfig, *, scattering: int = 1) -> dict[str, float]:
     """Bytes that one device sends in a step over each mesh axis, with bfloat16 on the wire and full remat.
 
     fsdp: every weight is gathered for the forward pass and again for the backward pass, embedding and head once, and
@@ -20,11 +20,11 @@ def minimum(request: CompileRequest, *, scattering: int = 1) -> dict[str, float]
     context: keys and values go around the ring forward, again for remat and again backward, and their gradients in
     float32.
     """
-    model, sizes = request.model, dataclasses.asdict(request.mesh)
+    model, sizes = config.model, dataclasses.asdict(config.mesh)
     assert isinstance(model, DecoderConfig)
     assert isinstance(model.attention, GroupedQuery)
     data, fsdp, tensor, context = (sizes[axis] for axis in ("data", "fsdp", "tensor", "context"))
-    tokens = request.global_batch_size // (data * fsdp) * request.sequence_length // context
+    tokens = config.global_batch_size // (data * fsdp) * config.sequence_length // context
 
     def share(n: int) -> float:  # of a whole that is gathered or scattered: all but one's own part travels
         return (n - 1) / n

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import jax
 import pytest
-from make_goldens import LAYOUTS, MODEL, compile_layout, totals
+from make_goldens import LAYOUTS, MODEL, compile_layout, planned, totals
 from minimum import minimum
 
 from llama_jax.models import Compute, abstract_params
 from llama_jax.nn import SwiGLU
 from llama_jax.parallel import MeshConfig
-from llama_jax.planning import Collective, CompileRequest
-from llama_jax.planning.compiled import describe, lower_step
-from llama_jax.planning.hlo import bytes_of
-from llama_jax.training import AdamW
+from llama_jax.planning import Collective
+from llama_jax.planning.xla.compiled import describe, lower_step
+from llama_jax.planning.xla.hlo import bytes_of
 
 GOLDENS = Path(__file__).parent / "goldens"
 BATCH, LENGTH = 8, 32
@@ -36,16 +35,14 @@ HIDDEN = 4 * BATCH * LENGTH * TINY.hidden_size
 def on_cpu(**mesh: int) -> list[Collective]:
     """Collectives of the train step on eight CPU devices, in float32; sums of a few scalars left out."""
     kernel = "blockwise" if "context" in mesh else "reference"  # the latter has no ring
-    request = CompileRequest(
-        topology="",
+    config = planned(
         model=TINY,
         compute=Compute(dtype="float32", attention_kernel=kernel, loss_chunk=LENGTH),
-        optimizer=AdamW(learning_rate=1e-3, warmup_steps=1),
         mesh=MeshConfig(**({"fsdp": 1} | mesh)),
         global_batch_size=BATCH,
         sequence_length=LENGTH,
     )
-    lowered, jax_mesh = lower_step(request, jax.devices())
+    lowered, jax_mesh = lower_step(config, jax.devices())
     step = describe(lowered.compile(), jax_mesh, 0.0)
     # XLA:CPU keeps sums over groups of one device, in which nothing travels.
     found = [c for c in step.collectives if c.wire_bytes > 256]
@@ -128,16 +125,16 @@ def test_tpu_programs_send_little_more_than_they_must(layout: str):
 # Blockwise attention computes a part of the masked scores, the ring another part.
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "context"])
 def test_flops_are_those_of_the_model_wherever_it_runs(layout: str):
-    request = LAYOUTS[layout]
-    model, length = request.model, request.sequence_length
+    config = LAYOUTS[layout]
+    model, length = config.model, config.sequence_length
     inner = abstract_params(model)["layers.feed_forward.up_proj.weight"].size // model.num_layers
     attention = 4 * model.hidden_size**2
     # Forward, again for remat (all but the last product, whose result the backward pass does not ask for), and twice
     # backward; the head is not computed again. Scores: two products.
     layer = 8 * (attention + 3 * inner) - 2 * inner + 8 * 2 * length * model.hidden_size
     head = 6 * model.hidden_size * model.vocab_size
-    devices = math.prod(dataclasses.asdict(request.mesh).values())
-    assert golden(layout)["flops"] == request.global_batch_size * length * (model.num_layers * layer + head) // devices
+    devices = math.prod(dataclasses.asdict(config.mesh).values())
+    assert golden(layout)["flops"] == config.global_batch_size * length * (model.num_layers * layer + head) // devices
 
 
 def test_only_the_chosen_axis_crosses_slices():

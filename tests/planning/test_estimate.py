@@ -14,11 +14,12 @@ from llama_jax.config import UserError, override
 from llama_jax.models import abstract_params, init_params, num_parameters
 from llama_jax.nn import GroupedQuery
 from llama_jax.parallel import make_mesh, spec
-from llama_jax.planning import Plan, Topology, Workload, estimate, estimate_sampling
+from llama_jax.planning import Plan, Topology, estimate, estimate_sampling
 from llama_jax.planning.communication import Traffic, traffic
+from llama_jax.planning.local import Local
 from llama_jax.planning.memory import argument_bytes, saved_bytes
 from llama_jax.planning.search import REMAT_ORDER
-from llama_jax.planning.workload import Local
+from llama_jax.run_config import RunConfig
 from llama_jax.training import init_state, train_flops_per_token
 
 V5E_8 = Topology.parse("v5e:2x4")
@@ -32,11 +33,11 @@ MESHES: dict[str, dict[str, int]] = {
 }
 
 
-def with_mesh(workload: Workload, mesh: dict[str, int], **changes: Any) -> Workload:
+def with_mesh(workload: RunConfig, mesh: dict[str, int], **changes: Any) -> RunConfig:
     return override(workload, {f"mesh.{axis}": size for axis, size in mesh.items()} | changes)
 
 
-def local(workload: Workload, num_chips: int = 8) -> Local:
+def local(workload: RunConfig, num_chips: int = 8) -> Local:
     return Local.of(workload, num_chips)
 
 
@@ -44,7 +45,7 @@ ODD = {"model.vocab_size": 41, "model.tie_embeddings": True}
 
 
 @pytest.mark.parametrize(("name", "changes"), [*((name, {}) for name in MESHES), ("combined", ODD), ("fsdp", ODD)])
-def test_argument_bytes_are_those_of_a_real_state(workload: Workload, name: str, changes: dict[str, Any]):
+def test_argument_bytes_are_those_of_a_real_state(workload: RunConfig, name: str, changes: dict[str, Any]):
     workload = with_mesh(workload, MESHES[name], **changes)
     with jax.set_mesh(make_mesh(workload.mesh)):
         if name == "combined":
@@ -78,7 +79,7 @@ def test_plans_to_tune_on_are_plans():
     assert set(compiled_plans.PLANS) > compiled_plans.TUNED_ON
 
 
-def test_attention_without_a_kernel_waits_for_memory(llama: Workload):
+def test_attention_without_a_kernel_waits_for_memory(llama: RunConfig):
     long = override(llama, {"model.max_positions": 131072, "sequence_length": 131072, "global_batch_size": 64})
     kernel, blocks = (
         estimate(override(long, {"compute.attention_kernel": name}), Topology.parse("v5p:4x4x4"))
@@ -91,7 +92,7 @@ def test_attention_without_a_kernel_waits_for_memory(llama: Workload):
 
 
 @pytest.mark.parametrize("changes", [{}, {"model.tie_embeddings": True}], ids=str)
-def test_flops_do_not_depend_on_the_machine(workload: Workload, changes: dict[str, Any]):
+def test_flops_do_not_depend_on_the_machine(workload: RunConfig, changes: dict[str, Any]):
     workload = override(workload, changes)
     plans = [estimate(with_mesh(workload, mesh), V5E_8) for mesh in MESHES.values()]
     expected = train_flops_per_token(workload.model, 64) * 8 * 64
@@ -100,7 +101,7 @@ def test_flops_do_not_depend_on_the_machine(workload: Workload, changes: dict[st
 
 
 @pytest.mark.parametrize("remat", REMAT_ORDER)
-def test_more_chips_never_need_more_memory(llama: Workload, remat: str):
+def test_more_chips_never_need_more_memory(llama: RunConfig, remat: str):
     totals = []
     for topology in ("v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16", "2x v5e:16x16"):
         plan = estimate(override(llama, {"compute.remat": remat}), Topology.parse(topology))
@@ -109,7 +110,7 @@ def test_more_chips_never_need_more_memory(llama: Workload, remat: str):
     assert totals[0] > totals[-1]
 
 
-def test_more_chips_are_not_slower_and_days_follow(llama: Workload):
+def test_more_chips_are_not_slower_and_days_follow(llama: RunConfig):
     plans = [estimate(llama, Topology.parse(t)) for t in ("v5e:4x8", "v5e:8x8", "v5e:16x16")]
     assert plans[0].step_seconds > plans[1].step_seconds > plans[2].step_seconds
     for plan in plans:
@@ -119,7 +120,7 @@ def test_more_chips_are_not_slower_and_days_follow(llama: Workload):
 
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 64}, {"fsdp": 16, "tensor": 4}, {"fsdp": 16, "context": 4}], ids=str)
-def test_stronger_remat_keeps_less_and_computes_more(llama: Workload, mesh: dict[str, int]):
+def test_stronger_remat_keeps_less_and_computes_more(llama: RunConfig, mesh: dict[str, int]):
     workloads = [with_mesh(llama, mesh, **{"compute.remat": name}) for name in REMAT_ORDER]
     saved = [saved_bytes(local(w, 64)) for w in workloads]
     assert saved == sorted(saved, reverse=True)
@@ -128,12 +129,12 @@ def test_stronger_remat_keeps_less_and_computes_more(llama: Workload, mesh: dict
     assert busy == sorted(busy)
 
 
-def test_full_remat_keeps_the_layers_inputs_alone(llama: Workload):
+def test_full_remat_keeps_the_layers_inputs_alone(llama: RunConfig):
     kept = saved_bytes(local(with_mesh(llama, {"fsdp": 64}), 64))
     assert kept == 32 * (1024 // 64) * 4096 * 4096 * 2  # layers x rows x positions x width, in bfloat16
 
 
-def test_parts_of_a_batch_need_less_memory_and_the_same_products(llama: Workload):
+def test_parts_of_a_batch_need_less_memory_and_the_same_products(llama: RunConfig):
     whole = estimate(llama, Topology.parse("v5e:8x8"))
     parts = estimate(override(llama, {"optimizer.accumulation_steps": 4}), Topology.parse("v5e:8x8"))
     assert parts.total_bytes < whole.total_bytes
@@ -142,7 +143,7 @@ def test_parts_of_a_batch_need_less_memory_and_the_same_products(llama: Workload
     assert parts.seconds["ICI fsdp"] == pytest.approx(4 * whole.seconds["ICI fsdp"], rel=1e-3), "gathered once a part"
 
 
-def test_memory_falls_with_the_context_axis(llama: Workload):
+def test_memory_falls_with_the_context_axis(llama: RunConfig):
     long = override(llama, {"model.max_positions": 131072, "sequence_length": 131072, "global_batch_size": 8})
     kept = {}
     for context in (1, 2, 4, 8):
@@ -152,11 +153,11 @@ def test_memory_falls_with_the_context_axis(llama: Workload):
     assert {context * size for context, size in kept.items()} == {kept[1]}
 
 
-def found(workload: Workload, num_chips: int = 8) -> dict[tuple[str, str, str, bool], int]:
+def found(workload: RunConfig, num_chips: int = 8) -> dict[tuple[str, str, str, bool], int]:
     return {(t.what, t.kind, t.axis, t.backward): t.bytes for t in traffic(local(workload, num_chips))}
 
 
-def test_what_each_axis_sends(llama: Workload):
+def test_what_each_axis_sends(llama: RunConfig):
     total = 2 * num_parameters(llama.model)
     norms = 2 * (2 * 32 + 1) * 4096
     matrices = total - norms
@@ -184,11 +185,11 @@ def test_what_each_axis_sends(llama: Workload):
     assert sent["gradients", "all-reduce", "context", True] == total
 
 
-def test_nothing_is_sent_on_one_chip(llama: Workload):
+def test_nothing_is_sent_on_one_chip(llama: RunConfig):
     assert found(with_mesh(llama, {"fsdp": 1}), 1) == {}
 
 
-def test_heads_that_do_not_divide_are_computed_everywhere(workload: Workload):
+def test_heads_that_do_not_divide_are_computed_everywhere(workload: RunConfig):
     attention = dataclasses.replace(workload.model.attention, num_heads=6, num_kv_heads=3)  # type: ignore[attr-defined]
     assert isinstance(attention, GroupedQuery)
     model = dataclasses.replace(workload.model, attention=attention)  # type: ignore[type-var]
@@ -210,7 +211,7 @@ def test_seconds_of_a_gather_are_bytes_over_bandwidth():
     assert reduce.seconds(across) == (0, pytest.approx(256_000 / 3.125e9))
 
 
-def test_a_slow_network_is_what_the_step_waits_for(llama: Workload):
+def test_a_slow_network_is_what_the_step_waits_for(llama: RunConfig):
     slices = Topology.parse("8x v5e:4x4")
     plan = estimate(override(llama, {"global_batch_size": 128, "sequence_length": 512, "mesh.data": 8}), slices)
     assert (plan.bound, plan.communication_bound) == ("DCN", True)
@@ -218,7 +219,7 @@ def test_a_slow_network_is_what_the_step_waits_for(llama: Workload):
     assert estimate(llama, Topology.parse("v5e:16x16")).bound == "matrix units"
 
 
-def test_a_plan_is_json(llama: Workload):
+def test_a_plan_is_json(llama: RunConfig):
     plan = estimate(llama, Topology.parse("v5p:4x4x4"))
     data = json.loads(json.dumps(plan.to_json()))
     assert data.pop("fits") is plan.fits is True
@@ -241,12 +242,12 @@ def test_a_plan_is_json(llama: Workload):
         ),
     ],
 )
-def test_a_mesh_that_cannot_take_the_batch(workload: Workload, changes: dict[str, Any], sentence: str):
+def test_a_mesh_that_cannot_take_the_batch(workload: RunConfig, changes: dict[str, Any], sentence: str):
     with pytest.raises(UserError, match=sentence):
         estimate(override(workload, changes), V5E_8)
 
 
-def test_the_cache_of_a_sampling_plan(llama: Workload):
+def test_the_cache_of_a_sampling_plan(llama: RunConfig):
     plan = estimate_sampling(llama, Topology.parse("v5e:2x4"), 8, 4096)
     assert plan.memory["cache"] == 2 * 32 * 4096 * 4096 * 2  # keys and values of one row a chip, in bfloat16
     assert plan.memory["parameters"] < 2 * num_parameters(llama.model) / 7

@@ -4,15 +4,15 @@ import dataclasses
 import math
 
 import pytest
+from make_goldens import planned
 
-from llama_jax.models import Compute, abstract_params
+from llama_jax.models import abstract_params
 from llama_jax.nn import Experts, SoftmaxTopK
 from llama_jax.parallel import MeshConfig
 from llama_jax.planning import Topology, estimate
 from llama_jax.planning.communication import traffic
 from llama_jax.planning.estimate import MATRIX_UNITS
-from llama_jax.planning.workload import Local, Workload
-from llama_jax.training import AdamW
+from llama_jax.planning.local import Local
 from llama_jax.training.optimizer import is_matrix
 
 EXPERTS = Experts(8, 64, SoftmaxTopK(2, normalize=True), "silu", gated=True, num_shared=1)
@@ -21,22 +21,19 @@ EXPERTS = Experts(8, 64, SoftmaxTopK(2, normalize=True), "silu", gated=True, num
 def local(tiny_config, feed_forward: Experts = EXPERTS, **axes: int) -> Local:
     model = dataclasses.replace(tiny_config, feed_forward=feed_forward)
     mesh = MeshConfig(**({"fsdp": 1} | axes))
-    workload = Workload(
-        model=model, mesh=mesh, compute=Compute(), optimizer=AdamW(1e-3, 1), global_batch_size=16,
-        sequence_length=32,
-    )  # fmt: skip
+    workload = planned(model=model, mesh=mesh, global_batch_size=16, sequence_length=32)
     return Local.of(workload, math.prod(axes.values()) if axes else 1)
 
 
 @pytest.mark.parametrize("axes", [{}, {"expert": 4}, {"expert": 2, "tensor": 2}], ids=str)
 def test_products_are_those_of_the_active_parameters(tiny_config, axes: dict):
     found = local(tiny_config, **axes)
-    params = abstract_params(found.workload.model)
+    params = abstract_params(found.config.model)
     matrices = sum(
         math.prod(p.shape) for name, p in params.items() if is_matrix(name, p) and name.startswith("layers.")
     )
-    active = matrices - 2 * EXPERTS.idle_parameters(found.workload.model.hidden_size)
-    tokens = found.workload.global_batch_size * found.workload.sequence_length
+    active = matrices - 2 * EXPERTS.idle_parameters(found.config.model.hidden_size)
+    tokens = found.config.global_batch_size * found.config.sequence_length
     devices = math.prod(axes.values())
     met = sum(w.layers * w.met for w in found.model.products)
     # The router is whole on every device of a tensor axis, and small.
@@ -49,7 +46,7 @@ def test_experts_that_a_token_does_not_meet_take_no_time(tiny_config):
     seconds = []
     for num_experts in (4, 32):
         experts = dataclasses.replace(EXPERTS, num_experts=num_experts, intermediate_size=1024, dispatch="dropless")
-        workload = local(model, experts, fsdp=4).workload
+        workload = local(model, experts, fsdp=4).config
         seconds.append(estimate(workload, Topology.parse("v5e:2x2")).seconds[MATRIX_UNITS])
     assert seconds[0] == seconds[1] > 0
 

@@ -1,19 +1,36 @@
 """Topologies: what their names mean, and what connects the devices of a mesh axis."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, strategies as st
 
+from llama_jax.chips import CHIPS, Chip, peak_of
 from llama_jax.config import UserError
 from llama_jax.parallel import MESH_AXES
-from llama_jax.planning import CHIPS, Topology
-from llama_jax.planning.gpu_target import GPU_TARGETS
+from llama_jax.planning import Topology, plan
 from llama_jax.planning.search import meshes
+from llama_jax.planning.xla.compiled import gpu_target
+from llama_jax.run_config import load_config
 
 
 def test_every_gpu_is_described_to_its_compiler():
-    assert GPU_TARGETS.keys() == {name for name, chip in CHIPS.items() if chip.platform == "gpu"}
+    assert all((chip.target is not None) == (chip.platform == "gpu") for chip in CHIPS.values())
+
+
+def test_a_chip_of_one_s_own_is_one_entry(monkeypatch: pytest.MonkeyPatch):
+    chip = Chip("x1", ("X1 accelerator",), 1e15, 1e11, 1e12, 1e11, 1e10, (4,))
+    monkeypatch.setitem(CHIPS, chip.name, chip)
+    machine = Topology.parse("x1:2x4")
+    assert (machine.num_chips, str(machine)) == (8, "x1:2x4")
+    devices = [SimpleNamespace(device_kind="X1 accelerator", process_index=i) for i in range(2) for _ in range(4)]
+    assert Topology.of(devices) == machine
+    assert peak_of("X1 accelerator") == 1e15
+    report = plan(load_config("tiny_python", {"mesh.fsdp": 8}), "x1:2x4")
+    assert report.fits
+    with pytest.raises(UserError, match="give its Chip a target"):
+        gpu_target("x1:2x4")
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from hypothesis import given, strategies as st
 
 from llama_jax.config import from_json, to_json
 from llama_jax.planning import Collective, Program, read_collectives
-from llama_jax.planning.collectives import parse_groups
-from llama_jax.planning.hlo import arrays_of, bytes_of
+from llama_jax.planning.xla.collectives import parse_groups
+from llama_jax.planning.xla.hlo import arrays_of, bytes_of
 
 PROGRAMS = Path(__file__).parent / "programs"
 MIB = 2**20

@@ -10,14 +10,15 @@ from hypothesis import given, strategies as st
 
 from llama_jax.config import override
 from llama_jax.parallel import MeshConfig
-from llama_jax.planning import Topology, Workload, best_mesh, estimate, remedy, search
+from llama_jax.planning import Topology, best_mesh, estimate, search, suggestion
 from llama_jax.planning.search import meshes
+from llama_jax.run_config import RunConfig
 
 # Searches with run-time type checks take minutes.
 pytestmark = pytest.mark.slow
 
 
-def applied(workload: Workload, found: Any) -> Any:
+def applied(workload: RunConfig, found: Any) -> Any:
     """The plan of the workload once the advice is followed, as a user would follow it."""
     return estimate(override(workload, found.changes), Topology.parse(found.topology))
 
@@ -35,11 +36,11 @@ def applied(workload: Workload, found: Any) -> Any:
     ],
     ids=str,
 )
-def test_the_remedy_of_what_does_not_fit_fits(llama: Workload, topology: str, changes: dict[str, Any]):
+def test_the_suggestion_for_what_does_not_fit_fits(llama: RunConfig, topology: str, changes: dict[str, Any]):
     workload, machine = override(llama, changes), Topology.parse(topology)
     plan = estimate(workload, machine)
     assert not plan.fits
-    found = remedy(workload, machine, plan)
+    found = suggestion(workload, machine, plan)
     assert found is not None
     assert found.topology == topology, "no other machine, where an option suffices"
     result = applied(workload, found)
@@ -47,9 +48,9 @@ def test_the_remedy_of_what_does_not_fit_fits(llama: Workload, topology: str, ch
     assert result == found.plan
 
 
-def test_the_smallest_change_is_one_option(llama: Workload):
+def test_the_smallest_change_is_one_option(llama: RunConfig):
     machine = Topology.parse("v5e:8x8")
-    found = remedy(llama, machine, estimate(llama, machine))
+    found = suggestion(llama, machine, estimate(llama, machine))
     assert found is not None
     assert found.changes == {"optimizer.accumulation_steps": 4}
     assert found.command() == "--optimizer.accumulation-steps 4"
@@ -57,39 +58,39 @@ def test_the_smallest_change_is_one_option(llama: Workload):
     assert not estimate(half, machine).fits, "less would not have been enough"
 
 
-def test_more_chips_where_no_option_helps(llama: Workload):
+def test_more_chips_where_no_option_helps(llama: RunConfig):
     machine = Topology.parse("v5e:2x2")
     plan = estimate(llama, machine)
     assert plan.argument_bytes > plan.capacity
-    found = remedy(llama, machine, plan)
+    found = suggestion(llama, machine, plan)
     assert found is not None
     chips = Topology.parse(found.topology).num_chips
     assert chips > machine.num_chips
     assert applied(llama, found).fits
 
 
-def test_a_step_that_waits_for_its_network_gets_faster(llama: Workload):
+def test_a_step_that_waits_for_its_network_gets_faster(llama: RunConfig):
     workload = override(llama, {"compute.remat": "full", "global_batch_size": 64, "mesh.tensor": 32})
     machine = Topology.parse("v5e:16x16")
     plan = estimate(workload, machine)
     assert plan.fits
     assert plan.communication_bound
-    found = remedy(workload, machine, plan)
+    found = suggestion(workload, machine, plan)
     assert found is not None
     result = applied(workload, found)
     assert result.fits
     assert result.step_seconds < 0.95 * plan.step_seconds
 
 
-def test_no_advice_where_nothing_is_wrong(llama: Workload):
+def test_no_advice_where_nothing_is_wrong(llama: RunConfig):
     machine = Topology.parse("v5e:16x16")
     plan = estimate(llama, machine)
     assert plan.fits
     assert not plan.communication_bound
-    assert remedy(llama, machine, plan) is None
+    assert suggestion(llama, machine, plan) is None
 
 
-def test_what_is_found_fits_and_is_ranked(llama: Workload):
+def test_what_is_found_fits_and_is_ranked(llama: RunConfig):
     machine = Topology.parse("v5e:8x8")
     found = search(llama, machine)
     assert len(found) > 50
@@ -103,12 +104,12 @@ def test_what_is_found_fits_and_is_ranked(llama: Workload):
     assert all(c.plan.memory["parameters"] < 64 * 1e9 for c in found)
 
 
-def test_nothing_is_found_where_nothing_fits(llama: Workload):
+def test_nothing_is_found_where_nothing_fits(llama: RunConfig):
     assert search(llama, Topology.parse("v5e:2x2")) == []
     assert best_mesh(llama, Topology.parse("v5e:2x2")) is None
 
 
-def test_the_best_mesh_is_a_mesh_of_all_chips(llama: Workload):
+def test_the_best_mesh_is_a_mesh_of_all_chips(llama: RunConfig):
     machine = Topology.parse("v5e:16x16")
     mesh = best_mesh(llama, machine)
     assert isinstance(mesh, MeshConfig)

@@ -4,7 +4,6 @@ The paths are found by themselves, in the commands' arguments, the configs' keys
 among them has to be said here to be a path or not.
 """
 
-import argparse
 import dataclasses
 import inspect
 import re
@@ -18,12 +17,10 @@ import pytest
 
 import llama_jax
 from llama_jax import data, tokenizers
-from llama_jax.__main__ import command_parser, main
+from llama_jax.__main__ import COMMANDS as PARSED, main, make_parser
 from llama_jax.config import Component, UserError, choices, field_types, override
 from llama_jax.data import Source
 from llama_jax.run import Run, RunConfig
-from llama_jax.run.planning import PLAN_OPTIONS
-from llama_jax.sampling import cli as sampling_cli
 
 HERE = Path(__file__).resolve().parent
 
@@ -43,17 +40,18 @@ COMMANDS = {
     "prepare output": "prepare TEXTS --tokenizer RUN/tokenizer --output URL",
     "sample path": "sample URL --prompt a",
     "sample tokenizer": "sample RUN --prompt a --tokenizer URL",
-    # `train` and `plan` parse their own.
-    "train CONFIG": "train URL/config.py --run-dir OUT",
+    "train config": "train URL/config.py --run-dir OUT",
     "train run_dir": "train CONFIG --data.path TEXTS --run-dir URL",
-    "plan CONFIG": "plan URL/config.py --topology v5e:8x8",
+    "plan config": "plan URL/config.py --topology v5e:8x8",
 }
 COMMAND_WORDS = {
     "tokenizer train special_token", "tokenizer encode text", "tokenizer decode ids", "prepare exclude",
     "tokenizer train fields", "tokenizer compare fields",
     "prepare fields", "prepare shards", "prepare max_bad_records", "sample prompt",
     "sample chat_template",
-    "sample ignore_config_keys", "convert ignore_config_keys",
+    "sample ignore_config_keys", "convert ignore_config_keys", "prepare chat_template", "prepare document_chars",
+    "prepare max_record_bytes", "prepare validation_fraction", "train more", "plan more", "plan topology",
+    "train coordinator_address", "train num_processes", "train process_id",
 }  # fmt: skip
 
 # Keys that are paths, with what else a run needs for them. A source's stand in a config file.
@@ -127,22 +125,18 @@ def text_keys() -> set[str]:
 
 def text_arguments() -> set[str]:
     """`COMMAND NAME` of every argument that is no number, switch or choice."""
-    found, left = set(), [("", command_parser()), ("sample", sampling_cli._parser())]
-    while left:
-        command, parser = left.pop()
-        for action in parser._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                left += [(f"{command} {name}".strip(), sub) for name, sub in action.choices.items()]
-            elif action.nargs != 0 and action.type not in (int, float) and not action.choices:
-                found.add(f"{command} {action.dest}")
-    return found
+    return {
+        f"{command} {action.dest}"
+        for command in PARSED
+        for action in make_parser(command)._actions
+        if action.nargs != 0 and action.type not in (int, float) and not action.choices
+    }
 
 
 def test_every_argument_is_known_to_be_a_path_or_not():
     unknown = text_arguments() - COMMANDS.keys() - COMMAND_WORDS
     assert unknown == set(), "is it a path? Then give it a command line in COMMANDS, else put it into COMMAND_WORDS"
     assert len(text_arguments()) > 20
-    assert set(PLAN_OPTIONS) == {"topology", "compile", "search", "json", "sample_batch", "sample_length"}
 
 
 def test_every_key_is_known_to_be_a_path_or_not():

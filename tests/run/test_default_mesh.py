@@ -8,9 +8,8 @@ import jax
 import pytest
 
 from llama_jax.parallel import MeshConfig
-from llama_jax.planning import Topology, estimate, search
+from llama_jax.planning import Topology, estimate, mesh_of, search
 from llama_jax.run import load_config
-from llama_jax.run.planning import mesh_of, topology_of, workload_of
 
 
 def tpus(kind: str, *shape: int, slices: int = 1) -> list[Any]:
@@ -38,7 +37,7 @@ def gpus(kind: str, nodes: int) -> list[Any]:
     ],
 )
 def test_the_machine_is_recognised(devices: list[Any], topology: str | None):
-    found = topology_of(devices)
+    found = Topology.of(devices)
     assert (found and str(found)) == topology
 
 
@@ -46,12 +45,12 @@ def test_a_run_that_says_nothing_gets_the_fastest_mesh_that_fits():
     config = dataclasses.replace(load_config("llama2_7b"), global_batch_size=64)
     devices = tpus("TPU v5p", 2, 2, 4)
     chosen = mesh_of(config, devices)
-    workload, machine = workload_of(config), Topology.parse("v5p:2x2x4")
-    plan = estimate(dataclasses.replace(workload, mesh=chosen), machine)
+    machine = Topology.parse("v5p:2x2x4")
+    plan = estimate(dataclasses.replace(config, mesh=chosen), machine)
     assert plan.fits
     same_options = [
         candidate.plan
-        for candidate in search(workload, machine)
+        for candidate in search(config, machine)
         if candidate.plan.remat == config.compute.remat
         and candidate.plan.accumulation_steps == config.optimizer.accumulation_steps
     ]

@@ -11,8 +11,8 @@ from llama_jax.config import UserError, load_config_module, override
 from llama_jax.data.objectives import Causal, SpanCorruption
 from llama_jax.models import EncoderDecoderConfig, LayerOverride
 from llama_jax.nn import MLP, Experts, SigmoidTopK, SinusoidalPositions
+from llama_jax.planning import plan
 from llama_jax.run import Run, RunConfig, open_run, train
-from llama_jax.run.planning import plan
 from llama_jax.sampling import generate_text
 from llama_jax.zoo.t5 import t5
 

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.__main__ import parse
 from llama_jax.checkpoint.store import CheckpointConfig
+from llama_jax.commands import sample_command
 from llama_jax.config import UserError
 from llama_jax.data import DataConfig, ValidationBatches
 from llama_jax.data.objectives import Classification, MaskedLM
 from llama_jax.run import LoggingConfig, Run, RunConfig, train
 from llama_jax.run.initial import inheritance
-from llama_jax.sampling import cli
 from llama_jax.tokenizers import TokenizerConfig
 from llama_jax.training import AdamW, Linear
 from llama_jax.zoo.bert import encoder
@@ -140,7 +141,7 @@ def test_what_cannot_be_begun_with_is_told_before_anything_is_written(pretrained
 
 def test_an_encoder_is_asked_for_no_text(pretrained: Run):
     with pytest.raises(UserError, match="EncoderConfig continues no texts"):
-        cli.main([str(pretrained.directory), "--prompt", "cat"])
+        sample_command(parse(["sample", str(pretrained.directory), "--prompt", "cat"]))
     logging = dataclasses.replace(pretrained.config.logging, sample_prompts=("cat",))
     with pytest.raises(UserError, match=r"logging\.sample_prompts are no task for EncoderConfig"):
         dataclasses.replace(pretrained.config, logging=logging)

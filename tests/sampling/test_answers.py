@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.__main__ import main
 from llama_jax.checkpoint.language_model import LanguageModel, save
 from llama_jax.config import UserError
 from llama_jax.models import EncoderDecoderConfig, Model
 from llama_jax.nn import MLP, CrossAttention, GroupedQuery, LearnedPositions, RelativeBias, RMSNorm
 from llama_jax.parallel import make_mesh
-from llama_jax.sampling import Sampler, cli, complete, generate, generate_text, stream_text
+from llama_jax.sampling import Sampler, complete, generate, generate_text, stream_text
 from llama_jax.tokenizers import train_tokenizer, with_document_rule
 
 START, NEW = 5, 8
@@ -137,7 +138,7 @@ def test_only_the_answer_is_printed(answering: LanguageModel, tmp_path, capsys: 
         assert "".join(stream_text(answering, prompt, max_new_tokens=10, temperature=0, row=row)) == text
     save(answering, tmp_path / "model")
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    assert cli.main([str(tmp_path / "model"), *prompts, "--max-new-tokens", "10", "--temperature", "0"]) == 0
+    assert main(["sample", str(tmp_path / "model"), *prompts, "--max-new-tokens", "10", "--temperature", "0"]) == 0
     assert capsys.readouterr().out == "\n".join(texts)
 
 

@@ -15,7 +15,7 @@ from llama_jax.checkpoint.generation import GenerationSettings
 from llama_jax.checkpoint.language_model import LanguageModel, save
 from llama_jax.config import UserError
 from llama_jax.data.chat import ChatGLM2Chat, ChatML, ChatTemplate, Llama2Chat, Llama3Chat
-from llama_jax.sampling import Sampler, chat, cli, generate
+from llama_jax.sampling import Sampler, chat, generate
 from llama_jax.sampling.conversations import encoded_chat, render, special_names
 from llama_jax.sampling.text import complete_encoded
 from llama_jax.tokenizers import train_tokenizer
@@ -185,7 +185,7 @@ def test_models_without_a_template_name_the_built_in_ones(lm: LanguageModel):
 
 
 def run(saved: Path, *more: str) -> list[str]:
-    return [str(saved), "--chat", "--max-new-tokens", "8", "--temperature", "0", *more]
+    return ["sample", str(saved), "--chat", "--max-new-tokens", "8", "--temperature", "0", *more]
 
 
 @pytest.fixture(scope="module")
@@ -200,14 +200,14 @@ def test_the_command_answers(chatting: LanguageModel, saved: Path, capsys, monke
         return chat(chatting, messages, max_new_tokens=8, temperature=0)
 
     first = answer(USER)
-    assert cli.main(run(saved, "--prompt", "one fish", "--prompt", "red")) == 0
+    assert main(run(saved, "--prompt", "one fish", "--prompt", "red")) == 0
     assert capsys.readouterr().out == f"{first}\n{answer([{'role': 'user', 'content': 'red'}])}"
-    assert cli.main(run(saved, "--prompt", "one fish", "--json")) == 0
+    assert main(run(saved, "--prompt", "one fish", "--json")) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["prompt"], found["completion"]) == ("one fish", first)
     # What was said before is in the conversation; a message that is refused is not.
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"one fish\r\n{'one fish' * 99}\r\nred\r\n\r\nnever read\r\n"))
-    assert cli.main(run(saved)) == 0
+    assert main(run(saved)) == 0
     talk = [*USER, {"role": "assistant", "content": first}, {"role": "user", "content": "red"}]
     shown = capsys.readouterr()
     assert shown.out == f"{first}\n{answer(talk)}\n"

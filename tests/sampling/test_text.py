@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from llama_jax.__main__ import main
 from llama_jax.checkpoint.language_model import LanguageModel, save
 from llama_jax.config import UserError
-from llama_jax.sampling import Sampler, cli, complete, generate, generate_text, stream_text
+from llama_jax.sampling import Sampler, complete, generate, generate_text, stream_text
 
 PROMPTS = ["one fish", "", "blue fish, red"]
 
@@ -113,9 +114,9 @@ def options(*more: str) -> list[str]:
 def test_the_command_prints_prompt_and_continuation(lm: LanguageModel, saved: Path, capsys: pytest.CaptureFixture):
     texts = generate_text(lm, PROMPTS, max_new_tokens=10, temperature=0)
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    assert cli.main([str(saved), *prompts, *options()]) == 0
+    assert main(["sample", str(saved), *prompts, *options()]) == 0
     assert capsys.readouterr().out == "\n".join(p + text for p, text in zip(PROMPTS, texts, strict=True))
-    assert cli.main([str(saved), *prompts, *options("--json")]) == 0
+    assert main(["sample", str(saved), *prompts, *options("--json")]) == 0
     objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [o["prompt"] for o in objects] == PROMPTS
     assert [o["completion"] for o in objects] == texts
@@ -127,7 +128,7 @@ def test_interactive_until_an_empty_line(
 ):
     too_long = "one fish" * 60
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"one fish\r\n{too_long}\nred\n\nnever read\n"))
-    assert cli.main([str(saved), *options()]) == 0
+    assert main(["sample", str(saved), *options()]) == 0
     shown = capsys.readouterr()
     texts = generate_text(lm, ["one fish", "red"], max_new_tokens=10, temperature=0)
     assert shown.out == f"one fish{texts[0]}\nred{texts[1]}\n"
@@ -145,8 +146,6 @@ def test_interactive_until_an_empty_line(
     ],
 )
 def test_mistakes_are_one_sentence(arguments: list[str], sentence: str, saved: Path, capsys: pytest.CaptureFixture):
-    from llama_jax.__main__ import main
-
     assert main(["sample", *(word.format(saved=saved) for word in arguments)]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -159,8 +158,8 @@ def test_an_ascii_terminal_gets_escapes(saved: Path, monkeypatch: pytest.MonkeyP
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("é\n".encode()), encoding="ascii"))
-    assert cli.main([str(saved), *options()]) == 0
-    assert cli.main([str(saved), "--prompt", "one 🐟", *options()]) == 0
+    assert main(["sample", str(saved), *options()]) == 0
+    assert main(["sample", str(saved), "--prompt", "one 🐟", *options()]) == 0
     out.flush()
     shown = out.buffer.getvalue()  # type: ignore[attr-defined]
     assert shown.startswith(b"\\xe9")

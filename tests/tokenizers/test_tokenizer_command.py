@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.__main__ import main
-from llama_jax.tokenizers import cli, comparing, load_tokenizer, train_tokenizer
+from llama_jax import text_commands
+from llama_jax.__main__ import KINDS as PARSED_KINDS, main
+from llama_jax.tokenizers import comparing, load_tokenizer, train_tokenizer
 from llama_jax.tokenizers.comparing import CHINESE, ENGLISH, compare
-from llama_jax.tokenizers.training import KINDS
+from llama_jax.tokenizers.config import KINDS
 
 LINES = [f"def name_{i}(value{i % 7}):\n    return value{i % 7} + {i * 37}  \n\n" for i in range(100)]
+assert KINDS == PARSED_KINDS
 SIZES = {"bpe": 295, "unigram": 293, "byte_bpe": 288, "wordpiece": 100, "whitespace": 100}
 
 
@@ -30,7 +32,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_train_is_train_tokenizer_on_the_whole_text(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(cli, "BLOCK", 300)  # so that even this file is read in blocks
+    monkeypatch.setattr(text_commands, "BLOCK", 300)  # so that even this file is read in blocks
     first, second = tmp_path / "first.txt", tmp_path / "second.txt"
     first.write_text("".join(LINES))
     second.write_text("no end of line \n \n  é")

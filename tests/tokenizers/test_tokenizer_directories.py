@@ -133,7 +133,7 @@ def test_streams_of_other_decoders_are_decode():
         decoders.Metaspace(),
     ):
         tokenizer.decoder = decoder
-        loaded = json_tokenizer(tokenizer.to_str().encode(), Settings())
+        loaded = json_tokenizer(Path("tokenizer.json"), tokenizer.to_str().encode(), Settings())
         for start in range(len(words)):
             for ids in ([*range(start, len(words))], [3, 4, start, 4, 3, 4], [start, 5, 6, 7, 3], [8, start, 5, 6]):
                 stream = loaded.stream()

@@ -15,7 +15,8 @@ from tokenizers import pre_tokenizers
 import llama_jax
 from llama_jax.config import UserError
 from llama_jax.tokenizers import TokenizerConfig, train_tokenizer
-from llama_jax.tokenizers.training import KINDS, gpt2_words, merge_pairs
+from llama_jax.tokenizers.config import KINDS
+from llama_jax.tokenizers.training import gpt2_words, merge_pairs
 
 LINES = [f"def name_{i}(value{i % 7}):\n    return value{i % 7} + {i * 37}\n" for i in range(300)]
 SIZES = {"bpe": 288, "unigram": 288, "byte_bpe": 288, "wordpiece": 120, "whitespace": 100}

@@ -1,4 +1,4 @@
-"""A tokenized corpus on disk: its directory's index, and the streams over its shards."""
+"""A tokenized corpus on disk: the index of its directory, and its tokens as streams over the shards."""
 
 import ctypes
 import dataclasses
@@ -17,7 +17,8 @@ from jaxtyping import Int, Int32
 from llama_jax.config import UserError
 from llama_jax.data.config import DataConfig, Split
 from llama_jax.data.corpus.documents import OLD, BadRecords, read_texts, sum_scored
-from llama_jax.data.corpus.shards import ARRAYS, array_file, whole
+from llama_jax.data.corpus.shards import ARRAYS, array_file
+from llama_jax.files import write_text
 
 INDEX = "index.json"
 
@@ -26,8 +27,8 @@ INDEX = "index.json"
 class Shard:
     """Documents' tokens one after another, as memory maps: each document is BOS, its tokens, EOS.
 
-    `documents` has where in `tokens` every document begins (increasing from 0), `parts` where a document's second and
-    later parts begin (increasing; empty where documents have one part).
+    `documents` has the places in `tokens` where documents begin (increasing from 0), `parts` those where the second and
+    later parts of a document begin (increasing; empty where documents have one part).
     """
 
     tokens: np.ndarray
@@ -45,49 +46,49 @@ class TokenStream:
 
     @property
     def num_tokens(self) -> int:
+        """Number of tokens."""
         return int(self.starts[-1])
 
     @property
     def num_documents(self) -> int:
+        """Number of documents."""
         return sum(len(shard.documents) for shard in self.shards)
 
     def read(self, start: int, stop: int) -> Int32[np.ndarray, " n"]:
-        """Tokens `start` to `stop` (or the stream's end)."""
+        """Return tokens `start` to `stop` (or the stream's end)."""
         pieces = [shard.tokens[a:b].astype(np.int32) for shard, _, a, b in self._spans(start, stop)]
         return np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
 
     def document_starts(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
-        """Where documents begin, of the places from `start` up to but without `stop`."""
-        found = []
+        """Return the places in [start, stop) where documents begin."""
+        found = [np.zeros(0, np.int64)]
         for shard, offset, a, b in self._spans(start, stop):
             first, last = np.searchsorted(shard.documents, [a, b])
             found.append(shard.documents[first:last] + offset)
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
+        return np.concatenate(found)
 
     def shard_at(self, place: int) -> tuple[Shard, int]:
-        """The shard that has this place of the stream, and where the shard begins."""
+        """Return the shard that has this place of the stream, and the place where the shard begins."""
         number = int(np.searchsorted(self.starts, place, side="right")) - 1
         return self.shards[number], int(self.starts[number])
 
-    def _spans(self, start: int, stop: int):
-        """(shard, where it begins in the stream, first, end) of the shards with places `start` to `stop`."""
+    def _spans(self, start: int, stop: int) -> Iterator[tuple[Shard, int, int, int]]:
+        """Yield (shard, its place in the stream, first, end) of the shards with places `start` to `stop`."""
         stop = min(stop, self.num_tokens)
-        number = int(np.searchsorted(self.starts, start, side="right")) - 1
         while start < stop:
-            offset, end = int(self.starts[number]), int(self.starts[number + 1])
-            if start < end:
-                yield self.shards[number], offset, start - offset, min(stop, end) - offset
-                start = min(stop, end)
-            number += 1
+            shard, offset = self.shard_at(start)  # never one without tokens
+            end = min(stop, offset + len(shard.tokens))
+            yield shard, offset, start - offset, end - offset
+            start = end
 
 
 class Corpus:
-    """A tokenized corpus, opened from its directory: `train` and `validation` streams with their counts by split.
+    """A tokenized corpus, opened from its directory: `train` and `validation` streams, and counts by split.
 
-    `num_bytes` is the size of the documents' text in UTF-8 (of token ids, none), `content_hash` of the files and the
-    options that made it, `tokenizer` the fingerprint, `skipped` what was left out ("file: reason"), `bad_records` how
-    many of each kind and the first of them. `scored_bytes` are the bytes of text that a left-to-right model is asked
-    for in validation, None where that cannot be said, because `unscored`.
+    `num_bytes` is the size of the documents' text in UTF-8 (0 for token ids), `content_hash` the hash of the files and
+    options that it was made of, `tokenizer` the fingerprint, `skipped` the files that were left out ("file: reason"),
+    `bad_records` the number of bad records of each kind and the first of them. `scored_bytes` are the bytes of text
+    that a left-to-right model predicts in validation; None where there is no such number, for the reason `unscored`.
     """
 
     def __init__(self, directory: Path, config: DataConfig):
@@ -97,25 +98,26 @@ class Corpus:
         self.tokenizer: str = index["tokenizer"]
         self.skipped: list[str] = index["skipped"]
         self.bad_records: dict[str, Any] = index["bad_records"]
-        splits = index["splits"]
-        self.num_tokens: dict[Split, int] = {split: sum(shards["tokens"]) for split, shards in splits.items()}
-        self.num_documents: dict[Split, int] = {split: sum(shards["documents"]) for split, shards in splits.items()}
-        self.num_bytes: dict[Split, int] = {split: sum(shards["num_bytes"]) for split, shards in splits.items()}
+
+        def totals(name: str) -> dict[Split, int]:
+            return {split: sum(shards[name]) for split, shards in index["splits"].items()}
+
+        self.num_tokens, self.num_documents, self.num_bytes = map(totals, ("tokens", "documents", "num_bytes"))
         self.scored_bytes: int | None = index.get("scored_bytes")
         self.unscored: str = index.get("unscored", OLD)
         if self.unscored == OLD:
             self.unscored += f": remove '{directory}', and it is made again"
-        # One listing of the directory is cheaper than thousands of files asked for one by one.
+        # One listing of the directory is cheaper than asking for the sizes of thousands of files.
         sizes = {entry.name: entry.stat().st_size for entry in os.scandir(directory)}
         self.train = _stream(directory, "train", index, sizes)
         self.validation = _stream(directory, "validation", index, sizes)
 
     def texts(self, split: Split) -> Iterator[str]:
-        """The documents' text again, read from the original files."""
+        """Yield the documents' text again, read from the original files."""
         return read_texts(self._config, split)
 
     def left_out(self) -> list[str]:
-        """What is to be said of files and records that are not in the corpus."""
+        """Return lines that report the files and records that are not in the corpus."""
         lines = []
         if self.skipped:
             lines.append(f"skipped: {len(self.skipped)}, the first being {'; '.join(self.skipped[:3])}")
@@ -130,36 +132,32 @@ def _stream(directory: Path, split: Split, index: dict[str, Any], sizes: dict[st
     for number, counts in enumerate(zip(*(index["splits"][split][array] for array in ARRAYS), strict=True)):
         if counts[0]:
             arrays = {}
-            for (array, kind), count in zip(ARRAYS.items(), counts, strict=True):
+            for (array, dtype), count in zip(ARRAYS.items(), counts, strict=True):
                 file = array_file(directory, split, number, array)
-                arrays[array] = map_array(file, kind or index["dtype"], count, sizes.get(file.name))
+                arrays[array] = map_array(file, dtype or index["dtype"], count, sizes.get(file.name))
             shards.append(Shard(**arrays))
     return TokenStream(shards)
 
 
 def map_array(file: Path, dtype: str, count: int, size: int | None) -> np.ndarray:
-    """The array in `file` of `size` bytes; raises ValueError where it has not `count` elements."""
+    """Map the array in `file` of `size` bytes, read-only. Raises ValueError where it does not have `count` elements.
+
+    By the C library: Python's own mmap, which numpy's is too, keeps a file open for each map (up to 3.12), and a large
+    corpus has more arrays than a process may open files.
+    """
     if not count:
         return np.zeros(0, dtype)
     if size is None or size != count * np.dtype(dtype).itemsize:
         raise ValueError(f"{file} is not whole")
-    return _mapped(file, size).view(dtype)
-
-
-def _mapped(file: Path, size: int) -> np.ndarray:
-    """The file's bytes as a read-only array.
-
-    By the C library: Python's mmap, which numpy's is too, keeps a file open for each (up to 3.12), and a large corpus
-    has more of them than a process may open.
-    """
     libc = _libc()
     with file.open("rb") as content:
         address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, content.fileno(), 0)
-    if address == ctypes.c_void_p(-1).value:
+    if address == ctypes.c_void_p(-1).value:  # MAP_FAILED
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(file))
     memory = (ctypes.c_ubyte * size).from_address(address)
+    # The array keeps `memory` alive, and with it the map. Not at exit: threads may read still.
     weakref.finalize(memory, libc.munmap, address, size).atexit = False
-    array = np.frombuffer(memory, np.uint8)
+    array = np.frombuffer(memory, dtype)
     array.flags.writeable = False
     return array
 
@@ -173,37 +171,25 @@ def _libc() -> ctypes.CDLL:
     return libc
 
 
-def open_corpus(directory: Path, config: DataConfig) -> Corpus | None:
-    """The corpus in `directory`, or None where there is none or its files are not whole (a full or failing disk)."""
-    try:
-        return Corpus(directory, config)
-    except (OSError, ValueError, KeyError):
-        return None
-
-
 def check_bad_records(summaries: list[dict[str, Any]], config: DataConfig) -> BadRecords:
-    """All the shards' bad records. Raises UserError where they are more than may be."""
+    """Return the sum of the shards' bad records. Raises UserError where they are more than `max_bad_records`."""
     bad = BadRecords(config.max_bad_records)
     for summary in summaries:
         bad.extend(summary)
     return bad
 
 
-def check_validation(num_documents: Mapping[Split, int], config: DataConfig) -> None:
-    """Raises UserError where no document is held out."""
-    if not num_documents["validation"]:
-        raise _empty_split("validation", num_documents, config)
-
-
-def _empty_split(split: Split, num_documents: Mapping[Split, int], config: DataConfig) -> UserError:
-    return UserError(
-        f"validation_fraction={config.validation_fraction} leaves no document for {split} among "
-        f"{sum(num_documents.values())}: change it (0 holds out none), give more files, or cut with document_chars"
-    )
+def check_split(split: Split, num_documents: Mapping[Split, int], config: DataConfig) -> None:
+    """Raise UserError where no document is in the split."""
+    if not num_documents[split]:
+        raise UserError(
+            f"validation_fraction={config.validation_fraction} leaves no document for {split} among "
+            f"{sum(num_documents.values())}: change it (0 holds out none), give more files, or cut with document_chars"
+        )
 
 
 def write_index(directory: Path, summaries: list[dict[str, Any]], content_hash: str, config: DataConfig) -> None:
-    """Writes the index of shards that are all there. Raises UserError for a corpus without text and an empty split."""
+    """Write the index of shards that are all there. Raises UserError for a corpus without text or training text."""
     bad = check_bad_records([summary["bad_records"] for summary in summaries], config)
     splits = {
         split: {name: [summary["splits"][split][name] for summary in summaries] for name in (*ARRAYS, "num_bytes")}
@@ -214,8 +200,7 @@ def write_index(directory: Path, summaries: list[dict[str, Any]], content_hash: 
     if not any(counts.values()):
         first = f" (skipped: {'; '.join(skipped[:3])})" if skipped else ""
         raise UserError(f"path={', '.join(config.path)} has no text{first}: give files with text in them")
-    if not counts["train"]:
-        raise _empty_split("train", counts, config)
+    check_split("train", counts, config)
     index = {
         "content_hash": content_hash,
         "tokenizer": summaries[0]["tokenizer"],
@@ -223,7 +208,6 @@ def write_index(directory: Path, summaries: list[dict[str, Any]], content_hash: 
         "skipped": skipped,
         "bad_records": bad.summary(),
         "splits": splits,
-        **sum_scored(summary["splits"]["validation"] for summary in summaries),
+        **sum_scored([summary["splits"]["validation"] for summary in summaries]),
     }
-    with whole(directory / INDEX) as file:
-        file.write_text(json.dumps(index))
+    write_text(directory / INDEX, json.dumps(index))

@@ -1,6 +1,7 @@
-"""Records to documents: their texts, their split, and the count of those that are bad."""
+"""Records to documents: their texts, their split, the count of bad ones, and of the bytes that validation scores."""
 
 import collections
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,82 +17,91 @@ from llama_jax.data.readers.records import SURROGATE, BadRecord, Part, Record, S
 from llama_jax.tokenizers import Tokenizer
 
 NO_CONVERSATION = "messages that are no conversation"
-NAMED = 100  # bad records that are told by name
+MAX_NAMED = 100  # bad records that are kept by name
+REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character
+OLD = "the corpus was prepared before the bytes were counted"
 
 
 class BadRecords:
-    """How many bad records there were, of which kinds, and the first of them."""
+    """Count of the bad records of each kind, and the first of them by name.
 
-    def __init__(self, limit: int | None):
+    More than `limit` are an error, of which `advice` names the way out; None allows any number.
+    """
+
+    def __init__(self, limit: int | None, advice: str = ""):
         self._limit = limit
+        self._advice = advice or f"raise max_bad_records={limit} to leave out such records"
         self.reasons: collections.Counter[str] = collections.Counter()
         self.first: list[str] = []
 
     def add(self, bad: BadRecord) -> None:
-        """Counts one. Raises UserError where that is one too many."""
+        """Count one. Raises UserError where it is one too many."""
         self.extend({"reasons": {bad.reason: 1}, "first": [str(bad)]})
 
     def extend(self, summary: dict[str, Any]) -> None:
-        """Counts all that another `summary` has."""
+        """Count all of another `summary`. Raises UserError where they are too many."""
         self.reasons.update(summary["reasons"])
-        self.first += summary["first"][: NAMED - len(self.first)]
+        self.first += summary["first"][: MAX_NAMED - len(self.first)]
         if self._limit is not None and (count := self.reasons.total()) > self._limit:
             named = "; ".join(self.first[:3])
             begins = f"{named}: mend it, or" if count == 1 else f"{count} records are bad, first {named}: mend them, or"
-            raise UserError(f"{begins} raise max_bad_records={self._limit} to leave out such records")
+            raise UserError(f"{begins} {self._advice}")
 
     def summary(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the counts as JSON."""
         return {"reasons": dict(sorted(self.reasons.items())), "first": self.first}
 
 
-def read_texts(config: DataConfig, split: Split) -> Iterator[str]:
-    """The texts of the documents of one split, in the corpus' order, each part by itself.
+def good_records(
+    units: Iterable[Unit], config: DataConfig, separators: Sequence[int], bad: BadRecords, skipped: list[str]
+) -> Iterator[tuple[Unit, Record, bytes]]:
+    """Yield (unit, record, `content_of` it) of the records that can be used; the rest is added to `bad` and `skipped`.
 
-    Raises UserError for documents that are token ids, and where more records are bad than may be.
+    `separators`: ids that stand between documents in files of token ids.
     """
-    bad = BadRecords(config.max_bad_records)
-    for unit in (unit for shard in units_by_shard(find_files(config), config) for unit in shard):
-        for record, content in good_records(unit, config, (0,), bad, []):
-            if split_of(content, config) == split:
-                for part in record.parts:
-                    yield from _texts_of(part, record.where)
+    for unit in units:
+        for item in read_unit(unit, config, separators):
+            if isinstance(item, SkippedFile):
+                skipped.append(f"{item.path}: {item.reason}")
+            elif isinstance(item, BadRecord):
+                bad.add(item)
+            elif isinstance(content := content_of(item), BadRecord):
+                bad.add(content)
+            else:
+                yield unit, item, content
+
+
+def _all_records(config: DataConfig, bad: BadRecords, skipped: list[str]) -> Iterator[tuple[Record, bytes]]:
+    """Yield (record, content) of the whole corpus in its order."""
+    units = (unit for shard in units_by_shard(find_files(config), config) for unit in shard)
+    for _, record, content in good_records(units, config, (0,), bad, skipped):
+        yield record, content
+
+
+def read_texts(config: DataConfig, split: Split) -> Iterator[str]:
+    """Yield the texts of the documents of one split, in the corpus's order, each part by itself.
+
+    Raises UserError for documents that are token ids, and for more than `max_bad_records` bad records.
+    """
+    for record, content in _all_records(config, BadRecords(config.max_bad_records), []):
+        if split_of(content, config) == split:
+            for part in record.parts:
+                yield from _texts_of(part, record.where)
 
 
 def read_pieces(
     path: Sequence[str], *, fields: Sequence[str] = ("text",), piece_chars: int, skipped: list[str]
 ) -> Iterator[tuple[object, str]]:
-    """(key, text) of all documents, long ones in pieces of about `piece_chars` characters that end where a line does.
+    """Yield (key, text) of all documents, long ones in pieces of about `piece_chars` characters that end at line ends.
 
-    Pieces of one text follow one another with the same key. `skipped` is told of the files that are left out. Raises
-    UserError for the first record that is none.
+    Pieces of one text follow one another with the same key. Files that are left out are added to `skipped`. Raises
+    UserError for the first bad record.
     """
     config = DataConfig(path=tuple(path), fields=tuple(fields), validation_fraction=0.0, document_chars=piece_chars)
-    for unit in (unit for shard in units_by_shard(find_files(config), config) for unit in shard):
-        for item in read_unit(unit, config):
-            if isinstance(item, SkippedFile):
-                skipped.append(f"{item.path}: {item.reason}")
-                continue
-            if isinstance(item, BadRecord) or isinstance(bad := content_of(item), BadRecord):
-                raise UserError(f"{item if isinstance(item, BadRecord) else bad}: mend it or leave it out")
-            for i, part in enumerate(item.parts):
-                for j, text in enumerate(_texts_of(part, item.where)):
-                    yield (item.where, i, j), text
-
-
-def good_records(
-    unit: Unit, config: DataConfig, separators: Sequence[int], bad: BadRecords, skipped: list[str]
-) -> Iterator[tuple[Record, bytes]]:
-    """A unit's records with their `content_of`; `bad` and `skipped` are told of the rest."""
-    for item in read_unit(unit, config, separators):
-        if isinstance(item, SkippedFile):
-            skipped.append(f"{item.path}: {item.reason}")
-        elif isinstance(item, BadRecord):
-            bad.add(item)
-        elif isinstance(content := content_of(item), BadRecord):
-            bad.add(content)
-        else:
-            yield item, content
+    for record, _ in _all_records(config, BadRecords(0, "leave it out"), skipped):
+        for i, part in enumerate(record.parts):
+            for j, text in enumerate(_texts_of(part, record.where)):
+                yield (record.where, i, j), text
 
 
 def _texts_of(part: Part, where: str) -> list[str]:
@@ -101,7 +111,7 @@ def _texts_of(part: Part, where: str) -> list[str]:
 
 
 def content_of(record: Record) -> bytes | BadRecord:
-    """What the record's split depends on: its texts in UTF-8, its ids as 32-bit integers."""
+    """Return the bytes that the record's split depends on: texts in UTF-8, ids as 32-bit integers."""
     for part in record.parts:
         if isinstance(part, list) and (problem := problem_of(part)) is not None:
             return BadRecord(record.where, NO_CONVERSATION, problem)
@@ -120,71 +130,57 @@ def _bytes_of(part: Part) -> bytes:
 
 
 def text_bytes(record: Record, content: bytes) -> int:
-    """The size of the record's text in UTF-8; of token ids, none."""
+    """Return the size of the record's text in UTF-8 bytes; token ids count as 0."""
     if all(isinstance(part, str) for part in record.parts):
-        return len(content) - len(record.parts) + 1
+        return len(content) - len(record.parts) + 1  # without the separators of parts
     return sum(len(message["content"].encode()) for part in record.parts if isinstance(part, list) for message in part)
 
 
-def split_of(content: str | bytes, config: DataConfig) -> Split:
-    """The split of a document: by its content alone, so that adding files moves none."""
-    if not config.validation_fraction:
-        return "train"
-    content = content.encode() if isinstance(content, str) else content
+def split_of(content: bytes, config: DataConfig) -> Split:
+    """Return the split of a document. It depends on the document alone, so that more files move no document."""
     digest = hashlib.blake2b(content, digest_size=8).digest()
     return "validation" if int.from_bytes(digest) < config.validation_fraction * 2**64 else "train"
 
 
-def separators_of(start_ids: Sequence[int], eos_ids: Sequence[int]) -> tuple[int, ...]:
-    """The ids that stand around documents in files of tokens (llm.c puts Llama-3's BOS there)."""
-    return (*eos_ids[:1], *start_ids)
-
-
-BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character
-OLD = "the corpus was prepared before the bytes were counted"
-
-
+@dataclasses.dataclass
 class ScoredBytes:
-    """Counter of the bytes of text behind the tokens that a left-to-right model predicts: all but a document's first.
+    """Count of the bytes of text behind the tokens that a left-to-right model predicts: all but a document's first.
 
-    There is no such number where documents are token ids or chats, or where a tokenizer loses some of the text: the
-    model is not asked for what is lost.
+    There is no such number, and `reason` says why, where documents are token ids or chats, and where the tokenizer
+    loses some of the text, which the model then is not scored for.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._num_bytes, self._reason = 0, ""
+    tokenizer: Tokenizer
+    num_bytes: int = 0
+    reason: str = ""
 
     def add(self, record: Record, parts: Sequence[np.ndarray]) -> None:
         """Count a document of which `parts` are the tokens."""
-        if self._reason:
+        if self.reason:
             return
-        for text, ids in zip(record.parts, parts, strict=False):  # a chat has more parts
+        for text, ids in zip(record.parts, parts, strict=False):  # a chat has more parts of tokens than records
             if not isinstance(text, str):
-                self._reason = f"{record.where} is no text but {'a chat' if isinstance(text, list) else 'token ids'}"
+                self.reason = f"{record.where} is no text but {'a chat' if isinstance(text, list) else 'token ids'}"
                 return
-            if self._tokenizer.decode(ids.tolist()) != text:
-                self._reason = f"the tokenizer loses text: {record.where} is not what its tokens decode to"
+            if self.tokenizer.decode(ids.tolist()) != text:
+                self.reason = f"the tokenizer loses text: {record.where} is not what its tokens decode to"
                 return
-            self._num_bytes += len(text.encode())
-        if not self._tokenizer.start_ids:  # nothing predicts the first token
-            text, first = record.parts[0], self._tokenizer.decode(parts[0][:1].tolist())
-            if BROKEN in first or not str(text).startswith(first):
-                self._reason = f"the first token of {record.where} is part of a character, and no token is before it"
+            self.num_bytes += len(text.encode())
+        if not self.tokenizer.start_ids:  # nothing predicts the first token
+            text, first = record.parts[0], self.tokenizer.decode(parts[0][:1].tolist())
+            if REPLACEMENT in first or not str(text).startswith(first):
+                self.reason = f"the first token of {record.where} is part of a character, and no token is before it"
                 return
-            self._num_bytes -= len(first.encode())
+            self.num_bytes -= len(first.encode())
 
     def summary(self) -> dict[str, Any]:
-        """As JSON: `scored_bytes`, None where it cannot be said, and why."""
-        return {"scored_bytes": None if self._reason else self._num_bytes, "unscored": self._reason}
+        """Return the count as JSON: `scored_bytes`, None where there is none, and `unscored`, the reason."""
+        return {"scored_bytes": None if self.reason else self.num_bytes, "unscored": self.reason}
 
 
-def sum_scored(shards: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The sum of such summaries; of shards that were made before there were any, None."""
-    total, reason = 0, ""
-    for shard in shards:
-        if (count := shard.get("scored_bytes")) is None:
-            reason = reason or shard.get("unscored", OLD)
-        else:
-            total += count
-    return {"scored_bytes": None if reason else total, "unscored": reason}
+def sum_scored(shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the sum of such summaries. Shards of before there were any have no number."""
+    reasons = [shard.get("unscored", OLD) for shard in shards if shard.get("scored_bytes") is None]
+    if reasons:
+        return {"scored_bytes": None, "unscored": reasons[0]}
+    return {"scored_bytes": sum(shard["scored_bytes"] for shard in shards), "unscored": ""}

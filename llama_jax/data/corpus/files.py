@@ -1,8 +1,7 @@
-"""A corpus' files, on disk and in object stores: found, opened, hashed."""
+"""Files of a corpus, on disk and in object stores: found and hashed."""
 
 import concurrent.futures
 import dataclasses
-import fcntl
 import fnmatch
 import glob
 import hashlib
@@ -19,13 +18,17 @@ from llama_jax.data.corpus.listing import Pattern, split_glob, walk
 from llama_jax.data.readers.opening import open_file
 from llama_jax.data.readers.records import CorpusFile, is_dataset
 from llama_jax.data.readers.tables import find_dataset
+from llama_jax.files import lock
 from llama_jax.remote import file_system, is_remote
 
-SETTLED_NS = 2_000_000_000  # a file may change again without its time changing while this is not over
+SETTLED_NS = 2_000_000_000  # within this time a file may change again without a change of its time
+
+type Found = tuple[dict[str, CorpusFile], bool]
+"""Files of an entry by their paths below its directory or glob, and True where the entry is a directory."""
 
 
 def find_files(config: DataConfig) -> list[CorpusFile]:
-    """The corpus' files, each once, in the order of `path` and sorted within its entries.
+    """Return the corpus's files, each once, in the order of `path` and sorted within its entries.
 
     Raises UserError for an entry that is nothing and where no file is left.
     """
@@ -45,15 +48,13 @@ def find_files(config: DataConfig) -> list[CorpusFile]:
             )
         for below, file in (_of_saved_dataset(entry, found) if is_directory else found).items():
             if not _matches(config.exclude, below, file.path):
-                key = file.path if is_remote(file.path) else os.path.abspath(file.path)
-                files.setdefault(key, file)
+                files.setdefault(file.path if is_remote(file.path) else os.path.abspath(file.path), file)
     if not files:
         raise UserError(f"exclude={', '.join(config.exclude)} leaves no file of path={', '.join(config.path)}")
     return list(files.values())
 
 
-def _find_local(entry: str) -> tuple[dict[str, CorpusFile], bool]:
-    """(the files of an entry by their paths below its directory or the glob's, whether it is a directory)."""
+def _find_local(entry: str) -> Found:
     top = Path(os.path.expanduser(entry))
     if top.is_file():
         status = top.stat()
@@ -76,8 +77,7 @@ def _find_local(entry: str) -> tuple[dict[str, CorpusFile], bool]:
     }, is_directory
 
 
-def _find_remote(entry: str) -> tuple[dict[str, CorpusFile], bool]:
-    """As `_find_local`; in a store there are no links."""
+def _find_remote(entry: str) -> Found:
     fs, name = file_system(entry)
     base, pattern = name, Pattern()
     try:
@@ -105,7 +105,7 @@ def _find_remote(entry: str) -> tuple[dict[str, CorpusFile], bool]:
 
 
 def _matching(fs: Any, name: str) -> dict[str, dict[str, Any]]:
-    """What a glob without `**` matches, of directories all that is below."""
+    """Return the files that a glob without `**` matches, and all files below the directories that it matches."""
     listed = {}
     for path, info in fs.glob(name, detail=True).items():
         listed |= fs.find(path, detail=True) if info["type"] == "directory" else {path: info}
@@ -113,7 +113,7 @@ def _matching(fs: Any, name: str) -> dict[str, dict[str, Any]]:
 
 
 def _of_saved_dataset(entry: str, by_name: dict[str, CorpusFile]) -> dict[str, CorpusFile]:
-    """A directory's files, or where it was written by `save_to_disk` of Hugging Face, only its data."""
+    """Return a directory's files, or where `save_to_disk` of Hugging Face has written it, only its data."""
     if "dataset_dict.json" in by_name:
         splits = _json_of(by_name["dataset_dict.json"])
         if isinstance(splits, dict) and isinstance(splits := splits.get("splits"), list):
@@ -131,7 +131,7 @@ def _of_saved_dataset(entry: str, by_name: dict[str, CorpusFile]) -> dict[str, C
     return {name: dataclasses.replace(by_name[name], named=True) for name in names}
 
 
-def _json_of(file: CorpusFile) -> dict[str, Any]:
+def _json_of(file: CorpusFile) -> Any:
     with open_file(file.path) as content:
         return json.loads(content.read())
 
@@ -142,14 +142,20 @@ def _matches(patterns: Iterable[str], *paths: str) -> bool:
 
 
 def digests(files: list[CorpusFile], cache: Path) -> Iterator[str]:
-    """A hash of each file's content; of what a store or the Hub has, its tag.
+    """Yield a hash of each file's content; of a file in a store or on the Hub, its tag.
 
     Hashes are kept in the file `cache` by path, size and time, so that a start does not read everything again.
     """
-    known = _known(cache)
-    kept: list[tuple[list, str]] = []
+    known: dict[str, str] = {}
+    for line in cache.read_text().splitlines() if cache.exists() else ():
+        try:
+            key, digest = json.loads(line)
+        except ValueError:
+            continue  # cut off by a full disk
+        known[json.dumps(key)] = digest
+    kept: list[str] = []
 
-    def digest(file: CorpusFile) -> str:
+    def digest_of(file: CorpusFile) -> str:
         if is_remote(file.path) or file.problem:
             return file.problem or file.stamp
         key = [os.path.abspath(file.path), file.size, file.stamp]
@@ -158,24 +164,11 @@ def digests(files: list[CorpusFile], cache: Path) -> Iterator[str]:
         with open_file(file.path) as content:
             made = hashlib.file_digest(content, "sha256").hexdigest()
         if time.time_ns() - int(file.stamp) > SETTLED_NS:
-            kept.append((key, made))
+            kept.append(json.dumps([key, made]) + "\n")
         return made
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        yield from pool.map(digest, files)
+        yield from pool.map(digest_of, files)
     if kept:
-        with cache.open("a") as lines:
-            fcntl.flock(lines, fcntl.LOCK_EX)
-            lines.writelines(json.dumps([key, made]) + "\n" for key, made in kept)
-
-
-def _known(cache: Path) -> dict[str, str]:
-    known = {}
-    if cache.exists():
-        for line in cache.read_text().splitlines():
-            try:
-                key, digest = json.loads(line)
-            except ValueError:
-                continue  # cut off by a full disk
-            known[json.dumps(key)] = digest
-    return known
+        with lock(cache.with_suffix(".lock")), cache.open("a") as lines:
+            lines.writelines(kept)

@@ -14,7 +14,6 @@ from llama_jax.data.config import DataConfig
 from llama_jax.data.readers.opening import check_ids, open_file
 from llama_jax.data.readers.records import NOT_JSON, NOT_UTF8, TOO_LONG, BadRecord, Item, Record, Unit, as_record
 from llama_jax.remote import is_remote
-from llama_jax.tokenizers import read_varint
 
 HEADER = 1024  # llm.c: 256 int32, of which magic, version and number of tokens are used
 DTYPES = {(20240520, 1): "<u2", (20240801, 7): "<u4"}
@@ -158,8 +157,8 @@ def _fields(message: bytes | memoryview, *numbers: int) -> Iterator[tuple[int, m
     """(number, content) of the message's fields, all of which have a length and one of these numbers."""
     message, place = memoryview(message), 0
     while place < len(message):
-        tag, place = read_varint(message, place)
-        size, place = read_varint(message, place)
+        tag, place = _read_varint(message, place)
+        size, place = _read_varint(message, place)
         if tag & 7 != 2 or tag >> 3 not in numbers or place + size > len(message):
             raise ValueError
         yield tag >> 3, message[place : place + size]
@@ -185,3 +184,13 @@ def _varints(packed: memoryview) -> np.ndarray:
     within = np.arange(len(data)) - np.repeat(begins, ends - begins + 1)
     bits = (data & 127).astype(np.uint64) << (7 * within).astype(np.uint64)
     return np.bitwise_or.reduceat(bits, begins).view(np.int64)
+
+
+def _read_varint(message: bytes | memoryview, position: int) -> tuple[int, int]:
+    """Return protobuf's varint at `position` (seven bits a byte, the lowest first) and the position after it."""
+    value = shift = 0
+    while True:
+        value |= (message[position] & 127) << shift
+        position, shift = position + 1, shift + 7
+        if message[position - 1] < 128:
+            return value, position

@@ -14,9 +14,9 @@ from jaxtyping import Int
 from llama_jax.config import UserError
 from llama_jax.data.config import Packing, Split
 from llama_jax.data.corpus.corpus import Corpus, Shard, TokenStream, map_array
-from llama_jax.data.corpus.shards import locked, whole
 from llama_jax.data.objectives.base import Objective, Vocabulary
 from llama_jax.data.objectives.decoder import Causal
+from llama_jax.files import lock, replacing, write_text
 
 FORMAT = 1  # of a plan's files; part of their directory's name
 
@@ -84,7 +84,7 @@ class Packer:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"'{directory}' cannot be made ({error.strerror}): set another data.cache_dir") from None
-        with locked(corpus.directory / "rows.lock"):
+        with lock(corpus.directory / "rows.lock"):
             for split in missing:
                 if not (directory / f"{split}.json").exists():
                     self._write(directory, split, getattr(corpus, split))
@@ -94,7 +94,7 @@ class Packer:
         counts = dict.fromkeys(("num_rows", "num_pieces", "num_tokens", "num_dropped"), 0)
         with contextlib.ExitStack() as stack:
             pieces, rows = (
-                stack.enter_context(stack.enter_context(whole(directory / f"{split}.{kind}")).open("wb"))
+                stack.enter_context(stack.enter_context(replacing(directory / f"{split}.{kind}")).open("wb"))
                 for kind in ("pieces", "rows")
             )
             rows.write(np.zeros(1, "<i8").tobytes())
@@ -106,8 +106,7 @@ class Packer:
                 counts["num_pieces"] += len(plan.pieces)
                 counts["num_tokens"] += plan.num_tokens
                 counts["num_dropped"] += plan.num_dropped
-        with whole(directory / f"{split}.json") as file:  # last: it says that all is there
-            file.write_text(json.dumps(counts))
+        write_text(directory / f"{split}.json", json.dumps(counts))  # last: it marks the index as complete
 
     def open(self, corpus: Corpus, split: Split) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
         """(pieces [P, 2] of the stream, where each row's begin and the last one's end, counts) of a split."""

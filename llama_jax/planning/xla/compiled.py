@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,16 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
+from llama_jax.chips import CHIPS
 from llama_jax.config import UserError, from_json, to_json
 from llama_jax.files import lock
-from llama_jax.models import Compute, ModelConfig, abstract_params, buffers
-from llama_jax.parallel import MeshConfig, make_mesh, spec
-from llama_jax.planning.collectives import SLICE_IDS, Collective, read_collectives
-from llama_jax.planning.gpu_target import GPU_TARGETS
-from llama_jax.planning.hardware import Topology
-from llama_jax.planning.hlo import Program
-from llama_jax.training import Optimizer, compiler_options, init_state, make_train_step
+from llama_jax.models import abstract_params, buffers
+from llama_jax.parallel import make_mesh, spec
+from llama_jax.planning.topology import Topology
+from llama_jax.planning.xla.collectives import SLICE_IDS, Collective, read_collectives
+from llama_jax.planning.xla.hlo import Program
+from llama_jax.run_config import RunConfig
+from llama_jax.training import compiler_options, init_state, make_train_step
 
 BATCH_DTYPES = {
     "tokens": jnp.int32,
@@ -60,28 +61,6 @@ GPU_ENVIRONMENT = ENVIRONMENT | {
 
 class DoesNotFit(RuntimeError):
     """The program needs more memory than a device has; the message is XLA's, with both figures."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CompileRequest:
-    """A train step, and the machine to compile it for.
-
-    topology: chips of a TPU, `v5e:8x8` or `v5p:4x4x8`; of several slices, `2x v5e:8x8`; nodes and GPUs, `h100:4x8`.
-    model: what is trained.
-    compute: how it is computed.
-    optimizer: how it is trained.
-    mesh: how the chips are used.
-    global_batch_size: sequences of one update.
-    sequence_length: tokens of a sequence.
-    """
-
-    topology: str
-    model: ModelConfig
-    compute: Compute
-    optimizer: Optimizer
-    mesh: MeshConfig
-    global_batch_size: int
-    sequence_length: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,40 +105,43 @@ class CompiledStep:
     seconds: float
 
 
-def compile_step(request: CompileRequest) -> CompiledStep:
-    """Compiles the train step for the request's topology, in another process.
+def compile_step(config: RunConfig, topology: str) -> CompiledStep:
+    """Compile the train step of a run for a topology, in another process.
 
-    Waits while another such process of this machine runs. Raises UserError where the compiler is missing or does not
-    know the topology, for a mesh that does not fit it, and for an attention kernel that needs its GPU to be compiled;
-    DoesNotFit when a device's memory is too small; RuntimeError with XLA's words when it cannot compile.
+    `topology`: chips of a TPU, `v5e:8x8`; of several slices, `2x v5e:8x8`; nodes and GPUs, `h100:4x8`. Waits while
+    another such process of this machine runs. Raises UserError where the compiler is missing or does not know the
+    topology, for a mesh that does not fit it, and for an attention kernel that needs its GPU to be compiled; DoesNotFit
+    when a device's memory is too small; RuntimeError with XLA's message when it cannot compile.
     """
-    is_gpu = _is_gpu(request.topology)
+    chip = CHIPS.get(topology.partition(":")[0])
+    is_gpu = chip is not None and chip.platform == "gpu"
     module, name, extra = "libtpu", "libtpu", "plan"
     if is_gpu:
         module, name, extra = "jax_cuda13_plugin", "JAX's CUDA plugin", "plan-gpu"
     if importlib.util.find_spec(module) is None:
         raise UserError(
-            f"compiling for topology={request.topology!r} needs {name}, which is not installed: "
+            f"compiling for topology={topology!r} needs {name}, which is not installed: "
             f"pip install 'llama_jax[{extra}]'"
         )
-    kernel = request.compute.attention_kernel
-    if is_gpu and (kernel == "cudnn" or (kernel == "auto" and request.mesh.context == 1)):
+    kernel = config.compute.attention_kernel
+    if is_gpu and (kernel == "cudnn" or (kernel == "auto" and config.mesh.context == 1)):
         raise UserError(
             f"compute.attention_kernel={kernel!r}: cuDNN's kernel cannot be compiled where its GPU is not: "
             "--compute.attention-kernel blockwise can"
         )
-    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    request = {"topology": topology, "target": gpu_target(topology), "config": to_json(config)}
+    path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     with _one_at_a_time():
         done = subprocess.run(
             [sys.executable, "-c", f"from {__name__} import main; main()"],
-            input=json.dumps(to_json(request)),
+            input=json.dumps(request),
             capture_output=True,
             text=True,
             env=os.environ | (GPU_ENVIRONMENT if is_gpu else ENVIRONMENT) | {"PYTHONPATH": path},
         )
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
-        raise RuntimeError(f"the step could not be compiled for {request.topology}:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"the step could not be compiled for {topology}:\n{done.stderr[-4000:]}")
     answer = json.loads(lines[-1])
     if error := {"UserError": UserError, "DoesNotFit": DoesNotFit}.get(answer["type"]):
         raise error(answer["message"])
@@ -179,18 +161,27 @@ def _one_at_a_time() -> Iterator[None]:
         yield
 
 
-def _is_gpu(topology: str) -> bool:
-    return topology.partition(":")[0] in GPU_TARGETS
+def gpu_target(topology: str) -> tuple[str, str] | None:
+    """Return XLA's description of a topology's GPU and its shape (nodes x 1 x GPUs of a node), or None for TPUs.
+
+    Raises UserError for a GPU without a description.
+    """
+    if (chip := CHIPS.get(topology.partition(":")[0])) is None or chip.platform != "gpu":
+        return None
+    if chip.target is None:
+        raise UserError(f"topology={topology!r}: XLA can compile for a GPU that it is told of: give its Chip a target")
+    machine = Topology.parse(topology)
+    return chip.target.proto(), f"{machine.num_slices}x1x{machine.shape[0]}"
 
 
-def get_devices(topology: str) -> list[Any]:
-    """Stand-ins for the devices of a topology. Raises UserError for one that the compiler does not know."""
-    if _is_gpu(topology):
-        machine = Topology.parse(topology)
-        target = GPU_TARGETS[machine.chip.name].proto()
-        # Nodes x 1 x GPUs of a node.
-        shape = f"{machine.num_slices}x1x{machine.shape[0]}"
-        return topologies.get_topology_desc("", platform="cuda", target_config=target, topology=shape).devices
+def get_devices(topology: str, target: Sequence[str] | None = None) -> list[Any]:
+    """Return stand-ins for the devices of a topology; `target` is a GPU's `gpu_target`.
+
+    Raises UserError for a topology that the compiler does not know.
+    """
+    if target is not None:
+        proto, shape = target
+        return topologies.get_topology_desc("", platform="cuda", target_config=proto, topology=shape).devices
     found = re.fullmatch(r"(?:(\d+)x )?([a-z]\w*:(\d+(?:x\d+)*))", topology)
     if found is None:
         raise UserError(f"topology={topology!r} is not of the form v5e:8x8, v5p:4x4x8 or 2x v5e:8x8")
@@ -206,21 +197,21 @@ def get_devices(topology: str) -> list[Any]:
     return devices
 
 
-def lower_step(request: CompileRequest, devices: list[Any]) -> tuple[jax.stages.Lowered, jax.sharding.Mesh]:
-    """The train step on abstract state and batch, traced and lowered for a mesh of these devices."""
-    mesh = make_mesh(request.mesh, devices)
+def lower_step(config: RunConfig, devices: list[Any]) -> tuple[jax.stages.Lowered, jax.sharding.Mesh]:
+    """Return the train step, traced on abstract arrays and lowered for a mesh of these devices, and that mesh."""
+    mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
-        hyper = jax.eval_shape(lambda: request.optimizer.hyper(1))
-        make = functools.partial(init_state, buffer_names=frozenset(buffers(request.model)))
-        state = jax.eval_shape(make, abstract_params(request.model), hyper)
-        shape = (request.global_batch_size, request.sequence_length)
+        hyper = jax.eval_shape(lambda: config.optimizer.hyper(1))
+        make = functools.partial(init_state, buffer_names=frozenset(buffers(config.model)))
+        state = jax.eval_shape(make, abstract_params(config.model), hyper)
+        shape = (config.global_batch_size, config.row_length)
         sharding = NamedSharding(mesh, spec("batch", "sequence", shape=shape))  # type: ignore[arg-type]
         batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_DTYPES.items()}
         step = make_train_step(
-            request.model,
-            request.compute,
-            accumulation_steps=request.optimizer.accumulation_steps,
-            compiler_options=compiler_options(request.model, devices[0].platform),
+            config.model,
+            config.compute,
+            accumulation_steps=config.optimizer.accumulation_steps,
+            compiler_options=compiler_options(config.model, devices[0].platform),
         )
         return step.lower(state, batch, hyper), mesh
 
@@ -249,9 +240,10 @@ def describe(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, seconds: fl
 def main() -> None:
     """The process that compiles: a request on stdin, the answer as the last line of stdout."""
     try:
-        request = from_json(CompileRequest, json.load(sys.stdin))
+        request = json.load(sys.stdin)
         start = time.perf_counter()
-        lowered, mesh = lower_step(request, get_devices(request.topology))
+        devices = get_devices(request["topology"], request["target"])
+        lowered, mesh = lower_step(from_json(RunConfig, request["config"]), devices)
         compiled = lowered.compile()
         answer = to_json(describe(compiled, mesh, time.perf_counter() - start))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""What a plan is made of: the part of a run's config that memory and speed depend on, and what lies on one device."""
+"""A train step on one device of a mesh: its weights, caches and tokens. Nothing is allocated."""
 
 import contextlib
 import dataclasses
@@ -12,57 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from llama_jax.config import UserError
-from llama_jax.models import Compute, ModelConfig
+from llama_jax.models import ModelConfig
 from llama_jax.nn import ExpertsModule, Projection
-from llama_jax.parallel import MeshConfig, batch_parts, mesh_axis_sizes, spec, split_over
-from llama_jax.training import Optimizer
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """A train step; its keys are those of a run's config, so that a change of one is a change of the other.
-
-    model: what is trained.
-    compute: how it is computed.
-    optimizer: how it is trained.
-    mesh: how devices are used.
-    global_batch_size: sequences of one update.
-    sequence_length: tokens of a sequence.
-    num_steps: updates, for how long it all takes.
-    """
-
-    model: ModelConfig
-    compute: Compute
-    optimizer: Optimizer
-    mesh: MeshConfig
-    global_batch_size: int
-    sequence_length: int
-    num_steps: int = 1
-
-    @property
-    def parts(self) -> int:
-        """That the batch is computed in."""
-        return self.optimizer.accumulation_steps
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Type of activations; on the accelerators that are planned for, auto is bfloat16."""
-        return jnp.dtype("bfloat16" if self.compute.dtype == "auto" else self.compute.dtype)
-
-    def problem(self, sizes: dict[str, int]) -> str | None:
-        """Why a mesh of these sizes cannot take the batch, or None."""
-        rows = batch_parts(sizes)
-        if self.global_batch_size % (rows * self.parts):
-            experts = " x mesh.expert" if sizes["expert"] > 1 else ""
-            accumulated = f" x optimizer.accumulation_steps={self.parts}" if self.parts > 1 else ""
-            return (
-                f"global_batch_size={self.global_batch_size} is not divisible by mesh.data x mesh.fsdp{experts}={rows}"
-                f"{accumulated}: take a multiple of {rows * self.parts}"
-            )
-        if self.sequence_length % sizes["context"]:
-            return f"sequence_length={self.sequence_length} is not divisible by mesh.context={sizes['context']}"
-        return None
+from llama_jax.parallel import batch_parts, mesh_axis_sizes, spec, split_over
+from llama_jax.run_config import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,31 +124,42 @@ def _keys(model: ModelConfig, tensor: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """A workload on one device of a mesh.
+    """A run's train step on one device of a mesh.
 
-    workload: all of it.
+    config: the run.
     sizes: of the mesh axes.
     model: the device's part of the model.
-    tokens: that the device computes at a time.
-    itemsize: bytes of an activation.
+    tokens: tokens of a micro-batch on the device.
     """
 
-    workload: Workload
+    config: RunConfig
     sizes: dict[str, int]
     model: LocalModel
     tokens: int
-    itemsize: int
 
     @staticmethod
-    def of(workload: Workload, num_chips: int) -> "Local":
-        """Raises UserError for a mesh that takes other than so many chips, or cannot take the batch."""
-        sizes = workload.mesh.sizes(num_chips)
-        if problem := workload.problem(sizes):
-            raise UserError(problem)
-        rows = workload.global_batch_size // workload.parts // batch_parts(sizes)
-        tokens = rows * (workload.sequence_length // sizes["context"])
-        model = _local_model(workload.model, sizes["fsdp"], sizes["tensor"], sizes["expert"])
-        return Local(workload, sizes, model, tokens, workload.dtype.itemsize)
+    def of(config: RunConfig, num_chips: int) -> "Local":
+        """Return one device's part. Raises UserError where mesh and chips, or mesh and batch, do not fit."""
+        config.check_mesh(num_chips)
+        sizes = config.mesh.sizes(num_chips)
+        rows = config.global_batch_size // config.optimizer.accumulation_steps // batch_parts(sizes)
+        model = _local_model(config.model, sizes["fsdp"], sizes["tensor"], sizes["expert"])
+        return Local(config, sizes, model, rows * (config.row_length // sizes["context"]))
+
+    @property
+    def micro_batches(self) -> int:
+        """Number of gradient-accumulation micro-batches."""
+        return self.config.optimizer.accumulation_steps
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an activation."""
+        return compute_dtype(self.config).itemsize
+
+
+def compute_dtype(config: RunConfig) -> jnp.dtype:
+    """Return the type of activations; on the accelerators that are planned for, auto is bfloat16."""
+    return jnp.dtype("bfloat16" if config.compute.dtype == "auto" else config.compute.dtype)
 
 
 @contextlib.contextmanager

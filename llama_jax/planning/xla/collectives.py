@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from llama_jax.planning.hlo import Instruction, Program, Site, arrays_of, bytes_of
+from llama_jax.planning.xla.hlo import Instruction, Program, Site, arrays_of, bytes_of
 
 KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",

@@ -1,65 +1,15 @@
-"""Chips and how they are connected: what a roofline needs to know of a machine.
-
-Figures of TPUs: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e) and the tables of "How to scale your model"
-(jax-ml.github.io/scaling-book, chapter 2). Of GPUs: NVIDIA's data sheets of DGX H100, H200 and B200, and the same
-book's chapter 12. Memory of a TPU is what its compiler leaves to a program, of a GPU what the data sheet says.
-"""
+"""Machines: chips and how they are connected, as a mesh is laid over them."""
 
 import dataclasses
 import difflib
 import itertools
 import math
 import re
+from collections.abc import Sequence
+from typing import Any
 
+from llama_jax.chips import CHIPS, Chip, chip_of
 from llama_jax.config import UserError
-from llama_jax.training import PEAK_FLOPS
-
-MIB, GIB = 2**20, 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A kind of accelerator; all bandwidths in bytes per second, one way.
-
-    name: as topologies write it.
-    peak_flops: bfloat16 FLOP/s.
-    memory: bytes of HBM that a program may use.
-    bandwidth: of HBM.
-    link: of one ICI link of a TPU, which has two in each direction of its torus; of all NVLinks of a GPU together.
-    network: a chip's share of its host's connection to other slices or nodes.
-    max_shape: the largest torus; of a GPU, how many share NVLink.
-    on_chip: bytes of a TPU's memory that the compiler places arrays in itself.
-    wraps: what a torus axis must be to be closed to a ring: this size (v5e, v6e), or a multiple of it (v4, v5p).
-    """
-
-    name: str
-    peak_flops: float
-    memory: float
-    bandwidth: float
-    link: float
-    network: float
-    max_shape: tuple[int, ...]
-    on_chip: int = 0
-    wraps: int = 0
-
-    @property
-    def platform(self) -> str:
-        """`tpu` or `gpu`."""
-        return "tpu" if self.wraps else "gpu"
-
-
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("v4", PEAK_FLOPS["TPU v4"], 30.75 * GIB, 1.2e12, 4.5e10, 6.25e9, (16, 16, 16), wraps=4),
-        Chip("v5e", PEAK_FLOPS["TPU v5e"], 15.75 * GIB, 8.1e11, 5e10, 3.125e9, (16, 16), 128 * MIB, 16),
-        Chip("v5p", PEAK_FLOPS["TPU v5p"], 95.74 * GIB, 2.765e12, 1e11, 6.25e9, (16, 20, 28), 128 * MIB, 4),
-        Chip("v6e", PEAK_FLOPS["TPU v6e"], 31.25 * GIB, 1.6e12, 1e11, 1.25e10, (16, 16), 128 * MIB, 16),
-        Chip("h100", PEAK_FLOPS["NVIDIA H100 80GB HBM3"], 80e9, 3.35e12, 4.5e11, 5e10, (8,)),
-        Chip("h200", PEAK_FLOPS["NVIDIA H200"], 141e9, 4.8e12, 4.5e11, 5e10, (8,)),
-        Chip("b200", PEAK_FLOPS["NVIDIA B200"], 180e9, 8e12, 9e11, 5e10, (8,)),
-    )
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +88,23 @@ class Topology:
                 f"topology={text!r}: one {'slice' if chip.wraps else 'node'} of {name} has at most {largest}"
             )
         return Topology(chip, shape, slices)
+
+    @staticmethod
+    def of(devices: Sequence[Any]) -> "Topology | None":
+        """Return the machine that these JAX devices are, or None for chips that are not planned for, such as CPUs."""
+        chip = chip_of(devices[0].device_kind)
+        if chip is None:
+            return None
+        if chip.platform == "gpu":
+            # NVLink domains, where JAX knows them; there may be a process for each GPU.
+            num_slices = len({getattr(device, "slice_index", device.process_index) for device in devices})
+            shape: tuple[int, ...] = (len(devices) // num_slices,)
+        else:
+            num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+            coords = zip(*(device.coords for device in devices), strict=True)
+            shape = tuple(len(set(along)) for along in coords)[: len(chip.max_shape)]
+        found = Topology(chip, shape, num_slices)
+        return found if found.num_chips == len(devices) else None
 
     def larger(self) -> "Topology":
         """The next size: the smallest torus axis doubled while it can be, then one more slice or node as often."""

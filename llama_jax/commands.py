@@ -1,0 +1,299 @@
+"""The work of each command of the command line, with the arguments that `__main__` has parsed."""
+
+import argparse
+import codecs
+import dataclasses
+import difflib
+import io
+import itertools
+import json
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+import jax
+from rich.console import Console
+
+from llama_jax.checkpoint import ConversionError, LanguageModel, convert, load
+from llama_jax.config import (
+    UserError,
+    component_choices,
+    field_docs,
+    field_types,
+    find_config,
+    leaves,
+    load_config_module,
+    override,
+    type_name,
+)
+from llama_jax.parallel import distributed
+from llama_jax.planning import plan
+from llama_jax.remote import with_urls
+from llama_jax.run import Preempted, RunFailed, train
+from llama_jax.run_config import RunConfig
+from llama_jax.sampling import (
+    Encoded,
+    Sampler,
+    built_in,
+    complete_encoded,
+    encoded_chat,
+    encoded_prompt,
+    stream_encoded,
+)
+from llama_jax.text_commands import (
+    prepare_command,
+    tokenizer_compare_command,
+    tokenizer_decode_command,
+    tokenizer_encode_command,
+    tokenizer_train_command,
+)
+
+# The keys of a run that people change first: those that `--help` shows.
+COMMON_KEYS = (
+    "model.num_layers", "model.hidden_size", "tokenizer.path", "tokenizer.vocab_size", "data.path", "data.fields",
+    "optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.accumulation_steps", "num_steps",
+    "global_batch_size", "sequence_length", "seed", "init_from", "mesh.fsdp", "mesh.tensor", "compute.remat",
+    "checkpoint.every_steps", "logging.validate_every_steps", "logging.sample_prompts",
+)  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run a parsed command; mistakes and failures become one sentence on stderr and an exit code."""
+    # What Orbax logs about a damaged checkpoint comes as one sentence of ours.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    try:
+        return COMMANDS[args.command](args)
+    except distributed.AgreedError as error:
+        return report(f"error: {error}", 2)
+    except UserError as error:
+        print(f"error: {with_urls(str(error))}", file=sys.stderr)
+        return distributed.leave(2)
+    except (RunFailed, ConversionError) as error:
+        return report(f"failed: {error}", 1)
+    except Preempted as error:
+        return report(str(error), 75)
+    except KeyboardInterrupt:
+        return distributed.leave(130)
+    except BrokenPipeError:
+        if distributed.several():
+            os._exit(141)
+        raise
+    except Exception:
+        if not distributed.several():
+            raise
+        traceback.print_exc()
+        return distributed.leave(1)
+
+
+def report(sentence: str, code: int) -> int:
+    """Print `sentence` on process 0 and return `code`, which all processes end with."""
+    if distributed.is_main():
+        print(with_urls(sentence), file=sys.stderr)
+    return code
+
+
+def train_command(args: argparse.Namespace) -> int:
+    """Train a config, as one of several processes where there are several, or print its keys."""
+    if args.help:
+        module, config = read_config(args)
+        print(key_help(args, module, config))
+        return 0
+    join(args)
+    module, config = distributed.all_agree(lambda: read_config(args))
+    run = train(config, args.run_dir or Path("runs") / find_config(args.config).stem)
+    if hasattr(module, "report"):
+        distributed.all_agree(lambda: module.report(run))
+    return 0
+
+
+def read_config(args: argparse.Namespace) -> tuple[ModuleType, RunConfig]:
+    """Return the config's module, and its config with the command line's keys."""
+    module = load_config_module(args.config)
+    config = module.get_config()
+    valued = {key: annotation for key, annotation, _ in leaves(config) if annotation is not bool}
+    for key, value in args.keys.items():
+        flag = f"--{key.replace('_', '-')}"
+        if value is True and key in valued:
+            raise UserError(f"{flag} needs a value of type {type_name(valued[key])}")
+        near = difflib.get_close_matches(key, vars(args), n=1, cutoff=0.8)
+        if near and "." not in key and key not in field_types(RunConfig):
+            raise UserError(f"unknown flag '{flag}': did you mean '--{near[0].replace('_', '-')}'?")
+    return module, override(config, args.keys)
+
+
+def join(args: argparse.Namespace) -> None:
+    """Join the other processes, if any; of these only the first prints."""
+    numbers = {"--num-processes": args.num_processes, "--process-id": args.process_id}
+    for flag, number in numbers.items():
+        if number is not None and not number.isdigit():
+            raise UserError(f"{flag}='{number}' must be a number")
+    distributed.start(args.coordinator_address, *(None if n is None else int(n) for n in numbers.values()))
+    if not distributed.is_main():  # also what libraries print from C++
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def key_help(args: argparse.Namespace, module: ModuleType, config: RunConfig) -> str:
+    """Return the keys of a config by section, with type, value and meaning: the common ones, or all."""
+    docs: dict[str, str] = {}
+
+    def collect(part: object, prefix: str) -> None:
+        for field, text in field_docs(type(part)).items():
+            docs[prefix + field] = text
+            collect(getattr(part, field), f"{prefix}{field}.")
+
+    collect(config, "")
+    sections: dict[str, list[str]] = {}
+    for key, annotation, value in leaves(config):
+        if args.help != "all" and key not in COMMON_KEYS:
+            continue
+        shown = type(value).__name__ if dataclasses.is_dataclass(value) else value
+        if isinstance(value, tuple):
+            shown = ",".join(str(v) for v in value) or "(empty)"
+        kind = type_name(annotation)
+        if options := component_choices(annotation):
+            kind += f": {'|'.join(options)}"
+        section = sections.setdefault(key.partition(".")[0] if "." in key or key in ("model",) else "run", [])
+        section.append(f"  --{key.replace('_', '-')} <{kind}> = {shown}\n      {docs.get(key, '')}")
+    lines = [f"{(module.__doc__ or '').strip()}\n", f"keys of {args.config}, with type, value and meaning:"]
+    for section, entries in sections.items():
+        about = f": {docs[section]}" if section in docs else ""
+        lines += ["", f"{section}{about}", *entries]
+    if args.help != "all":
+        lines.append(f"\n`--help all` lists all {sum(1 for _ in leaves(config))} keys; `train.py --help` the flags.")
+    return "\n".join(lines)
+
+
+def plan_command(args: argparse.Namespace) -> int:
+    """Print the plan of a config; the exit code is 1 where it does not fit."""
+    # Only shapes are computed: the accelerators of this machine, and libtpu's messages where there are none, are not
+    # needed.
+    jax.config.update("jax_platforms", "cpu")
+    if args.help:
+        print(key_help(args, *read_config(args)))
+        return 0
+    if args.topology is None:
+        raise UserError("plan needs --topology, such as v5e:8x8, '2x v5p:4x4x8' or h100:4x8")
+    found = plan(
+        read_config(args)[1],
+        args.topology,
+        compile=args.compile,
+        search_all=args.search,
+        sample_batch=args.sample_batch,
+        sample_length=args.sample_length,
+    )
+    if args.json:
+        print(json.dumps(found.to_json()))
+    else:
+        Console(highlight=False).print(found)
+    return 0 if found.fits else 1
+
+
+def convert_command(args: argparse.Namespace) -> int:
+    """Convert weights and print how much their logits differ."""
+    receipt = convert(
+        args.source, args.destination, to=args.to, dtype=args.dtype, ignore_config_keys=args.ignore_config_keys
+    )
+    print(
+        f"{args.destination}: logits differ by at most {receipt['max_abs_logit_difference']:.2g} "
+        f"(logit standard deviation {receipt['logit_std']:.2g})"
+    )
+    return 0
+
+
+def sample_command(args: argparse.Namespace) -> int:
+    """Continue prompts, or answer them, or converse."""
+    if args.json and args.prompt is None:
+        raise UserError("--json answers prompts: give at least one --prompt")
+    if args.chat_template is not None and not args.chat:
+        raise UserError("--chat-template is for conversations: give --chat too")
+    accept_any_text()
+    args.sampler = Sampler.of(args.temperature, args.top_k, args.top_p)
+    lm = load(args.path, tokenizer=args.tokenizer, ignore_config_keys=args.ignore_config_keys)
+    args.chat_template = built_in(args.chat_template, lm.tokenizer)
+    if args.prompt is None:
+        converse(lm, args)
+        return 0
+    conversations = [[{"role": "user", "content": prompt}] for prompt in args.prompt]
+    if args.json:
+        prompts = [encoded(lm, messages, args) for messages in conversations]
+        settings = {"max_new_tokens": args.max_new_tokens, "sampler": args.sampler, "seed": args.seed}
+        for found in complete_encoded(lm, args.prompt, prompts, **settings):
+            print(json.dumps(dataclasses.asdict(found)))
+        return 0
+    for row, messages in enumerate(conversations):
+        if row:
+            print()
+        print_answer(lm, messages, row, args)
+    if sys.stdout.isatty():
+        print()
+    return 0
+
+
+def accept_any_text() -> None:
+    """Let text pass that the locale cannot encode: written as escapes; read as UTF-8 where the locale is ASCII."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # the tokenizer refuses what is not text, in a sentence
+        ascii_only = codecs.lookup(sys.stdin.encoding).name == "ascii"
+        sys.stdin.reconfigure(encoding="utf-8" if ascii_only else sys.stdin.encoding, errors="surrogateescape")
+
+
+def print_answer(lm: LanguageModel, messages: list[dict[str, str]], row: int, args: argparse.Namespace) -> str:
+    """Print, piece by piece, the answer to a conversation, or without --chat the last message and its continuation.
+
+    Returns the model's text.
+    """
+    prompt = encoded(lm, messages, args)
+    pieces = stream_encoded(
+        lm, prompt, max_new_tokens=args.max_new_tokens, sampler=args.sampler, seed=args.seed, row=row
+    )
+    first = next(pieces, "")  # before the prompt is printed: a prompt that is refused leaves stdout empty
+    shows_prompt = not args.chat and not lm.config.has_source
+    print(messages[-1]["content"] if shows_prompt else "", end=first, flush=True)
+    written = [first]
+    for text in pieces:
+        print(text, end="", flush=True)
+        written.append(text)
+    return "".join(written)
+
+
+def encoded(lm: LanguageModel, messages: list[dict[str, str]], args: argparse.Namespace) -> Encoded:
+    """Return the conversation by its template, or without --chat the last message as it is."""
+    if args.chat:
+        return encoded_chat(lm, messages, args.chat_template)
+    return encoded_prompt(lm, messages[-1]["content"])
+
+
+def converse(lm: LanguageModel, args: argparse.Namespace) -> None:
+    """Continue each line that is typed, or answer it in a conversation, until an empty line or the end of input."""
+    history: list[dict[str, str]] = []
+    try:
+        for row in itertools.count():
+            print("prompt> ", end="", file=sys.stderr, flush=True)
+            if not (line := sys.stdin.readline().rstrip("\r\n")):
+                return
+            messages = [*history, {"role": "user", "content": line}]
+            try:
+                answer = print_answer(lm, messages, row, args)
+                print(flush=True)
+                history = [*messages, {"role": "assistant", "content": answer}] if args.chat else []
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+
+
+COMMANDS = {
+    "train": train_command,
+    "plan": plan_command,
+    "sample": sample_command,
+    "convert": convert_command,
+    "prepare": prepare_command,
+    "tokenizer train": tokenizer_train_command,
+    "tokenizer encode": tokenizer_encode_command,
+    "tokenizer decode": tokenizer_decode_command,
+    "tokenizer compare": tokenizer_compare_command,
+}
