@@ -9,7 +9,7 @@ trains, are in the dict like parameters.
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ def is_stacked(name: str) -> bool:
 class _Template:
     """Structure of a module without values, of which `merge` makes the module."""
 
-    def __init__(self, make: Callable[[], Any]):
+    def __init__(self, make: Callable[[], nnx.Module]):
         self.graphdef, state = nnx.split(nnx.eval_shape(make))
         self.shapes = _flat(state)
         self.treedef = jax.tree.structure(state)
@@ -171,7 +171,7 @@ def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, 
     }
 
 
-def repeating_pattern(pieces: tuple[Any, ...]) -> tuple[int, int]:
+def repeating_pattern(pieces: Sequence[Hashable]) -> tuple[int, int]:
     """Return (leading, period): after `leading` layers the rest repeats every `period`, with the smallest sum."""
     total = len(pieces)
     best = (total, 0)
