@@ -380,8 +380,8 @@ assert example["weights"].sum() == 1
 # These are all the objectives that the library has.
 
 # %%
-public = [getattr(objectives, public_name) for public_name in objectives.__all__]
-classes = {cls for cls in public if isinstance(cls, type) and issubclass(cls, objectives.Objective)}
+public = [value for value in vars(objectives).values() if isinstance(value, type)]
+classes = {cls for cls in public if issubclass(cls, objectives.Objective)}
 bases = {objectives.Objective, objectives.SequenceToSequence}
 assert shown == classes - bases
 print(*sorted(cls.__name__ for cls in shown))

@@ -15,7 +15,7 @@ from tiny_run import write_texts
 import llama_jax
 from llama_jax import tokenizers
 from llama_jax.__main__ import parse
-from llama_jax.checkpoint.language_model import LanguageModel
+from llama_jax.checkpoint import LanguageModel
 from llama_jax.data import readers
 from llama_jax.models import Compute, DecoderConfig, from_params
 from llama_jax.nn import Rope

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llama_jax.checkpoint.store import CheckpointStore
+from llama_jax.checkpoint import CheckpointStore
 from llama_jax.models import abstract_params
 from llama_jax.run import Run, RunConfig, open_run
 from llama_jax.training import init_state

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llama_jax.__main__ import parse
-from llama_jax.checkpoint.store import CheckpointConfig
+from llama_jax.checkpoint import CheckpointConfig
 from llama_jax.commands import sample_command
 from llama_jax.config import UserError
 from llama_jax.data import DataConfig, ValidationBatches

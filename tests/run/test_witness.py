@@ -25,7 +25,7 @@ import tiny_run
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from llama_jax.checkpoint.store import CheckpointConfig
+from llama_jax.checkpoint import CheckpointConfig
 from llama_jax.config import UserError, leaves, override
 from llama_jax.data import DataConfig, Dataset, Source, Stage, Vocabulary, prepare_dataset
 from llama_jax.data.chat import Llama2Chat

@@ -14,7 +14,7 @@ import optax.contrib
 import pytest
 from test_step import ROWS, batch_of
 
-from llama_jax.checkpoint.store import from_disk, to_disk
+from llama_jax.checkpoint import from_disk, to_disk
 from llama_jax.config import UserError, override, to_json
 from llama_jax.models import Compute, DecoderConfig, abstract_params, initialize
 from llama_jax.nn import Experts, SoftmaxTopK
