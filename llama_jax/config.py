@@ -204,8 +204,11 @@ def _field(cls: type, name: str, old: Any, change: dict[str, Any], prefix: str, 
     inner = {rest: value for rest, value in change.items() if rest}
     if "" in change:
         value = change[""]
-        if isinstance(value, str) and value in options:
-            return _changed(options[value], old, inner, key + ".", components)
+        if isinstance(value, str):
+            # inverse_sqrt is InverseSqrt: the names that schedules had before they were classes.
+            chosen = options.get(value) or options.get("".join(part.capitalize() for part in value.split("_")))
+            if chosen is not None:
+                return _changed(chosen, old, inner, key + ".", components)
         try:
             new = _parse(annotation, value)
         except _Mismatch:

@@ -13,7 +13,7 @@ from llama_jax.planning import Topology, estimate
 from llama_jax.planning.communication import traffic
 from llama_jax.planning.estimate import MATRIX_UNITS
 from llama_jax.planning.local import Local
-from llama_jax.training.optimizer import is_matrix
+from llama_jax.training.matrices import is_matrix
 
 EXPERTS = Experts(8, 64, SoftmaxTopK(2, normalize=True), "silu", gated=True, num_shared=1)
 

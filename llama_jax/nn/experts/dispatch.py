@@ -147,6 +147,7 @@ def _apply_local(
     else:
         slot, num_slots, product = _sorted_slots(own.reshape(-1), here)
     assignment = jnp.full(num_slots, slot.size).at[slot].set(jnp.arange(slot.size), mode="drop", unique_indices=True)
+    # Out-of-range slots mean "none": scatter drops them, and the gathers below fill zeros.
     rows = _dispatch(*_alike(x.reshape(b * t, d), slot.reshape(b * t, k), assignment))
     if by_capacity:
         rows = rows.reshape(here, b * capacity, d)
@@ -180,7 +181,7 @@ def _sorted_slots(own: Int[Array, " a"], num_experts: int) -> tuple[jax.Array, i
         block *= 2
     # Each expert's last block may be partly empty, and no more blocks than assignments have a row.
     num_blocks = min(a, a // block + num_experts)
-    order = jnp.argsort(own, stable=True)
+    order = jnp.argsort(own, stable=True)  # stable: the slots, and so the sums, do not depend on the platform
     first = jnp.searchsorted(own[order], jnp.arange(num_experts + 1))
     counts = jnp.diff(first)
     blocks = (counts + block - 1) // block
