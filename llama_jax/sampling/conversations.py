@@ -7,7 +7,7 @@ import datetime
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.exceptions
@@ -124,7 +124,7 @@ def special_names(tokenizer: Tokenizer) -> dict[str, str]:
 class _GenerationBlocks(jinja2.ext.Extension):
     """The tags `{% generation %}` ... `{% endgeneration %}` around answers, for training: here their content alone."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno

@@ -139,7 +139,7 @@ def _apply_local(
     first = 0 if exchange or not layout.expert_axis else here * jax.lax.axis_index(AXIS)
     own = choice["experts"] - first
     own = jnp.where((own >= 0) & (own < here), own, here)  # [b, t, k]; `here` for an expert elsewhere, or dropped
-    k = own.shape[-1]
+    k, product = own.shape[-1], None
     if by_capacity:
         slot = (own * b + jnp.arange(b)[:, None, None]) * capacity + choice["rank"]
         num_slots = here * b * capacity
@@ -149,7 +149,7 @@ def _apply_local(
     assignment = jnp.full(num_slots, slot.size).at[slot].set(jnp.arange(slot.size), mode="drop", unique_indices=True)
     # Out-of-range slots mean "none": scatter drops them, and the gathers below fill zeros.
     rows = _dispatch(*_alike(x.reshape(b * t, d), slot.reshape(b * t, k), assignment))
-    if by_capacity:
+    if product is None:
         rows = rows.reshape(here, b * capacity, d)
         if exchange:
             rows = jax.lax.all_to_all(rows, AXIS, split_axis=0, concat_axis=1, tiled=True)
