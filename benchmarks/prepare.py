@@ -27,7 +27,8 @@ from llama_jax.data import DataConfig  # noqa: E402
 from llama_jax.data.corpus.files import find_files  # noqa: E402
 from llama_jax.data.corpus.shards import BATCH_CHARS, ShardMaker  # noqa: E402
 from llama_jax.data.corpus.workers import make_shards  # noqa: E402
-from llama_jax.data.readers.records import Unit, units_by_shard  # noqa: E402
+from llama_jax.data.readers import units_by_shard  # noqa: E402
+from llama_jax.data.readers.records import Unit  # noqa: E402
 from llama_jax.tokenizers import Tokenizer, load_tokenizer  # noqa: E402
 
 

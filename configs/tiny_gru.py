@@ -8,7 +8,7 @@ tokens with a model of 919,296 parameters, minutes on a few CPU cores. Expected 
 ln 1024 = 6.93; on Tiny Shakespeare 2.01 bits per byte of held-out text at the end.
 """
 
-from llama_jax.checkpoint.store import CheckpointConfig
+from llama_jax.checkpoint import CheckpointConfig
 from llama_jax.data import DataConfig
 from llama_jax.models import Compute, DecoderConfig
 from llama_jax.nn import GRU

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from llama_jax.checkpoint.store import CheckpointConfig
+from llama_jax.checkpoint import CheckpointConfig
 from llama_jax.data import DataConfig
 from llama_jax.models import Compute, DecoderConfig
 from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU

@@ -9,7 +9,7 @@ result: a loss that starts near ln 1024 = 6.93; on Tiny Shakespeare 2.11 bits pe
 run sees every token about five times), where tiny_ngram comes to 2.06 and tiny_gru to 2.01.
 """
 
-from llama_jax.checkpoint.store import CheckpointConfig
+from llama_jax.checkpoint import CheckpointConfig
 from llama_jax.data import DataConfig
 from llama_jax.models import Compute, DecoderConfig
 from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU

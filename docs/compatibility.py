@@ -1,16 +1,43 @@
 """Write compatibility.md, the tables of files that are read: `python docs/compatibility.py`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from markdown_table import markdown
-from zoo_table import title
 
 from llama_jax import zoo
-from llama_jax.checkpoint import catalog, generation
-from llama_jax.data.readers import opening, records
+from llama_jax.checkpoint import generation
+from llama_jax.data import readers
+from llama_jax.data.readers import opening
 from llama_jax.tokenizers import settings
 from llama_jax.tokenizers.loading import FILE_NAMES
+from llama_jax.zoo import known_keys
+
+# Files of weights that are read.
+READ = {
+    "model.safetensors, model-*-of-*.safetensors": "Hugging Face, in one file or in shards with an index",
+    "pytorch_model.bin, pytorch_model-*-of-*.bin": "PyTorch's zip files and those before 1.6, by a reader that calls "
+    "nothing",
+    "consolidated.*.pth with params.json": "Meta, one file for each model-parallel rank",
+    "consolidated.safetensors": "Meta's names in one file, with params.json or config.json (Llama, Mixtral)",
+    "*.bin": "llama2.c, version 0",
+}
+WRAPPERS = {
+    "_orig_mod., module., _fsdp_wrapped_module., _checkpoint_wrapped_module.": "prefixes of training tools, anywhere",
+    "no prefix": "a trunk saved without the name that it has in the whole model",
+    "experts.gate_up_proj, experts.down_proj": "all experts of a layer in one tensor",
+    "rotary_emb.*, position_ids, rope.freqs": "computed, and passed over",
+    "weight_scale_inv": "fp8 with a scale for each block (DeepSeek)",
+}
+REFUSED = {
+    "adapter_config.json, adapter_model.*": "adapters, until they are merged",
+    "qweight, qzeros; quant_method gptq, awq": "weights quantized by GPTQ and AWQ",
+    "absmax, SCB; quant_method bitsandbytes": "weights quantized by bitsandbytes",
+    "scales; a key quantization": "weights quantized by MLX",
+    "*.h5, *.msgpack, *.ckpt, *.gguf, *.onnx, *.npz, *.ot": "files of other frameworks, where there are no others",
+    "other classes in architectures": "heads of other tasks, and code of somebody's own",
+}
 
 PAGE = Path(__file__).resolve().parent / "compatibility.md"
 INTRODUCTION = """# Files that are read, written and refused
@@ -26,21 +53,46 @@ def _code(words: Iterable[str]) -> str:
     return ", ".join("`" + word.replace("|", "\\|") + "`" for word in words)
 
 
+class _Asked(dict):
+    """Record which keys of a config.json are read."""
+
+    def __init__(self, data: Mapping[str, Any], asked: set[str]):
+        super().__init__(data)
+        self._asked = asked
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self._asked.add(key)
+        return super().get(key, default)
+
+
+def keys_read(family: zoo.Family) -> tuple[str, ...]:
+    """Return the keys of config.json that decide something."""
+    asked: set[str] = set()
+    data = family.to_hf(next(iter(family.presets.values())))
+    for architecture in family.architectures:
+        family.from_hf(_Asked(data | {"architectures": [architecture]}, asked))
+    return tuple(sorted(asked))
+
+
 def families() -> str:
     """Return what is read of each family, and the class that an export names."""
     rows = []
-    for family in catalog.families():
-        module = zoo.family(family.model_type)
-        names = "yes" if family.meta else ""
-        rows.append((title(module), _code([family.model_type]), _code(family.architectures), names, _code(family.keys)))
+    for name in zoo.families():
+        family = zoo.family(name)
+        meta = "yes" if family.meta is not None else ""
+        rows.append((family.title, _code([name]), _code(family.architectures), meta, _code(keys_read(family))))
     return markdown("family|`model_type`|classes that are read|Meta's names too|keys of config.json that decide", rows)
+
+
+def harmless() -> dict[str, tuple[str, ...]]:
+    """Return the keys of config.json that no family needs to read, by who writes them; some are patterns."""
+    by_name = {name: tuple(sorted(keys)) for name, keys in known_keys.KNOWN.items()}
+    return by_name | {name: (pattern.pattern,) for name, (pattern, _) in known_keys.PATTERNS.items()}
 
 
 def harmless_keys() -> str:
     """Return the keys of config.json that no family needs to read."""
-    return markdown(
-        "whose|keys, or a pattern of them", ((name, _code(keys)) for name, keys in catalog.harmless_keys().items())
-    )
+    return markdown("whose|keys, or a pattern of them", ((name, _code(keys)) for name, keys in harmless().items()))
 
 
 def tokenizer_classes() -> str:
@@ -56,7 +108,7 @@ def tokenizer_classes() -> str:
 
 def text_files() -> str:
     """Return the kinds of text files by name."""
-    rows = [(kind.replace("_", " "), _code([pattern.pattern])) for pattern, kind in records.KINDS]
+    rows = [(kind.name.replace("_", " "), _code([kind.pattern])) for kind in readers.KINDS]
     return markdown("kind|names (patterns, in any case); all others are text", rows)
 
 
@@ -67,9 +119,9 @@ def other_contents() -> str:
 
 def page() -> str:
     """Return the whole page."""
-    weights = ((f"`{name}`", what) for name, what in catalog.READ.items())
-    names = ((_code([name]) if "." in name else name, what) for name, what in catalog.WRAPPERS.items())
-    refused = ((_code([name]) if "*" in name else name, what) for name, what in catalog.REFUSED.items())
+    weights = ((f"`{name}`", what) for name, what in READ.items())
+    names = ((_code([name]) if "." in name else name, what) for name, what in WRAPPERS.items())
+    refused = ((_code([name]) if "*" in name else name, what) for name, what in REFUSED.items())
     return f"""{INTRODUCTION}
 ## Families
 

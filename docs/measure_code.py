@@ -12,6 +12,7 @@ package, from the train step to the einsum of the projection deepest below it. C
 
 import argparse
 import ast
+import atexit
 import json
 import os
 import re
@@ -57,6 +58,7 @@ class Recorder:
     def start(self) -> None:
         """Begin to record."""
         sys.monitoring.set_events(sys.monitoring.PROFILER_ID, sys.monitoring.events.PY_START)
+        atexit.register(sys.monitoring.set_events, sys.monitoring.PROFILER_ID, sys.monitoring.events.NO_EVENTS)
 
     def stop(self) -> list[str]:
         """Return the files since `start`, of this process and its children, and record nothing more."""

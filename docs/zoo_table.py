@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ from markdown_table import markdown
 
 import llama_jax
 from llama_jax import zoo
-from llama_jax.checkpoint.language_model import LanguageModel
+from llama_jax.checkpoint import LanguageModel
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = ROOT / "tests" / "parity" / "goldens"
@@ -92,28 +91,13 @@ def loads(model_type: str) -> str:
     return "; ".join(", ".join(dict.fromkeys(words)) for words in (architectures, forms) if words)
 
 
-def families() -> dict[str, ModuleType]:
-    """Return every family, including those without released weights."""
-    return {name: module for name, module in zoo._modules().items() if getattr(module, "PRESETS", None)}
-
-
-def title(module: ModuleType) -> str:
-    """Return the family's title: the first words of its docstring."""
-    return re.split(r" \(|[:,\n]|\.(?!\d)", module.__doc__ or "")[0]
-
-
-def objectives(module: ModuleType) -> tuple[str, ...]:
-    """Return the names of the family's objectives; by default the next token."""
-    return getattr(module, "OBJECTIVES", ("Causal",))
-
-
 def zoo_table(errors: Mapping[str, str]) -> str:
     """Return the table, a row for each family; `errors` are the measured parity errors by family."""
     rows = []
-    for name, module in families().items():
-        sizes = [f"`{preset}` {llama_jax.num_parameters(config):,}" for preset, config in module.PRESETS.items()]
-        trained = ", ".join(f"`{objective}`" for objective in objectives(module))
-        rows.append((title(module), "<br>".join(sizes), loads(name), trained, errors.get(name, "")))
+    for name, family in zoo.all_presets().items():
+        sizes = [f"`{preset}` {llama_jax.num_parameters(config):,}" for preset, config in family.presets.items()]
+        trained = ", ".join(f"`{objective}`" for objective in family.objectives)
+        rows.append((family.title, "<br>".join(sizes), loads(name), trained, errors.get(name, "")))
     return markdown("family|presets, parameters|weights of|objectives|parity error>", rows)
 
 
@@ -121,7 +105,7 @@ def measure() -> dict[str, str]:
     """Return the largest parity error of each family's goldens."""
     errors: dict[str, float] = {}
     for name, model_type in model_types().items():
-        if model_type not in families():
+        if model_type not in zoo.all_presets():
             continue
         error = parity_error(name)
         print(f"{name}: {error:.1e}", flush=True)
@@ -134,7 +118,7 @@ def written(text: str) -> tuple[str, dict[str, str]]:
     match = re.search(f"{BEGIN}\n(.*){END}", text, re.DOTALL)
     assert match, f"README.md has lost {BEGIN} or {END}"
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in match[1].splitlines()[2:]]
-    names = {title(module): name for name, module in families().items()}
+    names = {family.title: name for name, family in zoo.all_presets().items()}
     return match[1], {names[row[0]]: row[-1] for row in rows if row[0] in names and row[-1]}
 
 

@@ -25,25 +25,27 @@ RESTARTED = "llama_jax_restarted"  # the -X option of a process that was started
 KINDS = ("bpe", "unigram", "byte_bpe", "wordpiece", "whitespace")  # of tokenizers; a test compares them
 
 
-Argument = tuple[str, str, dict[str, Any]]  # flag or name, help, and other arguments of argparse's add_argument
 RUN_PATH = "run, Hugging Face or Meta directory, or a llama2.c .bin; or URL"
-IGNORED_KEYS: Argument = (
-    "--ignore-config-keys",
-    "keys of the directory's config files to take as if they were not there",
-    {"type": lambda keys: [key for key in keys.split(",") if key], "default": [], "metavar": "KEY[,KEY]"},
-)
-SWITCH = {"action": "store_true"}
+
+
+type Argument = tuple[list[str], dict[str, Any]]  # positional and keyword arguments of argparse's add_argument
+
+
+def flag(names: str, metavar: str | None, help: str, **options: Any) -> Argument:
+    """Return an argument with its flags, or with its name where it is positional; without `metavar` it is a switch."""
+    kind = {"action": "store_true"} if metavar is None else {"metavar": metavar}
+    return names.split(" "), {"help": help} | kind | options
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
     """A command's parser, as data.
 
-    description: what `--help` says; its first sentence is in the list of commands.
+    description: its help; the first sentence is in the list of commands.
     arguments: flags and positional arguments, in the order of the help.
-    epilog: what follows them.
+    epilog: text after them.
     prog: how the command is written; None: `python -m llama_jax` and its name.
-    takes_keys: whether it takes a config and its dotted keys.
+    takes_keys: True where it takes a config and its dotted keys.
     """
 
     description: str
@@ -53,10 +55,17 @@ class Command:
     takes_keys: bool = False
 
 
-CONFIG: tuple[Argument, ...] = (
-    ("config", "name in configs/, or path of a .py file", {"nargs": "?", "metavar": "CONFIG"}),
-    ("more", argparse.SUPPRESS, {"nargs": "?"}),
-    ("-h --help", "this; with CONFIG the keys that are changed most; `--help all`: all keys", SWITCH),
+IGNORED_KEYS = flag(
+    "--ignore-config-keys",
+    "KEY[,KEY]",
+    "keys of the directory's config files to take as if they were not there",
+    type=lambda keys: [key for key in keys.split(",") if key],
+    default=[],
+)
+CONFIG = (
+    flag("config", "CONFIG", "name in configs/, or path of a .py file", nargs="?"),
+    flag("more", "", argparse.SUPPRESS, nargs="?"),
+    flag("-h --help", None, "this; with CONFIG the keys that are changed most, with `CONFIG --help all` all of them"),
 )
 COMMANDS = {
     "train": Command(
@@ -64,11 +73,11 @@ COMMANDS = {
         "On several hosts it is started once on each.",
         (
             *CONFIG,
-            ("--run-dir", "or a URL of an object store (default: runs/CONFIG)", {"metavar": "DIR"}),
-            # Where SLURM, Open MPI or a TPU does not know these.
-            ("--coordinator-address", "process 0, where nothing else names it", {"metavar": "HOST:PORT"}),
-            ("--num-processes", "how many there are", {"metavar": "N"}),
-            ("--process-id", "number of this one, from 0", {"metavar": "I"}),
+            flag("--run-dir", "DIR", "or a URL of an object store (default: runs/CONFIG)"),
+            # For clusters other than SLURM, Open MPI and TPUs, which have these.
+            flag("--coordinator-address", "HOST:PORT", "process 0, where nothing else names it"),
+            flag("--num-processes", "N", "how many there are"),
+            flag("--process-id", "I", "number of this one, from 0"),
         ),
         "Exit code 0: done; 1: failed; 2: a mistake; 75: preempted, start it again.",
         "train.py",
@@ -78,20 +87,14 @@ COMMANDS = {
         "Find whether a config fits a machine, and how fast it can be. Neither the machine nor the data is needed.",
         (
             *CONFIG,
-            (
-                "--topology",
-                "v5e:8x8, v5p:4x4x8 (chips of a TPU slice), '2x v6e:16x16' (slices), h100:4x8 (nodes x GPUs)",
-                {"metavar": "TOPOLOGY"},
-            ),
-            (
-                "--compile",
-                "compile the real step for it, too (extra `plan`; GPUs: `plan-gpu`): XLA's memory, what it sends",
-                SWITCH,
-            ),
-            ("--search", "try all meshes, accumulation steps and remat policies, and rank what fits", SWITCH),
-            ("--json", "for programs", SWITCH),
-            ("--sample-batch", "memory and speed of sampling so many rows", {"type": int, "metavar": "N"}),
-            ("--sample-length", "positions of each of these rows", {"type": int, "metavar": "N"}),
+            flag("--topology", "TOPOLOGY", "v5e:8x8, v5p:4x4x8 (chips of a TPU slice), '2x v6e:16x16' (slices), "
+                 "h100:4x8 (nodes x GPUs)"),
+            flag("--compile", None, "compile the real step for it, too (extra `plan`; GPUs: `plan-gpu`): XLA's memory, "
+                 "what it sends"),
+            flag("--search", None, "try all meshes, accumulation steps and remat policies, and rank what fits"),
+            flag("--json", None, "for programs"),
+            flag("--sample-batch", "N", "memory and speed of sampling so many rows", type=int),
+            flag("--sample-length", "N", "positions of each of these rows", type=int),
         ),
         "Exit code 0: fits; 1: does not fit; 2: a mistake.",
         takes_keys=True,
@@ -101,26 +104,18 @@ COMMANDS = {
         "tokens such as <extra_id_0> may be written out, and only the answer is printed. With --chat the prompt is a "
         "message, and only the answer is printed.",
         (
-            ("path", RUN_PATH, {"metavar": "PATH"}),
-            (
-                "--prompt",
-                "text to continue or answer, repeatable; without one: interactive",
-                {"action": "append", "metavar": "TEXT"},
-            ),
-            ("--chat", "answer by the model's chat template; each --prompt begins a conversation", SWITCH),
-            (
-                "--chat-template",
-                "another chat template: one that the model's files name, or Llama2Chat, Llama3Chat, ChatML, "
-                "ChatGLM2Chat",
-                {"metavar": "NAME"},
-            ),
-            ("--tokenizer", "file, directory or URL; default: the one with the weights", {"metavar": "PATH"}),
-            ("--max-new-tokens", "default: %(default)s", {"type": int, "default": 128, "metavar": "N"}),
-            ("--temperature", "0 is greedy; default: %(default)s", {"type": float, "default": 0.8, "metavar": "T"}),
-            ("--top-k", "only the K most probable tokens", {"type": int, "metavar": "K"}),
-            ("--top-p", "only the most probable tokens that make up P", {"type": float, "metavar": "P"}),
-            ("--seed", "0 to 2**64 - 1; default: %(default)s", {"type": int, "default": 0, "metavar": "S"}),
-            ("--json", "one object per prompt, with token ids and finish_reason", SWITCH),
+            flag("path", "PATH", RUN_PATH),
+            flag("--prompt", "TEXT", "text to continue or answer, repeatable; default: interactive", action="append"),
+            flag("--chat", None, "answer by the model's chat template; each --prompt begins a conversation"),
+            flag("--chat-template", "NAME", "another chat template: one that the model's files name, or Llama2Chat, "
+                 "Llama3Chat, ChatML, ChatGLM2Chat"),
+            flag("--tokenizer", "PATH", "file, directory or URL; default: the one with the weights"),
+            flag("--max-new-tokens", "N", "default: %(default)s", type=int, default=128),
+            flag("--temperature", "T", "0 is greedy; default: %(default)s", type=float, default=0.8),
+            flag("--top-k", "K", "only the K most probable tokens", type=int),
+            flag("--top-p", "P", "only the most probable tokens that make up P", type=float),
+            flag("--seed", "S", "0 to 2**64 - 1; default: %(default)s", type=int, default=0),
+            flag("--json", None, "one object per prompt, with token ids and finish_reason"),
             IGNORED_KEYS,
         ),
         prog="sample.py",
@@ -128,14 +123,11 @@ COMMANDS = {
     "convert": Command(
         "Import or export weights, with the logit check.",
         (
-            ("source", RUN_PATH, {"metavar": "SOURCE"}),
-            ("destination", "directory to make, or URL to write", {"metavar": "DESTINATION"}),
-            (
-                "--to",
-                "form of DESTINATION: Hugging Face's or this package's",
-                {"choices": ("hf", "native"), "required": True},
-            ),
-            ("--dtype", "default: as the source has it", {"choices": ("float32", "bfloat16")}),
+            flag("source", "SOURCE", RUN_PATH),
+            flag("destination", "DESTINATION", "directory to make, or URL to write"),
+            flag("--to", "{hf,native}", "form of DESTINATION: Hugging Face's or this package's",
+                 choices=("hf", "native"), required=True),
+            flag("--dtype", "{float32,bfloat16}", "default: as the source has it", choices=("float32", "bfloat16")),
             IGNORED_KEYS,
         ),
     ),
@@ -144,69 +136,61 @@ COMMANDS = {
         "Tokenize a corpus into shards. It may be text, JSONL, JSON, CSV and TSV (each also .gz, .zst, .bz2 and .xz), "
         "the members of tar archives, Parquet, datasets of Hugging Face (hf://NAME[/CONFIG]:SPLIT, or a directory of "
         "save_to_disk), ArrayRecord (tf.train.Example or JSON), and nanoGPT's and llm.c's .bin, on disk or in an "
-        "object store (gs://, s3://). What is there already is not made again. On a cluster, run one process for each "
+        "object store (gs://, s3://). Finished shards are not made again. On a cluster, run one process for each "
         "of the --shards, with one --output; the same command without --shards then makes the index.",
         (
-            ("path", "files, directories and globs; or URLs", {"nargs": "+"}),
-            ("--tokenizer", "tokenizer file, or a directory with one", {"required": True, "metavar": "PATH"}),
-            ("--exclude", "patterns as in the shell of files to leave out", {"nargs": "+", "metavar": "PATTERN"}),
-            ("--fields", "fields of a record that are its text; default: text", {"metavar": "A[,B...]"}),
-            ("--chat-template", "how the messages of a chat become tokens, such as ChatML", {"metavar": "NAME"}),
-            ("--document-chars", "cut longer documents at line ends; default: none", {"metavar": "N"}),
-            ("--max-record-bytes", "longer lines, records and whole files are bad records", {"metavar": "N"}),
-            ("--max-bad-records", "more are an error; none: any number; default: 0", {"metavar": "N"}),
-            ("--validation-fraction", "share of documents held out; default: 0.01", {"metavar": "F"}),
-            ("--cache-dir", "default: $LLAMA_JAX_CACHE or ~/.cache/llama_jax", {"metavar": "DIR"}),
-            ("--output", "the corpus' directory (default: one in the cache)", {"metavar": "DIR"}),
-            ("--num-workers", "processes (default: one for each core)", {"type": int, "metavar": "N"}),
-            ("--shards --shard", "make only shard I, or shards A to B-1, and no index", {"metavar": "I|A:B"}),
-            ("--count", "only print how many shards there are", SWITCH),
+            flag("path", "PATH", "files, directories and globs; or URLs", nargs="+"),
+            flag("--tokenizer", "PATH", "tokenizer file, or a directory with one", required=True),
+            flag("--exclude", "PATTERN", "patterns as in the shell of files to leave out", nargs="+"),
+            flag("--fields", "A[,B...]", "fields of a record that are its text; default: text"),
+            flag("--chat-template", "NAME", "how the messages of a chat become tokens, such as ChatML"),
+            flag("--document-chars", "N", "cut longer documents at line ends; default: none"),
+            flag("--max-record-bytes", "N", "longer lines, records and whole files are bad; default: 268435456"),
+            flag("--max-bad-records", "N", "more are an error; none: any number; default: 0"),
+            flag("--validation-fraction", "F", "share of documents held out; default: 0.01"),
+            flag("--cache-dir", "DIR", "default: $LLAMA_JAX_CACHE or ~/.cache/llama_jax"),
+            flag("--output", "DIR", "the corpus' directory (default: one in the cache)"),
+            flag("--num-workers", "N", "processes (default: one for each core)", type=int),
+            flag("--shards --shard", "I|A:B", "make only shard I, or shards A to B-1, and no index"),
+            flag("--count", None, "only print how many shards there are"),
         ),
     ),
     "tokenizer train": Command(
         "Train a tokenizer of any kind.",
         (
-            ("files", "files, directories and globs, as `prepare` reads them", {"nargs": "+", "metavar": "FILE"}),
-            ("--fields", "fields of JSON, columns of tables", {"default": "text", "metavar": "A[,B...]"}),
-            ("--kind", "bpe and unigram: SentencePiece; default: bpe", {"choices": KINDS, "default": "bpe"}),
-            (
-                "--vocab-size",
-                "bytes and special tokens included",
-                {"type": int, "required": True, "metavar": "N"},
-            ),
-            (
-                "--special-token",
-                "added to the kind's, repeatable",
-                {"action": "append", "default": [], "metavar": "NAME"},
-            ),
-            ("--output", "directory that gets the tokenizer's file", {"required": True, "metavar": "DIR"}),
+            flag("files", "FILE", "files, directories and globs, as `prepare` reads them", nargs="+"),
+            flag("--fields", "A[,B...]", "fields of JSON, columns of tables", default="text"),
+            flag("--kind", "KIND", f"{', '.join(KINDS)}; default: bpe", choices=KINDS, default="bpe"),
+            flag("--vocab-size", "N", "bytes and special tokens included", type=int, required=True),
+            flag("--special-token", "NAME", "added to the kind's, repeatable", action="append", default=[]),
+            flag("--output", "DIR", "directory that gets the tokenizer's file", required=True),
         ),
     ),
     "tokenizer encode": Command(
         "Print the token ids of a text.",
         (
-            ("tokenizer", "tokenizer file, or a directory that has one", {"metavar": "PATH"}),
-            ("text", "default: standard input", {"nargs": "?", "metavar": "TEXT"}),
-            ("--bos", "begin with the BOS token", SWITCH),
-            ("--eos", "end with the EOS token", SWITCH),
+            flag("tokenizer", "PATH", "tokenizer file, or a directory that has one"),
+            flag("text", "TEXT", "default: standard input", nargs="?"),
+            flag("--bos", None, "begin with the BOS token"),
+            flag("--eos", None, "end with the EOS token"),
         ),
     ),
     "tokenizer decode": Command(
         "Print the text of token ids.",
         (
-            ("tokenizer", "tokenizer file, or a directory that has one", {"metavar": "PATH"}),
-            ("ids", "default: ids from standard input", {"nargs": "*", "metavar": "ID"}),
+            flag("tokenizer", "PATH", "tokenizer file, or a directory that has one"),
+            flag("ids", "ID", "default: ids from standard input", nargs="*"),
         ),
     ),
     "tokenizer compare": Command(
         "Compare tokenizers. The table has tokens per word, character and byte, round trip and speed.",
         (
-            ("tokenizers", "tokenizer files, or their directories", {"nargs": "+", "metavar": "TOKENIZER"}),
-            ("--text", "default: a sample in English and one in Chinese", {"nargs": "+", "metavar": "FILE"}),
-            ("--fields", "fields of JSON, columns of tables", {"default": "text", "metavar": "A[,B...]"}),
+            flag("tokenizers", "TOKENIZER", "tokenizer files, or their directories", nargs="+"),
+            flag("--text", "FILE", "default: a sample in English and one in Chinese", nargs="+"),
+            flag("--fields", "A[,B...]", "fields of JSON, columns of tables", default="text"),
         ),
     ),
-}
+}  # fmt: skip
 
 
 def make_parser(name: str) -> "Parser":
@@ -221,8 +205,8 @@ def make_parser(name: str) -> "Parser":
         epilog=command.epilog,
         add_help=not command.takes_keys,
     )
-    for flags, text, options in command.arguments:
-        parser.add_argument(*flags.split(" "), help=text, **options)
+    for names, options in command.arguments:
+        parser.add_argument(*names, **options)
     return parser
 
 
@@ -244,7 +228,7 @@ def can_restart() -> bool:
     """Return whether this process may be replaced by one with the same command line and `TUNABLES`.
 
     It may not where GLIBC_TUNABLES is set, where it has been already (also if something drops environment variables),
-    and where it is not a program of its own: under a debugger or profiler, in a notebook, read from standard input.
+    and where it is not a program by itself: under a debugger or profiler, in a notebook, read from standard input.
     """
     watched = sys.gettrace() is not None or sys.getprofile() is not None
     watched = watched or any(sys.monitoring.get_tool(tool) is not None for tool in range(6))
@@ -285,7 +269,7 @@ def run(args: argparse.Namespace) -> int:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the arguments of a command line, with the command's name as `command`.
 
-    Those of `train` and `plan` also have `keys`, the texts of dotted keys (True where a key stands alone), and `help`:
+    Those of `train` and `plan` also have `keys`, the texts of dotted keys (True for a key without one), and `help`:
     None, `common` or `all`. Raises UserError for a mistake; `--help` of the other commands prints and exits.
     """
     words = list(argv)

@@ -1,9 +1,9 @@
-"""Accelerators, and what the rest of the package needs of them: a new chip is one entry of `CHIPS`.
+"""Accelerators, with the figures that the package needs of them: a new chip is one entry of `CHIPS`.
 
 Figures of TPUs: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e) and the tables of "How to scale your model"
 (jax-ml.github.io/scaling-book, chapter 2). Of GPUs: NVIDIA's data sheets of DGX H100, H200 and B200, the same book's
 chapter 12, and for XLA's compiler openxla/xla, xla/backends/gpu/target_config/specs. Peaks are dense, halved where data
-sheets count sparsity. Memory of a TPU is what its compiler leaves to a program, of a GPU what the data sheet says.
+sheets count sparsity. Memory of a TPU is what its compiler leaves to a program, of a GPU that of the data sheet.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ MIB, GIB = 2**20, 2**30
 
 @dataclasses.dataclass(frozen=True)
 class GpuTarget:
-    """A GPU as XLA's compiler has to know it to compile for one that is not here.
+    """The description of a GPU from which XLA's compiler can compile for one that is not here.
 
     name: as the driver calls it.
     capability: major number of its compute capability.

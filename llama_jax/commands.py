@@ -145,6 +145,7 @@ def key_help(args: argparse.Namespace, module: ModuleType, config: RunConfig) ->
             collect(getattr(part, field), f"{prefix}{field}.")
 
     collect(config, "")
+    docs["run"] = "steps, batch and first values."
     sections: dict[str, list[str]] = {}
     for key, annotation, value in leaves(config):
         if args.help != "all" and key not in COMMON_KEYS:

@@ -1,7 +1,7 @@
 """Files in object stores: URLs of fsspec (`s3://`, `gs://`, `hf://`...) as places to read from and to write to.
 
-Everything else works on local files. What a URL holds is mirrored into the user's cache directory, and only what has
-changed there is fetched again. What is written is made in a local directory and uploaded, the files that make it
+All other code works on local files. The files of a URL are mirrored into the user's cache directory, and only what has
+changed there is fetched again. Files to write are made in a local directory and uploaded, the files that make it
 complete last, so that no reader takes the half of an upload for the whole.
 """
 
@@ -29,7 +29,7 @@ _LOCAL = re.compile(r"(file|local):/*")
 _READ_ONLY = ("hf", "http", "https")
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "datasets"}  # protocol to the extra that has it
 _TRANSFERS = 8  # files at a time
-_mirrors: dict[str, str] = {}  # local path to the URL that it stands for, of this process
+_mirrors: dict[str, str] = {}  # local path to the URL that it is a copy of, in this process
 
 type Stamps = dict[str, str]  # a file's name relative to a URL ("": the URL is a file) to what changes with its content
 type Select = Callable[[Iterable[str]], Iterable[str]]
@@ -41,7 +41,7 @@ def is_remote(path: str | Path) -> bool:
 
 
 def url_of(path: str | Path) -> str:
-    """The URL that `path` is, its slashes restored."""
+    """Return the URL that `path` is, its slashes restored."""
     text = os.fspath(path)
     if local := _LOCAL.match(text):
         return f"file:///{text[local.end() :]}"
@@ -49,7 +49,7 @@ def url_of(path: str | Path) -> str:
 
 
 def file_system(path: str) -> tuple[Any, str]:
-    """(the file system of a URL, the name in it). Raises UserError where it is unknown or a package is missing."""
+    """Return (file system of a URL, name in it). Raises UserError where it is unknown or a package is missing."""
     try:
         return fsspec.core.url_to_fs(url_of(path) if is_remote(path) else path)
     except ImportError as error:
@@ -61,8 +61,10 @@ def file_system(path: str) -> tuple[Any, str]:
 
 
 def default_cache() -> Path:
-    """The directory that keeps tokenized text and what is mirrored of stores: $LLAMA_JAX_CACHE or
-    ~/.cache/llama_jax. Raises UserError where the variable is a URL."""
+    """Return the directory of tokenized text and of mirrors of stores: $LLAMA_JAX_CACHE or ~/.cache/llama_jax.
+
+    Raises UserError where the variable is a URL.
+    """
     directory = os.environ.get("LLAMA_JAX_CACHE") or "~/.cache/llama_jax"
     if is_remote(directory):
         raise UserError(f"LLAMA_JAX_CACHE='{directory}' must be a local directory: data.cache_dir may be a URL")
@@ -70,16 +72,16 @@ def default_cache() -> Path:
 
 
 def with_urls(sentence: str) -> str:
-    """`sentence` with URLs in place of the local paths of their mirrors."""
+    """Return `sentence` with URLs in place of the local paths of their mirrors."""
     for path, url in _mirrors.items():
         sentence = sentence.replace(path, url)
     return sentence
 
 
 class Mirror:
-    """A URL and the local path that stands for it, a file or a directory.
+    """A URL and the local path that is its copy, a file or a directory.
 
-    A list beside the path says which version of every file is the same in both places.
+    A list next to the path has the version of every file that is the same in both places.
     """
 
     def __init__(self, url: str | Path, *, path: Path | None = None, kind: str = "remote"):
@@ -96,7 +98,7 @@ class Mirror:
         _mirrors[str(self.path)] = self.url
 
     def stamps(self) -> Stamps:
-        """The files that the store has there, none where there is nothing. Raises UserError where it cannot say."""
+        """Return the files that the store has there, if any. Raises UserError where it cannot be asked."""
         with _telling(self.url, "read"):
             self._fs.invalidate_cache()
             try:
@@ -141,8 +143,10 @@ class Mirror:
         return there
 
     def upload(self, names: Iterable[str], *, last: Sequence[str] = ()) -> None:
-        """Put the local files `names` into the store, as far as it has others; those that match the patterns `last`
-        after all others, in the patterns' order."""
+        """Put the local files `names` into the store, except those that it has.
+
+        Files that match the patterns `last` come after all others, in the patterns' order.
+        """
         names = list(names)
         with self._locked():
             there, known = self.stamps(), self._known()
@@ -211,7 +215,7 @@ class Mirror:
         return name in there and file.is_file() and known.get(name) == [there[name], *_signature(file)]
 
     def _known(self) -> dict[str, list]:
-        """The stamp, local size and time of each file that was fetched or uploaded."""
+        """Return the stamp, local size and time of each file that was fetched or uploaded."""
         try:
             return json.loads(self._list.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):  # none yet, or cut off by a full disk: all is fetched again
@@ -233,9 +237,9 @@ class Mirror:
 
 
 def local_copy(path: str | Path, select: Select | None = None, *, beside: Sequence[str] = ()) -> Path:
-    """`path` itself where it is local, else a local copy of the file or directory that the URL names.
+    """Return `path` itself where it is local, else a local copy of the file or directory that the URL names.
 
-    `select` as in `Mirror.fetch`; of the files beside a file, those are fetched too whose names match the patterns
+    `select` as in `Mirror.fetch`; with a file, those of its directory are fetched too whose names match the patterns
     `beside`. Raises UserError where nothing is there and where it cannot be read.
     """
     if not is_remote(path):
@@ -252,7 +256,7 @@ def local_copy(path: str | Path, select: Select | None = None, *, beside: Sequen
 
 
 def fetch_beside(url: str | Path, patterns: Sequence[str]) -> None:
-    """Fetch the files in the same directory of the store whose names match; they lie beside the local copy."""
+    """Fetch the files in the same directory of the store whose names match; they are next to the local copy."""
     parent, _, own = url_of(url).rstrip("/").rpartition("/")
     fs, name = file_system(parent)
     try:
@@ -269,7 +273,7 @@ def fetch_beside(url: str | Path, patterns: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def uploaded(directory: str | Path, *, new: bool = True, last: Sequence[str] = ()) -> Iterator[Path]:
-    """A local folder to write into; what is in it is uploaded to the URL `directory` when all went well.
+    """Yield a local folder to write into, which is uploaded to the URL `directory` when the block ends without error.
 
     `last` as in `Mirror.upload`. Raises UserError where the URL cannot be written, or has files and must be `new`.
     """
@@ -298,7 +302,7 @@ def check_destination(directory: str | Path, *, new: bool = True) -> None:
 def working_copy(
     url: str | Path, select: Select, *, path: Path | None = None, last: Sequence[str] = ()
 ) -> Iterator[Path]:
-    """A local directory that begins with the files that the URL has and is uploaded when all went well.
+    """Yield a local directory with the files that the URL has, which is uploaded when the block ends without error.
 
     It is at `path`, by default in the cache; `select` and `last` as in `Mirror.fetch` and `Mirror.upload`.
     """
@@ -309,7 +313,7 @@ def working_copy(
 
 
 def as_local(path: str | Path) -> Path | None:
-    """The local path that `path` is, as a path or as a `file://` URL; None for other URLs."""
+    """Return the local path that `path` is, as a path or as a `file://` URL; None for other URLs."""
     return _file_url(path) if is_remote(path) else Path(path)
 
 
@@ -322,13 +326,13 @@ def _protocol(url: str) -> str:
 
 
 def _stamp(info: dict[str, Any]) -> str:
-    """What changes with a file's content: the store's tag, or else all that it says of it, such as a time."""
+    """Return a text that changes with a file's content: the store's tag, or all that it reports, such as a time."""
     tags = ("ETag", "etag", "md5Hash", "checksum", "blob_id", "oid")
     if tag := next((info[tag] for tag in tags if info.get(tag)), None):
         return str(tag)
     said = {key: value for key, value in info.items() if value is not None}
     if said.keys() <= {"name", "size", "type", "mimetype", "url", "partial"}:
-        return uuid.uuid4().hex  # nothing says whether it has changed: it is fetched each time
+        return uuid.uuid4().hex  # a change cannot be seen: it is fetched each time
     return str(sorted(said.items(), key=str))
 
 
@@ -338,7 +342,7 @@ def _signature(file: Path) -> list[int]:
 
 
 def _in_parallel[T](function: Callable[[str], T], names: Sequence[str]) -> Iterator[T]:
-    """The results for all names in any order; one that raises ends it."""
+    """Yield the results for all names in any order; one that raises ends it."""
     with concurrent.futures.ThreadPoolExecutor(_TRANSFERS) as pool:
         futures = [pool.submit(function, name) for name in names]
         try:
@@ -351,7 +355,7 @@ def _in_parallel[T](function: Callable[[str], T], names: Sequence[str]) -> Itera
 
 @contextlib.contextmanager
 def _telling(url: str, done: str) -> Iterator[None]:
-    """Whatever a store's own package raises (no network, no credentials, no right) as a UserError that says it."""
+    """Raise whatever a store's package raises (no network, no credentials, no right) as a UserError."""
     try:
         yield
     except UserError:

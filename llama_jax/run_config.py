@@ -18,7 +18,7 @@ from llama_jax.training import Optimizer, schedule_of_name
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
-    """What a run says, and where.
+    """Reports of a run, and their destinations.
 
     every_steps: steps between metrics.
     validate_every_steps: steps between measurements on the held-out text; the last step is always measured.
@@ -61,38 +61,38 @@ class ProfileConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ResumeConfig:
-    """What may differ when a run is continued, beside what does not change what it learns.
+    """Changes that are allowed when a run is continued, beyond those that do not change what it learns.
 
-    allow: keys, or sections of them, that may have another value than the run had: optimizer.learning_rate,...
+    allow: keys, or sections of keys, that may have another value than the run had: optimizer.learning_rate,...
     """
 
     allow: tuple[str, ...] = ()
 
     def allows(self, key: str) -> bool:
-        """Return whether `allow` has this key, or a section that it is in."""
+        """Return whether `allow` has this key, or a section of it."""
         return any(f"{key}.".startswith(f"{allowed.replace('-', '_')}.") for allowed in self.allow)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything that a run does.
+    """Config of a run.
 
-    model: what is trained.
+    model: architecture.
     tokenizer: text to tokens.
-    data: what it is trained on.
-    optimizer: how it is trained.
-    num_steps: updates of the parameters; the learning rate's cosine ends there.
+    data: texts and objective.
+    optimizer: updates of the parameters, and their learning rate.
+    num_steps: updates of the parameters; the learning rate's decay ends there.
     global_batch_size: sequences of one update, over all devices.
     sequence_length: tokens of a sequence.
     seed: of initial values and of the order of the data; below 2**64.
-    init_from: weights to begin with, whatever can be loaded, a path or a URL; parameters that they lack are drawn. None
-      draws all.
-    mesh: how devices are used.
-    compute: how the model is computed; changes speed and memory, not the result.
-    checkpoint: when it is saved.
-    logging: what it says.
+    init_from: path or URL of the weights to begin with, of any format that can be loaded; parameters that they lack are
+      drawn. None draws all.
+    mesh: devices by axis.
+    compute: types, kernels and recomputation; they change speed and memory, not the result.
+    checkpoint: when to save, and how many to keep.
+    logging: metrics, validation and samples.
     profile: a window of steps to record.
-    resume: what may differ from the run that is continued.
+    resume: changes that are allowed when the run is continued.
     """
 
     model: ModelConfig
@@ -141,7 +141,7 @@ class RunConfig:
             )
 
     def check_allowed(self) -> None:
-        """Raise UserError where `resume.allow` names what is no key."""
+        """Raise UserError where an entry of `resume.allow` is not a key."""
         keys = [key for key, *_ in leaves(self)]
         for allowed in self.resume.allow:
             if not any(ResumeConfig((allowed,)).allows(key) for key in keys):
@@ -150,6 +150,7 @@ class RunConfig:
                 raise UserError(f"resume.allow={allowed} is no key of a run: {hint}")
 
     def _check_lengths(self) -> None:
+        """Raise UserError where rows are longer than the model's positions."""
         source, name = self.data.objective.source_length, "data.objective.source_length"
         lengths = {f"sequence_length={self.sequence_length}": self.sequence_length}
         if source is not None and self.model.joins_source:
@@ -164,6 +165,7 @@ class RunConfig:
                 )
 
     def _check_encoder(self) -> None:
+        """Raise UserError where objective and model do not belong together."""
         objective, num_classes = self.data.objective, getattr(self.model, "num_classes", 0)
         if self.model.has_source and objective.source_length is None:
             raise UserError(
@@ -185,11 +187,11 @@ class RunConfig:
 
     @property
     def row_length(self) -> int:
-        """Positions of a row: of the sequence, and of the source that some objectives have."""
+        """Positions of a row: the sequence, and the source that some objectives have."""
         return self.sequence_length + (self.data.objective.source_length or 0)
 
     def check_mesh(self, num_devices: int) -> None:
-        """Raises UserError where the mesh does not fit the devices, or the batch the mesh."""
+        """Raise UserError where the mesh does not fit the devices, or the batch the mesh."""
         sizes = self.mesh.sizes(num_devices)
         rows, parts = batch_parts(sizes), self.optimizer.accumulation_steps
         if self.global_batch_size // parts % rows:
@@ -215,7 +217,7 @@ class RunConfig:
 def load_config(
     name: str | Path, overrides: Mapping[str, Any] | None = None, components: Sequence[type] = ()
 ) -> RunConfig:
-    """The config called `name` in `configs/`, or of the file at that path, with dotted keys changed.
+    """Return the config called `name` in `configs/`, or of the file at that path, with dotted keys changed.
 
     Raises UserError for an unknown name, key or value.
     """

@@ -39,8 +39,8 @@ jax.devices()
 # %% [markdown]
 # ## A config, with two keys changed
 #
-# A config is a tree of frozen dataclasses. `load_config` finds `configs/tiny_python.py` by its name and changes what it
-# is told to, by dotted keys. A wrong key or value is one sentence.
+# A config is a tree of frozen dataclasses. `load_config` finds `configs/tiny_python.py` by its name and changes some
+# dotted keys. A wrong key or value is an error of one sentence.
 
 # %%
 config = llama_jax.load_config("tiny_python", {"num_steps": 200, "model.num_layers": 3})
@@ -169,7 +169,7 @@ fig.colorbar(image, ax=axes, shrink=0.6, label="attention weight")
 plt.show()
 
 # %% [markdown]
-# ## A feed-forward of one's own
+# ## A feed-forward of your own
 #
 # A piece is a frozen config and the module that it builds. This one is the squared ReLU of Primer (So et al. 2021),
 # `down(relu(up(x))²)`: two matrices where SwiGLU has three, so 1.5 times the width has the same number of parameters.
@@ -225,7 +225,7 @@ for name, a_run in {"SwiGLU": run, "squared ReLU": run_2}.items():
     print(f"{name:14}held-out loss {last['val_loss']:.4f}, {last['val_bits_per_byte']:.4f} bits per byte")
 
 # %% [markdown]
-# One run of each. How much another seed would change is not measured here, so the difference does not say which
+# One run of each. How much another seed would change is not measured here, so the difference does not show which
 # feed-forward is better: that takes several seeds, and more than a minute of training.
 
 # %%

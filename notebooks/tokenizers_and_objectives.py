@@ -15,9 +15,9 @@
 # %% [markdown]
 # # Tokenizers and objectives
 #
-# What happens to a text before a model sees it: it is cut into tokens, an objective makes inputs and targets of them,
-# and sources and documents are put together into batches. No model is trained here. All texts are written below, and
-# it takes seconds on two CPU cores.
+# What happens to a text before it reaches a model: it is cut into tokens, an objective makes inputs and targets of
+# them, and sources and documents are put together into batches. No model is trained here. All texts are written below,
+# and it takes seconds on two CPU cores.
 
 # %%
 import itertools
@@ -27,7 +27,7 @@ from collections import Counter
 import matplotlib.pyplot as plt
 import numpy as np
 import rich
-import textbook_tokenizers as textbook  # beside this notebook
+import textbook_tokenizers as textbook  # in this notebook's folder
 
 import llama_jax.data.objectives as objectives
 import llama_jax.tokenizers.comparing as comparing
@@ -182,9 +182,9 @@ for language, rows in figures.items():
 # %% [markdown]
 # Fertility is the number of tokens per word. Chinese is written without spaces, so there it is counted per character
 # or per byte. A table of two sentences and vocabularies of several sizes shows how it is measured, not which kind is
-# better, and a speed measured once on so short a text says little.
+# better, and a speed measured once on so short a text means little.
 #
-# Low fertility alone is no merit: the tokenizer of whole words has one token for a word and cannot say which one it
+# Low fertility alone is not a merit: the tokenizer of whole words has one token for a word and cannot tell which one it
 # was where it had not seen it. WordPiece loses what its normalization takes away, here
 # capital letters and the line end. Only the three kinds that know every byte give every text back.
 
@@ -205,8 +205,8 @@ for kind, tokenizer in tokenizers.items():
 # ## What objectives make of a document
 #
 # An objective is a function from a document's tokens and a random generator to named arrays: `tokens` go in, `targets`
-# are to come out, and `weights` say which targets have a loss. Below, one column is one position. The tokenizer is a
-# WordPiece one trained on these very sentences, so that a token is a word.
+# are to come out, and `weights` give the targets that have a loss. Below, one column is one position. The tokenizer is
+# a WordPiece one trained on these very sentences, so that a token is a word.
 
 # %%
 TEXT = "the cat sat on the mat . the dog saw it and ran away ."
@@ -227,7 +227,7 @@ special_names = {i: name for name, i in tokenizer.special_tokens.items()}
 
 
 def name(token: int) -> str:
-    """A token's text; decoding alone says nothing of special ones."""
+    """Return a token's text, special tokens by name; decoding alone drops these."""
     return special_names.get(token) or tokenizer.decode([token])
 
 
@@ -275,8 +275,9 @@ assert (example["targets"][:-1] == example["tokens"][1:]).all()
 # %% [markdown]
 # ### Prefix
 #
-# The same, but the tokens of a prefix of random length all see each other, and only what follows has a loss (Raffel et
-# al. 2020). The last token of the prefix already has one: its target is the first token that the prefix does not show.
+# The same, but the tokens of a prefix of random length all attend to each other, and only what follows has a loss
+# (Raffel et al. 2020). The last token of the prefix already has one: its target is the first token that the prefix
+# does not show.
 
 # %%
 example = show(objectives.Prefix(), Document(whole), seed=1)
@@ -318,7 +319,7 @@ assert example["weights"].sum() == round(0.15 * len(text))
 # ### Blank filling
 #
 # GLM (Du et al. 2022) masks spans and writes them one after another, in random order, behind the text with its holes.
-# `positions` of a span is where its mask stands, `block_positions` counts inside it. A target without a weight is id 0,
+# `positions` of a span is the place of its mask, `block_positions` counts inside it. A target without a weight is id 0,
 # which is `[PAD]` in this tokenizer.
 
 # %%
@@ -329,7 +330,7 @@ assert ((example["prefix"] == 1) == (example["weights"] == 0)).all()
 # %% [markdown]
 # ### Span corruption
 #
-# T5 (Raffel et al. 2020) is an encoder and a decoder. In the source a sentinel stands for each span, and the target is
+# T5 (Raffel et al. 2020) is an encoder and a decoder. In the source a sentinel replaces each span, and the target is
 # the spans, each behind its sentinel.
 
 # %%
@@ -340,7 +341,7 @@ assert sum(len(example[field]) for field in ("source_tokens", "targets")) == len
 # %% [markdown]
 # ### Denoising
 #
-# BART (Lewis et al. 2020) writes the whole text, from one whose sentences stand in another order and whose spans are
+# BART (Lewis et al. 2020) writes the whole text, from one whose sentences are in another order and whose spans are
 # masked; a span may also have no tokens at all, as between `dog` and `saw`.
 
 # %%
@@ -379,16 +380,16 @@ assert example["weights"].sum() == 1
 # These are all the objectives that the library has.
 
 # %%
-public = [getattr(objectives, public_name) for public_name in objectives.__all__]
-classes = {cls for cls in public if isinstance(cls, type) and issubclass(cls, objectives.Objective)}
+public = [value for value in vars(objectives).values() if isinstance(value, type)]
+classes = {cls for cls in public if issubclass(cls, objectives.Objective)}
 bases = {objectives.Objective, objectives.SequenceToSequence}
 assert shown == classes - bases
 print(*sorted(cls.__name__ for cls in shown))
 
 # %% [markdown]
-# ### Who sees whom
+# ### Which tokens attend to which
 #
-# Short examples share a row. `pack` numbers them in `segment_ids`, and no token sees one of another document; 0 is
+# Short examples share a row. `pack` numbers them in `segment_ids`, and no token attends to another document; 0 is
 # padding. The mask comes from three fields and nothing else: order, segments and prefix.
 
 # %%
@@ -404,7 +405,7 @@ def packed_row(objective: objectives.Objective, length: int) -> objectives.Examp
 
 
 def allowed(row: objectives.Example) -> np.ndarray:
-    """[T, T]: whether a query (row) sees a key (column)."""
+    """Return [T, T]: true where a query (row) attends to a key (column)."""
     prefix = row["prefix"][None] if "prefix" in row else None
     mask = Mask(segment_ids=row["segment_ids"][None], prefix=prefix)
     size = len(row["tokens"])
@@ -431,8 +432,8 @@ axes[0].set_ylabel("query")
 plt.show()
 
 # %% [markdown]
-# Pale: the query sees this key, which is itself or one before it. Dark: it sees one that comes after it, which only
-# happens in a prefix. White: it does not see it. `-` is padding, left white here.
+# Pale: the query attends to this key, its own or an earlier one. Dark: it attends to a later key, which only
+# happens in a prefix. White: no attention. `-` is padding, left white here.
 
 # %%
 for title, row in rows.items():

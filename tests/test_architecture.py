@@ -1,12 +1,19 @@
 """The packages are as docs/architecture.md describes them: imports in one direction, strangers, lengths, docstrings."""
 
 import ast
+import functools
+import importlib
+import inspect
+import pkgutil
 import re
 import subprocess
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import llama_jax
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llama_jax"
@@ -88,6 +95,26 @@ def test_every_module_has_a_docstring():
     assert silent == []
     folders = {f.parent for f in FILES}
     assert [d for d in folders if not (d / "__init__.py").is_file()] == []
+
+
+def undocumented(cls: type) -> list[str]:
+    """Return the public methods and properties of a class that have no docstring, also none in a base class."""
+    kinds = (types.FunctionType, classmethod, staticmethod, property, functools.cached_property)
+    own = [name for name, value in vars(cls).items() if isinstance(value, kinds) and not name.startswith("_")]
+    fields = {name for base in cls.__mro__ for name in vars(base).get("__annotations__", {})}  # described by the class
+    names = [name for name in own if name not in fields and not inspect.getdoc(getattr(cls, name))]
+    return [f"{cls.__module__}.{cls.__name__}.{name}" for name in names]
+
+
+def test_public_methods_are_documented():
+    """An override inherits the docstring of what it overrides; ruff checks functions and classes."""
+    missing = []
+    for found in pkgutil.walk_packages(llama_jax.__path__, "llama_jax."):
+        if found.name != "llama_jax.__main__":
+            module = importlib.import_module(found.name)
+            classes = [value for name, value in vars(module).items() if isinstance(value, type) and name[0] != "_"]
+            missing += [name for cls in classes if cls.__module__ == found.name for name in undocumented(cls)]
+    assert missing == []
 
 
 def test_no_path_of_anyones_machine():

@@ -6,7 +6,7 @@ Its corpus has fewer windows than the run takes, so that the data's second epoch
 import random
 from pathlib import Path
 
-from llama_jax.checkpoint.store import CheckpointConfig
+from llama_jax.checkpoint import CheckpointConfig
 from llama_jax.data import DataConfig
 from llama_jax.models import DecoderConfig
 from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU

@@ -1,30 +1,45 @@
 """Weights and training state on disk.
 
-In: parameters by name, or somebody else's weight files. Out: the same, the other way round. A new file format is one
+In: parameters by name, or weight files of another project. Out: the same in the other form. A new file format is one
 module in `formats/`.
 """
 
-from llama_jax.checkpoint.convert import ConversionError as ConversionError
-from llama_jax.checkpoint.generation import GenerationSettings as GenerationSettings, default_stops as default_stops
-from llama_jax.checkpoint.language_model import (
+from llama_jax.checkpoint.exporting import export_hf as export_hf
+from llama_jax.checkpoint.generation import (
+    GenerationSettings as GenerationSettings,
+    default_stops as default_stops,
+    read_generation as read_generation,
+    write_generation as write_generation,
+)
+from llama_jax.checkpoint.importing import (
+    WeightSource as WeightSource,
+    load_params as load_params,
+    open_source as open_source,
+)
+from llama_jax.checkpoint.loading import (
     CHECKPOINTS_DIRECTORY as CHECKPOINTS_DIRECTORY,
     CONFIG_FILE as CONFIG_FILE,
     TOKENIZER_DIRECTORY as TOKENIZER_DIRECTORY,
     LanguageModel as LanguageModel,
     MeshLike as MeshLike,
     config_of as config_of,
-    convert as convert,
     load as load,
-    save as save,
 )
+from llama_jax.checkpoint.saving import convert as convert, save as save
 from llama_jax.checkpoint.store import (
+    COMMIT_FILE as COMMIT_FILE,
     CheckpointConfig as CheckpointConfig,
     CheckpointStore as CheckpointStore,
     SaveFailed as SaveFailed,
-)
-from llama_jax.checkpoint.stored import (
-    COMMIT_FILE as COMMIT_FILE,
+    from_disk as from_disk,
+    model_files as model_files,
     run_files as run_files,
     step_of as step_of,
+    to_disk as to_disk,
     whole_steps as whole_steps,
+)
+from llama_jax.checkpoint.verifying import (
+    ConversionError as ConversionError,
+    check_conversion as check_conversion,
+    params_logits as params_logits,
 )

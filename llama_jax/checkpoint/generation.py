@@ -1,4 +1,4 @@
-"""How a released model is to be sampled from: what its `generation_config.json` and `config.json` say of tokens."""
+"""Settings of sampling in the files of a model: its `generation_config.json` and `config.json`."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ _TOKENS = ("suppress_tokens", "begin_suppress_tokens")
 _COUNTS = ("min_length", "min_new_tokens", "no_repeat_ngram_size")
 READ_KEYS = (*_LISTS.values(), *_IDS.values(), "bad_words_ids", *_TOKENS, *_COUNTS, "repetition_penalty")
 NAMED_KEYS = tuple(key for key in (*_LISTS.values(), *_IDS.values()) if not key.startswith("forced"))
-# They change which token is the most probable, and sampling has no part for them: with these values they do nothing.
+# Keys that change logits and that sampling does not have; with these values they do nothing.
 UNFOLLOWED_KEYS: dict[str, tuple[Any, ...]] = {
     "sequence_bias": (),
     "encoder_repetition_penalty": (1,),
@@ -32,7 +32,7 @@ UNFOLLOWED_KEYS: dict[str, tuple[Any, ...]] = {
     "exponential_decay_length_penalty": (),
     "watermarking_config": (),
 }
-# How transformers searches and draws by default. The arguments of sampling decide here; an export hands them on.
+# Defaults of transformers' search and sampling. Here the arguments of sampling decide; an export keeps them.
 _SEARCH = (
     "do_sample", "temperature", "top_k", "top_p", "typical_p", "num_beams", "num_beam_groups", "diversity_penalty",
     "length_penalty", "early_stopping", "max_length", "num_return_sequences",
@@ -41,18 +41,18 @@ _SEARCH = (
 
 @dataclasses.dataclass(frozen=True)
 class GenerationSettings:
-    """What a model's files say of the tokens that it writes.
+    """Settings of a model's files for the tokens that it writes.
 
-    `eos_ids` end a text; () says nothing, and what the tokenizer calls EOS does, and in a decoder's text what begins
-    another document. None, () and 0 are settings that are not there; the others mean what they mean in transformers:
+    None, () and 0 are settings that are not there. `eos_ids` end a text; without them the tokenizer's EOS does, and in
+    a decoder's text the token that begins another document. The others mean what they mean in transformers:
     `forced_bos_id` is the first token after a single one, `forced_eos_ids` the last one that there is room for,
     `bad_words_ids` are sequences that are not completed, `suppress_tokens` never written, `begin_suppress_tokens` not
     first, no EOS comes before `min_length` tokens (prompt included) and `min_new_tokens` new ones, no sequence of
     `no_repeat_ngram_size` tokens comes twice, and `repetition_penalty` divides the positive logits (multiplies the
-    negative ones) of tokens that are there already.
+    negative ones) of tokens that occurred already.
 
-    `others` is a JSON object of the file's other entries (temperature, beams): sampling takes them from its own
-    arguments, an export keeps them. `unknown` names those that would change logits and that sampling cannot follow.
+    `others` is a JSON object of the file's other entries (temperature, beams): sampling takes them from its arguments,
+    an export keeps them. `unknown` names those that would change logits and that sampling does not have.
     """
 
     eos_ids: tuple[int, ...] = ()
@@ -72,7 +72,7 @@ class GenerationSettings:
     unknown: tuple[str, ...] = ()
 
     def to_hf(self) -> dict[str, Any]:
-        """Return the content of a `generation_config.json` that says the same."""
+        """Return the content of a `generation_config.json` with these settings."""
         data = json.loads(self.others)
         for field, key in _LISTS.items():
             if ids := getattr(self, field):
@@ -92,17 +92,17 @@ class GenerationSettings:
 def read_generation(
     directory: Path, ignore_keys: Collection[str] = (), *, config_file: str | None = "config.json"
 ) -> GenerationSettings:
-    """Return what a directory says of generation; where both of its files speak, `generation_config.json` decides.
+    """Return the settings of a directory, of `generation_config.json` before `config.json`.
 
-    Where that file says anything, only ids of BOS, EOS, padding and an answer's start that it lacks are taken from
-    `config.json`: as in transformers, what forces and forbids tokens stands in one of them. Entries that are null say
-    nothing, nor do those named in `ignore_keys`; `config_file` None reads the other file alone. Raises UserError for
-    entries that are no tokens or numbers.
+    Where the first has any entry, only the ids of BOS, EOS, padding and an answer's start that it lacks are taken from
+    the second: as in transformers, tokens are forced and forbidden by one of them. Entries that are null or named in
+    `ignore_keys` are left out; `config_file` None reads the first file alone. Raises UserError for entries that are
+    not tokens or numbers.
     """
     own = _entries(directory / GENERATION_FILE, ignore_keys)
     config = {} if config_file is None else _entries(directory / config_file, ignore_keys)
     file = directory / (GENERATION_FILE if own else config_file or GENERATION_FILE)
-    if config.get("force_bos_token_to_be_generated"):  # as BART's first releases say it
+    if config.get("force_bos_token_to_be_generated"):  # in BART's first releases
         config.setdefault("forced_bos_token_id", config.get("bos_token_id", 0))
     read = NAMED_KEYS if own else (*READ_KEYS, *UNFOLLOWED_KEYS, *_SEARCH)
     data = {key: config[key] for key in read if key in config} | own
@@ -132,17 +132,18 @@ def read_generation(
 
 
 def generation_keys(directory: Path) -> Collection[str]:
-    """Return the keys that the `generation_config.json` of a directory has; none where there is no such file."""
+    """Return the keys of a directory's `generation_config.json`; none without that file."""
     return _entries(directory / GENERATION_FILE, ()).keys()
 
 
 def write_generation(directory: Path, settings: GenerationSettings) -> None:
-    """Write the `generation_config.json` of `settings` into `directory`, unless they say nothing."""
+    """Write the `generation_config.json` of `settings` into `directory`, unless it would be empty."""
     if data := settings.to_hf():
         (directory / GENERATION_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def _entries(file: Path, ignore_keys: Collection[str]) -> dict[str, Any]:
+    """Return the entries of a JSON file that are not null, none where it does not exist."""
     if not file.is_file():
         return {}
     data = read_json(file)
@@ -152,7 +153,7 @@ def _entries(file: Path, ignore_keys: Collection[str]) -> dict[str, Any]:
 
 
 def _ids(file: Path, key: str, value: Any) -> tuple[int, ...]:
-    """Token ids of an entry that is one id or a list of them; -1, which some write for none, is left out."""
+    """Return the token ids of an entry that is one id or a list of them, without -1, which some write for none."""
     ids = value if isinstance(value, list) else [value]
     if not all(type(i) is int and -1 <= i < 2**31 for i in ids):
         raise _wrong(file, key, value)
@@ -160,16 +161,17 @@ def _ids(file: Path, key: str, value: Any) -> tuple[int, ...]:
 
 
 def _wrong(file: Path, key: str, value: Any) -> UserError:
+    """Return the error of an entry that is not of its kind."""
     shown = json.dumps(value)
     shown = shown if len(shown) < 60 else shown[:57] + "..."
     return UserError(f"'{file}' has {key}={shown}, which is none: mend it, or give --ignore-config-keys {key}")
 
 
 def completed(settings: GenerationSettings, config: ModelConfig, tokenizer: Tokenizer | None) -> GenerationSettings:
-    """Return the settings with everything said that sampling would take from elsewhere: what an export writes.
+    """Return the settings with all that sampling would take from elsewhere, for the files of an export.
 
-    The start of an encoder-decoder's answers, tokens that its model never writes, the tokenizer's BOS and padding, and
-    where nothing ends a text, what does (`default_stops`).
+    These are the start of an encoder-decoder's answers, tokens that its model never writes, the tokenizer's BOS and
+    padding, and without `eos_ids` the `default_stops`.
     """
     found: dict[str, Any] = {}
     if config.has_source:
@@ -185,15 +187,15 @@ def completed(settings: GenerationSettings, config: ModelConfig, tokenizer: Toke
 
 
 def default_stops(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return the ids that end a text of a model whose files do not say it: EOS, and a decoder's start of another."""
+    """Return the ids that end a text of a model without `eos_ids`: EOS, and a decoder's start of another text."""
     stops = dict.fromkeys(tokenizer.eos_ids)
-    # What begins a text opens another one; llama2.c's models write nothing else at the end of one. BART's answers
-    # begin with it.
+    # The token that begins a text opens another one: llama2.c's models write nothing else at the end. BART's answers
+    # begin with it, so an encoder-decoder's do not end there.
     if not config.has_source:
         stops |= dict.fromkeys(tokenizer.start_ids)
     return tuple(stops)
 
 
 def special_tokens(settings: GenerationSettings) -> dict[str, Any]:
-    """Return what an exported `config.json` says of `settings`: ids of BOS, EOS, padding and an answer's start."""
+    """Return the settings that are in an exported `config.json` too: ids of BOS, EOS, padding and an answer's start."""
     return {key: value for key, value in settings.to_hf().items() if key in NAMED_KEYS}

@@ -1,14 +1,16 @@
-"""Checkpoints of a run: Orbax, asynchronous, one layout whatever the mesh.
+"""Checkpoints of a run, saved by Orbax in the background, in one layout for every mesh.
 
-Saved is a flat dict: parameters by canonical name, the optimizer's arrays by path and the step, which is the place in
-the data and in every random stream too. Loading takes any mesh and dtype.
+A checkpoint is a flat dict: parameters by canonical name, the optimizer's arrays by path, and the step, which is the
+place in the data and in every random stream too. It loads on any mesh and in any dtype. Of a run in an object store,
+the names of its files show which checkpoints are whole, and which files have to be fetched.
 """
 
 import contextlib
 import dataclasses
 import math
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,25 @@ from llama_jax.config import UserError
 from llama_jax.parallel import distributed
 from llama_jax.training import TrainState
 
+# Orbax writes this file into every checkpoint. It is uploaded last and removed first, so it marks a whole one.
+COMMIT_FILE = "_CHECKPOINT_METADATA"
+_STEP_FILE = re.compile(r"checkpoints/(\d+)/(.+)")
+_ARRAYS = "state/"  # the large files of a checkpoint
+# Files for other libraries, and those that a run writes for viewers.
+_UNUSED = re.compile(r".*\.(h5|msgpack|ot|onnx|onnx_data|tflite|gguf|mlmodel)$|(tensorboard|profile|wandb|samples)\b.*")
+# Weights of a Hugging Face directory, and other forms of them that are not read where the first are there.
+_PREFERRED = re.compile(r"model(-.*)?\.safetensors")
+_SAME_WEIGHTS = re.compile(r"pytorch_model.*\.bin(\.index\.json)?|consolidated\..*")
+
 _STATE = "state"
 _TEMPORARY = ".orbax-checkpoint-tmp"
-_FAILURES = (OSError, RuntimeError, ValueError)  # TensorStore says ValueError of files, too
+_FAILURES = (OSError, RuntimeError, ValueError)  # TensorStore raises ValueError for files, too
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError)  # by Orbax for a damaged checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When a run saves and what it keeps.
+    """Times of checkpoints, and how many are kept.
 
     every_steps: steps between checkpoints; the last step is always saved.
     keep_last: how many of the latest stay.
@@ -50,10 +63,13 @@ class SaveFailed(RuntimeError):
 
 
 class CheckpointStore:
-    """The checkpoints under one directory, by step. Of several processes all do the same with it at the same time."""
+    """The checkpoints under one directory, by step.
+
+    With a config it is for writing, without one for reading only. Several processes have to make the same calls in the
+    same order: Orbax synchronizes them.
+    """
 
     def __init__(self, directory: str | Path, config: CheckpointConfig | None = None):
-        """With a config for writing, without one for reading only."""
         self.directory = Path(directory).absolute()
         self._config = config
         if config is None:
@@ -87,13 +103,13 @@ class CheckpointStore:
             shutil.rmtree(leftover)
 
     def steps(self) -> list[int]:
-        """Steps that can be loaded, ascending."""
+        """Return the steps that can be loaded, ascending."""
         return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
 
     def is_best(self, val_loss: float) -> bool:
         """Return whether a checkpoint with this validation loss would be one of the `keep_best` that stay."""
         assert self._config is not None
-        # Process 0 says: others' view of a shared file system may be older.
+        # Process 0 decides: the others' view of a shared file system may be older.
         keep = self._config.keep_best
         better = sum(measured <= val_loss for measured in self._measured.values())
         return math.isfinite(val_loss) and distributed.broadcast_from_main(lambda: better < keep)
@@ -101,7 +117,7 @@ class CheckpointStore:
     def save(self, state: TrainState, *, val_loss: float | None = None) -> None:
         """Start saving `state` under its step; the arrays are copied before this returns, so they may be donated.
 
-        A loss that is not finite counts as not measured. Raises SaveFailed where this or the save before it fails.
+        A loss that is not finite is not kept. Raises SaveFailed where this save or the one before it fails.
         """
         step = int(state.step)
         metrics: Any = None
@@ -109,7 +125,7 @@ class CheckpointStore:
             metrics = {"val_loss": val_loss}
             self._measured[step] = val_loss
         self._settle()
-        with self._told(step):
+        with self._save_errors(step):
             # Forced, or Orbax skips a save while the one before it is still being written.
             response = self._orbax.save_checkpointables_async(
                 step, {_STATE: to_disk(state)}, metrics=metrics, force=True
@@ -118,10 +134,10 @@ class CheckpointStore:
         self._saving = step, response
 
     def _settle(self) -> None:
-        """Wait for the save that is under way. Its response holds a thread and three descriptors until it is asked."""
+        """Wait for the save that is under way. Until `result` its response holds a thread and three descriptors."""
         if self._saving is not None:
             (step, response), self._saving = self._saving, None
-            with self._told(step):
+            with self._save_errors(step):
                 response.result()
 
     def wait(self) -> None:
@@ -134,13 +150,13 @@ class CheckpointStore:
         try:
             self._settle()
         finally:
-            # What has failed and was told, Orbax would say once more.
+            # Orbax would raise once more for a failure that was raised already.
             with contextlib.suppress(*_FAILURES) if self._failed else contextlib.nullcontext():
                 self._orbax.close()
 
     @contextlib.contextmanager
-    def _told(self, step: int) -> Iterator[None]:
-        """Whatever keeps a checkpoint from being written, a full disk or a store that is away, as SaveFailed."""
+    def _save_errors(self, step: int) -> Iterator[None]:
+        """Raise SaveFailed for all that keeps a checkpoint from being written: a full disk, an absent store."""
         try:
             yield
         except _FAILURES as error:
@@ -151,19 +167,23 @@ class CheckpointStore:
             ) from error
 
     def load(self, step: int, abstract: TrainState) -> TrainState:
-        """The state of `step`, bit for bit, in the shardings of `abstract` on the current mesh."""
+        """Return the state of `step`, bit for bit, in the shardings of `abstract` on the current mesh."""
         return from_disk(self._load(step, to_disk(abstract), whole=True), abstract)
 
     def load_params(self, step: int, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        """The parameters of `step` in the shardings and dtypes of `abstract`, without the optimizer's."""
+        """Return the parameters of `step` in the shardings and dtypes of `abstract`, without the optimizer's arrays."""
         loaded = self._load(step, {_param_key(name): value for name, value in abstract.items()}, whole=False)
         return {name: loaded[_param_key(name)] for name in abstract}
 
     def dtypes(self, step: int) -> dict[str, Any]:
-        """The dtypes that the parameters of `step` are stored in, by name."""
+        """Return the stored dtypes of the parameters of `step`, by name."""
         return {name.removeprefix(_param_key("")): value.dtype for name, value in self._saved(step).items()}
 
     def _load(self, step: int, abstract: dict[str, Any], *, whole: bool) -> dict[str, jax.Array]:
+        """Return the arrays of `abstract`, all that the checkpoint has (`whole`) or some of them.
+
+        Raises UserError for a checkpoint that is missing, damaged or of another config.
+        """
         if step not in self.steps():
             there = ", ".join(map(str, self.steps())) or "none"
             raise UserError(f"'{self.directory}' has no checkpoint of step {step}: there are {there}")
@@ -174,7 +194,7 @@ class CheckpointStore:
         try:
             with context:
                 return self._orbax.load_checkpointables(step, {_STATE: placed})[_STATE]
-        except (ValueError, OSError, KeyError, TypeError) as error:
+        except _UNREADABLE as error:
             raise self._damaged(step, error) from error
 
     def _damaged(self, step: int, error: Exception) -> UserError:
@@ -184,36 +204,33 @@ class CheckpointStore:
         )
 
     def _saved(self, step: int) -> Any:
-        """What a checkpoint says of its arrays, by name."""
+        """Return the metadata of a checkpoint's arrays, by name."""
         try:
             saved = self._orbax.checkpointables_metadata(step).metadata[_STATE]
-        except (ValueError, OSError, KeyError, TypeError) as error:
+        except _UNREADABLE as error:
             raise self._damaged(step, error) from error
         if saved is None:
             raise self._damaged(step, ValueError("its list of arrays cannot be read"))
         return saved
 
     def _compare(self, step: int, abstract: dict[str, Any], whole: bool) -> None:
-        saved = self._saved(step)
-        shapes = {name: tuple(value.shape) for name, value in saved.items()}
+        """Raise UserError for the first array that a checkpoint and a config do not have in the same shape."""
+        shapes = {name: tuple(value.shape) for name, value in self._saved(step).items()}
+        place = f"checkpoint '{self.directory / str(step)}'"
         for name, value in abstract.items():
             if name not in shapes:
-                raise UserError(f"checkpoint '{self.directory / str(step)}' lacks '{name}', which this config has")
+                raise UserError(f"{place} lacks '{name}', which this config has")
             if shapes[name] != tuple(value.shape):
-                raise UserError(
-                    f"checkpoint '{self.directory / str(step)}' has '{name}' of shape {shapes[name]}, "
-                    f"and this config wants {tuple(value.shape)}"
-                )
+                wanted = tuple(value.shape)
+                raise UserError(f"{place} has '{name}' of shape {shapes[name]}, and this config needs {wanted}")
         if whole and (surplus := shapes.keys() - abstract.keys()):
-            raise UserError(
-                f"checkpoint '{self.directory / str(step)}' has '{min(surplus)}', which this config does not have"
-            )
+            raise UserError(f"{place} has '{min(surplus)}', which this config does not have")
 
 
 def _placed(abstract: Any) -> Sharding:
-    """The sharding of an abstract array on the current mesh, or this host's first device where there is none.
+    """Return the sharding of an abstract array on the current mesh, or this host's first device without a mesh.
 
-    Without a sharding Orbax would take the one that it was saved with, on devices that need not exist here.
+    Orbax would otherwise take the sharding that the array was saved with, on devices that need not exist here.
     """
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
@@ -227,7 +244,7 @@ def _param_key(name: str) -> str:
 
 
 def to_disk(state: TrainState) -> dict[str, Any]:
-    """A train state as the flat dict that is saved, buffers among the parameters."""
+    """Return a train state as the flat dict that is saved, with buffers among the parameters."""
     paths, _ = jax.tree_util.tree_flatten_with_path(state.opt_state)
     optimizer = {"optimizer." + jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in paths}
     return (
@@ -238,7 +255,7 @@ def to_disk(state: TrainState) -> dict[str, Any]:
 
 
 def from_disk(flat: Mapping[str, Any], like: TrainState) -> TrainState:
-    """The inverse of `to_disk`, in the structure of `like`."""
+    """Return the train state of a flat dict, in the structure of `like`: the inverse of `to_disk`."""
     opt_keys = [key for key in to_disk(like) if key.startswith("optimizer.")]
     return TrainState(
         step=flat["step"],
@@ -246,3 +263,47 @@ def from_disk(flat: Mapping[str, Any], like: TrainState) -> TrainState:
         opt_state=jax.tree.unflatten(jax.tree.structure(like.opt_state), [flat[key] for key in opt_keys]),
         buffers={name: flat[_param_key(name)] for name in like.buffers},
     )
+
+
+def step_of(name: str) -> int | None:
+    """Return the step of the checkpoint that a file of a run directory belongs to, None for other files.
+
+    `name` is relative to the directory.
+    """
+    match = _STEP_FILE.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def whole_steps(names: Iterable[str]) -> list[int]:
+    """Return the steps of the checkpoints whose upload was finished, ascending."""
+    steps = (step_of(name) for name in names if name.endswith(f"/{COMMIT_FILE}"))
+    return sorted(step for step in steps if step is not None)
+
+
+def run_files(names: Iterable[str], step: int | None = None, *, arrays: bool = True) -> list[str]:
+    """Return those files of a run or a saved model that are read, of its checkpoints `step` (None: the latest).
+
+    Of other whole checkpoints they are all but the arrays; without `arrays`, of every checkpoint.
+    """
+    names = list(names)
+    steps = whole_steps(names)
+    wanted = max(steps, default=None) if step is None else step
+    found = []
+    for name in names:
+        own = step_of(name)
+        if own is None:
+            if not name.startswith("checkpoints/"):  # a checkpoint that was never finished
+                found.append(name)
+        elif own in steps and ((own == wanted and arrays) or not name.split("/", 2)[2].startswith(_ARRAYS)):
+            found.append(name)
+    return found
+
+
+def model_files(names: Iterable[str], step: int | None = None) -> list[str]:
+    """Return those files of a directory, of any kind, that `load` reads; `step` as in `run_files`."""
+    names = [name for name in run_files(names, step) if not _UNUSED.fullmatch(name)]
+    if "config.json" in names and any(_PREFERRED.fullmatch(name) for name in names):
+        names = [name for name in names if not _SAME_WEIGHTS.fullmatch(name)]
+    # In released directories, folders hold other forms of the same weights.
+    kept = ("checkpoints/", "tokenizer/", "additional_chat_templates/")
+    return [name for name in names if "/" not in name or name.startswith(kept)]

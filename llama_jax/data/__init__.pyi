@@ -13,5 +13,5 @@ from .objectives import (
     SequenceToSequence as SequenceToSequence,
     Vocabulary as Vocabulary,
 )
-from .readers.records import units_by_shard as units_by_shard
+from .readers import add_reader as add_reader, units_by_shard as units_by_shard
 from .rows.windows import HostBatch as HostBatch

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import overload
 
 import grain
 import numpy as np
@@ -18,9 +17,9 @@ class Batches:
     """Training batches of one or several sources, without end.
 
     The sequence at place p = batch * global_batch_size + row of the global order comes from the source that the mixture
-    says. The n-th of a source with m rows is number n % m of its epoch n // m, and every epoch a permutation of its
-    rows. Step n takes batch n; where batches in `skip` are left out, the n-th of the others. With `rows`, only these of
-    each global batch are read, in their order: those that a process's devices need.
+    has there. The n-th of a source with m rows is number n % m of its epoch n // m, and every epoch a permutation of
+    its rows. Step n takes batch n; where batches in `skip` are left out, the n-th of the others. With `rows`, only
+    these of each global batch are read, in their order: those that a process's devices need.
     Raises ValueError for a source without rows.
     """
 
@@ -44,40 +43,38 @@ class Batches:
         self._skip = sorted(set(skip))
 
     def places(self, step: int) -> list[tuple[int, int, int]]:
-        """(source, epoch, row) of the batch's rows at `step`."""
+        """Return (source, epoch, row) of the batch's rows at `step`."""
         first = self.number(step) * self._global_batch_size
         return [self._place(first + row) for row in self._rows]
 
     def number(self, step: int) -> int:
         """Return the number of the batch that `step` takes: `step` itself where none is skipped."""
         for skipped in self._skip:
-            if skipped > step:
-                break
-            step += 1
+            step += skipped <= step
         return step
 
     def batch(self, step: int) -> HostBatch:
-        """The rows of the global batch of `step`."""
+        """Return the rows of the global batch of `step`."""
         places = self.places(step)
         numbers = sorted({source for source, _, _ in places})
-        parts = {i: self._sources[i].read([(e, r) for source, e, r in places if source == i]) for i in numbers}
+        parts = [self._sources[i].read([(e, r) for source, e, r in places if source == i]) for i in numbers]
         if len(parts) == 1:
-            return next(iter(parts.values()))
+            return parts[0]
+        # The parts have the rows source by source: back into the order of the places.
         order = np.argsort(np.argsort([source for source, _, _ in places], kind="stable"))
-        names = parts[numbers[0]]
-        return {name: np.concatenate([parts[i][name] for i in numbers])[order] for name in names}
+        return {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
 
     def iterate(self, start_step: int = 0) -> Iterator[HostBatch]:
-        """`batch(start_step)`, `batch(start_step + 1)`... prepared ahead by threads; its state is the step number."""
+        """Yield `batch(start_step)`, `batch(start_step + 1)`... prepared ahead by threads."""
         steps = grain.MapDataset.range(start_step, 1 << 60).map(self.batch)
         num_threads = min(self._num_prefetch, 4)
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads, self._num_prefetch)))
 
     def num_sequences(self, step: int) -> list[int]:
-        """How many sequences each source has given in the steps before `step`."""
+        """Return the number of sequences that each source has given in the steps before `step`."""
         size, last = self._global_batch_size, self.number(step - 1) if step else -1
         counts = np.array(self._mixture.counts((last + 1) * size))
-        for skipped in self._skip[: last + 1 - step]:  # those that were gone through
+        for skipped in self._skip[: last + 1 - step]:  # those before the last step's batch
             counts -= np.subtract(self._mixture.counts((skipped + 1) * size), self._mixture.counts(skipped * size))
         return counts.tolist()
 
@@ -91,8 +88,8 @@ class Batches:
         return source, epoch, index_shuffle(index, max_index=num_rows - 1, seed=_epoch_seed(key), rounds=4)
 
 
-class ValidationBatches(Sequence[HostBatch]):
-    """All rows of all sources once, in order, as a fixed sequence of batches, the last one padded.
+class ValidationBatches:
+    """All rows of all sources once, in order, in batches of which the last one is padded.
 
     Only the first `max_batches` where given, and of each only `rows`, as in `Batches`.
     """
@@ -114,27 +111,20 @@ class ValidationBatches(Sequence[HostBatch]):
     def __len__(self) -> int:
         return self._num_batches
 
-    @overload
-    def __getitem__(self, index: int) -> HostBatch: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[HostBatch]: ...
-    def __getitem__(self, index: int | slice) -> HostBatch | list[HostBatch]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        first = range(len(self))[index] * self._global_batch_size
-        parts = [self._read(first + row) for row in self._rows]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    def __iter__(self) -> Iterator[HostBatch]:
+        for number in range(self._num_batches):
+            parts = [self._read(number * self._global_batch_size + row) for row in self._rows]
+            yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _read(self, place: int) -> HostBatch:
-        last = len(self._sources) - 1
-        source = min(int(np.searchsorted(self._ends, place, side="right")), last)
+        source = min(int(np.searchsorted(self._ends, place, side="right")), len(self._sources) - 1)
         before = int(self._ends[source - 1]) if source else 0
-        return self._sources[source].read([(0, place - before)])
+        return self._sources[source].read([(0, place - before)])  # beyond the last row all is padding
 
 
 @functools.lru_cache
 def _epoch_seed(key: tuple[int, ...]) -> int:
-    """32 bits. Grain's own shuffle adds epoch and seed, so that seed 1 begins with the second epoch of seed 0."""
+    """Return 32 bits. Grain's own shuffle adds epoch and seed: its seed 1 begins with the second epoch of seed 0."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 

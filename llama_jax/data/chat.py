@@ -1,9 +1,9 @@
-"""Conversations as tokens: who speaks in which part, in the turn format of a family of models."""
+"""Conversations as tokens in the turn format of a family of models, and the parts that the model is to write."""
 
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, override
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -21,7 +21,7 @@ ROLES = ("system", "user", "assistant")
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Text, or the name of a special token (or BOS, EOS: whatever the tokenizer has for these)."""
+    """Text, or the name of a special token (BOS and EOS are the tokenizer's own); the model learns `trained` ones."""
 
     text: str
     special: bool = False
@@ -31,22 +31,22 @@ class Piece:
 class ChatTemplate(Component):
     """Base of the turn formats.
 
-    `JINJA` is the same format as a chat template of Hugging Face, which an export of a model trained with it gets; None
-    where there is none.
+    `JINJA` is the same format as a chat template of Hugging Face, for exports of models that are trained with it; None
+    without one.
     """
 
     JINJA: ClassVar[str | None] = None
 
     def pieces(self, messages: Sequence[Message]) -> Iterable[Piece]:
-        """The conversation, in order; `trained` is what the model is to write. Roles have been checked."""
+        """Return the conversation in order. Roles have been checked."""
         raise NotImplementedError
 
     def opening(self) -> Iterable[Piece]:
-        """What stands between the user's message and the assistant's answer, beyond the message's own pieces."""
+        """Return the pieces between the user's message and the assistant's answer that belong to neither."""
         return ()
 
     def special_tokens(self) -> tuple[str, ...]:
-        """Names of the special tokens that the tokenizer must have."""
+        """Return the names of the special tokens that the tokenizer must have."""
         pieces = self.pieces([{"role": role, "content": role} for role in ROLES])
         return tuple(dict.fromkeys(p.text for p in pieces if p.special and p.text not in (BOS, EOS)))
 
@@ -55,7 +55,7 @@ class ChatTemplate(Component):
 class Llama2Chat(ChatTemplate):
     """[INST] question [/INST] answer, each pair between BOS and EOS (Touvron et al. 2023).
 
-    The marks are ordinary text, so that a message may contain them; the system's message stands in the first question.
+    The marks are ordinary text, so that a message may contain them; the system's message is part of the first question.
     """
 
     JINJA = (
@@ -65,6 +65,7 @@ class Llama2Chat(ChatTemplate):
         "{% set ns.system = '' %}{% else %}{{ ' ' + content + ' ' + eos_token }}{% endif %}{% endfor %}"
     )
 
+    @override
     def pieces(self, messages: Sequence[Message]) -> Iterator[Piece]:
         system = ""
         for message in messages:
@@ -90,6 +91,7 @@ class Llama3Chat(ChatTemplate):
         "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
     )
 
+    @override
     def pieces(self, messages: Sequence[Message]) -> Iterator[Piece]:
         yield Piece("<|begin_of_text|>", special=True)
         for message in messages:
@@ -98,6 +100,7 @@ class Llama3Chat(ChatTemplate):
             yield Piece(message["content"].strip(), trained=answer)
             yield Piece("<|eot_id|>", special=True, trained=answer)
 
+    @override
     def opening(self) -> Iterator[Piece]:
         return self._header("assistant")
 
@@ -117,6 +120,7 @@ class ChatML(ChatTemplate):
         "'<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
 
+    @override
     def pieces(self, messages: Sequence[Message]) -> Iterator[Piece]:
         for message in messages:
             answer = message["role"] == "assistant"
@@ -126,6 +130,7 @@ class ChatML(ChatTemplate):
             yield Piece("<|im_end|>", special=True, trained=answer)
             yield Piece("\n")
 
+    @override
     def opening(self) -> Iterator[Piece]:
         yield Piece("<|im_start|>", special=True)
         yield Piece("assistant\n")
@@ -136,7 +141,7 @@ class ChatGLM2Chat(ChatTemplate):
     """[Round 1], 问：question, 答：answer and so on, behind [gMASK] and sop (ChatGLM2-6B's `build_prompt`).
 
     The marks are ordinary text, and only the last answer ends with EOS; the system's message, for which the original
-    has no place, stands before the first round.
+    has no place, comes before the first round.
     """
 
     JINJA = (
@@ -147,6 +152,7 @@ class ChatGLM2Chat(ChatTemplate):
         "{% else %}{{ message['content'] + (eos_token if loop.last else '\\n\\n') }}{% endif %}{% endfor %}"
     )
 
+    @override
     def pieces(self, messages: Sequence[Message]) -> Iterator[Piece]:
         yield Piece("[gMASK]", special=True)
         yield Piece("sop", special=True)
@@ -166,26 +172,25 @@ class ChatGLM2Chat(ChatTemplate):
 def chat_tokens(
     messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer
 ) -> tuple[Int32[np.ndarray, " n"], Int64[np.ndarray, " p"]]:
-    """The conversation's tokens, and where in them a further part begins: parts alternate, first what is given, then
-    what the model is to write, the end of its turn included.
+    """Return the conversation's tokens, and the places in them where further parts begin.
 
-    What a message says is encoded as plain text: no special token comes out of it. Raises UserError where a message
-    lacks its role or content, where questions and answers do not alternate (after at most one system message) or no
-    answer is last, and for a special token that the tokenizer lacks.
+    Parts alternate: first the given ones, then those that the model is to write, the end of its turn included. Messages
+    are encoded as plain text: no special token comes out of them. Raises UserError where a message lacks its role or
+    content, where questions and answers do not alternate (after at most one system message) or no answer is last, and
+    for a special token that the tokenizer lacks.
     """
     if (problem := problem_of(messages)) is not None:
         raise UserError(problem)
     pieces = [piece for piece in template.pieces(messages) if piece.text]
     ids = _ids_of(pieces, tokenizer)
-    sizes = [len(part) for part in ids]
-    trained = np.repeat([piece.trained for piece in pieces], sizes)
+    trained = np.repeat([piece.trained for piece in pieces], [len(part) for part in ids])
     tokens = np.fromiter(itertools.chain.from_iterable(ids), np.int32)
-    # Against "not trained" before the first token, so that part 0 is never trained, and empty if it has to be.
+    # The comparison begins with "not trained", so that part 0 is never trained, and empty if it has to be.
     return tokens, np.flatnonzero(np.diff(trained, prepend=False)).astype(np.int64)
 
 
 def chat_prompt(messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of a conversation that ends with the user, up to where the assistant's answer begins.
+    """Return the tokens of a conversation that ends with the user, up to the beginning of the assistant's answer.
 
     Raises UserError as `chat_tokens` does, and where the conversation ends otherwise.
     """
@@ -196,13 +201,13 @@ def chat_prompt(messages: Sequence[Message], template: ChatTemplate, tokenizer: 
 
 
 def turn_ends(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The special tokens that end an answer. Raises UserError for one that the tokenizer lacks."""
+    """Return the special tokens that end an answer. Raises UserError for one that the tokenizer lacks."""
     pieces = template.pieces([{"role": role, "content": role} for role in ROLES])
     return tuple(dict.fromkeys(_special(tokenizer, p.text) for p in pieces if p.special and p.trained))
 
 
 def _ids_of(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[Sequence[int]]:
-    """The ids of each piece."""
+    """Return the ids of each piece."""
     ids: list[Sequence[int]] = []
     for special, group in itertools.groupby(pieces, key=lambda piece: piece.special):
         texts = [piece.text for piece in group]
@@ -211,8 +216,11 @@ def _ids_of(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[Sequence[int]
 
 
 def _encoded(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Ids of texts that follow one another: cut from those of the whole, so that they are what a model is given whose
-    prompt ends at a cut; each by itself where a token would span a cut."""
+    """Return the ids of texts that follow one another.
+
+    They are cut from the ids of the whole, so that they are those of a prompt that ends at a cut; each text is encoded
+    by itself where a token would span a cut.
+    """
     whole = tokenizer.encode("".join(texts))
     ends = []
     for i in range(1, len(texts)):
@@ -232,7 +240,7 @@ def _special(tokenizer: Tokenizer, name: str) -> int:
 
 
 def problem_of(messages: Sequence[Message], *, ends_with: str = "assistant") -> str | None:
-    """Why the messages are no conversation whose last one is of this role, or None."""
+    """Return why the messages are no conversation whose last one is of this role, or None."""
     expected = ("system", "user")
     for number, message in enumerate(messages, start=1):
         role = message.get("role")
@@ -246,8 +254,8 @@ def problem_of(messages: Sequence[Message], *, ends_with: str = "assistant") -> 
                 "most one system message, then user and assistant in turn"
             )
         expected = ("assistant",) if role == "user" else ("user",)
-    if ends_with == "user" and (not messages or messages[-1]["role"] != "user"):
+    if messages and messages[-1]["role"] == ends_with:
+        return None
+    if ends_with == "user":
         return "a conversation must end with the user's message: add the one that is to be answered"
-    if ends_with == "assistant" and (not messages or messages[-1]["role"] != "assistant"):
-        return "a conversation must end with the assistant's answer: drop the messages after the last one"
-    return None
+    return "a conversation must end with the assistant's answer: drop the messages after the last one"

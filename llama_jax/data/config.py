@@ -1,4 +1,4 @@
-"""Which text a run learns from, and as what."""
+"""Config of the data: corpora, their mixture, and the objective."""
 
 import dataclasses
 import math
@@ -12,18 +12,18 @@ from llama_jax.data.objectives.decoder import Causal
 
 Split = Literal["train", "validation"]
 Packing = Literal["cut", "best_fit"]
-ONLY = "data"  # the name of a run's source that is no mixture's
+ONLY = "data"  # name of the source of a run without a mixture
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One of the corpora of a mixture: what it does not say is as in the data's config.
+    """One of the corpora of a mixture. Fields that are None are as in the data's config.
 
     name: its name in logs.
     path: its files.
-    share: of the tokens that the run takes, in proportion to the other sources' shares.
-    epochs: instead of a share: how often the run takes all of it. Where all sources say epochs, they fill the run in
-        that proportion.
+    share: share of the run's tokens, in proportion to the other sources' shares.
+    epochs: instead of a share: number of times that the run takes all of it. Where all sources have epochs, they fill
+        the run in that proportion.
     exclude: as in the data's config.
     fields: as in the data's config.
     document_chars: as in the data's config.
@@ -59,7 +59,7 @@ def _check_words(name: str, value: object) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """From a step on, other shares of the sources than their own, in their order; 0 leaves one out."""
+    """Shares of the sources, in their order, from a step on; 0 leaves a source out."""
 
     start_step: int
     shares: tuple[float, ...]
@@ -67,26 +67,27 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which text a run learns from, and as what.
+    """Config of a run's data.
 
     path: files, directories (with all below them but hidden files and backups), globs, on disk or as gs:// and s3://,
       and hf://NAME[/CONFIG]:SPLIT.
     exclude: patterns as in the shell of files to leave out, matched with the path and with its part below `path`.
-    fields: what holds the text, the token ids or the messages in a record; several are a document's parts, in order; a
-      number that is no first part (a class) counts as its digits.
-    document_chars: cut longer documents at line ends into documents of about so many characters; None leaves them.
+    fields: names of the fields of a record that have the text, the token ids or the messages; several are a document's
+      parts, in order; a number in another part than the first (a class) is read as its digits.
+    document_chars: longer documents are cut at line ends into documents of about so many characters; None cuts none.
     max_record_bytes: longer lines, records and whole files are bad records.
-    max_bad_records: more than so many bad records (not UTF-8, without a field...) are an error; none: any number.
+    max_bad_records: more bad records (not UTF-8, without a field...) than this are an error; none allows any number.
     validation_fraction: share of documents held out, chosen by a hash of their text.
-    cache_dir: where tokenized shards are kept, a path or a URL; None is $LLAMA_JAX_CACHE or ~/.cache/llama_jax.
+    cache_dir: directory of tokenized shards, a path or a URL; None is $LLAMA_JAX_CACHE or ~/.cache/llama_jax.
     num_prefetch: batches prepared ahead of the step that takes them.
-    chat_template: how the messages of a chat become tokens, where a field holds them.
-    objective: what is to be learned of a document.
-    packing: how documents share rows: `cut` where a row ends, or `best_fit`: only those longer than a row are cut.
-    sources: several corpora instead of `path`, each with its share or its epochs.
+    chat_template: format of a chat's messages as tokens, where a field holds messages.
+    objective: inputs and targets that are made of a document.
+    packing: rule by which documents share rows: `cut` where a row ends, or `best_fit`, which cuts only those longer
+      than a row.
+    sources: several corpora in place of `path`, each with its share or its epochs.
     stages: shares of the sources that change at given steps.
-    skip_batches: numbers of batches that no step takes: the others follow in their order. Without any, step n takes
-      batch n, counted from 0.
+    skip_batches: numbers of batches, from 0, that no step takes: the others follow in their order. Without any, step n
+      takes batch n.
     """
 
     path: tuple[str, ...]
@@ -133,10 +134,10 @@ class DataConfig:
 
     def _check_sources(self) -> None:
         if self.sources and self.path:
-            raise UserError("path and sources are both given: put the path into a source of its own")
+            raise UserError("path and sources are both given: make the path a source")
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
-            raise UserError(f"sources are called {', '.join(names)}: give each a name of its own")
+            raise UserError(f"sources are called {', '.join(names)}: give each another name")
         if self.sources and not any(source.share or source.epochs for source in self.sources):
             raise UserError("sources all have the share 0: give one of them more")
         if self.stages and not self.sources:
@@ -144,7 +145,7 @@ class DataConfig:
         if not self.stages:
             return
         if any(source.epochs is not None for source in self.sources):
-            raise UserError("stages change shares, and a source says epochs: give all sources shares")
+            raise UserError("stages change shares, and a source has epochs: give all sources shares")
         steps = [stage.start_step for stage in self.stages]
         if steps[0] < 1 or steps != sorted(set(steps)):
             raise UserError(
@@ -159,7 +160,7 @@ class DataConfig:
                 )
 
     def corpora(self) -> Iterator[tuple[Source, "DataConfig"]]:
-        """Every source with the config of its corpus alone."""
+        """Yield every source with the config of its corpus alone."""
         for source in self.sources or (Source(ONLY, self.path, share=1.0),):
             own = {
                 name: getattr(source, name)

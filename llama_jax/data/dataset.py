@@ -1,8 +1,8 @@
-"""The corpora of a run as rows: prepared, planned, mixed."""
+"""The corpora of a run as rows: prepared, packed, mixed."""
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,8 +14,7 @@ from llama_jax.data.corpus.prepare import prepare_corpus
 from llama_jax.data.mixture import Mixture, Schedule
 from llama_jax.data.objectives.base import Vocabulary
 from llama_jax.data.objectives.decoder import Causal
-from llama_jax.data.rows.fitting import Packer
-from llama_jax.data.rows.packing import PackedRows
+from llama_jax.data.rows.packing import PackedRows, Packer
 from llama_jax.data.rows.windows import Rows, WindowRows
 from llama_jax.tokenizers import Tokenizer
 
@@ -27,9 +26,9 @@ def prepare_dataset(
     sequence_length: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
-    """Tokenizes the corpora of `config` and plans their rows, as far as this is not done; their directories.
+    """Tokenize the corpora of `config` and pack their rows, as far as this is not done; return their directories.
 
-    Raises UserError where a corpus cannot be prepared, and where the tokenizer lacks what the objective needs.
+    Raises UserError where a corpus cannot be prepared, and where the tokenizer lacks a token of the objective.
     """
     vocabulary = Vocabulary.of(tokenizer, config.objective.texts())
     config.objective.check(vocabulary)
@@ -37,7 +36,7 @@ def prepare_dataset(
     corpora = []
     for _, source in config.corpora():
         corpus = prepare_corpus(source, tokenizer, progress=progress, needs_validation=not config.sources)
-        if packer.plans:
+        if packer.needs_index:
             packer.write(corpus)
         corpora.append(corpus)
     if config.validation_fraction > 0:
@@ -46,10 +45,10 @@ def prepare_dataset(
 
 
 class Dataset:
-    """What a run learns from: the rows of every source's splits.
+    """The data of a run: the rows of every source's splits.
 
-    `corpora` by the source's name; `num_tokens` and `num_bytes` are those of all of them by split; `content_hash` says
-    which texts and which tokenizer they are.
+    `corpora` by the source's name; `num_tokens` and `num_bytes` are sums over all of them by split; `content_hash`
+    identifies their texts and tokenizer.
     """
 
     def __init__(
@@ -67,27 +66,18 @@ class Dataset:
         for (source, own), directory in zip(config.corpora(), directories, strict=True):
             self.sources.append(source)
             self.corpora[source.name] = Corpus(directory, own)
+        hashes = [corpus.content_hash for corpus in self.corpora.values()]
+        self.content_hash = hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+        self.num_tokens = _sum(corpus.num_tokens for corpus in self.corpora.values())
+        self.num_bytes = _sum(corpus.num_bytes for corpus in self.corpora.values())
         packer = Packer(config.objective, config.packing, vocabulary, sequence_length)
         self.train = self._rows("train", packer, seed)
         self.validation = self._rows("validation", packer, seed)
 
-    @property
-    def content_hash(self) -> str:
-        hashes = [corpus.content_hash for corpus in self.corpora.values()]
-        return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
-
-    @property
-    def num_tokens(self) -> dict[Split, int]:
-        return _sum(corpus.num_tokens for corpus in self.corpora.values())
-
-    @property
-    def num_bytes(self) -> dict[Split, int]:
-        return _sum(corpus.num_bytes for corpus in self.corpora.values())
-
     def scored_bytes(self) -> int | None:
-        """Bytes of the text that validation scores, of all rows of all sources; None where that cannot be said.
+        """Return the bytes of the text that validation scores, of all rows of all sources, or None without a number.
 
-        Only a left-to-right model says how likely a whole text is, and nothing else.
+        Only a left-to-right model without another objective gives the likelihood of a whole text.
         """
         counts = [corpus.scored_bytes for corpus in self.corpora.values() if corpus.num_documents["validation"]]
         if type(self.config.objective) is not Causal or None in counts:
@@ -95,23 +85,25 @@ class Dataset:
         return sum(count for count in counts if count is not None)
 
     def mixture(self, *, global_batch_size: int, num_steps: int) -> Mixture:
-        """Which source gives which of a run's sequences.
+        """Return the sources of a run's sequences.
 
         Raises UserError where the sources' epochs are more than the run's sequences.
         """
         total = num_steps * global_batch_size
-        schedules = []
-        for stage in (Stage(0, tuple(source.share or 0.0 for source in self.sources)), *self.config.stages):
-            shares = _sequence_shares(self.sources, self.train, stage, total)
-            schedules.append((stage.start_step * global_batch_size, Schedule(shares)))
-        return Mixture(tuple(schedules))
+        stages = (Stage(0, tuple(source.share or 0.0 for source in self.sources)), *self.config.stages)
+        return Mixture(
+            tuple(
+                (stage.start_step * global_batch_size, Schedule(self._sequence_shares(stage, total)))
+                for stage in stages
+            )
+        )
 
     def texts(self, split: Split) -> Iterator[str]:
-        """All documents' text again, read from the original files."""
+        """Yield the text of all documents of a split, read again from the original files."""
         return itertools.chain.from_iterable(corpus.texts(split) for corpus in self.corpora.values())
 
     def describe(self, batches: Batches, num_steps: int) -> list[str]:
-        """What a run is told of its data: how full rows are, what it takes of which source, and what was left out."""
+        """Return lines for a run's report: how full rows are, what it takes of which source, what was left out."""
         lines, taken = [], self.proportions(batches, num_steps)
         for source, rows, held_out in zip(self.sources, self.train, self.validation, strict=True):
             text = f"{source.name}: {rows.num_rows:,} rows, {rows.num_tokens / rows.num_positions:.1%} full"
@@ -129,7 +121,7 @@ class Dataset:
         return lines
 
     def proportions(self, batches: Batches, step: int) -> dict[str, float]:
-        """Each source's share of the tokens before `step`, its rows being as full as all of them, and its epochs."""
+        """Return each source's share of the tokens before `step`, with average rows, and its epochs."""
         counts = batches.num_sequences(step)
         tokens = [n * rows.num_tokens / rows.num_rows for n, rows in zip(counts, self.train, strict=True)]
         shares = {f"share/{s.name}": n / max(sum(tokens), 1) for s, n in zip(self.sources, tokens, strict=True)}
@@ -137,27 +129,16 @@ class Dataset:
         return shares | epochs
 
     def _rows(self, split: Split, packer: Packer, seed: int) -> list[Rows]:
-        rows = []
+        rows: list[Rows] = []
         for number, (name, corpus) in enumerate(self.corpora.items()):
             stream = getattr(corpus, split)
-            if packer.plans:
-                pieces, rows_of, counts = packer.open(corpus, split)
-                made = PackedRows(
-                    stream,
-                    packer.objective,
-                    packer.vocabulary,
-                    pieces,
-                    rows_of,
-                    sequence_length=packer.sequence_length,
-                    num_tokens=counts["num_tokens"],
-                    num_dropped=counts["num_dropped"],
-                    seed=(seed, number),
-                )
+            if packer.needs_index:
+                made = PackedRows(stream, packer, packer.open(corpus, split), seed=(seed, number))
             else:
                 made = WindowRows(stream, packer.sequence_length, partial=split == "validation")
             if split == "train" and not made.num_rows:
                 of, length = f" of source '{name}'" if self.config.sources else "", packer.sequence_length
-                if packer.plans:
+                if packer.needs_index:
                     raise UserError(
                         f"none of the {stream.num_documents:,} documents{of} fits a row: give other text, or raise "
                         f"sequence_length={length} (and data.objective.source_length, where there is one)"
@@ -169,29 +150,25 @@ class Dataset:
             rows.append(made)
         return rows
 
+    def _sequence_shares(self, stage: Stage, total: int) -> list[Fraction]:
+        """Return shares of the sequences that give the sources' epochs, and the stage's shares of the other tokens."""
+        by_epochs, by_share = [], []
+        for source, rows, share in zip(self.sources, self.train, stage.shares, strict=True):
+            epochs = Fraction(0) if source.epochs is None else Fraction(str(source.epochs))
+            by_epochs.append(epochs * rows.num_rows / total)
+            # A share of the tokens is one of the sequences over how full these are.
+            by_share.append(0 if epochs else Fraction(str(share)) * rows.num_rows / rows.num_tokens)
+        if not any(by_share):  # epochs alone are kept in proportion, and fill the run
+            return by_epochs
+        left = 1 - sum(by_epochs)
+        if left <= 0:
+            raise UserError(
+                f"the epochs of data.sources are {float(sum(by_epochs)) * total:,.0f} sequences, and the run has "
+                f"{total:,}: lower them, raise num_steps, or give all sources epochs, which then fill it in proportion"
+            )
+        return [epochs + left * share / sum(by_share) for epochs, share in zip(by_epochs, by_share, strict=True)]
 
-def _sum(counts) -> dict[Split, int]:
+
+def _sum(counts: Iterable[dict[Split, int]]) -> dict[Split, int]:
     counts = list(counts)
     return {split: sum(count[split] for count in counts) for split in counts[0]}
-
-
-def _sequence_shares(sources: Sequence[Source], rows: Sequence[Rows], stage: Stage, total: int) -> list[Fraction]:
-    """Shares of the sequences that give the sources' epochs, and the stage's shares of the tokens that are left."""
-    by_epochs = [
-        Fraction(0) if source.epochs is None else Fraction(str(source.epochs)) * own.num_rows / total
-        for source, own in zip(sources, rows, strict=True)
-    ]
-    # A share of the tokens is one of the sequences over how full these are.
-    by_share = [
-        Fraction(str(share)) * own.num_rows / own.num_tokens if source.epochs is None else Fraction(0)
-        for share, source, own in zip(stage.shares, sources, rows, strict=True)
-    ]
-    if not any(by_share):  # epochs alone are kept in proportion, and fill the run
-        return by_epochs
-    left = 1 - sum(by_epochs)
-    if left <= 0:
-        raise UserError(
-            f"the epochs of data.sources are {float(sum(by_epochs)) * total:,.0f} sequences, and the run has "
-            f"{total:,}: lower them, raise num_steps, or give all sources epochs, which then fill it in proportion"
-        )
-    return [epochs + left * share / sum(by_share) for epochs, share in zip(by_epochs, by_share, strict=True)]

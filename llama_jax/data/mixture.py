@@ -1,4 +1,4 @@
-"""Which source every sequence of a run comes from: exact shares, in closed form."""
+"""The source of every sequence of a run: exact shares, in closed form."""
 
 import bisect
 import dataclasses
@@ -35,14 +35,14 @@ class Schedule:
         self._block = denominator if denominator <= BLOCK else BLOCK
 
     def locate(self, place: int) -> tuple[int, int]:
-        """(source, how many of its sequences came before) of the sequence at `place`."""
+        """Return (source, number of its sequences before) of the sequence at `place`."""
         block, offset = divmod(place, self._block)
         before, order, ranks = self._ordered(block)
         source = int(order[offset])
         return source, before[source] + int(ranks[offset])
 
     def counts(self, stop: int) -> list[int]:
-        """How many of the first `stop` sequences come from each source."""
+        """Return the number of sequences of each source among the first `stop`."""
         block, offset = divmod(stop, self._block)
         before, order, _ = self._ordered(block)
         within = np.bincount(order[:offset], minlength=len(before))
@@ -54,7 +54,7 @@ class Schedule:
 
     @functools.lru_cache(maxsize=1 << 10)  # noqa: B019 - a run has few schedules
     def _totals(self, block: int) -> tuple[int, ...]:
-        """Sequences of each source in the blocks before: the share's own number, rounded so that all are placed."""
+        """Return the sequences of each source in the blocks before: shares, rounded so that all places are taken."""
         ideal = [share * block * self._block for share in self.shares]
         # A source's total must not fall from one block to the next, as rounding all to a sum would make rare ones do.
         rare = [share * self._block < RARE and share * self._block % 1 != 0 for share in self.shares]
@@ -68,7 +68,7 @@ class Schedule:
 
 @functools.lru_cache(maxsize=64)
 def _order(counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(source, its number among the source's) of every sequence of a block with that many of each source."""
+    """Return (sources, numbers among the source's) of the sequences of a block with `counts` of each source."""
     size, width = sum(counts), max(2 * len(counts) - 2, 1)
     order, ranks = np.zeros(size, np.uint16), np.zeros(size, np.int32)
     # Sequence j of a source is due at (j - 1 / width) / share, and may come from (j - 1 + 1 / width) / share on. Those
@@ -97,13 +97,13 @@ class Mixture:
     stages: tuple[tuple[int, Schedule], ...]
 
     def locate(self, place: int) -> tuple[int, int]:
-        """(source, how many of its sequences came before) of the run's sequence at `place`."""
+        """Return (source, number of its sequences before) of the run's sequence at `place`."""
         start, schedule, before = self._stage(place)
         source, number = schedule.locate(place - start)
         return source, before[source] + number
 
     def counts(self, stop: int) -> list[int]:
-        """How many of the run's first `stop` sequences come from each source."""
+        """Return the number of sequences of each source among the run's first `stop`."""
         start, schedule, before = self._stage(stop)
         return [a + b for a, b in zip(before, schedule.counts(stop - start), strict=True)]
 
@@ -113,7 +113,7 @@ class Mixture:
 
     @functools.cached_property
     def _before(self) -> list[list[int]]:
-        """How many sequences of each source come before each stage."""
+        """Sequences of each source before each stage."""
         found = [[0] * len(self.stages[0][1].shares)]
         for (start, schedule), (end, _) in itertools.pairwise(self.stages):
             found.append([a + b for a, b in zip(found[-1], schedule.counts(end - start), strict=True)])

@@ -240,6 +240,9 @@ class TransformerConfig(ModelConfig):
     head_bias: bias added to the logits; a fixed one is loaded and not trained.
     """
 
+    sides: ClassVar[tuple[str, ...]] = ("",)
+    """Beginnings of the names of parts, one for each stack: `encoder_` for an encoder-decoder's first."""
+
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -283,33 +286,24 @@ class TransformerConfig(ModelConfig):
     def stacks(self) -> dict[str, tuple[Pieces, ...]]:
         return {"layers": with_overrides((self.attention, self.feed_forward), self.num_layers, self.overrides)}
 
-    def token_embedding(self, *, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
-        """Return the embedding of tokens."""
-        return {"embedding": Embedding(self.vocab_size, self.hidden_size, rngs=child(rngs, "embedding"))}
-
-    def embedding_parts(self, *, rngs: nnx.Rngs, side: str = "") -> dict[str, nnx.Module]:
-        """Return the modules between the embedding and the first block; names begin with `side` (`encoder_`)."""
-        parts: dict[str, nnx.Module] = {}
-        positions, bias, norm = (f"{side}{name}" for name in ("positions", "position_bias", "embedding_norm"))
-        if self.positions is not None:
-            parts[positions] = self.positions.build(self.hidden_size, rngs=child(rngs, positions))
-        if (bias_config := getattr(self, bias)) is not None:
-            parts[bias] = bias_config.build(rngs=child(rngs, bias))
-        if self.embedding_norm is not None:
-            parts[norm] = self.embedding_norm.build(self.hidden_size, rngs=child(rngs, norm))
-        return parts
-
-    def final_norm(self, *, rngs: nnx.Rngs, side: str = "") -> dict[str, nnx.Module]:
-        """Return the norm after the last block of a stack; blocks that end with a norm make it superfluous."""
-        if self.norm is None or self.norm_placement == "post":
-            return {}
-        return {f"{side}norm": self.norm.build(self.hidden_size, rngs=child(rngs, f"{side}norm"))}
-
-    def head_parts(self, *, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
-        """Return the head, where it is not the embedding, and its bias."""
-        parts: dict[str, nnx.Module] = {}
+    def build_parts(self, *, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+        width = self.hidden_size
+        parts: dict[str, nnx.Module] = {"embedding": Embedding(self.vocab_size, width, rngs=child(rngs, "embedding"))}
+        for side in self.sides:
+            positions, bias, embedding_norm, norm = (
+                f"{side}{name}" for name in ("positions", "position_bias", "embedding_norm", "norm")
+            )
+            if self.positions is not None:
+                parts[positions] = self.positions.build(width, rngs=child(rngs, positions))
+            if (bias_config := getattr(self, bias)) is not None:
+                parts[bias] = bias_config.build(rngs=child(rngs, bias))
+            if self.embedding_norm is not None:
+                parts[embedding_norm] = self.embedding_norm.build(width, rngs=child(rngs, embedding_norm))
+            # Blocks that end with a norm make one after the last of them superfluous.
+            if self.norm is not None and self.norm_placement != "post":
+                parts[norm] = self.norm.build(width, rngs=child(rngs, norm))
         if not self.tie_embeddings:
-            dims = {"embed": self.hidden_size}, {"vocab": self.vocab_size}
+            dims = {"embed": width}, {"vocab": self.vocab_size}
             parts["lm_head"] = Projection(*dims, bias=False, rngs=child(rngs, "lm_head"), std=EMBEDDING_STD)
         if self.head_bias != "none":
             trained = self.head_bias == "trained"

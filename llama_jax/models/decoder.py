@@ -22,14 +22,6 @@ class DecoderConfig(TransformerConfig):
     )
     joins_source = True
 
-    def build_parts(self, *, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
-        return (
-            self.token_embedding(rngs=rngs)
-            | self.embedding_parts(rngs=rngs)
-            | self.final_norm(rngs=rngs)
-            | self.head_parts(rngs=rngs)
-        )
-
     def build_block(self, stack: str, pieces: Pieces, *, rngs: nnx.Rngs) -> nnx.Module:
         return Block(self, pieces, rngs=rngs)
 
@@ -62,18 +54,16 @@ class Decoder(Transformer):
         hidden, _, aux = self.run_stack(tokens, positions, mask, key=key, outputs=outputs)
         return hidden, aux
 
-    def __call__(self, tokens: Int[Array, "b t"], **others: Int[Array, "b t"] | None) -> Float[Array, "b t v"]:
+    def __call__(self, tokens: Int[Array, "b t"], **others: Any) -> Float[Array, "b t v"]:
         """Return float32 logits at every position; other arguments are `positions`, `segment_ids` and `prefix`."""
         tokens, others = jax.tree.map(zigzag, (tokens, others))
         return self.logits(unzigzag(self.trunk(tokens, **others)[0]))
 
-    def hidden_states(
-        self, tokens: Int[Array, "b t"], **others: Int[Array, "b t"] | None
-    ) -> dict[str, list[Float[Array, "b t d"]]]:
+    def hidden_states(self, tokens: Int[Array, "b t"], **others: Any) -> dict[str, list[Float[Array, "b t d"]]]:
         """Return the results of every block for the arguments of a call, by stack."""
         tokens, others = jax.tree.map(zigzag, (tokens, others))
         outputs: list[jax.Array] = []
-        self.trunk(tokens, **others, outputs=outputs)
+        self.trunk(tokens, outputs=outputs, **others)
         return {"layers": [unzigzag(x) for x in outputs]}
 
     def loss_terms(self, batch: Batch, *, key: jax.Array | None = None) -> tuple[list[LossTerm], Aux]:

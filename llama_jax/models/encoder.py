@@ -77,16 +77,14 @@ class EncoderConfig(TransformerConfig):
         return frozenset(names | ({"class_targets"} if self.num_classes else set()))
 
     def build_parts(self, *, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
-        width, parts = self.hidden_size, self.token_embedding(rngs=rngs)
+        width, parts = self.hidden_size, super().build_parts(rngs=rngs)
         if self.num_token_types:
             name = "token_type_embedding"
             parts[name] = Embedding(self.num_token_types, width, rngs=child(rngs, name))
-        parts |= self.embedding_parts(rngs=rngs) | self.final_norm(rngs=rngs)
         if self.head_transform is not None:
             assert self.norm is not None
-            parts["head_transform"] = HeadTransform(
-                width, self.head_transform, self.norm, rngs=child(rngs, "head_transform")
-            )
+            key = child(rngs, "head_transform")
+            parts["head_transform"] = HeadTransform(width, self.head_transform, self.norm, rngs=key)
         outputs = {
             "pooler": width if self.pooler else 0,
             "pair_head": 2 if self.pair_head else 0,
@@ -96,7 +94,7 @@ class EncoderConfig(TransformerConfig):
         for name, size in outputs.items():
             if size:
                 parts[name] = Projection({"embed": width}, {"_out": size}, bias=True, rngs=child(rngs, name))
-        return parts | self.head_parts(rngs=rngs)
+        return parts
 
     def build_block(self, stack: str, pieces: Pieces, *, rngs: nnx.Rngs) -> nnx.Module:
         return Block(self, pieces, rngs=rngs)
@@ -289,6 +287,7 @@ def _default_positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.
     if segment_ids is None:
         return jnp.broadcast_to(index, tokens.shape)
     segments = shard(segment_ids, "batch", None)
+    # A dense [B, T, T] comparison: texts of one segment need not be consecutive.
     before = (segments[:, :, None] == segments[:, None]) & (index[:, None] > index)
     return before.sum(-1, dtype=jnp.int32)
 

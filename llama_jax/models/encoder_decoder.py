@@ -49,6 +49,7 @@ class EncoderDecoderConfig(TransformerConfig):
     )
     has_source = True
     splits_sequence = False
+    sides = ("encoder_", "")
 
     num_encoder_layers: int
     cross_attention: CrossAttention
@@ -76,16 +77,6 @@ class EncoderDecoderConfig(TransformerConfig):
             "encoder_layers": with_overrides(pieces, self.num_encoder_layers, self.encoder_overrides),
             "layers": with_overrides(pieces, self.num_layers, self.overrides),
         }
-
-    def build_parts(self, *, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
-        return (
-            self.token_embedding(rngs=rngs)
-            | self.embedding_parts(rngs=rngs, side="encoder_")
-            | self.embedding_parts(rngs=rngs)
-            | self.final_norm(rngs=rngs, side="encoder_")
-            | self.final_norm(rngs=rngs)
-            | self.head_parts(rngs=rngs)
-        )
 
     def build_block(self, stack: str, pieces: Pieces, *, rngs: nnx.Rngs) -> nnx.Module:
         return Block(self, pieces, cross_attention=self.cross_attention if stack == "layers" else None, rngs=rngs)

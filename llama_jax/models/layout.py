@@ -9,7 +9,7 @@ trains, are in the dict like parameters.
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ def is_stacked(name: str) -> bool:
 class _Template:
     """Structure of a module without values, of which `merge` makes the module."""
 
-    def __init__(self, make: Callable[[], Any]):
+    def __init__(self, make: Callable[[], nnx.Module]):
         self.graphdef, state = nnx.split(nnx.eval_shape(make))
         self.shapes = _flat(state)
         self.treedef = jax.tree.structure(state)
@@ -147,6 +147,7 @@ def _init_stack(config: ModelConfig, stack: str, pieces: tuple[Pieces, ...], bas
             params[name] = groups[0][1]
         else:
             order = [i for layers, _ in groups for i in layers]
+            # Kinds of layers were made apart: put their values into the order of the layers.
             joined = jnp.concatenate([value for _, value in groups])
             params[name] = joined[jnp.array(sorted(range(len(order)), key=order.__getitem__))]
     return params
@@ -177,7 +178,7 @@ def _shapes_and_specs(
     return {name: (a.shape, None if mesh.empty else a.sharding.spec) for name, a in abstract.items()}
 
 
-def repeating_pattern(pieces: tuple[Any, ...]) -> tuple[int, int]:
+def repeating_pattern(pieces: Sequence[Hashable]) -> tuple[int, int]:
     """Return (leading, period): after `leading` layers the rest repeats every `period`, with the smallest sum."""
     total = len(pieces)
     best = (total, 0)
@@ -223,6 +224,7 @@ def _layers(config: ModelConfig, params: Params, stack: str, blocks: list[_Templ
 
 
 def _take(value: jax.Array, owners: tuple[int, ...], chosen: range) -> jax.Array:
+    # Rows of the stacked array; the layers of a pattern are a fixed distance apart in it, so that one slice takes them.
     rows = [owners.index(i) for i in chosen]
     if rows == list(range(value.shape[0])):
         return value

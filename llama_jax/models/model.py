@@ -107,6 +107,7 @@ class Transformer(nnx.Module):
         """Return positions and context of `length` more inputs in rows whose caches hold `lengths` tokens."""
         places, bias = lengths[:, None] + jnp.arange(length), None
         if self.part("position_bias") is not None:
+            # Keys of places behind a row's end are masked, so their bias does not matter.
             num_keys = max(x.shape[2] for x in jax.tree.leaves(cache) if x.ndim == 4)  # keys are [B, K, S, H]
             bias = self.bias(places, jnp.arange(num_keys))
         return places, self.context(Mask(query_places=places), is_token=is_token, position_bias=bias)
@@ -155,6 +156,7 @@ class Transformer(nnx.Module):
     def head(self, hidden: Float[Array, "b t d"], weight: Any) -> Float[Array, "b t v"]:
         """Return float32 logits."""
         weight, bias = (weight["weight"], weight["bias"]) if isinstance(weight, dict) else (weight, None)
+        # Gathered here, so that the loss, which calls this for chunks of positions, keeps only the stored part.
         tied = self.part("lm_head") is None
         weight = gather(weight, ("vocab", "embed") if tied else ("embed", "vocab"))
         logits = matmul(hidden, weight, out_axis="vocab", transposed=tied, dtype=jnp.float32)

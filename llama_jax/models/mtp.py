@@ -84,9 +84,11 @@ class MTPDecoder(Decoder):
         assert isinstance(config, MTPDecoderConfig)
         further = self.part(STACK)
         for depth, block in enumerate(further.blocks() if further is not None else (), 1):
+            # Their random keys go on where the layers' end.
             own_key = None if key is None else jax.random.fold_in(key, config.num_layers + depth)
             hidden, found = self._deeper(block, hidden, batch, depth, own_key)
             for name, value in of_stack(STACK, found).items():
+                # [further blocks, ...], like the layers of a stack
                 aux[name] = jnp.concatenate([aux[name], value[None]]) if name in aux else value[None]
             segment_ids = batch["segment_ids"]
             same = (_shifted(segment_ids, depth, fill=-1) == segment_ids).astype(batch["weights"].dtype)
@@ -135,6 +137,6 @@ class MTPDecoder(Decoder):
 
 def _shifted(x: jax.Array, by: int, fill: int = 0) -> jax.Array:
     """Return each row of the text moved `by` places to the left, with `fill` after its end."""
-    whole = shard(unzigzag(x), "batch", None)
+    whole = shard(unzigzag(x), "batch", None)  # neighbours in the text are on other devices in zigzag order
     by = min(by, whole.shape[1])
     return zigzag(jnp.pad(whole[:, by:], ((0, 0), (0, by)), constant_values=fill))

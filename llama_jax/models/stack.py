@@ -15,6 +15,7 @@ from llama_jax.models.config import Pieces, TransformerConfig
 from llama_jax.nn import CrossAttention, ForwardContext, child, dropout
 
 type Aux = dict[str, jax.Array]
+type NormLayer = Callable[[jax.Array], jax.Array]
 # A source's keys and values in one layer, and the context of the attention to them.
 type Source = tuple[dict[str, jax.Array], ForwardContext]
 
@@ -49,14 +50,15 @@ class Block(nnx.Module):
         width, (attention, feed_forward) = config.hidden_size, pieces
         self.placement, self.residual, self.dropout = config.norm_placement, config.residual, config.dropout
 
-        def norm(name: str, *placements: str) -> Any:
+        def norm(name: str, *placements: str) -> NormLayer | None:
             if config.norm is None or self.placement not in placements:
                 return None
-            return config.norm.build(width, rngs=child(rngs, name))
+            module: Any = config.norm.build(width, rngs=child(rngs, name))
+            return module
 
         before, after = ("pre", "sandwich"), ("post", "sandwich")
         self.input_layernorm = norm("input_layernorm", *before)
-        self.attention: Any = attention.build(width, rngs=child(rngs, "attention"))
+        self.attention = attention.build(width, rngs=child(rngs, "attention"))
         self.attention_norm = norm("attention_norm", *after)
         if cross_attention is not None:
             self.cross_attention_layernorm = norm("cross_attention_layernorm", *before)
@@ -64,7 +66,7 @@ class Block(nnx.Module):
             self.cross_attention_norm = norm("cross_attention_norm", *after)
         if feed_forward is not None:
             self.post_attention_layernorm = norm("post_attention_layernorm", *before)
-            self.feed_forward: Any = feed_forward.build(width, rngs=child(rngs, "feed_forward"))
+            self.feed_forward = feed_forward.build(width, rngs=child(rngs, "feed_forward"))
             self.feed_forward_norm = norm("feed_forward_norm", *after)
 
     def __call__(
@@ -84,6 +86,7 @@ class Block(nnx.Module):
             h = _normed(self.input_layernorm, x)
             h, cache, *found = self.attention(h, positions=positions, ctx=ctx, cache=cache)
             aux = _named("attention", found[0]) if found else {}
+            # The name is for the rematerialization policy that saves attention outputs.
             x = self._add(x, checkpoint_name(h, "attention"), self.attention_norm, ctx, "attention")
         if source is not None:
             with jax.named_scope("cross_attention"):
@@ -97,16 +100,16 @@ class Block(nnx.Module):
                 x = self._add(x, h, self.feed_forward_norm, ctx, "feed_forward")
         return x, aux, cache
 
-    def _add(self, x: jax.Array, y: jax.Array, norm: Any, ctx: ForwardContext, name: str) -> jax.Array:
+    def _add(self, x: jax.Array, y: jax.Array, norm: NormLayer | None, ctx: ForwardContext, name: str) -> jax.Array:
         """Return the residual x joined with a sublayer's result y; `norm` is of y (sandwich) or of the sum (post)."""
         if self.placement == "sandwich":
             y = _normed(norm, y)
-        y = dropout(y, self.dropout, ctx, name)
+        y = dropout(y, self.dropout, ctx, name)  # before the residual, after a sandwich norm
         x = x + y if self.residual else y
         return _normed(norm, x) if self.placement == "post" else x
 
 
-def _normed(norm: Any, x: jax.Array) -> jax.Array:
+def _normed(norm: NormLayer | None, x: jax.Array) -> jax.Array:
     return x if norm is None else norm(x)
 
 
@@ -139,18 +142,18 @@ class Layers(nnx.Module):
     `name` is the stack's in the model. An unrolled stack has leading blocks only.
     """
 
-    def __init__(self, name: str, leading: Sequence[Any], repeated: Sequence[Any] = ()):
+    def __init__(self, name: str, leading: Sequence[Block], repeated: Sequence[Block] = ()):
         self.name = name
         self.leading = nnx.List(leading)
         self.repeated = nnx.List(repeated)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> Block:
         return self.leading[index]
 
     def __len__(self) -> int:
         return len(self.leading)
 
-    def blocks(self) -> Iterator[Any]:
+    def blocks(self) -> Iterator[Block]:
         """Yield all blocks, one by one."""
         yield from self.leading
         if self.repeated:
@@ -181,7 +184,7 @@ class Layers(nnx.Module):
             step = rematerialized(functools.partial(_apply_blocks, graphdef, **fixed), remat)
             x, (aux,) = step(x, (state, i))
             for name, value in aux.items():
-                found.setdefault(name, []).append(value[None])
+                found.setdefault(name, []).append(value[None])  # layers without this array leave no gap
             if outputs is not None:
                 outputs.append(x)
         if self.repeated:
@@ -203,7 +206,7 @@ class Layers(nnx.Module):
 def _apply_blocks(
     graphdef: Any,
     x: jax.Array,
-    state_and_number: tuple[Any, Any],
+    state_and_number: tuple[Any, int | jax.Array | None],
     *,
     positions: jax.Array,
     ctx: ForwardContext,
@@ -214,8 +217,10 @@ def _apply_blocks(
     for i, block in enumerate(nnx.merge(graphdef, state)):
         own, of_source = ctx, None
         if ctx.dropout_key is not None:
+            assert number is not None
             own = dataclasses.replace(ctx, dropout_key=jax.random.fold_in(ctx.dropout_key, number + i))
         if source is not None:
+            # Keys of the source are projected in the loop: for all layers at once they would take L times the memory.
             source_ctx = dataclasses.replace(source[1], dropout_key=own.dropout_key)
             of_source = block.cross_attention.keys(source[0]), source_ctx
         x, aux, _ = block(x, positions=positions, ctx=own, source=of_source)

@@ -6,6 +6,7 @@ its module from `MixerModule` or `FeedForwardModule`.
 """
 
 from llama_jax.nn.attention.attend import (
+    FASTEST as FASTEST,
     KERNELS as KERNELS,
     Call as Call,
     attend as attend,

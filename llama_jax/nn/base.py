@@ -1,4 +1,4 @@
-"""What the pieces of a model have in common: masks, the context of a forward pass, dropout and the base classes."""
+"""Masks, the context of a forward pass, dropout, and the base classes of the pieces of a model."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ class Mask:
     causal: hide the keys after a query.
     window: hide keys `window` or more places before a query, and where it is not causal, as many after it.
     prefix: [B, S], 1 at keys that all queries of their document attend to, those before them too.
-    segment_ids: [B, T], the document of each query, 0 at padding; a query attends to keys of its own document only.
+    segment_ids: [B, T], the document of each query, 0 at padding; a query attends to keys of the same document only.
     key_segment_ids: [B, S], the document of each key; None where the keys are the queries' own tokens.
     query_places: [B, T], the place of each query among the keys; None where query t is at place t.
     key_places: [S], the place of each key; None where key s is at place s.
@@ -77,7 +77,7 @@ class Mask:
 )
 @dataclasses.dataclass(frozen=True)
 class ForwardContext:
-    """What the model gives to every mixer and feed-forward along with the activations.
+    """The arguments of a forward pass that every mixer and feed-forward gets along with the activations.
 
     mask: which keys each query attends to.
     is_token: [B, T], false at padding, which must not count nor change a state; None where all inputs are tokens.

@@ -82,6 +82,7 @@ class LayerNormModule(nnx.Module):
 
     def __call__(self, x: Float[Array, "*lead d"]) -> Float[Array, "*lead d"]:
         x_32 = x.astype(jnp.float32)
+        # The variance is of centred values: the mean of squares less the squared mean would cancel.
         centred = x_32 - jnp.mean(x_32, axis=-1, keepdims=True)
         y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
         y = y * cast_and_gather(self.weight, jnp.float32)

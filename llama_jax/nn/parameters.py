@@ -106,6 +106,7 @@ def embed_lookup(table: Float[Array, "v d"], index: Int[Array, "b t"]) -> Float[
         table = shard(table, "vocab", None)  # the gather below must be over axes along which the indices differ
     axes, stored = axes_of(table)
 
+    # `shard_map`: the compiler would gather the table, or scatter its gradient over all devices.
     def local(table: jax.Array, index: jax.Array) -> jax.Array:
         # Below these lines a gradient belongs to one device; their transposes sum it over the devices.
         if stored:
@@ -145,13 +146,7 @@ class Projection(nnx.Module):
     """y = x W + b, contracting the last dimensions of x; each side may have several (heads x head_dim)."""
 
     def __init__(
-        self,
-        in_dims: dict[str, int],
-        out_dims: dict[str, int],
-        *,
-        bias: bool,
-        rngs: nnx.Rngs,
-        std: float | None = None,
+        self, in_dims: dict[str, int], out_dims: dict[str, int], *, bias: bool, rngs: nnx.Rngs, std: float | None = None
     ):
         # Dims are {logical axis: size}; axes that only name a size (`_head_dim`) begin with `_`, and are never split.
         self.in_shape, self.out_shape = tuple(in_dims.values()), tuple(out_dims.values())
@@ -169,6 +164,7 @@ class Projection(nnx.Module):
         # a sum that is then split, is a reduce-scatter.
         w = reshape(self.weight[...].astype(x.dtype), (math.prod(self.in_shape), math.prod(self.out_shape)), *stored)
         w = gather(w, stored)
+        # Where `in_axis` is split (heads, mlp) each device has a part of every sum, and the result is their all-reduce.
         y = matmul(reshape(x, (*lead, w.shape[0]), "batch", "sequence", in_axis), w, in_axis=in_axis, out_axis=out_axis)
         y = reshape(y, (*lead, *self.out_shape), "batch", "sequence", out_axis, *(None,) * (len(self.out_shape) - 1))
         return y if self.bias is None else y + cast_and_gather(self.bias, x.dtype)
@@ -221,7 +217,7 @@ def matmul(
 
 
 def _gathered(axes: Sequence[str | None]) -> tuple[str | None, ...]:
-    return tuple(None if axis == "embed" else axis for axis in axes)
+    return tuple(None if axis == "embed" else axis for axis in axes)  # `fsdp` splits storage, never a computation
 
 
 def _axes(dims: dict[str, int]) -> tuple[str | None, ...]:

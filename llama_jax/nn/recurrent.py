@@ -152,6 +152,7 @@ class _Cell(nnx.Module):
         rows = axes_of(inputs)[0] if mesh_axis_sizes() else ()
 
         def local(inputs: jax.Array, weight: jax.Array, flags: Any, state: State) -> tuple[jax.Array, State]:
+            # Marked as varying, so that the weight's gradient is summed over the devices after the loop and not in it.
             cell = _flax_cell(self.config, jax.lax.pcast(weight, rows, to="varying") if rows else weight)
 
             def step(state: State, at: Any) -> tuple[State, jax.Array]:
@@ -165,6 +166,7 @@ class _Cell(nnx.Module):
             state, y = jax.lax.scan(step, state, by_position, reverse=reverse)
             return y.swapaxes(0, 1), state
 
+        # On each device by itself: the loop over positions then has no communication at all.
         run = local if not mesh_axis_sizes() else jax.shard_map(local, out_specs=jax.P(rows or None))
         y, state = run(inputs, weight, flags, state)
         return y.astype(x.dtype), state
@@ -249,6 +251,7 @@ class NGramModule(MixerModule):
                 jnp.where((inputs_back(padded, distance) == segments)[..., None], values, 0)
                 for distance, values in enumerate(window)
             ]
+        # [B, T, D, n - 1]: the projection contracts width and distance at once.
         hidden = jnp.tanh(self.up_proj(jnp.stack(window, axis=-1)))
         if cache is not None:
             # The last inputs before the end of each row, after which there is padding.

@@ -62,6 +62,7 @@ class Rope:
         magnitude = 1.0 if self.scaling is None else self.scaling.magnitude()
         cos, sin = magnitude * jnp.cos(angles), magnitude * jnp.sin(angles)
         rotary, rest = x[..., : 2 * len(frequencies)], x[..., 2 * len(frequencies) :]
+        # Pair i is (x[i], x[i + rotary_dim/2]), which turns by the angle of its position.
         first, second = jnp.split(rotary.astype(jnp.float32), 2, axis=-1)
         rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
         return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated
@@ -96,6 +97,7 @@ class NTKScaling(RopeScaling):
         check_at_least(self, 1, "factor")
 
     def frequencies(self, frequencies: np.ndarray, theta: float, head_dim: int) -> np.ndarray:
+        # The exponent makes the slowest frequency, base^(-(head_dim-2)/head_dim), exactly `factor` times slower.
         base = theta * self.factor ** (head_dim / (head_dim - 2))
         return base ** (-np.arange(0, head_dim, 2) / head_dim)
 
@@ -140,6 +142,7 @@ class YarnScaling(RopeScaling):
             """Return the (fractional) index of the pair that turns `turns` times within the original context."""
             return head_dim * math.log(self.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
+        # Pairs below `low` turn often and are kept, those above `high` are interpolated, a linear ramp between.
         low = max(math.floor(pair_with(self.beta_fast)), 0)
         high = min(math.ceil(pair_with(self.beta_slow)), head_dim - 1)
         ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)

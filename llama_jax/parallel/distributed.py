@@ -1,7 +1,7 @@
 """Several processes, one on each host or GPU, that run one program: their start, and what they have to agree on.
 
-All of them run the same code on one mesh. Arrays are shared through it; what is not an array (a path, a mistake) goes
-through the service that connects the processes, which waits as long as it takes and needs no device.
+All of them run the same code on one mesh. Arrays are shared through it; other values (a path, a mistake) go through the
+service that connects the processes, which waits as long as it takes and needs no device.
 """
 
 import bisect
@@ -12,32 +12,36 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
-from jax._src import distributed as _jax  # the service's key-value store and barriers have no public name
+
+# The service's key-value store and barriers have no public name. The only file that imports from `jax._src`.
+from jax._src import distributed as _distributed
 from jax.sharding import Mesh, NamedSharding
 
 from llama_jax.config import UserError
-from llama_jax.parallel.axes import spec
+from llama_jax.parallel.mesh import spec
 
+JAX_TRIED = ("0.12",)  # versions of JAX whose private service was tried
 PATIENCE = 7 * 24 * 3600  # seconds that a process waits for the others: tokenizing a corpus takes hours
-IMPATIENCE = 60  # the same for one that has a mistake to tell
+IMPATIENCE = 60  # the same for a process that has a mistake to report
+_service: Any = _distributed.global_state
 _exchanges = itertools.count()
 
 
 class AgreedError(UserError):
-    """A user's mistake that every process knows of, so that one can tell it and all can end in order."""
+    """A user's mistake that is raised on every process, so that process 0 prints it and all end in order."""
 
 
 def start(
     coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Joins the processes of this program, from the three arguments or from what the cluster says; else does nothing.
+    """Join the processes of this program, by the three arguments or the cluster's variables; else do nothing.
 
-    `coordinator_address` is HOST:PORT of process 0. To be called before JAX touches a device. Raises UserError for
-    some of the arguments without the others and for impossible ones.
+    `coordinator_address` is HOST:PORT of process 0. Call it before JAX touches a device. Raises UserError for some of
+    the arguments without the others and for impossible ones.
     """
     given = {"coordinator-address": coordinator_address, "num-processes": num_processes, "process-id": process_id}
     missing = [name for name, value in given.items() if value is None]
@@ -54,12 +58,12 @@ def start(
         raise UserError(f"--coordinator-address='{coordinator_address}' must be HOST:PORT of process 0")
     if not 0 <= process_id < num_processes:
         raise UserError(f"--process-id={process_id} must be less than --num-processes={num_processes}, and not below 0")
-    # Nothing is left to detect, and on Kubernetes the attempt would want a package and rights.
+    # Nothing is left to detect, and on Kubernetes the attempt would need a package and rights.
     jax.distributed.initialize(coordinator_address, num_processes, process_id, cluster_detection_method="deactivate")
 
 
 def in_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether this process is one of several whose number and addresses JAX finds by itself."""
+    """Return whether this process is one of several whose number and addresses JAX detects."""
     if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # of this `srun`; a batch script itself has none
         return "SLURM_PROCID" in environment
     if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
@@ -77,23 +81,23 @@ def in_cluster(environment: Mapping[str, str]) -> bool:
         if environment.get("TPU_ML_PLATFORM") == "JAX":  # JAX has found TPU chips; its host's metadata has the number
             from jax._src.clusters import GceTpuCluster
 
-            return GceTpuCluster.is_env_present() and GceTpuCluster.get_process_count() > 1
-    # Without the package of `jax[k8s]` an indexed job is taken for so many programs of their own.
+            return bool(GceTpuCluster.is_env_present() and GceTpuCluster.get_process_count() > 1)
+    # Without the package of `jax[k8s]` the processes of an indexed job are programs that run alone.
     return "JOB_COMPLETION_INDEX" in environment and importlib.util.find_spec("kubernetes") is not None
 
 
 def several() -> bool:
-    """Whether `start` (or `jax.distributed.initialize`) has joined this process to others."""
+    """Return whether `start` (or `jax.distributed.initialize`) has joined this process to others."""
     return jax.distributed.is_initialized()
 
 
 def is_main() -> bool:
-    """Whether this is process 0, which prints and writes; also without devices, and of a process alone."""
-    return _jax.global_state.process_id == 0
+    """Return whether this is process 0, which prints and writes; it needs no devices, and is true of one process."""
+    return _service.process_id == 0
 
 
 def leave(code: int) -> int:
-    """`code`; one of several processes ends here, at once: in order it would wait for others that wait for it."""
+    """Return `code`, or exit at once with it if there are several processes: an orderly shutdown would deadlock."""
     if several():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -102,7 +106,7 @@ def leave(code: int) -> int:
 
 
 def all_agree[T](function: Callable[[], T]) -> T:
-    """`function()`, called by all processes at the same point; where it raises UserError on any, they all raise it."""
+    """Call `function` on all processes at the same point; a UserError of one is raised on all, as AgreedError."""
     if not several():
         return function()
     result, mistake = None, None
@@ -110,51 +114,50 @@ def all_agree[T](function: Callable[[], T]) -> T:
         result = function()
     except UserError as error:
         mistake = error
-    own = None if mistake is None else str(mistake)
-    if own is not None and not is_main():
-        own = f"{own} (on process {_jax.global_state.process_id}, host {socket.gethostname()})"
+    sentence = None if mistake is None else str(mistake)
+    if sentence is not None and not is_main():
+        sentence = f"{sentence} (on process {_service.process_id}, host {socket.gethostname()})"
     try:
-        told = _exchange(own, PATIENCE if mistake is None else IMPATIENCE)
+        sentences = _exchange(sentence, PATIENCE if mistake is None else IMPATIENCE)
     except jax.errors.JaxRuntimeError:
         if mistake is None:
             raise
-        raise mistake from None  # the others are stuck where they need this process: it tells, and ends alone
-    for sentence in told:
+        # The others wait for this process somewhere else: it reports the mistake, and ends alone.
+        raise mistake from None
+    for sentence in sentences:
         if sentence is not None:
             raise AgreedError(sentence) from None
-    return result  # type: ignore[return-value]
+    return cast(T, result)
 
 
 def broadcast_from_main[T](function: Callable[[], T]) -> T:
-    """What `function` returns on process 0, which alone calls it: a JSON value. Its UserError is raised on all."""
+    """Call `function` on process 0 alone and return its result, a JSON value, on all; so is its UserError raised."""
     value = all_agree(lambda: function() if is_main() else None)
-    return _exchange(value, PATIENCE)[0] if several() else value  # type: ignore[return-value]
+    return cast(T, _exchange(value, PATIENCE)[0] if several() else value)
 
 
 def _exchange(value: Any, seconds: int) -> list[Any]:
-    """The values of all processes, in their order. Raises JaxRuntimeError where one does not come in time."""
-    client = _jax.global_state.client
-    assert client is not None
-    key = f"llama_jax/{next(_exchanges)}"  # all processes pass through the same exchanges in the same order
-    client.key_value_set(f"{key}/{_jax.global_state.process_id:08}", json.dumps(value))
-    client.wait_at_barrier(key, seconds * 1000)
-    return [json.loads(text) for _, text in sorted(client.key_value_dir_get(f"{key}/"))]
+    """Return the values of all processes, in their order; raise JaxRuntimeError where one does not come in time."""
+    key = f"llama_jax/{next(_exchanges)}"  # all processes make the same exchanges in the same order
+    _service.client.key_value_set(f"{key}/{_service.process_id:08}", json.dumps(value))
+    _service.client.wait_at_barrier(key, seconds * 1000)
+    return [json.loads(text) for _, text in sorted(_service.client.key_value_dir_get(f"{key}/"))]
 
 
 def local_rows(shape: Sequence[int]) -> list[int]:
-    """Rows of a global batch of `shape` [B, T] that this process's devices hold on the current mesh, ascending.
+    """Return the rows of a global batch of `shape` [B, T] that this process's devices hold on the mesh, ascending.
 
-    Processes that split something else than the batch (a tensor or context axis) hold the same rows.
+    Processes that split another dimension than the batch (along a tensor or context axis) hold the same rows.
     """
     indices = _batch_sharding(shape).addressable_devices_indices_map(tuple(shape)).values()
     return sorted({row for index in indices if index is not None for row in range(shape[0])[index[0]]})
 
 
 def place_rows(x: np.ndarray, rows: Sequence[int], num_rows: int) -> jax.Array:
-    """The global array [`num_rows`, T] on the current mesh whose `rows` are `x`; other processes have the others."""
+    """Return the global array [`num_rows`, T] on the mesh whose `rows` are `x`; other processes have the others."""
     shape = (num_rows, *x.shape[1:])
 
-    def part(index: Any) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:  # a tuple of slices
         wanted = range(num_rows)[index[0]]
         first = bisect.bisect_left(rows, wanted[0])
         assert list(rows[first : first + len(wanted)]) == list(wanted), "a device's rows are its process's"

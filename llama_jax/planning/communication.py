@@ -1,6 +1,6 @@
-"""What the devices of a train step have to send one another: the least that a layout needs, and how long it takes.
+"""Traffic between the devices of a train step: the least that a layout needs, and how long it takes.
 
-Formulas: "How to scale your model" (jax-ml.github.io/scaling-book), chapters 3 and 5. What is sent follows from how
+Formulas: "How to scale your model" (jax-ml.github.io/scaling-book), chapters 3 and 5. The traffic follows from how
 this package computes: weights are split over `fsdp` in storage only and gathered in the compute type for their product;
 `tensor` sums the outputs of products over split dimensions; `context` passes keys and values around a ring; `expert`
 brings tokens to their experts and back.
@@ -16,14 +16,14 @@ from llama_jax.planning.topology import Network
 class Traffic:
     """All collectives of one kind over one mesh axis, for the same purpose.
 
-    what: parameters, gradients, activations, tokens of experts, keys and values, or their gradients.
+    purpose: parameters, gradients, activations, tokens of experts, keys and values, or their gradients.
     kind: all-gather, reduce-scatter, all-reduce or collective-permute.
     axis: of the mesh.
-    backward: whether in the backward pass.
-    bytes: per device and step: what a gather makes, what the others take.
+    backward: True in the backward pass.
+    bytes: per device and step: the result of a gather, the input of the others.
     """
 
-    what: str
+    purpose: str
     kind: str
     axis: str
     backward: bool
@@ -31,11 +31,11 @@ class Traffic:
 
     @property
     def hidden(self) -> bool:
-        """Whether a TPU computes meanwhile: what XLA compiles gathers and hops to; sums it waits for."""
+        """Return whether a TPU computes meanwhile: in gathers and hops; XLA compiles sums as operations that wait."""
         return self.kind in ("all-gather", "collective-permute")
 
     def seconds(self, network: Network) -> tuple[float, float]:
-        """(over links within a slice or node, between them): bandwidth alone, no latency."""
+        """Return the times (over links within a slice or node, between these), by bandwidth alone."""
         if self.kind == "collective-permute":
             return (self.bytes / network.hop, 0.0) if network.ici else (0.0, self.bytes / network.dcn)
         twice = 2 if self.kind == "all-reduce" else 1
@@ -47,7 +47,7 @@ class Traffic:
 
 
 def traffic(local: Local) -> list[Traffic]:
-    """What one step sends."""
+    """Return all traffic of one step."""
     found = _of_weights(local)
     if local.sizes["tensor"] > 1:
         found += _of_activations(local)
@@ -57,7 +57,7 @@ def traffic(local: Local) -> list[Traffic]:
         found += _of_tokens(local)
     total: dict[tuple[str, str, str, bool], int] = {}
     for t in found:
-        key = (t.what, t.kind, t.axis, t.backward)
+        key = (t.purpose, t.kind, t.axis, t.backward)
         total[key] = total.get(key, 0) + t.bytes
     return [Traffic(*key, size) for key, size in total.items() if size]
 
@@ -92,7 +92,7 @@ def _of_activations(local: Local) -> list[Traffic]:
     for weight in local.model.weights:
         if weight.sums:
             found.append((False, tokens * weight.copies * weight.outputs))
-            # Attention's sum is made again for what follows it in the layer; the feed-forward's is followed by nothing.
+            # Attention's sum is computed again, because the layer goes on from it; nothing follows the feed-forward's.
             if local.config.compute.remat == "full" and not weight.of_feed_forward:
                 found.append((True, tokens * weight.copies * weight.outputs))
         if weight.splits and weight.layers:  # the gradient of its input is a sum too; for all that share it, one
@@ -104,7 +104,7 @@ def _of_activations(local: Local) -> list[Traffic]:
 
 
 def _of_tokens(local: Local) -> list[Traffic]:
-    """To the devices of all experts, and what these return: at most, as it is where nothing is dropped."""
+    """Return the tokens sent to the devices of all experts and back, as many as where nothing is dropped."""
     layers = sum(weight.layers for weight in local.model.weights if weight.experts and weight.returns)
     size = layers * local.sizes["expert"] * local.tokens * local.micro_batches * local.itemsize
     size *= local.config.model.hidden_size
@@ -113,12 +113,12 @@ def _of_tokens(local: Local) -> list[Traffic]:
 
 
 def _of_keys(local: Local) -> list[Traffic]:
-    """Keys and values, and in the backward pass their float32 gradients too."""
+    """Return keys and values, and in the backward pass also their float32 gradients."""
     context = local.sizes["context"]
     keys = local.model.keys * local.tokens * local.micro_batches
     again = 1 if local.config.compute.remat == "none" else 2
     ring = local.config.compute.context == "ring"
-    # Around the ring a device passes on what others hold; gradients go one hop further, home to their owner.
+    # Around the ring a device passes on the parts of others; gradients go one hop further, back to their owner.
     forward = (context - 1 if ring else context) * keys * local.itemsize
     kinds = ("collective-permute", "collective-permute") if ring else ("all-gather", "reduce-scatter")
     return [

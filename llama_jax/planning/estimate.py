@@ -1,4 +1,4 @@
-"""The plan of a train step: memory, time by the roofline, and what these mean for a run.
+"""The plan of a train step: memory, and time by the roofline.
 
 Time: in the forward pass, the backward pass and the update, matrix units, HBM and networks work at the same time, so
 that a pass takes as long as its slowest resource ("How to scale your model", chapters 1 and 5). Only the sums that TPUs
@@ -19,7 +19,7 @@ from llama_jax.run_config import RunConfig
 from llama_jax.training import train_flops_per_token
 
 # Of the peak of the matrix units, in products and attention together: the geometric mean over MaxText's published runs
-# of what their times leave for it (docs/tables.py computes it).
+# of the share that their times leave for it (docs/tables.py computes it).
 EFFICIENCY = 0.637
 # Bytes to and from HBM for each score, in the forward and the backward pass, where attention is XLA's: float32 scores
 # are written, read for their maximum and read for their exponential; backward, weights and gradients are rounded,
@@ -30,21 +30,21 @@ MATRIX_UNITS, HBM, DCN, NETWORK = "matrix units", "HBM", "DCN", "network"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a train step needs on a machine, and how fast it can be.
+    """Memory and speed of a train step on a machine.
 
     topology: of the machine.
     num_chips: of it.
     mesh: sizes of the mesh axes.
-    remat: what is computed again.
-    accumulation_steps: parts that the batch is computed in.
+    remat: policy of recomputation.
+    accumulation_steps: micro-batches of an update.
     global_batch_size: sequences of one update.
     sequence_length: tokens of a sequence.
     parameters: of the model.
     flops: of one update of the whole model, nothing recomputed counted, causal attention at half.
     memory: bytes on each device, by kind.
-    argument_bytes: those of them that the step takes; exact.
+    argument_bytes: the part of it that the step takes as arguments; exact.
     capacity: bytes that each device has.
-    seconds: of one update that each resource is busy.
+    seconds: time of one update that each resource is busy.
     step_seconds: of one update.
     bound: the resource that the step waits for.
     mfu: share of the chips' peak that `flops` take.
@@ -73,19 +73,21 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """Needed on each device."""
+        """Bytes needed on each device."""
         return sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
+        """Return whether the memory of a device is enough."""
         return self.total_bytes <= self.capacity
 
     @property
     def communication_bound(self) -> bool:
+        """Return whether the step waits for a network."""
         return self.bound not in (MATRIX_UNITS, HBM)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain JSON data."""
         return dataclasses.asdict(self) | {"total_bytes": self.total_bytes, "fits": self.fits}
 
 
@@ -95,7 +97,7 @@ def _model_flops(model: Any, sequence_length: int) -> tuple[int, float]:
 
 
 def estimate(config: RunConfig, topology: Topology, *, efficiency: float = EFFICIENCY) -> Plan:
-    """The plan of this step on this machine. Raises UserError for a mesh that fits neither chips nor batch."""
+    """Return the plan of a run's step on a machine. Raises UserError for a mesh that fits neither chips nor batch."""
     local = Local.of(config, topology.num_chips)
     networks = topology.networks(local.sizes)
     chip = topology.chip
@@ -147,7 +149,7 @@ def estimate(config: RunConfig, topology: Topology, *, efficiency: float = EFFIC
 
 @dataclasses.dataclass(frozen=True)
 class _Pass:
-    """What one device does in one pass: FLOPs of matrix products, bytes to and from HBM, what it sends."""
+    """The work of one device in one pass: FLOPs of matrix products, bytes to and from HBM, and its traffic."""
 
     flops: float
     bytes: int
@@ -155,24 +157,24 @@ class _Pass:
 
 
 def _passes(local: Local, sent: list[Traffic], kernel: str) -> list[_Pass]:
-    """Forward, backward and update of one step."""
+    """Return the forward pass, the backward pass and the update of one step."""
     model, size, policy, parts = local.model, local.itemsize, local.config.compute.remat, local.micro_batches
     tokens = local.tokens * parts
     head = model["embedding.weight" if local.config.model.tie_embeddings else "lm_head.weight"]
     layers = 2 * tokens * sum(w.layers * w.met for w in model.products)
     logits = 2 * tokens * head.used
     scores = tokens * model.scores * local.config.row_length / 2
-    # Of a layer that is computed again, what only a sum consumes is not: the feed-forward's result, or a saved one.
+    # A product whose result only a sum consumes is not computed again: the feed-forward's last, or one that is saved.
     skipped = [w for w in model.products if w.returns and (policy == "attention" or w.of_feed_forward)]
     repeated = layers - 2 * tokens * sum(w.layers * w.met for w in skipped)
     again = {"none": 0.0, "dots": scores}.get(policy, repeated + scores)
     of = widths(local)
     gathered = parts * size * sum(w.layers * w.used for w in model.products)
-    # What each product reads and writes, and the few passes over the residual stream between them.
+    # Reads and writes of each product, and the few passes over the residual stream between them.
     flow = tokens * size * (of.inputs + of.outputs + 6 * of.residual)
     stored = 4 * sum(w.stored for w in model.weights)
     recomputed = 0 if policy == "none" else 1
-    # Blocks leave out what comes later in the text.
+    # Blocks leave out the keys that come later in the text.
     seen = local.config.row_length // (1 if kernel == "reference" else 2)
     in_forward, in_backward = (
         n * tokens * seen * model.heads * local.config.model.num_layers for n in SCORE_BYTES.get(kernel, (0, 0))
@@ -187,13 +189,15 @@ def _passes(local: Local, sent: list[Traffic], kernel: str) -> list[_Pass]:
         (2 + recomputed) * flow + (4 + recomputed) * gathered + in_backward + recomputed * in_forward,
         [t for t in sent if t.backward],
     )
-    # Read: gradients twice (their norm comes first), parameters, both moments; written: the latter three.
-    return [forward, backward, _Pass(0.0, 8 * stored + (2 * parts * stored if parts > 1 else 0), [])]
+    # Read: gradients twice (their norm comes first), parameters, the optimizer's state; written: the latter two.
+    state = argument_bytes(local)["optimizer"] - 8  # without two counters
+    update = 4 * stored + 2 * state + (2 * parts * stored if parts > 1 else 0)
+    return [forward, backward, _Pass(0.0, update, [])]
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingPlan:
-    """What it takes to sample a batch of texts: memory, and the time that reading it takes for every token.
+    """Memory of sampling a batch of texts, and the time that reading it takes for every token.
 
     memory: bytes on each device, by kind.
     capacity: bytes that each device has.
@@ -210,13 +214,14 @@ class SamplingPlan:
 
     @property
     def fits(self) -> bool:
+        """Return whether the memory of a device is enough."""
         return sum(self.memory.values()) <= self.capacity
 
 
 def estimate_sampling(config: RunConfig, topology: Topology, batch: int, length: int) -> SamplingPlan:
-    """The plan of sampling `batch` rows of up to `length` positions with the run's mesh."""
+    """Return the plan of sampling `batch` rows of up to `length` positions with the run's mesh."""
     need = sampling_memory(config, topology.num_chips, batch, length)
-    # Every device reads its part of the weights and, where fsdp splits them, writes and reads what it gathers.
+    # Every device reads its part of the weights and, where fsdp splits them, writes and reads the gathered weights.
     read = need["parameters"] * (1 + 2 * (config.mesh.sizes(topology.num_chips)["fsdp"] > 1)) + need["cache"]
     seconds = read / topology.chip.bandwidth
     return SamplingPlan(batch, length, need, int(topology.chip.memory), seconds, batch / seconds)

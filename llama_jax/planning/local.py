@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from llama_jax.models import ModelConfig
 from llama_jax.nn import ExpertsModule, Projection
 from llama_jax.parallel import batch_parts, mesh_axis_sizes, spec, split_over
 from llama_jax.run_config import RunConfig
+from llama_jax.training import Optimizer, state_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +26,14 @@ class LocalWeight:
     name: as `models.layout` has it.
     layers: layers that have it; 0 for one around them.
     stored: elements, of all layers.
-    used: elements of one layer's, gathered for its product.
-    met: elements of one layer's that a token is multiplied with: of the experts on all devices, those it goes to.
+    used: elements of one layer, gathered for its product.
+    met: elements of one layer that a token is multiplied with; of experts, only those that it is sent to.
     inputs: elements per token that its product takes; 0 where it takes part in none.
-    outputs: that its product makes.
-    sums: whether its product is a sum over the tensor axis.
-    splits: whether the tensor axis splits what its product makes.
-    returns: whether its product returns to the residual stream.
-    experts: whether it is of experts, of which a token meets a few.
+    outputs: elements per token that its product makes.
+    sums: True where its product is a sum over the tensor axis.
+    splits: True where the tensor axis splits the result of its product.
+    returns: True where its product returns to the residual stream.
+    experts: True for weights of experts, of which a token meets a few.
     """
 
     name: str
@@ -49,20 +50,22 @@ class LocalWeight:
 
     @property
     def copies(self) -> int:
+        """Return the number of layers that have it, 1 for one around them."""
         return max(1, self.layers)
 
     @property
     def is_gathered(self) -> bool:
-        """Whether it is stored in parts that its product needs together."""
+        """Return whether it is stored in parts that its product needs together."""
         return self.stored < self.copies * self.used
 
     @property
     def module(self) -> str:
-        """What it belongs to: `layers.attention`."""
+        """Return the module that it belongs to: `layers.attention`."""
         return self.name.rsplit(".", 2)[0]
 
     @property
     def of_feed_forward(self) -> bool:
+        """Return whether it belongs to a feed-forward."""
         return self.name.split(".")[1] == "feed_forward"
 
 
@@ -72,7 +75,7 @@ class LocalModel:
 
     weights: all of them.
     vocab: entries of the vocabulary, in the head.
-    vocab_splits: whether the tensor axis splits them.
+    vocab_splits: True where the tensor axis splits them.
     heads: query heads of the layer that has most.
     head_parts: parts that the tensor axis splits query heads into.
     keys: elements per token of the caches of all layers.
@@ -92,15 +95,15 @@ class LocalModel:
 
     @property
     def products(self) -> list[LocalWeight]:
-        """The weights of the layers that take part in products."""
+        """Return the weights of the layers that take part in products."""
         return [weight for weight in self.weights if weight.layers and weight.inputs]
 
 
 @functools.lru_cache(maxsize=4096)
 def _local_model(model: ModelConfig, fsdp: int, tensor: int, expert: int) -> LocalModel:
-    """Of the axes that split parameters; the others make no difference."""
+    """Return one device's part by the axes that split parameters; the others make no difference."""
     heads = [getattr(mixer, "num_heads", 1) for mixer, _ in model.layer_pieces()]
-    found, keys = _weights(model), _keys(model, tensor)  # before the mesh: they enter one of their own
+    found, keys = _weights(model), _keys(model, tensor)  # before the mesh: they set another one
     with abstract_mesh({"fsdp": fsdp, "tensor": tensor, "expert": expert}):
         vocab = split_over("vocab", model.vocab_size)
         # Where the axis does not divide the heads, every device has all of them.
@@ -164,7 +167,7 @@ def compute_dtype(config: RunConfig) -> jnp.dtype:
 
 @contextlib.contextmanager
 def abstract_mesh(sizes: dict[str, int]) -> Iterator[None]:
-    """The current mesh, of devices that need not exist."""
+    """Set the current mesh, of devices that need not exist."""
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
     with jax.sharding.use_abstract_mesh(mesh):
         yield
@@ -181,12 +184,12 @@ class _Weight:
     choices: int
     """Experts that a token goes to, of those along the first dimension; 0 where there are none."""
     drops: bool
-    """Whether experts have a capacity."""
+    """True where experts have a capacity."""
 
 
 @functools.lru_cache(maxsize=64)
 def _weights(model: ModelConfig) -> dict[str, _Weight]:
-    """Every parameter by name; nothing is allocated."""
+    """Return every parameter by name."""
     found: dict[str, _Weight] = {}
     with abstract_mesh({}):
         rngs = nnx.Rngs(params=0)
@@ -198,6 +201,22 @@ def _weights(model: ModelConfig) -> dict[str, _Weight]:
                     before = found[name].layers if name in found else 0
                     found[name] = dataclasses.replace(weight, layers=weight.layers + before)
     return found
+
+
+@functools.lru_cache(maxsize=1024)
+def optimizer_bytes(optimizer: Optimizer, model: ModelConfig, fsdp: int, tensor: int, expert: int) -> int:
+    """Return the bytes of the optimizer's state on one device of a mesh of these axes, the others being 1."""
+    params: dict[str, jax.ShapeDtypeStruct] = {}
+    found = _weights(model)  # before the mesh: it enters one, too
+    with abstract_mesh({"fsdp": fsdp, "tensor": tensor, "expert": expert}):
+        for name, weight in found.items():
+            layers = (weight.layers,) if weight.layers else ()
+            shape = (*layers, *weight.shape)
+            partition = spec(*(None for _ in layers), *weight.axes, shape=shape)
+            assert partition is not None
+            sharding = NamedSharding(jax.sharding.get_abstract_mesh(), partition)
+            params[name] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+        return state_bytes(optimizer, params)
 
 
 def _of_module(prefix: str, module: nnx.Module, layers: int) -> dict[str, _Weight]:
@@ -252,8 +271,8 @@ def _parts(partition: Any) -> int:
 
 
 def cache_bytes(model: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> int:
-    """Bytes of all layers' caches on one device of the current mesh, for `batch` rows of `length` positions."""
-    pieces = model.stacks()["layers"]  # what an encoder keeps of its source is not counted
+    """Return the bytes of all layers' caches on one device of the current mesh, for `batch` x `length` positions."""
+    pieces = model.stacks()["layers"]  # the keys of an encoder's source are not counted
 
     def make(kind: Any) -> Any:
         block: Any = model.build_block("layers", kind, rngs=nnx.Rngs(params=0))

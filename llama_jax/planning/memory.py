@@ -1,4 +1,4 @@
-"""Bytes on one device: exact for what a train step takes, estimated for what it makes on the way.
+"""Bytes on one device: exact for the arguments of a train step, estimated for its temporaries.
 
 The estimate follows the programs that XLA makes for TPUs, read from its buffer assignments: which arrays are alive
 together at the three places where memory can peak, the loss, the backward pass of a layer, and the gradient of the
@@ -10,8 +10,9 @@ import math
 
 from llama_jax.chips import Chip
 from llama_jax.config import UserError
+from llama_jax.nn import FASTEST, KEY_BLOCK, MAX_QUERY_BLOCKS, MIN_QUERY_BLOCK
 from llama_jax.parallel import batch_parts
-from llama_jax.planning.local import Local, abstract_mesh, cache_bytes, compute_dtype
+from llama_jax.planning.local import Local, abstract_mesh, cache_bytes, compute_dtype, optimizer_bytes
 from llama_jax.run_config import RunConfig
 
 BATCH_ARRAYS, BATCH_ITEMSIZE = 5, 4  # tokens, targets, weights, segment ids and positions
@@ -23,21 +24,22 @@ ON_CHIP = 0.9  # of a TPU's on-chip memory, which XLA fills with a layer's array
 GATHERED_LAYERS, GATHERED_ON_CHIP = 1.5, 0.8
 CHUNK_COPIES = 2.25  # of a chunk of float32 logits: themselves, their softmax, their gradient
 SCORE_COPIES = 4  # of a block of float32 scores in blockwise attention's backward pass
-SCORE_BLOCK, MIN_SCORE_BLOCK, SCORE_BLOCKS = 512, 128, 16  # nn.attention.blockwise
 
 
 def memory(local: Local, chip: Chip) -> dict[str, int]:
-    """Bytes by kind on a device, at the place where their sum is largest."""
+    """Return the bytes by kind on a device, at the place where their sum is largest."""
     temporary = max(_places(local, chip), key=lambda place: sum(place.values()))
     return argument_bytes(local) | {kind: math.ceil(size) for kind, size in temporary.items() if size}
 
 
 def argument_bytes(local: Local) -> dict[str, int]:
-    """Exactly what a device holds of the parameters, the optimizer's moments and the batch."""
+    """Return the exact bytes that a device holds of the parameters, the optimizer's state and the batch."""
     stored = sum(weight.stored for weight in local.model.weights)
     batch = local.tokens * local.micro_batches * BATCH_ARRAYS * BATCH_ITEMSIZE
-    counters = 2 * 4  # the step, and Adam's count of updates
-    return {"parameters": 4 * stored, "optimizer": 8 * stored + counters, "batch": batch}
+    optimizer = dataclasses.replace(local.config.optimizer, accumulation_steps=1)  # does not change the state
+    splits = (local.sizes[axis] for axis in ("fsdp", "tensor", "expert"))
+    state = 4 + optimizer_bytes(optimizer, local.config.model, *splits)  # with the step's number
+    return {"parameters": 4 * stored, "optimizer": state, "batch": batch}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +47,10 @@ class Widths:
     """Elements per token on one device, summed over layers.
 
     residual: between the layers.
-    inputs: what products take; once where several take the same.
-    outputs: what products make that does not return to the residual stream.
-    mixed: what attention's last product takes.
-    inner: what a feed-forward's last product takes.
+    inputs: inputs of products; once where several take the same.
+    outputs: results of products that do not return to the residual stream.
+    mixed: input of attention's last product.
+    inner: input of a feed-forward's last product.
     """
 
     residual: int
@@ -59,7 +61,7 @@ class Widths:
 
 
 def widths(local: Local) -> Widths:
-    """Of the layers of a model."""
+    """Return the widths of a model's layers."""
     inputs = {(w.module, w.layers * w.inputs) for w in local.model.products}
     last = [w for w in local.model.products if w.returns]
     return Widths(
@@ -72,13 +74,13 @@ def widths(local: Local) -> Widths:
 
 
 def saved_bytes(local: Local) -> int:
-    """What the forward pass of all layers keeps for the backward pass, by remat policy."""
+    """Return the bytes that the forward pass of all layers keeps for the backward pass, by remat policy."""
     of, size, policy = widths(local), local.itemsize, local.config.compute.remat
     if policy == "full":
         return of.residual * size * local.tokens
     if policy == "attention":
         return 2 * of.residual * size * local.tokens
-    if policy == "dots":  # what only a sum consumes is not needed again, so a feed-forward's result is not kept
+    if policy == "dots":  # only a sum consumes a feed-forward's result, so it is not kept
         return (2 * of.residual + of.outputs) * size * local.tokens
     # All of it: two norms in float32 and rounded, attention's result before it is reshaped, three steps of a gated
     # nonlinearity; and the weights as they were gathered.
@@ -88,7 +90,7 @@ def saved_bytes(local: Local) -> int:
 
 
 def _tile_padding(local: Local, platform: str) -> int:
-    """What TPUs keep of queries, keys, values and results beyond their elements: their tiles have 128 columns."""
+    """Return the padding of queries, keys, values and results on TPUs, whose tiles have 128 columns."""
     if platform != "tpu" or local.config.compute.remat != "none":
         return 0
     of, columns = widths(local), 128
@@ -97,7 +99,7 @@ def _tile_padding(local: Local, platform: str) -> int:
 
 
 def _places(local: Local, chip: Chip) -> list[dict[str, float]]:
-    """What is alive at each place where memory can peak, arguments aside."""
+    """Return the bytes by kind, without arguments, at each place where memory can peak: loss, layer, embedding."""
     model, tokens, size = local.config.model, local.tokens, local.itemsize
     stored = sum(w.stored for w in local.model.weights)
     of_layers = sum(w.stored for w in local.model.weights if w.layers)
@@ -141,7 +143,7 @@ def _places(local: Local, chip: Chip) -> list[dict[str, float]]:
 
 
 def _attention_workspace(local: Local, platform: str) -> float:
-    """What attention's backward pass makes of scores and float32 gradients."""
+    """Return the bytes of scores and float32 gradients in attention's backward pass."""
     length = local.config.row_length // local.sizes["context"]
     kernel = attention_kernel(local, platform)
     if kernel == "splash":
@@ -150,8 +152,8 @@ def _attention_workspace(local: Local, platform: str) -> float:
         return local.tokens * length  # documents are kept apart by a dense mask
     if kernel == "reference":
         return 3 * 4 * local.model.heads * local.tokens * local.config.row_length
-    block = max(MIN_SCORE_BLOCK, math.ceil(length / SCORE_BLOCKS))
-    scores = SCORE_COPIES * 4 * local.model.heads * block * min(SCORE_BLOCK, length) * local.tokens / length
+    block = max(MIN_QUERY_BLOCK, math.ceil(length / MAX_QUERY_BLOCKS))
+    scores = SCORE_COPIES * 4 * local.model.heads * block * min(KEY_BLOCK, length) * local.tokens / length
     keys = local.model.keys / local.config.model.num_layers * local.tokens
     # Gradients of keys and values in float32, twice; gathered, those of all parts of the sequence.
     gathered = local.sizes["context"] if local.config.compute.context == "all_gather" else 0
@@ -165,13 +167,12 @@ def attention_kernel(local: Local, platform: str) -> str:
         return name
     if local.sizes["context"] > 1:
         return "blockwise"
-    if platform == "tpu":
-        return "splash" if local.config.row_length % 128 == 0 else "blockwise"
-    return "cudnn"
+    fastest = FASTEST[platform]  # splash needs whole blocks of 128
+    return "blockwise" if fastest == "splash" and local.config.row_length % 128 else fastest
 
 
 def sampling_memory(config: RunConfig, num_chips: int, batch: int, length: int) -> dict[str, int]:
-    """Bytes by kind on a device when `batch` rows of up to `length` positions are sampled, in the compute type.
+    """Return the bytes by kind on a device for sampling `batch` rows of up to `length` positions in the compute type.
 
     Raises UserError for a mesh of another size.
     """

@@ -1,4 +1,4 @@
-"""A plan with what else was asked for, as tables for people and as JSON for programs."""
+"""`plan`, and its report as tables for people and as JSON for programs."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -40,13 +40,13 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """By XLA's own figure where the step was compiled, else by the estimate; sampling as well."""
+        """Return whether step and sampling fit, by XLA's figure where the step was compiled, else by the estimate."""
         if self.compile_failure is not None or (self.sampling is not None and not self.sampling.fits):
             return False
         return self.plan.fits if self.compiled is None else self.compiled.memory.total <= self.plan.capacity
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain JSON data."""
 
         def of(candidate: Candidate) -> dict[str, Any]:
             return {"changes": candidate.changes, "topology": candidate.topology, "plan": candidate.plan.to_json()}
@@ -71,7 +71,7 @@ class Report:
         if self.compiled is not None:
             parts += [Text(), _collectives_table(self.compiled)]
         if self.compile_failure is not None:
-            parts += [Text(), Text(f"does not fit, says XLA: {self.compile_failure}")]
+            parts += [Text(), Text(f"does not fit by XLA: {self.compile_failure}")]
         if self.sampling is not None:
             parts += [Text(), _sampling(self.sampling)]
         if self.candidates is not None:
@@ -89,14 +89,14 @@ def plan(
     sample_batch: int | None = None,
     sample_length: int | None = None,
 ) -> Report:
-    """Plan a run on a machine such as `v5e:8x8`, which need not be here: memory, speed, and what to change.
+    """Plan a run on a machine such as `v5e:8x8`, which need not be here: memory, speed, and a change that helps.
 
     With `compile`, the report has XLA's figures of the real step (extra `plan`), with `search_all` all options that
     fit, with both `sample_` arguments the plan of sampling. Raises UserError for an unknown topology, for an
     encoder-decoder, and a mesh that fits neither its chips nor the batch.
     """
     if config.model.has_source:
-        raise UserError("the planner knows models of one sequence: of an encoder-decoder it can say nothing")
+        raise UserError("an encoder-decoder cannot be planned: the planner is for models of one sequence")
     machine = Topology.parse(topology)
     if (sample_batch is None) != (sample_length is None):
         given, missing = ("sample_batch", "sample_length")[:: 1 if sample_length is None else -1]
@@ -121,17 +121,17 @@ def plan(
 
 
 def gib(size: float) -> str:
-    """Bytes as GiB."""
+    """Return bytes as text in GiB."""
     return f"{size / GIB:.2f}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """Return seconds as text, in seconds or milliseconds."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
 
 
 def mesh_text(mesh: dict[str, int]) -> str:
-    """The axes larger than 1."""
+    """Return the axes larger than 1 as text."""
     return ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one chip"
 
 
@@ -184,7 +184,7 @@ def _summary(plan: Plan) -> Text:
 
 def _collectives_table(compiled: CompiledStep) -> Table:
     table = _table(
-        "collective", "axes", "MiB", "times", "beside products", title="what the compiled step sends, for each device"
+        "collective", "axes", "MiB", "times", "with products", title="traffic of the compiled step, for each device"
     )
     rows: dict[tuple[str, str, bool], list[float]] = {}
     for c in compiled.collectives:
@@ -209,7 +209,7 @@ def _candidates_table(candidates: Sequence[Candidate]) -> RenderableType:
     if not candidates:
         return Text("no mesh, accumulation and remat policy fits")
     table = _table(
-        "mesh", "parts", "remat", "GiB", "step", "MFU", "bound by", title=f"what fits, {len(candidates)} in all"
+        "mesh", "parts", "remat", "GiB", "step", "MFU", "bound by", title=f"options that fit, {len(candidates)} in all"
     )
     for candidate in candidates[:SHOWN_CANDIDATES]:
         plan = candidate.plan

@@ -1,4 +1,4 @@
-"""Which options to take: the smallest change that makes a plan fit or frees it from its network, and all that fit."""
+"""The smallest change that makes a plan fit or frees it from its network, and all options that fit."""
 
 import dataclasses
 import itertools
@@ -31,12 +31,12 @@ class Candidate:
     plan: Plan
 
     def command(self) -> str:
-        """The change as it is written on the command line."""
+        """Return the change as it is written on the command line."""
         return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in self.changes.items())
 
 
 def suggestion(config: RunConfig, topology: Topology, plan: Plan) -> Candidate | None:
-    """The smallest change that makes the plan fit; where it fits and waits for its network, that saves time.
+    """Return the smallest change that makes the plan fit, or saves time where it fits and waits for its network.
 
     Smallest: of the fewest options (accumulation, remat, mesh), then the fastest; more chips only where none helps.
     None where nothing is wrong, or nothing helps.
@@ -73,7 +73,7 @@ def suggestion(config: RunConfig, topology: Topology, plan: Plan) -> Candidate |
 
 
 def search(config: RunConfig, topology: Topology) -> list[Candidate]:
-    """All mesh shapes, parts of the batch and remat policies that fit, the fastest first.
+    """Return all meshes, accumulation steps and remat policies that fit, the fastest first.
 
     Of equally fast ones the simpler layout, then the one that needs less memory.
     """
@@ -107,12 +107,12 @@ def best_mesh(config: RunConfig, topology: Topology) -> MeshConfig | None:
 
 def _rank(candidate: Candidate) -> tuple[float, int, int]:
     plan = candidate.plan
-    # To a thousandth: what is closer than that is the same, and then fewer split axes are better.
+    # To a thousandth: closer plans count as equal, and then fewer split axes are better.
     return float(f"{plan.step_seconds:.3g}"), sum(size > 1 for size in plan.mesh.values()), plan.total_bytes
 
 
 def meshes(num_chips: int) -> Iterator[dict[str, int]]:
-    """All ways to split chips over the axes of a dense model; the expert axis stays 1."""
+    """Yield all ways to split chips over the axes of a dense model; the expert axis stays 1."""
 
     def divisors(n: int) -> list[int]:
         return [d for d in range(1, n + 1) if n % d == 0]
@@ -125,7 +125,7 @@ def meshes(num_chips: int) -> Iterator[dict[str, int]]:
 
 
 def _try(config: RunConfig, topology: Topology, changes: dict[str, Any]) -> Candidate | None:
-    """The plan with these changes, or None where they are impossible or split what cannot be split."""
+    """Return the plan with these changes, or None where they are impossible or split what cannot be split."""
     try:
         changed = override(config, changes)
         if not _sensible(changed, changed.mesh.sizes(topology.num_chips)):
@@ -136,7 +136,7 @@ def _try(config: RunConfig, topology: Topology, changes: dict[str, Any]) -> Cand
 
 
 def _sensible(config: RunConfig, sizes: dict[str, int]) -> bool:
-    """Whether the axes split what they are for: heads and feed-forwards, and the sequence in zigzag order."""
+    """Return whether tensor divides the heads, and context the sequence in zigzag order."""
     heads = [getattr(mixer, "num_heads", sizes["tensor"]) for mixer, _ in config.model.layer_pieces()]
     if any(n % sizes["tensor"] for n in heads):
         return False
@@ -160,6 +160,6 @@ def _parts(config: RunConfig, sizes: dict[str, int]) -> list[int]:
 
 
 def _mesh_change(config: RunConfig, plan: Plan, sizes: dict[str, int]) -> dict[str, Any]:
-    """The keys that make a mesh of these sizes of the present one; an axis of -1 is left to follow."""
+    """Return the keys that change the present mesh into these sizes; an axis of -1 is left to follow."""
     now = dataclasses.asdict(config.mesh)
     return {f"mesh.{axis}": size for axis, size in sizes.items() if size != plan.mesh[axis] and now[axis] != -1}

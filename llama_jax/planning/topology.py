@@ -14,11 +14,11 @@ from llama_jax.config import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """What the devices of one mesh axis have between them, for each device.
+    """The links between the devices of one mesh axis, for each device.
 
     inner: devices of the axis within one slice or node.
     outer: slices or nodes that the axis spans.
-    ici: bytes per second at which a device receives what the others of its slice send; 0 where there are none.
+    ici: bytes per second at which a device receives from the others of its slice; 0 where there are none.
     hop: the same from one neighbour alone.
     dcn: bytes per second between slices, all `inner` devices together; 0 where the axis spans one slice.
     """
@@ -45,6 +45,7 @@ class Topology:
 
     @property
     def num_chips(self) -> int:
+        """Return the number of chips in all slices or nodes."""
         return math.prod(self.shape) * self.num_slices
 
     def __str__(self) -> str:
@@ -55,9 +56,9 @@ class Topology:
 
     @staticmethod
     def parse(text: str) -> "Topology":
-        """Of `v5p:4x4x8` (a TPU slice), `2x v5e:16x16` (two of them), `h100:4x8` (nodes x GPUs) or `h100:8`.
+        """Parse `v5p:4x4x8` (a TPU slice), `2x v5e:16x16` (two of them), `h100:4x8` (nodes x GPUs) or `h100:8`.
 
-        Sizes count chips. Raises UserError, with the nearest name, for what is none of these.
+        Sizes count chips. Raises UserError, with the nearest name, for any other text.
         """
         found = re.fullmatch(r"(?:(\d+) ?x )?\s*([A-Za-z]\w*)\s*:\s*(\d+(?:x\d+)*)", text.strip())
         name = found[2].lower() if found else re.split(r"[:\-]", text.strip())[0].split(" ")[-1].lower()
@@ -107,7 +108,7 @@ class Topology:
         return found if found.num_chips == len(devices) else None
 
     def larger(self) -> "Topology":
-        """The next size: the smallest torus axis doubled while it can be, then one more slice or node as often."""
+        """Return the next size: the smallest torus axis doubled while it can be, then twice the slices or nodes."""
         order = sorted(range(len(self.shape)), key=lambda i: self.shape[i])
         for i in order:
             shape = tuple(size * (2 if i == j else 1) for j, size in enumerate(self.shape))
@@ -116,7 +117,7 @@ class Topology:
         return dataclasses.replace(self, num_slices=2 * self.num_slices)
 
     def networks(self, sizes: dict[str, int]) -> dict[str, Network]:
-        """What connects the devices of each mesh axis larger than 1; `sizes` in the order of the mesh, outermost first.
+        """Return the links between the devices of each mesh axis larger than 1; `sizes` is in the order of the mesh.
 
         As `parallel.make_mesh` lays them out: data, or else fsdp, spans slices, the innermost axes get the torus axes
         first, and fill a node. Raises UserError for sizes that do not multiply to the slices or the torus.
@@ -138,7 +139,7 @@ class Topology:
         return all(s % self.chip.wraps == 0 for s in self.shape)  # optical switches close whole cubes only
 
     def _torus(self, sizes: dict[str, int]) -> dict[str, tuple[float, float]]:
-        """(bandwidth, bandwidth of a hop) of each mesh axis: its share of the torus axes that it is laid along."""
+        """Return (bandwidth, bandwidth of a hop) of each mesh axis: its share of the torus axes along which it lies."""
         whole = {i: size for i, size in enumerate(self.shape) if size > 1}
         left = dict(whole)
         found: dict[str, tuple[float, float]] = {}
@@ -170,13 +171,13 @@ class Topology:
         return found
 
     def _ring(self, whole: int, part: int, stride: int) -> float:
-        """Both directions of a closed ring, one of an open line; `stride` rings share the links of a strided one."""
+        """Return the bandwidth of both directions of a closed ring, one of a line; `stride` rings share the links."""
         closed = part * stride == whole and self._closed(whole)
         return (2 if closed else 1) * self.chip.link / stride
 
 
 def _split_slices(sizes: dict[str, int], topology: Topology) -> tuple[dict[str, int], dict[str, int]]:
-    """(inner, outer) sizes of each axis: data runs across the slices, or else fsdp."""
+    """Return (inner, outer) sizes of each axis: data runs across the slices, or else fsdp."""
     outer, n = dict.fromkeys(sizes, 1), topology.num_slices
     across = next((axis for axis in ("data", "fsdp") if sizes.get(axis, 1) % n == 0), None)
     if across is None:
@@ -186,7 +187,7 @@ def _split_slices(sizes: dict[str, int], topology: Topology) -> tuple[dict[str, 
 
 
 def _split_nodes(sizes: dict[str, int], topology: Topology) -> tuple[dict[str, int], dict[str, int]]:
-    """(inner, outer) sizes of each axis: the innermost axes fill the node."""
+    """Return (inner, outer) sizes of each axis: the innermost axes fill the node."""
     inner, left = dict.fromkeys(sizes, 1), math.prod(topology.shape)
     for axis, size in reversed(sizes.items()):
         inner[axis] = math.gcd(size, left)

@@ -1,4 +1,4 @@
-"""The directory of a run: everything about it."""
+"""The directory of a run, which has everything about it, and what may change when the run is continued."""
 
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ from llama_jax.training import learning_rate
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
 DATA_FILE = "data.json"
-# What may differ when a run is continued: how it is computed and told, not what it learns.
+# Keys that may differ when a run is continued: how it is computed and reported, not what it learns.
 CHANGEABLE = (
     "num_steps",
     "mesh.",
@@ -48,14 +48,14 @@ CHANGEABLE = (
     "data.cache_dir",
     "data.max_bad_records",
 )
-# What `resume.allow` is for: how the rest of the run goes, not what it is.
+# Keys that `resume.allow` is for: they change the rest of the run, not what it has learned.
 ADVISED = ("optimizer.", "data.skip_batches", "num_steps")
 
 
 class Run:
     """A run that was started: its config, metrics, data and checkpoints.
 
-    Of one in an object store, `directory` is its local copy and `url` where it is; else `url` is None.
+    Of a run in an object store, `directory` is its local copy and `url` its place; else `url` is None.
     """
 
     def __init__(self, directory: Path, config: RunConfig, components: Sequence[type] = (), *, url: str | None = None):
@@ -67,27 +67,28 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """Return a dict per logged step: `step`, `loss`, `learning_rate`, `grad_norm`, ..., `val_loss` where measured.
 
-        A value that was no number is None. Lines that a crash has damaged are left out.
+        Values that were not finite are None. Lines that a crash has damaged are left out.
         """
         return self.read_metrics()[0]
 
     def read_metrics(self) -> tuple[list[dict[str, Any]], int]:
-        """Return what `metrics` does, and how many damaged lines are left out."""
+        """Return what `metrics` does, and the number of damaged lines."""
         file = self.directory / METRICS_FILE
         text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
-        # A line without its end is one that a killed process did not finish; where the machine itself went down, a file
-        # may have zeros in the place of what was not yet on disk.
+        # A killed process may leave a line without its end; after the machine itself went down, a file may have zeros
+        # in place of what was not yet on disk.
         lines = [line.strip("\0\r ") for line in text.split("\n")[:-1]]
         found = [_metrics_of(line) for line in lines]
         return [metrics for metrics in found if metrics is not None], found.count(None)
 
     def steps(self) -> list[int]:
-        """Steps with a checkpoint."""
+        """Return the steps with a checkpoint."""
         with contextlib.closing(CheckpointStore(self.directory / CHECKPOINTS_DIRECTORY)) as store:
             return store.steps()
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the run's directory has."""
         of_sources = self.config.model.has_source
         return load_saved_tokenizer(self.directory / TOKENIZER_DIRECTORY, of_sources=of_sources)
 
@@ -101,12 +102,12 @@ class Run:
         return dataset
 
     def open_dataset(self, directories: Sequence[Path], vocabulary: Vocabulary) -> Dataset:
-        """What `prepare_dataset` made."""
+        """Return the dataset of the directories that `prepare_dataset` made."""
         config = self.config
         return Dataset(config.data, directories, vocabulary, sequence_length=config.sequence_length, seed=config.seed)
 
     def check_dataset(self, dataset: Dataset) -> None:
-        """Raises UserError where `dataset` is not the one that this run began with."""
+        """Raise UserError where `dataset` is not the one that this run began with."""
         file = self.directory / DATA_FILE
         if file.exists() and read_json(file) != _summary(dataset):
             path = itertools.chain.from_iterable(own.path for _, own in self.config.data.corpora())
@@ -116,11 +117,11 @@ class Run:
             )
 
     def batch(self, step: int) -> HostBatch:
-        """The exact global batch that the update from `step` to `step + 1` used: numpy arrays [B, T]."""
+        """Return the exact global batch of the update from `step` to `step + 1`: numpy arrays [B, T]."""
         return self.batches(self.dataset).batch(step)
 
     def batches(self, dataset: Dataset, rows: Sequence[int] | None = None) -> Batches:
-        """The run's training batches; `rows` as in `Batches`."""
+        """Return the run's training batches; `rows` as in `Batches`."""
         config = self.config
         return Batches(
             dataset.train,
@@ -133,12 +134,12 @@ class Run:
         )
 
     def load(self, step: int | None = None, *, mesh: MeshLike = None, dtype: str | None = None) -> LanguageModel:
-        """The model as it was at `step` (default: the latest checkpoint)."""
+        """Return the model as it was at `step` (default: the latest checkpoint)."""
         return load(self.url or self.directory, mesh=mesh, dtype=dtype, components=self.components, step=step)
 
 
 def open_run(directory: str | Path, components: Sequence[type] = ()) -> Run:
-    """The run in `directory`, which may be a URL. Raises UserError where there is none."""
+    """Return the run in `directory`, which may be a URL. Raises UserError where there is none."""
     url = url_of(directory) if as_local(directory) is None else None
     directory = local_copy(directory, functools.partial(run_files, arrays=False))
     if not (directory / CONFIG_FILE).is_file():
@@ -149,7 +150,7 @@ def open_run(directory: str | Path, components: Sequence[type] = ()) -> Run:
 
 
 def _metrics_of(line: str) -> dict[str, Any] | None:
-    """A line of metrics, or None for a damaged one. Constants that JSON has not (NaN) are None, too."""
+    """Return a line of metrics, or None for a damaged one. Constants that JSON does not have (NaN) are None, too."""
     try:
         found = json.loads(line, parse_constant=lambda _: None)
     except json.JSONDecodeError:
@@ -158,9 +159,9 @@ def _metrics_of(line: str) -> dict[str, Any] | None:
 
 
 def check_directory(run: Run) -> list[str]:
-    """Check that the run is new or can be continued in its directory; writes nothing.
+    """Check that the run is new or can be continued in its directory, and write nothing.
 
-    Returns what there is to say of a continued one: what differs from before. Raises UserError where another run is
+    Returns lines for the log: the differences of a continued run from before. Raises UserError where another run is
     there, or files of something else.
     """
     directory = run.directory
@@ -172,7 +173,7 @@ def check_directory(run: Run) -> list[str]:
         return []
     before = open_run(directory, run.components)
     changes = _changes(before, run)
-    # By names: opening a store is something that all processes have to do together, and one alone is here.
+    # By names: all processes have to open a store together, and this is process 0 alone.
     commits = (directory / CHECKPOINTS_DIRECTORY).glob(f"*/{COMMIT_FILE}")
     step = max(whole_steps(commit.relative_to(directory).as_posix() for commit in commits), default=0)
     if step > run.config.num_steps:
@@ -191,7 +192,7 @@ def check_directory(run: Run) -> list[str]:
 
 
 def _changes(before: Run, run: Run) -> list[str]:
-    """What differs, as `key=old -> new`. Raises UserError with all that must not."""
+    """Return the differences as `key=old -> new`. Raises UserError with all that are not allowed."""
     old, new = _values(before.config), _values(run.config)
     keys = list(dict.fromkeys([*new, *old]))
     changeable = CHANGEABLE
@@ -206,24 +207,25 @@ def _changes(before: Run, run: Run) -> list[str]:
         and not _same(key, old.get(key), new.get(key), before)
     ]
     if refused:
-        told = "; ".join(f"{key}={old.get(key)!r}, not {new.get(key)!r}" for key in refused)
+        found = "; ".join(f"{key}={old.get(key)!r}, not {new.get(key)!r}" for key in refused)
         advised = all(key.startswith(ADVISED) for key in refused)
         allow = f", allow this with --resume.allow {','.join(refused)}," if advised else ","
         raise UserError(
-            f"'{before.directory}' holds a run with {told}: continue it unchanged{allow} or give another --run-dir"
+            f"'{before.directory}' holds a run with {found}: continue it unchanged{allow} or give another --run-dir"
         )
     return [f"{key}={_shown(old.get(key))} -> {_shown(new.get(key))}" for key in differing]
 
 
 def _shown(value: Any) -> str:
+    """Return a value as the command line takes it."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _same(key: str, old: Any, new: Any, before: Run) -> bool:
-    """Whether two values mean the same: another way to write a path, another place of the same tokenizer or texts."""
+    """Return whether two values mean the same: another spelling of a path, another place of one tokenizer or texts."""
     if old is None or new is None:
         return False
-    if key == "data.sources":  # of their texts, `check_dataset` says whether they are the same
+    if key == "data.sources":  # `check_dataset` compares their texts
         return [dataclasses.replace(source, path=()) for source in old] == [
             dataclasses.replace(source, path=()) for source in new
         ]
@@ -239,7 +241,7 @@ def _same(key: str, old: Any, new: Any, before: Run) -> bool:
 def _check_skipped(before: Run, run: Run, step: int) -> None:
     """Raise UserError where other batches are skipped among those that were learned before `step`."""
     old, new = (set(r.config.data.skip_batches) for r in (before, run))
-    count = step  # batches that are gone through, with those that were skipped among them
+    count = step  # batches passed before `step`, the skipped ones included
     while (grown := step + sum(number < count for number in old)) > count:
         count = grown
     if early := [number for number in old ^ new if number < count]:
@@ -250,14 +252,14 @@ def _check_skipped(before: Run, run: Run, step: int) -> None:
 
 
 def _values(config: RunConfig) -> dict[str, Any]:
-    """Leaves by key, of a component its class name: its fields are leaves of their own."""
+    """Return the leaves by key; a component is its class name, and its fields are leaves."""
     return {key: type(value).__name__ if dataclasses.is_dataclass(value) else value for key, _, value in leaves(config)}
 
 
 def start_run(run: Run, dataset: Dataset) -> None:
-    """Writes the run's directory: config, tokenizer, and what identifies its text.
+    """Write the run's directory: config, tokenizer, and a summary that identifies its text.
 
-    Raises UserError where the text is not that of the run that is continued.
+    Raises UserError where the run that is continued had another text.
     """
     run.check_dataset(dataset)
     directory = run.directory
@@ -274,4 +276,5 @@ def start_run(run: Run, dataset: Dataset) -> None:
 
 
 def _summary(dataset: Dataset) -> dict[str, Any]:
+    """Return what identifies a dataset in data.json."""
     return {"content_hash": dataset.content_hash, "num_tokens": dataset.num_tokens, "num_bytes": dataset.num_bytes}

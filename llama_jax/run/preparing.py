@@ -1,4 +1,4 @@
-"""What has to be there before a run trains: its tokenizer and tokenized text, and everything checked."""
+"""Before the first step: everything checked, the tokenizer, the tokenized text and the first values of parameters."""
 
 import contextlib
 import dataclasses
@@ -7,29 +7,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_jax.checkpoint import CONFIG_FILE, TOKENIZER_DIRECTORY
+from llama_jax.checkpoint import CONFIG_FILE, TOKENIZER_DIRECTORY, config_of, load
 from llama_jax.config import UserError
 from llama_jax.data import DataConfig, Dataset, SequenceToSequence, Vocabulary, prepare_dataset, read_texts
+from llama_jax.models import ModelConfig, Params, abstract_params, initialize
 from llama_jax.parallel import MeshConfig
 from llama_jax.run.directory import Run, check_directory
-from llama_jax.run.initial import inheritance
-from llama_jax.run.reporting import Bar, check_writers
+from llama_jax.run.reporting import Bar, configured_loggers
 from llama_jax.run_config import RunConfig
 from llama_jax.sampling import encode_prompt
 from llama_jax.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer, with_document_rule
 
 SAMPLE_TOKENS = 128
+EMBEDDING = "embedding.weight"
+NAMED = 8  # parameters that a line names
 
 
 def prepare(run: Run, mesh: MeshConfig, num_devices: int) -> list[Any]:
-    """The tokenized corpora's directories, what of the tokenizer the objective needs, the length of samples, and what
-    there is to say.
+    """Return [directories of the tokenized corpora, fields of the objective's `Vocabulary`, length of samples, lines
+    for the log], as JSON data for the other processes.
 
-    Raises UserError for all that cannot run here.
+    Raises UserError for everything that cannot run here.
     """
     config = run.config
     dataclasses.replace(config, mesh=mesh).check_mesh(num_devices)
-    check_writers(config.logging)
+    configured_loggers(config.logging)
     config.check_allowed()
     lines = check_directory(run)
     if config.init_from is not None and not (run.directory / CONFIG_FILE).exists():
@@ -48,13 +50,13 @@ def prepare(run: Run, mesh: MeshConfig, num_devices: int) -> list[Any]:
 
 
 def check_shared(file: Path, key: str) -> None:
-    """Raises UserError where process 0 has written a file that this process does not see."""
+    """Raise UserError where a file that process 0 has written is not visible to this process."""
     if not file.exists():
         raise UserError(f"'{file}' was written by process 0 and is not here: set {key} to a place that all hosts share")
 
 
 def _tokenizer(run: Run) -> Tokenizer:
-    """The run's tokenizer, from its directory once it is there."""
+    """Return the run's tokenizer, from its directory once it is there."""
     if (run.directory / TOKENIZER_DIRECTORY).is_dir():
         return run.tokenizer
     config = run.config.tokenizer
@@ -63,7 +65,7 @@ def _tokenizer(run: Run) -> Tokenizer:
 
 
 def trained_tokenizer(config: TokenizerConfig, data: DataConfig) -> Tokenizer:
-    """One of the training documents, with the special tokens that the objective needs."""
+    """Return a tokenizer trained on the training documents, with the special tokens that the objective needs."""
     texts = itertools.chain.from_iterable(read_texts(source, "train") for _, source in data.corpora())
     of_chats = data.chat_template.special_tokens() if data.chat_template is not None else ()
     special = tuple(dict.fromkeys((*config.special_tokens, *data.objective.special_tokens(), *of_chats)))
@@ -71,7 +73,7 @@ def trained_tokenizer(config: TokenizerConfig, data: DataConfig) -> Tokenizer:
 
 
 def _sample_tokens(config: RunConfig, tokenizer: Tokenizer) -> int:
-    """How many tokens the model can write after the longest of the prompts."""
+    """Return the number of tokens that the model can write after the longest of the prompts."""
     limit = config.model.length_limit
     # An encoder-decoder writes after its start token, however long the prompt is that it reads.
     longest, own = (limit, 1) if config.model.has_source else (limit - 1, None)
@@ -88,7 +90,7 @@ def _sample_tokens(config: RunConfig, tokenizer: Tokenizer) -> int:
 
 
 def _check_start(config: RunConfig, vocabulary: Vocabulary) -> None:
-    """Raises UserError where the decoder is trained to begin with another token than it will begin with."""
+    """Raise UserError where the decoder is trained to begin with another token than sampling begins with."""
     model, objective = config.model, config.data.objective
     if not model.has_source or not isinstance(objective, SequenceToSequence):
         return
@@ -113,8 +115,48 @@ def _prepare_dataset(config: RunConfig, tokenizer: Tokenizer) -> list[Path]:
 
 
 def open_dataset(run: Run, directories: Sequence[str], vocabulary: dict[str, Any]) -> Dataset:
+    """Return the dataset that `prepare` has prepared, on every process."""
     for directory in directories:
         check_shared(Path(directory), "data.cache_dir")
     for name in ("start_ids", "sentence_ends"):
         vocabulary[name] = tuple(vocabulary[name])  # a list, if it came from another process
     return run.open_dataset([Path(directory) for directory in directories], Vocabulary(**vocabulary))
+
+
+def inheritance(config: RunConfig, components: Sequence[type] = ()) -> tuple[list[str], list[str]]:
+    """Return the names of the parameters of `config.model` that begin as in `config.init_from`, and lines for the log.
+
+    Those are the parameters of the same name and shape; no weights are read. Raises UserError where there are none, and
+    where the embedding is not among them.
+    """
+    path = config.init_from
+    assert path is not None
+    found, wanted = (_shapes(c) for c in (config_of(path, components), config.model))
+    taken = [name for name in wanted if found.get(name) == wanted[name]]
+    if EMBEDDING not in taken:
+        shapes = [shapes.get(EMBEDDING, "missing") for shapes in (found, wanted)]
+        raise UserError(
+            f"init_from='{path}' has another embedding than model ({shapes[0]}, not {shapes[1]}): give a "
+            "model of its sizes"
+        )
+    lines = [f"{len(taken)} parameters begin as in '{path}'"]
+    for names, what in ((wanted, "are new"), (found, f"of '{path}' are left out")):
+        if names := [name for name in names if name not in taken]:
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            lines.append(f"{', '.join(names[:NAMED])}{more} {what}")
+    return taken, lines
+
+
+def first_params(config: RunConfig, components: Sequence[type] = ()) -> tuple[Params, list[str]]:
+    """Return the parameters before the first step, on the current mesh, and lines for the log that describe them."""
+    params = initialize(config.model, config.seed)
+    if config.init_from is None:
+        return params, []
+    taken, lines = inheritance(config, components)
+    found = load(config.init_from, dtype="float32", components=components).model.params()
+    return params | {name: found[name] for name in taken}, lines
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter."""
+    return {name: a.shape for name, a in abstract_params(config).items()}

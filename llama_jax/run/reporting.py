@@ -1,13 +1,15 @@
-"""Where a run's numbers go: the terminal, metrics.jsonl, TensorBoard, Weights & Biases."""
+"""Destinations of a run's numbers: the terminal, and loggers, each a class.
+
+A destination of one's own is a class that derives from `Logger`, given to `train(..., loggers=(MyLogger,))`.
+"""
 
 import importlib.util
 import json
 import math
 import secrets
 import time
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, ClassVar, override
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -23,32 +25,128 @@ WANDB_FILE = "wandb_id.txt"
 NOTEBOOK_SECONDS = 0.2  # between two drawings of a bar in a notebook
 
 
-class Writer(Protocol):
-    def write(self, metrics: Metrics) -> None: ...
-    def close(self) -> None: ...
+class Logger:
+    """Base of the destinations of a run's metrics.
+
+    Process 0 constructs it as `Logger(run, start_step)` when the run starts or continues: steps after `start_step` that
+    an earlier start has logged are going to come again.
+    """
+
+    module: ClassVar[str | None] = None
+    """Module that it requires, of an extra of the package."""
+    extra: ClassVar[str] = ""
+    notice: str | None = None
+    """Line for the run's log, where there is something to mention at its start."""
+
+    def __init__(self, run: Run, start_step: int):
+        self.run, self.start_step = run, start_step
+
+    def write(self, metrics: Metrics) -> None:
+        """Record the metrics of a step: `step` is an int, the others are floats, lists of floats or None."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Finish, also where the run has failed."""
 
 
-class JsonLines:
-    """metrics.jsonl. Lines of steps that are going to be repeated after a restart are dropped.
+class JsonLines(Logger):
+    """metrics.jsonl; numbers that are not finite, for which JSON has no word, are null there.
 
-    `damaged` counts lines that could not be read. What is no finite number, JSON has no word for: null.
+    Lines of steps that come again are dropped, and so are lines that a crash has damaged.
     """
 
     def __init__(self, run: Run, start_step: int):
+        super().__init__(run, start_step)
         file = run.directory / METRICS_FILE
-        lines, self.damaged = run.read_metrics()
+        lines, damaged = run.read_metrics()
+        if damaged:
+            self.notice = f"{damaged} damaged lines of '{METRICS_FILE}' are dropped"
         write_text(file, "".join(_json(line) for line in lines if line["step"] <= start_step))
         self._file = file.open("a", encoding="utf-8")
 
+    @override
     def write(self, metrics: Metrics) -> None:
         self._file.write(_json(metrics))
         self._file.flush()
 
+    @override
     def close(self) -> None:
         self._file.close()
 
 
+class TensorBoard(Logger):
+    """A file of events for every start of the run, in its `tensorboard/`; of an earlier one, steps after `start_step`
+    are not shown.
+    """
+
+    module, extra = "tensorboardX", "tensorboard"
+
+    def __init__(self, run: Run, start_step: int):
+        from tensorboardX import SummaryWriter
+
+        super().__init__(run, start_step)
+        # Two starts within a second would else write one file.
+        directory, suffix = str(run.directory / "tensorboard"), f".{start_step}"
+        self._writer = SummaryWriter(directory, purge_step=start_step + 1, filename_suffix=suffix)
+
+    @override
+    def write(self, metrics: Metrics) -> None:
+        for name, value in _scalars(metrics).items():
+            self._writer.add_scalar(name, value, metrics["step"])
+
+    @override
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases(Logger):
+    """One run of `logging.wandb_project`, however often this run is continued: its id is kept in the run directory.
+
+    W&B itself ignores steps that come again.
+    """
+
+    module, extra = "wandb", "wandb"
+
+    def __init__(self, run: Run, start_step: int):
+        import wandb  # type: ignore[import-not-found]
+
+        super().__init__(run, start_step)
+        file = run.directory / WANDB_FILE
+        if not file.exists():
+            write_text(file, secrets.token_hex(4) + "\n")
+        self._run = wandb.init(
+            project=run.config.logging.wandb_project,
+            id=file.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            name=run.directory.name,
+            dir=str(run.directory),
+            config=to_json(run.config),
+            allow_val_change=True,
+        )
+
+    @override
+    def write(self, metrics: Metrics) -> None:
+        self._run.log(_scalars(metrics), step=metrics["step"])
+
+    @override
+    def close(self) -> None:
+        self._run.finish()
+
+
+def configured_loggers(config: LoggingConfig) -> list[type[Logger]]:
+    """Return the loggers that a config chooses. Raises UserError where the extra of one is not installed."""
+    chosen: list[type[Logger]] = [JsonLines]
+    for key, logger in (("tensorboard", TensorBoard), ("wandb_project", WeightsAndBiases)):
+        if getattr(config, key):
+            if logger.module is not None and importlib.util.find_spec(logger.module) is None:
+                raise UserError(f"logging.{key} needs an extra: pip install 'llama_jax[{logger.extra}]'")
+            chosen.append(logger)
+    return chosen
+
+
 def _json(metrics: Metrics) -> str:
+    """Return the metrics as a line of JSON."""
+
     def finite(value: Any) -> Any:
         if isinstance(value, list):
             return [finite(part) for part in value]
@@ -58,7 +156,7 @@ def _json(metrics: Metrics) -> str:
 
 
 def _scalars(metrics: Metrics) -> Metrics:
-    """All but the step, what has several numbers under `name/0`, `name/1`..."""
+    """Return all but the step, lists under `name/0`, `name/1`..."""
     found: Metrics = {}
     for name, value in metrics.items():
         if isinstance(value, list):
@@ -68,64 +166,10 @@ def _scalars(metrics: Metrics) -> Metrics:
     return found
 
 
-class TensorBoard:
-    """A file of events for every start of the run; what an earlier one has of steps after `start_step` is not shown."""
-
-    def __init__(self, directory: Path, start_step: int):
-        from tensorboardX import SummaryWriter
-
-        # Files are told apart by second and suffix.
-        self._writer = SummaryWriter(str(directory), purge_step=start_step + 1, filename_suffix=f".{start_step}")
-
-    def write(self, metrics: Metrics) -> None:
-        for name, value in _scalars(metrics).items():
-            self._writer.add_scalar(name, value, metrics["step"])
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class WeightsAndBiases:
-    """One run there, however often it is continued here: its id is kept in the run directory. Steps that are repeated
-    after a restart, W&B has already."""
-
-    def __init__(self, project: str, run: Run):
-        import wandb  # type: ignore[import-not-found]
-
-        file = run.directory / WANDB_FILE
-        if not file.exists():
-            write_text(file, secrets.token_hex(4) + "\n")
-        self._run = wandb.init(
-            project=project,
-            id=file.read_text(encoding="utf-8").strip(),
-            resume="allow",
-            name=run.directory.name,
-            dir=str(run.directory),
-            config=to_json(run.config),
-            allow_val_change=True,
-        )
-
-    def write(self, metrics: Metrics) -> None:
-        self._run.log(_scalars(metrics), step=metrics["step"])
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-def check_writers(config: LoggingConfig) -> None:
-    """Raises UserError where a writer that is asked for is not installed."""
-    for key, wanted, module, extra in (
-        ("tensorboard", config.tensorboard, "tensorboardX", "tensorboard"),
-        ("wandb_project", config.wandb_project is not None, "wandb", "wandb"),
-    ):
-        if wanted and importlib.util.find_spec(module) is None:
-            raise UserError(f"logging.{key} needs an extra: pip install 'llama_jax[{extra}]'")
-
-
 class Bar:
-    """A progress bar on a terminal or in a notebook, plain lines elsewhere; a quiet one (other processes) says nothing.
+    """A progress bar on a terminal or in a notebook, plain lines elsewhere, nothing where `quiet` (other processes).
 
-    `total` counts steps; the bar's own clock estimates the rest from the steps of this process.
+    `start` and `total` count steps; the time that is left is estimated from the steps of this process.
     """
 
     def __init__(
@@ -136,7 +180,7 @@ class Bar:
         self._first: tuple[int, float] | None = None  # step and time of the first metrics, compilation behind them
         self._notebook = self._console.is_jupyter and not quiet
         self._plain = quiet or not (self._console.is_terminal or self._notebook)
-        self._cell: Any = None  # the notebook's handle on the bar
+        self._cell: Any = None  # IPython's handle on the bar
         self._drawn = 0.0
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -168,17 +212,18 @@ class Bar:
             self._progress.stop()
 
     def advance(self, step: int) -> None:
+        """Move the bar to a step."""
         self._progress.update(self._task, completed=step)
         if self._cell is not None and time.monotonic() - self._drawn > NOTEBOOK_SECONDS:
             self._drawn = time.monotonic()
             self._cell.update(self._progress)
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
+        """Print a line above the bar."""
         self._progress.console.print(with_urls(text), markup=False, highlight=False, soft_wrap=True)
 
     def show(self, metrics: Metrics) -> None:
-        """The metrics of a step."""
+        """Show the metrics of a step."""
         parts = [f"loss {metrics['loss']:.4f}"]
         if metrics.get("tokens_per_second"):
             parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")

@@ -1,7 +1,6 @@
-"""A run in an object store: it works in a local copy, and every checkpoint is uploaded when it is whole.
+"""A run in an object store: a local copy to work in, of which every checkpoint is uploaded when it is complete.
 
-The store is what counts: a run is continued from what is there, and at every moment it has a whole checkpoint once the
-first was uploaded.
+A run is continued from the store, which always has a complete checkpoint once the first was uploaded.
 """
 
 import contextlib
@@ -41,17 +40,18 @@ class StoredRun:
 
     @property
     def url(self) -> str:
+        """The run's URL."""
         return self._mirror.url
 
     def start(self) -> None:
-        """Upload what there is and begin to upload every checkpoint. Raises UserError where it cannot."""
+        """Upload all files and begin to upload every checkpoint. Raises UserError where the store cannot be written."""
         steps = whole_steps(self._mirror.local_files())
         self.upload()
         self._thread = threading.Thread(target=self._watch, args=(steps,), name="upload", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Upload what is left, of a run that was started. Raises UserError where it cannot."""
+        """Upload the rest of a run that was started. Raises UserError where the store cannot be written."""
         if self._thread is None:
             return
         self._closing.set()
@@ -68,7 +68,7 @@ class StoredRun:
     def upload(self) -> bool:
         """Make the store's files those of the directory: checkpoints last, the older ones then removed.
 
-        Return whether all is done: a checkpoint that is removed meanwhile is not uploaded.
+        Return False where a checkpoint was removed meanwhile: it is not uploaded.
         """
         names = self._mirror.local_files()
         self._mirror.upload([name for name in names if not name.startswith(f"{CHECKPOINTS_DIRECTORY}/")])
@@ -82,11 +82,12 @@ class StoredRun:
         return True
 
     def _upload_step(self, step: int) -> bool:
+        """Upload a checkpoint, the file that makes it complete last; return False where it was removed meanwhile."""
         names, there = self._files_of(step), self._mirror.stamps()
         if self._mirror.is_uploaded(names, there):
             return True
         commit = f"{CHECKPOINTS_DIRECTORY}/{step}/{COMMIT_FILE}"
-        # Of an upload that was broken off, or of another checkpoint of this step.
+        # From an interrupted upload, or from another checkpoint of this step.
         self._delete_step([name for name in there if step_of(name) == step and (name == commit or name not in names)])
         try:
             self._mirror.upload([name for name in names if name != commit])
@@ -99,12 +100,14 @@ class StoredRun:
         return True
 
     def _delete_step(self, names: list[str]) -> None:
+        """Delete a checkpoint's files from the store, first the one that makes it complete."""
         self._mirror.delete(sorted(names, key=lambda name: not name.endswith(f"/{COMMIT_FILE}")))
 
     def _files_of(self, step: int) -> list[str]:
         return [name for name in self._mirror.local_files() if step_of(name) == step]
 
     def _watch(self, uploaded: list[int]) -> None:
+        """Upload whenever the set of local checkpoints changes, until the run closes."""
         pause = _POLL_SECONDS
         while not self._closing.wait(pause):
             steps = whole_steps(self._mirror.local_files())
@@ -122,10 +125,10 @@ class StoredRun:
 
 @contextlib.contextmanager
 def local_run(run_dir: str | Path) -> Iterator[tuple[Path, StoredRun | None]]:
-    """The directory that a run works in, and what uploads it where `run_dir` is a URL.
+    """Yield the directory that a run works in, and its uploader where `run_dir` is a URL, else None.
 
-    At the end, in order or not, all that is left of a run that was started is uploaded. Raises UserError for a URL that
-    cannot be read and written, and for one that several processes would work in.
+    When the block ends, also by an error, the rest of a run that was started is uploaded. Raises UserError for a URL
+    that cannot be read and written, and for a URL where there are several processes.
     """
     if (local := as_local(run_dir)) is not None:
         yield local, None

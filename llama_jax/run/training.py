@@ -20,10 +20,9 @@ from llama_jax.files import write_text
 from llama_jax.models import abstract_params, buffers
 from llama_jax.parallel import distributed, make_mesh, mesh_axis_sizes, platform
 from llama_jax.planning import mesh_of
-from llama_jax.run.directory import METRICS_FILE, SAMPLES_FILE, Run, start_run
-from llama_jax.run.initial import first_params
-from llama_jax.run.preparing import check_shared, open_dataset, prepare
-from llama_jax.run.reporting import Bar, JsonLines, TensorBoard, WeightsAndBiases, Writer
+from llama_jax.run.directory import SAMPLES_FILE, Run, start_run
+from llama_jax.run.preparing import check_shared, first_params, open_dataset, prepare
+from llama_jax.run.reporting import Bar, Logger, configured_loggers
 from llama_jax.run.stored import StoredRun, local_run
 from llama_jax.run_config import RunConfig
 from llama_jax.sampling import generate_text
@@ -48,21 +47,30 @@ class Preempted(Exception):
     """The run was asked to stop and saved a checkpoint; the command line exits with 75."""
 
 
-def train(config: RunConfig, run_dir: str | Path, *, components: Sequence[type] = ()) -> Run:
-    """Trains `config` in `run_dir`, or continues what is in it, bit for bit as if it had never stopped.
+def train(
+    config: RunConfig,
+    run_dir: str | Path,
+    *,
+    components: Sequence[type] = (),
+    loggers: Sequence[type[Logger]] = (),
+) -> Run:
+    """Train `config` in `run_dir`, or continue what is in it, bit for bit as if it had never stopped.
 
     `run_dir` may be the URL of an object store (`s3://`, `gs://`): every checkpoint is uploaded when it is saved.
+    `components` are classes from outside the package that the config has; `loggers` are destinations of metrics beyond
+    those of `config.logging`.
 
     Returns the finished run. Raises UserError for a config that cannot run here or that is not this directory's,
     RunFailed when the loss is no longer finite, Preempted after a termination signal, with a checkpoint saved.
     """
     with local_run(run_dir) as (directory, stored):
-        run = _train(Run(directory, config, components), stored)
+        run = _train(Run(directory, config, components), stored, loggers)
     run.url = None if stored is None else stored.url
     return run
 
 
-def _train(run: Run, stored: StoredRun | None) -> Run:
+def _train(run: Run, stored: StoredRun | None, loggers: Sequence[type[Logger]]) -> Run:
+    """Train in the run's local directory."""
     config = run.config
     devices = jax.devices()  # several processes find their devices together
     mesh = mesh_of(config, devices)
@@ -72,7 +80,7 @@ def _train(run: Run, stored: StoredRun | None) -> Run:
     )
     with jax.set_mesh(make_mesh(mesh)):
         loop = distributed.all_agree(
-            lambda: _Loop(run, open_dataset(run, directories, vocabulary), sample_tokens, lines)
+            lambda: _Loop(run, open_dataset(run, directories, vocabulary), sample_tokens, lines, loggers)
         )
         distributed.broadcast_from_main(lambda: start_run(run, loop.dataset))
         distributed.all_agree(lambda: check_shared(run.directory / CONFIG_FILE, "--run-dir"))
@@ -88,9 +96,19 @@ def _train(run: Run, stored: StoredRun | None) -> Run:
 
 
 class _Loop:
-    """One process's part of a run."""
+    """One process's part of a run.
 
-    def __init__(self, run: Run, dataset: Dataset, sample_tokens: int, lines: Sequence[str] = ()):
+    `sample_tokens` is the length of samples, `lines` what the log begins with, `loggers` those given to `train`.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        dataset: Dataset,
+        sample_tokens: int,
+        lines: Sequence[str] = (),
+        loggers: Sequence[type[Logger]] = (),
+    ):
         config = run.config
         self.run_, self.config, self.dataset, self.sample_tokens = run, config, dataset, sample_tokens
         self.main = distributed.is_main()
@@ -114,44 +132,43 @@ class _Loop:
         flops = train_flops_per_token(config.model, config.sequence_length, config.data.objective.source_length or 0)
         peak = peak_flops(jax.local_devices()[0], config.compute.jax_dtype)
         self.mfu_per_speed = None if peak is None else flops / (peak * jax.device_count())
-        self.lines = list(lines)
+        self.lines, self.loggers = list(lines), [*configured_loggers(config.logging), *loggers]
         every, validates = config.checkpoint.every_steps, config.logging.validate_every_steps
         self.measures_checkpoints = validates >= config.num_steps or math.lcm(every, validates) < config.num_steps
         self.stopped_by: int | None = None
 
     def run(self) -> None:
-        config = self.config
-        with contextlib.closing(
-            CheckpointStore(self.run_.directory / CHECKPOINTS_DIRECTORY, config.checkpoint)
-        ) as store:
-            self._train(store)
-        if config.logging.sample_prompts:
-            self._sample()
-
-    def _train(self, store: CheckpointStore) -> None:
-        config = self.config
-        state, lines = distributed.all_agree(lambda: self._state(store))
-        start = int(state.step)
-        with (
-            contextlib.closing(_Writers(self.run_, start, self.main)) as writers,
-            Bar("training", start, config.num_steps, quiet=not self.main) as bar,
-            self._signals(),
-        ):
+        """Train to the end, then write samples."""
+        config, directory = self.config, self.run_.directory
+        with contextlib.ExitStack() as stack:
+            store = stack.enter_context(
+                contextlib.closing(CheckpointStore(directory / CHECKPOINTS_DIRECTORY, config.checkpoint))
+            )
+            state, lines = distributed.all_agree(lambda: self._state(store))
+            start = int(state.step)
+            loggers = [
+                stack.enter_context(contextlib.closing(logger(self.run_, start)))
+                for logger in (self.loggers if self.main else ())
+            ]
+            bar = stack.enter_context(Bar("training", start, config.num_steps, quiet=not self.main))
+            stack.enter_context(self._signals())
             if start:
-                bar.say(f"continuing '{self.run_.directory}' from step {start}")
-            lines += [*self.lines, *self._warnings(start), *writers.lines]
+                bar.say(f"continuing '{directory}' from step {start}")
+            lines += [*self.lines, *self._warnings(start), *(logger.notice for logger in loggers if logger.notice)]
             for line in [*lines, *self.dataset.describe(self.batches, config.num_steps)]:
                 bar.say(line)
             if axes := ", ".join(f"{axis} {size}" for axis, size in mesh_axis_sizes().items() if size > 1):
                 bar.say(f"mesh: {axes}")
             if config.compute.preflight and start < config.num_steps:
                 self._preflight(start, bar)
-            self._steps(state, start, store, bar, writers)
+            self._steps(state, start, store, bar, loggers)
+        if config.logging.sample_prompts:
+            self._sample()
 
     def _state(self, store: CheckpointStore) -> tuple[TrainState, list[str]]:
-        """The latest checkpoint's state, or a new one, and what there is to say of it."""
+        """Return the latest checkpoint's state, or a new one, and lines for the log that describe it."""
         make = jax.jit(functools.partial(init_state, buffer_names=frozenset(buffers(self.config.model))))
-        # Process 0 says which: others' view of a shared file system may be older.
+        # As process 0 sees it: others may see an older state of a shared file system.
         step = distributed.broadcast_from_main(lambda: max(store.steps(), default=None))
         if step is None:
             params, lines = first_params(self.config, self.run_.components)
@@ -160,7 +177,7 @@ class _Loop:
         return store.load(step, abstract), []
 
     def _warnings(self, start: int) -> list[str]:
-        """What of the config will not do what it seems to say."""
+        """Return a line for each part of the config that will have no effect, or another one than expected."""
         config, lines = self.config, []
         warmup, steps, profile = config.optimizer.warmup_steps, config.num_steps, config.profile
         if warmup > steps:
@@ -184,14 +201,14 @@ class _Loop:
         return lines
 
     def _recorded(self, start: int) -> range:
-        """The steps of this start that are in the profile's window."""
+        """Return the steps of this start that are in the profile's window."""
         profile, steps = self.config.profile, range(start, self.config.num_steps)
         if profile.start_step is None:
             return range(0)
         return range(max(profile.start_step, start), min(profile.start_step + profile.num_steps, steps.stop))
 
     def _preflight(self, start: int, bar: Bar) -> None:
-        """The attention kernel against the reference, before anything is trained with it."""
+        """Compare the attention kernel with the reference, before anything is trained with it."""
         try:
             agreements = preflight(self.config.model, self.config.compute, self._on_devices(self.batches.batch(start)))
         except PreflightFailed as error:
@@ -200,7 +217,13 @@ class _Loop:
             error = max(agreement.errors.values())
             bar.say(f"attention kernel '{agreement.kernel}' agrees with the reference: relative error {error:.1e}")
 
-    def _steps(self, state: TrainState, start: int, store: CheckpointStore, bar: Bar, writers: "_Writers") -> None:
+    def _steps(
+        self, state: TrainState, start: int, store: CheckpointStore, bar: Bar, loggers: Sequence[Logger]
+    ) -> None:
+        """Take the steps from `start` to the end; log, validate and save between them.
+
+        Raises Preempted after a termination signal, with a checkpoint saved, and what `_log` raises.
+        """
         config, log, num_steps = self.config, self.config.logging, self.config.num_steps
         batches = self.batches.iterate(start)
         pending: dict[str, Any] | None = None
@@ -211,13 +234,13 @@ class _Loop:
                 batch = self._on_devices(next(batches))
                 # A CPU may compute the next step within its call, which would hide where the last one ended.
                 if pending is not None and platform() == "cpu":
-                    self._log(pending, clock, bar, writers)
+                    self._log(pending, clock, bar, loggers)
                     pending = None
                 state, metrics = self.train_step(state, batch, self.hyper)
                 done = step + 1
                 # Elsewhere the host waits for the last one's numbers with the next step already on its way.
                 if pending is not None:
-                    self._log(pending, clock, bar, writers)
+                    self._log(pending, clock, bar, loggers)
                 pending = {"step": done} | metrics
                 bar.advance(done)
                 stopping = self._stopping(done)
@@ -230,7 +253,7 @@ class _Loop:
                         if validates:
                             val = self._validate(state)
                             bar.say(f"step {done}/{num_steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in val.items()))
-                        self._log(pending | val, clock, bar, writers)
+                        self._log(pending | val, clock, bar, loggers)
                         pending = None
                         # Where checkpoints are measured at all, what is measured between them may be the best.
                         best = self.measures_checkpoints and "val_loss" in val and store.is_best(val["val_loss"])
@@ -243,7 +266,10 @@ class _Loop:
     def _on_devices(self, batch: HostBatch) -> dict[str, jax.Array]:
         return to_devices(batch, self.rows, self.config.global_batch_size)
 
-    def _log(self, metrics: dict[str, Any], clock: "_Clock", bar: Bar, writers: "_Writers") -> None:
+    def _log(self, metrics: dict[str, Any], clock: "_Clock", bar: Bar, loggers: Sequence[Logger]) -> None:
+        """Wait for the metrics of a step and report them where it is one to log. Raises RunFailed for a loss or a
+        gradient that is not finite.
+        """
         step, every = metrics["step"], self.config.logging.every_steps
         if step % every == 0 or step in (1, self.config.num_steps) or "val_loss" in metrics:
             values = {k: v if isinstance(v, int) else np.asarray(v).tolist() for k, v in metrics.items()}
@@ -255,7 +281,8 @@ class _Loop:
                 if self.mfu_per_speed is not None:
                     values["mfu"] = values["tokens_per_second"] * self.mfu_per_speed
             bar.show(values)
-            writers.write(values)
+            for logger in loggers:
+                logger.write(values)
         for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
             if not math.isfinite(value := float(metrics[name])):
                 raise RunFailed(
@@ -265,6 +292,7 @@ class _Loop:
                 )
 
     def _validate(self, state: TrainState) -> dict[str, float]:
+        """Return the loss on the held-out text, and its bits per byte where all of it is measured."""
         nats, targets = 0.0, 0.0
         for batch in self.validation:
             part = self.eval_step(state.params | state.buffers, self._on_devices(batch))
@@ -278,6 +306,7 @@ class _Loop:
         return values
 
     def _sample(self) -> None:
+        """Continue the prompts of the config, into samples.txt."""
         prompts = list(self.config.logging.sample_prompts)
         texts = generate_text(
             self.run_.load(), prompts, max_new_tokens=self.sample_tokens, temperature=0.8, seed=self.config.seed
@@ -288,6 +317,7 @@ class _Loop:
             write_text(self.run_.directory / SAMPLES_FILE, samples + "\n")
 
     def _profile(self, step: int, recorded: range, state: TrainState, recording: contextlib.ExitStack) -> None:
+        """Start the profile before the first step of its window and end it after the last."""
         if not recorded or not self.main:
             return
         if step == recorded.start:
@@ -297,14 +327,14 @@ class _Loop:
             recording.close()
 
     def _stopping(self, step: int) -> bool:
-        """Whether the run ends after `step`: of several processes all say so at the same one, and none waits to ask."""
+        """Return whether the run ends after `step`: all of several processes do at the same one, without waiting."""
         if distributed.several():
             return multihost_utils.reached_preemption_sync_point(step)
         return self.stopped_by is not None
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first termination signal ends the run after the current step; a second one ends it at once."""
+        """End the run after the current step at the first termination signal, and at once at the second."""
 
         def stop(number: int, _: Any) -> None:
             if self.stopped_by is not None:
@@ -329,7 +359,7 @@ class _Loop:
 
 
 class _Clock:
-    """Steps per second of training alone: the first step (compilation) and pauses are not counted."""
+    """Steps per second of training alone, without the first step (compilation) and pauses."""
 
     def __init__(self, start: int):
         self._step, self._seconds, self._first = start, 0.0, True
@@ -337,6 +367,7 @@ class _Clock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
+        """Leave out the time of the block."""
         self._count()
         self._since = None
         yield
@@ -350,33 +381,12 @@ class _Clock:
         return None if first or seconds <= 0 or steps <= 0 else steps / seconds
 
     def _count(self) -> None:
+        """Add the time since the last count."""
         if self._since is not None:
             now = time.perf_counter()
             self._seconds, self._since = self._seconds + now - self._since, now
 
 
-class _Writers:
-    def __init__(self, run: Run, start: int, main: bool):
-        self._all: list[Writer] = []
-        self.lines: list[str] = []  # what there is to say of them
-        if main:
-            self._all.append(lines := JsonLines(run, start))
-            if lines.damaged:
-                self.lines.append(f"{lines.damaged} damaged lines of '{METRICS_FILE}' are dropped")
-            if run.config.logging.tensorboard:
-                self._all.append(TensorBoard(run.directory / "tensorboard", start))
-            if (project := run.config.logging.wandb_project) is not None:
-                self._all.append(WeightsAndBiases(project, run))
-
-    def write(self, metrics: dict[str, Any]) -> None:
-        for writer in self._all:
-            writer.write(metrics)
-
-    def close(self) -> None:
-        for writer in self._all:
-            writer.close()
-
-
 def to_devices(batch: HostBatch, rows: Sequence[int], num_rows: int) -> dict[str, jax.Array]:
-    """A batch of `num_rows`, of which this process has `rows`, as global arrays on the current mesh."""
+    """Return a batch of `num_rows`, of which this process has `rows`, as global arrays on the current mesh."""
     return {name: distributed.place_rows(value, rows, num_rows) for name, value in batch.items()}

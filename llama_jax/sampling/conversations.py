@@ -7,7 +7,7 @@ import datetime
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.exceptions
@@ -44,7 +44,7 @@ def chat(
     Each message has a `role` (system, user, assistant, or another of the template's) and a `content`. `template` None
     is the chat template that a run was trained with, else the one that came with the tokenizer; a text names another
     of the latter's or a built-in one; a `ChatTemplate` of `llama_jax.data` serves models without any, and ends the
-    answer with its own end of a turn as well. `controls` as in `generate`. Raises UserError where there is no template
+    answer with its end of a turn as well. `controls` as in `generate`. Raises UserError where there is no template
     or it refuses the messages, and as `generate_text` does.
     """
     encoded = encoded_chat(lm, messages, template)
@@ -61,7 +61,7 @@ def encoded_chat(
     if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
         raise UserError('messages must be a list of {"role": ..., "content": ...}')
     if not messages or messages[-1].get("role") == "assistant":
-        raise UserError("a conversation must end with what is to be answered: add the user's message")
+        raise UserError("a conversation must end with the message to answer: add the user's")
     template = lm.chat_template if template is None else template
     if not isinstance(template, ChatTemplate | str | None):
         raise UserError("template must be a name or a template of llama_jax.data.chat, such as ChatML()")
@@ -89,7 +89,7 @@ def built_in(name: str | None, tokenizer: Tokenizer | None) -> ChatTemplate | st
         return name
     known = choices(ChatTemplate)
     if name not in known:
-        raise UserError(f"there is no chat template '{name}': the built-in ones are {', '.join(sorted(known))}")
+        raise UserError(f"unknown chat template '{name}': the built-in ones are {', '.join(sorted(known))}")
     return known[name]()
 
 
@@ -124,7 +124,7 @@ def special_names(tokenizer: Tokenizer) -> dict[str, str]:
 class _GenerationBlocks(jinja2.ext.Extension):
     """The tags `{% generation %}` ... `{% endgeneration %}` around answers, for training: here their content alone."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno
@@ -184,7 +184,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], names: Mapping[
     """Return the text of a conversation up to where the assistant's next answer begins.
 
     `names` are the special tokens that the template may name (`bos_token` and others). Raises UserError where the
-    template cannot be read, refuses the conversation, or does what the sandbox forbids.
+    template cannot be read, refuses the conversation, or violates the sandbox.
     """
     # Plain JSON values only, so that a template can call no methods but theirs.
     plain = [{key: value for key, value in message.items() if value is not None} for message in _plain(messages)]

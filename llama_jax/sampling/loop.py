@@ -29,7 +29,7 @@ NOT_NUMBERS, NOTHING_ALLOWED = 1, 2
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingState:
-    """Rows of tokens and what it takes to continue them.
+    """Rows of tokens, with all that is needed to continue them.
 
     Row b's text is `tokens[b, :lengths[b]]`, its prompt of `prompts[b]` tokens included; the rest of the row is never
     read. The cache holds all of the text but the last token, which is `last[b]`, and of an encoder-decoder the source.
@@ -85,7 +85,7 @@ def start(
 
     `tokens` int32 [B, T], right-padded to `lengths` [B]; `source`, for an encoder-decoder, int32 [B, S] and bool
     [B, S], false at padding. A token is a function of the row's text, `seed` (0 to 2**64 - 1), the row's number
-    (counted from `first_row`) and the position, whatever else is in the batch. The result has rows up to the next
+    (counted from `first_row`) and the position, not of the other rows. The result has rows up to the next
     power of two; those from B on are done before they begin.
     """
     limit, real = model.config.length_limit, len(tokens)

@@ -171,8 +171,8 @@ def _argmax(x: Logits) -> Int[Array, " b"]:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PlainFunction:
-    """A control that is no pytree: part of the compiled program."""
+class _PlainFunction:
+    """A control that is not a pytree: part of the compiled program."""
 
     function: Control = dataclasses.field(metadata=STATIC)
 
@@ -182,13 +182,13 @@ class PlainFunction:
 
 def _traceable(control: Control) -> Control:
     if not callable(control):
-        raise UserError(f"controls has {control!r}: give functions of logits and of what is written")
-    return PlainFunction(control) if jax.tree_util.all_leaves([control]) else control
+        raise UserError(f"controls has {control!r}: give functions of logits and of the rows written so far")
+    return _PlainFunction(control) if jax.tree_util.all_leaves([control]) else control
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class RepetitionPenalty:
+class _RepetitionPenalty:
     """Make tokens that are in the text less probable (Keskar et al. 2019)."""
 
     penalty: Number
@@ -201,7 +201,7 @@ class RepetitionPenalty:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class NoRepeat:
+class _NoRepeat:
     """Forbid tokens that would complete a sequence of `size` tokens a second time (Paulus et al. 2017)."""
 
     size: int = dataclasses.field(metadata=STATIC)
@@ -218,7 +218,7 @@ class NoRepeat:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class BadSequences:
+class _BadSequences:
     """Forbid the `last` token [N] of a sequence whose others, [N, size], are at the end of the text."""
 
     size: int = dataclasses.field(metadata=STATIC)
@@ -250,64 +250,38 @@ def _marked(ids: Int[Array, "b n"], where: Bool[Array, "b n"], size: int) -> Boo
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Forbidden:
-    """Forbid `tokens` [V] (true) always."""
+class _Mask:
+    """Forbid `tokens` [V] (true), or with `forced` all others, in the rows that `where(written, *numbers)` selects."""
 
     tokens: TokenMask
+    where: Callable[..., Bool[Array, " b"]] | None = dataclasses.field(default=None, metadata=STATIC)  # None: all rows
+    numbers: tuple[int | Array, ...] = ()
+    forced: bool = dataclasses.field(default=False, metadata=STATIC)
 
     def __call__(self, logits: Logits, written: Written) -> Logits:
-        return jnp.where(self.tokens, -jnp.inf, logits)
+        if self.where is None:
+            return jnp.where(self.tokens, -jnp.inf, logits)
+        rows = self.where(written, *self.numbers)[:, None]
+        if self.forced:
+            return jnp.where(rows, jnp.where(self.tokens, 0.0, -jnp.inf), logits)
+        return jnp.where(rows & self.tokens, -jnp.inf, logits)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ForbiddenBefore:
-    """Forbid `tokens` [V] (true) in texts of less than `length` tokens, and before `new` new ones."""
-
-    tokens: TokenMask
-    length: int | Array
-    new: int | Array
-
-    def __call__(self, logits: Logits, written: Written) -> Logits:
-        early = (written.lengths < self.length) | (written.lengths - written.prompts < self.new)
-        return jnp.where(early[:, None] & self.tokens, -jnp.inf, logits)
+def _too_short(written: Written, length: Number, new: Number) -> Bool[Array, " b"]:
+    return (written.lengths < length) | (written.lengths - written.prompts < new)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ForbiddenFirst:
-    """Forbid `tokens` [V] (true) as the first new one; after a single token whose next is forced, as the second."""
-
-    tokens: TokenMask
-    after_forced: bool = dataclasses.field(metadata=STATIC)
-
-    def __call__(self, logits: Logits, written: Written) -> Logits:
-        first = written.prompts + ((written.prompts == 1) & self.after_forced)
-        return jnp.where((written.lengths == first)[:, None] & self.tokens, -jnp.inf, logits)
+def _after_one_token(written: Written) -> Bool[Array, " b"]:
+    return written.lengths == 1
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ForcedSecond:
-    """Allow only `tokens` [V] (true) after a single token."""
-
-    tokens: TokenMask
-
-    def __call__(self, logits: Logits, written: Written) -> Logits:
-        return jnp.where((written.lengths == 1)[:, None], jnp.where(self.tokens, 0.0, -jnp.inf), logits)
+def _before_last(written: Written, count: Number) -> Bool[Array, " b"]:
+    return written.lengths - written.prompts == count - 1
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ForcedLast:
-    """Allow only `tokens` [V] (true) as the new one number `count`."""
-
-    tokens: TokenMask
-    count: int | Array
-
-    def __call__(self, logits: Logits, written: Written) -> Logits:
-        last = written.lengths - written.prompts == self.count - 1
-        return jnp.where(last[:, None], jnp.where(self.tokens, 0.0, -jnp.inf), logits)
+def _at_beginning(written: Written, after_forced: Number) -> Bool[Array, " b"]:
+    # After a single token whose next is forced the beginning is one later.
+    return written.lengths == written.prompts + (written.prompts == 1) * after_forced
 
 
 def controls_of(settings: GenerationSettings, vocab_size: int, max_new_tokens: int) -> tuple[Control, ...]:
@@ -335,27 +309,29 @@ def controls_of(settings: GenerationSettings, vocab_size: int, max_new_tokens: i
 
     controls: list[Control] = []
     if settings.repetition_penalty != 1:
-        controls.append(RepetitionPenalty(settings.repetition_penalty))
+        controls.append(_RepetitionPenalty(settings.repetition_penalty))
     if settings.no_repeat_ngram_size:
-        controls.append(NoRepeat(settings.no_repeat_ngram_size))
+        controls.append(_NoRepeat(settings.no_repeat_ngram_size))
     words = [word for word in settings.bad_words_ids if not (len(word) == 1 and word[0] in settings.eos_ids)]
     mask("bad_words_ids", (i for word in words for i in word))  # longer ones are checked too
     if singles := [word[0] for word in words if len(word) == 1]:
-        controls.append(Forbidden(mask("bad_words_ids", singles)))
+        controls.append(_Mask(mask("bad_words_ids", singles)))
     for size in sorted({len(word) - 1 for word in words} - {0}):
         rows = np.array([word for word in words if len(word) == size + 1], np.int32)
-        controls.append(BadSequences(size, rows[:, :-1], rows[:, -1]))
+        controls.append(_BadSequences(size, rows[:, :-1], rows[:, -1]))
     if settings.eos_ids and (settings.min_length or settings.min_new_tokens):
         known = [i for i in settings.eos_ids if i < vocab_size]
-        controls.append(ForbiddenBefore(mask("eos_token_id", known), settings.min_length, settings.min_new_tokens))
+        lengths = (settings.min_length, settings.min_new_tokens)
+        controls.append(_Mask(mask("eos_token_id", known), _too_short, lengths))
     forced = settings.forced_bos_id
     if forced is not None:
-        controls.append(ForcedSecond(mask("forced_bos_token_id", [forced])))
+        controls.append(_Mask(mask("forced_bos_token_id", [forced]), _after_one_token, forced=True))
     if settings.forced_eos_ids:
-        controls.append(ForcedLast(mask("forced_eos_token_id", settings.forced_eos_ids), max_new_tokens))
+        tokens = mask("forced_eos_token_id", settings.forced_eos_ids)
+        controls.append(_Mask(tokens, _before_last, (max_new_tokens,), forced=True))
     if settings.suppress_tokens:
-        controls.append(Forbidden(mask("suppress_tokens", settings.suppress_tokens)))
+        controls.append(_Mask(mask("suppress_tokens", settings.suppress_tokens)))
     if settings.begin_suppress_tokens:
         tokens = mask("begin_suppress_tokens", settings.begin_suppress_tokens)
-        controls.append(ForbiddenFirst(tokens, forced is not None))
+        controls.append(_Mask(tokens, _at_beginning, (int(forced is not None),)))
     return tuple(controls)

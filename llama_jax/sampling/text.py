@@ -161,7 +161,7 @@ def encoded_prompt(lm: LanguageModel, prompt: str) -> Encoded:
 def encode_prompt(config: ModelConfig, tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Return the ids that a model continues or answers to, with those that the tokenizer's files put around them.
 
-    Raises UserError where there are none.
+    Raises UserError for an empty prompt without any of these.
     """
     ids = tokenizer.encode_prompt(prompt, special=config.has_source)
     if not ids:
@@ -191,7 +191,7 @@ class _NewText:
             return  # the prompt is the source, not the beginning of this text
         prompt = [i for i in prompt_ids if i < self._known]
         seen = self.feed(prompt)
-        # Characters of the prompt that the stream holds back, because more bytes may follow, come with what follows.
+        # Characters of the prompt that the stream holds back, because more bytes may follow, come with the next ids.
         self._held = len(tokenizer.decode(prompt)) - len(seen)
 
     def feed(self, ids: Iterable[int]) -> str:

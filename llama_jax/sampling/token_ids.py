@@ -36,7 +36,7 @@ def generate(
     directly: row b is `tokens[b, :prompt_lengths[b]]`, the new tokens, then `eos_id` (0 without one) to the end. A row
     stops early only at `eos_id` (an id, a list of them or None), which is kept; of several each stops it, and the first
     fills it. Temperature 0 is greedy; otherwise a token is a function of the row's text, `seed` (0 to 2**64 - 1), the
-    row's number and the position, whatever else is in the batch.
+    row's number and the position, not of the other rows.
 
     The generation settings of a LanguageModel's files (forced and forbidden tokens) hold here as in transformers; a
     bare Model has none. `controls` are further functions `(logits [B, V], written) -> logits`, applied in their order
@@ -177,7 +177,7 @@ def checked_prompts(
     if own is not None and not (lengths is None and source_mask is None):
         raise UserError("tokens has rows of different lengths: pad them, or leave prompt_lengths and source_mask out")
     if source_mask is not None and lengths is not None:
-        raise UserError("prompt_lengths and source_mask both say what is padding: give one of them")
+        raise UserError("prompt_lengths and source_mask both mark padding: give one of them")
     lengths = own if lengths is None else lengths
     lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else np.asarray(lengths)
     if lengths.shape != (len(tokens),):
@@ -227,7 +227,7 @@ def _check_ids(config: ModelConfig, tokens: np.ndarray) -> None:
 
 
 def _checked_mask(config: ModelConfig, source_mask: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Return a mask of the source as bool. Raises UserError where it is none."""
+    """Return a mask of the source as bool. Raises UserError for an impossible one."""
     if not config.has_source:
         raise UserError(f"source_mask is for encoder-decoders, and this is a {type(config).__name__}: leave it out")
     mask = np.asarray(source_mask)

@@ -1,4 +1,4 @@
-"""What every tokenizer can do."""
+"""The interface of all tokenizers."""
 
 import abc
 import copy
@@ -21,15 +21,15 @@ TEMPLATE_DIRECTORY = "additional_chat_templates"
 
 
 class TextStream(abc.ABC):
-    """Text of token ids that come one by one; what it returns, joined, is `decode` of all the ids."""
+    """Text of token ids that come one by one; the returned texts, joined, are `decode` of all the ids."""
 
     @abc.abstractmethod
     def feed(self, token_id: int) -> str:
-        """The text that this token completes; empty while a character is still in pieces."""
+        """Return the text that this token completes; empty while a character is incomplete."""
 
     @abc.abstractmethod
     def flush(self) -> str:
-        """What is left at the end: replacement characters for a character that never was completed."""
+        """Return the rest of the text: replacement characters for a character that was never completed."""
 
 
 class Tokenizer(abc.ABC):
@@ -37,10 +37,10 @@ class Tokenizer(abc.ABC):
 
     `vocab_size` is one more than the largest id. `bos_id`, `pad_id` and `unk_id` are None where the tokenizer has none.
     The first of `eos_ids` ends a training document; any of them ends a generated text. `special_tokens` has the ids of
-    all tokens that stand for something else than the text they were learned from, by name: those above, masks,
-    sentinels, what was added by hand. `files` is what has to be kept to load the same tokenizer again, by file name.
-    Special tokens written out in a text ("</s>") are ordinary text, and ids of special tokens decode to nothing; only
-    tokens that were added as ordinary ones (`special: false`, SentencePiece's user-defined symbols) are text both ways.
+    all special tokens by name: those above, masks, sentinels, tokens added by hand. `files` are the contents, by file
+    name, from which the same tokenizer can be loaded again. Special tokens written out in a text ("</s>") are ordinary
+    text, and ids of special tokens decode to nothing; only tokens that were added as ordinary ones (`special: false`,
+    SentencePiece's user-defined symbols) are text both ways.
     """
 
     vocab_size: int
@@ -53,19 +53,19 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of every text, without special tokens, on all cores."""
+        """Return the ids of every text, without special tokens, computed on all cores."""
 
     @abc.abstractmethod
     def stream(self) -> TextStream:
-        """A decoder that takes the ids one by one and never emits half a character."""
+        """Return a decoder that takes the ids one by one and never emits half a character."""
 
     @functools.cached_property
     def start_ids(self) -> tuple[int, ...]:
-        """What stands before a text: BOS, where there is one; more in some families."""
+        """Ids that begin a document: BOS, where there is one; more in some families."""
         return () if self.bos_id is None else (self.bos_id,)
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Ids of `text`; `bos` puts `start_ids` before it and `eos` EOS behind it, where the tokenizer has these.
+        """Return the ids of `text`; `bos` puts `start_ids` before it and `eos` EOS after it, where there are such ids.
 
         Raises UserError for text that is not valid Unicode (a lone surrogate).
         """
@@ -73,14 +73,14 @@ class Tokenizer(abc.ABC):
         end = [self.eos_ids[0]] if eos and self.eos_ids else []
         return start + self._encode_checked([text])[0] + end
 
-    @functools.cached_property
+    @property
     def prefix_ids(self) -> tuple[int, ...]:
         """Ids that the tokenizer's files put before a single prompt."""
         return self._rule[0]
 
-    @functools.cached_property
+    @property
     def suffix_ids(self) -> tuple[int, ...]:
-        """Ids that the tokenizer's files put behind a single prompt."""
+        """Ids that the tokenizer's files put after a single prompt."""
         return self._rule[1]
 
     @functools.cached_property
@@ -91,14 +91,13 @@ class Tokenizer(abc.ABC):
         return tuple(rule["prefix_ids"]), tuple(rule["suffix_ids"])
 
     def _affixes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Prefix and suffix of a prompt where no `with_rule` has set them, as the files have it."""
+        """Return prefix and suffix of a prompt as the files have them, where no `with_rule` has set others."""
         return (), ()
 
     def with_rule(self, prefix_ids: Sequence[int], suffix_ids: Sequence[int]) -> "Tokenizer":
         """Return this tokenizer with other ids around a prompt; they are kept in its `files`."""
         changed = copy.copy(self)
-        for name in ("_rule", "prefix_ids", "suffix_ids"):
-            vars(changed).pop(name, None)
+        vars(changed).pop("_rule", None)  # cached
         rule = {"prefix_ids": [*map(int, prefix_ids)], "suffix_ids": [*map(int, suffix_ids)]}
         changed.files = {**self.files, RULE_FILE: (json.dumps(rule) + "\n").encode()}
         return changed
@@ -107,13 +106,13 @@ class Tokenizer(abc.ABC):
         """Return the ids of a prompt: `prefix_ids`, those of `text`, `suffix_ids`.
 
         `special` reads names of special tokens in `text` as these tokens (for rendered chat templates); `affixes`
-        False leaves out what stands before and behind. Raises UserError as `encode` does.
+        False leaves out prefix and suffix. Raises UserError as `encode` does.
         """
         ids = self._encode_special(text) if special else self._encode_checked([text])[0]
         return [*self.prefix_ids, *ids, *self.suffix_ids] if affixes else ids
 
     def _encode_special(self, text: str) -> list[int]:
-        """Ids of `text`, special tokens that are written out in it included; of several at one place the longest."""
+        """Return the ids of `text` with the special tokens written out in it; of several at one place the longest."""
         names = "|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True)))
         parts = re.split(f"({names})", text) if names else [text]
         encoded = iter(self._encode_checked([part for part in parts[::2] if part]))
@@ -127,39 +126,37 @@ class Tokenizer(abc.ABC):
     def chat_templates(self) -> Mapping[str, str]:
         """Jinja texts of the chat templates by name, "default" the usual one. Raises UserError for damaged ones."""
         try:
-            return self._chat_templates()
+            found = json.loads(self.files.get(SETTINGS_FILE, b"{}")).get("chat_template") or {}
+            if isinstance(found, str):
+                found = {"default": found}
+            listed = found.items() if isinstance(found, dict) else ((it["name"], it["template"]) for it in found)
+            templates = dict(listed)
+            for name, content in self.files.items():
+                if name == TEMPLATE_FILE:
+                    templates["default"] = content.decode()
+                elif name.startswith(TEMPLATE_DIRECTORY + "/"):
+                    templates[Path(name).stem] = content.decode()
         except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(
                 f"the tokenizer's chat templates are damaged: repair chat_template in {SETTINGS_FILE}, or the file "
-                "of its own (.jinja)"
+                f"{TEMPLATE_FILE}"
             ) from None
-
-    def _chat_templates(self) -> dict[str, str]:
-        found = json.loads(self.files.get(SETTINGS_FILE, b"{}")).get("chat_template") or {}
-        if isinstance(found, str):
-            found = {"default": found}
-        templates = dict(found) if isinstance(found, dict) else {entry["name"]: entry["template"] for entry in found}
-        for name, content in self.files.items():
-            if name == TEMPLATE_FILE:
-                templates["default"] = content.decode()
-            elif name.startswith(TEMPLATE_DIRECTORY + "/"):
-                templates[name.removeprefix(TEMPLATE_DIRECTORY + "/").removesuffix(".jinja")] = content.decode()
         return templates
 
     def export_files(self) -> dict[str, bytes]:
         """Return the contents, by name, of a Hugging Face directory whose AutoTokenizer gives the same ids.
 
-        The rule of prompts, special and added tokens, their names and the chat templates go with it. Raises UserError
-        where transformers has nothing like this tokenizer.
+        The rule of prompts, special and added tokens, their names and the chat templates are included. Raises UserError
+        where transformers has no such tokenizer.
         """
         return {name: content for name, content in self.files.items() if name != RULE_FILE}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of every text as int32 arrays, without special tokens, encoded on all cores."""
+        """Return the ids of every text as int32 arrays, without special tokens, encoded on all cores."""
         return [np.array(ids, np.int32) for ids in self._encode_checked(texts)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, bytes that are no UTF-8 shown as U+FFFD. Raises UserError for an id that is no token."""
+        """Return the text of `ids`, with U+FFFD for bytes that are not UTF-8. Raises UserError for an unknown id."""
         stream = self.stream()
         return "".join([stream.feed(int(token_id)) for token_id in ids]) + stream.flush()
 
@@ -167,7 +164,7 @@ class Tokenizer(abc.ABC):
     def fingerprint(self) -> str:
         """SHA-256 of the files' names and contents, equal only for tokenizers that give documents the same ids.
 
-        The rule of prompts and chat templates (in files of their own) are left out.
+        The rule of prompts and .jinja files of chat templates are left out.
         """
         digest = hashlib.sha256()
         for name, content in sorted(self.files.items()):
@@ -176,7 +173,7 @@ class Tokenizer(abc.ABC):
         return digest.hexdigest()
 
     def save(self, directory: str | Path) -> Path | str:
-        """Write `files` into `directory` (made if needed, or a URL); returns the path that `load_tokenizer` takes."""
+        """Write `files` into `directory` (made if needed, or a URL); return the path that `load_tokenizer` takes."""
         local, first = as_local(directory), next(iter(self.files))
         if local is None:
             with uploaded(directory, new=False, last=(first,)) as folder:
@@ -190,7 +187,7 @@ class Tokenizer(abc.ABC):
         return directory / first
 
     def check_id(self, token_id: int) -> int:
-        """`token_id`, or UserError where the vocabulary has no such id."""
+        """Return `token_id`. Raises UserError where the vocabulary has no such id."""
         if not 0 <= token_id < self.vocab_size:
             raise UserError(
                 f"token id {token_id} is outside this tokenizer's vocabulary of {self.vocab_size}: use the tokenizer "

@@ -1,9 +1,9 @@
-"""What a tokenizer makes of a text, in figures: `python -m llama_jax tokenizer compare`."""
+"""Figures of tokenizers on a text: `python -m llama_jax tokenizer compare`."""
 
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from rich.table import Table
 
@@ -11,7 +11,7 @@ from llama_jax.config import UserError
 from llama_jax.tokenizers.base import Tokenizer
 
 NUM_RUNS, MIN_BYTES = 5, 200_000  # of a timing
-LONGEST_WORDS = 12  # characters; with more on average a text is written without spaces
+LONGEST_WORDS = 12  # characters on average; a text with more is taken as written without spaces
 
 ENGLISH = """\
 A tokenizer decides what a language model can see. Common words become one token each, rarer ones fall apart into
@@ -49,18 +49,19 @@ class Comparison:
 
 
 def compare(tokenizer: Tokenizer, text: str) -> Comparison:
-    """What `tokenizer` makes of `text`. Raises UserError for a text without any words."""
+    """Return the figures of `tokenizer` on `text`. Raises UserError for a text without any words."""
     words, num_bytes = text.split(), len(text.encode(errors="surrogatepass"))
     if not words:
         raise UserError("there is nothing to compare in an empty text: give one with words in it")
     ids = tokenizer.encode(text)
     lines = text.splitlines(keepends=True) * -(-MIN_BYTES // num_bytes)
-    seconds = []
+    seconds: list[float] = []
+    num_timed = 0
     for _ in range(NUM_RUNS):
         start = time.perf_counter()
         num_timed = sum(map(len, tokenizer.encode_batch(lines)))
         seconds.append(time.perf_counter() - start)
-    second = statistics.median(seconds)
+    median = statistics.median(seconds)
     return Comparison(
         num_tokens=len(ids),
         tokens_per_word=len(ids) / len(words) if len(text) <= LONGEST_WORDS * len(words) else None,
@@ -68,38 +69,31 @@ def compare(tokenizer: Tokenizer, text: str) -> Comparison:
         tokens_per_byte=len(ids) / num_bytes,
         unknown_rate=ids.count(tokenizer.unk_id) / max(len(ids), 1) if tokenizer.unk_id is not None else 0.0,
         exact=tokenizer.decode(ids) == text,
-        megabytes_per_second=sum(len(line.encode()) for line in lines) / second / 1e6,
-        tokens_per_second=num_timed / second,
+        megabytes_per_second=sum(len(line.encode()) for line in lines) / median / 1e6,
+        tokens_per_second=num_timed / median,
     )
 
 
+# Column titles of the table, and how a row is shown.
+COLUMNS: dict[str, Callable[[Tokenizer, Comparison], str]] = {
+    "size": lambda tokenizer, _: f"{tokenizer.vocab_size:,}",
+    "tokens": lambda _, row: f"{row.num_tokens:,}",
+    "per\nword": lambda _, row: "-" if row.tokens_per_word is None else f"{row.tokens_per_word:.2f}",
+    "per\nchar": lambda _, row: f"{row.tokens_per_character:.2f}",
+    "per\nbyte": lambda _, row: f"{row.tokens_per_byte:.3f}",
+    "unknown": lambda _, row: f"{row.unknown_rate:.2%}",
+    "round\ntrip": lambda _, row: "exact" if row.exact else "differs",
+    "MB/s": lambda _, row: f"{row.megabytes_per_second:.2f}",
+    "Mtok\n/s": lambda _, row: f"{row.tokens_per_second / 1e6:.2f}",
+}
+
+
 def comparison_table(title: str, rows: Iterable[tuple[str, Tokenizer, Comparison]]) -> Table:
-    """One text's figures, a row for every tokenizer."""
+    """Return the figures of one text, a row for every tokenizer."""
     table = Table(title=title, title_justify="left", padding=(0, 0), collapse_padding=True)
     table.add_column("tokenizer", overflow="fold", min_width=12)
-    for name in (
-        "size",
-        "tokens",
-        "per\nword",
-        "per\nchar",
-        "per\nbyte",
-        "unknown",
-        "round\ntrip",
-        "MB/s",
-        "Mtok\n/s",
-    ):
+    for name in COLUMNS:
         table.add_column(name, justify="right")
     for name, tokenizer, row in rows:
-        table.add_row(
-            name,
-            f"{tokenizer.vocab_size:,}",
-            f"{row.num_tokens:,}",
-            "-" if row.tokens_per_word is None else f"{row.tokens_per_word:.2f}",
-            f"{row.tokens_per_character:.2f}",
-            f"{row.tokens_per_byte:.3f}",
-            f"{row.unknown_rate:.2%}",
-            "exact" if row.exact else "differs",
-            f"{row.megabytes_per_second:.2f}",
-            f"{row.tokens_per_second / 1e6:.2f}",
-        )
+        table.add_row(name, *(shown(tokenizer, row) for shown in COLUMNS.values()))
     return table

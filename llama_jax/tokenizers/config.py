@@ -10,8 +10,8 @@ from llama_jax.config import UserError
 
 Kind = Literal["bpe", "unigram", "byte_bpe", "wordpiece", "whitespace"]
 KINDS: tuple[Kind, ...] = typing.get_args(Kind)
-# Special tokens that a tokenizer of the kind has without being asked, first in its vocabulary.
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# Special tokens of every tokenizer of the kind, first in its vocabulary.
 SPECIAL: dict[Kind, tuple[str, ...]] = {
     "bpe": ("<unk>", "<s>", "</s>"),
     "unigram": ("<unk>", "<s>", "</s>"),
@@ -24,13 +24,13 @@ BYTE_KINDS = ("bpe", "unigram", "byte_bpe")
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Which tokenizer a run uses.
+    """The tokenizer of a run.
 
     path: file or directory of a tokenizer, a path or a URL; None trains one on the run's own training documents.
-    kind: what is trained then: `bpe` or `unigram` (SentencePiece, Llama's settings), `byte_bpe` (GPT-2), `wordpiece`
+    kind: kind to train: `bpe` or `unigram` (SentencePiece, Llama's settings), `byte_bpe` (GPT-2), `wordpiece`
         (BERT, uncased) or `whitespace`.
     vocab_size: number of tokens of the one that is trained, special tokens and 256 bytes included.
-    special_tokens: names of special tokens that it has besides its kind's own.
+    special_tokens: names of special tokens that it has in addition to those of its kind.
     """
 
     path: str | None
@@ -44,6 +44,7 @@ class TokenizerConfig:
 
 
 def check_training(kind: str, vocab_size: int, special_tokens: Sequence[str]) -> None:
+    """Raise UserError for a tokenizer that cannot be trained on any texts."""
     if kind not in KINDS:
         raise UserError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
     for name in special_tokens:

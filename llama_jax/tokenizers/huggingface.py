@@ -1,12 +1,11 @@
 """Tokenizers that the `tokenizers` library runs, its own file `tokenizer.json`, and streams of decoded text."""
 
-import codecs
 import functools
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 import tokenizers
 from tokenizers import AddedToken, Regex, pre_tokenizers
@@ -14,14 +13,14 @@ from tokenizers import AddedToken, Regex, pre_tokenizers
 from llama_jax.tokenizers.base import TextStream, Tokenizer
 from llama_jax.tokenizers.settings import KEYS, Settings, exported, guess
 
-# Names that these tokens usually have, tried where a file stands alone and no setting names them.
+# Usual names of these tokens, tried where no setting names one.
 GUESSED = {
     "bos_token": ("<s>", "<|begin_of_text|>", "<bos>", "[CLS]", "<|endoftext|>"),
     "eos_token": ("</s>", "<|end_of_text|>", "<eos>", "[SEP]", "<|endoftext|>"),
     "pad_token": ("<pad>", "[PAD]", "<|finetune_right_pad_id|>"),
     "unk_token": ("<unk>", "[UNK]"),
 }
-# Ends of a chat turn end a generated text too, whatever EOS is.
+# Ends of a chat turn end a generated text too, in addition to EOS.
 TURN_END_NAMES = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<end_of_turn>")
 
 
@@ -71,7 +70,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return None if name is None else self._tokenizer.token_to_id(name)
 
     def _unknown(self) -> int | None:
-        if (name := self._settings.said("unk_token")) is not None:
+        if (name := self._settings.from_files("unk_token")) is not None:
             return self._tokenizer.token_to_id(name)
         # Unigram models do not name it; byte-level models have none.
         model = self._tokenizer.model
@@ -113,12 +112,15 @@ class HuggingFaceTokenizer(Tokenizer):
         token = self._added.get(token_id)
         return token is not None and token.special
 
+    @override
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([i for i in map(self.check_id, map(int, ids)) if not self.is_silent(i)])
 
+    @override
     def stream(self) -> TextStream:
         return _DecoderStream(self, self._tokenizer)
 
+    @override
     def export_files(self) -> dict[str, bytes]:
         data = json.loads(self._tokenizer.to_str())
         data["pre_tokenizer"] = None if self._splitting is None else json.loads(self._splitting.__getstate__())
@@ -212,135 +214,58 @@ def byte_letters() -> list[str]:
     return [chr(byte) if byte in printing else chr(256 + others.index(byte)) for byte in range(256)]
 
 
-_BYTES = {letter: byte for byte, letter in enumerate(byte_letters())}
-_BYTE_NAME = re.compile("<0x([0-9A-Fa-f]{2})>")
 # Decoders whose text of a token depends on nothing but the token, and on whether it is the first.
 LOCAL = {"Metaspace", "WordPiece", "Replace", "Strip"}
+BYTE_NAME = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 class _DecoderStream(TextStream):
-    """The library's decoder, token by token and at linear cost.
+    """The library's decoder, token by token.
 
-    The library's own `DecodeStream` raises on bytes that are not UTF-8. Here a token's text is held back exactly as
-    long as later tokens may still change it.
+    Tokens are held back exactly as long as later ones may still change their text. (The library's own `DecodeStream`
+    raises on bytes that are not UTF-8.)
     """
 
     def __init__(self, owner: HuggingFaceTokenizer, tokenizer: tokenizers.Tokenizer):
         self._owner, self._tokenizer = owner, tokenizer
-        self._stage = _stage_of(tokenizer)
+        decoder = tokenizer.decoder
+        self._decode: Callable[[list[str]], str] = " ".join if decoder is None else decoder.decode
+        self._size = len(self._decode(["a"]))
+        self._tokens: list[str] = []
+        self._first = True  # nothing has been returned yet
+        data: dict[str, Any] = {"type": "Metaspace"} if decoder is None else json.loads(decoder.__getstate__())
+        parts = data["decoders"] if data["type"] == "Sequence" else [data]
+        kinds = [part["type"] for part in parts]
+        order = re.fullmatch("(Replace )*(ByteFallback )?Fuse (Strip )?", "".join(f"{kind} " for kind in kinds))
+        fused = order and all("String" in part["pattern"] for part in parts if part["type"] == "Replace")
+        # Any other decoder may change all the text until its end.
+        self._waits_for_end = not (fused or kinds == ["ByteLevel"] or LOCAL.issuperset(kinds))
+        self._has_bytes = "ByteFallback" in kinds
+        # Ends of a text that is not certain: an incomplete character, and text that is stripped from the end of all.
+        tails = (part["content"] for part in parts if fused and part["type"] == "Strip" and part["stop"])
+        self._uncertain = ("\ufffd", *tails)
 
     def feed(self, token_id: int) -> str:
-        if self._owner.is_silent(self._owner.check_id(token_id)):
+        token = self._tokenizer.id_to_token(self._owner.check_id(token_id))
+        if self._owner.is_silent(token_id) or token is None:
             return ""
-        token = self._tokenizer.id_to_token(token_id)
-        return "" if token is None else self._stage.feed(token)
-
-    def flush(self) -> str:
-        return self._stage.flush()
-
-
-def _stage_of(tokenizer: tokenizers.Tokenizer) -> "_Whole":
-    """Return the stage that gives the text of the decoder of `tokenizer`."""
-    decoder = tokenizer.decoder
-    if decoder is None:
-        return _Local(" ".join)
-    data = json.loads(decoder.__getstate__())
-    parts = data["decoders"] if data["type"] == "Sequence" else [data]
-    kinds = [part["type"] for part in parts]
-    if kinds == ["ByteLevel"]:
-        return _ByteLevel()
-    if LOCAL.issuperset(kinds):
-        return _Local(decoder.decode)
-    replaces = [part for part in parts if part["type"] == "Replace"]
-    order = re.fullmatch("(Replace )*(ByteFallback )?Fuse (Strip )?", "".join(f"{kind} " for kind in kinds))
-    if order and all("String" in part["pattern"] for part in replaces):
-        strip = parts[-1] if parts[-1]["type"] == "Strip" else {"content": "", "start": 0, "stop": 0}
-        return _Fallback(replaces, "ByteFallback" in kinds, strip)
-    return _Whole(decoder.decode)
-
-
-class _Whole:
-    """Any decoder: all the text at the end."""
-
-    def __init__(self, decode: Callable[[list[str]], str]):
-        self._decode = decode
-        self._tokens: list[str] = []
-
-    def feed(self, token: str) -> str:
-        """Return the text that is certain once `token` is there."""
         self._tokens.append(token)
-        return ""
-
-    def flush(self) -> str:
-        """Return the text that was held back."""
-        tokens, self._tokens = self._tokens, []
-        return self._decode(tokens) if tokens else ""
-
-
-class _Local(_Whole):
-    """A decoder that treats all tokens but the first alike."""
-
-    _first = True
-
-    def feed(self, token: str) -> str:
-        if self._first:
-            self._first = False
-            return self._decode([token])
-        return self._decode(["a", token])[len(self._decode(["a"])) :]
-
-
-class _ByteLevel(_Whole):
-    """Byte-level BPE: letters that are bytes; a token with another letter is its own text."""
-
-    def __init__(self):
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def feed(self, token: str) -> str:
-        is_bytes = all(letter in _BYTES for letter in token)
-        return self._decoder.decode(bytes(_BYTES[letter] for letter in token) if is_bytes else token.encode())
-
-    def flush(self) -> str:
-        return self._decoder.decode(b"", final=True)
-
-
-class _Fallback(_Whole):
-    """SentencePiece's pieces: replaced characters, runs of byte tokens, characters stripped from both ends.
-
-    A run of bytes that is not UTF-8 as a whole becomes as many U+FFFD, so that a run is held back until it ends.
-    """
-
-    def __init__(self, replaces: Sequence[Mapping[str, Any]], has_bytes: bool, strip: Mapping[str, Any]):
-        self._replaces = [(part["pattern"]["String"], part["content"]) for part in replaces]
-        self._has_bytes, self._run, self._held = has_bytes, bytearray(), ""
-        self._strip, self._start, self._stop = strip["content"], strip["start"], strip["stop"]
-
-    def feed(self, token: str) -> str:
-        for old, new in self._replaces:
-            token = token.replace(old, new)
-        if self._has_bytes and (byte := _BYTE_NAME.fullmatch(token)):
-            self._run.append(int(byte[1], 16))
+        # A run of bytes that is not UTF-8 as a whole becomes as many U+FFFD: it may become so until it ends.
+        if self._waits_for_end or (self._has_bytes and BYTE_NAME.fullmatch(token)):
             return ""
-        return self._stripped(self._end_run() + token)
+        text = self._text()
+        if text.endswith(self._uncertain) or (self._first and not text):
+            return ""
+        self._tokens, self._first = [], False
+        return text
 
     def flush(self) -> str:
-        text, self._held = self._stripped(self._end_run()), ""
+        text = self._text() if self._tokens else ""
+        self._tokens = []
         return text
 
-    def _end_run(self) -> str:
-        run = bytes(self._run)
-        self._run.clear()
-        try:
-            return run.decode()
-        except UnicodeDecodeError:
-            return "\ufffd" * len(run)
-
-    def _stripped(self, text: str) -> str:
-        while self._start and text:
-            if not text.startswith(self._strip):
-                self._start = 0
-                break
-            text, self._start = text[1:], self._start - 1
-        text = self._held + text
-        tail = min(len(text) - len(text.rstrip(self._strip)), self._stop) if self._stop else 0
-        text, self._held = text[: len(text) - tail], text[len(text) - tail :]
-        return text
+    def _text(self) -> str:
+        if self._first:
+            return self._decode(self._tokens)
+        # After a letter, which is taken off again, none of the tokens is the first.
+        return self._decode(["a", *self._tokens])[self._size :]

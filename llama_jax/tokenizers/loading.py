@@ -1,4 +1,4 @@
-"""Load a tokenizer; its kind follows from the file's content and the settings beside it (`READERS`)."""
+"""Load a tokenizer; its kind follows from the file's content and the settings files next to it (`READERS`)."""
 
 import fnmatch
 from collections.abc import Callable, Iterable
@@ -22,7 +22,7 @@ FILE_NAMES = (
 STORED = ("*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.jinja")
 
 Reader = Callable[[Path, bytes, Settings], Tokenizer | None]
-"""Returns the tokenizer of a file (its path, its content, the settings beside it), None for a file of another kind.
+"""Returns the tokenizer of a file (its path, its content, the settings next to it), None for a file of another kind.
 
 Raises ValueError for a file of its kind that cannot be used, RuntimeError for one that is damaged.
 """
@@ -34,7 +34,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Reads any `tokenizer.json` of the `tokenizers` library, SentencePiece models (those of Llama, Gemma, T5 and
     ChatGLM2), tiktoken's ranks of Llama 3 and of OpenAI's encodings, Marian's `source.spm`, `target.spm` and
     `vocab.json`, pairs of `vocab.json` and `merges.txt` (`path` is either; both names may begin with the same prefix),
-    BERT's `vocab.txt` and llama2.c's `.bin`, with the settings beside them: tokenizer_config.json,
+    BERT's `vocab.txt` and llama2.c's `.bin`, with the settings next to them: tokenizer_config.json,
     special_tokens_map.json, added_tokens.json, chat templates. `path` may be a URL. Raises UserError for a missing,
     damaged or unknown file.
     """
@@ -53,11 +53,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         settings, content = read_settings(path.parent), path.read_bytes()
         return next(found for read in READERS if (found := read(path, content, settings)) is not None)
     except ValueError as error:
-        raise UserError(f"'{path}' is no tokenizer that can be used: {error}") from None
+        raise UserError(f"'{path}' cannot be used as a tokenizer: {error}") from None
     except RuntimeError:
         raise UserError(
-            f"'{path}' is damaged or no tokenizer: it is none of SentencePiece model, tiktoken ranks, tokenizer.json, "
-            "vocab.json with merges.txt, vocab.txt and llama2.c .bin"
+            f"'{path}' is damaged or of an unknown kind: it must be a SentencePiece model, tiktoken ranks, "
+            "tokenizer.json, vocab.json with merges.txt, vocab.txt or llama2.c's .bin"
         ) from None
 
 

@@ -1,8 +1,9 @@
-"""Marian's tokenizer: two SentencePiece models, and the ids of their pieces in a vocabulary of its own."""
+"""Marian's tokenizer: two SentencePiece models, and a vocabulary that gives their pieces ids."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import override
 
 import sentencepiece
 
@@ -15,10 +16,10 @@ TARGET_VOCABULARY = "target_vocab.json"  # of models with `separate_vocabs`
 
 
 class MarianTokenizer(Tokenizer):
-    """Source text to ids, ids to target text, as transformers' MarianTokenizer has it.
+    """Source text to ids, ids to target text, as in transformers' MarianTokenizer.
 
     A text may begin with the name of its target language, as ">>fra<<". `files` are those of a Marian model, by name.
-    Text encoded is source text; what is decoded may be of either language. Raises ValueError for a damaged vocabulary,
+    Encoded text is source text; decoded text may be of either language. Raises ValueError for a damaged vocabulary,
     RuntimeError for a damaged SentencePiece model.
     """
 
@@ -35,7 +36,7 @@ class MarianTokenizer(Tokenizer):
             ids.get(settings.name(key) or "") for key in ("eos_token", "unk_token", "pad_token")
         )
         if self.unk_id is None:
-            raise ValueError("its vocab.json has no token for the unknown")
+            raise ValueError("its vocab.json has no token for unknown pieces")
         self.eos_ids = () if eos_id is None else (eos_id,)
         names = (*settings.rules.names.values(), *settings.named())
         self.special_tokens = {name: ids[name] for name in names if name in ids}
@@ -55,14 +56,16 @@ class MarianTokenizer(Tokenizer):
             for (code, _), found in zip(parts, pieces, strict=True)
         ]
 
+    @override
     def stream(self) -> "_Stream":
         return _Stream(self)
 
     def text_of(self, token_id: int) -> str:
-        """Return what the token writes, spaces at both ends of a text included; nothing for a special token."""
+        """Return the text of a token, also spaces at both ends of a text; nothing for a special token."""
         piece = self._texts.get(self.check_id(token_id), "")
         return "" if piece in self.special_tokens else piece.replace(SPACE, " ")
 
+    @override
     def export_files(self) -> dict[str, bytes]:
         config = {**self._settings.config, "tokenizer_class": "MarianTokenizer"}
         content = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
@@ -88,13 +91,13 @@ class _Stream(TextStream):
 
 
 def _language(text: str) -> tuple[str, str]:
-    """The name of the target language that `text` begins with, or "", and the rest."""
+    """Return the name of the target language that `text` begins with, or "", and the rest."""
     end = text.find("<<") if text.startswith(">>") else -1
     return ("", text) if end < 0 else (text[: end + 2], text[end + 2 :])
 
 
 def marian_tokenizer(path: Path, content: bytes, settings: Settings) -> MarianTokenizer | None:
-    """Return the tokenizer of `path` and the files beside it; None for a file of another kind.
+    """Return the tokenizer of `path` and the files next to it; None for a file of another kind.
 
     Raises ValueError for a missing or damaged file.
     """

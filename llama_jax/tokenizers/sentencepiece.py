@@ -9,7 +9,7 @@ import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 import sentencepiece
 import tokenizers
@@ -110,9 +110,11 @@ class SentencePieceTokenizer(Tokenizer):
         model.normalizer_spec.add_dummy_prefix = False
         return _processor(model.SerializeToString())
 
+    @override
     def stream(self) -> "_PieceStream":
         return _PieceStream(self)
 
+    @override
     def export_files(self) -> dict[str, bytes]:
         data = sentencepiece_json(self._model, self._added, prefixes_first_only=self._prefixes_first_only)
         return exported(self, data, self._settings)
@@ -205,7 +207,7 @@ def _added(pieces: Sequence[Any], settings: Settings) -> dict[int, Added]:
 def _named(settings: Settings, key: str, ids: Mapping[str, int], token_id: int) -> int | None:
     """Return the id of the token that `settings` name under `key`, the model's own `token_id` where they do not."""
     if key in settings.config or key in settings.special_map:
-        name = settings.said(key)
+        name = settings.from_files(key)
         return None if name is None else ids.get(name)
     return None if token_id < 0 else token_id
 

@@ -1,4 +1,4 @@
-"""Settings beside a vocabulary: tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat templates.
+"""Settings next to a vocabulary: tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat templates.
 
 They name the special tokens, add tokens to the vocabulary, and give the tokens before and after a prompt. `exported`
 writes them for AutoTokenizer of transformers.
@@ -163,7 +163,7 @@ class Settings:
             return self.config, self.special_map
         return self.special_map, self.config
 
-    def said(self, key: str) -> str | None:
+    def from_files(self, key: str) -> str | None:
         """Return the token that the files themselves name under `key`, or None."""
         for data in reversed(self.naming):
             if key in data:
@@ -173,7 +173,7 @@ class Settings:
     def name(self, key: str) -> str | None:
         """Return the token under `key`, the class's own where no file has the key."""
         in_files = key in self.config or key in self.special_map
-        return self.said(key) if in_files else self.rules.names.get(key)
+        return self.from_files(key) if in_files else self.rules.names.get(key)
 
     def named(self) -> dict[str, Added]:
         """Return all special tokens that the files name, by their text."""
@@ -240,7 +240,7 @@ def settings_of(files: Mapping[str, bytes]) -> Settings:
 
 
 def _merged(token: Added, special: Mapping[str, Added]) -> Added:
-    """Return `token`, special where it is named as such."""
+    """Return `token`, special where it is in `special`."""
     return dataclasses.replace(token, special=token.special or token.content in special)
 
 
@@ -248,9 +248,9 @@ def _object(name: str, content: bytes) -> dict[str, Any]:
     try:
         data = json.loads(content)
     except ValueError as error:
-        raise ValueError(f"'{name}' is no JSON ({error})") from None
+        raise ValueError(f"'{name}' is not JSON ({error})") from None
     if not isinstance(data, dict):
-        raise ValueError(f"'{name}' is no JSON object")
+        raise ValueError(f"'{name}' is not a JSON object")
     return data
 
 

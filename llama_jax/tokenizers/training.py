@@ -1,4 +1,4 @@
-"""Training a tokenizer of any kind: the same texts give the same file."""
+"""Train a tokenizer of any kind: the same texts give the same file."""
 
 import heapq
 import io
@@ -20,7 +20,7 @@ from llama_jax.tokenizers.settings import Settings
 from llama_jax.tokenizers.vocabularies import byte_level_bpe, whitespace, wordpiece
 
 COVERAGE = 0.99995  # of the characters; rare ones are left to bytes, or unknown
-# What regular expressions and Rust call white space (Unicode's White_Space; Python's \s has four more).
+# White space of regular expressions and of Rust (Unicode's White_Space; Python's \s has four more).
 SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 # Pre-tokens of GPT-2 never cross these, and cut one by one they are cut as in the whole text.
 GPT2_CHUNK = re.compile(rf" ?[^{SPACES}]+|[{SPACES}]+(?![^{SPACES}])|[{SPACES}]+")
@@ -28,6 +28,7 @@ COMPLEMENT = bytes(range(255, -1, -1))
 MAX_WORD = 100  # characters; BERT takes a longer word as unknown
 
 Progress = Callable[[int, int], None]
+Pair = tuple[bytes, bytes]
 
 
 def train_tokenizer(
@@ -39,7 +40,7 @@ def train_tokenizer(
     max_lines: int = 10_000_000,
     progress: Progress | None = None,
 ) -> Tokenizer:
-    """A tokenizer trained on `texts`; `special_tokens` come besides those that its kind has anyway (`SPECIAL`).
+    """Return a tokenizer trained on `texts`, with `special_tokens` besides those of its kind (`SPECIAL`).
 
     - `bpe`, `unigram`: SentencePiece as Llama's (the trainer_spec of Meta's tokenizer.model): byte fallback, digits
       split, identity normalization, whitespace kept and allowed as pieces, characters covered to 99.995 %. Of more
@@ -63,7 +64,7 @@ def train_tokenizer(
 
 
 def _divided(texts: Iterable[str], special_tokens: Sequence[str]) -> Iterator[str]:
-    """The texts, cut where they have a special token (the longest, where one begins with another)."""
+    """Yield the texts, cut at special tokens (at the longest, where one begins with another)."""
     names = re.compile("|".join(re.escape(name) for name in sorted(special_tokens, key=len, reverse=True)))
     for text in texts:
         yield from names.split(text)
@@ -75,7 +76,7 @@ def _sentencepiece(
     # Without line ends: a line end is a byte token in Llama's tokenizer, so no piece may contain one.
     lines = (line for text in texts for line in text.split("\n") if line)
     model = io.BytesIO()
-    failed: list[BaseException] = []  # what `texts` raised, which the library tells as an error of its own
+    failed: list[BaseException] = []  # raised by `texts`; the library turns it into a RuntimeError
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_watched(lines, failed),
@@ -88,7 +89,7 @@ def _sentencepiece(
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            # A line stands in the middle of a text, where no space is put before it.
+            # A line is the middle of a text, where no space is put before it.
             add_dummy_prefix=False,
             character_coverage=COVERAGE,
             input_sentence_size=max_lines,
@@ -152,7 +153,7 @@ def _byte_bpe(
 
 
 def gpt2_words(texts: Iterable[str]) -> Counter[str]:
-    """How often every pre-token of GPT-2 occurs, in its letters for bytes."""
+    """Return the count of every pre-token of GPT-2, in its letters for bytes."""
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
     chunks = Counter(itertools.chain.from_iterable(map(GPT2_CHUNK.findall, texts)))
     words: Counter[str] = Counter()
@@ -192,7 +193,7 @@ def _wordpiece(
 
 
 def _covered(words: Mapping[str, int]) -> set[str]:
-    """The most frequent characters, until they make up `COVERAGE` of the text."""
+    """Return the most frequent characters that together make up `COVERAGE` of the text."""
     characters: Counter[str] = Counter()
     for word, count in words.items():
         for character in word:
@@ -211,8 +212,8 @@ def _merged(
     vocabulary: Mapping[str, int],
     progress: Progress,
     join: Callable[[bytes, bytes], bytes] = bytes.__add__,
-) -> Iterator[tuple[bytes, bytes]]:
-    """The merges, until the caller, who adds them to `vocabulary`, has filled it."""
+) -> Iterator[Pair]:
+    """Yield merges until the caller, which adds them to `vocabulary`, has filled it."""
     if not words:
         raise _no_text()
     first = len(vocabulary)
@@ -243,34 +244,23 @@ def _whitespace(
 
 def merge_pairs(
     words: Mapping[tuple[bytes, ...], int], join: Callable[[bytes, bytes], bytes] = bytes.__add__
-) -> Iterator[tuple[bytes, bytes]]:
-    """The pairs of neighbours that byte-pair encoding merges, in order, until no word has two symbols left.
+) -> Iterator[Pair]:
+    """Yield the pairs of neighbours that byte-pair encoding merges, in order, until no word has two symbols left.
 
-    `words` has the symbols of every distinct word and how often it occurs; `join` is the symbol of a merged pair. The
-    most frequent pair is merged; of equally frequent ones the greatest, compared as bytes, its first symbol first.
-    Every merge touches only the words that have the pair, and the heap is corrected only when a pair is drawn.
+    `words` has the symbols of every distinct word and its count; `join` makes the symbol of a merged pair. The most
+    frequent pair is merged; of equally frequent ones the greatest, compared as bytes, its first symbol first. (The
+    trainers of the `tokenizers` library settle ties by the order of a hash map or of ids, and cannot give the merges of
+    references that settle them by bytes.) Every merge touches only the words that have the pair, and the heap is
+    corrected only when a pair is drawn.
     """
-    ids: dict[bytes, int] = {}
-    symbols: list[bytes] = []
-    order: list[str] = []
-
-    def symbol_id(symbol: bytes) -> int:
-        if symbol not in ids:
-            ids[symbol] = len(symbols)
-            symbols.append(symbol)
-            # Least for the greatest bytes; the end comes after every byte, so that "ab" is less than "a".
-            order.append(symbol.translate(COMPLEMENT).decode("latin-1") + "\u0100")
-        return ids[symbol]
-
-    spelled = [[symbol_id(symbol) for symbol in word] for word in words]
-    counts = list(words.values())
-    pair_counts: dict[tuple[int, int], int] = defaultdict(int)
-    pair_words: dict[tuple[int, int], set[int]] = defaultdict(set)
-    for index, word in enumerate(spelled):
+    words_of_symbols, counts = [list(word) for word in words], list(words.values())
+    pair_counts: dict[Pair, int] = defaultdict(int)
+    pair_words: dict[Pair, set[int]] = defaultdict(set)
+    for index, word in enumerate(words_of_symbols):
         for pair in itertools.pairwise(word):
             pair_counts[pair] += counts[index]
             pair_words[pair].add(index)
-    heap = [(-count, order[pair[0]] + order[pair[1]], pair) for pair, count in pair_counts.items()]
+    heap = [(-count, _descending(pair), pair) for pair, count in pair_counts.items()]
     heapq.heapify(heap)
     while heap:
         negative, key, pair = heapq.heappop(heap)
@@ -279,45 +269,40 @@ def merge_pairs(
             if 0 < count < -negative:
                 heapq.heappush(heap, (-count, key, pair))
             continue
-        left, right = pair
-        yield symbols[left], symbols[right]
-        merged = symbol_id(join(symbols[left], symbols[right]))
-        changes: dict[tuple[int, int], int] = defaultdict(int)
+        yield pair
+        merged = join(*pair)
+        changes: dict[Pair, int] = defaultdict(int)
         for index in pair_words.pop(pair):
-            _merge(spelled[index], left, right, merged, counts[index], changes, pair_words, index)
+            word = words_of_symbols[index]
+            for old in itertools.pairwise(word):
+                changes[old] -= counts[index]
+            words_of_symbols[index] = word = _joined(word, pair, merged)
+            for new in itertools.pairwise(word):
+                changes[new] += counts[index]
+                if merged in new:
+                    pair_words[new].add(index)
         del pair_counts[pair]
         changes.pop(pair, None)
         for changed, change in changes.items():
             if change:
                 pair_counts[changed] += change
                 if change > 0:
-                    key = order[changed[0]] + order[changed[1]]
-                    heapq.heappush(heap, (-pair_counts[changed], key, changed))
+                    heapq.heappush(heap, (-pair_counts[changed], _descending(changed), changed))
 
 
-def _merge(
-    word: list[int],
-    left: int,
-    right: int,
-    merged: int,
-    count: int,
-    changes: dict[tuple[int, int], int],
-    pair_words: dict[tuple[int, int], set[int]],
-    index: int,
-) -> None:
-    """Replace every `left`, `right` in `word` from the left on; what that does to its pairs goes to `changes`."""
-    for pair in itertools.pairwise(word):
-        changes[pair] -= count
-    position = 0
-    while True:
-        try:
-            position = word.index(left, position)
-        except ValueError:
-            break
-        if position + 1 < len(word) and word[position + 1] == right:
-            word[position : position + 2] = [merged]
-        position += 1
-    for pair in itertools.pairwise(word):
-        changes[pair] += count
-        if merged in pair:
-            pair_words[pair].add(index)
+def _descending(pair: Pair) -> str:
+    """Return a key that is least for the greatest pair: complements of the bytes, one that is above all at each end."""
+    # The end comes after every byte, so that "ab" is less than "a".
+    return "".join(symbol.translate(COMPLEMENT).decode("latin-1") + "\u0100" for symbol in pair)
+
+
+def _joined(word: list[bytes], pair: Pair, merged: bytes) -> list[bytes]:
+    """Return `word` with `merged` in place of every `pair`, from the left on."""
+    left, right = pair
+    joined: list[bytes] = []
+    for symbol in word:
+        if symbol == right and joined and joined[-1] == left:
+            joined[-1] = merged
+        else:
+            joined.append(symbol)
+    return joined

@@ -122,7 +122,7 @@ def _read_merges(content: bytes) -> list[tuple[str, str]] | None:
 def _partner(path: Path, own: str, other: str) -> bytes:
     """Return the content of the other file of GPT-2's pair, whose name has the same beginning as that of `path`."""
     if not path.name.endswith(own):
-        raise ValueError(f"a vocabulary of byte-level BPE has a name that ends with {own}, and {other} beside it")
+        raise ValueError(f"a vocabulary of byte-level BPE is named *{own}, with *{other} in the same directory")
     partner = path.with_name(path.name.removesuffix(own) + other)
     if not partner.is_file():
         raise ValueError(f"'{partner}' must be in the same directory")

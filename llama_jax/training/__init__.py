@@ -1,7 +1,8 @@
-"""Losses, optimizer, and the pure train step.
+"""Losses, optimizers, learning-rate schedules, and the pure train step.
 
-In: a model config, a `TrainState` and a batch. Out: the next state and its metrics. A new optimizer is a function like
-`optimizer.make_optimizer`; hyper-parameters are traced, so that a sweep does not compile again.
+In: a model config, a `TrainState` and a batch. Out: the next state and its metrics. A new optimizer is a class that
+derives from `Optimizer`, a new schedule one that derives from `Schedule`; their numbers are traced, so that a sweep
+compiles once.
 """
 
 from llama_jax.training.flops import (

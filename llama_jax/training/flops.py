@@ -1,4 +1,4 @@
-"""The one MFU formula, and the peak it is a share of."""
+"""FLOPs of a train step and the peak of a device, for the model FLOPs utilisation (MFU)."""
 
 import functools
 import math
@@ -11,15 +11,15 @@ import numpy as np
 
 from llama_jax.chips import peak_of
 from llama_jax.models import ModelConfig, abstract_params, buffers
-from llama_jax.training.optimizer import is_matrix
+from llama_jax.training.matrices import is_matrix
 
 
 def train_flops_per_token(config: ModelConfig, sequence_length: int, source_length: int = 0) -> float:
-    """FLOPs of the matrix products of one token's forward and backward pass, the mean over a row's.
+    """Return the FLOPs of the matrix products of a token's forward and backward pass, as the mean over a row.
 
-    6 per matrix parameter that a token meets: not the tables, not the experts that it is not sent to, the embedding
-    only where it is the head. Causal attention scores counted at half, since only that half is needed; nothing
-    recomputed counted (as Chowdhery et al. 2022, appendix B, halved). With a source, a row has both.
+    6 for each parameter of a matrix that a token is multiplied with: not the tables, not the experts that it is not
+    routed to, the embedding only where it is the head. Causal attention scores count half, since half of them are
+    needed, and recomputation does not count (Chowdhery et al. 2022, appendix B, halved). A row with a source has both.
     """
     matrices = {
         name: math.prod(p.shape)
@@ -36,9 +36,9 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, source_leng
 
 
 def peak_flops(device: Any, dtype: np.dtype) -> float | None:
-    """Return the FLOP/s that a device can reach, or None where nobody says.
+    """Return the FLOP/s that a device can reach, or None where they are not known.
 
-    In bfloat16 on an accelerator, its maker's figure for exactly this `device_kind`; measured on CPUs and in other
+    In bfloat16 on an accelerator, the maker's figure for exactly this `device_kind`; measured on CPUs and in other
     types.
     """
     if dtype == jnp.bfloat16 and device.platform != "cpu":
@@ -48,9 +48,9 @@ def peak_flops(device: Any, dtype: np.dtype) -> float | None:
 
 @functools.cache
 def _measured_peak(device: Any, dtype: str, size: int = 1536, repeats: int = 5) -> float:
-    """FLOP/s of the fastest of a few square products, shared by the devices of a host where these share its cores."""
+    """Return the FLOP/s of the fastest of a few square products, divided by the devices that share a host's cores."""
     product = jax.jit(lambda a: a @ a)
-    seconds = []
+    seconds: list[float] = []
     with jax.set_mesh(jax.make_mesh((1,), ("one",), devices=[device])):
         a = jnp.ones((size, size), dtype)
         product(a).block_until_ready()

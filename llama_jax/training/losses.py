@@ -1,8 +1,8 @@
-"""Cross-entropy that never holds all logits."""
+"""Cross-entropy in chunks, so that never all logits exist at once."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,13 @@ def cross_entropy(
     label_smoothing: float | jax.Array = 0.0,
     chunk: int = 128,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(weighted sum of smoothed ce + z_loss * logsumexp^2, weighted sum of ce), in nats; `head(hidden, weight)` gives
-    logits.
+    """Return (weighted sum of smoothed ce + z_loss * logsumexp^2, weighted sum of ce), in nats.
 
-    `weight` is the head's as it is stored on the mesh. Logits exist for `chunk` positions of each row at a time, split
-    over the vocabulary where the head is. Where a gradient is wanted, the forward pass takes it in the same walk: three
-    products a chunk and nothing computed twice. z-loss: Chowdhery et al. 2022 (PaLM), section 5. Label smoothing e
-    takes 1 - e of the target and e of the vocabulary's mean (Szegedy et al. 2016, section 7).
+    `head(hidden, weight)` gives logits; `weight` is the head's as it is stored on the mesh. Logits exist for `chunk`
+    positions of each row at a time, split over the vocabulary where the head is. Where a gradient is wanted, the
+    forward pass computes it in the same walk: three products a chunk and nothing computed twice. z-loss: Chowdhery et
+    al. 2022 (PaLM), section 5. Label smoothing e takes 1 - e of the target and e of the vocabulary's mean (Szegedy et
+    al. 2016, section 7).
     """
     hidden = shard(hidden, "batch", "sequence", None)
     targets, weights = (shard(x, "batch", "sequence") for x in (targets, weights))
@@ -39,17 +39,17 @@ def cross_entropy(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(head: Head, chunk: int, *arrays):
+def _chunked(head: Head, chunk: int, *arrays: Any) -> Any:
     return _walk(head, chunk, False, *arrays)[0]
 
 
-def _chunked_forward(head: Head, chunk: int, *arrays):
+def _chunked_forward(head: Head, chunk: int, *arrays: Any) -> Any:
     return _walk(head, chunk, True, *arrays)
 
 
-def _chunked_backward(head: Head, chunk: int, residuals, cotangents):
+def _chunked_backward(head: Head, chunk: int, residuals: Any, cotangents: Any) -> Any:
     d_weight, d_hidden = residuals
-    d_total = cotangents[0]  # the second output is a metric: nobody differentiates it
+    d_total = cotangents[0]  # the second output is a metric that is never differentiated
     scale = lambda d: (d * d_total).astype(d.dtype)  # noqa: E731
     return jax.tree.map(scale, d_weight), scale(d_hidden), None, None, None
 
@@ -57,72 +57,85 @@ def _chunked_backward(head: Head, chunk: int, residuals, cotangents):
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _walk(head: Head, chunk: int, with_gradient: bool, weight, hidden, targets, weights, options):
-    """((loss, ce), (d_weight, d_hidden)); the gradients are None where they are not wanted."""
-    arrays = weight, hidden, targets, weights, options
+class _Layout(NamedTuple):
+    """Mesh axes of the positions, of the vocabulary, and of each dimension of the stored weight (a tree of tuples)."""
+
+    batch: tuple[str, ...]
+    vocab: tuple[str, ...]
+    stored: Any
+
+
+def _walk(head: Head, chunk: int, with_gradient: bool, weight: Any, hidden: jax.Array, *others: Any) -> Any:
+    """Return ((loss, ce), (d_weight, d_hidden)); None for the gradients where they are not wanted.
+
+    `others` are targets, weights and (z_loss, label_smoothing).
+    """
+    stored = jax.tree.map(axes_of, weight)
     if not mesh_axis_sizes():
-        return _local_walk(head, chunk, with_gradient, (), (), lambda w: w, lambda d: d, *arrays)
+        return _local_walk(head, chunk, with_gradient, _Layout((), (), stored), weight, hidden, *others)
     # Every device walks over its own positions with its own part of the vocabulary, and only sums travel: maxima and
     # sums of exponentials over the vocabulary, and once, at the end, the gradient of the weight.
-    batch_axes = tuple(axis for entry in axes_of(hidden)[:2] for axis in entry)
     vocab_axes = axes_of(jax.eval_shape(head, hidden, weight))[-1]
     if not any(vocab_axes in axes_of(w) for w in jax.tree.leaves(weight)):
         vocab_axes = ()  # stored whole: every device has all of the vocabulary
-    stored = jax.tree.map(axes_of, weight)
+    layout = _Layout(tuple(axis for entry in axes_of(hidden)[:2] for axis in entry), vocab_axes, stored)
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (weight, hidden))
-    local = functools.partial(
-        _local_walk,
-        head,
-        chunk,
-        with_gradient,
-        batch_axes,
-        vocab_axes,
-        lambda w: jax.tree.map(lambda x, s: _gather(x, s, vocab_axes), w, stored),
-        lambda d: jax.tree.map(lambda x, s: _reduce(x, s, batch_axes, vocab_axes), d, stored),
-    )
     none = jax.sharding.PartitionSpec()
+    local = functools.partial(_local_walk, head, chunk, with_gradient, layout)
     out_specs = ((none, none), specs if with_gradient else None)
-    return jax.shard_map(local, out_specs=out_specs, check_vma=False)(*arrays)
+    return jax.shard_map(local, out_specs=out_specs, check_vma=False)(weight, hidden, *others)
 
 
 def _local_walk(
-    head, chunk, with_gradient, batch_axes, vocab_axes, gather, reduce, weight, hidden, targets, weights, options
-):
-    weight = gather(weight)
+    head: Head,
+    chunk: int,
+    with_gradient: bool,
+    layout: _Layout,
+    weight: Any,
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    options: tuple[jax.Array, jax.Array],
+) -> Any:
+    """Return what `_walk` does, from a device's part of the arrays, in chunks of positions."""
+    weight = jax.tree.map(lambda w, axes: _gather(w, axes, layout.vocab), weight, layout.stored)
     length = hidden.shape[1]
     num_chunks = -(-length // chunk)
     z_loss, smoothing = options
-    xs = tuple(_split(x, num_chunks) for x in (hidden, targets, weights))
 
-    def step(carry, xs):
+    def step(carry: Any, xs: tuple[jax.Array, ...]) -> Any:
         totals, d_weight = carry
         hidden, targets, weights = xs
         logits, pullback = jax.vjp(head, hidden, weight)
-        loss, ce, lse, is_target, size = _chunk_loss(logits, targets, weights, options, vocab_axes)
+        loss, ce, lse, is_target, size = _chunk_loss(logits, targets, weights, options, layout.vocab)
         totals = totals[0] + loss, totals[1] + ce
         if not with_gradient:
             return (totals, None), None
+        # Derivatives by the logits: softmax - wanted of the cross-entropy, 2 * z_loss * lse * softmax of the z-loss.
         softmax = jnp.exp(logits - lse[..., None])
         wanted = jnp.where(is_target, 1 - smoothing, 0) + smoothing / size
         d_logits = weights[..., None] * (softmax * (1 + 2 * z_loss * lse)[..., None] - wanted)
         d_logits = jnp.where(weights[..., None] != 0, d_logits, 0)
         d_hidden, d_weight_chunk = pullback(d_logits)
+        # Summed in float32, whatever the weight's type.
         d_weight = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), d_weight, d_weight_chunk)
-        return (totals, d_weight), _psum(d_hidden, vocab_axes)
+        return (totals, d_weight), _psum(d_hidden, layout.vocab)
 
     zero = jnp.float32(0)
     d_weight = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), weight) if with_gradient else None
+    chunks = tuple(_split(x, num_chunks) for x in (hidden, targets, weights))
     d_hidden: Any
-    (totals, d_weight), d_hidden = jax.lax.scan(step, ((zero, zero), d_weight), xs)
-    totals = tuple(_psum(total, batch_axes) for total in totals)
+    (totals, d_weight), d_hidden = jax.lax.scan(step, ((zero, zero), d_weight), chunks)
+    totals = tuple(_psum(total, layout.batch) for total in totals)
     if not with_gradient:
         return totals, None
-    d_weight = reduce(jax.tree.map(lambda d, w: d.astype(w.dtype), d_weight, weight))
+    d_weight = jax.tree.map(lambda d, w: d.astype(w.dtype), d_weight, weight)
+    d_weight = jax.tree.map(lambda d, axes: _reduce(d, axes, layout), d_weight, layout.stored)
     return totals, (d_weight, _join(d_hidden)[:, :length])
 
 
 def _split(x: jax.Array, num_chunks: int) -> jax.Array:
-    """[B, T, ...] -> [chunks, B, T / chunks, ...], padded with zeros."""
+    """Return [B, T, ...] as [chunks, B, T / chunks, ...], padded with zeros."""
     padding = -x.shape[1] % num_chunks
     if padding:
         x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
@@ -130,14 +143,25 @@ def _split(x: jax.Array, num_chunks: int) -> jax.Array:
 
 
 def _join(x: jax.Array) -> jax.Array:
+    """Return the inverse of `_split`, still padded."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
 
 
-def _chunk_loss(logits, targets, weights, options, vocab_axes: tuple[str, ...]) -> tuple[Any, ...]:
-    """(loss, ce, logsumexp, which logit is the target's, size of the vocabulary); these axes split the vocabulary."""
+def _chunk_loss(
+    logits: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    options: tuple[jax.Array, jax.Array],
+    vocab_axes: tuple[str, ...],
+) -> tuple[Any, ...]:
+    """Return (loss, ce, logsumexp [B, T], which logit is the target's [B, T, V], size of the vocabulary) of a chunk.
+
+    `vocab_axes` are those that split the vocabulary.
+    """
     z_loss, smoothing = options
     if vocab_axes:
+        # Targets in another device's part of the vocabulary fall outside of 0 ... V here, and match no logit.
         targets = targets - jax.lax.axis_index(vocab_axes) * logits.shape[-1]
         top = jax.lax.pmax(jnp.max(logits, axis=-1), vocab_axes)
         lse = top + jnp.log(_psum(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), vocab_axes))
@@ -149,7 +173,7 @@ def _chunk_loss(logits, targets, weights, options, vocab_axes: tuple[str, ...]) 
     mean = _psum(jnp.sum(logits, axis=-1), vocab_axes) / size
 
     def total(of_target: jax.Array, used: Any = True) -> jax.Array:
-        # What has no weight, and a term that is not asked for, may be as large as it likes: 0 times inf would be NaN.
+        # Values without weight, and terms that are not used, may be infinite: 0 times inf would be NaN.
         return jnp.sum(jnp.where((weights != 0) & used, weights * of_target, 0))
 
     ce = total(lse - own)
@@ -161,19 +185,19 @@ def _psum(x: Any, axes: tuple[str, ...]) -> Any:
     return jax.lax.psum(x, axes) if axes else x
 
 
-def _gather(x: jax.Array, spec: tuple[tuple[str, ...], ...], kept: tuple[str, ...]) -> jax.Array:
-    """A stored weight, whole along the axes that only storage splits."""
-    for dimension, axes in enumerate(spec):
+def _gather(x: jax.Array, stored: tuple[tuple[str, ...], ...], kept: tuple[str, ...]) -> jax.Array:
+    """Return a stored weight, whole along all axes but those that are `kept`."""
+    for dimension, axes in enumerate(stored):
         if axes and axes != kept:
             x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
     return x
 
 
-def _reduce(x: jax.Array, spec: tuple[tuple[str, ...], ...], batch_axes, kept: tuple[str, ...]) -> jax.Array:
-    """The sum of all devices' gradients of a gathered weight, each device with the part that it stores."""
-    left = list(batch_axes)
-    for dimension, axes in enumerate(spec):
-        if not axes or axes == kept:
+def _reduce(x: jax.Array, stored: tuple[tuple[str, ...], ...], layout: _Layout) -> jax.Array:
+    """Return the sum of all devices' gradients of a gathered weight, on each device the part that it stores."""
+    left = list(layout.batch)
+    for dimension, axes in enumerate(stored):
+        if not axes or axes == layout.vocab:
             continue
         if all(axis in left for axis in axes):
             x = jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)

@@ -6,9 +6,10 @@ state follows the parameters' sharding; the planner reads the memory of the stat
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, override
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from llama_jax.config import Component, UserError, field_types
 from llama_jax.models import Params, is_stacked
 from llama_jax.nn import seed_value
 from llama_jax.parallel import axes_of, mesh_axis_sizes
+from llama_jax.training.matrices import dimension_numbers, is_matrix, matrix_axes, on_matrices
 from llama_jax.training.schedules import Cosine, Schedule, schedule_of_name
 
 STATIC = {"static": True}
@@ -29,6 +31,8 @@ STATIC = {"static": True}
 @dataclasses.dataclass(frozen=True)
 class Optimizer(Component, abc.ABC):
     """Base of the optimizers: gradients are clipped and transformed, weights decayed, and both scaled by the rate.
+
+    A field of one name has one meaning in all of them: its value is kept where a config changes the optimizer.
 
     learning_rate: peak.
     warmup_steps: steps of linear warm-up to the peak.
@@ -80,8 +84,10 @@ class Optimizer(Component, abc.ABC):
 
     def hyper(self, num_steps: int, seed: int = 0) -> "Hyper":
         """Return the traced numbers of a train step; a decay ends at `num_steps`, dropout draws from `seed`."""
-        arrays = jax.tree.map(jnp.float32, _numbers(self))
-        return Hyper(_with_numbers(self, arrays), jnp.float32(num_steps), jnp.asarray(seed_value(seed)))
+        numbers = _numbers(self)
+        kind = _with_numbers(self, jax.tree.map(lambda _: None, numbers))
+        arrays = jax.tree.map(jnp.float32, numbers)
+        return Hyper(arrays, jnp.float32(num_steps), jnp.asarray(seed_value(seed)), kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,26 +106,28 @@ class AdamW(Optimizer):
     positive = (*Optimizer.positive, "eps")
     decays = (*Optimizer.decays, "beta1", "beta2")
 
+    @override
     def transform(self) -> optax.GradientTransformation:
         return optax.scale_by_adam(b1=self.beta1, b2=self.beta2, eps=self.eps)
 
 
 @dataclasses.dataclass(frozen=True)
 class Lion(Optimizer):
-    """Lion: the sign of an interpolated momentum (Chen et al. 2023); wants a learning rate 3 to 10 times lower than
-    AdamW's, and as much more weight decay.
+    """Lion: the sign of an interpolated momentum (Chen et al. 2023). Its learning rates are 3 to 10 times lower than
+    AdamW's, and its weight decay is higher by as much.
 
-    beta1: weight of the momentum in the update.
-    beta2: decay of the momentum.
+    interpolation: weight of the momentum in the update, against the gradient.
+    momentum: decay of the momentum.
     """
 
-    beta1: float = 0.9
-    beta2: float = 0.99
+    interpolation: float = 0.9
+    momentum: float = 0.99
 
-    decays = (*Optimizer.decays, "beta1", "beta2")
+    decays = (*Optimizer.decays, "interpolation", "momentum")
 
+    @override
     def transform(self) -> optax.GradientTransformation:
-        return optax.scale_by_lion(b1=self.beta1, b2=self.beta2)
+        return optax.scale_by_lion(b1=self.interpolation, b2=self.momentum)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +143,7 @@ class SGD(Optimizer):
 
     decays = (*Optimizer.decays, "momentum")
 
+    @override
     def transform(self) -> optax.GradientTransformation:
         return optax.trace(decay=self.momentum, nesterov=self.nesterov)
 
@@ -146,22 +155,23 @@ class Adafactor(Optimizer):
 
     decay_rate: second moments decay by 1 - step^-decay_rate.
     clip_update: largest root mean square of a parameter's update, before its scale.
-    eps: added to squared gradients.
+    min_square: added to squared gradients.
     min_factored: smallest side of a matrix whose second moments are factored.
     """
 
     decay_rate: float = 0.8
     clip_update: float = 1.0
-    eps: float = 1e-30
+    min_square: float = 1e-30
     min_factored: int = dataclasses.field(default=128, metadata=STATIC)
 
     elementwise = False
-    positive = (*Optimizer.positive, "decay_rate", "clip_update", "eps", "min_factored")
+    positive = (*Optimizer.positive, "decay_rate", "clip_update", "min_square", "min_factored")
 
+    @override
     def transform(self) -> optax.GradientTransformation:
         of_matrix = optax.chain(
             optax.scale_by_factored_rms(
-                decay_rate=self.decay_rate, min_dim_size_to_factor=self.min_factored, epsilon=self.eps
+                decay_rate=self.decay_rate, min_dim_size_to_factor=self.min_factored, epsilon=self.min_square
             ),
             optax.clip_by_block_rms(self.clip_update),
             optax.scale_by_param_block_rms(),
@@ -196,13 +206,14 @@ class Muon(Optimizer):
     positive = (*Optimizer.positive, "num_iterations", "update_rms", "eps")
     decays = (*Optimizer.decays, "momentum", "beta1", "beta2")
 
+    @override
     def transform(self) -> optax.GradientTransformation:
         orthogonal = optax.contrib.scale_by_muon(
-            beta=self.momentum, ns_steps=self.num_iterations, weight_dimension_numbers=_dimension_numbers
+            beta=self.momentum, ns_steps=self.num_iterations, weight_dimension_numbers=dimension_numbers
         )
 
         def scale(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
-            first, split = _matrix_axes(path[0].key, update.shape)
+            first, split = matrix_axes(path[0].key, update.shape)
             sides = math.prod(update.shape[first:split]), math.prod(update.shape[split:])
             # Rows or columns are orthonormal: the root mean square of the elements is 1 / sqrt(longer side).
             return self.update_rms * math.sqrt(max(sides)) * update
@@ -216,64 +227,60 @@ class Muon(Optimizer):
         return optax.partition({"muon": muon, "adamw": adam}, groups)
 
 
-def OptimizerConfig(*, schedule: str | Schedule = "cosine", **fields: Any) -> AdamW:
+def OptimizerConfig(
+    learning_rate: float, warmup_steps: int, *, schedule: str | Schedule = "cosine", **fields: Any
+) -> AdamW:
     """Return the `AdamW` of a config file from before optimizers and schedules were components."""
-    return AdamW(schedule=schedule_of_name(schedule) if isinstance(schedule, str) else schedule, **fields)
+    schedule = schedule_of_name(schedule) if isinstance(schedule, str) else schedule
+    return AdamW(learning_rate, warmup_steps, schedule=schedule, **fields)
 
 
-@jax.tree_util.register_pytree_node_class
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["numbers", "num_steps", "seed"], meta_fields=["kind"])
 @dataclasses.dataclass(frozen=True)
 class Hyper:
-    """What a train step takes beyond state and batch: traced numbers, around an optimizer that is static.
+    """Numbers of a train step, traced, and the kind of optimizer that it is compiled for.
 
-    optimizer: the run's, with arrays in the place of its numbers.
+    numbers: of the optimizer and its schedule, by field name.
     num_steps: of the run, where a decay ends.
     seed: of dropout, as `seed_value` gives it.
+    kind: the optimizer with None in place of its numbers.
     """
 
-    optimizer: Optimizer
+    numbers: dict[str, Any]
     num_steps: Any
     seed: Any
+    kind: Optimizer
 
-    def tree_flatten(self) -> tuple[tuple[Any, ...], Optimizer]:
-        """Return (numbers, the optimizer without them): the second is what a program is compiled for."""
-        return (_numbers(self.optimizer), self.num_steps, self.seed), _with_numbers(self.optimizer, None)
-
-    @classmethod
-    def tree_unflatten(cls, optimizer: Optimizer, children: tuple[Any, ...]) -> "Hyper":
-        """Return the inverse of `tree_flatten`."""
-        numbers, num_steps, seed = children
-        return cls(_with_numbers(optimizer, numbers), num_steps, seed)
-
-
-def _number_fields(config: Component) -> list[str]:
-    """Names of the fields that are traced: declared as numbers and not static."""
-    fields = dataclasses.fields(config)  # type: ignore[arg-type]
-    types = field_types(type(config))
-    return [f.name for f in fields if types[f.name] in (int, float) and not f.metadata.get("static")]
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer with arrays in place of its numbers."""
+        return _with_numbers(self.kind, self.numbers)
 
 
 def _numbers(config: Component) -> dict[str, Any]:
-    """Return the numbers of a component and of the components in it, by field name."""
-    parts = {name: getattr(config, name) for name in field_types(type(config))}
-    nested = {name: _numbers(part) for name, part in parts.items() if isinstance(part, Component)}
-    return {name: parts[name] for name in _number_fields(config)} | nested
+    """Return the numbers of a component and of the components in it, by field name: int and float fields, if not
+    static.
+    """
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        if isinstance(value, Component):
+            found[field.name] = _numbers(value)
+        elif field_types(type(config))[field.name] in (int, float) and not field.metadata.get("static"):
+            found[field.name] = value
+    return found
 
 
-def _with_numbers[C: Component](config: C, numbers: Mapping[str, Any] | None) -> C:
-    """Return a copy of `config` with `numbers`, as `_numbers` gives them, in place of its own; None for all where None.
+def _with_numbers[C: Component](config: C, numbers: Mapping[str, Any]) -> C:
+    """Return a copy of `config` with `numbers`, as `_numbers` gives them, in place of its own.
 
     Nothing is checked: arrays under a trace have no values to compare.
     """
     copy = object.__new__(type(config))
-    traced = _number_fields(config)
     for name in field_types(type(config)):
         value = getattr(config, name)
-        if isinstance(value, Component):
-            value = _with_numbers(value, None if numbers is None else numbers[name])
-        elif name in traced:
-            value = None if numbers is None else numbers[name]
-        object.__setattr__(copy, name, value)
+        new = _with_numbers(value, numbers[name]) if isinstance(value, Component) else numbers.get(name, value)
+        object.__setattr__(copy, name, new)
     return copy
 
 
@@ -283,12 +290,6 @@ def learning_rate(step: jax.Array | int, hyper: Hyper) -> jax.Array:
     warmup = optimizer.warmup_steps
     after = optimizer.schedule.factor(step, warmup, hyper.num_steps, optimizer.final_fraction)
     return optimizer.learning_rate * jnp.where(step < warmup, (step + 1) / jnp.maximum(warmup, 1), after)
-
-
-def is_matrix(name: str, value: Any) -> bool:
-    """Return whether a parameter is decayed: it has two dimensions or more in each layer, and is neither a bias nor a
-    table of biases (T5's of relative positions)."""
-    return value.ndim - is_stacked(name) >= 2 and not any(part.endswith("bias") for part in name.split("."))
 
 
 def make_optimizer(hyper: Hyper) -> optax.GradientTransformation:
@@ -314,54 +315,6 @@ def state_bytes(optimizer: Optimizer, params: Mapping[str, Any]) -> int:
     return sum(math.prod(local(x)) * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
-def _matrix_axes(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return (first dimension of the matrix, first of its columns) of a parameter; layers and experts come before.
-
-    Of three dimensions or more, such as [D, N, H] of a projection to heads, those are the rows that make the matrix
-    most nearly square.
-    """
-    first = min(is_stacked(name) + (".experts." in name), len(shape) - 1)
-
-    def skew(split: int) -> float:
-        return abs(math.log(math.prod(shape[first:split]) / math.prod(shape[split:])))
-
-    return first, min(range(first + 1, len(shape)), key=skew, default=len(shape))
-
-
-def _dimension_numbers(params: Any) -> Any:
-    """Return optax's description of each parameter's matrix, in the tree of the parameters."""
-
-    def describe(path: tuple[Any, ...], x: jax.Array) -> Any:
-        first, split = _matrix_axes(path[0].key, x.shape)
-        return optax.contrib.MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, x.ndim)))
-
-    return jax.tree_util.tree_map_with_path(describe, params)
-
-
-def on_matrices(of_matrix: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Return the transformation that applies `of_matrix` to each layer's and expert's matrix or vector separately.
-
-    The state has the leading dimension of the layers and experts of a parameter.
-    """
-
-    def view(name: str, x: jax.Array) -> jax.Array:
-        first, split = _matrix_axes(name, x.shape)
-        sizes = math.prod(x.shape[:first]), math.prod(x.shape[first:split]), math.prod(x.shape[split:])
-        return x.reshape(sizes[: 2 + (split < x.ndim)])
-
-    def init(params: Params) -> dict[str, Any]:
-        return {name: jax.vmap(of_matrix.init)(view(name, x)) for name, x in params.items()}
-
-    def update(grads: Params, state: Mapping[str, Any], params: Params) -> tuple[Params, dict[str, Any]]:
-        updates, new = {}, {}
-        for name, grad in grads.items():
-            found, new[name] = jax.vmap(of_matrix.update)(view(name, grad), state[name], view(name, params[name]))
-            updates[name] = found.reshape(grad.shape)
-        return updates, new
-
-    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
-
-
 def _across_devices(hyper: Hyper) -> optax.GradientTransformation:
     """Return the optimizer's transformation for arrays that a mesh splits, with XLA to place its products and sums.
 
@@ -374,22 +327,21 @@ def _across_devices(hyper: Hyper) -> optax.GradientTransformation:
         result = shapes, jax.eval_shape(hyper.optimizer.transform().init, shapes)
         return jax.tree_util.tree_map_with_path(lambda path, x: _like_parameter(path, x, params), result)
 
-    # The numbers are arguments: what a function of automatic axes closes over may not have a type with explicit ones.
-    def run_init(hyper: Hyper, params: Params) -> Any:
-        return hyper.optimizer.transform().init(params)
+    def run(method: str, specs: Any, *args: Any) -> Any:
+        def function(hyper: Hyper, *args: Any) -> Any:
+            return getattr(hyper.optimizer.transform(), method)(*args)
 
-    def run_update(hyper: Hyper, grads: Params, state: Any, params: Params) -> Any:
-        return hyper.optimizer.transform().update(grads, state, params)
+        # The numbers are arguments, too: a function of automatic axes may not close over arrays of explicit ones.
+        placed: Any = auto_axes(function, out_sharding=specs) if mesh_axis_sizes() else function
+        return placed(hyper, *args)
 
-    def init(params: Params) -> Any:
-        run = auto_axes(run_init, out_sharding=layout(params)[1]) if mesh_axis_sizes() else run_init
-        return run(hyper, params)
+    def init(params: Any) -> Any:
+        return run("init", layout(params)[1], params)
 
-    def update(grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
-        run = auto_axes(run_update, out_sharding=layout(params)) if mesh_axis_sizes() else run_update
-        return run(hyper, grads, state, params)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return run("update", layout(params), updates, state, params)
 
-    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+    return optax.GradientTransformation(init, update)
 
 
 def _like_parameter(path: tuple[Any, ...], x: Any, params: Mapping[str, Any]) -> PartitionSpec:

@@ -6,13 +6,14 @@ compiles once. A schedule of one's own is a frozen dataclass that derives from `
 
 import abc
 import dataclasses
+from typing import override
 
 import jax
 import jax.numpy as jnp
 
 from llama_jax.config import Component, UserError
 
-type Scalar = jax.Array
+type Scalar = jax.Array | float
 
 
 class Schedule(Component, abc.ABC):
@@ -36,6 +37,7 @@ def progress(step: Scalar, warmup_steps: Scalar, num_steps: Scalar) -> Scalar:
 class Cosine(Schedule):
     """Half a cosine down to the final fraction (Loshchilov and Hutter 2017, without restarts)."""
 
+    @override
     def factor(self, step: Scalar, warmup_steps: Scalar, num_steps: Scalar, final_fraction: Scalar) -> Scalar:
         done = progress(step, warmup_steps, num_steps)
         return final_fraction + (1 - final_fraction) * 0.5 * (1 + jnp.cos(jnp.pi * done))
@@ -45,6 +47,7 @@ class Cosine(Schedule):
 class Linear(Schedule):
     """A line down to the final fraction."""
 
+    @override
     def factor(self, step: Scalar, warmup_steps: Scalar, num_steps: Scalar, final_fraction: Scalar) -> Scalar:
         return 1 - (1 - final_fraction) * progress(step, warmup_steps, num_steps)
 
@@ -53,6 +56,7 @@ class Linear(Schedule):
 class InverseSqrt(Schedule):
     """The inverse square root of the step, without an end (Vaswani et al. 2017, equation 3)."""
 
+    @override
     def factor(self, step: Scalar, warmup_steps: Scalar, num_steps: Scalar, final_fraction: Scalar) -> Scalar:
         return jnp.sqrt(jnp.maximum(warmup_steps, 1) / (step + 1))
 
@@ -61,6 +65,7 @@ class InverseSqrt(Schedule):
 class Constant(Schedule):
     """The peak, without an end."""
 
+    @override
     def factor(self, step: Scalar, warmup_steps: Scalar, num_steps: Scalar, final_fraction: Scalar) -> Scalar:
         return jnp.ones_like(step)
 
@@ -78,6 +83,7 @@ class WarmupStableDecay(Schedule):
         if not 0 < self.decay_fraction <= 1:
             raise UserError(f"decay_fraction={self.decay_fraction} must be above 0 and at most 1")
 
+    @override
     def factor(self, step: Scalar, warmup_steps: Scalar, num_steps: Scalar, final_fraction: Scalar) -> Scalar:
         before = 1 - self.decay_fraction
         decayed = jnp.clip((progress(step, warmup_steps, num_steps) - before) / self.decay_fraction, 0, 1)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ EXPERTS_COMPILER_OPTIONS = {"xla_tpu_enable_ragged_dot_kernel": True}
 
 
 def compiler_options(config: ModelConfig, platform: str) -> dict[str, Any] | None:
-    """What the train step of this model is compiled with, beyond XLA's defaults."""
+    """Return the options that the train step of this model is compiled with; None for XLA's defaults."""
     experts = any(isinstance(piece, Experts) for _, piece in config.layer_pieces())
     return {"cpu": CPU_COMPILER_OPTIONS, "tpu": EXPERTS_COMPILER_OPTIONS if experts else None}.get(platform)
 
@@ -35,10 +35,10 @@ def compiler_options(config: ModelConfig, platform: str) -> dict[str, Any] | Non
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that training changes, as arrays or as their abstract values.
+    """State of training, as arrays or as their abstract values.
 
-    Randomness needs no state: it is a function of the run's seed and `step`. `buffers` are what the model has beside
-    its parameters and no gradient trains.
+    There is no random state: randomness is a function of the run's seed and `step`. `buffers` are the model's arrays
+    that no gradient trains.
     """
 
     step: Any
@@ -48,9 +48,9 @@ class TrainState:
 
 
 def init_state(params: Params, hyper: Hyper, buffer_names: frozenset[str] = frozenset()) -> TrainState:
-    """State before the first step. Jit it to get the moments sharded like the parameters.
+    """Return the state before the first step. Jit it to get the moments sharded like the parameters.
 
-    `buffer_names` says which of `params`, as a model has them, are buffers.
+    `buffer_names` are the buffers among `params`.
     """
     trained = {name: value for name, value in params.items() if name not in buffer_names}
     rest = {name: value for name, value in params.items() if name in buffer_names}
@@ -66,30 +66,26 @@ def losses(
     z_loss: float | jax.Array = 0.0,
     label_smoothing: float | jax.Array = 0.0,
     key: jax.Array | None = None,
-) -> tuple[list[tuple[LossTerm, jax.Array, jax.Array]], dict[str, jax.Array]]:
-    """(prediction, summed loss, summed cross-entropy) of all that the model is trained on, in nats, and the layers'
-    auxiliary arrays, [layers, ...]. Smoothing is for the main prediction alone."""
-    predictions, aux = predict(params, batch, config, compute, key=key)
-    found = []
-    for i, p in enumerate(predictions):
+) -> tuple[list[tuple[LossTerm, jax.Array, jax.Array]], Metrics]:
+    """Return [(loss term, summed loss, summed cross-entropy)] in nats, the main term first, and the layers' auxiliary
+    arrays, [layers, ...].
+
+    `params` has the buffers, too. z-loss and smoothing are for the main term alone; `key` is for dropout.
+    """
+    terms, aux = assemble(config, params, compute).loss_terms(model_batch(batch, config), key=key)
+    found: list[tuple[LossTerm, jax.Array, jax.Array]] = []
+    for i, term in enumerate(terms):
         options = {"z_loss": z_loss, "label_smoothing": label_smoothing} if i == 0 else {}
         loss, ce = cross_entropy(
-            p.head, p.head_weight, p.hidden, p.targets, p.weights, chunk=compute.loss_chunk, **options
+            term.head, term.head_weight, term.hidden, term.targets, term.weights, chunk=compute.loss_chunk, **options
         )
-        found.append((p, loss, ce))
+        found.append((term, loss, ce))
     return found, aux
 
 
-def predict(
-    params: Params, batch: Batch, config: ModelConfig, compute: Compute, *, key: jax.Array | None = None
-) -> tuple[list[LossTerm], dict[str, jax.Array]]:
-    """`loss_terms` of the model of these parameters (buffers among them) for a batch as the data room makes it."""
-    return assemble(config, params, compute).loss_terms(in_one_row(batch, config), key=key)
-
-
-def in_one_row(batch: Batch, config: ModelConfig) -> Batch:
-    """The batch as the model takes it: for a decoder a source joined before its target, and all in zigzag order where a
-    context axis splits the rows.
+def model_batch(batch: Batch, config: ModelConfig) -> Batch:
+    """Return the batch as the model takes it: for a decoder a source joined before its target, and all of it in zigzag
+    order where a context axis splits the rows.
 
     [B, S] and [B, T] become [B, S+T]. The source is a prefix without weight, so that a decoder trains on sequence to
     sequence as a prefix language model (Raffel et al. 2020, section 3.2.1); what is no field of a decoder is left out.
@@ -100,6 +96,7 @@ def in_one_row(batch: Batch, config: ModelConfig) -> Batch:
 
 
 def _joined(batch: Batch) -> Batch:
+    """Return the batch with each source before its target, as one row."""
     batch = {name: shard(x, "batch", None) for name, x in batch.items()}
     source, segments = batch["source_segment_ids"], batch["segment_ids"]
     # A decoder's positions count on from the source to the target, as they will when it answers a prompt.
@@ -116,9 +113,99 @@ def _joined(batch: Batch) -> Batch:
     return {name: shard(jnp.concatenate(pair, axis=1), "batch", "sequence") for name, pair in pairs.items()}
 
 
-def _split_rows(x: jax.Array, parts: int) -> jax.Array:
-    """[B, T] -> [B / parts, parts, T]."""
-    return reshape(x, (x.shape[0] // parts, parts, x.shape[1]), "batch", None, "sequence")
+class _Measures(NamedTuple):
+    """Measurements of a batch along with its gradient; those of micro-batches add up to those of the whole.
+
+    metrics: losses, and means that the layers report.
+    statistics: by name, what the buffers' rules take.
+    amounts: numerators of the shares that the layers report, [layers, ...].
+    wholes: denominators of these, [layers].
+    """
+
+    metrics: Metrics
+    statistics: Metrics
+    amounts: Metrics
+    wholes: Metrics
+
+
+class _Whole(NamedTuple):
+    """Sizes of the global batch that a micro-batch is a part of: losses are means over all of it.
+
+    num_targets: of each loss term, at least 1.
+    num_rows: that have tokens, at least 1.
+    num_parts: micro-batches.
+    """
+
+    num_targets: list[jax.Array]
+    num_rows: jax.Array
+    num_parts: int
+
+
+def _loss(
+    params: Params,
+    batch: Batch,
+    key: jax.Array | None,
+    whole: _Whole | None,
+    *,
+    buffers: Params,
+    hyper: Hyper,
+    config: ModelConfig,
+    compute: Compute,
+) -> tuple[jax.Array, _Measures]:
+    """Return the loss to differentiate; of a micro-batch its share of the loss of the `whole`, which None is for."""
+    optimizer = hyper.optimizer
+    options = {"z_loss": optimizer.z_loss, "label_smoothing": optimizer.label_smoothing}
+    found, aux = losses(params | buffers, batch, config, compute, key=key, **options)
+    total: jax.Array = jnp.float32(0)
+    metrics: Metrics = {}
+    counts = [_num_targets(term) for term, *_ in found] if whole is None else whole.num_targets
+    for (term, loss, ce), count in zip(found, counts, strict=True):
+        total += term.coefficient * loss / count
+        metrics[term.name] = ce / count
+    amounts, wholes = _take_shares(aux)
+    if whole is not None:  # the layers' losses are means over the rows that have tokens, the rest over micro-batches
+        of_losses, of_others = _num_rows(batch) / whole.num_rows, 1 / whole.num_parts
+        aux = {name: value * (of_losses if name.startswith("loss.") else of_others) for name, value in aux.items()}
+    statistics = {name: value for name, value in aux.items() if name.startswith(STATISTIC)}
+    for name, value in aux.items():
+        if name.startswith("loss."):
+            total += value.sum()
+            metrics[f"{name.removeprefix('loss.')}_loss"] = value.sum()
+        elif name not in statistics:
+            metrics[name] = value.mean(0)
+    return total, _Measures(metrics, statistics, amounts, wholes)
+
+
+def _accumulate(
+    gradient: Callable[..., tuple[Params, _Measures]],
+    params: Params,
+    batch: Batch,
+    key: jax.Array | None,
+    whole: _Whole,
+) -> tuple[Params, _Measures]:
+    """Return the sum of the micro-batches' gradients and measures, one micro-batch at a time."""
+    size = whole.num_parts
+    # Every n-th row: a micro-batch takes rows from every device.
+    split = {
+        name: reshape(x, (x.shape[0] // size, size, x.shape[1]), "batch", None, "sequence") for name, x in batch.items()
+    }
+    micro_batches = {name: jnp.moveaxis(x, 1, 0) for name, x in split.items()}
+
+    def one(micro_batch: Batch, number: jax.Array | int) -> tuple[Params, _Measures]:
+        own_key = None if key is None else jax.random.fold_in(key, number)
+        return gradient(params, micro_batch, own_key, whole)
+
+    def add(total: tuple[Params, _Measures], xs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        # Through the barrier libtpu does not see that the sum over devices could wait for the loop's end; where it
+        # does, it fails on the embedding's ("while_loop_all_reduce_code_motion.cc: RET_CHECK failure").
+        keep = jax.lax.optimization_barrier
+        return jax.tree.map(lambda t, g: t + keep(g), total, one(*xs)), None
+
+    _, measures = jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro_batches), 0)
+    # Gradients begin sharded like the parameters; shapes of measures have no sharding to keep.
+    zeros = jax.tree.map(jnp.zeros_like, params), jax.tree.map(lambda a: jnp.zeros(a.shape), measures)
+    total, _ = jax.lax.scan(add, zeros, (micro_batches, jnp.arange(size)))
+    return total
 
 
 def make_train_step(
@@ -128,7 +215,7 @@ def make_train_step(
     accumulation_steps: int = 1,
     compiler_options: dict[str, Any] | None = None,
 ) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, Metrics]]:
-    """`train_step(state, batch, hyper) -> (state, metrics)`, jitted, with the state donated.
+    """Return `train_step(state, batch, hyper) -> (state, metrics)`, jitted, with the state donated.
 
     Batch arrays are [B, T]: `tokens`, `targets`, `weights`, `segment_ids`, `positions` and, where the objective has
     them, `prefix` and a source (`source_tokens`, `source_segment_ids`, `source_positions`, [B, S]). Metrics: `loss` is
@@ -138,102 +225,70 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:
-        key = None
-        if config.needs_rng:
-            key = jax.random.fold_in(seed_key(hyper.seed), state.step)
-
-        def gradient(part: Batch, number: Any = 0) -> tuple[Params, tuple[Metrics, ...]]:
-            def loss(params: Params):
-                own_key = None if key is None else jax.random.fold_in(key, number)
-                options = {name: getattr(hyper.optimizer, name) for name in ("z_loss", "label_smoothing")}
-                found, aux = losses(params | state.buffers, part, config, compute, key=own_key, **options)
-                total, metrics = jnp.float32(0), {}
-                for (p, value, ce), denominator in zip(
-                    found, denominators or [_count(p) for p, *_ in found], strict=True
-                ):
-                    total += p.coefficient * value / denominator
-                    metrics[p.name] = ce / denominator
-                amounts, wholes = _shares(aux)
-                if accumulation_steps > 1:  # a part's share: losses are means over the rows that have tokens
-                    of_losses, of_others = _num_rows(part) / num_rows, 1 / accumulation_steps
-                    aux = {n: value * (of_losses if n.startswith("loss.") else of_others) for n, value in aux.items()}
-                statistics = {name: value for name, value in aux.items() if name.startswith(STATISTIC)}
-                for name, value in aux.items():
-                    if name.startswith("loss."):
-                        total += value.sum()
-                        metrics[f"{name.removeprefix('loss.')}_loss"] = value.sum()
-                    elif name not in statistics:
-                        metrics[name] = value.mean(0)
-                return total, (metrics, statistics, amounts, wholes)
-
-            return jax.grad(loss, has_aux=True)(state.params)
-
-        denominators: list[jax.Array] = []
-        num_rows = jnp.maximum(_num_rows(batch), 1)
+        # Randomness is a function of seed and step, so that a run that continues draws as if it had never stopped.
+        key = jax.random.fold_in(seed_key(hyper.seed), state.step) if config.needs_rng else None
+        fixed = {"buffers": state.buffers, "hyper": hyper, "config": config, "compute": compute}
+        gradient = jax.grad(functools.partial(_loss, **fixed), has_aux=True)
         if accumulation_steps == 1:
-            grads, (metrics, statistics, amounts, wholes) = gradient(batch)
+            grads, found = gradient(state.params, batch, None if key is None else jax.random.fold_in(key, 0), None)
         else:
-            # Of the whole batch; all but the weights' sums is compiled away.
-            whole, _ = predict(state.params | state.buffers, batch, config, compute)
-            denominators += [_count(p) for p in whole]
-            # Every n-th row: a part takes rows from every device.
-            parts = {name: jnp.moveaxis(_split_rows(x, accumulation_steps), 1, 0) for name, x in batch.items()}
-            total = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
-            zeros = (jax.tree.map(jnp.zeros_like, state.params), jax.tree.map(lambda a: jnp.zeros(a.shape), total[1]))
-            # Through the barrier libtpu does not see that the sum over devices could wait for the loop's end; where it
-            # does, it fails on the embedding's ("while_loop_all_reduce_code_motion.cc: RET_CHECK failure").
-            keep = jax.lax.optimization_barrier
-            numbers = jnp.arange(accumulation_steps)
-
-            def add(total: Any, part: Any) -> tuple[Any, None]:
-                return jax.tree.map(lambda t, g: t + keep(g), total, gradient(*part)), None
-
-            (grads, (metrics, statistics, amounts, wholes)), _ = jax.lax.scan(add, zeros, (parts, numbers))
-        metrics |= {name: _ratio(amount, wholes[name]).mean(0) for name, amount in amounts.items()}
+            # The forward pass of the global batch: all but the sums of its weights is compiled away.
+            model = assemble(config, state.params | state.buffers, compute)
+            terms, _ = model.loss_terms(model_batch(batch, config))
+            num_rows = jnp.maximum(_num_rows(batch), 1)
+            whole = _Whole([_num_targets(term) for term in terms], num_rows, accumulation_steps)
+            grads, found = _accumulate(gradient, state.params, batch, key, whole)
         rate = learning_rate(state.step, hyper)
         updates, opt_state = make_optimizer(hyper).update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        metrics = found.metrics | {name: _ratio(x, found.wholes[name]).mean(0) for name, x in found.amounts.items()}
         metrics |= {
             "learning_rate": rate,
             "grad_norm": optax.tree.norm(grads),
             "num_targets": jnp.maximum(batch["weights"].sum(), 1.0),
         }
-        return TrainState(state.step + 1, params, opt_state, _updated(state.buffers, statistics, config)), metrics
+        return TrainState(state.step + 1, params, opt_state, _updated(state.buffers, found.statistics, config)), metrics
 
     return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
 
 
-def _shares(aux: Metrics) -> tuple[Metrics, Metrics]:
-    """Take the shares out of `aux`: (the amounts, what they are shares of), both of which add up over parts."""
+def _take_shares(aux: Metrics) -> tuple[Metrics, Metrics]:
+    """Remove the shares from `aux`; return (their amounts, what they are shares of), which add up over micro-batches.
+
+    A layer reports a share [layers, ...] by its name, and the whole [layers] by `of.` and its name.
+    """
     wholes = {name.removeprefix(OF): aux.pop(name) for name in [*aux] if name.startswith(OF)}
     return {name: (aux.pop(name).T * whole.T).T for name, whole in wholes.items()}, wholes
 
 
 def _ratio(amount: jax.Array, whole: jax.Array) -> jax.Array:
-    """[L, ...] / [L]: a share again, 0 where there is nothing."""
+    """Return [L, ...] / [L], and 0 where there is nothing."""
     return (amount.T / jnp.maximum(whole.T, 1.0)).T
 
 
 def _num_rows(batch: Batch) -> jax.Array:
-    """Number of rows that have tokens."""
+    """Return the number of rows that have tokens."""
     return (batch["segment_ids"] > 0).any(1).sum()
 
 
-def _count(prediction: LossTerm) -> jax.Array:
-    return jnp.maximum(prediction.weights.sum(), 1.0)
+def _num_targets(term: LossTerm) -> jax.Array:
+    """Return the sum of a loss term's weights, or 1 if that is larger."""
+    return jnp.maximum(term.weights.sum(), 1.0)
 
 
 def _updated(values: Params, statistics: Metrics, config: ModelConfig) -> Params:
-    """The buffers after a step, each updated by its own rule with the statistic of its name."""
-    rules, new = buffers(config), {}
-    for name, value in values.items():
-        new[name] = value if rules[name] is None else rules[name](value, statistics[STATISTIC + name])
-    return new
+    """Return the buffers after a step, each updated by its rule with the statistic of its name."""
+    rules = buffers(config)
+    return {
+        name: value if (rule := rules[name]) is None else rule(value, statistics[STATISTIC + name])
+        for name, value in values.items()
+    }
 
 
 def make_eval_step(config: ModelConfig, compute: Compute) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
-    """`eval_step(params, batch) -> (summed cross-entropy in nats, number of targets)`, jitted; buffers are among
-    `params`."""
+    """Return `eval_step(params, batch) -> (summed cross-entropy in nats, number of targets)`, jitted; `params` has the
+    buffers, too.
+    """
 
     def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         (main, _, ce), *_ = losses(params, batch, config, compute)[0]

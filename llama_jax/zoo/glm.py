@@ -1,40 +1,36 @@
-"""GLM-4 in Hugging Face's format (GLM Team 2024, arXiv 2406.12793): few key/value heads, rotary positions on the first
-half of every head, biases on queries, keys and values alone."""
+"""GLM-4 in Hugging Face's format, and ChatGLM2-6B and its base under the names of their own code.
 
-from collections.abc import Mapping
+GLM Team 2024, arXiv 2406.12793 (table 1): few key/value heads, rotary positions on the first half of every head, biases
+on queries, keys and values alone.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 from llama_jax.config import UserError
 from llama_jax.models import DecoderConfig
 from llama_jax.nn import GroupedQuery, RMSNorm, Rope, RopeScaling, SwiGLU
-from llama_jax.zoo import Weight
-from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect, read_activation, read_rope, write_rope
+from llama_jax.zoo import llama
+from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, read_rope, write_rope
+from llama_jax.zoo.registry import Family
+from llama_jax.zoo.weights import TensorNames, mappings
 
 
 def glm(
     *,
-    vocab_size: int,
-    hidden_size: int,
-    num_layers: int,
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
     intermediate_size: int,
-    max_positions: int,
-    norm: RMSNorm,
     theta: float = 10_000.0,
     scaling: RopeScaling | None = None,
     qkv_bias: bool = True,
     tie_embeddings: bool = False,
     attention_dropout: float = 0.0,
-    dropout: float = 0.0,
+    **fields: Any,
 ) -> DecoderConfig:
-    """The model that GLM-4 and ChatGLM2 have in common."""
+    """Return the model that GLM-4 and ChatGLM2 have in common; `fields` are the others of `DecoderConfig`."""
     return DecoderConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        max_positions=max_positions,
         attention=GroupedQuery(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
@@ -45,119 +41,166 @@ def glm(
             dropout=attention_dropout,
         ),
         feed_forward=SwiGLU(intermediate_size=intermediate_size, bias=False),
-        norm=norm,
         tie_embeddings=tie_embeddings,
-        dropout=dropout,
+        **fields,
     )
 
 
-OBJECTIVES = ("Causal", "Chat")
-PRESETS: dict[str, DecoderConfig] = {
-    "glm4_9b": glm(
-        vocab_size=151_552,
-        hidden_size=4096,
-        num_layers=40,
-        num_heads=32,
-        num_kv_heads=2,
-        head_dim=128,
-        intermediate_size=13_696,
-        max_positions=8192,
-        norm=RMSNorm(eps=1.5625e-07),
-    )
-}
-
-_LAYER = "model.layers.{layer}."
-# Of queries and keys the first half of a head turns, in pairs that lie side by side. The other half is reordered like
-# it: scores do not depend on the order, if it is the same for both.
-WEIGHTS = (
-    Weight("embedding.weight", "model.embed_tokens.weight", "v d -> v d"),
-    Weight("layers.input_layernorm.weight", _LAYER + "input_layernorm.weight", "d -> d"),
-    Weight(
-        "layers.attention.q_proj.weight",
-        _LAYER + "self_attn.q_proj.weight",
-        "(n half h two) d -> d n (half two h)",
-    ),
-    Weight(
-        "layers.attention.k_proj.weight",
-        _LAYER + "self_attn.k_proj.weight",
-        "(k half h two) d -> d k (half two h)",
-    ),
-    Weight("layers.attention.v_proj.weight", _LAYER + "self_attn.v_proj.weight", "(k h) d -> d k h"),
-    Weight("layers.attention.o_proj.weight", _LAYER + "self_attn.o_proj.weight", "d (n h) -> n h d"),
-    Weight("layers.attention.q_proj.bias", _LAYER + "self_attn.q_proj.bias", "(n half h two) -> n (half two h)"),
-    Weight("layers.attention.k_proj.bias", _LAYER + "self_attn.k_proj.bias", "(k half h two) -> k (half two h)"),
-    Weight("layers.attention.v_proj.bias", _LAYER + "self_attn.v_proj.bias", "(k h) -> k h"),
-    Weight("layers.post_attention_layernorm.weight", _LAYER + "post_attention_layernorm.weight", "d -> d"),
-    Weight("layers.feed_forward.gate_proj.weight", _LAYER + "mlp.gate_up_proj.weight", "f d -> d f"),
-    Weight("layers.feed_forward.up_proj.weight", _LAYER + "mlp.gate_up_proj.weight", "f d -> d f"),
-    Weight("layers.feed_forward.down_proj.weight", _LAYER + "mlp.down_proj.weight", "d f -> f d"),
-    Weight("norm.weight", "model.norm.weight", "d -> d"),
-    Weight("lm_head.weight", "lm_head.weight", "v d -> d v"),
-)
-TIED = {"lm_head.weight": "model.embed_tokens.weight"}
-
-_A_GLM = "a GLM"
-ARCHITECTURES = ("GlmForCausalLM", "GlmModel")
-
-
-def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
-    """The model that a `config.json` of model_type `glm` describes.
-
-    Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
-    """
-    reader = ConfigReader(data, _A_GLM, ARCHITECTURES, harmless=CAUSAL)
-    take = reader.take
-    read_activation(reader, "hidden_act", "silu", only="silu")
-    max_positions = take("max_position_embeddings", int, 131_072)
-    theta, scaling = read_rope(reader, max_positions, partial=0.5)
-    hidden_size, num_heads = take("hidden_size", int), take("num_attention_heads", int)
-    config = glm(
-        vocab_size=take("vocab_size", int),
-        hidden_size=hidden_size,
-        num_layers=take("num_hidden_layers", int),
-        num_heads=num_heads,
-        num_kv_heads=take("num_key_value_heads", int, num_heads, absent=2),
-        head_dim=take("head_dim", int, hidden_size // max(num_heads, 1), absent=128),
-        intermediate_size=take("intermediate_size", int),
-        max_positions=max_positions,
-        norm=RMSNorm(eps=take("rms_norm_eps", float, 1.5625e-07)),
-        qkv_bias=take("attention_bias", bool, True),
-        tie_embeddings=take("tie_word_embeddings", bool, False),
-        theta=theta,
-        scaling=scaling,
-        attention_dropout=take("attention_dropout", float, 0.0),
-    )
-    reader.finish()
-    return config
-
-
-def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The `config.json` of a model, for Hugging Face's `GlmForCausalLM`.
-
-    Raises UserError for a model that is no GLM, naming what it has that a GLM cannot have.
-    """
-    attention = expect(config.attention, GroupedQuery, _A_GLM)
-    feed_forward, norm = expect(config.feed_forward, SwiGLU, _A_GLM), expect(config.norm, RMSNorm, _A_GLM)
-    if attention.rope is None:
-        raise UserError(f"rope=None has no place in {_A_GLM}")
-    data = {
-        "architectures": ["GlmForCausalLM"],
-        "model_type": "glm",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": attention.num_heads,
-        "num_key_value_heads": attention.num_kv_heads,
-        "head_dim": attention.head_dim,
-        "intermediate_size": feed_forward.intermediate_size,
-        "hidden_act": "silu",
-        "attention_dropout": attention.dropout,
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": norm.eps,
-        "attention_bias": attention.qkv_bias,
-        "tie_word_embeddings": config.tie_embeddings,
-        "partial_rotary_factor": 0.5,
-        "rope_theta": attention.rope.theta,
-        "rope_scaling": write_rope(attention.rope.scaling, _A_GLM),
+def _rows(qkv: Sequence[str], o: str, gate_up: str, down: str) -> dict[str, tuple[str, ...]]:
+    """Return the rows of a layer's weights, by their names in the file."""
+    # Of queries and keys the first half of a head turns, in pairs that lie side by side. The other half is reordered
+    # like it: scores do not depend on the order, if it is the same for both.
+    q, k, v = qkv
+    return {
+        **llama.NORMS,
+        "attention.q_proj": (q, "(n half h two) d -> d n (half two h)", "(n half h two) -> n (half two h)"),
+        "attention.k_proj": (k, "(k half h two) d -> d k (half two h)", "(k half h two) -> k (half two h)"),
+        "attention.v_proj": (v, "(k h) d -> d k h", "(k h) -> k h"),
+        "attention.o_proj": (o, "d (n h) -> n h d"),
+        "feed_forward.gate_proj": (gate_up, "f d -> d f"),
+        "feed_forward.up_proj": (gate_up, "f d -> d f"),
+        "feed_forward.down_proj": (down, "d f -> f d"),
     }
-    return checked(data, config, from_hf, _A_GLM)
+
+
+_GLM_ROWS = _rows([f"self_attn.{name}_proj" for name in "qkv"], "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+_CHATGLM_ROWS = _rows(
+    ["self_attention.query_key_value"] * 3, "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"
+)
+
+
+def _read_glm(reader: ConfigReader, fields: dict[str, Any]) -> DecoderConfig:
+    reader.activation("hidden_act", "silu", only="silu")
+    if fields["num_kv_heads"] is None:
+        fields["num_kv_heads"] = fields["num_heads"]
+    if fields["head_dim"] is None:
+        fields["head_dim"] = fields["hidden_size"] // max(fields["num_heads"], 1)
+    rope = read_rope(reader, fields["max_positions"], partial=0.5)
+    return glm(norm=RMSNorm(fields.pop("eps")), **fields, **rope)
+
+
+def _write_glm(config: DecoderConfig, label: str) -> dict[str, Any]:
+    return {"hidden_act": "silu", "partial_rotary_factor": 0.5, **write_rope(config.attention, label)}
+
+
+GLM = Family(
+    name="glm",
+    title="GLM-4 in Hugging Face's format",
+    label="a GLM",
+    objectives=("Causal", "Chat"),
+    presets={
+        "glm4_9b": glm(
+            vocab_size=151_552,
+            hidden_size=4096,
+            num_layers=40,
+            num_heads=32,
+            num_kv_heads=2,
+            head_dim=128,
+            intermediate_size=13_696,
+            max_positions=8192,
+            norm=RMSNorm(eps=1.5625e-07),
+        )
+    },
+    architectures=("GlmForCausalLM", "GlmModel"),
+    keys=(
+        *SIZES,
+        Key("num_key_value_heads", "attention.num_kv_heads", int, None, absent=2),
+        Key("head_dim", "attention.head_dim", int, None, absent=128),
+        Key("intermediate_size", "feed_forward.intermediate_size", int),
+        Key("attention_dropout", "attention.dropout", float, 0.0, argument="attention_dropout"),
+        Key("max_position_embeddings", "max_positions", int, 131_072),
+        Key("rms_norm_eps", "norm.eps", float, 1.5625e-07),
+        Key("attention_bias", "attention.qkv_bias", bool, True),
+        Key("tie_word_embeddings", "tie_embeddings", bool, False),
+    ),
+    read=_read_glm,
+    write=_write_glm,
+    harmless=CAUSAL,
+    names=TensorNames(mappings(llama.ENDS | llama.HEAD) + mappings(_GLM_ROWS, "layers.", llama.LAYER), llama.TIED),
+)
+
+
+def _read_chatglm(reader: ConfigReader, fields: dict[str, Any]) -> DecoderConfig:
+    # rope_ratio divides positions in one release and multiplies the rotary base in the next.
+    reader.only(
+        add_bias_linear=False,
+        apply_residual_connection_post_layernorm=False,
+        fp32_residual_connection=False,
+        interleaved_qkv=False,
+        original_rope=True,
+        post_layer_norm=True,
+        prefix_projection=False,
+        quantization_bit=0,
+        rmsnorm=True,
+        rope_ratio=1,
+        tie_word_embeddings=False,
+        vocab_size=fields["vocab_size"],
+    )
+    # Without it, queries, keys and values would lie by heads in their tensor. Absent, it is off.
+    if not reader.take("multi_query_attention", bool, False):
+        raise UserError(f"config.json has multi_query_attention=False, and {reader.label} can only have True")
+    return glm(norm=RMSNorm(fields.pop("eps"), cast_last=True), **fields)
+
+
+def _write_chatglm(config: DecoderConfig, label: str) -> dict[str, Any]:
+    return {
+        "multi_query_attention": True,
+        "rmsnorm": True,
+        "post_layer_norm": True,
+        "add_bias_linear": False,
+        "original_rope": True,
+        "tie_word_embeddings": False,
+    }
+
+
+CHATGLM = Family(
+    name="chatglm",
+    title="ChatGLM2-6B and its base",
+    label="a ChatGLM2",
+    objectives=("Prefix", "Chat"),
+    presets={
+        "chatglm2_6b": glm(
+            vocab_size=65_024,
+            hidden_size=4096,
+            num_layers=28,
+            num_heads=32,
+            num_kv_heads=2,
+            head_dim=128,
+            intermediate_size=13_696,
+            max_positions=32_768,
+            norm=RMSNorm(eps=1e-5, cast_last=True),
+        )
+    },
+    architectures=("ChatGLMModel", "ChatGLMForConditionalGeneration"),
+    keys=(
+        Key("padded_vocab_size", "vocab_size", int),
+        Key("hidden_size", "hidden_size", int),
+        Key("num_layers", "num_layers", int),
+        Key("num_attention_heads", "attention.num_heads", int),
+        Key("multi_query_group_num", "attention.num_kv_heads", int, 1),
+        Key("kv_channels", "attention.head_dim", int),
+        Key("ffn_hidden_size", "feed_forward.intermediate_size", int),
+        Key("seq_length", "max_positions", int),
+        Key("layernorm_epsilon", "norm.eps", float),
+        Key("add_qkv_bias", "attention.qkv_bias", bool, False),
+        Key("attention_dropout", "attention.dropout", float, 0.0, argument="attention_dropout"),
+        Key("hidden_dropout", "dropout", float, 0.0),
+    ),
+    read=_read_chatglm,
+    write=_write_chatglm,
+    # Ways of computing the same: the scaling by layer cancels out, and softmax is in float32 here anyway.
+    harmless=CAUSAL | {"apply_query_key_layer_scaling"},
+    names=TensorNames(
+        (
+            *mappings(
+                {
+                    "embedding": ("embedding.word_embeddings", "v d -> v d"),
+                    "norm": ("encoder.final_layernorm", "d -> d"),
+                    "lm_head": ("output_layer", "v d -> d v"),
+                },
+                theirs="transformer.",
+            ),
+            *mappings(_CHATGLM_ROWS, "layers.", "transformer.encoder.layers.{layer}."),
+        )
+    ),
+)

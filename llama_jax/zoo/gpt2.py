@@ -1,18 +1,18 @@
-"""GPT-2 (Radford et al. 2019): learned positions, LayerNorm before each sublayer, GELU, a tied head."""
+"""GPT-2 (Radford et al. 2019): learned positions, LayerNorm before each sublayer, GELU, a tied head; and GPT-3."""
 
-from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
-from llama_jax.config import UserError
-from llama_jax.models import DecoderConfig
+from llama_jax.models import DecoderConfig, LayerOverride
 from llama_jax.nn import MLP, Activation, GroupedQuery, LayerNorm, LearnedPositions
-from llama_jax.zoo import Weight
-from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect, read_activation, write_activation
+from llama_jax.zoo.reading import CAUSAL, ConfigReader, Key
+from llama_jax.zoo.registry import Family, Presets
+from llama_jax.zoo.transformer import full_heads
+from llama_jax.zoo.weights import TensorNames, mappings
 
 
 def gpt(
     *,
-    num_layers: int,
     hidden_size: int,
     num_heads: int,
     max_positions: int,
@@ -21,33 +21,24 @@ def gpt(
     activation: Activation = "gelu_tanh",
     eps: float = 1e-5,
     scale: float | None = None,
-    dropout: float = 0.0,
     attention_dropout: float = 0.0,
     tie_embeddings: bool = True,
+    **fields: Any,
 ) -> DecoderConfig:
-    """A decoder of this shape, its attention as wide as itself and its feed-forward four times (by default)."""
-    if num_heads < 1 or hidden_size % num_heads:
-        raise UserError(f"hidden_size={hidden_size} is not divisible by num_heads={num_heads}")
+    """Return a decoder whose attention is as wide as the model, and whose feed-forward by default is four times that.
+
+    `fields` are the others of `DecoderConfig`.
+    """
     return DecoderConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        num_layers=num_layers,
         max_positions=max_positions,
-        attention=GroupedQuery(
-            num_heads=num_heads,
-            num_kv_heads=num_heads,
-            head_dim=hidden_size // num_heads,
-            rope=None,
-            qkv_bias=True,
-            out_bias=True,
-            scale=scale,
-            dropout=attention_dropout,
-        ),
+        attention=GroupedQuery(rope=None, scale=scale, **full_heads(hidden_size, num_heads, dropout=attention_dropout)),
         feed_forward=MLP(intermediate_size=intermediate_size or 4 * hidden_size, activation=activation, bias=True),
         norm=LayerNorm(eps=eps, bias=True),
         tie_embeddings=tie_embeddings,
         positions=LearnedPositions(num_positions=max_positions),
-        dropout=dropout,
+        **fields,
     )
 
 
@@ -69,99 +60,120 @@ PRESETS: dict[str, DecoderConfig] = {
     "gpt2_xl": _released(48, 1600, 25),
 }
 
+
 _LAYER = "transformer.h.{layer}."
-# Its matrices are (in, out), and those of queries, keys and values one after another.
 WEIGHTS = (
-    Weight("embedding.weight", "transformer.wte.weight", "v d -> v d"),
-    Weight("positions.weight", "transformer.wpe.weight", "p d -> p d"),
-    Weight("layers.input_layernorm.weight", _LAYER + "ln_1.weight", "d -> d"),
-    Weight("layers.input_layernorm.bias", _LAYER + "ln_1.bias", "d -> d"),
-    Weight("layers.attention.q_proj.weight", _LAYER + "attn.c_attn.weight", "d (n h) -> d n h", joined=1),
-    Weight("layers.attention.k_proj.weight", _LAYER + "attn.c_attn.weight", "d (n h) -> d n h", joined=1),
-    Weight("layers.attention.v_proj.weight", _LAYER + "attn.c_attn.weight", "d (n h) -> d n h", joined=1),
-    Weight("layers.attention.q_proj.bias", _LAYER + "attn.c_attn.bias", "(n h) -> n h"),
-    Weight("layers.attention.k_proj.bias", _LAYER + "attn.c_attn.bias", "(n h) -> n h"),
-    Weight("layers.attention.v_proj.bias", _LAYER + "attn.c_attn.bias", "(n h) -> n h"),
-    Weight("layers.attention.o_proj.weight", _LAYER + "attn.c_proj.weight", "(n h) d -> n h d"),
-    Weight("layers.attention.o_proj.bias", _LAYER + "attn.c_proj.bias", "d -> d"),
-    Weight("layers.post_attention_layernorm.weight", _LAYER + "ln_2.weight", "d -> d"),
-    Weight("layers.post_attention_layernorm.bias", _LAYER + "ln_2.bias", "d -> d"),
-    Weight("layers.feed_forward.up_proj.weight", _LAYER + "mlp.c_fc.weight", "d f -> d f"),
-    Weight("layers.feed_forward.up_proj.bias", _LAYER + "mlp.c_fc.bias", "f -> f"),
-    Weight("layers.feed_forward.down_proj.weight", _LAYER + "mlp.c_proj.weight", "f d -> f d"),
-    Weight("layers.feed_forward.down_proj.bias", _LAYER + "mlp.c_proj.bias", "d -> d"),
-    Weight("norm.weight", "transformer.ln_f.weight", "d -> d"),
-    Weight("norm.bias", "transformer.ln_f.bias", "d -> d"),
-    Weight("lm_head.weight", "lm_head.weight", "v d -> d v"),
+    *mappings(
+        {"embedding": ("wte", "v d -> v d"), "positions": ("wpe", "p d -> p d"), "norm": ("ln_f", "d -> d", "d -> d")},
+        theirs="transformer.",
+    ),
+    *mappings({"lm_head": ("lm_head", "v d -> d v")}),
+    # Matrices are (in, out); those of queries, keys and values are one tensor.
+    *mappings(
+        {f"{name}_proj": ("c_attn", "d (n h) -> d n h", "(n h) -> n h") for name in "qkv"},
+        "layers.attention.",
+        f"{_LAYER}attn.",
+        joined=1,
+    ),
+    *mappings(
+        {
+            "input_layernorm": ("ln_1", "d -> d", "d -> d"),
+            "attention.o_proj": ("attn.c_proj", "(n h) d -> n h d", "d -> d"),
+            "post_attention_layernorm": ("ln_2", "d -> d", "d -> d"),
+            "feed_forward.up_proj": ("mlp.c_fc", "d f -> d f", "f -> f"),
+            "feed_forward.down_proj": ("mlp.c_proj", "f d -> f d", "d -> d"),
+        },
+        "layers.",
+        _LAYER,
+    ),
 )
-TIED = {"lm_head.weight": "transformer.wte.weight"}
-# Computed, not trained: the causal mask, and what it puts in place of a score.
-IGNORED = (r"transformer\.h\.\d+\.attn\.(masked_)?bias",)
-
-_A_GPT2 = "a GPT-2"
-ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")
-_ALIASES = {
-    "hidden_size": "n_embd",
-    "max_position_embeddings": "n_positions",
-    "num_attention_heads": "n_head",
-    "num_hidden_layers": "n_layer",
-    "n_vocab": "vocab_size",
-}
-# n_ctx was the size of the mask, which needs none; in float32, where the softmax is here anyway, order is rounding.
-_HARMLESS = CAUSAL | {"embd_pdrop", "n_ctx", "reorder_and_upcast_attn"}
+# Computed, not trained: the causal mask, and the value in place of a masked score.
+_IGNORED = (r"transformer\.h\.\d+\.attn\.(masked_)?bias",)
 
 
-def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
-    """The model that a `config.json` of model_type `gpt2` describes.
-
-    Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
-    """
-    reader = ConfigReader(data, _A_GPT2, ARCHITECTURES, aliases=_ALIASES, harmless=_HARMLESS)
-    take = reader.take
+def _read(reader: ConfigReader, fields: dict[str, Any]) -> DecoderConfig:
     reader.only(scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    max_positions = take("n_positions", int, 1024)
-    config = gpt(
-        vocab_size=take("vocab_size", int, 50257),
-        hidden_size=take("n_embd", int),
-        num_layers=take("n_layer", int),
-        num_heads=take("n_head", int),
-        intermediate_size=take("n_inner", int, None),
-        max_positions=max_positions,
-        activation=read_activation(reader, "activation_function", "gelu_new"),
-        eps=take("layer_norm_epsilon", float, 1e-5),
-        scale=None if take("scale_attn_weights", bool, True) else 1.0,
-        dropout=take("resid_pdrop", float, 0.1),  # here the embeddings' too, whatever embd_pdrop is
-        attention_dropout=take("attn_pdrop", float, 0.1),
-        tie_embeddings=take("tie_word_embeddings", bool, True),
-    )
-    reader.finish()
-    return config
+    scale = None if reader.take("scale_attn_weights", bool, True) else 1.0
+    return gpt(**fields, scale=scale)
 
 
-def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The `config.json` of a model, for Hugging Face's `GPT2LMHeadModel`.
-
-    Raises UserError for a model that is no GPT-2, naming what it has that a GPT-2 cannot have.
-    """
-    attention = expect(config.attention, GroupedQuery, _A_GPT2)
-    feed_forward = expect(config.feed_forward, MLP, _A_GPT2)
-    norm = expect(config.norm, LayerNorm, _A_GPT2)
-    data = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.max_positions,
+def _write(config: DecoderConfig, label: str) -> dict[str, Any]:
+    attention: Any = config.attention
+    return {
         "n_ctx": config.max_positions,
-        "n_embd": config.hidden_size,
-        "n_layer": config.num_layers,
-        "n_head": attention.num_heads,
-        "n_inner": feed_forward.intermediate_size,
-        "activation_function": write_activation(feed_forward.activation, _A_GPT2),
-        "layer_norm_epsilon": norm.eps,
         "scale_attn_weights": attention.scale is None,
-        "resid_pdrop": config.dropout,
         "embd_pdrop": config.dropout,
-        "attn_pdrop": attention.dropout,
-        "tie_word_embeddings": config.tie_embeddings,
     }
-    return checked(data, config, from_hf, _A_GPT2)
+
+
+GPT2 = Family(
+    name="gpt2",
+    title="GPT-2",
+    label="a GPT-2",
+    presets=PRESETS,
+    architectures=("GPT2LMHeadModel", "GPT2Model"),
+    keys=(
+        Key("vocab_size", "vocab_size", int, 50257),
+        Key("n_positions", "max_positions", int, 1024),
+        Key("n_embd", "hidden_size", int),
+        Key("n_layer", "num_layers", int),
+        Key("n_head", "attention.num_heads", int),
+        Key("n_inner", "feed_forward.intermediate_size", int, None),
+        Key("activation_function", "feed_forward.activation", Activation, "gelu_new"),
+        Key("layer_norm_epsilon", "norm.eps", float, 1e-5),
+        # Here the embeddings' too, whatever embd_pdrop is.
+        Key("resid_pdrop", "dropout", float, 0.1),
+        Key("attn_pdrop", "attention.dropout", float, 0.1, argument="attention_dropout"),
+        Key("tie_word_embeddings", "tie_embeddings", bool, True),
+    ),
+    read=_read,
+    write=_write,
+    aliases={
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+        "n_vocab": "vocab_size",
+    },
+    # n_ctx was the size of the mask, which needs none; the softmax is in float32 here, so its order is rounding.
+    harmless=CAUSAL | {"embd_pdrop", "n_ctx", "reorder_and_upcast_attn"},
+    names=TensorNames(WEIGHTS, {"lm_head.weight": "transformer.wte.weight"}, _IGNORED),
+)
+
+
+def gpt3(
+    layers: int, width: int, head_dim: int, *, window: int = 256, max_positions: int = 2048, vocab_size: int = 50257
+) -> DecoderConfig:
+    """Return a GPT-3 (Brown et al. 2020, table 2.1): GPT-2 with dense and locally banded attention in turns.
+
+    Where the table contradicts itself, attention is as wide as the model, in heads of the size that it prints: 16 of
+    128 in the 1.3B (for 24), and a width of 5120 in the 13B (for 5140). The paper gives no band size ("similar to the
+    Sparse Transformer"): every second layer, from the second one on, attends to 256 tokens, as in EleutherAI's
+    GPT-Neo. No dropout is mentioned, so there is none. The weights were never released.
+    """
+    config = gpt(
+        num_layers=layers,
+        hidden_size=width,
+        num_heads=width // head_dim,
+        max_positions=max_positions,
+        vocab_size=vocab_size,
+    )
+    assert isinstance(config.attention, GroupedQuery)
+    banded = LayerOverride(tuple(range(1, layers, 2)), dataclasses.replace(config.attention, window=window))
+    return dataclasses.replace(config, overrides=(banded,))
+
+
+GPT3 = Presets(
+    name="gpt3",
+    title="GPT-3",
+    presets={
+        "gpt3_125m": gpt3(12, 768, 64),
+        "gpt3_350m": gpt3(24, 1024, 64),
+        "gpt3_760m": gpt3(24, 1536, 96),
+        "gpt3_1_3b": gpt3(24, 2048, 128),
+        "gpt3_2_7b": gpt3(32, 2560, 80),
+        "gpt3_6_7b": gpt3(32, 4096, 128),
+        "gpt3_13b": gpt3(40, 5120, 128),
+        "gpt3_175b": gpt3(96, 12288, 128),
+    },
+)

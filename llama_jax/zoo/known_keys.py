@@ -1,8 +1,8 @@
-"""Keys of config.json that change no logit, whichever family has them: who writes them, and what they are about.
+"""Keys of config.json that change no logit, whichever family has them, by the tool that writes them or their subject.
 
-Read off `PretrainedConfig` and `GenerationConfig` of transformers 4.0 to 5.23 and off released files. What may change
-a logit is not here, even where the base class writes it (`is_decoder`, `pruned_heads`, `tie_word_embeddings`...): a
-family reads it, or it is refused unless it is off.
+Collected from `PretrainedConfig` and `GenerationConfig` of transformers 4.0 to 5.23 and from released files. A key that
+may change a logit is not here, even where the base class writes it (`is_decoder`, `pruned_heads`,
+`tie_word_embeddings`...): a family reads it, or it is refused unless it is off.
 """
 
 import re
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 KNOWN: dict[str, frozenset[str]] = {
-    # What outputs look like, where the model came from, labels, how it is computed.
+    # Forms of outputs, the model's origin, labels, ways of computing.
     "transformers' base class": frozenset({
         "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "_auto_class",
         "_commit_hash", "_experts_implementation", "_experts_implementation_internal", "_flash_attn_2_enabled",
@@ -23,7 +23,7 @@ KNOWN: dict[str, frozenset[str]] = {
         "tf_legacy_loss", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "use_bfloat16",
         "use_cache", "use_return_dict", "use_return_tuple",
     }),
-    # How to search for an answer. What decides it is read elsewhere, from the same file.
+    # Search for an answer. `checkpoint/generation.py` reads those that decide it.
     "transformers' generation settings": frozenset({
         "_from_model_config", "assistant_confidence_threshold", "assistant_early_exit", "assistant_ensemble_weight",
         "assistant_lookbehind", "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "cache_config",
@@ -41,14 +41,14 @@ KNOWN: dict[str, frozenset[str]] = {
         "stop_strings", "suppress_tokens", "target_lookbehind", "task_specific_params", "temperature", "token_healing",
         "top_h", "top_k", "top_p", "typical_p", "use_mtp", "watermarking_config",
     }),
-    # What a tokenizer is told; some of it lands in the model's file.
+    # Settings of a tokenizer, some of which land in the model's file.
     "tokenizers": frozenset({
         "add_bos_token", "add_eos_token", "add_prefix_space", "chat_template", "clean_up_tokenization_spaces",
         "do_basic_tokenize", "do_lower_case", "lowercase", "max_seq_len", "max_seq_length", "max_sequence_length",
         "merges_file", "model_max_length", "pad_to_multiple_of", "pad_token_type_id", "padding", "padding_side",
         "return_tensors", "special_tokens_map", "stride", "truncation", "truncation_side", "vocab_file",
     }),
-    # Heads that are not loaded, and what their first releases said of them.
+    # Heads that are not loaded, with the keys of their first releases.
     "other heads": frozenset({
         "classif_dropout", "classifier_activation", "n_special", "pooler_fc_size", "pooler_num_attention_heads",
         "pooler_num_fc_layers", "pooler_size_per_head", "predict_special_tokens", "summary_activation",
@@ -93,63 +93,40 @@ _FLOATS = re.compile(
 _KERNELS = re.compile(r"auto|eager|math|naive|torch|paged|(flash|flex|sdpa|xformers|triton|cudnn|te\b|mem).*")
 
 
-def _any(value: Any) -> bool:
-    return True
-
-
-def _switch(value: Any) -> bool:
-    return type(value) is bool
-
-
-def _count(value: Any) -> bool:
-    return type(value) in (bool, int, str)
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _rate(value: Any) -> bool:
+def _is_rate(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= 1
 
 
-def _number(value: Any) -> bool:
-    return type(value) in (int, float, str)
+def _is_number_type(value: Any) -> bool:
+    return type(value) is bool or _FLOATS.fullmatch(str(value)) is not None
 
 
-def _ids(value: Any) -> bool:
-    return type(value) in (int, list)
+def _is_kernel(value: Any) -> bool:
+    return type(value) is bool or (isinstance(value, str) and _KERNELS.fullmatch(value) is not None)
 
 
-def _floats(value: Any) -> bool:
-    return _switch(value) or _FLOATS.fullmatch(str(value)) is not None
+_ANY = (str, bool, int, float, list, dict)
+_COUNT = (bool, int, str)
+_NUMBER = (int, float, str)
 
-
-def _kernel(value: Any) -> bool:
-    return _switch(value) or (isinstance(value, str) and _KERNELS.fullmatch(value) is not None)
-
-
-# Names that say what a key is about, for values that can be of that.
-PATTERNS: dict[str, tuple[re.Pattern[str], Callable[[Any], bool]]] = {
-    "tokenizers' settings": (re.compile(r"tokenizer_.*"), _any),
-    "texts of tokens": (
-        re.compile(r"(bos|eos|pad|unk|sep|cls|mask|additional)_tokens?"),
-        lambda value: isinstance(value, (str, dict, list, bool)),
-    ),
+# Patterns of names, and the types of their values or a test of them.
+PATTERNS: dict[str, tuple[re.Pattern[str], tuple[type, ...] | Callable[[Any], bool]]] = {
+    "tokenizers' settings": (re.compile(r"tokenizer_.*"), _ANY),
+    "texts of tokens": (re.compile(r"(bos|eos|pad|unk|sep|cls|mask|additional)_tokens?"), (str, dict, list, bool)),
     "trainings' settings": (
         re.compile(
             _NO_PIECE + r"((train|training|eval|wandb|optimizer|scheduler|warmup|student|teacher)_.*"
             r"|(save|log|logging)_(steps?|every|strategy))"
         ),
-        _any,
+        _ANY,
     ),
-    "sizes of a distilled model": (re.compile(r"(student|teacher)_(encoder_|decoder_)?layers"), _ids),
-    "rates of dropout": (re.compile(r"(.*_)?(dropout|pdrop|layerdrop|drop_path)(_(rate|prob|p|ratio))?"), _rate),
-    "versions of software": (re.compile(_NO_PIECE + r"(.*_)?version"), _text),
-    "special tokens": (re.compile(r"(.*_)?(token|tokens)_(id|ids|index)"), _ids),
-    "weights of losses": (re.compile(r"(.*_)?loss(_(coef|coeff|weight|alpha|type|function))?"), _number),
-    "first values": (re.compile(r"(init|initializer)_(.*_)?(std|range|factor|scale|method|fn|gain)"), _number),
-    "types of numbers": (re.compile(r"(.*_)?(dtype|in_fp32|precision)"), _floats),
+    "sizes of a distilled model": (re.compile(r"(student|teacher)_(encoder_|decoder_)?layers"), (int, list)),
+    "rates of dropout": (re.compile(r"(.*_)?(dropout|pdrop|layerdrop|drop_path)(_(rate|prob|p|ratio))?"), _is_rate),
+    "versions of software": (re.compile(_NO_PIECE + r"(.*_)?version"), (str,)),
+    "special tokens": (re.compile(r"(.*_)?(token|tokens)_(id|ids|index)"), (int, list)),
+    "weights of losses": (re.compile(r"(.*_)?loss(_(coef|coeff|weight|alpha|type|function))?"), _NUMBER),
+    "first values": (re.compile(r"(init|initializer)_(.*_)?(std|range|factor|scale|method|fn|gain)"), _NUMBER),
+    "types of numbers": (re.compile(r"(.*_)?(dtype|in_fp32|precision)"), _is_number_type),
     "kernels": (
         re.compile(
             r"_?(attn|attention)_impl(ementation)?"
@@ -158,46 +135,47 @@ PATTERNS: dict[str, tuple[re.Pattern[str], Callable[[Any], bool]]] = {
             r"|(use_)?fused_(bias_fc|mlp|swiglu|rope|rotary|softmax|cross_entropy|(dropout_)?(add_)?(rms_?|layer_?)?(norm|ln))"
             r"|(use_)?(triton|liger|fused)(_kernels?)?"
         ),
-        _kernel,
+        _is_kernel,
     ),
-    "memory": (re.compile(r"(.*_)?(gradient|activation|selective)_checkpoint(ing)?(_.*)?"), _count),
+    "memory": (re.compile(r"(.*_)?(gradient|activation|selective)_checkpoint(ing)?(_.*)?"), _COUNT),
     "parallel machines": (
         re.compile(
             r"(use_)?(tensor|sequence|pipeline|expert|context|data|model)_(model_)?parallel(ism)?"
             r"(_(world_)?(size|degree|rank|enabled|mode|group|rules))?|[tepcd]p_size"
         ),
-        _count,
+        _COUNT,
     ),
     "devices": (
         re.compile(r"(.*_)?to_device|is_gpu|xla_device|device|device_map|use_(gpu|cuda|tpu|cpu)"),
-        lambda value: _count(value) or isinstance(value, dict),
+        (*_COUNT, dict),
     ),
     "names and places": (
         re.compile(_NO_PIECE + r"(.*_)?(name_or_path|path|dir|repo_id|commit|hash|author|date|description)"),
-        _text,
+        (str,),
     ),
-    # Of a model that says which code it is for: the names of families.
+    # Marks of the code that a model is for: the names of families.
     "marks of a converter": (
         re.compile(
             r"is_(llama|mistral|mixtral|gpt|gpt2|bert|roberta|bart|marian|t5|glm|chatglm|deepseek|qwen|qwen2)_?\d*_config"
             r"|unsloth_.*|transformers\..*"
         ),
-        _any,
+        _ANY,
     ),
 }  # fmt: skip
 
 
 def origin(key: str, value: Any) -> str | None:
-    """Who writes this key, or what it is about, where it changes no logit; else None."""
+    """Return the tool that writes this key, or the matter it is about, if it changes no logit; else None."""
     for name, keys in KNOWN.items():
         if key in keys:
             return name
-    for name, (pattern, can_be) in PATTERNS.items():
-        if pattern.fullmatch(key) and can_be(value):
+    for name, (pattern, values) in PATTERNS.items():
+        fits = type(value) in values if isinstance(values, tuple) else values(value)
+        if pattern.fullmatch(key) and fits:
             return name
     return None
 
 
 def is_off(value: Any) -> bool:
-    """Return whether a value says that something is not there: null, false or empty. 0 does not: it may be an index."""
+    """Return whether a value switches a setting off: null, false or empty, but not 0, which may be an index."""
     return value is None or value is False or value in ("", [], {}, ())

@@ -9,47 +9,48 @@ from typing import Any
 from llama_jax.config import UserError
 from llama_jax.models import DecoderConfig
 from llama_jax.nn import GroupedQuery, Llama3Scaling, RMSNorm, Rope, RopeScaling, SwiGLU
-from llama_jax.zoo import Weight
 from llama_jax.zoo.known_keys import is_off
-from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect, read_activation, read_rope, typed, write_rope
+from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, read_rope, typed, write_rope
+from llama_jax.zoo.registry import Family, MetaFiles
+from llama_jax.zoo.weights import TensorNames, mappings
 
 
-def _llama(
+def llama_like(
     *,
-    vocab_size: int,
     hidden_size: int,
-    num_layers: int,
     num_heads: int,
-    intermediate_size: int,
-    max_positions: int,
     eps: float,
     theta: float,
     num_kv_heads: int | None = None,
     head_dim: int | None = None,
     scaling: RopeScaling | None = None,
-    tie_embeddings: bool = False,
+    window: int | None = None,
     attention_bias: bool = False,
-    mlp_bias: bool = False,
     attention_dropout: float = 0.0,
+    tie_embeddings: bool = False,
+    **fields: Any,
 ) -> DecoderConfig:
+    """Return a decoder with Llama's attention, norm and positions; `fields` are the others of `DecoderConfig`."""
     return DecoderConfig(
-        vocab_size=vocab_size,
         hidden_size=hidden_size,
-        num_layers=num_layers,
-        max_positions=max_positions,
         attention=GroupedQuery(
             num_heads=num_heads,
-            num_kv_heads=num_kv_heads or num_heads,
+            num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
             head_dim=head_dim or hidden_size // max(num_heads, 1),
             rope=Rope(theta=theta, scaling=scaling),
             qkv_bias=attention_bias,
             out_bias=attention_bias,
+            window=window,
             dropout=attention_dropout,
         ),
-        feed_forward=SwiGLU(intermediate_size=intermediate_size, bias=mlp_bias),
         norm=RMSNorm(eps=eps),
         tie_embeddings=tie_embeddings,
+        **fields,
     )
+
+
+def _llama(*, intermediate_size: int, mlp_bias: bool = False, **sizes: Any) -> DecoderConfig:
+    return llama_like(feed_forward=SwiGLU(intermediate_size, bias=mlp_bias), **sizes)
 
 
 def _sizes(layers: int, width: int, heads: int, kv_heads: int, ffn: int) -> dict[str, Any]:
@@ -62,17 +63,15 @@ def _sizes(layers: int, width: int, heads: int, kv_heads: int, ffn: int) -> dict
     }
 
 
+def _stretched(factor: float) -> Llama3Scaling:
+    return Llama3Scaling(factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
+
+
 _LLAMA1: dict[str, Any] = {"vocab_size": 32000, "max_positions": 2048, "eps": 1e-6, "theta": 10_000.0}
 _LLAMA2: dict[str, Any] = {"vocab_size": 32000, "max_positions": 4096, "eps": 1e-5, "theta": 10_000.0}
 _LLAMA3: dict[str, Any] = {"vocab_size": 128_256, "max_positions": 8192, "eps": 1e-5, "theta": 500_000.0}
 _LLAMA31 = _LLAMA3 | {"max_positions": 131_072}
 _STORIES: dict[str, Any] = {"eps": 1e-5, "theta": 10_000.0, "tie_embeddings": True}
-
-
-def _stretched(factor: float) -> Llama3Scaling:
-    return Llama3Scaling(factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
-
-
 PRESETS: dict[str, DecoderConfig] = {
     "llama1_7b": _llama(**_LLAMA1, **_sizes(32, 4096, 32, 32, 11008)),
     "llama1_13b": _llama(**_LLAMA1, **_sizes(40, 5120, 40, 40, 13824)),
@@ -94,137 +93,63 @@ PRESETS: dict[str, DecoderConfig] = {
     "stories110m": _llama(**_STORIES, **_sizes(12, 768, 12, 12, 2048), vocab_size=32000, max_positions=1024),
 }
 
-_LAYER = "model.layers.{layer}."
-WEIGHTS = (
-    Weight("embedding.weight", "model.embed_tokens.weight", "v d -> v d"),
-    Weight("layers.input_layernorm.weight", _LAYER + "input_layernorm.weight", "d -> d"),
-    Weight("layers.attention.q_proj.weight", _LAYER + "self_attn.q_proj.weight", "(n h) d -> d n h"),
-    Weight("layers.attention.k_proj.weight", _LAYER + "self_attn.k_proj.weight", "(k h) d -> d k h"),
-    Weight("layers.attention.v_proj.weight", _LAYER + "self_attn.v_proj.weight", "(k h) d -> d k h"),
-    Weight("layers.attention.o_proj.weight", _LAYER + "self_attn.o_proj.weight", "d (n h) -> n h d"),
-    Weight("layers.attention.q_proj.bias", _LAYER + "self_attn.q_proj.bias", "(n h) -> n h"),
-    Weight("layers.attention.k_proj.bias", _LAYER + "self_attn.k_proj.bias", "(k h) -> k h"),
-    Weight("layers.attention.v_proj.bias", _LAYER + "self_attn.v_proj.bias", "(k h) -> k h"),
-    Weight("layers.attention.o_proj.bias", _LAYER + "self_attn.o_proj.bias", "d -> d"),
-    Weight("layers.post_attention_layernorm.weight", _LAYER + "post_attention_layernorm.weight", "d -> d"),
-    Weight("layers.feed_forward.gate_proj.weight", _LAYER + "mlp.gate_proj.weight", "f d -> d f"),
-    Weight("layers.feed_forward.up_proj.weight", _LAYER + "mlp.up_proj.weight", "f d -> d f"),
-    Weight("layers.feed_forward.down_proj.weight", _LAYER + "mlp.down_proj.weight", "d f -> f d"),
-    Weight("layers.feed_forward.gate_proj.bias", _LAYER + "mlp.gate_proj.bias", "f -> f"),
-    Weight("layers.feed_forward.up_proj.bias", _LAYER + "mlp.up_proj.bias", "f -> f"),
-    Weight("layers.feed_forward.down_proj.bias", _LAYER + "mlp.down_proj.bias", "d -> d"),
-    Weight("norm.weight", "model.norm.weight", "d -> d"),
-    Weight("lm_head.weight", "lm_head.weight", "v d -> d v"),
-)
-# What files of tied models may repeat.
+ENDS = {"embedding": ("model.embed_tokens", "v d -> v d"), "norm": ("model.norm", "d -> d")}
+HEAD = {"lm_head": ("lm_head", "v d -> d v")}
+NORMS = {name: (name, "d -> d") for name in ("input_layernorm", "post_attention_layernorm")}
+ATTENTION = {
+    "attention.q_proj": ("self_attn.q_proj", "(n h) d -> d n h", "(n h) -> n h"),
+    "attention.k_proj": ("self_attn.k_proj", "(k h) d -> d k h", "(k h) -> k h"),
+    "attention.v_proj": ("self_attn.v_proj", "(k h) d -> d k h", "(k h) -> k h"),
+    "attention.o_proj": ("self_attn.o_proj", "d (n h) -> n h d", "d -> d"),
+}
+_FEED_FORWARD = {
+    "feed_forward.gate_proj": ("mlp.gate_proj", "f d -> d f", "f -> f"),
+    "feed_forward.up_proj": ("mlp.up_proj", "f d -> d f", "f -> f"),
+    "feed_forward.down_proj": ("mlp.down_proj", "d f -> f d", "d -> d"),
+}
+LAYER = "model.layers.{layer}."
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 
 # Meta's names, with the rotary pairs interleaved: also the layout of llama2.c.
-META_WEIGHTS = (
-    Weight("embedding.weight", "tok_embeddings.weight", "v d -> v d"),
-    Weight("layers.input_layernorm.weight", "layers.{layer}.attention_norm.weight", "d -> d"),
-    Weight("layers.attention.q_proj.weight", "layers.{layer}.attention.wq.weight", "(n h two) d -> d n (two h)"),
-    Weight("layers.attention.k_proj.weight", "layers.{layer}.attention.wk.weight", "(k h two) d -> d k (two h)"),
-    Weight("layers.attention.v_proj.weight", "layers.{layer}.attention.wv.weight", "(k h) d -> d k h"),
-    Weight("layers.attention.o_proj.weight", "layers.{layer}.attention.wo.weight", "d (n h) -> n h d"),
-    Weight("layers.post_attention_layernorm.weight", "layers.{layer}.ffn_norm.weight", "d -> d"),
-    Weight("layers.feed_forward.gate_proj.weight", "layers.{layer}.feed_forward.w1.weight", "f d -> d f"),
-    Weight("layers.feed_forward.up_proj.weight", "layers.{layer}.feed_forward.w3.weight", "f d -> d f"),
-    Weight("layers.feed_forward.down_proj.weight", "layers.{layer}.feed_forward.w2.weight", "d f -> f d"),
-    Weight("norm.weight", "norm.weight", "d -> d"),
-    Weight("lm_head.weight", "output.weight", "v d -> d v"),
+META_WEIGHTS = mappings(
+    {"embedding": ("tok_embeddings", "v d -> v d"), "norm": ("norm", "d -> d"), "lm_head": ("output", "v d -> d v")}
+) + mappings(
+    {
+        "input_layernorm": ("attention_norm", "d -> d"),
+        "attention.q_proj": ("attention.wq", "(n h two) d -> d n (two h)"),
+        "attention.k_proj": ("attention.wk", "(k h two) d -> d k (two h)"),
+        "attention.v_proj": ("attention.wv", "(k h) d -> d k h"),
+        "attention.o_proj": ("attention.wo", "d (n h) -> n h d"),
+        "post_attention_layernorm": ("ffn_norm", "d -> d"),
+        "feed_forward.gate_proj": ("feed_forward.w1", "f d -> d f"),
+        "feed_forward.up_proj": ("feed_forward.w3", "f d -> d f"),
+        "feed_forward.down_proj": ("feed_forward.w2", "d f -> f d"),
+    },
+    "layers.",
+    "layers.{layer}.",
 )
 META_TIED = {"output.weight": "tok_embeddings.weight"}
-_A_LLAMA = "a Hugging Face Llama"
-ARCHITECTURES = ("LlamaForCausalLM", "LlamaModel")
 
 
-def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
-    """The model that a `config.json` of model_type `llama` describes.
-
-    Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
-    """
-    reader = ConfigReader(data, "a Llama", ARCHITECTURES, harmless=CAUSAL)
-    take = reader.take
-    read_activation(reader, "hidden_act", "silu", only="silu")
-    max_positions = take("max_position_embeddings", int, 2048)
-    theta, scaling = read_rope(reader, max_positions)
-    config = _llama(
-        vocab_size=take("vocab_size", int),
-        hidden_size=take("hidden_size", int),
-        num_layers=take("num_hidden_layers", int),
-        num_heads=take("num_attention_heads", int),
-        num_kv_heads=take("num_key_value_heads", int, None),
-        head_dim=take("head_dim", int, None),
-        intermediate_size=take("intermediate_size", int),
-        max_positions=max_positions,
-        eps=take("rms_norm_eps", float, 1e-6),
-        attention_bias=take("attention_bias", bool, False),
-        mlp_bias=take("mlp_bias", bool, False),
-        attention_dropout=take("attention_dropout", float, 0.0),
-        tie_embeddings=take("tie_word_embeddings", bool, False),
-        theta=theta,
-        scaling=scaling,
-    )
-    reader.finish()
-    return config
+def _read(reader: ConfigReader, fields: dict[str, Any]) -> DecoderConfig:
+    reader.activation("hidden_act", "silu", only="silu")
+    return _llama(**fields, **read_rope(reader, fields["max_positions"]))
 
 
-def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The `config.json` of a model, for Hugging Face's `LlamaForCausalLM`.
-
-    Raises UserError for a model that is no Llama, naming what it has that a Llama cannot have.
-    """
-    attention = expect(config.attention, GroupedQuery, _A_LLAMA)
-    feed_forward, norm = expect(config.feed_forward, SwiGLU, _A_LLAMA), expect(config.norm, RMSNorm, _A_LLAMA)
-    if attention.qkv_bias != attention.out_bias:
-        raise UserError(f"qkv_bias={attention.qkv_bias} with out_bias={attention.out_bias} has no place in {_A_LLAMA}")
-    if attention.rope is None:
-        raise UserError(f"rope=None has no place in {_A_LLAMA}")
-    data = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": attention.num_heads,
-        "num_key_value_heads": attention.num_kv_heads,
-        "head_dim": attention.head_dim,
-        "intermediate_size": feed_forward.intermediate_size,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": norm.eps,
-        "attention_bias": attention.qkv_bias,
-        "attention_dropout": attention.dropout,
-        "mlp_bias": feed_forward.bias,
-        "tie_word_embeddings": config.tie_embeddings,
-        "rope_theta": attention.rope.theta,
-        "rope_scaling": write_rope(attention.rope.scaling, _A_LLAMA),
-    }
-    return checked(data, config, from_hf, _A_LLAMA)
+def _write(config: DecoderConfig, label: str) -> dict[str, Any]:
+    return {"hidden_act": "silu", **write_rope(config.attention, label)}
 
 
-_META_KEYS = {
-    "dim": int,
-    "n_layers": int,
-    "n_heads": int,
-    "n_kv_heads": int,
-    "head_dim": int,
-    "hidden_dim": int,
-    "vocab_size": int,
-    "multiple_of": int,
-    "ffn_dim_multiplier": float,
-    "norm_eps": float,
-    "rope_theta": float,
+_META_KEYS: dict[str, type] = {
+    **dict.fromkeys(("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"), int),
+    **dict.fromkeys(("multiple_of", "max_seq_len", "max_batch_size"), int),
+    **dict.fromkeys(("ffn_dim_multiplier", "norm_eps", "rope_theta", "rope_scaling_factor"), float),
     "use_scaled_rope": bool,
-    "rope_scaling_factor": float,
-    "max_seq_len": int,
-    "max_batch_size": int,
 }
 
 
 def from_meta(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
-    """The model of Meta's `params.json`; what it leaves out is read off the shapes of the tensors.
+    """Return the model of Meta's `params.json`; the shapes of the tensors show what it leaves out.
 
     Raises UserError for a key that is not known.
     """
@@ -263,3 +188,29 @@ def from_meta(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
         scaling=scaling,
         tie_embeddings="output.weight" not in shapes,
     )
+
+
+LLAMA = Family(
+    name="llama",
+    title="The Llama family",
+    label="a Llama",
+    presets=PRESETS,
+    architectures=("LlamaForCausalLM", "LlamaModel"),
+    keys=(
+        *SIZES,
+        Key("num_key_value_heads", "attention.num_kv_heads", int, None),
+        Key("head_dim", "attention.head_dim", int, None),
+        Key("intermediate_size", "feed_forward.intermediate_size", int),
+        Key("max_position_embeddings", "max_positions", int, 2048),
+        Key("rms_norm_eps", "norm.eps", float, 1e-6),
+        Key("attention_bias", "attention.qkv_bias", bool, False, argument="attention_bias"),
+        Key("attention_dropout", "attention.dropout", float, 0.0, argument="attention_dropout"),
+        Key("mlp_bias", "feed_forward.bias", bool, False, argument="mlp_bias"),
+        Key("tie_word_embeddings", "tie_embeddings", bool, False),
+    ),
+    read=_read,
+    write=_write,
+    harmless=CAUSAL,
+    names=TensorNames(mappings(ENDS | HEAD) + mappings(NORMS | ATTENTION | _FEED_FORWARD, "layers.", LAYER), TIED),
+    meta=MetaFiles(TensorNames(META_WEIGHTS, META_TIED), from_meta),
+)

@@ -1,152 +1,97 @@
-"""Mixtral (arXiv 2401.04088): Llama's blocks with eight SwiGLU experts, two of them for each token."""
+"""Mixtures of experts of decoders: Mixtral (arXiv 2401.04088) and GLaM (Du et al. 2021, arXiv 2112.06905)."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from llama_jax.config import UserError
-from llama_jax.models import DecoderConfig
-from llama_jax.nn import Experts, GroupedQuery, RMSNorm, Rope, RopeScaling, SoftmaxTopK
-from llama_jax.zoo import Weight, llama
-from llama_jax.zoo.reading import CAUSAL, ConfigReader, checked, expect, read_activation, read_rope, write_rope
+from llama_jax.models import DecoderConfig, LayerOverride
+from llama_jax.nn import Experts, GatedLinearUnit, GroupedQuery, GShardRouter, RelativeBias, RMSNorm, SoftmaxTopK
+from llama_jax.zoo import llama
+from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, read_rope, write_rope
+from llama_jax.zoo.registry import Family, MetaFiles, Presets
+from llama_jax.zoo.weights import TensorNames, WeightMapping, mappings
+
+_BALANCE = 0.02  # weight of the load-balance loss in Mistral's releases
 
 
-def _mixtral(
-    *,
-    vocab_size: int,
-    hidden_size: int,
-    num_layers: int,
-    num_heads: int,
-    num_kv_heads: int,
-    intermediate_size: int,
-    num_experts: int,
-    top_k: int,
-    max_positions: int,
-    eps: float,
-    theta: float,
-    load_balance_loss: float,
-    head_dim: int | None = None,
-    scaling: RopeScaling | None = None,
-    window: int | None = None,
-    tie_embeddings: bool = False,
-    attention_dropout: float = 0.0,
-) -> DecoderConfig:
-    return DecoderConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        max_positions=max_positions,
-        attention=GroupedQuery(
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim or hidden_size // max(num_heads, 1),
-            rope=Rope(theta=theta, scaling=scaling),
-            qkv_bias=False,
-            out_bias=False,
-            window=window,
-            dropout=attention_dropout,
-        ),
-        feed_forward=Experts(
-            num_experts=num_experts,
-            intermediate_size=intermediate_size,
-            router=SoftmaxTopK(top_k, normalize=True),
-            activation="silu",
-            gated=True,
-            load_balance_loss=load_balance_loss,
-        ),
-        norm=RMSNorm(eps=eps),
-        tie_embeddings=tie_embeddings,
+def _experts(intermediate_size: int, num_experts: int, top_k: int, load_balance_loss: float) -> Experts:
+    return Experts(
+        num_experts=num_experts,
+        intermediate_size=intermediate_size,
+        router=SoftmaxTopK(top_k, normalize=True),
+        activation="silu",
+        gated=True,
+        load_balance_loss=load_balance_loss,
     )
 
 
+# Llama's blocks with eight SwiGLU experts, two of them for each token.
 PRESETS: dict[str, DecoderConfig] = {
-    "mixtral_8x7b": _mixtral(
+    "mixtral_8x7b": llama.llama_like(
         vocab_size=32_000,
         hidden_size=4096,
         num_layers=32,
         num_heads=32,
         num_kv_heads=8,
-        intermediate_size=14_336,
-        num_experts=8,
-        top_k=2,
+        feed_forward=_experts(14_336, num_experts=8, top_k=2, load_balance_loss=_BALANCE),
         max_positions=32_768,
         eps=1e-5,
         theta=1_000_000.0,
-        load_balance_loss=0.02,
     ),
 }
 
-_EXPERTS = "model.layers.{layer}.block_sparse_moe."
+
+def _table(before: str, expert: str) -> tuple[WeightMapping, ...]:
+    """Return the weights of a router and its experts; `before` and `expert` are prefixes of their tensors."""
+    gate_up, down = "e f d -> e d f", "e d f -> e f d"
+    return mappings(
+        {
+            "router": (f"{before}gate", "e d -> d e"),
+            "experts.gate_proj": (f"{before}{expert}.w1", gate_up),
+            "experts.up_proj": (f"{before}{expert}.w3", gate_up),
+            "experts.down_proj": (f"{before}{expert}.w2", down),
+        },
+        "layers.feed_forward.",
+    )
+
+
+_EXPERT = "experts.{expert}"
+_ATTENTION = {name: row[:2] for name, row in llama.ATTENTION.items()}  # without biases
 WEIGHTS = (
-    *(w for w in llama.WEIGHTS if "feed_forward" not in w.name and not w.name.endswith(".bias")),
-    Weight("layers.feed_forward.router.weight", _EXPERTS + "gate.weight", "e d -> d e"),
-    Weight("layers.feed_forward.experts.gate_proj.weight", _EXPERTS + "experts.{expert}.w1.weight", "e f d -> e d f"),
-    Weight("layers.feed_forward.experts.up_proj.weight", _EXPERTS + "experts.{expert}.w3.weight", "e f d -> e d f"),
-    Weight("layers.feed_forward.experts.down_proj.weight", _EXPERTS + "experts.{expert}.w2.weight", "e d f -> e f d"),
+    *mappings(llama.ENDS | llama.HEAD),
+    *mappings(llama.NORMS | _ATTENTION, "layers.", llama.LAYER),
+    *_table(llama.LAYER + "block_sparse_moe.", _EXPERT),
 )
-TIED = llama.TIED
-# What newer code calls the same.
+# Names of newer code.
 RENAMES = (
     (r"\.mlp\.gate\.weight$", ".block_sparse_moe.gate.weight"),
     (r"\.mlp\.experts\.(\d+)\.gate_proj\.", r".block_sparse_moe.experts.\1.w1."),
     (r"\.mlp\.experts\.(\d+)\.up_proj\.", r".block_sparse_moe.experts.\1.w3."),
     (r"\.mlp\.experts\.(\d+)\.down_proj\.", r".block_sparse_moe.experts.\1.w2."),
 )
-
 # In Mistral's own files, with the rotary pairs interleaved as in Meta's.
-_META_EXPERTS = "layers.{layer}.feed_forward."
 META_WEIGHTS = (
     *(w for w in llama.META_WEIGHTS if "feed_forward" not in w.name),
-    *(
-        dataclasses.replace(w, source=w.source.replace(_EXPERTS, _META_EXPERTS))
-        for w in WEIGHTS
-        if "feed_forward" in w.name
-    ),
+    *_table("layers.{layer}.feed_forward.", _EXPERT),
 )
-META_TIED = llama.META_TIED
-
-_A_MIXTRAL = "a Hugging Face Mixtral"
-ARCHITECTURES = ("MixtralForCausalLM", "MixtralModel")
 
 
-def from_hf(data: Mapping[str, Any]) -> DecoderConfig:
-    """The model that a `config.json` of model_type `mixtral` describes.
-
-    Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
-    """
-    aliases = {"num_experts": "num_local_experts"}
-    reader = ConfigReader(data, "a Mixtral", ARCHITECTURES, aliases=aliases, harmless=CAUSAL | {"router_jitter_noise"})
-    take = reader.take
-    read_activation(reader, "hidden_act", "silu", only="silu")
+def _read(reader: ConfigReader, fields: dict[str, Any]) -> DecoderConfig:
+    reader.activation("hidden_act", "silu", only="silu")
     reader.only(moe_frequency=1)
-    max_positions, num_heads = take("max_position_embeddings", int, 131_072), take("num_attention_heads", int)
-    theta, scaling = read_rope(reader, max_positions, 1_000_000.0)
-    config = _mixtral(
-        vocab_size=take("vocab_size", int),
-        hidden_size=take("hidden_size", int),
-        num_layers=take("num_hidden_layers", int),
-        num_heads=num_heads,
-        num_kv_heads=take("num_key_value_heads", int, num_heads, absent=8),
-        head_dim=take("head_dim", int, None),
-        intermediate_size=take("intermediate_size", int),
-        num_experts=take("num_local_experts", int, 8),
-        top_k=take("num_experts_per_tok", int, 2),
-        max_positions=max_positions,
-        eps=take("rms_norm_eps", float, 1e-5),
-        theta=theta,
-        scaling=scaling,
-        window=take("sliding_window", int, None),
-        # Per layer; Hugging Face's has its minimum at top_k instead of 1.
-        load_balance_loss=take("router_aux_loss_coef", float, 0.001),
-        tie_embeddings=take("tie_word_embeddings", bool, False),
-        attention_dropout=take("attention_dropout", float, 0.0),
-    )
-    reader.finish()
-    return config
+    rope = read_rope(reader, fields["max_positions"], 1_000_000.0)
+    names = ("intermediate_size", "num_experts", "top_k", "load_balance_loss")
+    experts = _experts(**{name: fields.pop(name) for name in names})
+    return llama.llama_like(**fields, **rope, feed_forward=experts)
+
+
+def _write(config: DecoderConfig, label: str) -> dict[str, Any]:
+    return {"hidden_act": "silu", **write_rope(config.attention, label)}
 
 
 def from_meta(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
-    """The model of Mistral's own `params.json`; what it leaves out is read off the shapes of the tensors.
+    """Return the model of Mistral's own `params.json`; the shapes of the tensors show what it leaves out.
 
     Raises UserError for a key that is not known.
     """
@@ -159,49 +104,77 @@ def from_meta(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
         {key: value for key, value in params.items() if key != "moe"},
         {**shapes, "layers.0.feed_forward.w1.weight": shapes[first]},
     )
-    experts = Experts(
-        num_experts=choice["num_experts"],
-        intermediate_size=shapes[first][0],
-        router=SoftmaxTopK(choice["num_experts_per_tok"], normalize=True),
-        activation="silu",
-        gated=True,
-        load_balance_loss=0.02,
-    )
+    experts = _experts(shapes[first][0], choice["num_experts"], choice["num_experts_per_tok"], _BALANCE)
     return dataclasses.replace(dense, feed_forward=experts)
 
 
-def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The `config.json` of a model, for Hugging Face's `MixtralForCausalLM`.
+MIXTRAL = Family(
+    name="mixtral",
+    title="Mixtral",
+    label="a Mixtral",
+    presets=PRESETS,
+    architectures=("MixtralForCausalLM", "MixtralModel"),
+    keys=(
+        *SIZES,
+        Key("num_key_value_heads", "attention.num_kv_heads", int, None, absent=8),
+        Key("head_dim", "attention.head_dim", int, None),
+        Key("intermediate_size", "feed_forward.intermediate_size", int),
+        Key("num_local_experts", "feed_forward.num_experts", int, 8),
+        Key("num_experts_per_tok", "feed_forward.router.top_k", int, 2),
+        # Per layer; Hugging Face's has its minimum at top_k instead of 1.
+        Key("router_aux_loss_coef", "feed_forward.load_balance_loss", float, 0.001),
+        Key("max_position_embeddings", "max_positions", int, 131_072),
+        Key("sliding_window", "attention.window", int, None),
+        Key("rms_norm_eps", "norm.eps", float, 1e-5),
+        Key("attention_dropout", "attention.dropout", float, 0.0, argument="attention_dropout"),
+        Key("tie_word_embeddings", "tie_embeddings", bool, False),
+    ),
+    read=_read,
+    write=_write,
+    aliases={"num_experts": "num_local_experts"},
+    harmless=CAUSAL | {"router_jitter_noise"},
+    names=TensorNames(WEIGHTS, llama.TIED, renames=RENAMES),
+    meta=MetaFiles(TensorNames(META_WEIGHTS, llama.META_TIED), from_meta),
+)
 
-    Raises UserError for a model that is no Mixtral, naming what it has that a Mixtral cannot have.
+
+def _glam(num_layers: int, hidden_size: int, intermediate_size: int, num_heads: int, head_dim: int) -> DecoderConfig:
+    """Return a GLaM: every other layer has 64 experts, two of them for each token.
+
+    From the paper: the sizes (table 4), experts of two matrices in every other layer, dense layers whose first matrix
+    is a GELU-gated pair (section 4), top-2 routing as in GShard, the balance loss of 0.01 (section 5.1), 1024
+    positions, a vocabulary of 256K. These sum to 1.16T parameters, 96.6B of them active, as in the paper, with the
+    embedding shared. Not from the paper: RMS norms without biases; GShard's capacity of 2T/E, which GLaM's does not
+    name; one relative bias for all layers, where GLaM has Transformer-XL's in each. Its weights were never released.
     """
-    attention, experts = (
-        expect(config.attention, GroupedQuery, _A_MIXTRAL),
-        expect(config.feed_forward, Experts, _A_MIXTRAL),
+    experts = Experts(
+        num_experts=64,
+        intermediate_size=intermediate_size,
+        router=GShardRouter(),
+        activation="gelu_tanh",
+        gated=False,
+        capacity_factor=1.0,
+        load_balance_loss=0.01,
     )
-    router, norm = expect(experts.router, SoftmaxTopK, _A_MIXTRAL), expect(config.norm, RMSNorm, _A_MIXTRAL)
-    if attention.rope is None:
-        raise UserError(f"rope=None has no place in {_A_MIXTRAL}")
-    data = {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": attention.num_heads,
-        "num_key_value_heads": attention.num_kv_heads,
-        "head_dim": attention.head_dim,
-        "intermediate_size": experts.intermediate_size,
-        "num_local_experts": experts.num_experts,
-        "num_experts_per_tok": router.top_k,
-        "router_aux_loss_coef": experts.load_balance_loss,
-        "hidden_act": "silu",
-        "attention_dropout": attention.dropout,
-        "max_position_embeddings": config.max_positions,
-        "sliding_window": attention.window,
-        "rms_norm_eps": norm.eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "rope_theta": attention.rope.theta,
-        "rope_scaling": write_rope(attention.rope.scaling, _A_MIXTRAL),
-    }
-    return checked(data, config, from_hf, _A_MIXTRAL)
+    return DecoderConfig(
+        vocab_size=256_000,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        max_positions=1024,
+        attention=GroupedQuery(
+            num_heads=num_heads,
+            num_kv_heads=num_heads,
+            head_dim=head_dim,
+            rope=None,
+            qkv_bias=False,
+            out_bias=False,
+        ),
+        feed_forward=GatedLinearUnit(intermediate_size, activation="gelu_tanh", bias=False),
+        norm=RMSNorm(eps=1e-6),
+        tie_embeddings=True,
+        overrides=(LayerOverride(tuple(range(1, num_layers, 2)), experts),),
+        position_bias=RelativeBias(num_heads, num_buckets=32, max_distance=128, bidirectional=False),
+    )
+
+
+GLAM = Presets(name="glam", title="GLaM", presets={"glam_64b_64e": _glam(64, 8192, 32_768, 128, 128)})

@@ -1,7 +1,8 @@
-"""What the families share in reading and writing Hugging Face's config.json."""
+"""Reading and writing of Hugging Face's config.json, for all families."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+import operator
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from llama_jax.config import UserError
@@ -10,98 +11,154 @@ from llama_jax.nn import Activation, LinearScaling, Llama3Scaling, RopeScaling, 
 from llama_jax.zoo.known_keys import is_off, origin
 
 _MISSING: Any = object()
-# Of each activation the usual name first; several compute the same.
+# Activations by their names; the first name of each is the one that is written.
 ACTIVATIONS: dict[str, Activation] = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
+    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"), "gelu_tanh"),
     "relu": "relu",
     "relu2": "relu_squared",
-    "silu": "silu",
-    "swish": "silu",
+    **dict.fromkeys(("silu", "swish"), "silu"),
     "tanh": "tanh",
 }
-# Of a model that is nothing but a decoder.
+# Keys that are harmless in a model that is nothing but a decoder.
 CAUSAL = frozenset({"is_decoder"})
-# What quantizes weights, by the name that `quant_method` has for it.
+# Tools that quantize weights, by `quant_method`.
 _QUANTIZERS = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "mlx": "MLX"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A key of config.json that is a field of a config, for reading and writing.
+
+    `field` is the field, dotted (`attention.num_heads`); `kind` the type of the value, `Activation` for the name of
+    one. `default` is the value where the key is null, `absent` where it is not there (by default `default`); without
+    them it has to be there. `argument` is the name of the value for `Family.read`, by default the field's own.
+    """
+
+    key: str
+    field: str
+    kind: Any
+    default: Any = _MISSING
+    absent: Any = _MISSING
+    argument: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.argument:
+            object.__setattr__(self, "argument", self.field.rpartition(".")[2])
+
+
+# Keys that most families have.
+SIZES = (
+    Key("vocab_size", "vocab_size", int),
+    Key("hidden_size", "hidden_size", int),
+    Key("num_hidden_layers", "num_layers", int),
+    Key("num_attention_heads", "attention.num_heads", int),
+)
 
 
 class ConfigReader:
     """A config.json that is read key by key; what may change a logit and nobody has read is refused by name.
 
-    `family` is what sentences call such a model ("a Llama"). `architectures` are the classes whose weights it reads,
-    the usual one first. `aliases` are other names of keys, as `{other: key}`; `harmless` keys may have any value,
-    beside those that are harmless in all families (`known_keys`).
+    `label` is the name of such a model in sentences ("a Llama"). `architectures` are the classes whose weights it
+    reads, the usual one first. `aliases` are other names of keys, as `{other: key}`; `harmless` keys may have any
+    value, like those that are harmless in all families (`known_keys`). The file is `data`.
     """
 
     def __init__(
         self,
         data: Mapping[str, Any],
-        family: str,
+        label: str,
         architectures: Collection[str],
         *,
         aliases: Mapping[str, str] | None = None,
         harmless: Collection[str] = (),
     ):
-        self.family, self._data, self._harmless, self._aliases = family, data, harmless, aliases or {}
+        self.label, self.data, self._harmless, self._aliases = label, data, harmless, aliases or {}
         self.taken = {"architectures", "model_type"}
-        self.architecture = architecture(data, architectures, family)
-        if quantization := data.get("quantization") or data.get("quantization_config"):
+        self.architecture = architecture(data, architectures, label)
+        if not is_off(mlx := data.get("quantization")):
+            raise UserError(f"config.json has quantization={mlx!r}: {_unquantized('MLX')}")
+        if quantization := data.get("quantization_config"):
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            if "quantization" in data and not is_off(data["quantization"]):
-                raise UserError(f"config.json has quantization={quantization!r}: {_unquantized('MLX')}")
-            if str(method).lower() in _QUANTIZERS:
-                raise UserError(
-                    f"config.json has quantization_config.quant_method={method!r}: "
-                    f"{_unquantized(_QUANTIZERS[str(method).lower()])}"
-                )
+            if (tool := _QUANTIZERS.get(str(method).lower())) is not None:
+                raise UserError(f"config.json has quantization_config.quant_method={method!r}: {_unquantized(tool)}")
 
     def take(self, key: str, kind: Any, default: Any = _MISSING, *, absent: Any = _MISSING) -> Any:
-        """The value of `key`; `default` where it is null, and where it is not there too, unless `absent` is given.
+        """Return the value of `key`; `default` where it is null, and where it is absent too, unless `absent` is given.
 
         Raises UserError for a value of another type, and where there is neither value nor default.
         """
-        value, name = self._data.get(key), key
+        value, name = self.data.get(key), key
         self.taken.add(key)
         for alias, meant in self._aliases.items():
-            if meant == key and (other := self._data.get(alias)) is not None:
+            if meant == key and (other := self.data.get(alias)) is not None:
                 self.taken.add(alias)
                 if value is not None and other != value:
                     raise UserError(f"config.json has {alias}={other!r} and {key}={value!r}, which are one setting")
                 value, name = other, name if value is not None else alias
         if value is None:
-            if absent is not _MISSING and key not in self._data:
+            if absent is not _MISSING and key not in self.data:
                 return absent
             if default is _MISSING:
                 raise UserError(f"config.json lacks '{key}'")
             return default
         return typed(value, kind, f"config.json has {name}")
 
+    def read(self, key: Key) -> Any:
+        """Return the value of a declared key, as `take` does."""
+        if key.kind is Activation:
+            return self.activation(key.key, key.default)
+        return self.take(key.key, key.kind, key.default, absent=key.absent)
+
+    def activation(self, key: str, default: str, *, only: Activation | None = None) -> Activation:
+        """Return the activation that `key` names. Raises UserError for others than this package has, or than `only`."""
+        name = self.take(key, str, default)
+        names = [known for known, activation in ACTIVATIONS.items() if only in (None, activation)]
+        if name not in names:
+            raise UserError(
+                f"config.json has {key}={name!r}, which is not supported for {self.label}: {', '.join(names)} are"
+            )
+        return ACTIVATIONS[name]
+
     def only(self, **values: Any) -> None:
-        """Raises UserError where one of these keys is there with another value: what the family cannot do otherwise."""
+        """Raise UserError where one of these keys is there with another value: the family has no other."""
         for key, only in values.items():
             if (value := self.take(key, object, only)) != only:
                 raise UserError(
-                    f"config.json has {key}={value!r}, and {self.family} can only have {only!r}; where that makes no "
+                    f"config.json has {key}={value!r}, and {self.label} can only have {only!r}; where that makes no "
                     f"difference, pass --ignore-config-keys {key}"
                 )
 
     def finish(self) -> None:
         """Raise UserError for a key that nobody took, and that may change a logit."""
-        for key, value in self._data.items():
+        for key, value in self.data.items():
             if key in self.taken or key in self._harmless or is_off(value) or origin(key, value) is not None:
                 continue
             if key == "layer_types" and isinstance(value, list) and set(value) == {"full_attention"}:
                 continue
             raise UserError(
-                f"config.json has {key}={value!r}, which is not supported for {self.family}; where it changes no "
+                f"config.json has {key}={value!r}, which is not supported for {self.label}; where it changes no "
                 f"logit, pass --ignore-config-keys {key}"
             )
+
+
+def write_keys(
+    config: ModelConfig, keys: Collection[Key], samples: Collection[ModelConfig], label: str
+) -> dict[str, Any]:
+    """Return the values of declared keys.
+
+    Raises UserError where a piece that has such a field is not of just the types that it has in `samples`.
+    """
+    parts = [key.field.split(".")[:-1] for key in keys]
+    pieces = dict.fromkeys(".".join(names[: i + 1]) for names in parts for i in range(len(names)))
+    for field in pieces:
+        piece = operator.attrgetter(field)
+        expect(piece(config), *{type(piece(sample)): None for sample in samples}, label=label)
+    data = {}
+    for key in keys:
+        value = operator.attrgetter(key.field)(config)
+        data[key.key] = write_activation(value, label) if key.kind is Activation else value
+    return data
 
 
 def _unquantized(kind: str) -> str:
@@ -109,7 +166,7 @@ def _unquantized(kind: str) -> str:
 
 
 def without_keys(data: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:
-    """A config.json without these keys; `rope_scaling.KEY` is a key inside of another's value.
+    """Return a config.json without these keys; `rope_scaling.KEY` is a key inside of another's value.
 
     Raises UserError for a key that is not there.
     """
@@ -126,15 +183,15 @@ def without_keys(data: Mapping[str, Any], ignored: Collection[str]) -> dict[str,
 
 
 def plain_name(architecture: str) -> str:
-    """The name of a class as families know it: that of TensorFlow's and Flax's too, whatever is written large."""
+    """Return the name of a class in lower case, without the prefixes of TensorFlow's and Flax's."""
     name = architecture.lower()
     return name.removeprefix("tf").removeprefix("flax")
 
 
-def architecture(data: Mapping[str, Any], known: Collection[str], family: str) -> str:
-    """Which of the classes `known` the file's `architectures` name; the first where they name none.
+def architecture(data: Mapping[str, Any], known: Collection[str], label: str) -> str:
+    """Return the one of the classes `known` that the file's `architectures` name; the first where they name none.
 
-    Raises UserError for others, whose head or whose code is not read here.
+    Raises UserError for other classes, whose head or whose code is not read here.
     """
     names = data.get("architectures") or [next(iter(known))]
     by_name = {plain_name(name): name for name in known}
@@ -143,14 +200,14 @@ def architecture(data: Mapping[str, Any], known: Collection[str], family: str) -
     for name in names:
         if plain_name(name) not in by_name:
             raise UserError(
-                f"config.json has architectures={names!r}, and for {family} {', '.join(known)} are supported; where "
+                f"config.json has architectures={names!r}, and for {label} {', '.join(known)} are supported; where "
                 "the weights are of one of these, pass --ignore-config-keys architectures"
             )
     return by_name[plain_name(names[0])]
 
 
 def typed(value: Any, kind: Any, where: str) -> Any:
-    """`value`, or UserError where it is not of type `kind`; whole numbers count as float."""
+    """Return `value`. Raises UserError where it is not of type `kind`; whole numbers count as float."""
     if kind is float and type(value) is int:
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -158,35 +215,65 @@ def typed(value: Any, kind: Any, where: str) -> Any:
     return value
 
 
-def read_activation(reader: ConfigReader, key: str, default: str, *, only: Activation | None = None) -> Activation:
-    """The activation that `key` names. Raises UserError for others than this package has, or than `only`."""
-    name = reader.take(key, str, default)
-    names = [known for known, own in ACTIVATIONS.items() if only in (None, own)]
-    if name not in names:
-        raise UserError(
-            f"config.json has {key}={name!r}, which is not supported for {reader.family}: {', '.join(names)} are"
-        )
-    return ACTIVATIONS[name]
-
-
-def write_activation(activation: str, family: str) -> str:
-    """Hugging Face's name of an activation. Raises UserError where it has none."""
+def write_activation(activation: str, label: str) -> str:
+    """Return Hugging Face's name of an activation. Raises UserError where it has none."""
     for name, own in ACTIVATIONS.items():
         if own == activation:
             return name
-    raise UserError(f"activation={activation} has no place in {family}")
+    raise UserError(f"activation={activation} has no place in {label}")
+
+
+# Scalings by rope_type. Their fields are keys of rope_scaling, but for one name; of the others these may be absent.
+_SCALINGS: dict[str, type[Any]] = {"linear": LinearScaling, "llama3": Llama3Scaling, "yarn": YarnScaling}
+_OLD_LENGTH = "original_max_position_embeddings"
+_YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
+
+
+def _pop_rope(rest: dict[str, Any], kind: str, key: str, type_: Any, default: Any = _MISSING) -> Any:
+    """Take a key of rope_scaling out of `rest`. Raises UserError where it is missing or of another type."""
+    if key not in rest and default is _MISSING:
+        raise UserError(f"config.json has rope_type={kind!r} without '{key}'")
+    return typed(rest.pop(key, default), type_, f"config.json has rope_scaling.{key}")
+
+
+def _read_scaling(rest: dict[str, Any], kind: str, max_positions: int) -> RopeScaling | None:
+    """Return the scaling of a rope_type, and take its keys out of `rest`."""
+    if kind == "dynamic":
+        # Frequencies change where a text is longer than max_positions, and no text here becomes that long.
+        _pop_rope(rest, kind, "factor", float, 1.0)
+    if kind in ("default", "dynamic"):
+        return None
+    if kind not in _SCALINGS:
+        raise UserError(
+            f"config.json has rope_type={kind!r}, which is not supported: linear, dynamic, yarn and llama3 are"
+        )
+    fields = {}
+    for name in (field.name for field in dataclasses.fields(_SCALINGS[kind])):
+        if name == "original_max_positions":
+            fields[name] = _pop_rope(rest, kind, _OLD_LENGTH, int, max_positions)
+        else:
+            fields[name] = _pop_rope(rest, kind, name, float, _YARN_DEFAULTS.get(name, _MISSING))
+    scaling = _SCALINGS[kind](**fields)
+    if kind == "yarn":
+        # Hugging Face computes it where it is not given; another value would be another model.
+        magnitude = scaling.magnitude()
+        if abs(_pop_rope(rest, kind, "attention_factor", float, magnitude) - magnitude) > 1e-6:
+            raise UserError("config.json has its own rope_scaling.attention_factor, which is not supported")
+        if not _pop_rope(rest, kind, "truncate", bool, True):
+            raise UserError("config.json has rope_scaling.truncate=False, which is not supported")
+    return scaling
 
 
 def read_rope(
     reader: ConfigReader, max_positions: int, theta: float = 10_000.0, *, partial: float = 1.0
-) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) of both spellings: `rope_theta` with `rope_scaling`, or `rope_parameters`.
+) -> dict[str, Any]:
+    """Return `theta` and `scaling` of both spellings: `rope_theta` with `rope_scaling`, or `rope_parameters`.
 
-    `partial` is the share of a head that the family rotates, and the only one that may be asked for. Of dynamic NTK,
-    which changes nothing up to `max_positions`, nothing is left. Raises UserError for a kind that is not supported and
+    `partial` is the share of a head that the family rotates, and the only one that may be asked for. Dynamic NTK,
+    which changes nothing up to `max_positions`, counts as none. Raises UserError for a kind that is not supported and
     for keys that are not known.
     """
-    theta, before = reader.take("rope_theta", float, theta), reader.take("original_max_position_embeddings", int, None)
+    theta, before = reader.take("rope_theta", float, theta), reader.take(_OLD_LENGTH, int, None)
     reader.only(partial_rotary_factor=partial)
     old, new = reader.take("rope_scaling", dict, {}), reader.take("rope_parameters", dict, {})
     if old and new and old != new:
@@ -196,90 +283,42 @@ def read_rope(
     rest.pop("type", None)
     rest.pop("finetuned", None)  # whether the weights were trained with it
     if before is not None and kind in ("llama3", "yarn"):
-        rest["original_max_position_embeddings"] = before
+        rest[_OLD_LENGTH] = before
     if kind in ("default", "linear", "dynamic"):
-        rest.pop("original_max_position_embeddings", None)  # of the weights before; these kinds do not read it
+        rest.pop(_OLD_LENGTH, None)  # of the weights before; these kinds do not read it
 
-    def take(key: str, type_: Any = float, default: Any = _MISSING) -> Any:
-        if key not in rest and default is _MISSING:
-            raise UserError(f"config.json has rope_type={kind!r} without '{key}'")
-        return typed(rest.pop(key, default), type_, f"config.json has rope_scaling.{key}")
-
-    theta = take("rope_theta", float, theta)
-    scaling: RopeScaling | None
-    if kind == "default":
-        scaling = None
-    elif kind == "dynamic":
-        # Frequencies change where a text is longer than max_positions, and no text here becomes that long.
-        take("factor", float, 1.0)
-        scaling = None
-    elif kind == "linear":
-        scaling = LinearScaling(take("factor"))
-    elif kind == "llama3":
-        scaling = Llama3Scaling(
-            factor=take("factor"),
-            low_freq_factor=take("low_freq_factor"),
-            high_freq_factor=take("high_freq_factor"),
-            original_max_positions=take("original_max_position_embeddings", int, max_positions),
-        )
-    elif kind == "yarn":
-        scaling = YarnScaling(
-            factor=take("factor"),
-            original_max_positions=take("original_max_position_embeddings", int, max_positions),
-            beta_fast=take("beta_fast", float, 32.0),
-            beta_slow=take("beta_slow", float, 1.0),
-            mscale=take("mscale", float, 0.0),
-            mscale_all_dim=take("mscale_all_dim", float, 0.0),
-        )
-        # What Hugging Face computes itself where it is not given; a value of its own would be another model.
-        if abs(take("attention_factor", float, scaling.magnitude()) - scaling.magnitude()) > 1e-6:
-            raise UserError("config.json has its own rope_scaling.attention_factor, which is not supported")
-        if not take("truncate", bool, True):
-            raise UserError("config.json has rope_scaling.truncate=False, which is not supported")
-    else:
-        raise UserError(
-            f"config.json has rope_type={kind!r}, which is not supported: linear, dynamic, yarn and llama3 are"
-        )
-    if (asked := take("partial_rotary_factor", float, partial)) != partial:
-        raise UserError(f"config.json has partial_rotary_factor={asked}, and {reader.family} can only have {partial}")
+    theta = _pop_rope(rest, kind, "rope_theta", float, theta)
+    scaling = _read_scaling(rest, kind, max_positions)
+    if (asked := _pop_rope(rest, kind, "partial_rotary_factor", float, partial)) != partial:
+        raise UserError(f"config.json has partial_rotary_factor={asked}, and {reader.label} can only have {partial}")
     if rest:
         raise UserError(
             f"config.json has rope_scaling.{next(iter(rest))}, which is not supported with {kind!r}; where it changes "
             f"no logit, pass --ignore-config-keys rope_scaling.{next(iter(rest))}"
         )
-    return theta, scaling
+    return {"theta": theta, "scaling": scaling}
 
 
-def write_rope(scaling: RopeScaling | None, family: str) -> dict[str, Any] | None:
-    """`rope_scaling` of a config.json. Raises UserError where it has no place there."""
-    match scaling:
-        case None:
-            return None
-        case LinearScaling(factor):
-            return {"rope_type": "linear", "factor": factor}
-        case Llama3Scaling():
-            return {
-                "rope_type": "llama3",
-                "factor": scaling.factor,
-                "low_freq_factor": scaling.low_freq_factor,
-                "high_freq_factor": scaling.high_freq_factor,
-                "original_max_position_embeddings": scaling.original_max_positions,
-            }
-        case YarnScaling():
-            return {
-                "rope_type": "yarn",
-                "factor": scaling.factor,
-                "original_max_position_embeddings": scaling.original_max_positions,
-                "beta_fast": scaling.beta_fast,
-                "beta_slow": scaling.beta_slow,
-                "mscale": scaling.mscale,
-                "mscale_all_dim": scaling.mscale_all_dim,
-            }
-    raise UserError(f"{type(scaling).__name__} has no place in {family}")
+def write_rope(attention: Any, label: str) -> dict[str, Any]:
+    """Return `rope_theta` and `rope_scaling` of an attention's rotary positions.
+
+    Raises UserError where it has none, or a scaling that Hugging Face does not have.
+    """
+    if attention.rope is None:
+        raise UserError(f"rope=None has no place in {label}")
+    scaling: Any = attention.rope.scaling
+    written = None
+    if scaling is not None:
+        kind = next((name for name, scaling_type in _SCALINGS.items() if type(scaling) is scaling_type), None)
+        if kind is None:
+            raise UserError(f"{type(scaling).__name__} has no place in {label}")
+        keys = {"original_max_positions": _OLD_LENGTH}
+        written = {"rope_type": kind} | {keys.get(n, n): value for n, value in dataclasses.asdict(scaling).items()}
+    return {"rope_theta": attention.rope.theta, "rope_scaling": written}
 
 
 def read_quantization(reader: ConfigReader) -> None:
-    """Takes `quantization_config` where there is one. Raises UserError unless it is fp8 with a scale for each block."""
+    """Take `quantization_config` where there is one. Raises UserError unless it is fp8 with a scale for each block."""
     if (found := reader.take("quantization_config", dict, None)) is None:
         return
     for key, only in {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}.items():
@@ -293,21 +332,27 @@ def read_quantization(reader: ConfigReader) -> None:
         raise UserError(f"config.json has quantization_config.weight_block_size={block!r}: it must be two sizes")
 
 
-def expect(piece: Any, wanted: type, family: str) -> Any:
-    """`piece`, or UserError where it is not of just this type."""
-    if type(piece) is not wanted:
-        raise UserError(f"{family} has {wanted.__name__}, and this model {type(piece).__name__}")
+def expect(piece: Any, *wanted: type, label: str) -> Any:
+    """Return `piece`. Raises UserError where it is of none of just these types."""
+    if type(piece) not in wanted:
+        names = " or ".join(kind.__name__ for kind in wanted)
+        raise UserError(f"{label} has {names}, and this model {type(piece).__name__}")
     return piece
 
 
-def checked(
-    data: dict[str, Any], config: ModelConfig, from_hf: Callable[[Mapping[str, Any]], ModelConfig], family: str
-) -> dict[str, Any]:
-    """`data`, a config.json; UserError where reading it gives another model than `config`, naming what is lost."""
-    again = from_hf(data)
-    if again == config:
-        return data
+def check_lossless(config: ModelConfig, again: ModelConfig, label: str) -> None:
+    """Raise UserError where `again`, read from a written config.json, is not `config`, naming what was lost."""
     if type(again) is not type(config):
-        raise UserError(f"{family} is made of {type(again).__name__}, and this model is a {type(config).__name__}")
-    changed = [f.name for f in dataclasses.fields(config) if getattr(again, f.name) != getattr(config, f.name)]  # type: ignore[arg-type]
-    raise UserError(f"{changed[0]}={getattr(config, changed[0])} has no place in {family}")
+        raise UserError(f"{label} is made of {type(again).__name__}, and this model is a {type(config).__name__}")
+    if again != config:
+        raise UserError(f"{_difference(config, again)} has no place in {label}")
+
+
+def _difference(config: Any, again: Any, field: str = "") -> str:
+    """Return the innermost dotted field that differs between two configs, and its value in the first."""
+    if type(config) is type(again) and dataclasses.is_dataclass(config):
+        for f in dataclasses.fields(config):
+            if getattr(config, f.name) != getattr(again, f.name):
+                inner = f"{field}.{f.name}" if field else f.name
+                return _difference(getattr(config, f.name), getattr(again, f.name), inner)
+    return f"{field}={config}"

@@ -15,16 +15,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax import zoo
 from llama_jax.__main__ import main
-from llama_jax.checkpoint import convert, language_model, sources
-from llama_jax.checkpoint.formats import Stored
-from llama_jax.checkpoint.formats.huggingface import read_directory, write_safetensors
+from llama_jax.checkpoint import (
+    ConversionError,
+    WeightSource,
+    check_conversion,
+    convert,
+    export_hf,
+    exporting,
+    importing,
+    load,
+    load_params,
+    open_source,
+    params_logits,
+)
+from llama_jax.checkpoint.formats import Slices, Tensor, read_directory, write_safetensors
 from llama_jax.config import UserError
 from llama_jax.models import LayerOverride, abstract_params, init_params
 from llama_jax.nn.feed_forward import SwiGLU
 from llama_jax.parallel import make_mesh
 from llama_jax.tokenizers import load_tokenizer
-from llama_jax.zoo import Weight, llama
+from llama_jax.zoo import TensorNames, WeightMapping, registry
+
+llama = zoo.family("llama")
 
 GOLDENS = Path(__file__).parents[1] / "parity" / "goldens"
 CASES = sorted(folder.name for folder in GOLDENS.iterdir() if folder.is_dir())
@@ -33,16 +47,15 @@ PAIRS = {"(n h two) d -> d n (two h)": "(n h) d -> d n h", "(k h two) d -> d k (
 
 def _load(name: str | Path):
     """Opened and loaded: a golden by name, or any other path."""
-    source = convert.open_source(GOLDENS / name)
-    return source, convert.load_params(source, abstract_params(source.config))
+    source = open_source(GOLDENS / name)
+    return source, load_params(source, abstract_params(source.config))
 
 
 def _rewrite(folder: Path, change) -> None:
     """Applies `change` to the dict of a directory's tensors."""
     tensors = {name: np.array(tensor.read()) for name, tensor in read_directory(folder).items()}
     change(tensors)
-    entries = [(name, value.dtype, value.shape) for name, value in tensors.items()]
-    write_safetensors(folder / "model.safetensors", entries, iter(tensors.values()))
+    write_safetensors(folder / "model.safetensors", tensors)
 
 
 @pytest.fixture
@@ -62,32 +75,32 @@ def test_the_same_model_in_every_form_is_the_same_parameters():
 @pytest.mark.parametrize("name", CASES)
 def test_import_agrees_with_the_source(name):
     source, params = _load(name)
-    receipt = convert.check_conversion(source, convert.params_logits(source.config, params))
-    assert receipt["max_abs_logit_difference"] < 5e-5
-    assert 0.5 < receipt["logit_std"] < 3  # so that the difference means something
-    assert receipt["tensors"] == len(source.tensors)
+    report = check_conversion(source, params_logits(source.config, params))
+    assert report["max_abs_logit_difference"] < 5e-5
+    assert 0.5 < report["logit_std"] < 3  # so that the difference means something
+    assert report["tensors"] == len(source.tensors)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("llama_") and "bin" not in name])
 def test_import_export_import_is_the_identity(name, tmp_path):
     source, params = _load(name)
-    receipt = convert.export_hf(source.config, params, tmp_path / "out")
-    assert receipt["max_abs_logit_difference"] < 5e-5
-    assert json.loads((tmp_path / "out" / "conversion.json").read_text()) == receipt
-    again = convert.open_source(tmp_path / "out")
+    report = export_hf(source.config, params, tmp_path / "out")
+    assert report["max_abs_logit_difference"] < 5e-5
+    assert json.loads((tmp_path / "out" / "conversion.json").read_text()) == report
+    again = open_source(tmp_path / "out")
     assert again.config == source.config
     assert again.tensors.keys() == source.tensors.keys()
     for key, tensor in source.tensors.items():
         np.testing.assert_array_equal(again.tensors[key].read(), tensor.read(), err_msg=key)
-    for key, value in convert.load_params(again, abstract_params(again.config)).items():
+    for key, value in load_params(again, abstract_params(again.config)).items():
         np.testing.assert_array_equal(value, params[key], err_msg=key)
 
 
 def test_export_keeps_bfloat16(tmp_path):
-    source = convert.open_source(GOLDENS / "llama_gqa")
-    params = convert.load_params(source, abstract_params(source.config, jnp.bfloat16))
-    convert.export_hf(source.config, params, tmp_path / "out")
-    assert {t.dtype.name for t in convert.open_source(tmp_path / "out").tensors.values()} == {"bfloat16"}
+    source = open_source(GOLDENS / "llama_gqa")
+    params = load_params(source, abstract_params(source.config, jnp.bfloat16))
+    export_hf(source.config, params, tmp_path / "out")
+    assert {t.dtype.name for t in open_source(tmp_path / "out").tensors.values()} == {"bfloat16"}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
@@ -102,18 +115,18 @@ def test_a_conversion_keeps_every_type(copy, narrow, tmp_path):
     _rewrite(copy, lambda t: t.update({k: v.astype(narrow) for k, v in t.items() if "norm" not in k}))
     expected = _dtypes(copy)
     assert set(expected.values()) == {"float32", name}
-    language_model.convert(copy, tmp_path / "hf", to="hf")
-    language_model.convert(copy, tmp_path / "native", to="native")
-    language_model.convert(tmp_path / "native", tmp_path / "again", to="hf")
+    convert(copy, tmp_path / "hf", to="hf")
+    convert(copy, tmp_path / "native", to="native")
+    convert(tmp_path / "native", tmp_path / "again", to="hf")
     assert _dtypes(tmp_path / "hf") == _dtypes(tmp_path / "again") == expected
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == name
     for file in (tmp_path / "hf", tmp_path / "again"):
         for key, tensor in read_directory(copy).items():
             np.testing.assert_array_equal(read_directory(file)[key].read(), tensor.read(), err_msg=key)
-    language_model.convert(tmp_path / "native", tmp_path / "wide", to="hf", dtype="float32")
+    convert(tmp_path / "native", tmp_path / "wide", to="hf", dtype="float32")
     assert set(_dtypes(tmp_path / "wide").values()) == {"float32"}
     with pytest.raises(UserError, match="dtype='float64' must be float32 or bfloat16"):
-        language_model.convert(copy, tmp_path / "x", to="hf", dtype="float64")
+        convert(copy, tmp_path / "x", to="hf", dtype="float64")
 
 
 def test_keys_can_be_ignored_and_types_chosen_by_command(copy, tmp_path):
@@ -130,52 +143,58 @@ def test_keys_can_be_ignored_and_types_chosen_by_command(copy, tmp_path):
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert written == {"bos_token_id": 1, "min_length": 3}
     assert set(_dtypes(tmp_path / "out").values()) == {"bfloat16"}
-    assert language_model.load(copy, ignore_config_keys=more[-1].split(",")).generation.min_length == 3
+    assert load(copy, ignore_config_keys=more[-1].split(",")).generation.min_length == 3
 
 
 def test_large_exports_are_sharded(tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "MAX_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(exporting, "MAX_SHARD_BYTES", 20_000)
     source, params = _load("llama_gqa")
-    convert.export_hf(source.config, params, tmp_path / "out")
+    export_hf(source.config, params, tmp_path / "out")
     files = sorted((tmp_path / "out").glob("model-*.safetensors"))
     assert len(files) > 2
     assert all(file.stat().st_size < 22_000 for file in files)
-    again = convert.open_source(tmp_path / "out")
+    again = open_source(tmp_path / "out")
     for key, tensor in source.tensors.items():
         np.testing.assert_array_equal(again.tensors[key].read(), tensor.read(), err_msg=key)
 
 
-@pytest.mark.parametrize(("form", "name"), [("META_WEIGHTS", "meta_llama2_2_shards"), ("WEIGHTS", "llama_gqa")])
-def test_a_wrong_rotary_layout_is_caught(form, name, monkeypatch):
-    """The receipt's witness does not share the table's mistakes."""
-    wrong = {old: new for pair in PAIRS.items() for old, new in (pair, pair[::-1])}
+def _with_patterns(names: TensorNames, patterns: dict[str, str]) -> TensorNames:
+    """The names with other layouts of queries and keys."""
     table = [
-        dataclasses.replace(w, pattern=wrong[w.pattern]) if w.pattern in wrong and "v_proj" not in w.name else w
-        for w in getattr(llama, form)
+        dataclasses.replace(w, pattern=patterns[w.pattern]) if w.pattern in patterns and "v_proj" not in w.name else w
+        for w in names.weights
     ]
-    assert table != list(getattr(llama, form))
-    monkeypatch.setattr(llama, form, tuple(table))
-    source, params = _load(name)
-    with pytest.raises(convert.ConversionError, match="differ"):
-        convert.check_conversion(source, convert.params_logits(source.config, params))
+    assert table != list(names.weights)
+    return dataclasses.replace(names, weights=tuple(table))
 
 
-def test_the_receipt_covers_the_way_from_the_source(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["meta_llama2_2_shards", "llama_gqa"])
+def test_a_wrong_rotary_layout_is_caught(name):
+    """The report's reference does not share the table's mistakes."""
+    source = open_source(GOLDENS / name)
+    wrong = {old: new for pair in PAIRS.items() for old, new in (pair, pair[::-1])}
+    source = dataclasses.replace(source, names=_with_patterns(source.names, wrong))
+    params = load_params(source, abstract_params(source.config))
+    with pytest.raises(ConversionError, match="differ"):
+        check_conversion(source, params_logits(source.config, params))
+
+
+def test_the_report_covers_the_way_from_the_source(tmp_path, monkeypatch):
     """A mistake of the import that the export does not share is caught, though both sides of the export agree."""
-    assert language_model.convert(GOLDENS / "meta_llama2_2_shards", tmp_path / "good", to="hf")["form"] == "meta"
-    table = [dataclasses.replace(w, pattern=PAIRS.get(w.pattern, w.pattern)) for w in llama.META_WEIGHTS]
-    monkeypatch.setattr(llama, "META_WEIGHTS", tuple(table))
-    with pytest.raises(convert.ConversionError, match="meta_llama2_2_shards"):
-        language_model.convert(GOLDENS / "meta_llama2_2_shards", tmp_path / "bad", to="hf")
+    assert convert(GOLDENS / "meta_llama2_2_shards", tmp_path / "good", to="hf")["form"] == "meta"
+    wrong = dataclasses.replace(llama.meta, names=_with_patterns(llama.meta.names, PAIRS))
+    monkeypatch.setitem(registry._registered, "llama", dataclasses.replace(llama, meta=wrong))
+    with pytest.raises(ConversionError, match="meta_llama2_2_shards"):
+        convert(GOLDENS / "meta_llama2_2_shards", tmp_path / "bad", to="hf")
     assert [folder.name for folder in tmp_path.iterdir()] == ["good"]
 
 
 def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
     source, params = _load("llama_gqa")
-    to_source = Weight.to_source
-    monkeypatch.setattr(Weight, "to_source", lambda self, value: to_source(self, value[::-1]))
-    with pytest.raises(convert.ConversionError, match="nothing was kept"):
-        convert.export_hf(source.config, params, tmp_path / "out")
+    to_source = WeightMapping.to_source
+    monkeypatch.setattr(WeightMapping, "to_source", lambda self, value: to_source(self, value[::-1]))
+    with pytest.raises(ConversionError, match="nothing was kept"):
+        export_hf(source.config, params, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -183,20 +202,20 @@ def test_export_does_not_overwrite(tmp_path):
     source, params = _load("llama_gqa")
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(UserError, match="exists already"):  # before anything is read
-        language_model.convert(tmp_path / "nothing", tmp_path, to="hf")
+        convert(tmp_path / "nothing", tmp_path, to="hf")
     with pytest.raises(UserError, match="exists already"):
-        convert.export_hf(source.config, params, tmp_path)
+        export_hf(source.config, params, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_parameters_with_no_place_are_not_exported(tmp_path):
     source, params = _load("llama_gqa")
     with pytest.raises(UserError, match=r"'layers\.router\.weight' has no place"):
-        convert.export_hf(source.config, params | {"layers.router.weight": params["norm.weight"]}, tmp_path / "out")
+        export_hf(source.config, params | {"layers.router.weight": params["norm.weight"]}, tmp_path / "out")
     override = LayerOverride(layers=(1,), piece=SwiGLU(intermediate_size=40, bias=True))
     mixed = dataclasses.replace(source.config, overrides=(override,))
     with pytest.raises(UserError, match="overrides"):
-        convert.export_hf(mixed, init_params(mixed, 0), tmp_path / "out")
+        export_hf(mixed, init_params(mixed, 0), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -255,7 +274,7 @@ def test_what_is_no_checkpoint(tmp_path):
 def wide_export(tmp_path_factory):
     """A model whose largest parameters are 4 MiB: its config, its parameters on the host, its exported directory."""
     config = dataclasses.replace(
-        llama.PRESETS["stories260k"],
+        llama.presets["stories260k"],
         hidden_size=256,
         num_layers=4,
         vocab_size=4096,
@@ -263,7 +282,7 @@ def wide_export(tmp_path_factory):
     )
     params = jax.device_get(jax.jit(lambda: init_params(config, 0))())
     folder = tmp_path_factory.mktemp("wide") / "out"
-    convert.export_hf(config, params, folder)
+    export_hf(config, params, folder)
     return config, params, folder
 
 
@@ -271,9 +290,9 @@ def wide_export(tmp_path_factory):
 def test_any_mesh_gets_the_same_values(shape):
     _, expected = _load("meta_llama2_2_shards")
     with jax.set_mesh(make_mesh(shape)):
-        source = convert.open_source(GOLDENS / "meta_llama2_2_shards")
+        source = open_source(GOLDENS / "meta_llama2_2_shards")
         abstract = abstract_params(source.config)
-        params = convert.load_params(source, abstract)
+        params = load_params(source, abstract)
     assert any(not value.sharding.is_fully_replicated for value in params.values())
     for key, value in params.items():
         assert value.sharding == abstract[key].sharding
@@ -283,39 +302,28 @@ def test_any_mesh_gets_the_same_values(shape):
 def test_a_sharded_model_exports_under_its_mesh(tmp_path):
     with jax.set_mesh(make_mesh({"fsdp": 4, "tensor": 2})):
         source, params = _load("llama_gqa")
-        convert.export_hf(source.config, params, tmp_path / "out")
-    again = convert.open_source(tmp_path / "out")
+        export_hf(source.config, params, tmp_path / "out")
+    again = open_source(tmp_path / "out")
     for key, tensor in source.tensors.items():
         np.testing.assert_array_equal(again.tensors[key].read(), tensor.read(), err_msg=key)
 
 
-class _Counting:
-    """A tensor that notes how many of its elements were read."""
-
-    def __init__(self, inner: Stored):
-        self.inner, self.read_elements = inner, 0
-
-    @property
-    def shape(self):
-        return self.inner.shape
-
-    @property
-    def dtype(self):
-        return self.inner.dtype
-
-    def read(self, slices=(), /):
-        part = self.inner.read(slices)
-        self.read_elements += part.size
-        return part
-
-
 def test_every_number_is_read_once_for_all_shards_together():
-    source = convert.open_source(GOLDENS / "meta_llama3_4_shards")
-    counting = {name: _Counting(tensor) for name, tensor in source.tensors.items()}
+    source = open_source(GOLDENS / "meta_llama3_4_shards")
+    elements_read = dict.fromkeys(source.tensors, 0)
+
+    def counting(name: str, tensor: Tensor) -> Tensor:
+        def fetch(slices: Slices) -> np.ndarray:
+            part = tensor.read(slices)
+            elements_read[name] += part.size
+            return part
+
+        return Tensor(tensor.shape, tensor.dtype, fetch)
+
+    tensors = {name: counting(name, tensor) for name, tensor in source.tensors.items()}
     with jax.set_mesh(make_mesh({"fsdp": 4, "tensor": 2})):
-        convert.load_params(dataclasses.replace(source, tensors=counting), abstract_params(source.config))
-    for name, tensor in counting.items():
-        assert tensor.read_elements == (0 if name == "rope.freqs" else np.prod(tensor.shape)), name
+        load_params(dataclasses.replace(source, tensors=tensors), abstract_params(source.config))
+    assert elements_read == {name: np.prod(tensor.shape) for name, tensor in source.tensors.items()}
 
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 8}])
@@ -328,14 +336,14 @@ def test_host_memory_is_one_shard(wide_export, monkeypatch, mesh):
         start = -raw.ctypes.data % 64 + dtype.itemsize
         return raw[start : start + raw.size - 128].view(dtype).reshape(shape)
 
-    monkeypatch.setattr(sources, "_BLOCK_BYTES", 1 << 16)
-    monkeypatch.setattr(sources, "_host_buffer", unaligned)
-    source = convert.open_source(folder)
+    monkeypatch.setattr(importing, "_BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr(importing, "_host_buffer", unaligned)
+    source = open_source(folder)
     with jax.set_mesh(make_mesh(mesh)):
         abstract = abstract_params(config)
         shard = max(4 * math.prod(a.sharding.shard_shape(a.shape)) for a in abstract.values())
         tracemalloc.start()
-        loaded = convert.load_params(source, abstract)
+        loaded = load_params(source, abstract)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert shard <= peak < shard + 300_000
@@ -347,7 +355,7 @@ def test_host_memory_is_one_shard(wide_export, monkeypatch, mesh):
 def test_loaded_parameters_can_be_donated(wide_export):
     """A train step updates them in place, also where the CPU took over the host's memory."""
     config, params, folder = wide_export
-    loaded = convert.load_params(convert.open_source(folder), abstract_params(config))
+    loaded = load_params(open_source(folder), abstract_params(config))
     stepped = jax.jit(lambda p: jax.tree.map(lambda x: x + 1, p), donate_argnums=0)(loaded)
     assert all(value.is_deleted() for value in loaded.values())
     for name, value in stepped.items():
@@ -357,9 +365,9 @@ def test_loaded_parameters_can_be_donated(wide_export):
 # -- others
 
 
-def _greedy(source: convert.Source, num_tokens: int) -> list[int]:
+def _greedy(source: WeightSource, num_tokens: int) -> list[int]:
     """Greedy ids from BOS by the full forward at every step: no cache is involved."""
-    logits = convert.params_logits(source.config, convert.load_params(source, abstract_params(source.config)))
+    logits = params_logits(source.config, load_params(source, abstract_params(source.config)))
     ids = np.ones((1, num_tokens + 1), np.int32)
     for i in range(num_tokens):
         ids[0, i + 1] = logits({"tokens": ids})[0, i].argmax()
@@ -371,13 +379,12 @@ def test_stories260k(shared_data):
     folder = shared_data / "llama2c"
     expected = (folder / "stories260K_expected_greedy200.txt").read_text()
     tokenizer = load_tokenizer(folder / "tok512.bin")
-    source = convert.open_source(folder / "stories260K.bin")
-    assert source.config == llama.PRESETS["stories260k"]
+    source = open_source(folder / "stories260K.bin")
+    assert source.config == llama.presets["stories260k"]
     begin = tokenizer.decode(_greedy(source, 60)).strip()
     assert len(begin) > 100
     assert expected.strip().startswith(begin)
-    unpermuted = [dataclasses.replace(w, pattern=PAIRS.get(w.pattern, w.pattern)) for w in source.weights]
-    wrong = dataclasses.replace(source, weights=tuple(unpermuted))
+    wrong = dataclasses.replace(source, names=_with_patterns(source.names, PAIRS))
     assert not expected.strip().startswith(tokenizer.decode(_greedy(wrong, 20)).strip())
 
 
@@ -389,7 +396,7 @@ def test_transformers_reads_what_is_exported(tmp_path):
     names = [name for name in CASES if name.startswith("llama_") and "bin" not in name]
     for name in names:
         source, params = _load(name)
-        convert.export_hf(source.config, params, tmp_path / name)
+        export_hf(source.config, params, tmp_path / name)
     script = (
         "import sys, numpy as np, torch\n"
         "from transformers import AutoModelForCausalLM\n"
@@ -404,5 +411,5 @@ def test_transformers_reads_what_is_exported(tmp_path):
     subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
     for name in names:
         source, params = _load(name)
-        logits = convert.params_logits(source.config, params)({"tokens": np.arange(3, 43).reshape(2, 20)})
+        logits = params_logits(source.config, params)({"tokens": np.arange(3, 43).reshape(2, 20)})
         np.testing.assert_allclose(np.load(tmp_path / name / "logits.npy"), logits, atol=2e-5, err_msg=name)

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from llama_jax import convert, load, save
-from llama_jax.checkpoint.generation import GenerationSettings
-from llama_jax.checkpoint.language_model import LanguageModel
+from llama_jax.checkpoint import GenerationSettings, LanguageModel
 from llama_jax.config import UserError
 from llama_jax.models import Compute, DecoderConfig, abstract_params, from_params
 from llama_jax.nn import SwiGLU

@@ -12,14 +12,18 @@ import pytest
 
 import llama_jax
 from llama_jax import zoo
-from llama_jax.checkpoint import catalog
-from llama_jax.checkpoint.formats.huggingface import read_directory, write_safetensors
-from llama_jax.checkpoint.formats.meta import read_meta
-from llama_jax.checkpoint.sources import load_params, open_source
+from llama_jax.checkpoint import load_params, open_source
+from llama_jax.checkpoint.formats import read_directory, read_meta, write_safetensors
 from llama_jax.config import UserError
 from llama_jax.models import abstract_params, build
 from llama_jax.nn import RMSNorm
-from llama_jax.zoo import Weight, deepseek_v2, glm, llama, mixtral
+from llama_jax.zoo import WeightMapping
+from llama_jax.zoo.glm import glm as make_glm
+
+deepseek_v2 = zoo.family("deepseek_v2")
+glm = zoo.family("glm")
+llama = zoo.family("llama")
+mixtral = zoo.family("mixtral")
 
 GOLDENS = Path(__file__).parents[1] / "parity" / "goldens"
 
@@ -30,8 +34,7 @@ def written(folder: Path, config: dict[str, Any] | None, tensors: Arrays, name: 
     folder.mkdir(parents=True)
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    entries = [(key, value.dtype, value.shape) for key, value in tensors.items()]
-    write_safetensors(folder / name, entries, iter(tensors.values()))
+    write_safetensors(folder / name, tensors)
     return folder
 
 
@@ -135,7 +138,7 @@ def test_experts_in_one_tensor(name: str, tmp_path: Path):
     same(written(tmp_path / "fused", config, fused), name)
 
 
-def _meta_names(name: str, table: tuple[Weight, ...], own: tuple[Weight, ...]) -> Arrays:
+def _meta_names(name: str, table: tuple[WeightMapping, ...], own: tuple[WeightMapping, ...]) -> Arrays:
     """A golden's tensors under Meta's names, rotary pairs side by side."""
     _, tensors = golden(name)
     config = open_source(GOLDENS / name).config
@@ -161,7 +164,7 @@ def test_consolidated_safetensors_beside_either_config(name: str, tmp_path: Path
     family = mixtral if name == "mixtral" else llama
     config, _ = golden(name)
     config |= {"max_position_embeddings": 512}
-    tensors = _meta_names(name, family.META_WEIGHTS, family.WEIGHTS)
+    tensors = _meta_names(name, family.meta.names.weights, family.names.weights)
     of_hub = written(tmp_path / "hub", config, tensors, "consolidated.safetensors")
     expected = params(GOLDENS / name)
     sizes = {
@@ -191,10 +194,10 @@ def test_consolidated_safetensors_beside_either_config(name: str, tmp_path: Path
 
 def test_an_import_from_consolidated_safetensors_is_compared_with_its_source(tmp_path: Path):
     config, _ = golden("llama_gqa")
-    tensors = _meta_names("llama_gqa", llama.META_WEIGHTS, llama.WEIGHTS)
+    tensors = _meta_names("llama_gqa", llama.meta.names.weights, llama.names.weights)
     folder = written(tmp_path / "hub", config, tensors, "consolidated.safetensors")
-    receipt = llama_jax.convert(folder, tmp_path / "native", to="native")
-    assert receipt["witness"] == "numpy"
+    report = llama_jax.convert(folder, tmp_path / "native", to="native")
+    assert report["witness"] == "numpy"
 
 
 def test_a_t5_made_from_scratch_has_a_tied_head_that_is_not_scaled(tmp_path: Path):
@@ -299,18 +302,9 @@ def test_an_own_glm_with_a_small_vocabulary_comes_back(tmp_path: Path):
     }  # fmt: skip
     tokens = jnp.asarray([[1, 5, 9]])
     for kind, cast_last in (("glm", False), ("chatglm", True)):
-        config = glm.glm(**sizes, norm=RMSNorm(1e-5, cast_last=cast_last))
+        config = make_glm(**sizes, norm=RMSNorm(1e-5, cast_last=cast_last))
         model = build(config)
         llama_jax.save(llama_jax.LanguageModel(config, model, None, kind), tmp_path / kind, format="hf")
         again = llama_jax.load(tmp_path / kind, dtype="float32")
         assert again.config == config
         np.testing.assert_allclose(again.model(tokens), model(tokens), atol=1e-5)
-
-
-def test_the_catalog_says_what_each_family_reads():
-    found = {family.model_type: family for family in catalog.families()}
-    assert set(found) == set(zoo.families())
-    assert all({"architectures", "vocab_size", "tie_word_embeddings"} <= set(family.keys) for family in found.values())
-    assert {"num_labels", "classifier_dropout"} <= set(found["bert"].keys)
-    assert [name for name, family in found.items() if family.meta] == ["llama", "mixtral"]
-    assert "unsloth_fixed" in catalog.harmless_keys()["other tools"]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.checkpoint.store import CheckpointConfig, CheckpointStore, SaveFailed, to_disk
+from llama_jax.checkpoint import CheckpointConfig, CheckpointStore, SaveFailed, to_disk
 from llama_jax.config import UserError
 from llama_jax.models import DecoderConfig, abstract_params, initialize
 from llama_jax.parallel import distributed, make_mesh
@@ -186,7 +186,7 @@ def test_only_parameters_in_another_type(two_layers: DecoderConfig, saved: dict[
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": 32}, r"has 'params.embedding.weight' of shape \(40, 16\), and this config wants \(40, 32\)"),
+        ({"hidden_size": 32}, r"has 'params.embedding.weight' of shape \(40, 16\), and this config needs \(40, 32\)"),
         ({"tie_embeddings": True}, "has 'optimizer.1.mu.lm_head.weight', which this config does not have"),
     ],
 )

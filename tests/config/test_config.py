@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 import types
 from pathlib import Path
 from typing import Any, Literal
@@ -362,3 +364,18 @@ def test_a_config_that_is_not_there(configs: Path):
     (configs / "empty.py").write_text("x = 1\n")
     with pytest.raises(UserError, match=r"has no function get_config\(\)"):
         load_config_module(configs / "empty.py")
+
+
+@pytest.mark.parametrize("module", ["llama_jax.run_config", "llama_jax.data.config"])
+def test_choices_are_complete_although_imports_are_lazy(module: str):
+    """In a process that has imported one module, as in one that has imported all."""
+    code = f"""
+import importlib, pkgutil, {module}, llama_jax
+from llama_jax.config import Component, choices
+found = {{base: choices(base) for base in Component.__subclasses__()}}
+for other in pkgutil.walk_packages(llama_jax.__path__, "llama_jax."):
+    importlib.import_module(other.name)
+assert found and all(choices(base) == names for base, names in found.items())
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")

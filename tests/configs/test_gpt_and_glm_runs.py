@@ -19,8 +19,7 @@ from llama_jax.nn import RMSNorm
 from llama_jax.run import RunConfig, load_config, train
 from llama_jax.training import AdamW, init_state, make_train_step
 from llama_jax.zoo.glm import glm
-from llama_jax.zoo.gpt2 import gpt
-from llama_jax.zoo.gpt3 import gpt3
+from llama_jax.zoo.gpt2 import gpt, gpt3
 
 VOCAB = 304
 MODELS = {

@@ -233,9 +233,9 @@ def test_bad_records_up_to_a_limit(tmp_path: Path, tokenizer):
     lines = ['{"text": "good"}', "{", '{"txt": 1}', '{"text": "half \\ud800"}', '{"text": "fine"}', "{"]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     config = DataConfig(path=(str(tmp_path / "a.jsonl"),), validation_fraction=0.0, cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"line 2 of .* is not JSON .*: mend it, or raise max_bad_records=0"):
+    with pytest.raises(UserError, match=r"line 2 of .* is not JSON .*: repair it, or raise max_bad_records=0"):
         prepare_corpus(config, tokenizer)
-    with pytest.raises(UserError, match=r"4 records are bad, first line 2 of .*; line 3 of .*; line 4 of [^;]* mend"):
+    with pytest.raises(UserError, match=r"4 records are bad, first line 2 of .*; line 3 of .*; line 4 of [^;]* repair"):
         prepare_corpus(dataclasses.replace(config, max_bad_records=3), tokenizer)
     for limit in (4, None):
         made = prepare_corpus(dataclasses.replace(config, max_bad_records=limit), tokenizer)

@@ -43,7 +43,7 @@ from llama_jax.data.objectives import (
 )
 from llama_jax.data.readers import records
 from llama_jax.data.rows.fitting import fit_rows
-from llama_jax.data.rows.packing import PackedRows
+from llama_jax.data.rows.packing import PackedRows, Packer
 from llama_jax.tokenizers import Tokenizer, train_tokenizer
 
 SIZES = {"prose": 60, "code": 35, "notes": 9}  # documents
@@ -271,11 +271,9 @@ def test_a_chat_cut_in_pieces_keeps_whose_turn_it_is(folder, tokenizer):
     shard = Shard(np.tile(tokens, 2), places, np.concatenate([place + parts for place in places]))
     vocabulary = Vocabulary.of(tokenizer)
     whole = Chat().example(Document(tokens.astype(np.int32), parts), np.random.default_rng(0), vocabulary)
-    plan = fit_rows(shard, Chat(), "best_fit", (20,), num_before=1, num_after=1)
-    rows = PackedRows(
-        TokenStream([shard]), Chat(), vocabulary, plan.pieces, plan.rows,
-        sequence_length=20, num_tokens=plan.num_tokens, num_dropped=0, seed=(0,),
-    )  # fmt: skip
+    packer = Packer(Chat(), "best_fit", vocabulary, 20)
+    index = fit_rows(shard, Chat(), "best_fit", (20,), num_before=1, num_after=1)
+    rows = PackedRows(TokenStream([shard]), packer, index, seed=(0,))
     batch = rows.read([(0, row) for row in range(rows.num_rows)])
     trained = batch["targets"][batch["weights"] > 0]
     assert sorted(trained) == sorted([*whole["targets"][whole["weights"] > 0]] * 2)
@@ -357,14 +355,14 @@ def test_wrong_mixtures(folder, tokenizer):
     one = Source("a", ("x",), share=1.0)
     for options, message in (
         ({"path": ("y",), "sources": (one,)}, "path and sources are both given"),
-        ({"sources": (one, one)}, "give each a name of its own"),
+        ({"sources": (one, one)}, "give each another name"),
         ({"sources": (dataclasses.replace(one, share=0.0),)}, "all have the share 0"),
         ({"sources": (one,), "stages": (Stage(0, (1.0,)),)}, "must be after 0"),
         ({"stages": (Stage(3, ()),)}, "there are none: give sources"),
         ({"fields": ("",)}, "must name one field"),
         ({"sources": (one,), "stages": (Stage(1, (1.0, 2.0)),)}, "give each of the 1 sources one"),
         ({"sources": (one,), "stages": (Stage(1, (-1.0,)),)}, "0 or more"),
-        ({"sources": (Source("a", ("x",), epochs=1.0),), "stages": (Stage(1, (1.0,)),)}, "a source says epochs"),
+        ({"sources": (Source("a", ("x",), epochs=1.0),), "stages": (Stage(1, (1.0,)),)}, "a source has epochs"),
     ):
         with pytest.raises(UserError, match=message):
             DataConfig(**{"path": (), **options})
@@ -439,7 +437,7 @@ def test_a_corpus_that_is_there_is_only_read(folder, tokenizer, tmp_path: Path, 
     def no_lock(*_: Any, **__: Any) -> None:
         raise AssertionError("a lock is written")
 
-    for module in ("corpus.prepare", "rows.fitting"):
+    for module in ("corpus.prepare", "rows.packing"):
         monkeypatch.setattr(sys.modules[f"llama_jax.data.{module}"], "lock", no_lock)
     assert opened(config, tokenizer).train[0].num_rows
     with pytest.raises(AssertionError, match="a lock is written"):

@@ -14,8 +14,8 @@ from llama_jax.config import UserError
 from llama_jax.data import DataConfig, read_texts
 from llama_jax.data.corpus.documents import split_of
 from llama_jax.data.corpus.files import find_files
-from llama_jax.data.readers import read_unit
-from llama_jax.data.readers.records import BadRecord, Record, SkippedFile, units_by_shard
+from llama_jax.data.readers import read_unit, units_by_shard
+from llama_jax.data.readers.records import BadRecord, Record, SkippedFile
 from llama_jax.tokenizers import train_tokenizer
 
 
@@ -146,7 +146,7 @@ def test_bad_records_are_named(tmp_path: Path):
         "4 lacks a field ('text'; it has txt, n: set fields)",
         "5 lacks a field (it has no fields at all)",
         "6 has a field of another type ('text' is no text, no list of token ids and no list of messages)",
-        "7 lacks a field ('text'; it has text: set fields)",
+        "7 lacks a field ('text' is null)",
         "8 has a field of another type ('text' is no text, no list of token ids and no list of messages)",
         "9 has a field of another type ('text' is no text, no list of token ids and no list of messages)",
         "10 is longer than max_record_bytes",
@@ -188,7 +188,7 @@ def test_wrong_inputs(tmp_path: Path):
         ("*.nothing", {}, "no glob that matches"),
         ("hollow", {}, "no directory with files"),
         ("b.txt", {"exclude": ("*",)}, "leaves no file"),
-        ("d.jsonl", {"fields": ("txt",)}, "line 1 of .* lacks a field .'txt'; it has text, body: set fields.*mend it"),
+        ("d.jsonl", {"fields": ("txt",)}, "line 1 of .* lacks a field .'txt'; it has text, body: set fields.*repair"),
         ("broken.jsonl", {}, "line 2 of .* is not JSON"),
         ("half.jsonl", {}, "line 2 of .* has half a surrogate pair"),
         ("sub/picture.png", {}, "picture.png' is not UTF-8.*max_bad_records"),

@@ -25,9 +25,9 @@ from hypothesis import given, strategies as st
 from llama_jax.config import UserError
 from llama_jax.data import DataConfig
 from llama_jax.data.corpus.files import find_files
-from llama_jax.data.readers import read_unit
+from llama_jax.data.readers import read_unit, units_by_shard
 from llama_jax.data.readers.json_file import JsonProblem, json_values
-from llama_jax.data.readers.records import BadRecord, Item, SkippedFile, units_by_shard
+from llama_jax.data.readers.records import BadRecord, Item, SkippedFile
 
 BOM = b"\xef\xbb\xbf"
 RECORDS = [{"text": "one"}, {"text": 'tw"o\n, [naïve]'}, {"text": "😀 } \\"}]

@@ -17,13 +17,14 @@ import zstandard
 
 from llama_jax.__main__ import main
 from llama_jax.config import UserError
-from llama_jax.data import DataConfig, prepare_corpus, prepare_shards
+from llama_jax.data import DataConfig, add_reader, prepare_corpus, prepare_shards, readers
 from llama_jax.data.chat import ChatTemplate, Piece
 from llama_jax.data.corpus.files import find_files
 from llama_jax.data.corpus.shards import ShardMaker
 from llama_jax.data.corpus.workers import make_shards
-from llama_jax.data.readers import records
-from llama_jax.data.readers.records import Unit, units_by_shard
+from llama_jax.data.readers import records, units_by_shard
+from llama_jax.data.readers.opening import open_file
+from llama_jax.data.readers.records import Unit
 from llama_jax.tokenizers import Tokenizer, train_tokenizer
 
 SHARD_BYTES = 20_000
@@ -356,3 +357,30 @@ def test_a_missing_package_is_named(tmp_path: Path, tokenizer, monkeypatch: pyte
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(UserError, match=rf"needs the package {module}: pip install 'llama_jax\[{extra}\]'"):
             prepare_corpus(DataConfig(path=(path,), cache_dir=str(tmp_path / "cache")), tokenizer)
+
+
+OWN_READER = """
+def read_lines_of_x(unit, config):
+    with open_file(unit.file.place) as content:
+        for number, line in enumerate(content.read().decode().splitlines(), 1):
+            yield Record((line.removeprefix("x ")[:99],), f"line {number} of '{unit.file.path}'")
+"""
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_reader_of_ones_own(config, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int):
+    """A kind of file that is added in a notebook's cell, which processes know too."""
+    monkeypatch.setattr(readers, "KINDS", readers.KINDS.copy())
+    space = {"open_file": open_file, "Record": records.Record, "__name__": "__main__"}
+    exec(OWN_READER, space)
+    with pytest.raises(ValueError, match="there is a kind of file with the name 'csv'"):
+        add_reader("csv", r"\.x$", space["read_lines_of_x"])
+    add_reader("x_lines", r"\.x$", space["read_lines_of_x"])
+    for name in "ab":
+        (tmp_path / f"{name}.x").write_text("x the cat sat\n" * (SHARD_BYTES // 13))
+    own = dataclasses.replace(config, path=(str(tmp_path / "*.x"),), validation_fraction=0.0)
+    assert num_shards(own) == 2
+    made = prepare_corpus(own, tokenizer, num_workers=num_workers)
+    assert next(made.texts("train")) == "the cat sat"
+    assert made.num_documents["train"] == 2 * (SHARD_BYTES // 13)
+    assert made.train.read(0, 4).tolist() == tokenizer.encode("the cat sat", bos=True, eos=True)[:4]

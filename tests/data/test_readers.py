@@ -13,11 +13,11 @@ from file_kinds import as_example, write_array_record
 from hypothesis import given, strategies as st
 
 from llama_jax.config import UserError
-from llama_jax.data import DataConfig
+from llama_jax.data import DataConfig, readers
 from llama_jax.data.corpus.files import find_files
-from llama_jax.data.readers import read_unit, records
+from llama_jax.data.readers import read_unit, records, units_by_shard
 from llama_jax.data.readers.binary import example
-from llama_jax.data.readers.records import BadRecord, CorpusFile, Record, Unit, units_by_shard
+from llama_jax.data.readers.records import BadRecord, CorpusFile, Record, Unit
 
 EOS = 50256
 IDS = [[1, 2, 3], [70, 40000], [5], [9] * 30, [0, 65535]]
@@ -155,7 +155,7 @@ def test_bad_array_records(tmp_path: Path):
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1)), st.booleans())
 def test_integers_of_an_example(values: list[int], packed: bool):
-    ((name, found),) = example(as_example({"ids": values}, packed=packed))
+    ((name, found),) = example(as_example({"ids": values}, packed=packed)).items()
     assert name == "ids"
     assert isinstance(found, np.ndarray)
     assert found.tolist() == values
@@ -182,7 +182,7 @@ def test_llm_c_files(tmp_path: Path):
         for count in (1, 4):
             assert ids_of(read(file, count=count)) == IDS
         file.write_bytes(file.read_bytes()[:-4])
-        with pytest.raises(UserError, match="its header says"):
+        with pytest.raises(UserError, match="its header has"):
             read(file)
     file.write_bytes(b"odd")
     with pytest.raises(UserError, match="odd number of bytes"):
@@ -231,7 +231,7 @@ def test_hugging_face_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert texts_of(found) == TEXTS
     assert found[-1].where == f"row 3 of file 2 of 'hf://{folder}:train'"
     assert ids_of(list(read_unit(Unit(file, 0, 2), DataConfig(path=config.path, fields=("tokens",))))) == IDS[:2]
-    with pytest.raises(UserError, match="must say its split"):
+    with pytest.raises(UserError, match="must name its split"):
         read("hf://some/dataset")
     with pytest.raises(UserError, match="cannot be read"):
         read(f"hf://{tmp_path}/absent:train")
@@ -255,5 +255,5 @@ def test_units_follow_from_names_and_sizes(monkeypatch: pytest.MonkeyPatch):
         ["e.parquet 0/2"], ["e.parquet 1/2"], ["f.bin 0/1", "g.txt 0/1"],
     ]  # fmt: skip
     assert sum(unit.size for shard in shards for unit in shard) == sum(sizes.values())
-    monkeypatch.setattr(records, "MAX_SHARDS", 4)
+    monkeypatch.setattr(readers, "MAX_SHARDS", 4)
     assert len(units_by_shard([CorpusFile("a.jsonl", 1000, named=True)], config)) == 4

@@ -8,7 +8,7 @@ from hypothesis import given, strategies as st
 
 from llama_jax.data import Batches, HostBatch, Shard, TokenStream, ValidationBatches
 from llama_jax.data.mixture import Mixture, Schedule
-from llama_jax.data.rows.windows import WindowRows, num_windows, read_windows
+from llama_jax.data.rows.windows import WindowRows
 
 BOS, EOS = 1, 2
 
@@ -56,9 +56,9 @@ def expected_row(stream: TokenStream, index: int, length: int) -> dict[str, list
 @given(sizes=sizes, num_shards=st.integers(1, 4), length=st.integers(1, 12), data=st.data())
 def test_window_is_what_it_says(sizes: list[int], num_shards: int, length: int, data: st.DataObject):
     stream = make_stream(sizes, num_shards=num_shards)
-    count = num_windows(stream, length, partial=True)
-    indices = data.draw(st.lists(st.integers(0, count + 1), min_size=1, max_size=4))
-    batch = read_windows(stream, indices, length)
+    rows = WindowRows(stream, length, partial=True)
+    indices = data.draw(st.lists(st.integers(0, rows.num_rows + 1), min_size=1, max_size=4))
+    batch = rows.read([(0, index) for index in indices])
     for row, index in enumerate(indices):
         for name, values in expected_row(stream, index, length).items():
             assert batch[name][row].tolist() == values, (name, index)

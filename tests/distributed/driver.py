@@ -18,7 +18,7 @@ from jax._src import compiler
 from jax.experimental import multihost_utils
 
 from llama_jax import __main__ as command_line
-from llama_jax.checkpoint.store import CheckpointStore, to_disk
+from llama_jax.checkpoint import CheckpointStore, to_disk
 from llama_jax.run import preparing, training
 
 

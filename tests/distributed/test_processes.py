@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llama_jax.checkpoint.store import CheckpointStore, to_disk
+from llama_jax.checkpoint import CheckpointStore, to_disk
 from llama_jax.config import override
 from llama_jax.run import Run, RunConfig, open_run, train
 from llama_jax.run.training import _Loop

@@ -13,8 +13,10 @@ import tables
 from tiny_run import write_texts
 
 import llama_jax
+from llama_jax import tokenizers
 from llama_jax.__main__ import parse
-from llama_jax.checkpoint.language_model import LanguageModel
+from llama_jax.checkpoint import LanguageModel
+from llama_jax.data import readers
 from llama_jax.models import Compute, DecoderConfig, from_params
 from llama_jax.nn import Rope
 from llama_jax.parallel import make_mesh
@@ -86,6 +88,21 @@ def test_own_attention_is_saved_and_loaded(own_config: DecoderConfig, own_attent
     loaded = llama_jax.load(tmp_path / "saved", components=(own_attention,))
     tokens = jnp.array([[3, 5, 7]], jnp.int32)
     assert (loaded.model(tokens) == model(tokens)).all()
+
+
+def test_other_blocks_of_architecture_run(monkeypatch: pytest.MonkeyPatch):
+    """Their behaviour is tested in tests/test_extensions.py; here the code as it is shown."""
+    monkeypatch.setattr("llama_jax.data.readers.KINDS", [*readers.KINDS])
+    before = [*tokenizers.READERS]
+    blocks = [block for block in snippets("docs/architecture.md") if "class NormedAttention" not in block]
+    assert len(blocks) >= 4
+    try:
+        for block in blocks:
+            exec(compile(block, "docs/architecture.md", "exec"), {"__name__": "architecture"})
+        assert readers.kind_of("a.poem").name == "poem"
+        assert tokenizers.READERS[1:] == before
+    finally:
+        tokenizers.READERS[:] = before
 
 
 def test_readme_example_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -10,7 +10,7 @@ from llama_jax import zoo
 from llama_jax.data import objectives
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text("utf-8")
-FAMILIES = zoo_table.families()
+FAMILIES = zoo.all_presets()
 # Pairs of texts want a head that the released encoders are given or not.
 OPTIONS = {"MaskedLM": {"next_sentence": False}}
 
@@ -33,14 +33,14 @@ def test_every_family_with_weights_has_goldens():
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_models_take_what_their_objectives_give(name):
-    for objective in zoo_table.objectives(FAMILIES[name]):
+    for objective in FAMILIES[name].objectives:
         fields = set(getattr(objectives, objective)(**OPTIONS.get(objective, {})).fields())
-        for preset, config in FAMILIES[name].PRESETS.items():
+        for preset, config in FAMILIES[name].presets.items():
             assert fields <= config.batch_fields, (preset, objective)
 
 
 def test_titles_tell_families_apart():
-    titles = [zoo_table.title(module) for module in FAMILIES.values()]
+    titles = [family.title for family in FAMILIES.values()]
     assert len(set(titles)) == len(titles)
     assert all(0 < len(title) < 50 for title in titles)
-    assert sum(len(module.PRESETS) for module in FAMILIES.values()) == len(llama_jax.presets())
+    assert sum(len(family.presets) for family in FAMILIES.values()) == len(llama_jax.presets())

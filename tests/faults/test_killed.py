@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax.checkpoint.store import CheckpointStore
+from llama_jax.checkpoint import CheckpointStore
 from llama_jax.models import abstract_params
 from llama_jax.run import Run, RunConfig, open_run
 from llama_jax.training import init_state

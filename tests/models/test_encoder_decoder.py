@@ -30,7 +30,7 @@ from llama_jax.nn import (
 )
 from llama_jax.parallel import make_mesh
 from llama_jax.training import AdamW, Constant, init_state, make_train_step, train_flops_per_token
-from llama_jax.training.optimizer import is_matrix
+from llama_jax.training.matrices import is_matrix
 from llama_jax.training.step import losses
 
 # Two documents in the target and in the source of each row, and padding behind; the source of the second is longer.

@@ -288,7 +288,7 @@ def test_bfloat16_inputs_and_a_float32_state():
     [
         ({"causal": False}, "attention=GRU never sees what comes later.*BidirectionalRNN"),
         ({"prefix": np.ones((1, 8), int)}, "attention=GRU cannot do a prefix that is seen whole"),
-        ({"bias": np.ones((1, 1, 8, 8), np.float32)}, "attention=GRU cannot do relative positions"),
+        ({"position_bias": np.ones((1, 1, 8, 8), np.float32)}, "attention=GRU cannot do relative positions"),
         ({"window": 3}, "attention=GRU cannot do a window"),
     ],
 )

@@ -1,8 +1,10 @@
 """What starts several processes, what is left alone, and the rows that a device holds."""
 
 import importlib.util
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -52,6 +54,14 @@ def test_what_a_cluster_lacks(monkeypatch: pytest.MonkeyPatch):
     assert not distributed.in_cluster({"JOB_COMPLETION_INDEX": "0"})  # a program of its own for each index
     assert jax.config.jax_platforms == "cpu"
     assert not distributed.in_cluster({"TPU_WORKER_HOSTNAMES": "a,b"})  # asked for the CPU on one host of a pod
+
+
+def test_private_names_of_jax_are_of_a_version_that_was_tried():
+    """A new version: run `tests/distributed`, then add it to JAX_TRIED. No other file imports from `jax._src`."""
+    assert ".".join(jax.__version__.split(".")[:2]) in distributed.JAX_TRIED
+    package = Path(distributed.__file__).parents[1]
+    private = re.compile(r"^\s*(from|import) jax\._src", re.MULTILINE)
+    assert [file.name for file in package.rglob("*.py") if private.search(file.read_text())] == ["distributed.py"]
 
 
 def test_a_process_alone_touches_nothing():

@@ -14,9 +14,8 @@ import zoo_table
 from zoo_table import GOLDENS, HEADS, difference, expected, model_types
 
 import llama_jax
-from llama_jax.checkpoint.convert import load_params, open_source
-from llama_jax.checkpoint.formats.huggingface import read_directory, write_safetensors
-from llama_jax.checkpoint.language_model import LanguageModel
+from llama_jax.checkpoint import LanguageModel, load_params, open_source
+from llama_jax.checkpoint.formats import read_directory, write_safetensors
 from llama_jax.models import abstract_params
 
 TYPES = {name: model_type for name, model_type in model_types().items() if model_type != "llama"}
@@ -125,8 +124,7 @@ def changed(name: str, folder: Path, *, without: str | None = None, surplus: str
     tensors = {key: tensor.read() for key, tensor in read_directory(GOLDENS / name).items() if key != without}
     if surplus:
         tensors[surplus] = np.ones((2, 3), np.float32)
-    entries = [(key, value.dtype, value.shape) for key, value in tensors.items()]
-    write_safetensors(folder / "model.safetensors", entries, iter(tensors.values()))
+    write_safetensors(folder / "model.safetensors", tensors)
     source = open_source(folder)
     return load_params(source, abstract_params(source.config))
 

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.checkpoint.convert import load_params, open_source
-from llama_jax.checkpoint.language_model import load
+from llama_jax.checkpoint import load, load_params, open_source
 from llama_jax.models import Compute, abstract_params, assemble
 from llama_jax.nn import ForwardContext
 from llama_jax.sampling import generate

@@ -8,7 +8,7 @@ import pytest
 from zoo_table import GOLDENS
 
 import llama_jax
-from llama_jax.checkpoint.formats.huggingface import read_directory, write_safetensors
+from llama_jax.checkpoint.formats import read_directory, write_safetensors
 from llama_jax.nn.attention import attend as kernels
 
 NAMES, TOLERANCE, LONGEST = ("bart", "marian", "t5_v1_0"), 5e-5, 300
@@ -25,8 +25,7 @@ def lengthened(name: str, folder: Path) -> Path:
         tables = {key: table[rows] for key, table in tensors.items() if key.endswith("embed_positions.weight")}
         tensors |= tables
     (folder / "config.json").write_text(json.dumps(config))
-    entries = [(key, value.dtype, value.shape) for key, value in tensors.items()]
-    write_safetensors(folder / "model.safetensors", entries, iter(tensors.values()))
+    write_safetensors(folder / "model.safetensors", tensors)
     return folder
 
 

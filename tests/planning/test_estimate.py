@@ -154,7 +154,7 @@ def test_memory_falls_with_the_context_axis(llama: RunConfig):
 
 
 def found(workload: RunConfig, num_chips: int = 8) -> dict[tuple[str, str, str, bool], int]:
-    return {(t.what, t.kind, t.axis, t.backward): t.bytes for t in traffic(local(workload, num_chips))}
+    return {(t.purpose, t.kind, t.axis, t.backward): t.bytes for t in traffic(local(workload, num_chips))}
 
 
 def test_what_each_axis_sends(llama: RunConfig):

@@ -13,7 +13,7 @@ from llama_jax.planning import Topology, estimate
 from llama_jax.planning.communication import traffic
 from llama_jax.planning.estimate import MATRIX_UNITS
 from llama_jax.planning.local import Local
-from llama_jax.training.optimizer import is_matrix
+from llama_jax.training.matrices import is_matrix
 
 EXPERTS = Experts(8, 64, SoftmaxTopK(2, normalize=True), "silu", gated=True, num_shared=1)
 
@@ -57,10 +57,10 @@ def test_experts_lie_apart_and_all_else_is_summed(two_layers):
     assert split.model[up].stored * 4 == alone.model[up].stored
     assert split.model[q].stored == alone.model[q].stored
     assert split.tokens * 4 == alone.tokens
-    sums = [t for t in traffic(split) if (t.what, t.axis) == ("gradients", "expert")]
+    sums = [t for t in traffic(split) if (t.purpose, t.axis) == ("gradients", "expert")]
     others = sum(w.copies * w.used for w in split.model.weights if not w.experts)
     assert sum(t.bytes for t in sums) == others * split.itemsize
-    kinds = {(t.kind, t.backward) for t in traffic(split) if t.what == "tokens"}
+    kinds = {(t.kind, t.backward) for t in traffic(split) if t.purpose == "tokens"}
     assert kinds == {(kind, backward) for kind in ("all-gather", "reduce-scatter") for backward in (False, True)}
 
 

@@ -160,7 +160,7 @@ def test_xla_s_figures_stand_beside_the_estimate_and_decide(compiler, capsys: py
     compiler.answer = DoesNotFit("Used 20.1G of 15.75G hbm.")
     code, out, _ = told(["llama2_7b", "--topology", "v5e:16x16", "--compile"], capsys)
     assert code == 1
-    assert "does not fit, says XLA: Used 20.1G of 15.75G hbm." in " ".join(out.split())
+    assert "does not fit by XLA: Used 20.1G of 15.75G hbm." in " ".join(out.split())
 
 
 def test_a_report_shows_itself_in_a_notebook(capsys: pytest.CaptureFixture[str]):

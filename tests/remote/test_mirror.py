@@ -10,7 +10,7 @@ import fsspec
 import pytest
 
 from llama_jax import load, open_run, remote
-from llama_jax.checkpoint.stored import COMMIT_FILE, model_files, run_files, step_of, whole_steps
+from llama_jax.checkpoint import COMMIT_FILE, model_files, run_files, step_of, whole_steps
 from llama_jax.config import UserError
 from llama_jax.parallel import distributed
 from llama_jax.remote import Mirror, is_remote, local_copy, uploaded, url_of

@@ -16,10 +16,10 @@ from moto.server import ThreadedMotoServer
 import llama_jax
 from llama_jax import remote
 from llama_jax.__main__ import main
-from llama_jax.checkpoint.stored import step_of, whole_steps
+from llama_jax.checkpoint import step_of, whole_steps
 from llama_jax.config import UserError, override
 from llama_jax.run import Preempted, Run, RunConfig, train
-from llama_jax.run.initial import first_params
+from llama_jax.run.preparing import first_params
 from llama_jax.run.reporting import JsonLines
 from llama_jax.tokenizers import load_tokenizer
 

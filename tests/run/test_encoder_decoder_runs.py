@@ -162,5 +162,5 @@ def test_runs_that_do_not_start(changes: dict, sentence: str, config: RunConfig,
 
 def test_it_is_not_planned(config: RunConfig):
     assert isinstance(config.model, EncoderDecoderConfig)
-    with pytest.raises(UserError, match="of an encoder-decoder it can say nothing"):
+    with pytest.raises(UserError, match="an encoder-decoder cannot be planned"):
         plan(config, "v5e:2x4")

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from llama_jax.__main__ import parse
-from llama_jax.checkpoint.store import CheckpointConfig
+from llama_jax.checkpoint import CheckpointConfig
 from llama_jax.commands import sample_command
 from llama_jax.config import UserError
 from llama_jax.data import DataConfig, ValidationBatches
 from llama_jax.data.objectives import Classification, MaskedLM
 from llama_jax.run import LoggingConfig, Run, RunConfig, train
-from llama_jax.run.initial import inheritance
+from llama_jax.run.preparing import inheritance
 from llama_jax.tokenizers import TokenizerConfig
 from llama_jax.training import AdamW, Linear
 from llama_jax.zoo.bert import encoder
@@ -121,7 +121,7 @@ def test_a_run_begins_with_the_weights_that_it_is_given(pretrained: Run, tmp_pat
     still = dataclasses.replace(config.optimizer, learning_rate=1e-30)
     run = train(dataclasses.replace(config, optimizer=still), tmp_path / "run")
     before, after = pretrained.load().model.params(), run.load().model.params()
-    taken = set(inheritance(config).taken)
+    taken = set(inheritance(config)[0])
     assert set(after) - taken == {"classifier.weight", "classifier.bias"}
     assert "layers.attention.q_proj.weight" in taken
     for name in taken:

@@ -5,12 +5,12 @@ import sys
 import types
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from llama_jax.config import to_json
-from llama_jax.run import Run, RunConfig
+from llama_jax.config import override, to_json
+from llama_jax.run import Logger, Run, RunConfig, train
 from llama_jax.run.reporting import TensorBoard, WeightsAndBiases
 
 
@@ -30,13 +30,13 @@ def curve(directory: Path) -> list[tuple[int, float]]:
     return shown
 
 
-def test_tensorboard_shows_one_curve(tmp_path: Path):
+def test_tensorboard_shows_one_curve(run_config: RunConfig, tmp_path: Path):
     for start, steps, value in ((0, range(1, 7), 1.0), (4, range(5, 9), 2.0)):
-        writer = TensorBoard(tmp_path, start)
+        writer = TensorBoard(Run(tmp_path, run_config), start)
         for step in steps:
             writer.write({"step": step, "loss": value + step, "bad": None})
         writer.close()
-    assert curve(tmp_path) == [(step, 1.0 + step) for step in range(1, 5)] + [
+    assert curve(tmp_path / "tensorboard") == [(step, 1.0 + step) for step in range(1, 5)] + [
         (step, 2.0 + step) for step in range(5, 9)
     ]
 
@@ -44,6 +44,7 @@ def test_tensorboard_shows_one_curve(tmp_path: Path):
 def test_weights_and_biases_keeps_one_run_and_knows_its_config(
     run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    config = override(run_config, {"logging.wandb_project": "mine"})
     begun: list[dict[str, Any]] = []
     wandb = types.ModuleType("wandb")
     wandb.__spec__ = ModuleSpec("wandb", None)
@@ -51,10 +52,30 @@ def test_weights_and_biases_keeps_one_run_and_knows_its_config(
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for name in ("one", "one", "other"):
         (tmp_path / name).mkdir(exist_ok=True)
-        WeightsAndBiases("mine", Run(tmp_path / name, run_config)).close()
+        WeightsAndBiases(Run(tmp_path / name, config), 0).close()
     first, again, other = begun
     assert first == again
     assert first["id"] != other["id"]
     assert first["resume"] == "allow"
-    assert first["config"] == to_json(run_config)
+    assert first["config"] == to_json(config)
     assert first["allow_val_change"]  # what may differ when a run is continued is in its config
+
+
+class Table(Logger):
+    """What a notebook cell would define."""
+
+    rows: ClassVar[list[tuple[str, int, float]]] = []
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        self.rows.append((self.run.directory.name, metrics["step"], metrics["loss"]))
+
+    def close(self) -> None:
+        self.rows.append(("closed", self.start_step, 0.0))
+
+
+def test_a_logger_of_ones_own_has_every_step_of_every_start(run_config: RunConfig, tmp_path: Path):
+    config = override(run_config, {"num_steps": 2, "logging.sample_prompts": ()})
+    train(config, tmp_path / "run", loggers=(Table,))
+    run = train(override(config, {"num_steps": 4}), tmp_path / "run", loggers=(Table,))
+    losses = [("run", m["step"], m["loss"]) for m in run.metrics()]
+    assert Table.rows == [*losses[:2], ("closed", 0, 0.0), *losses[2:], ("closed", 2, 0.0)]

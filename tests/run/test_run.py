@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.checkpoint.language_model import save
-from llama_jax.checkpoint.store import CheckpointStore
+from llama_jax.checkpoint import CheckpointStore, save
 from llama_jax.config import UserError, override
 from llama_jax.data import read_texts
 from llama_jax.models import Compute

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import llama_jax
-from llama_jax.checkpoint.store import CheckpointConfig
+from llama_jax.checkpoint import CheckpointConfig
 from llama_jax.config import UserError, override
 from llama_jax.data import DataConfig
 from llama_jax.data.objectives import ParallelText

@@ -25,7 +25,7 @@ import tiny_run
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from llama_jax.checkpoint.store import CheckpointConfig
+from llama_jax.checkpoint import CheckpointConfig
 from llama_jax.config import UserError, leaves, override
 from llama_jax.data import DataConfig, Dataset, Source, Stage, Vocabulary, prepare_dataset
 from llama_jax.data.chat import Llama2Chat
@@ -112,6 +112,8 @@ CHANGES: dict[str, Callable[[RunConfig, Path], Any]] = {
     "data.skip_batches": lambda *_: (0,),
     "data.document_chars": lambda *_: 100,
     "data.cache_dir": lambda _, folder: str(folder / "elsewhere"),
+    "optimizer": lambda *_: "Lion",
+    "optimizer.schedule": lambda *_: "Linear",
     "compute.dtype": lambda *_: "float32",
     "compute.attention_kernel": lambda *_: "blockwise",
     "compute.loss_chunk": lambda *_: 8,
@@ -259,7 +261,8 @@ def parameters(config: RunConfig) -> Any:
 
 def hyper(config: RunConfig) -> Any:
     """That the step minds each of them is shown in tests/training."""
-    return {name: float(value) for name, value in loop_of(config).hyper.items()}
+    values, optimizer = jax.tree.flatten(loop_of(config).hyper)
+    return [float(value) for value in values], optimizer
 
 
 def mesh(config: RunConfig) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import pytest
 
-from llama_jax.checkpoint.language_model import LanguageModel
+from llama_jax.checkpoint import LanguageModel
 from llama_jax.models import Compute, DecoderConfig, Model, abstract_params, from_params
 from llama_jax.tokenizers import train_tokenizer
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llama_jax.__main__ import main
-from llama_jax.checkpoint.language_model import LanguageModel, save
+from llama_jax.checkpoint import LanguageModel, save
 from llama_jax.config import UserError
 from llama_jax.models import EncoderDecoderConfig, Model
 from llama_jax.nn import MLP, CrossAttention, GroupedQuery, LearnedPositions, RelativeBias, RMSNorm

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from llama_jax import load
-from llama_jax.checkpoint.generation import GenerationSettings, read_generation, write_generation
-from llama_jax.checkpoint.language_model import LanguageModel
+from llama_jax.checkpoint import GenerationSettings, LanguageModel, read_generation, write_generation
 from llama_jax.config import UserError
 from llama_jax.parallel import make_mesh, shard
 from llama_jax.sampling import complete, generate, loop

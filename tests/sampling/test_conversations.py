@@ -11,8 +11,7 @@ import pytest
 
 import llama_jax
 from llama_jax.__main__ import main
-from llama_jax.checkpoint.generation import GenerationSettings
-from llama_jax.checkpoint.language_model import LanguageModel, save
+from llama_jax.checkpoint import GenerationSettings, LanguageModel, save
 from llama_jax.config import UserError
 from llama_jax.data.chat import ChatGLM2Chat, ChatML, ChatTemplate, Llama2Chat, Llama3Chat
 from llama_jax.sampling import Sampler, chat, generate
@@ -149,8 +148,8 @@ def test_an_export_has_the_template_of_the_training(chatting: LanguageModel, tmp
 @pytest.mark.parametrize(
     ("messages", "template", "sentence"),
     [
-        ([], None, "must end with what is to be answered"),
-        ([*USER, {"role": "assistant", "content": "x"}], None, "must end with what is to be answered"),
+        ([], None, "must end with the message to answer"),
+        ([*USER, {"role": "assistant", "content": "x"}], None, "must end with the message to answer"),
         ([{"content": "x"}], None, 'message 1 must have a "role"'),
         ([{"role": "user"}], None, 'message 1 must have a "role" and a "content"'),
         ([*USER, {"role": "tool", "content": "x"}], None, "refuses this conversation: no tools"),
@@ -219,7 +218,7 @@ def test_the_command_answers(chatting: LanguageModel, saved: Path, capsys, monke
     [
         (
             ["--chat", "--chat-template", "Nonsense", "--prompt", "a"],
-            "there is no chat template 'Nonsense': the built-in",
+            "unknown chat template 'Nonsense': the built-in",
         ),
         (["--chat-template", "ChatML", "--prompt", "a"], "--chat-template is for conversations"),
         (["--chat", "--chat-template", "Llama3Chat", "--prompt", "a"], "no special token"),

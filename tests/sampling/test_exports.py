@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.checkpoint.generation import GenerationSettings
-from llama_jax.checkpoint.language_model import LanguageModel, save
+from llama_jax.checkpoint import GenerationSettings, LanguageModel, save
 from llama_jax.sampling import Sampler, complete
 from llama_jax.sampling.conversations import encoded_chat
 from llama_jax.tokenizers.base import TEMPLATE_FILE

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llama_jax.__main__ import main
-from llama_jax.checkpoint.language_model import LanguageModel, save
+from llama_jax.checkpoint import LanguageModel, save
 from llama_jax.config import UserError
 from llama_jax.sampling import Sampler, complete, generate, generate_text, stream_text
 

@@ -79,7 +79,7 @@ def test_others_get_no_special_tokens(pieces: Tokenizer, tmp_path: Path):
         (tmp_path / name).write_text(json.dumps(content))
         assert load_tokenizer(tmp_path).vocab_size == pieces.vocab_size
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="no tokenizer that can be used"):
+    with pytest.raises(UserError, match="cannot be used as a tokenizer"):
         load_tokenizer(tmp_path)
 
 

@@ -281,7 +281,7 @@ def test_marian_reads_the_language_and_writes_the_target(loaded: dict[str, Token
         ({"name": "sentencepiece.bpe.model"}, "read in another way by each"),
         ({"config": {"tokenizer_class": "RoFormerTokenizer"}, "name": "vocab.txt"}, "its class RoFormerTokenizer"),
         ({"config": {"added_tokens_decoder": {"x": 1}}, "name": "tokenizer.model"}, "form that is not known"),
-        ({"config": [], "name": "tokenizer.model"}, "no JSON object"),
+        ({"config": [], "name": "tokenizer.model"}, "not a JSON object"),
     ],
 )
 def test_other_classes_are_refused_by_name(loaded: dict[str, Tokenizer], tmp_path: Path, files: dict, message: str):

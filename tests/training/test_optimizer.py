@@ -28,7 +28,7 @@ from llama_jax.training import (
     peak_flops,
     train_flops_per_token,
 )
-from llama_jax.training.optimizer import is_matrix
+from llama_jax.training.matrices import is_matrix
 
 CONFIG = AdamW(learning_rate=0.02, warmup_steps=4, final_fraction=0.1)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,14 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-from test_step import ROWS, batch_of
 
-from llama_jax.checkpoint.store import from_disk, to_disk
+from llama_jax.checkpoint import from_disk, to_disk
 from llama_jax.config import UserError, override, to_json
-from llama_jax.models import Compute, DecoderConfig, abstract_params, initialize
+from llama_jax.models import DecoderConfig, abstract_params, initialize
 from llama_jax.nn import Experts, SoftmaxTopK
 from llama_jax.parallel import make_mesh
+from llama_jax.planning.local import optimizer_bytes
 from llama_jax.run import RunConfig, open_run, train
-from llama_jax.run.training import to_devices
 from llama_jax.training import (
     SGD,
     Adafactor,
@@ -30,10 +28,10 @@ from llama_jax.training import (
     Muon,
     Optimizer,
     Schedule,
+    TrainState,
     init_state,
     learning_rate,
     make_optimizer,
-    make_train_step,
     state_bytes,
 )
 
@@ -73,7 +71,7 @@ def reference(optimizer: Optimizer, rate: float) -> optax.GradientTransformation
         return {name: name.split("/")[0] in MATRICES for name in values}
 
     match optimizer:
-        case Lion(beta1=b1, beta2=b2):
+        case Lion(interpolation=b1, momentum=b2):
             inner = optax.lion(rate, b1=b1, b2=b2, mask=decayed, **decay)
         case SGD(momentum=momentum, nesterov=nesterov):
             # Decay is decoupled.
@@ -128,48 +126,55 @@ def small(tiny_config: DecoderConfig) -> DecoderConfig:
     return dataclasses.replace(tiny_config, attention=attention, feed_forward=experts, num_layers=1)
 
 
+@jax.jit
+def updated(state: TrainState, hyper: Hyper, number: jax.Array) -> TrainState:
+    """The update of a train step, with gradients that are a function of the parameters."""
+    grads = {name: jnp.sin(7 * p + number) for name, p in state.params.items()}
+    updates, opt_state = make_optimizer(hyper).update(grads, state.opt_state, state.params)
+    rate = learning_rate(state.step, hyper)
+    params = {name: p - rate * updates[name] for name, p in state.params.items()}
+    return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=ids)
 def test_same_on_a_mesh_and_sharded_like_the_parameters(small: DecoderConfig, optimizer: Optimizer):
     """Also: the layout of the state is the same before and after a step, and the planner's bytes are those held."""
-    results, hyper = [], optimizer.hyper(10)
+    results = []
     for mesh in ({}, {"fsdp": 2, "tensor": 2, "expert": 2}):
         with jax.set_mesh(make_mesh(mesh, jax.devices()[: 8 if mesh else 1])):
-            step = make_train_step(small, Compute(loss_chunk=4))
+            hyper = optimizer.hyper(10)
             state = jax.jit(init_state)(initialize(small, 0), hyper)
+            before = jax.tree.map(lambda x: x.sharding, state.opt_state)
             for i in range(2):
-                before = jax.tree.map(lambda x: x.sharding, state.opt_state)
-                state, metrics = step(state, to_devices(batch_of(i), range(ROWS), ROWS), hyper)
+                state = updated(state, hyper, jnp.float32(i))
                 assert before == jax.tree.map(lambda x: x.sharding, state.opt_state)
             held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.opt_state))
             assert state_bytes(optimizer, abstract_params(small)) == held
+            splits = (mesh.get(axis, 1) for axis in ("fsdp", "tensor", "expert"))
+            assert optimizer_bytes(optimizer, small, *splits) == held
             for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
                 for name, value in state.params.items():
                     if jax.tree_util.DictKey(name) in path and leaf.shape == value.shape:
                         assert leaf.sharding == value.sharding, name
-            results.append((float(metrics["loss"]), {n: np.asarray(p) for n, p in state.params.items()}))
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
-    for name, value in results[0][1].items():
-        np.testing.assert_allclose(results[1][1][name], value, atol=2e-4, err_msg=name)
+            results.append({name: np.asarray(p) for name, p in state.params.items()})
+    for name, value in results[0].items():
+        np.testing.assert_allclose(results[1][name], value, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=ids)
-def test_another_learning_rate_compiles_nothing(
-    tiny_config: DecoderConfig, optimizer: Optimizer, caplog: pytest.LogCaptureFixture
-):
+def test_other_numbers_compile_nothing(tiny_config: DecoderConfig, optimizer: Optimizer):
     changed = {
         field.name: getattr(optimizer, field.name) / 2
         for field in dataclasses.fields(optimizer)
         if type(getattr(optimizer, field.name)) is float
     }
-    other = dataclasses.replace(optimizer, **changed, warmup_steps=1)
-    state, batch = jax.jit(init_state)(initialize(tiny_config, 0), optimizer.hyper(10)), batch_of()
-    step = make_train_step(tiny_config, Compute())
-    with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        for i, hyper in enumerate((optimizer.hyper(10), other.hyper(20, seed=3))):
-            caplog.clear()
-            state, _ = step(state, batch, hyper)
-            compiled = [r.message for r in caplog.records if "Compiling" in r.message and "train_step" in r.message]
-            assert len(compiled) == (i == 0), compiled
+    other = dataclasses.replace(optimizer, **changed, warmup_steps=1).hyper(20, seed=3)
+    state = init_state(initialize(tiny_config, 0), optimizer.hyper(10))
+    first = updated(state, optimizer.hyper(10), jnp.float32(0))
+    size = updated._cache_size()
+    second = updated(state, other, jnp.float32(0))
+    assert updated._cache_size() == size
+    assert not np.array_equal(first.params["embedding.weight"], second.params["embedding.weight"])
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=ids)
@@ -180,16 +185,6 @@ def test_state_is_saved_by_name(tiny_config: DecoderConfig, optimizer: Optimizer
     assert len(flat) == len(jax.tree.leaves(state))
     again = from_disk(flat, init_state(state.params, optimizer.hyper(10)))
     assert jax.tree.all(jax.tree.map(jnp.array_equal, again, state))
-
-
-def test_overfits_one_batch_with_each(tiny_config: DecoderConfig):
-    for optimizer in (Lion(1e-2, 5), SGD(0.3, 5, weight_decay=0.0), Adafactor(0.1, 5), Muon(0.03, 5)):
-        step, hyper = make_train_step(tiny_config, Compute()), optimizer.hyper(60)
-        state, batch, losses = jax.jit(init_state)(initialize(tiny_config, 0), hyper), batch_of(), []
-        for _ in range(60):
-            state, metrics = step(state, batch, hyper)
-            losses.append(float(metrics["loss"]))
-        assert losses[-1] < 0.5 * losses[0], (type(optimizer).__name__, losses[::10])
 
 
 # What a notebook cell would define.
@@ -239,6 +234,7 @@ def test_one_of_ones_own_is_chosen_run_and_continued(run_config: RunConfig, tmp_
     assert again.steps()[-1] == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Muon", "Adafactor"])
 def test_continued_bit_for_bit(run_config: RunConfig, tmp_path: Path, name: str):
     changes = {"optimizer": name, "checkpoint.every_steps": 2, "logging.sample_prompts": (), "mesh.fsdp": 8}
@@ -255,11 +251,3 @@ def test_a_run_of_before_optimizers_were_components_is_read(run_config: RunConfi
     data["optimizer"] |= {"type": "OptimizerConfig", "schedule": "cosine"}
     (tmp_path / "config.json").write_text(json.dumps(data))
     assert open_run(tmp_path).config == config
-
-
-def test_rate_is_traced(tiny_config: DecoderConfig):
-    rate = jax.jit(lambda step, hyper: learning_rate(step, hyper))
-    found = {float(rate(5, Muon(peak, 2).hyper(10))) for peak in (0.1, 0.2, 0.3)}
-    assert len(found) == 3
-    assert rate._cache_size() == 1
-    assert isinstance(Muon(0.1, 2).hyper(10), Hyper)

@@ -15,7 +15,7 @@ from llama_jax.parallel import make_mesh, shard
 from llama_jax.training import AdamW, init_state, kernel_check as module, make_train_step
 from llama_jax.training.kernel_check import PreflightFailed, preflight
 from llama_jax.training.losses import cross_entropy
-from llama_jax.training.step import in_one_row, losses
+from llama_jax.training.step import losses, model_batch
 
 ROWS, LENGTH, SOURCE_LENGTH = 4, 20, 12
 
@@ -48,7 +48,7 @@ def test_a_source_and_its_target_in_one_row(tiny_config):
         "segment_ids": [[1, 2, 2, 0]], "positions": [[0, 0, 1, 0]], "token_types": [[7, 7, 7, 7]],
         "source_tokens": [[20, 21, 22, 0]], "source_segment_ids": [[1, 1, 2, 0]], "source_positions": [[0, 1, 0, 0]],
     }  # fmt: skip
-    row = in_one_row({name: jnp.asarray(x) for name, x in batch.items()}, tiny_config)
+    row = model_batch({name: jnp.asarray(x) for name, x in batch.items()}, tiny_config)
     assert {name: x.tolist() for name, x in row.items()} == {
         "tokens": [[20, 21, 22, 0, 10, 11, 12, 0]],
         "targets": [[0, 0, 0, 0, 11, 12, 13, 0]],
@@ -136,16 +136,12 @@ def test_a_kernel_that_forgets_the_prefix_is_refused(kind: str, tiny_config, mon
         return kernels.blockwise_attention(q, k, v, dataclasses.replace(mask, prefix=None), scale=scale)
 
     monkeypatch.setitem(kernels.KERNELS, "blockwise", kernels.Kernel(forgets))
-    module._errors.clear_cache()
     with pytest.raises(PreflightFailed, match="'blockwise' disagrees with the reference"):
         preflight(tiny_config, COMPUTE, batch)
-    module._errors.clear_cache()
 
 
 def test_the_preflight_of_a_prefix_goes_by_blocks_too(tiny_config, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "SCORES", 16)
-    module._errors.clear_cache()
     batch = {name: jnp.asarray(x) for name, x in batch_of("prefix").items()}
     (agreement,) = preflight(tiny_config, COMPUTE, batch)
     assert max(agreement.errors.values()) < 1e-5
-    module._errors.clear_cache()

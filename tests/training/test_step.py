@@ -13,7 +13,18 @@ from llama_jax.models import Compute, DecoderConfig, initialize
 from llama_jax.nn import Experts, SoftmaxTopK
 from llama_jax.parallel import make_mesh
 from llama_jax.run.training import to_devices
-from llama_jax.training import AdamW, Hyper, TrainState, init_state, make_eval_step, make_train_step
+from llama_jax.training import (
+    SGD,
+    Adafactor,
+    AdamW,
+    Hyper,
+    Lion,
+    Muon,
+    TrainState,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
 
 ROWS, LENGTH = 8, 16
 OPTIMIZER = AdamW(learning_rate=0.01, warmup_steps=2, z_loss=1e-2)
@@ -192,3 +203,14 @@ def test_overfits_one_batch(tiny_config: DecoderConfig):
         losses.append(float(metrics["loss"]))
     assert losses[0] > 3.5
     assert losses[-1] < 0.3
+
+
+@pytest.mark.slow
+def test_overfits_one_batch_with_each(tiny_config: DecoderConfig):
+    for optimizer in (Lion(1e-2, 5), SGD(0.3, 5, weight_decay=0.0), Adafactor(0.1, 5), Muon(0.03, 5)):
+        step, hyper = make_train_step(tiny_config, Compute()), optimizer.hyper(60)
+        state, batch, losses = jax.jit(init_state)(initialize(tiny_config, 0), hyper), batch_of(), []
+        for _ in range(60):
+            state, metrics = step(state, batch, hyper)
+            losses.append(float(metrics["loss"]))
+        assert losses[-1] < 0.5 * losses[0], (type(optimizer).__name__, losses[::10])

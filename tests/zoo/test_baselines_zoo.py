@@ -5,7 +5,8 @@ import pytest
 from llama_jax import zoo
 from llama_jax.config import UserError
 from llama_jax.models import num_parameters
-from llama_jax.zoo import baselines
+
+baselines = zoo.all_presets()["baselines"]
 
 
 def ngram(vocab: int, order: int, hidden: int, width: int) -> int:
@@ -28,10 +29,10 @@ COUNTS = {
 
 
 def test_presets_have_the_sizes_of_their_papers():
-    found = {name: num_parameters(config) for name, config in baselines.PRESETS.items()}
+    found = {name: num_parameters(config) for name, config in baselines.presets.items()}
     assert found == COUNTS
     assert [round(found[f"lstm_ptb_{size}"] / 1e6) for size in ("medium", "large")] == [20, 66]
-    assert baselines.PRESETS.items() <= zoo.presets().items()
+    assert baselines.presets.items() <= zoo.presets().items()
 
 
 def test_they_are_no_family_of_released_weights():

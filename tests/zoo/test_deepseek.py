@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, strategies as st
 
 from llama_jax import zoo
-from llama_jax.checkpoint.formats import Split
-from llama_jax.checkpoint.sources import open_source
+from llama_jax.checkpoint import open_source
+from llama_jax.checkpoint.formats import Slices, Tensor, split
 from llama_jax.config import UserError
 from llama_jax.models import abstract_params, buffers, num_parameters
 from llama_jax.nn import Rope
-from llama_jax.zoo import deepseek_v2
+
+deepseek_v2 = zoo.family("deepseek_v2")
 
 GOLDENS = Path(__file__).parent.parent / "parity" / "goldens"
 COUNTS = {
@@ -76,9 +77,9 @@ def test_what_only_training_knows_does_not_keep_a_model_from_hugging_face():
     [
         ("deepseek_v2", {"attention.rope": Rope(1e4, None, None), "norm_placement": "post"}, "norm_placement=post"),
         ("deepseek_v2", {"attention.rope": None}, "rope=None has no place"),
-        ("deepseek_v2", {"attention.eps": 1e-5}, "attention=.* has no place in a Hugging Face DeepSeek-V2"),
-        ("deepseek_v3", {"feed_forward.capacity_factor": 1.0}, "feed_forward=.* has no place"),
-        ("deepseek_v32", {"attention.index_warmup": True}, "attention=.* has no place"),
+        ("deepseek_v2", {"attention.eps": 1e-5}, r"attention\.eps=1e-05 has no place in a DeepSeek-V2"),
+        ("deepseek_v3", {"feed_forward.capacity_factor": 1.0}, r"feed_forward\.capacity_factor=1\.0 has no place"),
+        ("deepseek_v32", {"attention.index_warmup": True}, r"attention\.index_warmup=True has no place"),
     ],
 )
 def test_models_that_the_families_cannot_express(name: str, change: dict, sentence: str):
@@ -181,7 +182,7 @@ def test_what_is_not_supported_is_refused_by_its_key(name: str, change: dict, se
         zoo.family(name).from_hf(golden(name) | change)
 
 
-HEAD_BY_HEAD = [w for w in deepseek_v2.WEIGHTS if w.merged]
+HEAD_BY_HEAD = [w for w in deepseek_v2.names.weights if w.merged]
 
 
 @pytest.mark.parametrize("weight", HEAD_BY_HEAD, ids=lambda w: w.name)
@@ -200,24 +201,18 @@ def test_reading_a_part_is_a_part_of_reading_all(weight, data: st.DataObject):
     np.testing.assert_array_equal(part, whole[slices])
 
 
-class InMemory:
-    def __init__(self, value: np.ndarray):
-        self.value, self.shape, self.dtype = value, value.shape, value.dtype
-        self.rows_read = 0
-
-    def read(self, slices: tuple[slice, ...] = (), /) -> np.ndarray:
-        found = self.value[slices]
-        self.rows_read += found.shape[0]
-        return found
-
-
 @given(st.data())
 def test_a_split_dimension_is_the_reshaped_one(data: st.DataObject):
     value = np.arange(60).reshape(12, 5)
     bounds = [sorted((data.draw(st.integers(0, size)), data.draw(st.integers(0, size)))) for size in (4, 3, 5)]
     slices = tuple(slice(*bound) for bound in bounds[: data.draw(st.integers(0, 3))])
-    tensor = InMemory(value)
-    split = Split(tensor, 4)
-    assert (split.shape, split.dtype) == ((4, 3, 5), value.dtype)
-    np.testing.assert_array_equal(split.read(slices), value.reshape(4, 3, 5)[slices])
-    assert tensor.rows_read == 3 * len(range(4)[slices[0]] if slices else range(4)), "of the heads that are asked for"
+    rows_read = []
+
+    def fetch(part: Slices) -> np.ndarray:
+        rows_read.append(value[part].shape[0])
+        return value[part]
+
+    tensor = split(Tensor(value.shape, value.dtype, fetch), 4)
+    assert (tensor.shape, tensor.dtype) == ((4, 3, 5), value.dtype)
+    np.testing.assert_array_equal(tensor.read(slices), value.reshape(4, 3, 5)[slices])
+    assert sum(rows_read) == 3 * len(range(4)[slices[0]] if slices else range(4)), "of the heads that are asked for"

@@ -16,7 +16,7 @@ from llama_jax.zoo.reading import without_keys
 
 TRANSFORMERS = json.loads(Path(__file__).with_name("transformers_configs.json").read_text(encoding="utf-8"))
 # A config.json of each family, as this package writes it.
-CONFIGS = {name: zoo.family(name).to_hf(next(iter(zoo.family(name).PRESETS.values()))) for name in zoo.families()}
+CONFIGS = {name: zoo.family(name).to_hf(next(iter(zoo.family(name).presets.values()))) for name in zoo.families()}
 # As the base class of transformers 4 writes them, and values that people have set.
 BASE = {
     "_attn_implementation_autoset": True, "_commit_hash": "f0a1", "_name_or_path": "somewhere/model",

@@ -1,16 +1,23 @@
 """The zoo: exact sizes, one declaration for both directions, nothing of a config.json ignored."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+import llama_jax
 from llama_jax import zoo
 from llama_jax.config import UserError
-from llama_jax.models import num_parameters
+from llama_jax.models import Compute, from_params, init_params, num_parameters
 from llama_jax.nn import GroupedQuery, LinearScaling, Llama3Scaling, NTKScaling, Rope, YarnScaling
-from llama_jax.zoo import Weight, chatglm, glm, gpt2, llama
+from llama_jax.zoo import WeightMapping, registry
+
+chatglm = zoo.family("chatglm")
+glm = zoo.family("glm")
+gpt2 = zoo.family("gpt2")
+llama = zoo.family("llama")
 
 COUNTS = {
     "llama1_7b": 6_738_415_616,
@@ -48,12 +55,12 @@ CONFIG = {
 
 
 def test_every_preset_has_the_published_number_of_parameters():
-    assert {name: num_parameters(config) for name, config in llama.PRESETS.items()} == COUNTS
+    assert {name: num_parameters(config) for name, config in llama.presets.items()} == COUNTS
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_presets_survive_hugging_face_config(name):
-    assert llama.from_hf(llama.to_hf(llama.PRESETS[name])) == llama.PRESETS[name]
+    assert llama.from_hf(llama.to_hf(llama.presets[name])) == llama.presets[name]
 
 
 def test_unknown_model_type_is_refused_by_name():
@@ -61,14 +68,37 @@ def test_unknown_model_type_is_refused_by_name():
         zoo.family("mamba")
 
 
+def test_a_family_from_outside_the_package_is_exported_and_loaded(tmp_path, monkeypatch):
+    """Weights, config and family come back; without it nobody reads them."""
+    monkeypatch.setattr(registry, "_registered", {})
+    config = llama.from_hf(CONFIG)
+    zoo.register(
+        dataclasses.replace(
+            llama, name="my_llama", label="a MyLlama", architectures=("MyLlamaModel",), presets={"my_tiny": config}
+        )
+    )
+    params = init_params(config, 0)
+    lm = llama_jax.LanguageModel(config, from_params(config, params, Compute(dtype="float32")), None, "my_llama")
+    llama_jax.save(lm, tmp_path / "mine", format="hf")
+    assert json.loads((tmp_path / "mine" / "config.json").read_text())["architectures"] == ["MyLlamaModel"]
+    again = llama_jax.load(tmp_path / "mine", dtype="float32")
+    assert (again.model_type, again.config) == ("my_llama", config)
+    for name, value in again.model.params().items():
+        np.testing.assert_array_equal(value, params[name], err_msg=name)
+    assert llama_jax.presets()["my_tiny"] == config
+    monkeypatch.setattr(registry, "_registered", {})
+    with pytest.raises(UserError, match="'my_llama' is not one of the families"):
+        llama_jax.load(tmp_path / "mine")
+
+
 # -- the table
 
 
-TABLES = llama.WEIGHTS + llama.META_WEIGHTS + gpt2.WEIGHTS + glm.WEIGHTS + chatglm.WEIGHTS
+TABLES = llama.names.weights + llama.meta.names.weights + gpt2.names.weights + glm.names.weights + chatglm.names.weights
 WEIGHTS = {(w.name, w.pattern): w for w in TABLES}.values()
 
 
-def _shape(weight: Weight) -> tuple[int, ...]:
+def _shape(weight: WeightMapping) -> tuple[int, ...]:
     sizes = {"v": 10, "d": 6, "n": 4, "k": 2, "h": 8, "f": 7, "p": 9}
     right = weight.pattern.split("->")[1].replace("(two h)", "h").replace("(half two h)", "h").split()
     return tuple(sizes[axis] for axis in right)
@@ -90,13 +120,13 @@ def test_reading_a_part_is_a_part_of_reading_all(weight, data):
 
 
 def test_only_the_wanted_heads_are_read():
-    weight = next(w for w in llama.META_WEIGHTS if w.name == "layers.attention.q_proj.weight")
+    weight = next(w for w in llama.meta.names.weights if w.name == "layers.attention.q_proj.weight")
     slices = weight.source_slices((slice(0, 3), slice(1, 2), slice(0, 6)), (6, 4, 6))
     assert slices == (slice(6, 12), slice(0, 3))
 
 
 def test_interleaved_pairs_become_halves():
-    weight = next(w for w in llama.META_WEIGHTS if w.name == "layers.attention.k_proj.weight")
+    weight = next(w for w in llama.meta.names.weights if w.name == "layers.attention.k_proj.weight")
     source = np.arange(12.0)[:, None]  # two heads of six, one input
     slices = (slice(0, 1), slice(0, 2), slice(0, 6))
     halves = weight.to_canonical(source, slices, (1, 2, 6))
@@ -104,7 +134,7 @@ def test_interleaved_pairs_become_halves():
 
 
 def test_interleaved_pairs_of_half_a_head_become_halves_of_it():
-    weight = next(w for w in glm.WEIGHTS if w.name == "layers.attention.k_proj.bias")
+    weight = next(w for w in glm.names.weights if w.name == "layers.attention.k_proj.bias")
     halves = weight.to_canonical(np.arange(16.0), (slice(0, 2), slice(0, 8)), (2, 8))
     assert halves[0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
     assert halves[1].tolist() == [8, 10, 9, 11, 12, 14, 13, 15]
@@ -185,7 +215,7 @@ def test_what_a_config_asks_for_is_never_ignored(change, named):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"qkv_bias": True}, "qkv_bias"),
+        ({"qkv_bias": True}, r"attention\.out_bias=False"),
         ({"rope": None}, "rope"),
         ({"rope": Rope(10000.0, NTKScaling(2.0))}, "NTKScaling"),
     ],
@@ -204,12 +234,12 @@ def test_meta_params():
         "output.weight": (64, 24),
     }
     params = {"dim": 24, "n_layers": 2, "n_heads": 4, "norm_eps": 1e-6, "vocab_size": -1, "multiple_of": 8}
-    config = llama.from_meta(params, shapes)
+    config = llama.meta.from_meta(params, shapes)
     assert (config.vocab_size, config.max_positions, config.tie_embeddings) == (64, 2048, False)
-    scaled = llama.from_meta(params | {"use_scaled_rope": True, "rope_theta": 500_000}, shapes)
+    scaled = llama.meta.from_meta(params | {"use_scaled_rope": True, "rope_theta": 500_000}, shapes)
     assert scaled.attention.rope == Rope(500_000.0, Llama3Scaling(32.0, 1.0, 4.0, 8192))
     assert scaled.max_positions == 131_072
     with pytest.raises(UserError, match="moe"):
-        llama.from_meta(params | {"moe": {"num_experts": 8}}, shapes)
+        llama.meta.from_meta(params | {"moe": {"num_experts": 8}}, shapes)
     with pytest.raises(UserError, match="n_heads='4'"):
-        llama.from_meta(params | {"n_heads": "4"}, shapes)
+        llama.meta.from_meta(params | {"n_heads": "4"}, shapes)

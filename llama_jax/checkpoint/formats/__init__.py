@@ -1,9 +1,32 @@
 """Weight files of other projects: a path comes in, a mapping from tensor name to lazily read tensor goes out.
 
-Every reader returns `Tensors`, whose values read from the disk only what they are asked for. A newcomer adds a file
-format as one module here; what the names in it *mean* is said in `zoo/`.
+Every reader returns `Tensors`. A new file format is one module here; `zoo/` defines what the names in it mean.
 """
 
-from llama_jax.checkpoint.formats.tensors import Cut, Item, Joined, Split, Stack, Stored, Tensor, Tensors
-
-__all__ = ["Cut", "Item", "Joined", "Split", "Stack", "Stored", "Tensor", "Tensors"]
+from llama_jax.checkpoint.formats.huggingface import (
+    has_weights as has_weights,
+    read_directory as read_directory,
+    read_safetensors as read_safetensors,
+    write_safetensors as write_safetensors,
+)
+from llama_jax.checkpoint.formats.meta import (
+    is_llama2c as is_llama2c,
+    is_meta as is_meta,
+    read_llama2c as read_llama2c,
+    read_meta as read_meta,
+)
+from llama_jax.checkpoint.formats.tensors import (
+    Slices as Slices,
+    Tensor as Tensor,
+    Tensors as Tensors,
+    block_scaled as block_scaled,
+    cut as cut,
+    item as item,
+    joined as joined,
+    rounded as rounded,
+    split as split,
+    stack as stack,
+    stored as stored,
+    with_scales as with_scales,
+)
+from llama_jax.checkpoint.formats.torch_pickle import read_torch as read_torch

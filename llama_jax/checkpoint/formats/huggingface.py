@@ -1,19 +1,21 @@
 """Weights of a Hugging Face directory: safetensors or `pytorch_model*.bin`, in one file or in shards with an index.
 
-https://github.com/huggingface/safetensors#format. The header is read here because the library's numpy front end
-cannot read a part of a bfloat16 tensor.
+Format: https://github.com/huggingface/safetensors#format. Headers are read and written here, not by its library: a
+tensor by its place in a file is read in the same way whatever the file, its pages leave memory with the result, and
+files are written tensor after tensor, where the library takes all of them at once.
 """
 
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from llama_jax.checkpoint.formats.tensors import BFLOAT16, Stored, Tensors
+from llama_jax.checkpoint.formats.tensors import BFLOAT16, Tensor, Tensors, stored
 from llama_jax.checkpoint.formats.torch_pickle import read_torch
 from llama_jax.config import UserError, read_json
 
@@ -32,17 +34,12 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 
-_FORMS: tuple[tuple[str, Callable[[Path], Tensors]], ...] = (
-    ("model.safetensors", lambda file: read_safetensors(file)),
-    ("pytorch_model.bin", read_torch),
-    ("consolidated.safetensors", lambda file: read_safetensors(file)),
-)
 # Weights that other frameworks and tools wrote.
 _UNREAD = ("*.h5", "*.msgpack", "*.ckpt*", "*.gguf", "*.onnx", "*.npz", "*.ot")
 
 
 def read_safetensors(file: Path) -> Tensors:
-    """The tensors of a safetensors file, by name, none of them read yet.
+    """Return the tensors of a safetensors file by name, none of them read yet.
 
     Raises UserError for a missing, damaged or truncated file and for a dtype that numpy has no name for.
     """
@@ -63,7 +60,7 @@ def read_safetensors(file: Path) -> Tensors:
             begin, end = (8 + header_size + offset for offset in entry["data_offsets"])
             if end - begin != math.prod(shape) * dtype.itemsize or begin < 8 + header_size:
                 raise ValueError(f"the size of '{name}' is wrong")
-            tensors[name] = Stored(file, begin, dtype, shape)
+            tensors[name] = stored(file, begin, dtype, shape)
             last = max(last, end)
         if last != size:
             raise ValueError(f"it has {size} bytes where its header says {last}")
@@ -76,12 +73,19 @@ def read_safetensors(file: Path) -> Tensors:
         raise UserError(f"'{file}' is truncated or no safetensors file ({error}): download it again") from None
 
 
+_FORMS: dict[str, Callable[[Path], Tensors]] = {
+    "model.safetensors": read_safetensors,
+    "pytorch_model.bin": read_torch,
+    "consolidated.safetensors": read_safetensors,
+}
+
+
 def read_directory(directory: Path) -> Tensors:
-    """The tensors of a Hugging Face model directory, whichever of the forms they are in.
+    """Return the tensors of a Hugging Face model directory, in whichever of the forms they are.
 
     Raises UserError where there are none, a file is missing or damaged, or an index names a file outside `directory`.
     """
-    for name, read in _FORMS:
+    for name, read in _FORMS.items():
         if (file := directory / name).is_file():
             return read(file)
         if (index := directory / f"{name}.index.json").is_file():
@@ -92,12 +96,13 @@ def read_directory(directory: Path) -> Tensors:
 
 
 def has_weights(directory: Path) -> bool:
-    """Return whether a directory has weights under the names that Hugging Face has for them."""
-    names = [name for name, _ in _FORMS[:2]]
+    """Return whether a directory has weights under Hugging Face's names."""
+    names = ("model.safetensors", "pytorch_model.bin")
     return any((directory / f"{name}{end}").is_file() for name in names for end in ("", ".index.json"))
 
 
 def _read_shards(index: Path, read: Callable[[Path], Tensors]) -> Tensors:
+    """Return the tensors of all files that an index names."""
     data = read_json(index)
     places = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
@@ -117,20 +122,20 @@ def _read_shards(index: Path, read: Callable[[Path], Tensors]) -> Tensors:
     return tensors
 
 
-def write_safetensors(file: Path, entries: list[tuple[str, np.dtype, tuple[int, ...]]], values: Iterator) -> None:
-    """Writes one safetensors file, tensor after tensor: `values` yields an array for each of `entries`, in order."""
+def write_safetensors(file: Path, tensors: Mapping[str, Tensor | np.ndarray]) -> None:
+    """Write one safetensors file, tensor after tensor: each is read only when it is written."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, dtype, shape in entries:
-        end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+    for name, tensor in tensors.items():
+        end = offset + math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(file, "wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
-        for (name, dtype, shape), value in zip(entries, values, strict=True):
-            assert value.dtype == dtype, name
-            assert value.shape == shape, name
+        for name, tensor in tensors.items():
+            value = tensor.read() if isinstance(tensor, Tensor) else tensor
+            assert (value.dtype, value.shape) == (tensor.dtype, tensor.shape), name
             stream.write(np.ascontiguousarray(value).view(np.uint8).reshape(-1).data)

@@ -1,180 +1,160 @@
-"""Tensors that lie in files: shape and dtype are known, bytes are mapped only when and where they are asked for."""
+"""Tensors on disk, described first and read in parts: the values that every file format gives by name."""
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
+
+from llama_jax.config import UserError
 
 type Slices = tuple[slice, ...]
 type Tensors = dict[str, Tensor]
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-
-
-@runtime_checkable
-class Tensor(Protocol):
-    """A tensor that can be read in part."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> np.dtype: ...
-
-    def read(self, slices: Slices = (), /) -> np.ndarray:
-        """The part that `slices` (of step 1, trailing ones may be left out) cut out; read-only."""
-        ...
+SCALE_SUFFIX = "_scale_inv"
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
-    """A tensor in one file: `offset` and `nbytes` in bytes say where, `strides` (in elements) how it is laid out."""
+class Tensor:
+    """A tensor of which only the parts that are asked for are read.
 
-    file: Path
-    offset: int
-    dtype: np.dtype
+    `fetch` gets one slice with start and stop for every dimension and returns that part.
+    """
+
     shape: tuple[int, ...]
-    strides: tuple[int, ...] | None = None  # None: row after row
-
-    @property
-    def extent(self) -> int:
-        """Number of elements from the first to the last one."""
-        if 0 in self.shape:
-            return 0
-        if self.strides is None:
-            return math.prod(self.shape)
-        return 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+    dtype: np.dtype
+    fetch: Callable[[Slices], np.ndarray]
 
     def read(self, slices: Slices = (), /) -> np.ndarray:
-        if self.extent == 0:
-            return np.empty(self.shape, self.dtype)[(*slices, ...)]
-        # A map of its own for each read: its pages leave this process's memory together with the result.
-        flat = np.memmap(self.file, self.dtype, mode="r", offset=self.offset, shape=(self.extent,))
-        if self.strides is None:
-            return flat.view(np.ndarray).reshape(self.shape)[(*slices, ...)]
-        strides = tuple(stride * self.dtype.itemsize for stride in self.strides)
-        view = np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False)
+        """Return the part that `slices` (of step 1, trailing ones may be left out) cut out; read-only."""
+        full = (*slices, *[slice(None)] * (len(self.shape) - len(slices)))
+        return self.fetch(tuple(slice(*s.indices(size)[:2]) for s, size in zip(full, self.shape, strict=True)))
+
+
+def extent(shape: Sequence[int], strides: Sequence[int] | None = None) -> int:
+    """Return the number of elements from the first to the last one of a tensor; None are the strides of C order."""
+    if strides is None or 0 in shape:
+        return math.prod(shape)
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def stored(
+    file: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...], strides: tuple[int, ...] | None = None
+) -> Tensor:
+    """Return the tensor that begins `offset` bytes into `file`; strides are in elements, None for those of C order."""
+
+    def fetch(slices: Slices) -> np.ndarray:
+        if (size := extent(shape, strides)) == 0:
+            return np.empty(shape, dtype)[slices]
+        # One map for each read: its pages leave this process's memory together with the result.
+        flat = np.memmap(file, dtype, mode="r", offset=offset, shape=(size,))
+        if strides is None:
+            return flat.view(np.ndarray).reshape(shape)[(*slices, ...)]
+        in_bytes = tuple(stride * dtype.itemsize for stride in strides)
+        view = np.lib.stride_tricks.as_strided(flat, shape, in_bytes, writeable=False)
         return view.view(np.ndarray)[(*slices, ...)]
 
-
-@dataclasses.dataclass(frozen=True)
-class Cut:
-    """A part of a tensor: `start` to `stop` along `dim` (one of several weights that are stored as one)."""
-
-    whole: Tensor
-    dim: int
-    start: int
-    stop: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shape = self.whole.shape
-        return (*shape[: self.dim], self.stop - self.start, *shape[self.dim + 1 :])
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.whole.dtype
-
-    def read(self, slices: Slices = (), /) -> np.ndarray:
-        full = list(tuple(slices) + (slice(None),) * (len(self.shape) - len(slices)))
-        start, stop, _ = full[self.dim].indices(self.stop - self.start)
-        full[self.dim] = slice(self.start + start, self.start + stop)
-        return self.whole.read(tuple(full))
+    return Tensor(shape, dtype, fetch)
 
 
-@dataclasses.dataclass(frozen=True)
-class Stack:
-    """Tensors of one shape, stacked along a new first dimension (experts)."""
+def cut(whole: Tensor, dim: int, start: int, stop: int) -> Tensor:
+    """Return `start` to `stop` of a tensor along `dim`: one of several weights that are stored as one."""
 
-    parts: tuple[Tensor, ...]
+    def fetch(slices: Slices) -> np.ndarray:
+        part = slices[dim]
+        return whole.read((*slices[:dim], slice(start + part.start, start + part.stop), *slices[dim + 1 :]))
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (len(self.parts), *self.parts[0].shape)
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.parts[0].dtype
-
-    def read(self, slices: Slices = (), /) -> np.ndarray:
-        first, *rest = slices or (slice(None),)
-        pieces = [part.read(tuple(rest)) for part in self.parts[first]]
-        return np.stack(pieces) if pieces else self.parts[0].read(tuple(rest))[None][:0]
+    return Tensor((*whole.shape[:dim], stop - start, *whole.shape[dim + 1 :]), whole.dtype, fetch)
 
 
-@dataclasses.dataclass(frozen=True)
-class Item:
-    """One entry of a tensor's first dimension (an expert of those that are stored as one)."""
+def stack(parts: Sequence[Tensor]) -> Tensor:
+    """Return tensors of one shape stacked along a new first dimension (experts)."""
 
-    whole: Tensor
-    index: int
+    def fetch(slices: Slices) -> np.ndarray:
+        pieces = [part.read(slices[1:]) for part in parts[slices[0]]]
+        return np.stack(pieces) if pieces else parts[0].read(slices[1:])[None][:0]
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.whole.shape[1:]
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.whole.dtype
-
-    def read(self, slices: Slices = (), /) -> np.ndarray:
-        return self.whole.read((slice(self.index, self.index + 1), *slices))[0]
+    return Tensor((len(parts), *parts[0].shape), parts[0].dtype, fetch)
 
 
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """A tensor whose first dimension is seen as two, the first of them of this size."""
-
-    whole: Tensor
-    size: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        rows, *rest = self.whole.shape
-        return (self.size, rows // self.size, *rest)
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.whole.dtype
-
-    def read(self, slices: Slices = (), /) -> np.ndarray:
-        full = tuple(slices) + (slice(None),) * (len(self.shape) - len(slices))
-        start, stop, _ = full[0].indices(self.size)
-        inner = self.shape[1]
-        rows = self.whole.read((slice(start * inner, stop * inner), *full[2:]))
-        return rows.reshape(stop - start, inner, *rows.shape[1:])[:, full[1]]
+def item(whole: Tensor, index: int) -> Tensor:
+    """Return one entry of a tensor's first dimension (an expert of those that are stored as one)."""
+    return Tensor(whole.shape[1:], whole.dtype, lambda slices: whole.read((slice(index, index + 1), *slices))[0])
 
 
-@dataclasses.dataclass(frozen=True)
-class Joined:
-    """Tensors that are pieces of one, in order along `dim` (model-parallel shards)."""
+def split(whole: Tensor, size: int) -> Tensor:
+    """Return a tensor with its first dimension seen as two, the first of them of this size."""
+    inner = whole.shape[0] // size
 
-    parts: tuple[Tensor, ...]
-    dim: int
+    def fetch(slices: Slices) -> np.ndarray:
+        start, stop = slices[0].start, slices[0].stop
+        rows = whole.read((slice(start * inner, stop * inner), *slices[2:]))
+        return rows.reshape(stop - start, inner, *rows.shape[1:])[:, slices[1]]
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        first = self.parts[0].shape
-        total = sum(part.shape[self.dim] for part in self.parts)
-        return (*first[: self.dim], total, *first[self.dim + 1 :])
+    return Tensor((size, inner, *whole.shape[1:]), whole.dtype, fetch)
 
-    @property
-    def dtype(self) -> np.dtype:
-        return self.parts[0].dtype
 
-    def read(self, slices: Slices = (), /) -> np.ndarray:
-        full = tuple(slices) + (slice(None),) * (len(self.shape) - len(slices))
-        start, stop, _ = full[self.dim].indices(self.shape[self.dim])
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Return tensors joined in order along `dim` (model-parallel shards)."""
+    shape = parts[0].shape
+    total = sum(part.shape[dim] for part in parts)
+
+    def fetch(slices: Slices) -> np.ndarray:
         pieces, begin = [], 0
-        for part in self.parts:
-            size = part.shape[self.dim]
-            low, high = max(start - begin, 0), min(stop - begin, size)
+        for part in parts:
+            low, high = (min(max(bound - begin, 0), part.shape[dim]) for bound in (slices[dim].start, slices[dim].stop))
             if low < high:
-                pieces.append(part.read((*full[: self.dim], slice(low, high), *full[self.dim + 1 :])))
-            begin += size
+                pieces.append(part.read((*slices[:dim], slice(low, high), *slices[dim + 1 :])))
+            begin += part.shape[dim]
         if not pieces:
-            return self.parts[0].read((*full[: self.dim], slice(0, 0), *full[self.dim + 1 :]))
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=self.dim)
+            return parts[0].read((*slices[:dim], slice(0, 0), *slices[dim + 1 :]))
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=dim)
+
+    return Tensor((*shape[:dim], total, *shape[dim + 1 :]), parts[0].dtype, fetch)
+
+
+def rounded(whole: Tensor, dtype: np.dtype) -> Tensor:
+    """Return a tensor that is cast to `dtype` when it is read."""
+    return Tensor(whole.shape, dtype, lambda slices: whole.read(slices).astype(dtype))
+
+
+def block_scaled(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
+    """Return a matrix in float32 whose every `block` (rows, columns) is multiplied by its scale when it is read.
+
+    DeepSeek-V3 was released so, in float8 (e4m3). The blocks at the lower and right edge may be smaller.
+    """
+
+    def fetch(slices: Slices) -> np.ndarray:
+        blocks = tuple(slice(s.start // n, -(-s.stop // n)) for s, n in zip(slices, block, strict=True))
+        scale = scales.read(blocks).astype(np.float32)
+        for dim, (s, n) in enumerate(zip(slices, block, strict=True)):
+            scale = scale.take(np.arange(s.start, s.stop) // n - s.start // n, axis=dim)
+        result = values.read(slices).astype(np.float32)
+        result *= scale
+        result.flags.writeable = False
+        return result
+
+    return Tensor(values.shape, np.dtype(np.float32), fetch)
+
+
+def with_scales(path: Path, tensors: Tensors, block: Sequence[int]) -> Tensors:
+    """Return the tensors of `path`, each `NAME` multiplied by the scales `NAME_scale_inv` of its blocks.
+
+    Raises UserError for scales that do not fit.
+    """
+    found = {name: tensor for name, tensor in tensors.items() if not name.endswith(SCALE_SUFFIX)}
+    for scale_name in tensors.keys() - found.keys():
+        name, scales = scale_name.removesuffix(SCALE_SUFFIX), tensors[scale_name]
+        if (values := tensors.get(name)) is None:
+            raise UserError(f"'{path}' has '{scale_name}' without '{name}'")
+        expected = tuple(-(-size // n) for size, n in zip(values.shape, block, strict=False))
+        if len(values.shape) != 2 or scales.shape != expected:
+            raise UserError(
+                f"'{path}' has '{scale_name}' with shape {scales.shape}, and blocks of {block[0]} x {block[1]} in "
+                f"{values.shape} ask for {expected}"
+            )
+        found[name] = block_scaled(values, scales, (block[0], block[1]))
+    return found

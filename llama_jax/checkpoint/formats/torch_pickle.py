@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.checkpoint.formats.tensors import BFLOAT16, Stored, Tensors
+from llama_jax.checkpoint.formats.tensors import BFLOAT16, Tensor, Tensors, extent, stored
 from llama_jax.config import UserError
 
 _STORAGES = {
@@ -33,37 +33,38 @@ _STORAGES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-
-
-# What the first pickle begins with, of protocol 2 (PyTorch's default) or a later one, which has frames: a long of ten
-# bytes.
+# First bytes of files from before PyTorch 1.6: a pickled long of ten bytes, in protocol 2 (PyTorch's default) or a
+# later one, which has frames.
 _MAGIC = re.compile(rb"\x80[\x02-\x05](\x95.{8})?\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
 class _StorageType:
+    """A class of torch's storages, as pickles name it."""
+
     dtype: np.dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
+    """A storage's place in its file, in bytes."""
+
     file: Path
     offset: int
     nbytes: int
     dtype: np.dtype
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Stored:
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
     numbers = [offset, *shape, *strides]
     if not isinstance(storage, _Storage) or len(shape) != len(strides):
         raise pickle.UnpicklingError("a tensor without a storage")
     if not all(isinstance(n, int) and n >= 0 for n in numbers):
         raise pickle.UnpicklingError("a tensor with negative sizes")
     itemsize = storage.dtype.itemsize
-    tensor = Stored(storage.file, storage.offset + offset * itemsize, storage.dtype, tuple(shape), tuple(strides))
-    if (offset + tensor.extent) * itemsize > storage.nbytes:
+    if (offset + extent(shape, strides)) * itemsize > storage.nbytes:
         raise pickle.UnpicklingError("a tensor larger than its storage")
-    return tensor
+    return stored(storage.file, storage.offset + offset * itemsize, storage.dtype, tuple(shape), tuple(strides))
 
 
 def _rebuild_parameter(data: Any, *_: Any) -> Any:
@@ -79,9 +80,9 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Read a pickle of `stream`, in which the storage of a key has these (offset, nbytes) in `file`.
+    """Unpickler of tensors in `file`: `storages` has (offset, nbytes) of each storage by its key.
 
-    Without `storages` it notes in `found` what they would be: type and number of elements by key.
+    Where it is None, `found` collects the storages that the pickle names: dtype and number of elements by key.
     """
 
     def __init__(self, stream: io.BufferedReader | io.BytesIO, storages: dict[str, tuple[int, int]] | None, file: Path):
@@ -118,7 +119,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_torch(file: Path) -> Tensors:
-    """The tensors of a `.pth` or `.bin` file, by name, none of them read yet.
+    """Return the tensors of a `.pth` or `.bin` file by name, none of them read yet.
 
     Raises UserError for a missing, damaged or truncated file, and for a pickle that names anything but tensors.
     """
@@ -138,6 +139,7 @@ def read_torch(file: Path) -> Tensors:
 
 
 def _read_archive(archive: zipfile.ZipFile, file: Path) -> Tensors:
+    """Return the tensors of PyTorch's zip format."""
     pickles = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
     if len(pickles) != 1:
         raise UserError(f"'{file}' is a zip file but no PyTorch checkpoint: it lacks data.pkl")
@@ -150,6 +152,7 @@ def _read_archive(archive: zipfile.ZipFile, file: Path) -> Tensors:
         for entry in archive.infolist():
             if not entry.filename.startswith(f"{root}data/"):
                 continue
+            # The local header's extra field may be longer than the directory's: PyTorch pads with it.
             stream.seek(entry.header_offset)
             name_length, extra_length = struct.unpack("<26xHH", stream.read(30))
             begin = entry.header_offset + 30 + name_length + extra_length
@@ -160,7 +163,7 @@ def _read_archive(archive: zipfile.ZipFile, file: Path) -> Tensors:
 
 
 def _read_sequence(file: Path) -> Tensors | None:
-    """The tensors of a file of PyTorch before 1.6; None of any other file."""
+    """Return the tensors of a file of PyTorch before 1.6, or None for any other file."""
     with open(file, "rb") as stream:
         if _MAGIC.match(stream.read(32)) is None:
             return None
@@ -174,7 +177,7 @@ def _read_sequence(file: Path) -> Tensors | None:
         version, machine = load({})[0], load({})[0]
         if version != 1001 or not isinstance(machine, dict) or machine.get("little_endian") is not True:
             raise UserError(f"'{file}' is of another version or machine: convert it to safetensors with PyTorch")
-        # Where storages lie is known only behind the pickle that cuts tensors out of them: it is read twice.
+        # The places of storages are known only behind the pickle that cuts tensors out of them: it is read twice.
         begin = stream.tell()
         _, first = load(None)
         keys = load({})[0]
@@ -194,9 +197,10 @@ def _read_sequence(file: Path) -> Tensors | None:
 
 
 def _tensors(state: Any, file: Path) -> Tensors:
+    """Return `state`, what a file's pickle holds, checked to be tensors by name."""
     if not isinstance(state, dict):
         raise UserError(f"'{file}' holds a {type(state).__name__}, not tensors by name")
     for name, tensor in state.items():
-        if not isinstance(tensor, Stored):
+        if not isinstance(tensor, Tensor):
             raise UserError(f"'{file}' holds a {type(tensor).__name__} under '{name}' where a tensor should be")
     return dict(state)

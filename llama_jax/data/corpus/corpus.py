@@ -88,7 +88,7 @@ class Corpus:
     `num_bytes` is the size of the documents' text in UTF-8 (0 for token ids), `content_hash` the hash of the files and
     options that it was made of, `tokenizer` the fingerprint, `skipped` the files that were left out ("file: reason"),
     `bad_records` the number of bad records of each kind and the first of them. `scored_bytes` are the bytes of text
-    that a left-to-right model predicts in validation; None where there is no such number, for the reason `unscored`.
+    that a left-to-right model predicts in validation; None without such a number, for the reason `unscored`.
     """
 
     def __init__(self, directory: Path, config: DataConfig):

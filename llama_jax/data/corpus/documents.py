@@ -12,8 +12,8 @@ from llama_jax.config import UserError
 from llama_jax.data.chat import problem_of
 from llama_jax.data.config import DataConfig, Split
 from llama_jax.data.corpus.files import find_files
-from llama_jax.data.readers import read_unit
-from llama_jax.data.readers.records import SURROGATE, BadRecord, Part, Record, SkippedFile, Unit, units_by_shard
+from llama_jax.data.readers import read_unit, units_by_shard
+from llama_jax.data.readers.records import SURROGATE, BadRecord, Part, Record, SkippedFile, Unit
 from llama_jax.tokenizers import Tokenizer
 
 NO_CONVERSATION = "messages that are no conversation"
@@ -44,8 +44,8 @@ class BadRecords:
         self.first += summary["first"][: MAX_NAMED - len(self.first)]
         if self._limit is not None and (count := self.reasons.total()) > self._limit:
             named = "; ".join(self.first[:3])
-            begins = f"{named}: mend it, or" if count == 1 else f"{count} records are bad, first {named}: mend them, or"
-            raise UserError(f"{begins} {self._advice}")
+            problem = f"{named}: repair it" if count == 1 else f"{count} records are bad, first {named}: repair them"
+            raise UserError(f"{problem}, or {self._advice}")
 
     def summary(self) -> dict[str, Any]:
         """Return the counts as JSON."""
@@ -54,10 +54,10 @@ class BadRecords:
 
 def good_records(
     units: Iterable[Unit], config: DataConfig, separators: Sequence[int], bad: BadRecords, skipped: list[str]
-) -> Iterator[tuple[Unit, Record, bytes]]:
-    """Yield (unit, record, `content_of` it) of the records that can be used; the rest is added to `bad` and `skipped`.
+) -> Iterator[tuple[Record, bytes]]:
+    """Yield (record, `content_of` it) of the records that can be used; the rest is added to `bad` and `skipped`.
 
-    `separators`: ids that stand between documents in files of token ids.
+    `separators`: ids between documents in files of token ids.
     """
     for unit in units:
         for item in read_unit(unit, config, separators):
@@ -68,14 +68,13 @@ def good_records(
             elif isinstance(content := content_of(item), BadRecord):
                 bad.add(content)
             else:
-                yield unit, item, content
+                yield item, content
 
 
 def _all_records(config: DataConfig, bad: BadRecords, skipped: list[str]) -> Iterator[tuple[Record, bytes]]:
-    """Yield (record, content) of the whole corpus in its order."""
+    """Yield the good records of the whole corpus in its order."""
     units = (unit for shard in units_by_shard(find_files(config), config) for unit in shard)
-    for _, record, content in good_records(units, config, (0,), bad, skipped):
-        yield record, content
+    return good_records(units, config, (0,), bad, skipped)
 
 
 def read_texts(config: DataConfig, split: Split) -> Iterator[str]:
@@ -146,8 +145,8 @@ def split_of(content: bytes, config: DataConfig) -> Split:
 class ScoredBytes:
     """Count of the bytes of text behind the tokens that a left-to-right model predicts: all but a document's first.
 
-    There is no such number, and `reason` says why, where documents are token ids or chats, and where the tokenizer
-    loses some of the text, which the model then is not scored for.
+    It has no value, for the reason `reason`, where documents are token ids or chats, and where the tokenizer loses some
+    of the text, which the model then is not scored for.
     """
 
     tokenizer: Tokenizer
@@ -174,7 +173,7 @@ class ScoredBytes:
             self.num_bytes -= len(first.encode())
 
     def summary(self) -> dict[str, Any]:
-        """Return the count as JSON: `scored_bytes`, None where there is none, and `unscored`, the reason."""
+        """Return the count as JSON: `scored_bytes`, None without a number, and `unscored`, the reason."""
         return {"scored_bytes": None if self.reason else self.num_bytes, "unscored": self.reason}
 
 

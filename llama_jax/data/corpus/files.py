@@ -16,8 +16,8 @@ from llama_jax.config import UserError
 from llama_jax.data.config import DataConfig
 from llama_jax.data.corpus.listing import Pattern, split_glob, walk
 from llama_jax.data.readers.opening import open_file
-from llama_jax.data.readers.records import CorpusFile, is_dataset
-from llama_jax.data.readers.tables import find_dataset
+from llama_jax.data.readers.records import CorpusFile
+from llama_jax.data.readers.tables import find_dataset, is_dataset
 from llama_jax.files import lock
 from llama_jax.remote import file_system, is_remote
 
@@ -61,7 +61,7 @@ def _find_local(entry: str) -> Found:
         return {str(top): CorpusFile(str(top), status.st_size, True, str(status.st_mtime_ns))}, False
     if top.is_symlink() and not top.exists():
         raise UserError(
-            f"path '{entry}' is a link to '{os.readlink(top)}', which is not there: mend it or leave it out"
+            f"path '{entry}' is a link to '{os.readlink(top)}', which is not there: repair it or leave it out"
         )
     is_directory, pattern = top.is_dir(), Pattern()
     if not is_directory:

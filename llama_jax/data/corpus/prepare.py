@@ -16,7 +16,9 @@ from llama_jax.data.corpus.corpus import INDEX, Corpus, check_bad_records, check
 from llama_jax.data.corpus.files import digests, find_files
 from llama_jax.data.corpus.shards import ShardMaker
 from llama_jax.data.corpus.workers import make_shards
-from llama_jax.data.readers.records import CorpusFile, Unit, kind_of, packing_of, units_by_shard
+from llama_jax.data.readers import kind_of, units_by_shard
+from llama_jax.data.readers.opening import packing_of
+from llama_jax.data.readers.records import CorpusFile, Unit
 from llama_jax.files import PARTIAL, lock
 from llama_jax.remote import Mirror, as_local, check_destination, default_cache, working_copy
 from llama_jax.tokenizers import Tokenizer
@@ -107,7 +109,7 @@ def prepare_shards(
 
 
 def _open(maker: ShardMaker, content_hash: str) -> Corpus | None:
-    """Return the corpus that is there, or None where there is none, another, or one whose files are not whole."""
+    """Return the corpus that is there, or None where it is missing, another one, or not whole."""
     try:
         corpus = Corpus(maker.directory, maker.config)
     except (OSError, ValueError, KeyError):
@@ -185,7 +187,7 @@ def _shard_maker(
         path, key = cache_directory(config) / "corpora" / content_hash[:32], content_hash
     else:
         # A cluster's processes do not all read the whole corpus: sizes and times show whether it is the same.
-        stamps = [[kind_of(file.path), file.size, file.stamp] for file in files]
+        stamps = [[kind_of(file.path).name, file.size, file.stamp] for file in files]
         key = hashlib.sha256(json.dumps([FORMAT, _options(config), stamps]).encode()).hexdigest()
         path = (as_local(directory) or Path(directory)).absolute()
     try:
@@ -208,5 +210,5 @@ def _content_hash(files: list[CorpusFile], config: DataConfig, tokenizer: Tokeni
         cache.mkdir(parents=True, exist_ok=True)
     for file, content in zip(files, digests(files, cache / "digests.jsonl"), strict=True):
         packed = bool(packing_of(file.path))
-        digest.update(f"{content} {kind_of(file.path)} {packed}\n".encode())
+        digest.update(f"{content} {kind_of(file.path).name} {packed}\n".encode())
     return digest.hexdigest()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -110,7 +111,7 @@ class ShardMaker:
         size = finished = 0
         for unit in units:
             read = 0
-            for _, record, content in good_records([unit], self.config, separators, bad, skipped):
+            for record, content in good_records([unit], self.config, separators, bad, skipped):
                 batch.append((record, content))
                 size += len(content)
                 read += len(content)
@@ -184,25 +185,27 @@ class _SplitWriter:
         self._files: dict[str, tuple[BinaryIO, Any]] = {}  # with the hash of each
         self._sizes = dict.fromkeys(ARRAYS, 0)
         self._num_bytes = self._place = 0
-        self._pending: dict[str, list[np.ndarray]] = {array: [] for array in ARRAYS}
+        self._pending: dict[str, list[Any]] = {array: [] for array in ARRAYS}
 
     def add(self, parts: list[np.ndarray], num_bytes: int) -> None:
         """Add a document: BOS, the ids of its parts, EOS. One without any of these is left out."""
         pieces = [self._begin, *parts, self._end]
         if not any(map(len, pieces)):
             return
-        ends = self._place + np.cumsum([len(piece) for piece in pieces])
-        self._pending["documents"].append(np.array([self._place]))
-        self._pending["parts"].append(ends[1:-2])  # where the second and later parts begin
+        # Where each piece begins, and the document's end; the file of parts has those of the second part and on.
+        places = list(itertools.accumulate(map(len, pieces), initial=self._place))
+        self._pending["documents"].append(self._place)
+        self._pending["parts"] += places[2:-2]
         self._pending["tokens"] += pieces
-        self._place = int(ends[-1])
+        self._place = places[-1]
         self._num_bytes += num_bytes
 
     def flush(self) -> None:
         """Write what was added since the last call."""
         for array, pending in self._pending.items():
-            if sum(map(len, pending)):
-                values = np.concatenate(pending).astype(self._dtypes[array])
+            if pending:
+                values = np.concatenate(pending) if array == "tokens" else np.array(pending)
+                values = values.astype(self._dtypes[array])
                 if array not in self._files:
                     path = self._stack.enter_context(replacing(self._paths[array]))
                     self._files[array] = self._stack.enter_context(path.open("wb")), hashlib.sha256()

@@ -16,6 +16,7 @@ from loky.backend import get_context
 from llama_jax.config import UserError
 from llama_jax.data.config import DataConfig
 from llama_jax.data.corpus.shards import ShardMaker
+from llama_jax.data.readers import KINDS, FileKind, added_readers
 from llama_jax.data.readers.records import Unit
 from llama_jax.tokenizers import load_tokenizer
 
@@ -44,7 +45,7 @@ def make_shards(
         # Loky sends the classes of a notebook too.
         pool = loky.ProcessPoolExecutor(
             num_workers, env=ONE_THREAD, initializer=_start,
-            initargs=(os.getpid(), maker.directory, maker.key, maker.config, path, updates),
+            initargs=(os.getpid(), maker.directory, maker.key, maker.config, path, added_readers(), updates),
         )  # fmt: skip
         try:
             _collect(pool, updates, shards, progress)
@@ -74,11 +75,20 @@ def _collect(
         progress(sum(done.values()))
 
 
-def _start(parent: int, directory: Path, key: str, config: DataConfig, tokenizer: Path, updates: Any) -> None:
+def _start(
+    parent: int,
+    directory: Path,
+    key: str,
+    config: DataConfig,
+    tokenizer: Path,
+    readers: list[FileKind],
+    updates: Any,
+) -> None:
     """Prepare a worker process."""
     global _maker, _updates
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     os.dup2(2, 1)  # the parent's output is a report, which libraries must not print into
+    KINDS.extend(readers)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _maker, _updates = ShardMaker(directory, key, config, load_tokenizer(tokenizer)), updates
 

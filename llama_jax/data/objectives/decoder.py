@@ -1,7 +1,7 @@
 """Objectives of decoders: text from left to right, and GLM's blanks."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, override
 
 import numpy as np
 
@@ -11,16 +11,17 @@ from llama_jax.data.objectives.base import Document, Example, Numbers, Objective
 
 
 class LeftToRight(Objective):
-    """Base of those whose inputs are all tokens but the last, and whose targets are all but the first."""
+    """Base of objectives whose inputs are all tokens but the last, and whose targets are all but the first."""
 
     bare: ClassVar[bool] = False
     overlap: ClassVar[int] = 1
 
+    @override
     def lengths(self, num_tokens: Numbers, target_start: Numbers) -> tuple[np.ndarray, ...]:
         return (np.maximum(num_tokens - 1, 0),)
 
     def shifted(self, tokens: np.ndarray) -> Example:
-        """The example in which every target counts."""
+        """Return the example in which every target counts."""
         targets = tokens[1:]
         return as_example(
             tokens=tokens[:-1], targets=targets, weights=np.ones(len(targets)), positions=np.arange(len(targets))
@@ -31,6 +32,7 @@ class LeftToRight(Objective):
 class Causal(LeftToRight):
     """Every token from those before it (Radford et al. 2018)."""
 
+    @override
     def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
         return self.shifted(document.tokens)
 
@@ -42,29 +44,32 @@ class Prefix(LeftToRight):
     The prefix has at least one token and leaves at least one to predict; its length is drawn uniformly.
     """
 
+    @override
     def fields(self) -> tuple[str, ...]:
         return *super().fields(), "prefix"
 
+    @override
     def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
         example = self.shifted(document.tokens)
         index = np.arange(len(example["tokens"]))
         length = rng.integers(len(index)) + 1 if len(index) else 0
-        # The target of a prefix's last token is the first that the prefix does not show.
+        # The target of a prefix's last token is the first token outside the prefix.
         return example | as_example(weights=index >= length - 1, prefix=index < length)
 
 
 @dataclasses.dataclass(frozen=True)
 class Chat(LeftToRight):
-    """Supervised fine-tuning: like Causal, and only what lies in an answer (an odd part) has a loss."""
+    """Supervised fine-tuning: like Causal, with a loss at the tokens of answers (odd parts) alone."""
 
+    @override
     def check_parts(self, num_documents: int, num_parts: int) -> None:
         if num_parts < num_documents:
             raise UserError("Chat needs conversations, and there are texts: set fields and chat_template")
 
+    @override
     def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
-        example = self.shifted(document.tokens)
         part = np.searchsorted(np.asarray(document.parts), np.arange(1, len(document.tokens)), side="right")
-        return example | as_example(weights=part % 2)
+        return self.shifted(document.tokens) | as_example(weights=part % 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +82,9 @@ class BlankFilling(Objective):
 
     noise_density: share of the tokens that are predicted.
     mean_span_length: tokens of a span, on average.
-    two_dimensional: whether a span has the position of its mask, and its own counting as block_positions; else
-        positions count on.
-    mask_token: stands where a span was.
+    two_dimensional: give a span the position of its mask, and block_positions that count within it; else positions
+        count on.
+    mask_token: in place of a span.
     start_token: before a span.
     end_token: after a span, as a target.
     """
@@ -94,42 +99,47 @@ class BlankFilling(Objective):
     def __post_init__(self) -> None:
         noise.check_noise(self.noise_density, self.mean_span_length)
 
+    @override
     def special_tokens(self) -> tuple[str, ...]:
         return self.mask_token, self.start_token, self.end_token
 
+    @override
     def fields(self) -> tuple[str, ...]:
         return *super().fields(), "prefix", *(("block_positions",) if self.two_dimensional else ())
 
+    @override
     def lengths(self, num_tokens: Numbers, target_start: Numbers) -> tuple[np.ndarray, ...]:
         _, num_spans = noise.noise_counts(num_tokens, self.noise_density, self.mean_span_length)
         return (num_tokens + 2 * num_spans,)
 
+    @override
     def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
         mask, start, end = map(vocabulary.id, self.special_tokens())
         text = document.tokens
-        num_noise, num_spans = (
-            int(x[0]) for x in noise.noise_counts(np.array([len(text)]), self.noise_density, self.mean_span_length)
-        )
+        counts = noise.noise_counts(np.array([len(text)]), self.noise_density, self.mean_span_length)
+        num_noise, num_spans = (int(x[0]) for x in counts)
         sizes = 1 + noise.poisson_parts(rng, num_noise - num_spans, num_spans)
         spans = noise.scattered(rng, len(text), sizes)
         part_a = noise.replaced(text, spans, [mask] * num_spans)
-        # In part A, each span before has become one token.
+        # A mask's place in part A: there, each span before it has become one token.
         places = np.array([span.start for span in spans], np.int64) - (np.cumsum(sizes) - sizes) + np.arange(num_spans)
-        tokens, targets, positions, blocks = [part_a], [np.zeros(len(part_a))], [np.arange(len(part_a))], []
+        tokens, targets, positions = [part_a], [np.zeros(len(part_a))], [np.arange(len(part_a))]
+        blocks = [np.zeros(len(part_a))]
         for i in rng.permutation(num_spans):
             span = text[spans[i]]
             tokens += [[start], span]
             targets += [span, [end]]
             positions += [np.full(len(span) + 1, places[i])]
             blocks += [np.arange(len(span) + 1) + 1]
-        in_a = np.arange(len(text) + 2 * num_spans) < len(part_a)
+        index = np.arange(len(text) + 2 * num_spans)
+        in_a = index < len(part_a)
         example = as_example(
             tokens=np.concatenate(tokens),
             targets=np.concatenate(targets),
             weights=~in_a,
-            positions=np.concatenate(positions) if self.two_dimensional else np.arange(len(in_a)),
+            positions=np.concatenate(positions) if self.two_dimensional else index,
             prefix=in_a,
         )
         if self.two_dimensional:
-            example |= as_example(block_positions=np.concatenate([np.zeros(len(part_a)), *blocks]))
+            example |= as_example(block_positions=np.concatenate(blocks))
         return example

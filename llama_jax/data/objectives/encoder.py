@@ -1,12 +1,21 @@
-"""Objectives of encoders: masked tokens and classes of texts."""
+"""Objectives of encoders: masked tokens, and classes of texts."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, override
 
 import numpy as np
 
 from llama_jax.config import UserError
-from llama_jax.data.objectives.base import Document, Example, Numbers, Objective, Vocabulary, as_example, check_fraction
+from llama_jax.data.objectives.base import (
+    Document,
+    Example,
+    Numbers,
+    Objective,
+    Vocabulary,
+    as_example,
+    check_fraction,
+    check_pairs,
+)  # fmt: skip
 
 MASKED, RANDOM = 0.8, 0.1  # of the chosen tokens; the rest stay as they are (Devlin et al. 2019, section 3.1)
 
@@ -17,11 +26,11 @@ class MaskedLM(Objective):
 
     Of the chosen tokens 80 % become the mask, 10 % a random token and 10 % stay. B is the end of the document, half of
     it at most, or with probability 1/2 as many tokens of another one. Where the other is shorter than half, A is longer
-    in both cases: where B begins says nothing of whether it follows.
+    in both cases: the place where B begins does not show if it follows A.
 
-    next_sentence: pairs with token_types, and whether B follows A as a target at [CLS].
+    next_sentence: pairs with token_types, and a target at [CLS]: 1 where B follows A.
     masked_fraction: share of the text's tokens that are chosen; at least one is.
-    mask_token: stands in place of a chosen token.
+    mask_token: in place of a chosen token.
     cls_token: the first token.
     sep_token: after each text.
     """
@@ -37,19 +46,24 @@ class MaskedLM(Objective):
         check_fraction("masked_fraction", self.masked_fraction)
 
     @property
+    @override
     def wants_other(self) -> bool:
         return self.next_sentence
 
+    @override
     def special_tokens(self) -> tuple[str, ...]:
         return self.mask_token, self.cls_token, self.sep_token
 
+    @override
     def fields(self) -> tuple[str, ...]:
         pair = ("token_types", "pair_targets", "pair_weights") if self.next_sentence else ()
         return *super().fields(), "prefix", *pair
 
+    @override
     def lengths(self, num_tokens: Numbers, target_start: Numbers) -> tuple[np.ndarray, ...]:
         return (num_tokens + (3 if self.next_sentence else 2),)
 
+    @override
     def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
         mask, cls, sep = map(vocabulary.id, self.special_tokens())
         a, b, follows = document.tokens, np.zeros(0, np.int64), True
@@ -65,6 +79,7 @@ class MaskedLM(Objective):
         return example
 
     def _pair(self, document: Document, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Return (A, B, True where B follows A)."""
         tokens, other = document.tokens, document.other
         size = len(tokens) // 2
         if other is not None and len(other):
@@ -78,7 +93,7 @@ class MaskedLM(Objective):
     def _masked(
         self, text: np.ndarray, num_tokens: int, rng: np.random.Generator, vocabulary: Vocabulary, mask: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The text with its chosen tokens replaced, and which these are."""
+        """Return the text with its chosen tokens replaced, and True at these."""
         ordinary = np.flatnonzero(~np.isin(text, vocabulary.special_ids))
         count = min(max(1, round(self.masked_fraction * num_tokens)), len(ordinary))
         places = rng.choice(ordinary, count, replace=False)
@@ -96,7 +111,7 @@ class Classification(Objective):
 
     Documents have two parts, the text and its label; one that does not fit is left out.
 
-    labels: what the label of each class is, as the documents write it.
+    labels: the label of each class, as the documents write it.
     cls_token: the first token.
     sep_token: after the text.
     """
@@ -111,12 +126,15 @@ class Classification(Objective):
         if len(set(self.labels)) < max(2, len(self.labels)):
             raise UserError(f"labels={','.join(self.labels)} must be two different ones or more")
 
+    @override
     def special_tokens(self) -> tuple[str, ...]:
         return self.cls_token, self.sep_token
 
+    @override
     def texts(self) -> tuple[str, ...]:
         return self.labels
 
+    @override
     def check(self, vocabulary: Vocabulary) -> None:
         super().check(vocabulary)
         written: dict[tuple[int, ...], str] = {}
@@ -127,35 +145,32 @@ class Classification(Objective):
                 raise UserError(f"the tokenizer writes the label {label!r} {like}: give labels that it tells apart")
             written[ids] = label
 
+    @override
     def check_parts(self, num_documents: int, num_parts: int) -> None:
-        if num_parts != num_documents:
-            raise UserError(
-                f"Classification needs documents of a text and a label, and {num_documents:,} documents have "
-                f"{num_parts + num_documents:,} parts: name two fields, as in fields=text,label"
-            )
+        check_pairs("Classification", "a text and a label", "text,label", num_documents, num_parts)
 
+    @override
     def fields(self) -> tuple[str, ...]:
         return "tokens", "class_targets", "weights", "positions"
 
+    @override
     def lengths(self, num_tokens: Numbers, target_start: Numbers) -> tuple[np.ndarray, ...]:
         return (target_start + 2,)
 
+    @override
     def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
         self.check_parts(1, len(document.parts))
         start = int(document.parts[0])
         cls, sep = map(vocabulary.id, self.special_tokens())
         tokens = np.concatenate([[cls], document.tokens[:start], [sep]])
-        at_cls = np.arange(len(tokens)) == 0
-        number = self._number(document.tokens[start:].tolist(), vocabulary)
+        label = tuple(document.tokens[start:].tolist())
+        classes = {tuple(vocabulary.texts[label]): number for number, label in enumerate(self.labels)}
+        if label not in classes:
+            raise UserError(
+                f"a document's label is written with the tokens {list(label)}, and none of "
+                f"labels={','.join(self.labels)} is: name every label that there is"
+            )
+        index = np.arange(len(tokens))
         return as_example(
-            tokens=tokens, class_targets=number * at_cls, weights=at_cls, positions=np.arange(len(tokens))
-        )
-
-    def _number(self, ids: list[int], vocabulary: Vocabulary) -> int:
-        for number, label in enumerate(self.labels):
-            if list(vocabulary.texts[label]) == ids:
-                return number
-        raise UserError(
-            f"a document's label is written with the tokens {ids}, and none of labels={','.join(self.labels)} is: "
-            "name every label that there is"
+            tokens=tokens, class_targets=classes[label] * (index == 0), weights=index == 0, positions=index
         )

@@ -1,17 +1,26 @@
 """Objectives of encoder-decoders: a target from a source."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, override
 
 import numpy as np
 
 from llama_jax.config import UserError
 from llama_jax.data.objectives import noise
-from llama_jax.data.objectives.base import Boundary, Document, Example, Numbers, Objective, Vocabulary, as_example
+from llama_jax.data.objectives.base import (
+    Boundary,
+    Document,
+    Example,
+    Numbers,
+    Objective,
+    Vocabulary,
+    as_example,
+    check_pairs,
+)  # fmt: skip
 
 
 class SequenceToSequence(Objective):
-    """Base of objectives with a source for an encoder to read and a target for a decoder to write."""
+    """Base of objectives with a source for an encoder and a target for a decoder."""
 
     source_length: int = 512  # type: ignore[assignment]
     start_token: Boundary = "pad"
@@ -20,17 +29,21 @@ class SequenceToSequence(Objective):
         if self.source_length < 1:
             raise UserError(f"source_length={self.source_length} must be at least 1")
 
+    @override
     def check(self, vocabulary: Vocabulary) -> None:
         super().check(vocabulary)
         vocabulary.boundary(self.start_token)
         vocabulary.boundary("eos")
 
+    @override
     def fields(self) -> tuple[str, ...]:
         return *super().fields(), "source_tokens", "source_positions"
 
     def pair(self, source: np.ndarray, target: np.ndarray, vocabulary: Vocabulary) -> Example:
-        """The example of a source and a target: both end with EOS, and the decoder reads the target one place later,
-        behind the start token."""
+        """Return the example of a source and a target.
+
+        Both end with EOS, and the decoder's inputs are the start token and the target without its end.
+        """
         eos = vocabulary.boundary("eos")
         source, targets = np.append(source, eos), np.append(target, eos)
         return as_example(
@@ -48,23 +61,22 @@ class ParallelText(SequenceToSequence):
     """Documents of two parts, the second from the first (Sutskever et al. 2014); one that does not fit is left out.
 
     source_length: source positions in a row.
-    start_token: what the decoder reads first.
+    start_token: first input of the decoder.
     """
 
     source_length: int = 512
     start_token: Boundary = "bos"
     divisible: ClassVar[bool] = False
 
+    @override
     def check_parts(self, num_documents: int, num_parts: int) -> None:
-        if num_parts != num_documents:
-            raise UserError(
-                f"ParallelText needs documents of a source and a target, and {num_documents:,} documents have "
-                f"{num_parts + num_documents:,} parts: name two fields, as in fields=en,de"
-            )
+        check_pairs("ParallelText", "a source and a target", "en,de", num_documents, num_parts)
 
+    @override
     def lengths(self, num_tokens: Numbers, target_start: Numbers) -> tuple[np.ndarray, ...]:
         return num_tokens - target_start + 1, target_start + 1
 
+    @override
     def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
         self.check_parts(1, len(document.parts))
         start = int(document.parts[0])
@@ -82,7 +94,7 @@ class SpanCorruption(SequenceToSequence):
     mean_span_length: tokens of a noise span, on average.
     num_sentinels: sentinels that the tokenizer has, <extra_id_0> and on; no text gets more spans.
     source_length: source positions in a row.
-    start_token: what the decoder reads first.
+    start_token: first input of the decoder.
     """
 
     noise_density: float = 0.15
@@ -97,13 +109,16 @@ class SpanCorruption(SequenceToSequence):
         if self.num_sentinels < 1:
             raise UserError(f"num_sentinels={self.num_sentinels} must be at least 1")
 
+    @override
     def special_tokens(self) -> tuple[str, ...]:
         return tuple(f"<extra_id_{i}>" for i in range(self.num_sentinels))
 
+    @override
     def lengths(self, num_tokens: Numbers, target_start: Numbers) -> tuple[np.ndarray, ...]:
         num_noise, num_spans = self._counts(num_tokens)
         return num_noise + num_spans + 1, num_tokens - num_noise + num_spans + 1
 
+    @override
     def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
         text = document.tokens
         num_noise, num_spans = (int(x[0]) for x in self._counts(np.array([len(text)])))
@@ -117,6 +132,7 @@ class SpanCorruption(SequenceToSequence):
         return self.pair(noise.replaced(text, spans, sentinels), np.concatenate([*target, text[:0]]), vocabulary)
 
     def _counts(self, length: Numbers) -> tuple[np.ndarray, np.ndarray]:
+        """Return (noise tokens, spans) of texts of these lengths."""
         num_noise, num_spans = noise.noise_counts(length, self.noise_density, self.mean_span_length)
         num_noise = np.where(length < 2, length, np.minimum(num_noise, length - 1))
         # Every noise span has a kept one before it.
@@ -126,18 +142,18 @@ class SpanCorruption(SequenceToSequence):
 
 @dataclasses.dataclass(frozen=True)
 class Denoising(SequenceToSequence):
-    """Text infilling and sentence permutation (Lewis et al. 2020, section 2.2).
+    """The whole text, from one with holes and its sentences in another order (Lewis et al. 2020, section 2.2).
 
-    One mask stands for each span, also for one of no tokens. Spans have Poisson many tokens, conditioned on their sum:
+    One mask replaces each span, also one of no tokens. Spans have Poisson many tokens, conditioned on their sum:
     a multinomial distribution over a number of spans that follows from the text's length. A sentence ends after a full
-    stop, a question mark or an exclamation mark that is a token of its own.
+    stop, a question mark or an exclamation mark that is one token.
 
     noise_density: share of the tokens that are masked.
     mean_span_length: tokens of a span, on average.
-    permute_sentences: whether the source has its sentences in random order.
-    mask_token: stands for a span.
+    permute_sentences: put the sentences of the source into random order.
+    mask_token: in place of a span.
     source_length: source positions in a row.
-    start_token: what the decoder reads first.
+    start_token: first input of the decoder.
     """
 
     noise_density: float = 0.3
@@ -151,18 +167,20 @@ class Denoising(SequenceToSequence):
         super().__post_init__()
         noise.check_noise(self.noise_density, self.mean_span_length)
 
+    @override
     def special_tokens(self) -> tuple[str, ...]:
         return (self.mask_token,)
 
+    @override
     def lengths(self, num_tokens: Numbers, target_start: Numbers) -> tuple[np.ndarray, ...]:
         num_noise, num_spans = noise.noise_counts(num_tokens, self.noise_density, self.mean_span_length)
         return num_tokens + 1, num_tokens - num_noise + num_spans + 1
 
+    @override
     def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
         text = document.tokens
-        num_noise, num_spans = (
-            int(x[0]) for x in noise.noise_counts(np.array([len(text)]), self.noise_density, self.mean_span_length)
-        )
+        counts = noise.noise_counts(np.array([len(text)]), self.noise_density, self.mean_span_length)
+        num_noise, num_spans = (int(x[0]) for x in counts)
         source = permuted(rng, text, vocabulary.sentence_ends) if self.permute_sentences else text
         spans = noise.scattered(rng, len(text), noise.poisson_parts(rng, num_noise, num_spans))
         source = noise.replaced(source, spans, [vocabulary.id(self.mask_token)] * num_spans)
@@ -170,6 +188,6 @@ class Denoising(SequenceToSequence):
 
 
 def permuted(rng: np.random.Generator, tokens: np.ndarray, ends: tuple[int, ...]) -> np.ndarray:
-    """The sentences in random order; each goes to a token of `ends`, or to the text's end."""
+    """Return the sentences in random order; each goes to a token of `ends`, or to the text's end."""
     sentences = np.split(tokens, np.flatnonzero(np.isin(tokens, ends)) + 1)
     return np.concatenate([sentences[i] for i in rng.permutation(len(sentences))])

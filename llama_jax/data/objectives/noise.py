@@ -1,37 +1,34 @@
-"""Which tokens are taken away: how many and in how many spans follows from the text's length, the rest is drawn."""
+"""Noise: the numbers of tokens and spans that are taken away follow from the text's length, all else is drawn."""
 
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Integer
 
 from llama_jax.config import UserError
-from llama_jax.data.objectives.base import check_fraction
-
-Counts = Integer[np.ndarray, " _"]
+from llama_jax.data.objectives.base import Numbers, check_fraction
 
 
 def check_noise(noise_density: float, mean_span_length: float) -> None:
-    """Raises UserError where no noise can be so dense, or no spans so short."""
+    """Raise UserError where no noise can be so dense, or no spans so short."""
     check_fraction("noise_density", noise_density)
     if mean_span_length < 1:
         raise UserError(f"mean_span_length={mean_span_length} must be at least 1")
 
 
-def noise_counts(length: Counts, noise_density: float, mean_span_length: float) -> tuple[Counts, Counts]:
-    """(noise tokens, spans) of texts of these lengths: at least one of each where there is text at all."""
+def noise_counts(length: Numbers, noise_density: float, mean_span_length: float) -> tuple[Numbers, Numbers]:
+    """Return (noise tokens, spans) of texts of these lengths: at least one of each where there is text at all."""
     noise = np.clip(rounded(length * noise_density), np.minimum(length, 1), length)
     spans = np.maximum(rounded(noise / mean_span_length), np.minimum(length, 1))
     return noise, spans
 
 
-def rounded(x: np.ndarray) -> Counts:
-    """To the nearest integer, halves to the even one."""
+def rounded(x: np.ndarray) -> Numbers:
+    """Round to the nearest integer, halves to the even one."""
     return np.rint(x).astype(np.int64)
 
 
 def positive_parts(rng: np.random.Generator, total: int, count: int) -> np.ndarray:
-    """`count` sizes, none 0, whose sum is `total`; every way to cut is equally likely."""
+    """Draw `count` sizes, none 0, whose sum is `total`; every way to cut is equally likely."""
     if not count:
         return np.zeros(0, np.int64)
     cuts = np.sort(rng.choice(total - 1, count - 1, replace=False)) + 1
@@ -39,25 +36,27 @@ def positive_parts(rng: np.random.Generator, total: int, count: int) -> np.ndarr
 
 
 def parts(rng: np.random.Generator, total: int, count: int) -> np.ndarray:
-    """`count` sizes, 0 among them, whose sum is `total`; every way to cut is equally likely."""
+    """Draw `count` sizes, 0 among them, whose sum is `total`; every way to cut is equally likely."""
     return positive_parts(rng, total + count, count) - 1
 
 
 def poisson_parts(rng: np.random.Generator, total: int, count: int) -> np.ndarray:
-    """`count` sizes, 0 among them, as Poisson variables of one mean fall out when their sum is known to be `total`:
-    that is a multinomial distribution, whatever the mean."""
+    """Draw `count` sizes, 0 among them: Poisson variables of one mean, given that their sum is `total`.
+
+    That is a multinomial distribution, whatever the mean.
+    """
     return rng.multinomial(total, np.full(count, 1 / count)) if count else np.zeros(0, np.int64)
 
 
 def scattered(rng: np.random.Generator, length: int, sizes: np.ndarray) -> list[slice]:
-    """Spans of these sizes in a text of that length, in order and apart, though they may touch."""
+    """Draw places for spans of these sizes in a text of that length: in order and apart, though they may touch."""
     gaps = parts(rng, length - int(sizes.sum()), len(sizes) + 1)
     starts = np.cumsum(gaps[:-1]) + np.cumsum(sizes) - sizes
     return [slice(int(start), int(start + size)) for start, size in zip(starts, sizes, strict=True)]
 
 
 def replaced(tokens: np.ndarray, spans: Sequence[slice], by: Sequence[int]) -> np.ndarray:
-    """`tokens` with one token in place of each span."""
+    """Return `tokens` with one token of `by` in place of each span."""
     pieces, end = [], 0
     for span, token in zip(spans, by, strict=True):
         pieces += [tokens[end : span.start], [token]]

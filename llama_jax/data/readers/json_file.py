@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from llama_jax.data.config import DataConfig
 from llama_jax.data.readers.opening import opened
@@ -24,23 +25,31 @@ from llama_jax.data.readers.text import read_jsonl
 
 _SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 _SPACE_BYTES = b" \t\r\n\xef\xbb\xbf"
-_NEAR_END = 16  # characters: what is wrong there may be a word or an escape that is not all here yet
+_NEAR_END = 16  # characters: an error this near to the end may be a word or an escape that is not all here yet
 _NUMBER = "0123456789+-.eE"
 _REST = "what follows it in the file is left out"
 
 
 def read_json(unit: Unit, config: DataConfig) -> Iterator[Item]:
-    """A record an object: of an array, of those that follow one another, or the only one.
+    """Yield a record for each object: of an array, of those that follow one another, or the only one.
 
-    Where the first of several lines is a whole object, it is JSONL, and comes in pieces like it; anything else is read
-    by the first unit. A file that was only found and is one value without a record (a program's settings) is skipped.
+    A file is read as JSONL, in pieces, where the first of several lines is a whole object; any other is read by the
+    first unit. A file that was only found and is one value without a record (a program's settings) is skipped.
     """
     with opened(unit.file) as content:
-        lines = _is_lines(content, config.max_record_bytes)
-    if lines:
+        is_lines = _is_lines(content, config.max_record_bytes)
+    if is_lines:
         yield from read_jsonl(unit, config)
     elif unit.index == 0:
-        yield from _read_values(unit, config)
+        with opened(unit.file) as content:
+            items = _items(content, unit.file.path, config)
+            first = list(itertools.islice(items, 2))
+            item, in_array = first[0] if first else (None, False)
+            if len(first) == 1 and isinstance(item, BadRecord) and not in_array and not unit.file.named:
+                reason = f"{item.reason} ({item.detail})" if item.detail else item.reason
+                yield SkippedFile(unit.file.path, reason)
+            else:
+                yield from (item for item, _ in itertools.chain(first, items))
 
 
 def _is_lines(content: io.BufferedIOBase, limit: int) -> bool:
@@ -49,30 +58,14 @@ def _is_lines(content: io.BufferedIOBase, limit: int) -> bool:
     if begin != b"{":
         return False
     try:
-        if not isinstance(json.loads(begin + content.readline(limit)), dict):
-            return False
+        json.loads(begin + content.readline(limit))
     except (ValueError, RecursionError):
         return False
     return any(not data.isspace() for data in iter(lambda: content.read(BUFFER), b""))
 
 
-def _read_values(unit: Unit, config: DataConfig) -> Iterator[Item]:
-    path = unit.file.path
-    with opened(unit.file) as content:
-        items = _items(content, path, config)
-        first, second = next(items, None), next(items, None)
-        if first is not None and second is None and not unit.file.named:
-            item, in_array = first
-            if isinstance(item, BadRecord) and not in_array:
-                yield SkippedFile(path, f"{item.reason} ({item.detail})" if item.detail else item.reason)
-                return
-        for found in itertools.chain((first, second), items):
-            if found is not None:
-                yield found[0]
-
-
 def _items(content: io.BufferedIOBase, path: str, config: DataConfig) -> Iterator[tuple[Item, bool]]:
-    """(the record of a value, whether it is of an array)."""
+    """Yield (record of a value, True where it is an element of an array)."""
     for number, (value, in_array) in enumerate(json_values(content, config.max_record_bytes), 1):
         where = f"record {number} of '{path}'"
         if isinstance(value, JsonProblem):
@@ -81,17 +74,17 @@ def _items(content: io.BufferedIOBase, path: str, config: DataConfig) -> Iterato
             yield as_record(value, where, config), in_array
 
 
-class JsonProblem:
-    """Why there is no value where one should be: a `reason` of bad records and its own detail."""
+class JsonProblem(NamedTuple):
+    """Reason why there is no value where one should be, as in `BadRecord`."""
 
-    def __init__(self, reason: str, detail: str = ""):
-        self.reason, self.detail = reason, detail
+    reason: str
+    detail: str = ""
 
 
 def json_values(content: io.BufferedIOBase, limit: int) -> Iterator[tuple[object, bool]]:
-    """(value or JsonProblem, whether it is of an array) of the values at the top, for an array those that it has.
+    """Yield (value or JsonProblem, True where it is an element) of the values at the top, of an array its elements.
 
-    Only about one value of at most `limit` bytes is held at a time. After a problem with the text itself nothing comes.
+    About one value of at most `limit` bytes is held at a time. After a problem with the text itself nothing comes.
     """
     text, in_array, first = _Text(content, limit), False, True
     while (char := text.next_char()) or in_array:
@@ -122,24 +115,24 @@ class _Text:
 
     def __init__(self, content: io.BufferedIOBase, limit: int):
         self._content, self._limit = content, limit
-        # What is no UTF-8 becomes half a surrogate pair, and is told of its own value.
+        # Bytes that are no UTF-8 become halves of surrogate pairs, which make their own value a problem.
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._decode = json.JSONDecoder().raw_decode
         self._held, self._ended = "", False
         self.place = 0
 
     def next_char(self) -> str:
-        """The next character that is no space, or "" at the end."""
+        """Return the next character that is not white space, or "" at the end."""
         while True:
-            self.place = _SPACE.match(self._held, self.place).end()  # type: ignore[union-attr]  # it matches nothing too
-            if self.place < len(self._held):
-                return self._held[self.place]
-            if self._ended:
-                return ""
+            space = _SPACE.match(self._held, self.place)
+            assert space is not None  # it matches nothing too
+            self.place = space.end()
+            if self.place < len(self._held) or self._ended:
+                return self._held[self.place : self.place + 1]
             self._fill()
 
     def value(self) -> tuple[object, bool]:
-        """(the value that begins here or its JsonProblem, whether nothing can be read behind it)."""
+        """Return (the value that begins here or its JsonProblem, True where nothing can be read behind it)."""
         while True:
             try:
                 value, end = self._decode(self._held, self.place)

@@ -1,4 +1,4 @@
-"""Files opened as what they hold: decompressed, unpacked, and refused where the content is no text."""
+"""Files opened by their kind: decompressed, unpacked, and refused where the content is not text."""
 
 import bz2
 import contextlib
@@ -16,12 +16,12 @@ from typing import cast
 import zstandard
 
 from llama_jax.config import UserError
-from llama_jax.data.readers.records import BUFFER, CorpusFile, SkippedFile, packing_of
+from llama_jax.data.readers.records import BUFFER, CorpusFile, SkippedFile
 from llama_jax.remote import file_system, is_remote
 
 
 def open_file(path: str) -> io.BufferedIOBase:
-    """The file's content, buffered. Raises UserError for a file that cannot be read."""
+    """Open the file, buffered. Raises UserError for a file that cannot be read."""
     try:
         if not is_remote(path):
             return cast(io.BufferedReader, open(path, "rb", buffering=BUFFER))
@@ -36,15 +36,15 @@ FOLDERS = ("__pycache__", "__MACOSX")
 
 
 def is_left_out(name: str) -> bool:
-    """Return whether a directory's entry of this name is no text of its own: hidden, an editor's backup, a cache."""
+    """Return True for names that a corpus leaves out of a directory: hidden, an editor's backup, a cache."""
     is_autosave = len(name) > 1 and name[0] == name[-1] == "#"
     is_hidden = name.startswith(".") and name not in (".", "..")
     return is_hidden or name.endswith(BACKUPS) or name in FOLDERS or is_autosave
 
 
-HEAD = 512  # bytes that tell
+HEAD = 512  # bytes at the beginning of a file that show its kind
 
-# (where, the bytes there, what begins so, what to do); the names of kinds that are read say how to call the file.
+# (place, the bytes there, kind of file, advice). Kinds that are read by other names get the advice to rename the file.
 _UNPACK, _NAME = "unpack it and give its files", "give it a name that ends with"
 MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
     (0, rb"PK(\x03\x04|\x05\x06|\x07\x08)", "a ZIP archive (or Word, Excel, PyTorch, NumPy)", _UNPACK),
@@ -88,11 +88,11 @@ MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
     (0, rb"(\xff\xfe|\xfe\xff)..", "UTF-16", "convert it to UTF-8 (iconv)"),
 )
 _COMPILED = tuple((where, re.compile(magic, re.DOTALL), what, advice) for where, magic, what, advice in MAGIC)
-_OF_FOUR_BYTES = re.compile(rb"(\x1f\x8b|\x1f\x9d|\x80|\xff|\xfe)")  # shorter ones are also token ids
+_OF_FOUR_BYTES = re.compile(rb"(\x1f\x8b|\x1f\x9d|\x80|\xff|\xfe)")  # shorter magic bytes are token ids too
 
 
 class OtherContentError(Exception):
-    """A file of another kind than its name says; `what` it is, and what to do with it."""
+    """A file of another kind than its name shows: its kind, and advice."""
 
     def __init__(self, what: str, advice: str = ""):
         super().__init__(what)
@@ -100,14 +100,14 @@ class OtherContentError(Exception):
 
 
 def check_text(head: bytes) -> None:
-    """Raise OtherContentError for the first bytes of a file (HEAD of them) that is no text."""
+    """Raise OtherContentError where the first HEAD bytes of a file are not those of a text."""
     _check(head)
     if b"\0" in head:
         raise OtherContentError("a binary file")
 
 
 def check_ids(head: bytes) -> None:
-    """Raise OtherContentError for the first bytes of a file that is no array of token ids for certain."""
+    """Raise OtherContentError where the first bytes of a file are certainly not token ids."""
     if not _OF_FOUR_BYTES.match(head) or head.startswith(b"\x80\x02\x8a\x0al\xfc\x9cF"):
         _check(head)
 
@@ -151,41 +151,42 @@ class _Zstd(io.RawIOBase):
         return size
 
 
-_OPENERS = {
-    "gzip": lambda raw: gzip.GzipFile(fileobj=raw),
-    "zstd": _Zstd,
-    "bzip2": bz2.BZ2File,
-    "xz": lzma.LZMAFile,
-}
+_PACKED = re.compile(r"\.(?:t?(gz|zst|bz2|xz)|t(bz))$", re.IGNORECASE)
+_PACKINGS = {"gz": "gzip", "zst": "zstd", "bz2": "bzip2", "bz": "bzip2", "xz": "xz"}
+_OPENERS = {"gzip": lambda raw: gzip.GzipFile(fileobj=raw), "zstd": _Zstd, "bzip2": bz2.BZ2File, "xz": lzma.LZMAFile}
+
+
+def packing_of(path: str) -> str:
+    """Return the compression of a file, by its name, or ""."""
+    found = _PACKED.search(path)
+    return "" if found is None else _PACKINGS[(found[1] or found[2]).lower()]
 
 
 @contextlib.contextmanager
 def unpacked(file: CorpusFile) -> Iterator[io.BufferedIOBase]:
-    """The file's content, decompressed by its name. Raises UserError for a damaged file."""
+    """Open the file, decompressed by its name. Raises UserError for a damaged file."""
     packing = packing_of(file.path)
     try:
         with open_file(file.place) as raw:
             yield io.BufferedReader(_OPENERS[packing](raw), BUFFER) if packing else raw
-    except (EOFError, zlib.error, zstandard.ZstdError, lzma.LZMAError):
+    except (EOFError, zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and (not packing or error.errno is not None):
+            raise  # of the disk; gzip and bzip2 raise it for damaged content, without a number
         raise UserError(f"'{file.path}' is a damaged {packing} file: get it again or leave it out") from None
-    except OSError as error:
-        if packing and error.errno is None:  # gzip and bzip2 say so of their content
-            raise UserError(f"'{file.path}' is a damaged {packing} file: get it again or leave it out") from None
-        raise
 
 
 @contextlib.contextmanager
 def opened(file: CorpusFile) -> Iterator[io.BufferedIOBase]:
-    """The file's content, decompressed by its name. Raises OtherContentError where that is no text."""
+    """Open the file, decompressed by its name. Raises OtherContentError where the content is not text."""
     with unpacked(file) as content:
-        check_text(content.peek(HEAD)[:HEAD])  # type: ignore[attr-defined]  # all of them are buffered readers
+        check_text(content.peek(HEAD)[:HEAD])  # type: ignore[attr-defined]  # a BufferedReader
         yield content
 
 
 def members(archive: CorpusFile) -> Iterator[CorpusFile | SkippedFile]:
-    """The archive's files in their order, each on disk for as long as the next is not asked for.
+    """Yield the archive's files in their order, each on disk until the next is taken.
 
-    Left out are the names that are left out in directories. Raises UserError for a damaged archive.
+    Names that are left out of directories are left out here. Raises UserError for a damaged archive.
     """
     try:
         with unpacked(archive) as content, tarfile.open(fileobj=content, mode="r|") as tar:  # type: ignore[call-overload]

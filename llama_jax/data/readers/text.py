@@ -23,25 +23,22 @@ from llama_jax.data.readers.records import (
     SkippedFile,
     Unit,
     as_record,
-    kind_of,
-)
+)  # fmt: skip
 
 _BOM = "\ufeff"
+_REST = "the rows behind it are left out"
 
 
 def lines_of(content: io.BufferedIOBase, unit: Unit, limit: int) -> Iterator[tuple[int, bytes | None]]:
-    """(where it begins, the line with its end) of the lines that begin in the unit's bytes; None for one longer.
+    """Yield (first byte, line with its end) of the lines that begin in the unit's bytes; None for one over `limit`.
 
-    A line's end is a newline alone, whatever Unicode says; no line is held that is longer than `limit`.
+    Only a newline ends a line, in spite of Unicode's other ones; a line longer than `limit` is not held.
     """
     begin, end = unit.range_of(unit.file.size) if unit.count > 1 else (0, None)
     if begin:
-        content.seek(begin - 1)  # the line that has this byte belongs to who owns its beginning
+        content.seek(begin - 1)  # the line of this byte belongs to the unit that has its beginning
         begin += _skip_line(content) - 1
-    while end is None or begin < end:
-        line = content.readline(limit + 1)
-        if not line:
-            return
+    while (end is None or begin < end) and (line := content.readline(limit + 1)):
         size = len(line)
         if size > limit and not line.endswith(b"\n"):
             size += _skip_line(content)
@@ -52,7 +49,7 @@ def lines_of(content: io.BufferedIOBase, unit: Unit, limit: int) -> Iterator[tup
 
 
 def _skip_line(content: io.BufferedIOBase) -> int:
-    """Reads to the line's end; how many bytes that was."""
+    """Read to the line's end; return the number of bytes."""
     skipped = 0
     while piece := content.readline(BUFFER):
         skipped += len(piece)
@@ -62,18 +59,18 @@ def _skip_line(content: io.BufferedIOBase) -> int:
 
 
 def as_text(data: bytes, errors: str = "strict") -> str:
-    """`data` from UTF-8, without the marks that begin a UTF-8 file where one stands at the beginning or, as in files
-    that were put together, at a line's."""
+    """Decode UTF-8 without byte order marks, at the beginning or, as in files that were put together, of a line."""
     text = data.decode(errors=errors)
     return text.removeprefix(_BOM).replace("\n" + _BOM, "\n") if _BOM in text else text
 
 
 def read_jsonl(unit: Unit, config: DataConfig) -> Iterator[Item]:
-    """A record a line."""
-    path, whole = unit.file.path, unit.index == 0
+    """Yield a record for each line."""
+    path = unit.file.path
     with opened(unit.file) as content:
         for number, (begin, line) in enumerate(lines_of(content, unit, config.max_record_bytes), 1):
-            where = f"line {number} of '{path}'" if whole else f"the line at byte {begin} of '{path}'"
+            # Later units have no line numbers: nothing counts the lines before them.
+            where = f"line {number} of '{path}'" if unit.index == 0 else f"the line at byte {begin} of '{path}'"
             if line is None:
                 yield BadRecord(where, TOO_LONG)
             elif not line.isspace():
@@ -82,46 +79,42 @@ def read_jsonl(unit: Unit, config: DataConfig) -> Iterator[Item]:
 
 def _parsed(line: bytes, where: str, config: DataConfig) -> Item:
     try:
-        values = json.loads(as_text(line))
+        return as_record(json.loads(as_text(line)), where, config)
     except UnicodeDecodeError:
         return BadRecord(where, NOT_UTF8)
     except (ValueError, RecursionError) as error:
         return BadRecord(where, NOT_JSON, str(error))
-    return as_record(values, where, config)
 
 
 def read_text(unit: Unit, config: DataConfig) -> Iterator[Item]:
-    """One document, or with `document_chars` several."""
+    """Yield one document, or with `document_chars` several."""
     file, limit = unit.file, config.max_record_bytes
     where = f"'{file.path}'" if unit.count == 1 else f"part {unit.index + 1} of {unit.count} of '{file.path}'"
 
     def no_text(reason: str, found: str) -> Item:
         return BadRecord(where, reason) if file.named else SkippedFile(file.path, found)
 
-    if config.document_chars is None:
-        with opened(file) as content:
-            data = content.read(limit + 1)
-        try:
+    try:
+        if config.document_chars is None:
+            with opened(file) as content:
+                data = content.read(limit + 1)
             if len(data) > limit:
-                codecs.getincrementaldecoder("utf-8")().decode(data[:BUFFER])
+                codecs.getincrementaldecoder("utf-8")().decode(data[:BUFFER])  # is it a large text, or no text?
                 yield BadRecord(where, TOO_LONG)
             elif b"\0" in data:
                 yield no_text(HAS_NULS, "a binary file")
             else:
                 yield Record((as_text(data),), where)
-        except UnicodeDecodeError:
-            yield no_text(NOT_UTF8, "not UTF-8")
-        return
-    with opened(file) as content:  # all of it is text before any of it is a document
-        try:
+            return
+        with opened(file) as content:  # all of it has to be text before any of it is a document
             for _, line in lines_of(content, unit, limit):
                 (line or b"").decode()
                 if b"\0" in (line or b""):
                     yield no_text(HAS_NULS, "a binary file")
                     return
-        except UnicodeDecodeError:
-            yield no_text(NOT_UTF8, "not UTF-8")
-            return
+    except UnicodeDecodeError:
+        yield no_text(NOT_UTF8, "not UTF-8")
+        return
     bad: list[BadRecord] = []
 
     def lines() -> Iterator[str]:
@@ -140,7 +133,7 @@ def read_text(unit: Unit, config: DataConfig) -> Iterator[Item]:
 
 
 def cut(lines: Iterable[str], document_chars: int) -> Iterator[str]:
-    """The text of `lines`, cut at their ends into texts of about so many characters."""
+    """Yield the text of `lines` in texts of about so many characters that end at line ends."""
     part, size = [], 0
     for line in lines:
         if part and size + len(line) > document_chars:
@@ -151,25 +144,19 @@ def cut(lines: Iterable[str], document_chars: int) -> Iterator[str]:
     yield "".join(part)
 
 
-_REST = "the rows behind it are left out"
-
-
-def read_delimited(unit: Unit, config: DataConfig) -> Iterator[Item]:
-    """A record a row; the header names the columns, of which only those of `fields` are taken."""
+def read_delimited(unit: Unit, config: DataConfig, *, dialect: str) -> Iterator[Item]:
+    """Yield a record for each row; the header names the columns, of which only those of `fields` are taken."""
     path, limit = unit.file.path, config.max_record_bytes
     csv.field_size_limit(min(limit, sys.maxsize))
     too_long: list[str] = []
     with opened(unit.file) as content:
-        rows = csv.reader(
-            _lines(content, unit, limit, too_long), "excel-tab" if kind_of(path) == "tsv" else "excel", strict=True
-        )
-        header: list[str] | None = None
+        rows = csv.reader(_lines(content, unit, limit, too_long), dialect, strict=True)
+        header: list[str] = []
         number = 0
         while True:
             where = f"row {number + 1} of '{path}'" if header else f"the header of '{path}'"
             try:
-                if (row := next(rows, None)) is None:
-                    break
+                row = next(rows, None)
             except csv.Error as error:
                 number += 1
                 if "field limit" in str(error):  # a quote that nothing closes
@@ -177,41 +164,38 @@ def read_delimited(unit: Unit, config: DataConfig) -> Iterator[Item]:
                     return
                 yield BadRecord(where, NOT_TABLE, str(error))
                 continue
-            if not row:
-                continue
-            if header is None:
+            if row is None:
+                break
+            if row and header:
+                number += 1
+                yield _row(row, header, where, config)
+            elif row:
                 header = row
-                missing = [field for field in config.fields if field not in header]
-                if missing:
+                if missing := [field for field in config.fields if field not in header]:
                     has = f"has no column '{missing[0]}' (it has {', '.join(header)[:200]})"
                     if unit.file.named:
                         raise UserError(f"'{path}' {has}: set fields")
                     yield SkippedFile(path, has)
                     return
-                columns = [header.index(field) for field in config.fields]
-                continue
-            number += 1
-            yield _record(row, columns, len(header), where, limit)
-    for where in too_long:
-        yield BadRecord(where, TOO_LONG, _REST)
+    yield from (BadRecord(where, TOO_LONG, _REST) for where in too_long)
 
 
 def _lines(content: io.BufferedIOBase, unit: Unit, limit: int, too_long: list[str]) -> Iterator[str]:
-    """The lines up to one that is too long: no quote is known to be open or closed behind it."""
+    """Yield the lines up to one that is too long, behind which no quote is known to be open or closed."""
     for begin, line in lines_of(content, unit, limit):
         if line is None:
             too_long.append(f"the line at byte {begin} of '{unit.file.path}'")
             return
-        # What is no UTF-8 becomes half a surrogate pair, and is told of its own row.
+        # Bytes that are no UTF-8 become halves of surrogate pairs, which make their own row bad.
         yield as_text(line, "surrogateescape")
 
 
-def _record(row: list[str], columns: list[int], width: int, where: str, limit: int) -> Item:
-    if len(row) != width:
-        return BadRecord(where, NOT_TABLE, f"it has {len(row)} cells, and the header {width}")
-    parts = tuple(row[column] for column in columns)
+def _row(row: list[str], header: list[str], where: str, config: DataConfig) -> Item:
+    if len(row) != len(header):
+        return BadRecord(where, NOT_TABLE, f"it has {len(row)} cells, and the header {len(header)}")
+    parts = tuple(row[header.index(field)] for field in config.fields)
     try:
         size = sum(len(part.encode()) for part in parts)
     except UnicodeEncodeError:
         return BadRecord(where, NOT_UTF8)
-    return BadRecord(where, TOO_LONG) if size > limit else Record(parts, where)
+    return BadRecord(where, TOO_LONG) if size > config.max_record_bytes else Record(parts, where)

@@ -1,20 +1,158 @@
 """Rows of packed examples: documents through an objective, side by side in one row."""
 
+import contextlib
+import dataclasses
+import hashlib
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args, override
 
 import numpy as np
-from jaxtyping import Int
 
-from llama_jax.data.corpus.corpus import TokenStream
+from llama_jax.config import UserError
+from llama_jax.data.config import Packing, Split
+from llama_jax.data.corpus.corpus import Corpus, TokenStream, map_array
 from llama_jax.data.objectives.base import FLOATS, Document, Example, Objective, Vocabulary
-from llama_jax.data.rows.fitting import special_ends
+from llama_jax.data.objectives.decoder import Causal
+from llama_jax.data.rows.fitting import RowIndex, fit_rows
 from llama_jax.data.rows.windows import HostBatch, Rows
+from llama_jax.files import lock, replacing, write_text
 
-SOURCE = "source_"
+FORMAT = 1  # of an index's files; part of their directory's name
+SOURCE = "source_"  # begins the names of fields of the source
+
+
+@dataclasses.dataclass(frozen=True)
+class Packer:
+    """Options by which documents become rows. The index of a corpus's rows is kept in files below its directory."""
+
+    objective: Objective
+    packing: Packing
+    vocabulary: Vocabulary
+    sequence_length: int
+
+    @property
+    def needs_index(self) -> bool:
+        """True unless rows are windows of the stream."""
+        return type(self.objective) is not Causal or self.packing != "cut"
+
+    @property
+    def capacity(self) -> tuple[int, ...]:
+        """Positions of a row's streams: (target,) or (target, source)."""
+        source = self.objective.source_length
+        return (self.sequence_length,) if source is None else (self.sequence_length, source)
+
+    def directory(self, corpus: Corpus) -> Path:
+        """Return the directory of the index, named after all that it depends on: of lengths, their values."""
+        objective = self.objective
+        kind = [FORMAT, self.packing, self.capacity, objective.bare, objective.overlap, objective.divisible]
+        digest = hashlib.sha256(json.dumps([*kind, self.vocabulary.num_special]).encode())
+        sizes = np.arange(2 * sum(self.capacity) + 2)
+        for starts in (sizes, sizes // 2):
+            for lengths in objective.lengths(sizes, starts):
+                digest.update(np.asarray(lengths, np.int64).tobytes())
+        return corpus.directory / "rows" / digest.hexdigest()[:32]
+
+    def write(self, corpus: Corpus) -> None:
+        """Write the index of a corpus's rows, unless it is there. Raises UserError where no row takes a token."""
+        for stream in (corpus.train, corpus.validation):
+            self.objective.check_parts(stream.num_documents, sum(len(shard.parts) for shard in stream.shards))
+        directory = self.directory(corpus)
+        files = {split: directory / f"{split}.json" for split in get_args(Split)}
+        if all(file.exists() for file in files.values()):
+            return  # without a lock: the disk may be one that cannot be written
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"'{directory}' cannot be made ({error.strerror}): set another data.cache_dir") from None
+        with lock(corpus.directory / "rows.lock"):
+            for split, file in files.items():
+                if not file.exists():
+                    write_text(file, json.dumps(self._write(directory, split, getattr(corpus, split))))
+
+    def _write(self, directory: Path, split: Split, stream: TokenStream) -> dict[str, int]:
+        """Write the arrays of a split's index, shard by shard; return its counts."""
+        before, after = self.vocabulary.num_special
+        counts: dict[str, int] = dict.fromkeys(("num_rows", "num_pieces", "num_tokens", "num_dropped"), 0)
+        with contextlib.ExitStack() as stack:
+            pieces, rows = (
+                stack.enter_context(stack.enter_context(replacing(directory / f"{split}.{kind}")).open("wb"))
+                for kind in ("pieces", "rows")
+            )
+            rows.write(np.zeros(1, "<i8").tobytes())
+            for shard, start in zip(stream.shards, stream.starts, strict=False):
+                index = fit_rows(shard, self.objective, self.packing, self.capacity, num_before=before, num_after=after)
+                pieces.write((index.pieces + np.array([start, 0])).astype("<i8").tobytes())
+                rows.write((index.rows[1:] + counts["num_pieces"]).astype("<i8").tobytes())
+                counts["num_rows"] += len(index.rows) - 1
+                counts["num_pieces"] += len(index.pieces)
+                counts["num_tokens"] += index.num_tokens
+                counts["num_dropped"] += index.num_dropped
+        return counts
+
+    def open(self, corpus: Corpus, split: Split) -> RowIndex:
+        """Return the index of a split's rows; its pieces are places in the stream."""
+        directory = self.directory(corpus)
+        counts = json.loads((directory / f"{split}.json").read_text())
+        pieces = _map(directory / f"{split}.pieces", 2 * counts["num_pieces"]).reshape(-1, 2)
+        rows = _map(directory / f"{split}.rows", counts["num_rows"] + 1)
+        return RowIndex(pieces, rows, counts["num_tokens"], counts["num_dropped"])
+
+
+def _map(file: Path, count: int) -> np.ndarray:
+    try:
+        return map_array(file, "<i8", count, file.stat().st_size)
+    except ValueError:
+        raise UserError(f"'{file}' is not whole: remove its directory, and it is made again") from None
+
+
+class PackedRows(Rows):
+    """Examples packed as an index of the stream's rows has it.
+
+    The noise of a piece is a function of (seed, epoch, piece): not of the row or the batch that it is in.
+    """
+
+    def __init__(self, stream: TokenStream, packer: Packer, index: RowIndex, *, seed: tuple[int, ...]):
+        self._stream, self._packer, self._index, self._seed = stream, packer, index, seed
+        self.num_rows, self.num_tokens, self.num_dropped = len(index.rows) - 1, index.num_tokens, index.num_dropped
+        self.num_positions = self.num_rows * sum(packer.capacity)
+
+    @override
+    def read(self, places: Sequence[tuple[int, int]]) -> HostBatch:
+        objective, length = self._packer.objective, self._packer.sequence_length
+        batch = empty_batch(objective, len(places), length)
+        for number, (epoch, row) in enumerate(places):
+            if row < self.num_rows:
+                pieces = self._index.pieces[self._index.rows[row] : self._index.rows[row + 1]].tolist()
+                examples = [self._example(epoch, place, size) for place, size in pieces]
+                for name, values in pack(examples, length, objective.source_length).items():
+                    batch[name][number] = values
+        return batch
+
+    def _example(self, epoch: int, place: int, size: int) -> Example:
+        """Return the example of the piece of `size` tokens at `place` in the stream."""
+        rng = np.random.default_rng([*self._seed, epoch, place])
+        shard, offset = self._stream.shard_at(place)
+        local = place - offset
+        document = int(np.searchsorted(shard.documents, local, side="right")) - 1
+        # Parts that began before the piece begin with it.
+        first, last = np.searchsorted(shard.parts, [shard.documents[document], local + size])
+        parts = np.maximum(shard.parts[first:last] - local, 0)
+        objective, vocabulary = self._packer.objective, self._packer.vocabulary
+        num_documents = len(shard.documents)
+        other = None
+        if objective.wants_other and num_documents > 1:  # a random document of the same shard
+            number = (document + int(rng.integers(1, num_documents))) % num_documents
+            start, end = [*shard.documents[number : number + 2], len(shard.tokens)][:2]
+            before, after = vocabulary.num_special if objective.bare else (0, 0)
+            other = shard.tokens[start + before : end - after].astype(np.int32)
+        tokens = self._stream.read(place, place + size)
+        return objective.example(Document(tokens, parts, other), rng, vocabulary)
 
 
 def pack(examples: Sequence[Example], length: int, source_length: int | None) -> Example:
-    """One row: the examples' fields one after another, then zeros up to `length` (`source_length` in the source).
+    """Return one row: the examples' fields one after another, then zeros up to `length` (`source_length`).
 
     `segment_ids` and, with a source, `source_segment_ids` number the examples from 1, equally in both; 0 is padding.
     Raises ValueError where the examples do not fit, or are not of one objective.
@@ -29,94 +167,27 @@ def pack(examples: Sequence[Example], length: int, source_length: int | None) ->
             raise ValueError("source_length is for examples with a source, and they need it")
         if capacity is None:
             continue
-        sizes = [{len(example[name]) for name in stream} for example in examples]
-        if any(len(size) != 1 for size in sizes):
+        sizes = [len(example[stream[0]]) for example in examples]
+        if any(len(example[name]) != size for example, size in zip(examples, sizes, strict=True) for name in stream):
             raise ValueError("the fields of an example's stream must be equally long")
-        total = sum(size for (size,) in sizes)
-        if total > capacity:
-            raise ValueError(f"examples of {total} {prefix}positions do not fit into a row of {capacity}")
-        padding = (0, capacity - total)
+        if sum(sizes) > capacity:
+            raise ValueError(f"examples of {sum(sizes)} {prefix}positions do not fit into a row of {capacity}")
+        padding = (0, capacity - sum(sizes))
         for name in stream:
             row[name] = np.pad(np.concatenate([example[name] for example in examples]), padding)
         numbers = np.arange(1, len(examples) + 1, dtype=np.int32)
-        row[f"{prefix}segment_ids"] = np.pad(np.repeat(numbers, [size for (size,) in sizes]), padding)
+        row[f"{prefix}segment_ids"] = np.pad(np.repeat(numbers, sizes), padding)
     return row
 
 
-class PackedRows(Rows):
-    """Examples packed as a plan says: row r has the pieces `rows[r]` to `rows[r + 1]`.
-
-    A piece is (place, size) in the stream. The noise of a piece is a function of (seed, epoch, piece).
-    """
-
-    def __init__(
-        self,
-        stream: TokenStream,
-        objective: Objective,
-        vocabulary: Vocabulary,
-        pieces: Int[np.ndarray, "p 2"],
-        rows: Int[np.ndarray, " r"],
-        *,
-        sequence_length: int,
-        num_tokens: int,
-        num_dropped: int,
-        seed: tuple[int, ...],
-    ):
-        self._stream, self._objective, self._vocabulary = stream, objective, vocabulary
-        self._pieces, self._rows, self._length, self._seed = pieces, rows, sequence_length, seed
-        self.num_rows, self.num_tokens, self.num_dropped = len(rows) - 1, num_tokens, num_dropped
-        self.num_positions = self.num_rows * (sequence_length + (objective.source_length or 0))
-
-    def read(self, places: Sequence[tuple[int, int]]) -> HostBatch:
-        source_length = self._objective.source_length
-        batch = empty_batch(self._objective, len(places), self._length)
-        for number, (epoch, row) in enumerate(places):
-            if row < self.num_rows:
-                examples = [self._example(epoch, i) for i in range(int(self._rows[row]), int(self._rows[row + 1]))]
-                for name, values in pack(examples, self._length, source_length).items():
-                    batch[name][number] = values
-        return batch
-
-    def _example(self, epoch: int, piece: int) -> Example:
-        place, size = (int(x) for x in self._pieces[piece])
-        rng = np.random.default_rng([*self._seed, epoch, place])
-        document = Document(self._stream.read(place, place + size), self._parts(place, size), self._other(place, rng))
-        return self._objective.example(document, rng, self._vocabulary)
-
-    def _parts(self, place: int, size: int) -> np.ndarray:
-        """Where in a piece further parts of its document begin; 0 for each that began before it or with it."""
-        shard, offset = self._stream.shard_at(place)
-        if not len(shard.parts):
-            return np.zeros(0, np.int64)
-        local = place - offset
-        document = shard.documents[np.searchsorted(shard.documents, local, side="right") - 1]
-        first, last = np.searchsorted(shard.parts, [document, local + size])
-        return np.maximum(shard.parts[first:last] - local, 0)
-
-    def _other(self, place: int, rng: np.random.Generator) -> np.ndarray | None:
-        """Of an objective that wants one, a random document of the same shard that is not the piece's own."""
-        if not self._objective.wants_other:
-            return None
-        shard, offset = self._stream.shard_at(place)
-        num_documents = len(shard.documents)
-        if num_documents < 2:
-            return None
-        own = int(np.searchsorted(shard.documents, place - offset, side="right")) - 1
-        other = (own + int(rng.integers(1, num_documents))) % num_documents
-        start = int(shard.documents[other])
-        end = int(shard.documents[other + 1]) if other + 1 < num_documents else len(shard.tokens)
-        before, after = special_ends(self._vocabulary) if self._objective.bare else (0, 0)
-        return shard.tokens[start + before : end - after].astype(np.int32)
-
-
 def empty_batch(objective: Objective, num_rows: int, sequence_length: int) -> HostBatch:
-    """The objective's batch of nothing but padding."""
+    """Return the objective's batch of nothing but padding."""
     names = (*objective.fields(), "segment_ids")
     if objective.source_length is not None:
         names += ("source_segment_ids",)
     return {
         name: np.zeros(
-            (num_rows, (objective.source_length or 0) if name.startswith("source_") else sequence_length),
+            (num_rows, (objective.source_length or 0) if name.startswith(SOURCE) else sequence_length),
             np.float32 if name in FLOATS else np.int32,
         )
         for name in names

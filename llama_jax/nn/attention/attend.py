@@ -253,8 +253,8 @@ def attend(
     training. A sequence that a context axis splits is in zigzag order; there may be more queries than keys, or fewer.
     """
     if (calls := _calls.get()) is not None:
-        avals = jax.tree.map(jax.typeof, (q, k, v, ctx))
-        calls.append(Call(*avals, scale, softcap, dropout))
+        q_aval, k_aval, v_aval, abstract_ctx = jax.tree.map(jax.typeof, (q, k, v, ctx))
+        calls.append(Call(q_aval, k_aval, v_aval, abstract_ctx, scale, softcap, dropout))
     name, mask, bias = choose(q, k, ctx, softcap=softcap, dropout=dropout), ctx.mask, ctx.position_bias
     kernel = functools.partial(KERNELS[name].run, scale=scale)
     if mask.segment_ids is not None and mask.key_segment_ids is None and q.shape[1] != k.shape[2]:

@@ -107,6 +107,7 @@ def backward(q, k, v, mask: Mask, scale: float, logsumexp, delta, d_out) -> tupl
         def step(d_q_i, start, size):
             k_j, v_j = _block(k, start, size), _block(v, start, size)
             p = jnp.exp(scores(q_i, k_j, mask, begin, start, scale) - lse_i)  # the softmax, computed again
+            # With p = softmax(s): dL/ds = p * (dL/dp - delta), where delta is the row's sum of p * dL/dp.
             d_p = jnp.einsum("bkgth,bksh->bkgts", d_out_i, v_j, preferred_element_type=jnp.float32)
             d_s = (p * (d_p - delta_i) * scale).astype(q.dtype)
             # Transposed: XLA:CPU would copy the whole block of scores to bring the summed dimension last.
@@ -115,6 +116,7 @@ def backward(q, k, v, mask: Mask, scale: float, logsumexp, delta, d_out) -> tupl
             return d_q_i + jnp.einsum("bkgts,bksh->bkgth", d_s, k_j), (d_k_j, d_v_j)
 
         d_q_i, d_keys = _over_keys(step, jnp.zeros(q_i.shape, jnp.float32), zero, first, stop)
+        # Keys of a block of queries are consecutive: their gradients are added to a slice of the sums.
         carry = tuple(total.at[:, :, first:stop].add(d) for total, d in zip(carry, d_keys, strict=True))
         return carry, (d_q_i,)
 

@@ -67,6 +67,7 @@ def context_attention(q: Grouped, k: Keys, v: Values, mask: Mask, scale: float, 
 
 def _vjp_forward(q, k, v, mask, scale, strategy):
     size = jax.lax.axis_size(AXIS)
+    # The device's own keys come first: every query attends to at least its own, so the logsumexps begin finite.
     first = blockwise.forward(q, k, v, _own_mask(mask, q.shape[3]), scale)
     carry = tuple(_halves(x, 3) for x in first)
     q2 = _halves(q, 3)
@@ -91,6 +92,7 @@ def _vjp_backward(scale, strategy, residuals, d_out):
     q, k, v, mask, out, logsumexp = residuals
     size = jax.lax.axis_size(AXIS)
     delta = blockwise.row_sums(d_out, out)
+    # `logsumexp` and `delta` are of the whole row, so each part's gradient is exact without the others.
     own = blockwise.backward(q, k, v, _own_mask(mask, q.shape[3]), scale, logsumexp, delta, d_out)
     d_q, d_keys = _halves(own[0], 3), {"k": _halves(own[1], 2), "v": _halves(own[2], 2)}
     rows = tuple(_halves(x, 3) for x in (q, logsumexp, delta, d_out))
@@ -150,7 +152,7 @@ def _travel(visit, carry: Any, keys: Any, d_keys: Any, size: int, strategy: str)
         carry, part = visit(carry, keys, (me - step) % size)
         return (carry, following, jax.tree.map(jnp.add, d_keys, part)), None
 
-    # The keys of the last step need not travel on.
+    # The keys of the last step need not travel on; their gradients take one more hop home to the owner.
     (carry, keys, d_keys), _ = jax.lax.scan(step, (carry, hop(keys), d_keys), steps[:-1])
     carry, part = visit(carry, keys, (me + 1) % size)
     return carry, hop(jax.tree.map(jnp.add, hop(d_keys), part))

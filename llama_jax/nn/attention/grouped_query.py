@@ -151,7 +151,7 @@ class GroupedQueryModule(_Projections, MixerModule):
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if (rope := config.rope) is not None:
             q_BTNH, k_BTKH = rope.rotate(q_BTNH, positions), rope.rotate(k_BTKH, positions)
-        k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+        k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)  # the layout of the cache, and of the kernels
         if cache is not None:
             cache = write_cache(cache, {"k": k_BKSH, "v": v_BKSH}, ctx.cache_start)
             k_BKSH, v_BKSH = cache["k"].astype(x.dtype), cache["v"].astype(x.dtype)

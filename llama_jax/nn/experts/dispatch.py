@@ -139,7 +139,7 @@ def _apply_local(
     first = 0 if exchange or not layout.expert_axis else here * jax.lax.axis_index(AXIS)
     own = choice["experts"] - first
     own = jnp.where((own >= 0) & (own < here), own, here)  # [b, t, k]; `here` for an expert elsewhere, or dropped
-    k = own.shape[-1]
+    k, product = own.shape[-1], None
     if by_capacity:
         slot = (own * b + jnp.arange(b)[:, None, None]) * capacity + choice["rank"]
         num_slots = here * b * capacity
@@ -147,8 +147,9 @@ def _apply_local(
     else:
         slot, num_slots, product = _sorted_slots(own.reshape(-1), here)
     assignment = jnp.full(num_slots, slot.size).at[slot].set(jnp.arange(slot.size), mode="drop", unique_indices=True)
+    # Out-of-range slots mean "none": scatter drops them, and the gathers below fill zeros.
     rows = _dispatch(*_alike(x.reshape(b * t, d), slot.reshape(b * t, k), assignment))
-    if by_capacity:
+    if product is None:
         rows = rows.reshape(here, b * capacity, d)
         if exchange:
             rows = jax.lax.all_to_all(rows, AXIS, split_axis=0, concat_axis=1, tiled=True)
@@ -180,7 +181,7 @@ def _sorted_slots(own: Int[Array, " a"], num_experts: int) -> tuple[jax.Array, i
         block *= 2
     # Each expert's last block may be partly empty, and no more blocks than assignments have a row.
     num_blocks = min(a, a // block + num_experts)
-    order = jnp.argsort(own, stable=True)
+    order = jnp.argsort(own, stable=True)  # stable: the slots, and so the sums, do not depend on the platform
     first = jnp.searchsorted(own[order], jnp.arange(num_experts + 1))
     counts = jnp.diff(first)
     blocks = (counts + block - 1) // block

@@ -141,6 +141,7 @@ class ExpertsModule(FeedForwardModule):
             if ctx.is_token is not None:
                 wanted &= ctx.is_token[..., None]
         by_capacity = self._by_capacity(length)
+        # Ranks cost a sort; they are needed only to drop, or to give each assignment its slot.
         rank, kept = None, wanted
         if config.drops or by_capacity:
             rank = ranks(routing.experts, wanted, config.num_experts)
@@ -189,11 +190,7 @@ class ExpertsModule(FeedForwardModule):
         return table.at[count].get(out_sharding=spec("batch", shape=count.shape))[:, None, None]
 
     def _auxiliary(
-        self,
-        routing: Routing,
-        ctx: ForwardContext,
-        wanted: Bool[Array, "b t k"],
-        kept: Bool[Array, "b t k"],
+        self, routing: Routing, ctx: ForwardContext, wanted: Bool[Array, "b t k"], kept: Bool[Array, "b t k"]
     ) -> dict[str, jax.Array]:
         config = self.config
         assignments = jax.nn.one_hot(routing.experts, config.num_experts) * wanted[..., None]
@@ -209,6 +206,7 @@ class ExpertsModule(FeedForwardModule):
         aux |= {f"statistic.router.{name}": value for name, value in self.router.statistics(counts.mean(0)).items()}
 
         if config.load_balance_loss > 0:
+            # The fraction of a row's assignments has no gradient; the mean probability passes it to the router.
             load = assignments[:, :, : routing.counted].sum((1, 2))
             load = load / jnp.maximum(load.sum(-1, keepdims=True), 1.0)
             balance = ctx.mean_of_rows((load * ctx.row_means(routing.probabilities)).sum(-1))

@@ -1,6 +1,7 @@
 """The choice of a token's experts and of their gates, computed in float32."""
 
 import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ class RouterModule(nnx.Module):
 
 
 class Router(Piece):
-    """Config of a router."""
+    """Config of a router: a rule for the logits of a linear map, or with another `build`, any module."""
 
     @property
     def choices(self) -> int:
@@ -56,6 +57,10 @@ class Router(Piece):
 
     def build(self, width: int, num_experts: int, *, rngs: nnx.Rngs) -> RouterModule:
         """Return the module for inputs of this width."""
+        return LinearRouter(self, width, num_experts, rngs=rngs)
+
+    def route(self, logits: Float[Array, "b t e"], ctx: ForwardContext) -> Routing:
+        """Return the choices by these logits."""
         raise NotImplementedError
 
     def check(self, num_experts: int) -> None:
@@ -64,14 +69,19 @@ class Router(Piece):
             raise UserError(f"num_experts={num_experts} must be at least the {self.choices} that a token goes to")
 
 
-class _LinearRouter(RouterModule):
-    """A router with a logit for every expert, by a linear map."""
+class LinearRouter(RouterModule):
+    """A logit for every expert by a linear map, for the `route` of its config."""
 
-    def __init__(self, width: int, num_experts: int, *, bias: bool = False, rngs: nnx.Rngs):
+    def __init__(self, config: Router, width: int, num_experts: int, *, bias: bool = False, rngs: nnx.Rngs):
+        self.config: Any = config
         self.weight = parameter(rngs, "weight", (width, num_experts), ("embed", None), std=width**-0.5)
         self.bias = parameter(rngs, "bias", (num_experts,), (None,), std=0.0) if bias else None
 
+    def __call__(self, x: Float[Array, "b t d"], *, ctx: ForwardContext) -> Routing:
+        return self.config.route(self.logits(x), ctx)
+
     def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t e"]:
+        """Return float32 logits, of products in full precision."""
         x = x.astype(jnp.float32)
         with jax.default_matmul_precision("highest"):  # on TPU, products of float32 are otherwise of bfloat16
             logits = matmul(x, cast_and_gather(self.weight, x.dtype), out_axis=None)
@@ -100,27 +110,23 @@ class SwitchRouter(Router):
     def needs_rng(self) -> bool:
         return self.jitter > 0
 
-    def build(self, width: int, num_experts: int, *, rngs: nnx.Rngs) -> "SwitchRouterModule":
-        return SwitchRouterModule(self, width, num_experts, rngs=rngs)
+    def build(self, width: int, num_experts: int, *, rngs: nnx.Rngs) -> RouterModule:
+        return _JitteredRouter(self, width, num_experts, bias=self.bias, rngs=rngs)
+
+    def route(self, logits: Float[Array, "b t e"], ctx: ForwardContext) -> Routing:
+        probabilities = jax.nn.softmax(logits)
+        experts = _best(probabilities, 1)
+        return Routing(experts, _of(probabilities, experts), logits, probabilities, counted=1)
 
 
-class SwitchRouterModule(_LinearRouter):
-    """The likeliest expert of a softmax."""
-
-    def __init__(self, config: SwitchRouter, width: int, num_experts: int, *, rngs: nnx.Rngs):
-        super().__init__(width, num_experts, bias=config.bias, rngs=rngs)
-        self.config = config
-
+class _JitteredRouter(LinearRouter):
     def __call__(self, x: Float[Array, "b t d"], *, ctx: ForwardContext) -> Routing:
         x = x.astype(jnp.float32)
         if self.config.jitter > 0 and ctx.dropout_key is not None:
             low, high = 1 - self.config.jitter, 1 + self.config.jitter
             key, split = ctx.random_key("jitter"), spec("batch", "sequence", None, shape=x.shape)
             x = x * jax.random.uniform(key, x.shape, jnp.float32, low, high, out_sharding=split)
-        logits = self.logits(x)
-        probabilities = jax.nn.softmax(logits)
-        experts = _best(probabilities, 1)
-        return Routing(experts, _of(probabilities, experts), logits, probabilities, counted=1)
+        return super().__call__(x, ctx=ctx)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,15 +145,7 @@ class GShardRouter(Router):
     def needs_rng(self) -> bool:
         return True
 
-    def build(self, width: int, num_experts: int, *, rngs: nnx.Rngs) -> "GShardRouterModule":
-        return GShardRouterModule(width, num_experts, rngs=rngs)
-
-
-class GShardRouterModule(_LinearRouter):
-    """The two likeliest experts of a softmax."""
-
-    def __call__(self, x: Float[Array, "b t d"], *, ctx: ForwardContext) -> Routing:
-        logits = self.logits(x)
+    def route(self, logits: Float[Array, "b t e"], ctx: ForwardContext) -> Routing:
         probabilities = jax.nn.softmax(logits)
         experts = _best(probabilities, 2)
         gates = _of(probabilities, experts)
@@ -155,15 +153,62 @@ class GShardRouterModule(_LinearRouter):
         sent = None
         if ctx.dropout_key is not None:
             shape = gates.shape[:2]
-            draw = jax.random.uniform(
-                ctx.random_key("second"), shape, out_sharding=spec("batch", "sequence", shape=shape)
-            )
+            split = spec("batch", "sequence", shape=shape)
+            draw = jax.random.uniform(ctx.random_key("second"), shape, out_sharding=split)
             sent = jnp.stack([jnp.ones_like(draw, bool), draw < 2 * gates[..., 1]], -1)
         return Routing(experts, gates, logits, probabilities, counted=1, sent=sent)
 
 
+class _TopK(Router):
+    """A choice of the `top_k` best experts, within the best groups of experts where there are groups."""
+
+    top_k: int
+    normalize: bool
+    scaling: float
+    num_groups: int
+    top_groups: int
+    best_of_group: ClassVar[int]
+    """Number of a group's highest scores by whose sum groups are chosen."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "top_k", "num_groups", "top_groups")
+        if self.top_groups > self.num_groups:
+            raise UserError(f"top_groups={self.top_groups} is more than num_groups={self.num_groups}")
+
+    @property
+    def choices(self) -> int:
+        return self.top_k
+
+    def check(self, num_experts: int) -> None:
+        super().check(num_experts)
+        groups = self.num_groups
+        if num_experts % groups:
+            raise UserError(f"num_experts={num_experts} is not divisible by router.num_groups={groups}")
+        size = num_experts // groups
+        if size * self.top_groups < self.top_k:
+            raise UserError(
+                f"router.top_k={self.top_k} is more than the {size * self.top_groups} experts of router.top_groups="
+                f"{self.top_groups} groups"
+            )
+        if groups > 1 and size < self.best_of_group:
+            raise UserError(
+                f"router.num_groups={groups} leaves groups of {size} of num_experts={num_experts}: take fewer"
+            )
+
+    def _within_groups(self, scores: Float[Array, "b t e"], otherwise: float) -> Float[Array, "b t e"]:
+        """Return the scores of the best groups, and `otherwise` in the others."""
+        if self.num_groups == 1:
+            return scores
+        scores = jax.lax.stop_gradient(scores)
+        grouped = reshape(scores, (*scores.shape[:2], self.num_groups, -1), "batch", "sequence", None, None)
+        of_group = jax.lax.top_k(grouped, self.best_of_group)[0].sum(-1)
+        chosen = jax.nn.one_hot(_best(of_group, self.top_groups), self.num_groups).sum(-2)
+        kept = jnp.where(chosen[..., None] > 0, grouped, otherwise)
+        return reshape(kept, scores.shape, "batch", "sequence", None)
+
+
 @dataclasses.dataclass(frozen=True)
-class SoftmaxTopK(Router):
+class SoftmaxTopK(_TopK):
     """The likeliest experts of a softmax over all (Mixtral; DeepSeek-V2, section 2.2).
 
     top_k: number of experts that a token goes to.
@@ -179,41 +224,19 @@ class SoftmaxTopK(Router):
     num_groups: int = 1
     top_groups: int = 1
 
-    def __post_init__(self) -> None:
-        _check_groups(self)
+    best_of_group = 1
 
-    @property
-    def choices(self) -> int:
-        return self.top_k
-
-    def check(self, num_experts: int) -> None:
-        super().check(num_experts)
-        _check_group_size(self, num_experts, 1)
-
-    def build(self, width: int, num_experts: int, *, rngs: nnx.Rngs) -> "SoftmaxTopKModule":
-        return SoftmaxTopKModule(self, width, num_experts, rngs=rngs)
-
-
-class SoftmaxTopKModule(_LinearRouter):
-    """The likeliest experts of a softmax."""
-
-    def __init__(self, config: SoftmaxTopK, width: int, num_experts: int, *, rngs: nnx.Rngs):
-        super().__init__(width, num_experts, rngs=rngs)
-        self.config = config
-
-    def __call__(self, x: Float[Array, "b t d"], *, ctx: ForwardContext) -> Routing:
-        logits = self.logits(x)
+    def route(self, logits: Float[Array, "b t e"], ctx: ForwardContext) -> Routing:
         probabilities = jax.nn.softmax(logits)
-        allowed = _within_groups(probabilities, self.config, best=1, otherwise=0.0)
-        experts = _best(allowed, self.config.top_k)
+        experts = _best(self._within_groups(probabilities, otherwise=0.0), self.top_k)
         gates = _of(probabilities, experts)
-        if self.config.normalize:
+        if self.normalize:
             gates /= gates.sum(-1, keepdims=True)
-        return Routing(experts, gates * self.config.scaling, logits, probabilities, counted=self.config.top_k)
+        return Routing(experts, gates * self.scaling, logits, probabilities, counted=self.top_k)
 
 
 @dataclasses.dataclass(frozen=True)
-class SigmoidTopK(Router):
+class SigmoidTopK(_TopK):
     """The highest sigmoids, chosen with a bias that no gradient trains (DeepSeek-V3, section 2.1.2, eq. 12 to 16).
 
     Each step moves the bias of every expert by `bias_update_rate`, up where its load was below the mean, down where it
@@ -234,20 +257,24 @@ class SigmoidTopK(Router):
     top_groups: int
     bias_update_rate: float
 
+    best_of_group = 2
+
     def __post_init__(self) -> None:
-        _check_groups(self)
+        super().__post_init__()
         check_at_least(self, 0, "bias_update_rate")
 
-    @property
-    def choices(self) -> int:
-        return self.top_k
+    def build(self, width: int, num_experts: int, *, rngs: nnx.Rngs) -> RouterModule:
+        return _BiasedRouter(self, width, num_experts, rngs=rngs)
 
-    def check(self, num_experts: int) -> None:
-        super().check(num_experts)
-        _check_group_size(self, num_experts, 2)
-
-    def build(self, width: int, num_experts: int, *, rngs: nnx.Rngs) -> "SigmoidTopKModule":
-        return SigmoidTopKModule(self, width, num_experts, rngs=rngs)
+    def route_biased(self, logits: Float[Array, "b t e"], bias: Float[Array, " e"]) -> Routing:
+        """Return the choices by logits and the bias of every expert."""
+        scores = jax.nn.sigmoid(logits)
+        experts = _best(self._within_groups(scores + bias, otherwise=-jnp.inf), self.top_k)
+        gates = _of(scores, experts)
+        if self.normalize:
+            gates /= gates.sum(-1, keepdims=True) + 1e-20
+        probabilities = scores / (scores.sum(-1, keepdims=True) + 1e-20)
+        return Routing(experts, gates * self.scaling, logits, probabilities, counted=self.top_k)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,47 +287,18 @@ class _TowardTheMean:
         return bias + self.rate * jnp.sign(load.mean(-1, keepdims=True) - load)
 
 
-class SigmoidTopKModule(_LinearRouter):
-    """The highest biased sigmoids; the bias is the buffer `choice_bias` [E]."""
+class _BiasedRouter(LinearRouter):
+    """A linear router with the buffer `choice_bias` [E]."""
 
     def __init__(self, config: SigmoidTopK, width: int, num_experts: int, *, rngs: nnx.Rngs):
-        super().__init__(width, num_experts, rngs=rngs)
-        self.config = config
+        super().__init__(config, width, num_experts, rngs=rngs)
         self.choice_bias = buffer(jnp.zeros(num_experts), _TowardTheMean(config.bias_update_rate))
 
     def __call__(self, x: Float[Array, "b t d"], *, ctx: ForwardContext) -> Routing:
-        logits = self.logits(x)
-        scores = jax.nn.sigmoid(logits)
-        biased = scores + self.choice_bias[...].astype(jnp.float32)
-        experts = _best(_within_groups(biased, self.config, best=2, otherwise=-jnp.inf), self.config.top_k)
-        gates = _of(scores, experts)
-        if self.config.normalize:
-            gates /= gates.sum(-1, keepdims=True) + 1e-20
-        probabilities = scores / (scores.sum(-1, keepdims=True) + 1e-20)
-        return Routing(experts, gates * self.config.scaling, logits, probabilities, counted=self.config.top_k)
+        return self.config.route_biased(self.logits(x), self.choice_bias[...].astype(jnp.float32))
 
     def statistics(self, counts: Float[Array, " e"]) -> dict[str, jax.Array]:
         return {"choice_bias": counts}
-
-
-def _check_groups(config: SoftmaxTopK | SigmoidTopK) -> None:
-    check_at_least(config, 1, "top_k", "num_groups", "top_groups")
-    if config.top_groups > config.num_groups:
-        raise UserError(f"top_groups={config.top_groups} is more than num_groups={config.num_groups}")
-
-
-def _check_group_size(config: SoftmaxTopK | SigmoidTopK, num_experts: int, least: int) -> None:
-    groups = config.num_groups
-    if num_experts % groups:
-        raise UserError(f"num_experts={num_experts} is not divisible by router.num_groups={groups}")
-    size = num_experts // groups
-    if size * config.top_groups < config.top_k:
-        raise UserError(
-            f"router.top_k={config.top_k} is more than the {size * config.top_groups} experts of router.top_groups="
-            f"{config.top_groups} groups"
-        )
-    if groups > 1 and size < least:
-        raise UserError(f"router.num_groups={groups} leaves groups of {size} of num_experts={num_experts}: take fewer")
 
 
 def _best(scores: Float[Array, "b t e"], k: int) -> Int[Array, "b t k"]:
@@ -311,17 +309,3 @@ def _of(scores: Float[Array, "b t e"], experts: Int[Array, "b t k"]) -> Float[Ar
     """Return the scores of the chosen experts."""
     # By a masked sum: the gradient of a gather would be a scatter.
     return (jax.nn.one_hot(experts, scores.shape[-1]) * scores[..., None, :]).sum(-1)
-
-
-def _within_groups(
-    scores: Float[Array, "b t e"], config: SoftmaxTopK | SigmoidTopK, *, best: int, otherwise: float
-) -> Float[Array, "b t e"]:
-    """Return the scores of the groups whose `best` highest have the largest sum, and `otherwise` in the others."""
-    if config.num_groups == 1:
-        return scores
-    scores = jax.lax.stop_gradient(scores)
-    grouped = reshape(scores, (*scores.shape[:2], config.num_groups, -1), "batch", "sequence", None, None)
-    of_group = jax.lax.top_k(grouped, best)[0].sum(-1)
-    chosen = jax.nn.one_hot(_best(of_group, config.top_groups), config.num_groups).sum(-2)
-    kept = jnp.where(chosen[..., None] > 0, grouped, otherwise)
-    return reshape(kept, scores.shape, "batch", "sequence", None)

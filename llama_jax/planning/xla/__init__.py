@@ -1,4 +1,4 @@
-"""Train steps that XLA compiles for machines that are not here, and what their programs compute and communicate."""
+"""Train steps that XLA compiles for machines that are not here, and the products and collectives of these programs."""
 
 from llama_jax.planning.xla.collectives import Collective as Collective, read_collectives as read_collectives
 from llama_jax.planning.xla.compiled import (

@@ -1,8 +1,8 @@
-"""What a compiled program communicates: its collectives, the mesh axes that they span, their bytes.
+"""Collectives of a compiled program: kinds, mesh axes that they span, bytes.
 
 Three things are particular to TPU programs. An asynchronous collective is a chain of fusions: `AsyncCollectiveStart`,
 steps fused with the products that it hides behind, `AsyncCollectiveDone`. A reduce-scatter is a fusion of an all-reduce
-with a slice. And what crosses from slice to slice is sent to the host, with the devices to exchange it with.
+with a slice. Data that crosses from slice to slice is sent to the host, with the devices to exchange it with.
 """
 
 import dataclasses
@@ -30,13 +30,13 @@ class Collective:
     kind: one of KINDS.
     axes: mesh axes that its groups of devices span; empty where it spans no axis larger than 1.
     group_size: devices that exchange data with one another.
-    arrays: what it takes on one device, or makes in an all-gather, such as `bf16[512,1408]`.
+    arrays: inputs on one device, or results of an all-gather, such as `bf16[512,1408]`.
     bytes: size of `arrays` together.
-    loops: iterations of the loops around it, outermost first; 0 where the program does not say.
-    asynchronous: whether other work may run meanwhile.
-    overlapped: whether a product of matrices, or a loop with one, runs between its start and its end.
-    across_slices: whether a group has devices of several slices, so that it runs over the data-center network.
-    op_name: what it was in JAX; of several that were combined, one of them.
+    loops: iterations of the loops around it, outermost first; 0 where unknown.
+    asynchronous: True where other work may run meanwhile.
+    overlapped: True where a product of matrices, or a loop with one, runs between its start and its end.
+    across_slices: True where a group has devices of several slices: it runs over the data-center network.
+    op_name: its name in JAX; of several that were combined, one of them.
     """
 
     kind: str
@@ -75,7 +75,7 @@ class Collective:
 
 
 def parse_groups(text: str, num_devices: int) -> list[list[int]]:
-    """Groups of devices, from any of the notations of `replica_groups`.
+    """Return groups of devices, from any of the notations of `replica_groups`.
 
     `{}` (all), `{{0,1},{2,3}}`, `[2,4]<=[8]`, `[4,2]<=[2,4]T(1,0)` and `mesh['a'=2,'b'=4] {'b'}`, where `'b':(2)2`
     takes a part of an axis and `device_ids=([4,2]T(1,0))` or `device_ids=(0,2,1,3)` orders the devices.
@@ -108,7 +108,7 @@ def _mesh_groups(text: str) -> list[list[int]]:
         devices = _iota(order[1], order[2])
     else:
         devices = np.array(_ints(found[2])) if found[2] else np.arange(math.prod(sizes.values()))
-    # An axis of which a part is taken is three: what lies before the part, the part, what lies behind it.
+    # An axis of which a part is taken is three: the part, and the sizes before and after it.
     dims: list[int] = []
     place: dict[str, int] = {}
     parts = {name: (int(before), int(size)) for name, before, size in re.findall(r"'([^']*)':\((\d+)\)(\d+)", found[3])}
@@ -131,7 +131,7 @@ _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 def read_collectives(
     program: Program, mesh_shape: Mapping[str, int], device_ids: Sequence[int] | None = None
 ) -> tuple[Collective, ...]:
-    """The collectives of a compiled program, in the order of its schedule.
+    """Return the collectives of a compiled program, in the order of its schedule.
 
     `mesh_shape` is the mesh that it was compiled for, axis sizes in order; `device_ids` those of the mesh's devices, in
     its order, by default 0, 1, 2... Of a branch that may run, the collectives are counted as if it did.
@@ -152,7 +152,7 @@ def _targets(program: Program, computation: str) -> list[str]:
 
 
 def _continues(program: Program, site: Site) -> bool:
-    """Whether this is a later part of an asynchronous collective, which is counted where it starts."""
+    """Return whether this is a later part of an asynchronous collective, which is counted where it starts."""
     is_step = site.computation.startswith("async_collective_fusion")
     return is_step or "AsyncCollectiveDone" in _targets(program, site.computation)
 
@@ -167,7 +167,7 @@ def _read(program: Program, site: Site, kind: str, mesh_shape: Mapping[str, int]
     # The further operands of a permutation are where the result is written.
     operands = op.operands[:1] if kind == "collective-permute" else op.operands
     arrays = [array for operand in operands for array in arrays_of(computation[operand].shape)]
-    if kind == "all-gather":  # what it makes; the shape of a started one holds what it takes, too
+    if kind == "all-gather":  # results; the shape of a started one has the inputs, too
         arrays = list(arrays_of(op.shape))[len(arrays) if op.opcode.endswith("-start") else 0 :]
     if pairs := _PAIRS.search(op.attributes):
         groups = [_ints(pair) for pair in re.findall(r"\{(\d+,\d+)\}", pairs[1])]
@@ -188,7 +188,7 @@ def _read(program: Program, site: Site, kind: str, mesh_shape: Mapping[str, int]
 
 
 def _read_transfer(program: Program, site: Site, mesh_shape: Mapping[str, int], ids: list[int]) -> Collective:
-    """A collective between slices: a `send` to the host and a `recv` of the result, paired by a key."""
+    """Return a collective between slices: a `send` to the host and a `recv` of the result, paired by a key."""
     send, computation = site.instruction, program.computations[site.computation]
     key = send.attribute(RENDEZVOUS)
     recv = next(i for i in computation.values() if i.opcode == "recv" and i.attribute(RENDEZVOUS) == key)
@@ -238,7 +238,7 @@ def _collective(
 
 
 def _overlaps(program: Program, computation: str, start: Instruction, ends: Callable[[Instruction], bool]) -> bool:
-    """Whether a product stands between `start` and what ends it, in the order of the schedule."""
+    """Return whether a product is between `start` and its end, in the order of the schedule."""
     instructions = list(program.computations[computation].values())
     for instruction in instructions[instructions.index(start) + 1 :]:
         if ends(instruction):

@@ -1,8 +1,8 @@
 """The real train step, compiled by XLA for a machine that is not here.
 
 libtpu compiles for any TPU topology without one, JAX's CUDA plugin for any GPU that is described to it. Once they are
-loaded they change what a process says and which devices it looks for, so that happens in a process of its own, JSON in
-and out.
+loaded they change what a process prints and which devices it looks for, so that happens in another process, JSON in and
+out.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# JAX finds its CUDA plugin only where no platform is named; the CPU is what is left to it.
+# JAX finds its CUDA plugin only where no platform is named; without visible GPUs it takes the CPU.
 GPU_ENVIRONMENT = ENVIRONMENT | {
     "JAX_PLATFORMS": "",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
@@ -67,10 +67,10 @@ class DoesNotFit(RuntimeError):
 class Memory:
     """Bytes that a program needs on each device, by XLA's own count.
 
-    arguments: what it takes: parameters, moments, the batch.
-    outputs: what it makes.
-    aliased: what of the outputs lies where an argument lay.
-    temporaries: the most that is alive at one time between.
+    arguments: parameters, moments and the batch.
+    outputs: results.
+    aliased: outputs in the place of an argument.
+    temporaries: the most that is alive at one time besides.
     generated_code: the program itself.
     """
 
@@ -88,13 +88,13 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """What XLA says of a compiled train step.
+    """XLA's figures of a compiled train step.
 
     num_devices: chips that it is compiled for.
     memory: bytes on each of them.
     flops: of the products of matrices in one step, on one device, with all that is computed again; Pallas kernels, into
       which XLA does not see, are not counted.
-    collectives: what the devices exchange.
+    collectives: exchanges between the devices.
     seconds: how long the compilation took.
     """
 
@@ -109,7 +109,7 @@ def compile_step(config: RunConfig, topology: str) -> CompiledStep:
     """Compile the train step of a run for a topology, in another process.
 
     `topology`: chips of a TPU, `v5e:8x8`; of several slices, `2x v5e:8x8`; nodes and GPUs, `h100:4x8`. Waits while
-    another such process of this machine runs. Raises UserError where the compiler is missing or does not know the
+    another such process of this machine runs. Raises UserError where the compiler is missing or does not have the
     topology, for a mesh that does not fit it, and for an attention kernel that needs its GPU to be compiled; DoesNotFit
     when a device's memory is too small; RuntimeError with XLA's message when it cannot compile.
     """
@@ -150,7 +150,7 @@ def compile_step(config: RunConfig, topology: str) -> CompiledStep:
 
 @contextlib.contextmanager
 def _one_at_a_time() -> Iterator[None]:
-    """Compilations take gigabytes: they wait for one another."""
+    """Hold a lock of this machine: compilations take gigabytes, so that they wait for one another."""
     path = Path(tempfile.gettempdir()) / "llama_jax_compile.lock"
     with contextlib.ExitStack() as held:
         try:
@@ -169,7 +169,7 @@ def gpu_target(topology: str) -> tuple[str, str] | None:
     if (chip := CHIPS.get(topology.partition(":")[0])) is None or chip.platform != "gpu":
         return None
     if chip.target is None:
-        raise UserError(f"topology={topology!r}: XLA can compile for a GPU that it is told of: give its Chip a target")
+        raise UserError(f"topology={topology!r}: XLA needs a description of this GPU: give its Chip a target")
     machine = Topology.parse(topology)
     return chip.target.proto(), f"{machine.num_slices}x1x{machine.shape[0]}"
 
@@ -177,7 +177,7 @@ def gpu_target(topology: str) -> tuple[str, str] | None:
 def get_devices(topology: str, target: Sequence[str] | None = None) -> list[Any]:
     """Return stand-ins for the devices of a topology; `target` is a GPU's `gpu_target`.
 
-    Raises UserError for a topology that the compiler does not know.
+    Raises UserError for a topology that the compiler does not have.
     """
     if target is not None:
         proto, shape = target
@@ -186,14 +186,14 @@ def get_devices(topology: str, target: Sequence[str] | None = None) -> list[Any]
     if found is None:
         raise UserError(f"topology={topology!r} is not of the form v5e:8x8, v5p:4x4x8 or 2x v5e:8x8")
     slices = {"num_slices": int(found[1])} if found[1] else {}
+    refused = f"topology={topology!r} is none that libtpu can compile for"
     try:
         devices = topologies.get_topology_desc(found[2], platform="tpu", **slices).devices
-        cores = len(devices) // (math.prod(map(int, found[3].split("x"))) * int(found[1] or 1))
-        reason = "" if cores == 1 else f"it has {cores} devices on a chip"
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-    if reason:
-        raise UserError(f"topology={topology!r} is none that libtpu can compile for: {reason}")
+        raise UserError(f"{refused}: {str(error).splitlines()[0]}") from None
+    cores = len(devices) // (math.prod(map(int, found[3].split("x"))) * int(found[1] or 1))
+    if cores != 1:
+        raise UserError(f"{refused}: it has {cores} devices on a chip")
     return devices
 
 
@@ -207,7 +207,7 @@ def lower_step(config: RunConfig, devices: list[Any]) -> tuple[jax.stages.Lowere
         shape = (config.global_batch_size, config.row_length)
         sharding = NamedSharding(mesh, spec("batch", "sequence", shape=shape))  # type: ignore[arg-type]
         batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_DTYPES.items()}
-        step = make_train_step(
+        step: Any = make_train_step(
             config.model,
             config.compute,
             accumulation_steps=config.optimizer.accumulation_steps,
@@ -217,10 +217,10 @@ def lower_step(config: RunConfig, devices: list[Any]) -> tuple[jax.stages.Lowere
 
 
 def describe(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, seconds: float) -> CompiledStep:
-    """What a compiled program needs and communicates."""
+    """Return the memory, FLOPs and collectives of a compiled program."""
     stats: Any = compiled.memory_analysis()
     program = Program(compiled.as_text() or "")
-    # The number of a TPU tells its slice; that of a GPU does not tell its node.
+    # The number of a TPU follows from its slice; that of a GPU does not depend on its node.
     ids = [d.id + (SLICE_IDS * (1 + d.process_index) if d.platform == "gpu" else 0) for d in mesh.devices.flat]
     return CompiledStep(
         num_devices=mesh.size,
@@ -238,7 +238,7 @@ def describe(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, seconds: fl
 
 
 def main() -> None:
-    """The process that compiles: a request on stdin, the answer as the last line of stdout."""
+    """Compile in this process: a request on stdin, the answer as the last line of stdout."""
     try:
         request = json.load(sys.stdin)
         start = time.perf_counter()

@@ -1,7 +1,7 @@
 """A compiled program as XLA writes it: computations, the loops and calls between them, the products in them.
 
 `compiled.as_text()` is a list of computations, one instruction a line, in the order of the schedule. `Program.walk`
-goes from the entry computation into loops, calls and fusions, and says how often each instruction is executed.
+goes from the entry computation into loops, calls and fusions, with the number of executions of each instruction.
 """
 
 import dataclasses
@@ -24,22 +24,22 @@ class Instruction:
 
     @property
     def operands(self) -> list[str]:
-        """Names of the instructions whose results it takes."""
+        """Return the names of the instructions whose results it takes."""
         return re.findall(r"%([\w.\-]+)", self.arguments)
 
     def attribute(self, name: str) -> str:
-        """An attribute that is a name or a number; empty where there is none."""
+        """Return an attribute that is a name or a number, or an empty text."""
         found = re.search(rf'\b{name}=["%]?([\w.\-]+)', self.attributes)
         return found[1] if found else ""
 
     @property
     def target(self) -> str:
-        """What a custom call calls."""
+        """Return the target of a custom call."""
         return self.attribute("custom_call_target")
 
     @property
     def op_name(self) -> str:
-        """What it was in JAX; empty where XLA made it."""
+        """Return its name in JAX; empty where XLA made it."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
@@ -52,7 +52,7 @@ class Site:
     """An instruction where it is executed.
 
     computation: the name of the computation that holds it.
-    loops: iterations of the loops around it, outermost first; 0 where the program does not say.
+    loops: iterations of the loops around it, outermost first; 0 where unknown.
     caller: where it is inside a fusion or an asynchronous call, the computation and the instruction of that.
     """
 
@@ -83,7 +83,7 @@ class Program:
                 current[instruction.name] = instruction
 
     def walk(self) -> Iterator[Site]:
-        """Every instruction that is executed. Of a conditional all branches count: which one runs is not known."""
+        """Yield every instruction that is executed. All branches of a conditional count: which one runs is unknown."""
         yield from self._walk(self.entry, (), None)
 
     def _walk(self, name: str, loops: tuple[int, ...], caller: tuple[str, Instruction] | None) -> Iterator[Site]:
@@ -104,7 +104,7 @@ class Program:
                         yield from self._walk(branch, loops, None)
 
     def trip_count(self, computation: str, loop: Instruction) -> int:
-        """Iterations of a loop: as XLA notes it, or from `i < N` in its condition; 0 where neither says."""
+        """Return the iterations of a loop: as XLA notes it, or by `i < N` in its condition; 0 where unknown."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known[1])
         condition = self.computations[loop.attribute("condition")]
@@ -128,17 +128,17 @@ class Program:
 
     @functools.cache  # noqa: B019
     def multiplies(self, computation: str) -> bool:
-        """Whether there is a product of matrices in a computation, or in what it calls."""
+        """Return whether there is a product of matrices in a computation, or in computations that it calls."""
         return any(self.is_product(i) for i in self.computations.get(computation, {}).values())
 
     def is_product(self, instruction: Instruction) -> bool:
-        """Whether an instruction is a product of matrices, a Pallas kernel, or calls one."""
+        """Return whether an instruction is a product of matrices, a Pallas kernel, or calls one."""
         if instruction.opcode in ("dot", "convolution") or instruction.target == "tpu_custom_call":
             return True
         return self.multiplies(instruction.attribute("calls") or instruction.attribute("body"))
 
     def product_flops(self) -> int:
-        """FLOPs of all products of matrices of one execution, on one device."""
+        """Return the FLOPs of all products of matrices of one execution, on one device."""
         return sum(
             site.count * _flops(site.instruction, self.computations[site.computation])
             for site in self.walk()
@@ -147,7 +147,7 @@ class Program:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """Return where the parenthesis that opens at `start` closes."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -168,17 +168,17 @@ def _parse_instruction(line: str) -> Instruction:
 
 
 def arrays_of(shape: str) -> tuple[str, ...]:
-    """Element types and sizes in a shape: `(f32[], bf16[4,8]{1,0:T(8,128)})` -> `f32[]`, `bf16[4,8]`."""
+    """Return element types and sizes in a shape: `(f32[], bf16[4,8]{1,0:T(8,128)})` -> `f32[]`, `bf16[4,8]`."""
     return tuple(re.findall(r"\b[a-z]+\d*\w*\[[\d,<=]*\]", shape))
 
 
 def dimensions(array: str) -> list[int]:
-    """Sizes of an array such as `bf16[4,8]`."""
+    """Return the sizes of an array such as `bf16[4,8]`."""
     return [int(n.removeprefix("<=")) for n in array.partition("[")[2].rstrip("]").split(",") if n]
 
 
 def bytes_of(array: str) -> int:
-    """Size of an array such as `bf16[4,8]`."""
+    """Return the bytes of an array such as `bf16[4,8]`."""
     bits = 8 if array.startswith("pred") else int((re.findall(r"^[a-z]+(\d+)", array) or ["0"])[0])
     return math.prod(dimensions(array)) * bits // 8
 
@@ -195,7 +195,7 @@ def _flops(product: Instruction, computation: Computation) -> int:
 
 
 def _convolution_flops(product: Instruction, out: list[int], left: list[int], right: list[int]) -> int:
-    """FLOPs of a convolution, which is what XLA:TPU writes for a product; batch dimensions are spatial ones there.
+    """Return the FLOPs of a convolution, XLA:TPU's form of a product, in which batch dimensions are spatial ones.
 
     A position of the window counts where it meets an element of the (dilated, padded) left side, as XLA counts it.
     """

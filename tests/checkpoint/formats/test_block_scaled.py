@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from llama_jax.checkpoint.formats import Tensor
-from llama_jax.checkpoint.formats.block_scaled import BlockScaled, block_scaled
-from llama_jax.checkpoint.formats.huggingface import read_safetensors, write_safetensors
+from llama_jax.checkpoint.formats import Slices, Tensor, block_scaled, read_safetensors, with_scales, write_safetensors
 from llama_jax.config import UserError
 
 PATH = Path("weights")
@@ -29,7 +27,7 @@ def arrays() -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def tensors(arrays: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     file: Path = tmp_path_factory.mktemp("fp8") / "model.safetensors"
-    write_safetensors(file, [(name, x.dtype, x.shape) for name, x in arrays.items()], iter(arrays.values()))
+    write_safetensors(file, arrays)
     return read_safetensors(file)
 
 
@@ -43,7 +41,7 @@ def expected(arrays: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def test_each_block_has_its_scale(tensors: dict[str, Tensor], expected: np.ndarray):
-    found = block_scaled(PATH, tensors, (4, 8))
+    found = with_scales(PATH, tensors, (4, 8))
     assert found.keys() == {"a.weight", "norm.weight"}
     tensor = found["a.weight"]
     assert (tensor.shape, tensor.dtype) == (SHAPE, np.float32)
@@ -57,29 +55,29 @@ def test_a_part_is_that_part_of_the_whole(tensors: dict[str, Tensor], expected: 
         slice(*sorted(data.draw(st.tuples(st.integers(0, size), st.integers(0, size)), label="bounds")))
         for size in SHAPE[: data.draw(st.integers(0, 2))]
     )
-    np.testing.assert_array_equal(block_scaled(PATH, tensors, (4, 8))["a.weight"].read(part), expected[part])
+    np.testing.assert_array_equal(with_scales(PATH, tensors, (4, 8))["a.weight"].read(part), expected[part])
 
 
 def test_only_the_blocks_of_a_part_are_read(tensors: dict[str, Tensor]):
     wanted = []
 
-    class Watched:
-        shape, dtype = tensors["a.weight_scale_inv"].shape, np.dtype(np.float32)
+    scales = tensors["a.weight_scale_inv"]
 
-        def read(self, slices: tuple[slice, ...] = (), /) -> np.ndarray:
-            wanted.append(slices)
-            return tensors["a.weight_scale_inv"].read(slices)
+    def watched(slices: Slices) -> np.ndarray:
+        wanted.append(slices)
+        return scales.read(slices)
 
-    BlockScaled(tensors["a.weight"], Watched(), (4, 8)).read((slice(3, 5), slice(8, 16)))
+    found = block_scaled(tensors["a.weight"], Tensor(scales.shape, scales.dtype, watched), (4, 8))
+    found.read((slice(3, 5), slice(8, 16)))
     assert wanted == [(slice(0, 2), slice(1, 2))]
 
 
 def test_scales_of_other_blocks_are_refused(tensors: dict[str, Tensor]):
     with pytest.raises(UserError, match=r"shape \(3, 3\), and blocks of 4 x 4 in \(11, 20\) ask for \(3, 5\)"):
-        block_scaled(PATH, tensors, (4, 4))
+        with_scales(PATH, tensors, (4, 4))
 
 
 def test_scales_of_nothing_are_refused(tensors: dict[str, Tensor]):
     alone = {"a.weight_scale_inv": tensors["a.weight_scale_inv"]}
     with pytest.raises(UserError, match=r"'a\.weight_scale_inv' without 'a\.weight'"):
-        block_scaled(PATH, alone, (4, 8))
+        with_scales(PATH, alone, (4, 8))

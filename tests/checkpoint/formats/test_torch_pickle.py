@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llama_jax.checkpoint.formats.torch_pickle import read_torch
+from llama_jax.checkpoint.formats import read_torch
 from llama_jax.config import UserError
 
 GOLDENS = Path(__file__).parents[2] / "parity" / "goldens"

@@ -14,7 +14,7 @@ from llama_jax.data.objectives import Example, Objective
 from llama_jax.data.rows.packing import pack
 from llama_jax.models import Compute, DecoderConfig, assemble
 from llama_jax.nn.attention import blockwise
-from llama_jax.training.step import in_one_row, losses
+from llama_jax.training.step import losses, model_batch
 
 # Classes of whole texts are no task for a decoder: tests/models/test_encoder.py has them.
 every_objective = pytest.mark.parametrize("name", [n for n, o in CASES.items() if "targets" in o.fields()])
@@ -83,7 +83,7 @@ def test_nothing_is_seen_that_must_not_be(name: str, kernel: str, layers: int, t
     """Through two layers nothing comes by a detour; with one, nothing that ought to be seen has to."""
     objective = CASES[name]
     examples = two_examples(objective)
-    batch = in_one_row(rows_of(objective, examples), tiny_config)
+    batch = model_batch(rows_of(objective, examples), tiny_config)
     batch = {field: batch[field] for field in ("tokens", "positions", "segment_ids", "prefix") if field in batch}
     config = dataclasses.replace(tiny_config, num_layers=layers)
     params = random_params(config)

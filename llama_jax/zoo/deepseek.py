@@ -1,0 +1,400 @@
+"""DeepSeek-V2 and V2-Lite (arXiv 2405.04434), V3 (arXiv 2412.19437) and V3.2 ("DeepSeek-V3.2-Exp", 2025).
+
+V3 is V2 with experts balanced by a bias, eight-bit files and multi-token prediction; the attention of V3.2 reads only
+the tokens that an indexer chooses. Sizes and YaRN's numbers are from the released configs, their counts are tested.
+"""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+from llama_jax.config import UserError
+from llama_jax.models import DecoderConfig, LayerOverride, MTPDecoderConfig
+from llama_jax.nn import (
+    Experts,
+    LatentAttention,
+    RMSNorm,
+    Rope,
+    Router,
+    SigmoidTopK,
+    SoftmaxTopK,
+    SparseLatentAttention,
+    SwiGLU,
+    YarnScaling,
+)
+from llama_jax.zoo import llama
+from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, read_quantization, read_rope, write_rope
+from llama_jax.zoo.registry import Family
+from llama_jax.zoo.weights import TensorNames, WeightMapping, mappings
+
+_Q_LORA_RANK = 1536
+_LATENT_EPS = 1e-6  # of the norms of the latents, in all of the original code, whatever rms_norm_eps is
+_BIAS_UPDATE_RATE = 1e-3  # V3, section 4.2
+_MTP_WEIGHT = 0.3  # V3, section 4.2; 0.1 in the last third of the training
+
+
+_LATENT = ("num_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope")
+_EXPERTS = ("num_experts", "num_shared", "router", "load_balance_loss")
+_ROUTER = ("top_k", "num_groups", "top_groups", "scaling")
+
+
+def _fields(
+    *, num_layers: int, eps: float, num_dense: int, dense_size: int, expert_size: int, **sizes: Any
+) -> dict[str, Any]:
+    """Return the fields of a `DecoderConfig`: experts everywhere but in the first `num_dense` layers.
+
+    `sizes` are the others of the config, those of its attention (`_LATENT`) and of its experts (`_EXPERTS`).
+    """
+    latent = {name: sizes.pop(name) for name in _LATENT}
+    experts = {name: sizes.pop(name) for name in _EXPERTS}
+    dense = LayerOverride(tuple(range(min(num_dense, num_layers))), SwiGLU(intermediate_size=dense_size, bias=False))
+    sizes.setdefault("tie_embeddings", False)
+    return sizes | {
+        "num_layers": num_layers,
+        "attention": LatentAttention(**latent, eps=_LATENT_EPS),
+        "feed_forward": Experts(**experts, intermediate_size=expert_size, activation="silu", gated=True),
+        "norm": RMSNorm(eps=eps),
+        "overrides": (dense,) if dense.layers else (),
+    }
+
+
+def _sparse(attention: Any, num_heads: int, head_dim: int, topk: int) -> SparseLatentAttention:
+    """Return a `LatentAttention` with V3.2's indexer."""
+    latent: dict[str, Any] = vars(attention)
+    return SparseLatentAttention(**latent, num_index_heads=num_heads, index_head_dim=head_dim, index_topk=topk)
+
+
+def _rope(mscale: float) -> Rope:
+    scaling = YarnScaling(40.0, 4096, beta_fast=32.0, beta_slow=1.0, mscale=mscale, mscale_all_dim=mscale)
+    return Rope(theta=10_000.0, scaling=scaling)
+
+
+_RELEASED: dict[str, Any] = {
+    "max_positions": 163_840,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "eps": 1e-6,
+}
+
+
+def _v2(**sizes: Any) -> DecoderConfig:
+    return DecoderConfig(
+        **_fields(
+            **_RELEASED,
+            **sizes,
+            vocab_size=102_400,
+            rope=_rope(mscale=0.707),
+            num_dense=1,
+            num_shared=2,
+            load_balance_loss=1e-3,
+        )
+    )
+
+
+_V2_PRESETS = {
+    "deepseek_v2_lite": _v2(
+        num_layers=27,
+        hidden_size=2048,
+        num_heads=16,
+        q_lora_rank=None,
+        dense_size=10944,
+        num_experts=64,
+        expert_size=1408,
+        router=SoftmaxTopK(top_k=6, normalize=False),
+    ),
+    "deepseek_v2": _v2(
+        num_layers=60,
+        hidden_size=5120,
+        num_heads=128,
+        q_lora_rank=1536,
+        dense_size=12288,
+        num_experts=160,
+        expert_size=1536,
+        router=SoftmaxTopK(top_k=6, normalize=False, scaling=16.0, num_groups=8, top_groups=3),
+    ),
+}
+_V3_PRESET = MTPDecoderConfig(
+    **_fields(
+        **_RELEASED,
+        vocab_size=129_280,
+        num_layers=61,
+        hidden_size=7168,
+        num_heads=128,
+        q_lora_rank=1536,
+        rope=_rope(mscale=1.0),
+        num_dense=3,
+        dense_size=18432,
+        num_experts=256,
+        num_shared=1,
+        expert_size=2048,
+        router=SigmoidTopK(8, True, scaling=2.5, num_groups=8, top_groups=4, bias_update_rate=_BIAS_UPDATE_RATE),
+        load_balance_loss=1e-4,
+    )
+)
+_V32_INDEXER = _sparse(_V3_PRESET.attention, num_heads=64, head_dim=128, topk=2048)
+
+_ATTENTION = llama.LAYER + "self_attn."
+# Each head of a file has its rotary part last, in interleaved pairs, so heads are joined one by one (`merged`).
+_WHOLE, _PAIRS = "n h c -> c n h", "n (p two) c -> c n (two p)"
+_FEED_FORWARDS = {  # dense, shared and routed
+    f"{ours}{name}": (f"{theirs}{name}", pattern.format(e=e))
+    for ours, theirs, e in (("", "", ""), ("shared.", "shared_experts.", ""), ("experts.", "experts.{expert}.", "e "))
+    for name, pattern in (
+        ("gate_proj", "{e}f d -> {e}d f"),
+        ("up_proj", "{e}f d -> {e}d f"),
+        ("down_proj", "{e}d f -> {e}f d"),
+    )
+}
+_V2_WEIGHTS = (
+    *mappings(llama.ENDS | llama.HEAD),
+    *mappings(llama.NORMS, "layers.", llama.LAYER),
+    *mappings(
+        {
+            "q_nope_proj": ("q_proj", _WHOLE),
+            "q_rope_proj": ("q_proj", _PAIRS),
+            "q_b_nope_proj": ("q_b_proj", _WHOLE),
+            "q_b_rope_proj": ("q_b_proj", _PAIRS),
+            "k_b_proj": ("kv_b_proj", _WHOLE),
+            "v_b_proj": ("kv_b_proj", _WHOLE),
+        },
+        "layers.attention.",
+        _ATTENTION,
+        joined=1,
+        merged=True,
+    ),
+    *mappings(
+        {
+            "q_a_proj": ("q_a_proj", "c d -> d c"),
+            "q_a_layernorm": ("q_a_layernorm", "c -> c"),
+            "kv_a_proj": ("kv_a_proj_with_mqa", "c d -> d c"),
+            "k_rope_proj": ("kv_a_proj_with_mqa", "(p two) d -> d (two p)"),
+            "kv_a_layernorm": ("kv_a_layernorm", "c -> c"),
+            "o_proj": ("o_proj", "d (n h) -> n h d"),
+        },
+        "layers.attention.",
+        _ATTENTION,
+    ),
+    *mappings({"router": ("gate", "e d -> d e")} | _FEED_FORWARDS, "layers.feed_forward.", llama.LAYER + "mlp."),
+)
+_V3_WEIGHTS = (
+    *_V2_WEIGHTS,
+    WeightMapping("layers.feed_forward.router.choice_bias", llama.LAYER + "mlp.gate.e_score_correction_bias", "e -> e"),
+)
+_INDEXER = mappings(
+    {
+        # Its rotary part comes first, in halves as ours.
+        "q_proj": ("wq_b", "(n h) c -> c n h"),
+        "k_proj": ("wk", "h d -> d h"),
+        "k_norm": ("k_norm", "h -> h", "h -> h"),
+        "weights_proj": ("weights_proj", "n d -> d n"),
+    },
+    "layers.attention.indexer.",
+    _ATTENTION + "indexer.",
+)
+
+
+def _with_mtp(weights: tuple[WeightMapping, ...]) -> TensorNames:
+    """Return the names with the further blocks of multi-token prediction, which files count as layers after the last.
+
+    They repeat the tensors that they share with the model.
+    """
+    further = tuple(
+        dataclasses.replace(w, name=f"mtp_{w.name}", source=w.source.replace("{layer}", "{after}"))
+        for w in weights
+        if w.name.startswith("layers.")
+    )
+    own = {
+        **{name: (name, "d -> d") for name in ("enorm", "hnorm")},
+        "eh_proj": ("eh_proj", "d c -> c d"),
+        "norm": ("shared_head.norm", "d -> d"),
+    }
+    copies = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+    # A copy may be of any layer: they follow wherever a model's layers end.
+    tied = {f"model.layers.{after}.{name}": copies[name] for after in range(1000) for name in copies}
+    return TensorNames((*weights, *further, *mappings(own, "mtp_layers.", "model.layers.{after}.")), llama.TIED | tied)
+
+
+def _keys(*, q_lora_rank: int | None, scaling: float, groups: int, top_groups: int) -> tuple[Key, ...]:
+    """Return the keys that all have, with the defaults of a version."""
+    return (
+        *SIZES,
+        Key("max_position_embeddings", "max_positions", int),
+        Key("q_lora_rank", "attention.q_lora_rank", int, None, absent=q_lora_rank),
+        Key("kv_lora_rank", "attention.kv_lora_rank", int),
+        Key("qk_nope_head_dim", "attention.qk_nope_head_dim", int),
+        Key("qk_rope_head_dim", "attention.qk_rope_head_dim", int),
+        Key("v_head_dim", "attention.v_head_dim", int),
+        Key("rms_norm_eps", "norm.eps", float, 1e-6),
+        Key("n_routed_experts", "feed_forward.num_experts", int),
+        Key("n_shared_experts", "feed_forward.num_shared", int),
+        Key("moe_intermediate_size", "feed_forward.intermediate_size", int, argument="expert_size"),
+        Key("num_experts_per_tok", "feed_forward.router.top_k", int),
+        Key("n_group", "feed_forward.router.num_groups", int, groups),
+        Key("topk_group", "feed_forward.router.top_groups", int, top_groups),
+        Key("routed_scaling_factor", "feed_forward.router.scaling", float, scaling),
+        Key("aux_loss_alpha", "feed_forward.load_balance_loss", float, 1e-3),
+        Key("tie_word_embeddings", "tie_embeddings", bool, False),
+    )
+
+
+def _read(reader: ConfigReader, fields: dict[str, Any], router: Router, *, num_dense: int) -> dict[str, Any]:
+    """Return the fields of a config, of the keys that all have; `num_dense` is for files without that key."""
+    reader.activation("hidden_act", "silu", only="silu")
+    reader.only(attention_bias=False, mlp_bias=False, moe_layer_freq=1)
+    read_quantization(reader)
+    nope, rope = fields["qk_nope_head_dim"], fields["qk_rope_head_dim"]
+    # Other keys have these sizes already.
+    reader.only(num_key_value_heads=fields["num_heads"], head_dim=rope, qk_head_dim=nope + rope)
+    return _fields(
+        **fields,
+        rope=Rope(**read_rope(reader, fields["max_positions"])),
+        num_dense=reader.take("first_k_dense_replace", int, num_dense),
+        dense_size=reader.take("intermediate_size", int),
+        router=router,
+    )
+
+
+def _read_v2(reader: ConfigReader, fields: dict[str, Any]) -> DecoderConfig:
+    reader.only(scoring_func="softmax", norm_topk_prob=False)
+    method = reader.take("topk_method", str, "greedy")
+    if method not in ("greedy", "group_limited_greedy"):
+        raise UserError(f"config.json has topk_method={method!r}: a DeepSeek-V2 has greedy or group_limited_greedy")
+    if method == "greedy":
+        fields |= {"num_groups": 1, "top_groups": 1}  # whatever the file has
+    router = SoftmaxTopK(**{name: fields.pop(name) for name in _ROUTER}, normalize=False)
+    return DecoderConfig(**_read(reader, fields, router, num_dense=0))
+
+
+def _read_v3(reader: ConfigReader, fields: dict[str, Any]) -> MTPDecoderConfig:
+    reader.only(scoring_func="sigmoid", topk_method="noaux_tc", rope_interleave=True)
+    router = {name: fields.pop(name) for name in (*_ROUTER, "normalize")}
+    found = _read(reader, fields, SigmoidTopK(**router, bias_update_rate=_BIAS_UPDATE_RATE), num_dense=3)
+    num_mtp_layers = reader.take("num_nextn_predict_layers", int, 0)
+    return MTPDecoderConfig(**found, num_mtp_layers=num_mtp_layers, mtp_weight=_MTP_WEIGHT)
+
+
+def _read_v32(reader: ConfigReader, fields: dict[str, Any]) -> MTPDecoderConfig:
+    indexer = [fields.pop(name) for name in ("num_index_heads", "index_head_dim", "index_topk")]
+    config = _read_v3(reader, fields)
+    # Other keys decide these already.
+    kinds = ["sparse" if piece is config.feed_forward else "dense" for _, piece in config.stacks()["layers"]]
+    reader.only(mlp_layer_types=kinds, layer_types=["indexed_attention"] * config.num_layers)
+    return dataclasses.replace(config, attention=_sparse(config.attention, *indexer))
+
+
+def _write(config: DecoderConfig, label: str) -> dict[str, Any]:
+    """Return the other keys that all have."""
+    attention: Any = config.attention
+    dense = [piece for _, piece in config.stacks()["layers"] if isinstance(piece, SwiGLU)]
+    return {
+        "num_key_value_heads": attention.num_heads,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "first_k_dense_replace": len(dense),
+        "moe_layer_freq": 1,
+        "intermediate_size": dense[0].intermediate_size if dense else 4 * config.hidden_size,
+        "seq_aux": True,
+        **write_rope(attention, label),
+    }
+
+
+def _write_v2(config: DecoderConfig, label: str) -> dict[str, Any]:
+    router: Any = config.feed_forward.router  # type: ignore[union-attr]
+    method = "greedy" if router.num_groups == 1 else "group_limited_greedy"
+    own = {"scoring_func": "softmax", "topk_method": method, "norm_topk_prob": router.normalize}
+    return _write(config, label) | own
+
+
+def _write_v3(config: MTPDecoderConfig, label: str) -> dict[str, Any]:
+    own = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "num_nextn_predict_layers": config.num_mtp_layers}
+    return _write(config, label) | own
+
+
+def _released[C: DecoderConfig](config: C) -> C:
+    """Return the model without what only its training needs, which no config.json can express."""
+    experts: Any = config.feed_forward
+    attention, router = config.attention, experts.router
+    if isinstance(router, SigmoidTopK):
+        router = dataclasses.replace(router, bias_update_rate=_BIAS_UPDATE_RATE)
+    if isinstance(attention, SparseLatentAttention):
+        attention = dataclasses.replace(attention, index_loss_weight=0.0)
+    experts = dataclasses.replace(experts, router=router, router_z_loss=0.0, dispatch="auto")
+    config = dataclasses.replace(config, attention=attention, feed_forward=experts)
+    return dataclasses.replace(config, mtp_weight=_MTP_WEIGHT) if isinstance(config, MTPDecoderConfig) else config
+
+
+def _with_tensors[C: DecoderConfig](config: C, names: Collection[str]) -> C:
+    """Return the config with a latent of the queries where a file has one, and without where it has none.
+
+    Files that leave out `q_lora_rank` are of both kinds; the original code's default is 1536.
+    """
+    attention: Any = config.attention
+    if attention.q_lora_rank is None and "model.layers.0.self_attn.q_a_proj.weight" in names:
+        attention = dataclasses.replace(attention, q_lora_rank=_Q_LORA_RANK)
+    elif attention.q_lora_rank is not None and "model.layers.0.self_attn.q_proj.weight" in names:
+        attention = dataclasses.replace(attention, q_lora_rank=None)
+    return dataclasses.replace(config, attention=attention)
+
+
+def _with_mtp_tensors(config: MTPDecoderConfig, names: Collection[str]) -> MTPDecoderConfig:
+    """Return the config without further blocks where a file has none of their tensors: `transformers` writes none."""
+    config = _with_tensors(config, names)
+    after = f"model.layers.{config.num_layers}."
+    return config if any(name.startswith(after) for name in names) else dataclasses.replace(config, num_mtp_layers=0)
+
+
+_V3_KEYS = (
+    *_keys(q_lora_rank=_Q_LORA_RANK, scaling=2.5, groups=8, top_groups=4),
+    Key("norm_topk_prob", "feed_forward.router.normalize", bool, True),
+)
+
+DEEPSEEK_V2 = Family(
+    name="deepseek_v2",
+    title="DeepSeek-V2 and V2-Lite",
+    label="a DeepSeek-V2",
+    presets=_V2_PRESETS,
+    architectures=("DeepseekV2ForCausalLM", "DeepseekV2Model"),
+    keys=_keys(q_lora_rank=None, scaling=1.0, groups=1, top_groups=1),
+    read=_read_v2,
+    write=_write_v2,
+    aliases={
+        "num_experts": "n_routed_experts",
+        "num_local_experts": "n_routed_experts",
+        "num_mtp_layers": "num_nextn_predict_layers",
+    },
+    harmless=CAUSAL | {"attention_dropout", "seq_aux"},  # latent attention has no dropout here
+    names=TensorNames(_V2_WEIGHTS, llama.TIED),
+    released=_released,
+    with_tensors=_with_tensors,
+)
+DEEPSEEK_V3 = dataclasses.replace(
+    DEEPSEEK_V2,  # type: ignore[arg-type]
+    name="deepseek_v3",
+    title="DeepSeek-V3",
+    label="a DeepSeek-V3",
+    presets={"deepseek_v3": _V3_PRESET},
+    architectures=("DeepseekV3ForCausalLM", "DeepseekV3Model"),
+    keys=_V3_KEYS,
+    read=_read_v3,
+    write=_write_v3,
+    names=_with_mtp(_V3_WEIGHTS),
+    with_tensors=_with_mtp_tensors,
+)
+DEEPSEEK_V32 = dataclasses.replace(
+    DEEPSEEK_V3,
+    name="deepseek_v32",
+    title="DeepSeek-V3.2",
+    label="a DeepSeek-V3.2",
+    presets={"deepseek_v32": dataclasses.replace(_V3_PRESET, attention=_V32_INDEXER)},
+    architectures=("DeepseekV32ForCausalLM", "DeepseekV32Model"),
+    keys=(
+        *_V3_KEYS,
+        Key("index_n_heads", "attention.num_index_heads", int),
+        Key("index_head_dim", "attention.index_head_dim", int),
+        Key("index_topk", "attention.index_topk", int),
+    ),
+    read=_read_v32,
+    names=_with_mtp((*_V3_WEIGHTS, *_INDEXER)),
+)

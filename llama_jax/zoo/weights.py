@@ -1,0 +1,132 @@
+"""Where each parameter lies in the files of a family, declared once for reading and writing."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+
+import einops
+import numpy as np
+
+_PAIRS = ("two", "half")  # axes of two entries
+
+type _Sides = tuple[list[list[str]], list[list[str]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightMapping:
+    """The tensor of a parameter in the files of a family, and its layout there.
+
+    `source` is the tensor's name, with `{layer}` for parameters that every layer has; `{after}` counts on from the last
+    layer of the stack `layers`. With `{expert}` in it, our first dimension is a stack of such tensors, `e` in the
+    pattern. Several weights of one source are its parts, in the table's order, joined along its dimension `joined`.
+    `pattern` is einops from their layout to ours without the layer dimension: `(n h) d -> d n h`. Axes called
+    `two` and `half` have two entries: the first is how interleaved rotary pairs become halves,
+    `(n h two) d -> d n (two h)`, and both together how those of half a head do, `(n half h two) d -> d n (half two h)`.
+    Parts that are joined in every head have `n h d -> d n h` and `merged`: the file has the pattern's first two
+    dimensions as one.
+    """
+
+    name: str
+    source: str
+    pattern: str
+    joined: int = 0
+    merged: bool = False
+
+    def _sides(self) -> _Sides:
+        """Return the axes of every dimension, theirs and ours."""
+        left, right = (
+            [part.strip("()").split() for part in re.findall(r"\([^)]*\)|\w+", side)]
+            for side in self.pattern.split("->")
+        )
+        return left, right
+
+    def _sizes(self, shape: tuple[int, ...]) -> dict[str, int]:
+        """Return the size of every axis for a parameter of `shape`."""
+        sizes = {axis: 2 for axis in _PAIRS if axis in self.pattern}
+        for group, size in zip(self._sides()[1], shape, strict=True):
+            # At most one axis of a dimension has a free size: the pairs take a factor of two each.
+            for axis in set(group).difference(_PAIRS):
+                sizes[axis] = size // 2 ** (len(group) - 1)
+        return sizes | {"1": 1}
+
+    def _rearrange(self, value: np.ndarray, pattern: str, sizes: Mapping[str, int]) -> np.ndarray:
+        return einops.rearrange(value, pattern, **{axis: size for axis, size in sizes.items() if axis != "1"})
+
+    def source_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape that a parameter of `shape` (one layer of it) has in the source."""
+        sizes = self._sizes(shape)
+        return tuple(math.prod(sizes[axis] for axis in group) for group in self._sides()[0])
+
+    def source_slices(self, slices: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+        """Return the least that must be read in the source for the part `slices` of a parameter of `shape`.
+
+        Along axes that the source merges into others, that is everything: `to_canonical` cuts the rest away.
+        """
+        left, right = self._sides()
+        sizes = self._sizes(shape)
+        wanted = {group[0]: s for group, s in zip(right, slices, strict=True) if len(group) == 1}
+        found = []
+        for group in left:
+            start, stop, _ = wanted.get(group[0], slice(None)).indices(sizes[group[0]])
+            step = math.prod(sizes[axis] for axis in group[1:])
+            found.append(slice(start * step, stop * step))
+        return tuple(found)
+
+    def to_canonical(self, part: np.ndarray, slices: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
+        """Return the part `slices` of a parameter of `shape`, from the part `source_slices` of the source."""
+        left, right = self._sides()
+        sizes = self._sizes(shape)
+        first = {group[0] for group in left}
+        cuts = []
+        for group, cut in zip(right, slices, strict=True):
+            if len(group) == 1 and group[0] in first:  # already cut when it was read
+                start, stop, _ = cut.indices(sizes[group[0]])
+                sizes[group[0]] = stop - start
+                cut = slice(None)
+            cuts.append(cut)
+        return self._rearrange(part, self.pattern, sizes)[tuple(cuts)]
+
+    def to_source(self, value: np.ndarray) -> np.ndarray:
+        """Return one layer of a parameter in the source's layout."""
+        left, _, right = self.pattern.partition("->")
+        return self._rearrange(value, f"{right} -> {left}", self._sizes(value.shape))
+
+    def in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape in the file of a tensor that has `shape` in the pattern."""
+        return (shape[0] * shape[1], *shape[2:]) if self.merged else shape
+
+    def contiguous_dim(self) -> int:
+        """Return our dimension along which blocks of the parameter are blocks in the source, of rows if possible."""
+        left, right = self._sides()
+        return next(right.index(group[:1]) for group in left if group[:1] in right)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorNames:
+    """Names of the tensors in a family's files.
+
+    `weights` is the table of parameters. `tied` are tensors that files may repeat, with the name of the original;
+    `ignored` are patterns of tensors that are computed, not trained; `renames` are pairs of a pattern and its
+    replacement, for names of other releases.
+    """
+
+    weights: tuple[WeightMapping, ...]
+    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
+
+
+def mappings(
+    rows: Mapping[str, tuple[str, ...]], ours: str = "", theirs: str = "", *, joined: int = 0, merged: bool = False
+) -> tuple[WeightMapping, ...]:
+    """Return the table of `rows`: from our name to their name, the pattern of the weight and that of the bias, if any.
+
+    `ours` and `theirs` are prefixes of the names; `.weight` and `.bias` follow them. `joined` and `merged` are for the
+    weights alone.
+    """
+    found = []
+    for name, (source, weight, *bias) in rows.items():
+        found.append(WeightMapping(f"{ours}{name}.weight", f"{theirs}{source}.weight", weight, joined, merged))
+        found += [WeightMapping(f"{ours}{name}.bias", f"{theirs}{source}.bias", pattern) for pattern in bias]
+    return tuple(found)
