@@ -6,6 +6,7 @@ PYTHON := $(shell for p in python3.12 python3 python3.13 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 # A worker that has finished takes tests from the other, those of one file mostly together: they share fixtures.
+# --budget: processor seconds that one test may take; the summary has the sum of each directory (tests/budget.py).
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: install test test-slow lint docs demo

@@ -1,4 +1,4 @@
-"""What every test stands on: eight virtual CPU devices, kept compilations, shapes checked at run time."""
+"""Set-up of all tests: eight virtual CPU devices, kept compilations, shapes checked at run time."""
 
 import dataclasses
 import gc
@@ -31,11 +31,13 @@ from hypothesis import settings  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 # The planner has no arrays, and is called a thousand times in a search.
-ROOMS = [
-    f"llama_jax.{room.name}" for room in pkgutil.iter_modules([str(ROOT / "llama_jax")]) if room.name != "planning"
+PACKAGES = [
+    f"llama_jax.{package.name}"
+    for package in pkgutil.iter_modules([str(ROOT / "llama_jax")])
+    if package.name != "planning"
 ]
 # An int is a float to type checkers, and to users.
-install_import_hook(ROOMS, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+install_import_hook(PACKAGES, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 import budget  # noqa: E402
 import tiny_run  # noqa: E402
