@@ -34,7 +34,7 @@ lint: install
 	$(BIN)/pyright
 
 test: lint
-	$(BIN)/pytest $(PARALLEL) --budget 30
+	$(BIN)/pytest $(PARALLEL) --budget 40
 
 test-slow: install
 	$(BIN)/pytest -m slow $(PARALLEL) --budget 100

@@ -18,7 +18,7 @@ from llama_jax.zoo.t5 import t5
 
 PROMPT = "the cat <extra_id_0> a mat"
 RATE = 1e-2
-# Experts in both stacks, not of the same layers, whose biases only the loads of their own stack may move.
+# Experts in both stacks, not of as many layers, whose biases only the loads of their own stack may move.
 V3 = Experts(4, 12, SigmoidTopK(2, True, 2.5, 2, 1, bias_update_rate=RATE), "relu", gated=False, load_balance_loss=1e-3)
 
 
@@ -29,7 +29,7 @@ def config(run_config: RunConfig) -> RunConfig:
         vocab_size=384,
         hidden_size=32,
         num_encoder_layers=2,
-        num_layers=2,
+        num_layers=1,
         num_heads=4,
         head_dim=8,
         feed_forward=MLP(48, "relu", bias=False, dropout=0.1),
@@ -39,7 +39,7 @@ def config(run_config: RunConfig) -> RunConfig:
         num_buckets=8,
         max_distance=20,
         decoder_start_id=3,
-        overrides=(LayerOverride((1,), V3),),
+        overrides=(LayerOverride((0,), V3),),
         encoder_overrides=(LayerOverride((0, 1), V3),),
     )
     objective = SpanCorruption(source_length=48, num_sentinels=16)
