@@ -71,7 +71,7 @@ def get_config() -> RunConfig:
 
 def report(run: Run) -> None:
     """Print bits per byte on held-out files and the share of samples that parse, compared with simpler means."""
-    texts = list(run.dataset.texts("validation"))
+    texts = list(run.dataset.corpora["data"].texts("validation"))
     data = "".join(texts).encode()
     table = Table("bits per byte", "model", "gzip -9", "xz", title=f"{len(texts)} held-out files, {len(data):,} bytes")
     packed = [8 * len(part) / len(data) for part in (gzip.compress(data, 9), lzma.compress(data))]

@@ -124,7 +124,7 @@ def special_names(tokenizer: Tokenizer) -> dict[str, str]:
 class _GenerationBlocks(jinja2.ext.Extension):
     """The tags `{% generation %}` ... `{% endgeneration %}` around answers, for training: here their content alone."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno

@@ -55,7 +55,7 @@ def compare(tokenizer: Tokenizer, text: str) -> Comparison:
         raise UserError("there is nothing to compare in an empty text: give one with words in it")
     ids = tokenizer.encode(text)
     lines = text.splitlines(keepends=True) * -(-MIN_BYTES // num_bytes)
-    seconds = []
+    seconds, num_timed = [], 0
     for _ in range(NUM_RUNS):
         start = time.perf_counter()
         num_timed = sum(map(len, tokenizer.encode_batch(lines)))

@@ -110,7 +110,7 @@ class SparseLatentAttentionModule(LatentAttentionModule):
         super().__init__(config, width, rngs=rngs)
         self.indexer = Indexer(config, width, rngs=child(rngs, "indexer"))
 
-    def __call__(
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]: mixers may return a third value
         self, x: Float[Array, "b t d"], *, positions: Int[Array, "b t"], ctx: ForwardContext, cache: Cache | None = None
     ) -> tuple[Float[Array, "b t d"], Cache | None, dict[str, jax.Array]]:
         """Map [B, T, D] to [B, T, D]; the auxiliary `loss.indexer` is what the indexer learns from, in training."""

@@ -144,6 +144,7 @@ def _apply_local(
         slot = (own * b + jnp.arange(b)[:, None, None]) * capacity + choice["rank"]
         num_slots = here * b * capacity
         slot = jnp.where(own < here, slot, num_slots).reshape(-1)
+        product: Product = functools.partial(jnp.einsum, "eci,eio->eco")
     else:
         slot, num_slots, product = _sorted_slots(own.reshape(-1), here)
     assignment = jnp.full(num_slots, slot.size).at[slot].set(jnp.arange(slot.size), mode="drop", unique_indices=True)
@@ -153,7 +154,7 @@ def _apply_local(
         rows = rows.reshape(here, b * capacity, d)
         if exchange:
             rows = jax.lax.all_to_all(rows, AXIS, split_axis=0, concat_axis=1, tiled=True)
-        rows = body(rows, matrices, lambda rows, w: jnp.einsum("eci,eio->eco", rows, w))
+        rows = body(rows, matrices, product)
         if exchange:
             rows = jax.lax.all_to_all(rows, AXIS, split_axis=1, concat_axis=0, tiled=True)
         rows = rows.reshape(num_slots, d)
