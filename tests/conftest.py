@@ -1,5 +1,6 @@
 """What every test stands on: eight virtual CPU devices, kept compilations, shapes checked at run time."""
 
+import dataclasses
 import gc
 import os
 import pkgutil
@@ -87,11 +88,11 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_config() -> DecoderConfig:
-    """A decoder with everything in it and nothing large: 2 layers, grouped queries, an untied head."""
+    """A decoder with everything in it and nothing large: one layer, grouped queries, an untied head."""
     return DecoderConfig(
         vocab_size=40,
         hidden_size=16,
-        num_layers=2,
+        num_layers=1,
         max_positions=64,
         attention=GroupedQuery(
             num_heads=4,
@@ -105,6 +106,12 @@ def tiny_config() -> DecoderConfig:
         norm=RMSNorm(eps=1e-5),
         tie_embeddings=False,
     )
+
+
+@pytest.fixture(scope="session")
+def two_layers(tiny_config: DecoderConfig) -> DecoderConfig:
+    """The same with two layers, for what is different from layer to layer: stacks, scans, caches, files."""
+    return dataclasses.replace(tiny_config, num_layers=2)
 
 
 @pytest.fixture(scope="session")

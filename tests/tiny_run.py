@@ -22,7 +22,7 @@ def get_config() -> RunConfig:
         model=DecoderConfig(
             vocab_size=304,
             hidden_size=32,
-            num_layers=2,
+            num_layers=1,
             max_positions=64,
             attention=GroupedQuery(
                 num_heads=4,

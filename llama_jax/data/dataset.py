@@ -1,7 +1,8 @@
 """The corpora of a run as rows: prepared, packed, mixed."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -96,6 +97,10 @@ class Dataset:
                 for stage in stages
             )
         )
+
+    def texts(self, split: Split) -> Iterator[str]:
+        """Yield the text of all documents of a split, read again from the original files."""
+        return itertools.chain.from_iterable(corpus.texts(split) for corpus in self.corpora.values())
 
     def describe(self, batches: Batches, num_steps: int) -> list[str]:
         """Return lines for a run's report: how full rows are, what it takes of which source, what was left out."""

@@ -158,17 +158,24 @@ def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, 
 
     Buffers are always float32.
     """
-    kept = buffers(config)
-    abstract = jax.eval_shape(functools.partial(init_params, config), 0)
-    mesh = jax.sharding.get_mesh()
+    mesh, kept = jax.sharding.get_mesh(), buffers(config)
     return {
         name: jax.ShapeDtypeStruct(
-            a.shape,
+            shape,
             jnp.float32 if name in kept else dtype,
-            sharding=None if mesh.empty else jax.sharding.NamedSharding(mesh, a.sharding.spec),
+            sharding=None if spec is None else jax.sharding.NamedSharding(mesh, spec),
         )
-        for name, a in abstract.items()
+        for name, (shape, spec) in _shapes_and_specs(config, jax.sharding.get_abstract_mesh()).items()
     }
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes_and_specs(
+    config: ModelConfig, mesh: jax.sharding.AbstractMesh
+) -> dict[str, tuple[tuple[int, ...], jax.sharding.PartitionSpec | None]]:
+    # Tracing takes a second. Specs depend on the current mesh, which is an argument for the cache to tell them apart.
+    abstract = jax.eval_shape(functools.partial(init_params, config), 0)
+    return {name: (a.shape, None if mesh.empty else a.sharding.spec) for name, a in abstract.items()}
 
 
 def repeating_pattern(pieces: Sequence[Hashable]) -> tuple[int, int]:

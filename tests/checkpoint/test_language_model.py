@@ -26,8 +26,8 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def lm(tiny_config: DecoderConfig, random_params: Callable, tokenizer: Tokenizer) -> LanguageModel:
-    config = DecoderConfig(**(tiny_config.__dict__ | {"vocab_size": tokenizer.vocab_size}))
+def lm(two_layers: DecoderConfig, random_params: Callable, tokenizer: Tokenizer) -> LanguageModel:
+    config = DecoderConfig(**(two_layers.__dict__ | {"vocab_size": tokenizer.vocab_size}))
     return LanguageModel(config, from_params(config, random_params(config), Compute()), tokenizer)
 
 

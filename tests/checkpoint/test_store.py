@@ -134,13 +134,13 @@ MESHES = [None, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 
 @pytest.fixture(scope="module")
-def saved(tiny_config: DecoderConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def saved(two_layers: DecoderConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One state, random in all of it, saved from each mesh."""
     folders = {}
     for mesh in MESHES:
         folder = folders[str(mesh)] = tmp_path_factory.mktemp("store")
         with entered(mesh), opened(folder, CheckpointConfig()) as store:
-            state = jax.jit(init_state)(initialize(tiny_config, 0), HYPER)
+            state = jax.jit(init_state)(initialize(two_layers, 0), HYPER)
             rng = np.random.default_rng(0)
             noise = lambda x: jax.device_put(rng.normal(size=x.shape).astype(x.dtype), x.sharding)  # noqa: E731, B023
             store.save(TrainState(jnp.int32(7), *jax.tree.map(noise, (state.params, state.opt_state))))
@@ -160,25 +160,25 @@ def abstract_state(config: DecoderConfig) -> TrainState:
     return jax.eval_shape(init_state, abstract_params(config), HYPER)
 
 
-def test_same_bits_from_every_mesh_on_every_mesh(tiny_config: DecoderConfig, saved: dict[str, Path]):
+def test_same_bits_from_every_mesh_on_every_mesh(two_layers: DecoderConfig, saved: dict[str, Path]):
     with opened(saved["None"]) as store:
-        expected = to_disk(store.load(7, abstract_state(tiny_config)))
+        expected = to_disk(store.load(7, abstract_state(two_layers)))
     assert expected["step"] == 7
     assert {name.split(".")[0] for name in expected} == {"step", "params", "optimizer"}
     for origin, folder in saved.items():
         for mesh in MESHES:
             with entered(mesh), opened(folder) as store:
-                loaded = to_disk(store.load(7, abstract_state(tiny_config)))
+                loaded = to_disk(store.load(7, abstract_state(two_layers)))
             assert loaded.keys() == expected.keys()
             for name, value in loaded.items():
                 assert len(value.sharding.device_set) == (8 if mesh else 1)
                 assert np.array_equal(value, expected[name]), (origin, mesh, name)
 
 
-def test_only_parameters_in_another_type(tiny_config: DecoderConfig, saved: dict[str, Path]):
+def test_only_parameters_in_another_type(two_layers: DecoderConfig, saved: dict[str, Path]):
     with opened(saved[str(MESHES[1])]) as store:
-        plain = store.load_params(7, abstract_params(tiny_config))
-        cast = store.load_params(7, abstract_params(tiny_config, jnp.bfloat16))
+        plain = store.load_params(7, abstract_params(two_layers))
+        cast = store.load_params(7, abstract_params(two_layers, jnp.bfloat16))
     for name, value in plain.items():
         assert np.array_equal(cast[name], value.astype(jnp.bfloat16)), name
 
@@ -190,14 +190,14 @@ def test_only_parameters_in_another_type(tiny_config: DecoderConfig, saved: dict
         ({"tie_embeddings": True}, "has 'optimizer.1.mu.lm_head.weight', which this config does not have"),
     ],
 )
-def test_another_model_is_refused_by_name(tiny_config, saved, change, message):
-    config = DecoderConfig(**(tiny_config.__dict__ | change))
+def test_another_model_is_refused_by_name(two_layers, saved, change, message):
+    config = DecoderConfig(**(two_layers.__dict__ | change))
     with opened(saved["None"]) as store, pytest.raises(UserError, match=message):
         store.load(7, abstract_state(config))
 
 
-def test_a_parameter_that_was_not_saved_is_named(tiny_config: DecoderConfig, saved: dict[str, Path]):
-    more = abstract_params(tiny_config) | {"extra.weight": jax.ShapeDtypeStruct((2,), jnp.float32)}
+def test_a_parameter_that_was_not_saved_is_named(two_layers: DecoderConfig, saved: dict[str, Path]):
+    more = abstract_params(two_layers) | {"extra.weight": jax.ShapeDtypeStruct((2,), jnp.float32)}
     with opened(saved["None"]) as store, pytest.raises(UserError, match=r"lacks 'params.extra.weight'"):
         store.load_params(7, more)
 
@@ -217,11 +217,11 @@ def data_files(folder: Path) -> list[Path]:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["truncated", "removed", "emptied"])
 def test_every_damaged_file_is_said_or_harmless(
-    tiny_config: DecoderConfig, saved: dict[str, Path], tmp_path: Path, how: str
+    two_layers: DecoderConfig, saved: dict[str, Path], tmp_path: Path, how: str
 ):
     """Whatever file of a checkpoint is hurt: one sentence, or the right numbers."""
     with opened(saved["None"]) as store:
-        expected = to_disk(store.load(7, abstract_state(tiny_config)))
+        expected = to_disk(store.load(7, abstract_state(two_layers)))
     told = 0
     for victim in data_files(saved["None"]):
         folder = tmp_path / str(told) / victim.name
@@ -236,7 +236,7 @@ def test_every_damaged_file_is_said_or_harmless(
         message, loaded = "", {}
         try:
             with opened(folder) as store:
-                loaded = to_disk(store.load(7, abstract_state(tiny_config)))
+                loaded = to_disk(store.load(7, abstract_state(two_layers)))
         except UserError as error:
             message = str(error)
         if loaded:

@@ -55,8 +55,8 @@ class Bottleneck(FeedForward):
 
 
 @pytest.fixture(scope="module")
-def run(tiny_config) -> Run:
-    return Run(model=tiny_config)
+def run(two_layers) -> Run:
+    return Run(model=two_layers)
 
 
 VALUES: list[tuple[str, Any, str]] = [

@@ -20,6 +20,18 @@ from llama_jax.training import init_state, make_train_step, train_flops_per_toke
 PRETRAINING = dict.fromkeys(
     ("llama1_7b", "llama2_7b", "llama2_70b", "llama3_2_1b", "llama3_8b", "mixtral_8x7b"), 4 * 2**20
 )
+# Their layers are those of other configs, of which the train step is built quickly.
+ALIKE = (
+    "llama1_7b",
+    "llama2_7b",
+    "llama3_2_1b",
+    "llama3_8b",
+    "mixtures/llama1",
+    "tiny_gru",
+    "tiny_rnn",
+    "tiny_shakespeare",
+)
+BUILT = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in config_names()]
 PRETRAINING |= {"gpt2": 2**19, "gpt3_125m": 2**19, "chatglm2_6b": 4 * 2**20}
 
 
@@ -51,7 +63,7 @@ def test_the_command_in_the_docstring_is_complete(name: str):
     assert config_of(name).data.path or config_of(name).data.sources
 
 
-@pytest.mark.parametrize("name", config_names())
+@pytest.mark.parametrize("name", BUILT)
 def test_train_step_builds_with_nothing_allocated(name: str):
     config = config_of(name)
     config.check_mesh(8)

@@ -35,7 +35,8 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["gpt2", "chatglm2_6b", pytest.param("gpt3_125m", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "chatglm2_6b"])
 def test_trains_continues_and_samples(name: str, run_config: RunConfig, tmp_path: Path):
     """Two steps after those of a checkpoint are those of the run that was never stopped."""
     config = load_config(name)

@@ -128,14 +128,14 @@ def test_exports_read_by_transformers(tmp_path):
 
 
 @pytest.mark.slow
-def test_exports_of_own_tokenizers_read_by_transformers(tiny_config, random_params, tmp_path):
+def test_exports_of_own_tokenizers_read_by_transformers(two_layers, random_params, tmp_path):
     """A model of our own with a tokenizer of each of our kinds: transformers writes what we write."""
     texts = ["the old man sees a house.", "Anna's  letter, 12:30", "hé\nslept"]
     corpus = [f"{text} and then the king was near the river." for text in texts]
     goldens = []
     for kind, size in KINDS.items():
         tokenizer = train_tokenizer(corpus, kind=kind, vocab_size=size, special_tokens=("<pad>",))
-        config = dataclasses.replace(tiny_config, vocab_size=tokenizer.vocab_size)
+        config = dataclasses.replace(two_layers, vocab_size=tokenizer.vocab_size)
         model = from_params(config, random_params(config), Compute(dtype="float32"))
         tokenizer = tokenizer.with_rule(tokenizer.start_ids, ())
         lm = llama_jax.LanguageModel(config, model, tokenizer)

@@ -98,6 +98,7 @@ def losses(run: Run) -> list[list[float]]:
     return [[m[name] for name in ("loss", "grad_norm", "val_loss") if name in m] for m in run.metrics()]
 
 
+@pytest.mark.slow
 def test_saved_by_four_continued_by_two_then_by_one(
     config: RunConfig, reference: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -189,6 +190,7 @@ def test_a_mistake_is_told_once(config: RunConfig, tmp_path: Path):
     assert errors[1] == ""
 
 
+@pytest.mark.slow
 def test_a_place_that_is_not_shared(config: RunConfig, tmp_path: Path):
     codes, outs, errors = Processes(2, 1, tmp_path, config, "hide@1").end()
     assert codes == [2, 2]
@@ -201,6 +203,7 @@ def test_a_place_that_is_not_shared(config: RunConfig, tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_crash_of_one_is_shown_and_ends_all(config: RunConfig, tmp_path: Path):
     two = Processes(2, 1, tmp_path, config, "crash@2", num_steps=100000)
     codes, _, errors = two.end()

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from llama_jax.checkpoint import CheckpointStore
 from llama_jax.models import abstract_params
@@ -54,6 +55,7 @@ def final_state(run: Run) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
+@pytest.mark.slow
 def test_killed_killed_while_saving_and_terminated(run_config: RunConfig, tmp_path: Path):
     reference = Start(tmp_path / "uninterrupted", run_config)
     directory = tmp_path / "run"

@@ -114,6 +114,7 @@ def test_packed_is_separate(config: EncoderDecoderConfig, params: dict[str, jax.
     assert changed[0, n : n + m].max() == 0
 
 
+@pytest.mark.slow
 def test_eight_devices_are_one(config: EncoderDecoderConfig, params: dict[str, jax.Array]):
     batch = batch_of(*[[example] for example in examples()])
     expected = value_and_grad(config)(params, batch)
@@ -127,6 +128,7 @@ def test_eight_devices_are_one(config: EncoderDecoderConfig, params: dict[str, j
     assert_same(found, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_batch_is_learned_by_heart(config: EncoderDecoderConfig):
     """And written again from its sources with holes. The bias of the logits, which is only loaded, stays."""
     learned = examples()[:4]

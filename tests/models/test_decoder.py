@@ -38,9 +38,9 @@ class ReluModule(FeedForwardModule):
 
 
 @pytest.fixture(scope="module")
-def pattern_config(tiny_config: DecoderConfig) -> DecoderConfig:
+def pattern_config(two_layers: DecoderConfig) -> DecoderConfig:
     """Layer 0, then twice the pattern (1, 2)."""
-    return dataclasses.replace(tiny_config, num_layers=5, overrides=(LayerOverride((0, 2, 4), Relu(size=8)),))
+    return dataclasses.replace(two_layers, num_layers=5, overrides=(LayerOverride((0, 2, 4), Relu(size=8)),))
 
 
 def tokens_of(config: DecoderConfig, batch: int, length: int) -> jax.Array:
@@ -70,18 +70,18 @@ def assert_same(found, expected, **tolerance) -> None:
 
 
 @pytest.mark.parametrize("kernel", ["reference", "blockwise"])
-def test_no_gradient_from_later_tokens_or_other_documents(kernel: str, tiny_config, random_params, monkeypatch):
+def test_no_gradient_from_later_tokens_or_other_documents(kernel: str, two_layers, random_params, monkeypatch):
     monkeypatch.setattr(blockwise, "MIN_QUERY_BLOCK", 8)
     monkeypatch.setattr(blockwise, "KEY_BLOCK", 6)
-    params, length = random_params(tiny_config), 20
-    tokens = np.random.default_rng(1).permutation(tiny_config.vocab_size)[None, :length]  # each row of the table once
+    params, length = random_params(two_layers), 20
+    tokens = np.random.default_rng(1).permutation(two_layers.vocab_size)[None, :length]  # each row of the table once
     segments = np.repeat([[0, 1]], [9, length - 9], axis=1)
-    direction = np.random.default_rng(2).normal(size=tiny_config.vocab_size)
+    direction = np.random.default_rng(2).normal(size=two_layers.vocab_size)
 
     @jax.jit
     def jacobian(table):
         def scalars(table):
-            model = assemble(tiny_config, params | {"embedding.weight": table}, Compute(attention_kernel=kernel))
+            model = assemble(two_layers, params | {"embedding.weight": table}, Compute(attention_kernel=kernel))
             return model(jnp.asarray(tokens), segment_ids=jnp.asarray(segments))[0] @ direction
 
         return jax.jacrev(scalars)(table)
@@ -91,15 +91,15 @@ def test_no_gradient_from_later_tokens_or_other_documents(kernel: str, tiny_conf
     np.testing.assert_array_equal(size > 0, allowed)
 
 
-def test_packed_documents_are_separate_documents(tiny_config, random_params):
-    params, (first, second) = random_params(tiny_config), (9, 14)
-    tokens = tokens_of(tiny_config, 2, first + second)
+def test_packed_documents_are_separate_documents(two_layers, random_params):
+    params, (first, second) = random_params(two_layers), (9, 14)
+    tokens = tokens_of(two_layers, 2, first + second)
     lengths = np.array([first, second])
     packed = {
         "segment_ids": jnp.asarray(np.repeat([[1, 2]], lengths, axis=1).repeat(2, 0)),
         "positions": jnp.asarray(np.concatenate([np.arange(n) for n in lengths])[None].repeat(2, 0)),
     }
-    model = from_params(tiny_config, params, Compute())
+    model = from_params(two_layers, params, Compute())
     together = model(tokens, **packed)
     # One program for both: the first document followed by zeros, and the second one.
     alone = jnp.zeros((4, second), jnp.int32).at[:2, :first].set(tokens[:, :first]).at[2:].set(tokens[:, first:])
@@ -119,8 +119,8 @@ def test_scanned_is_unrolled(pattern_config, random_params):
     )
 
 
-def test_every_remat_policy_computes_the_same_in_its_own_memory(tiny_config, random_params):
-    config = dataclasses.replace(tiny_config, num_layers=8)
+def test_every_remat_policy_computes_the_same_in_its_own_memory(two_layers, random_params):
+    config = dataclasses.replace(two_layers, num_layers=8)
     params, tokens = random_params(config), tokens_of(config, 4, 33)
     expected, memory = None, {}
     for policy in REMAT_POLICIES:
@@ -134,32 +134,32 @@ def test_every_remat_policy_computes_the_same_in_its_own_memory(tiny_config, ran
     assert set(memory) == set(get_args(Compute.__dataclass_fields__["remat"].type))
 
 
-def test_tied_head_reads_the_embedding(tiny_config, random_params):
-    config = dataclasses.replace(tiny_config, tie_embeddings=True)
+def test_tied_head_reads_the_embedding(two_layers, random_params):
+    config = dataclasses.replace(two_layers, tie_embeddings=True)
     params, tokens = random_params(config), tokens_of(config, 1, 8)
     untied = params | {"lm_head.weight": params["embedding.weight"].T}
     tied_logits = from_params(config, params, Compute())(tokens)
-    np.testing.assert_allclose(tied_logits, from_params(tiny_config, untied, Compute())(tokens), atol=1e-5)
+    np.testing.assert_allclose(tied_logits, from_params(two_layers, untied, Compute())(tokens), atol=1e-5)
 
 
-def test_bfloat16_computes_in_bfloat16_and_answers_in_float32(tiny_config, random_params):
-    params, tokens = random_params(tiny_config), tokens_of(tiny_config, 1, 8)
-    exact = from_params(tiny_config, params, Compute())(tokens)
-    half = from_params(tiny_config, params, Compute(dtype="bfloat16"))
+def test_bfloat16_computes_in_bfloat16_and_answers_in_float32(two_layers, random_params):
+    params, tokens = random_params(two_layers), tokens_of(two_layers, 1, 8)
+    exact = from_params(two_layers, params, Compute())(tokens)
+    half = from_params(two_layers, params, Compute(dtype="bfloat16"))
     assert half.module.trunk(tokens)[0].dtype == jnp.bfloat16
     logits = half(tokens)
     assert logits.dtype == jnp.float32
     assert 1e-4 < np.abs(logits - exact).max() / np.abs(exact).max() < 0.05
 
 
-def test_a_built_model_has_its_initial_parameters(tiny_config):
-    model, tokens = build(tiny_config, seed=3), tokens_of(tiny_config, 1, 8)
+def test_a_built_model_has_its_initial_parameters(two_layers):
+    model, tokens = build(two_layers, seed=3), tokens_of(two_layers, 1, 8)
     logits = model(tokens)
-    assert logits.shape == (1, 8, tiny_config.vocab_size)
+    assert logits.shape == (1, 8, two_layers.vocab_size)
     assert np.abs(logits).max() < 1, "the first loss is near ln V"
-    again = from_params(tiny_config, model.params(), Compute())
+    again = from_params(two_layers, model.params(), Compute())
     np.testing.assert_array_equal(again(tokens), logits)
-    assert np.abs(build(tiny_config, seed=4)(tokens) - logits).max() > 1e-3
+    assert np.abs(build(two_layers, seed=4)(tokens) - logits).max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -171,6 +171,6 @@ def test_a_built_model_has_its_initial_parameters(tiny_config):
         ({"overrides": (LayerOverride((-1,), Relu(3)),)}, "overrides name layer -1"),
     ],
 )
-def test_impossible_decoders(change: dict, sentence: str, tiny_config):
+def test_impossible_decoders(change: dict, sentence: str, two_layers):
     with pytest.raises(UserError, match=sentence):
-        dataclasses.replace(tiny_config, **change)
+        dataclasses.replace(two_layers, **change)

@@ -27,11 +27,11 @@ from llama_jax.parallel import make_mesh
 
 
 @pytest.fixture(scope="module")
-def mixed_config(tiny_config: DecoderConfig) -> DecoderConfig:
+def mixed_config(two_layers: DecoderConfig) -> DecoderConfig:
     """Four layers: biases in the attention of 1 and 2, and in the feed-forward of 2."""
-    biased = dataclasses.replace(tiny_config.attention, qkv_bias=True)
+    biased = dataclasses.replace(two_layers.attention, qkv_bias=True)
     return dataclasses.replace(
-        tiny_config,
+        two_layers,
         num_layers=4,
         overrides=(
             LayerOverride((1, 2), biased),
@@ -41,14 +41,14 @@ def mixed_config(tiny_config: DecoderConfig) -> DecoderConfig:
 
 
 @pytest.fixture(scope="module")
-def first_values(tiny_config: DecoderConfig) -> dict[str, np.ndarray]:
-    return jax.device_get(initialize(tiny_config, 0))
+def first_values(two_layers: DecoderConfig) -> dict[str, np.ndarray]:
+    return jax.device_get(initialize(two_layers, 0))
 
 
-def test_names_and_shapes_are_the_canonical_ones(tiny_config):
+def test_names_and_shapes_are_the_canonical_ones(two_layers):
     biased = dataclasses.replace(
-        tiny_config,
-        attention=dataclasses.replace(tiny_config.attention, qkv_bias=True, out_bias=True),
+        two_layers,
+        attention=dataclasses.replace(two_layers.attention, qkv_bias=True, out_bias=True),
         feed_forward=SwiGLU(intermediate_size=24, bias=True),
     )
     length, d, n, k, h, f, v = 2, 16, 4, 2, 8, 24, 40
@@ -80,25 +80,25 @@ def test_names_and_shapes_are_the_canonical_ones(tiny_config):
     assert num_parameters(biased) - num_parameters(tied) == v * d
 
 
-def test_first_values_are_the_same_on_every_mesh(tiny_config, first_values):
+def test_first_values_are_the_same_on_every_mesh(two_layers, first_values):
     for mesh in ({"fsdp": 2, "tensor": 2, "data": 2}, {"fsdp": 8}):
         with jax.set_mesh(make_mesh(mesh)):
-            found = initialize(tiny_config, 0)
-            specs = {name: a.sharding.spec for name, a in abstract_params(tiny_config).items()}
+            found = initialize(two_layers, 0)
+            specs = {name: a.sharding.spec for name, a in abstract_params(two_layers).items()}
         assert {name: a.sharding.spec for name, a in found.items()} == specs
         for name, value in first_values.items():
             np.testing.assert_array_equal(np.asarray(found[name]), value, err_msg=name)
 
 
-def test_first_values_know_neither_depth_nor_neighbours(tiny_config, first_values):
+def test_first_values_know_neither_depth_nor_neighbours(two_layers, first_values):
     changed = dataclasses.replace(
-        tiny_config,
+        two_layers,
         num_layers=5,
-        attention=dataclasses.replace(tiny_config.attention, qkv_bias=True),
+        attention=dataclasses.replace(two_layers.attention, qkv_bias=True),
         feed_forward=SwiGLU(intermediate_size=24, bias=True),
         tie_embeddings=True,
         # The same pieces, but built apart from the other layers.
-        overrides=(LayerOverride((1,), tiny_config.attention),),
+        overrides=(LayerOverride((1,), two_layers.attention),),
     )
     found = initialize(changed, 0)
     assert found.keys() >= first_values.keys() - {"lm_head.weight"}
@@ -107,8 +107,8 @@ def test_first_values_know_neither_depth_nor_neighbours(tiny_config, first_value
         np.testing.assert_array_equal(same, first_values[name], err_msg=name)
 
 
-def test_first_values_are_all_different_and_of_the_right_size(tiny_config, first_values):
-    other_seed = initialize(tiny_config, 1)
+def test_first_values_are_all_different_and_of_the_right_size(two_layers, first_values):
+    other_seed = initialize(two_layers, 1)
     rows = {}
     for name, value in first_values.items():
         if "norm" in name:
@@ -144,9 +144,9 @@ def test_a_stacked_parameter_has_the_layers_that_own_it(mixed_config, random_par
     assert "attention.q_proj.bias" not in layers[3]
 
 
-def test_pieces_of_other_shapes_need_other_names(tiny_config):
+def test_pieces_of_other_shapes_need_other_names(two_layers):
     one_head = GroupedQuery(1, 1, 8, None, qkv_bias=False, out_bias=False)
-    config = dataclasses.replace(tiny_config, overrides=(LayerOverride((1,), one_head),))
+    config = dataclasses.replace(two_layers, overrides=(LayerOverride((1,), one_head),))
     with pytest.raises(
         ValueError, match=r"'layers.attention.k_proj.weight' has shape \(16, 1, 8\) in layer 1 and \(16, 2, 8\)"
     ):
@@ -176,8 +176,8 @@ def test_repeating_pattern_finds_a_prefix_and_a_period(prefix: int, period: int,
     assert repeating_pattern(pieces) == (prefix, period)
 
 
-def test_abstract_params_allocate_nothing_and_know_their_place(tiny_config):
-    huge = dataclasses.replace(tiny_config, hidden_size=1 << 17, vocab_size=1 << 20)
+def test_abstract_params_allocate_nothing_and_know_their_place(two_layers):
+    huge = dataclasses.replace(two_layers, hidden_size=1 << 17, vocab_size=1 << 20)
     with jax.set_mesh(make_mesh({"fsdp": 4, "tensor": 2})):
         abstract = abstract_params(huge, jnp.bfloat16)
         embedding = abstract["embedding.weight"]

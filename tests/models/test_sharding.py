@@ -28,6 +28,9 @@ MESHES = {
     "tensor and context": {"tensor": 2, "context": 4},
     "fsdp, tensor and context": {"fsdp": 2, "tensor": 2, "context": 2},
 }
+# Every axis, and all but two pairs of axes together.
+QUICKLY = ("tensor", "data and fsdp", "data and context", "fsdp, tensor and context")
+ALL_MESHES = [name if name in QUICKLY else pytest.param(name, marks=pytest.mark.slow) for name in MESHES]
 BATCH, LENGTH = 8, 32
 LEAVES = ("tokens", "targets", "weights", "segment_ids", "positions")
 
@@ -91,7 +94,7 @@ def expected_bytes(params: dict[str, jax.Array], sizes: dict[str, int]) -> float
     return total
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", ALL_MESHES)
 def test_loss_and_gradient_are_those_of_one_device(name: str, config, random_params, expected):
     params = random_params(config)
     with jax.set_mesh(make_mesh(MESHES[name])):
@@ -109,8 +112,17 @@ def test_keys_gathered_and_remat(name: str, config, random_params, expected):
         assert_same(on_mesh(config, compute, random_params(config), batch_of(config.vocab_size))[:2], expected)
 
 
-@pytest.mark.parametrize("name", ["tensor", "fsdp", "fsdp, tensor and context"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("name", "tied"),
+    [
+        ("tensor", True),
+        ("fsdp, tensor and context", False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("tensor", False), ("fsdp", True), ("fsdp", False), ("fsdp, tensor and context", True))
+        ),
+    ],
+)
 def test_an_odd_vocabulary_and_one_row(name: str, tied: bool, config, random_params):
     """Neither 41 tokens nor one row can be split: both are whole on every device."""
     odd = dataclasses.replace(config, vocab_size=41, tie_embeddings=tied)
@@ -123,7 +135,7 @@ def test_an_odd_vocabulary_and_one_row(name: str, tied: bool, config, random_par
     assert_same((loss, gradient), expected)
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", ALL_MESHES)
 def test_activations_are_split(name: str, config, random_params):
     """The hidden states of the trunk: rows over data and fsdp, positions over context."""
     with jax.set_mesh(make_mesh(MESHES[name])):
@@ -144,7 +156,9 @@ def test_activations_are_split(name: str, config, random_params):
 
 @pytest.mark.parametrize("name", ["data", "fsdp, tensor and context"])
 def test_three_steps_are_those_of_one_device(name: str, config, random_params):
+    """With two layers in a scan."""
     hyper = AdamW(learning_rate=1e-2, warmup_steps=1).hyper(10)
+    config = dataclasses.replace(config, num_layers=2)
 
     def three_steps(accumulation_steps: int, params: dict, *, whole: bool):
         step = make_train_step(config, COMPUTE, accumulation_steps=accumulation_steps)

@@ -84,8 +84,8 @@ COMPONENTS = (LinearAttention,)
 
 
 @pytest.fixture(scope="module")
-def config(tiny_config: DecoderConfig) -> DecoderConfig:
-    return override(tiny_config, {"attention": TOY}, COMPONENTS)
+def config(two_layers: DecoderConfig) -> DecoderConfig:
+    return override(two_layers, {"attention": TOY}, COMPONENTS)
 
 
 @pytest.fixture(scope="module")

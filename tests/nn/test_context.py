@@ -39,9 +39,18 @@ def results(kernel: str, method: str, q, k, v, direction, mask: Mask):
     return attention_and_gradients(q, k, v, direction, ctx, scale=SCALE)
 
 
-@pytest.mark.parametrize("method", ["ring", "all_gather"])
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("mesh", [{"context": 8}, {"data": 2, "context": 2, "tensor": 2}], ids=["8", "2x2x2"])
+@pytest.mark.parametrize(
+    ("mesh", "method"),
+    [
+        ({"data": 2, "context": 4}, "ring"),
+        ({"data": 2, "context": 2, "tensor": 2}, "all_gather"),
+        pytest.param({"context": 8}, "ring", marks=pytest.mark.slow),
+        pytest.param({"context": 8}, "all_gather", marks=pytest.mark.slow),
+        pytest.param({"data": 2, "context": 2, "tensor": 2}, "ring", marks=pytest.mark.slow),
+    ],
+    ids=["2x4-ring", "2x2x2-all_gather", "8-ring", "8-all_gather", "2x2x2-ring"],
+)
 def test_exact_whichever_way_keys_travel(method: str, mask: str, mesh: dict[str, int]):
     kv_heads = 2 if "tensor" in mesh else 1
     arrays = inputs(kv_heads)

@@ -53,6 +53,7 @@ def run(name: str, tmp_path: Path) -> tuple[list, str, list[str]]:
     return shown, said, warned
 
 
+@pytest.mark.slow
 def test_quickstart_runs(tmp_path: Path):
     shown, said, warned = run("quickstart", tmp_path)
     assert warned == []
@@ -66,6 +67,7 @@ def test_quickstart_runs(tmp_path: Path):
     assert "SquaredReLUModule" in said
 
 
+@pytest.mark.slow
 def test_tokenizers_and_objectives_runs(tmp_path: Path):
     shown, said, warned = run("tokenizers_and_objectives", tmp_path)
     assert warned == []

@@ -11,9 +11,9 @@ from llama_jax.zoo import presets
 
 
 @pytest.fixture(scope="session")
-def workload(tiny_config: DecoderConfig) -> RunConfig:
+def workload(two_layers: DecoderConfig) -> RunConfig:
     """A tiny model, eight rows."""
-    return planned(model=tiny_config, global_batch_size=8, sequence_length=64)
+    return planned(model=two_layers, global_batch_size=8, sequence_length=64)
 
 
 @pytest.fixture(scope="session")

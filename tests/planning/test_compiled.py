@@ -30,8 +30,8 @@ needs_libtpu = pytest.mark.skipif(
 
 
 @pytest.fixture
-def small(tiny_config: DecoderConfig) -> RunConfig:
-    return dataclasses.replace(LAYOUTS["fsdp_tensor"], model=tiny_config, global_batch_size=8, sequence_length=16)
+def small(two_layers: DecoderConfig) -> RunConfig:
+    return dataclasses.replace(LAYOUTS["fsdp_tensor"], model=two_layers, global_batch_size=8, sequence_length=16)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

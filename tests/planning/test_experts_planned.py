@@ -18,16 +18,16 @@ from llama_jax.training.matrices import is_matrix
 EXPERTS = Experts(8, 64, SoftmaxTopK(2, normalize=True), "silu", gated=True, num_shared=1)
 
 
-def local(tiny_config, feed_forward: Experts = EXPERTS, **axes: int) -> Local:
-    model = dataclasses.replace(tiny_config, feed_forward=feed_forward)
+def local(two_layers, feed_forward: Experts = EXPERTS, **axes: int) -> Local:
+    model = dataclasses.replace(two_layers, feed_forward=feed_forward)
     mesh = MeshConfig(**({"fsdp": 1} | axes))
     workload = planned(model=model, mesh=mesh, global_batch_size=16, sequence_length=32)
     return Local.of(workload, math.prod(axes.values()) if axes else 1)
 
 
 @pytest.mark.parametrize("axes", [{}, {"expert": 4}, {"expert": 2, "tensor": 2}], ids=str)
-def test_products_are_those_of_the_active_parameters(tiny_config, axes: dict):
-    found = local(tiny_config, **axes)
+def test_products_are_those_of_the_active_parameters(two_layers, axes: dict):
+    found = local(two_layers, **axes)
     params = abstract_params(found.config.model)
     matrices = sum(
         math.prod(p.shape) for name, p in params.items() if is_matrix(name, p) and name.startswith("layers.")
@@ -41,8 +41,8 @@ def test_products_are_those_of_the_active_parameters(tiny_config, axes: dict):
     assert tokens * (active - router) <= (met + router) * found.tokens * devices <= tokens * (active + 2 * router)
 
 
-def test_experts_that_a_token_does_not_meet_take_no_time(tiny_config):
-    model = dataclasses.replace(tiny_config, hidden_size=256)
+def test_experts_that_a_token_does_not_meet_take_no_time(two_layers):
+    model = dataclasses.replace(two_layers, hidden_size=256)
     seconds = []
     for num_experts in (4, 32):
         experts = dataclasses.replace(EXPERTS, num_experts=num_experts, intermediate_size=1024, dispatch="dropless")
@@ -51,8 +51,8 @@ def test_experts_that_a_token_does_not_meet_take_no_time(tiny_config):
     assert seconds[0] == seconds[1] > 0
 
 
-def test_experts_lie_apart_and_all_else_is_summed(tiny_config):
-    alone, split = local(tiny_config), local(tiny_config, expert=4)
+def test_experts_lie_apart_and_all_else_is_summed(two_layers):
+    alone, split = local(two_layers), local(two_layers, expert=4)
     up, q = "layers.feed_forward.experts.up_proj.weight", "layers.attention.q_proj.weight"
     assert split.model[up].stored * 4 == alone.model[up].stored
     assert split.model[q].stored == alone.model[q].stored
@@ -64,8 +64,8 @@ def test_experts_lie_apart_and_all_else_is_summed(tiny_config):
     assert kinds == {(kind, backward) for kind in ("all-gather", "reduce-scatter") for backward in (False, True)}
 
 
-def test_room_for_all_tokens_unless_some_are_dropped(tiny_config):
+def test_room_for_all_tokens_unless_some_are_dropped(two_layers):
     name = "layers.feed_forward.experts.up_proj.weight"
     bounded = dataclasses.replace(EXPERTS, capacity_factor=1.25)
-    assert local(tiny_config).model[name].outputs == local(tiny_config, bounded, expert=4).model[name].outputs
-    assert local(tiny_config, expert=4).model[name].outputs == 4 * local(tiny_config).model[name].outputs
+    assert local(two_layers).model[name].outputs == local(two_layers, bounded, expert=4).model[name].outputs
+    assert local(two_layers, expert=4).model[name].outputs == 4 * local(two_layers).model[name].outputs

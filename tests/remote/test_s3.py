@@ -68,6 +68,7 @@ def without_speed(run: Run) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in SPEED} for line in run.metrics()]
 
 
+@pytest.mark.slow
 def test_stopped_run_continues_without_its_local_copy(
     bucket: str, run_config: RunConfig, finished_run: Run, monkeypatch: pytest.MonkeyPatch
 ):

@@ -70,9 +70,9 @@ def test_it_learns_a_batch_by_heart(name: str):
     assert last["dropped_share"] == 0
 
 
-@pytest.mark.parametrize("name", QUICKLY)
-def test_a_run_is_sampled_from_and_continued(name: str, run_config: RunConfig, tmp_path: Path):
-    model = model_of(name, vocab_size=run_config.model.vocab_size)
+@pytest.mark.slow
+def test_a_run_is_sampled_from_and_continued(run_config: RunConfig, tmp_path: Path):
+    model = model_of("deepseek_v32", vocab_size=run_config.model.vocab_size)
     config = dataclasses.replace(
         run_config,
         model=model,
@@ -83,7 +83,7 @@ def test_a_run_is_sampled_from_and_continued(name: str, run_config: RunConfig, t
     whole = train(config, tmp_path / "whole")
     lines = [line for line in whole.metrics() if "loss" in line]
     assert len(lines) == 4
-    assert METRICS[name] <= set(lines[-1])
+    assert METRICS["deepseek_v32"] <= set(lines[-1])
     assert "the cat" in (tmp_path / "whole" / "samples.txt").read_text()
     stopped = tmp_path / "stopped"
     (stopped / "checkpoints").mkdir(parents=True)

@@ -95,6 +95,7 @@ def test_pretraining_continues_where_it_stopped(pretrained: Run, tmp_path: Path)
     ]
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_classifier_is_right_about_texts_it_has_not_seen(pretrained: Run, tmp_path: Path, capsys):
     run = train(fine_tuning(pretrained), tmp_path / "run")
     said = " ".join("".join(capsys.readouterr()).split())

@@ -18,6 +18,9 @@ OBJECTIVES = [
     SpanCorruption(source_length=32, start_token="bos"),
     Denoising(source_length=32),
 ]
+# Two of different rows quickly; every objective in a model: tests/data/objectives.
+QUICKLY = (BlankFilling, SpanCorruption)
+RUNS = [o if isinstance(o, QUICKLY) else pytest.param(o, marks=pytest.mark.slow) for o in OBJECTIVES]
 
 
 def config_with(run_config: RunConfig, tmp_path: Path, **data) -> RunConfig:
@@ -33,7 +36,7 @@ def config_with(run_config: RunConfig, tmp_path: Path, **data) -> RunConfig:
     return config
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: type(objective).__name__)
+@pytest.mark.parametrize("objective", RUNS, ids=lambda objective: type(objective).__name__)
 def test_a_mixture_of_packed_rows_trains_and_continues(run_config, tmp_path: Path, objective):
     config = config_with(run_config, tmp_path, objective=objective, packing="best_fit")
     whole = train(config, tmp_path / "whole")

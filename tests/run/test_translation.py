@@ -87,6 +87,7 @@ def config(sentences: list[str], tmp_path_factory: pytest.TempPathFactory) -> Ru
     )
 
 
+@pytest.mark.slow
 def test_sentences_never_seen_are_translated(
     config: RunConfig, sentences: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -352,6 +352,7 @@ def seen(look: Callable[..., Any], *arguments: Any) -> Any:
         return str(error)
 
 
+@pytest.mark.slow
 def test_every_leaf_has_a_witness(base: RunConfig, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     @functools.cache
     def written(config: RunConfig) -> Any:

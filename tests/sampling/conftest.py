@@ -29,12 +29,12 @@ def make_model(random_params: Callable) -> MakeModel:
 
 
 @pytest.fixture(scope="session")
-def model(tiny_config: DecoderConfig, make_model: MakeModel) -> Model:
-    return make_model(tiny_config)
+def model(two_layers: DecoderConfig, make_model: MakeModel) -> Model:
+    return make_model(two_layers)
 
 
 @pytest.fixture(scope="session")
-def lm(tiny_config: DecoderConfig, make_model: MakeModel) -> LanguageModel:
+def lm(two_layers: DecoderConfig, make_model: MakeModel) -> LanguageModel:
     tokenizer = train_tokenizer(["one fish, two fish", "red fish, blue fish"] * 4, vocab_size=276)
-    config = dataclasses.replace(tiny_config, vocab_size=tokenizer.vocab_size, tie_embeddings=True)
+    config = dataclasses.replace(two_layers, vocab_size=tokenizer.vocab_size, tie_embeddings=True)
     return LanguageModel(config, make_model(config), tokenizer)

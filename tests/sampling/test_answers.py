@@ -170,6 +170,6 @@ def test_the_positions_are_the_limit(make_model, model: Model):
     assert generate(model, [[1] * 33], max_new_tokens=2).shape == (1, 3)
 
 
-def test_a_decoder_takes_no_source_mask(make_model, tiny_config):
+def test_a_decoder_takes_no_source_mask(make_model, two_layers):
     with pytest.raises(UserError, match="source_mask is for encoder-decoders, and this is a DecoderConfig"):
-        generate(make_model(dataclasses.replace(tiny_config, num_layers=1)), [[1, 2]], source_mask=[[1, 1]])
+        generate(make_model(dataclasses.replace(two_layers, num_layers=1)), [[1, 2]], source_mask=[[1, 1]])

@@ -17,8 +17,8 @@ LENGTHS = np.array([5, 1, 9, 3])
 
 
 @pytest.fixture(scope="module")
-def prompts(tiny_config: DecoderConfig) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, tiny_config.vocab_size, (4, 9)).astype(np.int32)
+def prompts(two_layers: DecoderConfig) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, two_layers.vocab_size, (4, 9)).astype(np.int32)
 
 
 def greedy_by_full_forwards(model: Model, prompt: np.ndarray, count: int) -> list[int]:
@@ -147,12 +147,16 @@ def test_one_compilation_serves_many_batches(model: Model, prompts: np.ndarray):
 
 @pytest.mark.parametrize(
     ("axes", "num_rows"),
-    [({"data": 2, "fsdp": 2, "tensor": 2}, 4), ({"fsdp": 2, "tensor": 4}, 3), ({"fsdp": 8}, 1)],
+    [
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 4),
+        pytest.param({"fsdp": 2, "tensor": 4}, 3, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 8}, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_mesh_changes_nothing(
-    axes: dict, num_rows: int, model: Model, make_model, tiny_config: DecoderConfig, prompts
+    axes: dict, num_rows: int, model: Model, make_model, two_layers: DecoderConfig, prompts
 ):
-    sharded = make_model(tiny_config, make_mesh(axes))
+    sharded = make_model(two_layers, make_mesh(axes))
     settings = {"prompt_lengths": LENGTHS[:num_rows], "eos_id": 7}
     for drawn in ({}, {"temperature": 1.0, "top_k": 30, "top_p": 0.9, "seed": 3}):
         out = generate(sharded, prompts[:num_rows], **settings, **drawn)
@@ -249,7 +253,7 @@ def test_logits_that_are_not_numbers_end_sampling(model: Model, prompts: np.ndar
             generate(broken, prompts[:2], **settings)
 
 
-def test_tied_heads_too(make_model, tiny_config: DecoderConfig, prompts: np.ndarray):
-    tied = make_model(dataclasses.replace(tiny_config, tie_embeddings=True))
+def test_tied_heads_too(make_model, two_layers: DecoderConfig, prompts: np.ndarray):
+    tied = make_model(dataclasses.replace(two_layers, tie_embeddings=True))
     out = generate(tied, prompts[:1], max_new_tokens=6)
     assert out[0].tolist() == greedy_by_full_forwards(tied, prompts[0], 6)

@@ -54,7 +54,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-@pytest.mark.parametrize("mesh", [None, {"fsdp": 4, "tensor": 2}], ids=["one device", "mesh"])
+@pytest.mark.parametrize(
+    "mesh", [None, pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow)], ids=["one device", "mesh"]
+)
 def test_a_wrong_kernel_is_refused(mistake: str, mesh, tiny_config: DecoderConfig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(kernels.KERNELS, "blockwise", MISTAKES[mistake])
     sentence = r"'blockwise' disagrees with the reference: the (result|gradient of)"
@@ -63,8 +65,15 @@ def test_a_wrong_kernel_is_refused(mistake: str, mesh, tiny_config: DecoderConfi
         preflight(tiny_config, COMPUTE, batch_of())
 
 
-@pytest.mark.parametrize("kernel", ["blockwise", "splash"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [
+        ("blockwise", "float32"),
+        ("splash", "bfloat16"),
+        pytest.param("blockwise", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("splash", "float32", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("mesh", [{"data": 1}, {"fsdp": 2, "tensor": 2, "context": 2}], ids=["one device", "mesh"])
 def test_a_right_kernel_passes(kernel: str, dtype: str, mesh: dict[str, int], tiny_config: DecoderConfig):
     if kernel == "splash" and "context" in mesh:

@@ -240,20 +240,20 @@ def test_impossible_values_are_named(field: str, value: float):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_flops_counted_by_hand(tiny_config: DecoderConfig, tied: bool):
+def test_flops_counted_by_hand(two_layers: DecoderConfig, tied: bool):
     # D 16, 4 heads of 8, 2 kv heads, F 24, V 40, 2 layers.
     layer = 16 * 32 + 2 * 16 * 16 + 32 * 16 + 3 * 16 * 24
     head = 16 * 40
     attention = 2 * 2 * 4 * 8 * (10 / 2)  # scores and values, 2 FLOPs each, of 4 heads of 8 with half of 10 keys
     expected = 6 * (2 * layer + head) + 3 * 2 * attention
-    assert train_flops_per_token(dataclasses.replace(tiny_config, tie_embeddings=tied), 10) == expected
+    assert train_flops_per_token(dataclasses.replace(two_layers, tie_embeddings=tied), 10) == expected
 
 
 @pytest.mark.parametrize("length", [1, 6, 7, 40])
 @pytest.mark.parametrize("window", [1, 3, 7, None])
-def test_scores_are_those_of_the_keys_that_are_seen(tiny_config: DecoderConfig, length: int, window: int | None):
+def test_scores_are_those_of_the_keys_that_are_seen(two_layers: DecoderConfig, length: int, window: int | None):
     """Counted one by one: of causal ones a token is half before itself, as of the whole triangle half is counted."""
-    mixer = dataclasses.replace(tiny_config.attention, window=window)
+    mixer = dataclasses.replace(two_layers.attention, window=window)
     of_key = 4 * mixer.num_heads * mixer.head_dim
     before, inside = 0.0, 0
     for query in range(length):
@@ -261,7 +261,7 @@ def test_scores_are_those_of_the_keys_that_are_seen(tiny_config: DecoderConfig, 
         inside += sum(window is None or abs(query - key) < window for key in range(length))
     assert causal_score_flops([mixer, mixer], length) == 2 * of_key * before
     assert full_score_flops([mixer], length) == of_key * inside
-    config = dataclasses.replace(tiny_config, attention=mixer)
+    config = dataclasses.replace(two_layers, attention=mixer)
     assert config.score_flops(length, 0) == 2 * of_key * before
 
 

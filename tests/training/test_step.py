@@ -85,7 +85,11 @@ def assert_same(a: Any, b: Any) -> None:
 
 @pytest.mark.parametrize(
     "mesh",
-    [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"context": 2, "fsdp": 4}],
+    [
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"context": 2, "fsdp": 4},
+        pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
+    ],
     ids=lambda m: "-".join(f"{axis}{size}" for axis, size in m.items()),
 )
 def test_three_steps_on_a_mesh_are_those_of_one_device(
@@ -185,7 +189,7 @@ def test_every_hyper_parameter_matters(tiny_config: DecoderConfig):
 
 
 def test_same_step_twice_gives_the_same_bits(tiny_config: DecoderConfig):
-    first, second = (run(tiny_config, {"fsdp": 8}, steps=2) for _ in range(2))
+    first, second = (run(tiny_config, {"context": 2, "fsdp": 4}, steps=2) for _ in range(2))
     assert first[0] == second[0]
     assert all(np.array_equal(value, second[1][name]) for name, value in first[1].items())
 
