@@ -139,21 +139,22 @@ def _apply_local(
     first = 0 if exchange or not layout.expert_axis else here * jax.lax.axis_index(AXIS)
     own = choice["experts"] - first
     own = jnp.where((own >= 0) & (own < here), own, here)  # [b, t, k]; `here` for an expert elsewhere, or dropped
-    k, product = own.shape[-1], None
+    k = own.shape[-1]
     if by_capacity:
         slot = (own * b + jnp.arange(b)[:, None, None]) * capacity + choice["rank"]
         num_slots = here * b * capacity
         slot = jnp.where(own < here, slot, num_slots).reshape(-1)
+        product: Product = functools.partial(jnp.einsum, "eci,eio->eco")
     else:
         slot, num_slots, product = _sorted_slots(own.reshape(-1), here)
     assignment = jnp.full(num_slots, slot.size).at[slot].set(jnp.arange(slot.size), mode="drop", unique_indices=True)
     # Out-of-range slots mean "none": scatter drops them, and the gathers below fill zeros.
     rows = _dispatch(*_alike(x.reshape(b * t, d), slot.reshape(b * t, k), assignment))
-    if product is None:
+    if by_capacity:
         rows = rows.reshape(here, b * capacity, d)
         if exchange:
             rows = jax.lax.all_to_all(rows, AXIS, split_axis=0, concat_axis=1, tiled=True)
-        rows = body(rows, matrices, lambda rows, w: jnp.einsum("eci,eio->eco", rows, w))
+        rows = body(rows, matrices, product)
         if exchange:
             rows = jax.lax.all_to_all(rows, AXIS, split_axis=1, concat_axis=0, tiled=True)
         rows = rows.reshape(num_slots, d)
