@@ -161,6 +161,7 @@ def base(run_config: RunConfig, folder: Path) -> RunConfig:
     """Saved, measured and profiled often enough for every policy to show."""
     return dataclasses.replace(
         run_config,
+        model=dataclasses.replace(run_config.model, num_layers=2),  # scanning one layer is no scan
         data=dataclasses.replace(
             run_config.data, path=(str(folder / "texts"),), cache_dir=str(folder / "cache"), max_bad_records=1
         ),
