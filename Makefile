@@ -35,10 +35,10 @@ lint: install
 	$(BIN)/pyright
 
 test: lint
-	$(BIN)/pytest $(PARALLEL) --budget 40
+	$(BIN)/pytest $(PARALLEL) --budget 80
 
 test-slow: install
-	$(BIN)/pytest -m slow $(PARALLEL) --budget 100
+	$(BIN)/pytest -m slow $(PARALLEL) --budget 200
 
 # Guides and API reference as a site, in .cache/site; any warning is an error.
 docs: install
