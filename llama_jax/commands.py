@@ -194,12 +194,12 @@ def plan_command(args: argparse.Namespace) -> int:
 
 def convert_command(args: argparse.Namespace) -> int:
     """Convert weights and print how much their logits differ."""
-    receipt = convert(
+    found = convert(
         args.source, args.destination, to=args.to, dtype=args.dtype, ignore_config_keys=args.ignore_config_keys
     )
     print(
-        f"{args.destination}: logits differ by at most {receipt['max_abs_logit_difference']:.2g} "
-        f"(logit standard deviation {receipt['logit_std']:.2g})"
+        f"{args.destination}: logits differ by at most {found['max_abs_logit_difference']:.2g} "
+        f"(logit standard deviation {found['logit_std']:.2g})"
     )
     return 0
 

@@ -19,7 +19,7 @@ from llama_jax.checkpoint.importing import WeightSource, open_source, tensor_nam
 from llama_jax.checkpoint.verifying import check_conversion, params_logits, source_logits, write_report
 from llama_jax.config import UserError
 from llama_jax.data import ChatTemplate, turn_ends
-from llama_jax.files import replacing
+from llama_jax.files import replacing, write_files
 from llama_jax.models import ModelConfig, layers_with
 from llama_jax.remote import as_local, check_destination, uploaded
 from llama_jax.tokenizers import TEMPLATE_FILE, Tokenizer
@@ -85,9 +85,7 @@ def export_hf(
         _write_weights(folder, tensors)
         (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         write_generation(folder, generation)
-        for name, content in files.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(content)
+        write_files(folder, files)
         written = open_source(folder)
         jax_params = {name: jnp.asarray(value) for name, value in params.items()}
         report = check_conversion(written, params_logits(config, jax_params))

@@ -24,7 +24,7 @@ from llama_jax.checkpoint import (
 )
 from llama_jax.config import UserError, leaves, read_json, to_json
 from llama_jax.data import Batches, Dataset, HostBatch, Vocabulary, prepare_dataset
-from llama_jax.files import replacing, write_text
+from llama_jax.files import PARTIAL, replacing, write_text
 from llama_jax.remote import as_local, local_copy, url_of
 from llama_jax.run_config import RunConfig, read_config
 from llama_jax.tokenizers import Tokenizer, load_saved_tokenizer, load_tokenizer
@@ -168,7 +168,7 @@ def check_directory(run: Run) -> list[str]:
     if not (directory / CONFIG_FILE).exists():
         if directory.exists() and not directory.is_dir():
             raise UserError(f"'{directory}' is a file: give another --run-dir")
-        if directory.is_dir() and any(".partial" not in file.name for file in directory.iterdir()):
+        if directory.is_dir() and any(PARTIAL not in file.name for file in directory.iterdir()):
             raise UserError(f"'{directory}' is not empty and not a run: give another --run-dir")
         return []
     before = open_run(directory, run.components)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from llama_jax.config import UserError
+from llama_jax.files import write_files
 from llama_jax.remote import as_local, uploaded, url_of
 
 RULE_FILE = "prompt_rule.json"
@@ -181,9 +182,7 @@ class Tokenizer(abc.ABC):
             return f"{url_of(directory).rstrip('/')}/{first}"
         directory = local
         directory.mkdir(parents=True, exist_ok=True)
-        for name, content in self.files.items():
-            (directory / name).parent.mkdir(exist_ok=True)
-            (directory / name).write_bytes(content)
+        write_files(directory, self.files)
         return directory / first
 
     def check_id(self, token_id: int) -> int:
