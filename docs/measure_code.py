@@ -231,11 +231,13 @@ def measure() -> dict[str, Any]:
 def tables(measures: dict[str, Any]) -> str:
     """Return the measures as the page shows them."""
     passed = [
-        ("files on the way from text to loss", len(measures["to_loss"])),
-        ("files on the way from prompt to token", len(measures["to_token"])),
-        ("frames from the train step to a projection's einsum", len(measures["frames"])),
-        ("files in a whole run of one step: `train`", len(measures["train"])),
-        ("files in `load` and `generate_text`", len(measures["load_and_sample"])),
+        ("files on the way from text to loss", len(measures["to_loss"]), MAX_FILES),
+        ("files on the way from prompt to token", len(measures["to_token"]), MAX_FILES),
+        ("frames from the train step to a projection's einsum", len(measures["frames"]), MAX_FRAMES),
+        ("highest complexity of a function", measures["most_complex"][0][1], MAX_COMPLEXITY),
+        ("lines of the package", f"{measures['lines'].total():,}", f"{MAX_LINES:,}"),
+        ("files in a whole run of one step: `train`", len(measures["train"]), ""),
+        ("files in `load` and `generate_text`", len(measures["load_and_sample"]), ""),
     ]
     lines = [(f"`{name}`", f"{count:,}") for name, count in measures["lines"].items()]
     longest = [(f"`{name}`", count) for name, count in measures["longest"][:NUM_LONGEST]]
@@ -243,7 +245,7 @@ def tables(measures: dict[str, Any]) -> str:
     total = ("all", f"{measures['lines'].total():,}")
     return "\n\n".join(
         [
-            markdown("what a reader meets|number>", passed),
+            markdown("what a reader meets|number>|at most>", passed),
             markdown("package|lines>", [*lines, total]),
             markdown("longest functions|lines>", longest),
             markdown("most complex functions|complexity>", complex_),
