@@ -99,6 +99,17 @@ COMMANDS = {
         "Exit code 0: fits; 1: does not fit; 2: a mistake.",
         takes_keys=True,
     ),
+    "compare": Command(
+        "Compare runs. The table has the keys that differ and the last and best losses, the best run first; runs that "
+        "differ only in their seed are one row. A plot has the curves.",
+        (
+            flag("runs", "RUN", "run directories, globs of them, or directories that have runs; or URLs", nargs="+"),
+            flag("--metric", "NAME", "what to compare by, of a run's metrics.jsonl; default: val_loss"),
+            flag("--all", None, "each seed in its own row, and all keys that differ"),
+            flag("--png", "FILE", "write the curves as an image (.png, .svg or .pdf; extra `compare`)"),
+            flag("--json", None, "for programs: all numbers"),
+        ),
+    ),
     "sample": Command(
         "Continue texts with a trained model. An encoder-decoder answers: the prompt is its source, in which special "
         "tokens such as <extra_id_0> may be written out, and only the answer is printed. With --chat the prompt is a "
@@ -259,6 +270,10 @@ def run(args: argparse.Namespace) -> int:
     if COMMANDS[args.command].takes_keys and args.config is None:
         print(make_parser(args.command).format_help().rstrip(), f"\n\nconfigs: {', '.join(config_names())}", sep="")
         return 0 if args.help else 2
+    if args.command == "compare":  # only files are read: an answer at once
+        from llama_jax.compare_command import compare_command
+
+        return compare_command(args)
     # XLA's C++ side prints its start-up to stderr; errors still show.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from llama_jax import commands  # seconds: JAX and all packages

@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from llama_jax.config import UserError, to_json
 from llama_jax.files import write_text
 from llama_jax.remote import with_urls
-from llama_jax.run.directory import METRICS_FILE, Run
+from llama_jax.run.directory import Run
+from llama_jax.run.metrics import METRICS_FILE
 from llama_jax.run_config import LoggingConfig
 
 Metrics = dict[str, Any]
