@@ -19,6 +19,7 @@ from llama_jax.checkpoint.loading import (
     dtype_named,
     load_native,
     local_model,
+    locate,
     read_contents,
 )
 from llama_jax.checkpoint.store import CheckpointConfig, CheckpointStore
@@ -72,10 +73,11 @@ def convert(
     the files are read again. Nothing is kept where they disagree.
     """
     check_destination(destination)
-    path, kept = local_model(source), None if dtype is None else dtype_named(dtype)
+    root, step = locate(source)
+    path, kept = local_model(root, step), None if dtype is None else dtype_named(dtype)
     if to == "native" and (path / CHECKPOINTS_DIRECTORY).is_dir():
         raise UserError(f"'{path}' is a run or a native copy already: give other weights, or convert it to hf")
-    found = read_contents(path, kept, components=components, ignore_config_keys=ignore_config_keys)
+    found = read_contents(path, kept, components=components, step=step, ignore_config_keys=ignore_config_keys)
     if to == "hf":
         return export_hf(
             found.config,

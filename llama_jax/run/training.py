@@ -14,13 +14,15 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, CONFIG_FILE, CheckpointStore, SaveFailed
+from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, CONFIG_FILE, CheckpointStore, SaveFailed, locate
 from llama_jax.data import Dataset, HostBatch, ValidationBatches
 from llama_jax.files import write_text
 from llama_jax.models import abstract_params, buffers
 from llama_jax.parallel import distributed, make_mesh, mesh_axis_sizes, platform
 from llama_jax.planning import mesh_of
-from llama_jax.run.directory import SAMPLES_FILE, Run, start_run
+from llama_jax.remote import with_urls
+from llama_jax.run.continuing import check_directory
+from llama_jax.run.directory import SAMPLES_FILE, Run, open_run, start_run
 from llama_jax.run.preparing import check_shared, first_params, open_dataset, prepare
 from llama_jax.run.reporting import Bar, Logger, configured_loggers
 from llama_jax.run.stored import StoredRun, local_run
@@ -60,24 +62,29 @@ def train(
     `components` are classes from outside the package that the config has; `loggers` are destinations of metrics beyond
     those of `config.logging`.
 
-    Returns the finished run. Raises UserError for a config that cannot run here or that is not this directory's,
-    RunFailed when the loss is no longer finite, Preempted after a termination signal, with a checkpoint saved.
+    Returns the finished run, unchanged where it is beyond `num_steps`. Raises UserError for a config that cannot run
+    here or that is not this directory's, RunFailed when the loss is no longer finite, Preempted after a termination
+    signal, with a checkpoint saved.
     """
+    run_dir, asked = locate(run_dir)
     with local_run(run_dir) as (directory, stored):
-        run = _train(Run(directory, config, components), stored, loggers)
+        run = _train(Run(directory, config, components), stored, loggers, asked)
     run.url = None if stored is None else stored.url
     return run
 
 
-def _train(run: Run, stored: StoredRun | None, loggers: Sequence[type[Logger]]) -> Run:
-    """Train in the run's local directory."""
+def _train(run: Run, stored: StoredRun | None, loggers: Sequence[type[Logger]], asked: int | None = None) -> Run:
+    """Train in the run's local directory; `asked` is the step to continue from, where one was given."""
     config = run.config
     devices = jax.devices()  # several processes find their devices together
+    step, run.history, lines = distributed.broadcast_from_main(lambda: check_directory(run, asked))
+    if step > config.num_steps:
+        if distributed.is_main():
+            print(with_urls(f"'{run.directory}' is at step {step}, past num_steps={config.num_steps}: nothing changed"))
+        return open_run(run.directory, run.components)
     mesh = mesh_of(config, devices)
     # All that can be wrong is found out before anything is written; of several processes, the first does it for all.
-    directories, vocabulary, sample_tokens, lines = distributed.broadcast_from_main(
-        lambda: prepare(run, mesh, len(devices))
-    )
+    directories, vocabulary, sample_tokens = distributed.broadcast_from_main(lambda: prepare(run, mesh, len(devices)))
     with jax.set_mesh(make_mesh(mesh)):
         loop = distributed.all_agree(
             lambda: _Loop(run, open_dataset(run, directories, vocabulary), sample_tokens, lines, loggers)
