@@ -1,7 +1,6 @@
 """The training loop: data in, steps, metrics, validation, checkpoints, samples."""
 
 import contextlib
-import functools
 import math
 import signal
 import sys
@@ -17,11 +16,12 @@ from jax.experimental import multihost_utils
 from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, CONFIG_FILE, CheckpointStore, SaveFailed
 from llama_jax.data import Dataset, HostBatch, ValidationBatches
 from llama_jax.files import write_text
-from llama_jax.models import abstract_params, buffers
+from llama_jax.models import abstract_params
 from llama_jax.parallel import distributed, make_mesh, mesh_axis_sizes, platform
 from llama_jax.planning import mesh_of
 from llama_jax.run.directory import SAMPLES_FILE, Run, start_run
 from llama_jax.run.preparing import check_shared, first_params, open_dataset, prepare
+from llama_jax.run.programs import checked, programs
 from llama_jax.run.reporting import Bar, Logger, configured_loggers
 from llama_jax.run.stored import StoredRun, local_run
 from llama_jax.run_config import RunConfig
@@ -29,12 +29,7 @@ from llama_jax.sampling import generate_text
 from llama_jax.training import (
     PreflightFailed,
     TrainState,
-    compiler_options,
-    init_state,
-    make_eval_step,
-    make_train_step,
     peak_flops,
-    preflight,
     train_flops_per_token,
 )
 
@@ -120,13 +115,7 @@ class _Loop:
             max_batches=config.logging.validation_batches,
             rows=self.rows,
         )
-        self.train_step = make_train_step(
-            config.model,
-            config.compute,
-            accumulation_steps=config.optimizer.accumulation_steps,
-            compiler_options=compiler_options(config.model, platform()),
-        )
-        self.eval_step = make_eval_step(config.model, config.compute)
+        self.programs = programs(config)
         self.hyper = config.optimizer.hyper(config.num_steps, config.seed)
         self.tokens_per_step = config.global_batch_size * config.row_length
         flops = train_flops_per_token(config.model, config.sequence_length, config.data.objective.source_length or 0)
@@ -167,13 +156,12 @@ class _Loop:
 
     def _state(self, store: CheckpointStore) -> tuple[TrainState, list[str]]:
         """Return the latest checkpoint's state, or a new one, and lines for the log that describe it."""
-        make = jax.jit(functools.partial(init_state, buffer_names=frozenset(buffers(self.config.model))))
         # As process 0 sees it: others may see an older state of a shared file system.
         step = distributed.broadcast_from_main(lambda: max(store.steps(), default=None))
         if step is None:
             params, lines = first_params(self.config, self.run_.components)
-            return make(params, self.hyper), lines
-        abstract = jax.eval_shape(make, abstract_params(self.config.model), self.hyper)
+            return self.programs.init_state(params, self.hyper), lines
+        abstract = jax.eval_shape(self.programs.init_state, abstract_params(self.config.model), self.hyper)
         return store.load(step, abstract), []
 
     def _warnings(self, start: int) -> list[str]:
@@ -210,7 +198,7 @@ class _Loop:
     def _preflight(self, start: int, bar: Bar) -> None:
         """Compare the attention kernel with the reference, before anything is trained with it."""
         try:
-            agreements = preflight(self.config.model, self.config.compute, self._on_devices(self.batches.batch(start)))
+            agreements = checked(self.config, self._on_devices(self.batches.batch(start)))
         except PreflightFailed as error:
             raise RunFailed(str(error)) from error
         for agreement in agreements:
@@ -236,7 +224,7 @@ class _Loop:
                 if pending is not None and platform() == "cpu":
                     self._log(pending, clock, bar, loggers)
                     pending = None
-                state, metrics = self.train_step(state, batch, self.hyper)
+                state, metrics = self.programs.train_step(state, batch, self.hyper)
                 done = step + 1
                 # Elsewhere the host waits for the last one's numbers with the next step already on its way.
                 if pending is not None:
@@ -295,7 +283,7 @@ class _Loop:
         """Return the loss on the held-out text, and its bits per byte where all of it is measured."""
         nats, targets = 0.0, 0.0
         for batch in self.validation:
-            part = self.eval_step(state.params | state.buffers, self._on_devices(batch))
+            part = self.programs.eval_step(state.params | state.buffers, self._on_devices(batch))
             nats, targets = nats + float(part[0]), targets + float(part[1])
         if not targets:  # chats of which no answer is held out
             return {}
