@@ -36,20 +36,19 @@ def loss_of(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     values: dict[int, float] = {}
     now = [0]
 
-    def make_train_step(*_: Any, **__: Any) -> Any:
-        def step(state: TrainState, batch: Any, hyper: Any) -> Any:
-            now[0] = int(state.step) + 1
-            loss = np.float32(values.get(now[0], 1.0))
-            metrics = {"loss": loss, "grad_norm": np.float32(1), "learning_rate": hyper.optimizer.learning_rate}
-            return dataclasses.replace(state, step=state.step + 1), metrics
+    def train_step(state: TrainState, batch: Any, hyper: Any) -> Any:
+        now[0] = int(state.step) + 1
+        loss = np.float32(values.get(now[0], 1.0))
+        metrics = {"loss": loss, "grad_norm": np.float32(1), "learning_rate": hyper.optimizer.learning_rate}
+        return dataclasses.replace(state, step=state.step + 1), metrics
 
-        return step
+    def eval_step(*_: Any) -> tuple[np.float32, np.float32]:
+        return np.float32(values.get(-now[0], 1.0)), np.float32(1)
 
-    monkeypatch.setattr(training, "make_train_step", make_train_step)
-    monkeypatch.setattr(
-        training, "make_eval_step", lambda *_: lambda *_: (np.float32(values.get(-now[0], 1.0)), np.float32(1))
-    )
-    monkeypatch.setattr(training, "preflight", lambda *_: [])
+    made = training.programs
+    steps = {"train_step": train_step, "eval_step": eval_step}
+    monkeypatch.setattr(training, "programs", lambda config: dataclasses.replace(made(config), **steps))
+    monkeypatch.setattr(training, "checked", lambda *_: [])
     return values
 
 
@@ -262,7 +261,7 @@ def test_a_window_that_began_before_is_recorded_from_where_the_run_continues(
     begun: Path, quick: RunConfig, monkeypatch: pytest.MonkeyPatch
 ):
     @contextlib.contextmanager
-    def trace(directory: str) -> Iterator[None]:
+    def trace(directory: str, **_: Any) -> Iterator[None]:
         recorded.append(directory)
         yield
 
@@ -348,17 +347,15 @@ def test_metrics_are_strict_json_where_a_loss_is_no_number(quick: RunConfig, los
 def test_no_interval_is_faster_than_its_steps(run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Steps that are computed within the call, as small ones are: none of them is counted in another's interval."""
 
-    def make_train_step(*_: Any, **__: Any) -> Any:
-        def step(state: TrainState, batch: Any, hyper: Any) -> Any:
-            time.sleep(STEP_SECONDS)
-            value = jax.block_until_ready(1 / (1 + state.step))
-            metrics = dict.fromkeys(("loss", "grad_norm", "learning_rate"), value)
-            return dataclasses.replace(state, step=state.step + 1), metrics
+    def train_step(state: TrainState, batch: Any, hyper: Any) -> Any:
+        time.sleep(STEP_SECONDS)
+        value = jax.block_until_ready(1 / (1 + state.step))
+        metrics = dict.fromkeys(("loss", "grad_norm", "learning_rate"), value)
+        return dataclasses.replace(state, step=state.step + 1), metrics
 
-        return step
-
-    monkeypatch.setattr(training, "make_train_step", make_train_step)
-    monkeypatch.setattr(training, "preflight", lambda *_: [])
+    made = training.programs
+    monkeypatch.setattr(training, "programs", lambda config: dataclasses.replace(made(config), train_step=train_step))
+    monkeypatch.setattr(training, "checked", lambda *_: [])
     change = {"logging.sample_prompts": (), "logging.validate_every_steps": 5, "num_steps": 11}
     change |= {"logging.every_steps": 3, "checkpoint.every_steps": 7, "checkpoint.keep_best": 0}
     run = train(override(run_config, change), tmp_path / "run")
