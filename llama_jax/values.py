@@ -138,7 +138,10 @@ def near_keys(prefix: str, key: str, fields: Sequence[str], keys: Sequence[str])
     last = key.rpartition(".")[2]
     names = {k.rpartition(".")[2] for k in keys}
     initials = {n for n in names if "_" in n and "".join(part[0] for part in n.split("_")) == last}
-    meant = {last} & names or initials
+    words = [f"{prefix}{n}" for n in fields if last in n.split("_")]
+    meant = {last} & names or initials or {n for n in names if last in n.split("_")}
+    if words and not {last, *initials} & names:
+        return words
     if not meant:
         best = difflib.get_close_matches(last, [*close, *names], n=1, cutoff=0.7)
         meant = set(best) & names if best != close else set[str]()
