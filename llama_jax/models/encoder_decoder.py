@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from llama_jax.config import UserError
+from llama_jax.config import Known, UserError
 from llama_jax.models.config import (
     Compute,
     LayerOverride,
@@ -57,6 +57,10 @@ class EncoderDecoderConfig(TransformerConfig):
     encoder_position_bias: PositionBias | None = None
     final_dropout: float = 0.0
     never_written: tuple[int, ...] = ()
+
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        return {"num_encoder_layers": known.get("num_layers"), "cross_attention": known.make(CrossAttention)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
