@@ -196,7 +196,7 @@ class Tokenizer(abc.ABC):
         return token_id
 
     def check_ids(self, ids: Iterable[int]) -> list[int]:
-        """Return `ids` as Python's numbers. Raises UserError where one is not a whole number or not in the vocabulary."""
+        """Return `ids` as a list. Raises UserError where one is not a whole number or not in the vocabulary."""
         try:
             listed = [operator.index(token_id) for token_id in ids]
         except TypeError:
