@@ -312,9 +312,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         pair = f"--{key.replace('_', '-')} {values[0]}" if values else ""
         hint = f"did you mean '{pair}'?" if pair else "give one config, then --key value pairs"
         raise UserError(f"'{key}' is one argument too many: {hint}")
-    meant = difflib.get_close_matches(args.config or "tiny_python", config_names(), cutoff=0.5)
-    if args.help == [] and not (meant or os.path.exists(args.config) or args.config.endswith(".py")):
-        raise UserError(f"--help {args.config} needs a config: `{parser.prog} tiny_python --help {args.config}`")
+    name = args.config or "tiny_python"
+    meant = difflib.get_close_matches(name, config_names(), cutoff=0.5)
+    if args.help == [] and not (meant or os.path.exists(name) or name.endswith(".py")):
+        raise UserError(f"--help {name} needs a config: `{parser.prog} tiny_python --help {name}`")
     return args
 
 

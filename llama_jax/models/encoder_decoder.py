@@ -1,6 +1,7 @@
 """The encoder-decoder: a source is encoded once, and a decoder that attends to it writes the target."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,7 @@ class EncoderDecoder(Transformer):
     of the target attends to the source of the same number.
     """
 
+    inputs = ("source", "target", "source_mask")
     encoder_layers: Layers
     layers: Layers
     config: EncoderDecoderConfig
