@@ -1,3 +1,4 @@
+from .callbacks import Event as Event
 from .comparing import (
     LAST_LINES as LAST_LINES,
     Row as Row,
@@ -17,4 +18,5 @@ from .configs import (
 )
 from .directory import Run as Run, open_run as open_run
 from .reporting import Logger as Logger
+from .resuming import config_to_continue as config_to_continue, resume as resume
 from .training import Preempted as Preempted, RunFailed as RunFailed, train as train
