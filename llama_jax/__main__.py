@@ -103,7 +103,7 @@ COMMANDS = {
         takes_keys=True,
     ),
     "compare": Command(
-        "Compare runs. The table has the keys that differ, losses and speed, the best first, seeds of a run as one row.",
+        "Compare runs. The table has the keys that differ, losses and speed, the best first, seeds as one row.",
         (
             flag("runs", "RUN", "run directories, folders that have runs, globs; or URLs of runs", nargs="+"),
             flag("--metric", "NAME", "compare by this one of metrics.jsonl; default: val_loss"),
