@@ -20,7 +20,7 @@ PACKAGE = ROOT / "llama_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # A package (or module) imports only from those before it. A new one takes its place here.
 ORDER = (
-    "installation", "values", "config", "files", "chips", "remote", "parallel", "tokenizers", "data", "nn", "models",
+    "__version__", "installation", "values", "config", "files", "chips", "remote", "parallel", "tokenizers", "data", "nn", "models",
     "zoo", "training", "checkpoint", "sampling", "run_config", "planning", "run", "text_commands",
     "commands", "__main__",
 )  # fmt: skip
