@@ -20,7 +20,7 @@ PACKAGE = ROOT / "llama_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # A package (or module) imports only from those before it. A new one takes its place here.
 ORDER = (
-    "config", "files", "chips", "remote", "parallel", "tokenizers", "data", "nn", "models", "zoo", "training",
+    "config", "files", "chips", "remote", "screen", "parallel", "tokenizers", "data", "nn", "models", "zoo", "training",
     "checkpoint", "sampling", "evaluation", "run_config", "planning", "run", "ablation", "text_commands",
     "commands", "__main__",
 )  # fmt: skip

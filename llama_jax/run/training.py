@@ -1,6 +1,7 @@
 """The training loop: data in, steps, metrics, validation, checkpoints, samples."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import signal
@@ -18,14 +19,15 @@ from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, CONFIG_FILE, CheckpointS
 from llama_jax.data import Dataset, HostBatch, ValidationBatches
 from llama_jax.files import write_text
 from llama_jax.models import abstract_params, buffers
-from llama_jax.parallel import distributed, make_mesh, mesh_axis_sizes, platform
+from llama_jax.parallel import distributed, make_mesh, platform
 from llama_jax.planning import mesh_of
 from llama_jax.run.directory import SAMPLES_FILE, Run, start_run
 from llama_jax.run.preparing import check_shared, first_params, open_dataset, prepare
-from llama_jax.run.reporting import Bar, Logger, configured_loggers
+from llama_jax.run.reporting import Logger, configured_loggers, outcome, overview, shown
 from llama_jax.run.stored import StoredRun, local_run
 from llama_jax.run_config import RunConfig
 from llama_jax.sampling import generate_text
+from llama_jax.screen import Bar
 from llama_jax.training import (
     PreflightFailed,
     TrainState,
@@ -53,34 +55,39 @@ def train(
     *,
     components: Sequence[type] = (),
     loggers: Sequence[type[Logger]] = (),
+    quiet: bool = False,
 ) -> Run:
     """Train `config` in `run_dir`, or continue what is in it, bit for bit as if it had never stopped.
 
     `run_dir` may be the URL of an object store (`s3://`, `gs://`): every checkpoint is uploaded when it is saved.
     `components` are classes from outside the package that the config has; `loggers` are destinations of metrics beyond
-    those of `config.logging`.
+    those of `config.logging`. `quiet` leaves warnings and the lines of the end on the screen.
 
     Returns the finished run. Raises UserError for a config that cannot run here or that is not this directory's,
     RunFailed when the loss is no longer finite, Preempted after a termination signal, with a checkpoint saved.
     """
     with local_run(run_dir) as (directory, stored):
-        run = _train(Run(directory, config, components), stored, loggers)
+        run = _train(Run(directory, config, components), stored, loggers, quiet)
     run.url = None if stored is None else stored.url
     return run
 
 
-def _train(run: Run, stored: StoredRun | None, loggers: Sequence[type[Logger]]) -> Run:
+def _train(run: Run, stored: StoredRun | None, loggers: Sequence[type[Logger]], quiet: bool) -> Run:
     """Train in the run's local directory."""
     config = run.config
     devices = jax.devices()  # several processes find their devices together
     mesh = mesh_of(config, devices)
     # All that can be wrong is found out before anything is written; of several processes, the first does it for all.
     directories, vocabulary, sample_tokens, lines = distributed.broadcast_from_main(
-        lambda: prepare(run, mesh, len(devices))
+        lambda: prepare(run, mesh, len(devices), quiet)
     )
+    # Outside the mesh: the estimate of memory sets another one.
+    begins = overview(run, dataclasses.replace(config, mesh=mesh))
     with jax.set_mesh(make_mesh(mesh)):
         loop = distributed.all_agree(
-            lambda: _Loop(run, open_dataset(run, directories, vocabulary), sample_tokens, lines, loggers)
+            lambda: _Loop(
+                run, open_dataset(run, directories, vocabulary), sample_tokens, (begins, lines), loggers, quiet
+            )
         )
         distributed.broadcast_from_main(lambda: start_run(run, loop.dataset))
         distributed.all_agree(lambda: check_shared(run.directory / CONFIG_FILE, "--run-dir"))
@@ -98,7 +105,8 @@ def _train(run: Run, stored: StoredRun | None, loggers: Sequence[type[Logger]]) 
 class _Loop:
     """One process's part of a run.
 
-    `sample_tokens` is the length of samples, `lines` what the log begins with, `loggers` those given to `train`.
+    `sample_tokens` is the length of samples, `lines` what the log begins with, and more of it that is said even where
+    `quiet`; `loggers` are those given to `train`.
     """
 
     def __init__(
@@ -106,8 +114,9 @@ class _Loop:
         run: Run,
         dataset: Dataset,
         sample_tokens: int,
-        lines: Sequence[str] = (),
+        lines: tuple[Sequence[str], Sequence[str]] = ((), ()),
         loggers: Sequence[type[Logger]] = (),
+        quiet: bool = False,
     ):
         config = run.config
         self.run_, self.config, self.dataset, self.sample_tokens = run, config, dataset, sample_tokens
@@ -132,38 +141,39 @@ class _Loop:
         flops = train_flops_per_token(config.model, config.sequence_length, config.data.objective.source_length or 0)
         peak = peak_flops(jax.local_devices()[0], config.compute.jax_dtype)
         self.mfu_per_speed = None if peak is None else flops / (peak * jax.device_count())
-        self.lines, self.loggers = list(lines), [*configured_loggers(config.logging), *loggers]
+        self.lines, self.loggers = lines, [*configured_loggers(config.logging), *loggers]
         every, validates = config.checkpoint.every_steps, config.logging.validate_every_steps
         self.measures_checkpoints = validates >= config.num_steps or math.lcm(every, validates) < config.num_steps
         self.stopped_by: int | None = None
+        self.quiet, self.losses = quiet, list[float]()  # the losses since the last line
 
     def run(self) -> None:
         """Train to the end, then write samples."""
-        config, directory = self.config, self.run_.directory
+        config, began = self.config, time.monotonic()
         with contextlib.ExitStack() as stack:
+            bar = stack.enter_context(Bar("training", 0, config.num_steps, quiet=self.quiet, silent=not self.main))
+            bar.say(*self.lines[0], *self.dataset.describe(self.batches, config.num_steps))
             store = stack.enter_context(
-                contextlib.closing(CheckpointStore(directory / CHECKPOINTS_DIRECTORY, config.checkpoint))
+                contextlib.closing(CheckpointStore(self.run_.directory / CHECKPOINTS_DIRECTORY, config.checkpoint))
             )
             state, lines = distributed.all_agree(lambda: self._state(store))
-            start = int(state.step)
+            bar.step = start = int(state.step)
             loggers = [
                 stack.enter_context(contextlib.closing(logger(self.run_, start)))
                 for logger in (self.loggers if self.main else ())
             ]
-            bar = stack.enter_context(Bar("training", start, config.num_steps, quiet=not self.main))
             stack.enter_context(self._signals())
             if start:
-                bar.say(f"continuing '{directory}' from step {start}")
-            lines += [*self.lines, *self._warnings(start), *(logger.notice for logger in loggers if logger.notice)]
-            for line in [*lines, *self.dataset.describe(self.batches, config.num_steps)]:
-                bar.say(line)
-            if axes := ", ".join(f"{axis} {size}" for axis, size in mesh_axis_sizes().items() if size > 1):
-                bar.say(f"mesh: {axes}")
+                bar.say(f"continuing '{self.run_.directory}' from step {start}")
+            lines += [*self.lines[1], *self._warnings(start), *(logger.notice for logger in loggers if logger.notice)]
+            bar.say(*lines, always=True)
             if config.compute.preflight and start < config.num_steps:
                 self._preflight(start, bar)
             self._steps(state, start, store, bar, loggers)
         if config.logging.sample_prompts:
             self._sample()
+        if self.main:
+            bar.say(*outcome(self.run_, time.monotonic() - began), always=True)
 
     def _state(self, store: CheckpointStore) -> tuple[TrainState, list[str]]:
         """Return the latest checkpoint's state, or a new one, and lines for the log that describe it."""
@@ -236,7 +246,8 @@ class _Loop:
                 if pending is not None and platform() == "cpu":
                     self._log(pending, clock, bar, loggers)
                     pending = None
-                state, metrics = self.train_step(state, batch, self.hyper)
+                with bar.timed("compiling the train step") if step == start else contextlib.nullcontext():
+                    state, metrics = self.train_step(state, batch, self.hyper)
                 done = step + 1
                 # Elsewhere the host waits for the last one's numbers with the next step already on its way.
                 if pending is not None:
@@ -271,6 +282,7 @@ class _Loop:
         gradient that is not finite.
         """
         step, every = metrics["step"], self.config.logging.every_steps
+        self.losses.append(float(metrics["loss"]))
         if step % every == 0 or step in (1, self.config.num_steps) or "val_loss" in metrics:
             values = {k: v if isinstance(v, int) else np.asarray(v).tolist() for k, v in metrics.items()}
             if self.config.data.sources:
@@ -280,7 +292,8 @@ class _Loop:
                 values["tokens_per_second"] = speed * self.tokens_per_step
                 if self.mfu_per_speed is not None:
                     values["mfu"] = values["tokens_per_second"] * self.mfu_per_speed
-            bar.show(values)
+            bar.show(step, *shown(values, sum(self.losses) / len(self.losses), None if speed is None else 1 / speed))
+            self.losses.clear()
             for logger in loggers:
                 logger.write(values)
         for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
