@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+Json = dict[str, Any]  # an object of a JSON file
+
 
 class UserError(ValueError):
     """A user's mistake: one sentence that says what to do. The command line prints it and exits with 2."""

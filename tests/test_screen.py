@@ -16,11 +16,16 @@ NUMBERS = ("loss 4.5453", "2,849 tokens/s", "MFU 13.2%", "359 ms/step")
 WIDTHS = (40, 60, 80, 120)
 
 
+def terminal(width: int) -> tuple[Console, io.StringIO]:
+    file = io.StringIO()
+    return Console(width=width, force_terminal=True, file=file, color_system=None), file
+
+
 def drawn(bar: Bar, width: int) -> str:
     """The line that a terminal of this width gets."""
-    console = Console(width=width, force_terminal=True, file=io.StringIO(), color_system=None)
+    console, file = terminal(width)
     console.print(bar)
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    lines = file.getvalue().splitlines()
     assert len(lines) == 1
     assert cell_len(lines[0]) <= width
     return lines[0]
@@ -61,13 +66,13 @@ def test_nothing_wraps_however_narrow(width: int):
 
 
 def test_a_terminal_gets_lines_above_one_bar():
-    console = Console(width=60, force_terminal=True, file=io.StringIO(), color_system=None)
+    console, file = terminal(60)
     with Bar("training", 0, 3, console=console) as bar:
         for step in (1, 2, 3):
             bar.advance(step)
             bar.show(step, NUMBERS)
             bar.say(f"line {step} " + "long " * 20)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = file.getvalue()
     assert "3/3" in text.splitlines()[-2]  # the bar stays, below the lines
     places = [text.index(f"line {step} ") for step in (1, 2, 3)]
     assert places == sorted(places)

@@ -1,7 +1,6 @@
 """The encoder-decoder: a source is encoded once, and a decoder that attends to it writes the target."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +22,10 @@ from llama_jax.models.config import (
 )
 from llama_jax.models.model import Batch, LossTerm, Transformer
 from llama_jax.models.stack import Aux, Block, Layers
-from llama_jax.nn import CrossAttention, ForwardContext, Mask, PositionBias, check_at_least, check_rate, dropout
+from llama_jax.nn import CrossAttention, ForwardContext, Mask, PositionBias, PyTree, check_at_least, check_rate, dropout
 from llama_jax.parallel import mesh_axis_sizes, shard
 
-Cache = dict[str, Any]
+Cache = dict[str, PyTree]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

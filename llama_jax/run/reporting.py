@@ -185,6 +185,12 @@ def shown(metrics: Metrics, mean_loss: float, step_seconds: float | None) -> tup
     return numbers, [f"lr {metrics['learning_rate']:.2e}", f"grad norm {metrics['grad_norm']:.2f}"]
 
 
+def measured(step: int, num_steps: int, values: Metrics) -> list[str]:
+    """Return a line with the numbers that were measured at a step, or none where there are none."""
+    shown = [f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, float)]
+    return ["  ".join([f"step {step}/{num_steps}", *shown])] if shown else []
+
+
 def aligned(rows: Mapping[str, str]) -> list[str]:
     """Return a line for each name and value, the values below one another."""
     width = max(map(len, rows), default=0)
@@ -224,12 +230,12 @@ def _size(num_bytes: float) -> str:
 def outcome(run: Run, seconds: float) -> list[str]:
     """Return the lines that a run ends with: the time, the best and the last checkpoint, how to sample and to go on."""
     lines, place = run.metrics(), shlex.quote(with_urls(str(run.directory)))
-    measured = [(line["val_loss"], line["step"]) for line in lines if line.get("val_loss") is not None]
+    losses = [(line["val_loss"], line["step"]) for line in lines if line.get("val_loss") is not None]
     config, files = run.config, run.directory.glob(f"{CHECKPOINTS_DIRECTORY}/*/{COMMIT_FILE}")
     steps = whole_steps(file.relative_to(run.directory).as_posix() for file in files)
     rows = {"done": f"in {duration(seconds)}"}
-    if measured:
-        loss, step = min(measured)
+    if losses:
+        loss, step = min(losses)
         rows["best"] = f"val_loss {loss:.4f} at step {step}" + ("" if step in steps else ", not kept as a checkpoint")
     if steps:
         rows["checkpoint"] = str(run.directory / CHECKPOINTS_DIRECTORY / str(steps[-1]))
