@@ -152,7 +152,8 @@ class Bar:
         if self._first is None or self.step <= self._first[0]:
             return place, "? left"
         step, began = self._first
-        return place, f"{duration((time.monotonic() - began) / (self.step - step) * (self.total - self.step))} left"
+        left = (time.monotonic() - began) / (self.step - step) * (self.total - self.step)
+        return place, f"{duration(math.ceil(left))} left"
 
     def _parts(self, width: float) -> tuple[str, str, int]:
         """Return (text before the bar, text after it, columns of the bar) of a bar of at most `width` columns.

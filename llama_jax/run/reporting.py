@@ -197,8 +197,8 @@ def aligned(rows: Mapping[str, str]) -> list[str]:
     return [f"{name:<{width}}  {value}" for name, value in rows.items()]
 
 
-def overview(run: Run, config: RunConfig) -> list[str]:
-    """Return the lines that a run begins with, `config` with the mesh that it has here."""
+def overview(run: Run, config: RunConfig, step: int) -> list[str]:
+    """Return the lines that a run begins with at `step`, `config` with the mesh that it has here."""
     devices = jax.devices()
     tokens = config.global_batch_size * config.row_length
     memory = device_memory(config, devices)
@@ -219,7 +219,8 @@ def overview(run: Run, config: RunConfig) -> list[str]:
         "batch": f"{config.global_batch_size:,} x {config.row_length:,} = {tokens:,} tokens a step",
         "steps": f"{config.num_steps:,}, {config.num_steps * tokens:,} tokens in all",
     }
-    return aligned({name: value for name, value in rows.items() if value})
+    begins = [f"continuing '{run.directory}' from step {step}"] if step else []
+    return begins + aligned({name: value for name, value in rows.items() if value})
 
 
 def _size(num_bytes: float) -> str:

@@ -98,7 +98,7 @@ def _train(
         lambda: prepare(run, mesh, len(devices), quiet)
     )
     # Outside the mesh: the estimate of memory sets another one.
-    begins = overview(run, dataclasses.replace(config, mesh=mesh))
+    begins = overview(run, dataclasses.replace(config, mesh=mesh), step)
     with jax.set_mesh(make_mesh(mesh)):
         loop = distributed.all_agree(
             lambda: _Loop(
@@ -178,8 +178,6 @@ class _Loop:
                 for logger in (self.loggers if self.main else ())
             ]
             stopping = stack.enter_context(Signals())
-            if start:
-                bar.say(f"continuing '{directory}' from step {start}")
             lines += [*self.lines, *self._warnings(start), *(logger.notice for logger in loggers if logger.notice)]
             bar.say(*lines, always=True)
             if config.compute.preflight and start < config.num_steps:
