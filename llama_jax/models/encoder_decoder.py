@@ -1,6 +1,7 @@
 """The encoder-decoder: a source is encoded once, and a decoder that attends to it writes the target."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from llama_jax.config import UserError
+from llama_jax.config import Known, UserError
 from llama_jax.models.config import (
     Compute,
     LayerOverride,
@@ -57,6 +58,10 @@ class EncoderDecoderConfig(TransformerConfig):
     encoder_position_bias: PositionBias | None = None
     final_dropout: float = 0.0
     never_written: tuple[int, ...] = ()
+
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        return {"num_encoder_layers": known.get("num_layers"), "cross_attention": known.make(CrossAttention)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,6 +118,7 @@ class EncoderDecoder(Transformer):
     of the target attends to the source of the same number.
     """
 
+    inputs = ("source", "target", "source_mask")
     encoder_layers: Layers
     layers: Layers
     config: EncoderDecoderConfig

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from llama_jax.config import Component, UserError
+from llama_jax.config import Component, Known, UserError
 from llama_jax.parallel import spec
 
 PyTree = Any  # arrays, or what has them: dicts, tuples and registered classes, as `jax.tree` walks over them
@@ -162,6 +162,13 @@ def check_above_zero(config: object, *names: str, hint: str = "") -> None:
     for name in names:
         if (value := getattr(config, name)) is not None and value <= 0:
             raise UserError(f"{name}={value} must be above 0{hint}")
+
+
+def known_heads(known: Known) -> tuple[int, int]:
+    """Return number and size of the heads of the attention around, or heads of about 64 that fill the model's width."""
+    width = known.get("hidden_size", 0)
+    num_heads = known.get("num_heads", max(1, width // 64))
+    return num_heads, known.get("head_dim", max(2, width // num_heads // 2 * 2))
 
 
 class Piece(Component):

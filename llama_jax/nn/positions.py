@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from llama_jax.config import Component, UserError
-from llama_jax.nn.base import check_at_least
+from llama_jax.config import Component, Known, UserError
+from llama_jax.nn.base import check_at_least, known_heads
 from llama_jax.nn.parameters import cast_and_gather, embed_lookup, parameter
 from llama_jax.parallel import shard, spec
 
@@ -35,7 +35,7 @@ class Positions(Component):
 
     @property
     def limit(self) -> int | None:
-        """The number of positions, the first of them 0; None for any. It is not checked in a call."""
+        """The number of positions, the first of them 0; None for any."""
         return None
 
     def build(self, width: int, *, rngs: nnx.Rngs) -> PositionsModule:
@@ -53,6 +53,10 @@ class LearnedPositions(Positions):
 
     num_positions: int
     offset: int = 0
+
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        return {"num_positions": known.get("max_positions")}
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_positions")
@@ -128,6 +132,10 @@ class PositionBias(Component):
 
     num_heads: int
 
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        return {"num_heads": known_heads(known)[0]}
+
     def build(self, *, rngs: nnx.Rngs) -> PositionBiasModule:
         """Return the module; its first values do not depend on the model's width."""
         raise NotImplementedError
@@ -150,6 +158,11 @@ class RelativeBias(PositionBias):
     num_buckets: int
     max_distance: int
     bidirectional: bool
+
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        both = known.field.startswith("encoder_") or not getattr(known.owner, "generates", True)
+        return super().follow(known) | {"num_buckets": 32, "max_distance": 128, "bidirectional": both}  # as T5
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_heads")

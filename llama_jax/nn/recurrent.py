@@ -18,7 +18,7 @@ from jax.nn.initializers import zeros
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from llama_jax.config import UserError
+from llama_jax.config import Known, UserError
 from llama_jax.nn.attention import context
 from llama_jax.nn.base import ForwardContext, Mixer, MixerModule, PyTree, check_at_least
 from llama_jax.nn.parameters import Projection, cast_and_gather, child
@@ -37,6 +37,10 @@ class Recurrent(Mixer):
     state_size: int
     cell: ClassVar[Callable[..., Any]]
     num_gates: ClassVar[int]
+
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        return {"state_size": known.get("hidden_size")}
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "state_size")
@@ -99,6 +103,10 @@ class BidirectionalRNN(Mixer):
     """
 
     network: Recurrent
+
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        return {"network": known.old if isinstance(known.old, Recurrent) else known.make(LSTM)}
 
     def build(self, width: int, *, rngs: nnx.Rngs) -> "BidirectionalRNNModule":
         return BidirectionalRNNModule(self, width, rngs=rngs)

@@ -9,12 +9,21 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from llama_jax.config import UserError
+from llama_jax.config import Known, UserError
 from llama_jax.nn.attention.attend import attend
-from llama_jax.nn.base import ForwardContext, Mixer, MixerModule, Piece, check_above_zero, check_at_least, check_rate
+from llama_jax.nn.base import (
+    ForwardContext,
+    Mixer,
+    MixerModule,
+    Piece,
+    check_above_zero,
+    check_at_least,
+    check_rate,
+    known_heads,
+)
 from llama_jax.nn.norms import Norm
 from llama_jax.nn.parameters import Projection, child
-from llama_jax.nn.rope import Rope
+from llama_jax.nn.rope import Rope, known_rope
 from llama_jax.parallel import shard
 
 Cache = dict[str, Float[Array, "b k s _"]]
@@ -48,6 +57,18 @@ class GroupedQuery(Mixer):
     window: int | None = None
     softcap: float | None = None
     dropout: float = 0.0
+
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        num_heads, head_dim = known_heads(known)
+        return {
+            "num_heads": num_heads,
+            "num_kv_heads": known.get("num_kv_heads", num_heads),
+            "head_dim": head_dim,
+            "rope": known_rope(known),
+            "qkv_bias": known.get("qkv_bias", False),
+            "out_bias": known.get("out_bias", False),
+        }
 
     def __post_init__(self) -> None:
         _check_heads(self.num_heads, self.num_kv_heads)
@@ -87,6 +108,10 @@ class CrossAttention(Piece):
     out_bias: bool
     scale: float | None = None
     dropout: float = 0.0
+
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        return GroupedQuery.follow(known)
 
     def __post_init__(self) -> None:
         _check_heads(self.num_heads, self.num_kv_heads)

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from llama_jax.config import UserError
+from llama_jax.config import Known, UserError
 from llama_jax.nn.attention import blockwise
 from llama_jax.nn.attention.context import splits, zigzag
 from llama_jax.nn.attention.grouped_query import Cache, write_cache
@@ -49,6 +49,18 @@ class SparseLatentAttention(LatentAttention):
     index_topk: int
     index_loss_weight: float = 0.0
     index_warmup: bool = False
+
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        # The proportions of DeepSeek-V3.2: latents of 12 and 4 heads, half as many heads in the indexer.
+        found = super().follow(known)
+        size = known.get("qk_nope_head_dim", found["qk_nope_head_dim"])
+        own = {
+            "num_index_heads": max(1, found["num_heads"] // 2),
+            "index_head_dim": max(size, found["qk_rope_head_dim"]),
+        }
+        own["index_topk"] = min(2048, known.get("max_positions", 2048))
+        return found | own | {"q_lora_rank": 12 * size}
 
     def __post_init__(self) -> None:
         super().__post_init__()
