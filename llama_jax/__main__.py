@@ -80,6 +80,7 @@ COMMANDS = {
             flag("--coordinator-address", "HOST:PORT", "process 0, where nothing else names it"),
             flag("--num-processes", "N", "how many there are"),
             flag("--process-id", "I", "number of this one, from 0"),
+            flag("--quiet", None, "no progress on the screen: only warnings, mistakes and the lines of the end"),
         ),
         "A piece is chosen by its name (--model.norm LayerNorm), and takes what it needs from the config around it. "
         "Exit code 0: done; 1: failed; 2: a mistake; 75: preempted, start it again.",
@@ -129,6 +130,7 @@ COMMANDS = {
             flag("--top-p", "P", "only the most probable tokens that make up P", type=float),
             flag("--seed", "S", "0 to 2**64 - 1; default: %(default)s", type=int, default=0),
             flag("--json", None, "one object per prompt, with token ids and finish_reason"),
+            flag("--quiet", None, "no lines about speed on stderr"),
             IGNORED_KEYS,
         ),
         prog="sample.py",
