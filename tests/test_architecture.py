@@ -22,7 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     "config", "files", "chips", "remote", "parallel", "tokenizers", "data", "nn", "models", "zoo", "training",
     "checkpoint", "sampling", "evaluation", "run_config", "planning", "run", "ablation", "text_commands",
-    "commands", "__main__",
+    "compilations", "commands", "__main__",
 )  # fmt: skip
 MAX_LINES = 400
 
