@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
@@ -189,7 +190,7 @@ class CheckpointStore:
         loaded = self._load(step, {_param_key(name): value for name, value in abstract.items()}, whole=False)
         return {name: loaded[_param_key(name)] for name in abstract}
 
-    def dtypes(self, step: int) -> dict[str, Any]:
+    def dtypes(self, step: int) -> dict[str, np.dtype]:
         """Return the stored dtypes of the parameters of `step`, by name."""
         return {name.removeprefix(_param_key("")): value.dtype for name, value in self._saved(step).items()}
 
@@ -268,7 +269,7 @@ def to_disk(state: TrainState) -> dict[str, Any]:
     )
 
 
-def from_disk(flat: Mapping[str, Any], like: TrainState) -> TrainState:
+def from_disk(flat: dict[str, Any], like: TrainState) -> TrainState:
     """Return the train state of a flat dict, in the structure of `like`: the inverse of `to_disk`."""
     opt_keys = [key for key in to_disk(like) if key.startswith("optimizer.")]
     return TrainState(

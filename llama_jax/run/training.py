@@ -10,15 +10,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, CONFIG_FILE, CheckpointStore, SaveFailed
+from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, CONFIG_FILE, CheckpointStore, SaveFailed, locate
 from llama_jax.data import Dataset, HostBatch, ValidationBatches
 from llama_jax.files import write_text
 from llama_jax.models import abstract_params
 from llama_jax.parallel import distributed, make_mesh, mesh_axis_sizes, platform
 from llama_jax.planning import mesh_of
+from llama_jax.remote import with_urls
 from llama_jax.run.callbacks import Callback, Event, check_callbacks
 from llama_jax.run.clock import Clock
-from llama_jax.run.directory import SAMPLES_FILE, Run, start_run
+from llama_jax.run.continuing import check_directory
+from llama_jax.run.directory import SAMPLES_FILE, Run, open_run, start_run
 from llama_jax.run.preparing import check_shared, first_params, open_dataset, prepare
 from llama_jax.run.profiling import Profile, recorded
 from llama_jax.run.programs import checked, programs
@@ -58,26 +60,36 @@ def train(
     those of `config.logging`. Each of `callbacks` is called with every logged step (`Event`), on every process with the
     same numbers: it may save, stop the run and evaluate the model; numbers that it returns by name are logged, too.
 
-    Returns the finished run, or one that a callback has stopped. Raises UserError for a config that cannot run here or
-    that is not this directory's and for a callback that fails, RunFailed when the loss is no longer finite, Preempted
-    after a termination signal, with a checkpoint saved.
+    Returns the finished run, one that a callback has stopped, or one that is beyond `num_steps`, unchanged. Raises
+    UserError for a config that cannot run here or that is not this directory's and for a callback that fails, RunFailed
+    when the loss is no longer finite, Preempted after a termination signal, with a checkpoint saved.
     """
     check_callbacks(callbacks)
+    run_dir, asked = locate(run_dir)
     with local_run(run_dir) as (directory, stored):
-        run = _train(Run(directory, config, components), stored, loggers, callbacks)
+        run = _train(Run(directory, config, components), stored, loggers, callbacks, asked)
     run.url = None if stored is None else stored.url
     return run
 
 
-def _train(run: Run, stored: StoredRun | None, loggers: Sequence[type[Logger]], callbacks: Sequence[Callback]) -> Run:
-    """Train in the run's local directory."""
+def _train(
+    run: Run,
+    stored: StoredRun | None,
+    loggers: Sequence[type[Logger]],
+    callbacks: Sequence[Callback],
+    asked: int | None = None,
+) -> Run:
+    """Train in the run's local directory; `asked` is the step to continue from, where one was given."""
     config = run.config
     devices = jax.devices()  # several processes find their devices together
+    step, run.history, lines = distributed.broadcast_from_main(lambda: check_directory(run, asked))
+    if step > config.num_steps:
+        if distributed.is_main():
+            print(with_urls(f"'{run.directory}' is at step {step}, past num_steps={config.num_steps}: nothing changed"))
+        return open_run(run.directory, run.components)
     mesh = mesh_of(config, devices)
     # All that can be wrong is found out before anything is written; of several processes, the first does it for all.
-    directories, vocabulary, sample_tokens, lines = distributed.broadcast_from_main(
-        lambda: prepare(run, mesh, len(devices))
-    )
+    directories, vocabulary, sample_tokens = distributed.broadcast_from_main(lambda: prepare(run, mesh, len(devices)))
     with jax.set_mesh(make_mesh(mesh)):
         loop = distributed.all_agree(
             lambda: _Loop(run, open_dataset(run, directories, vocabulary), sample_tokens, lines, loggers, callbacks)
