@@ -18,14 +18,8 @@ from types import ModuleType
 import jax
 from rich.console import Console
 
-<<<<<<< HEAD
-from llama_jax.checkpoint import ConversionError, LanguageModel, convert, load
-from llama_jax.compilations import keep_compilations
-||||||| 4c601dd
-from llama_jax.checkpoint import ConversionError, LanguageModel, convert, load
-=======
 from llama_jax.checkpoint import CONFIG_FILE, ConversionError, LanguageModel, convert, load, locate
->>>>>>> main
+from llama_jax.compilations import keep_compilations
 from llama_jax.config import (
     UserError,
     component_choices,

@@ -47,16 +47,8 @@ class Profile:
         newest = max(files, key=lambda file: file.stat().st_mtime, default=None)
         perfetto = "" if newest is None else f", or open '{newest}' at https://ui.perfetto.dev"
         self._say(
-<<<<<<< HEAD
             f"profile of {len(self._window)} steps from {self._window.start}: show it by "
             f"`xprof --logdir='{self._directory}'` (pip install 'llama_jax[profile]'){perfetto}"
-||||||| 4c601dd
-            f"profile of {len(self._window)} steps from {self._window.start}: `xprof --logdir='{self._directory}'` shows "
-            f"it (pip install 'llama_jax[profile]'){perfetto}"
-=======
-            f"profile of {len(self._window)} steps from {self._window.start}: `xprof --logdir='{self._directory}'` "
-            f"shows it (pip install 'llama_jax[profile]'){perfetto}"
->>>>>>> main
         )
 
 
