@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from llama_jax import __version__
 from llama_jax.config import UserError, config_names
-from llama_jax.installation import missing_package
+from llama_jax.installation import __version__, missing_package
 
 # Settings of glibc's allocator: a training step on a CPU takes and frees all of its memory, so that huge pages that are
 # kept save much of its time (benchmarks/ has the figures). glibc reads them when a process starts.
@@ -94,7 +93,9 @@ COMMANDS = {
         (
             *CONFIG,
             flag("--topology", "TOPOLOGY", "v5e:8x8, v5p:4x4x8 (chips of a TPU slice), '2x v6e:16x16' (slices), "
-                 "h100:4x8 (nodes x GPUs)"),
+                 "h100:4x8 (nodes x GPUs), 'RTX 4090' (one GPU)"),
+            flag("--chip", "FIELD=VALUE,...", "another chip, also as JSON or its file: "
+                 "name=mi300x,peak_flops=1.3e15,memory=192e9,bandwidth=5.3e12,link=4.48e11,network=5e10"),
             flag("--compile", None, "compile the real step for it, too (extra `plan`; GPUs: `plan-gpu`): XLA's memory, "
                  "what it sends"),
             flag("--search", None, "try all meshes, accumulation steps and remat policies, and rank what fits"),
@@ -299,11 +300,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if not COMMANDS[command].takes_keys:
         return parser.parse_args(words, argparse.Namespace(command=command))
     fixed, keys = split_keys(words, parser.flags)
-    for word in fixed:
-        key, equals, value = word.lstrip("+").partition("=")
-        if equals and re.fullmatch(r"[\w.-]+", key) and not word.startswith("-"):
-            raise UserError(f"'{word}' lacks the dashes of a key: did you mean '--{key.replace('_', '-')} {value}'?")
     args = parser.parse_intermixed_args(fixed, argparse.Namespace(command=command, keys=keys))
+    for word in [args.config or "", *args.more]:
+        key, equals, value = word.lstrip("+").partition("=")
+        if equals and re.fullmatch(r"[\w.-]+", key):
+            raise UserError(f"'{word}' lacks the dashes of a key: did you mean '--{key.replace('_', '-')} {value}'?")
     args.help = args.more if args.help else None
     if args.help and args.config == "all":  # without a config
         args.config, args.help = None, []
@@ -312,8 +313,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         pair = f"--{key.replace('_', '-')} {values[0]}" if values else ""
         hint = f"did you mean '{pair}'?" if pair else "give one config, then --key value pairs"
         raise UserError(f"'{key}' is one argument too many: {hint}")
-    meant = difflib.get_close_matches(args.config or "tiny_python", config_names(), cutoff=0.5)
-    if args.help == [] and not (meant or os.path.exists(args.config) or args.config.endswith(".py")):
+    path = args.config or "."
+    meant = path.endswith(".py") or os.path.exists(path) or difflib.get_close_matches(path, config_names(), cutoff=0.5)
+    if args.help == [] and not meant:
         raise UserError(f"--help {args.config} needs a config: `{parser.prog} tiny_python --help {args.config}`")
     return args
 

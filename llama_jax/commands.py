@@ -18,21 +18,24 @@ from types import ModuleType
 import jax
 from rich.console import Console
 
-from llama_jax.checkpoint import ConversionError, LanguageModel, convert, load
+from llama_jax.checkpoint import CONFIG_FILE, ConversionError, LanguageModel, convert, load, locate
+from llama_jax.chips import CHIPS, described
 from llama_jax.config import (
     UserError,
     component_choices,
+    config_names,
     field_docs,
     field_types,
     find_config,
     leaves,
     load_config_module,
     override,
+    read_json,
 )
 from llama_jax.parallel import distributed
 from llama_jax.planning import plan
-from llama_jax.remote import with_urls
-from llama_jax.run import Preempted, RunFailed, train
+from llama_jax.remote import is_remote, with_urls
+from llama_jax.run import Preempted, RunFailed, config_to_continue, train
 from llama_jax.run_config import RunConfig
 from llama_jax.sampling import (
     Encoded,
@@ -104,16 +107,20 @@ def train_command(args: argparse.Namespace) -> int:
         return 0
     join(args)
     module, config = distributed.all_agree(lambda: read_config(args))
-    run = train(config, args.run_dir or Path("runs") / find_config(args.config).stem)
+    run_dir = args.run_dir or (args.config if in_run(args.config) else Path("runs") / find_config(args.config).stem)
+    run = train(config, run_dir)
     if hasattr(module, "report"):
         distributed.all_agree(lambda: module.report(run))
     return 0
 
 
 def read_config(args: argparse.Namespace) -> tuple[ModuleType, RunConfig]:
-    """Return the config's module, and its config with the command line's keys."""
-    module = load_config_module(args.config)
-    config = module.get_config()
+    """Return the config's module, and its config with the command line's keys; a run's config has an empty module."""
+    if in_run(args.config):
+        module, config = ModuleType(args.config), config_to_continue(args.config)
+    else:
+        module = load_config_module(args.config)
+        config = module.get_config()
     known = {key: annotation for key, annotation, _ in leaves(config)}
     for key, value in args.keys.items():
         flag = f"--{key.replace('_', '-')}"
@@ -125,6 +132,24 @@ def read_config(args: argparse.Namespace) -> tuple[ModuleType, RunConfig]:
         if near and "." not in key and key not in field_types(RunConfig):
             raise UserError(f"unknown flag '{flag}': did you mean '--{near[0].replace('_', '-')}'?")
     return module, override(config, args.keys)
+
+
+def in_run(path: str) -> bool:
+    """Return whether CONFIG is a run's directory, or a path in it, and not a name in configs/.
+
+    Raises UserError for another directory, and for a run's that is not there.
+    """
+    root, _ = locate(path)
+    if path in config_names() or path.endswith(".py"):
+        return False
+    if is_remote(root):
+        return True
+    file = Path(root, CONFIG_FILE)
+    if Path(root).is_dir() and not (file.is_file() and read_json(file).get("type") == RunConfig.__name__):
+        raise UserError(
+            f"'{path}' is not a run: give a config, and --run-dir for a new run's directory, --init-from for weights"
+        )
+    return file.is_file()
 
 
 def join(args: argparse.Namespace) -> None:
@@ -206,8 +231,12 @@ def plan_command(args: argparse.Namespace) -> int:
     if args.help is not None:
         print(key_help(args, *read_config(args)))
         return 0
+    if args.chip is not None:
+        chip = described(args.chip)
+        CHIPS[chip.name] = chip
+        args.topology = args.topology or chip.name
     if args.topology is None:
-        raise UserError("plan needs --topology, such as v5e:8x8, '2x v5p:4x4x8' or h100:4x8")
+        raise UserError("plan needs --topology, such as h100, 'RTX 4090', h100:4x8, v5e:8x8 or '2x v5p:4x4x8'")
     found = plan(
         read_config(args)[1],
         args.topology,

@@ -21,6 +21,8 @@ from typing import Any
 
 from llama_jax.values import Mismatch, item_type, near_keys, near_names, parse, type_name, value_hint
 
+Json = dict[str, Any]  # an object of a JSON file
+
 
 class UserError(ValueError):
     """A user's mistake: one sentence that says what to do. The command line prints it and exits with 2."""
@@ -371,5 +373,7 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"'{file}' does not exist") from None
+    except OSError as error:
+        raise UserError(f"'{file}' cannot be read ({error.strerror}): give a JSON file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"'{file}' is not valid JSON ({error}): it is damaged or another kind of file") from None

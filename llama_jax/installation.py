@@ -4,6 +4,8 @@ import os
 import sys
 from importlib.util import find_spec
 
+__version__ = "0.1.0"
+
 
 def check():
     """Raise ImportError, or end a command with one sentence, where Python is too old or nothing is installed."""

@@ -23,10 +23,10 @@ from llama_jax.models.config import (
 )
 from llama_jax.models.model import Batch, LossTerm, Transformer
 from llama_jax.models.stack import Aux, Block, Layers
-from llama_jax.nn import CrossAttention, ForwardContext, Mask, PositionBias, check_at_least, check_rate, dropout
+from llama_jax.nn import CrossAttention, ForwardContext, Mask, PositionBias, PyTree, check_at_least, check_rate, dropout
 from llama_jax.parallel import mesh_axis_sizes, shard
 
-Cache = dict[str, Any]
+Cache = dict[str, PyTree]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import Component, Known, UserError
@@ -24,7 +25,7 @@ BIAS_STD = 0.02
 class PositionsModule(nnx.Module):
     """A vector for each position."""
 
-    def __call__(self, positions: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    def __call__(self, positions: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """Map int [B, T] to [B, T, D] of this dtype."""
         raise NotImplementedError
 
@@ -77,7 +78,7 @@ class LearnedPositionsModule(PositionsModule):
         shape = (config.num_positions + config.offset, width)
         self.weight = parameter(rngs, "weight", shape, (None, "embed"), std=POSITIONS_STD)
 
-    def __call__(self, positions: Int[Array, "b t"], dtype: Any = jnp.float32) -> Float[Array, "b t d"]:
+    def __call__(self, positions: Int[Array, "b t"], dtype: DTypeLike = jnp.float32) -> Float[Array, "b t d"]:
         return embed_lookup(self.weight[...].astype(dtype), positions + self.offset)
 
 
@@ -109,7 +110,7 @@ class SinusoidalPositionsModule(PositionsModule):
     def __init__(self, config: SinusoidalPositions, width: int):
         self.config, self.width = config, width
 
-    def __call__(self, positions: Int[Array, "b t"], dtype: Any = jnp.float32) -> Float[Array, "b t d"]:
+    def __call__(self, positions: Int[Array, "b t"], dtype: DTypeLike = jnp.float32) -> Float[Array, "b t d"]:
         frequencies = jnp.asarray(self.config.base ** (-np.arange(0, self.width, 2) / self.width), jnp.float32)
         angles = positions[..., None].astype(jnp.float32) * frequencies
         waves = (jnp.sin(angles), jnp.cos(angles))

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import Known, UserError
@@ -183,7 +184,7 @@ class GroupedQueryModule(_Projections, MixerModule):
         options: dict[str, Any] = {"scale": self.scale, "softcap": config.softcap, "dropout": config.dropout}
         return self.o_proj(attend(q_BTNH, k_BKSH, v_BKSH, ctx, **options)), cache
 
-    def init_cache(self, batch: int, length: int, dtype: Any) -> Cache:
+    def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> Cache:
         # [B, K, S, H]: with S before K the TPU program keeps a second, transposed cache.
         shape = (batch, self.config.num_kv_heads, length, self.config.head_dim)
         return {name: shard(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None) for name in ("k", "v")}

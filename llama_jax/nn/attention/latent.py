@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import Known, UserError
@@ -195,6 +196,6 @@ class LatentAttentionModule(MixerModule):
         y = y[..., : self.config.kv_lora_rank]
         return einsum("btnr,rnv->btnv", y, cast_and_gather(self.v_b_proj.weight, y.dtype), out=heads)
 
-    def init_cache(self, batch: int, length: int, dtype: Any) -> Cache:
+    def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> Cache:
         shape = (batch, 1, length, self.config.kv_lora_rank + self.config.qk_rope_head_dim)
         return {"latent": shard(jnp.zeros(shape, dtype), "batch", None, None, None)}

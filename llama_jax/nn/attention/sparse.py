@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.config import Known, UserError
@@ -151,7 +152,7 @@ class SparseLatentAttentionModule(LatentAttentionModule):
             aux["loss.indexer"] = self.config.index_loss_weight * ctx.mean_of_rows(ctx.row_means(divergence[0]))
         return self.o_proj(y), cache, aux
 
-    def init_cache(self, batch: int, length: int, dtype: Any) -> Cache:
+    def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> Cache:
         index = jnp.zeros((batch, 1, length, self.config.index_head_dim), dtype)
         return super().init_cache(batch, length, dtype) | {"index": shard(index, "batch", None, None, None)}
 
