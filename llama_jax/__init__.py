@@ -15,6 +15,6 @@ installation.check()
 
 import lazy_loader  # noqa: E402
 
-__version__ = installation.__version__
+__version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -134,6 +134,11 @@ class ModelConfig(Component):
         """The longest sequence that the model takes: `max_positions`, where positions are more than distances."""
         return self.max_positions
 
+    @property
+    def position_limit(self) -> int | None:
+        """The number of positions of the model's table; None where a formula (rotary, sines) gives any position."""
+        return None
+
     def example(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Return arguments of a call of the model, for the comparison of its logits with those of other code."""
         shape = (2, min(32, self.max_positions))
@@ -273,9 +278,12 @@ class TransformerConfig(ModelConfig, abc.ABC):
             raise UserError(f"norm_placement={self.norm_placement!r} needs a norm")
         check_overrides("overrides", self.overrides, self.num_layers)
         check_position_bias("position_bias", self.position_bias, self.attention, self.overrides)
-        limit = None if self.positions is None else self.positions.limit
-        if limit is not None and self.max_positions > limit:
+        if (limit := self.position_limit) is not None and self.max_positions > limit:
             raise UserError(f"max_positions={self.max_positions} is more than the {limit} that positions have")
+
+    @property
+    def position_limit(self) -> int | None:
+        return None if self.positions is None else self.positions.limit
 
     @property
     def length_limit(self) -> int:

@@ -118,6 +118,7 @@ class EncoderDecoder(Transformer):
     of the target attends to the source of the same number.
     """
 
+    inputs = ("source", "target", "source_mask")
     encoder_layers: Layers
     layers: Layers
     config: EncoderDecoderConfig

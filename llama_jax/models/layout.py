@@ -103,6 +103,16 @@ def layers_with(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(layers) for name, layers in found.items()}
 
 
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all parameters by name."""
+    parts, stacks = _templates(config)
+    found = {f"{name}.{k}": value.shape for name, part in parts.items() for k, value in part.shapes.items()}
+    for name, owners in layers_with(config).items():
+        stack, _, own_name = name.partition(".")
+        found[name] = (len(owners), *stacks[stack][owners[0]].shapes[own_name].shape)
+    return found
+
+
 def buffers(config: ModelConfig) -> dict[str, Any]:
     """Return the names of the buffers, each with the function that updates it after a step, or None."""
     return {f"{name}.{k}": update for name, t in _named_templates(config) for k, update in t.buffers.items()}

@@ -29,8 +29,8 @@ def seed_value(seed: int) -> np.ndarray:
 
     Raises UserError outside of [0, 2**64).
     """
-    if not 0 <= seed < 2**64:
-        raise UserError(f"seed={seed} must be at least 0 and below 2**64")
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
+        raise UserError(f"seed={seed} must be at least 0 and below 2**64, a whole number")
     high, low = divmod(int(seed), 2**32)
     return np.array([high, low] if high else low, np.uint32)
 

@@ -35,7 +35,7 @@ class Positions(Component):
 
     @property
     def limit(self) -> int | None:
-        """The number of positions, the first of them 0; None for any. It is not checked in a call."""
+        """The number of positions, the first of them 0; None for any."""
         return None
 
     def build(self, width: int, *, rngs: nnx.Rngs) -> PositionsModule:

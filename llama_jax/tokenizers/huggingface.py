@@ -115,7 +115,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @override
     def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode([i for i in map(self.check_id, map(int, ids)) if not self.is_silent(i)])
+        return self._tokenizer.decode([i for i in self.check_ids(ids) if not self.is_silent(i)])
 
     @override
     def stream(self) -> TextStream:

@@ -103,6 +103,12 @@ def test_batch_is_the_one_of_that_step(finished_run: Run, run_config: RunConfig)
     assert min(range(12), key=lambda step: abs(loss(step) - stored["loss"])) == 8
 
 
+def test_a_batch_is_of_a_step_of_the_run(finished_run: Run):
+    for step in (-1, 12):
+        with pytest.raises(UserError, match=f"step={step} must be one of the run's, from 0 to 11"):
+            finished_run.batch(step)
+
+
 def test_samples_continue_the_prompts(finished_run: Run):
     sample = (finished_run.directory / "samples.txt").read_text()
     assert sample.startswith("the cat")
