@@ -58,14 +58,11 @@ class Command:
 
 
 IGNORED_KEYS = flag(
-    "--ignore-config-keys",
-    "KEY[,KEY]",
-    "keys of the directory's config files to take as if they were not there",
-    type=lambda keys: [key for key in keys.split(",") if key],
-    default=[],
-)
+    "--ignore-config-keys", "KEY[,KEY]", "keys of the directory's config files to take as if they were not there",
+    type=lambda keys: [key for key in keys.split(",") if key], default=[],
+)  # fmt: skip
 CONFIG: tuple[Argument, ...] = (
-    flag("config", "CONFIG", "name in configs/, or path of a .py file", nargs="?"),
+    flag("config", "CONFIG", "name in configs/, path of a .py file, or a run", nargs="?"),
     flag("more", "", argparse.SUPPRESS, nargs="*"),
     flag("-h --help", None, "this; with CONFIG the keys that are changed most, with `CONFIG --help all` all of them, "
          "with `CONFIG --help optimizer` those of a section or about a word"),
