@@ -108,7 +108,11 @@ def train_command(args: argparse.Namespace) -> int:
     run_dir = args.run_dir or (args.config if in_run(args.config) else Path("runs") / find_config(args.config).stem)
     run = train(config, run_dir)
     if hasattr(module, "report"):
-        distributed.all_agree(lambda: module.report(run))
+        try:
+            distributed.all_agree(lambda: module.report(run))
+        except Exception as error:
+            error.add_note(f"'{run_dir}' is complete: only the report of '{args.config}' has failed")
+            raise
     return 0
 
 
@@ -145,6 +149,8 @@ def in_run(path: str) -> bool:
         raise UserError(
             f"'{path}' is not a run: give a config, and --run-dir for a new run's directory, --init-from for weights"
         )
+    if os.sep in path and not Path(root).exists() and not Path(f"{path}.py").exists():
+        raise UserError(f"'{path}' does not exist: give a config's name or file, or the directory of a run to continue")
     return file.is_file()
 
 

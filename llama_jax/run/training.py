@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, CONFIG_FILE, CheckpointStore, SaveFailed, locate
+from llama_jax.config import outside_classes
 from llama_jax.data import Dataset, HostBatch, ValidationBatches
 from llama_jax.files import write_text
 from llama_jax.models import abstract_params, buffers
@@ -59,8 +60,8 @@ def train(
     """Train `config` in `run_dir`, or continue what is in it, bit for bit as if it had never stopped.
 
     `run_dir` may be the URL of an object store (`s3://`, `gs://`): every checkpoint is uploaded when it is saved.
-    `components` are classes from outside the package that the config has; `loggers` are destinations of metrics beyond
-    those of `config.logging`.
+    `components` are classes from outside the package that the config has had; `loggers` are destinations of metrics
+    beyond those of `config.logging`.
 
     Returns the finished run, unchanged where it is beyond `num_steps`. Raises UserError for a config that cannot run
     here or that is not this directory's, RunFailed when the loss is no longer finite, Preempted after a termination
@@ -68,7 +69,7 @@ def train(
     """
     run_dir, asked = locate(run_dir)
     with local_run(run_dir) as (directory, stored):
-        run = _train(Run(directory, config, components), stored, loggers, asked)
+        run = _train(Run(directory, config, (*components, *outside_classes(config))), stored, loggers, asked)
     run.url = None if stored is None else stored.url
     return run
 
@@ -192,6 +193,8 @@ class _Loop:
                 f"optimizer.warmup_steps={warmup} is longer than num_steps={steps}: the learning rate ends at "
                 f"{steps / warmup:.1%} of its peak"
             )
+        if not len(self.validation):
+            lines.append(f"no validation: data.validation_fraction={config.data.validation_fraction} holds out no text")
         if profile.start_step is not None and not self._recorded(start):
             window = f"steps {profile.start_step} to {profile.start_step + profile.num_steps}"
             lines.append(
