@@ -31,9 +31,10 @@ from llama_jax.config import (
     read_json,
     type_name,
 )
+from llama_jax.files import disk_failure
 from llama_jax.parallel import distributed
 from llama_jax.planning import plan
-from llama_jax.remote import is_remote, with_urls
+from llama_jax.remote import default_cache, is_remote, with_urls
 from llama_jax.run import Preempted, RunFailed, config_to_continue, train
 from llama_jax.run_config import RunConfig
 from llama_jax.sampling import (
@@ -78,12 +79,18 @@ def run(args: argparse.Namespace) -> int:
     except Preempted as error:
         return report(str(error), 75)
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return distributed.leave(130)
     except BrokenPipeError:
         if distributed.several():
             os._exit(141)
         raise
-    except Exception:
+    except Exception as error:
+        if (found := disk_failure(error)) is not None:
+            sentence, full = found
+            cache = f" ($LLAMA_JAX_CACHE is '{default_cache()}')" if str(default_cache()) in sentence else ""
+            print(f"{'failed' if full else 'error'}: {with_urls(sentence)}{cache}", file=sys.stderr)
+            return distributed.leave(1 if full else 2)
         if not distributed.several():
             raise
         traceback.print_exc()

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from llama_jax.config import UserError, to_json
-from llama_jax.files import write_text
+from llama_jax.files import naming, write_text
 from llama_jax.remote import with_urls
 from llama_jax.run.directory import METRICS_FILE, Run
 from llama_jax.run_config import LoggingConfig
@@ -66,8 +66,9 @@ class JsonLines(Logger):
 
     @override
     def write(self, metrics: Metrics) -> None:
-        self._file.write(_json(metrics))
-        self._file.flush()
+        with naming(self.run.directory / METRICS_FILE):
+            self._file.write(_json(metrics))
+            self._file.flush()
 
     @override
     def close(self) -> None:
