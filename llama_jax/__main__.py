@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -221,7 +222,18 @@ def console(argv: Sequence[str] | None = None) -> NoReturn:
             os.execve(sys.executable, [sys.executable, "-X", RESTARTED, *sys.orig_argv[1:]], os.environ | TUNABLES)
         except OSError as error:
             print(f"warning: the allocator's settings were not applied: {error}", file=sys.stderr)
+    sys.unraisablehook = lambda found: background_error(found.exc_value)
+    threading.excepthook = lambda found: background_error(found.exc_value)
     sys.exit(main(argv))
+
+
+def background_error(error: BaseException | None) -> None:
+    """Report an error of a library's thread in a line: tracebacks would bury the sentence that the command ends with.
+
+    What follows from a save that has failed, or an end, is left out: a loop or a pipe that is closed.
+    """
+    if not isinstance(error, KeyboardInterrupt) and not str(error).endswith("is closed"):
+        print(f"in the background: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def can_restart() -> bool:
@@ -243,12 +255,15 @@ def can_restart() -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 1 failed, 2 a user's mistake, 75 preempted."""
+    """Run a command and return its exit code: 0 done, 1 failed, 2 a user's mistake, 75 preempted, 130 interrupted."""
     try:
         return run(parse(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of our output has closed it (`| head`); Python's own flush would raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import shutil
 import signal
 import sys
 import time
@@ -162,7 +163,11 @@ class _Loop:
             stack.enter_context(self._signals())
             if start:
                 bar.say(f"continuing '{directory}' from step {start}")
-            lines += [*self.lines, *self._warnings(start), *(logger.notice for logger in loggers if logger.notice)]
+            lines += [
+                *self.lines,
+                *self._warnings(start, state),
+                *(logger.notice for logger in loggers if logger.notice),
+            ]
             for line in [*lines, *self.dataset.describe(self.batches, config.num_steps)]:
                 bar.say(line)
             if axes := ", ".join(f"{axis} {size}" for axis, size in mesh_axis_sizes().items() if size > 1):
@@ -184,7 +189,7 @@ class _Loop:
         abstract = jax.eval_shape(make, abstract_params(self.config.model), self.hyper)
         return store.load(step, abstract), []
 
-    def _warnings(self, start: int) -> list[str]:
+    def _warnings(self, start: int, state: TrainState) -> list[str]:
         """Return a line for each part of the config that will have no effect, or another one than expected."""
         config, lines = self.config, []
         warmup, steps, profile = config.optimizer.warmup_steps, config.num_steps, config.profile
@@ -206,6 +211,9 @@ class _Loop:
                 f"checkpoint.keep_best keeps none but the last: checkpoints (every {every} steps) and validations "
                 f"(every {validates}) do not meet before"
             )
+        free, size = shutil.disk_usage(self.run_.directory).free, sum(x.nbytes for x in jax.tree.leaves(state))
+        if size > free:
+            lines.append(f"the disk has {free / 1e9:.3g} GB free, and a checkpoint may take {size / 1e9:.3g} GB")
         if self.mfu_per_speed is None:
             lines.append(f"no MFU: the peak of '{jax.local_devices()[0].device_kind}' is not known")
         return lines
