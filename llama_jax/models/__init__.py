@@ -18,6 +18,7 @@ from llama_jax.models.encoder_decoder import (
     EncoderDecoder as EncoderDecoder,
     EncoderDecoderConfig as EncoderDecoderConfig,
 )
+from llama_jax.models.inputs import check_ids as check_ids
 from llama_jax.models.layout import (
     Params as Params,
     abstract_params as abstract_params,

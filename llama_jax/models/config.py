@@ -1,5 +1,6 @@
 """Configs: the interface of all models, the fields that Transformers share, and how a model is computed."""
 
+import abc
 import collections
 import dataclasses
 from collections.abc import Iterable
@@ -133,6 +134,11 @@ class ModelConfig(Component):
         """The longest sequence that the model takes: `max_positions`, where positions are more than distances."""
         return self.max_positions
 
+    @property
+    def position_limit(self) -> int | None:
+        """The number of positions of the model's table; None where a formula (rotary, sines) gives any position."""
+        return None
+
     def example(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Return arguments of a call of the model, for the comparison of its logits with those of other code."""
         shape = (2, min(32, self.max_positions))
@@ -215,7 +221,7 @@ def check_position_bias(
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerConfig(ModelConfig):
+class TransformerConfig(ModelConfig, abc.ABC):
     """The fields that decoders, encoders and encoder-decoders share; the defaults are Llama's.
 
     vocab_size: number of tokens, special ones included.
@@ -272,9 +278,12 @@ class TransformerConfig(ModelConfig):
             raise UserError(f"norm_placement={self.norm_placement!r} needs a norm")
         check_overrides("overrides", self.overrides, self.num_layers)
         check_position_bias("position_bias", self.position_bias, self.attention, self.overrides)
-        limit = None if self.positions is None else self.positions.limit
-        if limit is not None and self.max_positions > limit:
+        if (limit := self.position_limit) is not None and self.max_positions > limit:
             raise UserError(f"max_positions={self.max_positions} is more than the {limit} that positions have")
+
+    @property
+    def position_limit(self) -> int | None:
+        return None if self.positions is None else self.positions.limit
 
     @property
     def length_limit(self) -> int:
@@ -282,6 +291,9 @@ class TransformerConfig(ModelConfig):
         if biased and all(getattr(mixer, "rope", None) is None for mixer, _ in self.layer_pieces()):
             return NO_LIMIT
         return self.max_positions
+
+    @abc.abstractmethod
+    def build_model(self, parts: dict[str, nnx.Module], stacks: dict[str, Any], compute: Compute) -> nnx.Module: ...
 
     def stacks(self) -> dict[str, tuple[Pieces, ...]]:
         return {"layers": with_overrides((self.attention, self.feed_forward), self.num_layers, self.overrides)}

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from llama_jax.config import UserError
 from llama_jax.models.config import Compute, Pieces, TransformerConfig, full_score_flops
+from llama_jax.models.inputs import check_length
 from llama_jax.models.model import Batch, LossTerm, Transformer
 from llama_jax.models.stack import Aux, Block, Layers
 from llama_jax.nn import (
@@ -139,6 +140,7 @@ class HeadTransform(nnx.Module):
 class Encoder(Transformer):
     """Tokens to logits of masked tokens, to a vector of the text, and to its class."""
 
+    inputs = ("tokens", "mask", "token_types", "positions", "segment_ids")
     layers: Layers
 
     def trunk(
@@ -192,6 +194,8 @@ class Encoder(Transformer):
         if mask is not None:
             segment_ids = mask if segment_ids is None else segment_ids * mask
         if positions is None:
+            if segment_ids is None:
+                check_length(self.config, tokens.shape[1])
             positions = _default_positions(tokens, segment_ids)
         arguments = {"positions": positions, "segment_ids": segment_ids, "token_types": token_types}
         tokens, arguments = jax.tree.map(zigzag, (tokens, arguments))

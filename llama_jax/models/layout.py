@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from llama_jax.models.config import Compute, ModelConfig, Pieces
 from llama_jax.models.stack import Layers
-from llama_jax.nn import Buffer, child, seed_key
+from llama_jax.nn import Buffer, PyTree, child, seed_key
 
 Params = dict[str, jax.Array]
 
@@ -38,13 +39,13 @@ class _Template:
         leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda x: isinstance(x, nnx.Variable))[0]
         self.buffers = {_dotted(path): x.get_metadata("update") for path, x in leaves if isinstance(x, Buffer)}
 
-    def merge(self, values: dict[str, Any]) -> Any:
+    def merge(self, values: dict[str, PyTree]) -> PyTree:
         """Return the module of these values by name."""
         state = jax.tree.unflatten(self.treedef, [values[name] for name in self.shapes])
         return nnx.merge(self.graphdef, state)
 
 
-def _flat(state: Any) -> dict[str, Any]:
+def _flat(state: PyTree) -> dict[str, PyTree]:
     """Return values of a state by dotted name, in the order of its leaves."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {_dotted(path): value for path, value in leaves}
@@ -102,6 +103,16 @@ def layers_with(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(layers) for name, layers in found.items()}
 
 
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all parameters by name."""
+    parts, stacks = _templates(config)
+    found = {f"{name}.{k}": value.shape for name, part in parts.items() for k, value in part.shapes.items()}
+    for name, owners in layers_with(config).items():
+        stack, _, own_name = name.partition(".")
+        found[name] = (len(owners), *stacks[stack][owners[0]].shapes[own_name].shape)
+    return found
+
+
 def buffers(config: ModelConfig) -> dict[str, Any]:
     """Return the names of the buffers, each with the function that updates it after a step, or None."""
     return {f"{name}.{k}": update for name, t in _named_templates(config) for k, update in t.buffers.items()}
@@ -153,7 +164,7 @@ def _init_stack(config: ModelConfig, stack: str, pieces: tuple[Pieces, ...], bas
     return params
 
 
-def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_params(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
     """Return shapes and, under a mesh, shardings of all parameters; nothing is allocated.
 
     Buffers are always float32.

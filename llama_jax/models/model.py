@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from llama_jax.config import UserError
 from llama_jax.models.config import Compute, ModelConfig, TransformerConfig
+from llama_jax.models.inputs import check_length, check_params, checked_inputs
 from llama_jax.models.layout import Params, assemble, flatten, init_params
 from llama_jax.models.stack import Aux, Layers
-from llama_jax.nn import ForwardContext, Mask, dropout, gather, matmul, seed_value, zigzag
+from llama_jax.nn import ForwardContext, Mask, PyTree, dropout, gather, matmul, seed_value, zigzag
 from llama_jax.parallel import axes_of, shard
 
 type Batch = dict[str, jax.Array]
@@ -39,8 +41,8 @@ class LossTerm:
     hidden: jax.Array
     targets: jax.Array
     weights: jax.Array
-    head: Callable[[jax.Array, Any], jax.Array]
-    head_weight: Any
+    head: Callable[[jax.Array, PyTree], jax.Array]
+    head_weight: PyTree
     coefficient: float = 1.0
 
 
@@ -50,6 +52,8 @@ class Transformer(nnx.Module):
     A model with two stacks has parts whose names begin with `side`, `encoder_`; else it is empty.
     """
 
+    inputs: ClassVar[tuple[str, ...]] = ("tokens", "positions", "segment_ids", "prefix")
+    """Names of the arguments of a call, token ids first."""
     embedding: Any
 
     def __init__(
@@ -89,6 +93,7 @@ class Transformer(nnx.Module):
         for dropout; the results of all blocks are appended to `outputs`.
         """
         if positions is None:
+            check_length(self.config, tokens.shape[1])  # a table would give all tokens beyond it its last position
             positions = zigzag(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
         ctx = self.row_context(mask, tokens.shape[1], key, side=side)
         x = self.embed(tokens, positions, ctx, side=side, add=add)
@@ -102,7 +107,7 @@ class Transformer(nnx.Module):
         return self.context(mask, position_bias=self.bias(places[None], places, side=side), dropout_key=key)
 
     def cache_context(
-        self, length: int, cache: list[Any], lengths: Int[Array, " b"], is_token: Bool[Array, "b t"] | None
+        self, length: int, cache: list[PyTree], lengths: Int[Array, " b"], is_token: Bool[Array, "b t"] | None
     ) -> tuple[Int[Array, "b t"], ForwardContext]:
         """Return positions and context of `length` more inputs in rows whose caches hold `lengths` tokens."""
         places, bias = lengths[:, None] + jnp.arange(length), None
@@ -142,7 +147,7 @@ class Transformer(nnx.Module):
         norm = self.part(f"{side}norm")
         return x if norm is None else norm(x)
 
-    def head_weight(self) -> Any:
+    def head_weight(self) -> PyTree:
         """Return the argument of `head`, as it is stored: [V, D] where tied, else [D, V]; transposing would copy it."""
         lm_head = self.part("lm_head")
         weight = (self.embedding if lm_head is None else lm_head).weight[...].astype(self.compute.jax_dtype)
@@ -153,7 +158,7 @@ class Transformer(nnx.Module):
             bias = shard(bias, "vocab")  # a fixed one is stored whole, and has to be split as the logits are
         return {"weight": weight, "bias": bias}
 
-    def head(self, hidden: Float[Array, "b t d"], weight: Any) -> Float[Array, "b t v"]:
+    def head(self, hidden: Float[Array, "b t d"], weight: PyTree) -> Float[Array, "b t v"]:
         """Return float32 logits."""
         weight, bias = (weight["weight"], weight["bias"]) if isinstance(weight, dict) else (weight, None)
         # Gathered here, so that the loss, which calls this for chunks of positions, keeps only the stored part.
@@ -197,16 +202,13 @@ class Model:
     def __init__(self, module: Any, mesh: Mesh | None = None):
         self.graphdef, self.state = nnx.split(module)
         self.mesh = mesh
+        self.config: ModelConfig = module.config
+        self._kind = type(module)
 
     @property
     def module(self) -> Any:
         """The NNX module."""
         return nnx.merge(self.graphdef, self.state)
-
-    @property
-    def config(self) -> ModelConfig:
-        """The model's config."""
-        return self.module.config
 
     @property
     def layers(self) -> Any:
@@ -225,13 +227,17 @@ class Model:
     def __call__(self, *arguments: Any, **named: Any) -> Float[Array, "b *t v"]:
         """Call the module, jitted: token ids [B, T] (and its other arguments) -> float32 logits [B, T, V].
 
-        Logits of an encoder with a classifier are [B, C].
+        Logits of an encoder with a classifier are [B, C]. Raises UserError for arguments that the model has no answer
+        to: other types and shapes, ids outside of the vocabulary, positions beyond a table of them. Within a function
+        that JAX traces (`jit`, `grad`, `vmap`), and for arrays of several processes, only types and shapes are checked:
+        there an id or position beyond a table is taken as its last one. Positions by a formula (rotary, sines) go on
+        beyond `max_positions`.
         """
-        return self.run(_method, arguments, named, name="__call__")
+        return self.run(_method, checked_inputs(self._kind, self.config, arguments, named), name="__call__")
 
     def hidden_states(self, *arguments: Any, **named: Any) -> dict[str, list[Float[Array, "b t d"]]]:
         """Return the results of every block for the arguments of a call, by stack."""
-        return self.run(_method, arguments, named, name="hidden_states")
+        return self.run(_method, checked_inputs(self._kind, self.config, arguments, named), name="hidden_states")
 
     def run(self, function: Callable[..., Any], *arguments: Any, **static: Any) -> Any:
         """Call `jit(function)(module, *arguments, **static)` on the model's mesh; keyword arguments are static."""
@@ -244,12 +250,14 @@ def _on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _run(function: Callable[..., Any], graphdef: Any, static: tuple[tuple[str, Any], ...], state: Any, *arguments: Any):
+def _run(
+    function: Callable[..., Any], graphdef: PyTree, static: tuple[tuple[str, Any], ...], state: PyTree, *arguments: Any
+):
     return function(nnx.merge(graphdef, state), *arguments, **dict(static))
 
 
-def _method(module: Any, arguments: tuple[Any, ...], named: dict[str, Any], *, name: str) -> Any:
-    return getattr(module, name)(*arguments, **named)
+def _method(module: Any, inputs: dict[str, Any], *, name: str) -> Any:
+    return getattr(module, name)(**inputs)
 
 
 def build(config: ModelConfig, *, seed: int = 0, compute: Compute | None = None) -> Model:
@@ -257,6 +265,8 @@ def build(config: ModelConfig, *, seed: int = 0, compute: Compute | None = None)
 
     `seed` is below 2**64.
     """
+    if not isinstance(config, ModelConfig):
+        raise UserError(f"config={config!r} must be a ModelConfig: a DecoderConfig, or one of llama_jax.presets()")
     mesh = jax.sharding.get_mesh()
     return from_params(config, initialize(config, seed), compute or Compute(), None if mesh.empty else mesh)
 
@@ -274,7 +284,8 @@ def _initializer(platform: str) -> Callable[[ModelConfig, np.ndarray], Params]:
 
 
 def from_params(config: ModelConfig, params: Params, compute: Compute, mesh: Mesh | None = None) -> Model:
-    """Return a model of parameters by name."""
+    """Return a model of parameters by name. Raises UserError where they are not exactly those of the config."""
+    check_params(config, params)
     with _on_mesh(mesh):
         graphdef, state = _unrolled(config, compute, params)
     return Model(nnx.merge(graphdef, state), mesh)

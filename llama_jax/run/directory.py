@@ -105,8 +105,10 @@ class Run:
     def batch(self, step: int) -> HostBatch:
         """Return the exact global batch of the update from `step` to `step + 1`: numpy arrays [B, T].
 
-        B is the batch size that the run had then.
+        B is the batch size that the run had then. Raises UserError for a step that the run does not have.
         """
+        if step not in range(self.config.num_steps):
+            raise UserError(f"step={step!r} must be one of the run's, from 0 to {self.config.num_steps - 1}")
         return self.batches(self.dataset).batch(step)
 
     def batches(self, dataset: Dataset, rows: Sequence[int] | None = None) -> Batches:

@@ -37,7 +37,7 @@ class Encoded:
 
 def generate_text(
     lm: LanguageModel,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.8,
@@ -48,19 +48,18 @@ def generate_text(
 ) -> list[str]:
     """Return the texts that the model writes after `prompts` (without them), each up to an end-of-text token.
 
+    A single text in place of the list is one prompt, and the result a list of one.
+
     The model's files decide which tokens end a text, surround a prompt, are forced or forbidden. To an encoder-decoder
     the prompts are sources, and the texts its answers. Special tokens written out in them, such as T5's <extra_id_0>,
     are these tokens, in answers too. `controls` as in `generate`. Raises UserError as `generate` does, for `prompts`
-    that are not a list of texts and for a model without tokenizer.
+    that are not texts and for a model without tokenizer.
     """
-    if (
-        isinstance(prompts, str)
-        or not isinstance(prompts, Sequence)
-        or not all(isinstance(prompt, str) for prompt in prompts)
-    ):
-        raise UserError("prompts must be a list of texts: put a single one into brackets, [text]")
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(texts, Sequence) or not all(isinstance(prompt, str) for prompt in texts):
+        raise UserError(f"prompts={prompts!r} must be a text or a list of texts; token ids are for generate")
     sampler = Sampler.of(temperature, top_k, top_p, controls)
-    found = complete(lm, prompts, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed)
+    found = complete(lm, texts, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed)
     return [completion.completion for completion in found]
 
 
@@ -147,7 +146,9 @@ def stream_encoded(
 
 
 def tokenizer_of(lm: LanguageModel) -> Tokenizer:
-    """Return the model's tokenizer. Raises UserError where it came without one."""
+    """Return the model's tokenizer. Raises UserError where it came without one, and for what is no LanguageModel."""
+    if not isinstance(lm, LanguageModel):
+        raise UserError(f"lm is a {type(lm).__name__}, and must be a LanguageModel with a tokenizer: what load returns")
     if lm.tokenizer is None:
         raise UserError("the model came without a tokenizer: give one with --tokenizer, or load(..., tokenizer=...)")
     return lm.tokenizer
@@ -155,7 +156,8 @@ def tokenizer_of(lm: LanguageModel) -> Tokenizer:
 
 def encoded_prompt(lm: LanguageModel, prompt: str) -> Encoded:
     """Return a prompt's ids and stops. Raises UserError for a model without tokenizer and for an empty prompt."""
-    return Encoded(encode_prompt(lm.config, tokenizer_of(lm), prompt), stop_ids(lm))
+    tokenizer = tokenizer_of(lm)
+    return Encoded(encode_prompt(lm.config, tokenizer, prompt), stop_ids(lm))
 
 
 def encode_prompt(config: ModelConfig, tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from llama_jax.checkpoint import GenerationSettings, LanguageModel
 from llama_jax.config import UserError
-from llama_jax.models import Model, ModelConfig
+from llama_jax.models import Model, ModelConfig, check_ids
 from llama_jax.sampling.loop import NOT_NUMBERS, Rows, advance, start
 from llama_jax.sampling.sampler import Control, Sampler, controls_of, number
 
@@ -48,6 +48,8 @@ def generate(
 
     Raises UserError for tokens that cannot be continued, for impossible settings, and where logits are not numbers.
     """
+    if not isinstance(lm, LanguageModel | Model):
+        raise UserError(f"lm is a {type(lm).__name__}, and must be what load or build returns")
     model, settings = (lm, GenerationSettings()) if isinstance(lm, Model) else (lm.model, lm.generation)
     stops = checked_stops(eos_id)
     sampler = Sampler.of(temperature, top_k, top_p, controls)
@@ -190,12 +192,12 @@ def checked_prompts(
     if source_mask is not None:
         real = _checked_mask(config, source_mask, tokens.shape)
     tokens = np.where(real, tokens, 0)
-    _check_ids(config, tokens)
+    check_ids(config.vocab_size, tokens)
     tokens, width = tokens.astype(np.int32), tokens.shape[1]
     if config.has_source:
         used = int(real.any(0).nonzero()[0].max()) + 1
         first = np.full((len(tokens), 1), config.decoder_start_id if start_id is None else start_id)
-        _check_ids(config, first)
+        check_ids(config.vocab_size, first, "decoder_start_id")
         return Prompts(first.astype(np.int32), np.ones(len(tokens), np.int32), 1, (tokens[:, :used], real[:, :used]))
     return Prompts(tokens[:, : lengths.max()], lengths.astype(np.int32), width)
 
@@ -215,15 +217,6 @@ def _rectangle(tokens: Any) -> tuple[np.ndarray, np.ndarray | None]:
     for place, row in zip(whole, rows, strict=True):
         place[: len(row)] = row
     return whole, lengths
-
-
-def _check_ids(config: ModelConfig, tokens: np.ndarray) -> None:
-    outside = (tokens < 0) | (tokens >= config.vocab_size)
-    if outside.any():
-        raise UserError(
-            f"token id {tokens[outside][0]} is outside the model's vocabulary of {config.vocab_size}: use the "
-            "model's own tokenizer"
-        )
 
 
 def _checked_mask(config: ModelConfig, source_mask: Any, shape: tuple[int, ...]) -> np.ndarray:

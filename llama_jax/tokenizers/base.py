@@ -5,6 +5,7 @@ import copy
 import functools
 import hashlib
 import json
+import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -159,7 +160,7 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`, with U+FFFD for bytes that are not UTF-8. Raises UserError for an unknown id."""
         stream = self.stream()
-        return "".join([stream.feed(int(token_id)) for token_id in ids]) + stream.flush()
+        return "".join([stream.feed(token_id) for token_id in self.check_ids(ids)]) + stream.flush()
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -194,9 +195,19 @@ class Tokenizer(abc.ABC):
             )
         return token_id
 
+    def check_ids(self, ids: Iterable[int]) -> list[int]:
+        """Return `ids` as a list. Raises UserError where one is not a whole number or not in the vocabulary."""
+        try:
+            listed = [operator.index(token_id) for token_id in ids]
+        except TypeError:
+            raise UserError(f"ids={ids!r} must be token ids: a list or a 1-D array of whole numbers") from None
+        return [self.check_id(token_id) for token_id in listed]
+
     @staticmethod
     def check_text(text: str) -> None:
-        """Raise UserError where `text` is not valid Unicode."""
+        """Raise UserError where `text` is not a text, or not valid Unicode."""
+        if not isinstance(text, str):
+            raise UserError(f"text={text!r} must be a text; encode_batch takes several")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -206,6 +217,8 @@ class Tokenizer(abc.ABC):
             ) from None
 
     def _encode_checked(self, texts: Sequence[str]) -> list[list[int]]:
+        if isinstance(texts, str):
+            raise UserError(f"texts={texts!r} must be a list of texts; encode takes one")
         for text in texts:
             self.check_text(text)
         return self._encode(texts)

@@ -36,20 +36,19 @@ def loss_of(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     values: dict[int, float] = {}
     now = [0]
 
-    def make_train_step(*_: Any, **__: Any) -> Any:
-        def step(state: TrainState, batch: Any, hyper: Any) -> Any:
-            now[0] = int(state.step) + 1
-            loss = np.float32(values.get(now[0], 1.0))
-            metrics = {"loss": loss, "grad_norm": np.float32(1), "learning_rate": hyper.optimizer.learning_rate}
-            return dataclasses.replace(state, step=state.step + 1), metrics
+    def train_step(state: TrainState, batch: Any, hyper: Any) -> Any:
+        now[0] = int(state.step) + 1
+        loss = np.float32(values.get(now[0], 1.0))
+        metrics = {"loss": loss, "grad_norm": np.float32(1), "learning_rate": hyper.optimizer.learning_rate}
+        return dataclasses.replace(state, step=state.step + 1), metrics
 
-        return step
+    def eval_step(*_: Any) -> tuple[np.float32, np.float32]:
+        return np.float32(values.get(-now[0], 1.0)), np.float32(1)
 
-    monkeypatch.setattr(training, "make_train_step", make_train_step)
-    monkeypatch.setattr(
-        training, "make_eval_step", lambda *_: lambda *_: (np.float32(values.get(-now[0], 1.0)), np.float32(1))
-    )
-    monkeypatch.setattr(training, "preflight", lambda *_: [])
+    made = training.programs
+    steps = {"train_step": train_step, "eval_step": eval_step}
+    monkeypatch.setattr(training, "programs", lambda config: dataclasses.replace(made(config), **steps))
+    monkeypatch.setattr(training, "checked", lambda *_: [])
     return values
 
 
@@ -123,7 +122,7 @@ def test_what_the_message_of_a_failed_run_advises_can_be_done(
     run = train(override(quick, change | {"resume.allow": allow}), begun)
     assert "changed: optimizer.learning_rate=0.01 -> 0.005" in capsys.readouterr().out
     assert [line["learning_rate"] for line in run.metrics()] == pytest.approx([0.01] * 4 + [0.005] * 2)
-    plain = Run(begun, quick)
+    plain = Run(begun, override(quick, {"num_steps": 7}))
     assert all(
         np.array_equal(run.batch(step)["tokens"], plain.batch(step + (step >= 4))["tokens"]) for step in range(6)
     )
@@ -146,7 +145,7 @@ def test_another_batch_size_goes_on_where_the_data_was(
     run = open_run(run_dir)
     taken = [run.batch(step)["tokens"] for step in range(8)]
     assert [len(batch) for batch in taken] == [8, 8, 8, 16, 16, 4, 4, 4]
-    plain = Run(run_dir, override(quick, {"global_batch_size": 4}))
+    plain = Run(run_dir, override(quick, {"global_batch_size": 4, "num_steps": 24}))
     plain.history = []
     order = np.concatenate([plain.batch(number)["tokens"] for number in range(24)])
     # Batches are counted as they come: of 8 until the change, then of 16.
@@ -262,7 +261,7 @@ def test_a_window_that_began_before_is_recorded_from_where_the_run_continues(
     begun: Path, quick: RunConfig, monkeypatch: pytest.MonkeyPatch
 ):
     @contextlib.contextmanager
-    def trace(directory: str) -> Iterator[None]:
+    def trace(directory: str, **_: Any) -> Iterator[None]:
         recorded.append(directory)
         yield
 
@@ -348,17 +347,15 @@ def test_metrics_are_strict_json_where_a_loss_is_no_number(quick: RunConfig, los
 def test_no_interval_is_faster_than_its_steps(run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Steps that are computed within the call, as small ones are: none of them is counted in another's interval."""
 
-    def make_train_step(*_: Any, **__: Any) -> Any:
-        def step(state: TrainState, batch: Any, hyper: Any) -> Any:
-            time.sleep(STEP_SECONDS)
-            value = jax.block_until_ready(1 / (1 + state.step))
-            metrics = dict.fromkeys(("loss", "grad_norm", "learning_rate"), value)
-            return dataclasses.replace(state, step=state.step + 1), metrics
+    def train_step(state: TrainState, batch: Any, hyper: Any) -> Any:
+        time.sleep(STEP_SECONDS)
+        value = jax.block_until_ready(1 / (1 + state.step))
+        metrics = dict.fromkeys(("loss", "grad_norm", "learning_rate"), value)
+        return dataclasses.replace(state, step=state.step + 1), metrics
 
-        return step
-
-    monkeypatch.setattr(training, "make_train_step", make_train_step)
-    monkeypatch.setattr(training, "preflight", lambda *_: [])
+    made = training.programs
+    monkeypatch.setattr(training, "programs", lambda config: dataclasses.replace(made(config), train_step=train_step))
+    monkeypatch.setattr(training, "checked", lambda *_: [])
     change = {"logging.sample_prompts": (), "logging.validate_every_steps": 5, "num_steps": 11}
     change |= {"logging.every_steps": 3, "checkpoint.every_steps": 7, "checkpoint.keep_best": 0}
     run = train(override(run_config, change), tmp_path / "run")

@@ -22,7 +22,7 @@ from llama_jax.data import read_texts
 from llama_jax.models import Compute
 from llama_jax.nn.attention import attend as kernels
 from llama_jax.run import Run, RunConfig, RunFailed, open_run, train
-from llama_jax.run.training import _Clock
+from llama_jax.run.clock import Clock
 from llama_jax.tokenizers import load_tokenizer
 from llama_jax.training import learning_rate, make_eval_step
 
@@ -101,6 +101,12 @@ def test_batch_is_the_one_of_that_step(finished_run: Run, run_config: RunConfig)
     assert stored["step"] == 9
     assert loss(8) == pytest.approx(stored["loss"], rel=1e-5)
     assert min(range(12), key=lambda step: abs(loss(step) - stored["loss"])) == 8
+
+
+def test_a_batch_is_of_a_step_of_the_run(finished_run: Run):
+    for step in (-1, 12):
+        with pytest.raises(UserError, match=f"step={step} must be one of the run's, from 0 to 11"):
+            finished_run.batch(step)
 
 
 def test_samples_continue_the_prompts(finished_run: Run):
@@ -246,7 +252,7 @@ class TestClock:
         return now  # type: ignore[return-value]
 
     def test_leaves_out_the_first_step_and_pauses(self, now: list[float]):
-        clock = _Clock(10)
+        clock = Clock(10)
         now[0] += 60
         assert clock.speed(11) is None
         now[0] += 4

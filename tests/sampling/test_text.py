@@ -74,8 +74,10 @@ def test_what_texts_need(lm: LanguageModel):
         generate_text(dataclasses.replace(lm, tokenizer=None), ["a"])
     with pytest.raises(UserError, match="shorten the prompt"):
         generate_text(lm, ["one fish" * 60])
-    with pytest.raises(UserError, match="prompts must be a list of texts"):
-        generate_text(lm, "one fish")
+
+
+def test_a_text_that_is_not_in_a_list_is_one_prompt(lm: LanguageModel):
+    assert generate_text(lm, "one fish", max_new_tokens=4) == generate_text(lm, ["one fish"], max_new_tokens=4)
 
 
 def test_what_stands_around_a_prompt_is_the_tokenizers_rule(lm: LanguageModel):

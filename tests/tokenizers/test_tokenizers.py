@@ -335,5 +335,10 @@ def test_wrong_ids_and_text_are_refused(loaded, kind: str):
     for wrong in (tokenizer.vocab_size, -1):
         with pytest.raises(UserError, match="outside this tokenizer's vocabulary"):
             tokenizer.decode([wrong])
+    for wrong in (iter([1.5]), iter("12"), iter([[1]])):
+        with pytest.raises(UserError, match="must be token ids: a list or a 1-D array of whole numbers"):
+            tokenizer.decode(wrong)
+    with pytest.raises(UserError, match="texts='one' must be a list of texts; encode takes one"):
+        tokenizer.encode_batch("one")
     with pytest.raises(UserError, match=r"U\+D800 at character 1"):
         tokenizer.encode("a\ud800")
