@@ -9,7 +9,11 @@ checkpoint, sampling, planning, run. docs/architecture.md has the map. What is e
 imported when it is first used.
 """
 
-import lazy_loader
+from llama_jax import installation
+
+installation.check()
+
+import lazy_loader  # noqa: E402
 
 __version__ = "0.1.0"
 

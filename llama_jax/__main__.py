@@ -8,12 +8,16 @@ import argparse
 import dataclasses
 import difflib
 import os
+import platform
 import re
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any, NoReturn
 
+from llama_jax import __version__
 from llama_jax.config import UserError, config_names
+from llama_jax.installation import missing_package
 
 # Settings of glibc's allocator: a training step on a CPU takes and frees all of its memory, so that huge pages that are
 # kept save much of its time (benchmarks/ has the figures). glibc reads them when a process starts.
@@ -62,11 +66,12 @@ IGNORED_KEYS = flag(
     type=lambda keys: [key for key in keys.split(",") if key],
     default=[],
 )
-CONFIG = (
+CONFIG: tuple[Argument, ...] = (
     flag("config", "CONFIG", "name in configs/, or path of a .py file", nargs="?"),
-    flag("more", "", argparse.SUPPRESS, nargs="?"),
-    flag("-h --help", None, "this; with CONFIG the keys that are changed most, with `CONFIG --help all` all of them"),
-)
+    flag("more", "", argparse.SUPPRESS, nargs="*"),
+    flag("-h --help", None, "this; with CONFIG the keys that are changed most, with `CONFIG --help all` all of them, "
+         "with `CONFIG --help optimizer` those of a section or about a word"),
+)  # fmt: skip
 COMMANDS = {
     "train": Command(
         "Train a config, or continue a run. CONFIG is a name in configs/ or a path; the same command again continues. "
@@ -79,6 +84,7 @@ COMMANDS = {
             flag("--num-processes", "N", "how many there are"),
             flag("--process-id", "I", "number of this one, from 0"),
         ),
+        "A piece is chosen by its name (--model.norm LayerNorm), and takes what it needs from the config around it. "
         "Exit code 0: done; 1: failed; 2: a mistake; 75: preempted, start it again.",
         "train.py",
         takes_keys=True,
@@ -216,7 +222,7 @@ def console(argv: Sequence[str] | None = None) -> NoReturn:
     `train` starts this process again with the allocator's settings, once.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["train"] and not {"-h", "--help"} & set(argv) and can_restart():
+    if argv[:1] == ["train"] and not {"-h", "--help", "--version"} & set(argv) and can_restart():
         try:
             os.execve(sys.executable, [sys.executable, "-X", RESTARTED, *sys.orig_argv[1:]], os.environ | TUNABLES)
         except OSError as error:
@@ -257,12 +263,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Run a parsed command and return its exit code."""
     if COMMANDS[args.command].takes_keys and args.config is None:
+        if args.keys and args.help is None:
+            raise UserError(f"give a config first, such as tiny_python: there are {', '.join(config_names())}")
         print(make_parser(args.command).format_help().rstrip(), f"\n\nconfigs: {', '.join(config_names())}", sep="")
-        return 0 if args.help else 2
+        return 2 if args.help is None else 0
     # XLA's C++ side prints its start-up to stderr; errors still show.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from llama_jax import commands  # seconds: JAX and all packages
-
+    try:
+        from llama_jax import commands  # seconds: JAX and all packages
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name in ("", "llama_jax"):
+            raise
+        raise UserError(missing_package(name)) from None
     return commands.run(args)
 
 
@@ -270,25 +283,39 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the arguments of a command line, with the command's name as `command`.
 
     Those of `train` and `plan` also have `keys`, the texts of dotted keys (True for a key without one), and `help`:
-    None, `common` or `all`. Raises UserError for a mistake; `--help` of the other commands prints and exits.
+    None, or the words after it. Raises UserError for a mistake; `--version`, and `--help` of the other commands, print
+    and exit.
     """
-    words = list(argv)
+    words = [word for given in argv for word in (["--help", given[7:]] if given.startswith("--help=") else [given])]
+    if words[-1:] == ["--version"] and not any(word.startswith("-") for word in words[:-1]):
+        print(f"llama_jax {__version__} (jax {version('jax')}, Python {platform.python_version()})")
+        sys.exit(0)
     command = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
     if command is None:
         command_list(words)
     words = words[len(command.split()) :]
     parser = make_parser(command)
+    words = [parser.plain(word) for word in words]
     if not COMMANDS[command].takes_keys:
         return parser.parse_args(words, argparse.Namespace(command=command))
     fixed, keys = split_keys(words, parser.flags)
+    for word in fixed:
+        key, equals, value = word.lstrip("+").partition("=")
+        if equals and re.fullmatch(r"[\w.-]+", key) and not word.startswith("-"):
+            raise UserError(f"'{word}' lacks the dashes of a key: did you mean '--{key.replace('_', '-')} {value}'?")
     args = parser.parse_intermixed_args(fixed, argparse.Namespace(command=command, keys=keys))
-    names = [name for name in (args.config, args.more) if name is not None]
-    args.help = ("all" if "all" in names else "common") if args.help else None
-    if args.help == "all":
-        names.remove("all")
-    if len(names) > 1:
-        raise UserError(f"'{names[1]}' is one argument too many: give one config, then --key value pairs")
-    args.config = names[0] if names else None
+    args.help = args.more if args.help else None
+    if args.help and args.config == "all":  # without a config
+        args.config, args.help = None, []
+    if args.more and args.help is None:
+        key, *values = args.more
+        pair = f"--{key.replace('_', '-')} {values[0]}" if values else ""
+        hint = f"did you mean '{pair}'?" if pair else "give one config, then --key value pairs"
+        raise UserError(f"'{key}' is one argument too many: {hint}")
+    name = args.config or "tiny_python"
+    meant = difflib.get_close_matches(name, config_names(), cutoff=0.5)
+    if args.help == [] and not (meant or os.path.exists(name) or name.endswith(".py")):
+        raise UserError(f"--help {name} needs a config: `{parser.prog} tiny_python --help {name}`")
     return args
 
 
@@ -318,6 +345,14 @@ class Parser(argparse.ArgumentParser):
     def flags(self) -> list[str]:
         """All flags, as they are written."""
         return [flag for action in self._actions for flag in action.option_strings]
+
+    def plain(self, word: str) -> str:
+        """Return a word with the dashes of the flag that it is with underscores. Raises UserError for one dash."""
+        name, equals, value = word.partition("=")
+        dashed = name.replace("_", "-")
+        if re.fullmatch(r"-[A-Za-z][\w.-]+", name) and name not in self.flags:
+            raise UserError(f"'{name}' has one dash: did you mean '-{dashed}'?")
+        return f"{dashed}{equals}{value}" if dashed in self.flags else word
 
     def error(self, message: str) -> NoReturn:
         """Raise the sentence for one of argparse's messages."""

@@ -11,28 +11,30 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import jax
 from rich.console import Console
 
-from llama_jax.checkpoint import ConversionError, LanguageModel, convert, load
+from llama_jax.checkpoint import CONFIG_FILE, ConversionError, LanguageModel, convert, load, locate
 from llama_jax.config import (
     UserError,
     component_choices,
+    config_names,
     field_docs,
     field_types,
     find_config,
     leaves,
     load_config_module,
     override,
-    type_name,
+    read_json,
 )
 from llama_jax.parallel import distributed
 from llama_jax.planning import plan
-from llama_jax.remote import with_urls
-from llama_jax.run import Preempted, RunFailed, train
+from llama_jax.remote import is_remote, with_urls
+from llama_jax.run import Preempted, RunFailed, config_to_continue, train
 from llama_jax.run_config import RunConfig
 from llama_jax.sampling import (
     Encoded,
@@ -50,6 +52,7 @@ from llama_jax.text_commands import (
     tokenizer_encode_command,
     tokenizer_train_command,
 )
+from llama_jax.values import near_keys, type_name
 
 # The keys of a run that people change first: those that `--help` shows.
 COMMON_KEYS = (
@@ -97,31 +100,55 @@ def report(sentence: str, code: int) -> int:
 
 def train_command(args: argparse.Namespace) -> int:
     """Train a config, as one of several processes where there are several, or print its keys."""
-    if args.help:
+    if args.help is not None:
         module, config = read_config(args)
         print(key_help(args, module, config))
         return 0
     join(args)
     module, config = distributed.all_agree(lambda: read_config(args))
-    run = train(config, args.run_dir or Path("runs") / find_config(args.config).stem)
+    run_dir = args.run_dir or (args.config if in_run(args.config) else Path("runs") / find_config(args.config).stem)
+    run = train(config, run_dir)
     if hasattr(module, "report"):
         distributed.all_agree(lambda: module.report(run))
     return 0
 
 
 def read_config(args: argparse.Namespace) -> tuple[ModuleType, RunConfig]:
-    """Return the config's module, and its config with the command line's keys."""
-    module = load_config_module(args.config)
-    config = module.get_config()
-    valued = {key: annotation for key, annotation, _ in leaves(config) if annotation is not bool}
+    """Return the config's module, and its config with the command line's keys; a run's config has an empty module."""
+    if in_run(args.config):
+        module, config = ModuleType(args.config), config_to_continue(args.config)
+    else:
+        module = load_config_module(args.config)
+        config = module.get_config()
+    known = {key: annotation for key, annotation, _ in leaves(config)}
     for key, value in args.keys.items():
         flag = f"--{key.replace('_', '-')}"
-        if value is True and key in valued:
-            raise UserError(f"{flag} needs a value of type {type_name(valued[key])}")
+        if value is True and known.get(key, bool) is not bool:
+            raise UserError(f"{flag} needs a value of type {type_name(known[key])}")
+        if key.startswith("no_") and key[3:] in known and value is True:
+            raise UserError(f"unknown flag '{flag}': did you mean '--{key[3:].replace('_', '-')} false'?")
         near = difflib.get_close_matches(key, vars(args), n=1, cutoff=0.8)
         if near and "." not in key and key not in field_types(RunConfig):
             raise UserError(f"unknown flag '{flag}': did you mean '--{near[0].replace('_', '-')}'?")
     return module, override(config, args.keys)
+
+
+def in_run(path: str) -> bool:
+    """Return whether CONFIG is a run's directory, or a path in it, and not a name in configs/.
+
+    Raises UserError for another directory, and for a run's that is not there.
+    """
+    root, _ = locate(path)
+    if path in config_names() or path.endswith(".py"):
+        return False
+    if is_remote(root):
+        return True
+    file = Path(root, CONFIG_FILE)
+    if Path(root).is_dir() and not (file.is_file() and read_json(file).get("type") == RunConfig.__name__):
+        raise UserError(
+            f"'{path}' is not a run: give a config, and --run-dir for a new run's directory, --init-from for weights"
+        )
+    return file.is_file()
 
 
 def join(args: argparse.Namespace) -> None:
@@ -136,7 +163,10 @@ def join(args: argparse.Namespace) -> None:
 
 
 def key_help(args: argparse.Namespace, module: ModuleType, config: RunConfig) -> str:
-    """Return the keys of a config by section, with type, value and meaning: the common ones, or all."""
+    """Return keys of a config by section, with type, value and meaning: the common ones, all, or those asked for.
+
+    Raises UserError where no key matches a word.
+    """
     docs: dict[str, str] = {}
 
     def collect(part: object, prefix: str) -> None:
@@ -146,25 +176,50 @@ def key_help(args: argparse.Namespace, module: ModuleType, config: RunConfig) ->
 
     collect(config, "")
     docs["run"] = "steps, batch and first values."
-    sections: dict[str, list[str]] = {}
+    entries: dict[str, str] = {}
     for key, annotation, value in leaves(config):
-        if args.help != "all" and key not in COMMON_KEYS:
-            continue
         shown = type(value).__name__ if dataclasses.is_dataclass(value) else value
         if isinstance(value, tuple):
             shown = ",".join(str(v) for v in value) or "(empty)"
         kind = type_name(annotation)
         if options := component_choices(annotation):
             kind += f": {'|'.join(options)}"
-        section = sections.setdefault(key.partition(".")[0] if "." in key or key in ("model",) else "run", [])
-        section.append(f"  --{key.replace('_', '-')} <{kind}> = {shown}\n      {docs.get(key, '')}")
+        entries[key] = f"  --{key.replace('_', '-')} <{kind}> = {shown}\n      {docs.get(key, '')}"
+    sections: dict[str, list[str]] = {}
+    wanted = set(entries if args.help == ["all"] else COMMON_KEYS if not args.help else keys_about(entries, args.help))
+    for key in (key for key in entries if key in wanted):
+        section = key.partition(".")[0]
+        sections.setdefault(section if any(k.startswith(f"{section}.") for k in entries) else "run", []).append(
+            entries[key]
+        )
     lines = [f"{(module.__doc__ or '').strip()}\n", f"keys of {args.config}, with type, value and meaning:"]
-    for section, entries in sections.items():
+    for section, texts in sections.items():
         about = f": {docs[section]}" if section in docs else ""
-        lines += ["", f"{section}{about}", *entries]
-    if args.help != "all":
-        lines.append(f"\n`--help all` lists all {sum(1 for _ in leaves(config))} keys; `train.py --help` the flags.")
+        lines += ["", f"{section}{about}", *texts]
+    if args.help != ["all"]:
+        lines.append(
+            f"\n`--help all` lists all {len(entries)} keys, `--help optimizer` those of a section or about a word; "
+            "`train.py --help` the flags."
+        )
     return "\n".join(lines)
+
+
+def keys_about(entries: Mapping[str, str], words: Sequence[str]) -> list[str]:
+    """Return the keys in a section of this name, or with this last name, or else with the word in their text.
+
+    Raises UserError for a word that is in none.
+    """
+    found: list[str] = []
+    for word in words:
+        name = word.lstrip("-").replace("-", "_").lower()
+        about = [key for key in entries if f".{name}." in f".{key}."] or [key for key in entries if name in key]
+        about = about or [key for key, text in entries.items() if word.lower() in text.lower()]
+        if not about:
+            near = near_keys("", name, [], list(entries))
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "`--help all` lists all keys"
+            raise UserError(f"no key is about '{word}': {hint}")
+        found += about
+    return found
 
 
 def plan_command(args: argparse.Namespace) -> int:
@@ -172,7 +227,7 @@ def plan_command(args: argparse.Namespace) -> int:
     # Only shapes are computed: the accelerators of this machine, and libtpu's messages where there are none, are not
     # needed.
     jax.config.update("jax_platforms", "cpu")
-    if args.help:
+    if args.help is not None:
         print(key_help(args, *read_config(args)))
         return 0
     if args.topology is None:

@@ -5,19 +5,23 @@ any subclass of it; the subclass is chosen by its class name, on the command lin
 registry: Python's own list of subclasses is used, so a class from a notebook cell is passed and chosen like any other.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import importlib.util
 import inspect
 import json
-import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from llama_jax.values import Mismatch, item_type, near_keys, near_names, parse, type_name, value_hint
+
+Json = dict[str, Any]  # an object of a JSON file
 
 
 class UserError(ValueError):
@@ -35,6 +39,40 @@ def _class_of(value: object) -> type:
 
 class Component:
     """Base of the base classes of pieces (`Mixer`, `FeedForward`, `Norm`...): fields so annotated take any subclass."""
+
+    @classmethod
+    def follow(cls, known: "Known") -> dict[str, Any]:
+        """Return values for fields without a default that follow from the config around, for a choice by name alone.
+
+        What is given and what the replaced piece has by the same name goes before them; a field that is not among them
+        takes the value of a field around it that has the same name.
+        """
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """The config around a component that is chosen by its name alone.
+
+    values: fields by name: of the replaced piece, of the components that hold it, and of their other pieces.
+    old: the replaced piece, or None.
+    owner: class of the config that holds it.
+    field: name of its field there.
+    """
+
+    values: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    old: Any = None
+    owner: type[Any] = object
+    field: str = ""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return the value of the field `name` around, or `default` where there is none or it is None."""
+        value = self.values.get(name)
+        return default if value is None else value
+
+    def make(self, cls: type) -> Any:
+        """Return a component of this class, of values that follow."""
+        return cls(**_following(cls, {}, self))
 
 
 def choices(base: type, components: Sequence[type] = ()) -> dict[str, type]:
@@ -58,10 +96,14 @@ def choices(base: type, components: Sequence[type] = ()) -> dict[str, type]:
 def component_choices(annotation: Any, components: Sequence[type] = ()) -> dict[str, type]:
     """Return the classes that a field with this annotation may hold, by name; none where it holds no component."""
     found: dict[str, type] = {}
-    for option in typing.get_args(annotation) or (annotation,):
-        if isinstance(option, type) and issubclass(option, Component):
-            found |= choices(option, components)
+    for base in _bases(annotation):
+        found |= choices(base, components)
     return found
+
+
+def _bases(annotation: Any) -> list[type]:
+    options = typing.get_args(annotation) or (annotation,)
+    return [option for option in options if isinstance(option, type) and issubclass(option, Component)]
 
 
 @functools.cache
@@ -71,136 +113,77 @@ def field_types(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def type_name(annotation: Any) -> str:
-    """Return a type as `--help` and error messages write it: `int`, `str or none`, `list of str`, `Mixer`."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation is type(None):
-        return "none"
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(type_name(a) for a in arguments)
-    if origin is typing.Literal:
-        return "|".join(str(a) for a in arguments)
-    if origin is tuple:
-        return f"list of {type_name(_item_type(arguments))}"
-    return getattr(annotation, "__name__", str(annotation))
-
-
-def _item_type(arguments: tuple[Any, ...]) -> Any:
-    """Return the type of a tuple's items: X of tuple[X, ...], else Any."""
-    return arguments[0] if len(arguments) == 2 and arguments[1] is ... else Any
-
-
-class _Mismatch(Exception):
-    """A value is not of the type of its field."""
-
-
-def _none(value: object) -> None:
-    if value is not None and value not in ("none", "None", "null"):
-        raise _Mismatch
-
-
-def _bool(value: object) -> bool:
-    text = str(value).lower()
-    if not isinstance(value, bool | str) or text not in ("true", "false"):
-        raise _Mismatch
-    return text == "true"
-
-
-def _int(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise _Mismatch
-    return int(value.replace("_", "")) if isinstance(value, str) else value
-
-
-def _float(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | str) or not math.isfinite(float(value)):
-        raise _Mismatch
-    return float(value)
-
-
-def _str(value: object) -> str:
-    if not isinstance(value, str | Path):
-        raise _Mismatch
-    return str(value)
-
-
-# Readers of a Python value, or of the text of a command line, by type.
-_SCALARS: dict[Any, Callable[[object], Any]] = {
-    type(None): _none,
-    bool: _bool,
-    int: _int,
-    float: _float,
-    str: _str,
-    Any: lambda value: value,
-}
-
-
-def _parse(annotation: Any, value: Any) -> Any:
-    """Return `value`, a Python value or the text of a command line, as `annotation`. Raises _Mismatch."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation in _SCALARS:
-        try:
-            return _SCALARS[annotation](value)
-        except ValueError:  # of int and float
-            raise _Mismatch from None
-    if origin in (typing.Union, types.UnionType):
-        for option in sorted(arguments, key=lambda a: (a is not type(None), a is str)):  # `none` is None, str the last
-            try:
-                return _parse(option, value)
-            except _Mismatch:
-                continue
-    elif origin is typing.Literal:
-        for option in arguments:
-            if (value == option and type(value) is type(option)) or value == str(option):
-                return option
-    elif origin is tuple:
-        if isinstance(value, str):
-            value = [part.strip() for part in value.split(",")] if value else []
-        if isinstance(value, list | tuple):
-            return tuple(_parse(_item_type(arguments), part) for part in typing.cast("Sequence[Any]", value))
-    elif isinstance(annotation, type) and isinstance(value, annotation):
-        return value
-    raise _Mismatch
-
-
 def override[C](config: C, changes: Mapping[str, Any], components: Sequence[type] = ()) -> C:
     """Return a copy of `config` with dotted keys changed: `override(config, {"model.attention.num_kv_heads": 2})`.
 
     Values are Python values or the text of a command line; both are checked against the field's type. A component is
-    switched by its class name (`"model.attention": "Latent"`); the fields it shares with the old one are kept. All
-    changes are applied before anything is validated, so their order does not matter. Raises UserError for an unknown
-    key, a value of the wrong type and an impossible combination.
+    switched by its class name (`"model.attention": "LatentAttention"`); the fields it shares with the old one are kept,
+    others follow from the config around (`Component.follow`). All changes are applied before anything is validated, so
+    their order does not matter. Raises UserError for an unknown key, a value of the wrong type and an impossible
+    combination.
     """
     normal = {key.replace("-", "_"): value for key, value in changes.items()}
-    return _changed(_class_of(config), config, normal, "", components)
+    return _changed(_class_of(config), config, normal, "", _Given(components, config), Known())
 
 
-def _changed(cls: type, old: Any, changes: Mapping[str, Any], prefix: str, components: Sequence[type]) -> Any:
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """Classes from outside the package that may be chosen, and the whole config that is changed."""
+
+    components: Sequence[type] = ()
+    config: Any = None
+
+
+def _changed(cls: type[Any], old: Any, changes: Mapping[str, Any], prefix: str, given: _Given, known: Known) -> Any:
     """Return a `cls` that keeps the fields it shares with `old`, with `changes` below `prefix` applied."""
-    kept = {
-        name: getattr(old, name)
-        for name, hint in field_types(cls).items()
-        if hasattr(old, name) and field_types(_class_of(old)).get(name) == hint
-    }
+    hints, olds = field_types(cls), field_types(_class_of(old)) if _is_config(old) else {}
+    values = {name: getattr(old, name) for name, hint in hints.items() if olds.get(name) == hint}
     nested: dict[str, dict[str, Any]] = {}  # by field; the change of the field itself has the key ""
     for key, value in changes.items():
         name, _, rest = key.partition(".")
+        if name not in hints:
+            raise _unknown(prefix, key, cls, given)
         nested.setdefault(name, {})[rest] = value
-    if missing := [n for n in field_types(cls) if n not in {*kept, *nested, *_with_default(cls)}]:
-        raise UserError(
-            f"{prefix.rstrip('.')}={cls.__name__} also needs {', '.join(prefix + n for n in missing)}: give them too"
-        )
-    changed = {name: _field(cls, name, kept.get(name), change, prefix, components) for name, change in nested.items()}
-    return _build(cls, kept | changed, prefix)
+    # Pieces come last: what they take from the fields around them has been changed by then.
+    for name in sorted(nested, key=lambda name: bool(_bases(hints[name]))):
+        around = known.values | (_by_name(values) if issubclass(cls, Component) else {})
+        near = Known(around, values.get(name), cls, name)
+        values[name] = _field(hints[name], prefix + name, nested[name], given, near)
+    values = _following(cls, values, known)
+    if missing := [prefix + n for n in hints if n not in {*values, *_with_default(cls)}]:
+        them = "it" if len(missing) == 1 else "them"
+        raise UserError(f"{prefix.rstrip('.')}={cls.__name__} also needs {', '.join(missing)}: give {them} too")
+    return _build(cls, values, prefix)
 
 
-def _field(cls: type, name: str, old: Any, change: dict[str, Any], prefix: str, components: Sequence[type]) -> Any:
+def _by_name(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return these fields and those of the configs among them, by name; outer ones and first ones win."""
+    inner: dict[str, Any] = {}
+    for value in values.values():
+        if _is_config(value):
+            inner = _by_name({name: getattr(value, name) for name in field_types(_class_of(value))}) | inner
+    return inner | dict(values)
+
+
+def _following(cls: type, values: dict[str, Any], known: Known) -> dict[str, Any]:
+    """Return `values`, with what follows from the config around for required fields of `cls` that they lack."""
+    lacking = [n for n in field_types(cls) if n not in values and n not in _with_default(cls)]
+    if not lacking or not issubclass(cls, Component):
+        return values
+    old = {} if known.old is None else _by_name({"": known.old})
+    known = dataclasses.replace(known, values=known.values | old | values)
+    found = cls.follow(known)
+    for name in lacking:
+        if name not in found and known.get(name) is not None:
+            with contextlib.suppress(Mismatch):  # another field of this name
+                found[name] = parse(field_types(cls)[name], known.get(name))
+    return {name: found[name] for name in lacking if name in found} | values
+
+
+def _field(annotation: Any, key: str, change: dict[str, Any], given: _Given, known: Known) -> Any:
     """Return the new value of a field: another value, another component, or the old one with changes inside it."""
-    key = prefix + name
-    if name not in field_types(cls):
-        raise _unknown(key, cls, components)
-    annotation, new = field_types(cls)[name], old
-    options = component_choices(annotation, components)
+    new = known.old
+    options = component_choices(annotation, given.components)
     inner = {rest: value for rest, value in change.items() if rest}
     if "" in change:
         value = change[""]
@@ -208,20 +191,30 @@ def _field(cls: type, name: str, old: Any, change: dict[str, Any], prefix: str, 
             # inverse_sqrt is InverseSqrt: the names that schedules had before they were classes.
             chosen = options.get(value) or options.get("".join(part.capitalize() for part in value.split("_")))
             if chosen is not None:
-                return _changed(chosen, old, inner, key + ".", components)
+                return _changed(chosen, known.old, inner, key + ".", given, known)
         try:
-            new = _parse(annotation, value)
-        except _Mismatch:
-            wanted = type_name(annotation) + (f" (one of {', '.join(options)})" if options else "")
-            if any(map(_is_config, typing.get_args(annotation))) and not options:
-                wanted += ": give it in a config file"
-            raise UserError(f"{key}={value!r} is not of type {wanted}") from None
+            new = parse(annotation, value)
+        except Mismatch:
+            raise _mismatch(key, value, annotation, options) from None
     if inner and not _is_config(new):
         hint = f": choose one first with --{key} ({', '.join(options)})" if options else ""
         raise UserError(
             f"unknown key '{key}.{next(iter(inner))}': {key} is {new!r} and has no '{next(iter(inner))}'{hint}"
         )
-    return _changed(_class_of(new), new, inner, key + ".", components) if inner else new
+    return _changed(_class_of(new), new, inner, key + ".", given, known) if inner else new
+
+
+def _mismatch(key: str, value: Any, annotation: Any, options: Mapping[str, type]) -> UserError:
+    """Return the error for a value of another type than its field's, with the nearest value that it takes."""
+    wanted, hint = type_name(annotation) + (f" (one of {', '.join(options)})" if options else ""), ""
+    if isinstance(value, str):
+        near = near_names(value, list(options))
+        hint = f": did you mean {' or '.join(map(repr, near))}?" if near else value_hint(annotation, value)
+    if _is_config(annotation) and isinstance(value, str) and not options:
+        hint = f": change its keys, such as {key}.{next(iter(field_types(annotation)))}"
+    elif any(map(_is_config, typing.get_args(annotation))) and not options:
+        hint = ": give it in a config file"
+    return UserError(f"{key}={value!r} is not of type {wanted}{hint}")
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
@@ -236,16 +229,17 @@ def _with_default(cls: type) -> set[str]:
     return {f.name for f in dataclasses.fields(cls) if not (f.default is missing and f.default_factory is missing)}
 
 
-def _unknown(key: str, cls: type, components: Sequence[type]) -> UserError:
-    prefix, _, name = key.rpartition(".")
-    dotted = f"{prefix}." if prefix else ""
-    near = difflib.get_close_matches(name, field_types(cls), n=1, cutoff=0.5)
-    hint = f"Did you mean '{dotted}{near[0]}'?" if near else f"It has {', '.join(field_types(cls))}."
+def _unknown(prefix: str, key: str, cls: type, given: _Given) -> UserError:
+    """Return the error for a key of which `prefix` is right and the next name is no field of `cls`."""
+    name = key.partition(".")[0]
+    keys = [] if given.config is None else [key for key, *_ in leaves(given.config)]
+    near = near_keys(prefix, key, list(field_types(cls)), keys)
+    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"It has {', '.join(field_types(cls))}."
     bases = [base for base in cls.__mro__ if issubclass(base, Component) and base not in (cls, Component)]
-    owners = [n for base in bases for n, c in choices(base, components).items() if name in field_types(c)]
+    owners = [n for base in bases for n, c in choices(base, given.components).items() if name in field_types(c)]
     if owners:
-        hint += f" ({owners[0]} has it: choose it with --{prefix} {owners[0]})"
-    return UserError(f"unknown key '{key}': {cls.__name__} has no '{name}'. {hint}")
+        hint += f" ({owners[0]} has it: choose it with --{prefix.rstrip('.')} {owners[0]})"
+    return UserError(f"unknown key '{prefix}{key}': {cls.__name__} has no '{name}'. {hint}")
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -314,7 +308,7 @@ def _from_json(annotation: Any, data: Any, components: Sequence[type], key: str)
         cls = known[name]
         values = {name: value for name, value in given.items() if name != "type"}
         for unknown in values.keys() - field_types(cls).keys():
-            raise _unknown(key + unknown, cls, components)
+            raise _unknown(key, unknown, cls, _Given(components))
         # Fields that a newer version has added have their defaults, which mean what was done before.
         for missing in field_types(cls).keys() - values.keys() - _with_default(cls):
             raise UserError(f"{where} ({name}) lacks the key '{missing}'")
@@ -322,10 +316,10 @@ def _from_json(annotation: Any, data: Any, components: Sequence[type], key: str)
         return _build(cls, parsed, key)
     if origin is tuple and isinstance(data, list):
         items = typing.cast("list[Any]", data)
-        return tuple(_from_json(_item_type(arguments), part, components, key) for part in items)
+        return tuple(_from_json(item_type(arguments), part, components, key) for part in items)
     try:
-        return _parse(annotation, data)
-    except _Mismatch:
+        return parse(annotation, data)
+    except Mismatch:
         raise UserError(f"{where}={data!r} is not of type {type_name(annotation)}") from None
 
 

@@ -20,8 +20,8 @@ PACKAGE = ROOT / "llama_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # A package (or module) imports only from those before it. A new one takes its place here.
 ORDER = (
-    "config", "files", "chips", "remote", "parallel", "tokenizers", "data", "nn", "models", "zoo", "training",
-    "checkpoint", "sampling", "evaluation", "run_config", "planning", "run", "ablation", "text_commands",
+    "installation", "values", "config", "files", "chips", "remote", "parallel", "tokenizers", "data", "nn", "models",
+    "zoo", "training", "checkpoint", "sampling", "run_config", "planning", "run", "text_commands",
     "commands", "__main__",
 )  # fmt: skip
 MAX_LINES = 400

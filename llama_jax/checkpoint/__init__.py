@@ -24,6 +24,7 @@ from llama_jax.checkpoint.loading import (
     MeshLike as MeshLike,
     config_of as config_of,
     load as load,
+    locate as locate,
 )
 from llama_jax.checkpoint.saving import convert as convert, save as save
 from llama_jax.checkpoint.store import (

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from llama_jax.checkpoint.formats import Slices, Tensor, Tensors, write_safetens
 from llama_jax.checkpoint.generation import GenerationSettings, completed, special_tokens, write_generation
 from llama_jax.checkpoint.importing import WeightSource, open_source, tensor_name, weights_of_tensor
 from llama_jax.checkpoint.verifying import check_conversion, params_logits, source_logits, write_report
-from llama_jax.config import UserError
+from llama_jax.config import Json, UserError
 from llama_jax.data import ChatTemplate, turn_ends
 from llama_jax.files import replacing, write_files
 from llama_jax.models import ModelConfig, layers_with
@@ -59,7 +58,7 @@ def export_hf(
     generation: GenerationSettings | None = None,
     chat_template: ChatTemplate | None = None,
     dtype: np.dtype | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Write config.json, generation_config.json, safetensors (with an index above 5 GB), tokenizer with chat template
     and conversion report; return the report.
 
@@ -96,7 +95,7 @@ def export_hf(
     return report
 
 
-def _family_of(config: ModelConfig, preferred: str) -> tuple[Family, dict[str, Any]]:
+def _family_of(config: ModelConfig, preferred: str) -> tuple[Family, Json]:
     """Return a family that can express `config`, the preferred one before others, and its config.json."""
     refusals = []
     for model_type in sorted(zoo.families(), key=lambda name: name != preferred):

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_jax.config import UserError, read_json
+from llama_jax.config import Json, UserError, read_json
 from llama_jax.models import ModelConfig
 from llama_jax.tokenizers import Tokenizer
 
@@ -71,7 +71,7 @@ class GenerationSettings:
     others: str = "{}"
     unknown: tuple[str, ...] = ()
 
-    def to_hf(self) -> dict[str, Any]:
+    def to_hf(self) -> Json:
         """Return the content of a `generation_config.json` with these settings."""
         data = json.loads(self.others)
         for field, key in _LISTS.items():
@@ -106,7 +106,7 @@ def read_generation(
         config.setdefault("forced_bos_token_id", config.get("bos_token_id", 0))
     read = NAMED_KEYS if own else (*READ_KEYS, *UNFOLLOWED_KEYS, *_SEARCH)
     data = {key: config[key] for key in read if key in config} | own
-    found: dict[str, Any] = {}
+    found: Json = {}
     for field, key in _LISTS.items():
         found[field] = _ids(file, key, data.pop(key, []))
     for field, key in _IDS.items():
@@ -142,7 +142,7 @@ def write_generation(directory: Path, settings: GenerationSettings) -> None:
         (directory / GENERATION_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-def _entries(file: Path, ignore_keys: Collection[str]) -> dict[str, Any]:
+def _entries(file: Path, ignore_keys: Collection[str]) -> Json:
     """Return the entries of a JSON file that are not null, none where it does not exist."""
     if not file.is_file():
         return {}
@@ -173,7 +173,7 @@ def completed(settings: GenerationSettings, config: ModelConfig, tokenizer: Toke
     These are the start of an encoder-decoder's answers, tokens that its model never writes, the tokenizer's BOS and
     padding, and without `eos_ids` the `default_stops`.
     """
-    found: dict[str, Any] = {}
+    found: Json = {}
     if config.has_source:
         if settings.decoder_start_id is None:
             found["decoder_start_id"] = config.decoder_start_id
@@ -196,6 +196,6 @@ def default_stops(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(stops)
 
 
-def special_tokens(settings: GenerationSettings) -> dict[str, Any]:
+def special_tokens(settings: GenerationSettings) -> Json:
     """Return the settings that are in an exported `config.json` too: ids of BOS, EOS, padding and an answer's start."""
     return {key: value for key, value in settings.to_hf().items() if key in NAMED_KEYS}

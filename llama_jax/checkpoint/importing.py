@@ -29,7 +29,7 @@ from llama_jax.checkpoint.formats import (
     with_scales,
 )
 from llama_jax.checkpoint.generation import generation_keys
-from llama_jax.config import UserError, read_json
+from llama_jax.config import Json, UserError, read_json
 from llama_jax.models import ModelConfig, is_stacked, layers_with
 from llama_jax.tokenizers import FILE_NAMES
 from llama_jax.zoo import TensorNames, WeightMapping, without_keys
@@ -97,7 +97,7 @@ def open_source(path: str | Path, ignore_config_keys: Collection[str] = ()) -> W
 def _open_meta(
     path: Path,
     form: Form,
-    params: Mapping[str, Any],
+    params: Json,
     tensors: Tensors,
     ignore_config_keys: Collection[str],
     tokenizer: Path | None = None,

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +28,11 @@ CONFIG_FILE = "config.json"
 TOKENIZER_DIRECTORY = "tokenizer"
 CHECKPOINTS_DIRECTORY = "checkpoints"
 ORIGIN_FILE = "origin.json"  # of a saved model: the family and the chat template of `LanguageModel`
+
+# A path in a run, with the run's directory and the step of a checkpoint.
+_INSIDE = re.compile(
+    r"(?:(.*)/)?(?:checkpoints(?:/(\d+)(?:/.*)?)?|(?:config|data|run)\.json|metrics\.jsonl|samples\.txt)/*", re.DOTALL
+)
 
 MeshLike = Mesh | Mapping[str, int] | None
 
@@ -75,6 +82,7 @@ def load(
 ) -> LanguageModel:
     """Return the language model at `path`: a run, a saved native one, a Hugging Face or Meta directory, a `.bin`.
 
+    A path in a directory means the directory: `RUN/config.json`, or `RUN/checkpoints/350`, the run at step 350.
     `path` and `tokenizer` may be URLs (`s3://`, `gs://`, `hf://`), of which a copy is kept in the cache directory.
 
     `mesh`, as `{"fsdp": 2, "tensor": 4}` or a jax Mesh, is where the weights stream to; `dtype` ("float32" or
@@ -83,6 +91,8 @@ def load(
     run (default: the latest); `ignore_config_keys` are keys of a released config to take as if they were not there.
     Raises UserError for anything missing, damaged or unsupported.
     """
+    path, inside = locate(path)
+    step = inside if step is None else step
     path = local_model(path, step)
     if dtype is not None:
         dtype_named(dtype)
@@ -147,12 +157,23 @@ def _origin(path: Path, components: Sequence[type]) -> tuple[str | None, ChatTem
 
 def config_of(path: str | Path, components: Sequence[type] = ()) -> ModelConfig:
     """Return the config of the model at `path`, without reading weights. Raises UserError as `load` does."""
-    path = local_model(path)
+    path = local_model(locate(path)[0])
     if not (path / CHECKPOINTS_DIRECTORY).is_dir():
         return open_source(path).config
     data = read_json(path / CONFIG_FILE)
     # A run's config has the model as a section; a saved model is just that.
     return from_json(ModelConfig, data.get("model", data), components)
+
+
+def locate(path: str | Path) -> tuple[str | Path, int | None]:
+    """Return (directory of the run or model that `path` is or is in, step of the checkpoint that it is in or None)."""
+    text = os.fspath(path) if is_remote(path) else os.path.abspath(path)
+    if (match := _INSIDE.fullmatch(text)) is None:
+        return path, None
+    root = match[1] or "/"
+    if not is_remote(path) and (Path(path, CONFIG_FILE).is_file() or not Path(root, CONFIG_FILE).is_file()):
+        return path, None
+    return root, None if match[2] is None else int(match[2])
 
 
 def local_model(path: str | Path, step: int | None = None) -> Path:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +19,19 @@ from llama_jax.checkpoint.loading import (
     dtype_named,
     load_native,
     local_model,
+    locate,
     read_contents,
 )
 from llama_jax.checkpoint.store import CheckpointConfig, CheckpointStore
 from llama_jax.checkpoint.verifying import check_conversion, params_logits, write_report
-from llama_jax.config import UserError, to_json
+from llama_jax.config import Json, UserError, to_json
 from llama_jax.models import ModelConfig
 from llama_jax.remote import check_destination
 from llama_jax.tokenizers import Tokenizer
 from llama_jax.training import TrainState
 
 
-def save(lm: LanguageModel, directory: str | Path, *, format: Literal["hf", "native"] = "native") -> dict[str, Any]:
+def save(lm: LanguageModel, directory: str | Path, *, format: Literal["hf", "native"] = "native") -> Json:
     """Write config, weights, tokenizer and generation settings; return the conversion report of an export.
 
     The report is that of the comparison of logits; a native copy converts nothing and returns {}. Raises UserError
@@ -64,7 +65,7 @@ def convert(
     components: Sequence[type] = (),
     dtype: str | None = None,
     ignore_config_keys: Collection[str] = (),
-) -> dict[str, Any]:
+) -> Json:
     """Convert weights between forms, compare the logits of both, and return the conversion report.
 
     The weights keep their types, or get `dtype` ("float32" or "bfloat16"); tokenizer, chat template and generation
@@ -72,10 +73,11 @@ def convert(
     the files are read again. Nothing is kept where they disagree.
     """
     check_destination(destination)
-    path, kept = local_model(source), None if dtype is None else dtype_named(dtype)
+    root, step = locate(source)
+    path, kept = local_model(root, step), None if dtype is None else dtype_named(dtype)
     if to == "native" and (path / CHECKPOINTS_DIRECTORY).is_dir():
         raise UserError(f"'{path}' is a run or a native copy already: give other weights, or convert it to hf")
-    found = read_contents(path, kept, components=components, ignore_config_keys=ignore_config_keys)
+    found = read_contents(path, kept, components=components, step=step, ignore_config_keys=ignore_config_keys)
     if to == "hf":
         return export_hf(
             found.config,
@@ -106,7 +108,7 @@ def _write_native(
     params: Mapping[str, jax.Array],
     tokenizer: Tokenizer | None,
     generation: GenerationSettings,
-    origin: Mapping[str, Any],
+    origin: Json,
 ) -> None:
     """Write a native copy, which has the layout of a run directory."""
     if origin := {key: value for key, value in origin.items() if value is not None}:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
@@ -42,20 +43,33 @@ _UNREADABLE = (OSError, ValueError, KeyError, TypeError)  # by Orbax for a damag
 class CheckpointConfig:
     """Times of checkpoints, and how many are kept.
 
-    every_steps: steps between checkpoints; the last step is always saved.
+    every_steps: steps between checkpoints; None: none by steps. The last step is always saved.
+    every_minutes: save, too, when so many minutes have passed since the last checkpoint; None: none by time. Of several
+      processes process 0 decides, at steps that are logged.
     keep_last: how many of the latest stay.
     keep_best: how many of those with the lowest validation loss stay as well; where validations and checkpoints meet, a
       validation between them that finds one of the best is saved, too.
+    keep_every_steps: steps between checkpoints that are saved and never removed; None: none of them.
     """
 
-    every_steps: int = 1000
+    every_steps: int | None = 1000
+    every_minutes: float | None = None
     keep_last: int = 2
     keep_best: int = 1
+    keep_every_steps: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("every_steps", 1), ("keep_last", 1), ("keep_best", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
+        for name, least in (("every_steps", 1), ("keep_last", 1), ("keep_best", 0), ("keep_every_steps", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name}={value} must be at least {least}")
+        if self.every_minutes is not None and not self.every_minutes > 0:
+            raise UserError(f"every_minutes={self.every_minutes} must be above 0, or none")
+
+    @property
+    def intervals(self) -> list[int]:
+        """Numbers of steps at whose multiples a checkpoint is saved."""
+        return [every for every in (self.every_steps, self.keep_every_steps) if every is not None]
 
 
 class SaveFailed(RuntimeError):
@@ -86,6 +100,7 @@ class CheckpointStore:
                     n=config.keep_best,
                     keep_checkpoints_without_metrics=False,
                 ),
+                *([policies.EveryNSteps(config.keep_every_steps)] if config.keep_every_steps else []),
             ]
         )
         self._orbax = ocp.training.Checkpointer(
@@ -175,7 +190,7 @@ class CheckpointStore:
         loaded = self._load(step, {_param_key(name): value for name, value in abstract.items()}, whole=False)
         return {name: loaded[_param_key(name)] for name in abstract}
 
-    def dtypes(self, step: int) -> dict[str, Any]:
+    def dtypes(self, step: int) -> dict[str, np.dtype]:
         """Return the stored dtypes of the parameters of `step`, by name."""
         return {name.removeprefix(_param_key("")): value.dtype for name, value in self._saved(step).items()}
 
@@ -254,7 +269,7 @@ def to_disk(state: TrainState) -> dict[str, Any]:
     )
 
 
-def from_disk(flat: Mapping[str, Any], like: TrainState) -> TrainState:
+def from_disk(flat: dict[str, Any], like: TrainState) -> TrainState:
     """Return the train state of a flat dict, in the structure of `like`: the inverse of `to_disk`."""
     opt_keys = [key for key in to_disk(like) if key.startswith("optimizer.")]
     return TrainState(

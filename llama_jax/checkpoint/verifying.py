@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from llama_jax.checkpoint.formats import Tensors, rounded
 from llama_jax.checkpoint.importing import WeightSource, load_params
+from llama_jax.config import Json
 from llama_jax.models import Compute, DecoderConfig, Model, ModelConfig, abstract_params, assemble
 from llama_jax.nn import GroupedQuery, RMSNorm, SwiGLU
 
@@ -64,7 +65,7 @@ def source_logits(
     return params_logits(source.config, params)(inputs), "llama_jax"
 
 
-def check_conversion(source: WeightSource, logits: Logits, *, dtype: np.dtype | None = None) -> dict[str, Any]:
+def check_conversion(source: WeightSource, logits: Logits, *, dtype: np.dtype | None = None) -> Json:
     """Compare the logits of `source` (see `source_logits`) with those of the converted weights; return the report.
 
     `dtype` is the type that all weights were converted to, None where they have kept theirs. Raises ConversionError on
@@ -94,7 +95,7 @@ def check_conversion(source: WeightSource, logits: Logits, *, dtype: np.dtype | 
     }
 
 
-def write_report(directory: Path, report: Mapping[str, Any]) -> None:
+def write_report(directory: Path, report: Json) -> None:
     """Write a conversion report next to the weights it is about."""
     (directory / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

@@ -1,4 +1,8 @@
-from .batches import Batches as Batches, ValidationBatches as ValidationBatches
+from .batches import (
+    Batches as Batches,
+    ValidationBatches as ValidationBatches,
+    batches_passed as batches_passed,
+)
 from .chat import ChatTemplate as ChatTemplate, chat_prompt as chat_prompt, turn_ends as turn_ends
 from .config import DataConfig as DataConfig, Source as Source, Stage as Stage
 from .corpus.corpus import Corpus as Corpus, Shard as Shard, TokenStream as TokenStream

@@ -1,6 +1,8 @@
 """Batches of rows: in a random order that is a function of (seed, step) alone, or all of them once."""
 
 import functools
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -17,9 +19,10 @@ class Batches:
     """Training batches of one or several sources, without end.
 
     The sequence at place p = batch * global_batch_size + row of the global order comes from the source that the mixture
-    has there. The n-th of a source with m rows is number n % m of its epoch n // m, and every epoch a permutation of
-    its rows. Step n takes batch n; where batches in `skip` are left out, the n-th of the others. With `rows`, only
-    these of each global batch are read, in their order: those that a process's devices need.
+    has there; `earlier` sizes of batches are those of `first_place`. The n-th of a source with m rows is number n % m
+    of its epoch n // m, and every epoch a permutation of its rows. Step n takes batch n; where batches in `skip` are
+    left out, the n-th of the others. With `rows`, only these of each global batch are read, in their order: those that
+    a process's devices need.
     Raises ValueError for a source without rows.
     """
 
@@ -33,25 +36,28 @@ class Batches:
         rows: Sequence[int] | None = None,
         num_prefetch: int = 4,
         skip: Sequence[int] = (),
+        earlier: Sequence[tuple[int, int]] = (),
     ):
         if any(source.num_rows < 1 for source in sources):
             raise ValueError("a source has no rows")
         self._sources, self._seed = list(sources), seed
         self._mixture = mixture or Mixture(((0, Schedule([1] * len(sources))),))
-        self._rows = range(global_batch_size) if rows is None else rows
-        self._global_batch_size, self._num_prefetch = global_batch_size, num_prefetch
+        self._rows, self._num_prefetch = rows, num_prefetch
         self._skip = sorted(set(skip))
+        self._place_of = functools.partial(first_place, global_batch_size, earlier)
 
     def places(self, step: int) -> list[tuple[int, int, int]]:
         """Return (source, epoch, row) of the batch's rows at `step`."""
-        first = self.number(step) * self._global_batch_size
-        return [self._place(first + row) for row in self._rows]
+        first, end = self._span(self.number(step))
+        return [self._place(first + row) for row in (range(end - first) if self._rows is None else self._rows)]
 
     def number(self, step: int) -> int:
         """Return the number of the batch that `step` takes: `step` itself where none is skipped."""
-        for skipped in self._skip:
-            step += skipped <= step
-        return step
+        return batches_passed(step + 1, self._skip) - 1
+
+    def _span(self, number: int) -> tuple[int, int]:
+        """Return the first place of a batch, and of the next."""
+        return self._place_of(number), self._place_of(number + 1)
 
     def batch(self, step: int) -> HostBatch:
         """Return the rows of the global batch of `step`."""
@@ -72,10 +78,11 @@ class Batches:
 
     def num_sequences(self, step: int) -> list[int]:
         """Return the number of sequences that each source has given in the steps before `step`."""
-        size, last = self._global_batch_size, self.number(step - 1) if step else -1
-        counts = np.array(self._mixture.counts((last + 1) * size))
-        for skipped in self._skip[: last + 1 - step]:  # those before the last step's batch
-            counts -= np.subtract(self._mixture.counts((skipped + 1) * size), self._mixture.counts(skipped * size))
+        passed = batches_passed(step, self._skip)
+        counts = np.array(self._mixture.counts(self._place_of(passed)))
+        for skipped in self._skip[: passed - step]:  # those before the last step's batch
+            first, end = self._span(skipped)
+            counts -= np.subtract(self._mixture.counts(end), self._mixture.counts(first))
         return counts.tolist()
 
     def _place(self, place: int) -> tuple[int, int, int]:
@@ -86,6 +93,28 @@ class Batches:
         if num_rows <= SMALL:
             return source, epoch, int(_permutation(key, num_rows)[index])
         return source, epoch, index_shuffle(index, max_index=num_rows - 1, seed=_epoch_seed(key), rounds=4)
+
+
+def batches_passed(step: int, skip: Sequence[int]) -> int:
+    """Return the number of the batches up to that of the last update before `step`, those in `skip` included."""
+    if step < 1:
+        return 0
+    number = step - 1
+    for skipped in sorted(set(skip)):
+        number += skipped <= number
+    return number + 1
+
+
+def first_place(global_batch_size: int, earlier: Sequence[tuple[int, int]], number: int) -> int:
+    """Return the place in the global order of the first row of batch `number`.
+
+    `earlier` has pairs (end, rows), ends ascending: batches before `end` have so many rows, those from the last end on
+    `global_batch_size`. No row is repeated or left out where the size changes.
+    """
+    ends = [0, *(end for end, _ in earlier), math.inf]
+    sizes = [*(rows for _, rows in earlier), global_batch_size]
+    spans = zip(itertools.pairwise(ends), sizes, strict=True)
+    return sum(int(min(number, end) - start) * rows for (start, end), rows in spans if start < number)
 
 
 class ValidationBatches:

@@ -1,5 +1,6 @@
 """The corpora of a run as rows: prepared, packed, mixed."""
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -7,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from llama_jax.config import UserError
-from llama_jax.data.batches import Batches
+from llama_jax.data.batches import Batches, first_place
 from llama_jax.data.config import DataConfig, Source, Split, Stage
 from llama_jax.data.corpus.corpus import Corpus, check_split
 from llama_jax.data.corpus.prepare import prepare_corpus
@@ -84,17 +85,16 @@ class Dataset:
             return None
         return sum(count for count in counts if count is not None)
 
-    def mixture(self, *, global_batch_size: int, num_steps: int) -> Mixture:
-        """Return the sources of a run's sequences.
+    def mixture(self, *, global_batch_size: int, num_steps: int, earlier: Sequence[tuple[int, int]] = ()) -> Mixture:
+        """Return the sources of a run's sequences; `earlier` as in `first_place`.
 
         Raises UserError where the sources' epochs are more than the run's sequences.
         """
-        total = num_steps * global_batch_size
+        place = functools.partial(first_place, global_batch_size, earlier)
         stages = (Stage(0, tuple(source.share or 0.0 for source in self.sources)), *self.config.stages)
         return Mixture(
             tuple(
-                (stage.start_step * global_batch_size, Schedule(self._sequence_shares(stage, total)))
-                for stage in stages
+                (place(stage.start_step), Schedule(self._sequence_shares(stage, place(num_steps)))) for stage in stages
             )
         )
 

@@ -1,5 +1,6 @@
 """Configs: the interface of all models, the fields that Transformers share, and how a model is computed."""
 
+import abc
 import collections
 import dataclasses
 from collections.abc import Iterable
@@ -220,7 +221,7 @@ def check_position_bias(
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerConfig(ModelConfig):
+class TransformerConfig(ModelConfig, abc.ABC):
     """The fields that decoders, encoders and encoder-decoders share; the defaults are Llama's.
 
     vocab_size: number of tokens, special ones included.
@@ -290,6 +291,9 @@ class TransformerConfig(ModelConfig):
         if biased and all(getattr(mixer, "rope", None) is None for mixer, _ in self.layer_pieces()):
             return NO_LIMIT
         return self.max_positions
+
+    @abc.abstractmethod
+    def build_model(self, parts: dict[str, nnx.Module], stacks: dict[str, Any], compute: Compute) -> nnx.Module: ...
 
     def stacks(self) -> dict[str, tuple[Pieces, ...]]:
         return {"layers": with_overrides((self.attention, self.feed_forward), self.num_layers, self.overrides)}

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llama_jax.models.config import Compute, Pieces, TransformerConfig
 from llama_jax.models.model import Batch, LossTerm, Transformer
 from llama_jax.models.stack import Aux, Block, Layers
-from llama_jax.nn import Mask, unzigzag, zigzag
+from llama_jax.nn import Mask, PyTree, unzigzag, zigzag
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Decoder(Transformer):
         hidden, _, aux = self.run_stack(batch["tokens"], batch["positions"], mask, key=key)
         return [self.main_term(hidden, batch)], aux
 
-    def init_cache(self, batch: int, length: int) -> list[Any]:
+    def init_cache(self, batch: int, length: int) -> list[PyTree]:
         """Return empty caches of all layers for `length` positions."""
         return [block.attention.init_cache(batch, length, self.compute.jax_dtype) for block in self.layers.leading]
 
@@ -79,10 +79,10 @@ class Decoder(Transformer):
         self,
         tokens: Int[Array, "b t"],
         *,
-        cache: list[Any],
+        cache: list[PyTree],
         lengths: Int[Array, " b"],
         is_token: Bool[Array, "b t"] | None = None,
-    ) -> tuple[Float[Array, "b t d"], list[Any]]:
+    ) -> tuple[Float[Array, "b t d"], list[PyTree]]:
         """Return hidden states of T more tokens in rows that hold `lengths` tokens, and the cache with them in it.
 
         Inputs where `is_token` is false are padding behind a row's end. Layers have to be unrolled: with the cache as a

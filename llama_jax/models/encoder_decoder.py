@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from llama_jax.config import UserError
+from llama_jax.config import Known, UserError
 from llama_jax.models.config import (
     Compute,
     LayerOverride,
@@ -23,10 +23,10 @@ from llama_jax.models.config import (
 )
 from llama_jax.models.model import Batch, LossTerm, Transformer
 from llama_jax.models.stack import Aux, Block, Layers
-from llama_jax.nn import CrossAttention, ForwardContext, Mask, PositionBias, check_at_least, check_rate, dropout
+from llama_jax.nn import CrossAttention, ForwardContext, Mask, PositionBias, PyTree, check_at_least, check_rate, dropout
 from llama_jax.parallel import mesh_axis_sizes, shard
 
-Cache = dict[str, Any]
+Cache = dict[str, PyTree]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,10 @@ class EncoderDecoderConfig(TransformerConfig):
     encoder_position_bias: PositionBias | None = None
     final_dropout: float = 0.0
     never_written: tuple[int, ...] = ()
+
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        return {"num_encoder_layers": known.get("num_layers"), "cross_attention": known.make(CrossAttention)}
 
     def __post_init__(self) -> None:
         super().__post_init__()

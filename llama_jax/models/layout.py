@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from llama_jax.models.config import Compute, ModelConfig, Pieces
 from llama_jax.models.stack import Layers
-from llama_jax.nn import Buffer, child, seed_key
+from llama_jax.nn import Buffer, PyTree, child, seed_key
 
 Params = dict[str, jax.Array]
 
@@ -38,13 +39,13 @@ class _Template:
         leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda x: isinstance(x, nnx.Variable))[0]
         self.buffers = {_dotted(path): x.get_metadata("update") for path, x in leaves if isinstance(x, Buffer)}
 
-    def merge(self, values: dict[str, Any]) -> Any:
+    def merge(self, values: dict[str, PyTree]) -> PyTree:
         """Return the module of these values by name."""
         state = jax.tree.unflatten(self.treedef, [values[name] for name in self.shapes])
         return nnx.merge(self.graphdef, state)
 
 
-def _flat(state: Any) -> dict[str, Any]:
+def _flat(state: PyTree) -> dict[str, PyTree]:
     """Return values of a state by dotted name, in the order of its leaves."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {_dotted(path): value for path, value in leaves}
@@ -163,7 +164,7 @@ def _init_stack(config: ModelConfig, stack: str, pieces: tuple[Pieces, ...], bas
     return params
 
 
-def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_params(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
     """Return shapes and, under a mesh, shardings of all parameters; nothing is allocated.
 
     Buffers are always float32.

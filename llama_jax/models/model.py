@@ -18,7 +18,7 @@ from llama_jax.models.config import Compute, ModelConfig, TransformerConfig
 from llama_jax.models.inputs import check_length, check_params, checked_inputs
 from llama_jax.models.layout import Params, assemble, flatten, init_params
 from llama_jax.models.stack import Aux, Layers
-from llama_jax.nn import ForwardContext, Mask, dropout, gather, matmul, seed_value, zigzag
+from llama_jax.nn import ForwardContext, Mask, PyTree, dropout, gather, matmul, seed_value, zigzag
 from llama_jax.parallel import axes_of, shard
 
 type Batch = dict[str, jax.Array]
@@ -41,8 +41,8 @@ class LossTerm:
     hidden: jax.Array
     targets: jax.Array
     weights: jax.Array
-    head: Callable[[jax.Array, Any], jax.Array]
-    head_weight: Any
+    head: Callable[[jax.Array, PyTree], jax.Array]
+    head_weight: PyTree
     coefficient: float = 1.0
 
 
@@ -107,7 +107,7 @@ class Transformer(nnx.Module):
         return self.context(mask, position_bias=self.bias(places[None], places, side=side), dropout_key=key)
 
     def cache_context(
-        self, length: int, cache: list[Any], lengths: Int[Array, " b"], is_token: Bool[Array, "b t"] | None
+        self, length: int, cache: list[PyTree], lengths: Int[Array, " b"], is_token: Bool[Array, "b t"] | None
     ) -> tuple[Int[Array, "b t"], ForwardContext]:
         """Return positions and context of `length` more inputs in rows whose caches hold `lengths` tokens."""
         places, bias = lengths[:, None] + jnp.arange(length), None
@@ -147,7 +147,7 @@ class Transformer(nnx.Module):
         norm = self.part(f"{side}norm")
         return x if norm is None else norm(x)
 
-    def head_weight(self) -> Any:
+    def head_weight(self) -> PyTree:
         """Return the argument of `head`, as it is stored: [V, D] where tied, else [D, V]; transposing would copy it."""
         lm_head = self.part("lm_head")
         weight = (self.embedding if lm_head is None else lm_head).weight[...].astype(self.compute.jax_dtype)
@@ -158,7 +158,7 @@ class Transformer(nnx.Module):
             bias = shard(bias, "vocab")  # a fixed one is stored whole, and has to be split as the logits are
         return {"weight": weight, "bias": bias}
 
-    def head(self, hidden: Float[Array, "b t d"], weight: Any) -> Float[Array, "b t v"]:
+    def head(self, hidden: Float[Array, "b t d"], weight: PyTree) -> Float[Array, "b t v"]:
         """Return float32 logits."""
         weight, bias = (weight["weight"], weight["bias"]) if isinstance(weight, dict) else (weight, None)
         # Gathered here, so that the loss, which calls this for chunks of positions, keeps only the stored part.
@@ -250,7 +250,9 @@ def _on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _run(function: Callable[..., Any], graphdef: Any, static: tuple[tuple[str, Any], ...], state: Any, *arguments: Any):
+def _run(
+    function: Callable[..., Any], graphdef: PyTree, static: tuple[tuple[str, Any], ...], state: PyTree, *arguments: Any
+):
     return function(nnx.merge(graphdef, state), *arguments, **dict(static))
 
 

@@ -13,7 +13,7 @@ from llama_jax.models.config import Compute, Pieces
 from llama_jax.models.decoder import Decoder, DecoderConfig
 from llama_jax.models.model import Batch, LossTerm
 from llama_jax.models.stack import Aux, Block, Layers, of_stack, rematerialized
-from llama_jax.nn import ForwardContext, Mask, Projection, check_at_least, child, unzigzag, zigzag
+from llama_jax.nn import ForwardContext, Mask, Projection, PyTree, check_at_least, child, unzigzag, zigzag
 from llama_jax.parallel import shard
 
 STACK = "mtp_layers"
@@ -127,7 +127,7 @@ class MTPDecoder(Decoder):
         embedded = self.embed(_shifted(batch["tokens"], depth), positions, ctx)
         graphdef, state = nnx.split(block)
 
-        def body(state: Any, hidden: jax.Array, embedded: jax.Array, ctx: ForwardContext) -> tuple[jax.Array, Aux]:
+        def body(state: PyTree, hidden: jax.Array, embedded: jax.Array, ctx: ForwardContext) -> tuple[jax.Array, Aux]:
             block = nnx.merge(graphdef, state)
             x, aux, _ = block(block.joined(hidden, embedded), positions=positions, ctx=ctx)
             return block.norm(x), aux

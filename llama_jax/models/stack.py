@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from llama_jax.models.config import Pieces, TransformerConfig
-from llama_jax.nn import CrossAttention, ForwardContext, child, dropout
+from llama_jax.nn import CrossAttention, ForwardContext, PyTree, child, dropout
 
 type Aux = dict[str, jax.Array]
 type NormLayer = Callable[[jax.Array], jax.Array]
@@ -75,9 +75,9 @@ class Block(nnx.Module):
         *,
         positions: Int[Array, "b t"],
         ctx: ForwardContext,
-        cache: Any = None,
+        cache: PyTree = None,
         source: Source | None = None,
-    ) -> tuple[Float[Array, "b t d"], Aux, Any]:
+    ) -> tuple[Float[Array, "b t d"], Aux, PyTree]:
         """Return the result, auxiliary arrays by name, and the cache with the inputs in it.
 
         `source` is what `CrossAttentionModule.keys` returned for a source, and the context of the attention to it.
@@ -204,9 +204,9 @@ class Layers(nnx.Module):
 
 
 def _apply_blocks(
-    graphdef: Any,
+    graphdef: PyTree,
     x: jax.Array,
-    state_and_number: tuple[Any, int | jax.Array | None],
+    state_and_number: tuple[PyTree, int | jax.Array | None],
     *,
     positions: jax.Array,
     ctx: ForwardContext,
@@ -235,5 +235,5 @@ def rematerialized[F: Callable[..., Any]](function: F, remat: str, *, prevent_cs
     return jax.checkpoint(function, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)  # type: ignore[return-value]
 
 
-def _num_repeats(state: Any) -> int:
+def _num_repeats(state: PyTree) -> int:
     return jax.tree.leaves(state)[0].shape[0]

@@ -33,6 +33,7 @@ from llama_jax.nn.base import (
     Mask as Mask,
     Mixer as Mixer,
     MixerModule as MixerModule,
+    PyTree as PyTree,
     check_at_least as check_at_least,
     check_rate as check_rate,
     dropout as dropout,

@@ -8,10 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from llama_jax.config import Component, UserError
+from llama_jax.config import Component, Known, UserError
 from llama_jax.parallel import spec
+
+PyTree = Any  # arrays, or what has them: dicts, tuples and registered classes, as `jax.tree` walks over them
 
 
 @functools.partial(
@@ -34,12 +37,12 @@ class Mask:
 
     causal: bool = True
     window: int | None = None
-    # Arrays or None; Any because JAX also rebuilds the tree with placeholders.
-    prefix: Any = None
-    segment_ids: Any = None
-    key_segment_ids: Any = None
-    query_places: Any = None
-    key_places: Any = None
+    # Arrays or None, or JAX's placeholders when it rebuilds the tree.
+    prefix: PyTree = None
+    segment_ids: PyTree = None
+    key_segment_ids: PyTree = None
+    query_places: PyTree = None
+    key_places: PyTree = None
 
     def allowed(
         self, first_query: int | Array, num_queries: int, first_key: int | Array, num_keys: int
@@ -88,10 +91,10 @@ class ForwardContext:
     """
 
     mask: Mask = Mask()
-    # Arrays or None; Any because JAX also rebuilds the tree with placeholders.
-    is_token: Any = None
-    position_bias: Any = None
-    dropout_key: Any = None
+    # Arrays or None, or JAX's placeholders when it rebuilds the tree.
+    is_token: PyTree = None
+    position_bias: PyTree = None
+    dropout_key: PyTree = None
     kernel: str = "auto"
     context_strategy: str = "ring"
 
@@ -147,18 +150,25 @@ def check_rate(name: str, rate: float) -> None:
         raise UserError(f"{name}={rate} must be at least 0 and below 1")
 
 
-def check_at_least(config: Any, least: int, *names: str) -> None:
+def check_at_least(config: object, least: int, *names: str) -> None:
     """Raise UserError where one of these fields of `config` is below `least`."""
     for name in names:
         if getattr(config, name) < least:
             raise UserError(f"{name}={getattr(config, name)} must be at least {least}")
 
 
-def check_above_zero(config: Any, *names: str, hint: str = "") -> None:
+def check_above_zero(config: object, *names: str, hint: str = "") -> None:
     """Raise UserError where one of these fields of `config` is 0 or below; None is allowed."""
     for name in names:
         if (value := getattr(config, name)) is not None and value <= 0:
             raise UserError(f"{name}={value} must be above 0{hint}")
+
+
+def known_heads(known: Known) -> tuple[int, int]:
+    """Return number and size of the heads of the attention around, or heads of about 64 that fill the model's width."""
+    width = known.get("hidden_size", 0)
+    num_heads = known.get("num_heads", max(1, width // 64))
+    return num_heads, known.get("head_dim", max(2, width // num_heads // 2 * 2))
 
 
 class Piece(Component):
@@ -174,7 +184,7 @@ class MixerModule(nnx.Module):
     """Mixes information along the sequence: attention, or a recurrence."""
 
     def __call__(
-        self, x: jax.Array, *, positions: jax.Array, ctx: ForwardContext, cache: Any = None
+        self, x: jax.Array, *, positions: jax.Array, ctx: ForwardContext, cache: PyTree = None
     ) -> tuple[Any, ...]:
         """Map [B, T, D] to ([B, T, D], cache); with a cache, the inputs go to the places `ctx.mask.query_places` in it.
 
@@ -182,7 +192,7 @@ class MixerModule(nnx.Module):
         """
         raise NotImplementedError
 
-    def init_cache(self, batch: int, length: int, dtype: Any) -> Any:
+    def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> PyTree:
         """Return an empty cache: any pytree of arrays with a leading batch dimension."""
         raise NotImplementedError
 

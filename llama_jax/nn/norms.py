@@ -1,13 +1,14 @@
 """Normalisation; a new norm is a config that derives from `Norm`, and its module."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from llama_jax.config import Component
+from llama_jax.config import Component, Known
 from llama_jax.nn.base import check_above_zero
 from llama_jax.nn.parameters import cast_and_gather, parameter
 
@@ -18,6 +19,10 @@ class Norm(Component):
     def build(self, width: int, *, rngs: nnx.Rngs) -> nnx.Module:
         """Return the module, which maps [..., width] to the same shape and dtype."""
         raise NotImplementedError
+
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        return {"eps": known.get("eps", 1e-5)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +69,10 @@ class LayerNorm(Norm):
 
     eps: float
     bias: bool
+
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        return super().follow(known) | {"bias": True}
 
     def __post_init__(self) -> None:
         check_above_zero(self, "eps")

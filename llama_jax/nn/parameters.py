@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import UserError
@@ -86,7 +87,7 @@ def buffer(value: jax.Array, update: Callable[[jax.Array, jax.Array], jax.Array]
     return Buffer(value, axes=(None,) * value.ndim, update=update)
 
 
-def cast_and_gather(param: nnx.Variable, dtype: Any) -> jax.Array:
+def cast_and_gather(param: nnx.Variable, dtype: DTypeLike) -> jax.Array:
     """Return a parameter's value for the computation: cast, then gathered over the axis that only storage splits."""
     return gather(param[...].astype(dtype), param.get_metadata("axes"))
 
@@ -176,7 +177,7 @@ class Embedding(nnx.Module):
     def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs):
         self.weight = parameter(rngs, "weight", (vocab_size, width), ("vocab", "embed"), std=EMBEDDING_STD)
 
-    def __call__(self, tokens: Int[Array, "b t"], dtype: Any) -> Float[Array, "b t d"]:
+    def __call__(self, tokens: Int[Array, "b t"], dtype: DTypeLike) -> Float[Array, "b t d"]:
         """Return the tokens' vectors in this dtype."""
         return embed_lookup(self.weight[...].astype(dtype), tokens)
 
@@ -198,7 +199,7 @@ def matmul(
     in_axis: str | None = None,
     out_axis: str | None,
     transposed: bool = False,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Return x w: [B, T, I] x [I, O] (or [O, I], transposed) -> [B, T, O], in `dtype`; None for the dtype of x.
 

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from llama_jax.config import Component, UserError
-from llama_jax.nn.base import check_at_least
+from llama_jax.config import Component, Known, UserError
+from llama_jax.nn.base import check_at_least, known_heads
 from llama_jax.nn.parameters import cast_and_gather, embed_lookup, parameter
 from llama_jax.parallel import shard, spec
 
@@ -24,7 +25,7 @@ BIAS_STD = 0.02
 class PositionsModule(nnx.Module):
     """A vector for each position."""
 
-    def __call__(self, positions: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    def __call__(self, positions: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """Map int [B, T] to [B, T, D] of this dtype."""
         raise NotImplementedError
 
@@ -53,6 +54,10 @@ class LearnedPositions(Positions):
     num_positions: int
     offset: int = 0
 
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        return {"num_positions": known.get("max_positions")}
+
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_positions")
         check_at_least(self, 0, "offset")
@@ -73,7 +78,7 @@ class LearnedPositionsModule(PositionsModule):
         shape = (config.num_positions + config.offset, width)
         self.weight = parameter(rngs, "weight", shape, (None, "embed"), std=POSITIONS_STD)
 
-    def __call__(self, positions: Int[Array, "b t"], dtype: Any = jnp.float32) -> Float[Array, "b t d"]:
+    def __call__(self, positions: Int[Array, "b t"], dtype: DTypeLike = jnp.float32) -> Float[Array, "b t d"]:
         return embed_lookup(self.weight[...].astype(dtype), positions + self.offset)
 
 
@@ -105,7 +110,7 @@ class SinusoidalPositionsModule(PositionsModule):
     def __init__(self, config: SinusoidalPositions, width: int):
         self.config, self.width = config, width
 
-    def __call__(self, positions: Int[Array, "b t"], dtype: Any = jnp.float32) -> Float[Array, "b t d"]:
+    def __call__(self, positions: Int[Array, "b t"], dtype: DTypeLike = jnp.float32) -> Float[Array, "b t d"]:
         frequencies = jnp.asarray(self.config.base ** (-np.arange(0, self.width, 2) / self.width), jnp.float32)
         angles = positions[..., None].astype(jnp.float32) * frequencies
         waves = (jnp.sin(angles), jnp.cos(angles))
@@ -126,6 +131,10 @@ class PositionBias(Component):
     """Config of a bias on the attention scores that depends on the positions of query and key; has `num_heads`."""
 
     num_heads: int
+
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        return {"num_heads": known_heads(known)[0]}
 
     def build(self, *, rngs: nnx.Rngs) -> PositionBiasModule:
         """Return the module; its first values do not depend on the model's width."""
@@ -149,6 +158,11 @@ class RelativeBias(PositionBias):
     num_buckets: int
     max_distance: int
     bidirectional: bool
+
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        both = known.field.startswith("encoder_") or not getattr(known.owner, "generates", True)
+        return super().follow(known) | {"num_buckets": 32, "max_distance": 128, "bidirectional": both}  # as T5
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_heads")

@@ -15,15 +15,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import zeros
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from llama_jax.config import UserError
+from llama_jax.config import Known, UserError
 from llama_jax.nn.attention import context
-from llama_jax.nn.base import ForwardContext, Mixer, MixerModule, check_at_least
+from llama_jax.nn.base import ForwardContext, Mixer, MixerModule, PyTree, check_at_least
 from llama_jax.nn.parameters import Projection, cast_and_gather, child
 from llama_jax.parallel import axes_of, mesh_axis_sizes, shard
 
-State = Any  # arrays [B, H], float32: what a cell of Flax carries
+State = PyTree  # arrays [B, H], float32: what a cell of Flax carries
 
 
 class Recurrent(Mixer):
@@ -36,6 +37,10 @@ class Recurrent(Mixer):
     state_size: int
     cell: ClassVar[Callable[..., Any]]
     num_gates: ClassVar[int]
+
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        return {"state_size": known.get("hidden_size")}
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "state_size")
@@ -99,6 +104,10 @@ class BidirectionalRNN(Mixer):
 
     network: Recurrent
 
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        return {"network": known.old if isinstance(known.old, Recurrent) else known.make(LSTM)}
+
     def build(self, width: int, *, rngs: nnx.Rngs) -> "BidirectionalRNNModule":
         return BidirectionalRNNModule(self, width, rngs=rngs)
 
@@ -151,11 +160,11 @@ class _Cell(nnx.Module):
         flags = jax.tree.map(lambda x: shard(x, "batch", None), (_begins(ctx, reverse=reverse), ctx.is_token))
         rows = axes_of(inputs)[0] if mesh_axis_sizes() else ()
 
-        def local(inputs: jax.Array, weight: jax.Array, flags: Any, state: State) -> tuple[jax.Array, State]:
+        def local(inputs: jax.Array, weight: jax.Array, flags: PyTree, state: State) -> tuple[jax.Array, State]:
             # Marked as varying, so that the weight's gradient is summed over the devices after the loop and not in it.
             cell = _flax_cell(self.config, jax.lax.pcast(weight, rows, to="varying") if rows else weight)
 
-            def step(state: State, at: Any) -> tuple[State, jax.Array]:
+            def step(state: State, at: PyTree) -> tuple[State, jax.Array]:
                 x, (begins, is_token) = at
                 if begins is not None:
                     state = _choose(begins, jax.tree.map(jnp.zeros_like, state), state)
@@ -187,7 +196,7 @@ class RecurrentModule(MixerModule):
         y, state = self.cell(x, ctx, self.cell.first_state(x.shape[0]) if cache is None else cache)
         return _projected(y, self.o_proj), None if cache is None else state
 
-    def init_cache(self, batch: int, length: int, dtype: Any) -> State:
+    def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> State:
         return self.cell.first_state(batch)
 
 
@@ -202,15 +211,15 @@ class BidirectionalRNNModule(MixerModule):
         self.o_proj = _projection_to(width, states, bias=False, rngs=child(rngs, "o_proj"))
 
     def __call__(
-        self, x: Float[Array, "b t d"], *, positions: Int[Array, "b t"], ctx: ForwardContext, cache: Any = None
-    ) -> tuple[Float[Array, "b t d"], Any]:
+        self, x: Float[Array, "b t d"], *, positions: Int[Array, "b t"], ctx: ForwardContext, cache: PyTree = None
+    ) -> tuple[Float[Array, "b t d"], PyTree]:
         _check(self.config, ctx, x.shape[1], causal=False)
         state = self.left.first_state(x.shape[0])
         from_left, _ = self.left(x, ctx, state)
         from_right, _ = self.right(x, ctx, state, reverse=True)
         return _projected(jnp.concatenate([from_left, from_right], axis=-1), self.o_proj), cache
 
-    def init_cache(self, batch: int, length: int, dtype: Any) -> Any:
+    def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> Any:
         raise UserError(
             "attention=BidirectionalRNN reads a text from both ends and cannot continue it: take LSTM, GRU or ElmanRNN"
         )
@@ -232,7 +241,7 @@ class NGramModule(MixerModule):
         positions: Int[Array, "b t"],
         ctx: ForwardContext,
         cache: Float[Array, "b s d"] | None = None,
-    ) -> tuple[Float[Array, "b t d"], Any]:
+    ) -> tuple[Float[Array, "b t d"], PyTree]:
         _check(self.config, ctx, x.shape[1], causal=True)
         batch, length, _ = x.shape
         before = self.init_cache(batch, length, x.dtype) if cache is None else cache.astype(x.dtype)
@@ -260,7 +269,7 @@ class NGramModule(MixerModule):
             cache = last(inputs_BSD, shard(ends, "batch")).astype(cache.dtype)
         return _projected(hidden, self.down_proj), cache
 
-    def init_cache(self, batch: int, length: int, dtype: Any) -> Float[Array, "b s d"]:
+    def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> Float[Array, "b s d"]:
         width = self.up_proj.in_shape[0]
         return shard(jnp.zeros((batch, self.config.order - 2, width), dtype), "batch", None, None)
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from llama_jax.config import Component, UserError
+from llama_jax.config import Component, Known, UserError
 from llama_jax.nn.base import check_at_least
 
 
@@ -68,6 +69,12 @@ class Rope:
         return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated
 
 
+def known_rope(known: Known) -> Rope | None:
+    """Return the rotary positions around, or Llama's where the model has no other positions."""
+    others = known.get("positions") is not None or known.get("position_bias") is not None
+    return known.values.get("rope", None if others else Rope(theta=10000.0, scaling=None))
+
+
 @dataclasses.dataclass(frozen=True)
 class LinearScaling(RopeScaling):
     """Positions divided by `factor` (Chen et al. 2023, position interpolation).
@@ -123,6 +130,11 @@ class YarnScaling(RopeScaling):
     mscale: float
     mscale_all_dim: float
 
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        fixed = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
+        return {"original_max_positions": known.get("max_positions")} | fixed
+
     def __post_init__(self) -> None:
         check_at_least(self, 1, "factor")
 
@@ -163,6 +175,14 @@ class Llama3Scaling(RopeScaling):
     low_freq_factor: float
     high_freq_factor: float
     original_max_positions: int
+
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        return {
+            "original_max_positions": known.get("max_positions"),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        }
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "factor")

@@ -4,8 +4,10 @@ In: a `RunConfig` and a directory. Out: the same directory with metrics, checkpo
 a line in `training.py`; a new destination of metrics is a `Logger`.
 """
 
+from llama_jax.run.callbacks import Event as Event
 from llama_jax.run.directory import Run as Run, open_run as open_run
 from llama_jax.run.reporting import Logger as Logger
+from llama_jax.run.resuming import config_to_continue as config_to_continue, resume as resume
 from llama_jax.run.training import Preempted as Preempted, RunFailed as RunFailed, train as train
 from llama_jax.run_config import (
     LoggingConfig as LoggingConfig,

@@ -12,7 +12,7 @@ from llama_jax.config import UserError
 from llama_jax.data import DataConfig, Dataset, SequenceToSequence, Vocabulary, prepare_dataset, read_texts
 from llama_jax.models import ModelConfig, Params, abstract_params, initialize
 from llama_jax.parallel import MeshConfig
-from llama_jax.run.directory import Run, check_directory
+from llama_jax.run.directory import Run
 from llama_jax.run.reporting import Bar, configured_loggers
 from llama_jax.run_config import RunConfig
 from llama_jax.sampling import encode_prompt
@@ -24,16 +24,14 @@ NAMED = 8  # parameters that a line names
 
 
 def prepare(run: Run, mesh: MeshConfig, num_devices: int) -> list[Any]:
-    """Return [directories of the tokenized corpora, fields of the objective's `Vocabulary`, length of samples, lines
-    for the log], as JSON data for the other processes.
+    """Return [directories of the tokenized corpora, fields of the objective's `Vocabulary`, length of samples], as JSON
+    data for the other processes.
 
     Raises UserError for everything that cannot run here.
     """
     config = run.config
     dataclasses.replace(config, mesh=mesh).check_mesh(num_devices)
     configured_loggers(config.logging)
-    config.check_allowed()
-    lines = check_directory(run)
     if config.init_from is not None and not (run.directory / CONFIG_FILE).exists():
         inheritance(config, run.components)
     tokenizer = run.tokenizer = _tokenizer(run)
@@ -46,7 +44,7 @@ def prepare(run: Run, mesh: MeshConfig, num_devices: int) -> list[Any]:
     _check_start(config, vocabulary)
     sample_tokens = _sample_tokens(config, tokenizer)
     directories = [str(directory.absolute()) for directory in _prepare_dataset(config, tokenizer)]
-    return [directories, dataclasses.asdict(vocabulary), sample_tokens, lines]
+    return [directories, dataclasses.asdict(vocabulary), sample_tokens]
 
 
 def check_shared(file: Path, key: str) -> None:

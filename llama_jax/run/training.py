@@ -1,40 +1,38 @@
 """The training loop: data in, steps, metrics, validation, checkpoints, samples."""
 
 import contextlib
-import functools
 import math
-import signal
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, CONFIG_FILE, CheckpointStore, SaveFailed
+from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, CONFIG_FILE, CheckpointStore, SaveFailed, locate
 from llama_jax.data import Dataset, HostBatch, ValidationBatches
 from llama_jax.files import write_text
-from llama_jax.models import abstract_params, buffers
+from llama_jax.models import abstract_params
 from llama_jax.parallel import distributed, make_mesh, mesh_axis_sizes, platform
 from llama_jax.planning import mesh_of
-from llama_jax.run.directory import SAMPLES_FILE, Run, start_run
+from llama_jax.remote import with_urls
+from llama_jax.run.callbacks import Callback, Event, check_callbacks
+from llama_jax.run.clock import Clock
+from llama_jax.run.continuing import check_directory
+from llama_jax.run.directory import SAMPLES_FILE, Run, open_run, start_run
 from llama_jax.run.preparing import check_shared, first_params, open_dataset, prepare
+from llama_jax.run.profiling import Profile, recorded
+from llama_jax.run.programs import checked, programs
 from llama_jax.run.reporting import Bar, Logger, configured_loggers
+from llama_jax.run.signals import Signals
 from llama_jax.run.stored import StoredRun, local_run
 from llama_jax.run_config import RunConfig
 from llama_jax.sampling import generate_text
 from llama_jax.training import (
     PreflightFailed,
     TrainState,
-    compiler_options,
-    init_state,
-    make_eval_step,
-    make_train_step,
     peak_flops,
-    preflight,
     train_flops_per_token,
 )
 
@@ -53,34 +51,48 @@ def train(
     *,
     components: Sequence[type] = (),
     loggers: Sequence[type[Logger]] = (),
+    callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Train `config` in `run_dir`, or continue what is in it, bit for bit as if it had never stopped.
 
     `run_dir` may be the URL of an object store (`s3://`, `gs://`): every checkpoint is uploaded when it is saved.
     `components` are classes from outside the package that the config has; `loggers` are destinations of metrics beyond
-    those of `config.logging`.
+    those of `config.logging`. Each of `callbacks` is called with every logged step (`Event`), on every process with the
+    same numbers: it may save, stop the run and evaluate the model; numbers that it returns by name are logged, too.
 
-    Returns the finished run. Raises UserError for a config that cannot run here or that is not this directory's,
-    RunFailed when the loss is no longer finite, Preempted after a termination signal, with a checkpoint saved.
+    Returns the finished run, one that a callback has stopped, or one that is beyond `num_steps`, unchanged. Raises
+    UserError for a config that cannot run here or that is not this directory's and for a callback that fails, RunFailed
+    when the loss is no longer finite, Preempted after a termination signal, with a checkpoint saved.
     """
+    check_callbacks(callbacks)
+    run_dir, asked = locate(run_dir)
     with local_run(run_dir) as (directory, stored):
-        run = _train(Run(directory, config, components), stored, loggers)
+        run = _train(Run(directory, config, components), stored, loggers, callbacks, asked)
     run.url = None if stored is None else stored.url
     return run
 
 
-def _train(run: Run, stored: StoredRun | None, loggers: Sequence[type[Logger]]) -> Run:
-    """Train in the run's local directory."""
+def _train(
+    run: Run,
+    stored: StoredRun | None,
+    loggers: Sequence[type[Logger]],
+    callbacks: Sequence[Callback],
+    asked: int | None = None,
+) -> Run:
+    """Train in the run's local directory; `asked` is the step to continue from, where one was given."""
     config = run.config
     devices = jax.devices()  # several processes find their devices together
+    step, run.history, lines = distributed.broadcast_from_main(lambda: check_directory(run, asked))
+    if step > config.num_steps:
+        if distributed.is_main():
+            print(with_urls(f"'{run.directory}' is at step {step}, past num_steps={config.num_steps}: nothing changed"))
+        return open_run(run.directory, run.components)
     mesh = mesh_of(config, devices)
     # All that can be wrong is found out before anything is written; of several processes, the first does it for all.
-    directories, vocabulary, sample_tokens, lines = distributed.broadcast_from_main(
-        lambda: prepare(run, mesh, len(devices))
-    )
+    directories, vocabulary, sample_tokens = distributed.broadcast_from_main(lambda: prepare(run, mesh, len(devices)))
     with jax.set_mesh(make_mesh(mesh)):
         loop = distributed.all_agree(
-            lambda: _Loop(run, open_dataset(run, directories, vocabulary), sample_tokens, lines, loggers)
+            lambda: _Loop(run, open_dataset(run, directories, vocabulary), sample_tokens, lines, loggers, callbacks)
         )
         distributed.broadcast_from_main(lambda: start_run(run, loop.dataset))
         distributed.all_agree(lambda: check_shared(run.directory / CONFIG_FILE, "--run-dir"))
@@ -98,7 +110,8 @@ def _train(run: Run, stored: StoredRun | None, loggers: Sequence[type[Logger]]) 
 class _Loop:
     """One process's part of a run.
 
-    `sample_tokens` is the length of samples, `lines` what the log begins with, `loggers` those given to `train`.
+    `sample_tokens` is the length of samples, `lines` what the log begins with, `loggers` and `callbacks` those given to
+    `train`.
     """
 
     def __init__(
@@ -108,6 +121,7 @@ class _Loop:
         sample_tokens: int,
         lines: Sequence[str] = (),
         loggers: Sequence[type[Logger]] = (),
+        callbacks: Sequence[Callback] = (),
     ):
         config = run.config
         self.run_, self.config, self.dataset, self.sample_tokens = run, config, dataset, sample_tokens
@@ -120,22 +134,19 @@ class _Loop:
             max_batches=config.logging.validation_batches,
             rows=self.rows,
         )
-        self.train_step = make_train_step(
-            config.model,
-            config.compute,
-            accumulation_steps=config.optimizer.accumulation_steps,
-            compiler_options=compiler_options(config.model, platform()),
-        )
-        self.eval_step = make_eval_step(config.model, config.compute)
+        self.programs = programs(config)
         self.hyper = config.optimizer.hyper(config.num_steps, config.seed)
         self.tokens_per_step = config.global_batch_size * config.row_length
         flops = train_flops_per_token(config.model, config.sequence_length, config.data.objective.source_length or 0)
         peak = peak_flops(jax.local_devices()[0], config.compute.jax_dtype)
         self.mfu_per_speed = None if peak is None else flops / (peak * jax.device_count())
         self.lines, self.loggers = list(lines), [*configured_loggers(config.logging), *loggers]
-        every, validates = config.checkpoint.every_steps, config.logging.validate_every_steps
-        self.measures_checkpoints = validates >= config.num_steps or math.lcm(every, validates) < config.num_steps
-        self.stopped_by: int | None = None
+        self.callbacks = tuple(callbacks)
+        validates, num_steps = config.logging.validate_every_steps, config.num_steps
+        self.measures_checkpoints = validates >= num_steps or any(
+            math.lcm(every, validates) < num_steps for every in config.checkpoint.intervals
+        )
+        self.saved = time.monotonic()
 
     def run(self) -> None:
         """Train to the end, then write samples."""
@@ -151,7 +162,7 @@ class _Loop:
                 for logger in (self.loggers if self.main else ())
             ]
             bar = stack.enter_context(Bar("training", start, config.num_steps, quiet=not self.main))
-            stack.enter_context(self._signals())
+            stopping = stack.enter_context(Signals())
             if start:
                 bar.say(f"continuing '{directory}' from step {start}")
             lines += [*self.lines, *self._warnings(start), *(logger.notice for logger in loggers if logger.notice)]
@@ -161,19 +172,20 @@ class _Loop:
                 bar.say(f"mesh: {axes}")
             if config.compute.preflight and start < config.num_steps:
                 self._preflight(start, bar)
-            self._steps(state, start, store, bar, loggers)
+            directory = self.run_.directory / "profile"
+            profile = stack.enter_context(Profile(config, directory, start, bar.say))
+            self._steps(state, start, store, bar, loggers, profile, stopping)
         if config.logging.sample_prompts:
             self._sample()
 
     def _state(self, store: CheckpointStore) -> tuple[TrainState, list[str]]:
         """Return the latest checkpoint's state, or a new one, and lines for the log that describe it."""
-        make = jax.jit(functools.partial(init_state, buffer_names=frozenset(buffers(self.config.model))))
         # As process 0 sees it: others may see an older state of a shared file system.
         step = distributed.broadcast_from_main(lambda: max(store.steps(), default=None))
         if step is None:
             params, lines = first_params(self.config, self.run_.components)
-            return make(params, self.hyper), lines
-        abstract = jax.eval_shape(make, abstract_params(self.config.model), self.hyper)
+            return self.programs.init_state(params, self.hyper), lines
+        abstract = jax.eval_shape(self.programs.init_state, abstract_params(self.config.model), self.hyper)
         return store.load(step, abstract), []
 
     def _warnings(self, start: int) -> list[str]:
@@ -185,32 +197,26 @@ class _Loop:
                 f"optimizer.warmup_steps={warmup} is longer than num_steps={steps}: the learning rate ends at "
                 f"{steps / warmup:.1%} of its peak"
             )
-        if profile.start_step is not None and not self._recorded(start):
+        if profile.start_step is not None and not recorded(config, start):
             window = f"steps {profile.start_step} to {profile.start_step + profile.num_steps}"
             lines.append(
                 f"profile records nothing: {window} are not among those from {start} to {steps} that this run does"
             )
         if config.checkpoint.keep_best and len(self.validation) and not self.measures_checkpoints:
-            every, validates = config.checkpoint.every_steps, config.logging.validate_every_steps
+            validates, intervals = config.logging.validate_every_steps, config.checkpoint.intervals
+            saves = f"every {' or '.join(map(str, intervals))} steps" if intervals else "by time"
             lines.append(
-                f"checkpoint.keep_best keeps none but the last: checkpoints (every {every} steps) and validations "
+                f"checkpoint.keep_best keeps none but the last: checkpoints ({saves}) and validations "
                 f"(every {validates}) do not meet before"
             )
         if self.mfu_per_speed is None:
             lines.append(f"no MFU: the peak of '{jax.local_devices()[0].device_kind}' is not known")
         return lines
 
-    def _recorded(self, start: int) -> range:
-        """Return the steps of this start that are in the profile's window."""
-        profile, steps = self.config.profile, range(start, self.config.num_steps)
-        if profile.start_step is None:
-            return range(0)
-        return range(max(profile.start_step, start), min(profile.start_step + profile.num_steps, steps.stop))
-
     def _preflight(self, start: int, bar: Bar) -> None:
         """Compare the attention kernel with the reference, before anything is trained with it."""
         try:
-            agreements = preflight(self.config.model, self.config.compute, self._on_devices(self.batches.batch(start)))
+            agreements = checked(self.config, self._on_devices(self.batches.batch(start)))
         except PreflightFailed as error:
             raise RunFailed(str(error)) from error
         for agreement in agreements:
@@ -218,60 +224,109 @@ class _Loop:
             bar.say(f"attention kernel '{agreement.kernel}' agrees with the reference: relative error {error:.1e}")
 
     def _steps(
-        self, state: TrainState, start: int, store: CheckpointStore, bar: Bar, loggers: Sequence[Logger]
+        self,
+        state: TrainState,
+        start: int,
+        store: CheckpointStore,
+        bar: Bar,
+        loggers: Sequence[Logger],
+        profile: Profile,
+        stopping: Callable[[int], bool],
     ) -> None:
-        """Take the steps from `start` to the end; log, validate and save between them.
+        """Take the steps from `start` to the end, or to where a callback stops; log, validate and save between them.
 
         Raises Preempted after a termination signal, with a checkpoint saved, and what `_log` raises.
         """
-        config, log, num_steps = self.config, self.config.logging, self.config.num_steps
-        batches = self.batches.iterate(start)
+        num_steps, batches = self.config.num_steps, self.batches.iterate(start)
         pending: dict[str, Any] | None = None
-        clock, recorded = _Clock(start), self._recorded(start)
-        with contextlib.ExitStack() as recording:
-            for step in range(start, num_steps):
-                self._profile(step, recorded, state, recording)
+        clock = Clock(start)
+        for step in range(start, num_steps):
+            with profile.step(step, state):
                 batch = self._on_devices(next(batches))
                 # A CPU may compute the next step within its call, which would hide where the last one ended.
                 if pending is not None and platform() == "cpu":
                     self._log(pending, clock, bar, loggers)
                     pending = None
-                state, metrics = self.train_step(state, batch, self.hyper)
-                done = step + 1
-                # Elsewhere the host waits for the last one's numbers with the next step already on its way.
-                if pending is not None:
-                    self._log(pending, clock, bar, loggers)
-                pending = {"step": done} | metrics
-                bar.advance(done)
-                stopping = self._stopping(done)
-                validates = len(self.validation) > 0 and (done % log.validate_every_steps == 0 or done == num_steps)
-                saves = done % config.checkpoint.every_steps == 0 or done == num_steps or stopping
-                if validates or saves:
-                    val: dict[str, float] = {}
-                    jax.block_until_ready(metrics)
-                    with clock.paused():
-                        if validates:
-                            val = self._validate(state)
-                            bar.say(f"step {done}/{num_steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in val.items()))
-                        self._log(pending | val, clock, bar, loggers)
-                        pending = None
-                        # Where checkpoints are measured at all, what is measured between them may be the best.
-                        best = self.measures_checkpoints and "val_loss" in val and store.is_best(val["val_loss"])
-                        if saves or best:
-                            store.save(state, val_loss=val.get("val_loss"))
-                if stopping:
-                    store.wait()
-                    raise Preempted(f"stopped at step {done} with a checkpoint saved: start again to continue")
+                state, metrics = self.programs.train_step(state, batch, self.hyper)
+            done = step + 1
+            # Elsewhere the host waits for the last one's numbers with the next step already on its way.
+            if pending is not None:
+                self._log(pending, clock, bar, loggers)
+            entry = pending = {"step": done} | metrics
+            bar.advance(done)
+            preempted = stopping(done)
+            saves = preempted or self._saves(done)
+            if not (saves or self._validates(done) or (self.callbacks and self._logs(done))):
+                continue
+            jax.block_until_ready(metrics)
+            with clock.paused():
+                event = self._report(state, entry, clock, bar, loggers)
+                self._save(state, store, event, saves)
+            pending = None
+            if preempted:
+                store.wait()
+                raise Preempted(f"stopped at step {done} with a checkpoint saved: start again to continue")
+            if event.reason is not None and done < num_steps:
+                bar.say(f"stopped at step {done}/{num_steps} by a callback" + (event.reason and f": {event.reason}"))
+                return
+
+    def _report(
+        self, state: TrainState, metrics: dict[str, Any], clock: Clock, bar: Bar, loggers: Sequence[Logger]
+    ) -> Event:
+        """Validate where it is due, log the step and call the callbacks."""
+        step = metrics["step"]
+        val = self._validate(state) if self._validates(step) else {}
+        if val:
+            values = "  ".join(f"{name} {value:.4f}" for name, value in val.items())
+            bar.say(f"step {step}/{self.config.num_steps}  {values}")
+        return self._log(metrics | val, clock, bar, loggers, state)
+
+    def _save(self, state: TrainState, store: CheckpointStore, event: Event, saves: bool) -> None:
+        """Save a checkpoint where one is due, a callback asks for one, or the validation finds one of the best."""
+        saves = saves or event.saves or event.reason is not None
+        val_loss = event.get("val_loss")
+        # Where checkpoints are measured at all, what is measured between them may be the best.
+        best = self.measures_checkpoints and val_loss is not None and store.is_best(val_loss)
+        if saves or best:
+            store.save(state, val_loss=val_loss)
+            self.saved = time.monotonic()
+
+    def _logs(self, step: int) -> bool:
+        """Return whether the metrics of `step` are logged, where it is not validated."""
+        return step % self.config.logging.every_steps == 0 or step in (1, self.config.num_steps)
+
+    def _validates(self, step: int) -> bool:
+        every, num_steps = self.config.logging.validate_every_steps, self.config.num_steps
+        return len(self.validation) > 0 and (step % every == 0 or step == num_steps)
+
+    def _saves(self, step: int) -> bool:
+        """Return whether a checkpoint of `step` is due; by time, process 0 decides."""
+        checkpoint = self.config.checkpoint
+        if step == self.config.num_steps or any(step % every == 0 for every in checkpoint.intervals):
+            return True
+        minutes = checkpoint.every_minutes  # several processes wait for the decision: not at each step
+        if minutes is None or (distributed.several() and not self._logs(step)):
+            return False
+        return distributed.broadcast_from_main(lambda: time.monotonic() - self.saved >= 60 * minutes)
 
     def _on_devices(self, batch: HostBatch) -> dict[str, jax.Array]:
         return to_devices(batch, self.rows, self.config.global_batch_size)
 
-    def _log(self, metrics: dict[str, Any], clock: "_Clock", bar: Bar, loggers: Sequence[Logger]) -> None:
-        """Wait for the metrics of a step and report them where it is one to log. Raises RunFailed for a loss or a
-        gradient that is not finite.
+    def _log(
+        self,
+        metrics: dict[str, Any],
+        clock: Clock,
+        bar: Bar,
+        loggers: Sequence[Logger],
+        state: TrainState | None = None,
+    ) -> Event:
+        """Wait for the metrics of a step and report them where it is one to log; callbacks get its `state`.
+
+        Raises RunFailed for a loss or a gradient that is not finite, and what callbacks raise.
         """
-        step, every = metrics["step"], self.config.logging.every_steps
-        if step % every == 0 or step in (1, self.config.num_steps) or "val_loss" in metrics:
+        step = metrics["step"]
+        event = Event(self.run_, step, state)
+        if self._logs(step) or "val_loss" in metrics:
             values = {k: v if isinstance(v, int) else np.asarray(v).tolist() for k, v in metrics.items()}
             if self.config.data.sources:
                 values |= self.dataset.proportions(self.batches, step)
@@ -280,6 +335,9 @@ class _Loop:
                 values["tokens_per_second"] = speed * self.tokens_per_step
                 if self.mfu_per_speed is not None:
                     values["mfu"] = values["tokens_per_second"] * self.mfu_per_speed
+            event |= values
+            event.call(self.callbacks)
+            values = dict(event)
             bar.show(values)
             for logger in loggers:
                 logger.write(values)
@@ -290,12 +348,13 @@ class _Loop:
                     f"optimizer.warmup_steps or add {self.batches.number(step - 1)} to data.skip_batches, and continue "
                     "from the checkpoint before it with --resume.allow and the key"
                 )
+        return event
 
     def _validate(self, state: TrainState) -> dict[str, float]:
         """Return the loss on the held-out text, and its bits per byte where all of it is measured."""
         nats, targets = 0.0, 0.0
         for batch in self.validation:
-            part = self.eval_step(state.params | state.buffers, self._on_devices(batch))
+            part = self.programs.eval_step(state.params | state.buffers, self._on_devices(batch))
             nats, targets = nats + float(part[0]), targets + float(part[1])
         if not targets:  # chats of which no answer is held out
             return {}
@@ -315,76 +374,6 @@ class _Loop:
         samples = "\n\n".join(prompt + between + text for prompt, text in zip(prompts, texts, strict=True))
         if self.main:
             write_text(self.run_.directory / SAMPLES_FILE, samples + "\n")
-
-    def _profile(self, step: int, recorded: range, state: TrainState, recording: contextlib.ExitStack) -> None:
-        """Start the profile before the first step of its window and end it after the last."""
-        if not recorded or not self.main:
-            return
-        if step == recorded.start:
-            recording.enter_context(jax.profiler.trace(str(self.run_.directory / "profile")))
-        elif step == recorded.stop:
-            jax.block_until_ready(state)
-            recording.close()
-
-    def _stopping(self, step: int) -> bool:
-        """Return whether the run ends after `step`: all of several processes do at the same one, without waiting."""
-        if distributed.several():
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.stopped_by is not None
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """End the run after the current step at the first termination signal, and at once at the second."""
-
-        def stop(number: int, _: Any) -> None:
-            if self.stopped_by is not None:
-                raise KeyboardInterrupt
-            self.stopped_by = number
-            if distributed.several():
-                signal.raise_signal(signal.SIGTERM)
-            else:
-                print("stopping after this step; once more to stop at once", file=sys.stderr)
-
-        # Of several processes, JAX itself receives a SIGTERM, and brings it to the others.
-        numbers = (signal.SIGINT,) if distributed.several() else (signal.SIGTERM, signal.SIGINT)
-        try:
-            before = {number: signal.signal(number, stop) for number in numbers}
-        except ValueError:  # not the main thread (a notebook server): no signals to handle
-            before = {}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-class _Clock:
-    """Steps per second of training alone, without the first step (compilation) and pauses."""
-
-    def __init__(self, start: int):
-        self._step, self._seconds, self._first = start, 0.0, True
-        self._since: float | None = time.perf_counter()  # None in a pause
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out the time of the block."""
-        self._count()
-        self._since = None
-        yield
-        self._since = time.perf_counter()
-
-    def speed(self, step: int) -> float | None:
-        """Return the steps per second since the last call; None for the first."""
-        self._count()
-        seconds, steps, first = self._seconds, step - self._step, self._first
-        self._step, self._seconds, self._first = step, 0.0, False
-        return None if first or seconds <= 0 or steps <= 0 else steps / seconds
-
-    def _count(self) -> None:
-        """Add the time since the last count."""
-        if self._since is not None:
-            now = time.perf_counter()
-            self._seconds, self._since = self._seconds + now - self._since, now
 
 
 def to_devices(batch: HostBatch, rows: Sequence[int], num_rows: int) -> dict[str, jax.Array]:

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from llama_jax.models import Decoder, EncoderDecoder, Model
+from llama_jax.nn import PyTree
 from llama_jax.parallel import replicate, shard
 from llama_jax.sampling.sampler import Logits, Sampler, Written
 
@@ -45,7 +46,7 @@ class SamplingState:
     last: Int[Array, " b"]
     keys: Key[Array, " b"]
     stop_ids: Int[Array, " e"]
-    cache: Any  # any pytree with a leading batch dimension
+    cache: PyTree  # any pytree with a leading batch dimension
 
 
 @jax.tree_util.register_dataclass
@@ -119,7 +120,9 @@ def advance(model: Model, state: SamplingState, sampler: Sampler, num_tokens: in
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _start(graphdef: Any, width: int, weights: Any, inputs: Any, sampler: Sampler) -> tuple[SamplingState, Rows]:
+def _start(
+    graphdef: PyTree, width: int, weights: PyTree, inputs: PyTree, sampler: Sampler
+) -> tuple[SamplingState, Rows]:
     module: Any = nnx.merge(graphdef, weights)
     tokens, lengths, done, rows, seed, stop_ids, source = inputs
     num_rows, capacity = tokens.shape
@@ -144,7 +147,7 @@ def _start(graphdef: Any, width: int, weights: Any, inputs: Any, sampler: Sample
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _advance(
-    graphdef: Any, weights: Any, state: SamplingState, sampler: Sampler, num_tokens: Array
+    graphdef: PyTree, weights: PyTree, state: SamplingState, sampler: Sampler, num_tokens: Array
 ) -> tuple[SamplingState, Rows]:
     module: Decoder | EncoderDecoder = nnx.merge(graphdef, weights)
 

@@ -5,11 +5,12 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, override
+from typing import override
 
 import tokenizers
 from tokenizers import AddedToken, Regex, pre_tokenizers
 
+from llama_jax.config import Json
 from llama_jax.tokenizers.base import TextStream, Tokenizer
 from llama_jax.tokenizers.settings import KEYS, Settings, exported, guess
 
@@ -37,7 +38,7 @@ class HuggingFaceTokenizer(Tokenizer):
         files: Mapping[str, bytes],
         settings: Settings,
         *,
-        model: Mapping[str, Any] | None = None,
+        model: Json | None = None,
         prefix: Sequence[str] = (),
     ):
         tokenizer.no_truncation()
@@ -139,7 +140,7 @@ def json_tokenizer(path: Path, content: bytes, settings: Settings) -> HuggingFac
     return HuggingFaceTokenizer(tokenizer, {"tokenizer.json": content}, settings, model=json.loads(content)["model"])
 
 
-def reachable_names(tokenizer: tokenizers.Tokenizer, model: Mapping[str, Any], special: Collection[str]) -> set[str]:
+def reachable_names(tokenizer: tokenizers.Tokenizer, model: Json, special: Collection[str]) -> set[str]:
     """Return those of `special` that `model` (its JSON) may make of ordinary text."""
     special = {name for name in special if len(name) > 1}
     vocabulary = model.get("vocab") or {}
@@ -233,7 +234,7 @@ class _DecoderStream(TextStream):
         self._size = len(self._decode(["a"]))
         self._tokens: list[str] = []
         self._first = True  # nothing has been returned yet
-        data: dict[str, Any] = {"type": "Metaspace"} if decoder is None else json.loads(decoder.__getstate__())
+        data: Json = {"type": "Metaspace"} if decoder is None else json.loads(decoder.__getstate__())
         parts = data["decoders"] if data["type"] == "Sequence" else [data]
         kinds = [part["type"] for part in parts]
         order = re.fullmatch("(Replace )*(ByteFallback )?Fuse (Strip )?", "".join(f"{kind} " for kind in kinds))

@@ -16,7 +16,7 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from llama_jax.config import UserError
+from llama_jax.config import Json, UserError
 from llama_jax.tokenizers.base import TextStream, Tokenizer
 from llama_jax.tokenizers.settings import GENERIC, Added, Settings, exported
 
@@ -308,7 +308,7 @@ def with_dummy_prefix(model: bytes) -> bytes:
     return model + prefix.SerializeToString()
 
 
-def sentencepiece_json(model: Any, added: Mapping[int, Added], *, prefixes_first_only: bool) -> dict[str, Any]:
+def sentencepiece_json(model: Any, added: Mapping[int, Added], *, prefixes_first_only: bool) -> Json:
     """Return the `tokenizer.json` that gives the ids of a SentencePiece model and the tokens `added` to it, by id.
 
     `prefixes_first_only`: no space is put before the text after an added token.

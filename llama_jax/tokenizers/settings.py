@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama_jax.config import Json
 from llama_jax.tokenizers.base import RULE_FILE, SETTINGS_FILE, TEMPLATE_DIRECTORY, TEMPLATE_FILE, Tokenizer
 
 SPECIAL_MAP_FILE, ADDED_FILE = "special_tokens_map.json", "added_tokens.json"
@@ -137,8 +138,8 @@ class Settings:
     files: contents of all the files, by name, with the class written out.
     """
 
-    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    special_map: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    config: Json = dataclasses.field(default_factory=dict)
+    special_map: Json = dataclasses.field(default_factory=dict)
     added: Mapping[int, Added] = dataclasses.field(default_factory=dict)
     class_name: str | None = None
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
@@ -153,7 +154,7 @@ class Settings:
         return self if self.class_name is not None else dataclasses.replace(self, class_name=name)
 
     @property
-    def naming(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    def naming(self) -> tuple[Json, Json]:
         """The two files that name special tokens, the one that decides last.
 
         As in transformers that is special_tokens_map.json, the older way, unless tokenizer_config.json lists the added
@@ -244,7 +245,7 @@ def _merged(token: Added, special: Mapping[str, Added]) -> Added:
     return dataclasses.replace(token, special=token.special or token.content in special)
 
 
-def _object(name: str, content: bytes) -> dict[str, Any]:
+def _object(name: str, content: bytes) -> Json:
     try:
         data = json.loads(content)
     except ValueError as error:
@@ -260,7 +261,7 @@ def guess(names: Sequence[str], id_of: Callable[[str], int | None]) -> int | Non
 
 
 def exported(
-    tokenizer: Tokenizer, data: dict[str, Any], settings: Settings, *, keeps_processor: bool = False
+    tokenizer: Tokenizer, data: Json, settings: Settings, *, keeps_processor: bool = False
 ) -> dict[str, bytes]:
     """Return the files of a directory for transformers: those of `tokenizer`, `data` as `tokenizer.json`, settings.
 
@@ -292,16 +293,16 @@ def exported(
     return files | {SETTINGS_FILE: _json(config), SPECIAL_MAP_FILE: _json(special_map)}
 
 
-def _json(data: Mapping[str, Any]) -> bytes:
+def _json(data: Json) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _template(prefix: Sequence[int], suffix: Sequence[int], names: Mapping[int, str]) -> dict[str, Any] | None:
+def _template(prefix: Sequence[int], suffix: Sequence[int], names: Mapping[int, str]) -> Json | None:
     """Return the post-processor that puts `prefix` and `suffix` around a text, as JSON; None without both."""
     if not prefix and not suffix:
         return None
 
-    def of(ids: Sequence[int], kind: int) -> list[dict[str, Any]]:
+    def of(ids: Sequence[int], kind: int) -> list[Json]:
         return [{"SpecialToken": {"id": names.get(i, str(i)), "type_id": kind}} for i in ids]
 
     first, second = ({"Sequence": {"id": text, "type_id": kind}} for kind, text in enumerate("AB"))

@@ -9,7 +9,11 @@ from llama_jax.training.flops import (
     peak_flops as peak_flops,
     train_flops_per_token as train_flops_per_token,
 )
-from llama_jax.training.kernel_check import PreflightFailed as PreflightFailed, preflight as preflight
+from llama_jax.training.kernel_check import (
+    Agreement as Agreement,
+    PreflightFailed as PreflightFailed,
+    preflight as preflight,
+)
 from llama_jax.training.losses import cross_entropy as cross_entropy
 from llama_jax.training.optimizer import (
     SGD as SGD,
@@ -37,6 +41,7 @@ from llama_jax.training.schedules import (
 )
 from llama_jax.training.step import (
     CPU_COMPILER_OPTIONS as CPU_COMPILER_OPTIONS,
+    Batch as Batch,
     TrainState as TrainState,
     compiler_options as compiler_options,
     init_state as init_state,

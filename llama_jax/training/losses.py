@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llama_jax.nn import PyTree
 from llama_jax.parallel import axes_of, mesh_axis_sizes, shard
 
-Head = Callable[[jax.Array, Any], jax.Array]
+Head = Callable[[jax.Array, PyTree], jax.Array]
 
 
 def cross_entropy(
     head: Head,
-    weight: Any,
+    weight: PyTree,
     hidden: Float[Array, "b t d"],
     targets: Int[Array, "b t"],
     weights: Float[Array, "b t"],
@@ -39,15 +40,15 @@ def cross_entropy(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(head: Head, chunk: int, *arrays: Any) -> Any:
+def _chunked(head: Head, chunk: int, *arrays: PyTree) -> PyTree:
     return _walk(head, chunk, False, *arrays)[0]
 
 
-def _chunked_forward(head: Head, chunk: int, *arrays: Any) -> Any:
+def _chunked_forward(head: Head, chunk: int, *arrays: PyTree) -> PyTree:
     return _walk(head, chunk, True, *arrays)
 
 
-def _chunked_backward(head: Head, chunk: int, residuals: Any, cotangents: Any) -> Any:
+def _chunked_backward(head: Head, chunk: int, residuals: PyTree, cotangents: PyTree) -> PyTree:
     d_weight, d_hidden = residuals
     d_total = cotangents[0]  # the second output is a metric that is never differentiated
     scale = lambda d: (d * d_total).astype(d.dtype)  # noqa: E731
@@ -62,10 +63,10 @@ class _Layout(NamedTuple):
 
     batch: tuple[str, ...]
     vocab: tuple[str, ...]
-    stored: Any
+    stored: PyTree
 
 
-def _walk(head: Head, chunk: int, with_gradient: bool, weight: Any, hidden: jax.Array, *others: Any) -> Any:
+def _walk(head: Head, chunk: int, with_gradient: bool, weight: PyTree, hidden: jax.Array, *others: PyTree) -> PyTree:
     """Return ((loss, ce), (d_weight, d_hidden)); None for the gradients where they are not wanted.
 
     `others` are targets, weights and (z_loss, label_smoothing).
@@ -91,19 +92,19 @@ def _local_walk(
     chunk: int,
     with_gradient: bool,
     layout: _Layout,
-    weight: Any,
+    weight: PyTree,
     hidden: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
     options: tuple[jax.Array, jax.Array],
-) -> Any:
+) -> PyTree:
     """Return what `_walk` does, from a device's part of the arrays, in chunks of positions."""
     weight = jax.tree.map(lambda w, axes: _gather(w, axes, layout.vocab), weight, layout.stored)
     length = hidden.shape[1]
     num_chunks = -(-length // chunk)
     z_loss, smoothing = options
 
-    def step(carry: Any, xs: tuple[jax.Array, ...]) -> Any:
+    def step(carry: PyTree, xs: tuple[jax.Array, ...]) -> PyTree:
         totals, d_weight = carry
         hidden, targets, weights = xs
         logits, pullback = jax.vjp(head, hidden, weight)
@@ -172,7 +173,7 @@ def _chunk_loss(
     size = _psum(logits.shape[-1], vocab_axes)
     mean = _psum(jnp.sum(logits, axis=-1), vocab_axes) / size
 
-    def total(of_target: jax.Array, used: Any = True) -> jax.Array:
+    def total(of_target: jax.Array, used: jax.Array | bool = True) -> jax.Array:
         # Values without weight, and terms that are not used, may be infinite: 0 times inf would be NaN.
         return jnp.sum(jnp.where((weights != 0) & used, weights * of_target, 0))
 
@@ -181,7 +182,7 @@ def _chunk_loss(
     return loss, ce, lse, is_target, size
 
 
-def _psum(x: Any, axes: tuple[str, ...]) -> Any:
+def _psum[T](x: T, axes: tuple[str, ...]) -> T:
     return jax.lax.psum(x, axes) if axes else x
 
 

@@ -9,6 +9,7 @@ import optax
 import optax.contrib
 
 from llama_jax.models import Params, is_stacked
+from llama_jax.nn import PyTree
 
 
 def is_matrix(name: str, value: Any) -> bool:
@@ -32,10 +33,10 @@ def matrix_axes(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
     return first, min(range(first + 1, len(shape)), key=skew, default=len(shape))
 
 
-def dimension_numbers(params: Any) -> Any:
+def dimension_numbers(params: PyTree) -> PyTree:
     """Return optax's description of each parameter's matrix, in the tree of the parameters."""
 
-    def describe(path: tuple[Any, ...], x: jax.Array) -> Any:
+    def describe(path: tuple[Any, ...], x: jax.Array) -> PyTree:
         first, split = matrix_axes(path[0].key, x.shape)
         return optax.contrib.MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, x.ndim)))
 
@@ -53,12 +54,12 @@ def on_matrices(of_matrix: optax.GradientTransformation) -> optax.GradientTransf
         sizes = math.prod(x.shape[:first]), math.prod(x.shape[first:split]), math.prod(x.shape[split:])
         return x.reshape(sizes[: 2 + (split < x.ndim)])
 
-    def init(params: Any) -> dict[str, Any]:
+    def init(params: PyTree) -> dict[str, PyTree]:
         return {name: jax.vmap(of_matrix.init)(view(name, x)) for name, x in params.items()}
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Params, dict[str, Any]]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[Params, dict[str, PyTree]]:
         new_updates: Params = {}
-        new_state: dict[str, Any] = {}
+        new_state: dict[str, PyTree] = {}
         for name, grad in updates.items():
             views = view(name, grad), state[name], view(name, params[name])
             found: Any

@@ -19,10 +19,12 @@ from jax.sharding import PartitionSpec, auto_axes
 
 from llama_jax.config import Component, UserError, field_types
 from llama_jax.models import Params, is_stacked
-from llama_jax.nn import seed_value
+from llama_jax.nn import PyTree, seed_value
 from llama_jax.parallel import axes_of, mesh_axis_sizes
 from llama_jax.training.matrices import dimension_numbers, is_matrix, matrix_axes, on_matrices
 from llama_jax.training.schedules import Cosine, Schedule, schedule_of_name
+
+Numbers = dict[str, PyTree]  # numbers or arrays by field name; one more dict for each component in a component
 
 STATIC = {"static": True}
 """Metadata of an `int` or `float` field that is compiled into the step: one that shapes or loops depend on."""
@@ -246,9 +248,9 @@ class Hyper:
     kind: the optimizer with None in place of its numbers.
     """
 
-    numbers: dict[str, Any]
-    num_steps: Any
-    seed: Any
+    numbers: Numbers
+    num_steps: PyTree
+    seed: PyTree
     kind: Optimizer
 
     @property
@@ -257,11 +259,11 @@ class Hyper:
         return _with_numbers(self.kind, self.numbers)
 
 
-def _numbers(config: Component) -> dict[str, Any]:
+def _numbers(config: Component) -> Numbers:
     """Return the numbers of a component and of the components in it, by field name: int and float fields, if not
     static.
     """
-    found: dict[str, Any] = {}
+    found: Numbers = {}
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         value = getattr(config, field.name)
         if isinstance(value, Component):
@@ -271,7 +273,7 @@ def _numbers(config: Component) -> dict[str, Any]:
     return found
 
 
-def _with_numbers[C: Component](config: C, numbers: Mapping[str, Any]) -> C:
+def _with_numbers[C: Component](config: C, numbers: Numbers) -> C:
     """Return a copy of `config` with `numbers`, as `_numbers` gives them, in place of its own.
 
     Nothing is checked: arrays under a trace have no values to compare.
@@ -321,30 +323,30 @@ def _across_devices(hyper: Hyper) -> optax.GradientTransformation:
     State of a parameter's shape is split like the parameter, other state along the dimensions that it shares with it.
     """
 
-    def layout(params: Params) -> tuple[Any, Any]:
+    def layout(params: Params) -> tuple[PyTree, PyTree]:
         """Return the partition specs of (updates, state)."""
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
         result = shapes, jax.eval_shape(hyper.optimizer.transform().init, shapes)
         return jax.tree_util.tree_map_with_path(lambda path, x: _like_parameter(path, x, params), result)
 
-    def run(method: str, specs: Any, *args: Any) -> Any:
-        def function(hyper: Hyper, *args: Any) -> Any:
+    def run(method: str, specs: PyTree, *args: PyTree) -> PyTree:
+        def function(hyper: Hyper, *args: PyTree) -> PyTree:
             return getattr(hyper.optimizer.transform(), method)(*args)
 
         # The numbers are arguments, too: a function of automatic axes may not close over arrays of explicit ones.
         placed: Any = auto_axes(function, out_sharding=specs) if mesh_axis_sizes() else function
         return placed(hyper, *args)
 
-    def init(params: Any) -> Any:
+    def init(params: PyTree) -> PyTree:
         return run("init", layout(params)[1], params)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
         return run("update", layout(params), updates, state, params)
 
     return optax.GradientTransformation(init, update)
 
 
-def _like_parameter(path: tuple[Any, ...], x: Any, params: Mapping[str, Any]) -> PartitionSpec:
+def _like_parameter(path: tuple[Any, ...], x: jax.ShapeDtypeStruct, params: Params) -> PartitionSpec:
     """Return the partition spec of an array of the optimizer's state: of the parameter whose name is in its path."""
     keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
     name = next((key for key in keys if key in params), None)

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from llama_jax.config import UserError
+from llama_jax.config import Json, UserError
 from llama_jax.models import EncoderConfig
 from llama_jax.nn import MLP, Activation, GroupedQuery, LayerNorm, LearnedPositions
 from llama_jax.zoo.reading import SIZES, ConfigReader, Key, expect
@@ -56,7 +56,7 @@ _BERT = {"vocab_size": 30_522, "max_positions": 512, "num_token_types": 2, "eps"
 _ROBERTA = {"vocab_size": 50_265, "max_positions": 512, "num_token_types": 1, "eps": 1e-5, "offset": 2, "pooler": True}
 
 # The parts of each class in addition to embeddings and blocks, as fields of `EncoderConfig`.
-_HEADS: dict[str, dict[str, Any]] = {
+_HEADS: dict[str, Json] = {
     "Model": {"pooler": True},
     "ForPreTraining": {"pooler": True, "head_transform": "gelu", "head_bias": "trained", "pair_head": True},
     "ForMaskedLM": {"head_transform": "gelu", "head_bias": "trained"},
@@ -132,7 +132,7 @@ _ROBERTA_NAMES = TensorNames(
 )
 
 
-def _read_heads(reader: ConfigReader) -> dict[str, Any]:
+def _read_heads(reader: ConfigReader) -> Json:
     """Return the fields of the heads of the file's class. Raises UserError for parts that no model here has."""
     reader.only(
         position_embedding_type="absolute",
@@ -150,14 +150,14 @@ def _read_heads(reader: ConfigReader) -> dict[str, Any]:
     return heads
 
 
-def _read_bert(reader: ConfigReader, fields: dict[str, Any]) -> EncoderConfig:
+def _read_bert(reader: ConfigReader, fields: Json) -> EncoderConfig:
     heads = _read_heads(reader)
     if "head_transform" in heads:
         heads["head_transform"] = fields["activation"]
     return encoder(**fields, **heads, max_positions=reader.take("max_position_embeddings", int, 512))
 
 
-def _read_roberta(reader: ConfigReader, fields: dict[str, Any]) -> EncoderConfig:
+def _read_roberta(reader: ConfigReader, fields: Json) -> EncoderConfig:
     heads = _read_heads(reader)
     if "num_classes" in heads:
         heads |= {"pooler": False, "classifier": "dense"}
@@ -176,7 +176,7 @@ def _kind(config: EncoderConfig) -> str:
     return "ForPreTraining" if config.pair_head else "ForMaskedLM"
 
 
-def _write(config: EncoderConfig, label: str, family: str) -> dict[str, Any]:
+def _write(config: EncoderConfig, label: str, family: str) -> Json:
     positions = expect(config.positions, LearnedPositions, label=label)
     data = {
         "architectures": [family + _kind(config)],

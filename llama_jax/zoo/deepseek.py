@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
-from llama_jax.config import UserError
+from llama_jax.config import Json, UserError
 from llama_jax.models import DecoderConfig, LayerOverride, MTPDecoderConfig
 from llama_jax.nn import (
     Experts,
@@ -38,9 +38,7 @@ _EXPERTS = ("num_experts", "num_shared", "router", "load_balance_loss")
 _ROUTER = ("top_k", "num_groups", "top_groups", "scaling")
 
 
-def _fields(
-    *, num_layers: int, eps: float, num_dense: int, dense_size: int, expert_size: int, **sizes: Any
-) -> dict[str, Any]:
+def _fields(*, num_layers: int, eps: float, num_dense: int, dense_size: int, expert_size: int, **sizes: Any) -> Json:
     """Return the fields of a `DecoderConfig`: experts everywhere but in the first `num_dense` layers.
 
     `sizes` are the others of the config, those of its attention (`_LATENT`) and of its experts (`_EXPERTS`).
@@ -60,7 +58,7 @@ def _fields(
 
 def _sparse(attention: Any, num_heads: int, head_dim: int, topk: int) -> SparseLatentAttention:
     """Return a `LatentAttention` with V3.2's indexer."""
-    latent: dict[str, Any] = vars(attention)
+    latent: Json = vars(attention)
     return SparseLatentAttention(**latent, num_index_heads=num_heads, index_head_dim=head_dim, index_topk=topk)
 
 
@@ -69,7 +67,7 @@ def _rope(mscale: float) -> Rope:
     return Rope(theta=10_000.0, scaling=scaling)
 
 
-_RELEASED: dict[str, Any] = {
+_RELEASED: Json = {
     "max_positions": 163_840,
     "kv_lora_rank": 512,
     "qk_nope_head_dim": 128,
@@ -239,7 +237,7 @@ def _keys(*, q_lora_rank: int | None, scaling: float, groups: int, top_groups: i
     )
 
 
-def _read(reader: ConfigReader, fields: dict[str, Any], router: Router, *, num_dense: int) -> dict[str, Any]:
+def _read(reader: ConfigReader, fields: Json, router: Router, *, num_dense: int) -> Json:
     """Return the fields of a config, of the keys that all have; `num_dense` is for files without that key."""
     reader.activation("hidden_act", "silu", only="silu")
     reader.only(attention_bias=False, mlp_bias=False, moe_layer_freq=1)
@@ -256,7 +254,7 @@ def _read(reader: ConfigReader, fields: dict[str, Any], router: Router, *, num_d
     )
 
 
-def _read_v2(reader: ConfigReader, fields: dict[str, Any]) -> DecoderConfig:
+def _read_v2(reader: ConfigReader, fields: Json) -> DecoderConfig:
     reader.only(scoring_func="softmax", norm_topk_prob=False)
     method = reader.take("topk_method", str, "greedy")
     if method not in ("greedy", "group_limited_greedy"):
@@ -267,7 +265,7 @@ def _read_v2(reader: ConfigReader, fields: dict[str, Any]) -> DecoderConfig:
     return DecoderConfig(**_read(reader, fields, router, num_dense=0))
 
 
-def _read_v3(reader: ConfigReader, fields: dict[str, Any]) -> MTPDecoderConfig:
+def _read_v3(reader: ConfigReader, fields: Json) -> MTPDecoderConfig:
     reader.only(scoring_func="sigmoid", topk_method="noaux_tc", rope_interleave=True)
     router = {name: fields.pop(name) for name in (*_ROUTER, "normalize")}
     found = _read(reader, fields, SigmoidTopK(**router, bias_update_rate=_BIAS_UPDATE_RATE), num_dense=3)
@@ -275,7 +273,7 @@ def _read_v3(reader: ConfigReader, fields: dict[str, Any]) -> MTPDecoderConfig:
     return MTPDecoderConfig(**found, num_mtp_layers=num_mtp_layers, mtp_weight=_MTP_WEIGHT)
 
 
-def _read_v32(reader: ConfigReader, fields: dict[str, Any]) -> MTPDecoderConfig:
+def _read_v32(reader: ConfigReader, fields: Json) -> MTPDecoderConfig:
     indexer = [fields.pop(name) for name in ("num_index_heads", "index_head_dim", "index_topk")]
     config = _read_v3(reader, fields)
     # Other keys decide these already.
@@ -284,7 +282,7 @@ def _read_v32(reader: ConfigReader, fields: dict[str, Any]) -> MTPDecoderConfig:
     return dataclasses.replace(config, attention=_sparse(config.attention, *indexer))
 
 
-def _write(config: DecoderConfig, label: str) -> dict[str, Any]:
+def _write(config: DecoderConfig, label: str) -> Json:
     """Return the other keys that all have."""
     attention: Any = config.attention
     dense = [piece for _, piece in config.stacks()["layers"] if isinstance(piece, SwiGLU)]
@@ -300,14 +298,14 @@ def _write(config: DecoderConfig, label: str) -> dict[str, Any]:
     }
 
 
-def _write_v2(config: DecoderConfig, label: str) -> dict[str, Any]:
+def _write_v2(config: DecoderConfig, label: str) -> Json:
     router: Any = config.feed_forward.router  # type: ignore[union-attr]
     method = "greedy" if router.num_groups == 1 else "group_limited_greedy"
     own = {"scoring_func": "softmax", "topk_method": method, "norm_topk_prob": router.normalize}
     return _write(config, label) | own
 
 
-def _write_v3(config: MTPDecoderConfig, label: str) -> dict[str, Any]:
+def _write_v3(config: MTPDecoderConfig, label: str) -> Json:
     own = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "num_nextn_predict_layers": config.num_mtp_layers}
     return _write(config, label) | own
 

@@ -7,7 +7,7 @@ on queries, keys and values alone.
 from collections.abc import Sequence
 from typing import Any
 
-from llama_jax.config import UserError
+from llama_jax.config import Json, UserError
 from llama_jax.models import DecoderConfig
 from llama_jax.nn import GroupedQuery, RMSNorm, Rope, RopeScaling, SwiGLU
 from llama_jax.zoo import llama
@@ -69,7 +69,7 @@ _CHATGLM_ROWS = _rows(
 )
 
 
-def _read_glm(reader: ConfigReader, fields: dict[str, Any]) -> DecoderConfig:
+def _read_glm(reader: ConfigReader, fields: Json) -> DecoderConfig:
     reader.activation("hidden_act", "silu", only="silu")
     if fields["num_kv_heads"] is None:
         fields["num_kv_heads"] = fields["num_heads"]
@@ -79,7 +79,7 @@ def _read_glm(reader: ConfigReader, fields: dict[str, Any]) -> DecoderConfig:
     return glm(norm=RMSNorm(fields.pop("eps")), **fields, **rope)
 
 
-def _write_glm(config: DecoderConfig, label: str) -> dict[str, Any]:
+def _write_glm(config: DecoderConfig, label: str) -> Json:
     return {"hidden_act": "silu", "partial_rotary_factor": 0.5, **write_rope(config.attention, label)}
 
 
@@ -120,7 +120,7 @@ GLM = Family(
 )
 
 
-def _read_chatglm(reader: ConfigReader, fields: dict[str, Any]) -> DecoderConfig:
+def _read_chatglm(reader: ConfigReader, fields: Json) -> DecoderConfig:
     # rope_ratio divides positions in one release and multiplies the rotary base in the next.
     reader.only(
         add_bias_linear=False,
@@ -142,7 +142,7 @@ def _read_chatglm(reader: ConfigReader, fields: dict[str, Any]) -> DecoderConfig
     return glm(norm=RMSNorm(fields.pop("eps"), cast_last=True), **fields)
 
 
-def _write_chatglm(config: DecoderConfig, label: str) -> dict[str, Any]:
+def _write_chatglm(config: DecoderConfig, label: str) -> Json:
     return {
         "multi_query_attention": True,
         "rmsnorm": True,

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from llama_jax.config import Json
 from llama_jax.models import DecoderConfig, LayerOverride
 from llama_jax.nn import MLP, Activation, GroupedQuery, LayerNorm, LearnedPositions
 from llama_jax.zoo.reading import CAUSAL, ConfigReader, Key
@@ -91,13 +92,13 @@ WEIGHTS = (
 _IGNORED = (r"transformer\.h\.\d+\.attn\.(masked_)?bias",)
 
 
-def _read(reader: ConfigReader, fields: dict[str, Any]) -> DecoderConfig:
+def _read(reader: ConfigReader, fields: Json) -> DecoderConfig:
     reader.only(scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     scale = None if reader.take("scale_attn_weights", bool, True) else 1.0
     return gpt(**fields, scale=scale)
 
 
-def _write(config: DecoderConfig, label: str) -> dict[str, Any]:
+def _write(config: DecoderConfig, label: str) -> Json:
     attention: Any = config.attention
     return {
         "n_ctx": config.max_positions,

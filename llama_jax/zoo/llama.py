@@ -6,7 +6,7 @@ Sizes from the papers and from the released configs; the counts they give are te
 from collections.abc import Mapping
 from typing import Any
 
-from llama_jax.config import UserError
+from llama_jax.config import Json, UserError
 from llama_jax.models import DecoderConfig
 from llama_jax.nn import GroupedQuery, Llama3Scaling, RMSNorm, Rope, RopeScaling, SwiGLU
 from llama_jax.zoo.known_keys import is_off
@@ -53,7 +53,7 @@ def _llama(*, intermediate_size: int, mlp_bias: bool = False, **sizes: Any) -> D
     return llama_like(feed_forward=SwiGLU(intermediate_size, bias=mlp_bias), **sizes)
 
 
-def _sizes(layers: int, width: int, heads: int, kv_heads: int, ffn: int) -> dict[str, Any]:
+def _sizes(layers: int, width: int, heads: int, kv_heads: int, ffn: int) -> Json:
     return {
         "num_layers": layers,
         "hidden_size": width,
@@ -67,11 +67,11 @@ def _stretched(factor: float) -> Llama3Scaling:
     return Llama3Scaling(factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
 
 
-_LLAMA1: dict[str, Any] = {"vocab_size": 32000, "max_positions": 2048, "eps": 1e-6, "theta": 10_000.0}
-_LLAMA2: dict[str, Any] = {"vocab_size": 32000, "max_positions": 4096, "eps": 1e-5, "theta": 10_000.0}
-_LLAMA3: dict[str, Any] = {"vocab_size": 128_256, "max_positions": 8192, "eps": 1e-5, "theta": 500_000.0}
+_LLAMA1: Json = {"vocab_size": 32000, "max_positions": 2048, "eps": 1e-6, "theta": 10_000.0}
+_LLAMA2: Json = {"vocab_size": 32000, "max_positions": 4096, "eps": 1e-5, "theta": 10_000.0}
+_LLAMA3: Json = {"vocab_size": 128_256, "max_positions": 8192, "eps": 1e-5, "theta": 500_000.0}
 _LLAMA31 = _LLAMA3 | {"max_positions": 131_072}
-_STORIES: dict[str, Any] = {"eps": 1e-5, "theta": 10_000.0, "tie_embeddings": True}
+_STORIES: Json = {"eps": 1e-5, "theta": 10_000.0, "tie_embeddings": True}
 PRESETS: dict[str, DecoderConfig] = {
     "llama1_7b": _llama(**_LLAMA1, **_sizes(32, 4096, 32, 32, 11008)),
     "llama1_13b": _llama(**_LLAMA1, **_sizes(40, 5120, 40, 40, 13824)),
@@ -131,12 +131,12 @@ META_WEIGHTS = mappings(
 META_TIED = {"output.weight": "tok_embeddings.weight"}
 
 
-def _read(reader: ConfigReader, fields: dict[str, Any]) -> DecoderConfig:
+def _read(reader: ConfigReader, fields: Json) -> DecoderConfig:
     reader.activation("hidden_act", "silu", only="silu")
     return _llama(**fields, **read_rope(reader, fields["max_positions"]))
 
 
-def _write(config: DecoderConfig, label: str) -> dict[str, Any]:
+def _write(config: DecoderConfig, label: str) -> Json:
     return {"hidden_act": "silu", **write_rope(config.attention, label)}
 
 
@@ -148,7 +148,7 @@ _META_KEYS: dict[str, type] = {
 }
 
 
-def from_meta(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
+def from_meta(params: Json, shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
     """Return the model of Meta's `params.json`; the shapes of the tensors show what it leaves out.
 
     Raises UserError for a key that is not known.

@@ -2,9 +2,8 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
-from llama_jax.config import UserError
+from llama_jax.config import Json, UserError
 from llama_jax.models import DecoderConfig, LayerOverride
 from llama_jax.nn import Experts, GatedLinearUnit, GroupedQuery, GShardRouter, RelativeBias, RMSNorm, SoftmaxTopK
 from llama_jax.zoo import llama
@@ -77,7 +76,7 @@ META_WEIGHTS = (
 )
 
 
-def _read(reader: ConfigReader, fields: dict[str, Any]) -> DecoderConfig:
+def _read(reader: ConfigReader, fields: Json) -> DecoderConfig:
     reader.activation("hidden_act", "silu", only="silu")
     reader.only(moe_frequency=1)
     rope = read_rope(reader, fields["max_positions"], 1_000_000.0)
@@ -86,11 +85,11 @@ def _read(reader: ConfigReader, fields: dict[str, Any]) -> DecoderConfig:
     return llama.llama_like(**fields, **rope, feed_forward=experts)
 
 
-def _write(config: DecoderConfig, label: str) -> dict[str, Any]:
+def _write(config: DecoderConfig, label: str) -> Json:
     return {"hidden_act": "silu", **write_rope(config.attention, label)}
 
 
-def from_meta(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
+def from_meta(params: Json, shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
     """Return the model of Mistral's own `params.json`; the shapes of the tensors show what it leaves out.
 
     Raises UserError for a key that is not known.

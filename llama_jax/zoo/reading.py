@@ -5,7 +5,7 @@ import operator
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from llama_jax.config import UserError
+from llama_jax.config import Json, UserError
 from llama_jax.models import ModelConfig
 from llama_jax.nn import Activation, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 from llama_jax.zoo.known_keys import is_off, origin
@@ -66,7 +66,7 @@ class ConfigReader:
 
     def __init__(
         self,
-        data: Mapping[str, Any],
+        data: Json,
         label: str,
         architectures: Collection[str],
         *,
@@ -142,9 +142,7 @@ class ConfigReader:
             )
 
 
-def write_keys(
-    config: ModelConfig, keys: Collection[Key], samples: Collection[ModelConfig], label: str
-) -> dict[str, Any]:
+def write_keys(config: ModelConfig, keys: Collection[Key], samples: Collection[ModelConfig], label: str) -> Json:
     """Return the values of declared keys.
 
     Raises UserError where a piece that has such a field is not of just the types that it has in `samples`.
@@ -165,7 +163,7 @@ def _unquantized(kind: str) -> str:
     return f"weights quantized by {kind} are not supported: take a release of these weights that is not quantized"
 
 
-def without_keys(data: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:
+def without_keys(data: Json, ignored: Collection[str]) -> Json:
     """Return a config.json without these keys; `rope_scaling.KEY` is a key inside of another's value.
 
     Raises UserError for a key that is not there.
@@ -188,7 +186,7 @@ def plain_name(architecture: str) -> str:
     return name.removeprefix("tf").removeprefix("flax")
 
 
-def architecture(data: Mapping[str, Any], known: Collection[str], label: str) -> str:
+def architecture(data: Json, known: Collection[str], label: str) -> str:
     """Return the one of the classes `known` that the file's `architectures` name; the first where they name none.
 
     Raises UserError for other classes, whose head or whose code is not read here.
@@ -229,14 +227,14 @@ _OLD_LENGTH = "original_max_position_embeddings"
 _YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
 
 
-def _pop_rope(rest: dict[str, Any], kind: str, key: str, type_: Any, default: Any = _MISSING) -> Any:
+def _pop_rope(rest: Json, kind: str, key: str, type_: Any, default: Any = _MISSING) -> Any:
     """Take a key of rope_scaling out of `rest`. Raises UserError where it is missing or of another type."""
     if key not in rest and default is _MISSING:
         raise UserError(f"config.json has rope_type={kind!r} without '{key}'")
     return typed(rest.pop(key, default), type_, f"config.json has rope_scaling.{key}")
 
 
-def _read_scaling(rest: dict[str, Any], kind: str, max_positions: int) -> RopeScaling | None:
+def _read_scaling(rest: Json, kind: str, max_positions: int) -> RopeScaling | None:
     """Return the scaling of a rope_type, and take its keys out of `rest`."""
     if kind == "dynamic":
         # Frequencies change where a text is longer than max_positions, and no text here becomes that long.
@@ -264,9 +262,7 @@ def _read_scaling(rest: dict[str, Any], kind: str, max_positions: int) -> RopeSc
     return scaling
 
 
-def read_rope(
-    reader: ConfigReader, max_positions: int, theta: float = 10_000.0, *, partial: float = 1.0
-) -> dict[str, Any]:
+def read_rope(reader: ConfigReader, max_positions: int, theta: float = 10_000.0, *, partial: float = 1.0) -> Json:
     """Return `theta` and `scaling` of both spellings: `rope_theta` with `rope_scaling`, or `rope_parameters`.
 
     `partial` is the share of a head that the family rotates, and the only one that may be asked for. Dynamic NTK,
@@ -299,7 +295,7 @@ def read_rope(
     return {"theta": theta, "scaling": scaling}
 
 
-def write_rope(attention: Any, label: str) -> dict[str, Any]:
+def write_rope(attention: Any, label: str) -> Json:
     """Return `rope_theta` and `rope_scaling` of an attention's rotary positions.
 
     Raises UserError where it has none, or a scaling that Hugging Face does not have.

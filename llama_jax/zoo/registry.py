@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from llama_jax.config import UserError
+from llama_jax.config import Json, UserError
 from llama_jax.models import ModelConfig
 from llama_jax.zoo.reading import ConfigReader, Key, check_lossless, plain_name, write_keys
 from llama_jax.zoo.weights import TensorNames
@@ -31,7 +31,7 @@ class MetaFiles[C: ModelConfig]:
     """Files with Meta's names: the names, and the config from `params.json` and the shapes of tensors by name."""
 
     names: TensorNames
-    from_meta: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], C]
+    from_meta: Callable[[Json, Mapping[str, tuple[int, ...]]], C]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,8 @@ class Family[C: ModelConfig](Presets):
     label: str
     architectures: tuple[str, ...]
     keys: tuple[Key, ...]
-    read: Callable[[ConfigReader, dict[str, Any]], C]
-    write: Callable[[Any, str], dict[str, Any]]
+    read: Callable[[ConfigReader, Json], C]
+    write: Callable[[Any, str], Json]
     names: TensorNames | Callable[[C], TensorNames]
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     harmless: Collection[str] = ()
@@ -59,7 +59,7 @@ class Family[C: ModelConfig](Presets):
     with_tensors: Callable[[C, Collection[str]], C] | None = None
     meta: MetaFiles[C] | None = None
 
-    def from_hf(self, data: Mapping[str, Any]) -> C:
+    def from_hf(self, data: Json) -> C:
         """Return the model that a `config.json` describes.
 
         Raises UserError for a key that is missing, not known, or asks for something the model cannot do.
@@ -69,7 +69,7 @@ class Family[C: ModelConfig](Presets):
         reader.finish()
         return config
 
-    def to_hf(self, config: ModelConfig) -> dict[str, Any]:
+    def to_hf(self, config: ModelConfig) -> Json:
         """Return the `config.json` of a model, for the usual class of the family.
 
         Raises UserError for a model of another family, naming what a model of this one cannot have.
@@ -124,7 +124,7 @@ def family(model_type: str) -> Family[Any]:
     return found
 
 
-def model_type_of(data: Mapping[str, Any], where: object) -> str:
+def model_type_of(data: Json, where: object) -> str:
     """Return the `model_type` of a config.json, from its `architectures` where it has none.
 
     Raises UserError, naming the file `where`, for one that has neither.

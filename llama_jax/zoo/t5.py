@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
-from llama_jax.config import UserError
+from llama_jax.config import Json, UserError
 from llama_jax.models import EncoderDecoderConfig, LayerOverride
 from llama_jax.nn import (
     MLP,
@@ -46,7 +46,7 @@ def t5(
 
     `fields` are the others of `EncoderDecoderConfig`.
     """
-    heads: dict[str, Any] = {
+    heads: Json = {
         "num_heads": num_heads,
         "num_kv_heads": num_heads,
         "head_dim": head_dim,
@@ -153,7 +153,7 @@ _PLAIN = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu
 _GATED = {"gated-gelu": "gelu_tanh", "gated-relu": "relu", "gated-silu": "silu"}
 
 
-def _read(reader: ConfigReader, fields: dict[str, Any]) -> dict[str, Any]:
+def _read(reader: ConfigReader, fields: Json) -> Json:
     """Return the arguments of `t5` that T5 and Switch Transformers have in common."""
     reader.only(is_encoder_decoder=True, is_decoder=False)
     if fields["num_layers"] is None:
@@ -165,7 +165,7 @@ def _read(reader: ConfigReader, fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _read_t5(reader: ConfigReader, fields: dict[str, Any]) -> EncoderDecoderConfig:
+def _read_t5(reader: ConfigReader, fields: Json) -> EncoderDecoderConfig:
     size, name = fields.pop("intermediate_size"), reader.take("feed_forward_proj", str, "relu")
     inside = {"bias": False, "dropout": fields["dropout"]}
     if name in _GATED:
@@ -182,11 +182,11 @@ def _read_t5(reader: ConfigReader, fields: dict[str, Any]) -> EncoderDecoderConf
     return t5(**_read(reader, fields), feed_forward=feed_forward, scaled_logits=scaled)
 
 
-def _write(config: EncoderDecoderConfig) -> dict[str, Any]:
+def _write(config: EncoderDecoderConfig) -> Json:
     return {"is_encoder_decoder": True, "pad_token_id": config.decoder_start_id}
 
 
-def _write_t5(config: EncoderDecoderConfig, label: str) -> dict[str, Any]:
+def _write_t5(config: EncoderDecoderConfig, label: str) -> Json:
     feed_forward: Any = config.feed_forward
     names = _GATED if type(feed_forward) is GatedLinearUnit else _PLAIN
     by_activation = {activation: name for name, activation in names.items()}
@@ -270,7 +270,7 @@ def _experts(size: int, num_experts: int, jitter: float, bias: bool, **options: 
     return Experts(num_experts, size, SwitchRouter(jitter, bias=bias), activation="relu", gated=False, **options)
 
 
-def _read_switch(reader: ConfigReader, fields: dict[str, Any]) -> EncoderDecoderConfig:
+def _read_switch(reader: ConfigReader, fields: Json) -> EncoderDecoderConfig:
     take, size = reader.take, fields.pop("intermediate_size")
     reader.only(
         feed_forward_proj="relu",
@@ -300,7 +300,7 @@ def _read_switch(reader: ConfigReader, fields: dict[str, Any]) -> EncoderDecoder
     return _switch(size, (steps[0], steps[1]), experts, **fields)
 
 
-def _write_switch(config: EncoderDecoderConfig, label: str) -> dict[str, Any]:
+def _write_switch(config: EncoderDecoderConfig, label: str) -> Json:
     stacks = {"encoder": config.stacks()["encoder_layers"], "decoder": config.stacks()["layers"]}
     sparse = {name: [i for i, (_, f) in enumerate(s) if isinstance(f, Experts)] for name, s in stacks.items()}
     found = [f for s in stacks.values() for _, f in s if isinstance(f, Experts)]

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
-from llama_jax.config import UserError
+from llama_jax.config import Json, UserError
 from llama_jax.models import EncoderDecoderConfig, LayerOverride
 from llama_jax.nn import (
     MLP,
@@ -30,7 +30,7 @@ from llama_jax.zoo.weights import TensorNames, WeightMapping, mappings
 _OFFSET = 2  # of BART's positions
 
 
-def full_heads(hidden_size: int, num_heads: int, name: str = "num_heads", *, dropout: float) -> dict[str, Any]:
+def full_heads(hidden_size: int, num_heads: int, name: str = "num_heads", *, dropout: float) -> Json:
     """Return the fields of attention as wide as the model, with biases everywhere; `name` is for its error."""
     if num_heads < 1 or hidden_size % num_heads:
         raise UserError(f"hidden_size={hidden_size} is not divisible by {name}={num_heads}")
@@ -181,7 +181,7 @@ _TIED: dict[str, str] = dict.fromkeys(
 )
 
 
-def _read(reader: ConfigReader, fields: dict[str, Any]) -> dict[str, Any]:
+def _read(reader: ConfigReader, fields: Json) -> Json:
     """Return the arguments of `transformer` that BART and Marian have in common."""
     reader.only(
         is_encoder_decoder=True,
@@ -200,13 +200,13 @@ def _read(reader: ConfigReader, fields: dict[str, Any]) -> dict[str, Any]:
     return fields | sizes
 
 
-def _read_bart(reader: ConfigReader, fields: dict[str, Any]) -> EncoderDecoderConfig:
+def _read_bart(reader: ConfigReader, fields: Json) -> EncoderDecoderConfig:
     reader.only(normalize_embedding=True, static_position_embeddings=False, extra_pos_embeddings=_OFFSET)
     positions = LearnedPositions(fields["max_positions"], offset=_OFFSET)
     return transformer(**_read(reader, fields), positions=positions, embedding_norm=True)
 
 
-def _read_marian(reader: ConfigReader, fields: dict[str, Any]) -> EncoderDecoderConfig:
+def _read_marian(reader: ConfigReader, fields: Json) -> EncoderDecoderConfig:
     reader.only(
         static_position_embeddings=True,
         normalize_embedding=False,
@@ -221,7 +221,7 @@ def _read_marian(reader: ConfigReader, fields: dict[str, Any]) -> EncoderDecoder
     return transformer(**_read(reader, fields), positions=SinusoidalPositions("halves"), never_written=(start,))
 
 
-def _write(config: EncoderDecoderConfig, label: str) -> dict[str, Any]:
+def _write(config: EncoderDecoderConfig, label: str) -> Json:
     """Return the other keys that BART and Marian have in common."""
     mixer, feed_forward = config.stacks()["encoder_layers"][0]
     return {
@@ -233,13 +233,13 @@ def _write(config: EncoderDecoderConfig, label: str) -> dict[str, Any]:
     }
 
 
-def _write_bart(config: EncoderDecoderConfig, label: str) -> dict[str, Any]:
+def _write_bart(config: EncoderDecoderConfig, label: str) -> Json:
     name = "BartForConditionalGeneration" if config.head_bias == "fixed" else "BartModel"
     own = {"architectures": [name], "pad_token_id": 1, "normalize_embedding": True}
     return _write(config, label) | own
 
 
-def _write_marian(config: EncoderDecoderConfig, label: str) -> dict[str, Any]:
+def _write_marian(config: EncoderDecoderConfig, label: str) -> Json:
     return _write(config, label) | {
         "architectures": ["MarianMTModel" if config.head_bias == "fixed" else "MarianModel"],
         "static_position_embeddings": True,

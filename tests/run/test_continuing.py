@@ -18,8 +18,9 @@ import jax
 import numpy as np
 import pytest
 
+from llama_jax.__main__ import main
 from llama_jax.config import UserError, override
-from llama_jax.run import Run, RunConfig, RunFailed, open_run, train, training
+from llama_jax.run import Run, RunConfig, RunFailed, open_run, resume, train, training
 from llama_jax.training import TrainState
 
 STEP_SECONDS = 0.04
@@ -35,20 +36,19 @@ def loss_of(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     values: dict[int, float] = {}
     now = [0]
 
-    def make_train_step(*_: Any, **__: Any) -> Any:
-        def step(state: TrainState, batch: Any, hyper: Any) -> Any:
-            now[0] = int(state.step) + 1
-            loss = np.float32(values.get(now[0], 1.0))
-            metrics = {"loss": loss, "grad_norm": np.float32(1), "learning_rate": hyper.optimizer.learning_rate}
-            return dataclasses.replace(state, step=state.step + 1), metrics
+    def train_step(state: TrainState, batch: Any, hyper: Any) -> Any:
+        now[0] = int(state.step) + 1
+        loss = np.float32(values.get(now[0], 1.0))
+        metrics = {"loss": loss, "grad_norm": np.float32(1), "learning_rate": hyper.optimizer.learning_rate}
+        return dataclasses.replace(state, step=state.step + 1), metrics
 
-        return step
+    def eval_step(*_: Any) -> tuple[np.float32, np.float32]:
+        return np.float32(values.get(-now[0], 1.0)), np.float32(1)
 
-    monkeypatch.setattr(training, "make_train_step", make_train_step)
-    monkeypatch.setattr(
-        training, "make_eval_step", lambda *_: lambda *_: (np.float32(values.get(-now[0], 1.0)), np.float32(1))
-    )
-    monkeypatch.setattr(training, "preflight", lambda *_: [])
+    made = training.programs
+    steps = {"train_step": train_step, "eval_step": eval_step}
+    monkeypatch.setattr(training, "programs", lambda config: dataclasses.replace(made(config), **steps))
+    monkeypatch.setattr(training, "checked", lambda *_: [])
     return values
 
 
@@ -130,26 +130,115 @@ def test_what_the_message_of_a_failed_run_advises_can_be_done(
         train(override(quick, change | {"data.skip_batches": "3,4", "resume.allow": allow}), begun)
 
 
+@pytest.mark.parametrize("skipped", [(), (2, 5)])
+def test_another_batch_size_goes_on_where_the_data_was(
+    quick: RunConfig, loss_of: dict[int, float], tmp_path: Path, skipped: tuple[int, ...]
+):
+    """Twice in one run: every sequence of the order is taken once, in the order of a run that never changed."""
+    config = override(quick, {"data.skip_batches": skipped, "checkpoint.every_steps": 1})
+    run_dir = train(override(config, {"num_steps": 3}), tmp_path / "run").directory
+    for size, steps in ((16, 5), (4, 8)):
+        changes = {"global_batch_size": size, "num_steps": steps}
+        with pytest.raises(UserError, match=r"allow this with --resume.allow global_batch_size"):
+            resume(run_dir, changes)
+        resume(run_dir, changes | {"resume.allow": "global_batch_size"})
+    run = open_run(run_dir)
+    taken = [run.batch(step)["tokens"] for step in range(8)]
+    assert [len(batch) for batch in taken] == [8, 8, 8, 16, 16, 4, 4, 4]
+    plain = Run(run_dir, override(quick, {"global_batch_size": 4}))
+    plain.history = []
+    order = np.concatenate([plain.batch(number)["tokens"] for number in range(24)])
+    # Batches are counted as they come: of 8 until the change, then of 16.
+    left_out = [row for number in skipped for row in (range(16, 24) if number == 2 else range(48, 64))]
+    kept = [row for row in range(len(order)) if row not in left_out]
+    assert np.array_equal(np.concatenate(taken), order[kept][: sum(map(len, taken))])
+    assert [(entry["step"], entry["changes"]["global_batch_size"]) for entry in run.history] == [
+        (3, [8, 16]),
+        (5, [16, 4]),
+    ]
+
+
+def test_every_change_is_in_the_history_and_none_without_one(begun: Path, quick: RunConfig):
+    train(quick, begun)
+    assert not (begun / "run.json").exists()
+    changes = {"optimizer.learning_rate": 0.005, "logging.every_steps": 2, "num_steps": 8}
+    run = resume(begun, changes | {"resume.allow": "optimizer.learning_rate"})
+    assert run.config == override(quick, changes | {"resume.allow": "optimizer.learning_rate"})
+    (entry,) = json.loads((begun / "run.json").read_text())["history"]
+    assert entry.pop("date")
+    assert entry == {
+        "step": 6,
+        "changes": {"optimizer.learning_rate": [0.01, 0.005], "num_steps": [6, 8], "logging.every_steps": [1, 2]},
+    }
+    before = (begun / "run.json").read_bytes()
+    resume(begun)
+    assert (begun / "run.json").read_bytes() == before
+    with pytest.raises(UserError, match=r"optimizer.learning_rate=0.005, not 0.001"):  # allowed once, not for ever
+        resume(begun, {"optimizer.learning_rate": 0.001})
+    for checkpoint in (begun / "checkpoints").iterdir():
+        shutil.rmtree(checkpoint)  # back to before the change, which holds from there on
+    assert [e["step"] for e in resume(begun).history] == [0]
+
+
+@pytest.mark.parametrize("changes", [{"optimizer": "Lion"}, {"optimizer": "Muon"}, {"model.hidden_size": 64}])
+def test_what_the_checkpoint_has_no_arrays_for_is_refused_before_anything_is_written(
+    begun: Path, changes: dict[str, Any]
+):
+    before = files_of(begun)
+    with pytest.raises(UserError, match=r"the checkpoint of step 4 .* does not have the arrays of .* --init-from"):
+        resume(begun, changes | {"resume.allow": "optimizer,model"})
+    assert files_of(begun) == before
+
+
+def test_a_path_in_a_run_continues_it(
+    begun: Path, quick: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for place in ("", "/checkpoints", "/checkpoints/4", "/config.json", "/metrics.jsonl"):
+        assert main(["train", f"{begun}{place}"]) == 0
+        assert open_run(f"{begun}{place}").steps()[-1] == 6
+        assert capsys.readouterr().out.splitlines()[0] == f"continuing '{begun}' from step 4"
+        shutil.rmtree(begun / "checkpoints" / "6")
+    monkeypatch.chdir(begun / "checkpoints")
+    assert main(["train", ".", "--num-steps", "5"]) == 0
+    assert "changed: num_steps=6 -> 5" in capsys.readouterr().out
+    assert main(["train", "4"]) == 2
+    assert f"'{begun}' continues from its latest checkpoint, of step 5, not from step 4" in capsys.readouterr().err
+    assert main(["train", str(begun), "--optimizer.learning-rate", "1", "--seed", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "optimizer.learning_rate=0.01, not 1.0; seed=0, not 1: continue it unchanged, or" in said
+    assert "(seed cannot change; for the others there is --resume.allow optimizer.learning_rate)" in said
+    assert said.count("\n") == 1
+    assert main(["train", str(begun.parent)]) == 2
+    assert "is not a run: give a config" in capsys.readouterr().err
+
+
 def test_keys_that_are_none_cannot_be_allowed(quick: RunConfig, tmp_path: Path):
     with pytest.raises(UserError, match=r"resume.allow=optimizer.learning_rat is no key .*'optimizer.learning_rate'"):
         train(override(quick, {"resume.allow": ("optimizer.learning_rat",)}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_fewer_steps_than_are_done_change_nothing(begun: Path, quick: RunConfig):
+def test_fewer_steps_than_are_done_change_nothing(begun: Path, quick: RunConfig, capsys: pytest.CaptureFixture[str]):
     before = files_of(begun)
-    with pytest.raises(UserError, match="is at step 4, beyond num_steps=3"):
-        train(override(quick, {"num_steps": 3}), begun)
+    capsys.readouterr()
+    run = train(override(quick, {"num_steps": 3}), begun)
+    assert capsys.readouterr().out == f"'{begun}' is at step 4, past num_steps=3: nothing changed\n"
+    assert run.config == quick
     assert files_of(begun) == before
+    with pytest.raises(UserError, match="seed=0, not 1"):
+        train(override(quick, {"num_steps": 3, "seed": 1}), begun)
 
 
-def test_a_schedule_that_goes_up_again_is_told(begun: Path, quick: RunConfig, capsys: pytest.CaptureFixture[str]):
+def test_another_length_tells_what_becomes_of_the_learning_rate(
+    begun: Path, quick: RunConfig, capsys: pytest.CaptureFixture[str]
+):
     train(quick, begun)
     capsys.readouterr()
     train(override(quick, {"num_steps": 20, "checkpoint.every_steps": 20}), begun)
     said = capsys.readouterr().out
     assert "changed: num_steps=6 -> 20" in said
-    assert "the learning rate goes up: from step 6 on it is 0.00933, where it would have been 0.001" in said
+    assert "learning rate at step 6: 0.001 -> 0.00933, because num_steps=6 -> 20; it ends at 0.00108" in said
+    assert [entry["changes"]["num_steps"] for entry in open_run(begun).history] == [[6, 20]]
 
 
 def test_what_does_nothing_is_told_at_the_start(
@@ -172,7 +261,7 @@ def test_a_window_that_began_before_is_recorded_from_where_the_run_continues(
     begun: Path, quick: RunConfig, monkeypatch: pytest.MonkeyPatch
 ):
     @contextlib.contextmanager
-    def trace(directory: str) -> Iterator[None]:
+    def trace(directory: str, **_: Any) -> Iterator[None]:
         recorded.append(directory)
         yield
 
@@ -258,17 +347,15 @@ def test_metrics_are_strict_json_where_a_loss_is_no_number(quick: RunConfig, los
 def test_no_interval_is_faster_than_its_steps(run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Steps that are computed within the call, as small ones are: none of them is counted in another's interval."""
 
-    def make_train_step(*_: Any, **__: Any) -> Any:
-        def step(state: TrainState, batch: Any, hyper: Any) -> Any:
-            time.sleep(STEP_SECONDS)
-            value = jax.block_until_ready(1 / (1 + state.step))
-            metrics = dict.fromkeys(("loss", "grad_norm", "learning_rate"), value)
-            return dataclasses.replace(state, step=state.step + 1), metrics
+    def train_step(state: TrainState, batch: Any, hyper: Any) -> Any:
+        time.sleep(STEP_SECONDS)
+        value = jax.block_until_ready(1 / (1 + state.step))
+        metrics = dict.fromkeys(("loss", "grad_norm", "learning_rate"), value)
+        return dataclasses.replace(state, step=state.step + 1), metrics
 
-        return step
-
-    monkeypatch.setattr(training, "make_train_step", make_train_step)
-    monkeypatch.setattr(training, "preflight", lambda *_: [])
+    made = training.programs
+    monkeypatch.setattr(training, "programs", lambda config: dataclasses.replace(made(config), train_step=train_step))
+    monkeypatch.setattr(training, "checked", lambda *_: [])
     change = {"logging.sample_prompts": (), "logging.validate_every_steps": 5, "num_steps": 11}
     change |= {"logging.every_steps": 3, "checkpoint.every_steps": 7, "checkpoint.keep_best": 0}
     run = train(override(run_config, change), tmp_path / "run")

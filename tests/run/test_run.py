@@ -22,7 +22,7 @@ from llama_jax.data import read_texts
 from llama_jax.models import Compute
 from llama_jax.nn.attention import attend as kernels
 from llama_jax.run import Run, RunConfig, RunFailed, open_run, train
-from llama_jax.run.training import _Clock
+from llama_jax.run.clock import Clock
 from llama_jax.tokenizers import load_tokenizer
 from llama_jax.training import learning_rate, make_eval_step
 
@@ -252,7 +252,7 @@ class TestClock:
         return now  # type: ignore[return-value]
 
     def test_leaves_out_the_first_step_and_pauses(self, now: list[float]):
-        clock = _Clock(10)
+        clock = Clock(10)
         now[0] += 60
         assert clock.speed(11) is None
         now[0] += 4

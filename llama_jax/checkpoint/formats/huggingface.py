@@ -10,14 +10,13 @@ import math
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from llama_jax.checkpoint.formats.tensors import BFLOAT16, Tensor, Tensors, stored
 from llama_jax.checkpoint.formats.torch_pickle import read_torch
-from llama_jax.config import UserError, read_json
+from llama_jax.config import Json, UserError, read_json
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -125,7 +124,7 @@ def _read_shards(index: Path, read: Callable[[Path], Tensors]) -> Tensors:
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor | np.ndarray]) -> None:
     """Write one safetensors file, tensor after tensor: each is read only when it is written."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: Json = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():
         end = offset + math.prod(tensor.shape) * tensor.dtype.itemsize

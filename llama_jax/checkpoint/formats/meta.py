@@ -3,14 +3,13 @@
 import re
 import struct
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from llama_jax.checkpoint.formats.huggingface import read_directory
 from llama_jax.checkpoint.formats.tensors import Tensor, Tensors, extent, joined, stored
 from llama_jax.checkpoint.formats.torch_pickle import read_torch
-from llama_jax.config import UserError, read_json
+from llama_jax.config import Json, UserError, read_json
 
 # The dimension that model-parallel ranks split: outputs of column-parallel matrices, inputs of row-parallel ones.
 _SPLIT_DIM = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
@@ -24,7 +23,7 @@ def is_meta(directory: Path) -> bool:
     return (directory / "params.json").is_file() and weights
 
 
-def read_meta(directory: Path) -> tuple[dict[str, Any], Tensors]:
+def read_meta(directory: Path) -> tuple[Json, Tensors]:
     """Return `params.json` and the tensors, joined over `consolidated.NN.pth`, one file for each model-parallel rank.
 
     Mistral's directories have one `consolidated.safetensors`. Sources: https://github.com/meta-llama/llama
@@ -52,7 +51,7 @@ def read_meta(directory: Path) -> tuple[dict[str, Any], Tensors]:
     return params, {name: _join(name, [shard[name] for shard in shards], params) for name in shards[0]}
 
 
-def _join(name: str, parts: list[Tensor], params: dict[str, Any]) -> Tensor:
+def _join(name: str, parts: list[Tensor], params: Json) -> Tensor:
     """Return a tensor joined over its model-parallel parts."""
     if len(parts) == 1 or len(parts[0].shape) < 2:  # norms and rope.freqs: the same in every shard
         return parts[0]
@@ -83,7 +82,7 @@ def is_llama2c(file: Path) -> bool:
     return all(0 < size < 1 << 24 for size in sizes) and dim % heads == 0 and heads % kv_heads == 0
 
 
-def read_llama2c(file: Path) -> tuple[dict[str, Any], Tensors]:
+def read_llama2c(file: Path) -> tuple[Json, Tensors]:
     """Return the settings of a llama2.c `.bin`, version 0, as Meta's `params.json` has them, and its tensors.
 
     The file is seven int32 and then every tensor in float32, in a fixed order and in Meta's layout. Source:

@@ -9,12 +9,12 @@ import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 from jaxtyping import Int, Int32
 
-from llama_jax.config import UserError
+from llama_jax.config import Json, UserError
 from llama_jax.data.config import DataConfig, Split
 from llama_jax.data.corpus.documents import OLD, BadRecords, read_texts, sum_scored
 from llama_jax.data.corpus.shards import ARRAYS, array_file
@@ -97,7 +97,7 @@ class Corpus:
         self.content_hash: str = index["content_hash"]
         self.tokenizer: str = index["tokenizer"]
         self.skipped: list[str] = index["skipped"]
-        self.bad_records: dict[str, Any] = index["bad_records"]
+        self.bad_records: Json = index["bad_records"]
 
         def totals(name: str) -> dict[Split, int]:
             return {split: sum(shards[name]) for split, shards in index["splits"].items()}
@@ -127,7 +127,7 @@ class Corpus:
         return lines
 
 
-def _stream(directory: Path, split: Split, index: dict[str, Any], sizes: dict[str, int]) -> TokenStream:
+def _stream(directory: Path, split: Split, index: Json, sizes: dict[str, int]) -> TokenStream:
     shards = []
     for number, counts in enumerate(zip(*(index["splits"][split][array] for array in ARRAYS), strict=True)):
         if counts[0]:
@@ -171,7 +171,7 @@ def _libc() -> ctypes.CDLL:
     return libc
 
 
-def check_bad_records(summaries: list[dict[str, Any]], config: DataConfig) -> BadRecords:
+def check_bad_records(summaries: list[Json], config: DataConfig) -> BadRecords:
     """Return the sum of the shards' bad records. Raises UserError where they are more than `max_bad_records`."""
     bad = BadRecords(config.max_bad_records)
     for summary in summaries:
@@ -188,7 +188,7 @@ def check_split(split: Split, num_documents: Mapping[Split, int], config: DataCo
         )
 
 
-def write_index(directory: Path, summaries: list[dict[str, Any]], content_hash: str, config: DataConfig) -> None:
+def write_index(directory: Path, summaries: list[Json], content_hash: str, config: DataConfig) -> None:
     """Write the index of shards that are all there. Raises UserError for a corpus without text or training text."""
     bad = check_bad_records([summary["bad_records"] for summary in summaries], config)
     splits = {

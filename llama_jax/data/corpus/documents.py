@@ -3,12 +3,11 @@
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from llama_jax.config import UserError
+from llama_jax.config import Json, UserError
 from llama_jax.data.chat import problem_of
 from llama_jax.data.config import DataConfig, Split
 from llama_jax.data.corpus.files import find_files
@@ -38,7 +37,7 @@ class BadRecords:
         """Count one. Raises UserError where it is one too many."""
         self.extend({"reasons": {bad.reason: 1}, "first": [str(bad)]})
 
-    def extend(self, summary: dict[str, Any]) -> None:
+    def extend(self, summary: Json) -> None:
         """Count all of another `summary`. Raises UserError where they are too many."""
         self.reasons.update(summary["reasons"])
         self.first += summary["first"][: MAX_NAMED - len(self.first)]
@@ -47,7 +46,7 @@ class BadRecords:
             problem = f"{named}: repair it" if count == 1 else f"{count} records are bad, first {named}: repair them"
             raise UserError(f"{problem}, or {self._advice}")
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Json:
         """Return the counts as JSON."""
         return {"reasons": dict(sorted(self.reasons.items())), "first": self.first}
 
@@ -172,12 +171,12 @@ class ScoredBytes:
                 return
             self.num_bytes -= len(first.encode())
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Json:
         """Return the count as JSON: `scored_bytes`, None without a number, and `unscored`, the reason."""
         return {"scored_bytes": None if self.reason else self.num_bytes, "unscored": self.reason}
 
 
-def sum_scored(shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def sum_scored(shards: Sequence[Json]) -> Json:
     """Return the sum of such summaries. Shards of before there were any have no number."""
     reasons = [shard.get("unscored", OLD) for shard in shards if shard.get("scored_bytes") is None]
     if reasons:

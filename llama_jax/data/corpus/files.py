@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llama_jax.config import UserError
+from llama_jax.config import Json, UserError
 from llama_jax.data.config import DataConfig
 from llama_jax.data.corpus.listing import Pattern, split_glob, walk
 from llama_jax.data.readers.opening import open_file
@@ -104,7 +104,7 @@ def _find_remote(entry: str) -> Found:
     return files, not is_file and base == name
 
 
-def _matching(fs: Any, name: str) -> dict[str, dict[str, Any]]:
+def _matching(fs: Any, name: str) -> dict[str, Json]:
     """Return the files that a glob without `**` matches, and all files below the directories that it matches."""
     listed = {}
     for path, info in fs.glob(name, detail=True).items():

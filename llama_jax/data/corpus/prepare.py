@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_jax.config import UserError, to_json
+from llama_jax.config import Json, UserError, to_json
 from llama_jax.data.config import DataConfig
 from llama_jax.data.corpus.corpus import INDEX, Corpus, check_bad_records, check_split, write_index
 from llama_jax.data.corpus.files import digests, find_files
@@ -119,7 +119,7 @@ def _open(maker: ShardMaker, content_hash: str) -> Corpus | None:
 
 def _make(
     maker: ShardMaker, shards: Mapping[int, list[Unit]], num_workers: int | None, progress: Progress | None
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """Return the summaries of `shards`, after making those that are missing."""
     missing = {number: units for number, units in shards.items() if maker.summary(number) is None}
     sizes = {number: sum(unit.size for unit in units) for number, units in shards.items()}

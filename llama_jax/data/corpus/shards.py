@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, get_args
 
 import numpy as np
 
-from llama_jax.config import UserError
+from llama_jax.config import Json, UserError
 from llama_jax.data.chat import chat_tokens
 from llama_jax.data.config import DataConfig, Split
 from llama_jax.data.corpus.documents import BadRecords, ScoredBytes, good_records, split_of, text_bytes
@@ -37,7 +37,7 @@ class ShardMaker:
     config: DataConfig
     tokenizer: Tokenizer
 
-    def summary(self, number: int) -> dict[str, Any] | None:
+    def summary(self, number: int) -> Json | None:
         """Return the summary of a shard, or None where it is not there or not whole.
 
         Raises UserError for a shard of another tokenizer, or of other files or options.
@@ -146,7 +146,7 @@ class ShardMaker:
             parts[-1] = parts[-1][:-1]
         return parts
 
-    def _tokens_of_chat(self, messages: list[dict[str, Any]], record: Record) -> list[np.ndarray]:
+    def _tokens_of_chat(self, messages: list[Json], record: Record) -> list[np.ndarray]:
         if self.config.chat_template is None:
             raise UserError(f"{record.where} holds the messages of a chat: set chat_template")
         tokens, starts = chat_tokens(messages, self.config.chat_template, self.tokenizer)
@@ -215,7 +215,7 @@ class _SplitWriter:
                 self._sizes[array] += len(values)
             pending.clear()
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Json:
         """Return the sizes of the arrays, the bytes of text and the files' hashes, as JSON."""
         hashes = {array: digest.hexdigest() for array, (_, digest) in self._files.items()}
         return self._sizes | {"num_bytes": self._num_bytes, "sha256": hashes}

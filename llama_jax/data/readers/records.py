@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from llama_jax.config import Json
 from llama_jax.data.config import DataConfig
 
 BUFFER = 1 << 20  # bytes
@@ -55,7 +55,7 @@ class Unit:
         return end - first
 
 
-type Part = str | np.ndarray | list[dict[str, Any]]
+type Part = str | np.ndarray | list[Json]
 """A text, token ids, or the messages of a chat."""
 
 

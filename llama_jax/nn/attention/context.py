@@ -10,7 +10,6 @@ all at once (`all_gather`), which holds all of them on every device. The parts j
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from llama_jax.nn.attention import blockwise
 from llama_jax.nn.attention.blockwise import Grouped, Keys, Result, Values
-from llama_jax.nn.base import Mask
+from llama_jax.nn.base import Mask, PyTree
 from llama_jax.parallel import axes_of, mesh_axis_sizes
 
 AXIS = "context"
@@ -116,13 +115,13 @@ def _vjp_backward(scale, strategy, residuals, d_out):
 context_attention.defvjp(_vjp_forward, _vjp_backward)
 
 
-def _keys(k, v, mask: Mask) -> dict[str, Any]:
+def _keys(k, v, mask: Mask) -> dict[str, PyTree]:
     """Return the arrays that travel between devices, in halves (early, late)."""
     keys = {"k": _halves(k, 2), "v": _halves(v, 2)}
     return keys if mask.segment_ids is None else keys | {"segments": _halves(mask.segment_ids, 1)}
 
 
-def _travel(visit, carry: Any, keys: Any, d_keys: Any, size: int, strategy: str) -> tuple[Any, Any]:
+def _travel(visit, carry: PyTree, keys: PyTree, d_keys: PyTree, size: int, strategy: str) -> tuple[PyTree, PyTree]:
     """Call `visit(carry, keys, owner) -> (carry, part)` for the keys of every other device.
 
     The parts that all devices have for an owner's keys are added to its `d_keys` ({} in the forward pass).
@@ -175,7 +174,7 @@ def _tiles(mask: Mask, owner):
     return ((LATE, EARLY), (half, half)) if mask.causal else [(i, j) for i in (0, 1) for j in (0, 1)]
 
 
-def _tile_mask(mask: Mask, keys: dict[str, Any], owner, mine, theirs, length: int) -> Mask:
+def _tile_mask(mask: Mask, keys: dict[str, PyTree], owner, mine, theirs, length: int) -> Mask:
     """Return the mask of one pair of chunks; all keys of a causal pair come before its queries."""
     tile = Mask(causal=False)
     if mask.segment_ids is not None:

@@ -6,14 +6,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from llama_jax.config import UserError
+from llama_jax.config import Known, UserError
 from llama_jax.nn.attention.attend import attend
-from llama_jax.nn.base import ForwardContext, Mixer, MixerModule, Piece, check_above_zero, check_at_least, check_rate
+from llama_jax.nn.base import (
+    ForwardContext,
+    Mixer,
+    MixerModule,
+    Piece,
+    check_above_zero,
+    check_at_least,
+    check_rate,
+    known_heads,
+)
 from llama_jax.nn.norms import Norm
 from llama_jax.nn.parameters import Projection, child
-from llama_jax.nn.rope import Rope
+from llama_jax.nn.rope import Rope, known_rope
 from llama_jax.parallel import shard
 
 Cache = dict[str, Float[Array, "b k s _"]]
@@ -47,6 +57,18 @@ class GroupedQuery(Mixer):
     window: int | None = None
     softcap: float | None = None
     dropout: float = 0.0
+
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        num_heads, head_dim = known_heads(known)
+        return {
+            "num_heads": num_heads,
+            "num_kv_heads": known.get("num_kv_heads", num_heads),
+            "head_dim": head_dim,
+            "rope": known_rope(known),
+            "qkv_bias": known.get("qkv_bias", False),
+            "out_bias": known.get("out_bias", False),
+        }
 
     def __post_init__(self) -> None:
         _check_heads(self.num_heads, self.num_kv_heads)
@@ -86,6 +108,10 @@ class CrossAttention(Piece):
     out_bias: bool
     scale: float | None = None
     dropout: float = 0.0
+
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        return GroupedQuery.follow(known)
 
     def __post_init__(self) -> None:
         _check_heads(self.num_heads, self.num_kv_heads)
@@ -158,7 +184,7 @@ class GroupedQueryModule(_Projections, MixerModule):
         options: dict[str, Any] = {"scale": self.scale, "softcap": config.softcap, "dropout": config.dropout}
         return self.o_proj(attend(q_BTNH, k_BKSH, v_BKSH, ctx, **options)), cache
 
-    def init_cache(self, batch: int, length: int, dtype: Any) -> Cache:
+    def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> Cache:
         # [B, K, S, H]: with S before K the TPU program keeps a second, transposed cache.
         shape = (batch, self.config.num_kv_heads, length, self.config.head_dim)
         return {name: shard(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None) for name in ("k", "v")}

@@ -10,15 +10,16 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from llama_jax.config import UserError
+from llama_jax.config import Known, UserError
 from llama_jax.nn.attention.attend import attend
 from llama_jax.nn.attention.grouped_query import Cache, write_cache
-from llama_jax.nn.base import ForwardContext, Mixer, MixerModule, check_at_least
+from llama_jax.nn.base import ForwardContext, Mixer, MixerModule, check_at_least, known_heads
 from llama_jax.nn.norms import RMSNorm
 from llama_jax.nn.parameters import Projection, cast_and_gather, child
-from llama_jax.nn.rope import Rope
+from llama_jax.nn.rope import Rope, known_rope
 from llama_jax.parallel import einsum, shard
 
 # The two parts of a query: the one that is multiplied with the latents, and the rotary one.
@@ -49,6 +50,21 @@ class LatentAttention(Mixer):
     v_head_dim: int
     rope: Rope | None
     eps: float
+
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        # The proportions of DeepSeek-V2: a latent of 4 heads, and half a head more that turns.
+        num_heads, size = known_heads(known)
+        return {
+            "num_heads": num_heads,
+            "q_lora_rank": None,
+            "kv_lora_rank": 4 * size,
+            "qk_nope_head_dim": size,
+            "qk_rope_head_dim": max(2, size // 4 * 2),
+            "v_head_dim": size,
+            "rope": known_rope(known),
+            "eps": known.get("eps", 1e-6),
+        }
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -180,6 +196,6 @@ class LatentAttentionModule(MixerModule):
         y = y[..., : self.config.kv_lora_rank]
         return einsum("btnr,rnv->btnv", y, cast_and_gather(self.v_b_proj.weight, y.dtype), out=heads)
 
-    def init_cache(self, batch: int, length: int, dtype: Any) -> Cache:
+    def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> Cache:
         shape = (batch, 1, length, self.config.kv_lora_rank + self.config.qk_rope_head_dim)
         return {"latent": shard(jnp.zeros(shape, dtype), "batch", None, None, None)}

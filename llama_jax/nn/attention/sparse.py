@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from llama_jax.config import UserError
+from llama_jax.config import Known, UserError
 from llama_jax.nn.attention import blockwise
 from llama_jax.nn.attention.context import splits, zigzag
 from llama_jax.nn.attention.grouped_query import Cache, write_cache
@@ -48,6 +49,18 @@ class SparseLatentAttention(LatentAttention):
     index_topk: int
     index_loss_weight: float = 0.0
     index_warmup: bool = False
+
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        # The proportions of DeepSeek-V3.2: latents of 12 and 4 heads, half as many heads in the indexer.
+        found = super().follow(known)
+        size = known.get("qk_nope_head_dim", found["qk_nope_head_dim"])
+        own = {
+            "num_index_heads": max(1, found["num_heads"] // 2),
+            "index_head_dim": max(size, found["qk_rope_head_dim"]),
+        }
+        own["index_topk"] = min(2048, known.get("max_positions", 2048))
+        return found | own | {"q_lora_rank": 12 * size}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,7 +152,7 @@ class SparseLatentAttentionModule(LatentAttentionModule):
             aux["loss.indexer"] = self.config.index_loss_weight * ctx.mean_of_rows(ctx.row_means(divergence[0]))
         return self.o_proj(y), cache, aux
 
-    def init_cache(self, batch: int, length: int, dtype: Any) -> Cache:
+    def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> Cache:
         index = jnp.zeros((batch, 1, length, self.config.index_head_dim), dtype)
         return super().init_cache(batch, length, dtype) | {"index": shard(index, "batch", None, None, None)}
 

@@ -13,13 +13,13 @@ less, the slots of an expert are sent to the device that has it.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.nn.attention.context import unzigzag, zigzag
+from llama_jax.nn.base import PyTree
 from llama_jax.nn.parameters import gather
 from llama_jax.parallel import axes_of, mesh_axis_sizes, platform, shard, spec
 
@@ -78,7 +78,7 @@ def apply_experts(
     experts: Int[Array, "b t k"],
     gates: Float[Array, "b t k"],
     kept: Bool[Array, "b t k"],
-    params: Mapping[str, Any],
+    params: Mapping[str, PyTree],
     *,
     rank: Int[Array, "b t k"] | None,
     capacity: int,

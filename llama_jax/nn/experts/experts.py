@@ -2,17 +2,17 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from llama_jax.config import UserError
+from llama_jax.config import Known, UserError
 from llama_jax.nn.base import FeedForward, FeedForwardModule, ForwardContext, check_above_zero, check_at_least
 from llama_jax.nn.experts.dispatch import Product, apply_experts, ranks
-from llama_jax.nn.experts.routers import Router, Routing
+from llama_jax.nn.experts.routers import Router, Routing, SoftmaxTopK
 from llama_jax.nn.feed_forward import ACTIVATIONS, MLP, Activation, GatedLinearUnit
 from llama_jax.nn.parameters import child, parameter
 from llama_jax.parallel import spec
@@ -50,6 +50,11 @@ class Experts(FeedForward):
     load_balance_loss: float = 0.0
     router_z_loss: float = 0.0
     dispatch: Literal["auto", "capacity", "dropless"] = "auto"
+
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        gated = not isinstance(known.old, MLP)
+        return (GatedLinearUnit if gated else MLP).follow(known) | {"gated": gated, "router": known.make(SoftmaxTopK)}
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_experts", "intermediate_size")

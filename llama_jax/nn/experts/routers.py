@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from llama_jax.config import UserError
+from llama_jax.config import Known, UserError
 from llama_jax.nn.base import ForwardContext, Piece, check_at_least, check_rate
 from llama_jax.nn.parameters import buffer, cast_and_gather, matmul, parameter
 from llama_jax.parallel import reshape, spec
@@ -99,6 +99,10 @@ class SwitchRouter(Router):
     jitter: float
     bias: bool = False
 
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        return {"jitter": 0.01}  # Fedus et al. 2021
+
     def __post_init__(self) -> None:
         check_rate("jitter", self.jitter)
 
@@ -169,6 +173,12 @@ class _TopK(Router):
     top_groups: int
     best_of_group: ClassVar[int]
     """Number of a group's highest scores by whose sum groups are chosen."""
+
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        # Mixtral; the rate is DeepSeek-V3's.
+        plain = {"scaling": 1.0, "num_groups": 1, "top_groups": 1}
+        return {"top_k": 2, "normalize": True, "bias_update_rate": 0.001} | plain
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "top_k", "num_groups", "top_groups")
