@@ -192,6 +192,19 @@ def with_overrides(pieces: Pieces, num_layers: int, overrides: tuple[LayerOverri
     return tuple(layers)
 
 
+def check_hashable(config: Any) -> None:
+    """Raise UserError where a piece of a config, which is a key of compiled programs, has no hash."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        try:
+            hash(value)
+        except TypeError as error:
+            raise UserError(
+                f"{field.name}={type(value).__name__} cannot be hashed ({error}): make its class a frozen dataclass whose "
+                "fields are numbers, texts, tuples or other such classes"
+            ) from None
+
+
 def check_overrides(
     name: str, overrides: tuple[LayerOverride, ...], num_layers: int, counted: str = "num_layers"
 ) -> None:
@@ -270,6 +283,7 @@ class TransformerConfig(ModelConfig, abc.ABC):
     head_bias: Literal["none", "trained", "fixed"] = "none"
 
     def __post_init__(self) -> None:
+        check_hashable(self)
         check_at_least(self, 1, "vocab_size", "hidden_size", "num_layers", "max_positions")
         check_rate("dropout", self.dropout)
         if self.logit_softcap is not None and self.logit_softcap <= 0:

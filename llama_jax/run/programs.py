@@ -24,6 +24,7 @@ from llama_jax.run_config import RunConfig
 from llama_jax.training import (
     Agreement,
     Batch,
+    check_pieces,
     compiler_options,
     init_state,
     make_eval_step,
@@ -68,16 +69,27 @@ def checked(config: RunConfig, batch: Batch) -> list[Agreement]:
 
     Raises PreflightFailed as `preflight` does.
     """
+    return _once(preflight, config, batch)
+
+
+def checked_pieces(config: RunConfig, batch: Batch) -> list[str]:
+    """Return what `check_pieces` does for a batch of this shape, checked once. Raises UserError."""
+    return _once(check_pieces, config, batch, samples=bool(config.logging.sample_prompts))
+
+
+def _once(check: Callable[..., Any], config: RunConfig, batch: Batch, **options: bool) -> Any:
+    """Return the result of a check of a model, the one of before for the same code, shapes and mesh."""
     shapes = tuple((name, jax.typeof(value)) for name, value in batch.items())
-    found = _found(config.model, config.compute, shapes, jax.sharding.get_mesh(), code_of(config))
+    mesh, code = jax.sharding.get_mesh(), code_of(config)
+    found = _found(check, config.model, config.compute, shapes, mesh, code, *options.values())
     if not found:
-        found.append(preflight(config.model, config.compute, batch))
+        found.append(check(config.model, config.compute, batch, **options))
     return found[0]
 
 
-@functools.lru_cache(KEPT)
-def _found(*key: Hashable) -> list[list[Agreement]]:
-    """Return the list for the result of a preflight."""
+@functools.lru_cache(2 * KEPT)
+def _found(*key: Hashable) -> list[Any]:
+    """Return the list for the result of a check."""
     return []
 
 

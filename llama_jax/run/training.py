@@ -23,7 +23,7 @@ from llama_jax.run.continuing import check_directory
 from llama_jax.run.directory import SAMPLES_FILE, Run, open_run, start_run
 from llama_jax.run.preparing import check_shared, first_params, open_dataset, prepare
 from llama_jax.run.profiling import Profile, recorded
-from llama_jax.run.programs import checked, programs
+from llama_jax.run.programs import checked, checked_pieces, programs
 from llama_jax.run.reporting import Bar, Logger, configured_loggers
 from llama_jax.run.signals import Signals
 from llama_jax.run.stored import StoredRun, local_run
@@ -94,6 +94,8 @@ def _train(
         loop = distributed.all_agree(
             lambda: _Loop(run, open_dataset(run, directories, vocabulary), sample_tokens, lines, loggers, callbacks)
         )
+        if config.compute.preflight and step < config.num_steps:
+            loop.lines += distributed.all_agree(lambda: checked_pieces(config, loop.batch_on_devices(step)))
         distributed.broadcast_from_main(lambda: start_run(run, loop.dataset))
         distributed.all_agree(lambda: check_shared(run.directory / CONFIG_FILE, "--run-dir"))
         if stored is not None:
@@ -213,10 +215,14 @@ class _Loop:
             lines.append(f"no MFU: the peak of '{jax.local_devices()[0].device_kind}' is not known")
         return lines
 
+    def batch_on_devices(self, step: int) -> dict[str, jax.Array]:
+        """Return the batch of the update from `step` to `step + 1`."""
+        return self._on_devices(self.batches.batch(step))
+
     def _preflight(self, start: int, bar: Bar) -> None:
         """Compare the attention kernel with the reference, before anything is trained with it."""
         try:
-            agreements = checked(self.config, self._on_devices(self.batches.batch(start)))
+            agreements = checked(self.config, self.batch_on_devices(start))
         except PreflightFailed as error:
             raise RunFailed(str(error)) from error
         for agreement in agreements:

@@ -1,7 +1,6 @@
 """Check each piece of a model before the first step: its results, that it sees no later token, and its cache."""
 
 import dataclasses
-import functools
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -93,33 +92,19 @@ def check_pieces(config: ModelConfig, compute: Compute, batch: Batch, *, samples
     without `init_cache` is for runs without `samples`. Raises UserError.
     """
     inputs = jax.eval_shape(lambda batch: model_batch(batch, config), batch)
-    shape, mesh = inputs["tokens"].shape, jax.sharding.get_abstract_mesh()
-    return list(_checked(config, compute, shape, "prefix" in inputs, samples, mesh, platform()))
-
-
-@functools.lru_cache(maxsize=64)
-def _checked(
-    config: ModelConfig,
-    compute: Compute,
-    shape: tuple[int, ...],
-    has_prefix: bool,
-    samples: bool,
-    _mesh: jax.sharding.AbstractMesh,
-    backend: str,
-) -> tuple[str, ...]:
-    """Return what `check_pieces` does, once for each program of a process; `_mesh` is the current mesh."""
+    shape = inputs["tokens"].shape
     lengths = {piece: _abstract_check(piece, config, compute, shape, samples=samples) for piece in _pieces(config)}
     # The package's own feed-forwards and norms act on each token alone: its tests hold that.
     checked = {piece: n for piece, n in lengths.items() if n > 1 and (isinstance(piece.config, Mixer) or piece.is_new)}
-    drawn = {length: _Drawn.of(length, has_prefix) for length in set(checked.values())}
+    drawn = {length: _Drawn.of(length, "prefix" in inputs) for length in set(checked.values())}
 
     def run() -> list[dict[str, jax.Array]]:
         return [_measured(piece, config, drawn[length]) for piece, length in checked.items()]
 
-    options = {"xla_backend_optimization_level": 0} if backend == "cpu" else None  # it runs once
+    options = {"xla_backend_optimization_level": 0} if platform() == "cpu" else None  # it runs once
     with jax.default_matmul_precision("highest"):
         found = jax.device_get(jax.jit(run, compiler_options=options)())
-    return tuple(line for piece, errors in zip(checked, found, strict=True) for line in _judged(piece, errors))
+    return [line for piece, errors in zip(checked, found, strict=True) for line in _judged(piece, errors)]
 
 
 def _pieces(config: ModelConfig) -> list[Piece]:
@@ -318,7 +303,9 @@ def _decoded(piece: Piece, module: Any, x: jax.Array) -> jax.Array | None:
         ctx = piece.context(Mask(query_places=at), length + 1, is_token=is_token, kernel="reference")
         y, cache, *_ = piece.call(module, inputs, at, ctx, cache)
         difference = shard(y, "batch", None, None) - wanted
-        errors.append(_relative(difference if is_token is None else jnp.where(is_token[..., None], difference, 0), whole))
+        errors.append(
+            _relative(difference if is_token is None else jnp.where(is_token[..., None], difference, 0), whole)
+        )
     return jnp.maximum(errors[0].max(), errors[1].max())
 
 
@@ -328,7 +315,9 @@ def _judged(piece: Piece, found: dict[str, np.ndarray]) -> list[str]:
         raise UserError(f"{piece.name} returns NaN or infinity for random activations of size 1: {TURN_OFF}")
     moved, reached = (~(found[name] <= LEAK) for name in ("moved", "reached"))
     if getattr(piece.config, "drops", False):
-        moved[:] = False  # experts with a capacity drop tokens for others, earlier choices first: known, and no gradient
+        moved[:] = (
+            False  # experts with a capacity drop tokens for others, earlier choices first: known, and no gradient
+        )
     kind = np.arange(len(moved)) % 4
     if reached[kind == ROW].any():
         raise UserError(f"{piece.name} lets a token see other rows of the batch: {TURN_OFF}")
@@ -344,4 +333,6 @@ def _judged(piece: Piece, found: dict[str, np.ndarray]) -> list[str]:
             f"{piece.name} decodes with its init_cache what it does not give for the whole sequence (relative "
             f"difference {found['decoded']:.2g}), so that samples would be wrong: {TURN_OFF}"
         )
-    return [f"{piece.name} lets a token see other documents of its row"] if other_document or later.any() else []
+    if other_document or later.any():
+        return [f"{piece.name} lets a token see other documents of its row: ctx.mask.segment_ids tells them apart"]
+    return []
