@@ -200,8 +200,8 @@ def check_hashable(config: Any) -> None:
             hash(value)
         except TypeError as error:
             raise UserError(
-                f"{field.name}={type(value).__name__} cannot be hashed ({error}): make its class a frozen dataclass whose "
-                "fields are numbers, texts, tuples or other such classes"
+                f"{field.name}={type(value).__name__} cannot be hashed ({error}): make its class a frozen dataclass "
+                "whose fields are numbers, texts, tuples or other such classes"
             ) from None
 
 

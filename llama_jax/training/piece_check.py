@@ -314,16 +314,14 @@ def _judged(piece: Piece, found: dict[str, np.ndarray]) -> list[str]:
     if not found["finite"]:
         raise UserError(f"{piece.name} returns NaN or infinity for random activations of size 1: {TURN_OFF}")
     moved, reached = (~(found[name] <= LEAK) for name in ("moved", "reached"))
-    if getattr(piece.config, "drops", False):
-        moved[:] = (
-            False  # experts with a capacity drop tokens for others, earlier choices first: known, and no gradient
-        )
+    if isinstance(piece.config, FeedForward):
+        moved[:] = False  # experts with a capacity drop a token for the choices of others: known, and no gradient
     kind = np.arange(len(moved)) % 4
     if reached[kind == ROW].any():
         raise UserError(f"{piece.name} lets a token see other rows of the batch: {TURN_OFF}")
     other_document = (moved | reached)[kind == DOCUMENT].any()
     if (later := (moved | reached)[kind < LATER]).any() and piece.causal:
-        row, place = np.argwhere(later)[0]
+        _, place = np.argwhere(later)[0]
         raise UserError(
             f"{piece.name} lets a token see later tokens of its row, as a model that predicts them must not (seen at "
             f"position {place} of {moved.shape[1]}): {TURN_OFF}"
