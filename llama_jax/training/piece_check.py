@@ -45,7 +45,7 @@ class Piece:
     @property
     def is_new(self) -> bool:
         """True where the class is from outside of the package."""
-        return type(self.config).__module__.partition(".")[0] != __package__.partition(".")[0]
+        return not type(self.config).__module__.startswith("llama_jax.")
 
     @property
     def decodes(self) -> bool:
@@ -196,7 +196,8 @@ def _attempt(piece: Piece, how: str, function: Callable[[], Any]) -> None:
             raise _NoCache from error
         raise UserError(f"{piece.name} does not define all methods of its class: {error}") from error
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        place = [frame for frame in frames if "site-packages" not in frame.filename][-1]
         message = str(error).split("\n")[0]
         raise UserError(
             f"{piece.name} fails {how}: {type(error).__name__}: {message} ({place.filename}, line {place.lineno})"
@@ -255,18 +256,20 @@ def _measured(piece: Piece, config: ModelConfig, drawn: _Drawn) -> dict[str, jax
     segments, positions, prefix = jax.tree.map(lambda x: zigzag(shard(jnp.asarray(x), "batch", "sequence")), fields)
     mask = Mask(piece.causal, segment_ids=segments, prefix=prefix)
     ctx = piece.context(mask, length, is_token=segments > 0, kernel="reference")
-    x, other, direction = (
-        shard(x, "batch", "sequence", None) for x in jax.random.normal(key, (3, rows, length, config.hidden_size))
+    drawn_values = jax.random.normal(key, (3, rows, length, config.hidden_size))
+    # With the barrier each number is computed once: XLA would compute it again where it is used, and round differently.
+    x, other, direction = jax.lax.optimization_barrier(
+        tuple(shard(values, "batch", "sequence", None) for values in drawn_values)
     )
     changed, observed = drawn.changed[..., None], drawn.observed(piece.causal)[..., None]
     result = lambda x: unzigzag(piece.result(module, zigzag(x), positions, ctx))  # noqa: E731
     y, pull = jax.vjp(result, x)
     (gradient,) = pull(jnp.where(observed, direction, 0))
     difference = result(jnp.where(changed, other, x)) - y
-    found = {
+    found: dict[str, jax.Array | None] = {
         "moved": _relative(jnp.where(observed, difference, 0), y),
         "reached": _relative(jnp.where(changed, gradient, 0), gradient),
-        "finite": jnp.isfinite(jnp.where(drawn.segments[..., None] > 0, y, 0)).all(),
+        "finite": jnp.isfinite(jnp.where(drawn.segments[..., None] > 0, y + gradient, 0)).all(),
     }
     if piece.decodes and length >= 4:
         found["decoded"] = _decoded(piece, module, shard(x, "batch", None, None))
@@ -312,7 +315,7 @@ def _decoded(piece: Piece, module: Any, x: jax.Array) -> jax.Array | None:
 def _judged(piece: Piece, found: dict[str, np.ndarray]) -> list[str]:
     """Return lines for the log about a piece. Raises UserError where it depends on what it must not see."""
     if not found["finite"]:
-        raise UserError(f"{piece.name} returns NaN or infinity for random activations of size 1: {TURN_OFF}")
+        raise UserError(f"{piece.name} returns NaN or infinity, or such gradients, for random activations: {TURN_OFF}")
     moved, reached = (~(found[name] <= LEAK) for name in ("moved", "reached"))
     if isinstance(piece.config, FeedForward):
         moved[:] = False  # experts with a capacity drop a token for the choices of others: known, and no gradient
