@@ -22,7 +22,6 @@ from llama_jax.models import Compute, ModelConfig, buffers
 from llama_jax.parallel import platform
 from llama_jax.run_config import RunConfig
 from llama_jax.training import (
-    Agreement,
     Batch,
     check_pieces,
     compiler_options,
@@ -64,32 +63,26 @@ def _programs(
     )
 
 
-def checked(config: RunConfig, batch: Batch) -> list[Agreement]:
-    """Return the result of the preflight of a batch of this shape, which is run once.
+def checked(config: RunConfig, batch: Batch) -> list[str]:
+    """Return lines for the log about the checks of a model on a batch of this shape, which are done once.
 
-    Raises PreflightFailed as `preflight` does.
+    Raises UserError as `check_pieces` does, and PreflightFailed as `preflight`.
     """
-    return _once(preflight, config, batch)
-
-
-def checked_pieces(config: RunConfig, batch: Batch) -> list[str]:
-    """Return what `check_pieces` does for a batch of this shape, checked once. Raises UserError."""
-    return _once(check_pieces, config, batch, samples=bool(config.logging.sample_prompts))
-
-
-def _once(check: Callable[..., Any], config: RunConfig, batch: Batch, **options: bool) -> Any:
-    """Return the result of a check of a model, the one of before for the same code, shapes and mesh."""
     shapes = tuple((name, jax.typeof(value)) for name, value in batch.items())
-    mesh, code = jax.sharding.get_mesh(), code_of(config)
-    found = _found(check, config.model, config.compute, shapes, mesh, code, *options.values())
+    samples = bool(config.logging.sample_prompts)
+    found = _found(config.model, config.compute, samples, shapes, jax.sharding.get_mesh(), code_of(config))
     if not found:
-        found.append(check(config.model, config.compute, batch, **options))
+        lines = check_pieces(config.model, config.compute, batch, samples=samples)
+        for agreement in preflight(config.model, config.compute, batch):
+            error = max(agreement.errors.values())
+            lines.append(f"attention kernel '{agreement.kernel}' agrees with the reference: relative error {error:.1e}")
+        found.append(lines)
     return found[0]
 
 
-@functools.lru_cache(2 * KEPT)
-def _found(*key: Hashable) -> list[Any]:
-    """Return the list for the result of a check."""
+@functools.lru_cache(KEPT)
+def _found(*key: Hashable) -> list[list[str]]:
+    """Return the list for the lines of a check."""
     return []
 
 

@@ -24,7 +24,7 @@ from llama_jax.run.continuing import check_directory
 from llama_jax.run.directory import SAMPLES_FILE, Run, open_run, start_run
 from llama_jax.run.preparing import check_shared, first_params, open_dataset, prepare
 from llama_jax.run.profiling import Profile, recorded
-from llama_jax.run.programs import checked, checked_pieces, programs
+from llama_jax.run.programs import checked, programs
 from llama_jax.run.reporting import Logger, configured_loggers, measured, outcome, overview, shown
 from llama_jax.run.signals import Signals
 from llama_jax.run.stored import StoredRun, local_run
@@ -106,7 +106,11 @@ def _train(
             )
         )
         if config.compute.preflight and step < config.num_steps:
-            loop.lines += distributed.all_agree(lambda: checked_pieces(config, loop.batch_on_devices(step)))
+            batch = loop._on_devices(loop.batches.batch(step))
+            try:
+                loop.lines += distributed.all_agree(lambda: checked(config, batch))
+            except PreflightFailed as error:
+                raise RunFailed(str(error)) from error
         distributed.broadcast_from_main(lambda: start_run(run, loop.dataset))
         distributed.all_agree(lambda: check_shared(run.directory / CONFIG_FILE, "--run-dir"))
         if stored is not None:
@@ -182,8 +186,6 @@ class _Loop:
             stopping = stack.enter_context(Signals())
             lines += [*self.lines, *self._warnings(start), *(logger.notice for logger in loggers if logger.notice)]
             bar.say(*lines, always=True)
-            if config.compute.preflight and start < config.num_steps:
-                self._preflight(start, bar)
             directory = self.run_.directory / "profile"
             clock = Clock(start)
             profile = stack.enter_context(Profile(config, directory, start, bar.say, clock))
@@ -227,20 +229,6 @@ class _Loop:
         if self.mfu_per_speed is None:
             lines.append(f"no MFU: the peak of '{jax.local_devices()[0].device_kind}' is not known")
         return lines
-
-    def batch_on_devices(self, step: int) -> dict[str, jax.Array]:
-        """Return the batch of the update from `step` to `step + 1`."""
-        return self._on_devices(self.batches.batch(step))
-
-    def _preflight(self, start: int, bar: Bar) -> None:
-        """Compare the attention kernel with the reference, before anything is trained with it."""
-        try:
-            agreements = checked(self.config, self.batch_on_devices(start))
-        except PreflightFailed as error:
-            raise RunFailed(str(error)) from error
-        for agreement in agreements:
-            error = max(agreement.errors.values())
-            bar.say(f"attention kernel '{agreement.kernel}' agrees with the reference: relative error {error:.1e}")
 
     def _steps(
         self,
