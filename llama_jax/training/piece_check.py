@@ -12,7 +12,7 @@ from flax import nnx
 
 from llama_jax.config import UserError
 from llama_jax.models import Compute, ModelConfig
-from llama_jax.nn import FeedForward, ForwardContext, Mask, Mixer, unzigzag, zigzag
+from llama_jax.nn import FeedForward, ForwardContext, Mask, Mixer, Positions, unzigzag, zigzag
 from llama_jax.parallel import batch_parts, mesh_axis_sizes, platform, replicate, shard
 from llama_jax.training.step import Batch, model_batch
 
@@ -63,6 +63,8 @@ class Piece:
         """Return everything that the module returns for activations [B, T, D]."""
         if isinstance(self.config, Mixer):
             return module(x, positions=positions, ctx=ctx, cache=cache)
+        if isinstance(self.config, Positions):
+            return module(positions, x.dtype)
         return module(x, ctx=ctx) if isinstance(self.config, FeedForward) else module(x)
 
     def result(self, module: Any, x: jax.Array, positions: jax.Array, ctx: ForwardContext) -> jax.Array:
@@ -84,7 +86,9 @@ class Piece:
 
 
 def check_pieces(config: ModelConfig, compute: Compute, batch: Batch, *, samples: bool = False) -> list[str]:
-    """Check each kind of mixer, feed-forward and norm of the model on the current mesh; return lines for the log.
+    """Check each mixer, feed-forward, norm and table of positions of the model on the current mesh, each kind once.
+
+    Returns lines for the log.
 
     Results must have the shape and type of the inputs of `batch`. In a decoder no result may depend on later tokens, by
     its gradient and by its value when they change (each alone misses some: a choice has no gradient, and a change may
@@ -117,9 +121,9 @@ def _pieces(config: ModelConfig) -> list[Piece]:
             found[Piece("attention", mixer, causal, bias)] = None
             if feed_forward is not None:
                 found[Piece("feed_forward", feed_forward, causal)] = None
-        for key in ("norm", "embedding_norm"):
-            if (norm := getattr(config, key, None)) is not None:
-                found[Piece(key, norm, causal)] = None
+        for key in ("norm", "embedding_norm", "positions"):
+            if (part := getattr(config, key, None)) is not None:
+                found[Piece(key, part, causal)] = None
     return list(found)
 
 
@@ -174,6 +178,8 @@ def _abstract_check(
                 ) from error
     parts = 2 * mesh_axis_sizes().get("context", 1)
     short = min(shape[1], LENGTH // parts * parts or parts)
+    if short == shape[1]:
+        return short
     try:
         jax.eval_shape(lambda: whole(_rows(), short))
     except Exception:  # a mixer of chunks, say, takes multiples of their length: rows of the run are tried above
