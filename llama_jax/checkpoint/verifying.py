@@ -51,8 +51,9 @@ def source_logits(
 ) -> tuple[np.ndarray, str]:
     """Return float32 logits [B, T, V] of the source, and which reference computed them: "numpy" or "llama_jax".
 
-    A Llama's are those of a plain numpy model that reads the tensors in their own layout; other families' and those of
-    a Llama with options that the numpy model lacks are those of this package's model, which the parity tests hold against the original code. `dtype` rounds the weights first.
+    A plain Llama's are those of a numpy model that reads the tensors in their own layout; other families', and those of
+    a Llama with options that the numpy model lacks, are those of this package's model, which the parity tests hold
+    against the original code. `dtype` rounds the weights first.
     """
     if source.model_type == "llama" and _is_plain(source.config):
         assert isinstance(source.config, DecoderConfig)
