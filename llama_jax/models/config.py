@@ -45,7 +45,8 @@ class Compute:
     attention_kernel: kernel by name (reference, blockwise, splash on TPU, cudnn on GPU), or auto.
     context: how keys and values reach the other parts of a sequence split over mesh.context; all_gather is sooner
       there, and holds all of them on every device.
-    preflight: compare the attention kernel with the reference before the first step, and do not start if they disagree.
+    preflight: check before the first step that no piece of the model sees later tokens or returns what it must not, and
+      that the attention kernel agrees with the reference; do not start otherwise.
     loss_chunk: positions of each row whose logits exist at a time in the loss.
     """
 
