@@ -23,6 +23,7 @@ from llama_jax.parallel import platform
 from llama_jax.run_config import RunConfig
 from llama_jax.training import (
     Batch,
+    PreflightFailed,
     check_pieces,
     compiler_options,
     init_state,
@@ -63,17 +64,25 @@ def _programs(
     )
 
 
+class RunFailed(RuntimeError):
+    """The run cannot go on; the command line exits with 1."""
+
+
 def checked(config: RunConfig, batch: Batch) -> list[str]:
     """Return lines for the log about the checks of a model on a batch of this shape, which are done once.
 
-    Raises UserError as `check_pieces` does, and PreflightFailed as `preflight`.
+    Raises UserError as `check_pieces` does, and RunFailed where `preflight` fails.
     """
     shapes = tuple((name, jax.typeof(value)) for name, value in batch.items())
     samples = bool(config.logging.sample_prompts)
     found = _found(config.model, config.compute, samples, shapes, jax.sharding.get_mesh(), code_of(config))
     if not found:
         lines = check_pieces(config.model, config.compute, batch, samples=samples)
-        for agreement in preflight(config.model, config.compute, batch):
+        try:
+            agreements = preflight(config.model, config.compute, batch)
+        except PreflightFailed as error:
+            raise RunFailed(str(error)) from error
+        for agreement in agreements:
             error = max(agreement.errors.values())
             lines.append(f"attention kernel '{agreement.kernel}' agrees with the reference: relative error {error:.1e}")
         found.append(lines)
