@@ -91,6 +91,8 @@ class Bar:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._timer.cancel()
+        if self.total is None and error is None:
+            self.total = self.step
         if self._cell is not None:
             self._cell.update(self)
         if self._live is not None:

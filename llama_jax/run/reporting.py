@@ -215,7 +215,7 @@ def overview(run: Run, config: RunConfig, step: int) -> list[str]:
         + (f", mesh {mesh}" if mesh else ""),
         "memory": ""
         if memory is None
-        else f"{_size(memory)}{f' of {_size(limit)}' if limit else ''} on each device, estimated",
+        else f"{_size(memory)}{f' of {_size(limit)}' if limit else ''} a device, estimated",
         "batch": f"{config.global_batch_size:,} x {config.row_length:,} = {tokens:,} tokens a step",
         "steps": f"{config.num_steps:,}, {config.num_steps * tokens:,} tokens in all",
     }
