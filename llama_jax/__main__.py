@@ -19,18 +19,15 @@ from llama_jax import __version__
 from llama_jax.config import UserError, config_names
 from llama_jax.installation import missing_package
 
-# Settings of glibc's allocator: a training step on a CPU takes and frees all of its memory, so that huge pages that are
-# kept save much of its time (benchmarks/ has the figures). glibc reads them when a process starts.
+# Settings of glibc's allocator, read when a process starts: a training step on a CPU takes and frees all of its memory,
+# so that huge pages that are kept save much of its time (benchmarks/ has the figures).
 TUNABLES = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1"
     ":glibc.malloc.trim_threshold=4611686018427387904"
 }
 RESTARTED = "llama_jax_restarted"  # the -X option of a process that was started again with TUNABLES
 KINDS = ("bpe", "unigram", "byte_bpe", "wordpiece", "whitespace")  # of tokenizers; a test compares them
-
-
 RUN_PATH = "run, Hugging Face or Meta directory, or a llama2.c .bin; or URL"
-
 
 type Argument = tuple[list[str], dict[str, Any]]  # positional and keyword arguments of argparse's add_argument
 
@@ -105,6 +102,16 @@ COMMANDS = {
         ),
         "Exit code 0: fits; 1: does not fit; 2: a mistake.",
         takes_keys=True,
+    ),
+    "compare": Command(
+        "Compare runs. The table has the keys that differ, losses and speed, the best first, seeds as one row.",
+        (
+            flag("runs", "RUN", "run directories, folders that have runs, globs; or URLs of runs", nargs="+"),
+            flag("--metric", "NAME", "compare by this one of metrics.jsonl; default: val_loss"),
+            flag("--all", None, "every run in its own row, and all keys that differ"),
+            flag("--png", "FILE", "write the curves as an image instead of drawing them (extra `compare`)"),
+            flag("--json", None, "for programs"),
+        ),
     ),
     "sample": Command(
         "Continue texts with a trained model. An encoder-decoder answers: the prompt is its source, in which special "
@@ -272,13 +279,16 @@ def run(args: argparse.Namespace) -> int:
     # XLA's C++ side prints its start-up to stderr; errors still show.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        from llama_jax import commands  # seconds: JAX and all packages
+        if args.command == "compare":
+            from llama_jax.compare_command import compare_command as work
+        else:  # seconds: JAX and all packages
+            from llama_jax.commands import run as work
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
         if name in ("", "llama_jax"):
             raise
         raise UserError(missing_package(name)) from None
-    return commands.run(args)
+    return work(args)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -20,6 +20,7 @@ import jax
 from rich.console import Console
 
 from llama_jax.checkpoint import CONFIG_FILE, ConversionError, LanguageModel, convert, load, locate
+from llama_jax.compilations import keep_compilations
 from llama_jax.config import (
     UserError,
     component_choices,
@@ -69,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     """Run a parsed command; mistakes and failures become one sentence on stderr and an exit code."""
     # What Orbax logs about a damaged checkpoint comes as one sentence of ours.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    if args.command in ("train", "sample"):  # what `plan` reads of a program is not all kept
+        keep_compilations()
     try:
         return COMMANDS[args.command](args)
     except distributed.AgreedError as error:

@@ -21,7 +21,8 @@ from llama_jax.files import write_text
 from llama_jax.models import num_parameters
 from llama_jax.planning import device_memory
 from llama_jax.remote import with_urls
-from llama_jax.run.directory import METRICS_FILE, SAMPLES_FILE, Run
+from llama_jax.run.directory import SAMPLES_FILE, Run
+from llama_jax.run.metrics import METRICS_FILE
 from llama_jax.run_config import LoggingConfig, RunConfig
 from llama_jax.screen import duration
 

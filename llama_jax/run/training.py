@@ -183,8 +183,9 @@ class _Loop:
             if config.compute.preflight and start < config.num_steps:
                 self._preflight(start, bar)
             directory = self.run_.directory / "profile"
-            profile = stack.enter_context(Profile(config, directory, start, bar.say))
-            self._steps(state, start, store, bar, loggers, profile, stopping)
+            clock = Clock(start)
+            profile = stack.enter_context(Profile(config, directory, start, bar.say, clock))
+            self._steps(state, store, bar, loggers, clock, profile, stopping)
         if config.logging.sample_prompts:
             self._sample()
         if self.main:
@@ -238,20 +239,20 @@ class _Loop:
     def _steps(
         self,
         state: TrainState,
-        start: int,
         store: CheckpointStore,
         bar: Bar,
         loggers: Sequence[Logger],
+        clock: Clock,
         profile: Profile,
         stopping: Callable[[int], bool],
     ) -> None:
-        """Take the steps from `start` to the end, or to where a callback stops; log, validate and save between them.
+        """Take the steps to the end, or to where a callback stops; log, validate and save between them.
 
         Raises Preempted after a termination signal, with a checkpoint saved, and what `_log` raises.
         """
-        num_steps, batches = self.config.num_steps, self.batches.iterate(start)
+        start, num_steps = int(state.step), self.config.num_steps
+        batches = self.batches.iterate(start)
         pending: dict[str, Any] | None = None
-        clock = Clock(start)
         for step in range(start, num_steps):
             with profile.step(step, state):
                 batch = self._on_devices(next(batches))
