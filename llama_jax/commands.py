@@ -20,6 +20,7 @@ import jax
 from rich.console import Console
 
 from llama_jax.checkpoint import CONFIG_FILE, ConversionError, LanguageModel, convert, load, locate
+from llama_jax.chips import CHIPS, described
 from llama_jax.compilations import keep_compilations
 from llama_jax.config import (
     UserError,
@@ -240,8 +241,12 @@ def plan_command(args: argparse.Namespace) -> int:
     if args.help is not None:
         print(key_help(args, *read_config(args)))
         return 0
+    if args.chip is not None:
+        chip = described(args.chip)
+        CHIPS[chip.name] = chip
+        args.topology = args.topology or chip.name
     if args.topology is None:
-        raise UserError("plan needs --topology, such as v5e:8x8, '2x v5p:4x4x8' or h100:4x8")
+        raise UserError("plan needs --topology, such as h100, 'RTX 4090', h100:4x8, v5e:8x8 or '2x v5p:4x4x8'")
     found = plan(
         read_config(args)[1],
         args.topology,

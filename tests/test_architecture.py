@@ -20,8 +20,8 @@ PACKAGE = ROOT / "llama_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # A package (or module) imports only from those before it. A new one takes its place here.
 ORDER = (
-    "__version__", "installation", "values", "config", "files", "chips", "remote", "screen", "parallel", "tokenizers",
-    "data", "nn", "models", "zoo", "training", "checkpoint", "sampling", "run_config", "planning", "run",
+    "__version__", "installation", "values", "config", "parser", "files", "chips", "remote", "screen", "parallel",
+    "tokenizers", "data", "nn", "models", "zoo", "training", "checkpoint", "sampling", "run_config", "planning", "run",
     "compare_command", "text_commands", "compilations", "commands", "__main__",
 )  # fmt: skip
 MAX_LINES = 400

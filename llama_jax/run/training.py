@@ -149,6 +149,7 @@ class _Loop:
         )
         self.programs = programs(config)
         self.hyper = config.optimizer.hyper(config.num_steps, config.seed)
+        # All positions of a batch, those of padding and of sources, too: what is computed, not what is learned.
         self.tokens_per_step = config.global_batch_size * config.row_length
         flops = train_flops_per_token(config.model, config.sequence_length, config.data.objective.source_length or 0)
         peak = peak_flops(jax.local_devices()[0], config.compute.jax_dtype)
