@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 
 from llama_jax.config import override, to_json
-from llama_jax.models import num_parameters
+from llama_jax.models import DecoderConfig, num_parameters
 from llama_jax.nn import Experts, SoftmaxTopK
 from llama_jax.run import Logger, Run, RunConfig, open_run, train
 from llama_jax.run.reporting import TensorBoard, WeightsAndBiases, commands, overview
@@ -150,6 +150,7 @@ def test_a_notebook_is_given_python(monkeypatch: pytest.MonkeyPatch):
 
 def test_active_parameters_are_those_that_a_token_meets(run_config: RunConfig, tmp_path: Path):
     experts = Experts(8, 16, SoftmaxTopK(2, normalize=True), "silu", gated=True)
+    assert isinstance(run_config.model, DecoderConfig)
     model = dataclasses.replace(run_config.model, feed_forward=experts)
     config = dataclasses.replace(run_config, model=model)
     (line,) = [line for line in overview(Run(tmp_path, config), config, 0) if line.startswith("model")]
