@@ -21,6 +21,7 @@ from llama_jax.remote import with_urls
 NOTEBOOK_SECONDS = 0.2  # between two drawings of a bar in a notebook
 PLAIN_SECONDS = 30.0  # between two plain lines of slow work
 PATIENCE = 5.0  # until the first of them
+UNKNOWN = "? left"
 GAP, LEAST = 2, 4  # columns between the parts of a bar, and of the bar itself
 HTML = (
     '<div style="display:flex;flex-wrap:wrap;gap:0 1em;align-items:center;font-family:monospace"><b>{}</b>'
@@ -141,8 +142,8 @@ class Bar:
         self._first = self._first or (step, time.monotonic())
         self.step, self._numbers = step, numbers
         if self._plain:
-            place, *left = self._place()
-            self.say("  ".join((f"step {place}", *numbers, *details, *left)))
+            place, left = self._place()
+            self.say("  ".join((f"step {place}", *numbers, *details, *([] if left == UNKNOWN else [left]))))
 
     def _place(self) -> tuple[str, str]:
         """Return the step with the total, and the time that is left, or was needed where that is not known."""
@@ -152,7 +153,7 @@ class Bar:
         if self.step >= self.total:
             return place, f"in {duration(time.monotonic() - self._began)}"
         if self._first is None or self.step <= self._first[0]:
-            return place, "? left"
+            return place, UNKNOWN
         step, began = self._first
         left = (time.monotonic() - began) / (self.step - step) * (self.total - self.step)
         return place, f"{duration(math.ceil(left))} left"
