@@ -127,7 +127,7 @@ COMMANDS = {
             flag("--chat-template", "NAME", "another chat template: one that the model's files name, or Llama2Chat, "
                  "Llama3Chat, ChatML, ChatGLM2Chat"),
             flag("--tokenizer", "PATH", "file, directory or URL; default: the one with the weights"),
-            flag("--max-new-tokens", "N", "default: %(default)s", type=int, default=128),
+            flag("--max-new-tokens", "N", "default: 128, or as many as there is room for", type=int),
             flag("--temperature", "T", "0 is greedy; default: %(default)s", type=float, default=0.8),
             flag("--top-k", "K", "only the K most probable tokens", type=int),
             flag("--top-p", "P", "only the most probable tokens that make up P", type=float),
@@ -312,9 +312,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser(command)
     words = [parser.plain(word) for word in words]
     if not COMMANDS[command].takes_keys:
-        return parser.parse_args(words, argparse.Namespace(command=command))
+        parser.check_flags(words)
+        return parser.filled(parser.parse_args(words, argparse.Namespace(command=command)))
     fixed, keys = split_keys(words, parser.flags)
-    args = parser.parse_intermixed_args(fixed, argparse.Namespace(command=command, keys=keys))
+    args = parser.filled(parser.parse_intermixed_args(fixed, argparse.Namespace(command=command, keys=keys)))
     for word in [args.config or "", *args.more]:
         key, equals, value = word.lstrip("+").partition("=")
         if equals and re.fullmatch(r"[\w.-]+", key):
@@ -358,13 +359,15 @@ def command_list(words: Sequence[str]) -> NoReturn:
     group = "tokenizer " if words[:1] == ["tokenizer"] else ""
     names = [name for name in COMMANDS if name.startswith(group)]
     rest = words[1:] if group else words
-    if rest[:1] in (["-h"], ["--help"]):
+    if rest[:1] in (["-h"], ["--help"], ["help"]):
         print(f"usage: python -m llama_jax {group}COMMAND ...\n\nLanguage models in JAX. Commands:\n")
         print(*(f"  {name:<18} {COMMANDS[name].description.partition('.')[0]}" for name in names), sep="\n")
         print(f"\n`python -m llama_jax {group}COMMAND --help` shows how one is used.")
         sys.exit(0)
-    near = difflib.get_close_matches(" ".join(words[: 1 + bool(group)]), names, n=1)
+    near = difflib.get_close_matches(" ".join(words[: 1 + bool(group)]), names, n=1) if rest else []
     hint = f"did you mean '{near[0]}'?" if near else f"the commands are {', '.join(names)}"
+    if rest and rest[0].startswith("-"):
+        raise UserError(f"'{rest[0]}' comes before a command: {hint}")
     raise UserError(f"there is no command '{group}{rest[0]}': {hint}" if rest else f"give a command: {hint}")
 
 
