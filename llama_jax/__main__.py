@@ -320,7 +320,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         key, equals, value = word.lstrip("+").partition("=")
         if equals and re.fullmatch(r"[\w.-]+", key):
             raise UserError(f"'{word}' lacks the dashes of a key: did you mean '--{key.replace('_', '-')} {value}'?")
-    args.help = args.more if args.help else None
+    args.help = [*args.more, *(key for key, value in keys.items() if value is True)] if args.help else None
+    args.keys = {key: value for key, value in keys.items() if args.help is None or value is not True}
     if args.help and args.config == "all":  # without a config
         args.config, args.help = None, []
     if args.more and args.help is None:
@@ -364,7 +365,8 @@ def command_list(words: Sequence[str]) -> NoReturn:
         print(*(f"  {name:<18} {COMMANDS[name].description.partition('.')[0]}" for name in names), sep="\n")
         print(f"\n`python -m llama_jax {group}COMMAND --help` shows how one is used.")
         sys.exit(0)
-    near = difflib.get_close_matches(" ".join(words[: 1 + bool(group)]), names, n=1) if rest else []
+    known = ["--help", "--version"] if rest and rest[0].startswith("-") else names
+    near = difflib.get_close_matches(" ".join(words[: 1 + bool(group)]), known, n=1) if rest else []
     hint = f"did you mean '{near[0]}'?" if near else f"the commands are {', '.join(names)}"
     if rest and rest[0].startswith("-"):
         raise UserError(f"'{rest[0]}' comes before a command: {hint}")

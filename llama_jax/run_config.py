@@ -58,6 +58,8 @@ class ProfileConfig:
     def __post_init__(self) -> None:
         if self.num_steps < 1:
             raise UserError(f"num_steps={self.num_steps} must be at least 1")
+        if self.start_step is not None and self.start_step < 0:
+            raise UserError(f"start_step={self.start_step} must be at least 0, or none")
 
 
 @dataclasses.dataclass(frozen=True)
