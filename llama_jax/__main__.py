@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
@@ -58,14 +59,11 @@ class Command:
 
 
 IGNORED_KEYS = flag(
-    "--ignore-config-keys",
-    "KEY[,KEY]",
-    "keys of the directory's config files to take as if they were not there",
-    type=lambda keys: [key for key in keys.split(",") if key],
-    default=[],
-)
+    "--ignore-config-keys", "KEY[,KEY]", "keys of the directory's config files to take as if they were not there",
+    type=lambda keys: [key for key in keys.split(",") if key], default=[],
+)  # fmt: skip
 CONFIG: tuple[Argument, ...] = (
-    flag("config", "CONFIG", "name in configs/, or path of a .py file", nargs="?"),
+    flag("config", "CONFIG", "name in configs/, path of a .py file, or a run", nargs="?"),
     flag("more", "", argparse.SUPPRESS, nargs="*"),
     flag("-h --help", None, "this; with CONFIG the keys that are changed most, with `CONFIG --help all` all of them, "
          "with `CONFIG --help optimizer` those of a section or about a word"),
@@ -239,7 +237,14 @@ def console(argv: Sequence[str] | None = None) -> NoReturn:
             os.execve(sys.executable, [sys.executable, "-X", RESTARTED, *sys.orig_argv[1:]], os.environ | TUNABLES)
         except OSError as error:
             print(f"warning: the allocator's settings were not applied: {error}", file=sys.stderr)
+    sys.unraisablehook = threading.excepthook = background_error
     sys.exit(main(argv))
+
+
+def background_error(found: Any) -> None:
+    """Report an error of a library's thread in a line, and none of closed loops and pipes: they follow from another."""
+    if not (isinstance(found.exc_value, KeyboardInterrupt) or str(found.exc_value).endswith("is closed")):
+        print(f"in the background: {found.exc_type.__name__}: {found.exc_value}", file=sys.stderr)
 
 
 def can_restart() -> bool:
@@ -261,12 +266,12 @@ def can_restart() -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 1 failed, 2 a user's mistake, 75 preempted."""
+    """Run a command and return its exit code: 0 done, 1 failed, 2 a user's mistake, 75 preempted, 130 interrupted."""
     try:
         return run(parse(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (UserError, KeyboardInterrupt) as error:
+        print(f"error: {error}" if isinstance(error, UserError) else "interrupted", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 130
     except BrokenPipeError:  # the reader of our output has closed it (`| head`); Python's own flush would raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -14,6 +14,7 @@ from rich.console import Console
 from llama_jax.config import UserError
 from llama_jax.remote import as_local
 from llama_jax.run import LAST_LINES, Row, choose_metric, compare_runs, differing_keys, find_runs, rows_of
+from llama_jax.screen import duration
 
 # The palette of Okabe and Ito, which the colour-blind can tell apart; grey for its yellow and black.
 COLORS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (128, 128, 128))
@@ -131,14 +132,6 @@ def counted(number: int | None) -> str:
         if number is not None and number >= size:
             return f"{number / size:.3g}{unit}"
     return "-" if number is None else str(number)
-
-
-def duration(seconds: float) -> str:
-    """Return hours and minutes, minutes and seconds, or seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}m{rest:02}s" if minutes else f"{seconds:.1f}s"
-    return f"{minutes // 60}h{minutes % 60:02}m"
 
 
 def curves_of(rows: Sequence[Row], metric: str) -> tuple[str, dict[str, dict[int, float]], float]:
