@@ -42,11 +42,7 @@ class Component:
 
     @classmethod
     def follow(cls, known: "Known") -> dict[str, Any]:
-        """Return values for fields without a default that follow from the config around, for a choice by name alone.
-
-        What is given and what the replaced piece has by the same name goes before them; a field that is not among them
-        takes the value of a field around it that has the same name.
-        """
+        """Return values for fields without a default, for a choice by name alone, where none around has the name."""
         return {}
 
 
@@ -185,7 +181,7 @@ def _following(cls: type, values: dict[str, Any], known: Known) -> dict[str, Any
     known = dataclasses.replace(known, values=known.values | old | values)
     found = cls.follow(known)
     for name in lacking:
-        if name not in found and known.get(name) is not None:
+        if known.get(name) is not None:
             with contextlib.suppress(Mismatch):  # another field of this name
                 found[name] = parse(field_types(cls)[name], known.get(name))
     return {name: found[name] for name in lacking if name in found} | values
