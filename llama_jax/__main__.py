@@ -92,7 +92,7 @@ COMMANDS = {
             *CONFIG,
             flag("--topology", "TOPOLOGY", "v5e:8x8, v5p:4x4x8 (chips of a TPU slice), '2x v6e:16x16' (slices), "
                  "h100:4x8 (nodes x GPUs), 'RTX 4090' (one GPU)"),
-            flag("--chip", "FIELD=VALUE,...", "another chip, also as JSON or its file: "
+            flag("--chip", "FIELD=VALUE,...", "another chip, also as JSON: "
                  "name=mi300x,peak_flops=1.3e15,memory=192e9,bandwidth=5.3e12,link=4.48e11,network=5e10"),
             flag("--compile", None, "compile the real step for it, too (extra `plan`; GPUs: `plan-gpu`): XLA's memory, "
                  "what it sends"),
