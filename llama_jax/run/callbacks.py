@@ -89,7 +89,7 @@ def name_of(callback: Callback) -> str:
     return getattr(callback, "__name__", type(callback).__name__)
 
 
-def check_callbacks(callbacks: Sequence[Callback]) -> None:
+def check_callbacks(callbacks: Any) -> None:
     """Raise UserError for what cannot be called."""
     if callable(callbacks):
         raise UserError(f"callbacks={name_of(callbacks)} must be a tuple: callbacks=({name_of(callbacks)},)")
