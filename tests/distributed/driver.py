@@ -2,8 +2,8 @@
 
 MOMENT is `stop@N` (all processes are asked to end after step N), `hide@I` (process I sees no file that another one
 writes), `crash@N` (process 1 fails before step N), `call@N` (a callback of process 0 ends the run at step N) or
-`never`. Into FOLDER go the global batches by step and the global state as it was saved and loaded, put together from all
-processes' parts.
+`never`. Into FOLDER go the global batches by step and the global state as it was saved and loaded, put together from
+the parts of all processes.
 """
 
 import functools
