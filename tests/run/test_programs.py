@@ -5,12 +5,12 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import pytest
 
 from llama_jax.config import override
+from llama_jax.models import DecoderConfig
 from llama_jax.nn import SwiGLU
 from llama_jax.run import Run, RunConfig, train
 from llama_jax.run.programs import KEPT, code_of, programs
@@ -28,7 +28,7 @@ def compiled() -> Iterator[Callable[[], int]]:
         events.clear()
         return number
 
-    def listen(event: str, seconds: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         events.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -96,6 +96,7 @@ def cell(monkeypatch: pytest.MonkeyPatch) -> Callable[..., types.ModuleType]:
 
 
 def with_own(config: RunConfig, kind: type[SwiGLU]) -> RunConfig:
+    assert isinstance(config.model, DecoderConfig)
     piece = kind(intermediate_size=48, bias=False)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=piece))
 
