@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import jax
 from rich.console import Console
 
 from llama_jax.checkpoint import CONFIG_FILE, ConversionError, LanguageModel, convert, load, locate
+from llama_jax.chips import CHIPS, described
 from llama_jax.compilations import keep_compilations
 from llama_jax.config import (
     UserError,
@@ -46,6 +48,7 @@ from llama_jax.sampling import (
     encoded_prompt,
     stream_encoded,
 )
+from llama_jax.screen import duration
 from llama_jax.text_commands import (
     prepare_command,
     tokenizer_compare_command,
@@ -110,7 +113,7 @@ def train_command(args: argparse.Namespace) -> int:
     join(args)
     module, config = distributed.all_agree(lambda: read_config(args))
     run_dir = args.run_dir or (args.config if in_run(args.config) else Path("runs") / find_config(args.config).stem)
-    run = train(config, run_dir)
+    run = train(config, run_dir, quiet=args.quiet)
     if hasattr(module, "report"):
         distributed.all_agree(lambda: module.report(run))
     return 0
@@ -161,8 +164,12 @@ def join(args: argparse.Namespace) -> None:
         if number is not None and not number.isdigit():
             raise UserError(f"{flag}='{number}' must be a number")
     distributed.start(args.coordinator_address, *(None if n is None else int(n) for n in numbers.values()))
-    if not distributed.is_main():  # also what libraries print from C++
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if distributed.several():
+        # Libraries print from C++ to descriptor 1, Gloo its peers in the middle of our lines: that goes to stderr.
+        sys.stdout.flush()
+        own = os.dup(1) if distributed.is_main() else os.open(os.devnull, os.O_WRONLY)
+        sys.stdout = os.fdopen(own, "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+        os.dup2(2 if distributed.is_main() else own, 1)
 
 
 def key_help(args: argparse.Namespace, module: ModuleType, config: RunConfig) -> str:
@@ -233,8 +240,12 @@ def plan_command(args: argparse.Namespace) -> int:
     if args.help is not None:
         print(key_help(args, *read_config(args)))
         return 0
+    if args.chip is not None:
+        chip = described(args.chip)
+        CHIPS[chip.name] = chip
+        args.topology = args.topology or chip.name
     if args.topology is None:
-        raise UserError("plan needs --topology, such as v5e:8x8, '2x v5p:4x4x8' or h100:4x8")
+        raise UserError("plan needs --topology, such as h100, 'RTX 4090', h100:4x8, v5e:8x8 or '2x v5p:4x4x8'")
     found = plan(
         read_config(args)[1],
         args.topology,
@@ -279,16 +290,24 @@ def sample_command(args: argparse.Namespace) -> int:
     if args.json:
         prompts = [encoded(lm, messages, args) for messages in conversations]
         settings = {"max_new_tokens": args.max_new_tokens, "sampler": args.sampler, "seed": args.seed}
-        for found in complete_encoded(lm, args.prompt, prompts, **settings):
+        began = time.monotonic()
+        completions = complete_encoded(lm, args.prompt, prompts, **settings)
+        print_speed(speed([(sum(len(found.token_ids) for found in completions), time.monotonic() - began)]), args)
+        for found in completions:
             print(json.dumps(dataclasses.asdict(found)))
         return 0
     for row, messages in enumerate(conversations):
-        if row:
-            print()
-        print_answer(lm, messages, row, args)
-    if sys.stdout.isatty():
-        print()
+        _, about = print_answer(lm, messages, row, args)
+        if row + 1 < len(conversations) or sys.stdout.isatty():
+            print(flush=True)
+        print_speed(about, args)
     return 0
+
+
+def print_speed(line: str, args: argparse.Namespace) -> None:
+    """Print a line about the speed of an answer on stderr, or nothing with --quiet."""
+    if not args.quiet:
+        print(line, file=sys.stderr)
 
 
 def accept_any_text() -> None:
@@ -300,15 +319,16 @@ def accept_any_text() -> None:
         sys.stdin.reconfigure(encoding="utf-8" if ascii_only else sys.stdin.encoding, errors="surrogateescape")
 
 
-def print_answer(lm: LanguageModel, messages: list[dict[str, str]], row: int, args: argparse.Namespace) -> str:
+def print_answer(
+    lm: LanguageModel, messages: list[dict[str, str]], row: int, args: argparse.Namespace
+) -> tuple[str, str]:
     """Print, piece by piece, the answer to a conversation, or without --chat the last message and its continuation.
 
-    Returns the model's text.
+    Returns the model's text, and a line about its speed.
     """
-    prompt = encoded(lm, messages, args)
-    pieces = stream_encoded(
-        lm, prompt, max_new_tokens=args.max_new_tokens, sampler=args.sampler, seed=args.seed, row=row
-    )
+    prompt, began, times = encoded(lm, messages, args), time.monotonic(), list[tuple[int, float]]()
+    settings = {"max_new_tokens": args.max_new_tokens, "sampler": args.sampler, "seed": args.seed, "row": row}
+    pieces = stream_encoded(lm, prompt, progress=lambda n: times.append((n, time.monotonic() - began)), **settings)
     first = next(pieces, "")  # before the prompt is printed: a prompt that is refused leaves stdout empty
     shows_prompt = not args.chat and not lm.config.has_source
     print(messages[-1]["content"] if shows_prompt else "", end=first, flush=True)
@@ -316,7 +336,16 @@ def print_answer(lm: LanguageModel, messages: list[dict[str, str]], row: int, ar
     for text in pieces:
         print(text, end="", flush=True)
         written.append(text)
-    return "".join(written)
+    return "".join(written), speed(times)
+
+
+def speed(times: Sequence[tuple[int, float]]) -> str:
+    """Return a line about (tokens so far, seconds so far); the speed is that after the first, which may compile."""
+    if not times:
+        return "0 tokens"
+    (first, compiled), (tokens, seconds) = times[0], times[-1]
+    rate = (tokens - first) / (seconds - compiled) if tokens > first and seconds > compiled else tokens / seconds
+    return f"{tokens} token{'s' * (tokens != 1)} in {duration(seconds)}, {rate:,.{0 if rate > 9.95 else 1}f} tokens/s"
 
 
 def encoded(lm: LanguageModel, messages: list[dict[str, str]], args: argparse.Namespace) -> Encoded:
@@ -336,8 +365,9 @@ def converse(lm: LanguageModel, args: argparse.Namespace) -> None:
                 return
             messages = [*history, {"role": "user", "content": line}]
             try:
-                answer = print_answer(lm, messages, row, args)
+                answer, about = print_answer(lm, messages, row, args)
                 print(flush=True)
+                print_speed(about, args)
                 history = [*messages, {"role": "assistant", "content": answer}] if args.chat else []
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)

@@ -373,5 +373,7 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"'{file}' does not exist") from None
+    except OSError as error:
+        raise UserError(f"'{file}' cannot be read ({error.strerror}): give a JSON file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"'{file}' is not valid JSON ({error}): it is damaged or another kind of file") from None
