@@ -84,7 +84,7 @@ class Event(dict[str, Any]):
 type Callback = Callable[[Event], Mapping[str, Any] | None]
 
 
-def name_of(callback: Callback) -> str:
+def name_of(callback: Any) -> str:
     """Return the name of a callback in messages."""
     return getattr(callback, "__name__", type(callback).__name__)
 

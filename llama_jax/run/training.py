@@ -26,7 +26,7 @@ from llama_jax.run.preparing import check_shared, first_params, open_dataset, pr
 from llama_jax.run.profiling import Profile, recorded
 from llama_jax.run.programs import checked, programs
 from llama_jax.run.reporting import Logger, configured_loggers, measured, outcome, overview, shown
-from llama_jax.run.signals import Signals
+from llama_jax.run.signals import termination
 from llama_jax.run.stored import StoredRun, local_run
 from llama_jax.run_config import RunConfig
 from llama_jax.sampling import generate_text
@@ -178,7 +178,7 @@ class _Loop:
                 stack.enter_context(contextlib.closing(logger(self.run_, start)))
                 for logger in (self.loggers if self.main else ())
             ]
-            stopping = stack.enter_context(Signals())
+            stopping = stack.enter_context(termination())
             lines += [*self.lines, *self._warnings(start), *(logger.notice for logger in loggers if logger.notice)]
             bar.say(*lines, always=True)
             if config.compute.preflight and start < config.num_steps:

@@ -117,7 +117,7 @@ def test_code_that_was_changed_is_not_hidden_by_programs_of_before(
 ):
     config = with_own(run_config, cell(SOURCE).Own)
     key = code_of(config), config.model
-    cell("OTHER = 1\n_HIDDEN.append(1)\ndef unused():\n    return 2")
+    cell("number = 1\n_HIDDEN.append(1)")
     assert (code_of(config), config.model) == key
     config = with_own(run_config, cell(change).Own)
     assert (code_of(config), config.model) != key
