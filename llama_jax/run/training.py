@@ -28,7 +28,7 @@ from llama_jax.run.preparing import check_shared, first_params, open_dataset, pr
 from llama_jax.run.profiling import Profile, recorded
 from llama_jax.run.programs import RunFailed as RunFailed, checked, programs
 from llama_jax.run.reporting import Logger, configured_loggers, measured, outcome, overview, shown
-from llama_jax.run.signals import Signals
+from llama_jax.run.signals import termination
 from llama_jax.run.stored import StoredRun, local_run
 from llama_jax.run_config import RunConfig
 from llama_jax.sampling import generate_text
@@ -180,7 +180,7 @@ class _Loop:
                 stack.enter_context(contextlib.closing(logger(self.run_, start)))
                 for logger in (self.loggers if self.main else ())
             ]
-            stopping = stack.enter_context(Signals())
+            stopping = stack.enter_context(termination())
             lines += [
                 *self.lines,
                 *self._warnings(start, state),

@@ -1,10 +1,12 @@
 """`train` as one of several processes, watched: driver.py FOLDER MOMENT CONFIG [--key value ...].
 
 MOMENT is `stop@N` (all processes are asked to end after step N), `hide@I` (process I sees no file that another one
-writes), `crash@N` (process 1 fails before step N) or `never`. Into FOLDER go the global batches by step and the global
-state as it was saved and loaded, put together from all processes' parts.
+writes), `crash@N` (process 1 fails before step N), `call@N` (a callback of process 0 ends the run at step N) or
+`never`. Into FOLDER go the global batches by step and the global state as it was saved and loaded, put together from
+the parts of all processes.
 """
 
+import functools
 import sys
 import types
 from collections.abc import Callable
@@ -16,9 +18,9 @@ import numpy as np
 from jax._src import compiler
 from jax.experimental import multihost_utils
 
-from llama_jax import __main__ as command_line
+from llama_jax import __main__ as command_line, commands
 from llama_jax.checkpoint import CheckpointStore, to_disk
-from llama_jax.run import preparing, training
+from llama_jax.run import Event, preparing, training
 
 
 def whole(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:
@@ -69,6 +71,15 @@ def main(folder: Path, moment: str, argv: list[str]) -> int:
         training.check_shared = preparing.check_shared = unseen
     if kind == "stop":
         multihost_utils.reached_preemption_sync_point = lambda step: step == int(number)
+    if kind == "call":
+
+        def callback(event: Event) -> dict[str, float]:
+            if event.step == int(number) and jax.process_index() == 0:
+                event.stop("enough")
+            total = sum(float(jax.numpy.abs(value).sum()) for value in event.load().model.params().values())
+            return {"process": jax.process_index(), "total": total}
+
+        commands.train = functools.partial(training.train, callbacks=(callback,))
     return command_line.main(["train", *argv])
 
 

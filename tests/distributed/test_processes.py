@@ -223,3 +223,17 @@ def test_samples_are_those_of_one_process(run_config: RunConfig, finished_run: R
     assert (run.directory / "samples.txt").read_text().startswith("the cat")
     for ours, theirs in zip(losses(run), losses(finished_run), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_process_0_decides_what_callbacks_and_clocks_ask_for(config: RunConfig, reference: Run, tmp_path: Path):
+    often: dict[str, Any] = {"checkpoint__every_minutes": 1e-9, "checkpoint__keep_last": 9, "logging__every_steps": 2}
+    codes, outs, errors = Processes(2, 4, tmp_path, config, "call@4", **often).end()
+    assert codes == [0, 0], errors
+    assert "stopped at step 4/6 by a callback: enough" in outs[0].splitlines()
+    run = open_run(tmp_path / "run")
+    assert run.steps() == [1, 2, 4]
+    assert [line["step"] for line in run.metrics()] == [1, 2, 4]
+    assert [line["process"] for line in run.metrics()] == [0.0] * 3
+    total = sum(float(np.abs(value).sum()) for value in run.load().model.params().values())
+    assert run.metrics()[-1]["total"] == pytest.approx(total, rel=1e-5)
