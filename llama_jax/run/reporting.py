@@ -17,7 +17,7 @@ import jax
 
 from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, COMMIT_FILE, whole_steps
 from llama_jax.config import UserError, to_json
-from llama_jax.files import write_text
+from llama_jax.files import naming, write_text
 from llama_jax.models import num_parameters
 from llama_jax.planning import device_memory
 from llama_jax.remote import with_urls
@@ -71,8 +71,9 @@ class JsonLines(Logger):
 
     @override
     def write(self, metrics: Metrics) -> None:
-        self._file.write(_json(metrics))
-        self._file.flush()
+        with naming(self.run.directory / METRICS_FILE):
+            self._file.write(_json(metrics))
+            self._file.flush()
 
     @override
     def close(self) -> None:

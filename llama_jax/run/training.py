@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 
 from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, CONFIG_FILE, CheckpointStore, SaveFailed, locate
+from llama_jax.config import outside_classes
 from llama_jax.data import Dataset, HostBatch, ValidationBatches
 from llama_jax.files import write_text
 from llama_jax.models import abstract_params
@@ -59,10 +61,10 @@ def train(
     """Train `config` in `run_dir`, or continue what is in it, bit for bit as if it had never stopped.
 
     `run_dir` may be the URL of an object store (`s3://`, `gs://`): every checkpoint is uploaded when it is saved.
-    `components` are classes from outside the package that the config has; `loggers` are destinations of metrics beyond
-    those of `config.logging`. Each of `callbacks` is called with every logged step (`Event`), on every process with the
-    same numbers: it may save, stop the run and evaluate the model; numbers that it returns by name are logged, too.
-    `quiet` leaves warnings and the lines of the end on the screen.
+    `components` are classes from outside the package that the config had before; `loggers` are destinations of metrics
+    beyond those of `config.logging`. Each of `callbacks` is called with every logged step (`Event`), on every process
+    with the same numbers: it may save, stop the run and evaluate the model; numbers that it returns by name are logged,
+    too. `quiet` leaves warnings and the lines of the end on the screen.
 
     Returns the finished run, one that a callback has stopped, or one that is beyond `num_steps`, unchanged. Raises
     UserError for a config that cannot run here or that is not this directory's and for a callback that fails, RunFailed
@@ -71,6 +73,7 @@ def train(
     check_callbacks(callbacks)
     run_dir, asked = locate(run_dir)
     with local_run(run_dir) as (directory, stored):
+        components = (*components, *outside_classes(config))
         run = _train(Run(directory, config, components), stored, loggers, callbacks, asked, quiet)
     run.url = None if stored is None else stored.url
     return run
@@ -179,7 +182,11 @@ class _Loop:
                 for logger in (self.loggers if self.main else ())
             ]
             stopping = stack.enter_context(Signals())
-            lines += [*self.lines, *self._warnings(start), *(logger.notice for logger in loggers if logger.notice)]
+            lines += [
+                *self.lines,
+                *self._warnings(start, state),
+                *(logger.notice for logger in loggers if logger.notice),
+            ]
             bar.say(*lines, always=True)
             if config.compute.preflight and start < config.num_steps:
                 self._preflight(start, bar)
@@ -202,7 +209,7 @@ class _Loop:
         abstract = jax.eval_shape(self.programs.init_state, abstract_params(self.config.model), self.hyper)
         return store.load(step, abstract), []
 
-    def _warnings(self, start: int) -> list[str]:
+    def _warnings(self, start: int, state: TrainState) -> list[str]:
         """Return a line for each part of the config that will have no effect, or another one than expected."""
         config, lines = self.config, []
         warmup, steps, profile = config.optimizer.warmup_steps, config.num_steps, config.profile
@@ -211,6 +218,8 @@ class _Loop:
                 f"optimizer.warmup_steps={warmup} is longer than num_steps={steps}: the learning rate ends at "
                 f"{steps / warmup:.1%} of its peak"
             )
+        if not len(self.validation):
+            lines.append(f"no validation: data.validation_fraction={config.data.validation_fraction} holds out no text")
         if profile.start_step is not None and not recorded(config, start):
             window = f"steps {profile.start_step} to {profile.start_step + profile.num_steps}"
             lines.append(
@@ -223,6 +232,9 @@ class _Loop:
                 f"checkpoint.keep_best keeps none but the last: checkpoints ({saves}) and validations "
                 f"(every {validates}) do not meet before"
             )
+        free, size = shutil.disk_usage(self.run_.directory).free, sum(x.nbytes for x in jax.tree.leaves(state))
+        if size > free:
+            lines.append(f"the disk has {free / 1e9:.3g} GB free, and a checkpoint may take {size / 1e9:.3g} GB")
         if self.mfu_per_speed is None:
             lines.append(f"no MFU: the peak of '{jax.local_devices()[0].device_kind}' is not known")
         return lines
