@@ -12,7 +12,6 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -48,7 +47,7 @@ from llama_jax.sampling import (
     encoded_prompt,
     stream_encoded,
 )
-from llama_jax.screen import duration
+from llama_jax.screen import speed
 from llama_jax.text_commands import (
     prepare_command,
     tokenizer_compare_command,
@@ -314,15 +313,6 @@ def print_answer(
         print(text, end="", flush=True)
         written.append(text)
     return "".join(written), speed(times)
-
-
-def speed(times: Sequence[tuple[int, float]]) -> str:
-    """Return a line about (tokens so far, seconds so far); the speed is that after the first, which may compile."""
-    if not times:
-        return "0 tokens"
-    (first, compiled), (tokens, seconds) = times[0], times[-1]
-    rate = (tokens - first) / (seconds - compiled) if tokens > first and seconds > compiled else tokens / seconds
-    return f"{tokens} token{'s' * (tokens != 1)} in {duration(seconds)}, {rate:,.{0 if rate > 9.95 else 1}f} tokens/s"
 
 
 def encoded(lm: LanguageModel, messages: list[dict[str, str]], args: argparse.Namespace) -> Encoded:
