@@ -184,11 +184,12 @@ def join(args: argparse.Namespace) -> None:
             raise UserError(f"{flag}='{number}' must be a number")
     distributed.start(args.coordinator_address, *(None if n is None else int(n) for n in numbers.values()))
     if distributed.several():
-        # Libraries print from C++ to descriptor 1, Gloo its peers in the middle of our lines: that goes to stderr.
+        # Libraries print from C++ to descriptor 1, Gloo its peers in the middle of our lines.
         sys.stdout.flush()
-        own = os.dup(1) if distributed.is_main() else os.open(os.devnull, os.O_WRONLY)
+        dropped = os.open(os.devnull, os.O_WRONLY)
+        own = os.dup(1) if distributed.is_main() else dropped
         sys.stdout = os.fdopen(own, "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)
-        os.dup2(2 if distributed.is_main() else own, 1)
+        os.dup2(2 if distributed.is_main() and jax.config.jax_platforms != "cpu" else dropped, 1)
 
 
 def plan_command(args: argparse.Namespace) -> int:

@@ -84,12 +84,12 @@ class Event(dict[str, Any]):
 type Callback = Callable[[Event], Mapping[str, Any] | None]
 
 
-def name_of(callback: Callback) -> str:
+def name_of(callback: Any) -> str:
     """Return the name of a callback in messages."""
     return getattr(callback, "__name__", type(callback).__name__)
 
 
-def check_callbacks(callbacks: Sequence[Callback]) -> None:
+def check_callbacks(callbacks: Any) -> None:
     """Raise UserError for what cannot be called."""
     if callable(callbacks):
         raise UserError(f"callbacks={name_of(callbacks)} must be a tuple: callbacks=({name_of(callbacks)},)")

@@ -1,8 +1,9 @@
 """Termination signals: a run ends after the step that it is in, with a checkpoint."""
 
+import contextlib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jax.experimental import multihost_utils
@@ -10,37 +11,35 @@ from jax.experimental import multihost_utils
 from llama_jax.parallel import distributed
 
 
-class Signals:
-    """Context in which the first termination signal ends the run after the current step, and the second at once."""
+@contextlib.contextmanager
+def termination() -> Iterator[Callable[[int], bool]]:
+    """End the run after the current step at the first termination signal, and at once at the second.
 
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
+    Yields a function of a step that returns whether the run ends after it: all of several processes do at the same one.
+    """
+    received: list[int] = []
 
-    def __enter__(self) -> Callable[[int], bool]:
-        # Of several processes, JAX itself receives a SIGTERM, and brings it to the others.
-        numbers = (signal.SIGINT,) if distributed.several() else (signal.SIGTERM, signal.SIGINT)
-        try:
-            self._before = {number: signal.signal(number, self._stop) for number in numbers}
-        except ValueError:  # not the main thread (a notebook server): no signals to handle
-            self._before = {}
-        return self.stopping
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _stop(self, number: int, _: Any) -> None:
-        if self.received is not None:
+    def stop(number: int, _: Any) -> None:
+        if received:
             raise KeyboardInterrupt
-        self.received = number
+        received.append(number)
         if distributed.several():
             signal.raise_signal(signal.SIGTERM)
         else:
             print("stopping after this step; once more to stop at once", file=sys.stderr)
 
-    def stopping(self, step: int) -> bool:
-        """Return whether the run ends after `step`: all of several processes do at the same one, without waiting."""
-        if distributed.several():
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.received is not None
+    # Of several processes, JAX itself receives a SIGTERM, and brings it to the others.
+    numbers = (signal.SIGINT,) if distributed.several() else (signal.SIGTERM, signal.SIGINT)
+    try:
+        before = {number: signal.signal(number, stop) for number in numbers}
+    except ValueError:  # not the main thread (a notebook server): no signals to handle
+        before = {}
+    try:
+        yield (
+            lambda step: (
+                multihost_utils.reached_preemption_sync_point(step) if distributed.several() else bool(received)
+            )
+        )
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

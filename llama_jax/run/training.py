@@ -26,23 +26,18 @@ from llama_jax.run.continuing import check_directory
 from llama_jax.run.directory import SAMPLES_FILE, Run, open_run, start_run
 from llama_jax.run.preparing import check_shared, first_params, open_dataset, prepare
 from llama_jax.run.profiling import Profile, recorded
-from llama_jax.run.programs import checked, programs
+from llama_jax.run.programs import RunFailed as RunFailed, checked, programs
 from llama_jax.run.reporting import Logger, configured_loggers, measured, outcome, overview, shown
-from llama_jax.run.signals import Signals
+from llama_jax.run.signals import termination
 from llama_jax.run.stored import StoredRun, local_run
 from llama_jax.run_config import RunConfig
 from llama_jax.sampling import generate_text
 from llama_jax.screen import Bar
 from llama_jax.training import (
-    PreflightFailed,
     TrainState,
     peak_flops,
     train_flops_per_token,
 )
-
-
-class RunFailed(RuntimeError):
-    """The run cannot go on; the command line exits with 1."""
 
 
 class Preempted(Exception):
@@ -100,14 +95,19 @@ def _train(
     directories, vocabulary, sample_tokens = distributed.broadcast_from_main(
         lambda: prepare(run, mesh, len(devices), quiet)
     )
-    # Outside the mesh: the estimate of memory sets another one.
-    begins = overview(run, dataclasses.replace(config, mesh=mesh), step)
-    with jax.set_mesh(make_mesh(mesh)):
+    jax_mesh = make_mesh(mesh)
+    with jax.set_mesh(jax_mesh):
         loop = distributed.all_agree(
             lambda: _Loop(
-                run, open_dataset(run, directories, vocabulary), sample_tokens, begins, lines, loggers, callbacks, quiet
+                run, open_dataset(run, directories, vocabulary), sample_tokens, lines, loggers, callbacks, quiet
             )
         )
+        if config.compute.preflight and step < config.num_steps:
+            batch = loop._on_devices(loop.batches.batch(step))
+            loop.lines += distributed.all_agree(lambda: checked(config, batch))
+    # After the check of the model's pieces, and outside the mesh: the estimate of memory sets another one.
+    loop.begins = overview(run, dataclasses.replace(config, mesh=mesh), step)
+    with jax.set_mesh(jax_mesh):
         distributed.broadcast_from_main(lambda: start_run(run, loop.dataset))
         distributed.all_agree(lambda: check_shared(run.directory / CONFIG_FILE, "--run-dir"))
         if stored is not None:
@@ -133,7 +133,6 @@ class _Loop:
         run: Run,
         dataset: Dataset,
         sample_tokens: int,
-        begins: Sequence[str] = (),
         lines: Sequence[str] = (),
         loggers: Sequence[type[Logger]] = (),
         callbacks: Sequence[Callback] = (),
@@ -158,7 +157,7 @@ class _Loop:
         peak = peak_flops(jax.local_devices()[0], config.compute.jax_dtype)
         self.mfu_per_speed = None if peak is None else flops / (peak * jax.device_count())
         self.lines, self.loggers = list(lines), [*configured_loggers(config.logging), *loggers]
-        self.callbacks, self.begins, self.quiet = tuple(callbacks), begins, quiet
+        self.callbacks, self.begins, self.quiet = tuple(callbacks), list[str](), quiet
         self.losses: list[float] = []  # since the last line
         validates, num_steps = config.logging.validate_every_steps, config.num_steps
         self.measures_checkpoints = validates >= num_steps or any(
@@ -181,15 +180,13 @@ class _Loop:
                 stack.enter_context(contextlib.closing(logger(self.run_, start)))
                 for logger in (self.loggers if self.main else ())
             ]
-            stopping = stack.enter_context(Signals())
+            stopping = stack.enter_context(termination())
             lines += [
                 *self.lines,
                 *self._warnings(start, state),
                 *(logger.notice for logger in loggers if logger.notice),
             ]
             bar.say(*lines, always=True)
-            if config.compute.preflight and start < config.num_steps:
-                self._preflight(start, bar)
             directory = self.run_.directory / "profile"
             clock = Clock(start)
             profile = stack.enter_context(Profile(config, directory, start, bar.say, clock))
@@ -238,16 +235,6 @@ class _Loop:
         if self.mfu_per_speed is None:
             lines.append(f"no MFU: the peak of '{jax.local_devices()[0].device_kind}' is not known")
         return lines
-
-    def _preflight(self, start: int, bar: Bar) -> None:
-        """Compare the attention kernel with the reference, before anything is trained with it."""
-        try:
-            agreements = checked(self.config, self._on_devices(self.batches.batch(start)))
-        except PreflightFailed as error:
-            raise RunFailed(str(error)) from error
-        for agreement in agreements:
-            error = max(agreement.errors.values())
-            bar.say(f"attention kernel '{agreement.kernel}' agrees with the reference: relative error {error:.1e}")
 
     def _steps(
         self,

@@ -1,11 +1,12 @@
 """`train` as one of several processes, watched: driver.py FOLDER MOMENT CONFIG [--key value ...].
 
 MOMENT is `stop@N` (all processes are asked to end after step N), `hide@I` (process I sees no file that another one
-writes), `crash@N` (process 1 fails before step N) or `never`. Into FOLDER go the global batches by step and the global
-state as it was saved and loaded, put together from all processes' parts.
+writes), `crash@N` (process 1 fails before step N), `call@N` (a callback of process 0 ends the run at step N) or
+`never`. Into FOLDER go the global batches by step and the global state as it was saved and loaded, put together from
+the parts of all processes.
 """
 
-import os
+import functools
 import sys
 import types
 from collections.abc import Callable
@@ -17,9 +18,9 @@ import numpy as np
 from jax._src import compiler
 from jax.experimental import multihost_utils
 
-from llama_jax import __main__ as command_line
+from llama_jax import __main__ as command_line, commands
 from llama_jax.checkpoint import CheckpointStore, to_disk
-from llama_jax.run import preparing, training
+from llama_jax.run import Event, preparing, training
 
 
 def whole(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:
@@ -28,9 +29,6 @@ def whole(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:
 
 def main(folder: Path, moment: str, argv: list[str]) -> int:
     kind, _, number = moment.partition("@")
-    if "--process-id=0" in argv:  # Gloo writes pieces of lines to stdout from C++, in the middle of ours
-        sys.stdout = os.fdopen(os.dup(1), "w")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     # JAX lets process 0 alone keep its compilations; here all do, or every test would wait for the others'.
     compiler.distributed = types.SimpleNamespace(global_state=types.SimpleNamespace(process_id=0, client=None))
     original_place, original_save, original_load = training.to_devices, CheckpointStore.save, CheckpointStore.load
@@ -73,6 +71,15 @@ def main(folder: Path, moment: str, argv: list[str]) -> int:
         training.check_shared = preparing.check_shared = unseen
     if kind == "stop":
         multihost_utils.reached_preemption_sync_point = lambda step: step == int(number)
+    if kind == "call":
+
+        def callback(event: Event) -> dict[str, float]:
+            if event.step == int(number) and jax.process_index() == 0:
+                event.stop("enough")
+            total = sum(float(jax.numpy.abs(value).sum()) for value in event.load().model.params().values())
+            return {"process": jax.process_index(), "total": total}
+
+        commands.train = functools.partial(training.train, callbacks=(callback,))
     return command_line.main(["train", *argv])
 
 

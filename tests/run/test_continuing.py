@@ -31,34 +31,6 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def loss_of(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
-    """Steps of no cost; losses, and validation losses (under -step), that are not 1 can be set."""
-    values: dict[int, float] = {}
-    now = [0]
-
-    def train_step(state: TrainState, batch: Any, hyper: Any) -> Any:
-        now[0] = int(state.step) + 1
-        loss = np.float32(values.get(now[0], 1.0))
-        metrics = {"loss": loss, "grad_norm": np.float32(1), "learning_rate": hyper.optimizer.learning_rate}
-        return dataclasses.replace(state, step=state.step + 1), metrics
-
-    def eval_step(*_: Any) -> tuple[np.float32, np.float32]:
-        return np.float32(values.get(-now[0], 1.0)), np.float32(1)
-
-    made = training.programs
-    steps = {"train_step": train_step, "eval_step": eval_step}
-    monkeypatch.setattr(training, "programs", lambda config: dataclasses.replace(made(config), **steps))
-    monkeypatch.setattr(training, "checked", lambda *_: [])
-    return values
-
-
-@pytest.fixture
-def quick(run_config: RunConfig) -> RunConfig:
-    change = {"num_steps": 6, "checkpoint.every_steps": 4, "mesh.fsdp": 4, "mesh.tensor": 2}
-    return override(run_config, change | {"logging.sample_prompts": ()})
-
-
-@pytest.fixture
 def begun(quick: RunConfig, loss_of: dict[int, float], tmp_path: Path) -> Path:
     """A run of six steps that is at its fourth."""
     run = train(quick, tmp_path / "run")
