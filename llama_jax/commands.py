@@ -166,7 +166,11 @@ def in_run(path: str) -> bool:
         raise UserError(
             f"'{path}' is not a run: give a config, and --run-dir for a new run's directory, --init-from for weights"
         )
-    if os.sep in path and not Path(root).exists() and not Path(f"{path}.py").exists():
+    if (
+        os.sep in path
+        and not Path(root).exists()
+        and not (Path(f"{path}.py").exists() or Path(path).name in config_names())
+    ):
         raise UserError(f"'{path}' does not exist: give a config's name or file, or the directory of a run to continue")
     return file.is_file()
 

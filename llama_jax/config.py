@@ -359,7 +359,8 @@ def find_config(name: str | Path) -> Path:
     for directory in config_directories():
         if (file := directory / f"{name}.py").is_file():
             return file
-    near = difflib.get_close_matches(str(name), config_names(), n=1)
+    near = [f"{name}.py"] if Path(f"{name}.py").is_file() else []
+    near = near or [n for text in (str(name), path.name) for n in difflib.get_close_matches(text, config_names(), n=1)]
     hint = (
         f"did you mean '{near[0]}'?" if near else f"there are {', '.join(config_names())}, or give a path to a .py file"
     )

@@ -302,7 +302,7 @@ def test_every_leaf_survives_the_command_line(config: Run):
         (lambda d: d.update(model=3), "model=3 is not of type DecoderConfig"),
         (lambda d: d["section"].update(sizes=["a"]), "section.sizes='a' is not of type int"),
         (lambda d: d["model"]["norm"].update(type="LayerNrom"), "model.norm names the class 'LayerNrom', which this "
-         "package does not have: pass it with components=(LayerNrom,)"),
+         "package does not have: pass it with components=(LayerNrom,), or to train.py the config file that defines it"),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_one_sentence(run: Run, change: Any, sentence: str):
