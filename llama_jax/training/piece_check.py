@@ -30,12 +30,14 @@ class Piece:
     """A piece of a model: `key` is its key in the config, `causal` whether it must hide later tokens.
 
     bias: config of the bias of its attention scores, or None.
+    cached: check its cache, where it is a mixer from outside of the package in a decoder.
     """
 
     key: str
     config: Any
     causal: bool
     bias: Any = None
+    cached: bool = True
 
     @property
     def name(self) -> str:
@@ -50,7 +52,7 @@ class Piece:
     @property
     def decodes(self) -> bool:
         """True where a cache is to be checked: the package's own are, by its tests."""
-        return isinstance(self.config, Mixer) and self.causal and self.is_new
+        return isinstance(self.config, Mixer) and self.causal and self.is_new and self.cached
 
     def context(self, mask: Mask, length: int, **fields: Any) -> ForwardContext:
         """Return the context of a call with this mask on `length` keys."""
@@ -97,7 +99,9 @@ def check_pieces(config: ModelConfig, compute: Compute, batch: Batch, *, samples
     """
     inputs = jax.eval_shape(lambda batch: model_batch(batch, config), batch)
     shape = inputs["tokens"].shape
-    lengths = {piece: _abstract_check(piece, config, compute, shape, samples=samples) for piece in _pieces(config)}
+    # On a mesh that splits the sequence few mixers decode, and only samples make them do it.
+    pieces = _pieces(config, samples or mesh_axis_sizes().get("context", 1) == 1)
+    lengths = {piece: _abstract_check(piece, config, compute, shape, samples=samples) for piece in pieces}
     # The package's own feed-forwards and norms act on each token alone: its tests hold that.
     checked = {piece: n for piece, n in lengths.items() if n > 1 and (isinstance(piece.config, Mixer) or piece.is_new)}
     drawn = {length: _Drawn.of(length, "prefix" in inputs) for length in set(checked.values())}
@@ -111,14 +115,14 @@ def check_pieces(config: ModelConfig, compute: Compute, batch: Batch, *, samples
     return [line for piece, errors in zip(checked, found, strict=True) for line in _judged(piece, errors)]
 
 
-def _pieces(config: ModelConfig) -> list[Piece]:
+def _pieces(config: ModelConfig, cached: bool = True) -> list[Piece]:
     """Return the different pieces of the model."""
     found: dict[Piece, None] = {}
     for stack, layers in config.stacks().items():
         side = "encoder_" if stack.startswith("encoder_") else ""
         causal, bias = config.generates and not side, getattr(config, f"{side}position_bias", None)
         for mixer, feed_forward in layers:
-            found[Piece("attention", mixer, causal, bias)] = None
+            found[Piece("attention", mixer, causal, bias, cached)] = None
             if feed_forward is not None:
                 found[Piece("feed_forward", feed_forward, causal)] = None
         for key in ("norm", "embedding_norm", "positions"):
