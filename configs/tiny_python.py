@@ -73,19 +73,24 @@ def report(run: Run) -> None:
     """Print bits per byte on held-out files and the share of samples that parse, compared with simpler means."""
     texts = list(run.dataset.texts("validation"))
     data = "".join(texts).encode()
-    table = Table("bits per byte", "model", "gzip -9", "xz", title=f"{len(texts)} held-out files, {len(data):,} bytes")
-    packed = [8 * len(part) / len(data) for part in (gzip.compress(data, 9), lzma.compress(data))]
-    table.add_row("", *(f"{x:.3f}" for x in (run.metrics()[-1]["val_bits_per_byte"], *packed)))
-    Console().print(table)
-
-    num_samples, num_tokens, temperature = 64, 64, 0.5
+    if data:
+        table = Table(
+            "bits per byte", "model", "gzip -9", "xz", title=f"{len(texts)} held-out files, {len(data):,} bytes"
+        )
+        packed = [8 * len(part) / len(data) for part in (gzip.compress(data, 9), lzma.compress(data))]
+        measured = [line["val_bits_per_byte"] for line in run.metrics()[-1:] if "val_bits_per_byte" in line]
+        shown = [f"{x:.3f}" for x in measured] or ["not measured"]  # only where all of the text was
+        table.add_row("", *shown, *(f"{x:.3f}" for x in packed))
+        Console().print(table)
+    bos_id = run.tokenizer.bos_id
+    if bos_id is None:  # nothing that a sample could begin with
+        return
+    num_samples, num_tokens, temperature = 64, min(64, run.config.model.length_limit - 1), 0.5
     ours = generate_text(
         run.load(), [""] * num_samples, max_new_tokens=num_tokens, temperature=temperature, seed=run.config.seed
     )
-    bos_id = run.tokenizer.bos_id
-    assert bos_id is not None
-    train = run.dataset.corpora["data"].train
-    trigram = Trigram(train.read(0, train.num_tokens), bos_id)
+    streams = [corpus.train for corpus in run.dataset.corpora.values()]
+    trigram = Trigram(np.concatenate([stream.read(0, stream.num_tokens) for stream in streams]), bos_id)
     rng = np.random.default_rng(run.config.seed)
     theirs = [run.tokenizer.decode(trigram.sample(num_tokens, temperature, rng)) for _ in range(num_samples)]
     table = Table("accepted by ast.parse", "model", "trigram", title=f"{num_samples} samples of {num_tokens} tokens")

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
@@ -236,7 +237,14 @@ def console(argv: Sequence[str] | None = None) -> NoReturn:
             os.execve(sys.executable, [sys.executable, "-X", RESTARTED, *sys.orig_argv[1:]], os.environ | TUNABLES)
         except OSError as error:
             print(f"warning: the allocator's settings were not applied: {error}", file=sys.stderr)
+    sys.unraisablehook = threading.excepthook = background_error
     sys.exit(main(argv))
+
+
+def background_error(found: Any) -> None:
+    """Report an error of a library's thread in a line, and none of closed loops and pipes: they follow from another."""
+    if not (isinstance(found.exc_value, KeyboardInterrupt) or str(found.exc_value).endswith("is closed")):
+        print(f"in the background: {found.exc_type.__name__}: {found.exc_value}", file=sys.stderr)
 
 
 def can_restart() -> bool:
@@ -258,12 +266,12 @@ def can_restart() -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 1 failed, 2 a user's mistake, 75 preempted."""
+    """Run a command and return its exit code: 0 done, 1 failed, 2 a user's mistake, 75 preempted, 130 interrupted."""
     try:
         return run(parse(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (UserError, KeyboardInterrupt) as error:
+        print(f"error: {error}" if isinstance(error, UserError) else "interrupted", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 130
     except BrokenPipeError:  # the reader of our output has closed it (`| head`); Python's own flush would raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -34,9 +34,10 @@ from llama_jax.config import (
     override,
     read_json,
 )
+from llama_jax.files import disk_failure
 from llama_jax.parallel import distributed
 from llama_jax.planning import plan
-from llama_jax.remote import is_remote, with_urls
+from llama_jax.remote import default_cache, is_remote, with_urls
 from llama_jax.run import Preempted, RunFailed, config_to_continue, train
 from llama_jax.run_config import RunConfig
 from llama_jax.sampling import (
@@ -85,12 +86,18 @@ def run(args: argparse.Namespace) -> int:
     except Preempted as error:
         return report(str(error), 75)
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return distributed.leave(130)
     except BrokenPipeError:
         if distributed.several():
             os._exit(141)
         raise
-    except Exception:
+    except Exception as error:
+        if (found := disk_failure(error)) is not None:
+            sentence, full = found
+            cache = f" ($LLAMA_JAX_CACHE is '{default_cache()}')" if str(default_cache()) in sentence else ""
+            print(f"{'failed' if full else 'error'}: {with_urls(sentence)}{cache}", file=sys.stderr)
+            return distributed.leave(1 if full else 2)
         if not distributed.several():
             raise
         traceback.print_exc()
@@ -115,7 +122,11 @@ def train_command(args: argparse.Namespace) -> int:
     run_dir = args.run_dir or (args.config if in_run(args.config) else Path("runs") / find_config(args.config).stem)
     run = train(config, run_dir, quiet=args.quiet)
     if hasattr(module, "report"):
-        distributed.all_agree(lambda: module.report(run))
+        try:
+            distributed.all_agree(lambda: module.report(run))
+        except Exception as error:
+            error.add_note(f"'{run_dir}' is complete: only the report of '{args.config}' has failed")
+            raise
     return 0
 
 
@@ -154,6 +165,8 @@ def in_run(path: str) -> bool:
         raise UserError(
             f"'{path}' is not a run: give a config, and --run-dir for a new run's directory, --init-from for weights"
         )
+    if os.sep in path and not Path(root).exists() and not Path(f"{path}.py").exists():
+        raise UserError(f"'{path}' does not exist: give a config's name or file, or the directory of a run to continue")
     return file.is_file()
 
 
@@ -165,11 +178,12 @@ def join(args: argparse.Namespace) -> None:
             raise UserError(f"{flag}='{number}' must be a number")
     distributed.start(args.coordinator_address, *(None if n is None else int(n) for n in numbers.values()))
     if distributed.several():
-        # Libraries print from C++ to descriptor 1, Gloo its peers in the middle of our lines: that goes to stderr.
+        # Libraries print from C++ to descriptor 1, Gloo its peers in the middle of our lines.
         sys.stdout.flush()
-        own = os.dup(1) if distributed.is_main() else os.open(os.devnull, os.O_WRONLY)
+        dropped = os.open(os.devnull, os.O_WRONLY)
+        own = os.dup(1) if distributed.is_main() else dropped
         sys.stdout = os.fdopen(own, "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)
-        os.dup2(2 if distributed.is_main() else own, 1)
+        os.dup2(2 if distributed.is_main() and jax.config.jax_platforms != "cpu" else dropped, 1)
 
 
 def key_help(args: argparse.Namespace, module: ModuleType, config: RunConfig) -> str:

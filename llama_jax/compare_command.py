@@ -44,10 +44,10 @@ def compare_command(args: argparse.Namespace) -> int:
         print(json.dumps({"metric": metric, "notes": notes, "rows": [as_json(row, keys, metric) for row in rows]}))
         return 0
     console = Console()
-    columns, about = columns_of(rows, keys, metric)
+    (numbers, about), settings = numbers_of(rows, metric), settings_of(rows, keys)
     width = console.width if console.is_terminal else None
-    for table in tables(columns, width):
-        print(table)
+    for table in tables(named(rows), settings, numbers, width):
+        print(table, end="\n\n")
     for line in ("; ".join(about), *(f"note: {note}" for note in notes)):
         print(line if width is None else textwrap.fill(line, width))
     if args.png is None:
@@ -62,27 +62,37 @@ def as_json(row: Row, keys: Mapping[str, str], metric: str) -> dict[str, Any]:
     """Return a row as plain data, with the numbers of each of its runs."""
     config = row.runs[0].config
     means, deviations = row.numbers(metric)
-    named = {"name": row.name, "num_parameters": row.runs[0].num_parameters, "num_steps": config["num_steps"]}
+    found = {"name": row.name, "num_parameters": row.runs[0].num_parameters, "num_steps": config["num_steps"]}
     runs = [{"path": run.path, "seed": run.config["seed"]} | run.numbers(metric) for run in row.runs]
-    return named | {"config": {key: config.get(key) for key in keys}, "mean": means, "std": deviations, "runs": runs}
+    return found | {"config": {key: config.get(key) for key in keys}, "mean": means, "std": deviations, "runs": runs}
 
 
-def columns_of(rows: Sequence[Row], keys: Mapping[str, str], metric: str) -> tuple[Columns, list[str]]:
-    """Return the columns of keys and numbers, and notes on them; what is the same in all of several rows is a note."""
+def named(rows: Sequence[Row]) -> Columns:
+    """Return the column of the rows' names."""
+    return {"run": [row.name + (f" n={len(row.runs)}" if len(row.runs) > 1 else "") for row in rows]}
+
+
+def settings_of(rows: Sequence[Row], keys: Mapping[str, str]) -> Columns:
+    """Return a column for each key; `-` where a row's config has no such key."""
+    configs = [row.runs[0].config for row in rows]
+    return {short: [shown(config[key]) if key in config else "-" for config in configs] for key, short in keys.items()}
+
+
+def numbers_of(rows: Sequence[Row], metric: str) -> tuple[Columns, list[str]]:
+    """Return the columns of numbers, and notes on them; what is the same in all of several rows is a note."""
     found = [row.numbers(metric) for row in rows]
 
     def column(name: str, form: Callable[[float], str] = "{:.4f}".format) -> list[str]:
         return ["-" if means[name] is None else form(means[name] or 0) for means, _ in found]
 
-    columns = {"run": [row.name + (f" n={len(row.runs)}" if len(row.runs) > 1 else "") for row in rows]}
-    columns |= {short: [shown(row.runs[0].config.get(key)) for row in rows] for key, short in keys.items()}
-    columns["params"] = [counted(row.runs[0].num_parameters) for row in rows]
+    columns = {"params": [counted(row.runs[0].num_parameters) for row in rows]}
     if metric != "loss":
         columns["loss"] = column("loss")
     spreads = ["" if spread["best"] is None else f" ±{spread['best']:.2g}" for _, spread in found]
     best, steps = column("best"), column("best_step", "@{:.0f}".format)
     columns[f"best {metric}"] = [
-        f"{value}{spread} {step}" for value, spread, step in zip(best, spreads, steps, strict=True)
+        value + (f"{spread} {step}" if step != "-" else "")
+        for value, spread, step in zip(best, spreads, steps, strict=True)
     ]
     if column("last") != best:
         columns["last"] = column("last")
@@ -98,15 +108,27 @@ def columns_of(rows: Sequence[Row], keys: Mapping[str, str], metric: str) -> tup
     return columns, about + ["±: standard deviation over seeds (--all: each)"] * any(spreads)
 
 
-def tables(columns: Columns, width: int | None) -> list[str]:
-    """Return one table, or where it is wider than `width` several, each with the first column."""
+def tables(names: Columns, settings: Columns, numbers: Columns, width: int | None) -> list[str]:
+    """Return one table, or where it is wider than `width` those of settings, with a line for each key where that takes
+    fewer tables, and those of numbers.
+    """
+    whole = packed(names | settings | numbers, width)
+    if len(whole) == 1:
+        return whole
+    runs = zip(*names.values(), *settings.values(), strict=True)
+    by_key = {"key": list(settings)} | {name: cells for name, *cells in runs}
+    return [*min(packed(names | settings, width), packed(by_key, width), key=len), *packed(names | numbers, width)]
+
+
+def packed(columns: Columns, width: int | None) -> list[str]:
+    """Return as few tables as are not wider than `width`, each with the first column."""
     (first, names), *others = columns.items()
     parts: list[Columns] = [{first: names}]
     for title, cells in others:
         if width and len(parts[-1]) > 1 and len(lines({**parts[-1], title: cells})[0]) > width:
             parts.append({first: names})
         parts[-1][title] = cells
-    return ["\n".join(lines(part)) + "\n" for part in parts]
+    return ["\n".join(lines(part)) for part in parts]
 
 
 def lines(columns: Columns) -> list[str]:

@@ -93,6 +93,17 @@ def choices(base: type, components: Sequence[type] = ()) -> dict[str, type]:
     return dict(sorted(found.items()))
 
 
+def outside_classes(config: Any) -> Iterator[type]:
+    """Yield the classes in a config that are from outside the package."""
+    if _is_config(config):
+        if not type(config).__module__.startswith(f"{__package__}."):
+            yield type(config)
+        config = tuple(getattr(config, name) for name in field_types(_class_of(config)))
+    if isinstance(config, tuple):
+        for part in typing.cast("tuple[Any, ...]", config):
+            yield from outside_classes(part)
+
+
 def component_choices(annotation: Any, components: Sequence[type] = ()) -> dict[str, type]:
     """Return the classes that a field with this annotation may hold, by name; none where it holds no component."""
     found: dict[str, type] = {}
@@ -304,6 +315,7 @@ def _from_json(annotation: Any, data: Any, components: Sequence[type], key: str)
         if (name := given.get("type")) not in known:
             raise UserError(
                 f"{where} names the class {name!r}, which this package does not have: pass it with components=({name},)"
+                ", or to train.py the config file that defines it"
             )
         cls = known[name]
         values = {name: value for name, value in given.items() if name != "type"}

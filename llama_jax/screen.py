@@ -21,7 +21,8 @@ from llama_jax.remote import with_urls
 NOTEBOOK_SECONDS = 0.2  # between two drawings of a bar in a notebook
 PLAIN_SECONDS = 30.0  # between two plain lines of slow work
 PATIENCE = 5.0  # until the first of them
-GAP, LEAST = 2, 8  # columns between the parts of a bar, and of the bar itself
+UNKNOWN = "? left"
+GAP, LEAST = 2, 4  # columns between the parts of a bar, and of the bar itself
 HTML = (
     '<div style="display:flex;flex-wrap:wrap;gap:0 1em;align-items:center;font-family:monospace"><b>{}</b>'
     '<progress style="flex:1 1 8em;min-width:4em;max-width:32em" {}></progress>{}</div>'
@@ -91,6 +92,8 @@ class Bar:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._timer.cancel()
+        if self.total is None and error is None:
+            self.total = self.step
         if self._cell is not None:
             self._cell.update(self)
         if self._live is not None:
@@ -139,8 +142,8 @@ class Bar:
         self._first = self._first or (step, time.monotonic())
         self.step, self._numbers = step, numbers
         if self._plain:
-            place, *left = self._place()
-            self.say("  ".join((f"step {place}", *numbers, *details, *left)))
+            place, left = self._place()
+            self.say("  ".join((f"step {place}", *numbers, *details, *([] if left == UNKNOWN else [left]))))
 
     def _place(self) -> tuple[str, str]:
         """Return the step with the total, and the time that is left, or was needed where that is not known."""
@@ -150,37 +153,35 @@ class Bar:
         if self.step >= self.total:
             return place, f"in {duration(time.monotonic() - self._began)}"
         if self._first is None or self.step <= self._first[0]:
-            return place, "? left"
+            return place, UNKNOWN
         step, began = self._first
         left = (time.monotonic() - began) / (self.step - step) * (self.total - self.step)
         return place, f"{duration(math.ceil(left))} left"
 
-    def _parts(self, width: float) -> tuple[str, str, int]:
+    def _parts(self, width: int) -> tuple[str, str, int]:
         """Return (text before the bar, text after it, columns of the bar) of a bar of at most `width` columns.
 
-        Step and time always stay; then the bar, the first number, the description, and more numbers have room.
+        Step and time always stay; then the first number, the bar, the description, and more numbers have room.
         """
-        fixed = list(self._place())
-        room = width - len((" " * GAP).join(fixed))
-        bar = LEAST if room >= LEAST + GAP else 0
-        room -= bar and bar + GAP
-        before, after = "", list[str]()
-        for part in (*self._numbers[:1], None, *self._numbers[1:]):
-            text = self.description if part is None else part
-            if room < cell_len(text) + GAP:
+        first, *more = self._numbers or ("",)
+        place, chosen = self._place(), list[str | None]()
+        room = width - len((" " * GAP).join(place))
+        for part in (first, None, self.description, *more) if first else (self.description, None):
+            room -= GAP + (LEAST if part is None else cell_len(part))
+            if room < 0:
                 break
-            room -= cell_len(text) + GAP
-            before, after = (text, after) if part is None else (before, [*after, part])
-        return before, (" " * GAP).join((*fixed, *after)), bar and int(bar + min(room, 1000))
+            chosen.append(part)
+        before = self.description if self.description in chosen else ""
+        after = (" " * GAP).join((*place, *(number for number in self._numbers if number in chosen)))
+        columns = width - cell_len(after) - GAP - (len(before) + GAP if before else 0)
+        return before, after, columns if None in chosen else 0
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
         before, after, columns = self._parts(options.max_width)
         row = Table.grid(padding=(0, GAP, 0, 0), pad_edge=False)
-        cells: list[Any] = [Text(before, style="bold", no_wrap=True)] if before else []
-        if columns:
-            done = None if self.total is None else float(self.step)
-            cells.append(ProgressBar(self.total, done or 0.0, width=columns, pulse=self.total is None))
-        row.add_row(*cells, Text(after, no_wrap=True, overflow="crop"))
+        bar = ProgressBar(self.total, self.step, width=columns, pulse=self.total is None)
+        cells = (Text(before, style="bold", no_wrap=True), bar, Text(after, no_wrap=True, overflow="crop"))
+        row.add_row(*(cell for cell, there in zip(cells, (before, columns, after), strict=True) if there))
         yield row
 
     def _repr_html_(self) -> str:
@@ -189,5 +190,5 @@ class Bar:
         return HTML.format(html.escape(self.description), values, parts)
 
     def __repr__(self) -> str:
-        before, after, _ = self._parts(math.inf)
-        return f"{before}  {after}"
+        before, after, _ = self._parts(1000)
+        return f"{before}{' ' * GAP}{after}"

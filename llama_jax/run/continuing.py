@@ -5,6 +5,7 @@ import datetime
 import functools
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -59,6 +60,7 @@ def check_directory(run: Run, asked: int | None = None) -> tuple[int, list[dict[
             raise UserError(f"'{directory}' is a file: give another --run-dir")
         if directory.is_dir() and any(PARTIAL not in file.name for file in directory.iterdir()):
             raise UserError(f"'{directory}' is not empty and not a run: give another --run-dir")
+        _check_writable(directory)
         return 0, [], []
     before = open_run(directory, run.components)
     # By names: all processes have to open a store together, and this is process 0 alone.
@@ -70,6 +72,8 @@ def check_directory(run: Run, asked: int | None = None) -> tuple[int, list[dict[
             f"'{directory}', or begin a new run with these weights by --init-from and another --run-dir"
         )
     changes, allowed = _changes(before, run)
+    if step <= run.config.num_steps:
+        _check_writable(directory)
     _check_skipped(before, run, step)
     if allowed and step:
         _check_state(before, run, allowed, step)
@@ -80,6 +84,13 @@ def check_directory(run: Run, asked: int | None = None) -> tuple[int, list[dict[
         pairs = {key: [to_json(value) for value in values] for key, values in changes.items()}
         history.append({"step": step, "date": date, "changes": pairs})
     return step, history, _lines(before, run, step, changes)
+
+
+def _check_writable(directory: Path) -> None:
+    """Raise UserError where a directory, or the one that it would be made in, cannot be written."""
+    place = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"run directory '{directory}' cannot be written: give another --run-dir")
 
 
 def _lines(before: Run, run: Run, step: int, changes: Mapping[str, tuple[Any, Any]]) -> list[str]:

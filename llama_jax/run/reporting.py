@@ -17,7 +17,7 @@ import jax
 
 from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, COMMIT_FILE, whole_steps
 from llama_jax.config import UserError, to_json
-from llama_jax.files import write_text
+from llama_jax.files import naming, write_text
 from llama_jax.models import num_parameters
 from llama_jax.planning import device_memory
 from llama_jax.remote import with_urls
@@ -71,8 +71,9 @@ class JsonLines(Logger):
 
     @override
     def write(self, metrics: Metrics) -> None:
-        self._file.write(_json(metrics))
-        self._file.flush()
+        with naming(self.run.directory / METRICS_FILE):
+            self._file.write(_json(metrics))
+            self._file.flush()
 
     @override
     def close(self) -> None:
@@ -214,9 +215,7 @@ def overview(run: Run, config: RunConfig, step: int) -> list[str]:
         "devices": f"{len(devices)} x {devices[0].device_kind}"
         + (f" of {n} processes" if (n := jax.process_count()) > 1 else "")
         + (f", mesh {mesh}" if mesh else ""),
-        "memory": ""
-        if memory is None
-        else f"{_size(memory)}{f' of {_size(limit)}' if limit else ''} on each device, estimated",
+        "memory": f"{_size(memory)}{f' of {_size(limit)}' if limit else ''} a device, estimated" if memory else "",
         "batch": f"{config.global_batch_size:,} x {config.row_length:,} = {tokens:,} tokens a step",
         "steps": f"{config.num_steps:,}, {config.num_steps * tokens:,} tokens in all",
     }
@@ -231,7 +230,7 @@ def _size(num_bytes: float) -> str:
 
 def outcome(run: Run, seconds: float) -> list[str]:
     """Return the lines that a run ends with: the time, the best and the last checkpoint, how to sample and to go on."""
-    lines, place = run.metrics(), shlex.quote(with_urls(str(run.directory)))
+    lines = run.metrics()
     losses = [(line["val_loss"], line["step"]) for line in lines if line.get("val_loss") is not None]
     config, files = run.config, run.directory.glob(f"{CHECKPOINTS_DIRECTORY}/*/{COMMIT_FILE}")
     steps = whole_steps(file.relative_to(run.directory).as_posix() for file in files)
@@ -243,17 +242,22 @@ def outcome(run: Run, seconds: float) -> list[str]:
         rows["checkpoint"] = str(run.directory / CHECKPOINTS_DIRECTORY / str(steps[-1]))
     if config.logging.sample_prompts:
         rows["samples"] = str(run.directory / SAMPLES_FILE)
-    train, sample = commands()
-    if config.model.generates:
-        prompt = next((p for p in config.logging.sample_prompts if p.strip()), "...")
-        rows["sample"] = f"{sample} {place} --prompt {shlex.quote(prompt)}"
-    rows["continue"] = f"{train} {place} --num-steps {2 * config.num_steps}"
-    return aligned(rows)
+    longer = 2 * config.num_steps if steps and steps[-1] >= config.num_steps else None
+    prompt = next((p for p in config.logging.sample_prompts if p.strip()), "...")
+    found = dict(zip(("sample", "continue"), commands(str(run.directory), prompt, longer), strict=True))
+    return aligned(
+        rows | {name: command for name, command in found.items() if name != "sample" or config.model.generates}
+    )
 
 
-def commands() -> tuple[str, str]:
-    """Return how this process's user would call `train` and `sample`."""
-    script = Path(sys.argv[0])
+def commands(place: str, prompt: str, num_steps: int | None) -> tuple[str, str]:
+    """Return how to sample from a run in `place` and how to go on, as one would here: in a notebook or a shell."""
+    if "ipykernel" in sys.modules:
+        changes = "" if num_steps is None else f", {{'num_steps': {num_steps}}}"
+        return f"llama_jax.generate_text(run.load(), [{prompt!r}])", f"llama_jax.resume({place!r}{changes})"
+    script, place = Path(sys.argv[0]), shlex.quote(with_urls(place))
+    sample, train = "-m llama_jax sample", "-m llama_jax train"
     if script.name == "train.py" and script.with_name("sample.py").is_file():
-        return f"python {script}", f"python {script.with_name('sample.py')}"
-    return "python -m llama_jax train", "python -m llama_jax sample"
+        sample, train = str(script.with_name("sample.py")), str(script)
+    changes = "" if num_steps is None else f" --num-steps {num_steps}"
+    return f"python {sample} {place} --prompt {shlex.quote(prompt)}", f"python {train} {place}{changes}"

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 
 from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, CONFIG_FILE, CheckpointStore, SaveFailed, locate
+from llama_jax.config import outside_classes
 from llama_jax.data import Dataset, HostBatch, ValidationBatches
 from llama_jax.files import write_text
 from llama_jax.models import abstract_params
@@ -24,7 +26,7 @@ from llama_jax.run.continuing import check_directory
 from llama_jax.run.directory import SAMPLES_FILE, Run, open_run, start_run
 from llama_jax.run.preparing import check_shared, first_params, open_dataset, prepare
 from llama_jax.run.profiling import Profile, recorded
-from llama_jax.run.programs import checked, programs
+from llama_jax.run.programs import RunFailed as RunFailed, checked, programs
 from llama_jax.run.reporting import Logger, configured_loggers, measured, outcome, overview, shown
 from llama_jax.run.signals import termination
 from llama_jax.run.stored import StoredRun, local_run
@@ -32,15 +34,10 @@ from llama_jax.run_config import RunConfig
 from llama_jax.sampling import generate_text
 from llama_jax.screen import Bar
 from llama_jax.training import (
-    PreflightFailed,
     TrainState,
     peak_flops,
     train_flops_per_token,
 )
-
-
-class RunFailed(RuntimeError):
-    """The run cannot go on; the command line exits with 1."""
 
 
 class Preempted(Exception):
@@ -59,10 +56,10 @@ def train(
     """Train `config` in `run_dir`, or continue what is in it, bit for bit as if it had never stopped.
 
     `run_dir` may be the URL of an object store (`s3://`, `gs://`): every checkpoint is uploaded when it is saved.
-    `components` are classes from outside the package that the config has; `loggers` are destinations of metrics beyond
-    those of `config.logging`. Each of `callbacks` is called with every logged step (`Event`), on every process with the
-    same numbers: it may save, stop the run and evaluate the model; numbers that it returns by name are logged, too.
-    `quiet` leaves warnings and the lines of the end on the screen.
+    `components` are classes from outside the package that the config had before; `loggers` are destinations of metrics
+    beyond those of `config.logging`. Each of `callbacks` is called with every logged step (`Event`), on every process
+    with the same numbers: it may save, stop the run and evaluate the model; numbers that it returns by name are logged,
+    too. `quiet` leaves warnings and the lines of the end on the screen.
 
     Returns the finished run, one that a callback has stopped, or one that is beyond `num_steps`, unchanged. Raises
     UserError for a config that cannot run here or that is not this directory's and for a callback that fails, RunFailed
@@ -71,6 +68,7 @@ def train(
     check_callbacks(callbacks)
     run_dir, asked = locate(run_dir)
     with local_run(run_dir) as (directory, stored):
+        components = (*components, *outside_classes(config))
         run = _train(Run(directory, config, components), stored, loggers, callbacks, asked, quiet)
     run.url = None if stored is None else stored.url
     return run
@@ -97,14 +95,19 @@ def _train(
     directories, vocabulary, sample_tokens = distributed.broadcast_from_main(
         lambda: prepare(run, mesh, len(devices), quiet)
     )
-    # Outside the mesh: the estimate of memory sets another one.
-    begins = overview(run, dataclasses.replace(config, mesh=mesh), step)
-    with jax.set_mesh(make_mesh(mesh)):
+    jax_mesh = make_mesh(mesh)
+    with jax.set_mesh(jax_mesh):
         loop = distributed.all_agree(
             lambda: _Loop(
-                run, open_dataset(run, directories, vocabulary), sample_tokens, begins, lines, loggers, callbacks, quiet
+                run, open_dataset(run, directories, vocabulary), sample_tokens, lines, loggers, callbacks, quiet
             )
         )
+        if config.compute.preflight and step < config.num_steps:
+            batch = loop._on_devices(loop.batches.batch(step))
+            loop.lines += distributed.all_agree(lambda: checked(config, batch))
+    # After the check of the model's pieces, and outside the mesh: the estimate of memory sets another one.
+    loop.begins = overview(run, dataclasses.replace(config, mesh=mesh), step)
+    with jax.set_mesh(jax_mesh):
         distributed.broadcast_from_main(lambda: start_run(run, loop.dataset))
         distributed.all_agree(lambda: check_shared(run.directory / CONFIG_FILE, "--run-dir"))
         if stored is not None:
@@ -130,7 +133,6 @@ class _Loop:
         run: Run,
         dataset: Dataset,
         sample_tokens: int,
-        begins: Sequence[str] = (),
         lines: Sequence[str] = (),
         loggers: Sequence[type[Logger]] = (),
         callbacks: Sequence[Callback] = (),
@@ -155,7 +157,7 @@ class _Loop:
         peak = peak_flops(jax.local_devices()[0], config.compute.jax_dtype)
         self.mfu_per_speed = None if peak is None else flops / (peak * jax.device_count())
         self.lines, self.loggers = list(lines), [*configured_loggers(config.logging), *loggers]
-        self.callbacks, self.begins, self.quiet = tuple(callbacks), begins, quiet
+        self.callbacks, self.begins, self.quiet = tuple(callbacks), list[str](), quiet
         self.losses: list[float] = []  # since the last line
         validates, num_steps = config.logging.validate_every_steps, config.num_steps
         self.measures_checkpoints = validates >= num_steps or any(
@@ -179,10 +181,12 @@ class _Loop:
                 for logger in (self.loggers if self.main else ())
             ]
             stopping = stack.enter_context(termination())
-            lines += [*self.lines, *self._warnings(start), *(logger.notice for logger in loggers if logger.notice)]
+            lines += [
+                *self.lines,
+                *self._warnings(start, state),
+                *(logger.notice for logger in loggers if logger.notice),
+            ]
             bar.say(*lines, always=True)
-            if config.compute.preflight and start < config.num_steps:
-                self._preflight(start, bar)
             directory = self.run_.directory / "profile"
             clock = Clock(start)
             profile = stack.enter_context(Profile(config, directory, start, bar.say, clock))
@@ -202,7 +206,7 @@ class _Loop:
         abstract = jax.eval_shape(self.programs.init_state, abstract_params(self.config.model), self.hyper)
         return store.load(step, abstract), []
 
-    def _warnings(self, start: int) -> list[str]:
+    def _warnings(self, start: int, state: TrainState) -> list[str]:
         """Return a line for each part of the config that will have no effect, or another one than expected."""
         config, lines = self.config, []
         warmup, steps, profile = config.optimizer.warmup_steps, config.num_steps, config.profile
@@ -211,6 +215,8 @@ class _Loop:
                 f"optimizer.warmup_steps={warmup} is longer than num_steps={steps}: the learning rate ends at "
                 f"{steps / warmup:.1%} of its peak"
             )
+        if not len(self.validation):
+            lines.append(f"no validation: data.validation_fraction={config.data.validation_fraction} holds out no text")
         if profile.start_step is not None and not recorded(config, start):
             window = f"steps {profile.start_step} to {profile.start_step + profile.num_steps}"
             lines.append(
@@ -223,19 +229,12 @@ class _Loop:
                 f"checkpoint.keep_best keeps none but the last: checkpoints ({saves}) and validations "
                 f"(every {validates}) do not meet before"
             )
+        free, size = shutil.disk_usage(self.run_.directory).free, sum(x.nbytes for x in jax.tree.leaves(state))
+        if size > free:
+            lines.append(f"the disk has {free / 1e9:.3g} GB free, and a checkpoint may take {size / 1e9:.3g} GB")
         if self.mfu_per_speed is None:
             lines.append(f"no MFU: the peak of '{jax.local_devices()[0].device_kind}' is not known")
         return lines
-
-    def _preflight(self, start: int, bar: Bar) -> None:
-        """Compare the attention kernel with the reference, before anything is trained with it."""
-        try:
-            agreements = checked(self.config, self._on_devices(self.batches.batch(start)))
-        except PreflightFailed as error:
-            raise RunFailed(str(error)) from error
-        for agreement in agreements:
-            error = max(agreement.errors.values())
-            bar.say(f"attention kernel '{agreement.kernel}' agrees with the reference: relative error {error:.1e}")
 
     def _steps(
         self,

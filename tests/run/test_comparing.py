@@ -180,6 +180,17 @@ def test_tables_fit_the_terminal(make: Make, capsys: pytest.CaptureFixture[str],
     assert "val_loss (nats per token)" in text
 
 
+def test_many_keys_are_lines(make: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    learning = {"learning_rate": 0.5, "warmup_steps": 7, "weight_decay": 0.3, "clip_norm": 3.0, "beta2": 0.5}
+    b = make("b", {f"optimizer.{key}": value for key, value in learning.items()} | {"sequence_length": 16})
+    lines = printed(capsys, make("a"), b).splitlines()
+    assert lines[0].split() == ["key", "a", "b"]
+    assert [line.split()[0] for line in lines[1:7]] == [*learning, "sequence_length"]
+    assert lines[1].split() == ["learning_rate", "0.01", "0.5"]
+
+
 def test_image(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert f"curves: {tmp_path}/a.png" in printed(capsys, make("a"), make("b"), "--png", tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

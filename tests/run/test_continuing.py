@@ -94,7 +94,7 @@ def test_what_the_message_of_a_failed_run_advises_can_be_done(
     run = train(override(quick, change | {"resume.allow": allow}), begun)
     assert "changed: optimizer.learning_rate=0.01 -> 0.005" in capsys.readouterr().out
     assert [line["learning_rate"] for line in run.metrics()] == pytest.approx([0.01] * 4 + [0.005] * 2)
-    plain = Run(begun, quick)
+    plain = Run(begun, override(quick, {"num_steps": 7}))
     assert all(
         np.array_equal(run.batch(step)["tokens"], plain.batch(step + (step >= 4))["tokens"]) for step in range(6)
     )
@@ -117,7 +117,7 @@ def test_another_batch_size_goes_on_where_the_data_was(
     run = open_run(run_dir)
     taken = [run.batch(step)["tokens"] for step in range(8)]
     assert [len(batch) for batch in taken] == [8, 8, 8, 16, 16, 4, 4, 4]
-    plain = Run(run_dir, override(quick, {"global_batch_size": 4}))
+    plain = Run(run_dir, override(quick, {"global_batch_size": 4, "num_steps": 24}))
     plain.history = []
     order = np.concatenate([plain.batch(number)["tokens"] for number in range(24)])
     # Batches are counted as they come: of 8 until the change, then of 16.
