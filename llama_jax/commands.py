@@ -68,10 +68,8 @@ COMMON_KEYS = (
 
 def run(args: argparse.Namespace) -> int:
     """Run a parsed command; mistakes and failures become one sentence on stderr and an exit code."""
-    # What Orbax logs about a damaged checkpoint comes as one sentence of ours.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    if args.command in ("train", "sample"):  # what `plan` reads of a program is not all kept
-        keep_compilations()
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # a damaged checkpoint: Orbax's words come as ours
+    keep_compilations(args.command)
     try:
         return COMMANDS[args.command](args)
     except distributed.AgreedError as error:

@@ -36,11 +36,11 @@ def test_commands_keep_them_in_the_cache_directory(command: str, kept: bool, tmp
 
 def test_another_place_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # nowhere
-    keep_compilations()
+    keep_compilations("train")
     assert jax.config.jax_compilation_cache_dir is None
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     jax.config.update(DIRECTORY, str(tmp_path))
-    keep_compilations()
+    keep_compilations("train")
     assert jax.config.jax_compilation_cache_dir == str(tmp_path)
     assert not (tmp_path / "cache").exists()
 
@@ -49,7 +49,7 @@ def test_another_place_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_nothing_is_kept_where_nothing_can_be_written(cache: str, tmp_path: Path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setenv("LLAMA_JAX_CACHE", cache if "//" in cache else str(tmp_path / cache))
-    keep_compilations()
+    keep_compilations("train")
     assert jax.config.jax_compilation_cache_dir is None
     assert capsys.readouterr() == ("", "")
 
