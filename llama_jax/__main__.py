@@ -10,6 +10,7 @@ import difflib
 import os
 import platform
 import re
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -28,8 +29,6 @@ TUNABLES = {
 }
 RESTARTED = "llama_jax_restarted"  # the -X option of a process that was started again with TUNABLES
 KINDS = ("bpe", "unigram", "byte_bpe", "wordpiece", "whitespace")  # of tokenizers; a test compares them
-
-
 RUN_PATH = "run, Hugging Face or Meta directory, or a llama2.c .bin; or URL"
 
 
@@ -68,15 +67,15 @@ IGNORED_KEYS = flag(
     default=[],
 )
 CONFIG: tuple[Argument, ...] = (
-    flag("config", "CONFIG", "name in configs/, or path of a .py file", nargs="?"),
+    flag("config", "CONFIG", "name in configs/, path of a .py file, or directory of a run", nargs="?"),
     flag("more", "", argparse.SUPPRESS, nargs="*"),
     flag("-h --help", None, "this; with CONFIG the keys that are changed most, with `CONFIG --help all` all of them, "
          "with `CONFIG --help optimizer` those of a section or about a word"),
 )  # fmt: skip
 COMMANDS = {
     "train": Command(
-        "Train a config, or continue a run. CONFIG is a name in configs/ or a path; the same command again continues. "
-        "On several hosts it is started once on each.",
+        "Train a config, or continue a run. CONFIG is a name in configs/ or a path; the same command again continues, and "
+        "so does the run's directory in place of CONFIG. On several hosts it is started once on each.",
         (
             *CONFIG,
             flag("--run-dir", "DIR", "or a URL of an object store (default: runs/CONFIG)"),
@@ -234,7 +233,9 @@ def console(argv: Sequence[str] | None = None) -> NoReturn:
 
 def background_error(found: Any) -> None:
     """Report an error of a library's thread in a line, and none of closed loops and pipes: they follow from another."""
-    if not (isinstance(found.exc_value, KeyboardInterrupt) or str(found.exc_value).endswith("is closed")):
+    if isinstance(found.exc_value, KeyboardInterrupt):  # in a destructor, where it is lost: it comes again
+        threading.Timer(0.1, signal.raise_signal, (signal.SIGINT,)).start()
+    elif not str(found.exc_value).endswith("is closed"):
         print(f"in the background: {found.exc_type.__name__}: {found.exc_value}", file=sys.stderr)
 
 
