@@ -220,7 +220,7 @@ class OwnNorm(RMSNorm):
 
 
 def test_classes_of_the_config_need_not_be_named_again(quick: RunConfig, loss_of: dict[int, float], tmp_path: Path):
-    own = dataclasses.replace(quick, model=dataclasses.replace(quick.model, norm=OwnNorm(1e-5)))
+    own = override(quick, {"model.norm": OwnNorm(1e-5)})
     train(own, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
     assert train(own, tmp_path / "run").steps()[-1] == 6
