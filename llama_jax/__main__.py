@@ -20,9 +20,10 @@ from typing import Any, NoReturn
 from llama_jax import __version__
 from llama_jax.config import UserError, config_names
 from llama_jax.installation import missing_package
+from llama_jax.parser import Parser
 
-# Settings of glibc's allocator: a training step on a CPU takes and frees all of its memory, so that huge pages that are
-# kept save much of its time (benchmarks/ has the figures). glibc reads them when a process starts.
+# Settings of glibc's allocator, read when a process starts: a training step on a CPU takes and frees all of its memory,
+# so that huge pages that are kept save much of its time (benchmarks/ has the figures).
 TUNABLES = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1"
     ":glibc.malloc.trim_threshold=4611686018427387904"
@@ -30,7 +31,6 @@ TUNABLES = {
 RESTARTED = "llama_jax_restarted"  # the -X option of a process that was started again with TUNABLES
 KINDS = ("bpe", "unigram", "byte_bpe", "wordpiece", "whitespace")  # of tokenizers; a test compares them
 RUN_PATH = "run, Hugging Face or Meta directory, or a llama2.c .bin; or URL"
-
 
 type Argument = tuple[list[str], dict[str, Any]]  # positional and keyword arguments of argparse's add_argument
 
@@ -60,14 +60,11 @@ class Command:
 
 
 IGNORED_KEYS = flag(
-    "--ignore-config-keys",
-    "KEY[,KEY]",
-    "keys of the directory's config files to take as if they were not there",
-    type=lambda keys: [key for key in keys.split(",") if key],
-    default=[],
-)
+    "--ignore-config-keys", "KEY[,KEY]", "keys of the directory's config files to take as if they were not there",
+    type=lambda keys: [key for key in keys.split(",") if key], default=[],
+)  # fmt: skip
 CONFIG: tuple[Argument, ...] = (
-    flag("config", "CONFIG", "name in configs/, path of a .py file, or directory of a run", nargs="?"),
+    flag("config", "CONFIG", "name in configs/, path of a .py file, or a run", nargs="?"),
     flag("more", "", argparse.SUPPRESS, nargs="*"),
     flag("-h --help", None, "this; with CONFIG the keys that are changed most, with `CONFIG --help all` all of them, "
          "with `CONFIG --help optimizer` those of a section or about a word"),
@@ -83,6 +80,7 @@ COMMANDS = {
             flag("--coordinator-address", "HOST:PORT", "process 0, where nothing else names it"),
             flag("--num-processes", "N", "how many there are"),
             flag("--process-id", "I", "number of this one, from 0"),
+            flag("--quiet", None, "no progress on the screen: only warnings, mistakes and the lines of the end"),
         ),
         "A piece is chosen by its name (--model.norm LayerNorm), and takes what it needs from the config around it. "
         "Exit code 0: done; 1: failed; 2: a mistake; 75: preempted, start it again.",
@@ -94,7 +92,9 @@ COMMANDS = {
         (
             *CONFIG,
             flag("--topology", "TOPOLOGY", "v5e:8x8, v5p:4x4x8 (chips of a TPU slice), '2x v6e:16x16' (slices), "
-                 "h100:4x8 (nodes x GPUs)"),
+                 "h100:4x8 (nodes x GPUs), 'RTX 4090' (one GPU)"),
+            flag("--chip", "FIELD=VALUE,...", "another chip, also as JSON: "
+                 "name=mi300x,peak_flops=1.3e15,memory=192e9,bandwidth=5.3e12,link=4.48e11,network=5e10"),
             flag("--compile", None, "compile the real step for it, too (extra `plan`; GPUs: `plan-gpu`): XLA's memory, "
                  "what it sends"),
             flag("--search", None, "try all meshes, accumulation steps and remat policies, and rank what fits"),
@@ -104,6 +104,16 @@ COMMANDS = {
         ),
         "Exit code 0: fits; 1: does not fit; 2: a mistake.",
         takes_keys=True,
+    ),
+    "compare": Command(
+        "Compare runs. The table has the keys that differ, losses and speed, the best first, seeds as one row.",
+        (
+            flag("runs", "RUN", "run directories, folders that have runs, globs; or URLs of runs", nargs="+"),
+            flag("--metric", "NAME", "compare by this one of metrics.jsonl; default: val_loss"),
+            flag("--all", None, "every run in its own row, and all keys that differ"),
+            flag("--png", "FILE", "write the curves as an image instead of drawing them (extra `compare`)"),
+            flag("--json", None, "for programs"),
+        ),
     ),
     "sample": Command(
         "Continue texts with a trained model. An encoder-decoder answers: the prompt is its source, in which special "
@@ -116,12 +126,13 @@ COMMANDS = {
             flag("--chat-template", "NAME", "another chat template: one that the model's files name, or Llama2Chat, "
                  "Llama3Chat, ChatML, ChatGLM2Chat"),
             flag("--tokenizer", "PATH", "file, directory or URL; default: the one with the weights"),
-            flag("--max-new-tokens", "N", "default: %(default)s", type=int, default=128),
+            flag("--max-new-tokens", "N", "default: 128, or as many as there is room for", type=int),
             flag("--temperature", "T", "0 is greedy; default: %(default)s", type=float, default=0.8),
             flag("--top-k", "K", "only the K most probable tokens", type=int),
             flag("--top-p", "P", "only the most probable tokens that make up P", type=float),
             flag("--seed", "S", "0 to 2**64 - 1; default: %(default)s", type=int, default=0),
             flag("--json", None, "one object per prompt, with token ids and finish_reason"),
+            flag("--quiet", None, "no lines about speed on stderr"),
             IGNORED_KEYS,
         ),
         prog="sample.py",
@@ -199,7 +210,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def make_parser(name: str) -> "Parser":
+def make_parser(name: str) -> Parser:
     """Return the parser of a command."""
     command = COMMANDS[name]
     prog = command.prog or f"python -m llama_jax {name}"
@@ -279,13 +290,16 @@ def run(args: argparse.Namespace) -> int:
     # XLA's C++ side prints its start-up to stderr; errors still show.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        from llama_jax import commands  # seconds: JAX and all packages
+        if args.command == "compare":
+            from llama_jax.compare_command import compare_command as work
+        else:  # seconds: JAX and all packages
+            from llama_jax.commands import run as work
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
         if name in ("", "llama_jax"):
             raise
         raise UserError(missing_package(name)) from None
-    return commands.run(args)
+    return work(args)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -306,14 +320,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser(command)
     words = [parser.plain(word) for word in words]
     if not COMMANDS[command].takes_keys:
-        return parser.parse_args(words, argparse.Namespace(command=command))
+        parser.check_flags(words)
+        return parser.filled(parser.parse_args(words, argparse.Namespace(command=command)))
     fixed, keys = split_keys(words, parser.flags)
-    for word in fixed:
+    args = parser.filled(parser.parse_intermixed_args(fixed, argparse.Namespace(command=command, keys=keys)))
+    for word in [args.config or "", *args.more]:
         key, equals, value = word.lstrip("+").partition("=")
-        if equals and re.fullmatch(r"[\w.-]+", key) and not word.startswith("-"):
+        if equals and re.fullmatch(r"[\w.-]+", key):
             raise UserError(f"'{word}' lacks the dashes of a key: did you mean '--{key.replace('_', '-')} {value}'?")
-    args = parser.parse_intermixed_args(fixed, argparse.Namespace(command=command, keys=keys))
-    args.help = args.more if args.help else None
+    args.help = [*args.more, *(key for key, value in keys.items() if value is True)] if args.help else None
+    args.keys = {key: value for key, value in keys.items() if args.help is None or value is not True}
     if args.help and args.config == "all":  # without a config
         args.config, args.help = None, []
     if args.more and args.help is None:
@@ -347,51 +363,21 @@ def split_keys(words: Sequence[str], flags: Sequence[str]) -> tuple[list[str], d
     return fixed, keys
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that raises a user's mistake as a `UserError` of one sentence."""
-
-    @property
-    def flags(self) -> list[str]:
-        """All flags, as they are written."""
-        return [flag for action in self._actions for flag in action.option_strings]
-
-    def plain(self, word: str) -> str:
-        """Return a word with the dashes of the flag that it is with underscores. Raises UserError for one dash."""
-        name, equals, value = word.partition("=")
-        dashed = name.replace("_", "-")
-        if re.fullmatch(r"-[A-Za-z][\w.-]+", name) and name not in self.flags:
-            raise UserError(f"'{name}' has one dash: did you mean '-{dashed}'?")
-        return f"{dashed}{equals}{value}" if dashed in self.flags else word
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the sentence for one of argparse's messages."""
-        if found := re.fullmatch(r"argument (-[^:/]+).*: invalid (\w+) value: (.*)", message):
-            kind = {"int": "a whole number", "float": "a number"}.get(found[2], found[2])
-            raise UserError(f"{found[1]}={found[3]} must be {kind}")
-        if found := re.fullmatch(r"argument (-[^:/]+).*: expected (?:at least )?one argument", message):
-            metavar = next(a.metavar for a in self._actions if found[1] in a.option_strings)
-            raise UserError(f"{found[1]} needs a {'directory' if metavar == 'DIR' else 'value'}")
-        if found := re.fullmatch(r"unrecognized arguments: (\S+).*", message):
-            if not found[1].startswith("-"):
-                raise UserError(f"'{found[1]}' is one argument too many: `{self.prog} --help` shows what it takes")
-            near = difflib.get_close_matches(found[1].partition("=")[0], self.flags, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"`{self.prog} --help` lists them"
-            raise UserError(f"unknown flag '{found[1]}': {hint}")
-        raise UserError(f"{message.removeprefix('argument ')}: `{self.prog} --help` shows how it is used")
-
-
 def command_list(words: Sequence[str]) -> NoReturn:
     """Print the commands that begin with these words and exit, or raise UserError for an unknown one."""
     group = "tokenizer " if words[:1] == ["tokenizer"] else ""
     names = [name for name in COMMANDS if name.startswith(group)]
     rest = words[1:] if group else words
-    if rest[:1] in (["-h"], ["--help"]):
+    if rest[:1] in (["-h"], ["--help"], ["help"]):
         print(f"usage: python -m llama_jax {group}COMMAND ...\n\nLanguage models in JAX. Commands:\n")
         print(*(f"  {name:<18} {COMMANDS[name].description.partition('.')[0]}" for name in names), sep="\n")
         print(f"\n`python -m llama_jax {group}COMMAND --help` shows how one is used.")
         sys.exit(0)
-    near = difflib.get_close_matches(" ".join(words[: 1 + bool(group)]), names, n=1)
+    known = ["--help", "--version"] if rest and rest[0].startswith("-") else names
+    near = difflib.get_close_matches(" ".join(words[: 1 + bool(group)]), known, n=1) if rest else []
     hint = f"did you mean '{near[0]}'?" if near else f"the commands are {', '.join(names)}"
+    if rest and rest[0].startswith("-"):
+        raise UserError(f"'{rest[0]}' comes before a command: {hint}")
     raise UserError(f"there is no command '{group}{rest[0]}': {hint}" if rest else f"give a command: {hint}")
 
 

@@ -4,9 +4,19 @@ Figures of TPUs: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e) and the tables of
 (jax-ml.github.io/scaling-book, chapter 2). Of GPUs: NVIDIA's data sheets of DGX H100, H200 and B200, the same book's
 chapter 12, and for XLA's compiler openxla/xla, xla/backends/gpu/target_config/specs. Peaks are dense, halved where data
 sheets count sparsity. Memory of a TPU is what its compiler leaves to a program, of a GPU that of the data sheet.
+
+Of GPUs that are planned for by formulas only: NVIDIA's data sheets of A100 and DGX A100, L40S, L4, A10, T4, V100 and
+DGX-1, and AWS's of A10G; the appendices of NVIDIA's white papers of GA102 (RTX 3090, RTX A6000), Ada (RTX 4090) and RTX
+Blackwell (RTX 5090), bfloat16 summed in float32. T4 and V100 have no bfloat16 units: their peak is float32's. Where no
+NVLink joins all GPUs of a host, the link is PCIe x16: generation 3 (16 GB/s one way), 4 (32) or 5 (64).
 """
 
 import dataclasses
+import json
+import re
+from typing import Any
+
+from llama_jax.config import UserError, override
 
 MIB, GIB = 2**20, 2**30
 
@@ -71,12 +81,14 @@ class Chip:
     """A kind of accelerator; all bandwidths in bytes per second, one way.
 
     name: as topologies write it.
-    kinds: its names as JAX's `device_kind`; boards of one chip (H100 SXM, PCIe) differ in speed and in their links.
+    kinds: its names as JAX's `device_kind`, where a run's mesh is chosen by the plan; boards of one chip (H100 SXM,
+      PCIe) differ in speed and in their links.
     peak_flops: bfloat16 FLOP/s.
     memory: bytes of HBM that a program may use.
     bandwidth: of HBM.
-    link: of one ICI link of a TPU, which has two in each direction of its torus; of all NVLinks of a GPU together.
-    network: a chip's share of its host's connection to other slices or nodes.
+    link: of one ICI link of a TPU, which has two in each direction of its torus; of all NVLinks of a GPU together, or
+      of its PCIe; 0 where it is not known.
+    network: a chip's share of its host's connection to other slices or nodes; 0 where it is not known.
     max_shape: the largest torus; of a GPU, how many share NVLink.
     on_chip: bytes of a TPU's memory that the compiler places arrays in itself.
     wraps: size of a torus axis that is closed to a ring: exactly this (v5e, v6e), or a multiple (v4, v5p); 0 for GPUs.
@@ -88,9 +100,9 @@ class Chip:
     peak_flops: float
     memory: float
     bandwidth: float
-    link: float
-    network: float
-    max_shape: tuple[int, ...]
+    link: float = 0.0
+    network: float = 0.0
+    max_shape: tuple[int, ...] = (8,)
     on_chip: int = 0
     wraps: int = 0
     target: GpuTarget | None = None
@@ -114,6 +126,19 @@ CHIPS = {
         Chip("h100", ("NVIDIA H100 80GB HBM3",), 989e12, 80e9, 3.35e12, 4.5e11, 5e10, (8,), target=H100),
         Chip("h200", ("NVIDIA H200",), 989e12, 141e9, 4.8e12, 4.5e11, 5e10, (8,), target=H200),
         Chip("b200", ("NVIDIA B200",), 2250e12, 180e9, 8e12, 9e11, 5e10, (8,), target=B200),
+        Chip("a100", (), 312e12, 80e9, 2.039e12, 3e11, 2.5e10),
+        Chip("a100-40gb", (), 312e12, 40e9, 1.555e12, 3e11, 2.5e10),
+        Chip("l40s", (), 362e12, 48e9, 8.64e11, 3.2e10),
+        Chip("l4", (), 121e12, 24e9, 3e11, 3.2e10),
+        Chip("a10", (), 125e12, 24e9, 6e11, 3.2e10),
+        Chip("a10g", (), 70e12, 24e9, 6e11, 3.2e10),
+        Chip("t4", (), 8.1e12, 16e9, 3e11, 1.6e10),
+        Chip("v100", (), 15.7e12, 32e9, 9e11, 1.5e11, 6.25e9),
+        Chip("v100-16gb", (), 15.7e12, 16e9, 9e11, 1.5e11, 6.25e9),
+        Chip("a6000", (), 154.8e12, 48e9, 7.68e11, 3.2e10),
+        Chip("rtx3090", (), 71e12, 24e9, 9.36e11, 3.2e10),
+        Chip("rtx4090", (), 165.2e12, 24e9, 1.008e12, 3.2e10),
+        Chip("rtx5090", (), 209.5e12, 32e9, 1.792e12, 6.4e10),
     )
 }
 # Peaks of boards that nothing is planned for, by `device_kind`. The same chip on another board has another clock.
@@ -129,6 +154,11 @@ OTHER_PEAKS = {
     "NVIDIA L4": 121e12,
     "NVIDIA L40": 181e12,
     "NVIDIA L40S": 362e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA RTX A6000": 154.8e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12,
+    "NVIDIA GeForce RTX 5090": 209.5e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 NVL": 835e12,
     "NVIDIA H200 NVL": 835e12,
@@ -148,3 +178,41 @@ def peak_of(kind: str) -> float | None:
     """Return the bfloat16 FLOP/s of a device of this kind by its maker, or None where they are not known."""
     chip = chip_of(kind)
     return OTHER_PEAKS.get(kind) if chip is None else chip.peak_flops
+
+
+def chip_named(text: str) -> Chip | None:
+    """Return the chip that a person calls this (`A100 80GB`, `RTX 4090`, `4090`, `h100-sxm`), or None."""
+    plain = re.sub(r"nvidia|geforce|tesla|rtx|tpu|[\W_]", "", text.lower())
+    names = {re.sub(r"rtx|-", "", name): chip for name, chip in CHIPS.items()}
+    usual = re.sub(r"(80gb|sxm\d?)+$", "", plain) if plain.startswith(("a100", "h100")) else plain
+    return names.get(plain) or names.get(usual.removesuffix("32gb") if usual.startswith("v100") else usual)
+
+
+def described(text: str) -> Chip:
+    """Return the chip of a user's description: `name=mi300x,peak_flops=1.3e15,...`, or JSON of the fields.
+
+    Raises UserError for a field that is missing or unknown, and for other units than bytes and FLOP/s.
+    """
+    given: Any
+    if text.lstrip().startswith("{"):
+        try:
+            given = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--chip is not valid JSON ({error}): give name=mine,peak_flops=1e15,...") from None
+    else:
+        pairs = (part.strip().partition("=") for part in text.split(","))
+        given = {name: value for name, _, value in pairs}
+    needed = ("peak_flops", "memory", "bandwidth")
+    if not isinstance(given, dict) or any(name not in given for name in needed):
+        raise UserError(
+            f"--chip={text!r} must give peak_flops (FLOP/s), memory (bytes) and bandwidth (bytes per second), and for "
+            "several GPUs link and network: name=mine,peak_flops=1e15,memory=80e9,bandwidth=3e12,link=4e11"
+        )
+    chip = override(Chip("chip", (), 0.0, 0.0, 0.0), given)
+    for name in (*needed, *(name for name in ("link", "network") if getattr(chip, name))):
+        if getattr(chip, name) < 1e6:
+            unit = "FLOP/s" if name == "peak_flops" else "bytes" if name == "memory" else "bytes per second"
+            raise UserError(f"--chip: {name}={getattr(chip, name):g} is in {unit}, such as 80e9")
+    if not re.fullmatch(r"[a-z][a-z0-9_-]*", chip.name):
+        raise UserError(f"--chip: name={chip.name!r} must be of lower-case letters and digits, such as mi300x")
+    return chip

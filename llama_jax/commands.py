@@ -10,8 +10,9 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -19,11 +20,11 @@ import jax
 from rich.console import Console
 
 from llama_jax.checkpoint import CONFIG_FILE, ConversionError, LanguageModel, convert, load, locate
+from llama_jax.chips import CHIPS, described
+from llama_jax.compilations import keep_compilations
 from llama_jax.config import (
     UserError,
-    component_choices,
     config_names,
-    field_docs,
     field_types,
     find_config,
     leaves,
@@ -32,11 +33,12 @@ from llama_jax.config import (
     read_json,
 )
 from llama_jax.files import disk_failure
+from llama_jax.key_help import key_help
 from llama_jax.parallel import distributed
 from llama_jax.planning import plan
 from llama_jax.remote import default_cache, is_remote, with_urls
 from llama_jax.run import Preempted, RunFailed, config_to_continue, train
-from llama_jax.run_config import RunConfig
+from llama_jax.run_config import RunConfig, config_of
 from llama_jax.sampling import (
     Encoded,
     Sampler,
@@ -46,6 +48,7 @@ from llama_jax.sampling import (
     encoded_prompt,
     stream_encoded,
 )
+from llama_jax.screen import duration
 from llama_jax.text_commands import (
     prepare_command,
     tokenizer_compare_command,
@@ -53,7 +56,7 @@ from llama_jax.text_commands import (
     tokenizer_encode_command,
     tokenizer_train_command,
 )
-from llama_jax.values import near_keys, type_name
+from llama_jax.values import type_name
 
 # The keys of a run that people change first: those that `--help` shows.
 COMMON_KEYS = (
@@ -68,12 +71,17 @@ def run(args: argparse.Namespace) -> int:
     """Run a parsed command; mistakes and failures become one sentence on stderr and an exit code."""
     # What Orbax logs about a damaged checkpoint comes as one sentence of ours.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    if args.command in ("train", "sample"):  # what `plan` reads of a program is not all kept
+        keep_compilations()
     try:
         return COMMANDS[args.command](args)
     except distributed.AgreedError as error:
         return report(f"error: {error}", 2)
     except UserError as error:
         print(f"error: {with_urls(str(error))}", file=sys.stderr)
+        return distributed.leave(2)
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        print(f"error: '{error.filename}' cannot be used ({error.strerror}): give another path", file=sys.stderr)
         return distributed.leave(2)
     except (RunFailed, ConversionError) as error:
         return report(f"failed: {error}", 1)
@@ -109,12 +117,12 @@ def train_command(args: argparse.Namespace) -> int:
     """Train a config, as one of several processes where there are several, or print its keys."""
     if args.help is not None:
         module, config = read_config(args)
-        print(key_help(args, module, config))
+        print(key_help(args, module, config, COMMON_KEYS))
         return 0
     join(args)
     module, config = distributed.all_agree(lambda: read_config(args))
     run_dir = args.run_dir or (args.config if in_run(args.config) else Path("runs") / find_config(args.config).stem)
-    run = train(config, run_dir)
+    run = train(config, run_dir, quiet=args.quiet)
     if hasattr(module, "report"):
         try:
             distributed.all_agree(lambda: module.report(run))
@@ -130,7 +138,7 @@ def read_config(args: argparse.Namespace) -> tuple[ModuleType, RunConfig]:
         module, config = ModuleType(args.config), config_to_continue(args.config)
     else:
         module = load_config_module(args.config)
-        config = module.get_config()
+        config = config_of(module)
     known = {key: annotation for key, annotation, _ in leaves(config)}
     for key, value in args.keys.items():
         flag = f"--{key.replace('_', '-')}"
@@ -171,68 +179,13 @@ def join(args: argparse.Namespace) -> None:
         if number is not None and not number.isdigit():
             raise UserError(f"{flag}='{number}' must be a number")
     distributed.start(args.coordinator_address, *(None if n is None else int(n) for n in numbers.values()))
-    if not distributed.is_main():  # also what libraries print from C++
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def key_help(args: argparse.Namespace, module: ModuleType, config: RunConfig) -> str:
-    """Return keys of a config by section, with type, value and meaning: the common ones, all, or those asked for.
-
-    Raises UserError where no key matches a word.
-    """
-    docs: dict[str, str] = {}
-
-    def collect(part: object, prefix: str) -> None:
-        for field, text in field_docs(type(part)).items():
-            docs[prefix + field] = text
-            collect(getattr(part, field), f"{prefix}{field}.")
-
-    collect(config, "")
-    docs["run"] = "steps, batch and first values."
-    entries: dict[str, str] = {}
-    for key, annotation, value in leaves(config):
-        shown = type(value).__name__ if dataclasses.is_dataclass(value) else value
-        if isinstance(value, tuple):
-            shown = ",".join(str(v) for v in value) or "(empty)"
-        kind = type_name(annotation)
-        if options := component_choices(annotation):
-            kind += f": {'|'.join(options)}"
-        entries[key] = f"  --{key.replace('_', '-')} <{kind}> = {shown}\n      {docs.get(key, '')}"
-    sections: dict[str, list[str]] = {}
-    wanted = set(entries if args.help == ["all"] else COMMON_KEYS if not args.help else keys_about(entries, args.help))
-    for key in (key for key in entries if key in wanted):
-        section = key.partition(".")[0]
-        sections.setdefault(section if any(k.startswith(f"{section}.") for k in entries) else "run", []).append(
-            entries[key]
-        )
-    lines = [f"{(module.__doc__ or '').strip()}\n", f"keys of {args.config}, with type, value and meaning:"]
-    for section, texts in sections.items():
-        about = f": {docs[section]}" if section in docs else ""
-        lines += ["", f"{section}{about}", *texts]
-    if args.help != ["all"]:
-        lines.append(
-            f"\n`--help all` lists all {len(entries)} keys, `--help optimizer` those of a section or about a word; "
-            "`train.py --help` the flags."
-        )
-    return "\n".join(lines)
-
-
-def keys_about(entries: Mapping[str, str], words: Sequence[str]) -> list[str]:
-    """Return the keys in a section of this name, or with this last name, or else with the word in their text.
-
-    Raises UserError for a word that is in none.
-    """
-    found: list[str] = []
-    for word in words:
-        name = word.lstrip("-").replace("-", "_").lower()
-        about = [key for key in entries if f".{name}." in f".{key}."] or [key for key in entries if name in key]
-        about = about or [key for key, text in entries.items() if word.lower() in text.lower()]
-        if not about:
-            near = near_keys("", name, [], list(entries))
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "`--help all` lists all keys"
-            raise UserError(f"no key is about '{word}': {hint}")
-        found += about
-    return found
+    if distributed.several():
+        # Libraries print from C++ to descriptor 1, Gloo its peers in the middle of our lines.
+        sys.stdout.flush()
+        dropped = os.open(os.devnull, os.O_WRONLY)
+        own = os.dup(1) if distributed.is_main() else dropped
+        sys.stdout = os.fdopen(own, "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+        os.dup2(2 if distributed.is_main() and jax.config.jax_platforms != "cpu" else dropped, 1)
 
 
 def plan_command(args: argparse.Namespace) -> int:
@@ -241,12 +194,17 @@ def plan_command(args: argparse.Namespace) -> int:
     # needed.
     jax.config.update("jax_platforms", "cpu")
     if args.help is not None:
-        print(key_help(args, *read_config(args)))
+        print(key_help(args, *read_config(args), COMMON_KEYS))
         return 0
+    config = read_config(args)[1]
+    if args.chip is not None:
+        chip = described(args.chip)
+        CHIPS[chip.name] = chip
+        args.topology = args.topology or chip.name
     if args.topology is None:
-        raise UserError("plan needs --topology, such as v5e:8x8, '2x v5p:4x4x8' or h100:4x8")
+        raise UserError("plan needs --topology, such as h100, 'RTX 4090', h100:4x8, v5e:8x8 or '2x v5p:4x4x8'")
     found = plan(
-        read_config(args)[1],
+        config,
         args.topology,
         compile=args.compile,
         search_all=args.search,
@@ -262,6 +220,7 @@ def plan_command(args: argparse.Namespace) -> int:
 
 def convert_command(args: argparse.Namespace) -> int:
     """Convert weights and print how much their logits differ."""
+    check_weights(args.source)
     found = convert(
         args.source, args.destination, to=args.to, dtype=args.dtype, ignore_config_keys=args.ignore_config_keys
     )
@@ -274,6 +233,7 @@ def convert_command(args: argparse.Namespace) -> int:
 
 def sample_command(args: argparse.Namespace) -> int:
     """Continue prompts, or answer them, or converse."""
+    check_weights(args.path)
     if args.json and args.prompt is None:
         raise UserError("--json answers prompts: give at least one --prompt")
     if args.chat_template is not None and not args.chat:
@@ -288,17 +248,42 @@ def sample_command(args: argparse.Namespace) -> int:
     conversations = [[{"role": "user", "content": prompt}] for prompt in args.prompt]
     if args.json:
         prompts = [encoded(lm, messages, args) for messages in conversations]
-        settings = {"max_new_tokens": args.max_new_tokens, "sampler": args.sampler, "seed": args.seed}
-        for found in complete_encoded(lm, args.prompt, prompts, **settings):
+        number = min(new_tokens(lm, prompt, args) for prompt in prompts)
+        settings = {"max_new_tokens": number, "sampler": args.sampler, "seed": args.seed}
+        began = time.monotonic()
+        completions = complete_encoded(lm, args.prompt, prompts, **settings)
+        print_speed(speed([(sum(len(found.token_ids) for found in completions), time.monotonic() - began)]), args)
+        for found in completions:
             print(json.dumps(dataclasses.asdict(found)))
         return 0
     for row, messages in enumerate(conversations):
-        if row:
-            print()
-        print_answer(lm, messages, row, args)
-    if sys.stdout.isatty():
-        print()
+        _, about = print_answer(lm, messages, row, args)
+        if row + 1 < len(conversations) or sys.stdout.isatty():
+            print(flush=True)
+        print_speed(about, args)
     return 0
+
+
+def check_weights(path: str) -> None:
+    """Raise UserError for a config, which has no weights."""
+    if path.endswith(".py") or (path in config_names() and not os.path.exists(path)):
+        run = f"runs/{Path(path).stem}"
+        hint = (
+            f"did you mean '{run}'?" if os.path.exists(run) else "give the directory of a run that was trained with it"
+        )
+        raise UserError(f"'{path}' is a config and has no weights: {hint}")
+
+
+def new_tokens(lm: LanguageModel, prompt: Encoded, args: argparse.Namespace) -> int:
+    """Return the number of tokens to sample: that of --max-new-tokens, or what there is room for, at most 128."""
+    room = lm.config.length_limit - (1 if lm.config.has_source else len(prompt.ids))
+    return max(1, min(128, room)) if args.max_new_tokens is None else args.max_new_tokens
+
+
+def print_speed(line: str, args: argparse.Namespace) -> None:
+    """Print a line about the speed of an answer on stderr, or nothing with --quiet."""
+    if not args.quiet:
+        print(line, file=sys.stderr)
 
 
 def accept_any_text() -> None:
@@ -310,15 +295,17 @@ def accept_any_text() -> None:
         sys.stdin.reconfigure(encoding="utf-8" if ascii_only else sys.stdin.encoding, errors="surrogateescape")
 
 
-def print_answer(lm: LanguageModel, messages: list[dict[str, str]], row: int, args: argparse.Namespace) -> str:
+def print_answer(
+    lm: LanguageModel, messages: list[dict[str, str]], row: int, args: argparse.Namespace
+) -> tuple[str, str]:
     """Print, piece by piece, the answer to a conversation, or without --chat the last message and its continuation.
 
-    Returns the model's text.
+    Returns the model's text, and a line about its speed.
     """
-    prompt = encoded(lm, messages, args)
-    pieces = stream_encoded(
-        lm, prompt, max_new_tokens=args.max_new_tokens, sampler=args.sampler, seed=args.seed, row=row
-    )
+    prompt, began, times = encoded(lm, messages, args), time.monotonic(), list[tuple[int, float]]()
+    number = new_tokens(lm, prompt, args)
+    settings = {"max_new_tokens": number, "sampler": args.sampler, "seed": args.seed, "row": row}
+    pieces = stream_encoded(lm, prompt, progress=lambda n: times.append((n, time.monotonic() - began)), **settings)
     first = next(pieces, "")  # before the prompt is printed: a prompt that is refused leaves stdout empty
     shows_prompt = not args.chat and not lm.config.has_source
     print(messages[-1]["content"] if shows_prompt else "", end=first, flush=True)
@@ -326,7 +313,16 @@ def print_answer(lm: LanguageModel, messages: list[dict[str, str]], row: int, ar
     for text in pieces:
         print(text, end="", flush=True)
         written.append(text)
-    return "".join(written)
+    return "".join(written), speed(times)
+
+
+def speed(times: Sequence[tuple[int, float]]) -> str:
+    """Return a line about (tokens so far, seconds so far); the speed is that after the first, which may compile."""
+    if not times:
+        return "0 tokens"
+    (first, compiled), (tokens, seconds) = times[0], times[-1]
+    rate = (tokens - first) / (seconds - compiled) if tokens > first and seconds > compiled else tokens / seconds
+    return f"{tokens} token{'s' * (tokens != 1)} in {duration(seconds)}, {rate:,.{0 if rate > 9.95 else 1}f} tokens/s"
 
 
 def encoded(lm: LanguageModel, messages: list[dict[str, str]], args: argparse.Namespace) -> Encoded:
@@ -346,8 +342,9 @@ def converse(lm: LanguageModel, args: argparse.Namespace) -> None:
                 return
             messages = [*history, {"role": "user", "content": line}]
             try:
-                answer = print_answer(lm, messages, row, args)
+                answer, about = print_answer(lm, messages, row, args)
                 print(flush=True)
+                print_speed(about, args)
                 history = [*messages, {"role": "assistant", "content": answer}] if args.chat else []
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Whether this Python can run the package. Older Pythons read this file: nothing newer than f-strings."""
+"""Check of the Python that imports the package. Older Pythons read this file: nothing newer than f-strings."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ def check():
     version = ".".join(map(str, sys.version_info[:3]))
     sentence = ""
     if sys.version_info[:2] < (3, 12):  # noqa: UP036
-        sentence = f"llama_jax needs Python 3.12 or newer, and this is {version} ({sys.executable}): {_remedy()}"
+        sentence = f"llama_jax needs Python 3.12 or newer, and this is {version} ({sys.executable}): {_suggestion()}"
     elif find_spec("lazy_loader") is None:
         sentence = missing_package("lazy_loader")
     if sentence and os.path.basename((sys.argv or [""])[0]) in ("-m", "train.py", "sample.py"):
@@ -22,10 +22,10 @@ def check():
 
 def missing_package(name):
     """Return the sentence for a package that this one needs and that is not installed."""
-    return f"the package '{name}' is not installed for {sys.executable}: {_remedy()}"
+    return f"the package '{name}' is not installed for {sys.executable}: {_suggestion()}"
 
 
-def _remedy():
+def _suggestion():
     """Return how to get a Python that has everything."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     if not os.path.isfile(os.path.join(root, "Makefile")):

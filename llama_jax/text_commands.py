@@ -8,11 +8,11 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 
 from rich.console import Console
-from rich.progress import Progress
 
 from llama_jax.config import UserError, field_types, override
 from llama_jax.data import DataConfig, find_files, prepare_corpus, prepare_shards, read_pieces, units_by_shard
 from llama_jax.remote import check_destination, with_urls
+from llama_jax.screen import Bar
 from llama_jax.tokenizers import SAMPLES, compare, comparison_table, load_tokenizer, train_tokenizer
 
 BLOCK = 1 << 20  # characters that are read before they are given to a tokenizer's training
@@ -30,14 +30,13 @@ def prepare_command(args: argparse.Namespace) -> int:
         print(len(units_by_shard(find_files(config), config)))
         return 0
     tokenizer = load_tokenizer(args.tokenizer)
-    console, start, made = Console(stderr=True), time.monotonic(), False
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("tokenizing", total=None)
+    start, made = time.monotonic(), False
+    with Bar("tokenizing", 0, None, slow=True, console=Console(stderr=True)) as bar:
 
         def progress(done: int, total: int) -> None:
             nonlocal made
             made = True
-            bar.update(task, completed=done, total=total)
+            bar.advance(done, total)
 
         options = {"directory": args.output, "num_workers": args.num_workers, "progress": progress}
         if args.shards is not None:
@@ -70,16 +69,15 @@ def shard_numbers(shards: str) -> range:
 def tokenizer_train_command(args: argparse.Namespace) -> int:
     """Train a tokenizer and save it."""
     check_destination(args.output, new=False)
-    console, skipped = Console(stderr=True), []
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        learning = bar.add_task("learning", total=None)  # only some kinds report how far they are
+    skipped: list[str] = []
+    with Bar("training the tokenizer", 0, None, slow=True, console=Console(stderr=True)) as bar:
         pieces = read_pieces(args.files, fields=args.fields.split(","), piece_chars=BLOCK, skipped=skipped)
         tokenizer = train_tokenizer(
-            itertools.chain.from_iterable(map(blocks, documents(pieces))),
+            bar.counted(itertools.chain.from_iterable(map(blocks, documents(pieces)))),
             kind=args.kind,
             vocab_size=args.vocab_size,
             special_tokens=args.special_token,
-            progress=lambda done, total: bar.update(learning, completed=done, total=total),
+            progress=bar.advance,
         )
     path = tokenizer.save(args.output)
     print(f"{path}: {args.kind}, {tokenizer.vocab_size} tokens")

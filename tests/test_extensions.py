@@ -275,6 +275,28 @@ def test_one_run_with_everything_of_ones_own(tmp_path: Path, monkeypatch: pytest
     assert again.config == run.config
 
 
+@dataclasses.dataclass(frozen=True)
+class Cheat(RunningMean):
+    """Each token reads the mean of all tokens of its row."""
+
+    def build(self, width: int, *, rngs: nnx.Rngs) -> MixerModule:
+        return CheatModule(self, width, rngs=rngs)
+
+
+class CheatModule(RunningMeanModule):
+    def __call__(self, x: jax.Array, *, positions: jax.Array, ctx: Any, cache: Any = None) -> tuple[Any, ...]:
+        return self.o_proj(self.v_proj(x).mean(1, keepdims=True) + 0 * x), cache
+
+
+def test_a_mixer_that_cheats_leaves_nothing_behind(tmp_path: Path):
+    texts = tiny_run.write_texts(tmp_path / "texts")
+    keys = {"data.path": (str(texts),), "data.cache_dir": str(tmp_path / "cache"), "logging.sample_prompts": ()}
+    config = llama_jax.override(tiny_run.get_config(), keys | {"model.attention": Cheat()}, (Cheat,))
+    with pytest.raises(llama_jax.UserError, match="attention=Cheat lets a token see later tokens of its row"):
+        llama_jax.train(config, tmp_path / "run", components=(Cheat,))
+    assert not (tmp_path / "run").exists()
+
+
 def test_choices_are_named_on_the_command_line():
     config = llama_jax.override(
         tiny_run.get_config(),

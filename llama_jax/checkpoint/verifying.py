@@ -16,7 +16,7 @@ from llama_jax.checkpoint.formats import Tensors, rounded
 from llama_jax.checkpoint.importing import WeightSource, load_params
 from llama_jax.config import Json
 from llama_jax.models import Compute, DecoderConfig, Model, ModelConfig, abstract_params, assemble
-from llama_jax.nn import GroupedQuery, RMSNorm, SwiGLU
+from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU
 
 REPORT_FILE = "conversion.json"
 
@@ -51,10 +51,11 @@ def source_logits(
 ) -> tuple[np.ndarray, str]:
     """Return float32 logits [B, T, V] of the source, and which reference computed them: "numpy" or "llama_jax".
 
-    A Llama's are those of a plain numpy model that reads the tensors in their own layout; other families' are those of
-    this package's model, which the parity tests hold against the original code. `dtype` rounds the weights first.
+    A plain Llama's are those of a numpy model that reads the tensors in their own layout; other families', and those of
+    a Llama with options that the numpy model lacks, are those of this package's model, which the parity tests hold
+    against the original code. `dtype` rounds the weights first.
     """
-    if source.model_type == "llama":
+    if source.model_type == "llama" and _is_plain(source.config):
         assert isinstance(source.config, DecoderConfig)
         tensors = source.tensors
         if dtype is not None:
@@ -123,6 +124,21 @@ def _rotate(x_BTNH: np.ndarray, cos_TH: np.ndarray, sin_TH: np.ndarray, *, inter
     first, second = (x_BTNH[..., ::2], x_BTNH[..., 1::2]) if interleaved else np.split(x_BTNH, 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
     return np.stack(turned, axis=-1).reshape(x_BTNH.shape) if interleaved else np.concatenate(turned, axis=-1)
+
+
+def _is_plain(config: ModelConfig) -> bool:
+    """Return whether `llama_logits` computes all that this config has: a window, say, it does not."""
+    attention, norm = getattr(config, "attention", None), getattr(config, "norm", None)
+    if not isinstance(config, DecoderConfig) or not isinstance(attention, GroupedQuery):
+        return False
+    rope, fields = attention.rope, ("num_heads", "num_kv_heads", "head_dim", "qkv_bias", "out_bias", "dropout")
+    plain = GroupedQuery(
+        rope=rope and Rope(rope.theta, rope.scaling), **{name: getattr(attention, name) for name in fields}
+    )
+    names = ("vocab_size", "hidden_size", "num_layers", "max_positions", "feed_forward", "norm", "tie_embeddings")
+    same = {name: getattr(config, name) for name in (*names, "dropout")}
+    kinds = isinstance(config.feed_forward, SwiGLU) and isinstance(norm, RMSNorm) and rope is not None
+    return kinds and config == DecoderConfig(attention=plain, **same)
 
 
 def _silu(x: np.ndarray) -> np.ndarray:

@@ -45,7 +45,8 @@ class Compute:
     attention_kernel: kernel by name (reference, blockwise, splash on TPU, cudnn on GPU), or auto.
     context: how keys and values reach the other parts of a sequence split over mesh.context; all_gather is sooner
       there, and holds all of them on every device.
-    preflight: compare the attention kernel with the reference before the first step, and do not start if they disagree.
+    preflight: check before the first step that no piece of the model sees later tokens or returns what it must not, and
+      that the attention kernel agrees with the reference; do not start otherwise.
     loss_chunk: positions of each row whose logits exist at a time in the loss.
     """
 
@@ -192,6 +193,19 @@ def with_overrides(pieces: Pieces, num_layers: int, overrides: tuple[LayerOverri
     return tuple(layers)
 
 
+def check_hashable(config: Any) -> None:
+    """Raise UserError where a piece of a config, which is a key of compiled programs, has no hash."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        try:
+            hash(value)
+        except TypeError as error:
+            raise UserError(
+                f"{field.name}={type(value).__name__} cannot be hashed ({error}): make its class a frozen dataclass "
+                "whose fields are numbers, texts, tuples or other such classes"
+            ) from None
+
+
 def check_overrides(
     name: str, overrides: tuple[LayerOverride, ...], num_layers: int, counted: str = "num_layers"
 ) -> None:
@@ -270,6 +284,7 @@ class TransformerConfig(ModelConfig, abc.ABC):
     head_bias: Literal["none", "trained", "fixed"] = "none"
 
     def __post_init__(self) -> None:
+        check_hashable(self)
         check_at_least(self, 1, "vocab_size", "hidden_size", "num_layers", "max_positions")
         check_rate("dropout", self.dropout)
         if self.logit_softcap is not None and self.logit_softcap <= 0:

@@ -11,6 +11,7 @@ from llama_jax.planning.estimate import (
     estimate as estimate,
     estimate_sampling as estimate_sampling,
 )
+from llama_jax.planning.memory import device_memory as device_memory
 from llama_jax.planning.report import Report as Report, plan as plan
 from llama_jax.planning.search import (
     Candidate as Candidate,

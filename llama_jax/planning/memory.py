@@ -7,8 +7,10 @@ embedding.
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
-from llama_jax.chips import Chip
+from llama_jax.chips import Chip, chip_of
 from llama_jax.config import UserError
 from llama_jax.nn import FASTEST, KEY_BLOCK, MAX_QUERY_BLOCKS, MIN_QUERY_BLOCK
 from llama_jax.parallel import batch_parts
@@ -30,6 +32,16 @@ def memory(local: Local, chip: Chip) -> dict[str, int]:
     """Return the bytes by kind on a device, at the place where their sum is largest."""
     temporary = max(_places(local, chip), key=lambda place: sum(place.values()))
     return argument_bytes(local) | {kind: math.ceil(size) for kind, size in temporary.items() if size}
+
+
+def device_memory(config: RunConfig, devices: Sequence[Any]) -> int | None:
+    """Return an estimate of the bytes on each of these JAX devices; None where there is none: an encoder-decoder."""
+    if config.model.has_source:
+        return None
+    here = Chip("", (), 0.0, 0.0, 0.0, 0.0, 0.0, (1,))  # of a device that is not planned for no more is needed
+    compute = dataclasses.replace(config.compute, dtype=config.compute.jax_dtype.name)
+    local = Local.of(dataclasses.replace(config, compute=compute), len(devices))
+    return sum(memory(local, chip_of(devices[0].device_kind) or here).values())
 
 
 def argument_bytes(local: Local) -> dict[str, int]:

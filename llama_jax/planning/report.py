@@ -137,8 +137,9 @@ def mesh_text(mesh: dict[str, int]) -> str:
 
 def _heading(plan: Plan) -> Text:
     parts = f" in {plan.accumulation_steps} parts" if plan.accumulation_steps > 1 else ""
+    chips = "" if plan.num_chips == 1 else f"{plan.num_chips} chips as "
     return Text(
-        f"{plan.topology}: {plan.num_chips} chips as {mesh_text(plan.mesh)}; batch {plan.global_batch_size} x "
+        f"{plan.topology}: {chips}{mesh_text(plan.mesh)}; batch {plan.global_batch_size} x "
         f"{plan.sequence_length}{parts}, remat {plan.remat}"
     )
 

@@ -1,15 +1,15 @@
 """Machines: chips and how they are connected, as a mesh is laid over them."""
 
 import dataclasses
-import difflib
 import itertools
 import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from llama_jax.chips import CHIPS, Chip, chip_of
+from llama_jax.chips import CHIPS, Chip, chip_named, chip_of
 from llama_jax.config import UserError
+from llama_jax.values import near_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,35 +58,33 @@ class Topology:
     def parse(text: str) -> "Topology":
         """Parse `v5p:4x4x8` (a TPU slice), `2x v5e:16x16` (two of them), `h100:4x8` (nodes x GPUs) or `h100:8`.
 
-        Sizes count chips. Raises UserError, with the nearest name, for any other text.
+        Sizes count chips; a chip's name alone is one of it, and `4x h100` are four GPUs. Raises UserError, with the
+        nearest name, for any other text.
         """
-        found = re.fullmatch(r"(?:(\d+) ?x )?\s*([A-Za-z]\w*)\s*:\s*(\d+(?:x\d+)*)", text.strip())
-        name = found[2].lower() if found else re.split(r"[:\-]", text.strip())[0].split(" ")[-1].lower()
-        if name not in CHIPS:
-            near = difflib.get_close_matches(name, CHIPS, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(CHIPS)}"
-            raise UserError(f"topology={text!r}: there is no chip '{name}': {hint}")
-        chip = CHIPS[name]
-        example = {1: f"{name}:4x8 (nodes x GPUs)", 2: f"{name}:8x8", 3: f"{name}:4x4x8"}[len(chip.max_shape)]
-        if not found:
-            counts = "" if chip.platform == "gpu" else "; it counts chips, where cloud names may count cores"
-            raise UserError(f"topology={text!r} is not of the form {example}{counts}")
-        slices, shape = int(found[1] or 1), tuple(map(int, found[3].split("x")))
+        found = re.fullmatch(r"(?:(\d+)(?:\s*x\s*|\s+))?([^:]*)(?::\s*(.*?))?\s*", text.strip())
+        count, name, sizes = found.groups() if found else (None, text, None)
+        times = None if count or sizes else re.fullmatch(r"(.+?)\s*x\s*(\d+)", name)
+        if times and chip_named(times[1]):
+            name, count = times.groups()  # h100x8
+        chip, number = _chip(text, name, sizes), int(count or 1)
+        if sizes is None and chip.platform == "gpu":
+            node = chip.max_shape[0]
+            sizes, number = (f"{node}", number // node) if number % node == 0 else (f"{number}", 1)
+        slices, shape = number, tuple(map(int, (sizes or "x".join("1" * len(chip.max_shape))).split("x")))
         if chip.platform == "gpu" and len(shape) == 2:
             slices, shape = slices * shape[0], shape[1:]
         if len(shape) != len(chip.max_shape):
             raise UserError(
-                f"topology={text!r} has {len(shape)} sizes and {name} takes {len(chip.max_shape)}: {example}"
+                f"topology={text!r} has {len(shape)} sizes and {chip.name} takes {len(chip.max_shape)}: {_form(chip)}"
             )
+        if slices < 1 or min(shape) < 1:
+            raise UserError(f"topology={text!r}: all numbers must be at least 1")
         # Which way round a torus is written makes no difference.
-        if (
-            slices < 1
-            or min(shape) < 1
-            or any(a > b for a, b in zip(sorted(shape), sorted(chip.max_shape), strict=True))
-        ):
+        if any(a > b for a, b in zip(sorted(shape), sorted(chip.max_shape), strict=True)):
             largest = "x".join(map(str, chip.max_shape))
+            hint = "" if chip.wraps else f": write nodes x GPUs, {chip.name}:2x{largest}"
             raise UserError(
-                f"topology={text!r}: one {'slice' if chip.wraps else 'node'} of {name} has at most {largest}"
+                f"topology={text!r}: one {'slice' if chip.wraps else 'node'} of {chip.name} has at most {largest}{hint}"
             )
         return Topology(chip, shape, slices)
 
@@ -122,6 +120,11 @@ class Topology:
         As `parallel.make_mesh` lays them out: data, or else fsdp, spans slices, the innermost axes get the torus axes
         first, and fill a node. Raises UserError for sizes that do not multiply to the slices or the torus.
         """
+        missing = "network" if self.num_slices > 1 and not self.chip.network else "link" if not self.chip.link else ""
+        if missing and self.num_chips > 1:
+            raise UserError(
+                f"topology {self}: the {missing} between several {self.chip.name} is not known: give it with --chip"
+            )
         inner, outer = _split_slices(sizes, self) if self.chip.platform == "tpu" else _split_nodes(sizes, self)
         torus = self._torus(inner) if self.chip.platform == "tpu" else {}
         found = {}
@@ -174,6 +177,25 @@ class Topology:
         """Return the bandwidth of both directions of a closed ring, one of a line; `stride` rings share the links."""
         closed = part * stride == whole and self._closed(whole)
         return (2 if closed else 1) * self.chip.link / stride
+
+
+def _chip(text: str, name: str, sizes: str | None) -> Chip:
+    """Return the chip of a topology's text. Raises UserError where there is none, or where the sizes are no sizes."""
+    chip = chip_named(name)
+    known = chip or chip_named(re.split(r"[-\s]", name.strip())[0])
+    if known is None:
+        near = near_names(name, list(CHIPS))
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(CHIPS)}; --chip describes another"
+        raise UserError(f"topology={text!r}: there is no chip '{name.strip().lower()}': {hint}")
+    if chip is None or (sizes is not None and not re.fullmatch(r"\d+(x\d+)*", sizes)):
+        counts = "" if known.platform == "gpu" else "; it counts chips, where cloud names may count cores"
+        raise UserError(f"topology={text!r} is not of the form {_form(known)}{counts}")
+    return chip
+
+
+def _form(chip: Chip) -> str:
+    """Return an example of a topology of this chip."""
+    return f"{chip.name}:" + {1: "4x8 (nodes x GPUs)", 2: "8x8", 3: "4x4x8"}[len(chip.max_shape)]
 
 
 def _split_slices(sizes: dict[str, int], topology: Topology) -> tuple[dict[str, int], dict[str, int]]:

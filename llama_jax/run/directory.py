@@ -23,10 +23,10 @@ from llama_jax.config import UserError, read_json, to_json
 from llama_jax.data import Batches, Dataset, HostBatch, Vocabulary, batches_passed, prepare_dataset
 from llama_jax.files import replacing, write_text
 from llama_jax.remote import as_local, local_copy, url_of
+from llama_jax.run.metrics import METRICS_FILE, read_metrics
 from llama_jax.run_config import RunConfig, read_config
 from llama_jax.tokenizers import Tokenizer, load_saved_tokenizer
 
-METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
 DATA_FILE = "data.json"
 HISTORY_FILE = "run.json"
@@ -53,13 +53,7 @@ class Run:
 
     def read_metrics(self) -> tuple[list[dict[str, Any]], int]:
         """Return what `metrics` does, and the number of damaged lines."""
-        file = self.directory / METRICS_FILE
-        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
-        # A killed process may leave a line without its end; after the machine itself went down, a file may have zeros
-        # in place of what was not yet on disk.
-        lines = [line.strip("\0\r ") for line in text.split("\n")[:-1]]
-        found = [_metrics_of(line) for line in lines]
-        return [metrics for metrics in found if metrics is not None], found.count(None)
+        return read_metrics(self.directory / METRICS_FILE)
 
     def steps(self) -> list[int]:
         """Return the steps with a checkpoint."""
@@ -145,15 +139,6 @@ def open_run(directory: str | Path, components: Sequence[type] = ()) -> Run:
     if url is not None:  # a store has no empty directories
         (directory / CHECKPOINTS_DIRECTORY).mkdir(exist_ok=True)
     return Run(directory, read_config(directory / CONFIG_FILE, components), components, url=url)
-
-
-def _metrics_of(line: str) -> dict[str, Any] | None:
-    """Return a line of metrics, or None for a damaged one. Constants that JSON does not have (NaN) are None, too."""
-    try:
-        found = json.loads(line, parse_constant=lambda _: None)
-    except json.JSONDecodeError:
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
 
 
 def start_run(run: Run, dataset: Dataset) -> None:

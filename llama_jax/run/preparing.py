@@ -13,9 +13,10 @@ from llama_jax.data import DataConfig, Dataset, SequenceToSequence, Vocabulary, 
 from llama_jax.models import ModelConfig, Params, abstract_params, initialize
 from llama_jax.parallel import MeshConfig
 from llama_jax.run.directory import Run
-from llama_jax.run.reporting import Bar, configured_loggers
+from llama_jax.run.reporting import configured_loggers
 from llama_jax.run_config import RunConfig
 from llama_jax.sampling import encode_prompt
+from llama_jax.screen import Bar
 from llama_jax.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer, with_document_rule
 
 SAMPLE_TOKENS = 128
@@ -23,7 +24,7 @@ EMBEDDING = "embedding.weight"
 NAMED = 8  # parameters that a line names
 
 
-def prepare(run: Run, mesh: MeshConfig, num_devices: int) -> list[Any]:
+def prepare(run: Run, mesh: MeshConfig, num_devices: int, quiet: bool = False) -> list[Any]:
     """Return [directories of the tokenized corpora, fields of the objective's `Vocabulary`, length of samples], as JSON
     data for the other processes.
 
@@ -34,7 +35,7 @@ def prepare(run: Run, mesh: MeshConfig, num_devices: int) -> list[Any]:
     configured_loggers(config.logging)
     if config.init_from is not None and not (run.directory / CONFIG_FILE).exists():
         inheritance(config, run.components)
-    tokenizer = run.tokenizer = _tokenizer(run)
+    tokenizer = run.tokenizer = _tokenizer(run, quiet)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, more than model.vocab_size={config.model.vocab_size}: "
@@ -43,7 +44,7 @@ def prepare(run: Run, mesh: MeshConfig, num_devices: int) -> list[Any]:
     vocabulary = Vocabulary.of(tokenizer, config.data.objective.texts())
     _check_start(config, vocabulary)
     sample_tokens = _sample_tokens(config, tokenizer)
-    directories = [str(directory.absolute()) for directory in _prepare_dataset(config, tokenizer)]
+    directories = [str(directory.absolute()) for directory in _prepare_dataset(config, tokenizer, quiet)]
     return [directories, dataclasses.asdict(vocabulary), sample_tokens]
 
 
@@ -53,21 +54,28 @@ def check_shared(file: Path, key: str) -> None:
         raise UserError(f"'{file}' was written by process 0 and is not here: set {key} to a place that all hosts share")
 
 
-def _tokenizer(run: Run) -> Tokenizer:
+def _tokenizer(run: Run, quiet: bool) -> Tokenizer:
     """Return the run's tokenizer, from its directory once it is there."""
     if (run.directory / TOKENIZER_DIRECTORY).is_dir():
         return run.tokenizer
     config = run.config.tokenizer
-    found = trained_tokenizer(config, run.config.data) if config.path is None else load_tokenizer(config.path)
+    found = trained_tokenizer(config, run.config.data, quiet) if config.path is None else load_tokenizer(config.path)
     return with_document_rule(found, of_sources=run.config.model.has_source)
 
 
-def trained_tokenizer(config: TokenizerConfig, data: DataConfig) -> Tokenizer:
+def trained_tokenizer(config: TokenizerConfig, data: DataConfig, quiet: bool = False) -> Tokenizer:
     """Return a tokenizer trained on the training documents, with the special tokens that the objective needs."""
     texts = itertools.chain.from_iterable(read_texts(source, "train") for _, source in data.corpora())
     of_chats = data.chat_template.special_tokens() if data.chat_template is not None else ()
     special = tuple(dict.fromkeys((*config.special_tokens, *data.objective.special_tokens(), *of_chats)))
-    return train_tokenizer(texts, kind=config.kind, vocab_size=config.vocab_size, special_tokens=special)
+    with Bar("training the tokenizer", 0, None, quiet=quiet, slow=True) as bar:
+        return train_tokenizer(
+            bar.counted(texts),
+            kind=config.kind,
+            vocab_size=config.vocab_size,
+            special_tokens=special,
+            progress=bar.advance,
+        )
 
 
 def _sample_tokens(config: RunConfig, tokenizer: Tokenizer) -> int:
@@ -100,13 +108,13 @@ def _check_start(config: RunConfig, vocabulary: Vocabulary) -> None:
         )
 
 
-def _prepare_dataset(config: RunConfig, tokenizer: Tokenizer) -> list[Path]:
+def _prepare_dataset(config: RunConfig, tokenizer: Tokenizer, quiet: bool) -> list[Path]:
     bar: Bar | None = None
     with contextlib.ExitStack() as stack:
 
         def progress(done: int, total: int) -> None:
             nonlocal bar
-            bar = bar or stack.enter_context(Bar("tokenizing", 0, total))
+            bar = bar or stack.enter_context(Bar("tokenizing", 0, total, quiet=quiet, slow=True))
             bar.advance(done)
 
         return prepare_dataset(config.data, tokenizer, sequence_length=config.sequence_length, progress=progress)

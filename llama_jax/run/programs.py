@@ -22,8 +22,9 @@ from llama_jax.models import Compute, ModelConfig, buffers
 from llama_jax.parallel import platform
 from llama_jax.run_config import RunConfig
 from llama_jax.training import (
-    Agreement,
     Batch,
+    PreflightFailed,
+    check_pieces,
     compiler_options,
     init_state,
     make_eval_step,
@@ -63,21 +64,34 @@ def _programs(
     )
 
 
-def checked(config: RunConfig, batch: Batch) -> list[Agreement]:
-    """Return the result of the preflight of a batch of this shape, which is run once.
+class RunFailed(RuntimeError):
+    """The run cannot go on; the command line exits with 1."""
 
-    Raises PreflightFailed as `preflight` does.
+
+def checked(config: RunConfig, batch: Batch) -> list[str]:
+    """Return lines for the log about the checks of a model on a batch of this shape, which are done once.
+
+    Raises UserError as `check_pieces` does, and RunFailed where `preflight` fails.
     """
     shapes = tuple((name, jax.typeof(value)) for name, value in batch.items())
-    found = _found(config.model, config.compute, shapes, jax.sharding.get_mesh(), code_of(config))
+    samples = bool(config.logging.sample_prompts)
+    found = _found(config.model, config.compute, samples, shapes, jax.sharding.get_mesh(), code_of(config))
     if not found:
-        found.append(preflight(config.model, config.compute, batch))
+        lines = check_pieces(config.model, config.compute, batch, samples=samples)
+        try:
+            agreements = preflight(config.model, config.compute, batch)
+        except PreflightFailed as error:
+            raise RunFailed(str(error)) from error
+        for agreement in agreements:
+            error = max(agreement.errors.values())
+            lines.append(f"attention kernel '{agreement.kernel}' agrees with the reference: relative error {error:.1e}")
+        found.append(lines)
     return found[0]
 
 
 @functools.lru_cache(KEPT)
-def _found(*key: Hashable) -> list[list[Agreement]]:
-    """Return the list for the result of a preflight."""
+def _found(*key: Hashable) -> list[list[str]]:
+    """Return the list for the lines of a check."""
     return []
 
 

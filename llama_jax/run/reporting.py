@@ -1,4 +1,4 @@
-"""Destinations of a run's numbers: the terminal, and loggers, each a class.
+"""A run's numbers: as text for the screen, and their other destinations, loggers, each a class.
 
 A destination of one's own is a class that derives from `Logger`, given to `train(..., loggers=(MyLogger,))`.
 """
@@ -7,22 +7,27 @@ import importlib.util
 import json
 import math
 import secrets
-import time
-from types import TracebackType
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, override
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+import jax
 
+from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, COMMIT_FILE, whole_steps
 from llama_jax.config import UserError, to_json
 from llama_jax.files import naming, write_text
+from llama_jax.models import num_parameters
+from llama_jax.planning import device_memory
 from llama_jax.remote import with_urls
-from llama_jax.run.directory import METRICS_FILE, Run
-from llama_jax.run_config import LoggingConfig
+from llama_jax.run.directory import SAMPLES_FILE, Run
+from llama_jax.run.metrics import METRICS_FILE
+from llama_jax.run_config import LoggingConfig, RunConfig
+from llama_jax.screen import duration
 
 Metrics = dict[str, Any]
 WANDB_FILE = "wandb_id.txt"
-NOTEBOOK_SECONDS = 0.2  # between two drawings of a bar in a notebook
 
 
 class Logger:
@@ -168,76 +173,92 @@ def _scalars(metrics: Metrics) -> Metrics:
     return found
 
 
-class Bar:
-    """A progress bar on a terminal or in a notebook, plain lines elsewhere, nothing where `quiet` (other processes).
+def shown(metrics: Metrics, mean_loss: float, step_seconds: float | None) -> tuple[list[str], list[str]]:
+    """Return the numbers of a step as text: those of a bar, the most important first, and more for a plain line.
 
-    `start` and `total` count steps; the time that is left is estimated from the steps of this process.
+    `mean_loss` is the mean since the last line, `step_seconds` the time of a step in it; None where not known.
     """
+    numbers = [f"loss {mean_loss:.4f}"]
+    if metrics.get("tokens_per_second"):
+        numbers.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+    if metrics.get("mfu"):
+        numbers.append(f"MFU {100 * metrics['mfu']:.1f}%")
+    if step_seconds is not None:
+        numbers.append(f"{1000 * step_seconds:,.{0 if step_seconds > 0.0995 else 1}f} ms/step")
+    return numbers, [f"lr {metrics['learning_rate']:.2e}", f"grad norm {metrics['grad_norm']:.2f}"]
 
-    def __init__(
-        self, description: str, start: int, total: int, *, quiet: bool = False, console: Console | None = None
-    ):
-        self._console = console or Console(quiet=quiet)
-        self._total = total
-        self._first: tuple[int, float] | None = None  # step and time of the first metrics, compilation behind them
-        self._notebook = self._console.is_jupyter and not quiet
-        self._plain = quiet or not (self._console.is_terminal or self._notebook)
-        self._cell: Any = None  # IPython's handle on the bar
-        self._drawn = 0.0
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=self._plain,
-            expand=True,
-        )
-        self._task: TaskID = self._progress.add_task(description, total=total, completed=start, numbers="")
 
-    def __enter__(self) -> "Bar":
-        if self._notebook:  # rich's own live display needs ipywidgets there
-            from IPython.display import display  # type: ignore[import-not-found]
+def measured(step: int, num_steps: int, values: Metrics) -> list[str]:
+    """Return a line with the numbers that were measured at a step, or none where there are none."""
+    shown = [f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, float)]
+    return ["  ".join([f"step {step}/{num_steps}", *shown])] if shown else []
 
-            self._cell = display(self._progress, display_id=True)
-        else:
-            self._progress.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._notebook:
-            self._cell.update(self._progress)
-        else:
-            self._progress.stop()
+def aligned(rows: Mapping[str, str]) -> list[str]:
+    """Return a line for each name and value, the values below one another."""
+    width = max(map(len, rows), default=0)
+    return [f"{name:<{width}}  {value}" for name, value in rows.items()]
 
-    def advance(self, step: int) -> None:
-        """Move the bar to a step."""
-        self._progress.update(self._task, completed=step)
-        if self._cell is not None and time.monotonic() - self._drawn > NOTEBOOK_SECONDS:
-            self._drawn = time.monotonic()
-            self._cell.update(self._progress)
 
-    def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        self._progress.console.print(with_urls(text), markup=False, highlight=False, soft_wrap=True)
+def overview(run: Run, config: RunConfig, step: int) -> list[str]:
+    """Return the lines that a run begins with at `step`, `config` with the mesh that it has here."""
+    devices = jax.devices()
+    tokens = config.global_batch_size * config.row_length
+    memory = device_memory(config, devices)
+    pieces = [piece for stack in config.model.stacks().values() for _, piece in stack if piece is not None]
+    idle = sum(piece.idle_parameters(config.model.hidden_size) for piece in pieces)
+    total = num_parameters(config.model)
+    mesh = ", ".join(f"{axis} {size}" for axis, size in config.mesh.sizes(len(devices)).items() if size > 1)
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    rows = {
+        "run": str(run.directory),
+        "model": f"{total:,} parameters" + (f", {total - idle:,} of them active for a token" if idle else ""),
+        "devices": f"{len(devices)} x {devices[0].device_kind}"
+        + (f" of {n} processes" if (n := jax.process_count()) > 1 else "")
+        + (f", mesh {mesh}" if mesh else ""),
+        "memory": f"{_size(memory)}{f' of {_size(limit)}' if limit else ''} a device, estimated" if memory else "",
+        "batch": f"{config.global_batch_size:,} x {config.row_length:,} = {tokens:,} tokens a step",
+        "steps": f"{config.num_steps:,}, {config.num_steps * tokens:,} tokens in all",
+    }
+    begins = [f"continuing '{run.directory}' from step {step}"] if step else []
+    return begins + aligned({name: value for name, value in rows.items() if value})
 
-    def show(self, metrics: Metrics) -> None:
-        """Show the metrics of a step."""
-        parts = [f"loss {metrics['loss']:.4f}"]
-        if metrics.get("tokens_per_second"):
-            parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
-        if metrics.get("mfu"):
-            parts.append(f"MFU {100 * metrics['mfu']:.1f}%")
-        if self._plain:
-            step = metrics["step"]
-            parts += [f"lr {metrics['learning_rate']:.2e}", f"grad norm {metrics['grad_norm']:.2f}"]
-            first_step, began = self._first = self._first or (step, time.monotonic())
-            if step > first_step:
-                left = (time.monotonic() - began) / (step - first_step) * (self._total - step)
-                parts.append(f"{left // 60:.0f}m{left % 60:02.0f}s left")
-            self.say(f"step {step}/{self._total}  " + "  ".join(parts))
-        else:
-            self._progress.update(self._task, numbers="  ".join(parts))
+
+def _size(num_bytes: float) -> str:
+    """Return bytes as text, in GiB or MiB."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def outcome(run: Run, seconds: float) -> list[str]:
+    """Return the lines that a run ends with: the time, the best and the last checkpoint, how to sample and to go on."""
+    lines = run.metrics()
+    losses = [(line["val_loss"], line["step"]) for line in lines if line.get("val_loss") is not None]
+    config, files = run.config, run.directory.glob(f"{CHECKPOINTS_DIRECTORY}/*/{COMMIT_FILE}")
+    steps = whole_steps(file.relative_to(run.directory).as_posix() for file in files)
+    rows = {"done": f"in {duration(seconds)}"}
+    if losses:
+        loss, step = min(losses)
+        rows["best"] = f"val_loss {loss:.4f} at step {step}" + ("" if step in steps else ", not kept as a checkpoint")
+    if steps:
+        rows["checkpoint"] = str(run.directory / CHECKPOINTS_DIRECTORY / str(steps[-1]))
+    if config.logging.sample_prompts:
+        rows["samples"] = str(run.directory / SAMPLES_FILE)
+    longer = 2 * config.num_steps if steps and steps[-1] >= config.num_steps else None
+    prompt = next((p for p in config.logging.sample_prompts if p.strip()), "...")
+    found = dict(zip(("sample", "continue"), commands(str(run.directory), prompt, longer), strict=True))
+    return aligned(
+        rows | {name: command for name, command in found.items() if name != "sample" or config.model.generates}
+    )
+
+
+def commands(place: str, prompt: str, num_steps: int | None) -> tuple[str, str]:
+    """Return how to sample from a run in `place` and how to go on, as one would here: in a notebook or a shell."""
+    if "ipykernel" in sys.modules:
+        changes = "" if num_steps is None else f", {{'num_steps': {num_steps}}}"
+        return f"llama_jax.generate_text(run.load(), [{prompt!r}])", f"llama_jax.resume({place!r}{changes})"
+    script, place = Path(sys.argv[0]), shlex.quote(with_urls(place))
+    sample, train = "-m llama_jax sample", "-m llama_jax train"
+    if script.name == "train.py" and script.with_name("sample.py").is_file():
+        sample, train = str(script.with_name("sample.py")), str(script)
+    changes = "" if num_steps is None else f" --num-steps {num_steps}"
+    return f"python {sample} {place} --prompt {shlex.quote(prompt)}", f"python {train} {place}{changes}"

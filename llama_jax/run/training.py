@@ -1,6 +1,7 @@
 """The training loop: data in, steps, metrics, validation, checkpoints, samples."""
 
 import contextlib
+import dataclasses
 import math
 import shutil
 import time
@@ -16,7 +17,7 @@ from llama_jax.config import outside_classes
 from llama_jax.data import Dataset, HostBatch, ValidationBatches
 from llama_jax.files import write_text
 from llama_jax.models import abstract_params
-from llama_jax.parallel import distributed, make_mesh, mesh_axis_sizes, platform
+from llama_jax.parallel import distributed, make_mesh, platform
 from llama_jax.planning import mesh_of
 from llama_jax.remote import with_urls
 from llama_jax.run.callbacks import Callback, Event, check_callbacks
@@ -25,22 +26,18 @@ from llama_jax.run.continuing import check_directory
 from llama_jax.run.directory import SAMPLES_FILE, Run, open_run, start_run
 from llama_jax.run.preparing import check_shared, first_params, open_dataset, prepare
 from llama_jax.run.profiling import Profile, recorded
-from llama_jax.run.programs import checked, programs
-from llama_jax.run.reporting import Bar, Logger, configured_loggers
+from llama_jax.run.programs import RunFailed as RunFailed, checked, programs
+from llama_jax.run.reporting import Logger, configured_loggers, measured, outcome, overview, shown
 from llama_jax.run.signals import Signals
 from llama_jax.run.stored import StoredRun, local_run
 from llama_jax.run_config import RunConfig
 from llama_jax.sampling import generate_text
+from llama_jax.screen import Bar
 from llama_jax.training import (
-    PreflightFailed,
     TrainState,
     peak_flops,
     train_flops_per_token,
 )
-
-
-class RunFailed(RuntimeError):
-    """The run cannot go on; the command line exits with 1."""
 
 
 class Preempted(Exception):
@@ -54,14 +51,15 @@ def train(
     components: Sequence[type] = (),
     loggers: Sequence[type[Logger]] = (),
     callbacks: Sequence[Callback] = (),
+    quiet: bool = False,
 ) -> Run:
     """Train `config` in `run_dir`, or continue what is in it, bit for bit as if it had never stopped.
 
     `run_dir` may be the URL of an object store (`s3://`, `gs://`): every checkpoint is uploaded when it is saved.
-    `components` are classes from outside the package that the config has had; `loggers` are destinations of metrics
+    `components` are classes from outside the package that the config had before; `loggers` are destinations of metrics
     beyond those of `config.logging`. Each of `callbacks` is called with every logged step (`Event`), on every process
     with the same numbers: it may save, stop the run and evaluate the model; numbers that it returns by name are logged,
-    too.
+    too. `quiet` leaves warnings and the lines of the end on the screen.
 
     Returns the finished run, one that a callback has stopped, or one that is beyond `num_steps`, unchanged. Raises
     UserError for a config that cannot run here or that is not this directory's and for a callback that fails, RunFailed
@@ -71,7 +69,7 @@ def train(
     run_dir, asked = locate(run_dir)
     with local_run(run_dir) as (directory, stored):
         components = (*components, *outside_classes(config))
-        run = _train(Run(directory, config, components), stored, loggers, callbacks, asked)
+        run = _train(Run(directory, config, components), stored, loggers, callbacks, asked, quiet)
     run.url = None if stored is None else stored.url
     return run
 
@@ -82,6 +80,7 @@ def _train(
     loggers: Sequence[type[Logger]],
     callbacks: Sequence[Callback],
     asked: int | None = None,
+    quiet: bool = False,
 ) -> Run:
     """Train in the run's local directory; `asked` is the step to continue from, where one was given."""
     config = run.config
@@ -93,11 +92,22 @@ def _train(
         return open_run(run.directory, run.components)
     mesh = mesh_of(config, devices)
     # All that can be wrong is found out before anything is written; of several processes, the first does it for all.
-    directories, vocabulary, sample_tokens = distributed.broadcast_from_main(lambda: prepare(run, mesh, len(devices)))
-    with jax.set_mesh(make_mesh(mesh)):
+    directories, vocabulary, sample_tokens = distributed.broadcast_from_main(
+        lambda: prepare(run, mesh, len(devices), quiet)
+    )
+    jax_mesh = make_mesh(mesh)
+    with jax.set_mesh(jax_mesh):
         loop = distributed.all_agree(
-            lambda: _Loop(run, open_dataset(run, directories, vocabulary), sample_tokens, lines, loggers, callbacks)
+            lambda: _Loop(
+                run, open_dataset(run, directories, vocabulary), sample_tokens, lines, loggers, callbacks, quiet
+            )
         )
+        if config.compute.preflight and step < config.num_steps:
+            batch = loop._on_devices(loop.batches.batch(step))
+            loop.lines += distributed.all_agree(lambda: checked(config, batch))
+    # After the check of the model's pieces, and outside the mesh: the estimate of memory sets another one.
+    loop.begins = overview(run, dataclasses.replace(config, mesh=mesh), step)
+    with jax.set_mesh(jax_mesh):
         distributed.broadcast_from_main(lambda: start_run(run, loop.dataset))
         distributed.all_agree(lambda: check_shared(run.directory / CONFIG_FILE, "--run-dir"))
         if stored is not None:
@@ -114,8 +124,8 @@ def _train(
 class _Loop:
     """One process's part of a run.
 
-    `sample_tokens` is the length of samples, `lines` what the log begins with, `loggers` and `callbacks` those given to
-    `train`.
+    `sample_tokens` is the length of samples, `begins` what the log begins with, `lines` what it has next, even where
+    `quiet`; `loggers` and `callbacks` are those given to `train`.
     """
 
     def __init__(
@@ -126,6 +136,7 @@ class _Loop:
         lines: Sequence[str] = (),
         loggers: Sequence[type[Logger]] = (),
         callbacks: Sequence[Callback] = (),
+        quiet: bool = False,
     ):
         config = run.config
         self.run_, self.config, self.dataset, self.sample_tokens = run, config, dataset, sample_tokens
@@ -140,12 +151,14 @@ class _Loop:
         )
         self.programs = programs(config)
         self.hyper = config.optimizer.hyper(config.num_steps, config.seed)
+        # All positions of a batch, those of padding and of sources, too: what is computed, not what is learned.
         self.tokens_per_step = config.global_batch_size * config.row_length
         flops = train_flops_per_token(config.model, config.sequence_length, config.data.objective.source_length or 0)
         peak = peak_flops(jax.local_devices()[0], config.compute.jax_dtype)
         self.mfu_per_speed = None if peak is None else flops / (peak * jax.device_count())
         self.lines, self.loggers = list(lines), [*configured_loggers(config.logging), *loggers]
-        self.callbacks = tuple(callbacks)
+        self.callbacks, self.begins, self.quiet = tuple(callbacks), list[str](), quiet
+        self.losses: list[float] = []  # since the last line
         validates, num_steps = config.logging.validate_every_steps, config.num_steps
         self.measures_checkpoints = validates >= num_steps or any(
             math.lcm(every, validates) < num_steps for every in config.checkpoint.intervals
@@ -154,37 +167,34 @@ class _Loop:
 
     def run(self) -> None:
         """Train to the end, then write samples."""
-        config, directory = self.config, self.run_.directory
+        config, directory, began = self.config, self.run_.directory, time.monotonic()
         with contextlib.ExitStack() as stack:
+            bar = stack.enter_context(Bar("training", 0, config.num_steps, quiet=self.quiet, silent=not self.main))
+            bar.say(*self.begins, *self.dataset.describe(self.batches, config.num_steps))
             store = stack.enter_context(
                 contextlib.closing(CheckpointStore(directory / CHECKPOINTS_DIRECTORY, config.checkpoint))
             )
             state, lines = distributed.all_agree(lambda: self._state(store))
-            start = int(state.step)
+            bar.step = start = int(state.step)
             loggers = [
                 stack.enter_context(contextlib.closing(logger(self.run_, start)))
                 for logger in (self.loggers if self.main else ())
             ]
-            bar = stack.enter_context(Bar("training", start, config.num_steps, quiet=not self.main))
             stopping = stack.enter_context(Signals())
-            if start:
-                bar.say(f"continuing '{directory}' from step {start}")
             lines += [
                 *self.lines,
                 *self._warnings(start, state),
                 *(logger.notice for logger in loggers if logger.notice),
             ]
-            for line in [*lines, *self.dataset.describe(self.batches, config.num_steps)]:
-                bar.say(line)
-            if axes := ", ".join(f"{axis} {size}" for axis, size in mesh_axis_sizes().items() if size > 1):
-                bar.say(f"mesh: {axes}")
-            if config.compute.preflight and start < config.num_steps:
-                self._preflight(start, bar)
+            bar.say(*lines, always=True)
             directory = self.run_.directory / "profile"
-            profile = stack.enter_context(Profile(config, directory, start, bar.say))
-            self._steps(state, start, store, bar, loggers, profile, stopping)
+            clock = Clock(start)
+            profile = stack.enter_context(Profile(config, directory, start, bar.say, clock))
+            self._steps(state, store, bar, loggers, clock, profile, stopping)
         if config.logging.sample_prompts:
             self._sample()
+        if self.main:
+            bar.say(*outcome(self.run_, time.monotonic() - began), always=True)
 
     def _state(self, store: CheckpointStore) -> tuple[TrainState, list[str]]:
         """Return the latest checkpoint's state, or a new one, and lines for the log that describe it."""
@@ -226,33 +236,23 @@ class _Loop:
             lines.append(f"no MFU: the peak of '{jax.local_devices()[0].device_kind}' is not known")
         return lines
 
-    def _preflight(self, start: int, bar: Bar) -> None:
-        """Compare the attention kernel with the reference, before anything is trained with it."""
-        try:
-            agreements = checked(self.config, self._on_devices(self.batches.batch(start)))
-        except PreflightFailed as error:
-            raise RunFailed(str(error)) from error
-        for agreement in agreements:
-            error = max(agreement.errors.values())
-            bar.say(f"attention kernel '{agreement.kernel}' agrees with the reference: relative error {error:.1e}")
-
     def _steps(
         self,
         state: TrainState,
-        start: int,
         store: CheckpointStore,
         bar: Bar,
         loggers: Sequence[Logger],
+        clock: Clock,
         profile: Profile,
         stopping: Callable[[int], bool],
     ) -> None:
-        """Take the steps from `start` to the end, or to where a callback stops; log, validate and save between them.
+        """Take the steps to the end, or to where a callback stops; log, validate and save between them.
 
         Raises Preempted after a termination signal, with a checkpoint saved, and what `_log` raises.
         """
-        num_steps, batches = self.config.num_steps, self.batches.iterate(start)
+        start, num_steps = int(state.step), self.config.num_steps
+        batches = self.batches.iterate(start)
         pending: dict[str, Any] | None = None
-        clock = Clock(start)
         for step in range(start, num_steps):
             with profile.step(step, state):
                 batch = self._on_devices(next(batches))
@@ -260,7 +260,8 @@ class _Loop:
                 if pending is not None and platform() == "cpu":
                     self._log(pending, clock, bar, loggers)
                     pending = None
-                state, metrics = self.programs.train_step(state, batch, self.hyper)
+                with bar.timed("compiling the train step") if step == start else contextlib.nullcontext():
+                    state, metrics = self.programs.train_step(state, batch, self.hyper)
             done = step + 1
             # Elsewhere the host waits for the last one's numbers with the next step already on its way.
             if pending is not None:
@@ -280,7 +281,10 @@ class _Loop:
                 store.wait()
                 raise Preempted(f"stopped at step {done} with a checkpoint saved: start again to continue")
             if event.reason is not None and done < num_steps:
-                bar.say(f"stopped at step {done}/{num_steps} by a callback" + (event.reason and f": {event.reason}"))
+                bar.say(
+                    f"stopped at step {done}/{num_steps} by a callback" + (event.reason and f": {event.reason}"),
+                    always=True,
+                )
                 return
 
     def _report(
@@ -289,9 +293,7 @@ class _Loop:
         """Validate where it is due, log the step and call the callbacks."""
         step = metrics["step"]
         val = self._validate(state) if self._validates(step) else {}
-        if val:
-            values = "  ".join(f"{name} {value:.4f}" for name, value in val.items())
-            bar.say(f"step {step}/{self.config.num_steps}  {values}")
+        bar.say(*measured(step, self.config.num_steps, val))
         return self._log(metrics | val, clock, bar, loggers, state)
 
     def _save(self, state: TrainState, store: CheckpointStore, event: Event, saves: bool) -> None:
@@ -339,6 +341,7 @@ class _Loop:
         """
         step = metrics["step"]
         event = Event(self.run_, step, state)
+        self.losses.append(float(metrics["loss"]))
         if self._logs(step) or "val_loss" in metrics:
             values = {k: v if isinstance(v, int) else np.asarray(v).tolist() for k, v in metrics.items()}
             if self.config.data.sources:
@@ -350,8 +353,10 @@ class _Loop:
                     values["mfu"] = values["tokens_per_second"] * self.mfu_per_speed
             event |= values
             event.call(self.callbacks)
+            bar.show(step, *shown(event, sum(self.losses) / len(self.losses), speed and 1 / speed))
+            self.losses.clear()
+            bar.say(*measured(step, self.config.num_steps, {k: event[k] for k in event if k not in values}))
             values = dict(event)
-            bar.show(values)
             for logger in loggers:
                 logger.write(values)
         for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradient")):

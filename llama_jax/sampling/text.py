@@ -1,7 +1,7 @@
 """`generate_text`, `stream_text`: prompts as texts, and the texts that a model writes."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -122,9 +122,19 @@ def stream_text(
 
 
 def stream_encoded(
-    lm: LanguageModel, encoded: Encoded, *, max_new_tokens: int, sampler: Sampler, seed: int, row: int = 0
+    lm: LanguageModel,
+    encoded: Encoded,
+    *,
+    max_new_tokens: int,
+    sampler: Sampler,
+    seed: int,
+    row: int = 0,
+    progress: Callable[[int], object] = lambda num_tokens: None,
 ) -> Iterator[str]:
-    """Yield the text of `stream_text` for a prompt that is encoded already."""
+    """Yield the text of `stream_text` for a prompt that is encoded already.
+
+    `progress` is called with the number of new tokens so far, every few tokens.
+    """
     prompts = checked_prompts(lm.model, [encoded.ids], None, start_id=lm.generation.decoder_start_id)
     stream, seen = _NewText(lm, encoded.ids), int(prompts.lengths[0])
     for rows in continued(
@@ -141,6 +151,7 @@ def stream_encoded(
         if text := stream.feed(rows.tokens[0, seen : rows.lengths[0]].tolist()):
             yield text
         seen = int(rows.lengths[0])
+        progress(seen - int(prompts.lengths[0]))
     if text := stream.flush():
         yield text
 

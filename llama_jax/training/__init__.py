@@ -29,6 +29,7 @@ from llama_jax.training.optimizer import (
     make_optimizer as make_optimizer,
     state_bytes as state_bytes,
 )
+from llama_jax.training.piece_check import check_pieces as check_pieces
 from llama_jax.training.schedules import (
     Constant as Constant,
     Cosine as Cosine,

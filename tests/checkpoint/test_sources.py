@@ -1,5 +1,6 @@
 """The forms that weights of others come in: wrapped, fused, repeated or renamed, they are the same weights."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -14,8 +15,9 @@ import llama_jax
 from llama_jax import zoo
 from llama_jax.checkpoint import load_params, open_source
 from llama_jax.checkpoint.formats import read_directory, read_meta, write_safetensors
+from llama_jax.checkpoint.verifying import source_logits
 from llama_jax.config import UserError
-from llama_jax.models import abstract_params, build
+from llama_jax.models import DecoderConfig, abstract_params, build
 from llama_jax.nn import RMSNorm
 from llama_jax.zoo import WeightMapping
 from llama_jax.zoo.glm import glm as make_glm
@@ -198,6 +200,20 @@ def test_an_import_from_consolidated_safetensors_is_compared_with_its_source(tmp
     folder = written(tmp_path / "hub", config, tensors, "consolidated.safetensors")
     report = llama_jax.convert(folder, tmp_path / "native", to="native")
     assert report["witness"] == "numpy"
+
+
+def test_numpy_is_no_reference_for_options_that_it_lacks():
+    source = open_source(GOLDENS / "llama_gqa")
+    inputs = source.config.example(np.random.default_rng(0))
+    logits, reference = source_logits(source, inputs)
+    assert reference == "numpy"
+    assert isinstance(source.config, DecoderConfig)
+    for change in ({"window": 2}, {"softcap": 1.0}, {"scale": 1.0}):
+        attention = dataclasses.replace(source.config.attention, **change)  # type: ignore[type-var]
+        config = dataclasses.replace(source.config, attention=attention)
+        other, reference = source_logits(dataclasses.replace(source, config=config), inputs)
+        assert reference == "llama_jax"
+        assert np.abs(other - logits).max() > 1e-3
 
 
 def test_a_t5_made_from_scratch_has_a_tied_head_that_is_not_scaled(tmp_path: Path):

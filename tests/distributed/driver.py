@@ -5,7 +5,6 @@ writes), `crash@N` (process 1 fails before step N) or `never`. Into FOLDER go th
 state as it was saved and loaded, put together from all processes' parts.
 """
 
-import os
 import sys
 import types
 from collections.abc import Callable
@@ -28,9 +27,6 @@ def whole(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:
 
 def main(folder: Path, moment: str, argv: list[str]) -> int:
     kind, _, number = moment.partition("@")
-    if "--process-id=0" in argv:  # Gloo writes pieces of lines to stdout from C++, in the middle of ours
-        sys.stdout = os.fdopen(os.dup(1), "w")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     # JAX lets process 0 alone keep its compilations; here all do, or every test would wait for the others'.
     compiler.distributed = types.SimpleNamespace(global_state=types.SimpleNamespace(process_id=0, client=None))
     original_place, original_save, original_load = training.to_devices, CheckpointStore.save, CheckpointStore.load

@@ -336,7 +336,7 @@ def files(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> A
     with monkeypatch.context() as patch:
         for name, value in values.items():
             patch.setattr(training, name, value)
-        patch.setattr(preparing, "trained_tokenizer", tokenizer_of)
+        patch.setattr(preparing, "trained_tokenizer", lambda config, data, _: tokenizer_of(config, data))
         patch.setattr(jax.profiler, "trace", trace)
         patch.setitem(sys.modules, "wandb", wandb)
         run = train(config, folder / "run")

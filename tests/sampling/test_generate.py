@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llama_jax.config import UserError
-from llama_jax.models import Compute, DecoderConfig, Model, from_params
+from llama_jax.models import Compute, DecoderConfig, Model, build, from_params
 from llama_jax.parallel import make_mesh
 from llama_jax.sampling import Sampler, generate, loop
 from llama_jax.sampling.loop import advance, bucket, start
@@ -257,3 +257,11 @@ def test_tied_heads_too(make_model, two_layers: DecoderConfig, prompts: np.ndarr
     tied = make_model(dataclasses.replace(two_layers, tie_embeddings=True))
     out = generate(tied, prompts[:1], max_new_tokens=6)
     assert out[0].tolist() == greedy_by_full_forwards(tied, prompts[0], 6)
+
+
+@pytest.mark.slow
+def test_a_context_axis_changes_no_token(tiny_config: DecoderConfig):
+    prompts = np.arange(32).reshape(2, 16)
+    expected = generate(build(tiny_config), prompts, max_new_tokens=4)
+    with jax.set_mesh(make_mesh({"fsdp": 2, "tensor": 2, "context": 2})):
+        np.testing.assert_array_equal(generate(build(tiny_config), prompts, max_new_tokens=4), expected)

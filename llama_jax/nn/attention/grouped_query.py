@@ -61,14 +61,8 @@ class GroupedQuery(Mixer):
     @classmethod
     def follow(cls, known: Known) -> dict[str, Any]:
         num_heads, head_dim = known_heads(known)
-        return {
-            "num_heads": num_heads,
-            "num_kv_heads": known.get("num_kv_heads", num_heads),
-            "head_dim": head_dim,
-            "rope": known_rope(known),
-            "qkv_bias": known.get("qkv_bias", False),
-            "out_bias": known.get("out_bias", False),
-        }
+        sizes = {"num_heads": num_heads, "num_kv_heads": num_heads, "head_dim": head_dim}
+        return sizes | {"rope": known_rope(known), "qkv_bias": False, "out_bias": False}
 
     def __post_init__(self) -> None:
         _check_heads(self.num_heads, self.num_kv_heads)
@@ -225,6 +219,8 @@ def write_cache(cache: Cache, new: dict[str, Float[Array, "b k t _"]], start: In
         place = jax.vmap(lambda row, new_row, at: jax.lax.dynamic_update_slice_in_dim(row, new_row, at, axis=1))
         return place(old, new, start)
 
-    written = {name: write(cache[name], x.astype(cache[name].dtype)) for name, x in new.items()}
+    # Whole along the sequence, as the cache is: a context axis may have split the new entries.
+    whole = {name: shard(x.astype(cache[name].dtype), "batch", "kv_heads", None, None) for name, x in new.items()}
+    written = {name: write(cache[name], x) for name, x in whole.items()}
     # Without the barrier XLA:CPU writes once more inside what reads the cache, and copies the whole cache for that.
     return jax.lax.optimization_barrier(written)

@@ -113,8 +113,8 @@ def compile_step(config: RunConfig, topology: str) -> CompiledStep:
     topology, for a mesh that does not fit it, and for an attention kernel that needs its GPU to be compiled; DoesNotFit
     when a device's memory is too small; RuntimeError with XLA's message when it cannot compile.
     """
-    chip = CHIPS.get(topology.partition(":")[0])
-    is_gpu = chip is not None and chip.platform == "gpu"
+    target = gpu_target(topology)
+    is_gpu = target is not None
     module, name, extra = "libtpu", "libtpu", "plan"
     if is_gpu:
         module, name, extra = "jax_cuda13_plugin", "JAX's CUDA plugin", "plan-gpu"
@@ -129,7 +129,7 @@ def compile_step(config: RunConfig, topology: str) -> CompiledStep:
             f"compute.attention_kernel={kernel!r}: cuDNN's kernel cannot be compiled where its GPU is not: "
             "--compute.attention-kernel blockwise can"
         )
-    request = {"topology": topology, "target": gpu_target(topology), "config": to_json(config)}
+    request = {"topology": topology, "target": target, "config": to_json(config)}
     path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     with _one_at_a_time():
         done = subprocess.run(
@@ -169,7 +169,9 @@ def gpu_target(topology: str) -> tuple[str, str] | None:
     if (chip := CHIPS.get(topology.partition(":")[0])) is None or chip.platform != "gpu":
         return None
     if chip.target is None:
-        raise UserError(f"topology={topology!r}: XLA needs a description of this GPU: give its Chip a target")
+        raise UserError(
+            f"topology={topology!r}: XLA has no description of this GPU: leave out --compile, or give its Chip a target"
+        )
     machine = Topology.parse(topology)
     return chip.target.proto(), f"{machine.num_slices}x1x{machine.shape[0]}"
 

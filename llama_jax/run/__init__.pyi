@@ -1,0 +1,22 @@
+from .callbacks import Event as Event
+from .comparing import (
+    LAST_LINES as LAST_LINES,
+    Row as Row,
+    RunRecord as RunRecord,
+    choose_metric as choose_metric,
+    compare_runs as compare_runs,
+    differing_keys as differing_keys,
+    find_runs as find_runs,
+    rows_of as rows_of,
+)
+from .configs import (
+    LoggingConfig as LoggingConfig,
+    ProfileConfig as ProfileConfig,
+    ResumeConfig as ResumeConfig,
+    RunConfig as RunConfig,
+    load_config as load_config,
+)
+from .directory import Run as Run, open_run as open_run
+from .reporting import Logger as Logger
+from .resuming import config_to_continue as config_to_continue, resume as resume
+from .training import Preempted as Preempted, RunFailed as RunFailed, train as train
