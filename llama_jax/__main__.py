@@ -10,6 +10,7 @@ import difflib
 import os
 import platform
 import re
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -70,8 +71,8 @@ CONFIG: tuple[Argument, ...] = (
 )  # fmt: skip
 COMMANDS = {
     "train": Command(
-        "Train a config, or continue a run. CONFIG is a name in configs/ or a path; the same command again continues. "
-        "On several hosts it is started once on each.",
+        "Train a config, or continue a run. CONFIG is a name in configs/ or a path; the same command again continues, "
+        "and so does a run's directory in place of CONFIG. On several hosts it is started once on each.",
         (
             *CONFIG,
             flag("--run-dir", "DIR", "or a URL of an object store (default: runs/CONFIG)"),
@@ -243,7 +244,9 @@ def console(argv: Sequence[str] | None = None) -> NoReturn:
 
 def background_error(found: Any) -> None:
     """Report an error of a library's thread in a line, and none of closed loops and pipes: they follow from another."""
-    if not (isinstance(found.exc_value, KeyboardInterrupt) or str(found.exc_value).endswith("is closed")):
+    if isinstance(found.exc_value, KeyboardInterrupt):  # in a destructor, where it is lost: it comes again
+        threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    elif not str(found.exc_value).endswith("is closed"):
         print(f"in the background: {found.exc_type.__name__}: {found.exc_value}", file=sys.stderr)
 
 

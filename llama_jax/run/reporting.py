@@ -77,7 +77,8 @@ class JsonLines(Logger):
 
     @override
     def close(self) -> None:
-        self._file.close()
+        with naming(self.run.directory / METRICS_FILE):
+            self._file.close()
 
 
 class TensorBoard(Logger):

@@ -10,6 +10,7 @@ import os
 import shutil
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ import numpy as np
 import pytest
 
 from llama_jax.__main__ import main
-from llama_jax.config import UserError, override
+from llama_jax.config import UserError, load_config_module, override
+from llama_jax.nn import RMSNorm
 from llama_jax.run import Run, RunConfig, RunFailed, open_run, resume, train, training
 from llama_jax.training import TrainState
 
@@ -165,7 +167,7 @@ def test_what_the_checkpoint_has_no_arrays_for_is_refused_before_anything_is_wri
 def test_a_path_in_a_run_continues_it(
     begun: Path, quick: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    for place in ("", "/checkpoints", "/checkpoints/4", "/config.json", "/metrics.jsonl"):
+    for place in ("/checkpoints/4", "/metrics.jsonl"):
         assert main(["train", f"{begun}{place}"]) == 0
         assert open_run(f"{begun}{place}").steps()[-1] == 6
         assert capsys.readouterr().out.splitlines()[0] == f"continuing '{begun}' from step 4"
@@ -182,6 +184,62 @@ def test_a_path_in_a_run_continues_it(
     assert said.count("\n") == 1
     assert main(["train", str(begun.parent)]) == 2
     assert "is not a run: give a config" in capsys.readouterr().err
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnNorm(RMSNorm):
+    """A norm that the package does not have."""
+
+
+def test_classes_of_the_config_need_not_be_named_again(quick: RunConfig, loss_of: dict[int, float], tmp_path: Path):
+    own = override(quick, {"model.norm": OwnNorm(1e-5)})
+    train(own, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    assert train(own, tmp_path / "run").steps()[-1] == 6
+    with pytest.raises(UserError, match=r"to train.py the config file that defines it"):
+        resume(tmp_path / "run")
+
+
+def test_a_report_that_fails_leaves_a_complete_run(
+    begun: Path, quick: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from llama_jax.run import open_run\n"
+        f"def get_config(): return open_run({str(begun)!r}).config\n"
+        "def report(run): run.metrics()[-1]['nothing']\n"
+    )
+    with pytest.raises(KeyError) as found:
+        main(["train", str(file), "--run-dir", str(begun)])
+    assert found.value.__notes__ == [f"'{begun}' is complete: only the report of '{file}' has failed"]
+    assert open_run(begun).steps()[-1] == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [{"data.validation_fraction": 0.0}, {"logging.validation_batches": 1}, {}])
+def test_the_demos_report_prints_what_was_measured(
+    run_config: RunConfig, change: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    change = {
+        "num_steps": 1,
+        "compute.preflight": False,
+        "logging.sample_prompts": "",
+        "model.max_positions": 32,
+    } | change
+    load_config_module("tiny_python").report(train(override(run_config, change), tmp_path / "run"))
+    said = capsys.readouterr().out
+    assert "accepted by ast.parse" in said
+    assert ("held-out files" in said) == ("data.validation_fraction" not in change)
+    assert ("not measured" in said) == ("logging.validation_batches" in change)
+    assert ("no validation: data.validation_fraction=0.0" in said) == ("data.validation_fraction" in change)
+
+
+def test_a_disk_with_too_little_room_is_told_before_the_first_step(
+    begun: Path, quick: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=100_000))
+    train(quick, begun)
+    assert "the disk has 0.0001 GB free, and a checkpoint may take 0.0003" in capsys.readouterr().out
 
 
 def test_keys_that_are_none_cannot_be_allowed(quick: RunConfig, tmp_path: Path):
