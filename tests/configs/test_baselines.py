@@ -1,8 +1,4 @@
-"""The configs of the baselines train, continue and sample; their models learn, and generate from a state."""
-
-import dataclasses
-import shutil
-from pathlib import Path
+"""The models of the baselines generate from a state, and learn in both directions. Runs: run/test_families_run."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +8,7 @@ import pytest
 from llama_jax.config import override
 from llama_jax.models import Compute, DecoderConfig, EncoderConfig, abstract_params, from_params, initialize
 from llama_jax.nn import LSTM, BidirectionalRNN
-from llama_jax.run import load_config, train
+from llama_jax.run import load_config
 from llama_jax.sampling import generate
 from llama_jax.training import AdamW, init_state, make_train_step
 
@@ -25,49 +21,6 @@ def small(name: str) -> DecoderConfig:
     model = load_config(name).model
     sizes = {"attention.hidden_size": 40} if name == "tiny_ngram" else {"attention.state_size": WIDTH}
     return override(model, sizes | {"vocab_size": VOCAB, "hidden_size": WIDTH, "max_positions": 64})
-
-
-@pytest.mark.parametrize("name", ["tiny_lstm", pytest.param("tiny_ngram", marks=pytest.mark.slow)])
-def test_trains_continues_and_samples(name: str, run_config, tmp_path: Path):
-    """Two steps after those of a checkpoint are those of the run that was never stopped."""
-    config = dataclasses.replace(load_config(name), data=run_config.data)
-    sizes = {"model.vocab_size": 304, "tokenizer.vocab_size": 300, "sequence_length": 32, "global_batch_size": 8}
-    steps = {"num_steps": 4, "checkpoint.every_steps": 2, "logging.every_steps": 1, "optimizer.warmup_steps": 1}
-    config = override(config, sizes | steps | {"logging.sample_prompts": ("the cat",)})
-    whole = train(config, tmp_path / "run")
-    assert (tmp_path / "run" / "samples.txt").read_text().startswith("the cat")
-    losses = [line["loss"] for line in whole.metrics()]
-    assert len(losses) == 4
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
-    again = train(config, tmp_path / "run")
-    assert [line["loss"] for line in again.metrics()] == losses
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_overfits_one_batch(name: str):
-    """Rows of two documents each."""
-    config = small(name)
-    rng, documents = np.random.default_rng(0), (9, 15)
-    tokens = rng.integers(VOCAB, size=(8, sum(documents) + 1)).astype(np.int32)
-    ends = np.cumsum(documents)
-    batch = {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "segment_ids": np.repeat([[1, 2]], documents, axis=1).repeat(8, 0).astype(np.int32),
-        "positions": np.concatenate([np.arange(n) for n in documents])[None].repeat(8, 0).astype(np.int32),
-        # Nothing tells the first tokens of a document what follows.
-        "weights": np.ones((8, sum(documents)), np.float32),
-    }
-    for begin in (0, *ends[:-1]):
-        batch["weights"][:, begin : begin + 4] = 0
-    hyper = AdamW(learning_rate=4e-2, warmup_steps=5, weight_decay=0.0).hyper(80)
-    step = make_train_step(config, Compute())
-    state, losses = jax.jit(init_state)(initialize(config, 0), hyper), []
-    for _ in range(80):
-        state, metrics = step(state, batch, hyper)
-        losses.append(float(metrics["loss"]))
-    assert losses[0] == pytest.approx(np.log(VOCAB), rel=0.1)
-    assert losses[-1] < 0.3, losses[::10]
 
 
 @pytest.mark.parametrize("name", NAMES)

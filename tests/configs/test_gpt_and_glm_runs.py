@@ -1,23 +1,15 @@
-"""The configs of GPT-2, GPT-3 and ChatGLM2, with smaller models: they train, continue and sample; the models learn
-their objective, and packed documents are separate ones."""
+"""Small models of GPT-2, GPT-3 and ChatGLM2: packed documents are separate ones. Their runs: run/test_families_run."""
 
-import dataclasses
-import shutil
-from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.config import override
 from llama_jax.data.objectives import BlankFilling, Causal, Document, Vocabulary
 from llama_jax.data.rows.packing import pack
-from llama_jax.models import Compute, DecoderConfig, Model, from_params, initialize
+from llama_jax.models import Compute, DecoderConfig, Model, from_params
 from llama_jax.nn import RMSNorm
-from llama_jax.run import RunConfig, load_config, train
-from llama_jax.training import AdamW, init_state, make_train_step
 from llama_jax.zoo.glm import glm
 from llama_jax.zoo.gpt2 import gpt, gpt3
 
@@ -35,26 +27,6 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt2", "chatglm2_6b"])
-def test_trains_continues_and_samples(name: str, run_config: RunConfig, tmp_path: Path):
-    """Two steps after those of a checkpoint are those of the run that was never stopped."""
-    config = load_config(name)
-    data = dataclasses.replace(run_config.data, objective=config.data.objective, packing=config.data.packing)
-    tokenizer = dataclasses.replace(config.tokenizer, vocab_size=300)
-    sizes = {"model": MODELS[name], "sequence_length": 32, "global_batch_size": 8, "tokenizer": tokenizer, "data": data}
-    config = dataclasses.replace(config, **sizes, num_steps=4)
-    steps = {"checkpoint.every_steps": 2, "logging.every_steps": 1, "optimizer.warmup_steps": 1}
-    config = override(config, steps | {"logging.sample_prompts": ("the cat",)})
-    whole = train(config, tmp_path / "run")
-    assert (tmp_path / "run" / "samples.txt").read_text().startswith("the cat")
-    assert ("prefix" in whole.batch(0)) == (name == "chatglm2_6b")
-    losses = [line["loss"] for line in whole.metrics()]
-    assert len(losses) == 4
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
-    assert [line["loss"] for line in train(config, tmp_path / "run").metrics()] == losses
-
-
 def rows_of(name: str) -> dict[str, np.ndarray]:
     """Eight rows of two documents each, as the objective of the config has them."""
     rng = np.random.default_rng(0)
@@ -64,21 +36,6 @@ def rows_of(name: str) -> dict[str, np.ndarray]:
     examples = [[objective.example(Document(text), rng, vocabulary) for text in row] for row in texts]
     rows = [pack(row, 40, None) for row in examples]
     return {field: np.stack([row[field] for row in rows]) for field in rows[0]}
-
-
-@pytest.mark.parametrize("name", ["gpt2", "chatglm2_6b"])
-def test_overfits_one_batch_of_its_objective(name: str):
-    config = dataclasses.replace(MODELS[name], dropout=0.0)
-    config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, dropout=0.0))  # type: ignore[call-arg]
-    batch = rows_of(name)
-    hyper = AdamW(learning_rate=2e-2, warmup_steps=5, weight_decay=0.0).hyper(60)
-    step = make_train_step(config, Compute())
-    state, losses = jax.jit(init_state)(initialize(config, 0), hyper), []
-    for _ in range(60):
-        state, metrics = step(state, batch, hyper)
-        losses.append(float(metrics["loss"]))
-    assert losses[0] == pytest.approx(np.log(VOCAB), rel=0.15)
-    assert losses[-1] < 0.3, losses[::10]
 
 
 @pytest.mark.parametrize("name", MODELS)
