@@ -20,7 +20,13 @@ from llama_jax.models import abstract_params
 
 TYPES = {name: model_type for name, model_type in model_types().items() if model_type != "llama"}
 CASES = sorted(TYPES)
-GENERATING = [name for name in CASES if "generated" in expected(name)]
+# Quickly one of each architecture: the forwards of all are compared layer by layer.
+QUICKLY = {"bart", "chatglm2", "deepseek_v32", "glm", "gpt2", "mixtral", "t5_v1_1"}
+GENERATING = [
+    pytest.param(name, marks=() if name in QUICKLY else pytest.mark.slow)
+    for name in CASES
+    if "generated" in expected(name)
+]
 TOLERANCE, FP8_BLOCK = 5e-5, 16
 
 # Released under other names, or with tensors that others repeat: an export is like this golden.
