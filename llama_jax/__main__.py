@@ -92,7 +92,7 @@ COMMANDS = {
             *CONFIG,
             flag("--topology", "TOPOLOGY", "v5e:8x8, v5p:4x4x8 (chips of a TPU slice), '2x v6e:16x16' (slices), "
                  "h100:4x8 (nodes x GPUs), 'RTX 4090' (one GPU)"),
-            flag("--chip", "FIELD=VALUE,...", "another chip, also as JSON or its file: "
+            flag("--chip", "FIELD=VALUE,...", "another chip, also as JSON: "
                  "name=mi300x,peak_flops=1.3e15,memory=192e9,bandwidth=5.3e12,link=4.48e11,network=5e10"),
             flag("--compile", None, "compile the real step for it, too (extra `plan`; GPUs: `plan-gpu`): XLA's memory, "
                  "what it sends"),
@@ -125,7 +125,7 @@ COMMANDS = {
             flag("--chat-template", "NAME", "another chat template: one that the model's files name, or Llama2Chat, "
                  "Llama3Chat, ChatML, ChatGLM2Chat"),
             flag("--tokenizer", "PATH", "file, directory or URL; default: the one with the weights"),
-            flag("--max-new-tokens", "N", "default: %(default)s", type=int, default=128),
+            flag("--max-new-tokens", "N", "default: 128, or as many as there is room for", type=int),
             flag("--temperature", "T", "0 is greedy; default: %(default)s", type=float, default=0.8),
             flag("--top-k", "K", "only the K most probable tokens", type=int),
             flag("--top-p", "P", "only the most probable tokens that make up P", type=float),
@@ -317,14 +317,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser(command)
     words = [parser.plain(word) for word in words]
     if not COMMANDS[command].takes_keys:
-        return parser.parse_args(words, argparse.Namespace(command=command))
+        parser.check_flags(words)
+        return parser.filled(parser.parse_args(words, argparse.Namespace(command=command)))
     fixed, keys = split_keys(words, parser.flags)
-    args = parser.parse_intermixed_args(fixed, argparse.Namespace(command=command, keys=keys))
+    args = parser.filled(parser.parse_intermixed_args(fixed, argparse.Namespace(command=command, keys=keys)))
     for word in [args.config or "", *args.more]:
         key, equals, value = word.lstrip("+").partition("=")
         if equals and re.fullmatch(r"[\w.-]+", key):
             raise UserError(f"'{word}' lacks the dashes of a key: did you mean '--{key.replace('_', '-')} {value}'?")
-    args.help = args.more if args.help else None
+    args.help = [*args.more, *(key for key, value in keys.items() if value is True)] if args.help else None
+    args.keys = {key: value for key, value in keys.items() if args.help is None or value is not True}
     if args.help and args.config == "all":  # without a config
         args.config, args.help = None, []
     if args.more and args.help is None:
@@ -363,13 +365,16 @@ def command_list(words: Sequence[str]) -> NoReturn:
     group = "tokenizer " if words[:1] == ["tokenizer"] else ""
     names = [name for name in COMMANDS if name.startswith(group)]
     rest = words[1:] if group else words
-    if rest[:1] in (["-h"], ["--help"]):
+    if rest[:1] in (["-h"], ["--help"], ["help"]):
         print(f"usage: python -m llama_jax {group}COMMAND ...\n\nLanguage models in JAX. Commands:\n")
         print(*(f"  {name:<18} {COMMANDS[name].description.partition('.')[0]}" for name in names), sep="\n")
         print(f"\n`python -m llama_jax {group}COMMAND --help` shows how one is used.")
         sys.exit(0)
-    near = difflib.get_close_matches(" ".join(words[: 1 + bool(group)]), names, n=1)
+    known = ["--help", "--version"] if rest and rest[0].startswith("-") else names
+    near = difflib.get_close_matches(" ".join(words[: 1 + bool(group)]), known, n=1) if rest else []
     hint = f"did you mean '{near[0]}'?" if near else f"the commands are {', '.join(names)}"
+    if rest and rest[0].startswith("-"):
+        raise UserError(f"'{rest[0]}' comes before a command: {hint}")
     raise UserError(f"there is no command '{group}{rest[0]}': {hint}" if rest else f"give a command: {hint}")
 
 

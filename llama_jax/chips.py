@@ -14,10 +14,9 @@ NVLink joins all GPUs of a host, the link is PCIe x16: generation 3 (16 GB/s one
 import dataclasses
 import json
 import re
-from pathlib import Path
 from typing import Any
 
-from llama_jax.config import UserError, override, read_json
+from llama_jax.config import UserError, override
 
 MIB, GIB = 2**20, 2**30
 
@@ -190,7 +189,7 @@ def chip_named(text: str) -> Chip | None:
 
 
 def described(text: str) -> Chip:
-    """Return the chip of a user's description: `name=mi300x,peak_flops=1.3e15,...`, JSON of the fields, or its file.
+    """Return the chip of a user's description: `name=mi300x,peak_flops=1.3e15,...`, or JSON of the fields.
 
     Raises UserError for a field that is missing or unknown, and for other units than bytes and FLOP/s.
     """
@@ -200,8 +199,6 @@ def described(text: str) -> Chip:
             given = json.loads(text)
         except json.JSONDecodeError as error:
             raise UserError(f"--chip is not valid JSON ({error}): give name=mine,peak_flops=1e15,...") from None
-    elif "=" not in text:
-        given = read_json(Path(text))
     else:
         pairs = (part.strip().partition("=") for part in text.split(","))
         given = {name: value for name, _, value in pairs}

@@ -12,7 +12,6 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -24,9 +23,7 @@ from llama_jax.chips import CHIPS, described
 from llama_jax.compilations import keep_compilations
 from llama_jax.config import (
     UserError,
-    component_choices,
     config_names,
-    field_docs,
     field_types,
     find_config,
     leaves,
@@ -35,11 +32,12 @@ from llama_jax.config import (
     read_json,
 )
 from llama_jax.files import disk_failure
+from llama_jax.key_help import key_help
 from llama_jax.parallel import distributed
 from llama_jax.planning import plan
 from llama_jax.remote import default_cache, is_remote, with_urls
 from llama_jax.run import Preempted, RunFailed, config_to_continue, train
-from llama_jax.run_config import RunConfig
+from llama_jax.run_config import RunConfig, config_of
 from llama_jax.sampling import (
     Encoded,
     Sampler,
@@ -49,7 +47,7 @@ from llama_jax.sampling import (
     encoded_prompt,
     stream_encoded,
 )
-from llama_jax.screen import duration
+from llama_jax.screen import speed
 from llama_jax.text_commands import (
     prepare_command,
     tokenizer_compare_command,
@@ -57,7 +55,7 @@ from llama_jax.text_commands import (
     tokenizer_encode_command,
     tokenizer_train_command,
 )
-from llama_jax.values import near_keys, type_name
+from llama_jax.values import type_name
 
 # The keys of a run that people change first: those that `--help` shows.
 COMMON_KEYS = (
@@ -78,6 +76,9 @@ def run(args: argparse.Namespace) -> int:
         return report(f"error: {error}", 2)
     except UserError as error:
         print(f"error: {with_urls(str(error))}", file=sys.stderr)
+        return distributed.leave(2)
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        print(f"error: '{error.filename}' cannot be used ({error.strerror}): give another path", file=sys.stderr)
         return distributed.leave(2)
     except (RunFailed, ConversionError) as error:
         return report(f"failed: {error}", 1)
@@ -113,7 +114,7 @@ def train_command(args: argparse.Namespace) -> int:
     """Train a config, as one of several processes where there are several, or print its keys."""
     if args.help is not None:
         module, config = read_config(args)
-        print(key_help(args, module, config))
+        print(key_help(args, module, config, COMMON_KEYS))
         return 0
     join(args)
     module, config = distributed.all_agree(lambda: read_config(args))
@@ -134,7 +135,7 @@ def read_config(args: argparse.Namespace) -> tuple[ModuleType, RunConfig]:
         module, config = ModuleType(args.config), config_to_continue(args.config)
     else:
         module = load_config_module(args.config)
-        config = module.get_config()
+        config = config_of(module)
     known = {key: annotation for key, annotation, _ in leaves(config)}
     for key, value in args.keys.items():
         flag = f"--{key.replace('_', '-')}"
@@ -184,74 +185,15 @@ def join(args: argparse.Namespace) -> None:
         os.dup2(2 if distributed.is_main() and jax.config.jax_platforms != "cpu" else dropped, 1)
 
 
-def key_help(args: argparse.Namespace, module: ModuleType, config: RunConfig) -> str:
-    """Return keys of a config by section, with type, value and meaning: the common ones, all, or those asked for.
-
-    Raises UserError where no key matches a word.
-    """
-    docs: dict[str, str] = {}
-
-    def collect(part: object, prefix: str) -> None:
-        for field, text in field_docs(type(part)).items():
-            docs[prefix + field] = text
-            collect(getattr(part, field), f"{prefix}{field}.")
-
-    collect(config, "")
-    docs["run"] = "steps, batch and first values."
-    entries: dict[str, str] = {}
-    for key, annotation, value in leaves(config):
-        shown = type(value).__name__ if dataclasses.is_dataclass(value) else value
-        if isinstance(value, tuple):
-            shown = ",".join(str(v) for v in value) or "(empty)"
-        kind = type_name(annotation)
-        if options := component_choices(annotation):
-            kind += f": {'|'.join(options)}"
-        entries[key] = f"  --{key.replace('_', '-')} <{kind}> = {shown}\n      {docs.get(key, '')}"
-    sections: dict[str, list[str]] = {}
-    wanted = set(entries if args.help == ["all"] else COMMON_KEYS if not args.help else keys_about(entries, args.help))
-    for key in (key for key in entries if key in wanted):
-        section = key.partition(".")[0]
-        sections.setdefault(section if any(k.startswith(f"{section}.") for k in entries) else "run", []).append(
-            entries[key]
-        )
-    lines = [f"{(module.__doc__ or '').strip()}\n", f"keys of {args.config}, with type, value and meaning:"]
-    for section, texts in sections.items():
-        about = f": {docs[section]}" if section in docs else ""
-        lines += ["", f"{section}{about}", *texts]
-    if args.help != ["all"]:
-        lines.append(
-            f"\n`--help all` lists all {len(entries)} keys, `--help optimizer` those of a section or about a word; "
-            "`train.py --help` the flags."
-        )
-    return "\n".join(lines)
-
-
-def keys_about(entries: Mapping[str, str], words: Sequence[str]) -> list[str]:
-    """Return the keys in a section of this name, or with this last name, or else with the word in their text.
-
-    Raises UserError for a word that is in none.
-    """
-    found: list[str] = []
-    for word in words:
-        name = word.lstrip("-").replace("-", "_").lower()
-        about = [key for key in entries if f".{name}." in f".{key}."] or [key for key in entries if name in key]
-        about = about or [key for key, text in entries.items() if word.lower() in text.lower()]
-        if not about:
-            near = near_keys("", name, [], list(entries))
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "`--help all` lists all keys"
-            raise UserError(f"no key is about '{word}': {hint}")
-        found += about
-    return found
-
-
 def plan_command(args: argparse.Namespace) -> int:
     """Print the plan of a config; the exit code is 1 where it does not fit."""
     # Only shapes are computed: the accelerators of this machine, and libtpu's messages where there are none, are not
     # needed.
     jax.config.update("jax_platforms", "cpu")
     if args.help is not None:
-        print(key_help(args, *read_config(args)))
+        print(key_help(args, *read_config(args), COMMON_KEYS))
         return 0
+    config = read_config(args)[1]
     if args.chip is not None:
         chip = described(args.chip)
         CHIPS[chip.name] = chip
@@ -259,7 +201,7 @@ def plan_command(args: argparse.Namespace) -> int:
     if args.topology is None:
         raise UserError("plan needs --topology, such as h100, 'RTX 4090', h100:4x8, v5e:8x8 or '2x v5p:4x4x8'")
     found = plan(
-        read_config(args)[1],
+        config,
         args.topology,
         compile=args.compile,
         search_all=args.search,
@@ -275,6 +217,7 @@ def plan_command(args: argparse.Namespace) -> int:
 
 def convert_command(args: argparse.Namespace) -> int:
     """Convert weights and print how much their logits differ."""
+    check_weights(args.source)
     found = convert(
         args.source, args.destination, to=args.to, dtype=args.dtype, ignore_config_keys=args.ignore_config_keys
     )
@@ -287,6 +230,7 @@ def convert_command(args: argparse.Namespace) -> int:
 
 def sample_command(args: argparse.Namespace) -> int:
     """Continue prompts, or answer them, or converse."""
+    check_weights(args.path)
     if args.json and args.prompt is None:
         raise UserError("--json answers prompts: give at least one --prompt")
     if args.chat_template is not None and not args.chat:
@@ -301,7 +245,8 @@ def sample_command(args: argparse.Namespace) -> int:
     conversations = [[{"role": "user", "content": prompt}] for prompt in args.prompt]
     if args.json:
         prompts = [encoded(lm, messages, args) for messages in conversations]
-        settings = {"max_new_tokens": args.max_new_tokens, "sampler": args.sampler, "seed": args.seed}
+        number = min(new_tokens(lm, prompt, args) for prompt in prompts)
+        settings = {"max_new_tokens": number, "sampler": args.sampler, "seed": args.seed}
         began = time.monotonic()
         completions = complete_encoded(lm, args.prompt, prompts, **settings)
         print_speed(speed([(sum(len(found.token_ids) for found in completions), time.monotonic() - began)]), args)
@@ -314,6 +259,22 @@ def sample_command(args: argparse.Namespace) -> int:
             print(flush=True)
         print_speed(about, args)
     return 0
+
+
+def check_weights(path: str) -> None:
+    """Raise UserError for a config, which has no weights."""
+    if path.endswith(".py") or (path in config_names() and not os.path.exists(path)):
+        run = f"runs/{Path(path).stem}"
+        hint = (
+            f"did you mean '{run}'?" if os.path.exists(run) else "give the directory of a run that was trained with it"
+        )
+        raise UserError(f"'{path}' is a config and has no weights: {hint}")
+
+
+def new_tokens(lm: LanguageModel, prompt: Encoded, args: argparse.Namespace) -> int:
+    """Return the number of tokens to sample: that of --max-new-tokens, or what there is room for, at most 128."""
+    room = lm.config.length_limit - (1 if lm.config.has_source else len(prompt.ids))
+    return max(1, min(128, room)) if args.max_new_tokens is None else args.max_new_tokens
 
 
 def print_speed(line: str, args: argparse.Namespace) -> None:
@@ -339,7 +300,8 @@ def print_answer(
     Returns the model's text, and a line about its speed.
     """
     prompt, began, times = encoded(lm, messages, args), time.monotonic(), list[tuple[int, float]]()
-    settings = {"max_new_tokens": args.max_new_tokens, "sampler": args.sampler, "seed": args.seed, "row": row}
+    number = new_tokens(lm, prompt, args)
+    settings = {"max_new_tokens": number, "sampler": args.sampler, "seed": args.seed, "row": row}
     pieces = stream_encoded(lm, prompt, progress=lambda n: times.append((n, time.monotonic() - began)), **settings)
     first = next(pieces, "")  # before the prompt is printed: a prompt that is refused leaves stdout empty
     shows_prompt = not args.chat and not lm.config.has_source
@@ -349,15 +311,6 @@ def print_answer(
         print(text, end="", flush=True)
         written.append(text)
     return "".join(written), speed(times)
-
-
-def speed(times: Sequence[tuple[int, float]]) -> str:
-    """Return a line about (tokens so far, seconds so far); the speed is that after the first, which may compile."""
-    if not times:
-        return "0 tokens"
-    (first, compiled), (tokens, seconds) = times[0], times[-1]
-    rate = (tokens - first) / (seconds - compiled) if tokens > first and seconds > compiled else tokens / seconds
-    return f"{tokens} token{'s' * (tokens != 1)} in {duration(seconds)}, {rate:,.{0 if rate > 9.95 else 1}f} tokens/s"
 
 
 def encoded(lm: LanguageModel, messages: list[dict[str, str]], args: argparse.Namespace) -> Encoded:

@@ -42,11 +42,7 @@ class Component:
 
     @classmethod
     def follow(cls, known: "Known") -> dict[str, Any]:
-        """Return values for fields without a default that follow from the config around, for a choice by name alone.
-
-        What is given and what the replaced piece has by the same name goes before them; a field that is not among them
-        takes the value of a field around it that has the same name.
-        """
+        """Return values for fields without a default, for a choice by name alone, where none around has the name."""
         return {}
 
 
@@ -185,7 +181,7 @@ def _following(cls: type, values: dict[str, Any], known: Known) -> dict[str, Any
     known = dataclasses.replace(known, values=known.values | old | values)
     found = cls.follow(known)
     for name in lacking:
-        if name not in found and known.get(name) is not None:
+        if known.get(name) is not None:
             with contextlib.suppress(Mismatch):  # another field of this name
                 found[name] = parse(field_types(cls)[name], known.get(name))
     return {name: found[name] for name in lacking if name in found} | values
@@ -243,11 +239,11 @@ def _with_default(cls: type) -> set[str]:
 def _unknown(prefix: str, key: str, cls: type, given: _Given) -> UserError:
     """Return the error for a key of which `prefix` is right and the next name is no field of `cls`."""
     name = key.partition(".")[0]
-    keys = [] if given.config is None else [key for key, *_ in leaves(given.config)]
-    near = near_keys(prefix, key, list(field_types(cls)), keys)
-    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"It has {', '.join(field_types(cls))}."
     bases = [base for base in cls.__mro__ if issubclass(base, Component) and base not in (cls, Component)]
     owners = [n for base in bases for n, c in choices(base, given.components).items() if name in field_types(c)]
+    keys = [] if given.config is None or owners else [key for key, *_ in leaves(given.config)]
+    near = near_keys(prefix, key, list(field_types(cls)), keys)
+    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"It has {', '.join(field_types(cls))}."
     if owners:
         hint += f" ({owners[0]} has it: choose it with --{prefix.rstrip('.')} {owners[0]})"
     return UserError(f"unknown key '{prefix}{key}': {cls.__name__} has no '{name}'. {hint}")
@@ -354,8 +350,12 @@ def find_config(name: str | Path) -> Path:
         raise UserError(f"config file '{name}' must be a local file: it is a program, copy it here first")
     if path.suffix == ".py":
         if not path.is_file():
-            raise UserError(f"config file '{name}' does not exist")
+            known = [n for n in config_names() if path.with_suffix("").as_posix().endswith(n)]
+            hint = f": did you mean '{known[-1]}'?" if known else ""
+            raise UserError(f"config file '{name}' does not exist{hint}")
         return path
+    if path.is_file():
+        raise UserError(f"'{name}' is not a config: give the name of one, a path to a .py file, or a run directory")
     for directory in config_directories():
         if (file := directory / f"{name}.py").is_file():
             return file
@@ -373,7 +373,12 @@ def load_config_module(name: str | Path) -> types.ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"config file '{error.filename}' is not Python: line {error.lineno}: {error.msg}") from None
+    except ModuleNotFoundError as error:
+        raise UserError(f"config file '{file}' imports '{error.name}', which is not installed") from None
     if not hasattr(module, "get_config"):
         raise UserError(f"config file '{file}' has no function get_config()")
     return module

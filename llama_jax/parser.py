@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import re
+from collections.abc import Sequence
 from typing import NoReturn
 
 from llama_jax.config import UserError
@@ -24,6 +25,21 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"'{name}' has one dash: did you mean '-{dashed}'?")
         return f"{dashed}{equals}{value}" if dashed in self.flags else word
 
+    def check_flags(self, words: Sequence[str]) -> None:
+        """Raise UserError for a misspelled flag, before another is missed in its place."""
+        for word in words[: words.index("--") if "--" in words else None]:
+            name = word.partition("=")[0]
+            if name.startswith("--") and not any(flag.startswith(name) for flag in self.flags):
+                self.error(f"unrecognized arguments: {word}")
+
+    def filled(self, args: argparse.Namespace) -> argparse.Namespace:
+        """Return `args`. Raises UserError where one that must name something is an empty text."""
+        for action in self._actions:
+            given = getattr(args, action.dest, None)
+            if action.metavar != "TEXT" and "" in (given if isinstance(given, list) else [given]):
+                raise UserError(f"{(action.option_strings or [action.metavar])[0]} is empty: give a value")
+        return args
+
     def error(self, message: str) -> NoReturn:
         """Raise the sentence for one of argparse's messages."""
         if found := re.fullmatch(r"argument (-[^:/]+).*: invalid (\w+) value: (.*)", message):
@@ -32,9 +48,14 @@ class Parser(argparse.ArgumentParser):
         if found := re.fullmatch(r"argument (-[^:/]+).*: expected (?:at least )?one argument", message):
             metavar = next(a.metavar for a in self._actions if found[1] in a.option_strings)
             raise UserError(f"{found[1]} needs a {'directory' if metavar == 'DIR' else 'value'}")
+        if found := re.fullmatch(r"argument (-[^:/]+).*: invalid choice: (.*) \(choose from (.*)\)", message):
+            raise UserError(f"{found[1]}={found[2]} must be one of {found[3].replace("'", '')}")
         if found := re.fullmatch(r"unrecognized arguments: (\S+).*", message):
             if not found[1].startswith("-"):
-                raise UserError(f"'{found[1]}' is one argument too many: `{self.prog} --help` shows what it takes")
+                hint = f"`{self.prog} --help` shows what it takes"
+                if "--prompt" in self.flags:
+                    hint = f"did you mean --prompt '{found[1].removeprefix('prompt=')}'?"
+                raise UserError(f"'{found[1]}' is one argument too many: {hint}")
             near = difflib.get_close_matches(found[1].partition("=")[0], self.flags, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"`{self.prog} --help` lists them"
             raise UserError(f"unknown flag '{found[1]}': {hint}")

@@ -287,13 +287,17 @@ def uploaded(directory: str | Path, *, new: bool = True, last: Sequence[str] = (
 
 
 def check_destination(directory: str | Path, *, new: bool = True) -> None:
-    """Raise UserError for a URL that cannot be written, or where there are files already and must be none."""
+    """Raise UserError for a URL that cannot be written, a path in a file, or files that are there and must not be."""
     if (local := as_local(directory)) is None:
         mirror = Mirror(directory)
         mirror.check_writable()
         place, taken = mirror.url, new and bool(mirror.stamps())
     else:
         place, taken = local, new and local.exists() and (not local.is_dir() or any(local.iterdir()))
+        path = local.expanduser().absolute()
+        there = next(part for part in (path, *path.parents) if part.exists())
+        if not taken and not there.is_dir():
+            raise UserError(f"'{place}' cannot be a directory, because '{there}' is a file: give another path")
     if taken:
         raise UserError(f"'{place}' exists already: give a new path, or remove it first")
 

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from llama_jax.checkpoint import CheckpointConfig
@@ -57,6 +58,8 @@ class ProfileConfig:
     def __post_init__(self) -> None:
         if self.num_steps < 1:
             raise UserError(f"num_steps={self.num_steps} must be at least 1")
+        if self.start_step is not None and self.start_step < 0:
+            raise UserError(f"start_step={self.start_step} must be at least 0, or none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +224,15 @@ def load_config(
 
     Raises UserError for an unknown name, key or value.
     """
-    return override(load_config_module(name).get_config(), overrides or {}, components)
+    return override(config_of(load_config_module(name)), overrides or {}, components)
+
+
+def config_of(module: ModuleType) -> RunConfig:
+    """Return the config of a config file's module. Raises UserError where it is something else."""
+    config = module.get_config()
+    if not isinstance(config, RunConfig):
+        raise UserError(f"get_config() of '{module.__file__}' returns {config!r}: it must return a RunConfig")
+    return config
 
 
 def read_config(file: Path, components: Sequence[type] = ()) -> RunConfig:

@@ -40,6 +40,15 @@ def duration(seconds: float) -> str:
     return f"{whole}s"
 
 
+def speed(times: Sequence[tuple[int, float]]) -> str:
+    """Return a line about (tokens so far, seconds so far); the speed is that after the first, which may compile."""
+    if not times:
+        return "0 tokens"
+    (first, compiled), (tokens, seconds) = times[0], times[-1]
+    rate = (tokens - first) / (seconds - compiled) if tokens > first and seconds > compiled else tokens / seconds
+    return f"{tokens} token{'s' * (tokens != 1)} in {duration(seconds)}, {rate:,.{0 if rate > 9.95 else 1}f} tokens/s"
+
+
 class Bar:
     """A progress bar on a terminal or in a notebook, plain lines elsewhere.
 

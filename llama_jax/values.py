@@ -144,5 +144,5 @@ def near_keys(prefix: str, key: str, fields: Sequence[str], keys: Sequence[str])
         return words
     if not meant:
         best = difflib.get_close_matches(last, [*close, *names], n=1, cutoff=0.7)
-        meant = set(best) & names if best != close else set[str]()
+        meant = set(best) & names if best != close and not prefix else set[str]()
     return [k for k in keys if k.rpartition(".")[2] in meant] or own

@@ -285,7 +285,7 @@ def test_help_imports_no_jax(words: list[str]):
         (["train", TINY, "--num-steps", "--seed", "1"], "--num-steps needs a value of type int"),
         (["sample", "x", "--promt", "a"], "unknown flag '--promt': did you mean '--prompt'?"),
         (["sample", "x", "--top-k", "many"], "--top-k='many' must be a whole number"),
-        (["sample", "x", "y"], "'y' is one argument too many: `sample.py --help` shows what it takes"),
+        (["sample", "x", "y"], "'y' is one argument too many: did you mean --prompt 'y'?"),
         (["convert", "a", "b"], "the following arguments are required: --to: `python -m llama_jax convert --help`"),
         (["prepare", "x", "--tokenizer", "t", "--document-chars", "x"], "document_chars='x' is not of type int"),
         (["prepare", "x", "--tokenizer", "t", "--chat-template", "ChatMl"], "(one of ChatGLM2Chat, ChatML, Llama2Chat"),

@@ -225,6 +225,11 @@ class FeedForwardModule(nnx.Module):
 class FeedForward(Piece):
     """Config of a feed-forward."""
 
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        activation = getattr(known.old, "activation", "silu")  # a constant of SwiGLU
+        return {"intermediate_size": 4 * known.get("hidden_size", 1), "activation": activation, "bias": False}
+
     def build(self, width: int, *, rngs: nnx.Rngs) -> FeedForwardModule:
         """Return the module for inputs of this width."""
         raise NotImplementedError

@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from llama_jax.config import Known
 from llama_jax.nn.base import FeedForward, FeedForwardModule, ForwardContext, check_at_least, check_rate, dropout
 from llama_jax.nn.parameters import Projection, child
 
@@ -39,10 +38,6 @@ class MLP(FeedForward):
     bias: bool
     dropout: float = 0.0
 
-    @classmethod
-    def follow(cls, known: Known) -> dict[str, Any]:
-        return _follow(known, "gelu", 4.0)
-
     def __post_init__(self) -> None:
         _check(self)
 
@@ -65,10 +60,6 @@ class GatedLinearUnit(FeedForward):
     bias: bool
     dropout: float = 0.0
 
-    @classmethod
-    def follow(cls, known: Known) -> dict[str, Any]:
-        return _follow(known, "silu", 8 / 3)
-
     def __post_init__(self) -> None:
         _check(self)
 
@@ -89,24 +80,11 @@ class SwiGLU(FeedForward):
     activation: ClassVar[Activation] = "silu"
     dropout: ClassVar[float] = 0.0
 
-    @classmethod
-    def follow(cls, known: Known) -> dict[str, Any]:
-        return GatedLinearUnit.follow(known)
-
     def __post_init__(self) -> None:
         _check(self)
 
     def build(self, width: int, *, rngs: nnx.Rngs) -> "FeedForwardProjections":
         return FeedForwardProjections(self, width, gated=True, rngs=rngs)
-
-
-def _follow(known: Known, activation: Activation, times: float) -> dict[str, Any]:
-    """Return what follows for a feed-forward; where there is none around, its width is `times` the model's."""
-    return {
-        "intermediate_size": known.get("intermediate_size", int(times * known.get("hidden_size", 1))),
-        "activation": getattr(known.old, "activation", activation),
-        "bias": getattr(known.old, "bias", known.get("out_bias", False)),
-    }
 
 
 def _check(config: MLP | GatedLinearUnit | SwiGLU) -> None:

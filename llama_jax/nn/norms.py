@@ -22,7 +22,7 @@ class Norm(Component):
 
     @classmethod
     def follow(cls, known: Known) -> dict[str, Any]:
-        return {"eps": known.get("eps", 1e-5)}
+        return {"eps": 1e-5, "bias": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +69,6 @@ class LayerNorm(Norm):
 
     eps: float
     bias: bool
-
-    @classmethod
-    def follow(cls, known: Known) -> dict[str, Any]:
-        return super().follow(known) | {"bias": True}
 
     def __post_init__(self) -> None:
         check_above_zero(self, "eps")

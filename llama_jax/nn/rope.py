@@ -132,8 +132,8 @@ class YarnScaling(RopeScaling):
 
     @classmethod
     def follow(cls, known: Known) -> dict[str, Any]:
-        fixed = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
-        return {"original_max_positions": known.get("max_positions")} | fixed
+        usual = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
+        return usual | {"original_max_positions": known.get("max_positions")}
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "factor")
@@ -178,11 +178,8 @@ class Llama3Scaling(RopeScaling):
 
     @classmethod
     def follow(cls, known: Known) -> dict[str, Any]:
-        return {
-            "original_max_positions": known.get("max_positions"),
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-        }
+        usual = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        return usual | {"original_max_positions": known.get("max_positions")}
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "factor")

@@ -91,7 +91,10 @@ def test_all_of_the_package_are_tried():
 def test_what_is_taken_over():
     python, bert = CONFIGS["tiny_python"], CONFIGS["bert_base"]
     attention: Any = python.model.attention
-    assert override(python, {"model.norm": "LayerNorm"}).model.norm == LayerNorm(eps=python.model.norm.eps, bias=True)
+    norm: Any = python.model.norm
+    assert override(python, {"model.norm": "LayerNorm"}).model.norm == LayerNorm(norm.eps, bias=False)  # as everywhere
+    none = override(python, {"model.norm": None, "model.feed_forward": None})
+    assert override(none, {"model.norm": "LayerNorm"}).model.norm == LayerNorm(1e-5, bias=True)
     changed = override(python, {"model.positions": "LearnedPositions", "model.max_positions": 77})
     assert changed.model.positions == LearnedPositions(77)
     assert override(python, {"model.attention": "GRU", "model.hidden_size": 48}).model.attention == GRU(48)

@@ -52,7 +52,8 @@ COMMAND_WORDS = {
     "sample chat_template",
     "sample ignore_config_keys", "convert ignore_config_keys", "prepare chat_template", "prepare document_chars",
     "prepare max_record_bytes", "prepare validation_fraction", "train more", "plan more", "plan topology",
-    "compare metric", "compare png", "train coordinator_address", "train num_processes", "train process_id",
+    "plan chip", "compare metric", "compare png", "train coordinator_address", "train num_processes",
+    "train process_id",
 }  # fmt: skip
 
 # Keys that are paths, with what else a run needs for them. A source's stand in a config file.

@@ -130,12 +130,16 @@ def _make(
             progress(finished + bytes_done, total)
 
     num_workers = min(num_workers or os.cpu_count() or 1, len(missing))
-    if num_workers > 1:
-        make_shards(maker, missing, num_workers, report)
-    else:
-        for number, units in missing.items():
-            maker.make(number, units, report)
-            finished += sizes[number]
+    try:
+        if num_workers > 1:
+            make_shards(maker, missing, num_workers, report)
+        else:
+            for number, units in missing.items():
+                maker.make(number, units, report)
+                finished += sizes[number]
+    finally:
+        with contextlib.suppress(OSError):  # where the first shard has failed there is nothing in it
+            maker.directory.rmdir()
     return [summary for number in shards if (summary := maker.summary(number)) is not None]
 
 
@@ -190,6 +194,9 @@ def _shard_maker(
         stamps = [[kind_of(file.path).name, file.size, file.stamp] for file in files]
         key = hashlib.sha256(json.dumps([FORMAT, _options(config), stamps]).encode()).hexdigest()
         path = (as_local(directory) or Path(directory)).absolute()
+        names = [file.name for file in path.iterdir()] if path.is_dir() else []
+        if names and not any(_CORPUS_FILE.match(name.lstrip(".")) for name in names):
+            raise UserError(f"directory '{directory}' has other files than a corpus: give another")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

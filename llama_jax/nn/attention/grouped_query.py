@@ -61,14 +61,8 @@ class GroupedQuery(Mixer):
     @classmethod
     def follow(cls, known: Known) -> dict[str, Any]:
         num_heads, head_dim = known_heads(known)
-        return {
-            "num_heads": num_heads,
-            "num_kv_heads": known.get("num_kv_heads", num_heads),
-            "head_dim": head_dim,
-            "rope": known_rope(known),
-            "qkv_bias": known.get("qkv_bias", False),
-            "out_bias": known.get("out_bias", False),
-        }
+        sizes = {"num_heads": num_heads, "num_kv_heads": num_heads, "head_dim": head_dim}
+        return sizes | {"rope": known_rope(known), "qkv_bias": False, "out_bias": False}
 
     def __post_init__(self) -> None:
         _check_heads(self.num_heads, self.num_kv_heads)

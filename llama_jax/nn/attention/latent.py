@@ -55,16 +55,9 @@ class LatentAttention(Mixer):
     def follow(cls, known: Known) -> dict[str, Any]:
         # The proportions of DeepSeek-V2: a latent of 4 heads, and half a head more that turns.
         num_heads, size = known_heads(known)
-        return {
-            "num_heads": num_heads,
-            "q_lora_rank": None,
-            "kv_lora_rank": 4 * size,
-            "qk_nope_head_dim": size,
-            "qk_rope_head_dim": max(2, size // 4 * 2),
-            "v_head_dim": size,
-            "rope": known_rope(known),
-            "eps": known.get("eps", 1e-6),
-        }
+        heads = {"qk_nope_head_dim": size, "qk_rope_head_dim": max(2, size // 4 * 2), "v_head_dim": size}
+        latents = {"num_heads": num_heads, "q_lora_rank": None, "kv_lora_rank": 4 * size}
+        return heads | latents | {"rope": known_rope(known), "eps": 1e-6}
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")

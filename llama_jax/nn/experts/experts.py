@@ -53,8 +53,8 @@ class Experts(FeedForward):
 
     @classmethod
     def follow(cls, known: Known) -> dict[str, Any]:
-        gated = not isinstance(known.old, MLP)
-        return (GatedLinearUnit if gated else MLP).follow(known) | {"gated": gated, "router": known.make(SoftmaxTopK)}
+        router = known.make(SoftmaxTopK)
+        return super().follow(known) | {"gated": not isinstance(known.old, MLP), "router": router}
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_experts", "intermediate_size")

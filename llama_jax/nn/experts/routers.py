@@ -176,9 +176,8 @@ class _TopK(Router):
 
     @classmethod
     def follow(cls, known: Known) -> dict[str, Any]:
-        # Mixtral; the rate is DeepSeek-V3's.
-        plain = {"scaling": 1.0, "num_groups": 1, "top_groups": 1}
-        return {"top_k": 2, "normalize": True, "bias_update_rate": 0.001} | plain
+        usual = {"top_k": 2, "normalize": True, "bias_update_rate": 0.001}  # Mixtral; the rate is DeepSeek-V3's
+        return usual | {"scaling": 1.0, "num_groups": 1, "top_groups": 1}
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "top_k", "num_groups", "top_groups")
