@@ -97,9 +97,13 @@ def code_of(config: RunConfig) -> frozenset[Hashable]:
     """
     codes: list[types.CodeType] = []
     names: dict[str, Any] = {}
-    for module in {kind.__module__ for kind in _kinds((config.model, config.optimizer))}:
-        if not module.startswith("llama_jax."):
-            names |= vars(sys.modules[module])
+    for kind in set(_kinds((config.model, config.optimizer))):
+        if not kind.__module__.startswith("llama_jax."):
+            # What its methods see; a class may be of a file that was executed and is no module (`runpy`).
+            functions = [part for part in vars(kind).values() if isinstance(part, types.FunctionType)]
+            for seen in (vars(sys.modules.get(kind.__module__, kind)), *(f.__globals__ for f in functions)):
+                names |= seen
+            names[kind.__name__] = kind
     for value in [*names.values()]:
         for part in vars(value).values() if isinstance(value, type) else (value,):
             function = getattr(part, "fget", getattr(part, "__wrapped__", part)) if callable(part) else part

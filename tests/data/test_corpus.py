@@ -149,7 +149,7 @@ def test_empty_splits_and_corpora(tmp_path: Path, tokenizer, monkeypatch: pytest
     file.write_text("")
     with pytest.raises(UserError, match="has no text"):
         prepare_corpus(DataConfig(path=(str(file),)), tokenizer)
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be a directory, because"):
         prepare_corpus(DataConfig(path=(str(file),), cache_dir=str(file / "below")), tokenizer)
     assert not [p for p in (tmp_path / "cache").glob("corpora/*") if p.suffix != ".lock"]
 

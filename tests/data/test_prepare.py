@@ -1,5 +1,6 @@
 """Shards by several processes, one by one, after a kill: always the same bytes, each made once."""
 
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -164,9 +165,10 @@ def test_a_lost_or_cut_file_is_made_again_alone(config, tokenizer, serial, tmp_p
 
 def workers_of(process: int) -> set[int]:
     """Ids of the processes that make shards for `process`."""
-    children = {
-        pid for task in Path(f"/proc/{process}/task").iterdir() for pid in (task / "children").read_text().split()
-    }
+    children: set[str] = set()
+    for task in Path(f"/proc/{process}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            children |= {*(task / "children").read_text().split()}
     return {int(pid) for pid in children if b"popen_loky_posix" in Path(f"/proc/{pid}/cmdline").read_bytes()}
 
 

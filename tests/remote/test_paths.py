@@ -82,6 +82,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "prepare_shards directory": lambda url, run, config: data.prepare_shards(
         config.data, run.tokenizer, [0], directory=url
     ),
+    "resume run_dir": lambda url, run, config: llama_jax.resume(url),
     "save directory": lambda url, run, config: llama_jax.save(run.load(), url),
     "Tokenizer.save directory": lambda url, run, config: run.tokenizer.save(url),
     "train run_dir": lambda url, run, config: llama_jax.train(config, url),

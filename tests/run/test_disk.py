@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import time
 import types
 from collections.abc import Callable
@@ -152,6 +153,10 @@ def test_errors_of_threads_are_a_line(error: Exception, said: str, capsys: pytes
 
 
 def test_an_interrupt_that_a_destructor_swallows_comes_again():
-    background_error(types.SimpleNamespace(exc_type=KeyboardInterrupt, exc_value=KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt):
-        time.sleep(5)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        background_error(types.SimpleNamespace(exc_type=KeyboardInterrupt, exc_value=KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(5)
+    finally:
+        signal.signal(signal.SIGINT, before)

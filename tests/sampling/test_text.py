@@ -172,7 +172,7 @@ def test_real_weights_give_the_published_text(shared_data: Path):
     """llama2.c's own test: 200 greedy steps of stories260K, every byte. Fails when q and k are not permuted."""
     folder = shared_data / "llama2c"
     command = [sys.executable, "sample.py", str(folder / "stories260K.bin"), "--tokenizer", str(folder / "tok512.bin")]
-    command += ["--prompt", "", "--temperature", "0", "--max-new-tokens", "200"]
+    command += ["--prompt", "", "--temperature", "0", "--max-new-tokens", "200", "--quiet"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout == (folder / "stories260K_expected_greedy200.txt").read_bytes()
