@@ -60,7 +60,7 @@ def test_a_second_start_loads_them(finished_run, tmp_path: Path):
     outs, files = [], []
     for _ in range(2):
         command = [sys.executable, str(ROOT / "sample.py"), str(finished_run.directory), "--prompt", "the cat"]
-        command += ["--max-new-tokens", "4"]
+        command += ["--max-new-tokens", "4", "--quiet"]
         result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
         assert result.stderr == ""
         outs.append(result.stdout)

@@ -59,7 +59,7 @@ def test_quickstart_runs(tmp_path: Path):
     assert warned == []
     assert sum("image/png" in data for data in shown) == 3
     # The bars at their ends, one display each, and not a line a step.
-    bars = [data["text/html"] for data in shown if "training" in data.get("text/html", "")]
+    bars = [data["text/html"] for data in shown if "<b>training</b>" in data.get("text/html", "")]
     assert ["8/8" in bar for bar in bars] == [True, True]
     assert not any("step 1/8" in data.get("text/html", "") for data in shown)
     assert "Did you mean 'model.attention.num_kv_heads'?" in said

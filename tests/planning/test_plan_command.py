@@ -83,7 +83,7 @@ def test_the_python_function_says_the_same(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["tiny_python"], "plan needs --topology, such as v5e:8x8"),
+        (["tiny_python"], "plan needs --topology, such as h100"),
         (["tiny_python", "--topology"], "--topology needs a value"),
         (["tiny_python", "--topology", "--json"], "--topology needs a value"),
         (

@@ -47,6 +47,7 @@ from llama_jax.nn import (
 from llama_jax.parallel import make_mesh, spec
 from llama_jax.run import LoggingConfig, ProfileConfig, Run, RunConfig, preparing, train, training
 from llama_jax.run.preparing import trained_tokenizer
+from llama_jax.run.programs import programs
 from llama_jax.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 from llama_jax.training import AdamW, TrainState, init_state, make_train_step
 
@@ -120,6 +121,8 @@ CHANGES: dict[str, Callable[[RunConfig, Path], Any]] = {
     "init_from": lambda _, folder: str(folder / "nowhere"),
     "mesh.fsdp": lambda *_: 4,
     "checkpoint.keep_best": lambda *_: 3,
+    "checkpoint.every_minutes": lambda *_: 1e-9,
+    "checkpoint.keep_every_steps": lambda *_: 1,
     "logging.validation_batches": lambda *_: 1,
     "logging.sample_prompts": lambda *_: ("the cat", "a mat"),
     "logging.wandb_project": lambda *_: "mine",
@@ -301,21 +304,19 @@ def files(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> A
     """What a run writes and where it sends it, the steps' arithmetic left out."""
     events: list[Any] = []
 
-    def make_train_step(*_: Any, **__: Any) -> Any:
-        def step(state: TrainState, batch: Any, hyper: Any) -> Any:
-            value = 1 / (1 + state.step)
-            return dataclasses.replace(state, step=state.step + 1), dict.fromkeys(
-                ("loss", "grad_norm", "learning_rate"), value
-            )
+    def train_step(state: TrainState, batch: Any, hyper: Any) -> Any:
+        value = 1 / (1 + state.step)
+        return dataclasses.replace(state, step=state.step + 1), dict.fromkeys(
+            ("loss", "grad_norm", "learning_rate"), value
+        )
 
-        return step
+    def eval_step(*_: Any) -> Any:  # better every time, and not the same for every batch
+        return np.float32(1 / (1 + next(evaluations))), np.float32(1)
 
     evaluations = iter(range(10**6))
     values = {
-        "make_train_step": make_train_step,
-        # Better every time, and not the same for every batch.
-        "make_eval_step": lambda *_: lambda *_: (np.float32(1 / (1 + next(evaluations))), np.float32(1)),
-        "preflight": lambda *_: events.append("preflight") or [],
+        "programs": lambda config: dataclasses.replace(programs(config), train_step=train_step, eval_step=eval_step),
+        "checked": lambda *_: events.append("preflight") or [],
         "generate_text": lambda lm, prompts, **_: ["..."] * len(prompts),
     }
     wandb = types.ModuleType("wandb")
@@ -325,7 +326,7 @@ def files(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> A
     )
 
     @contextlib.contextmanager
-    def trace(directory: str) -> Iterator[None]:
+    def trace(directory: str, **_: Any) -> Iterator[None]:
         events.append(("trace", Path(directory).name, len(taken)))
         yield
         events.append(("traced", len(taken)))
