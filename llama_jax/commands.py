@@ -259,7 +259,7 @@ def sample_command(args: argparse.Namespace) -> int:
         return 0
     for row, messages in enumerate(conversations):
         _, about = print_answer(lm, messages, row, args)
-        if row + 1 < len(conversations) or sys.stdout.isatty():
+        if row + 1 < len(conversations) or sys.stdout.isatty() or (os.path.sameopenfile(1, 2) and not args.quiet):
             print(flush=True)
         print_speed(about, args)
     return 0
