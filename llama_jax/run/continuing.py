@@ -11,12 +11,9 @@ from typing import Any
 import jax
 
 from llama_jax.checkpoint import (
-    CHECKPOINTS_DIRECTORY,
-    COMMIT_FILE,
     CONFIG_FILE,
     TOKENIZER_DIRECTORY,
     to_disk,
-    whole_steps,
 )
 from llama_jax.config import UserError, leaves, to_json
 from llama_jax.data import batches_passed
@@ -63,9 +60,7 @@ def check_directory(run: Run, asked: int | None = None) -> tuple[int, list[dict[
         _check_writable(directory)
         return 0, [], []
     before = open_run(directory, run.components)
-    # By names: all processes have to open a store together, and this is process 0 alone.
-    commits = (directory / CHECKPOINTS_DIRECTORY).glob(f"*/{COMMIT_FILE}")
-    step = max(whole_steps(commit.relative_to(directory).as_posix() for commit in commits), default=0)
+    step = max(before.committed_steps(), default=0)  # this is process 0 alone
     if asked is not None and asked != step:
         raise UserError(
             f"'{directory}' continues from its latest checkpoint, of step {step}, not from step {asked}: give "

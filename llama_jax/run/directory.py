@@ -10,6 +10,7 @@ from typing import Any
 
 from llama_jax.checkpoint import (
     CHECKPOINTS_DIRECTORY,
+    COMMIT_FILE,
     CONFIG_FILE,
     TOKENIZER_DIRECTORY,
     CheckpointStore,
@@ -18,6 +19,7 @@ from llama_jax.checkpoint import (
     load,
     locate,
     run_files,
+    whole_steps,
 )
 from llama_jax.config import UserError, read_json, to_json
 from llama_jax.data import Batches, Dataset, HostBatch, Vocabulary, batches_passed, prepare_dataset
@@ -59,6 +61,14 @@ class Run:
         """Return the steps with a checkpoint."""
         with contextlib.closing(CheckpointStore(self.directory / CHECKPOINTS_DIRECTORY)) as store:
             return store.steps()
+
+    def committed_steps(self) -> list[int]:
+        """Return the steps with a checkpoint by their files' names, ascending: a process may do so alone.
+
+        A store, as `steps` has it, all processes open together.
+        """
+        files = self.directory.glob(f"{CHECKPOINTS_DIRECTORY}/*/{COMMIT_FILE}")
+        return whole_steps(file.relative_to(self.directory).as_posix() for file in files)
 
     @functools.cached_property
     def history(self) -> list[dict[str, Any]]:

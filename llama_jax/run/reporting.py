@@ -15,7 +15,7 @@ from typing import Any, ClassVar, override
 
 import jax
 
-from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, COMMIT_FILE, whole_steps
+from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY
 from llama_jax.config import UserError, to_json
 from llama_jax.files import naming, write_text
 from llama_jax.models import num_parameters
@@ -233,8 +233,7 @@ def outcome(run: Run, seconds: float) -> list[str]:
     """Return the lines that a run ends with: the time, the best and the last checkpoint, how to sample and to go on."""
     lines = run.metrics()
     losses = [(line["val_loss"], line["step"]) for line in lines if line.get("val_loss") is not None]
-    config, files = run.config, run.directory.glob(f"{CHECKPOINTS_DIRECTORY}/*/{COMMIT_FILE}")
-    steps = whole_steps(file.relative_to(run.directory).as_posix() for file in files)
+    config, steps = run.config, run.committed_steps()
     rows = {"done": f"in {duration(seconds)}"}
     if losses:
         loss, step = min(losses)
