@@ -98,7 +98,8 @@ def attention_maps(
 
     Mask, window, bias, scale, soft cap and the keys that sparse attention chooses are in them. `text` is a text, token
     ids [T] or [B, T], or the arguments of a call by name. `kind`, of an encoder-decoder, is the decoder's own
-    attention, that to the source, or the encoder's. A layer that calls `attend` several times has the heads of all its calls.
+    attention, that to the source, or the encoder's. A layer that calls `attend` several times has the heads of all
+    calls.
 
     Raises UserError for layers without attention weights, such as recurrent ones.
     """

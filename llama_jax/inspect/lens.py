@@ -88,7 +88,7 @@ def logit_lens(lm: Source, text: Text, *, top_k: int = 5) -> LogitLens:
         raise UserError(f"{type(config).__name__} does not predict the next token: a logit lens is for decoders")
     if not 1 <= top_k <= config.vocab_size:
         raise UserError(f"top_k={top_k} must be from 1 to {config.vocab_size}")
-    found = inputs.look(_predictions, top_k=top_k, name="target" if config.has_source else "tokens")
+    found: Any = inputs.look(_predictions, top_k=top_k, name="target" if config.has_source else "tokens")
     ids = found[0]
     texts = np.array(texts_of(inputs.tokenizer, ids.ravel().tolist(), alone=True), object).reshape(ids.shape)
     return LogitLens(*found, inputs=inputs.labels(), texts=texts)

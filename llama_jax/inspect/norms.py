@@ -1,6 +1,5 @@
 """Norms by layer: of activations, gradients and updates."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -10,21 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, CheckpointStore
 from llama_jax.config import UserError
-from llama_jax.figures import clean, color_of, new_figure
-from llama_jax.inspect.recorded import Arrays, Inputs, Pass, Source, Text
-from llama_jax.models import Compute, ModelConfig, Params, abstract_params, is_stacked, layers_with
-from llama_jax.parallel import distributed, make_mesh, shard
-from llama_jax.planning import mesh_of
-from llama_jax.run import Run, programs
+from llama_jax.inspect.recorded import Arrays, Inputs, Pass, Source, Text, draw_curves
+from llama_jax.models import Compute, ModelConfig, Params, is_stacked, layers_with
+from llama_jax.parallel import shard
 from llama_jax.training import AdamW, gradient
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-STYLES = ("-", "--", ":")
-PLAIN_KEYS = ("logging.", "checkpoint.", "profile.", "compute.", "mesh.")  # they do not change a step
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -41,16 +33,13 @@ class ActivationNorms(Arrays):
 
     def plot(self) -> "Figure":
         """Return a figure of the values by layer, as means (quadratic) over rows and positions."""
-        figure = new_figure(6.4, 3.6)
-        axes = clean(figure.add_subplot(xlabel="layer", ylabel="root mean square", yscale="log"))
-        for i, (name, values) in enumerate(({"residual stream": self.residual} | self.sublayers).items()):
+        curves = {}
+        for name, values in ({"residual stream": self.residual} | self.sublayers).items():
             mean = np.sqrt((values.reshape(len(values), -1) ** 2).mean(1))
             # The stream is between layers: its first value is before layer 0.
             places = np.arange(len(mean)) - (0.5 if len(mean) == len(self.residual) else 0)
-            axes.plot(places, mean, "osD^"[i] + "-", color=color_of(i), label=name.replace("_", "-"), markersize=4)
-        axes.locator_params(axis="x", integer=True)
-        figure.legend(loc="outside upper center", ncols=4, frameon=False)
-        return figure
+            curves[name.replace("_", "-")] = places, mean
+        return draw_curves(curves, "layer", "root mean square")[0]
 
 
 def activation_norms(lm: Source, text: Text, *, by_position: bool = False) -> ActivationNorms:
@@ -108,28 +97,33 @@ class ParameterNorms(Arrays):
         others = {name: float(ratio(np.array(value), other.others[name])) for name, value in self.others.items()}
         return ParameterNorms(f"{self.what} / {other.what}", layers, others)
 
+    @property
+    def by_layer(self) -> np.ndarray:
+        """[L+1], the norm of all parameters of each layer, of one stack after another, and of those around them."""
+        stacks: dict[str, Any] = {}
+        for name, values in self.layers.items():
+            stack = name.partition(".")[0] if is_stacked(name) else "layers"
+            stacks[stack] = stacks.get(stack, 0.0) + np.nan_to_num(values) ** 2
+        rest = [sum(value**2 for value in self.others.values())]
+        return np.sqrt(np.concatenate([*stacks.values(), rest]))
+
     def plot(self) -> "Figure":
         """Return a figure of the values by layer, a curve for each kind; those around the layers are at its sides."""
-        figure = new_figure(8.0, max(3.4, 0.9 + 0.17 * (len(self.layers) + len(self.others))))
-        axes = clean(figure.add_subplot(xlabel="layer", ylabel=self.what, yscale="log"))
-        last, i = max(map(len, self.layers.values()), default=1), -1
-        for i, (name, values) in enumerate(self.layers.items()):
-            style = STYLES[i // 7 % 3] + "osD^v"[i % 5]
-            axes.plot(values, style, color=color_of(i), label=name.removesuffix(".weight"), markersize=3.5, linewidth=1)
-        for j, (name, value) in enumerate(self.others.items(), i + 1):
-            place = -1 if name.startswith(("embedding", "positions", "token_type", "encoder_")) else last
-            label = name.removesuffix(".weight")
-            axes.plot([place], [value], "xP*dh"[j % 5], color=color_of(j), label=label, markersize=6)
-        axes.set_xticks(
-            [-1, *range(0, last, -(-last // 12)), last], ["before", *range(0, last, -(-last // 12)), "after"]
-        )
-        figure.legend(loc="outside right upper", fontsize=7, frameon=False)
+        last = max(map(len, self.layers.values()), default=1)
+        curves: dict[str, Any] = {name: (np.arange(len(values)), values) for name, values in self.layers.items()}
+        for name, value in self.others.items():
+            before = name.startswith(("embedding", "positions", "token_type", "encoder_"))
+            curves[name] = [-1 if before else last], [value]
+        named = {name.removesuffix(".weight"): curve for name, curve in curves.items()}
+        figure, axes = draw_curves(named, "layer", self.what, width=8.0)
+        shown = range(0, last, -(-last // 12))
+        axes.set_xticks([-1, *shown, last], ["before", *map(str, shown), "after"])
         return figure
 
 
 def parameter_norms(config: ModelConfig, arrays: Mapping[str, Any], what: str) -> ParameterNorms:
     """Return the norms of arrays by parameter name, stacked over layers as parameters are."""
-    squares = {name: np.asarray(value) for name, value in jax.jit(_squares)(dict(arrays)).items()}
+    squares = {name: np.asarray(value) for name, value in _squares(dict(arrays)).items()}
     owners, layers, others = layers_with(config), dict[str, np.ndarray](), dict[str, float]()
     for name, values in squares.items():
         stack, _, own = name.partition(".")
@@ -142,6 +136,7 @@ def parameter_norms(config: ModelConfig, arrays: Mapping[str, Any], what: str) -
     return ParameterNorms(what, layers, others)
 
 
+@jax.jit
 def _squares(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Return the sum of squares of each array, of a stacked one by layer."""
     return {
@@ -177,58 +172,3 @@ def gradient_norms(lm: Source, text: Text) -> ParameterNorms:
 def _gradient(params: Params, batch: dict[str, jax.Array], config: ModelConfig, compute: Compute) -> Params:
     batch = {name: shard(x, "batch", "sequence") for name, x in batch.items()}
     return gradient(params, batch, config, compute, AdamW(learning_rate=1.0, warmup_steps=0).hyper(1))
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class UpdateNorms(Arrays):
-    """Norms of the change of each parameter, and of the parameter before it.
-
-    steps: between which updates it is.
-    update: norms of the change.
-    parameter: norms before it.
-    """
-
-    steps: tuple[int, int]
-    update: ParameterNorms
-    parameter: ParameterNorms
-
-    @property
-    def ratio(self) -> ParameterNorms:
-        """The change relative to the parameter; about 1e-3 a step is usual for matrices."""
-        return self.update.over(self.parameter)
-
-    def plot(self) -> "Figure":
-        """Return a figure of the ratio by layer."""
-        return self.ratio.plot()
-
-
-def update_norms(run: Run, step: int, until: int | None = None) -> UpdateNorms:
-    """Return the norms of a run's update from the checkpoint of `step`, or of all updates up to that of `until`.
-
-    Without `until` the one step is taken again: state of the checkpoint, the run's exact batch and its optimizer.
-    Raises UserError where a checkpoint is missing, and for a step that was taken with other keys than the run has now.
-    """
-    config = run.config
-    with contextlib.ExitStack() as stack:
-        store = stack.enter_context(contextlib.closing(CheckpointStore(run.directory / CHECKPOINTS_DIRECTORY)))
-        stack.enter_context(jax.set_mesh(make_mesh(mesh_of(config, jax.devices()))))
-        hyper = config.optimizer.hyper(config.num_steps, config.seed)
-        abstract = jax.eval_shape(programs(config).init_state, abstract_params(config.model), hyper)
-        state = store.load(step, abstract)
-        before: Params = jax.tree.map(jnp.copy, state.params)
-        after = store.load(until, abstract).params if until is not None else _stepped(run, step, state, hyper)
-        change = {name: after[name] - value for name, value in before.items()}
-        update = parameter_norms(config.model, change, "norm of the update")
-        parameter = parameter_norms(config.model, before, "norm of the parameter")
-    return UpdateNorms((step, step + 1 if until is None else until), update, parameter)
-
-
-def _stepped(run: Run, step: int, state: Any, hyper: Any) -> Params:
-    """Return the parameters after one more step of the run."""
-    changes = {key for entry in run.history if entry["step"] > step for key in entry["changes"]}
-    if changed := sorted(key for key in changes if not key.startswith(PLAIN_KEYS)):
-        raise UserError(f"step={step} was taken with another {changed[0]} than the run has now: give until=")
-    batch = run.batch(step)
-    rows = next(iter(batch.values())).shape[0]
-    placed = {name: distributed.place_rows(x, range(rows), rows) for name, x in batch.items()}
-    return programs(run.config).train_step(state, placed, hyper)[0].params

@@ -2,18 +2,23 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from llama_jax.checkpoint import LanguageModel
 from llama_jax.config import UserError
+from llama_jax.figures import clean, color_of, new_figure
 from llama_jax.models import Layers, Model
 from llama_jax.nn import Call, recording, unzigzag
 from llama_jax.run import Run
 from llama_jax.sampling import encode_prompt
 from llama_jax.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 type Source = LanguageModel | Model | Run
 type Text = str | Sequence[Any] | np.ndarray | jax.Array | Mapping[str, Any]
@@ -150,6 +155,26 @@ def texts_of(tokenizer: Tokenizer | None, ids: Sequence[int], *, alone: bool = F
         text = names.get(i) or (stream.feed(i) if i < tokenizer.vocab_size else str(i))
         texts.append(text.translate(VISIBLE) or "�")
     return texts
+
+
+def draw_curves(
+    curves: Mapping[str, tuple[Any, np.ndarray]],
+    xlabel: str,
+    ylabel: str,
+    *,
+    width: float = 6.8,
+    xscale: str = "linear",
+) -> tuple["Figure", "Axes"]:
+    """Return a figure and its axes with positive values over x on a logarithmic scale, a curve for each name."""
+    figure = new_figure(width, max(3.4, 0.6 + 0.17 * len(curves)))
+    axes = clean(figure.add_subplot(xlabel=xlabel, ylabel=ylabel, xscale=xscale, yscale="log"))
+    for i, (name, (x, y)) in enumerate(curves.items()):
+        style = {"color": color_of(i), "linestyle": ("-", "--", ":", "-.")[i // 7 % 4], "marker": "osD^vP*"[i % 7]}
+        axes.plot(x, y, label=name, markersize=4, linewidth=1.2, **style)
+    if xscale == "linear":
+        axes.locator_params(axis="x", integer=True)
+    figure.legend(loc="outside right upper", fontsize=7, frameon=False, ncols=1 + len(curves) // 32)
+    return figure, axes
 
 
 def drawable(texts: Sequence[str], longest: int = 14) -> list[str]:

@@ -8,8 +8,8 @@ import numpy as np
 
 from llama_jax.checkpoint import LanguageModel
 from llama_jax.config import UserError
-from llama_jax.figures import clean, color_of, counted, new_figure
-from llama_jax.inspect.recorded import Arrays
+from llama_jax.figures import clean, color_of, new_figure
+from llama_jax.inspect.recorded import Arrays, draw_curves
 from llama_jax.models import Model, ModelConfig, cache_bytes
 from llama_jax.nn import LatentAttention, Rope
 
@@ -41,12 +41,12 @@ class CacheSizes(Arrays):
 
     def records(self) -> list[dict[str, Any]]:
         """Return a row for each model, length and batch size."""
+        sizes = {name: np.ndenumerate(values) for name, values in self.bytes.items()}
         return [
-            {"model": name, "length": int(n), "batch_size": int(m), "bytes": int(values[i, j]),
+            {"model": name, "length": int(self.lengths[i]), "batch_size": int(self.batch_sizes[j]), "bytes": int(value),
              "bytes_per_token": self.per_token[name]}
-            for name, values in self.bytes.items()
-            for i, n in enumerate(self.lengths)
-            for j, m in enumerate(self.batch_sizes)
+            for name, values in sizes.items()
+            for (i, j), value in values
         ]  # fmt: skip
 
     def to_pandas(self) -> "pd.DataFrame":
@@ -56,24 +56,18 @@ class CacheSizes(Arrays):
         return pd.DataFrame(self.records())
 
     def _repr_html_(self) -> str:
-        cells = [
-            [r["model"], r["length"], r["batch_size"], counted(r["bytes"]), counted(r["bytes_per_token"])]
-            for r in self.records()
-        ]
-        head = "<tr><th>model<th>length<th>rows<th>bytes<th>bytes per token</tr>"
-        return f"<table>{head}{''.join('<tr><td>' + '<td>'.join(map(str, row)) + '</tr>' for row in cells)}</table>"
+        rows = [[f"{x:,}" if isinstance(x, int) else x for x in record.values()] for record in self.records()]
+        cells = "".join("<tr><td>" + "<td>".join(row) for row in [[*self.records()[0]], *rows])
+        return f"<table>{cells}</table>"
 
     def plot(self) -> "Figure":
         """Return a figure of the sizes over the length, a curve for each model and batch size."""
-        figure = new_figure(6.4, 3.8)
-        axes = clean(figure.add_subplot(xlabel="length (tokens)", ylabel="cache (MiB)", xscale="log", yscale="log"))
-        for i, (name, values) in enumerate(self.bytes.items()):
-            for j, rows in enumerate(self.batch_sizes):
-                label = name if len(self.batch_sizes) == 1 else f"{name}, {rows} rows"
-                style = ("-", "--", ":", "-.")[j % 4] + "osD^v"[i % 5]
-                axes.plot(self.lengths, values[:, j] / 2**20, style, color=color_of(i), label=label, markersize=4)
-        figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-        return figure
+        curves = {
+            name if len(self.batch_sizes) == 1 else f"{name}, batch {rows}": (self.lengths, values[:, j] / 2**20)
+            for name, values in self.bytes.items()
+            for j, rows in enumerate(self.batch_sizes)
+        }
+        return draw_curves(curves, "length (tokens)", "cache (MiB)", xscale="log")[0]
 
 
 def kv_cache(
@@ -134,7 +128,7 @@ def rope_decay(source: Any, distances: int | Sequence[int] = 512, *, head_dim: i
     """Return how scores of rotary positions depend on the distance.
 
     `source` is a `Rope` with `head_dim`, a model config, a loaded model, or several by name. `distances` are from 0 up
-    to a number, or a list. A magnitude of the scaling (YaRN) is in the scores. Raises UserError without rotary positions.
+    to a number, or a list. The magnitude of a scaling (YaRN) is in the scores. Raises UserError without a Rope.
     """
     places = np.arange(distances) if isinstance(distances, int) else np.asarray(distances)
     found: list[dict[str, np.ndarray]] = [{}, {}, {}]
@@ -146,9 +140,8 @@ def rope_decay(source: Any, distances: int | Sequence[int] = 512, *, head_dim: i
         cosines = np.concatenate([power * np.cos(angles), np.ones((len(places), still))], axis=1)
         sums = np.abs(np.cumsum(np.exp(1j * angles), axis=1))
         # The squared length of a pair of normal numbers has mean 2 and variance 4.
-        for values, by_name in zip(
-            (cosines.mean(1), np.sqrt((cosines**2).sum(1)) / cosines.shape[1], sums.mean(1)), found, strict=True
-        ):
+        spread = np.sqrt((cosines**2).sum(1)) / cosines.shape[1]
+        for values, by_name in zip((cosines.mean(1), spread, sums.mean(1)), found, strict=True):
             by_name[name] = values
     return RopeDecay(places, *found)
 
