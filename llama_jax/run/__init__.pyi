@@ -19,6 +19,7 @@ from .configs import (
 )
 from .directory import Run as Run, open_run as open_run
 from .metrics import METRICS_FILE as METRICS_FILE, read_metrics as read_metrics
+from .programs import programs as programs
 from .reporting import Logger as Logger
 from .resuming import config_to_continue as config_to_continue, resume as resume
 from .training import Preempted as Preempted, RunFailed as RunFailed, train as train
