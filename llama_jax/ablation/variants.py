@@ -37,7 +37,8 @@ def make_variants(base: RunConfig, asked: Variants, components: Sequence[type] =
 
     That is a grid (`{key: [values...], ...}`, of which every combination is one), named changes (`{name: {key:
     value}}`), or a list of changes, of (name, changes), of pieces and of configs. Values may be classes, which take
-    their fields from the config around. Raises UserError for a wrong key or value, and for two variants with one name or config.
+    their fields from the config around. Raises UserError for a wrong key or value, and for two variants with one name
+    or config.
     """
     given = [(name, _changes(base, change)) for name, change in _entries(asked)]
     if not given:

@@ -19,5 +19,6 @@ def sweep_base(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         "optimizer.warmup_steps": 1,
         "checkpoint.every_steps": 2,
         "logging.sample_prompts": (),
+        "compute.preflight": False,
     }
     return override(tiny_run.get_config(), changes)
