@@ -34,12 +34,13 @@ def print_report(data: dict[str, Any]) -> None:
         if table := dict(sweep["table"]):
             first = next(iter(table))
             print_tables(console, {first: table.pop(first)}, {}, table)
+        print_lines(console, sweep["lines"])
     if columns := dict(data["columns"]):
         print_tables(console, {"run": columns.pop("run")}, data["settings"], columns)
     if averages := dict(data["averages"]):
         print_tables(console, {"run": averages.pop("run")}, {}, averages)
-    if cells := evaluated(data):
-        print_tables(console, {"run": cells.pop("run")}, {}, cells)
+    if cells := dict(data["evaluations"]):
+        print_tables(console, {"task": cells.pop("task")}, {}, cells)
     changes = [
         f"{run['name']}: continued at step {entry['step']} with "
         + ", ".join(f"{key}={old} -> {new}" for key, (old, new) in entry["changes"].items())
@@ -47,16 +48,3 @@ def print_report(data: dict[str, Any]) -> None:
         for entry in run["history"]
     ]
     print_lines(console, ["; ".join(data["about"]), *(f"note: {note}" for note in data["notes"]), *changes])
-
-
-def evaluated(data: dict[str, Any]) -> dict[str, list[str]]:
-    """Return the columns of the runs' evaluations, a row for each number; empty where there are none."""
-    rows = [
-        (run["name"], "-" if found["step"] is None else str(found["step"]), task, name, f"{value:.4g}")
-        for run in data["runs"]
-        for found in run["evaluations"]
-        for task, values in found["results"].items()
-        for name, value in values.items()
-    ]
-    titles = ("run", "at step", "task", "metric", "value")
-    return dict(zip(titles, map(list, zip(*rows, strict=True)), strict=True)) if rows else {}

@@ -1,10 +1,9 @@
 """What a report shows, as plain data: it is embedded in the page as JSON."""
 
-import base64
 import dataclasses
 import datetime
 import glob
-import io
+import itertools
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from llama_jax.remote import as_local
 from llama_jax.run import METRICS_FILE, RunRecord, choose_metric, compare_runs, differing_keys, find_runs, rows_of
 
 MAX_LINES = 20_000  # of a run's curves: of more, each n-th is shown
+MORE_UNITS = {"grad_norm": "L2 norm", "tokens_per_second": "positions/s", "mfu": "share of the peak FLOP/s"}
 DIGITS = 7  # of numbers: those of float32
 
 
@@ -75,12 +75,13 @@ def collect(paths: Iterable[str | Path], metric: str | None = None) -> dict[str,
         "version": __version__,
         "date": datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
         "metric": metric,
-        "units": UNITS,
+        "units": UNITS | MORE_UNITS,
         "notes": notes + [f"left out, there is no run in {place}" for place in places.without] + _thinned(ordered),
         "columns": named(rows) | numbers if rows else {},
         "about": about,
         "averages": averages,
         "settings": settings_of(rows, keys),
+        "evaluations": _evaluations(ordered),
         "runs": [_run(record) for record in ordered],
         "sweeps": [_sweep(directory) for directory in places.sweeps],
     }
@@ -96,7 +97,9 @@ def stamps(paths: Iterable[str | Path]) -> list[tuple[str, int, int]] | None:
         return None
     names = ("*.json*", "samples.txt", "samples/*", "evaluations/*.json")
     directories = [*places.runs, *map(str, places.sweeps)]
-    files = [file for place in directories for name in names for file in sorted(glob.glob(f"{glob.escape(place)}/{name}"))]
+    files = [
+        file for place in directories for name in names for file in sorted(glob.glob(f"{glob.escape(place)}/{name}"))
+    ]
     return [(file, (stat := os.stat(file)).st_mtime_ns, stat.st_size) for file in files]
 
 
@@ -145,7 +148,6 @@ def _run(record: RunRecord) -> dict[str, Any]:
         "history": record.history,
         "starts": _json_lines(directory / "starts.jsonl"),
         "samples": _samples(directory),
-        "evaluations": _evaluations(directory),
     }
 
 
@@ -178,26 +180,31 @@ def _samples(directory: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda sample: sample["step"]) + last
 
 
-def _evaluations(directory: Path) -> list[dict[str, Any]]:
-    """Return the results of a run's evaluations: `file`, `step`, and numbers by task and metric.
-
-    A file that cannot be read has an `error` in place of results.
-    """
-    found: list[dict[str, Any]] = []
-    for file in sorted(directory.glob("evaluations/*.json")):
-        try:
+def _evaluations(records: Sequence[RunRecord]) -> Columns:
+    """Return the results of all evaluations: a row for each task and metric, a column for each evaluation."""
+    found: dict[str, dict[tuple[str, str], str]] = {}
+    for record in records:
+        for file in sorted(record.directory.glob("evaluations/*.json")):
             data = read_json(file)
-        except UserError as error:
-            found.append({"file": file.name, "step": None, "results": {}, "error": str(error)})
-            continue
-        results = data.get("results") if isinstance(data, dict) else None
-        tasks = {
-            task: {name: _number(value) for name, value in values.items() if _number(value) is not None}
-            for task, values in (results if isinstance(results, dict) else {}).items()
-            if isinstance(values, dict)
-        }
-        step = data.get("step") if isinstance(data, dict) else None
-        found.append({"file": file.name, "step": step, "results": tasks})
+            data = data if isinstance(data, dict) else {}
+            title = f"{record.name} @{data['step']}" if isinstance(data.get("step"), int) else record.name
+            title = title if title not in found else f"{title} {file.stem}"
+            found[title] = _results(data.get("results"))
+    rows = list(dict.fromkeys(itertools.chain.from_iterable(found.values())))
+    cells = {title: [results.get(row, "-") for row in rows] for title, results in found.items()}
+    return {"task": [task for task, _ in rows], "metric": [metric for _, metric in rows]} | cells if rows else {}
+
+
+def _results(tasks: Any) -> dict[tuple[str, str], str]:
+    """Return the numbers of an evaluation as text by task and metric, with ± its standard error where there is one."""
+    found: dict[tuple[str, str], str] = {}
+    for task, values in tasks.items() if isinstance(tasks, dict) else ():
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        for name, value in numbers.items():
+            metric, comma, kind = name.partition(",")  # lm-eval's names: `acc,none` and `acc_stderr,none`
+            error = numbers.get(f"{metric}_stderr{comma}{kind}")
+            if not metric.endswith("_stderr"):
+                found[task, name.removesuffix(",none")] = f"{value:.6g}" + ("" if error is None else f" ±{error:.2g}")
     return found
 
 
@@ -205,16 +212,6 @@ def _sweep(directory: Path) -> dict[str, Any]:
     """Return a sweep's state, table and plot."""
     record = read_sweep(directory)
     done = sum(trial.state == "done" for trial in record.trials)
-    table, plots = _result(directory) if done else ({}, [])
-    return {
-        "name": directory.name,
-        "state": f"{done} of {len(record.trials)} runs are done",
-        "baseline": record.baseline,
-        "table": table,
-        "plots": plots,
-    }
-
-
-def _result(directory: Path) -> tuple[Columns, list[str]]:
-    """Return the columns of a sweep's table, and its plots as URLs of images that have them inside."""
-    return {}, []
+    found: dict[str, Any] = {"table": {}, "lines": [], "plots": []}
+    state = f"{done} of {len(record.trials)} runs are done"
+    return {"name": directory.name, "state": state, "baseline": record.baseline} | found

@@ -554,32 +554,15 @@ function renderSweeps() {
     heading(`Sweep ${sweep.name}`),
     element("p", {}, `${sweep.state}; the baseline is ${sweep.baseline}.`),
     ...(Object.keys(sweep.table).length ? [columnTable(`Sweep ${sweep.name}`, sweep.table)] : []),
-    element("p", { className: "quiet" }, sweep.about || ""),
+    ...sweep.lines.map((line) => element("p", { className: "quiet" }, line)),
     element("div", { className: "plots" }, ...sweep.plots.map((src) => element("img", { src, alt: `Plots of the sweep ${sweep.name}` }))),
   ]);
 }
 
-function renderEvaluations(found) {
-  const columns = found.flatMap(({ run, evaluations }) => evaluations.map((one) => ({ run, ...one })));
-  if (!columns.length) return [];
-  const names = new Map();
-  for (const { results } of columns) {
-    for (const [task, values] of Object.entries(results)) {
-      for (const metric of Object.keys(values)) if (!metric.includes("stderr")) names.set(JSON.stringify([task, metric]), [task, metric]);
-    }
-  }
-  const cell = (values, metric) => {
-    if (!values || !(metric in values)) return "-";
-    const error = values[metric.replace(/(,|$)/, "_stderr$1")];
-    return number(values[metric]) + (error === undefined || error === null ? "" : ` ±${number(error, 2)}`);
-  };
-  const header = ["task", "metric", ...columns.map(({ run, step, file }) => `${run}, ${step === null || step === undefined ? file : `step ${step}`}`)];
-  const rows = [...names.values()].map(([task, metric]) => [task, metric, ...columns.map(({ results }) => cell(results[task], metric))]);
-  return [
-    heading("Evaluations"),
-    ...(rows.length ? [table("Evaluations", header, rows), element("p", { className: "quiet" }, "±: standard error")] : []),
-    ...columns.filter((one) => one.error).map((one) => element("p", {}, one.error)),
-  ];
+function renderEvaluations() {
+  if (!Object.keys(data.evaluations).length) return [];
+  return [heading("Evaluations"), columnTable("Evaluations", data.evaluations, { texts: [1] }),
+    element("p", { className: "quiet" }, "@: its step; ±: standard error")];
 }
 
 function renderSamples(found) {
@@ -644,8 +627,7 @@ function update() {
   section("runs", [data.columns, data.about, data.settings, data.averages, data.runs.map((run) => run.name)], renderRuns);
   section("legend", data.runs.map((run) => [run.path, run.name]), renderLegend);
   const parts = (name) => data.runs.map((run) => ({ path: run.path, run: run.name, ...Object.fromEntries(name.map((one) => [one, run[one]])) }));
-  const evaluations = parts(["evaluations"]).filter((one) => one.evaluations.length);
-  section("evaluations", evaluations, () => renderEvaluations(evaluations));
+  section("evaluations", data.evaluations, renderEvaluations);
   const samples = parts(["samples"]).filter((one) => one.samples.length);
   section("samples", samples, () => renderSamples(samples));
   const histories = parts(["history", "starts"]);

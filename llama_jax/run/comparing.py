@@ -35,7 +35,9 @@ MINOR = (
     "data.max_bad_records",
 )
 # Of a run, the files that are read here and by reports.
-_FILES = re.compile(r"(config|data|run)\.json|(metrics|starts)\.jsonl|samples\.txt|(tokenizer|samples|evaluations)/[^/]+")
+_FILES = re.compile(
+    r"(config|data|run)\.json|(metrics|starts)\.jsonl|samples\.txt|(tokenizer|samples|evaluations)/[^/]+"
+)
 _INSIDE = re.compile(
     r"/((config|data|run)\.json|(metrics|starts)\.jsonl|samples\.txt|(checkpoints|tokenizer|samples|evaluations)(/.*)?)$"
 )
