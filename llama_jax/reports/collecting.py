@@ -1,8 +1,10 @@
 """What a report shows, as plain data: it is embedded in the page as JSON."""
 
+import base64
 import dataclasses
 import datetime
 import glob
+import io
 import itertools
 import json
 import math
@@ -12,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax import __version__
-from llama_jax.ablation import SWEEP_FILE, read_sweep
+from llama_jax.ablation import SWEEP_FILE, columns_of, open_sweep, read_sweep
 from llama_jax.compare_command import Columns, named, numbers_of, settings_of, shown
-from llama_jax.config import UserError, read_json
+from llama_jax.config import read_json
 from llama_jax.figures import UNITS
 from llama_jax.remote import as_local
-from llama_jax.run import METRICS_FILE, RunRecord, choose_metric, compare_runs, differing_keys, find_runs, rows_of
+from llama_jax.run import RunRecord, choose_metric, compare_runs, differing_keys, find_runs, rows_of
 
 MAX_LINES = 20_000  # of a run's curves: of more, each n-th is shown
 MORE_UNITS = {"grad_norm": "L2 norm", "tokens_per_second": "positions/s", "mfu": "share of the peak FLOP/s"}
@@ -97,9 +99,8 @@ def stamps(paths: Iterable[str | Path]) -> list[tuple[str, int, int]] | None:
         return None
     names = ("*.json*", "samples.txt", "samples/*", "evaluations/*.json")
     directories = [*places.runs, *map(str, places.sweeps)]
-    files = [
-        file for place in directories for name in names for file in sorted(glob.glob(f"{glob.escape(place)}/{name}"))
-    ]
+    found = (glob.glob(f"{glob.escape(place)}/{name}") for place in directories for name in names)
+    files = sorted(itertools.chain.from_iterable(found))
     return [(file, (stat := os.stat(file)).st_mtime_ns, stat.st_size) for file in files]
 
 
@@ -213,5 +214,11 @@ def _sweep(directory: Path) -> dict[str, Any]:
     record = read_sweep(directory)
     done = sum(trial.state == "done" for trial in record.trials)
     found: dict[str, Any] = {"table": {}, "lines": [], "plots": []}
+    if done:
+        result, picture = open_sweep(directory), io.BytesIO()
+        result.plot().savefig(picture, format="png", dpi=150)
+        found["table"], same = columns_of(result.records(), result.metric, record.baseline)
+        found["lines"] = [*same, result.legend(), *result.notes()]
+        found["plots"] = [f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"]
     state = f"{done} of {len(record.trials)} runs are done"
     return {"name": directory.name, "state": state, "baseline": record.baseline} | found
