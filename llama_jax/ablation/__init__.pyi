@@ -6,9 +6,5 @@ from .records import (
     read_sweep as read_sweep,
 )
 from .result import Sweep as Sweep, open_sweep as open_sweep
-<<<<<<< HEAD
 from .sweep import ablate as ablate
-||||||| merged common ancestors
-=======
 from .tables import columns_of as columns_of
->>>>>>> refs/tags/ready-report
