@@ -60,7 +60,7 @@ class HarnessLM(TemplateLM):
         if self.text_tokenizer.bos_id is None and not self.text_tokenizer.eos_ids:
             raise UserError("the tokenizer has neither BOS nor EOS, which begin a text without context: add one")
         self.tok_encode = functools.lru_cache(4096)(self.tok_encode)  # contexts come once for each choice
-        self.shortened = 0
+        self.remarks: dict[str, None] = {}  # in order, each once
 
     @property
     def eot_token_id(self) -> int:
@@ -85,8 +85,15 @@ class HarnessLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return the text of a conversation, by the template of the run or of the model's files."""
-        template = self.lm.chat_template
-        return rendered_chat(self.text_tokenizer, chat_history, template, opens_answer=add_generation_prompt)
+        render = functools.partial(rendered_chat, self.text_tokenizer, template=self.lm.chat_template)
+        others = [message for message in chat_history if message["role"] != "system"]
+        try:
+            return render(chat_history, opens_answer=add_generation_prompt)
+        except UserError:
+            if len(others) == len(chat_history):
+                raise
+            self.remarks["the chat template refuses system messages: they were left out"] = None
+            return render(others, opens_answer=add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return ids, in None with what the tokenizer's files put around a text that does not begin with BOS."""
@@ -102,6 +109,11 @@ class HarnessLM(TemplateLM):
         rows: dict[tuple[int, ...], dict[int, int]] = {}  # by inputs: last ids, each with its place among them
         found: list[tuple[tuple[int, ...], int, int]] = []
         for _, context, continuation in requests:
+            if len(continuation) > self.max_length:
+                raise UserError(
+                    f"a continuation of {len(continuation)} tokens is longer than the model's {self.max_length} positions: "
+                    "this task is for a model with more"
+                )
             *inputs, last = (*context, *continuation)[-(self.max_length + 1) :]
             choices = rows.setdefault(tuple(inputs), {})
             found.append((tuple(inputs), choices.setdefault(last, len(choices)), len(continuation)))
@@ -140,7 +152,9 @@ class HarnessLM(TemplateLM):
             options: Any = normalize_gen_kwargs(requests[numbers[0]].args[1], 256)
             until = [stop for stop in handle_stop_sequences(options.pop("until"), eos=end) if stop]
             count = min(options["max_gen_toks"], max(1, self.max_length // 2))
-            self.shortened = max(self.shortened, options["max_gen_toks"] - count)
+            if count < options["max_gen_toks"]:
+                asked = f"{options['max_gen_toks']} new tokens were asked for, and {count} are"
+                self.remarks[f"{asked} half of the model's {self.max_length} positions"] = None
             room = self.max_length - count
             ids = {i: (self.tok_encode(requests[i].args[0]) or [self.prefix_token_id])[-room:] for i in numbers}
             temperature = options.get("temperature", 0.0) if options.get("do_sample") else 0.0
@@ -195,7 +209,7 @@ def evaluate_tasks(
             task.set_fewshot_seed(seed=SEED)
         options = {"apply_chat_template": chat, "fewshot_as_multiturn": chat, "system_instruction": system}
         found: Any = run_tasks(lm, tasks, limit=limit, bootstrap_iters=BOOTSTRAP, **options)
-    remarks, details = [], {}
+    remarks, details = [*lm.remarks], {}
     for name, task in tasks["tasks"].items():
         samples = found["samples"][name]
         hashes = "".join(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in samples)
@@ -211,8 +225,6 @@ def evaluate_tasks(
             details[name]["texts"] = [
                 {"prompt": sample["arguments"][0][0], "text": sample["resps"][0][0]} for sample in samples
             ]
-    if lm.shortened:
-        remarks.append(f"tasks ask for up to {lm.shortened} more new tokens than half of the model's positions")
     groups = found.get("groups", {})
     results = {name: _numbers(values) for name, values in (groups | found["results"]).items()}
     for name, values in results.items():
