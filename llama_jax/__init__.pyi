@@ -3,6 +3,7 @@ from . import (
     chips as chips,
     config as config,
     data as data,
+    evaluation as evaluation,
     files as files,
     models as models,
     nn as nn,
@@ -18,6 +19,7 @@ from . import (
 )
 from .checkpoint import LanguageModel as LanguageModel, convert as convert, load as load, save as save
 from .config import UserError as UserError, override as override
+from .evaluation import Evaluation as Evaluation, evaluate as evaluate
 from .models import build as build, num_parameters as num_parameters
 from .planning import plan as plan
 from .run import Run as Run, open_run as open_run, resume as resume, train as train

@@ -15,8 +15,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, COMMIT_FILE, CONFIG_FILE, LanguageModel, MeshLike, load, locate
-from llama_jax.checkpoint import whole_steps
+from llama_jax.checkpoint import (
+    CHECKPOINTS_DIRECTORY,
+    COMMIT_FILE,
+    CONFIG_FILE,
+    LanguageModel,
+    MeshLike,
+    load,
+    locate,
+    whole_steps,
+)
 from llama_jax.config import UserError, from_json, read_json
 from llama_jax.data import Classification, DataConfig, SequenceToSequence, read_texts
 from llama_jax.evaluation.pairs import aligned, evaluate_classes, evaluate_translations, read_pairs
@@ -48,21 +56,29 @@ class Scores:
     path: Path | None = None
 
     def metrics(self) -> dict[str, float]:
-        """Return the numbers as a run logs them: `eval/NAME/METRIC`; sizes are left out."""
+        """Return the numbers as a run logs them: `eval/NAME/METRIC`, of several texts only those of "total"."""
+        texts = {name for name, values in self.results.items() if "documents" in values}
+        parts = texts - {"total"} if "total" in texts else ()
         return {
             f"eval/{name}/{metric}": value
             for name, values in self.results.items()
             for metric, value in values.items()
-            if metric not in SIZES
+            if metric not in SIZES and name not in parts
         }
 
     def records(self) -> list[dict[str, Any]]:
-        """Return a dict per number: `name`, `metric`, `value`, `stderr` and `n`, None where there is none."""
+        """Return a dict per number: `name`, `metric`, `value`, `stderr`, and `n`, its items or tokens; or None."""
         return [
-            {"name": name, "metric": metric, "value": value, "stderr": values.get(stderr_of(metric)), "n": values.get("n")}
+            {
+                "name": name,
+                "metric": metric,
+                "value": value,
+                "stderr": values.get(stderr_of(metric)),
+                "n": values.get("n", values.get("tokens")),
+            }
             for name, values in self.results.items()
             for metric, value in values.items()
-            if metric != "n" and "_stderr" not in metric
+            if metric not in SIZES and "_stderr" not in metric
         ]
 
     def table(self) -> Table:
@@ -96,12 +112,12 @@ class Scores:
         return self.to_markdown()
 
     def _cells(self) -> list[list[str]]:
-        def shown(value: float | None, metric: str = "") -> str:
-            return "" if value is None else f"{value:,.0f}" if metric in SIZES else f"{value:.4f}"
+        def shown(value: float | None, form: str) -> str:
+            return "" if value is None else format(value, form)
 
         return [
-            [r["name"], r["metric"], shown(r["value"], r["metric"]), shown(r["stderr"]), shown(r["n"], "n")]
-            for r in self.records()
+            [row["name"], row["metric"], f"{row['value']:.4f}", shown(row["stderr"], ".4f"), shown(row["n"], ",.0f")]
+            for row in self.records()
         ]
 
 
@@ -231,14 +247,16 @@ class _Measured:
         console = Console(file=sys.stderr)  # as it is now: lm_eval's own output goes nowhere
         return Bar(f"evaluating {name}", 0, None, quiet=self.quiet, silent=not distributed.is_main(), console=console)
 
-    def texts(self, documents: Mapping[str, Any], window: int | None, stride: int | None) -> None:
+    def texts(
+        self, documents: Mapping[str, Any], window: int | None, stride: int | None, *, ends: bool = False
+    ) -> None:
         """Score texts; the default window of a run is its rows."""
         length = self.opened.sequence_length
         if window is None and length is not None:
             window = min(length, self.lm.config.length_limit)
         with self._bar("texts") as bar:
             scorer = Scorer(self.lm, batch_size=self.batch_size, progress=bar.advance)
-            found, settings, remarks = evaluate_texts(scorer, documents, window=window, stride=stride)
+            found, settings, remarks = evaluate_texts(scorer, documents, window=window, stride=stride, ends=ends)
         self._add(found, remarks)
         self.settings |= settings
 
@@ -281,7 +299,7 @@ class _Measured:
             raise UserError("the held-out documents are chats, of which answers alone are learned: give texts or tasks")
         held_out = itertools.chain.from_iterable(read_texts(own, "validation") for _, own in data.corpora())
         documents = ((f"document {i}", text) for i, text in enumerate(held_out, 1))
-        self.texts({HELD_OUT: itertools.islice(documents, self.limit)}, window, stride)
+        self.texts({HELD_OUT: itertools.islice(documents, self.limit)}, window, stride, ends=True)
 
     def _add(self, found: Mapping[str, dict[str, float]], remarks: Sequence[str]) -> None:
         self.results |= found

@@ -29,12 +29,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from llama_jax.checkpoint import LanguageModel
 from llama_jax.config import UserError
-from llama_jax.evaluation.scoring import Row, Scorer
+from llama_jax.evaluation.scoring import Scorer
 from llama_jax.sampling import Sampler, checked_prompts, continued, rendered_chat, stop_ids, tokenizer_of
 
 CHUNK = 16  # new tokens between two looks for a stop string
 BOOTSTRAP = 1000  # resamples, for standard errors of metrics that are not means
 SEED = 1234  # of few-shot examples, lm_eval's own
+WRITES_CODE = "writes_code"  # in a task's metadata
 ELSEWHERE = {"boolq": "super_glue"}  # folders of lm_eval/tasks that are not named like the task
 
 
@@ -111,8 +112,8 @@ class HarnessLM(TemplateLM):
         for _, context, continuation in requests:
             if len(continuation) > self.max_length:
                 raise UserError(
-                    f"a continuation of {len(continuation)} tokens is longer than the model's {self.max_length} positions: "
-                    "this task is for a model with more"
+                    f"a continuation of {len(continuation)} tokens is longer than the model's {self.max_length} "
+                    "positions: this task is for a model with more"
                 )
             *inputs, last = (*context, *continuation)[-(self.max_length + 1) :]
             choices = rows.setdefault(tuple(inputs), {})
@@ -121,7 +122,9 @@ class HarnessLM(TemplateLM):
         answers = []
         for inputs, choice, count in found:
             logprobs, greedy = scores[inputs]
-            answers.append((float(logprobs[-count:, choice].sum(dtype=np.float64)), bool(greedy[-count:, choice].all())))
+            answers.append(
+                (float(logprobs[-count:, choice].sum(dtype=np.float64)), bool(greedy[-count:, choice].all()))
+            )
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -220,7 +223,7 @@ def evaluate_tasks(
             "items": found["n-samples"][name]["effective"],
             "items_of_task": found["n-samples"][name]["original"],
         }
-        if getattr(task, "writes_code", False):
+        if (task.get_config("metadata") or {}).get(WRITES_CODE):
             remarks.append(f"{name}: its metric runs the code that the model writes, so only the texts are kept")
             details[name]["texts"] = [
                 {"prompt": sample["arguments"][0][0], "text": sample["resps"][0][0]} for sample in samples
@@ -255,9 +258,8 @@ def load_tasks(names: Sequence[str], task_files: str | Path | None = None) -> An
             if config.get("unsafe_code"):
                 drop = ("process_results", "fewshot_config", "filter_list", "unsafe_code", "group")
                 config = {key: value for key, value in config.items() if key not in drop}
+                config["metadata"] = {**(config.get("metadata") or {}), WRITES_CODE: True}
                 found = manager.load([config | {"metric_list": [{"metric": "bypass", "aggregation": "bypass"}]}])
-                for task in found["tasks"].values():
-                    task.writes_code = True
             else:
                 found = manager.load([name])
         except Exception as error:
@@ -303,6 +305,7 @@ def _begins(task: str, folder: str) -> bool:
     return ELSEWHERE.get(task) == folder or task == folder or task.startswith(f"{folder}_")
 
 
+@functools.cache
 def _folders_by_name(root: Path) -> dict[str, set[str]]:
     """Return the folders of lm_eval's tasks that have a task, group or tag of each name, by a look at the files."""
     found: dict[str, set[str]] = {}
@@ -323,10 +326,10 @@ def _quiet() -> Iterator[None]:
     random.seed(0)
     np.random.seed(SEED)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            with contextlib.redirect_stdout(io.StringIO()):
-                warnings.simplefilter("ignore")
-                yield
+        nowhere = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(level)
         random.setstate(states[0])

@@ -145,11 +145,10 @@ def evaluate_translations(
     letters = [c for text in references for c in text if not c.isspace()]
     chinese = sum("\u4e00" <= c <= "\u9fff" for c in letters) > len(letters) / 2
     metrics = {"bleu": BLEU(tokenize="zh" if chinese else "13a"), "chrf": CHRF()}
-    scores = {name: metric.corpus_score(written, [references]).score for name, metric in metrics.items()}
+    scores = {name: float(metric.corpus_score(written, [references]).score) for name, metric in metrics.items()}
     remarks = [f"{name}: {metric.get_signature()}, greedy, at most {limit} tokens" for name, metric in metrics.items()]
     texts = [
         {"source": source, "reference": reference, "text": text}
         for (source, reference), text in zip(pairs, written, strict=True)
     ]
-    return scores | {"n": len(pairs)}, remarks, texts
-
+    return {**scores, "n": len(pairs)}, remarks, texts

@@ -52,14 +52,15 @@ def windows(ids: Sequence[int], window: int, stride: int) -> Iterator[tuple[Row,
 
 
 def evaluate_texts(
-    scorer: Scorer, texts: Mapping[str, Documents], *, window: int | None, stride: int | None
+    scorer: Scorer, texts: Mapping[str, Documents], *, window: int | None, stride: int | None, ends: bool = False
 ) -> tuple[dict[str, dict[str, float]], dict[str, int], list[str]]:
     """Return numbers by text and name, the window's settings, and remarks.
 
     Numbers are `bits_per_byte` (left out, with a remark, where the tokens are not all of the text), `perplexity` per
     token, `loss` in nats per token, `tokens`, `bytes` and `documents`; those of "total" are of all texts together.
-    Documents begin with the tokenizer's start ids; without any, the first token and its bytes are not scored. `window`
-    None is the model's positions, at most 2048; `stride` None is half of the window.
+    Documents begin with the tokenizer's start ids; without any, the first token and its bytes are not scored. With
+    `ends` the EOS after a document is scored too, as a run's validation does. `window` None is the model's positions,
+    at most 2048; `stride` None is half of the window.
     """
     limit = scorer.lm.config.length_limit
     window = min(limit, LONGEST_WINDOW) if window is None else window
@@ -76,7 +77,8 @@ def evaluate_texts(
             ids = tokenizer.encode_batch([text])[0]
             size.add(Record((text,), place), [ids])
             num_documents += 1
-            for row, count in windows([*tokenizer.start_ids, *ids.tolist()], window, stride):
+            whole = [*tokenizer.start_ids, *ids.tolist(), *(tokenizer.eos_ids[:1] if ends else ())]
+            for row, count in windows(whole, window, stride):
                 rows.append(row)
                 counts.append(count)
         if not rows:
@@ -96,7 +98,7 @@ def evaluate_texts(
     return {name: _rates(**numbers) for name, numbers in found.items()}, {"window": window, "stride": stride}, remarks
 
 
-def _rates(nats: float, tokens: int, documents: int, bytes: int | None = None) -> dict[str, float]:
+def _rates(nats: float, tokens: float, documents: float, bytes: float | None = None) -> dict[str, float]:
     per_byte = {} if not bytes else {"bits_per_byte": nats / math.log(2) / bytes}
     size = {} if bytes is None else {"bytes": bytes}
     loss = nats / tokens

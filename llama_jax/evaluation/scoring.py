@@ -33,7 +33,11 @@ class Scorer:
     """
 
     def __init__(
-        self, lm: LanguageModel, *, batch_size: int = 8, progress: Callable[[int, int], object] = lambda done, total: None
+        self,
+        lm: LanguageModel,
+        *,
+        batch_size: int = 8,
+        progress: Callable[[int, int], object] = lambda done, total: None,
     ):
         """Raises UserError for a model without the likelihood of a text, and an impossible batch size."""
         kind = type(lm.config).__name__
@@ -69,7 +73,11 @@ class Scorer:
         length = padded_length(max(len(inputs) for inputs, _ in rows), self.lm.config.length_limit)
         shape = size, length, _power_of_two(max(len(choices) for _, choices in rows))
         self.shapes.add(shape)
-        tokens, is_token, targets = np.zeros(shape[:2], np.int32), np.zeros(shape[:2], np.int32), np.zeros(shape, np.int32)
+        tokens, is_token, targets = (
+            np.zeros(shape[:2], np.int32),
+            np.zeros(shape[:2], np.int32),
+            np.zeros(shape, np.int32),
+        )
         is_token[:, 0] = 1  # a row without any token would attend to nothing
         for i, (inputs, choices) in enumerate(rows):
             end = len(inputs)

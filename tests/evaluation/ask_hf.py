@@ -11,6 +11,7 @@ tests/directories/goldens.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 A, B = "the river sees a house", "Anna's letter, and then the king (at 12:30)\n\nslept."
 LONG = " ".join(f"{A}. {B}" for _ in range(6))
@@ -34,7 +35,7 @@ CHATS = [
 CONTINUED = [{"role": "user", "content": A}, {"role": "assistant", "content": "the king"}]
 
 
-def instances(kind: str, arguments: list) -> list:
+def instances(kind: Any, arguments: list) -> list:
     """Return requests as a task makes them."""
     from lm_eval.api.instance import Instance
 
@@ -62,13 +63,15 @@ def chats(lm) -> list[str]:
 
 
 def main(output: str, folders: list[str]) -> None:
-    import torch
+    import torch  # type: ignore[import-not-found]
     from lm_eval.models.huggingface import HFLM
+
+    make: Any = HFLM
 
     torch.set_num_threads(1)
     found = {}
     for folder in map(Path, folders):
-        lm = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
+        lm = make(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
         found[folder.name] = answers(lm)
         if lm.tokenizer.chat_template:
             found[folder.name]["chats"] = chats(lm)

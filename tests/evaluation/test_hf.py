@@ -1,7 +1,8 @@
 """The scores and texts of lm-evaluation-harness's own `hf` model, from the same directories.
 
-goldens.json is what `ask_hf.py` beside this file writes: `python tests/evaluation/ask_hf.py
-tests/evaluation/goldens.json tests/directories/goldens/{llama2,llama3,gpt2,mixtral,deepseek_v2,glm,llama_chatml,llama_yi}`.
+goldens.json is what `ask_hf.py` beside this file writes, of the folders that it names:
+
+    python tests/evaluation/ask_hf.py tests/evaluation/goldens.json tests/directories/goldens/{llama2,gpt2,...}
 """
 
 import json
@@ -32,7 +33,9 @@ def harness(path: Path, **options: Any) -> HarnessLM:
 def check(lm: HarnessLM, golden: dict[str, Any]) -> None:
     """Log-likelihoods equal to 1e-6 of their size, the same greedy flags and the same texts."""
     found = ask_hf.answers(lm)
-    for (ours, ours_greedy), (theirs, theirs_greedy) in zip(found["loglikelihood"], golden["loglikelihood"], strict=True):
+    for (ours, ours_greedy), (theirs, theirs_greedy) in zip(
+        found["loglikelihood"], golden["loglikelihood"], strict=True
+    ):
         assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6)
         assert ours_greedy == theirs_greedy
     assert found["rolling"] == pytest.approx(golden["rolling"], rel=1e-6, abs=1e-6)
