@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import llama_jax
 from llama_jax.checkpoint import LanguageModel
@@ -92,7 +91,7 @@ def test_rows_of_single_documents_give_the_runs_own_number(finished_run: Run, tm
     """A document in each row, and no window cuts one: `val_bits_per_byte` is that of the evaluation."""
     texts = tmp_path / "texts"
     texts.mkdir()
-    words = "the cat sat on a mat and then ran to see what made such noise".split()
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "ran", "to", "see", "what", "made", "such", "noise"]
     for i in range(12):
         (texts / f"{i}.txt").write_text(" ".join(words[i % 5 : i % 5 + 5 + i % 3]))
     keys = {"data.path": (str(texts),), "data.packing": "best_fit", "data.cache_dir": str(tmp_path / "cache")}
