@@ -16,50 +16,45 @@
 # # Quickstart
 #
 # Train a small Llama, look inside, replace one of its pieces and train it again. Nothing is downloaded: the text is the
-# interpreter's own standard library. It takes minutes on two CPU cores.
+# interpreter's own standard library.
 
 # %%
 import dataclasses
-import os
 import tempfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
+import notebook_tools as tools  # in this notebook's folder
 import numpy as np
 import rich
 
 import llama_jax
 from llama_jax.nn import FeedForward, FeedForwardModule, ForwardContext, Projection, child
 
+tools.style()
 folder = Path(tempfile.mkdtemp(prefix="quickstart_"))
 jax.devices()
 
 # %% [markdown]
-# ## A config, with two keys changed
+# ## A config, with some keys changed
 #
 # A config is a tree of frozen dataclasses. `load_config` finds `configs/tiny_python.py` by its name and changes some
 # dotted keys. A wrong key or value is an error of one sentence.
 
 # %%
-config = llama_jax.load_config("tiny_python", {"num_steps": 200, "model.num_layers": 3})
-if os.environ.get("LLAMA_JAX_QUICK"):  # the tests run the notebook so: every cell, hardly any work
-    config = llama_jax.override(
-        config,
-        {
-            "model.num_layers": 2,
-            "data.path": [str(Path(os.__file__).parent / "asyncio" / "*.py")],
-            "data.cache_dir": str(folder / "cache"),
-            "tokenizer.vocab_size": 512,
-            "num_steps": 8,
-            "global_batch_size": 4,
-            "sequence_length": 64,
-            "logging.every_steps": 1,
-            "logging.sample_prompts": [],
-            "optimizer.warmup_steps": 2,
-        },
-    )
+config = llama_jax.load_config(
+    "tiny_python",
+    {
+        "model.num_layers": 3,
+        "num_steps": 240,
+        "logging.every_steps": 1,
+        "logging.validate_every_steps": 20,
+        "logging.validation_batches": 16,
+    },
+)
+config = tools.shrink(config)  # the tests run every cell with hardly any work; here it changes nothing
 print(f"{llama_jax.num_parameters(config.model):,} parameters")
 rich.print(config.model)
 
@@ -82,38 +77,29 @@ run = llama_jax.train(config, folder / "swiglu")
 metrics = run.metrics()
 {name: round(value, 4) for name, value in metrics[-1].items()}
 
-
 # %%
-def plot_losses(**runs: llama_jax.Run) -> None:
-    """Training loss of each run, and its validation loss as a point where it was measured."""
-    fig, ax = plt.subplots(figsize=(7, 3.5))
-    for name, run in runs.items():
-        rows = run.metrics()
-        (line,) = ax.plot([row["step"] for row in rows], [row["loss"] for row in rows], label=f"{name}, training")
-        measured = [row for row in rows if "val_loss" in row]
-        ax.plot(
-            [row["step"] for row in measured],
-            [row["val_loss"] for row in measured],
-            "o",
-            color=line.get_color(),
-            label=f"{name}, held out",
-        )
-    ax.set(xlabel="step", ylabel="loss (nats per token)")
-    ax.legend(frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
-    fig.tight_layout()
-    plt.show()
+steps, losses = np.array([(row["step"], row["loss"]) for row in metrics]).T
+held_out = np.array([(row["step"], row["val_loss"]) for row in metrics if "val_loss" in row])
+WINDOW = tools.full(20, quick=2)
+means = np.convolve(losses, np.ones(WINDOW) / WINDOW, mode="valid")
 
-
-plot_losses(SwiGLU=run)
+fig, ax = plt.subplots(layout="constrained")
+ax.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8, label="training, one batch")
+ax.plot(steps[WINDOW - 1 :], means, color="C0", label=f"training, mean of {WINDOW} steps")
+ax.plot(*held_out.T, "o-", color="C1", markersize=4, label="held-out files")
+ax.set(xlabel="step", ylabel="loss (nats per token)", xlim=0)
+ax.legend()
+plt.show()
 
 # %% [markdown]
-# A point of the training loss is one batch; the held-out one is all held-out files. The model has seen no text twice,
-# so they differ by what is in them, not by what it remembers. The first loss is near the logarithm of the vocabulary's
-# size, a uniform guess.
+# A batch has about a thousand tokens, so that the loss of one batch is mostly a matter of which texts it has; the mean
+# over neighbouring steps shows the course. The held-out loss is measured on the same batches every time. The first loss
+# is near the logarithm of the vocabulary's size, a uniform guess.
 
 # %%
-metrics[0]["loss"], np.log(config.model.vocab_size)
+print(f"first loss {losses[0]:.3f}, uniform guess {np.log(config.model.vocab_size):.3f}")
+print(f"from batch to batch, last {2 * WINDOW} steps: standard deviation {losses[-2 * WINDOW :].std():.3f}")
+print(f"tokens in a batch: {config.global_batch_size * config.sequence_length:,}")
 
 # %% [markdown]
 # ## Sample
@@ -219,10 +205,14 @@ assert llama_jax.num_parameters(config_2.model) == llama_jax.num_parameters(conf
 run_2 = llama_jax.train(config_2, folder / "squared_relu", components=(SquaredReLU,))
 
 # %%
-plot_losses(SwiGLU=run, squared_ReLU=run_2)
-for name, a_run in {"SwiGLU": run, "squared ReLU": run_2}.items():
-    last = a_run.metrics()[-1]
-    print(f"{name:14}held-out loss {last['val_loss']:.4f}, {last['val_bits_per_byte']:.4f} bits per byte")
+fig, ax = plt.subplots(layout="constrained")
+for name, one in {"SwiGLU": run, "squared ReLU": run_2}.items():
+    measured = np.array([(row["step"], row["val_loss"]) for row in one.metrics() if "val_loss" in row])
+    ax.plot(*measured.T, "o-", markersize=4, label=name)
+    print(f"{name:14}held-out loss {measured[-1, 1]:.4f}")
+ax.set(xlabel="step", ylabel="held-out loss (nats per token)", xlim=0)
+ax.legend()
+plt.show()
 
 # %% [markdown]
 # One run of each. How much another seed would change is not measured here, so the difference does not show which
