@@ -1,4 +1,5 @@
 from . import (
+    ablation as ablation,
     checkpoint as checkpoint,
     chips as chips,
     config as config,

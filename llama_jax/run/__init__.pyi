@@ -1,5 +1,6 @@
 from .callbacks import Event as Event
 from .comparing import (
+    HIGHER as HIGHER,
     LAST_LINES as LAST_LINES,
     Row as Row,
     RunRecord as RunRecord,
@@ -17,6 +18,7 @@ from .configs import (
     load_config as load_config,
 )
 from .directory import Run as Run, open_run as open_run
+from .metrics import METRICS_FILE as METRICS_FILE, read_metrics as read_metrics
 from .reporting import Logger as Logger
 from .resuming import config_to_continue as config_to_continue, resume as resume
 from .training import Preempted as Preempted, RunFailed as RunFailed, train as train

@@ -1,0 +1,7 @@
+from .records import (
+    SWEEP_FILE as SWEEP_FILE,
+    SweepRecord as SweepRecord,
+    TrialRecord as TrialRecord,
+    VariantRecord as VariantRecord,
+    read_sweep as read_sweep,
+)
