@@ -15,6 +15,7 @@ from pathlib import Path
 
 import nbclient
 import nbformat
+from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER, KEPT = ROOT / "notebooks", ROOT / ".cache" / "notebooks"
@@ -66,7 +67,7 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text("utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    cores = os.process_cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return f"{cores} core{'s' * (cores > 1)} of {names[0] if names else platform.processor() or platform.machine()}"
 
 
@@ -82,7 +83,7 @@ def main(names: list[str]) -> int:
     for name in names or found:
         try:
             print(f"{name}: {keep(found[name])}", flush=True)
-        except nbclient.exceptions.CellExecutionError as error:
+        except CellExecutionError as error:
             print(f"{name}: a cell failed\n{error}", file=sys.stderr)
             return 1
     return 0

@@ -21,7 +21,9 @@ def shrink(config):
     import llama_jax
 
     small = {
+        "model.hidden_size": 64,
         "model.num_layers": 2,
+        "model.vocab_size": 512,
         "data.path": [str(Path(os.__file__).parent / "asyncio" / "*.py")],
         "data.cache_dir": str(Path(tempfile.gettempdir()) / "llama_jax_corpora"),
         "tokenizer.vocab_size": 512,
@@ -33,6 +35,7 @@ def shrink(config):
         "logging.validation_batches": 2,
         "logging.sample_prompts": [],
         "optimizer.warmup_steps": 2,
+        "compute.preflight": False,
     }
     return llama_jax.override(config, small) if QUICK else config
 
@@ -41,7 +44,7 @@ def style() -> None:
     """Set the style of figures: the palette of Okabe and Ito, no frame, pixels enough for a dense screen."""
     import matplotlib.pyplot as plt
 
-    from llama_jax.compare_command import COLORS
+    from llama_jax.figures import COLORS
 
     look = {
         "axes.prop_cycle": plt.cycler(color=["#{:02x}{:02x}{:02x}".format(*color) for color in COLORS]),
