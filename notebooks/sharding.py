@@ -180,8 +180,8 @@ assert whole / 8 < stored["fsdp 8"] < 1.01 * whole / 8  # every device has the w
 # %% [markdown]
 # ## The same losses
 #
-# A run says its mesh in the config, `python train.py tiny_python --mesh.fsdp 2 --mesh.tensor 4` on the command line, and
-# nothing else changes:
+# A run has its mesh in the config (on the command line, `python train.py tiny_python --mesh.fsdp 2 --mesh.tensor 4`),
+# and nothing else changes:
 
 # %%
 on_mesh = llama_jax.override(config, {"mesh": MeshConfig(**MESHES["fsdp 2 x tensor 4"])})
@@ -342,8 +342,8 @@ plt.show()
 
 # %% [markdown]
 # Gradient accumulation does most: a device then works on a part of its sequences at a time, and keeps the activations
-# of that part only. With `search_all` the report has every mesh, accumulation and recomputation that fits. On four nodes
-# of eight H100s:
+# of that part only. With `search_all` the report has every mesh, accumulation and recomputation (`remat`) that fits. On
+# four nodes of eight H100s:
 
 # %%
 candidates = llama_jax.plan(big, "h100:4x8", search_all=True).candidates
@@ -357,10 +357,8 @@ ax.set(xlabel="GiB on each device (estimate)", ylabel="thousand tokens/s (at bes
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="remat")
 plt.show()
 best = candidates[0]
-print(f"{len(candidates)} options fit; the fastest: {best.command()}")
-print(
-    f"{best.plan.total_bytes / GIB:.1f} GiB, {best.plan.tokens_per_second:,.0f} tokens/s, {best.plan.bound} busy longest"
-)
+print(f"{len(candidates)} options fit; the fastest, bound by {best.plan.bound}: {best.command()}")
+print(f"{best.plan.total_bytes / GIB:.1f} GiB, {best.plan.tokens_per_second:,.0f} tokens/s")
 
 # %% [markdown]
 # The figures are estimates: memory is compared with XLA's in `docs/planning.md`, and a step takes at least the time
