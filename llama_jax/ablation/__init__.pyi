@@ -5,3 +5,4 @@ from .records import (
     VariantRecord as VariantRecord,
     read_sweep as read_sweep,
 )
+from .sweep import ablate as ablate
