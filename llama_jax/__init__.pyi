@@ -5,6 +5,7 @@ from . import (
     config as config,
     data as data,
     files as files,
+    inspect as inspect,
     models as models,
     nn as nn,
     parallel as parallel,
