@@ -75,8 +75,8 @@ assert all(earlier.count >= later.count for earlier, later in itertools.pairwise
 
 # %% [markdown]
 # The same in Chinese. There are no spaces between words, so it is punctuation that nothing is merged across. The first
-# merges are words: 下面 is below, 农民 a farmer, 下午 the afternoon. 到下面的田里, "to the lower field", becomes one piece
-# because the page says it twice: on so short a text, few pairs are seen more often.
+# merges are words: 下面 is below, 农民 a farmer, 下午 the afternoon. 到下面的田里, "to the lower field", becomes one
+# piece because the page says it twice: on so short a text, few pairs are seen more often.
 
 
 # %%
@@ -204,8 +204,8 @@ for language, merges, pieces in (("English", english_merges, final), ("Chinese",
 # ## How many tokens
 #
 # The larger the vocabulary, the fewer tokens a text has, and the more entries the model's embedding. Below, both
-# algorithms cut a text that they have not seen. In characters per token the two languages are far from each other, in
-# bytes per token they are not: a Chinese character says more and takes three bytes.
+# algorithms cut a text that they have not seen. Counted in characters per token English is ahead, counted in bytes per
+# token Chinese is, whose characters take three bytes each: languages are compared in bytes, or by a translation.
 
 
 # %%
@@ -225,7 +225,7 @@ for color, (language, text) in enumerate({"English": ENGLISH, "Chinese": CHINESE
         lengths_of(language, lambda word, number=number, merges=merges: textbook.bpe_encode(word, merges[:number]))
         for number in numbers
     ]
-    rounds = list(textbook.train_unigram(counts, alphabet, seed_size=300, keep=0.85))
+    rounds = list(textbook.train_unigram(counts, alphabet, seed_size=300, keep=0.95))
     unigrams = [
         lengths_of(language, lambda word, pieces=pieces: textbook.best_segmentation(word, pieces)) for pieces in rounds
     ]
