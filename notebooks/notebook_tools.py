@@ -48,13 +48,10 @@ def style() -> None:
 
     look = {
         "axes.prop_cycle": plt.cycler(color=["#{:02x}{:02x}{:02x}".format(*color) for color in COLORS]),
-        "axes.grid": True,
-        "axes.axisbelow": True,
         "axes.spines.right": False,
         "axes.spines.top": False,
         "axes.titlesize": "medium",
         "figure.figsize": (7, 3.5),
-        "grid.alpha": 0.3,
         "image.cmap": "Blues",
         "legend.frameon": False,
     }

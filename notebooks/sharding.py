@@ -144,7 +144,6 @@ def draw(ax, shape, sharding, names):
     ax.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[], aspect="equal")
     ax.set_ylabel(next(iter(names)), fontsize=8)
     ax.set_xlabel(list(names)[1], fontsize=8)
-    ax.grid(visible=False)
     ax.spines[:].set_visible(False)
 
 
