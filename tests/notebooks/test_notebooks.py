@@ -80,13 +80,15 @@ def test_quickstart_runs(tmp_path: Path):
     shown = run("quickstart", tmp_path)
     assert shown.warned == []
     assert shown.num_figures == 3
-    # The bars at their ends, one display each, and not a line a step.
+    # The bar at its end, one display, and not a line a step.
     bars = [data["text/html"] for data in shown.data if "<b>training</b>" in data.get("text/html", "")]
-    assert ["8/8" in bar for bar in bars] == [True, True]
+    assert ["8/8" in bar for bar in bars] == [True]
     assert not any("step 1/8" in data.get("text/html", "") for data in shown.data)
     assert "Did you mean 'model.attention.num_kv_heads'?" in shown.said
-    assert shown.said.count("held-out loss") == 2
-    assert "SquaredReLUModule" in shown.said
+    # The table has the interval of the difference, and the same number of parameters.
+    table = next(data["text/plain"] for data in shown.data if "baseline" in data.get("text/plain", ""))
+    assert re.search(r"squared ReLU +[\d.]+ ± [\d.]+ +-?[\d.]+ ± [\d.]+", table)
+    assert "the same in all: parameters" in table
 
 
 @pytest.mark.slow
