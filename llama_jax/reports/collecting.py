@@ -51,10 +51,12 @@ def find_places(paths: Iterable[str | Path]) -> Places:
         local = as_local(path)
         places = [path] if local is None else sorted(glob.glob(os.path.abspath(local.expanduser()))) or [path]
         for place in places:
-            if (directory := Path(place.removesuffix(SWEEP_FILE))).joinpath(SWEEP_FILE).is_file():
-                sweeps.append(directory)
-                runs += [str(trial.directory) for trial in read_sweep(directory).trials if _begun(trial.directory)]
-            else:
+            own = Path(place.removesuffix(SWEEP_FILE))
+            inside = [own / SWEEP_FILE] if (own / SWEEP_FILE).is_file() else sorted(own.glob(f"*/{SWEEP_FILE}"))
+            sweeps += (file.parent for file in inside)
+            trials = [trial.directory for file in inside for trial in read_sweep(file).trials]
+            runs += (str(trial) for trial in trials if (trial / "config.json").is_file())
+            if not inside or glob.glob(f"{glob.escape(place)}/*/config.json"):
                 runs.append(place)
     found, without = find_runs(runs) if runs or not sweeps else ([], [])
     return Places(found, list(dict.fromkeys(sweeps)), without)
@@ -72,7 +74,8 @@ def collect(paths: Iterable[str | Path], metric: str | None = None) -> dict[str,
     numbers, about = numbers_of(rows, metric) if rows else ({}, [])
     ordered = [row.runs[0] for row in rows]
     seeds = rows_of(records, metric)
-    averages = named(seeds) | numbers_of(seeds, metric)[0] if 1 < len(seeds) < len(records) or _seeds(seeds) else {}
+    groups = {run.path: min(one.path for one in row.runs) for row in seeds for run in row.runs}
+    averages = named(seeds) | numbers_of(seeds, metric)[0] if len(seeds) < len(records) else {}
     return {
         "version": __version__,
         "date": datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
@@ -84,7 +87,7 @@ def collect(paths: Iterable[str | Path], metric: str | None = None) -> dict[str,
         "averages": averages,
         "settings": settings_of(rows, keys),
         "evaluations": _evaluations(ordered),
-        "runs": [_run(record) for record in ordered],
+        "runs": [_run(record) | {"group": groups[record.path]} for record in ordered],
         "sweeps": [_sweep(directory) for directory in places.sweeps],
     }
 
@@ -102,15 +105,6 @@ def stamps(paths: Iterable[str | Path]) -> list[tuple[str, int, int]] | None:
     found = (glob.glob(f"{glob.escape(place)}/{name}") for place in directories for name in names)
     files = sorted(itertools.chain.from_iterable(found))
     return [(file, (stat := os.stat(file)).st_mtime_ns, stat.st_size) for file in files]
-
-
-def _begun(directory: Path) -> bool:
-    return (directory / "config.json").is_file()
-
-
-def _seeds(rows: Sequence[Any]) -> bool:
-    """Return whether a row is the mean of several runs."""
-    return any(len(row.runs) > 1 for row in rows)
 
 
 def _thinned(records: Sequence[RunRecord]) -> list[str]:

@@ -39,7 +39,7 @@ class Report:
             "STYLE": (place / "page.css").read_text(encoding="utf-8"),
             "SCRIPT": (place / "page.js").read_text(encoding="utf-8"),
             "CONNECT": "'self'" if watched else "'none'",
-            "TITLE": html.escape(f"Report: {self._names()[:80]}"),
+            "TITLE": html.escape(f"Report: {self._names()}"),
             "DATA": data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"),
         }
         before, *pieces = (place / "page.html").read_text(encoding="utf-8").split("{{")
@@ -60,7 +60,9 @@ class Report:
         return file
 
     def _names(self) -> str:
-        return printable(", ".join(run["name"] for run in self.data["runs"]))
+        names = [part["name"] for part in self.data["sweeps"] or self.data["runs"]]
+        more = f" and {len(names) - 3} more" if len(names) > 4 else ""
+        return printable(", ".join(names[:3] if more else names) + more)
 
     def _repr_html_(self) -> str:
         page = html.escape(self.html(), quote=True)
