@@ -71,25 +71,34 @@ function ticks(low, high, log, count) {
 
 const cache = new WeakMap();
 
+// Means of what was before, the weights falling with each logged line, not with each value: what is measured rarely is
+// hardly smoothed.
+function smoothed(places, values) {
+  if (!state.smooth) return values;
+  let mean = 0, weight = 0;
+  return values.map((value, i) => {
+    const keep = state.smooth ** (i ? places[i] - places[i - 1] : 1);
+    mean = keep * mean + (1 - keep) * value;
+    weight = keep * weight + (1 - keep);  // corrects the start, which begins at 0
+    return mean / weight;
+  });
+}
+
 function series(run, metric) {
   const name = JSON.stringify([metric, state.x, state.smooth]);
   if (!cache.has(run)) cache.set(run, new Map());
   const known = cache.get(run);
   if (known.has(name)) return known.get(name);
   if (known.size > 200) known.clear();
-  const values = run.metrics[metric] || [];
-  const xs = [], raw = [], ys = [], spread = [];
-  let mean = 0, weight = 0;
-  for (let i = 0; i < values.length; i++) {
-    if (values[i] === null || run[state.x][i] === undefined) continue;
-    xs.push(run[state.x][i]);
-    raw.push(values[i]);
-    if (run.spread) spread.push(run.spread[metric][i]);
-    mean = state.smooth * mean + (1 - state.smooth) * values[i];
-    weight = state.smooth * weight + (1 - state.smooth);  // corrects the start, which begins at 0
-    ys.push(state.smooth ? mean / weight : values[i]);
+  const values = run.metrics[metric] || [], spread = run.spread && run.spread[metric];
+  const found = { xs: [], raw: [], ys: [], low: [], high: [] };
+  const kept = values.map((_, i) => i).filter((i) => values[i] !== null && run[state.x][i] !== undefined);
+  for (const i of kept) {
+    found.xs.push(run[state.x][i]);
+    found.raw.push(values[i]);
   }
-  const found = { xs, raw, ys, spread };
+  found.ys = smoothed(kept, found.raw);
+  if (spread) [found.low, found.high] = [0, 1].map((side) => smoothed(kept, kept.map((i) => spread[i][side])));
   known.set(name, found);
   return found;
 }
@@ -212,7 +221,7 @@ class Chart {
 
   draw() {
     const unit = data.units[this.metric];
-    this.caption.textContent = this.metric + (unit ? ` (${unit})` : "") + (state.smooth ? ", smoothed" : "") + (state.mean ? "; bands: lowest to highest of the seeds" : "");
+    this.caption.textContent = this.metric + (unit ? ` (${unit})` : "") + (state.smooth ? ", smoothed" : "") ;
     const box = this.plot.getBoundingClientRect(), ratio = window.devicePixelRatio || 1;
     if (!box.width) return;
     this.canvas.width = Math.round(box.width * ratio);
@@ -288,12 +297,12 @@ class Chart {
     ctx.fillText(axis.label, MARGIN.left + this.width / 2, MARGIN.top + this.height + 21);
   }
 
-  curve(ctx, { run, xs, raw, ys, spread, start, end }) {
+  curve(ctx, { run, xs, raw, ys, low, high, start, end }) {
     ctx.strokeStyle = ctx.fillStyle = color(run);
-    if (spread.length) this.band(ctx, xs, spread, start, end);
+    if (low.length) this.band(ctx, xs, low, high, start, end);
     ctx.lineJoin = "round";
     ctx.setLineDash(style(run)[1]);
-    if (state.smooth) {
+    if (state.smooth && !low.length) {
       ctx.globalAlpha = 0.25;
       ctx.lineWidth = 1;
       this.path(ctx, xs, raw, start, end);
@@ -311,13 +320,13 @@ class Chart {
     }
   }
 
-  band(ctx, xs, spread, start, end) {
+  band(ctx, xs, low, high, start, end) {
     const inside = [...Array(end - start).keys()].map((i) => i + start).filter((i) =>
-      !(state.logy && spread[i][0] <= 0 || state.logx && xs[i] <= 0));
+      !(state.logy && low[i] <= 0 || state.logx && xs[i] <= 0));
     ctx.globalAlpha = 0.18;
     ctx.beginPath();
-    for (const i of inside) ctx.lineTo(this.toX(xs[i]), this.toY(spread[i][1]));
-    for (const i of inside.reverse()) ctx.lineTo(this.toX(xs[i]), this.toY(spread[i][0]));
+    for (const i of inside) ctx.lineTo(this.toX(xs[i]), this.toY(high[i]));
+    for (const i of inside.reverse()) ctx.lineTo(this.toX(xs[i]), this.toY(low[i]));
     ctx.fill();
     ctx.globalAlpha = 1;
   }
