@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from llama_jax import __version__
 from llama_jax.ablation import SWEEP_FILE, columns_of, open_sweep, read_sweep
-from llama_jax.compare_command import Columns, named, numbers_of, settings_of, shown
+from llama_jax.compare_command import Columns, named, numbers_of, printable, settings_of, shown
 from llama_jax.config import read_json
 from llama_jax.figures import UNITS
 from llama_jax.remote import as_local
@@ -79,6 +80,7 @@ def collect(paths: Iterable[str | Path], metric: str | None = None) -> dict[str,
     return {
         "version": __version__,
         "date": datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
+        "title": _title([*map(operator.attrgetter("name"), places.sweeps or ordered)]),
         "metric": metric,
         "units": UNITS | MORE_UNITS,
         "notes": notes + [f"left out, there is no run in {place}" for place in places.without] + _thinned(ordered),
@@ -105,6 +107,12 @@ def stamps(paths: Iterable[str | Path]) -> list[tuple[str, int, int]] | None:
     found = (glob.glob(f"{glob.escape(place)}/{name}") for place in directories for name in names)
     files = sorted(itertools.chain.from_iterable(found))
     return [(file, (stat := os.stat(file)).st_mtime_ns, stat.st_size) for file in files]
+
+
+def _title(names: Sequence[str]) -> str:
+    """Return the page's title: the first names, without what a terminal would obey."""
+    more = f" and {len(names) - 3} more" if len(names) > 4 else ""
+    return printable(f"Report: {', '.join(names[:3] if more else names)}{more}")
 
 
 def _thinned(records: Sequence[RunRecord]) -> list[str]:

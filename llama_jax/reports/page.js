@@ -3,7 +3,7 @@
 
 const COLORS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#808080"];  // of Okabe and Ito
 const STYLES = [["solid", []], ["dashed", [8, 4]], ["dotted", [2, 3]]];
-const MARGIN = { left: 58, right: 12, top: 8, bottom: 36 };
+const MARGIN = { left: 58, right: 24, top: 8, bottom: 36 };
 const FIRST = ["val_loss", "loss", "val_bits_per_byte", "learning_rate", "grad_norm", "tokens_per_second", "mfu"];
 const POLL = 2000;  // milliseconds
 const WATCHED = document.querySelector("meta[http-equiv]").content.includes("connect-src 'self'");
@@ -200,11 +200,11 @@ class Chart {
   range(seen, [left, right]) {
     const bounds = (from) => {
       let low = Infinity, high = -Infinity;
-      for (const { xs, ys, start, end } of seen) {
+      for (const { xs, ys, low: under, high: over, start, end } of seen) {
         for (let i = start; i < end; i++) {
           if (xs[i] < from || xs[i] > right || (state.logy && ys[i] <= 0)) continue;
-          low = Math.min(low, ys[i]);
-          high = Math.max(high, ys[i]);
+          low = Math.min(low, under.length && !state.logy ? under[i] : ys[i]);
+          high = Math.max(high, over.length ? over[i] : ys[i]);
         }
       }
       return [low, high];
@@ -690,7 +690,7 @@ function update() {
     if (!groups.get(run.group).includes(run.path)) groups.get(run.group).push(run.path);
   }
   find("seeds").hidden = !Object.keys(data.averages).length;
-  find("title").textContent = document.title;
+  document.title = find("title").textContent = data.title;
   find("about").textContent = `${data.runs.length} run${data.runs.length === 1 ? "" : "s"}, ${data.date}, llama_jax ${data.version}`;
   section("notes", data.notes, () => data.notes.map((note) => element("li", {}, note)));
   section("sweeps", data.sweeps, renderSweeps);
