@@ -18,7 +18,7 @@ from llama_jax.checkpoint import (
 from llama_jax.config import UserError, leaves, to_json
 from llama_jax.data import batches_passed
 from llama_jax.files import PARTIAL
-from llama_jax.models import abstract_params, buffers
+from llama_jax.models import abstract_params, frozen
 from llama_jax.parallel import make_mesh
 from llama_jax.run.directory import Run, open_run
 from llama_jax.run_config import RunConfig
@@ -181,7 +181,7 @@ def _check_state(before: Run, run: Run, allowed: Sequence[str], step: int) -> No
 
     def arrays(config: RunConfig) -> dict[str, Any]:
         hyper = config.optimizer.hyper(config.num_steps)
-        make = functools.partial(init_state, buffer_names=frozenset(buffers(config.model)))
+        make = functools.partial(init_state, buffer_names=frozen(config.model))
         with jax.set_mesh(make_mesh({}, jax.local_devices()[:1])):
             return to_disk(jax.eval_shape(make, abstract_params(config.model), hyper))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from llama_jax.models import Compute, ModelConfig, buffers
+from llama_jax.models import Compute, ModelConfig, frozen
 from llama_jax.parallel import platform
 from llama_jax.run_config import RunConfig
 from llama_jax.training import (
@@ -54,7 +54,7 @@ def _programs(
     return Programs(
         make_train_step(model, compute, accumulation_steps=accumulation_steps, compiler_options=options),
         make_eval_step(model, compute),
-        jax.jit(functools.partial(init_state, buffer_names=frozenset(buffers(model)))),
+        jax.jit(functools.partial(init_state, buffer_names=frozen(model))),
     )
 
 

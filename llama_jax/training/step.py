@@ -50,7 +50,7 @@ class TrainState:
 def init_state(params: Params, hyper: Hyper, buffer_names: frozenset[str] = frozenset()) -> TrainState:
     """Return the state before the first step. Jit it to get the moments sharded like the parameters.
 
-    `buffer_names` are the buffers among `params`.
+    `buffer_names` are those among `params` that no gradient trains.
     """
     trained = {name: value for name, value in params.items() if name not in buffer_names}
     rest = {name: value for name, value in params.items() if name in buffer_names}
@@ -280,7 +280,7 @@ def _updated(values: Params, statistics: Metrics, config: ModelConfig) -> Params
     """Return the buffers after a step, each updated by its rule with the statistic of its name."""
     rules = buffers(config)
     return {
-        name: value if (rule := rules[name]) is None else rule(value, statistics[STATISTIC + name])
+        name: value if (rule := rules.get(name)) is None else rule(value, statistics[STATISTIC + name])
         for name, value in values.items()
     }
 
