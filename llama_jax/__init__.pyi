@@ -16,7 +16,14 @@ from . import (
     training as training,
     zoo as zoo,
 )
-from .checkpoint import LanguageModel as LanguageModel, convert as convert, load as load, save as save
+from .checkpoint import (
+    LanguageModel as LanguageModel,
+    convert as convert,
+    load as load,
+    merge as merge,
+    save as save,
+    save_adapters as save_adapters,
+)
 from .config import UserError as UserError, override as override
 from .models import build as build, num_parameters as num_parameters
 from .planning import plan as plan

@@ -34,6 +34,7 @@ from llama_jax.models.layout import (
     num_parameters as num_parameters,
     per_layer as per_layer,
 )
+from llama_jax.models.merging import merge_adapters as merge_adapters
 from llama_jax.models.model import (
     LossTerm as LossTerm,
     Model as Model,

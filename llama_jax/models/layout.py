@@ -99,7 +99,9 @@ def _check_targets(config: ModelConfig, names: set[str]) -> None:
         if config.adapters == wanted:
             raise UserError("adapters are for projections, and the layers of this model have none: set it to none")
         stacks = _templates(dataclasses.replace(config, adapters=wanted))[1]  # type: ignore[type-var]
-        known = {k.split(".")[-2] for blocks in stacks.values() for b in blocks for k in b.shapes if k.endswith(ADAPTERS)}
+        known = {
+            k.split(".")[-2] for blocks in stacks.values() for b in blocks for k in b.shapes if k.endswith(ADAPTERS)
+        }
         raise UserError(
             f"adapters.targets={target} is no projection of this model's layers (stacked experts, embeddings and the "
             f"head take no adapters): give some of {', '.join(sorted(known))}, or {ALL}"
@@ -161,7 +163,7 @@ def frozen(config: ModelConfig) -> frozenset[str]:
 
 
 def num_parameters(config: ModelConfig, *, trained: bool = False) -> int:
-    """Return the exact number of parameters, without buffers; nothing is allocated. `trained` leaves out frozen ones."""
+    """Return the exact number of parameters, without buffers, or of those that are trained; nothing is allocated."""
     left_out = frozen(config) if trained else buffers(config)
     return sum(math.prod(shape) for name, shape in shapes(config).items() if name not in left_out)
 

@@ -168,9 +168,7 @@ class Projection(nnx.Module):
             self.adapter, self.path = rngs.adapters, rngs.path
             rank, none = (rngs.adapters.rank,), (None,)
             # The deviation of PEFT's first values, which are uniform.
-            self.lora_a = parameter(
-                rngs, "lora_a", self.in_shape + rank, self.in_axes + none, std=(3 * fan_in) ** -0.5
-            )
+            self.lora_a = parameter(rngs, "lora_a", self.in_shape + rank, self.in_axes + none, std=(3 * fan_in) ** -0.5)
             self.lora_b = parameter(rngs, "lora_b", rank + self.out_shape, none + self.out_axes, std=0.0)
 
     def __call__(self, x: jax.Array) -> jax.Array:

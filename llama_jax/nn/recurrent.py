@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llama_jax.config import Known, UserError
 from llama_jax.nn.attention import context
 from llama_jax.nn.base import ForwardContext, Mixer, MixerModule, PyTree, check_at_least
-from llama_jax.nn.parameters import Projection, cast_and_gather, child
+from llama_jax.nn.parameters import Projection, child
 from llama_jax.parallel import axes_of, mesh_axis_sizes, shard
 
 State = PyTree  # arrays [B, H], float32: what a cell of Flax carries

@@ -18,7 +18,7 @@ from llama_jax.nn.attention.attend import attend
 from llama_jax.nn.attention.grouped_query import Cache, write_cache
 from llama_jax.nn.base import ForwardContext, Mixer, MixerModule, check_at_least, known_heads
 from llama_jax.nn.norms import RMSNorm
-from llama_jax.nn.parameters import Projection, cast_and_gather, child
+from llama_jax.nn.parameters import Projection, child
 from llama_jax.nn.rope import Rope, known_rope
 from llama_jax.parallel import einsum, shard
 
