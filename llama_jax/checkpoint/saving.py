@@ -18,14 +18,16 @@ from llama_jax.checkpoint.loading import (
     TOKENIZER_DIRECTORY,
     LanguageModel,
     dtype_named,
+    load,
     load_native,
     local_model,
     locate,
     read_contents,
 )
+from llama_jax.checkpoint.peft_writing import save_adapters
 from llama_jax.checkpoint.store import CheckpointConfig, CheckpointStore
 from llama_jax.checkpoint.verifying import check_conversion, params_logits, write_report
-from llama_jax.config import Json, UserError, to_json
+from llama_jax.config import Json, UserError, read_json, to_json
 from llama_jax.models import ModelConfig, from_params, merge_adapters
 from llama_jax.remote import check_destination
 from llama_jax.tokenizers import Tokenizer
@@ -71,7 +73,7 @@ def convert(
     source: str | Path,
     destination: str | Path,
     *,
-    to: Literal["hf", "native"],
+    to: Literal["hf", "native", "peft"],
     components: Sequence[type] = (),
     dtype: str | None = None,
     ignore_config_keys: Collection[str] = (),
@@ -80,14 +82,21 @@ def convert(
     """Convert weights between forms, compare the logits of both, and return the conversion report.
 
     The weights keep their types, or get `dtype` ("float32" or "bfloat16"); tokenizer, chat template and generation
-    settings come along. Adapters are merged into the weights of their base, as by `load`. An import is compared with a plain numpy model that reads the source's tensors; of an export,
-    the files are read again. Nothing is kept where they disagree.
+    settings come along. Adapters are merged into the weights of their base; `base` is as in `load`. An import is
+    compared with a plain numpy model that reads the source's tensors; of an export, the files are read again. Nothing
+    is kept where they disagree. To `peft` go the adapters alone, as by `save_adapters`, with the weights that the run
+    began with as their base; that converts nothing, and the report is {}.
     """
     check_destination(destination)
     root, step = locate(source)
     path, kept = local_model(root, step), None if dtype is None else dtype_named(dtype)
     if to == "native" and (path / CHECKPOINTS_DIRECTORY).is_dir():
         raise UserError(f"'{path}' is a run or a native copy already: give other weights, or convert it to hf")
+    if to == "peft":
+        lm = load(path, dtype=dtype, components=components, step=step)
+        began = read_json(path / CONFIG_FILE).get("init_from")
+        save_adapters(lm, destination, base=began if base is None else base)
+        return {}
     found = read_contents(
         path, kept, components=components, step=step, ignore_config_keys=ignore_config_keys, base=base
     )

@@ -18,8 +18,9 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, source_leng
     """Return the FLOPs of the matrix products of a token's forward and backward pass, as the mean over a row.
 
     6 for each parameter of a matrix that a token is multiplied with, 4 where it is frozen: not the tables, not the
-    experts that it is not routed to, the embedding only where it is the head. Causal attention scores count half, since half of them are
-    needed, and recomputation does not count (Chowdhery et al. 2022, appendix B, halved). A row with a source has both.
+    experts that it is not routed to, the embedding only where it is the head. Causal attention scores count half, since
+    half of them are needed, and recomputation does not count (Chowdhery et al. 2022, appendix B, halved). A row with a
+    source has both.
     """
     matrices = {
         name: math.prod(p.shape)
