@@ -9,7 +9,7 @@ from typing import Any
 
 from llama_jax.checkpoint import CONFIG_FILE, TOKENIZER_DIRECTORY, config_of, load, merge
 from llama_jax.config import UserError
-from llama_jax.data import DataConfig, Dataset, SequenceToSequence, Vocabulary, prepare_dataset, read_texts
+from llama_jax.data import DataConfig, Dataset, Preference, SequenceToSequence, Vocabulary, prepare_dataset, read_texts
 from llama_jax.models import ModelConfig, Params, abstract_params, initialize, merge_adapters
 from llama_jax.parallel import MeshConfig
 from llama_jax.run.directory import Run
@@ -138,7 +138,7 @@ def inheritance(config: RunConfig, components: Sequence[type] = ()) -> tuple[lis
     path = config.init_from
     assert path is not None
     begins = config_of(path, components)
-    if begins.adapters != config.model.adapters:
+    if not _continues(begins, config):
         begins, _ = merge_adapters(begins, {})
     found, wanted = (_shapes(c) for c in (begins, config.model))
     taken = [name for name in wanted if found.get(name) == wanted[name]]
@@ -163,9 +163,16 @@ def first_params(config: RunConfig, components: Sequence[type] = ()) -> tuple[Pa
         return params, []
     taken, lines = inheritance(config, components)
     lm = load(config.init_from, dtype="float32", components=components)
-    # Other adapters than the run's are part of the weights that it begins with.
-    found = (lm if lm.config.adapters == config.model.adapters else merge(lm)).model.params()
+    found = (lm if _continues(lm.config, config) else merge(lm)).model.params()
     return params | {name: found[name] for name in taken}, lines
+
+
+def _continues(begins: ModelConfig, config: RunConfig) -> bool:
+    """Return whether a run trains the adapters that it begins with; others are part of the weights that it begins with.
+
+    The reference of pairs is the model without adapters, so that those it begins with have to be in its weights.
+    """
+    return begins.adapters == config.model.adapters and not isinstance(config.data.objective, Preference)
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
