@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax.checkpoint.formats import is_meta
+from llama_jax.checkpoint.formats import is_meta, rounded
 from llama_jax.checkpoint.generation import GenerationSettings, read_generation
 from llama_jax.checkpoint.importing import WeightSource, load_params, open_source, stored_dtypes
 from llama_jax.checkpoint.peft_reading import is_adapter, open_adapter
@@ -131,6 +131,9 @@ def read_contents(
     """
     native = (path / CHECKPOINTS_DIRECTORY).is_dir()
     source = None if native else _opened(path, base, ignore_config_keys)
+    if source is not None and dtype is None and is_adapter(path):  # its sums are in float32, whatever is stored
+        tensors = {name: rounded(tensor, tensor.dtype) for name, tensor in source.tensors.items()}
+        source = dataclasses.replace(source, tensors=tensors)
     if source is None:
         config, params = load_native(path, dtype, components, step)
         tokenizer_path: Path | None = path / TOKENIZER_DIRECTORY
