@@ -22,8 +22,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     "__version__", "installation", "values", "config", "parser", "files", "figures", "chips", "remote", "screen",
     "parallel", "tokenizers", "data", "nn", "models", "zoo", "training", "checkpoint", "sampling", "run_config",
-    "planning", "run", "ablation", "compare_command", "text_commands", "compilations", "key_help", "commands",
-    "__main__",
+    "planning", "run", "inspect", "ablation", "reports", "compare_command", "report_command", "text_commands",
+    "compilations", "key_help", "commands", "__main__",
 )  # fmt: skip
 MAX_LINES = 400
 
