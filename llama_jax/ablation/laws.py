@@ -8,7 +8,7 @@ import numpy as np
 
 DELTA = 1e-3  # of the Huber loss, in log loss (Hoffmann et al. 2022, appendix D.2)
 NUM_TERMS = 5  # numbers that a fit finds
-EXPONENTS = (0.2, 0.5, 1.0)  # to start from
+EXPONENTS = (0.3, 0.8)  # to start from
 BOUNDS = np.array([[-20, -20, 1e-3, -20, 1e-3], [20, 20, 3, 20, 3]])  # of log E, log A, alpha, log B, beta, centred
 MAX_STEPS = 200
 
@@ -18,11 +18,11 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Law(NamedTuple):
     """Loss E + A / N^alpha + B / D^beta of N parameters after D tokens, in nats per token (Hoffmann et al. 2022)."""
 
-    E: float
-    A: float
-    alpha: float
-    B: float
-    beta: float
+    E: Any
+    A: Any
+    alpha: Any
+    B: Any
+    beta: Any
 
     def loss(self, parameters: Any, tokens: Any) -> Any:
         """Return the loss of models with so many parameters after so many tokens."""
@@ -106,7 +106,7 @@ def _descend(x: Array, n: Array, d: Array, log_losses: Array) -> tuple[Array, Ar
         new = np.clip(x - step, *BOUNDS)
         at_new = at(new)
         better = at_new[0] < objective
-        settled = np.where(better, objective - at_new[0] < 1e-10 * objective, damping > 1e8)
+        settled = np.where(better, objective - at_new[0] < 1e-8 * objective, damping > 1e8)
         x = np.where(better[:, None], new, x)
         objective, residuals, share = (
             np.where(better.reshape(-1, *[1] * (old.ndim - 1)), changed, old)
@@ -119,10 +119,10 @@ def _descend(x: Array, n: Array, d: Array, log_losses: Array) -> tuple[Array, Ar
 
 
 class Resampled(NamedTuple):
-    """A law, the laws of repeated runs, and the standard deviation of a run's log loss around it."""
+    """A law, the laws of repeated runs (its numbers are arrays), and the deviation of a run's log loss around it."""
 
     law: Law
-    laws: list[Law]
+    laws: Law
     deviation: float
 
     @classmethod
@@ -139,11 +139,11 @@ class Resampled(NamedTuple):
         a = math.log(law.A) - law.alpha * np.log(parameters).mean()
         b = math.log(law.B) - law.beta * np.log(tokens).mean()
         x, _ = _descend(np.tile([math.log(law.E), a, law.alpha, b, law.beta], (resamples, 1)), n, d, draws)
-        return cls(law, [_law(one, parameters, tokens) for one in x], deviation)
+        return cls(law, Law(*np.array([_law(one, parameters, tokens) for one in x]).T), deviation)
 
     def measurements(self, parameters: Array, tokens: Array, seed: int = 0) -> Array:
         """Return losses [resamples, R] of new runs: of each of the laws, with a run's deviation."""
-        losses = np.array([law.loss(parameters, tokens) for law in self.laws])
+        losses = Law(*np.array(self.laws)[:, :, None]).loss(parameters, tokens)
         return losses * np.exp(self.deviation * np.random.default_rng(seed).standard_normal(losses.shape))
 
 
