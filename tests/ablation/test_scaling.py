@@ -146,15 +146,16 @@ def test_budgets_that_pay_for_nothing_are_refused(sweep_base: RunConfig):
 @pytest.mark.slow
 def test_real_runs_have_the_steps_of_their_budgets(sweep_base: RunConfig, tmp_path):
     base = override(sweep_base, {"logging.validate_every_steps": 100})
-    budgets = [3e8, 6e8, 1.2e9]
+    budgets = [1e8, 2e8, 4e8]
     found = llama_jax.scaling(base, budgets, SIZES_OF_RUNS, run_dir=tmp_path / "scaling", quiet=True)
     assert len(found.points) == 9
     for point in found.points:
-        assert point.flops_per_token * point.tokens == pytest.approx(point.budget, rel=0.1)
+        half_a_step = point.flops_per_token * 8 * 32 / 2
+        assert point.flops_per_token * point.tokens == pytest.approx(point.budget, abs=half_a_step)
     assert found.points[1].flops_per_token == train_flops_per_token(base.model, base.sequence_length)
     assert found.sweep is not None
     assert [trial["step"] * 8 * 32 for trial in found.sweep.trials()] == [point.tokens for point in found.points]
-    assert {entry["budget"] for entry in found.holdout} == {1.2e9}
+    assert {entry["budget"] for entry in found.holdout} == {4e8}
     assert all(0 < entry["low"] < entry["high"] < 10 for entry in found.holdout)
     again = llama_jax.scaling(base, budgets, SIZES_OF_RUNS, run_dir=tmp_path / "scaling", quiet=True)
     assert again.fit == found.fit
