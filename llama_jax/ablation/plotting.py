@@ -57,7 +57,7 @@ def plot_sweep(sweep: "Sweep") -> "Figure":
 
 
 def _panels(sweep: "Sweep") -> list[Callable[["Axes"], None]]:
-    """Return the functions that draw curves, and the final metric against the costs that differ by more than 1 %."""
+    """Return the functions that draw curves, and the final metric against the costs that differ by more than 2 %."""
     records = sweep.records()
     panels: list[Callable[[Axes], None]] = []
     for metric in dict.fromkeys(("loss", sweep.metric)):
@@ -66,7 +66,7 @@ def _panels(sweep: "Sweep") -> list[Callable[["Axes"], None]]:
     for title, key, _ in COSTS:
         places = [i for i, record in enumerate(records) if record["mean"] is not None and record[key]]
         costs = [records[i][key] for i in places]
-        if costs and max(costs) > 1.01 * min(costs):
+        if costs and max(costs) > 1.02 * min(costs):
             panels.append(functools.partial(_cost, sweep, title, key, places))
     return panels
 
