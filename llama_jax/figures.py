@@ -54,7 +54,7 @@ def clean(axes: "Axes") -> "Axes":
 def counted(number: float | None) -> str:
     """Return a count with three digits: 3.8M."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number is not None and number >= size:
+        if number is not None and number >= 0.9995 * size:  # 999,999 is 1M
             return f"{number / size:.3g}{unit}"
     return "-" if number is None else f"{number:.4g}"
 

@@ -5,3 +5,6 @@ from .records import (
     VariantRecord as VariantRecord,
     read_sweep as read_sweep,
 )
+from .result import Sweep as Sweep, open_sweep as open_sweep
+from .sweep import ablate as ablate
+from .tables import columns_of as columns_of
