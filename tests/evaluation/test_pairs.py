@@ -38,16 +38,10 @@ def test_metrics_of_classes_are_scikit_learns(pairs: list[tuple[int, int]]):
 def classifier() -> LanguageModel:
     """A BERT with three classes and its tokenizer."""
     tokenizer = train_tokenizer(TEXTS, kind="wordpiece", vocab_size=50)
-    keys = {
-        "vocab_size": tokenizer.vocab_size,
-        "num_classes": 3,
-        "hidden_size": 32,
-        "num_layers": 1,
-        "max_positions": 32,
-        "positions.num_positions": 32,
-    }
-    keys |= {"attention.num_heads": 2, "attention.num_kv_heads": 2, "attention.head_dim": 16}
-    config = llama_jax.override(llama_jax.presets()["bert_base"], keys | {"feed_forward.intermediate_size": 48})
+    sizes = {"num_classes": 3, "hidden_size": 32, "num_layers": 1, "max_positions": 32, "positions.num_positions": 32}
+    sizes |= {"attention.num_heads": 2, "attention.num_kv_heads": 2, "attention.head_dim": 16}
+    sizes |= {"vocab_size": tokenizer.vocab_size, "feed_forward.intermediate_size": 48}
+    config = llama_jax.override(llama_jax.presets()["bert_base"], sizes)
     return LanguageModel(config, build(config, seed=3, compute=Compute(dtype="float32")), tokenizer)
 
 
@@ -65,7 +59,7 @@ def test_texts_are_read_alone_and_without_padding(classifier: LanguageModel):
     assert remarks == []
     wrong = [(text, labels[(i + 1) % 3]) for text, i in zip(TEXTS, predicted, strict=True)]
     assert evaluate_classes(classifier, wrong, Classification(labels), **options)[0]["accuracy"] == 0
-    long, remarks = evaluate_classes(classifier, [("cat " * 100, "x")], Classification(labels), **options)
+    _, remarks = evaluate_classes(classifier, [("cat " * 100, "x")], Classification(labels), **options)
     assert remarks == ["1 texts were cut to the model's 32 positions"]
 
 
@@ -75,8 +69,8 @@ def test_numbers_are_labels_without_a_run(classifier: LanguageModel, tmp_path: P
     found = evaluate(classifier, pairs=str(file), fields=("text", "label"), quiet=True).results
     assert found["pairs.jsonl"]["n"] == len(TEXTS)
     assert found["pairs.jsonl"].keys() == {"accuracy", "accuracy_stderr", "f1_macro", "mcc", "n"}
+    pairs, objective = [("cat", "2")], Classification(("x", "y"))
     with pytest.raises(UserError, match="the label '2' is none of the model's, x, y"):
-        pairs, objective = [("cat", "2")], Classification(("x", "y"))
         evaluate_classes(classifier, pairs, objective, batch_size=1, progress=lambda done, total: None)
 
 
