@@ -87,6 +87,17 @@ COMMANDS = {
             flag("--json", None, "for programs"),
         ),
     ),
+    "report": Command(
+        "Report on runs and sweeps. Without a flag it is a table; --html writes one page, which needs no network, with "
+        "config differences, curves, samples and evaluations.",
+        (
+            flag("runs", "RUN", "run directories, folders that have runs, sweeps, globs; or URLs of runs", nargs="+"),
+            flag("--html", "FILE", "write the page"),
+            flag("--watch", None, "serve the page on this machine while the runs go on"),
+            flag("--port", "N", "of --watch, 0: any that is free; default: %(default)s", type=int, default=8321),
+            flag("--metric", "NAME", "compare by this one of metrics.jsonl; default: val_loss"),
+        ),
+    ),
     "sample": Command(
         "Continue texts with a trained model. An encoder-decoder answers: the prompt is its source, in which special "
         "tokens such as <extra_id_0> may be written out, and only the answer is printed. With --chat the prompt is a "
@@ -292,6 +303,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.command == "compare":
             from llama_jax.compare_command import compare_command as work
+        elif args.command == "report":
+            from llama_jax.report_command import report_command as work
         else:  # seconds: JAX and all packages
             from llama_jax.commands import run as work
     except ModuleNotFoundError as error:
