@@ -30,13 +30,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from llama_jax.checkpoint import LanguageModel
 from llama_jax.config import UserError
 from llama_jax.evaluation.scoring import Scorer
-from llama_jax.sampling import Sampler, checked_prompts, continued, rendered_chat, stop_ids, tokenizer_of
+from llama_jax.sampling import Sampler, built_in, checked_prompts, continued, rendered_chat, stop_ids, tokenizer_of
 
 CHUNK = 16  # new tokens between two looks for a stop string
 BOOTSTRAP = 1000  # resamples, for standard errors of metrics that are not means
 SEED = 1234  # of few-shot examples, lm_eval's own
 WRITES_CODE = "writes_code"  # in a task's metadata
-ELSEWHERE = {"boolq": "super_glue"}  # folders of lm_eval/tasks that are not named like the task
 
 
 class HarnessLM(TemplateLM):
@@ -53,13 +52,18 @@ class HarnessLM(TemplateLM):
         *,
         batch_size: int = 8,
         progress: Callable[[int, int], object] = lambda done, total: None,
+        chat_template: str | None = None,
     ):
-        """Raises UserError for a model that is not a decoder, and for a tokenizer with neither BOS nor EOS."""
+        """`chat_template` names another one than that of the run or of the model's files.
+
+        Raises UserError for a model that is not a decoder, and for a tokenizer with neither BOS nor EOS.
+        """
         super().__init__()
         self.lm, self.scorer = lm, Scorer(lm, batch_size=batch_size, progress=progress)
         self.text_tokenizer = tokenizer_of(lm)
         if self.text_tokenizer.bos_id is None and not self.text_tokenizer.eos_ids:
             raise UserError("the tokenizer has neither BOS nor EOS, which begin a text without context: add one")
+        self.template = lm.chat_template if chat_template is None else built_in(chat_template, self.text_tokenizer)
         self.tok_encode = functools.lru_cache(4096)(self.tok_encode)  # contexts come once for each choice
         self.remarks: dict[str, None] = {}  # in order, each once
 
@@ -86,7 +90,7 @@ class HarnessLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return the text of a conversation, by the template of the run or of the model's files."""
-        render = functools.partial(rendered_chat, self.text_tokenizer, template=self.lm.chat_template)
+        render = functools.partial(rendered_chat, self.text_tokenizer, template=self.template)
         others = [message for message in chat_history if message["role"] != "system"]
         try:
             return render(chat_history, opens_answer=add_generation_prompt)
@@ -281,28 +285,16 @@ def load_tasks(names: Sequence[str], task_files: str | Path | None = None) -> An
 def _manager(names: Sequence[str], task_files: str | Path | None) -> TaskManager:
     """Return a manager that knows the tasks. Only their folders are read: all of them take a minute."""
     root, own = Path(lm_eval.tasks.__file__).parent, [] if task_files is None else [Path(task_files)]
-
-    def manager(folders: Sequence[str]) -> TaskManager:
-        paths: list[str | Path] = [*(root / folder for folder in folders), *own]
-        return TaskManager(include_defaults=False, include_path=paths)
-
-    everything = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
-    likely = [name for name in everything if any(_begins(task, name) for task in names)]
-    for folders in ([], likely):
-        found = manager(folders)
-        if all(name in found.task_index for name in names):
-            return found
+    found = TaskManager(include_defaults=False, include_path=[*own])
+    if all(name in found.task_index for name in names):
+        return found
     known = _folders_by_name(root)
-    unknown = [name for name in names if name not in known and name not in found.task_index]
-    if unknown:
+    if unknown := [name for name in names if name not in known and name not in found.task_index]:
         near = difflib.get_close_matches(unknown[0], [*known, *found.task_index], n=3)
         hint = f"did you mean {' or '.join(f"'{name}'" for name in near)}?" if near else "see docs/evaluation.md"
         raise UserError(f"there is no task '{unknown[0]}' in lm_eval, nor in --task-files: {hint}")
-    return manager(sorted({folder for name in names for folder in known.get(name, ())}))
-
-
-def _begins(task: str, folder: str) -> bool:
-    return ELSEWHERE.get(task) == folder or task == folder or task.startswith(f"{folder}_")
+    folders = sorted({root / folder for name in names for folder in known.get(name, ())})
+    return TaskManager(include_defaults=False, include_path=[*folders, *own])
 
 
 @functools.cache
