@@ -151,42 +151,42 @@ class HarnessLM(TemplateLM):
         A task's `max_gen_toks` is at most half of the model's positions, of which a context takes the rest.
         """
         texts, done = [""] * len(requests), 0
-        eos = self.text_tokenizer.special_tokens
-        end = next((name for name, i in eos.items() if i == self.eot_token_id), None)
-        keys = [json.dumps(request.args[1], sort_keys=True, default=str) for request in requests]
+        names = self.text_tokenizer.special_tokens.items()
+        end = next((name for name, i in names if i == self.eot_token_id), None)
+        options: list[Any] = [normalize_gen_kwargs(request.args[1], 256) for request in requests]
+        until = [[s for s in handle_stop_sequences(own.pop("until"), eos=end) if s] for own in options]
+        keys = [json.dumps(own, sort_keys=True, default=str) for own in options]
         for key in dict.fromkeys(keys):
             numbers = [i for i, own in enumerate(keys) if own == key]
-            options: Any = normalize_gen_kwargs(requests[numbers[0]].args[1], 256)
-            until = [stop for stop in handle_stop_sequences(options.pop("until"), eos=end) if stop]
-            count = min(options["max_gen_toks"], max(1, self.max_length // 2))
-            if count < options["max_gen_toks"]:
-                asked = f"{options['max_gen_toks']} new tokens were asked for, and {count} are"
+            option = options[numbers[0]]
+            count = min(option["max_gen_toks"], max(1, self.max_length // 2))
+            if count < option["max_gen_toks"]:
+                asked = f"{option['max_gen_toks']} new tokens were asked for, and {count} are"
                 self.remarks[f"{asked} half of the model's {self.max_length} positions"] = None
-            room = self.max_length - count
-            ids = {i: (self.tok_encode(requests[i].args[0]) or [self.prefix_token_id])[-room:] for i in numbers}
-            temperature = options.get("temperature", 0.0) if options.get("do_sample") else 0.0
-            sampler = Sampler.of(temperature, options.get("top_k"), options.get("top_p"), ())
+            start, room = [self.prefix_token_id], self.max_length - count
+            ids = {i: (self.tok_encode(requests[i].args[0]) or start)[-room:] for i in numbers}
+            temperature = option.get("temperature", 0.0) if option.get("do_sample") else 0.0
+            sampler = Sampler.of(temperature, option.get("top_k"), option.get("top_p"), ())
             numbers.sort(key=lambda i: len(ids[i]), reverse=True)
             for batch in itertools.batched(numbers, self.scorer.batch_size):
-                for i, text in zip(batch, self._written([ids[i] for i in batch], count, sampler, until), strict=True):
+                written = self._written([ids[i] for i in batch], count, sampler, [until[i] for i in batch])
+                for i, text in zip(batch, written, strict=True):
                     texts[i] = text
                 done += len(batch)
                 self.scorer.progress(done, len(requests))
         return texts
 
-    def _written(self, prompts: list[list[int]], count: int, sampler: Sampler, until: list[str]) -> list[str]:
+    def _written(self, prompts: list[list[int]], count: int, sampler: Sampler, until: list[list[str]]) -> list[str]:
         """Return the texts of at most `count` tokens after prompts, each cut before its stop strings."""
         checked, texts = checked_prompts(self.lm.model, prompts, None), list[str]()
-        for rows in continued(
-            self.lm.model, checked, count, sampler, settings=self.lm.generation, seed=0, stop_ids=stop_ids(self.lm),
-            chunk=CHUNK,
-        ):  # fmt: skip
+        options = {"settings": self.lm.generation, "seed": 0, "stop_ids": stop_ids(self.lm), "chunk": CHUNK}
+        for rows in continued(self.lm.model, checked, count, sampler, **options):
             ends = zip(rows.tokens, checked.lengths, rows.lengths, strict=True)
             texts = [self._decode(tokens[start:end].tolist()) for tokens, start, end in ends]
-            stopped = [any(stop in text for stop in until) for text in texts]
+            stopped = [any(s in text for s in own) for text, own in zip(texts, until, strict=True)]
             if all(found or bool(done) for found, done in zip(stopped, rows.done, strict=True)):
                 break
-        return [postprocess_generated_text(text, until, None) for text in texts]
+        return [postprocess_generated_text(text, own, None) for text, own in zip(texts, until, strict=True)]
 
     def _decode(self, ids: list[int]) -> str:
         return self.text_tokenizer.decode([i for i in ids if i < self.text_tokenizer.vocab_size])

@@ -23,6 +23,7 @@ GOLDENS = Path(__file__).parent.parent / "directories" / "goldens"
 TEXTS = ["the cat sat", "a red barn", "what noise", "the old river ran by", "see", "the cat sat on a mat"]
 
 
+@settings(max_examples=40)
 @pytest.mark.filterwarnings("ignore:A single label was found")
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=30))
 def test_metrics_of_classes_are_scikit_learns(pairs: list[tuple[int, int]]):
@@ -74,6 +75,7 @@ def test_numbers_are_labels_without_a_run(classifier: LanguageModel, tmp_path: P
         evaluate_classes(classifier, pairs, objective, batch_size=1, progress=lambda done, total: None)
 
 
+@pytest.mark.slow
 def test_bleu_is_sacrebleus(tmp_path: Path):
     lm = llama_jax.load(GOLDENS / "marian", dtype="float32")
     sources = ["the river sees a house", "Anna's letter", "slept."]
