@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sacrebleu
 import sklearn.metrics
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 import llama_jax
 from llama_jax.checkpoint import LanguageModel
