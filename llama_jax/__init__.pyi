@@ -4,7 +4,9 @@ from . import (
     chips as chips,
     config as config,
     data as data,
+    evaluation as evaluation,
     files as files,
+    inspect as inspect,
     models as models,
     nn as nn,
     parallel as parallel,
@@ -18,9 +20,10 @@ from . import (
     training as training,
     zoo as zoo,
 )
-from .ablation import open_sweep as open_sweep
+from .ablation import ablate as ablate, open_sweep as open_sweep
 from .checkpoint import LanguageModel as LanguageModel, convert as convert, load as load, save as save
 from .config import UserError as UserError, override as override
+from .evaluation import Evaluation as Evaluation, evaluate as evaluate
 from .models import build as build, num_parameters as num_parameters
 from .planning import plan as plan
 from .reports import report as report

@@ -6,4 +6,5 @@ from .records import (
     read_sweep as read_sweep,
 )
 from .result import Sweep as Sweep, open_sweep as open_sweep
+from .sweep import ablate as ablate
 from .tables import columns_of as columns_of
