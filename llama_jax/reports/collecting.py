@@ -58,7 +58,10 @@ def find_places(paths: Iterable[str | Path]) -> Places:
     sweeps: list[Path] = []
     for path in map(str, paths):
         local = as_local(path)
-        places = [path] if local is None else sorted(glob.glob(os.path.abspath(local.expanduser()))) or [path]
+        if local is None:
+            runs.append(path)
+            continue
+        places = sorted(glob.glob(os.path.abspath(local.expanduser()))) or [path]
         for place in places:
             own = Path(place.removesuffix(SWEEP_FILE))
             inside = [own / SWEEP_FILE] if (own / SWEEP_FILE).is_file() else sorted(own.glob(f"*/{SWEEP_FILE}"))
