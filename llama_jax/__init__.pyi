@@ -4,6 +4,7 @@ from . import (
     chips as chips,
     config as config,
     data as data,
+    evaluation as evaluation,
     files as files,
     inspect as inspect,
     models as models,
@@ -22,6 +23,7 @@ from . import (
 from .ablation import ablate as ablate, open_sweep as open_sweep
 from .checkpoint import LanguageModel as LanguageModel, convert as convert, load as load, save as save
 from .config import UserError as UserError, override as override
+from .evaluation import Evaluation as Evaluation, evaluate as evaluate
 from .models import build as build, num_parameters as num_parameters
 from .planning import plan as plan
 from .reports import report as report
