@@ -360,6 +360,6 @@ print(f"{len(candidates)} options fit; the fastest, bound by {best.plan.bound}: 
 print(f"{best.plan.total_bytes / GIB:.1f} GiB, {best.plan.tokens_per_second:,.0f} tokens/s")
 
 # %% [markdown]
-# The figures are estimates: [docs/planning.md](../docs/planning.md) compares those of memory with XLA's, and a step takes
-# at least the time that the planner gives. `llama_jax.plan(..., compile=True)` asks XLA itself, with the real train step
-# (extra `plan`).
+# The figures are estimates: [docs/planning.md](../docs/planning.md) compares those of memory with XLA's, and a step
+# takes at least the time that the planner gives. `llama_jax.plan(..., compile=True)` asks XLA itself, with the real
+# train step (extra `plan`).
