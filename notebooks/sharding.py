@@ -235,7 +235,7 @@ for (name, values), mark in zip(list(losses.items())[1:-1], "os^Dv", strict=Fals
     left.plot(steps, values, mark, markersize=4, markevery=4, fillstyle="none", label=name)
     right.plot(steps, 1e6 * (values - alone), mark, markersize=4, fillstyle="none")
 left.set(xlabel="step", ylabel="training loss (nats per token)")
-right.set(xlabel="step", ylabel="minus that of one device (10$^{-6}$ nats)")
+right.set(xlabel="step", ylabel="loss minus one device's (10$^{-6}$ nats)")
 right.axhline(0, color="black", linewidth=0.5)
 fig.legend(loc="outside lower center", ncols=3)
 plt.show()
