@@ -17,7 +17,7 @@ from . import (
     training as training,
     zoo as zoo,
 )
-from .ablation import ablate as ablate
+from .ablation import ablate as ablate, open_sweep as open_sweep
 from .checkpoint import LanguageModel as LanguageModel, convert as convert, load as load, save as save
 from .config import UserError as UserError, override as override
 from .models import build as build, num_parameters as num_parameters

@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import json
-import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,17 +11,14 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from llama_jax.config import UserError
+from llama_jax.figures import COLORS, EXTRA, UNITS, counted, smooth
 from llama_jax.remote import as_local
 from llama_jax.run import LAST_LINES, Row, choose_metric, compare_runs, differing_keys, find_runs, rows_of
 from llama_jax.screen import duration
 
-# The palette of Okabe and Ito, which the colour-blind can tell apart; grey for its yellow and black.
-COLORS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (128, 128, 128))
 MAX_CURVES = len(COLORS)  # in a plot: those of the best rows
 MARKS = "abcdefg"  # of curves on a terminal without colours
-UNITS = {"loss": "nats per token", "val_loss": "nats per token", "val_bits_per_byte": "bits per byte"}
 WIDTH = 28  # at most, of a key's value
-EXTRA = "pip install 'llama_jax[compare]'"
 
 Columns = dict[str, list[str]]  # cells of each row, by title
 
@@ -148,14 +144,6 @@ def shown(value: Any) -> str:
     return text if len(text) <= WIDTH else f"{text[: WIDTH // 2 - 1]}…{text[-WIDTH // 2 :]}"
 
 
-def counted(number: int | None) -> str:
-    """Return a count with three digits: 3.8M."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number is not None and number >= size:
-            return f"{number / size:.3g}{unit}"
-    return "-" if number is None else str(number)
-
-
 def curves_of(rows: Sequence[Row], metric: str) -> tuple[str, dict[str, dict[int, float]], float]:
     """Return (what is drawn, the curves of the best rows by name, the highest value to draw).
 
@@ -170,12 +158,6 @@ def curves_of(rows: Sequence[Row], metric: str) -> tuple[str, dict[str, dict[int
     top = max((value for curve in curves.values() for step, value in curve.items() if step > end / 10), default=0.0)
     mean = "running mean, " if drawn == "loss" else ""
     return f"{drawn} ({mean}{UNITS[drawn]})" if drawn in UNITS else drawn, curves, top
-
-
-def smooth(curve: Mapping[int, float]) -> dict[int, float]:
-    """Return means over the last fortieth of the points."""
-    values, width = list(curve.values()), 1 + len(curve) // 40
-    return {step: statistics.fmean(values[max(0, i + 1 - width) : i + 1]) for i, step in enumerate(curve)}
 
 
 def print_plot(console: Console, rows: Sequence[Row], metric: str) -> None:

@@ -5,4 +5,5 @@ from .records import (
     VariantRecord as VariantRecord,
     read_sweep as read_sweep,
 )
+from .result import Sweep as Sweep, open_sweep as open_sweep
 from .sweep import ablate as ablate

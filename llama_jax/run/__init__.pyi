@@ -1,5 +1,6 @@
 from .callbacks import Event as Event
 from .comparing import (
+    HIGHER as HIGHER,
     LAST_LINES as LAST_LINES,
     Row as Row,
     RunRecord as RunRecord,

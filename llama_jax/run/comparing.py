@@ -36,7 +36,7 @@ MINOR = (
 )
 _FILES = re.compile(r"(config|data)\.json|metrics\.jsonl|tokenizer/[^/]+")  # of a run, those that are read here
 _INSIDE = re.compile(r"/((config|data|run)\.json|metrics\.jsonl|samples\.txt|(checkpoints|tokenizer)(/.*)?)$")
-_HIGHER = ("accuracy", "mfu", "tokens_per_second")  # ends of the names of metrics of which more is better
+HIGHER = ("accuracy", "mfu", "tokens_per_second")  # ends of the names of metrics of which more is better
 _WARNINGS = {  # keys that change what the losses measure
     "data.objective": "objectives differ: losses are of different targets",
     "logging.validation_batches": "logging.validation_batches differs: validation is on different parts of the text",
@@ -77,7 +77,7 @@ class RunRecord:
         compilation, validation and saving.
         """
         curve, losses, speeds = self.curve(metric), self.curve("loss"), self.curve("tokens_per_second")
-        best = (max if metric.endswith(_HIGHER) else min)(curve, key=curve.__getitem__, default=None)
+        best = (max if metric.endswith(HIGHER) else min)(curve, key=curve.__getitem__, default=None)
         speed, seconds = statistics.median(speeds.values()) if speeds else None, None
         steps = [0, *(line["step"] for line in self.metrics)]
         if speed:  # a line without a speed has the compilation in it
@@ -182,7 +182,7 @@ def rows_of(records: Sequence[RunRecord], metric: str, *, every: bool = False) -
     for record in records:
         learned = {key: value for key, value in record.config.items() if key != "seed" and not key.startswith(MINOR)}
         groups.setdefault(record.path if every else json.dumps(learned, sort_keys=True), []).append(record)
-    sign = -1 if metric.endswith(_HIGHER) else 1
+    sign = -1 if metric.endswith(HIGHER) else 1
 
     def order(row: Row) -> float:
         best = row.numbers(metric)[0]["best"]
