@@ -39,7 +39,7 @@ def numbers(sweep: SweepRecord) -> dict[tuple[str, int], list[dict[str, float]]]
 def test_the_runs_are_those_of_train(sweep: SweepRecord, sweep_base: RunConfig, tmp_path: Path):
     found = numbers(sweep)
     assert list(found) == [(name, seed) for name in VARIANTS for seed in SEEDS]
-    for name, seed in (("MQA", 0), ("slow", 3)):
+    for name, seed in (("MQA", 0),):
         run = train(override(sweep_base, {**VARIANTS[name], "seed": seed}), tmp_path / f"{name}{seed}", quiet=True)
         for line, expected in zip(found[name, seed], run.metrics(), strict=True):
             assert line == {key: pytest.approx(expected[key], rel=1e-5) for key in line}
@@ -187,7 +187,7 @@ def test_one_bar_over_all(sweep_base: RunConfig, tmp_path: Path, monkeypatch: py
 def test_a_sweep_compiles_nothing_that_its_runs_have_compiled(
     sweep: SweepRecord, sweep_base: RunConfig, tmp_path: Path
 ):
-    """Three variants of two programs were run by the fixture: other seeds, rates and steps compile nothing more."""
+    """Three variants of two programs were run by the fixture: other seeds, rates and steps compile nothing."""
     events: list[str] = []
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
@@ -195,7 +195,7 @@ def test_a_sweep_compiles_nothing_that_its_runs_have_compiled(
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        variants = {**VARIANTS, "slower": {"optimizer.learning_rate": 1e-4}}
+        variants = {**VARIANTS, "slow": {"optimizer.learning_rate": 1e-4, "optimizer.weight_decay": 0.0}}
         llama_jax.ablate(sweep_base, variants, seeds=[5, 6], steps=3, run_dir=tmp_path / "s", quiet=True)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
