@@ -85,6 +85,7 @@ class Tuning:
             asked = [values for values in alive if (json.dumps(_shown(values)), until) not in known]
             if asked:
                 began = time.monotonic()
+                self.directory.mkdir(parents=True, exist_ok=True)
                 places = [self.directory / ",".join(f"{value:.6g}" for value in values) for values in asked]
                 changes = [dict(zip(self.tune, values, strict=True)) for values in asked]
                 for values, loss in zip(asked, trials(dict(zip(places, changes, strict=True)), until), strict=True):
