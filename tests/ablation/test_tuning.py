@@ -89,6 +89,7 @@ def test_refused(config: RunConfig, tune: Any, sentence: str):
         check_tune(config, tune)
 
 
+@pytest.mark.slow
 def test_each_variant_is_trained_with_its_own_value(sweep_base: RunConfig, tmp_path: Path):
     variants = {"base": {}, "SGD": {"optimizer": "SGD"}}
     options: dict[str, Any] = {"seeds": 1, "tune": {RATE: [1e-2, 1e30, 1e-3]}, "run_dir": tmp_path, "quiet": True}

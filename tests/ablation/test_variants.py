@@ -53,7 +53,7 @@ def test_names_are_short_and_unique(sweep_base: RunConfig):
     found = named(sweep_base, asked)
     assert list(found) == [
         "base", "LatentAttention, kv_lora_rank=8", "LatentAttention, kv_lora_rank=4", "eps=0.001", "LayerNorm",
-        "Doubled", "SGD", "by name", "num_layers=2, hidden_size=16",
+        "Doubled", "SGD", "by name", "hidden_size=16, num_layers=2",
     ]  # fmt: skip
     assert found["base"] == sweep_base
     assert isinstance(found["LatentAttention, kv_lora_rank=4"].model.layer_pieces()[0][1], LatentAttention)
