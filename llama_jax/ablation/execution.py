@@ -12,6 +12,7 @@ import jax
 from llama_jax.ablation.records import SWEEP_FILE, VariantRecord, sweep_json, trial_directory
 from llama_jax.ablation.tuning import SEED, Tune, Tuning
 from llama_jax.ablation.variants import Variant, code_digest
+from llama_jax.checkpoint import SaveFailed
 from llama_jax.config import UserError, override
 from llama_jax.files import write_text
 from llama_jax.run import (
@@ -26,6 +27,7 @@ from llama_jax.run import (
     termination,
     train_together,
 )
+from llama_jax.run_config import RunConfig
 from llama_jax.screen import Bar
 
 METRIC = "val_loss"
@@ -89,16 +91,27 @@ class Sweeper:
         self._asked, self._prepared = dict(asked), dict[str, Prepared]()
         self._said, self._done = set[str](), 0
 
-    def prepare(self, made: Sequence[Variant]) -> None:
+    def unfinished(self, variant: Variant) -> bool:
+        """Return whether runs of a variant are left to train."""
+        record, steps = self.records[variant.name], variant.config.num_steps
+        seeds = [seed for seed in self.seeds if str(seed) not in record.failures]
+        runs = [Run(trial_directory(self.place, record, seed), variant.config) for seed in seeds]
+        return any(max(run.committed_steps(), default=0) < steps for run in runs)
+
+    def prepare(self, base: RunConfig, made: Sequence[Variant]) -> None:
         """Prepare and check all variants, each distinct tokenizer and corpus once; then write the sweep's files.
 
         Raises UserError for the first variant that cannot run.
         """
         shared: dict[Any, tuple[Path, Prepared]] = {}
+
+        def texts_of(config: RunConfig) -> Any:
+            """Return a value that is equal for configs with one tokenizer and corpus."""
+            return config.tokenizer, config.data, config.model.has_source
+
         for variant in made:
-            config = variant.config
-            texts = config.tokenizer, config.data, config.model.has_source
-            own = self.place if not shared else self.place / self.records[variant.name].directory
+            config, texts = variant.config, texts_of(variant.config)
+            own = self.place / ("" if texts == texts_of(base) else self.records[variant.name].directory)
             place, other = shared.get(texts, (own, None))
             try:
                 found = prepare_runs(
@@ -106,7 +119,8 @@ class Sweeper:
                 )
                 if other is not None and other.config.sequence_length == config.sequence_length:
                     found = dataclasses.replace(found, datasets=other.datasets)
-                found.check(self.seeds[0])
+                if self.unfinished(variant):
+                    found.check(self.seeds[0])
             except (UserError, RunFailed) as error:
                 raise UserError(f"variant '{variant.name}': {error}") from error
             shared.setdefault(texts, (place, found))
@@ -150,7 +164,11 @@ class Sweeper:
                     run = prepared.run(trial_directory(self.place, record, seed), seed)
                     failed = str(seed) in record.failures
                     jobs.append(Job(variant.name, f"seed {seed}", prepared, run, run.config.num_steps, failed))
-            self._run(jobs)
+            try:
+                self._run(jobs)
+                closing.wait()
+            except SaveFailed as error:
+                raise RunFailed(f"{error}: make room there, then call it again to continue") from error
 
     def _tune(self, variant: Variant, tuning: Tuning) -> None:
         """Find the variant's values and record them with their cost."""
@@ -210,7 +228,7 @@ class Sweeper:
             lines = [f"{job.variant}: {line}" for line in (*job.prepared.lines, *lane.lines)]
             self._bar.say(*(line for line in dict.fromkeys(lines) if line not in self._said), always=True)
             self._said.update(lines)
-            if lanes[0].memory is not None:
+            if lanes[0].memory is not None and self.records[job.variant].peak_bytes is None:
                 self._record(job.variant, state_bytes=lanes[0].memory[0], peak_bytes=lanes[0].memory[1])
 
     def _advance(self, steps: int = 1) -> None:

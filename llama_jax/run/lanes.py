@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, TOKENIZER_DIRECTORY, CheckpointStore
+from llama_jax.config import UserError
 from llama_jax.data import Dataset
 from llama_jax.files import replacing
 from llama_jax.parallel import make_mesh
@@ -81,14 +82,16 @@ class Prepared:
                 self.tokenizer.save(partial)
 
     def check(self, seed: int) -> None:
-        """Check the model's pieces and its attention kernel, as every run does before its first step.
+        """Check pieces and kernel of the model, as every run does before its first step.
 
-        Raises UserError for a piece, and RunFailed for a kernel that is wrong.
+        Raises UserError for a piece, and where no text is held out, and RunFailed for a kernel that is wrong.
         """
-        if self.config.compute.preflight:
-            run = self.run(Path(), seed)
-            with jax.set_mesh(self.mesh):
-                lane = self.lane(run, lambda: None)
+        run = self.run(Path(), seed)
+        with jax.set_mesh(self.mesh):
+            lane = self.lane(run, lambda: None)
+            if not len(lane.validation):
+                raise UserError("there is no held-out text to compare val_loss on: raise data.validation_fraction")
+            if self.config.compute.preflight:
                 self.lines.extend(checked(self.config, lane.first_batch()))
 
 

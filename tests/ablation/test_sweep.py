@@ -88,7 +88,7 @@ def test_costs_are_recorded(sweep: SweepRecord, sweep_base: RunConfig):
 
 def test_a_sweep_that_is_done_does_nothing(sweep: SweepRecord, sweep_base: RunConfig, monkeypatch: pytest.MonkeyPatch):
     before = {file: file.stat().st_mtime for file in sweep.directory.rglob("*.jsonl")}
-    monkeypatch.setattr("llama_jax.ablation.execution.Sweeper._train", None)
+    monkeypatch.setattr("llama_jax.ablation.execution.Sweeper.prepare", None)
     again = llama_jax.ablate(sweep_base, VARIANTS, seeds=SEEDS, run_dir=sweep.directory, quiet=True)
     assert numbers(read_sweep(sweep.directory)) == numbers(sweep)
     assert again is not None
@@ -146,6 +146,11 @@ def test_other_arguments_in_the_directory_of_a_sweep(sweep: SweepRecord, sweep_b
         arguments = {"base": sweep_base, "variants": VARIANTS, "seeds": SEEDS, "run_dir": sweep.directory} | changed
         with pytest.raises(UserError, match=f"holds a sweep with {sentence}: give another run_dir"):
             llama_jax.ablate(arguments.pop("base"), arguments.pop("variants"), **arguments)
+    with pytest.raises(UserError, match="is a URL: give a local directory"):
+        llama_jax.ablate(sweep_base, VARIANTS, run_dir="s3://bucket/sweep")
+    with pytest.raises(UserError, match="variant 'base': there is no held-out text to compare val_loss on"):
+        config = override(sweep_base, {"data.validation_fraction": 0.0})
+        llama_jax.ablate(config, VARIANTS, run_dir=tmp_path / "s", quiet=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=re.escape("is not empty and has no sweep.json")):
         llama_jax.ablate(sweep_base, VARIANTS, run_dir=tmp_path)
