@@ -126,8 +126,6 @@ class Sweeper:
             shared.setdefault(texts, (place, found))
             self._prepared[variant.name] = found
         self.place.mkdir(parents=True, exist_ok=True)
-        codes = self._asked.get("code", {}) | {v.name: code_digest(v.components) for v in made}
-        self._asked["code"] = codes
         self.write()
         for place, found in shared.values():
             found.save(place)

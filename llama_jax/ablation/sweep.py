@@ -74,6 +74,7 @@ def ablate(
     given = {record.name for record in records}
     records += [record for name, record in before.records.items() if name not in given]
     all_seeds = list(dict.fromkeys([*before.seeds, *numbers]))
+    asked["code"] = before.codes | {variant.name: code_digest(variant.components) for variant in made}
     sweeper = Sweeper(place, asked, before.baseline or chosen.name, all_seeds, records, quiet)
     if any(sweeper.unfinished(variant) for variant in made):
         sweeper.prepare(config, made)
@@ -85,9 +86,10 @@ def ablate(
 
 @dataclasses.dataclass(frozen=True)
 class _Before:
-    """What an earlier call left in the directory: its records by name, seeds and baseline."""
+    """What an earlier call left in the directory: its records and digests of code by variant, seeds and baseline."""
 
     records: dict[str, VariantRecord] = dataclasses.field(default_factory=dict[str, VariantRecord])
+    codes: Json = dataclasses.field(default_factory=dict[str, Any])
     seeds: tuple[int, ...] = ()
     baseline: str | None = None
 
@@ -154,7 +156,7 @@ def _before(place: Path, asked: Json, made: Sequence[Variant], baseline: str | N
     ]
     if differing:
         raise UserError(f"'{place}' holds a sweep with {'; '.join(differing)}: give another run_dir, or remove it")
-    return _Before(known, record.seeds, record.baseline)
+    return _Before(known, codes, record.seeds, record.baseline)
 
 
 def _leaves(data: Any, prefix: str = "") -> Json:

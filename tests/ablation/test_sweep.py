@@ -148,8 +148,8 @@ def test_other_arguments_in_the_directory_of_a_sweep(sweep: SweepRecord, sweep_b
             llama_jax.ablate(arguments.pop("base"), arguments.pop("variants"), **arguments)
     with pytest.raises(UserError, match="is a URL: give a local directory"):
         llama_jax.ablate(sweep_base, VARIANTS, run_dir="s3://bucket/sweep")
+    config = override(sweep_base, {"data.validation_fraction": 0.0})
     with pytest.raises(UserError, match="variant 'base': there is no held-out text to compare val_loss on"):
-        config = override(sweep_base, {"data.validation_fraction": 0.0})
         llama_jax.ablate(config, VARIANTS, run_dir=tmp_path / "s", quiet=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=re.escape("is not empty and has no sweep.json")):
