@@ -124,7 +124,9 @@ class RopeDecay(Arrays):
         return figure
 
 
-def rope_decay(source: Any, distances: int | Sequence[int] | np.ndarray = 512, *, head_dim: int | None = None) -> RopeDecay:
+def rope_decay(
+    source: Any, distances: int | Sequence[int] | np.ndarray = 512, *, head_dim: int | None = None
+) -> RopeDecay:
     """Return how scores of rotary positions depend on the distance.
 
     `source` is a `Rope` with `head_dim`, a model config, a loaded model, or several by name. `distances` are from 0 up

@@ -207,12 +207,14 @@ def overview(run: Run, config: RunConfig, step: int) -> list[str]:
     memory = device_memory(config, devices)
     pieces = [piece for stack in config.model.stacks().values() for _, piece in stack if piece is not None]
     idle = sum(piece.idle_parameters(config.model.hidden_size) for piece in pieces)
-    total = num_parameters(config.model)
+    total, trained = num_parameters(config.model), num_parameters(config.model, trained=True)
     mesh = ", ".join(f"{axis} {size}" for axis, size in config.mesh.sizes(len(devices)).items() if size > 1)
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     rows = {
         "run": str(run.directory),
-        "model": f"{total:,} parameters" + (f", {total - idle:,} of them active for a token" if idle else ""),
+        "model": f"{total:,} parameters"
+        + (f", {total - idle:,} of them active for a token" if idle else "")
+        + (f", {trained:,} of them trained" if trained < total else ""),
         "devices": f"{len(devices)} x {devices[0].device_kind}"
         + (f" of {n} processes" if (n := jax.process_count()) > 1 else "")
         + (f", mesh {mesh}" if mesh else ""),
