@@ -4,6 +4,7 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import llama_jax
@@ -52,9 +53,11 @@ def test_choices_after_one_context_are_one_row(finished_run: Run):
     rows = []
     score = lm.scorer.score
     lm.scorer.score = lambda given: rows.extend(given) or score(given)  # type: ignore[method-assign]
-    found = lm._loglikelihood_tokens([(None, [5, 6, 7], [i]) for i in range(8, 12)])
-    assert [(list(inputs), list(choices)) for inputs, choices in rows] == [([5, 6, 7], [8, 9, 10, 11])]
-    alone = [lm._loglikelihood_tokens([(None, [5, 6, 7], [i])])[0] for i in range(8, 12)]
+    best = int(np.asarray(lm.lm.model(np.array([[5, 6, 7]])))[0, -1].argmax())
+    found = lm._loglikelihood_tokens([(None, [5, 6, 7], [i]) for i in (8, 9, 10, best)])
+    assert [(list(inputs), list(choices)) for inputs, choices in rows] == [([5, 6, 7], [8, 9, 10, best])]
+    assert [greedy for _, greedy in found] == [False, False, False, True]
+    alone = [lm._loglikelihood_tokens([(None, [5, 6, 7], [i])])[0] for i in (8, 9, 10, best)]
     assert [logprob for logprob, _ in found] == pytest.approx([logprob for logprob, _ in alone], rel=1e-6)
 
 
