@@ -135,7 +135,7 @@ COMMANDS = {
             flag("--limit", "N", "only the first N items of a task, documents of a file or pairs", type=int),
             flag("--num-fewshot", "N", "examples before each item; default: the task's", type=int),
             flag("--chat", None, "write items of tasks as chats, by the model's template"),
-            flag("--chat-template", "NAME", "by this one, such as ChatML"), flag("--system", "TEXT", "a message before"),
+            flag("--chat-template", "NAME", "by this one: ChatML, ..."), flag("--system", "TEXT", "a message before"),
             flag("--window", "N", "tokens of a piece of text; default: a run's rows, the model's positions", type=int),
             flag("--stride", "N", "tokens from one window to the next; default: half a window", type=int),
             flag("--batch-size", "N", "rows at a time; default: %(default)s", type=int, default=8),
