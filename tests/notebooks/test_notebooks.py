@@ -134,6 +134,18 @@ def test_attention_runs(tmp_path: Path):
     assert "MHA's bytes over MLA's)\n    measured 3.56 to 3.56 times; claimed above 1: holds" in shown.said
 
 
+@pytest.mark.slow
+def test_positions_runs(tmp_path: Path):
+    shown = run("positions", tmp_path)
+    assert shown.warned == []
+    assert shown.num_figures == 6
+    errors = [float(error) for error in re.findall(r"positions: (\S+)|up to (\S+)", shown.said)[0] if error]
+    assert max(errors) < 1e-4
+    scores = re.search(r"distance 50: .* on +(.*)", shown.said)[1].split()
+    assert max(map(float, scores)) - min(map(float, scores)) < 1e-3
+    assert shown.said.count("extrapolates") == 4
+
+
 def test_claims_are_judged_by_the_whole_interval():
     regions = {"holds": (0.0, 1.0), "does not hold": (0.4, 1.0), "not decided at this size": (0.2, 1.0)}
     assert {notebook_tools.judge((0.1, 0.3), region): region for region in regions.values()} == regions
