@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from llama_jax import __version__
 from llama_jax.checkpoint import (
     CHECKPOINTS_DIRECTORY,
     COMMIT_FILE,
@@ -308,12 +309,12 @@ class _Measured:
     def written(self, output: str | Path | None) -> Scores:
         """Return the numbers, and write them where `output` or the run has a place for them."""
         now, opened = datetime.datetime.now(datetime.UTC), self.opened
-        packages = ("llama_jax", "jax", *(("lm_eval",) if "tasks" in self.others else ()))
+        packages = ("jax", *(("lm_eval",) if "tasks" in self.others else ()))
         details = {
             "path": str(opened.directory or opened.path),
             "step": opened.step,
             "date": now.isoformat(timespec="seconds"),
-            "versions": {name: version(name) for name in packages},
+            "versions": {"llama_jax": __version__, **{name: version(name) for name in packages}},
             "settings": self.settings | {"dtype": str(self.lm.model.module.compute.jax_dtype)},
             "remarks": self.remarks,
             **self.others,
