@@ -199,7 +199,7 @@ def test_a_sweep_has_its_table_and_its_plot(tmp_path: Path, capsys: pytest.Captu
         tmp_path / "sweeps" / "one", variants, lambda place, seed: 2 + place + seed / 10 + place * seed
     )
     plain = Page(llama_jax.report(folder / "base" / "seed-0").html())
-    for place in (folder, folder / "sweep.json", folder.parent):  # of the folder of sweeps, too
+    for place in (folder / "sweep.json", folder.parent):  # of the folder of sweeps, too
         _, page = page_of(capsys, place)
         [sweep] = page.data["sweeps"]
         assert (page.data["title"], page.tags) == ("Report: one", plain.tags)
