@@ -1,5 +1,6 @@
 """A report: the page has the runs' numbers and nothing that runs or is fetched, and a served one follows its runs."""
 
+import base64
 import html
 import html.parser
 import http.client
@@ -18,9 +19,11 @@ from hypothesis import given, settings, strategies as st
 
 import llama_jax
 from llama_jax.__main__ import main
+from llama_jax.ablation import VariantRecord
 from llama_jax.config import UserError, override, to_json
 from llama_jax.reports import server
 from llama_jax.run import compare_runs
+from tests.ablation.made import write_sweep
 
 type Make = Callable[..., Path]
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&<!--<script>"
@@ -188,6 +191,31 @@ def test_time_follows_the_size_of_batches(make: Make):
     [record] = compare_runs([run])
     assert record.seconds() == [8, 8 + 16]
     assert record.numbers("loss")["seconds"] == 24
+
+
+def test_a_sweep_has_its_table_and_its_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    variants = [VariantRecord("base", num_parameters=1000), VariantRecord(HOSTILE, {"model.attention.num_kv_heads": 1})]
+    folder = write_sweep(
+        tmp_path / "sweeps" / "one", variants, lambda place, seed: 2 + place + seed / 10 + place * seed
+    )
+    plain = Page(llama_jax.report(folder / "base" / "seed-0").html())
+    for place in (folder / "sweep.json", folder.parent):  # of the folder of sweeps, too
+        _, page = page_of(capsys, place)
+        [sweep] = page.data["sweeps"]
+        assert (page.data["title"], page.tags) == ("Report: one", plain.tags)
+        assert sweep["table"]["variant"] == ["base", HOSTILE]
+        assert sweep["table"]["val_loss"][0].startswith("2.10")
+        assert base64.b64decode(sweep["plots"][0].partition(",")[2]).startswith(b"\x89PNG")
+        assert sweep["state"] == "6 of 6 runs are done"
+        assert len(page.data["runs"]) == 6
+        assert len({run["group"] for run in page.data["runs"]}) == 2
+    shutil.rmtree(folder / variants[1].directory)
+    assert llama_jax.report(folder).data["sweeps"][0]["state"] == "3 of 6 runs are done"
+    shutil.rmtree(folder / "base")
+    data = llama_jax.report(folder).data  # nothing has begun
+    assert (data["sweeps"][0]["state"], data["sweeps"][0]["table"], data["runs"]) == ("0 of 6 runs are done", {}, [])
+    assert main(["report", str(folder)]) == 0
+    assert "0 of 6 runs are done" in capsys.readouterr().out
 
 
 def test_long_runs_keep_their_validations(make: Make, monkeypatch: pytest.MonkeyPatch):
