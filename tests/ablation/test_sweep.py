@@ -183,7 +183,7 @@ def test_one_bar_over_all(sweep_base: RunConfig, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Bar, "advance", advance)
     llama_jax.ablate(sweep_base, VARIANTS, seeds=SEEDS, steps=2, run_dir=tmp_path / "s")
     names = [text.split("  ")[0] for text in seen]
-    assert list(dict.fromkeys(names)) == ["sweep", "base and 1 more", "MQA, seed 0, seed 3"]
+    assert list(dict.fromkeys(names)) == ["sweep", "base, slow, 4 runs", "MQA, 2 runs"]
     steps = [int(found[1]) for text in seen if (found := re.search(r"(\d+)/12", text))]
     assert steps == sorted(steps)
     assert set(steps) == set(range(13))
