@@ -55,11 +55,11 @@ def test_the_runs_are_those_of_train(sweep: SweepRecord, sweep_base: RunConfig, 
 
 def test_one_after_another_they_are_those_of_train_bit_by_bit(sweep_base: RunConfig, tmp_path: Path):
     """A mesh that was chosen is kept: each run is split over it."""
-    config = override(sweep_base, {"mesh.data": 2, "mesh.fsdp": 4})
-    llama_jax.ablate(config, {"base": {}}, seeds=[3], run_dir=tmp_path / "s", quiet=True)
+    config = override(sweep_base, {"mesh.fsdp": jax.device_count()})
+    llama_jax.ablate(config, {"MQA": VARIANTS["MQA"]}, seeds=[0], run_dir=tmp_path / "s", quiet=True)
     found = read_sweep(tmp_path / "s")
-    train(override(config, {"seed": 3}), tmp_path / "base" / "seed-3", quiet=True)
-    by_hand = dataclasses.replace(found.trials[0], metrics=open_run(tmp_path / "base" / "seed-3").metrics())
+    run = train(override(config, VARIANTS["MQA"]), tmp_path / "run", quiet=True)
+    by_hand = dataclasses.replace(found.trials[0], metrics=run.metrics())
     assert numbers(dataclasses.replace(found, trials=(by_hand,))) == numbers(found)
 
 
