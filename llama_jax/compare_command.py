@@ -40,18 +40,32 @@ def compare_command(args: argparse.Namespace) -> int:
         print(json.dumps({"metric": metric, "notes": notes, "rows": [as_json(row, keys, metric) for row in rows]}))
         return 0
     console = Console()
-    (numbers, about), settings = numbers_of(rows, metric), settings_of(rows, keys)
-    width = console.width if console.is_terminal else None
-    for table in tables(named(rows), settings, numbers, width):
-        print(table, end="\n\n")
-    for line in ("; ".join(about), *(f"note: {note}" for note in notes)):
-        print(line if width is None else textwrap.fill(line, width))
+    numbers, about = numbers_of(rows, metric)
+    print_tables(console, named(rows), settings_of(rows, keys), numbers)
+    print_lines(console, ["; ".join(about), *(f"note: {note}" for note in notes)])
     if args.png is None:
         print_plot(console, rows, metric)
     else:
         write_image(args.png, rows, metric)
         print(f"curves: {args.png}")
     return 0
+
+
+def print_tables(console: Console, *columns: Columns) -> None:
+    """Print the tables of names, settings and numbers, as wide as a terminal is."""
+    for table in tables(*columns, width=console.width if console.is_terminal else None):
+        print(table, end="\n\n")
+
+
+def print_lines(console: Console, texts: Sequence[str]) -> None:
+    """Print lines, on a terminal broken where it ends."""
+    for line in map(printable, texts):
+        print(textwrap.fill(line, console.width) if console.is_terminal else line)
+
+
+def printable(text: str) -> str:
+    """Return text from a file without what a terminal would obey: control and direction characters are written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def as_json(row: Row, keys: Mapping[str, str], metric: str) -> dict[str, Any]:
@@ -130,7 +144,7 @@ def packed(columns: Columns, width: int | None) -> list[str]:
 def lines(columns: Columns) -> list[str]:
     """Return the lines of a table, the first column to the left and the others to the right."""
     padded = []
-    for number, cells in enumerate([title, *values] for title, values in columns.items()):
+    for number, cells in enumerate([printable(cell) for cell in (title, *values)] for title, values in columns.items()):
         spaces = [" " * (max(map(cell_len, cells)) - cell_len(cell)) for cell in cells]
         padded.append([space + cell if number else cell + space for space, cell in zip(spaces, cells, strict=True)])
     return ["  ".join(line) for line in zip(*padded, strict=True)]
@@ -180,7 +194,7 @@ def print_plot(console: Console, rows: Sequence[Row], metric: str) -> None:
     plotext.xticks([round(part * end / 4) for part in range(5)])
     for i, (name, curve) in enumerate(curves.items()):
         style = {"color": COLORS[i], "marker": "braille"} if colored else {"marker": MARKS[i]}
-        plotext.plot(list(curve), [min(value, top) for value in curve.values()], label=shown(name), **style)
+        plotext.plot(list(curve), [min(value, top) for value in curve.values()], label=printable(shown(name)), **style)
     print(plotext.build() if colored else plotext.uncolorize(plotext.build()))
     if len(rows) > MAX_CURVES:
         print(f"drawn: the best {MAX_CURVES} of {len(rows)}")

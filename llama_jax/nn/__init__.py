@@ -5,11 +5,17 @@ feed-forward is one file here, or one class in a notebook: derive the config fro
 its module from `MixerModule` or `FeedForwardModule`.
 """
 
+from llama_jax.nn.adapters import (
+    ALL_PROJECTIONS as ALL_PROJECTIONS,
+    LoRA as LoRA,
+    drawing_from as drawing_from,
+)
 from llama_jax.nn.attention.attend import (
     FASTEST as FASTEST,
     KERNELS as KERNELS,
     Call as Call,
     attend as attend,
+    attention_weights as attention_weights,
     calls_of_attend as calls_of_attend,
     choose as choose,
 )
@@ -37,6 +43,8 @@ from llama_jax.nn.base import (
     check_at_least as check_at_least,
     check_rate as check_rate,
     dropout as dropout,
+    record as record,
+    recording as recording,
 )
 from llama_jax.nn.experts.experts import Experts as Experts, ExpertsModule as ExpertsModule
 from llama_jax.nn.experts.routers import (
@@ -61,6 +69,7 @@ from llama_jax.nn.parameters import (
     Buffer as Buffer,
     Embedding as Embedding,
     HeadBias as HeadBias,
+    Keys as Keys,
     Projection as Projection,
     buffer as buffer,
     cast_and_gather as cast_and_gather,

@@ -30,6 +30,7 @@ from llama_jax.training.optimizer import (
     state_bytes as state_bytes,
 )
 from llama_jax.training.piece_check import check_pieces as check_pieces
+from llama_jax.training.preference import copies_reference as copies_reference
 from llama_jax.training.schedules import (
     Constant as Constant,
     Cosine as Cosine,
@@ -44,6 +45,7 @@ from llama_jax.training.step import (
     Batch as Batch,
     TrainState as TrainState,
     compiler_options as compiler_options,
+    gradient as gradient,
     init_state as init_state,
     make_eval_step as make_eval_step,
     make_train_step as make_train_step,
