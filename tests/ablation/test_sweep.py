@@ -53,6 +53,7 @@ def test_the_runs_are_those_of_train(sweep: SweepRecord, sweep_base: RunConfig, 
     assert llama_jax.generate_text(open_run(sweep.trials[0].directory).load(), ["the"], max_new_tokens=1)
 
 
+@pytest.mark.slow
 def test_one_after_another_they_are_those_of_train_bit_by_bit(sweep_base: RunConfig, tmp_path: Path):
     """A mesh that was chosen is kept: each run is split over it."""
     config = override(sweep_base, {"mesh.fsdp": jax.device_count()})
@@ -110,7 +111,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     monkeypatch.setattr(training.Loop, "_log", log)
 
 
-@pytest.mark.parametrize("steps", [3, 14])
+@pytest.mark.parametrize("steps", [3, pytest.param(14, marks=pytest.mark.slow)])
 def test_a_sweep_that_was_stopped_goes_on(
     sweep: SweepRecord, sweep_base: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ):
