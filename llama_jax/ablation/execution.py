@@ -208,8 +208,8 @@ class Sweeper:
         if self._stopping(0):
             raise Preempted("stopped between two runs: call it again to continue")
         names = list(dict.fromkeys(job.variant for job in jobs))
-        what = ", ".join(job.what for job in jobs if job.variant == names[0])
-        self._bar.description = f"{names[0]}, {what}" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        what = jobs[0].what if len(jobs) == 1 else f"{len(jobs)} runs"
+        self._bar.description = ", ".join((*names, what) if len(names) < 3 else (names[0], "...", names[-1], what))
         measured = self.records[names[0]].peak_bytes is None
         with jax.set_mesh(lane_mesh() if num_lanes > 1 else jobs[0].prepared.mesh):
             lanes = [job.prepared.lane(job.run, self._advance, job.until) for job in jobs]

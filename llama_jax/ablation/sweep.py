@@ -175,7 +175,8 @@ def _match(made: Sequence[Variant], chosen: Variant, quantity: str, key: str | N
     if target is None:
         raise UserError(f"match='{quantity}' needs a model that continues texts: take parameters or flops")
     pairs = [(v, None) if v.name == chosen.name else matched(v, target, quantity, key) for v in made]
-    return [variant for variant, _ in pairs], [fit for _, fit in pairs]
+    fits = [None if new == old else fit for old, (new, fit) in zip(made, pairs, strict=True)]
+    return [variant for variant, _ in pairs], fits
 
 
 def _record(variant: Variant, fit: Json | None, before: _Before) -> VariantRecord:

@@ -192,6 +192,10 @@ class Lane(Loop):
         return super()._validates(step) or (len(self.validation) > 0 and step == self.until)
 
     @override
+    def _samples(self, step: int) -> bool:
+        return False
+
+    @override
     def _saves(self, step: int) -> bool:
         return super()._saves(step) or step == self.until
 

@@ -53,13 +53,14 @@ def test_the_runs_are_those_of_train(sweep: SweepRecord, sweep_base: RunConfig, 
     assert llama_jax.generate_text(open_run(sweep.trials[0].directory).load(), ["the"], max_new_tokens=1)
 
 
+@pytest.mark.slow
 def test_one_after_another_they_are_those_of_train_bit_by_bit(sweep_base: RunConfig, tmp_path: Path):
     """A mesh that was chosen is kept: each run is split over it."""
-    config = override(sweep_base, {"mesh.data": 2, "mesh.fsdp": 4})
-    llama_jax.ablate(config, {"base": {}}, seeds=[3], run_dir=tmp_path / "s", quiet=True)
+    config = override(sweep_base, {"mesh.fsdp": jax.device_count()})
+    llama_jax.ablate(config, {"MQA": VARIANTS["MQA"]}, seeds=[0], run_dir=tmp_path / "s", quiet=True)
     found = read_sweep(tmp_path / "s")
-    train(override(config, {"seed": 3}), tmp_path / "base" / "seed-3", quiet=True)
-    by_hand = dataclasses.replace(found.trials[0], metrics=open_run(tmp_path / "base" / "seed-3").metrics())
+    run = train(override(config, VARIANTS["MQA"]), tmp_path / "run", quiet=True)
+    by_hand = dataclasses.replace(found.trials[0], metrics=run.metrics())
     assert numbers(dataclasses.replace(found, trials=(by_hand,))) == numbers(found)
 
 
@@ -110,7 +111,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     monkeypatch.setattr(training.Loop, "_log", log)
 
 
-@pytest.mark.parametrize("steps", [3, 14])
+@pytest.mark.parametrize("steps", [3, pytest.param(14, marks=pytest.mark.slow)])
 def test_a_sweep_that_was_stopped_goes_on(
     sweep: SweepRecord, sweep_base: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ):
@@ -183,7 +184,7 @@ def test_one_bar_over_all(sweep_base: RunConfig, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Bar, "advance", advance)
     llama_jax.ablate(sweep_base, VARIANTS, seeds=SEEDS, steps=2, run_dir=tmp_path / "s")
     names = [text.split("  ")[0] for text in seen]
-    assert list(dict.fromkeys(names)) == ["sweep", "base and 1 more", "MQA, seed 0, seed 3"]
+    assert list(dict.fromkeys(names)) == ["sweep", "base, slow, 4 runs", "MQA, 2 runs"]
     steps = [int(found[1]) for text in seen if (found := re.search(r"(\d+)/12", text))]
     assert steps == sorted(steps)
     assert set(steps) == set(range(13))
