@@ -4,9 +4,11 @@ import dataclasses
 import datetime
 import html
 import importlib.util
+import io
 import itertools
 import json
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from llama_jax import __version__
 from llama_jax.checkpoint import (
     CHECKPOINTS_DIRECTORY,
     COMMIT_FILE,
@@ -98,7 +101,9 @@ class Scores:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{remarks}"
 
     def __repr__(self) -> str:
-        return "\n".join("  ".join(filter(None, row)) for row in self._cells())
+        text = io.StringIO()
+        Console(file=text, width=160, force_jupyter=False).print(self.table())
+        return text.getvalue().rstrip()
 
     def _cells(self) -> list[list[str]]:
         def shown(value: float | None, form: str) -> str:
@@ -258,7 +263,8 @@ class _Measured:
         """Run tasks of lm-evaluation-harness. Raises UserError where it is not installed."""
         if importlib.util.find_spec("lm_eval") is None:
             raise UserError("tasks need lm-evaluation-harness: `pip install 'llama_jax[eval]'`")
-        from llama_jax.evaluation.harness import HarnessLM, evaluate_tasks
+        with warnings.catch_warnings(action="ignore"):  # of widgets that a notebook lacks, for bars that are not shown
+            from llama_jax.evaluation.harness import HarnessLM, evaluate_tasks
 
         with self._bar("tasks") as bar:
             template = chat if isinstance(chat, str) else None
@@ -303,12 +309,12 @@ class _Measured:
     def written(self, output: str | Path | None) -> Scores:
         """Return the numbers, and write them where `output` or the run has a place for them."""
         now, opened = datetime.datetime.now(datetime.UTC), self.opened
-        packages = ("llama_jax", "jax", *(("lm_eval",) if "tasks" in self.others else ()))
+        packages = ("jax", *(("lm_eval",) if "tasks" in self.others else ()))
         details = {
             "path": str(opened.directory or opened.path),
             "step": opened.step,
             "date": now.isoformat(timespec="seconds"),
-            "versions": {name: version(name) for name in packages},
+            "versions": {"llama_jax": __version__, **{name: version(name) for name in packages}},
             "settings": self.settings | {"dtype": str(self.lm.model.module.compute.jax_dtype)},
             "remarks": self.remarks,
             **self.others,

@@ -31,7 +31,12 @@ from llama_jax.run import (
 )
 
 MAX_LINES = 20_000  # of a run's curves: of more, each n-th is shown
-MORE_UNITS = {"grad_norm": "L2 norm", "tokens_per_second": "positions/s", "mfu": "share of the peak FLOP/s"}
+MORE_UNITS = {
+    "grad_norm": "L2 norm",
+    "tokens_per_second": "positions/s",
+    "mfu": "share of the peak FLOP/s",
+    "peak_memory_bytes": "of a device",
+}
 DIGITS = 7  # of numbers: those of float32
 
 

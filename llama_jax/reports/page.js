@@ -564,7 +564,7 @@ function scrolled(label, table) {
 }
 
 function table(label, header, rows, { swatches = [], texts = [] } = {}) {
-  const head = element("thead", {}, element("tr", {}, ...header.map((cell) => element("th", { scope: "col" }, cell))));
+  const head = element("thead", {}, element("tr", {}, ...header.map((cell, i) => element("th", { scope: "col", className: texts.includes(i) ? "text" : "" }, cell))));
   const body = rows.map(([first, ...cells], i) => element("tr", {},
     element("th", { scope: "row", title: first }, swatches[i] ? swatch(swatches[i]) : null, first),
     ...cells.map((cell, j) => element("td", texts.includes(j + 1) ? { className: "text" } : {}, cell))));

@@ -197,6 +197,15 @@ def shown(metrics: Metrics, mean_loss: float, step_seconds: float | None) -> tup
     return numbers, [f"lr {metrics['learning_rate']:.2e}", f"grad norm {metrics['grad_norm']:.2f}"]
 
 
+def peak_memory() -> dict[str, int]:
+    """Return the most bytes that this process's first device has given out since it started, as a metric.
+
+    The figure is the allocator's; the dict is empty for devices without one, as CPUs are.
+    """
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {"peak_memory_bytes": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
+
+
 def measured(step: int, num_steps: int, values: Metrics) -> list[str]:
     """Return a line with the numbers that were measured at a step, or none where there are none."""
     shown = [f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, float)]

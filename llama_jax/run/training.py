@@ -26,7 +26,7 @@ from llama_jax.run.directory import SAMPLES_FILE, Run, open_run, start_run, writ
 from llama_jax.run.preparing import check_shared, first_params, open_dataset, prepare
 from llama_jax.run.profiling import Profile, recorded
 from llama_jax.run.programs import RunFailed as RunFailed, checked, programs
-from llama_jax.run.reporting import Logger, configured_loggers, measured, outcome, overview, shown
+from llama_jax.run.reporting import Logger, configured_loggers, measured, outcome, overview, peak_memory, shown
 from llama_jax.run.signals import termination
 from llama_jax.run.stored import StoredRun, local_run
 from llama_jax.run_config import RunConfig
@@ -355,6 +355,7 @@ class Loop:
                 values["tokens_per_second"] = speed * self.tokens_per_step
                 if self.mfu_per_speed is not None:
                     values["mfu"] = values["tokens_per_second"] * self.mfu_per_speed
+            values |= peak_memory()
             event |= values
             event.call(self.callbacks)
             bar.show(step, *shown(event, sum(self.losses) / len(self.losses), speed and 1 / speed))

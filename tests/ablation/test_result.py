@@ -119,6 +119,25 @@ def test_a_missing_baseline_is_said(tmp_path: Path):
     assert {record["difference"] for record in sweep.records()} == {None}
 
 
+def test_what_was_adjusted_is_said(tmp_path: Path):
+    """Matched widths and tuned values, one or several, with what they cost."""
+    matched = {"key": "model.feed_forward.intermediate_size", "value": 51, "quantity": "parameters"}
+    cost = {"tokens": 12345, "seconds": 3.21, "trials": []}
+    one = {"key": "optimizer.learning_rate", "value": 0.0031622} | cost
+    both = {"key": "optimizer.learning_rate,optimizer.weight_decay", "value": [0.01, 0.1]} | cost
+    variants = (
+        dataclasses.replace(BASE, tuned=one),
+        dataclasses.replace(OTHER, tuned=both, matched=matched | {"target": 10000, "got": 9990}),
+    )
+    notes = sweep_of(tmp_path, variants, seeds=(0, 1)).notes()
+    assert notes == [
+        "base: optimizer.learning_rate=0.00316 was found with 12,345 tokens and 3.21 s",
+        "num_kv_heads=1: model.feed_forward.intermediate_size=51 for parameters 9,990, to match 10,000",
+        "num_kv_heads=1: optimizer.learning_rate=0.01, optimizer.weight_decay=0.1 was found with 12,345 tokens and "
+        "3.21 s",
+    ]
+
+
 def test_other_metrics_and_levels(tmp_path: Path):
     sweep = sweep_of(tmp_path)
     bits = sweep.by("val_bits_per_byte", level=0.5)

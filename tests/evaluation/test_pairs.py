@@ -88,6 +88,9 @@ def test_bleu_is_sacrebleus(tmp_path: Path):
     assert scores.results["a.de"]["chrf"] == pytest.approx(sacrebleu.corpus_chrf(texts, [references]).score)
     assert [entry["text"] for entry in scores.details["translations"]] == texts
     assert any("tok:13a" in remark for remark in scores.details["remarks"])
+    (tmp_path / "a.de").write_text("河边的房子\n安娜的信\n睡了\n")
+    scores = evaluate(lm, source=str(tmp_path / "a.en"), reference=str(tmp_path / "a.de"), batch_size=4, quiet=True)
+    assert any("tok:zh" in remark for remark in scores.details["remarks"])
     (tmp_path / "a.de").write_text("one line\n")
     with pytest.raises(UserError, match="has 3 lines and"):
         evaluate(lm, source=str(tmp_path / "a.en"), reference=str(tmp_path / "a.de"), quiet=True)
