@@ -132,6 +132,21 @@ answer = [name(i) for i in example["targets"][example["weights"] > 0]]
 assert answer == ["the", "dog", ".", "<|im_end|>"]
 
 # %% [markdown]
+# ### Preference
+#
+# Direct preference optimization (Rafailov et al. 2023): a prompt and two answers, the better one first. The prompt
+# comes once before each; `branch` is 0 with the chosen answer and 1 with the rejected one, and only answers count.
+
+# %%
+prompt, chosen, rejected = (tokenizer.encode(part) for part in ("who ran away ?", "the dog .", "nobody heard ."))
+pair = np.array([*prompt, *chosen, *rejected, vocabulary.eos_id])
+document = Document(pair, parts=(len(prompt), len(prompt + chosen)))
+example = show(objectives.Preference(), document, seed=0)
+for branch, answer in enumerate((chosen, rejected)):
+    counts = (example["weights"] > 0) & (example["branch"] == branch)
+    assert example["targets"][counts].tolist() == [*answer, vocabulary.eos_id]
+
+# %% [markdown]
 # ### Masked language model
 #
 # Some tokens are chosen, 15 % by default and 30 % in the pairs below; of these 80 % become the mask, 10 % a random
