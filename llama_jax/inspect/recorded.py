@@ -33,7 +33,9 @@ class Arrays:
         def shown(value: Any) -> str:
             if isinstance(value, np.ndarray):
                 return f"{value.dtype}{list(value.shape)}"
-            return "{" + ", ".join(value) + "}" if isinstance(value, dict) else repr(value)
+            if isinstance(value, dict):
+                return "{" + ", ".join([*map(str, value)][:3]) + (f", ... {len(value)}" if len(value) > 3 else "") + "}"
+            return repr(value)
 
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         return (
