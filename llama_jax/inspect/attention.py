@@ -61,7 +61,7 @@ class AttentionMaps(Arrays):
 
 def draw_maps(maps: dict[str, np.ndarray], queries: Sequence[str], keys: Sequence[str]) -> "Figure":
     """Return a figure with a panel for each map [T, S]."""
-    columns = min(len(maps), 4 if len(maps) > 6 else 3)
+    columns = 2 if len(maps) == 4 else min(len(maps), 4 if len(maps) > 6 else 3)
     rows, size = -(-len(maps) // columns), min(6.0, 9.0 / columns)
     figure = new_figure(size * columns + 1.2, size * rows + 0.6)
     from matplotlib.colors import PowerNorm  # after `new_figure`, which says so where matplotlib is missing
