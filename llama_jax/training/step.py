@@ -197,7 +197,8 @@ def gradient(params: Params, batch: Batch, config: ModelConfig, compute: Compute
     kept = {name: params[name] for name in buffers(config)}
     trained = {name: value for name, value in params.items() if name not in kept}
     fixed = {"buffers": kept, "hyper": hyper, "config": config, "compute": compute}
-    return jax.grad(functools.partial(_loss, **fixed), has_aux=True)(trained, batch, None, None)[0]
+    loss = functools.partial(_loss, **fixed, preference=None)
+    return jax.grad(loss, has_aux=True)(trained, batch, None, None)[0]
 
 
 def _accumulate(
