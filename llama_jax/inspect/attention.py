@@ -10,7 +10,7 @@ import numpy as np
 
 from llama_jax.config import UserError
 from llama_jax.figures import new_figure
-from llama_jax.inspect.recorded import Arrays, Inputs, Pass, Source, Text, chosen_layers, drawable
+from llama_jax.inspect.recorded import Arrays, Inputs, Pass, Source, Text, check_row, chosen_layers, drawable
 from llama_jax.nn import attention_weights
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class AttentionMaps(Arrays):
 
         `layer` is one of `layers`. Where a panel is too small for its tokens, it has their numbers.
         """
+        check_row(row, len(self.queries))
         layer = self.layers[0] if layer is None and (len(self.layers) == 1 or head is not None) else layer
         if layer is None:
             maps = {f"layer {i}": w[row].mean(0) for i, w in zip(self.layers, self.weights, strict=True)}
@@ -60,11 +61,11 @@ class AttentionMaps(Arrays):
 
 def draw_maps(maps: dict[str, np.ndarray], queries: Sequence[str], keys: Sequence[str]) -> "Figure":
     """Return a figure with a panel for each map [T, S]."""
-    from matplotlib.colors import PowerNorm
-
     columns = 2 if len(maps) == 4 else min(len(maps), 4 if len(maps) > 6 else 3)
     rows, size = -(-len(maps) // columns), min(6.0, 9.0 / columns)
     figure = new_figure(size * columns + 1.2, size * rows + 0.6)
+    from matplotlib.colors import PowerNorm  # after `new_figure`, which says so where matplotlib is missing
+
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     top, image = max(float(values.max()) for values in maps.values()), None
     for panel, (title, values) in zip(grid.flat, maps.items(), strict=False):

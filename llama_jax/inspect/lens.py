@@ -9,7 +9,7 @@ import numpy as np
 
 from llama_jax.config import UserError
 from llama_jax.figures import new_figure
-from llama_jax.inspect.recorded import Arrays, Inputs, Pass, Source, Text, drawable, texts_of
+from llama_jax.inspect.recorded import Arrays, Inputs, Pass, Source, Text, check_row, drawable, texts_of
 from llama_jax.nn import ForwardContext
 from llama_jax.parallel import replicate
 
@@ -45,6 +45,7 @@ class LogitLens(Arrays):
 
         A frame is around those that follow in the text. Long texts have several rows of panels.
         """
+        check_row(row, len(self.inputs))
         num_rows, length = self.token_ids.shape[0], self.token_ids.shape[2]
         panels, width = -(-length // ROW), min(length, ROW)
         figure = new_figure(1.6 + 0.52 * max(width, 8), panels * (0.9 + 0.25 * num_rows) + 0.3)

@@ -107,14 +107,19 @@ class ParameterNorms(Arrays):
         rest = [sum(value**2 for value in self.others.values())]
         return np.sqrt(np.concatenate([*stacks.values(), rest]))
 
-    def plot(self) -> "Figure":
-        """Return a figure of the values by layer, a curve for each kind; those around the layers are at its sides."""
+    def plot(self, part: str = "") -> "Figure":
+        """Return a figure of the values by layer, a curve for each kind whose name contains `part`.
+
+        Parameters around the layers are at its sides.
+        """
         last = max(map(len, self.layers.values()), default=1)
         curves: dict[str, Any] = {name: (np.arange(len(values)), values) for name, values in self.layers.items()}
         for name, value in self.others.items():
             before = name.startswith(("embedding", "positions", "token_type", "encoder_"))
             curves[name] = [-1 if before else last], [value]
-        named = {name.removesuffix(".weight"): curve for name, curve in curves.items()}
+        named = {name.removesuffix(".weight"): curve for name, curve in curves.items() if part in name}
+        if not named:
+            raise UserError(f"part={part!r} is in none of the names: {', '.join(curves)}")
         figure, axes = draw_curves(named, "layer", self.what, width=8.0)
         shown = range(0, last, -(-last // 12))
         axes.set_xticks([-1, *shown, last], ["before", *map(str, shown), "after"])

@@ -27,13 +27,26 @@ IDS = ("target", "tokens")  # arguments with the ids that the last stack reads
 
 
 class Arrays:
-    """Base of results: arrays are shown by type and shape."""
+    """Base of results: shown by names, types and shapes."""
 
     def __repr__(self) -> str:
+        def shown(value: Any) -> str:
+            if isinstance(value, np.ndarray):
+                return f"{value.dtype}{list(value.shape)}"
+            if isinstance(value, dict):
+                return "{" + ", ".join([*map(str, value)][:3]) + (f", ... {len(value)}" if len(value) > 3 else "") + "}"
+            return repr(value)
+
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
-        arrays = {k: f"{v.dtype}{list(v.shape)}" if isinstance(v, np.ndarray) else v for k, v in values.items()}
-        shown = {k: v for k, v in arrays.items() if isinstance(v, str | int | float) or k == "layers"}
-        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in shown.items())})"
+        return (
+            f"{type(self).__name__}({', '.join(f'{k}={shown(v)}' for k, v in values.items() if type(v) is not list)})"
+        )
+
+
+def check_row(row: int, num_rows: int) -> None:
+    """Raise UserError for a row that the batch does not have."""
+    if not 0 <= row < num_rows:
+        raise UserError(f"row={row} must be from 0 to {num_rows - 1}")
 
 
 @dataclasses.dataclass
@@ -166,9 +179,8 @@ def draw_curves(
     xscale: str = "linear",
 ) -> tuple["Figure", "Axes"]:
     """Return a figure and its axes with positive values over x on a logarithmic scale, a curve for each name."""
-    from matplotlib.ticker import LogLocator
-
-    figure = new_figure(width, max(3.4, 0.6 + 0.17 * len(curves)))
+    columns = 1 + len(curves) // 24
+    figure = new_figure(width + 2 * columns - 2, max(3.4, 0.6 + 0.17 * -(-len(curves) // columns)))
     axes = clean(figure.add_subplot(xlabel=xlabel, ylabel=ylabel, xscale=xscale, yscale="log"))
     for i, (name, (x, y)) in enumerate(curves.items()):
         style = {
@@ -177,6 +189,8 @@ def draw_curves(
             "marker": "osD^vP*"[i % 7] if len(x) < 25 else "",
         }
         axes.plot(x, y, label=name, markersize=4, linewidth=1.2, **style)
+    from matplotlib.ticker import LogLocator  # after `new_figure`, which says so where matplotlib is missing
+
     low, high = axes.get_ylim()
     if high < 100 * low:  # powers of 10 alone would be too few marks
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -184,7 +198,7 @@ def draw_curves(
         axes.yaxis.set_minor_formatter("")
     if xscale == "linear":
         axes.locator_params(axis="x", integer=True)
-    figure.legend(loc="outside right upper", fontsize=7, frameon=False, ncols=1 + len(curves) // 32)
+    figure.legend(loc="outside right upper", fontsize=7, frameon=False, ncols=columns)
     return figure, axes
 
 

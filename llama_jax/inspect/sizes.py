@@ -12,6 +12,8 @@ from llama_jax.figures import clean, color_of, new_figure
 from llama_jax.inspect.recorded import Arrays, draw_curves
 from llama_jax.models import Model, ModelConfig, cache_bytes
 from llama_jax.nn import LatentAttention, Rope
+from llama_jax.run import Run
+from llama_jax.run_config import RunConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,9 +21,10 @@ if TYPE_CHECKING:
 
 
 def _named(source: Any) -> dict[str, Any]:
-    """Return configs by name, of one or several models or configs."""
+    """Return configs by name, of one or several models, runs or configs."""
     named = source if isinstance(source, Mapping) else {"model": source}
-    return {str(k): v.config if isinstance(v, LanguageModel | Model) else v for k, v in named.items()}
+    configs = {str(k): v.config if isinstance(v, LanguageModel | Model | Run) else v for k, v in named.items()}
+    return {k: v.model if isinstance(v, RunConfig) else v for k, v in configs.items()}
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -82,7 +85,7 @@ def kv_cache(
 ) -> CacheSizes:
     """Return the exact bytes that decoding keeps, as `llama_jax.models.cache_bytes` has them.
 
-    `source` is a model config, a loaded model, or several by name; nothing is allocated. Recurrent layers keep a state
+    `source` is a config, a loaded model, a run, or several by name; nothing is allocated. Recurrent layers keep a state
     of one size, and layers with a window keep all positions. Raises UserError for a model that cannot continue a text.
     """
     found, per_token = {}, {}
@@ -132,7 +135,7 @@ def rope_decay(
 ) -> RopeDecay:
     """Return how scores of rotary positions depend on the distance.
 
-    `source` is a `Rope` with `head_dim`, a model config, a loaded model, or several by name. `distances` are from 0 up
+    `source` is a `Rope` with `head_dim`, a config, a loaded model, a run, or several by name. `distances` are from 0 up
     to a number, or a list. The magnitude of a scaling (YaRN) is in the scores. Raises UserError without a Rope.
     """
     places = np.arange(distances) if isinstance(distances, int) else np.asarray(distances)

@@ -42,9 +42,9 @@ class UpdateNorms(Arrays):
         """The change relative to the parameter; about 1e-3 a step is usual for matrices."""
         return self.update.over(self.parameter)
 
-    def plot(self) -> "Figure":
-        """Return a figure of the ratio by layer."""
-        return self.ratio.plot()
+    def plot(self, part: str = "") -> "Figure":
+        """Return a figure of the ratio by layer, of the kinds whose names contain `part`."""
+        return self.ratio.plot(part)
 
 
 def update_norms(run: Run, step: int, until: int | None = None) -> UpdateNorms:
@@ -63,8 +63,8 @@ def update_norms(run: Run, step: int, until: int | None = None) -> UpdateNorms:
         before: Params = jax.tree.map(jnp.copy, state.params)
         after = store.load(until, abstract).params if until is not None else _stepped(run, step, state, hyper)
         change = {name: after[name] - value for name, value in before.items()}
-        update = parameter_norms(config.model, change, "norm of the update")
-        parameter = parameter_norms(config.model, before, "norm of the parameter")
+        update = parameter_norms(config.model, change, "update norm")
+        parameter = parameter_norms(config.model, before, "parameter norm")
     return UpdateNorms((step, step + 1 if until is None else until), update, parameter)
 
 

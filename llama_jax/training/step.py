@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from llama_jax.data import Preference
-from llama_jax.models import OF, STATISTIC, Compute, LossTerm, ModelConfig, Params, assemble, buffers
+from llama_jax.models import OF, STATISTIC, Compute, LossTerm, ModelConfig, Params, assemble, buffers, frozen
 from llama_jax.nn import Experts, seed_key, zigzag
 from llama_jax.parallel import reshape, shard
 from llama_jax.training.losses import cross_entropy
@@ -192,12 +192,13 @@ def _loss(
 def gradient(params: Params, batch: Batch, config: ModelConfig, compute: Compute, hyper: Hyper) -> Params:
     """Return the gradient of the loss of a train step by parameter, before clipping, without dropout.
 
-    `params` has the buffers, too, which have no gradient.
+    `params` has the buffers, too, which have no gradient, and with adapters the weights that are not trained.
     """
-    kept = {name: params[name] for name in buffers(config)}
+    kept = {name: params[name] for name in frozen(config)}
     trained = {name: value for name, value in params.items() if name not in kept}
     fixed = {"buffers": kept, "hyper": hyper, "config": config, "compute": compute}
-    return jax.grad(functools.partial(_loss, **fixed), has_aux=True)(trained, batch, None, None)[0]
+    loss = functools.partial(_loss, **fixed, preference=None)
+    return jax.grad(loss, has_aux=True)(trained, batch, None, None)[0]
 
 
 def _accumulate(

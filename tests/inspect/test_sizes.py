@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_run
 from hypothesis import given, strategies as st
 
 import llama_jax
@@ -18,6 +19,7 @@ from llama_jax.run import Run
 ROPES = [Rope(10000.0, None), Rope(500.0, LinearScaling(4.0)), Rope(100.0, None, rotary_dim=8),
          Rope(10000.0, YarnScaling(4.0, 32, 8.0, 1.0, 0.0, 0.0))]  # fmt: skip
 SIZE = 16
+RUN = tiny_run.get_config()
 
 
 @pytest.mark.parametrize("rope", ROPES, ids=["plain", "linear", "partial", "yarn"])
@@ -61,6 +63,7 @@ def test_cache_table(tiny_config: DecoderConfig):
     lstm = llama_jax.presets()["lstm_ptb_small"]
     sizes = inspect.kv_cache({"tiny": tiny_config, "lstm": lstm}, [8, 64], [1, 3], dtype="float32")
     assert sizes.bytes["tiny"][1, 1] == cache_bytes(tiny_config, 64, 3, "float32")
+    assert inspect.kv_cache(RUN, [8]).bytes["model"] == cache_bytes(RUN.model, 8)
     assert sizes.per_token == {"tiny": 2 * 2 * 8 * 4, "lstm": 0}
     assert (sizes.bytes["lstm"][0] == sizes.bytes["lstm"][1]).all()
     table = sizes.to_pandas()
@@ -92,19 +95,26 @@ def drawn(figure: Any) -> None:
 def test_every_figure_is_drawn(finished_run: Run, tiny_config: DecoderConfig):
     """Warnings, such as those of characters that the font lacks, are errors here."""
     lm, text = finished_run.load(), "the cat\n\t中 $x$"
-    maps = inspect.attention_maps(lm, text)
+    maps, gradients = inspect.attention_maps(lm, text), inspect.gradient_norms(lm, text)
     for figure in (
         maps.plot(),
         maps.plot(head=1),
         inspect.logit_lens(lm, text + " and then ran" * 6).plot(),
         inspect.activation_norms(lm, text).plot(),
-        inspect.gradient_norms(lm, text).plot(),
+        gradients.plot(),
+        gradients.plot("attention"),
         inspect.rope_decay({"a": tiny_config, "b": lm}).plot(),
         inspect.kv_cache(tiny_config).plot(),
         inspect.ExpertLoad("step", np.arange(3), np.full((3, 4), 0.25), np.zeros(3)).plot(),
         inspect.UpdateHistory(np.arange(3), np.ones((3, 4)), np.ones((3, 4))).plot(),
     ):
         drawn(figure)
+    with pytest.raises(UserError, match="part='x' is in none of the names: attention"):
+        gradients.plot("x")
+    with pytest.raises(UserError, match="row=3 must be from 0 to 0"):
+        maps.plot(row=3)
+    assert repr(maps).startswith("AttentionMaps(weights=float32[1, 1, 4, ")
+    assert "layers={attention.k_proj.weight, " in repr(gradients)
     with pytest.raises(UserError, match="head=9 must be from 0 to 3"):
         maps.plot(head=9)
     with pytest.raises(UserError, match="layer=5 must be one of 0"):
