@@ -142,7 +142,7 @@ def test_examples_have_the_prompt_before_both_answers():
     chat = Document(np.array([1, 7, 9, 11, 5, 21, 22, 5, 2], np.int32), (3, 5, 8))
     example = OBJECTIVE.example(chat, np.random.default_rng(0), VOCABULARY)
     assert example["targets"][example["weights"] > 0].tolist() == [11, 5, 21, 22, 5]
-    assert len(example["tokens"]) == OBJECTIVE.lengths(np.array(9), np.array(3))[0]
+    assert len(example["tokens"]) == OBJECTIVE.lengths(np.array([9]), np.array([3]))[0][0]
 
 
 @pytest.mark.parametrize("options", [{"beta": 0.0}, {"label_smoothing": 0.5}])
