@@ -175,7 +175,7 @@ def test_a_run_prefers_the_chosen_answers(form: str, tmp_path: Path):
         "data.validation_fraction": 0.0,
         "data.objective": "Preference",
         "data.chat_template": None if form == "texts" else "ChatML",
-        "tokenizer.special_tokens": "<eos>",
+        "tokenizer.vocab_size": 285,
         "model.adapters": "LoRA",
         "sequence_length": 64,
         "num_steps": 6,
@@ -193,14 +193,14 @@ def test_a_run_prefers_the_chosen_answers(form: str, tmp_path: Path):
 
 def test_a_full_run_is_continued_with_its_reference(tmp_path: Path):
     file = tmp_path / "pairs.jsonl"
-    file.write_text("\n".join(json.dumps(FORMS["texts"][0]) for _ in range(24)) + "\n")
+    file.write_text("\n".join(json.dumps(FORMS["texts"][0] | {"prompt": f"the cat {i}"}) for i in range(24)) + "\n")
     changes = {
         "data.path": (str(file),),
         "data.cache_dir": str(tmp_path / "cache"),
         "data.fields": "prompt,chosen,rejected",
         "data.validation_fraction": 0.3,
         "data.objective": "Preference",
-        "tokenizer.special_tokens": "<eos>",
+        "tokenizer.vocab_size": 285,
         "num_steps": 4,
         "checkpoint.every_steps": 2,
         "logging.sample_prompts": (),
