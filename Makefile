@@ -9,7 +9,7 @@ BIN := .venv/bin
 # --budget: processor seconds that one test may take; the summary has the sum of each directory (tests/budget.py).
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: install test test-slow lint docs demo
+.PHONY: install test test-slow lint docs notebooks demo
 
 install: .venv/installed
 
@@ -40,7 +40,11 @@ test: lint
 test-slow: install
 	$(BIN)/pytest -m slow $(PARALLEL) --budget 200
 
-# Guides and API reference as a site, in .cache/site; any warning is an error.
+# Run in full, in .cache/notebooks, where `make docs` finds what came out: all, or NOTEBOOK=quickstart.
+notebooks: install
+	$(BIN)/python docs/run_notebooks.py $(NOTEBOOK)
+
+# Guides, notebooks and API reference as a site, in .cache/site; any warning is an error.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	@echo "open .cache/site/index.html, or serve it: $(BIN)/python -m mkdocs serve"

@@ -5,8 +5,8 @@
     logits = lm.model(tokens)
 
 The packages, in the order of the data: config, files, remote, parallel, tokenizers, data, nn, models, zoo, training,
-checkpoint, sampling, planning, run. docs/architecture.md has the map. What is exported is listed in `__init__.pyi` and
-imported when it is first used.
+checkpoint, sampling, evaluation, planning, run. docs/architecture.md has the map. What is exported is listed in
+`__init__.pyi` and imported when it is first used.
 """
 
 from llama_jax import installation

@@ -5,7 +5,6 @@ imported before a command runs, so that `--help` is quick.
 """
 
 import argparse
-import dataclasses
 import difflib
 import os
 import platform
@@ -20,7 +19,7 @@ from typing import Any, NoReturn
 from llama_jax import __version__
 from llama_jax.config import UserError, config_names
 from llama_jax.installation import missing_package
-from llama_jax.parser import Parser
+from llama_jax.parser import Argument, Command, Parser, flag
 
 # Settings of glibc's allocator, read when a process starts: a training step on a CPU takes and frees all of its memory,
 # so that huge pages that are kept save much of its time (benchmarks/ has the figures).
@@ -31,34 +30,6 @@ TUNABLES = {
 RESTARTED = "llama_jax_restarted"  # the -X option of a process that was started again with TUNABLES
 KINDS = ("bpe", "unigram", "byte_bpe", "wordpiece", "whitespace")  # of tokenizers; a test compares them
 RUN_PATH = "run, Hugging Face or Meta directory, or a llama2.c .bin; or URL"
-
-type Argument = tuple[list[str], dict[str, Any]]  # positional and keyword arguments of argparse's add_argument
-
-
-def flag(names: str, metavar: str | None, help: str, **options: Any) -> Argument:
-    """Return an argument with its flags, or with its name where it is positional; without `metavar` it is a switch."""
-    kind = {"action": "store_true"} if metavar is None else {"metavar": metavar}
-    return names.split(" "), {"help": help} | kind | options
-
-
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """A command's parser, as data.
-
-    description: its help; the first sentence is in the list of commands.
-    arguments: flags and positional arguments, in the order of the help.
-    epilog: text after them.
-    prog: how the command is written; None: `python -m llama_jax` and its name.
-    takes_keys: True where it takes a config and its dotted keys.
-    """
-
-    description: str
-    arguments: tuple[Argument, ...]
-    epilog: str | None = None
-    prog: str | None = None
-    takes_keys: bool = False
-
-
 BASE = flag("--base", "PATH", "weights that an adapter is for; default: those that it names")
 IGNORED_KEYS = flag(
     "--ignore-config-keys", "KEY[,KEY]", "keys of the directory's config files to take as if they were not there",
@@ -116,6 +87,17 @@ COMMANDS = {
             flag("--json", None, "for programs"),
         ),
     ),
+    "report": Command(
+        "Report on runs and sweeps. Without a flag it is a table; --html writes one page, which needs no network, with "
+        "config differences, curves, samples and evaluations.",
+        (
+            flag("runs", "RUN", "run directories, folders that have runs, sweeps, globs; or URLs of runs", nargs="+"),
+            flag("--html", "FILE", "write the page"),
+            flag("--watch", None, "serve the page on this machine while the runs go on"),
+            flag("--port", "N", "of --watch, 0: any that is free; default: %(default)s", type=int, default=8321),
+            flag("--metric", "NAME", "compare by this one of metrics.jsonl; default: val_loss"),
+        ),
+    ),
     "sample": Command(
         "Continue texts with a trained model. An encoder-decoder answers: the prompt is its source, in which special "
         "tokens such as <extra_id_0> may be written out, and only the answer is printed. With --chat the prompt is a "
@@ -138,6 +120,34 @@ COMMANDS = {
             IGNORED_KEYS,
         ),
         prog="sample.py",
+    ),
+    "evaluate": Command(
+        "Measure a model on texts, on tasks of lm-evaluation-harness (extra `eval`), or on pairs. A run without any of "
+        "these is measured on its held-out data. Results of a run go into its evaluations/, too.",
+        (
+            flag("path", "PATH", RUN_PATH),
+            flag("--tasks", "A[,B...]", "hellaswag, mmlu, ... or names of --task-files", nargs="+", default=[]),
+            flag("--task-files", "DIR", "directory with tasks as YAML files"),
+            flag("--text", "FILE", "perplexity and bits per byte: files, directories, globs", nargs="+", default=[]),
+            flag("--pairs", "FILE", "texts and labels (classifiers), or translations (BLEU)", nargs="+", default=[]),
+            flag("--source", "FILE", "lines to translate, and ..."),
+            flag("--reference", "FILE", "... their translations"),
+            flag("--fields", "A[,B...]", "fields of records; default: the run's, or text"),
+            flag("--limit", "N", "only the first N items of a task, documents of a file or pairs", type=int),
+            flag("--num-fewshot", "N", "examples before each item; default: the task's", type=int),
+            flag("--chat", None, "write items of tasks as chats, by the model's template"),
+            flag("--system", "TEXT", "the system's message before them"),
+            flag("--window", "N", "tokens of a piece of text; default: a run's rows, the model's positions", type=int),
+            flag("--stride", "N", "tokens from one window to the next; default: half a window", type=int),
+            flag("--batch-size", "N", "rows at a time; default: %(default)s", type=int, default=8),
+            flag("--dtype", "{float32,bfloat16}", "default: bfloat16 on TPU and GPU", choices=("float32", "bfloat16")),
+            *(flag(f"--mesh.{axis}", "N", "devices", type=int) for axis in ("data", "fsdp", "tensor", "expert")),
+            flag("--tokenizer", "PATH", "file, directory or URL; default: the one with the weights"),
+            flag("--step", "N", "checkpoint of a run; default: the latest", type=int),
+            flag("--output", "FILE", "write the results as JSON"),
+            flag("--json", None, "print them as JSON"),
+            flag("--quiet", None, "no progress"),
+        ),
     ),
     "convert": Command(
         "Import or export weights, with the logit check.",
@@ -295,6 +305,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.command == "compare":
             from llama_jax.compare_command import compare_command as work
+        elif args.command == "report":
+            from llama_jax.report_command import report_command as work
         else:  # seconds: JAX and all packages
             from llama_jax.commands import run as work
     except ModuleNotFoundError as error:

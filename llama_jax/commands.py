@@ -31,6 +31,7 @@ from llama_jax.config import (
     override,
     read_json,
 )
+from llama_jax.evaluate_command import evaluate_command
 from llama_jax.files import disk_failure
 from llama_jax.key_help import key_help
 from llama_jax.parallel import distributed
@@ -356,6 +357,7 @@ COMMANDS = {
     "train": train_command,
     "plan": plan_command,
     "sample": sample_command,
+    "evaluate": evaluate_command,
     "convert": convert_command,
     "prepare": prepare_command,
     "tokenizer train": tokenizer_train_command,

@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import json
-import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,17 +11,14 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from llama_jax.config import UserError
+from llama_jax.figures import COLORS, EXTRA, UNITS, counted, smooth
 from llama_jax.remote import as_local
 from llama_jax.run import LAST_LINES, Row, choose_metric, compare_runs, differing_keys, find_runs, rows_of
 from llama_jax.screen import duration
 
-# The palette of Okabe and Ito, which the colour-blind can tell apart; grey for its yellow and black.
-COLORS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (128, 128, 128))
 MAX_CURVES = len(COLORS)  # in a plot: those of the best rows
 MARKS = "abcdefg"  # of curves on a terminal without colours
-UNITS = {"loss": "nats per token", "val_loss": "nats per token", "val_bits_per_byte": "bits per byte"}
 WIDTH = 28  # at most, of a key's value
-EXTRA = "pip install 'llama_jax[compare]'"
 
 Columns = dict[str, list[str]]  # cells of each row, by title
 
@@ -44,18 +40,32 @@ def compare_command(args: argparse.Namespace) -> int:
         print(json.dumps({"metric": metric, "notes": notes, "rows": [as_json(row, keys, metric) for row in rows]}))
         return 0
     console = Console()
-    (numbers, about), settings = numbers_of(rows, metric), settings_of(rows, keys)
-    width = console.width if console.is_terminal else None
-    for table in tables(named(rows), settings, numbers, width):
-        print(table, end="\n\n")
-    for line in ("; ".join(about), *(f"note: {note}" for note in notes)):
-        print(line if width is None else textwrap.fill(line, width))
+    numbers, about = numbers_of(rows, metric)
+    print_tables(console, named(rows), settings_of(rows, keys), numbers)
+    print_lines(console, ["; ".join(about), *(f"note: {note}" for note in notes)])
     if args.png is None:
         print_plot(console, rows, metric)
     else:
         write_image(args.png, rows, metric)
         print(f"curves: {args.png}")
     return 0
+
+
+def print_tables(console: Console, *columns: Columns) -> None:
+    """Print the tables of names, settings and numbers, as wide as a terminal is."""
+    for table in tables(*columns, width=console.width if console.is_terminal else None):
+        print(table, end="\n\n")
+
+
+def print_lines(console: Console, texts: Sequence[str]) -> None:
+    """Print lines, on a terminal broken where it ends."""
+    for line in map(printable, texts):
+        print(textwrap.fill(line, console.width) if console.is_terminal else line)
+
+
+def printable(text: str) -> str:
+    """Return text from a file without what a terminal would obey: control and direction characters are written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def as_json(row: Row, keys: Mapping[str, str], metric: str) -> dict[str, Any]:
@@ -134,7 +144,7 @@ def packed(columns: Columns, width: int | None) -> list[str]:
 def lines(columns: Columns) -> list[str]:
     """Return the lines of a table, the first column to the left and the others to the right."""
     padded = []
-    for number, cells in enumerate([title, *values] for title, values in columns.items()):
+    for number, cells in enumerate([printable(cell) for cell in (title, *values)] for title, values in columns.items()):
         spaces = [" " * (max(map(cell_len, cells)) - cell_len(cell)) for cell in cells]
         padded.append([space + cell if number else cell + space for space, cell in zip(spaces, cells, strict=True)])
     return ["  ".join(line) for line in zip(*padded, strict=True)]
@@ -146,14 +156,6 @@ def shown(value: Any) -> str:
     if isinstance(value, list):
         text = ",".join(part if isinstance(part, str) else json.dumps(part) for part in value)
     return text if len(text) <= WIDTH else f"{text[: WIDTH // 2 - 1]}…{text[-WIDTH // 2 :]}"
-
-
-def counted(number: int | None) -> str:
-    """Return a count with three digits: 3.8M."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number is not None and number >= size:
-            return f"{number / size:.3g}{unit}"
-    return "-" if number is None else str(number)
 
 
 def curves_of(rows: Sequence[Row], metric: str) -> tuple[str, dict[str, dict[int, float]], float]:
@@ -170,12 +172,6 @@ def curves_of(rows: Sequence[Row], metric: str) -> tuple[str, dict[str, dict[int
     top = max((value for curve in curves.values() for step, value in curve.items() if step > end / 10), default=0.0)
     mean = "running mean, " if drawn == "loss" else ""
     return f"{drawn} ({mean}{UNITS[drawn]})" if drawn in UNITS else drawn, curves, top
-
-
-def smooth(curve: Mapping[int, float]) -> dict[int, float]:
-    """Return means over the last fortieth of the points."""
-    values, width = list(curve.values()), 1 + len(curve) // 40
-    return {step: statistics.fmean(values[max(0, i + 1 - width) : i + 1]) for i, step in enumerate(curve)}
 
 
 def print_plot(console: Console, rows: Sequence[Row], metric: str) -> None:
@@ -198,7 +194,7 @@ def print_plot(console: Console, rows: Sequence[Row], metric: str) -> None:
     plotext.xticks([round(part * end / 4) for part in range(5)])
     for i, (name, curve) in enumerate(curves.items()):
         style = {"color": COLORS[i], "marker": "braille"} if colored else {"marker": MARKS[i]}
-        plotext.plot(list(curve), [min(value, top) for value in curve.values()], label=shown(name), **style)
+        plotext.plot(list(curve), [min(value, top) for value in curve.values()], label=printable(shown(name)), **style)
     print(plotext.build() if colored else plotext.uncolorize(plotext.build()))
     if len(rows) > MAX_CURVES:
         print(f"drawn: the best {MAX_CURVES} of {len(rows)}")

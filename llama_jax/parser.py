@@ -1,12 +1,39 @@
 """The parser of a command line, whose mistakes are sentences."""
 
 import argparse
+import dataclasses
 import difflib
 import re
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from llama_jax.config import UserError
+
+type Argument = tuple[list[str], dict[str, Any]]  # positional and keyword arguments of argparse's add_argument
+
+
+def flag(names: str, metavar: str | None, help: str, **options: Any) -> Argument:
+    """Return an argument with its flags, or with its name where it is positional; without `metavar` it is a switch."""
+    kind = {"action": "store_true"} if metavar is None else {"metavar": metavar}
+    return names.split(" "), {"help": help} | kind | options
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command's parser, as data.
+
+    description: its help; the first sentence is in the list of commands.
+    arguments: flags and positional arguments, in the order of the help.
+    epilog: text after them.
+    prog: how the command is written; None: `python -m llama_jax` and its name.
+    takes_keys: True where it takes a config and its dotted keys.
+    """
+
+    description: str
+    arguments: tuple[Argument, ...]
+    epilog: str | None = None
+    prog: str | None = None
+    takes_keys: bool = False
 
 
 class Parser(argparse.ArgumentParser):

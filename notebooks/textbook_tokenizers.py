@@ -1,4 +1,4 @@
-"""Subword algorithms as in their papers, short and slow, for `tokenizers_and_objectives.ipynb`.
+"""Subword algorithms as in their papers, short and slow, for `tokenization.ipynb`.
 
 Byte-pair encoding (Sennrich et al. 2016) and the unigram language model (Kudo 2018). A run's tokenizers are trained by
 `llama_jax.tokenizers.train_tokenizer`; the tests compare the unigram model here with SentencePiece's.
@@ -43,6 +43,14 @@ def bpe_merges(texts: Iterable[str]) -> Iterator[Merge]:
         best = max(pairs, key=pairs.__getitem__)  # max and Counter keep the order in which pairs were seen
         words = {word: _merge(symbols, best) for word, symbols in words.items()}
         yield Merge(best, pairs[best], tuple(words.values()))
+
+
+def bpe_encode(word: str, merges: Iterable[Merge]) -> tuple[str, ...]:
+    """The pieces of a word: its characters, and the merges repeated in the order in which they were learned."""
+    symbols = tuple(word)
+    for merge in merges:
+        symbols = _merge(symbols, merge.pair)
+    return symbols
 
 
 def _merge(symbols: Sequence[str], pair: tuple[str, str]) -> tuple[str, ...]:

@@ -6,11 +6,14 @@ GitHub and on the site. A page of the API has what the package exports.
 
 import ast
 import fnmatch
+import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from notebook_page import link_pages, notebook_page
 
 ROOT = Path(__file__).resolve().parents[2]
 PATTERNS = (
@@ -25,17 +28,23 @@ PACKAGES = (
 )  # fmt: skip
 
 
+# In the order of their table.
+NOTEBOOKS = re.findall(r"\((\w+)\.ipynb\)", (ROOT / "notebooks" / "README.md").read_text("utf-8"))
+
+
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the pages of the API into the navigation."""
+    """Put the pages of notebooks and of the API into the navigation."""
     assert config.nav is not None
     for entry in config.nav:
         if "API" in entry:
             entry["API"] = [{package: f"api/{package}.md"} for package in PACKAGES]
+        if "Notebooks" in entry:
+            entry["Notebooks"] = ["notebooks/README.md", *(f"notebooks/{name}.md" for name in NOTEBOOKS)]
     return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Replace the files of docs_dir by the repository's pages, at their own paths, and the pages of the API."""
+    """Replace the files of docs_dir by the repository's pages, at their own paths, and those of notebooks and API."""
     found = Files([file for file in files if file.src_dir != config.docs_dir])
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
@@ -44,9 +53,21 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in listed:
         if any(fnmatch.fnmatch(path, pattern) for pattern in PATTERNS) and (ROOT / path).is_file():
             found.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
+    for name in NOTEBOOKS:
+        file = f"{name}.ipynb"
+        content, figures = notebook_page(ROOT / "notebooks" / file, ROOT / ".cache" / "notebooks" / file, NOTEBOOKS)
+        found.append(File.generated(config, f"notebooks/{name}.md", content=content))
+        for path, data in figures.items():
+            found.append(File.generated(config, f"notebooks/{path}", content=data))
     for package in PACKAGES:
         found.append(File.generated(config, f"api/{package}.md", content=api_page(package)))
     return found
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Lead links to notebooks to their pages; a notebook's page keeps the link to its file."""
+    is_notebook = page.file.src_uri in [f"notebooks/{name}.md" for name in NOTEBOOKS]
+    return markdown if is_notebook else link_pages(markdown, NOTEBOOKS)
 
 
 def api_page(package: str) -> str:

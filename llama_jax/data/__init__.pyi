@@ -6,7 +6,7 @@ from .batches import (
 from .chat import ChatTemplate as ChatTemplate, chat_prompt as chat_prompt, turn_ends as turn_ends
 from .config import DataConfig as DataConfig, Source as Source, Stage as Stage
 from .corpus.corpus import Corpus as Corpus, Shard as Shard, TokenStream as TokenStream
-from .corpus.documents import read_pieces as read_pieces, read_texts as read_texts
+from .corpus.documents import ScoredBytes as ScoredBytes, read_pieces as read_pieces, read_texts as read_texts
 from .corpus.files import find_files as find_files
 from .corpus.prepare import prepare_corpus as prepare_corpus, prepare_shards as prepare_shards
 from .dataset import Dataset as Dataset, prepare_dataset as prepare_dataset
@@ -18,5 +18,5 @@ from .objectives import (
     SequenceToSequence as SequenceToSequence,
     Vocabulary as Vocabulary,
 )
-from .readers import add_reader as add_reader, units_by_shard as units_by_shard
+from .readers import Record as Record, add_reader as add_reader, units_by_shard as units_by_shard
 from .rows.windows import HostBatch as HostBatch

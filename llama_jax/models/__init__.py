@@ -6,6 +6,7 @@ Dimension letters everywhere: `B` batch, `T` query length, `S` key or cache leng
 `K` key/value heads, `G` = N/K, `H` head dim, `F` feed-forward, `V` vocabulary, `L` layers, `E` experts.
 """
 
+from llama_jax.models.cache import cache_bytes as cache_bytes, cache_shapes as cache_shapes, nbytes as nbytes
 from llama_jax.models.config import (
     Compute as Compute,
     LayerOverride as LayerOverride,
@@ -44,4 +45,4 @@ from llama_jax.models.model import (
     initialize as initialize,
 )
 from llama_jax.models.mtp import MTPDecoder as MTPDecoder, MTPDecoderConfig as MTPDecoderConfig
-from llama_jax.models.stack import OF as OF, STATISTIC as STATISTIC
+from llama_jax.models.stack import OF as OF, STATISTIC as STATISTIC, Layers as Layers

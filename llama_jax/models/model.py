@@ -233,11 +233,15 @@ class Model:
         there an id or position beyond a table is taken as its last one. Positions by a formula (rotary, sines) go on
         beyond `max_positions`.
         """
-        return self.run(_method, checked_inputs(self._kind, self.config, arguments, named), name="__call__")
+        return self.run(_method, self.inputs(*arguments, **named), name="__call__")
+
+    def inputs(self, *arguments: Any, **named: Any) -> dict[str, Any]:
+        """Return the arguments of a call by name, as int32 arrays. Raises UserError as a call does."""
+        return checked_inputs(self._kind, self.config, arguments, named)
 
     def hidden_states(self, *arguments: Any, **named: Any) -> dict[str, list[Float[Array, "b t d"]]]:
         """Return the results of every block for the arguments of a call, by stack."""
-        return self.run(_method, checked_inputs(self._kind, self.config, arguments, named), name="hidden_states")
+        return self.run(_method, self.inputs(*arguments, **named), name="hidden_states")
 
     def run(self, function: Callable[..., Any], *arguments: Any, **static: Any) -> Any:
         """Call `jit(function)(module, *arguments, **static)` on the model's mesh; keyword arguments are static."""

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from llama_jax.models.config import Pieces, TransformerConfig
-from llama_jax.nn import CrossAttention, ForwardContext, PyTree, child, drawing_from, dropout
+from llama_jax.nn import CrossAttention, ForwardContext, PyTree, child, drawing_from, dropout, record
 
 type Aux = dict[str, jax.Array]
 type NormLayer = Callable[[jax.Array], jax.Array]
@@ -85,6 +85,7 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             h = _normed(self.input_layernorm, x)
             h, cache, *found = self.attention(h, positions=positions, ctx=ctx, cache=cache)
+            record("attention", lambda: h)
             aux = _named("attention", found[0]) if found else {}
             # The name is for the rematerialization policy that saves attention outputs.
             x = self._add(x, checkpoint_name(h, "attention"), self.attention_norm, ctx, "attention")
@@ -92,12 +93,15 @@ class Block(nnx.Module):
             with jax.named_scope("cross_attention"):
                 keys, source_ctx = source
                 h = self.cross_attention(_normed(self.cross_attention_layernorm, x), keys, ctx=source_ctx)
+                record("cross_attention", lambda: h)
                 x = self._add(x, h, self.cross_attention_norm, ctx, "cross_attention")
         if hasattr(self, "feed_forward"):
             with jax.named_scope("feed_forward"):
                 h, found = self.feed_forward(_normed(self.post_attention_layernorm, x), ctx=ctx)
+                record("feed_forward", lambda: h)
                 aux |= _named("feed_forward", found)
                 x = self._add(x, h, self.feed_forward_norm, ctx, "feed_forward")
+        record("block", lambda: (x, aux))
         return x, aux, cache
 
     def _add(self, x: jax.Array, y: jax.Array, norm: NormLayer | None, ctx: ForwardContext, name: str) -> jax.Array:
@@ -177,6 +181,7 @@ class Layers(nnx.Module):
         appended to `outputs`, for which layers must be unrolled.
         """
         assert outputs is None or not self.repeated
+        record("stack", lambda: (self.name, x))
         fixed = {"positions": positions, "ctx": ctx, "source": source}
         found: dict[str, list[jax.Array]] = {}
         for i, block in enumerate(self.leading):

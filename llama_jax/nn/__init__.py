@@ -15,6 +15,7 @@ from llama_jax.nn.attention.attend import (
     KERNELS as KERNELS,
     Call as Call,
     attend as attend,
+    attention_weights as attention_weights,
     calls_of_attend as calls_of_attend,
     choose as choose,
 )
@@ -42,6 +43,8 @@ from llama_jax.nn.base import (
     check_at_least as check_at_least,
     check_rate as check_rate,
     dropout as dropout,
+    record as record,
+    recording as recording,
 )
 from llama_jax.nn.experts.experts import Experts as Experts, ExpertsModule as ExpertsModule
 from llama_jax.nn.experts.routers import (

@@ -1,8 +1,11 @@
 """Masks, the context of a forward pass, dropout, and the base classes of the pieces of a model."""
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import zlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,6 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.config import Component, Known, UserError
 from llama_jax.parallel import spec
+
+type Recorder = Callable[[str, Any], None]
 
 PyTree = Any  # arrays, or what has them: dicts, tuples and registered classes, as `jax.tree` walks over them
 
@@ -125,6 +130,25 @@ class ForwardContext:
     def random_key(self, name: str) -> jax.Array:
         """Return the random key of `name` in this layer and step: the same on every mesh."""
         return jax.random.fold_in(self.dropout_key, zlib.crc32(name.encode()))
+
+
+_recorder: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("recorder", default=None)
+
+
+@contextlib.contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Call `recorder(name, value)` with everything that is given to `record` while something is traced."""
+    token = _recorder.set(recorder)
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
+
+
+def record(name: str, value: Callable[[], Any]) -> None:
+    """Give `value()`, of the trace under way, to those who look inside the model; do nothing where nobody does."""
+    if (recorder := _recorder.get()) is not None:
+        recorder(name, value())
 
 
 def dropout(

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from llama_jax.config import UserError
-from llama_jax.models import ModelConfig, frozen, layer_rngs
+from llama_jax.models import ModelConfig, cache_shapes, frozen, layer_rngs
 from llama_jax.nn import ExpertsModule, Projection
 from llama_jax.parallel import batch_parts, mesh_axis_sizes, spec, split_over
 from llama_jax.run_config import RunConfig
@@ -272,18 +272,12 @@ def _parts(partition: Any) -> int:
 
 
 def cache_bytes(model: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> int:
-    """Return the bytes of all layers' caches on one device of the current mesh, for `batch` x `length` positions."""
-    pieces = model.stacks()["layers"]  # the keys of an encoder's source are not counted
+    """Return the bytes of all layers' caches on one device of the current mesh, for `batch` x `length` positions.
 
-    def make(kind: Any) -> Any:
-        block: Any = model.build_block("layers", kind, rngs=nnx.Rngs(params=0))
-        try:
-            return block.attention.init_cache(batch, length, dtype)
-        except (NotImplementedError, UserError):  # a mixer that does not decode
-            return ()
-
-    return sum(
-        pieces.count(kind) * array.size * array.dtype.itemsize // _parts(array.sharding.spec)
-        for kind in dict.fromkeys(pieces)
-        for array in jax.tree.leaves(jax.eval_shape(functools.partial(make, kind)))
-    )
+    It is 0 for a model with a mixer that does not decode.
+    """
+    try:
+        caches = cache_shapes(model, length, batch, dtype)
+    except UserError:  # a mixer that does not decode: nothing is cached
+        return 0
+    return sum(x.size * x.dtype.itemsize // _parts(x.sharding.spec) for x in jax.tree.leaves(caches))

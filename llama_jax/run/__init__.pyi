@@ -1,5 +1,6 @@
 from .callbacks import Event as Event
 from .comparing import (
+    HIGHER as HIGHER,
     LAST_LINES as LAST_LINES,
     Row as Row,
     RunRecord as RunRecord,
@@ -16,7 +17,17 @@ from .configs import (
     RunConfig as RunConfig,
     load_config as load_config,
 )
+from .continuing import CHANGEABLE as CHANGEABLE
 from .directory import Run as Run, open_run as open_run
+from .lanes import (
+    Closing as Closing,
+    Lane as Lane,
+    Prepared as Prepared,
+    prepare_runs as prepare_runs,
+)
+from .metrics import METRICS_FILE as METRICS_FILE, read_metrics as read_metrics
+from .programs import programs as programs
 from .reporting import Logger as Logger
 from .resuming import config_to_continue as config_to_continue, resume as resume
+from .signals import termination as termination
 from .training import Preempted as Preempted, RunFailed as RunFailed, train as train

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from llama_jax.checkpoint import LanguageModel
 from llama_jax.config import UserError
-from llama_jax.models import Compute, abstract_params, from_params
+from llama_jax.models import Compute, Params, abstract_params, from_params
 from llama_jax.parallel import distributed
 from llama_jax.run.directory import Run
 from llama_jax.training import TrainState
@@ -50,6 +50,12 @@ class Event(dict[str, Any]):
         assert isinstance(mesh, Mesh)
         model = from_params(config.model, params, compute, mesh)
         return LanguageModel(config.model, model, self.run.tokenizer, chat_template=config.data.chat_template)
+
+    def params(self) -> Params:
+        """Return copies of the trained parameters after this step, by name, in float32."""
+        if self._state is None:
+            raise UserError("event.params() works within the callback only")
+        return {name: jnp.array(value, copy=True) for name, value in self._state.params.items()}
 
     def call(self, callbacks: Sequence["Callback"]) -> None:
         """Call the callbacks in order and add the numbers that they return.

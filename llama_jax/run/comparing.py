@@ -34,9 +34,14 @@ MINOR = (
     "data.num_prefetch",
     "data.max_bad_records",
 )
-_FILES = re.compile(r"(config|data)\.json|metrics\.jsonl|tokenizer/[^/]+")  # of a run, those that are read here
-_INSIDE = re.compile(r"/((config|data|run)\.json|metrics\.jsonl|samples\.txt|(checkpoints|tokenizer)(/.*)?)$")
-_HIGHER = ("accuracy", "mfu", "tokens_per_second")  # ends of the names of metrics of which more is better
+# Of a run, the files that are read here and by reports.
+_FILES = re.compile(
+    r"(config|data|run)\.json|(metrics|starts)\.jsonl|samples\.txt|(tokenizer|samples|evaluations)/[^/]+"
+)
+_INSIDE = re.compile(
+    r"/((config|data|run)\.json|(metrics|starts)\.jsonl|samples\.txt|(checkpoints|tokenizer|samples|evaluations)(/.*)?)$"
+)
+HIGHER = ("accuracy", "mfu", "tokens_per_second")  # ends of the names of metrics of which more is better
 _WARNINGS = {  # keys that change what the losses measure
     "data.objective": "objectives differ: losses are of different targets",
     "logging.validation_batches": "logging.validation_batches differs: validation is on different parts of the text",
@@ -56,6 +61,9 @@ class RunRecord:
     tokenizer: hash of the tokenizer's files; None before they are written.
     num_bytes: bytes of the text by split; None before it is known.
     metrics: a dict per logged step.
+    directory: the local directory of its files, of a URL a copy.
+    num_damaged: number of damaged lines of its metrics, which are left out.
+    history: what was changed where it was continued (`Run.history`).
     """
 
     name: str
@@ -65,6 +73,42 @@ class RunRecord:
     tokenizer: str | None
     num_bytes: Any
     metrics: list[dict[str, Any]]
+    directory: Path
+    num_damaged: int
+    history: list[dict[str, Any]]
+
+    @property
+    def steps(self) -> list[int]:
+        """The logged steps."""
+        return [line["step"] for line in self.metrics]
+
+    def tokens(self) -> list[int]:
+        """Return the positions computed until each logged step, those of padding and of sources included."""
+        changed = ((entry["step"], entry["changes"].get("global_batch_size")) for entry in self.history)
+        sizes = [(step, sizes[0]) for step, sizes in changed if sizes]  # until a step, the rows of a batch
+        sizes.append((max(self.steps, default=0), self.config["global_batch_size"]))
+        length = self.config["sequence_length"] + (self.config.get("data.objective.source_length") or 0)
+        begins = [0, *(end for end, _ in sizes)]
+        spans = [(begin, end, size) for begin, (end, size) in zip(begins, sizes, strict=False)]
+        return [
+            length * sum(size * max(0, min(step, end) - begin) for begin, end, size in spans) for step in self.steps
+        ]
+
+    def seconds(self) -> list[float]:
+        """Return the time of the steps until each logged one, without compilation, validation and saving.
+
+        It is empty where no speed is logged. A line without a speed has the compilation in it: it counts as the median.
+        """
+        speeds = self.curve("tokens_per_second")
+        if not any(speeds.values()):
+            return []
+        median = statistics.median(speeds.values())
+        done = [0, *self.tokens()]
+        times = (
+            (after - before) / (speeds.get(step) or median)
+            for step, before, after in zip(self.steps, done, done[1:], strict=False)
+        )
+        return list(itertools.accumulate(times))
 
     def curve(self, metric: str) -> dict[int, float]:
         """Return a metric's finite values by step."""
@@ -77,22 +121,16 @@ class RunRecord:
         compilation, validation and saving.
         """
         curve, losses, speeds = self.curve(metric), self.curve("loss"), self.curve("tokens_per_second")
-        best = (max if metric.endswith(_HIGHER) else min)(curve, key=curve.__getitem__, default=None)
-        speed, seconds = statistics.median(speeds.values()) if speeds else None, None
-        steps = [0, *(line["step"] for line in self.metrics)]
-        if speed:  # a line without a speed has the compilation in it
-            length = self.config["sequence_length"] + (self.config.get("data.objective.source_length") or 0)
-            times = ((end - start) / (speeds.get(end) or speed) for start, end in itertools.pairwise(steps))
-            seconds = sum(times) * length * self.config["global_batch_size"]
+        best = (max if metric.endswith(HIGHER) else min)(curve, key=curve.__getitem__, default=None)
         return {
             "loss": statistics.fmean(list(losses.values())[-LAST_LINES:]) if losses else None,
             "best": None if best is None else curve[best],
             "best_step": best,
             "last": next(reversed(curve.values()), None),
             "val_bits_per_byte": min(self.curve("val_bits_per_byte").values(), default=None),
-            "tokens_per_second": speed,
-            "step": steps[-1],
-            "seconds": seconds,
+            "tokens_per_second": statistics.median(speeds.values()) if speeds else None,
+            "step": max(self.steps, default=0),
+            "seconds": next(reversed(self.seconds()), None),
         }
 
 
@@ -161,7 +199,8 @@ def compare_runs(paths: Iterable[str | Path]) -> list[RunRecord]:
         directory = local_copy(place, lambda names: filter(_FILES.fullmatch, names))
         if not (directory / "config.json").is_file() or not _is_run(config := read_json(directory / "config.json")):
             raise UserError(f"'{place}' is not a run: it has no config.json of one")
-        data = directory / "data.json"
+        data, changes = directory / "data.json", directory / "run.json"
+        metrics, num_damaged = read_metrics(directory / METRICS_FILE)
         records.append(
             RunRecord(
                 name=name,
@@ -170,7 +209,10 @@ def compare_runs(paths: Iterable[str | Path]) -> list[RunRecord]:
                 num_parameters=_num_parameters(json.dumps(config["model"])),
                 tokenizer=_digest(directory / "tokenizer"),
                 num_bytes=read_json(data).get("num_bytes") if data.is_file() else None,
-                metrics=read_metrics(directory / METRICS_FILE)[0],
+                metrics=metrics,
+                directory=directory,
+                num_damaged=num_damaged,
+                history=read_json(changes)["history"] if changes.is_file() else [],
             )
         )
     return records
@@ -182,7 +224,7 @@ def rows_of(records: Sequence[RunRecord], metric: str, *, every: bool = False) -
     for record in records:
         learned = {key: value for key, value in record.config.items() if key != "seed" and not key.startswith(MINOR)}
         groups.setdefault(record.path if every else json.dumps(learned, sort_keys=True), []).append(record)
-    sign = -1 if metric.endswith(_HIGHER) else 1
+    sign = -1 if metric.endswith(HIGHER) else 1
 
     def order(row: Row) -> float:
         best = row.numbers(metric)[0]["best"]
@@ -228,6 +270,8 @@ def choose_metric(records: Sequence[RunRecord], metric: str | None) -> tuple[str
     if len({json.dumps(record.num_bytes) for record in records if record.num_bytes is not None}) > 1:
         notes.append("texts differ: validation is on different texts")
     for record in records:
+        if record.num_damaged:
+            notes.append(f"{record.name}: {record.num_damaged} damaged lines of {METRICS_FILE} are left out")
         if step := next((line["step"] for line in record.metrics if line.get("loss", 0) is None), None):
             notes.append(f"{record.name}: the loss is not finite at step {step}")
     return chosen, notes

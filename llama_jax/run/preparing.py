@@ -55,8 +55,8 @@ def check_shared(file: Path, key: str) -> None:
 
 
 def _tokenizer(run: Run, quiet: bool) -> Tokenizer:
-    """Return the run's tokenizer, from its directory once it is there."""
-    if (run.directory / TOKENIZER_DIRECTORY).is_dir():
+    """Return the run's tokenizer, from its directory once it is there; a sweep's runs are given theirs."""
+    if "tokenizer" in vars(run) or (run.directory / TOKENIZER_DIRECTORY).is_dir():
         return run.tokenizer
     config = run.config.tokenizer
     found = trained_tokenizer(config, run.config.data, quiet) if config.path is None else load_tokenizer(config.path)

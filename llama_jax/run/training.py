@@ -98,7 +98,7 @@ def _train(
     jax_mesh = make_mesh(mesh)
     with jax.set_mesh(jax_mesh):
         loop = distributed.all_agree(
-            lambda: _Loop(
+            lambda: Loop(
                 run, open_dataset(run, directories, vocabulary), sample_tokens, lines, loggers, callbacks, quiet
             )
         )
@@ -121,7 +121,7 @@ def _train(
     return run
 
 
-class _Loop:
+class Loop:
     """One process's part of a run.
 
     `sample_tokens` is the length of samples, `begins` what the log begins with, `lines` what it has next, even where

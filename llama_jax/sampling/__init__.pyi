@@ -1,4 +1,9 @@
-from .conversations import built_in as built_in, chat as chat, encoded_chat as encoded_chat
+from .conversations import (
+    built_in as built_in,
+    chat as chat,
+    encoded_chat as encoded_chat,
+    rendered_chat as rendered_chat,
+)
 from .sampler import Control as Control, Sampler as Sampler, Written as Written
 from .text import (
     Completion as Completion,
@@ -8,7 +13,9 @@ from .text import (
     encode_prompt as encode_prompt,
     encoded_prompt as encoded_prompt,
     generate_text as generate_text,
+    stop_ids as stop_ids,
     stream_encoded as stream_encoded,
     stream_text as stream_text,
+    tokenizer_of as tokenizer_of,
 )
-from .token_ids import generate as generate
+from .token_ids import checked_prompts as checked_prompts, continued as continued, generate as generate

@@ -73,11 +73,37 @@ def encoded_chat(
     for number, message in enumerate(messages, start=1):
         if not isinstance(message.get("role"), str) or message.get("content", message.get("tool_calls")) is None:
             raise UserError(f'message {number} must have a "role" and a "content"')
-    text = render(_template(tokenizer, template), messages, special_names(tokenizer))
+    text = rendered_chat(tokenizer, messages, template)
     ids = tokenizer.encode_prompt(text, special=True, affixes=False)
     if not ids:
         raise UserError("the model's chat template makes an empty prompt of this conversation")
     return Encoded(ids, stop_ids(lm))
+
+
+def rendered_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    template: ChatTemplate | str | None,
+    *,
+    opens_answer: bool = True,
+) -> str:
+    """Return the text of a conversation, special tokens by name, up to where the next answer begins.
+
+    Without `opens_answer` it ends with the content of the last message, which the answer continues. Raises UserError
+    as `chat` does.
+    """
+    if isinstance(template, ChatTemplate):
+        if template.JINJA is None:
+            raise UserError(f"{type(template).__name__} has no text of a conversation: give a template's name")
+        text = template.JINJA
+    else:
+        text = _template(tokenizer, template)
+    found = render(text, messages, special_names(tokenizer), opens_answer=opens_answer)
+    if opens_answer:
+        return found
+    last = str(messages[-1]["content"]).lstrip()
+    start = found.rindex(last.rstrip())
+    return found[:start] + (last if found.startswith(last, start) else last.rstrip())  # templates may strip a message
 
 
 def built_in(name: str | None, tokenizer: Tokenizer | None) -> ChatTemplate | str | None:
@@ -180,8 +206,10 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     return environment
 
 
-def render(template: str, messages: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
-    """Return the text of a conversation up to where the assistant's next answer begins.
+def render(
+    template: str, messages: Sequence[Mapping[str, Any]], names: Mapping[str, str], *, opens_answer: bool = True
+) -> str:
+    """Return the text of a conversation, with `opens_answer` up to where the assistant's next answer begins.
 
     `names` are the special tokens that the template may name (`bos_token` and others). Raises UserError where the
     template cannot be read, refuses the conversation, or violates the sandbox.
@@ -191,7 +219,8 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], names: Mapping[
     try:
         compiled = _environment().from_string(template)
         pieces, size = [], 0
-        for piece in compiled.generate(messages=plain, tools=None, documents=None, add_generation_prompt=True, **names):
+        given = {"messages": plain, "tools": None, "documents": None, "add_generation_prompt": opens_answer}
+        for piece in compiled.generate(**given, **names):
             size += len(piece)
             if size > MAX_CHARACTERS:
                 raise jinja2.TemplateError(f"it writes more than {MAX_CHARACTERS} characters")

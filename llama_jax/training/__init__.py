@@ -45,6 +45,7 @@ from llama_jax.training.step import (
     Batch as Batch,
     TrainState as TrainState,
     compiler_options as compiler_options,
+    gradient as gradient,
     init_state as init_state,
     make_eval_step as make_eval_step,
     make_train_step as make_train_step,

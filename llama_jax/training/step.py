@@ -189,6 +189,17 @@ def _loss(
     return total, _Measures(metrics, statistics, amounts, wholes)
 
 
+def gradient(params: Params, batch: Batch, config: ModelConfig, compute: Compute, hyper: Hyper) -> Params:
+    """Return the gradient of the loss of a train step by parameter, before clipping, without dropout.
+
+    `params` has the buffers, too, which have no gradient.
+    """
+    kept = {name: params[name] for name in buffers(config)}
+    trained = {name: value for name, value in params.items() if name not in kept}
+    fixed = {"buffers": kept, "hyper": hyper, "config": config, "compute": compute}
+    return jax.grad(functools.partial(_loss, **fixed), has_aux=True)(trained, batch, None, None)[0]
+
+
 def _accumulate(
     gradient: Callable[..., tuple[Params, _Measures]],
     params: Params,

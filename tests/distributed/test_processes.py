@@ -16,7 +16,7 @@ import pytest
 from llama_jax.checkpoint import CheckpointStore, to_disk
 from llama_jax.config import override
 from llama_jax.run import Run, RunConfig, open_run, train
-from llama_jax.run.training import _Loop
+from llama_jax.run.training import Loop
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -140,7 +140,7 @@ def test_saved_by_four_continued_by_two_then_by_one(
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointStore, "load", watch)
         # The state is donated to the first step: look at it before.
-        patch.setattr(_Loop, "_steps", lambda *args: loaded.update(copy(loaded)) or steps(*args))
+        patch.setattr(Loop, "_steps", lambda *args: loaded.update(copy(loaded)) or steps(*args))
         run = train(config, tmp_path / "run")
 
     assert_same(two.watched("loaded_2"), four.watched("saved_2"))
@@ -153,7 +153,7 @@ def test_saved_by_four_continued_by_two_then_by_one(
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-steps = _Loop._steps
+steps = Loop._steps
 
 
 def copy(loaded: dict[str, Any]) -> dict[str, Any]:

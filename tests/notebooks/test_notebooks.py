@@ -1,14 +1,17 @@
 """The notebooks run, show what they promise, and are what their scripts say."""
 
-import os
+import dataclasses
+import importlib.machinery
+import re
+import sys
 from pathlib import Path
 
 import jupytext
-import nbclient
 import nbformat
 import pytest
+import run_notebooks
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted(run_notebooks.FOLDER.glob("*.ipynb"))
 by_name = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -20,6 +23,8 @@ def test_there_are_notebooks():
     scripts = {path.stem for path in NOTEBOOKS[0].parent.glob("*.py") if "jupytext" in path.read_text(encoding="utf-8")}
     assert "quickstart" in scripts
     assert {path.stem for path in NOTEBOOKS} == scripts
+    table = (run_notebooks.FOLDER / "README.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"\((\w+)\.ipynb\)", table)) == sorted(scripts)
 
 
 @by_name
@@ -32,47 +37,87 @@ def test_notebook_and_script_are_paired(path: Path):
 
 
 @by_name
+def test_script_hides_no_module(path: Path):
+    """A kernel finds the scripts in its folder before anything that is installed."""
+    elsewhere = [folder for folder in sys.path if Path(folder).resolve() != run_notebooks.FOLDER]
+    assert importlib.machinery.PathFinder.find_spec(path.stem, elsewhere) is None
+
+
+@by_name
 def test_outputs_are_stripped(path: Path):
     code = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
     assert [cell.source for cell in code if cell.outputs or cell.execution_count] == []
     assert [cell.source for cell in code if "execution" in cell.metadata] == []
 
 
-def run(name: str, tmp_path: Path) -> tuple[list, str, list[str]]:
-    """What a notebook's code cells show, print, and warn of."""
-    notebook = nbformat.read(next(path for path in NOTEBOOKS if path.stem == name), 4)
-    # One device: what a notebook has on a laptop.
-    env = os.environ | {"LLAMA_JAX_QUICK": "1", "TMPDIR": str(tmp_path), "XLA_FLAGS": ""}
-    # Jupyter starts a kernel in the notebook's folder, where its helper modules are.
-    env["PYTHONPATH"] = os.pathsep.join([str(NOTEBOOKS[0].parent), os.environ.get("PYTHONPATH", "")])
-    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute(env=env, cwd=str(tmp_path))
+@dataclasses.dataclass
+class Shown:
+    """What a notebook's code cells show: displays by media type, the text they print, and warnings."""
+
+    data: list[dict[str, str]]
+    said: str
+    warned: list[str]
+
+    @property
+    def num_figures(self) -> int:
+        return sum("image/png" in data for data in self.data)
+
+
+def run(name: str, tmp_path: Path) -> Shown:
+    """Run a notebook in the reduced mode."""
+    notebook = run_notebooks.execute(run_notebooks.FOLDER / f"{name}.ipynb", tmp_path, quick=True)
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    shown = [output.data for output in outputs if "data" in output]
-    said = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
-    warned = [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]
-    return shown, said, warned
+    streams = [output for output in outputs if output.output_type == "stream"]
+    return Shown(
+        data=[output.data for output in outputs if "data" in output],
+        said="".join(output.text for output in streams if output.name == "stdout"),
+        warned=[output.text for output in streams if output.name == "stderr"],
+    )
 
 
 @pytest.mark.slow
 def test_quickstart_runs(tmp_path: Path):
-    shown, said, warned = run("quickstart", tmp_path)
-    assert warned == []
-    assert sum("image/png" in data for data in shown) == 3
-    # The bars at their ends, one display each, and not a line a step.
-    bars = [data["text/html"] for data in shown if "<b>training</b>" in data.get("text/html", "")]
-    assert ["8/8" in bar for bar in bars] == [True, True]
-    assert not any("step 1/8" in data.get("text/html", "") for data in shown)
-    assert "Did you mean 'model.attention.num_kv_heads'?" in said
-    assert said.count("held-out loss") == 2
-    assert "SquaredReLUModule" in said
+    shown = run("quickstart", tmp_path)
+    assert shown.warned == []
+    assert shown.num_figures == 3
+    # The bar at its end, one display, and not a line a step.
+    bars = [data["text/html"] for data in shown.data if "<b>training</b>" in data.get("text/html", "")]
+    assert ["8/8" in bar for bar in bars] == [True]
+    assert not any("step 1/8" in data.get("text/html", "") for data in shown.data)
+    assert "Did you mean 'model.attention.num_kv_heads'?" in shown.said
+    # The table has the interval of the difference, and the same number of parameters.
+    table = next(data["text/plain"] for data in shown.data if "baseline" in data.get("text/plain", ""))
+    assert re.search(r"squared ReLU +[\d.]+ ± [\d.]+ +-?[\d.]+ ± [\d.]+", table)
+    assert "the same in all: parameters" in table
 
 
 @pytest.mark.slow
-def test_tokenizers_and_objectives_runs(tmp_path: Path):
-    shown, said, warned = run("tokenizers_and_objectives", tmp_path)
-    assert warned == []
-    assert sum("image/png" in data for data in shown) == 4
-    assert sum("unknown" in data.get("text/plain", "") for data in shown) == 2
-    assert "ab|ab|c: 0.148148 = 4/27" in said
-    assert "B follows A." in said
-    assert "B is from another document." in said
+def test_tokenization_runs(tmp_path: Path):
+    shown = run("tokenization", tmp_path)
+    assert shown.warned == []
+    assert shown.num_figures == 2
+    assert sum("unknown" in data.get("text/plain", "") for data in shown.data) == 2
+    assert "ab|ab|c: 0.148148 = 4/27" in shown.said
+    assert "农民" in shown.said
+
+
+@pytest.mark.slow
+def test_objectives_runs(tmp_path: Path):
+    shown = run("objectives", tmp_path)
+    assert shown.warned == []
+    assert shown.num_figures == 3
+    assert "B follows A." in shown.said
+    assert "B is from another document." in shown.said
+
+
+@pytest.mark.slow
+def test_sharding_runs(tmp_path: Path):
+    shown = run("sharding", tmp_path)
+    assert shown.warned == []
+    assert shown.num_figures == 5
+    gaps = [float(gap) for gap in re.findall(r"largest difference at any step (\S+)", shown.said)]
+    assert len(gaps) == 3
+    assert max(gaps) < 1e-5
+    tables = "".join(data.get("text/plain", "") for data in shown.data)
+    assert "all-gather" in tables
+    assert "--optimizer.accumulation-steps" in tables

@@ -35,6 +35,14 @@ def test_merges_one_by_one():
     assert [m.words for m in bpe_merges(["aaa"])] == [(("aa", "a"),), (("aaa",),)]
 
 
+@given(texts=st.lists(st.text("ab ", max_size=12), min_size=1, max_size=4))
+def test_merges_repeated_give_the_words_that_they_were_learned_on(texts: list[str]):
+    words, merges = dict.fromkeys(word for text in texts for word in text.split()), list(bpe_merges(texts))
+    for number, merge in enumerate(merges, start=1):
+        assert tuple(textbook.bpe_encode(word, merges[:number]) for word in words) == merge.words
+    assert all(textbook.bpe_encode(word, []) == tuple(word) for word in words)
+
+
 def test_likelihood_of_a_segmentation():
     probabilities = {"ab": 2 / 3, "c": 1 / 3}
     assert likelihood(["ab", "ab", "c"], probabilities) == pytest.approx(4 / 27)

@@ -218,7 +218,7 @@ def loop_of(config: RunConfig) -> Any:
     """The run's own loop, not started: what it makes of the config is looked at."""
     dataset = dataset_of(config.tokenizer, config.data, config.sequence_length, config.seed)
     with jax.set_mesh(make_mesh(config.mesh)):
-        return training._Loop(Run(Path("unused"), config), dataset, 1)
+        return training.Loop(Run(Path("unused"), config), dataset, 1)
 
 
 @functools.cache

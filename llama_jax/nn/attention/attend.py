@@ -7,7 +7,6 @@ that the mask has or refuses by name. A new kernel is a function and a line in `
 """
 
 import contextlib
-import contextvars
 import dataclasses
 import functools
 import math
@@ -21,8 +20,8 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from llama_jax.config import UserError
 from llama_jax.nn.attention import blockwise, context
-from llama_jax.nn.base import ForwardContext, Mask
-from llama_jax.parallel import fitting, mesh_axis_sizes, platform, shard, spec
+from llama_jax.nn.base import ForwardContext, Mask, record, recording
+from llama_jax.parallel import fitting, mesh_axis_sizes, platform, replicate, shard, spec
 
 LANES = 128  # numbers in the last dimension of a TPU's vector registers
 SPLASH_BLOCK = 512
@@ -50,16 +49,23 @@ def reference(
     `bias` is added to the scaled scores; `keep` is false at probabilities that `dropout` zeroes.
     """
     allowed = mask.allowed(0, q.shape[1], 0, k.shape[2])[:, None, None]
+    probs = _probabilities(q, k, allowed, bias, scale=scale, softcap=softcap)
+    if keep is not None:
+        probs = jnp.where(_per_group(keep, k.shape[1]), probs / (1 - dropout), 0)
+    return _ungrouped(jnp.einsum("bkgts,bksh->bkgth", probs.astype(v.dtype), v))
+
+
+def _probabilities(
+    q: Queries, k: Keys, allowed: jax.Array, bias: jax.Array | None, *, scale: float, softcap: float | None
+) -> Float[Array, "b kv g t s"]:
+    """Return the float32 attention weights, 0 where nothing is `allowed`."""
     scores = blockwise.scores(_grouped(q, k.shape[1]), k, Mask(causal=False), 0, 0, scale)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:
         scores += _per_group(bias, k.shape[1])
     probs = jax.nn.softmax(jnp.where(allowed, scores, blockwise.MASKED), axis=-1)
-    probs = jnp.where(allowed, probs, 0)  # where nothing is allowed the softmax has made 1/S of each
-    if keep is not None:
-        probs = jnp.where(_per_group(keep, k.shape[1]), probs / (1 - dropout), 0)
-    return _ungrouped(jnp.einsum("bkgts,bksh->bkgth", probs.astype(v.dtype), v))
+    return jnp.where(allowed, probs, 0)  # where nothing is allowed the softmax has made 1/S of each
 
 
 def blockwise_attention(q: Queries, k: Keys, v: Values, mask: Mask, *, scale: float) -> Results:
@@ -212,7 +218,10 @@ def _refusal(kernel: str, q: Any, k: Any, ctx: ForwardContext, softcap: float | 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """The arguments of one call of `attend`, with the abstract values of its arrays."""
+    """The arguments of one call of `attend`, or the abstract values of its arrays.
+
+    `chosen` [B, T, S], of sparse attention, is true at the keys that a query may attend to, mask included.
+    """
 
     q: Any
     k: Any
@@ -221,20 +230,36 @@ class Call:
     scale: float
     softcap: float | None
     dropout: float
-
-
-_calls: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar("calls", default=None)
+    chosen: Any = None
 
 
 @contextlib.contextmanager
 def calls_of_attend() -> Iterator[list[Call]]:
-    """Collect the calls of `attend` while something is traced."""
+    """Collect the calls of `attend`, abstract, while something is traced."""
     calls: list[Call] = []
-    token = _calls.set(calls)
-    try:
+
+    def keep(name: str, value: Any) -> None:
+        if name == "attend" and value.chosen is None:
+            q, k, v, ctx = jax.tree.map(jax.typeof, (value.q, value.k, value.v, value.ctx))
+            calls.append(dataclasses.replace(value, q=q, k=k, v=v, ctx=ctx))
+
+    with recording(keep):
         yield calls
-    finally:
-        _calls.reset(token)
+
+
+def attention_weights(call: Call) -> Float[Array, "b n t s"]:
+    """Return the float32 weights of a recorded call of `attend`, without dropout, in the order of the text.
+
+    They are whole on every device. Queries that see no key have weights of 0.
+    """
+    q, k, mask = call.q, call.k, call.ctx.mask
+    if _is_split(q, k, mask):
+        q, k = context.unzigzag(q), context.unzigzag(k.swapaxes(1, 2)).swapaxes(1, 2)
+        mask = jax.tree.map(context.unzigzag, mask)
+    q, k, mask, bias, chosen = jax.tree.map(replicate, (q, k, mask, call.ctx.position_bias, call.chosen))
+    allowed = mask.allowed(0, q.shape[1], 0, k.shape[2]) if chosen is None else chosen
+    probs = _probabilities(q, k, allowed[:, None, None], bias, scale=call.scale, softcap=call.softcap)
+    return probs.reshape(q.shape[0], q.shape[2], q.shape[1], k.shape[2])
 
 
 def attend(
@@ -252,9 +277,7 @@ def attend(
     `softcap` c squashes the scaled scores s to c tanh(s / c); `dropout` zeroes attention weights at this rate, in
     training. A sequence that a context axis splits is in zigzag order; there may be more queries than keys, or fewer.
     """
-    if (calls := _calls.get()) is not None:
-        q_aval, k_aval, v_aval, abstract_ctx = jax.tree.map(jax.typeof, (q, k, v, ctx))
-        calls.append(Call(q_aval, k_aval, v_aval, abstract_ctx, scale, softcap, dropout))
+    record("attend", lambda: Call(q, k, v, ctx, scale, softcap, dropout))
     name, mask, bias = choose(q, k, ctx, softcap=softcap, dropout=dropout), ctx.mask, ctx.position_bias
     kernel = functools.partial(KERNELS[name].run, scale=scale)
     if mask.segment_ids is not None and mask.key_segment_ids is None and q.shape[1] != k.shape[2]:

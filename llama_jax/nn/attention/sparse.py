@@ -15,10 +15,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.config import Known, UserError
 from llama_jax.nn.attention import blockwise
-from llama_jax.nn.attention.context import splits, zigzag
+from llama_jax.nn.attention.attend import Call
+from llama_jax.nn.attention.context import splits, unzigzag, zigzag
 from llama_jax.nn.attention.grouped_query import Cache, write_cache
 from llama_jax.nn.attention.latent import LatentAttention, LatentAttentionModule
-from llama_jax.nn.base import ForwardContext, Mask, check_at_least
+from llama_jax.nn.base import ForwardContext, Mask, check_at_least, record
 from llama_jax.nn.norms import LayerNorm
 from llama_jax.nn.parameters import Projection, child
 from llama_jax.parallel import mesh_axis_sizes, replicate, shard, spec, split_over
@@ -164,6 +165,8 @@ def sparse_attention(
 
     If the indexer `learns`, also return the divergence of its choice from the attention weights, [B, T].
     """
+    chosen = lambda: chosen_keys(index, mask, config)  # noqa: E731
+    record("attend", lambda: Call(*heads, ForwardContext(mask), config.scale, None, 0.0, chosen()))
     (rows, length, num_heads, _), v_head_dim = heads[0].shape, heads[2].shape[3]
     local = functools.partial(
         _sparse_attention,
@@ -227,6 +230,16 @@ def _sparse_attention(
     block = jax.checkpoint(block, static_argnums=(2, 3, 4))
     _, (y, *divergence) = blockwise.over_queries(block, (), q.shape[1], k.shape[2], mask)
     return y[:, :, 0].swapaxes(1, 2), *(x[:, 0, 0] for x in divergence)
+
+
+def chosen_keys(index: Index, mask: Mask, config: SparseLatentAttention) -> Bool[Array, "b t s"]:
+    """Return the keys that each query attends to, at once and whole on every device, in the order of the text."""
+    index, mask = jax.tree.map(lambda x: replicate(unzigzag(x)), (index, mask))
+    scores = _index_scores(*index, ())
+    allowed = mask.allowed(0, scores.shape[1], 0, scores.shape[2])
+    if config.index_warmup or scores.shape[2] <= config.index_topk:
+        return jnp.broadcast_to(allowed, scores.shape)
+    return allowed & _largest(jnp.where(allowed, scores, blockwise.MASKED), config.index_topk)
 
 
 def choose_entries(

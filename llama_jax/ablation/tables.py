@@ -1,0 +1,127 @@
+"""The table of a sweep: its columns as text, and their forms for terminals, Markdown and notebooks."""
+
+import html
+import io
+import math
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from llama_jax.figures import counted
+
+Columns = dict[str, list[str]]  # cells of each variant, by title
+
+
+def columns_of(records: Sequence[Mapping[str, Any]], metric: str, baseline: str) -> tuple[Columns, list[str]]:
+    """Return the columns, and lines on those that are left out: costs that are the same in all or known of none."""
+    columns = {"variant": [record["variant"] for record in records]}
+    runs = [f"{record['n']}" + (f", {record['failed']} failed" if record["failed"] else "") for record in records]
+    columns["seeds"] = runs
+    columns[metric] = [with_interval(record, "mean", "low", "high") for record in records]
+    columns["difference"] = [
+        "baseline"
+        if record["variant"] == baseline
+        else with_interval(record, "difference", "simultaneous_low", "simultaneous_high", "+")
+        for record in records
+    ]
+    columns["p"] = [
+        "-" if (p := record["p_holm"]) is None else f"{p:.3f}" if p >= 0.001 else "<0.001" for record in records
+    ]
+    columns["seeds needed"] = [_needed(record) for record in records]
+    for title, key, form in COSTS:
+        columns[title] = ["-" if record[key] is None else form(record[key]) for record in records]
+    titles = [title for title, _, _ in COSTS] + ["seeds"]
+    unknown = [title for title in titles if set(columns[title]) == {"-"}]
+    same = [title for title in titles if len(records) > 1 and len(set(columns[title])) == 1 and title not in unknown]
+    lines = [f"the same in all: {', '.join(f'{title} {columns[title][0]}' for title in same)}"] if same else []
+    lines += [f"not measured: {', '.join(unknown)}"] if unknown else []
+    return {title: cells for title, cells in columns.items() if title not in same + unknown}, lines
+
+
+def with_interval(record: Mapping[str, Any], mean: str, low: str, high: str, sign: str = "") -> str:
+    """Return `mean ± half of the interval`, both to the second digit of the half; four decimals without interval."""
+    value, bottom, top = (record.get(key) for key in (mean, low, high))
+    if value is None:
+        return "-"
+    half = 0.0 if bottom is None or top is None else (top - bottom) / 2
+    decimals = min(max(1 - math.floor(math.log10(half)), 0), 6) if half > 0 else 4
+    return f"{value:{sign},.{decimals}f}" + ("" if bottom is None else f" ± {half:.{decimals}f}")
+
+
+def _needed(record: Mapping[str, Any]) -> str:
+    if record["difference"] is None or record["p"] is None:
+        return "-"
+    return ">10,000" if record["seeds_needed"] is None else f"{record['seeds_needed']:,}"
+
+
+def _mebibytes(number: float) -> str:
+    return f"{number / 2**20:,.1f} MiB"
+
+
+def _flops(number: float) -> str:
+    return f"{number:.3g}".replace("e+", "e")
+
+
+def _whole(number: float) -> str:
+    return f"{number:,.0f}"
+
+
+# (title, key of the record, form of the number)
+COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("parameters", "num_parameters", counted),
+    ("FLOPs", "train_flops", _flops),
+    ("cache B/token", "cache_bytes_per_token", _whole),
+    ("tokens/s", "tokens_per_second", _whole),
+    ("memory", "peak_bytes", _mebibytes),
+)
+
+
+def as_text(columns: Columns, lines: Sequence[str]) -> str:
+    """Return a table for a terminal of its width, or of 120 characters; a wide one has its costs in a second part."""
+    from rich.console import Console
+    from rich.table import Table
+
+    width = Console().width if Console().is_terminal else 120
+    (first, names), *others = columns.items()
+    wide = sum(2 + max(map(len, [title, *cells])) for title, cells in columns.items()) > width + 2
+    costs = [title for title, _, _ in COSTS]
+    parts = [[(t, c) for t, c in others if (t in costs) == cost] for cost in (False, True)] if wide else [others]
+    console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, highlight=False, emoji=False)
+    for part in filter(None, parts):
+        table = Table(box=None, pad_edge=False)
+        table.add_column(first, overflow="fold")
+        for title, _ in part:
+            table.add_column(title, justify="right", no_wrap=True)
+        for cells in zip(names, *(cells for _, cells in part), strict=True):
+            table.add_row(*cells)
+        console.print(table, end="\n\n")
+    for line in lines:
+        console.print(line)
+    return typing.cast("io.StringIO", console.file).getvalue().rstrip()
+
+
+def as_markdown(columns: Columns, lines: Sequence[str]) -> str:
+    """Return a table of GitHub's Markdown, the first column to the left and the others to the right."""
+    rows = [list(columns), ["---", *["--:"] * (len(columns) - 1)], *map(list, zip(*columns.values(), strict=True))]
+    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    return "\n\n".join([table, *lines])
+
+
+def as_html(columns: Columns, lines: Sequence[str]) -> str:
+    """Return an HTML table that takes its colours from the page and scrolls where the page is narrow."""
+
+    def row(kind: str, cells: Sequence[str]) -> str:
+        line = "padding:3px 6px;border:0;border-bottom:1px solid rgba(128,128,128,.4);text-align:"
+        whole = "right;white-space:nowrap" if kind == "td" else "right"  # numbers do not break, titles may
+        styles = [f"{line}{whole if number else 'left'}" for number in range(len(cells))]
+        filled = zip(styles, map(html.escape, cells), strict=True)
+        return "<tr>" + "".join(f'<{kind} style="{style}">{cell}</{kind}>' for style, cell in filled) + "</tr>"
+
+    body = "".join(row("td", cells) for cells in zip(*columns.values(), strict=True))
+    notes = "".join(f'<p style="margin:2px 0;opacity:.8">{html.escape(line)}</p>' for line in lines)
+    table = '<table style="border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:1em">'
+    return (
+        '<div style="overflow-x:auto;scrollbar-color:gray transparent;font-size:.85em">'
+        f"{table}<thead>{row('th', list(columns))}</thead><tbody>{body}</tbody></table></div>"
+        f'<div style="font-size:.8em;margin-top:4px">{notes}</div>'
+    )

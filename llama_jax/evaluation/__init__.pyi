@@ -1,0 +1,3 @@
+from .evaluating import Evaluation as Evaluation, Scores as Scores, evaluate as evaluate
+from .harness import HarnessLM as HarnessLM
+from .scoring import Scorer as Scorer

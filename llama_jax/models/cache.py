@@ -1,0 +1,55 @@
+"""Sizes of the caches that decoding keeps: keys and values, latents, or the states of recurrent networks."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from llama_jax.config import UserError
+from llama_jax.models.config import ModelConfig
+from llama_jax.nn import Mixer, PyTree
+
+
+def cache_shapes(config: ModelConfig, length: int, batch_size: int = 1, dtype: DTypeLike = "bfloat16") -> list[PyTree]:
+    """Return the abstract cache of every layer that decodes, for `batch_size` rows of `length` positions.
+
+    They have the shardings of the current mesh. Nothing is allocated. Raises UserError where a layer has no cache.
+    """
+
+    @functools.cache
+    def of(mixer: Mixer) -> PyTree:
+        def make() -> PyTree:
+            return mixer.build(config.hidden_size, rngs=nnx.Rngs(params=0)).init_cache(batch_size, length, dtype)
+
+        try:
+            return jax.eval_shape(make)
+        except NotImplementedError:
+            raise UserError(f"attention={type(mixer).__name__} has no init_cache, so it cannot decode") from None
+
+    return [of(mixer) for mixer, _ in config.stacks()["layers"]]
+
+
+def cache_bytes(config: ModelConfig, length: int, batch_size: int = 1, dtype: DTypeLike = "bfloat16") -> int:
+    """Return the exact bytes of all layers' caches, on all devices, for `batch_size` rows of `length` positions.
+
+    `dtype` is the type of activations, in which keys, values and latents are kept; recurrent states are float32. Layers
+    with a window keep all positions, as decoding allocates them. Of an encoder-decoder it is the decoder's own tokens,
+    without the keys of the source. The bytes per token are the difference of two lengths. Nothing is allocated.
+
+    Raises UserError for a model that cannot continue a text.
+    """
+    if not config.generates:
+        raise UserError(f"{type(config).__name__} keeps no cache: it cannot continue a text")
+    for name, value in (("length", length), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name}={value} must be at least 1")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # whole, on whatever mesh
+        return sum(map(nbytes, cache_shapes(config, length, batch_size, dtype)))
+
+
+def nbytes(cache: PyTree) -> int:
+    """Return the bytes of the arrays, or abstract arrays, of a tree."""
+    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(cache))
