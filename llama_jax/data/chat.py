@@ -192,7 +192,7 @@ class DirectoryChat(ChatTemplate):
                 f"the tokenizer has no chat template '{self.name}' (it has {', '.join(templates) or 'none'}): name a "
                 "built-in one as data.chat_template, such as ChatML"
             )
-        return render(templates[self.name], messages, special_names(tokenizer), opening=opening)
+        return render(templates[self.name], messages, special_names(tokenizer), opens_answer=opening)
 
     def turns(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[list[int]]:
         """Return the ids of the parts of a conversation, what is given and what is to be written in turn."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from llama_jax.checkpoint import LanguageModel
 from llama_jax.config import UserError, choices
-from llama_jax.data import ChatTemplate, chat_prompt, turn_ends
+from llama_jax.data import ChatTemplate, DirectoryChat, chat_prompt, turn_ends
 from llama_jax.sampling.sampler import Control, Sampler
 from llama_jax.sampling.text import Encoded, complete_encoded, stop_ids, tokenizer_of
 from llama_jax.tokenizers import Tokenizer, render, special_names
@@ -76,6 +76,8 @@ def rendered_chat(
     Without `opens_answer` it ends with the content of the last message, which the answer continues. Raises UserError
     as `chat` does.
     """
+    if isinstance(template, DirectoryChat):
+        template = template.name
     if isinstance(template, ChatTemplate):
         if template.JINJA is None:
             raise UserError(f"{type(template).__name__} has no text of a conversation: give a template's name")
