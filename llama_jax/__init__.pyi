@@ -20,7 +20,7 @@ from . import (
     training as training,
     zoo as zoo,
 )
-from .ablation import ablate as ablate, open_sweep as open_sweep
+from .ablation import ablate as ablate, open_sweep as open_sweep, scaling as scaling
 from .checkpoint import (
     LanguageModel as LanguageModel,
     convert as convert,

@@ -136,6 +136,7 @@ COMMANDS = {
             flag("--limit", "N", "only the first N items of a task, documents of a file or pairs", type=int),
             flag("--num-fewshot", "N", "examples before each item; default: the task's", type=int),
             flag("--chat", None, "write items of tasks as chats, by the model's template"),
+            flag("--chat-template", "NAME", "the same by another template, such as ChatML"),
             flag("--system", "TEXT", "the system's message before them"),
             flag("--window", "N", "tokens of a piece of text; default: a run's rows, the model's positions", type=int),
             flag("--stride", "N", "tokens from one window to the next; default: half a window", type=int),

@@ -10,6 +10,7 @@ from typing import Any
 from llama_jax.ablation.execution import Sweeper
 from llama_jax.ablation.matching import QUANTITIES, Match, asked_match, cache_bytes_per_token, flops_per_token, matched
 from llama_jax.ablation.records import SWEEP_FILE, VariantRecord, read_sweep
+from llama_jax.ablation.result import Sweep
 from llama_jax.ablation.tuning import Tune, check_tune
 from llama_jax.ablation.variants import Variant, Variants, code_digest, config_of_base, make_variants
 from llama_jax.config import UserError, read_json, to_json
@@ -33,7 +34,7 @@ def ablate(
     run_dir: str | Path | None = None,
     components: Sequence[type] = (),
     quiet: bool = False,
-) -> Any:
+) -> Sweep:
     """Train `variants` of `base` with several seeds each, or continue with what is in `run_dir`; return the results.
 
     `base` is a config, or the name or path of one; `steps` replaces its `num_steps`. `variants` are a grid
@@ -73,7 +74,7 @@ def ablate(
     sweeper = Sweeper(place, asked, before.baseline or chosen.name, all_seeds, records, quiet)
     sweeper.prepare(made)
     sweeper.train(made, tune)
-    return read_sweep(place)
+    return Sweep(place)
 
 
 @dataclasses.dataclass(frozen=True)

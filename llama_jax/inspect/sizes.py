@@ -67,7 +67,10 @@ class CacheSizes(Arrays):
             for name, values in self.bytes.items()
             for j, rows in enumerate(self.batch_sizes)
         }
-        return draw_curves(curves, "length (tokens)", "cache (MiB)", xscale="log")[0]
+        figure, axes = draw_curves(curves, "length (tokens)", "cache (MiB)", xscale="log")
+        axes.set_xticks(self.lengths, [f"{n:,}" for n in self.lengths])
+        axes.minorticks_off()
+        return figure
 
 
 def kv_cache(

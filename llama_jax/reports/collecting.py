@@ -6,7 +6,6 @@ import datetime
 import glob
 import io
 import itertools
-import json
 import math
 import operator
 import os
@@ -18,9 +17,18 @@ from llama_jax import __version__
 from llama_jax.ablation import SWEEP_FILE, columns_of, open_sweep, read_sweep
 from llama_jax.compare_command import Columns, named, numbers_of, printable, settings_of, shown
 from llama_jax.config import read_json
-from llama_jax.figures import UNITS
+from llama_jax.figures import UNITS, counted
 from llama_jax.remote import as_local
-from llama_jax.run import RunRecord, choose_metric, compare_runs, differing_keys, find_runs, rows_of
+from llama_jax.run import (
+    STARTS_FILE,
+    RunRecord,
+    choose_metric,
+    compare_runs,
+    differing_keys,
+    find_runs,
+    read_metrics,
+    rows_of,
+)
 
 MAX_LINES = 20_000  # of a run's curves: of more, each n-th is shown
 MORE_UNITS = {"grad_norm": "L2 norm", "tokens_per_second": "positions/s", "mfu": "share of the peak FLOP/s"}
@@ -50,7 +58,10 @@ def find_places(paths: Iterable[str | Path]) -> Places:
     sweeps: list[Path] = []
     for path in map(str, paths):
         local = as_local(path)
-        places = [path] if local is None else sorted(glob.glob(os.path.abspath(local.expanduser()))) or [path]
+        if local is None:
+            runs.append(path)
+            continue
+        places = sorted(glob.glob(os.path.abspath(local.expanduser()))) or [path]
         for place in places:
             own = Path(place.removesuffix(SWEEP_FILE))
             inside = [own / SWEEP_FILE] if (own / SWEEP_FILE).is_file() else sorted(own.glob(f"*/{SWEEP_FILE}"))
@@ -84,7 +95,7 @@ def collect(paths: Iterable[str | Path], metric: str | None = None) -> dict[str,
         "metric": metric,
         "units": UNITS | MORE_UNITS,
         "notes": notes + [f"left out, there is no run in {place}" for place in places.without] + _thinned(ordered),
-        "columns": named(rows) | numbers if rows else {},
+        "columns": named(rows) | numbers | _machines(ordered) if rows else {},
         "about": about,
         "averages": averages,
         "settings": settings_of(rows, keys),
@@ -107,6 +118,14 @@ def stamps(paths: Iterable[str | Path]) -> list[tuple[str, int, int]] | None:
     found = (glob.glob(f"{glob.escape(place)}/{name}") for place in directories for name in names)
     files = sorted(itertools.chain.from_iterable(found))
     return [(file, (stat := os.stat(file)).st_mtime_ns, stat.st_size) for file in files]
+
+
+def _machines(records: Sequence[RunRecord]) -> Columns:
+    """Return the columns of tokens and of the devices that each run has last started on."""
+    starts = [read_metrics(record.directory / STARTS_FILE)[0] for record in records]
+    devices = [" x ".join(str(last[-1].get(key)) for key in ("devices", "device")) if last else "-" for last in starts]
+    columns = {"tokens": [counted(max(record.tokens(), default=0)) for record in records], "devices": devices}
+    return columns if any(starts) else {"tokens": columns["tokens"]}
 
 
 def _title(names: Sequence[str]) -> str:
@@ -149,7 +168,7 @@ def _run(record: RunRecord) -> dict[str, Any]:
         "metrics": {name: values for name, values in columns.items() if not any(isinstance(v, list) for v in values)},
         "lists": {name: values for name, values in columns.items() if any(isinstance(v, list) for v in values)},
         "history": record.history,
-        "starts": _json_lines(directory / "starts.jsonl"),
+        "starts": read_metrics(directory / STARTS_FILE)[0],
         "samples": _samples(directory),
     }
 
@@ -161,17 +180,6 @@ def _number(value: Any) -> Any:
     if not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return value if isinstance(value, int) else float(f"{value:.{DIGITS}g}")
-
-
-def _json_lines(file: Path) -> list[Any]:
-    """Return the objects of a file of JSON lines, which may be missing or have damaged lines."""
-    found = []
-    for line in file.read_text("utf-8", "replace").splitlines() if file.is_file() else ():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:  # a killed process may leave the half of a line
-            continue
-    return [entry for entry in found if isinstance(entry, dict)]
 
 
 def _samples(directory: Path) -> list[dict[str, Any]]:

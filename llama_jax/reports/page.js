@@ -648,7 +648,8 @@ function renderSamples(found) {
 
 function renderHistories(found) {
   const rows = found.flatMap(({ run, history, starts }) => [
-    ...starts.map(({ step, date, about }) => [run, step, date, step ? "continued" : "begun", about || ""]),
+    ...starts.map(({ step, date, devices, device, processes, versions }) => [run, step, date, step ? "continued" : "begun",
+      `${devices} x ${device}` + (processes > 1 ? ` of ${processes} processes` : "") + Object.entries(versions || {}).map((one) => `, ${one.join(" ")}`).join("")]),
     ...history.map(({ step, date, changes }) => [run, step, date, "changed",
       Object.entries(changes).map(([key, [old, now]]) => `${key}: ${JSON.stringify(old)} → ${JSON.stringify(now)}`).join("\n")]),
   ].sort((a, b) => `${a[2]}`.localeCompare(`${b[2]}`)).map(([name, step, date, ...rest]) => [name, number(step), `${date}`, ...rest]));

@@ -186,6 +186,7 @@ def test_its_forms_have_the_same_cells(tmp_path: Path):
     assert cells[len(titles) * 3] == "a|b <i>"
     rows = sweep.to_markdown().split("\n\n")[0].split("\n")
     table = [row.removeprefix("| ").removesuffix(" |").split(" | ") for row in (rows[0], *rows[2:])]
+    assert cells[len(titles) + 1 : len(titles) + 4] == ["2.600 ± 1.265", "baseline", "-"]
     assert [cell.replace("\\|", "|") for row in table for cell in row] == cells
     assert table[3][0] == "a\\|b <i>"
     for cell in cells:
@@ -194,6 +195,15 @@ def test_its_forms_have_the_same_cells(tmp_path: Path):
     frame = sweep.to_pandas()
     assert frame.loc["num_kv_heads=1", "model.attention.num_kv_heads"] == 1
     assert frame["mean"].tolist() == [record["mean"] for record in sweep.records()]
+
+
+def test_a_notebook_shows_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The table as text, which a notebook asks for as well, prints nothing there."""
+    sweep = sweep_of(tmp_path)
+    expected = repr(sweep)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("rich.jupyter.display", lambda *_: pytest.fail("was shown twice"))
+    assert repr(sweep) == expected
 
 
 def test_the_figure_has_what_differs(tmp_path: Path):

@@ -144,9 +144,11 @@ def test_terminal_has_the_table_of_compare(make: Make, capsys: pytest.CaptureFix
     runs = [str(make(f"s{seed}", lines_of(6, 2 + seed), {"seed": seed})) for seed in range(2)]
     runs.append(str(make("wide", lines_of(4), {"model.hidden_size": 64})))
     assert main(["compare", "--all", *runs]) == 0
-    table = capsys.readouterr().out.split("\n\n")[0]
+    table = capsys.readouterr().out.split("\n\n")[0].splitlines()
     assert main(["report", *runs]) == 0
-    assert capsys.readouterr().out.startswith(table + "\n\n")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[: len(table[0])] for line in lines[: len(table)]] == table
+    assert lines[0].split()[-1] == "tokens"
 
 
 def test_report_shows_what_a_run_has(make: Make, capsys: pytest.CaptureFixture[str]):
