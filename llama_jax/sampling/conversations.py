@@ -99,10 +99,14 @@ def built_in(name: str | None, tokenizer: Tokenizer | None) -> ChatTemplate | st
     """
     if name is None or (tokenizer is not None and name in tokenizer.chat_templates):
         return name
-    known = choices(ChatTemplate)
+    known = _built_in_templates()
     if name not in known:
         raise UserError(f"unknown chat template '{name}': the built-in ones are {', '.join(sorted(known))}")
     return known[name]()
+
+
+def _built_in_templates() -> dict[str, type[ChatTemplate]]:
+    return {name: kind for name, kind in choices(ChatTemplate).items() if kind is not DirectoryChat}
 
 
 def _template(tokenizer: Tokenizer, name: str | None) -> str:
@@ -111,7 +115,7 @@ def _template(tokenizer: Tokenizer, name: str | None) -> str:
         return found
     if templates:
         raise UserError(f"the model has no chat template '{name or 'default'}': it has {', '.join(sorted(templates))}")
-    names = ", ".join(sorted(choices(ChatTemplate)))
+    names = ", ".join(sorted(_built_in_templates()))
     raise UserError(
         f"the model came without a chat template: choose a built-in one with --chat-template or chat(..., "
         f"template=...), of {names}"
