@@ -3,6 +3,7 @@
 In the reduced mode (the environment variable LLAMA_JAX_QUICK is set) every cell runs, with hardly any work.
 """
 
+import math
 import os
 import sys
 import tempfile
@@ -14,6 +15,11 @@ QUICK = bool(os.environ.get("LLAMA_JAX_QUICK"))
 def full[T](value: T, *, quick: T) -> T:
     """Return `value`, in the reduced mode `quick`: `num_steps = full(300, quick=8)`."""
     return quick if QUICK else value
+
+
+def few[T](variants: dict[str, T], *names: str) -> dict[str, T]:
+    """Return `variants`, in the reduced mode those of these names."""
+    return {name: variants[name] for name in names} if QUICK else variants
 
 
 def shrink(config):
@@ -38,6 +44,56 @@ def shrink(config):
         "compute.preflight": False,
     }
     return llama_jax.override(config, small) if QUICK else config
+
+
+def small(changes=None):
+    """Return tiny_python's run config with two layers of width 64 and 1,024 tokens a batch, a run of seconds."""
+    import llama_jax
+
+    sizes = {
+        "model.vocab_size": 1024,
+        "tokenizer.vocab_size": 1024,
+        "model.hidden_size": 64,
+        "model.num_layers": 2,
+        "model.attention.num_heads": 8,
+        "model.attention.num_kv_heads": 8,
+        "model.attention.head_dim": 8,
+        "model.feed_forward.intermediate_size": 176,
+        "global_batch_size": 8,
+        "sequence_length": 128,
+        "num_steps": 150,
+        "optimizer.learning_rate": 4e-3,
+        "optimizer.warmup_steps": 20,
+        "logging.validate_every_steps": 75,
+        "logging.validation_batches": 24,
+        "logging.sample_prompts": [],
+        "compute.dtype": "float32",
+        "compute.preflight": False,
+        "checkpoint.every_steps": 10_000,
+    }
+    config = shrink(llama_jax.load_config("tiny_python", sizes))
+    return llama_jax.override(config, changes or {})
+
+
+def judge(interval, region) -> str:
+    """Return whether a claim holds: that a quantity, of which an interval is known, is in a region (low, high)."""
+    (low, high), (least, most) = interval, region
+    if least <= low and high <= most:
+        return "holds"
+    return "does not hold" if high < least or most < low else "not decided at this size"
+
+
+def claim(text: str, interval, region, unit: str = "") -> None:
+    """Print a claim, the interval of its quantity and the region in which the claim puts it, and the judgement."""
+    (low, high), (least, most) = interval, region
+    claimed = (
+        f"above {least:g}"
+        if most == math.inf
+        else f"below {most:g}"
+        if least == -math.inf
+        else f"{least:g} to {most:g}"
+    )
+    print(f"{text}\n    measured {low:.3g} to {high:.3g} {unit}; claimed {claimed}: {judge(interval, region)}")
 
 
 def style() -> None:

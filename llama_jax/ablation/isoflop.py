@@ -223,9 +223,9 @@ class Scaling:
             parameters, tokens = self.cost.optimum(law, budget)
             every = self.cost.optimum(laws, budget)
             ends = [quantiles(values, self.level) for values in (*every, laws.loss(*every))]
-        around = [(float(low), float(high)) for low, high in ends]
-        loss = float(law.loss(parameters, tokens))
-        return Recommendation(budget, float(parameters), around[0], float(tokens), around[1], loss, around[2])
+        around = [(_rounded(low), _rounded(high)) for low, high in ends]
+        loss = _rounded(law.loss(parameters, tokens))
+        return Recommendation(budget, _rounded(parameters), around[0], _rounded(tokens), around[1], loss, around[2])
 
     def _tables(self) -> list[tuple[Columns, list[str]]]:
         percent = f"{100 * self.level:g} %"
@@ -242,8 +242,16 @@ class Scaling:
             "its loss": [f"{found.loss:.4f}" for found in best],
         }
         form = "loss = E + A / parameters^alpha + B / tokens^beta, in nats per token, fitted to"
+        wide = [name for name in ("E", "alpha", "beta") if self.intervals[name][1] > 10 * self.intervals[name][0]]
+        unsure = [f"note: the interval of {', '.join(wide)} spans a factor of 10: these runs hardly determine it"]
         tables = [
-            (law, [f"{form} {len(self.points)} runs; intervals of {self._resamples} parametric bootstraps"]),
+            (
+                law,
+                [
+                    f"{form} {len(self.points)} runs; intervals of {self._resamples} parametric bootstraps",
+                    *unsure * bool(wide),
+                ],
+            ),
             (
                 isoflop,
                 ["budget: training FLOPs; outside: the parabola's minimum is not among the sizes"],
@@ -272,6 +280,11 @@ class Scaling:
         from llama_jax.ablation.plotting import plot_scaling
 
         return plot_scaling(self)
+
+
+def _rounded(number: Any) -> float:
+    """Return a number with five digits, more than any interval of a law has."""
+    return float(f"{number:.5g}")
 
 
 def _minimum(profile: dict[str, Any]) -> str:

@@ -137,12 +137,12 @@ def _cost(sweep: "Sweep", title: str, key: str, places: Sequence[int], axes: "Ax
     axes.set(xlabel=AXES.get(title, title), ylabel=f"final {_unit(sweep.metric)}")
 
 
-def _few_ticks(axes: "Axes", values: Sequence[float]) -> None:
-    """Give a logarithmic axis four ticks: matplotlib's are too many in half a decade, and too few in another."""
+def _few_ticks(axes: "Axes", values: Sequence[float], count: int = 4, form: Callable[[float], str] = counted) -> None:
+    """Give a logarithmic axis few ticks: matplotlib's are too many in half a decade, and too few in another."""
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    axes.set_xticks(np.geomspace(min(values), max(values), 4))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: counted(value)))
+    axes.set_xticks(np.geomspace(min(values), max(values), count))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
     axes.xaxis.set_minor_locator(NullLocator())
 
 
@@ -207,6 +207,7 @@ def _best_sizes(found: "Scaling", axes: "Axes") -> None:
                 profile["budget"], profile["parameters"], marker="*", markersize=12, color=color_of(1), mec="black"
             )
     axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="best number of parameters")
+    _few_ticks(axes, [float(budget) for budget in budgets], 3, "{:.1e}".format)
     sizes = [float(point.parameters) for point in found.points]
     axes.set_ylim(min(sizes) / 3, max(sizes) * 3)
     axes.set_title(f"line: law, {100 * found.level:g} %", fontsize="medium", loc="right")

@@ -4,9 +4,11 @@ import dataclasses
 import datetime
 import html
 import importlib.util
+import io
 import itertools
 import json
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -98,7 +100,9 @@ class Scores:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{remarks}"
 
     def __repr__(self) -> str:
-        return "\n".join("  ".join(filter(None, row)) for row in self._cells())
+        text = io.StringIO()
+        Console(file=text, width=160, force_jupyter=False).print(self.table())
+        return text.getvalue().rstrip()
 
     def _cells(self) -> list[list[str]]:
         def shown(value: float | None, form: str) -> str:
@@ -258,7 +262,8 @@ class _Measured:
         """Run tasks of lm-evaluation-harness. Raises UserError where it is not installed."""
         if importlib.util.find_spec("lm_eval") is None:
             raise UserError("tasks need lm-evaluation-harness: `pip install 'llama_jax[eval]'`")
-        from llama_jax.evaluation.harness import HarnessLM, evaluate_tasks
+        with warnings.catch_warnings(action="ignore"):  # of widgets that a notebook lacks, for bars that are not shown
+            from llama_jax.evaluation.harness import HarnessLM, evaluate_tasks
 
         with self._bar("tasks") as bar:
             template = chat if isinstance(chat, str) else None

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets.utils
 import lm_eval.tasks
 import numpy as np
 from lm_eval.api.model import TemplateLM
@@ -315,15 +316,22 @@ def _quiet() -> Iterator[None]:
     variable = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"  # a forked process could wait for JAX's threads forever
     logging.disable(logging.CRITICAL)
+    bars = not datasets.utils.are_progress_bars_disabled()
+    datasets.utils.disable_progress_bars()
     random.seed(0)
     np.random.seed(SEED)
     try:
         nowhere = io.StringIO()
-        with warnings.catch_warnings(), contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
-            warnings.simplefilter("ignore")
+        with (
+            warnings.catch_warnings(action="ignore"),
+            contextlib.redirect_stderr(nowhere),
+            contextlib.redirect_stdout(nowhere),
+        ):
             yield
     finally:
         logging.disable(level)
+        if bars:
+            datasets.utils.enable_progress_bars()
         random.setstate(states[0])
         np.random.set_state(states[1])
         os.environ.pop("DISABLE_MULTIPROC")

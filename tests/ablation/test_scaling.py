@@ -127,6 +127,8 @@ def test_forms_and_mistakes():
     assert [axes.get_xlabel() for axes in found.plot().axes] == [
         "parameters", "training FLOPs", "predicted loss (nats per token)",
     ]  # fmt: skip
+    assert "hardly determine" not in repr(found)
+    assert "spans a factor of 10: these runs hardly determine it" in repr(Scaling(points(0.2), holdout=None))
     with pytest.raises(UserError, match="5 runs of 5 sizes do not show a law"):
         Scaling(points(0.0)[:5])
     with pytest.raises(UserError, match=r"holdout='7B' must be size, budget, auto or one of"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+import notebook_tools
 import pytest
 import run_notebooks
 
@@ -126,3 +127,30 @@ def test_sharding_runs(tmp_path: Path):
     tables = "".join(data.get("text/plain", "") for data in shown.data)
     assert "all-gather" in tables
     assert "--optimizer.accumulation-steps" in tables
+
+
+@pytest.mark.slow
+def test_attention_runs(tmp_path: Path):
+    shown = run("attention", tmp_path)
+    assert shown.warned == []
+    assert shown.num_figures == 4
+    assert "MLA                36,864 bytes per token" in shown.said  # 32 layers, 512 + 64 numbers of 2 bytes
+    assert "MLA has equal quality" in shown.said
+    assert "MHA's bytes over MLA's)\n    measured 3.56 to 3.56 times; claimed above 1: holds" in shown.said
+
+
+@pytest.mark.slow
+def test_positions_runs(tmp_path: Path):
+    shown = run("positions", tmp_path)
+    assert shown.warned == []
+    assert shown.num_figures == 6
+    errors = [float(error) for error in re.findall(r"positions: (\S+)|up to (\S+)", shown.said)[0] if error]
+    assert max(errors) < 1e-4
+    scores = re.search(r"distance 50: .* on +(.*)", shown.said)[1].split()
+    assert max(map(float, scores)) - min(map(float, scores)) < 1e-3
+    assert shown.said.count("extrapolates") == 4
+
+
+def test_claims_are_judged_by_the_whole_interval():
+    regions = {"holds": (0.0, 1.0), "does not hold": (0.4, 1.0), "not decided at this size": (0.2, 1.0)}
+    assert {notebook_tools.judge((0.1, 0.3), region): region for region in regions.values()} == regions

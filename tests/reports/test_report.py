@@ -5,6 +5,8 @@ import html.parser
 import http.client
 import json
 import re
+import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -280,3 +282,65 @@ def test_a_taken_port_is_a_sentence(make: Make):
     run = str(make("a"))
     with server([run]) as running, pytest.raises(UserError, match=rf"^port={running.server_port} is taken: give"):
         server([run], port=running.server_port)
+
+
+CHECKS = """
+const wait = (done) => setTimeout(done, 200);
+function check(name, found) { document.body.dataset[name] = String(found); }
+wait(() => {
+  const canvas = document.querySelector("#charts canvas"), key = (key) =>
+    canvas.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  check("charts", document.querySelectorAll("#charts canvas").length);
+  canvas.focus();
+  key("End");
+  check("read", canvas.getAttribute("aria-valuetext"));
+  key("+");
+  check("zoomed", state.zoom !== null && state.zoom[1] === 9);
+  key("Escape");
+  for (const [id, value] of [["x", "tokens"], ["smooth", "0.9"]]) {
+    find(id).value = value;
+    find(id).dispatchEvent(new Event(id === "x" ? "change" : "input"));
+  }
+  for (const id of ["logx", "logy", "whole", "mean"]) find(id).click();
+  wait(() => {
+    const painted = [...document.querySelectorAll("#charts canvas, #heatmaps canvas")].filter((one) =>
+      one.getContext("2d").getImageData(0, 0, one.width, one.height).data.some((part) => part));
+    check("painted", painted.length);
+    key("End");
+    check("mean", canvas.getAttribute("aria-valuetext"));
+    const beyond = (one) => one.getBoundingClientRect().right > document.documentElement.clientWidth + 1;
+    const wide = [...document.body.querySelectorAll("*")].filter((one) => !one.closest(".scroll") && beyond(one));
+    check("wide", wide.map((one) => one.tagName + one.className));
+    const controls = [...document.querySelectorAll("button, input, select, canvas[tabindex], summary")];
+    const named = (one) => one.textContent.trim() || one.getAttribute("aria-label") || one.labels?.length;
+    check("unnamed", controls.filter((one) => !named(one)).length);
+    find("legend").querySelector("button + button").click();
+    check("empty", canvas.getAttribute("aria-label"));
+  });
+});
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser")
+@pytest.mark.parametrize("width", [360, 1440])
+def test_a_browser_draws_the_page_and_obeys_the_keyboard(make: Make, tmp_path: Path, width: int):
+    for seed, name in enumerate(["a", HOSTILE.replace("/", "")]):
+        make(name, lines_of(9, 2 + seed), {"seed": seed}, samples=HOSTILE)
+    page = llama_jax.report(str(tmp_path / "runs")).html()
+    file = tmp_path / "page.html"
+    file.write_text(page.replace("</body>", f"<script>{CHECKS}</script></body>"), encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--window-size={width},900"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000", "--dump-dom", file.as_uri()]
+    done = subprocess.run(["chromium", *flags], capture_output=True, text=True, timeout=100)
+    assert "CONSOLE" not in done.stderr
+    found = next(attributes for tag, attributes in Page(done.stdout).tags if tag == "body")
+    assert found["data-read"] == f"step 9: a {2 + 0.1 / 9:.4f}, {HOSTILE.replace('/', '')} {3 + 0.1 / 9:.4f}"
+    keep = 0.9**3  # three logged lines between validations
+    weights = {3: 0.1 * keep**2, 6: (1 - keep) * keep, 9: 1 - keep}
+    mean = sum(weight * (2.5 + 0.1 / step) for step, weight in weights.items()) / sum(weights.values())
+    assert found["data-mean"] == f"tokens 2,304: a and 1 more, mean {mean:.4f}"
+    assert found["data-empty"] == "val_loss: nothing to draw yet"
+    rest = {name: found[f"data-{name}"] for name in ("charts", "painted", "zoomed", "wide", "unnamed")}
+    assert rest == {"charts": "5", "painted": "6", "zoomed": "true", "wide": "", "unnamed": "0"}
+    assert not {"img"} & {tag for tag, _ in Page(done.stdout).tags}
