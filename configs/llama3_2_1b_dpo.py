@@ -11,17 +11,15 @@ Expected result: not run to the end with this package; nothing is claimed. At fi
 `rewards/margins` is 0; a run that learns raises the margins.
 """
 
-import dataclasses
-
-from llama_jax.config import load_config_module
+from llama_jax.config import load_config_module, override
 from llama_jax.data import Preference
 from llama_jax.run import RunConfig
 
 
 def get_config() -> RunConfig:
-    lora: RunConfig = load_config_module("llama3_2_1b_lora").get_config()
-    return dataclasses.replace(
-        lora,
-        data=dataclasses.replace(lora.data, fields=("prompt", "chosen", "rejected"), objective=Preference(beta=0.1)),
-        optimizer=dataclasses.replace(lora.optimizer, learning_rate=5e-6),
-    )
+    changes = {
+        "data.fields": ("prompt", "chosen", "rejected"),
+        "data.objective": Preference(beta=0.1),
+        "optimizer.learning_rate": 5e-6,
+    }
+    return override(load_config_module("llama3_2_1b_lora").get_config(), changes)

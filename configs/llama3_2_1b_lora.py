@@ -10,17 +10,14 @@ Memory: the base in float32 and no gradients or moments of it, 5.1 GB before act
 too. Expected result: not run to the end with this package; nothing is claimed.
 """
 
-import dataclasses
-
-from llama_jax.config import load_config_module
+from llama_jax.config import load_config_module, override
 from llama_jax.nn import LoRA
 from llama_jax.run import RunConfig
 
 
 def get_config() -> RunConfig:
-    chat: RunConfig = load_config_module("llama3_2_1b_chat").get_config()
-    return dataclasses.replace(
-        chat,
-        model=dataclasses.replace(chat.model, adapters=LoRA(rank=16, alpha=32, targets=("all-linear",), dropout=0.05)),
-        optimizer=dataclasses.replace(chat.optimizer, learning_rate=2e-4),
-    )
+    changes = {
+        "model.adapters": LoRA(rank=16, alpha=32.0, targets=("all-linear",), dropout=0.05),
+        "optimizer.learning_rate": 2e-4,
+    }
+    return override(load_config_module("llama3_2_1b_chat").get_config(), changes)

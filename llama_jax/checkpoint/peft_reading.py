@@ -49,7 +49,13 @@ def open_adapter(path: Path, base: str | Path | None = None, ignore_config_keys:
     if not isinstance(data, dict) or not isinstance(data.get("peft_type"), str):
         raise UserError(f"'{path / ADAPTER_CONFIG}' has no peft_type: it is not the config of an adapter")
     _check_kind(path, data)
-    source = open_source(_base_of(path, data, base), ignore_config_keys)
+    place = _base_of(path, data, base)
+    if (place / "checkpoints").is_dir():
+        raise UserError(
+            f"the base of the adapter '{path}', '{place}', is a run: export it (convert {place} DIRECTORY --to hf) and "
+            "give that as base"
+        )
+    source = open_source(place, ignore_config_keys)
     if source.form != "huggingface":
         raise UserError(f"the adapter '{path}' has Hugging Face's names, and its base '{source.path}' has others")
     own = next((path / name for name in FILE_NAMES if (path / name).is_file()), source.tokenizer)

@@ -3,7 +3,12 @@ from .batches import (
     ValidationBatches as ValidationBatches,
     batches_passed as batches_passed,
 )
-from .chat import ChatTemplate as ChatTemplate, chat_prompt as chat_prompt, turn_ends as turn_ends
+from .chat import (
+    ChatTemplate as ChatTemplate,
+    DirectoryChat as DirectoryChat,
+    chat_prompt as chat_prompt,
+    turn_ends as turn_ends,
+)
 from .config import DataConfig as DataConfig, Source as Source, Stage as Stage
 from .corpus.corpus import Corpus as Corpus, Shard as Shard, TokenStream as TokenStream
 from .corpus.documents import ScoredBytes as ScoredBytes, read_pieces as read_pieces, read_texts as read_texts

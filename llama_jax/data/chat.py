@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, override
 
 import numpy as np
@@ -169,6 +169,48 @@ class ChatGLM2Chat(ChatTemplate):
                 yield Piece(EOS, special=True, trained=True) if i == len(messages) else Piece("\n\n")
 
 
+@dataclasses.dataclass(frozen=True)
+class DirectoryChat(ChatTemplate):
+    """The chat template that came with the tokenizer, a jinja text. An answer ends where the next message begins.
+
+    name: of several templates; default is the usual one.
+    """
+
+    name: str = "default"
+
+    @override
+    def special_tokens(self) -> tuple[str, ...]:
+        return ()  # the tokenizer that has the template has its tokens
+
+    def render(self, messages: Sequence[Message], tokenizer: Tokenizer, *, opening: bool) -> str:
+        """Return the text of a conversation. Raises UserError without a template, and as `tokenizers.render` does."""
+        from llama_jax.tokenizers import render, special_names  # needs jinja2, which no config needs
+
+        templates = tokenizer.chat_templates
+        if self.name not in templates:
+            raise UserError(
+                f"the tokenizer has no chat template '{self.name}' (it has {', '.join(templates) or 'none'}): name a "
+                "built-in one as data.chat_template, such as ChatML"
+            )
+        return render(templates[self.name], messages, special_names(tokenizer), opens_answer=opening)
+
+    def turns(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[list[int]]:
+        """Return the ids of the parts of a conversation, what is given and what is to be written in turn."""
+        whole, texts, place = self.render(messages, tokenizer, opening=False), list[str](), 0
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                start = self.render(messages[:i], tokenizer, opening=True)
+                end = self.render(messages[: i + 1], tokenizer, opening=False)
+                if not (whole.startswith(end) and end.startswith(start)):
+                    raise UserError(
+                        f"the tokenizer's chat template '{self.name}' opens message {i + 1} in another way than it "
+                        "writes it, or in another way once others follow: name a built-in one as data.chat_template"
+                    )
+                texts += [whole[place : len(start)], whole[len(start) : len(end)]]
+                place = len(end)
+        return _cut(lambda text: tokenizer.encode_prompt(text, special=True, affixes=False), [*texts, whole[place:]])
+
+
 def chat_tokens(
     messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer
 ) -> tuple[Int32[np.ndarray, " n"], Int64[np.ndarray, " p"]]:
@@ -181,6 +223,11 @@ def chat_tokens(
     """
     if (problem := problem_of(messages)) is not None:
         raise UserError(problem)
+    if isinstance(template, DirectoryChat):
+        turns = template.turns(messages, tokenizer)
+        ends = np.cumsum([len(turn) for turn in turns])
+        starts = ends[:-1] if turns[-1] else ends[:-2]
+        return np.fromiter(itertools.chain.from_iterable(turns), np.int32), starts.astype(np.int64)
     pieces = [piece for piece in template.pieces(messages) if piece.text]
     ids = _ids_of(pieces, tokenizer)
     trained = np.repeat([piece.trained for piece in pieces], [len(part) for part in ids])
@@ -222,13 +269,20 @@ def chat_prompt(messages: Sequence[Message], template: ChatTemplate, tokenizer: 
     """
     if (problem := problem_of(messages, ends_with="user")) is not None:
         raise UserError(problem)
+    if isinstance(template, DirectoryChat):
+        text = template.render(messages, tokenizer, opening=True)
+        return tokenizer.encode_prompt(text, special=True, affixes=False)
     pieces = [piece for piece in (*template.pieces(messages), *template.opening()) if piece.text]
     return list(itertools.chain.from_iterable(_ids_of(pieces, tokenizer)))
 
 
 def turn_ends(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Return the special tokens that end an answer. Raises UserError for one that the tokenizer lacks."""
-    pieces = template.pieces([{"role": role, "content": role} for role in ROLES])
+    messages = [{"role": role, "content": role} for role in ROLES]
+    if isinstance(template, DirectoryChat):
+        special = set(tokenizer.special_tokens.values())
+        return tuple(dict.fromkeys(i for i in template.turns(messages[1:], tokenizer)[1] if i in special))
+    pieces = template.pieces(messages)
     return tuple(dict.fromkeys(_special(tokenizer, p.text) for p in pieces if p.special and p.trained))
 
 
@@ -237,22 +291,22 @@ def _ids_of(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[Sequence[int]
     ids: list[Sequence[int]] = []
     for special, group in itertools.groupby(pieces, key=lambda piece: piece.special):
         texts = [piece.text for piece in group]
-        ids += [[_special(tokenizer, name)] for name in texts] if special else _encoded(tokenizer, texts)
+        ids += [[_special(tokenizer, name)] for name in texts] if special else _cut(tokenizer.encode, texts)
     return ids
 
 
-def _encoded(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+def _cut(encode: Callable[[str], list[int]], texts: list[str]) -> list[list[int]]:
     """Return the ids of texts that follow one another.
 
     They are cut from the ids of the whole, so that they are those of a prompt that ends at a cut; each text is encoded
     by itself where a token would span a cut.
     """
-    whole = tokenizer.encode("".join(texts))
+    whole = encode("".join(texts))
     ends = []
     for i in range(1, len(texts)):
-        head = tokenizer.encode("".join(texts[:i]))
+        head = encode("".join(texts[:i]))
         if whole[: len(head)] != head:
-            return [tokenizer.encode(text) for text in texts]
+            return [encode(text) for text in texts]
         ends.append(len(head))
     return [whole[start:end] for start, end in itertools.pairwise([0, *ends, len(whole)])]
 

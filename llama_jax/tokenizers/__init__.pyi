@@ -9,4 +9,5 @@ from .loading import (
     with_document_rule as with_document_rule,
 )
 from .settings import Settings as Settings, settings_of as settings_of
+from .templates import render as render, special_names as special_names
 from .training import train_tokenizer as train_tokenizer

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from llama_jax.data import Preference
 from llama_jax.models import OF, Compute, LossTerm, ModelConfig, Params, assemble, merge_adapters
@@ -26,7 +26,7 @@ def split_pairs(segment_ids: Int[Array, "b t"], branch: Int[Array, "b t"]) -> In
     return jnp.where(segment_ids > 0, 2 * segment_ids - 1 + branch, 0)
 
 
-def num_pairs(batch: Batch) -> Float[Array, ""]:
+def num_pairs(batch: Batch) -> Int[Array, ""]:
     """Return the number of pairs in a batch whose answers are numbered."""
     return _of_answers(batch["segment_ids"], batch["weights"])[1].sum()
 

@@ -12,8 +12,9 @@ from llama_jax.__main__ import parse
 from llama_jax.config import config_names, load_config_module, override
 from llama_jax.data.mixture import Schedule
 from llama_jax.data.objectives.base import FLOATS
-from llama_jax.models import abstract_params
+from llama_jax.models import abstract_params, frozen
 from llama_jax.parallel import make_mesh
+from llama_jax.run.programs import preference_of
 from llama_jax.training import init_state, make_train_step, train_flops_per_token
 
 # Tokens of a batch.
@@ -25,6 +26,9 @@ ALIKE = (
     "llama1_7b",
     "llama2_7b",
     "llama3_2_1b",
+    "llama3_2_1b_chat",
+    "llama3_2_1b_dpo",
+    "llama3_2_1b_lora",
     "llama3_8b",
     "mixtures/llama1",
     "tiny_gru",
@@ -67,11 +71,12 @@ def test_the_command_in_the_docstring_is_complete(name: str):
 def test_train_step_builds_with_nothing_allocated(name: str):
     config = config_of(name)
     config.check_mesh(8)
-    step = make_train_step(config.model, config.compute, accumulation_steps=config.optimizer.accumulation_steps)
+    parts, preference = config.optimizer.accumulation_steps, preference_of(config)
+    step = make_train_step(config.model, config.compute, accumulation_steps=parts, preference=preference)
 
     def first_update(params: dict[str, jax.Array], batch: dict[str, jax.Array]):
         hyper = config.optimizer.hyper(config.num_steps, config.seed)
-        before = init_state(params, hyper)
+        before = init_state(params, hyper, frozen(config.model))
         after, metrics = step(before, batch, hyper)
         return [(state.params, state.opt_state) for state in (before, after)], metrics
 

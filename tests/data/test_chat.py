@@ -92,7 +92,8 @@ def parts_of(messages, template: ChatTemplate, tokenizer: Letters) -> list[str]:
 
 
 def test_every_template_has_its_format():
-    assert set(choices(ChatTemplate)) == set(FORMATS)
+    # A directory's own template has the format that the directory gives it: tests/finetuning.
+    assert set(choices(ChatTemplate)) - {"DirectoryChat"} == set(FORMATS)
 
 
 @pytest.mark.parametrize("name", FORMATS)

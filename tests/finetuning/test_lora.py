@@ -77,7 +77,7 @@ def test_first_values_of_a_model_with_adapters_are_those_without():
     assert np.std(a) == pytest.approx((3 * config.hidden_size) ** -0.5, rel=0.15)
 
 
-@pytest.mark.parametrize("mixer", ["grouped", "latent"])
+@pytest.mark.parametrize("mixer", ["grouped", pytest.param("latent", marks=pytest.mark.slow)])
 def test_merged_is_unmerged(mixer: str):
     config = tiny(adapters=EVERY, **({"attention": LATENT} if mixer == "latent" else {}))
     params = with_random_adapters(config, initialize(config, 0))
@@ -187,6 +187,7 @@ def test_adapters_are_split_as_their_weights():
     np.testing.assert_allclose(split, alone(TOKENS), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_trains_adapters_from_the_weights_of_another(tmp_path: Path, capfd):
     texts = tiny_run.write_texts(tmp_path / "texts")
     changes = {"data.path": (str(texts),), "data.cache_dir": str(tmp_path / "cache"), "num_steps": 3}

@@ -53,7 +53,9 @@ def test_adapters_of_peft_give_its_logits(family: str):
     np.testing.assert_allclose(lm.model(TOKENS), np.load(GOLDENS / family / "logits.npy"), atol=5e-5)
 
 
-@pytest.mark.parametrize("family", OURS)
+@pytest.mark.parametrize(
+    "family", ["gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama", "mixtral", "glm"))]
+)
 def test_ours_written_and_read_again(family: str, tmp_path: Path):
     lm = adapted(family, OURS[family])
     llama_jax.save_adapters(lm, tmp_path / "adapter", base=GOLDENS / family / "base")
@@ -81,6 +83,7 @@ def test_peft_reads_ours(tmp_path: Path):
         np.testing.assert_allclose(np.load(tmp_path / family / "logits.npy"), lm.model(TOKENS), atol=5e-5)
 
 
+@pytest.mark.slow
 def test_an_export_is_merged_and_a_native_copy_is_not(tmp_path: Path):
     lm = adapted("llama", OURS["llama"])
     llama_jax.save(lm, tmp_path / "hf", format="hf")

@@ -35,8 +35,8 @@ from llama_jax.models.config import LayerOverride
 from llama_jax.nn import (
     Alibi,
     GroupedQuery,
-    LinearScaling,
     Llama3Scaling,
+    LoRA,
     NTKScaling,
     RMSNorm,
     RopeScaling,
@@ -92,6 +92,7 @@ CHANGES: dict[str, Callable[[RunConfig, Path], Any]] = {
     "model.position_bias": lambda config, _: Alibi(config.model.attention.num_heads),
     "model.embedding_norm": lambda *_: RMSNorm(0.5),
     "model.logit_softcap": lambda *_: 5.0,
+    "model.adapters": lambda *_: LoRA(),
     "model.attention.rope.scaling": lambda *_: LinearScaling(7.0),
     "model.attention.rope.rotary_dim": lambda *_: 4,
     "model.attention.scale": lambda *_: 0.5,

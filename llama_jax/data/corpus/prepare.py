@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.config import Json, UserError, to_json
+from llama_jax.data.chat import DirectoryChat
 from llama_jax.data.config import DataConfig
 from llama_jax.data.corpus.corpus import INDEX, Corpus, check_bad_records, check_split, write_index
 from llama_jax.data.corpus.files import digests, find_files
@@ -192,7 +193,7 @@ def _shard_maker(
     else:
         # A cluster's processes do not all read the whole corpus: sizes and times show whether it is the same.
         stamps = [[kind_of(file.path).name, file.size, file.stamp] for file in files]
-        key = hashlib.sha256(json.dumps([FORMAT, _options(config), stamps]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([FORMAT, _options(config, tokenizer), stamps]).encode()).hexdigest()
         path = (as_local(directory) or Path(directory)).absolute()
         names = [file.name for file in path.iterdir()] if path.is_dir() else []
         if names and not any(_CORPUS_FILE.match(name.lstrip(".")) for name in names):
@@ -205,13 +206,16 @@ def _shard_maker(
     return ShardMaker(path, key, config, tokenizer)
 
 
-def _options(config: DataConfig) -> list[Any]:
+def _options(config: DataConfig, tokenizer: Tokenizer) -> list[Any]:
     options = [config.fields, config.document_chars, config.max_record_bytes, config.validation_fraction]
-    return options if config.chat_template is None else [*options, to_json(config.chat_template)]
+    if config.chat_template is None:
+        return options
+    own = [dict(tokenizer.chat_templates)] if isinstance(config.chat_template, DirectoryChat) else []
+    return [*options, to_json(config.chat_template), *own]
 
 
 def _content_hash(files: list[CorpusFile], config: DataConfig, tokenizer: Tokenizer) -> str:
-    digest = hashlib.sha256(json.dumps([FORMAT, _options(config), tokenizer.fingerprint]).encode())
+    digest = hashlib.sha256(json.dumps([FORMAT, _options(config, tokenizer), tokenizer.fingerprint]).encode())
     cache = cache_directory(config)
     with contextlib.suppress(OSError):  # reported where the corpus itself cannot be written
         cache.mkdir(parents=True, exist_ok=True)

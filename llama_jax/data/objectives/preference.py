@@ -64,7 +64,7 @@ class Preference(LeftToRight):
         places = np.concatenate([np.arange(size) for size in sizes])
         joined |= as_example(weights=places >= start - 1, branch=np.repeat([0, 1], sizes))
         # Chats whose ends are among their tokens are shorter by one or two.
-        padding = int(self.lengths(np.array(len(tokens)), np.array(start))[0]) - len(places)
+        padding = int(self.lengths(np.array([len(tokens)]), np.array([start]))[0][0]) - len(places)
         return {
             name: np.pad(x, (0, padding), mode="edge" if name == "branch" else "constant") for name, x in joined.items()
         }
