@@ -75,6 +75,37 @@ def small(changes=None):
     return llama_jax.override(config, changes or {})
 
 
+def by_turns(calls, repeats: int):
+    """Return the seconds of each of several functions without arguments, [functions, repeats], called by turns.
+
+    What slows the machine down for a while slows all of them down. Each is called once before.
+    """
+    import time
+
+    import jax
+    import numpy as np
+
+    for call in calls:
+        jax.block_until_ready(call())
+    times = np.zeros((len(calls), repeats))
+    for repeat in range(repeats):
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            times[i, repeat] = time.perf_counter() - start
+    return times
+
+
+def median_interval(values, level: float = 0.95) -> tuple[float, float]:
+    """Return the interval of the median between two of the values: it needs no distribution, and bears outliers."""
+    import numpy as np
+    from scipy.stats import binom
+
+    outside = int(binom.ppf((1 - level) / 2, len(values), 0.5))
+    ordered = np.sort(values)
+    return (float(ordered[outside - 1]), float(ordered[-outside])) if outside else (-math.inf, math.inf)
+
+
 def judge(interval, region) -> str:
     """Return whether a claim holds: that a quantity, of which an interval is known, is in a region (low, high)."""
     (low, high), (least, most) = interval, region
