@@ -96,6 +96,38 @@ def by_turns(calls, repeats: int):
     return times
 
 
+def gradient_call(config, tokens):
+    """Return a compiled function without arguments: a model's mean loss on tokens [B, T] and its gradient."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    import llama_jax
+
+    graph, state = nnx.split(llama_jax.build(config).module)
+    tokens = jnp.asarray(tokens, jnp.int32)
+
+    def loss(state):
+        scores = jax.nn.log_softmax(nnx.merge(graph, state)(tokens[:, :-1]))
+        return -jnp.take_along_axis(scores, tokens[:, 1:, None], 2).mean()
+
+    gradient = jax.jit(jax.value_and_grad(loss))
+    return lambda: gradient(state)
+
+
+def losses_by_position(model, rows, at_once: int = 32):
+    """Return a model's mean loss at each position of texts [B, T+1], float64 [T]."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    total = np.zeros(rows.shape[1] - 1)
+    for part in np.array_split(rows, -(-len(rows) // at_once)):
+        scores = jax.nn.log_softmax(model(part[:, :-1]))
+        total -= np.asarray(jnp.take_along_axis(scores, jnp.asarray(part[:, 1:, None]), 2)).sum((0, 2))
+    return total / len(rows)
+
+
 def median_interval(values, level: float = 0.95) -> tuple[float, float]:
     """Return the interval of the median between two of the values: it needs no distribution, and bears outliers."""
     import numpy as np
