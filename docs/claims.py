@@ -2,7 +2,8 @@
 
 python docs/claims.py [PART ...] [--quick] [--out DIRECTORY]
 
-All of it is meant for about an hour on two cores. What was trained is kept in `.cache/claims`: a run that was stopped goes on.
+All of it is meant for about an hour on two cores. What was trained is kept in `.cache/claims`: a run that was stopped
+goes on.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from claim_parts import PARTS, Part, base
 from markdown_table import markdown
 from run_notebooks import machine
 
@@ -26,46 +28,16 @@ import llama_jax
 from llama_jax.ablation import Sweep
 from llama_jax.ablation.statistics import t_interval
 from llama_jax.config import to_json
-from llama_jax.nn import KERNELS, MLP, LatentAttention, LayerNorm, Mask, RMSNorm, SparseLatentAttention
+from llama_jax.nn import KERNELS, LayerNorm, Mask, RMSNorm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "notebooks"))
 import notebook_tools as tools  # noqa: E402
 
-SIZES = {
-    "model.vocab_size": 2048,
-    "tokenizer.vocab_size": 2048,
-    "model.hidden_size": 128,
-    "model.num_layers": 4,
-    "model.attention.num_heads": 8,
-    "model.attention.num_kv_heads": 8,
-    "model.attention.head_dim": 16,
-    "model.feed_forward.intermediate_size": 344,
-    "global_batch_size": 8,
-    "sequence_length": 128,
-    "num_steps": 300,
-    "optimizer.learning_rate": 3e-3,
-    "optimizer.warmup_steps": 30,
-    "logging.validate_every_steps": 100,
-    "logging.validation_batches": 48,
-    "logging.sample_prompts": [],
-    "compute.dtype": "float32",
-    "compute.preflight": False,
-    "checkpoint.every_steps": 10_000,
-}
 LONGER = 4  # times the training length, to which texts of the claims on positions go
 EQUAL = 0.02  # nats: a smaller difference is called none
 
 Interval = tuple[float, float, float]  # mean (of times the median), low, high
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A sweep, or measurements without one (no variants): `match` as of `ablate`, `changes` of the base."""
-
-    variants: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict[str, dict[str, Any]])
-    match: str | None = None
-    changes: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,70 +57,6 @@ class Claim:
     quantity: Callable[[Any, bool], Interval]
     region: tuple[float, float]
     needs: tuple[str, ...] = ()
-
-
-def part_sizes(quick: bool) -> dict[str, Any]:
-    """Return the keys of the base of all parts; quick ones are those of the notebooks' reduced mode."""
-    small = {
-        "model.hidden_size": 64,
-        "model.num_layers": 2,
-        "data.path": [str(Path(json.__file__).parent / "*.py")],
-        "num_steps": 4,
-        "sequence_length": 64,
-        "model.vocab_size": 512,
-        "tokenizer.vocab_size": 512,
-        "data.validation_fraction": 0.3,
-        "optimizer.warmup_steps": 1,
-        "logging.validate_every_steps": 4,
-        "logging.validation_batches": 2,
-    }
-    return SIZES | (small if quick else {})
-
-
-NO_ROPE = {"model.attention.rope": None}
-PARTS = {
-    "attention": Part(
-        {
-            "MHA": {},
-            "MQA": {"model.attention.num_kv_heads": 1},
-            "GQA": {"model.attention.num_kv_heads": 2},
-            "MLA": {"model.attention": LatentAttention},
-            "DSA": {
-                "model.attention": SparseLatentAttention,
-                "model.attention.q_lora_rank": 64,
-                "model.attention.index_topk": 32,
-                "model.attention.index_loss_weight": 1.0,
-            },
-        },
-        match="parameters",
-    ),
-    "norms": Part(
-        {
-            "LayerNorm": {},
-            "RMSNorm": {"model.norm": RMSNorm},
-            "LayerNorm, post": {"model.norm_placement": "post"},
-            "LayerNorm, post, no warm-up": {"model.norm_placement": "post", "optimizer.warmup_steps": 0},
-        },
-        changes={"model.norm": "LayerNorm"},
-    ),
-    "feed_forwards": Part(
-        {"SwiGLU": {}}
-        | {
-            name: {"model.feed_forward": MLP, "model.feed_forward.activation": name.lower()}
-            for name in ("ReLU", "GELU", "SiLU")
-        },
-        match="parameters",
-    ),
-    "positions": Part(
-        {
-            "RoPE": {},
-            "ALiBi": NO_ROPE | {"model.position_bias": "Alibi"},
-            "sinusoids": NO_ROPE | {"model.positions": "SinusoidalPositions"},
-            "none": NO_ROPE,
-        }
-    ),
-    "memory": Part(),
-}
 
 
 def difference(variant: str, baseline: str | None = None) -> Callable[[Any, bool], Interval]:
@@ -304,11 +212,6 @@ CLAIMS = (
 )
 
 
-def base(part: Part, quick: bool) -> Any:
-    """Return the run config that a part's variants change."""
-    return llama_jax.load_config("tiny_python", part_sizes(quick) | part.changes)
-
-
 def measure(name: str, folder: Path, quick: bool) -> list[dict[str, Any]]:
     """Train a part's sweep as far as it is not there, and return a record for each of its claims."""
     part, sweep = PARTS[name], None
@@ -378,8 +281,8 @@ def about(quick: bool) -> str:
     today = datetime.datetime.now(datetime.UTC)
     return (
         f"Models of {size}, trained on {tokens:,} tokens of the interpreter's standard library, {2 if quick else 5} "
-        "seeds each with the same data order and the same first values of shared parameters. What holds at this size may not "
-        "hold at another.\n\n"
+        "seeds each with the same data order and the same first values of shared parameters. What holds at this size may "
+        "not hold at another.\n\n"
         "A claim puts a quantity into a region. It holds where the whole 95 % interval is in the region, does not hold "
         "where no part of it is, and is not decided at this size otherwise. Intervals of a sweep's differences to its "
         "baseline are simultaneous (Bonferroni), others are t intervals over seeds; exact counts and the compiler's "

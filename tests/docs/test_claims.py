@@ -15,6 +15,7 @@ def test_claims_are_data_that_their_parts_can_answer():
         assert claim.region[0] < claim.region[1]
 
 
+@pytest.mark.slow
 def test_memory_is_measured_and_others_are_named_as_missing(tmp_path: Path):
     assert claims.main(["--quick", "--out", str(tmp_path), "memory"]) == 0
     (claim,) = json.loads((tmp_path / "claims.json").read_text("utf-8"))["claims"]
