@@ -35,7 +35,9 @@ def execute(path: Path, folder: Path, *, quick: bool = False) -> nbformat.Notebo
     if quick:  # programs this small are compiled for longer than they run
         flags = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
         env |= {"LLAMA_JAX_QUICK": "1", "XLA_FLAGS": flags}
-    nbclient.NotebookClient(notebook, timeout=1800, kernel_name="python3").execute(env=env, cwd=str(folder))
+    client = nbclient.NotebookClient(notebook, timeout=1800, kernel_name="python3")
+    client.extra_arguments = ["--log-level=ERROR"]  # else the kernel warns about its connection
+    client.execute(env=env, cwd=str(folder))
     return notebook
 
 

@@ -20,8 +20,15 @@ from . import (
     training as training,
     zoo as zoo,
 )
-from .ablation import ablate as ablate, open_sweep as open_sweep
-from .checkpoint import LanguageModel as LanguageModel, convert as convert, load as load, save as save
+from .ablation import ablate as ablate, open_sweep as open_sweep, scaling as scaling
+from .checkpoint import (
+    LanguageModel as LanguageModel,
+    convert as convert,
+    load as load,
+    merge as merge,
+    save as save,
+    save_adapters as save_adapters,
+)
 from .config import UserError as UserError, override as override
 from .evaluation import Evaluation as Evaluation, evaluate as evaluate
 from .models import build as build, num_parameters as num_parameters

@@ -30,7 +30,7 @@ TUNABLES = {
 RESTARTED = "llama_jax_restarted"  # the -X option of a process that was started again with TUNABLES
 KINDS = ("bpe", "unigram", "byte_bpe", "wordpiece", "whitespace")  # of tokenizers; a test compares them
 RUN_PATH = "run, Hugging Face or Meta directory, or a llama2.c .bin; or URL"
-
+BASE = flag("--base", "PATH", "weights that an adapter is for; default: those that it names")
 IGNORED_KEYS = flag(
     "--ignore-config-keys", "KEY[,KEY]", "keys of the directory's config files to take as if they were not there",
     type=lambda keys: [key for key in keys.split(",") if key], default=[],
@@ -116,6 +116,7 @@ COMMANDS = {
             flag("--seed", "S", "0 to 2**64 - 1; default: %(default)s", type=int, default=0),
             flag("--json", None, "one object per prompt, with token ids and finish_reason"),
             flag("--quiet", None, "no lines about speed on stderr"),
+            BASE,
             IGNORED_KEYS,
         ),
         prog="sample.py",
@@ -129,13 +130,12 @@ COMMANDS = {
             flag("--task-files", "DIR", "directory with tasks as YAML files"),
             flag("--text", "FILE", "perplexity and bits per byte: files, directories, globs", nargs="+", default=[]),
             flag("--pairs", "FILE", "texts and labels (classifiers), or translations (BLEU)", nargs="+", default=[]),
-            flag("--source", "FILE", "lines to translate, and ..."),
-            flag("--reference", "FILE", "... their translations"),
+            flag("--source", "FILE", "lines to translate, and"), flag("--reference", "FILE", "their translations"),
             flag("--fields", "A[,B...]", "fields of records; default: the run's, or text"),
             flag("--limit", "N", "only the first N items of a task, documents of a file or pairs", type=int),
             flag("--num-fewshot", "N", "examples before each item; default: the task's", type=int),
             flag("--chat", None, "write items of tasks as chats, by the model's template"),
-            flag("--system", "TEXT", "the system's message before them"),
+            flag("--chat-template", "NAME", "by this one: ChatML, ..."), flag("--system", "TEXT", "a message before"),
             flag("--window", "N", "tokens of a piece of text; default: a run's rows, the model's positions", type=int),
             flag("--stride", "N", "tokens from one window to the next; default: half a window", type=int),
             flag("--batch-size", "N", "rows at a time; default: %(default)s", type=int, default=8),
@@ -144,8 +144,7 @@ COMMANDS = {
             flag("--tokenizer", "PATH", "file, directory or URL; default: the one with the weights"),
             flag("--step", "N", "checkpoint of a run; default: the latest", type=int),
             flag("--output", "FILE", "write the results as JSON"),
-            flag("--json", None, "print them as JSON"),
-            flag("--quiet", None, "no progress"),
+            flag("--json", None, "print them as JSON"), flag("--quiet", None, "no progress"),
         ),
     ),
     "convert": Command(
@@ -153,8 +152,9 @@ COMMANDS = {
         (
             flag("source", "SOURCE", RUN_PATH),
             flag("destination", "DESTINATION", "directory to make, or URL to write"),
-            flag("--to", "{hf,native}", "form of DESTINATION: Hugging Face's or this package's",
-                 choices=("hf", "native"), required=True),
+            flag("--to", "{hf,native,peft}", "form of DESTINATION: Hugging Face's, this package's, or a run's LoRA "
+                 "adapters alone as PEFT has them", choices=("hf", "native", "peft"), required=True),
+            BASE,
             flag("--dtype", "{float32,bfloat16}", "default: as the source has it", choices=("float32", "bfloat16")),
             IGNORED_KEYS,
         ),

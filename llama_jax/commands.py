@@ -224,8 +224,16 @@ def convert_command(args: argparse.Namespace) -> int:
     """Convert weights and print how much their logits differ."""
     check_weights(args.source)
     found = convert(
-        args.source, args.destination, to=args.to, dtype=args.dtype, ignore_config_keys=args.ignore_config_keys
+        args.source,
+        args.destination,
+        to=args.to,
+        dtype=args.dtype,
+        ignore_config_keys=args.ignore_config_keys,
+        base=args.base,
     )
+    if not found:
+        print(f"{args.destination}: adapters")
+        return 0
     print(
         f"{args.destination}: logits differ by at most {found['max_abs_logit_difference']:.2g} "
         f"(logit standard deviation {found['logit_std']:.2g})"
@@ -242,7 +250,7 @@ def sample_command(args: argparse.Namespace) -> int:
         raise UserError("--chat-template is for conversations: give --chat too")
     accept_any_text()
     args.sampler = Sampler.of(args.temperature, args.top_k, args.top_p)
-    lm = load(args.path, tokenizer=args.tokenizer, ignore_config_keys=args.ignore_config_keys)
+    lm = load(args.path, tokenizer=args.tokenizer, ignore_config_keys=args.ignore_config_keys, base=args.base)
     args.chat_template = built_in(args.chat_template, lm.tokenizer)
     if args.prompt is None:
         converse(lm, args)

@@ -26,7 +26,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
         limit=args.limit,
         num_fewshot=args.num_fewshot,
         batch_size=args.batch_size,
-        chat=args.chat,
+        chat=args.chat_template or args.chat,
         system=args.system,
         window=args.window,
         stride=args.stride,

@@ -25,6 +25,7 @@ class LoggingConfig:
     validate_every_steps: steps between measurements on the held-out text; the last step is always measured.
     validation_batches: measure on so many batches only; None takes all of the held-out text.
     sample_prompts: texts to continue at the end of the run, into samples.txt.
+    sample_every_steps: steps between continuing them while it trains, too, into samples/STEP.txt; None never does.
     tensorboard: write metrics to the run directory for TensorBoard, too (extra `tensorboard`).
     wandb_project: send metrics to this Weights & Biases project, too (extra `wandb`).
     """
@@ -33,6 +34,7 @@ class LoggingConfig:
     validate_every_steps: int = 500
     validation_batches: int | None = None
     sample_prompts: tuple[str, ...] = ()
+    sample_every_steps: int | None = None
     tensorboard: bool = False
     wandb_project: str | None = None
 
@@ -42,6 +44,8 @@ class LoggingConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.validation_batches is not None and self.validation_batches < 1:
             raise UserError(f"validation_batches={self.validation_batches} must be at least 1, or none for all")
+        if self.sample_every_steps is not None and self.sample_every_steps < 1:
+            raise UserError(f"sample_every_steps={self.sample_every_steps} must be at least 1, or none for never")
 
 
 @dataclasses.dataclass(frozen=True)

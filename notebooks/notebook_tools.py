@@ -162,11 +162,12 @@ def claim(text: str, interval, region, unit: str = "") -> None:
 def style() -> None:
     """Set the style of figures: the palette of Okabe and Ito, no frame, pixels enough for a dense screen."""
     import matplotlib.pyplot as plt
+    from cycler import cycler
 
     from llama_jax.figures import COLORS
 
     look = {
-        "axes.prop_cycle": plt.cycler(color=["#{:02x}{:02x}{:02x}".format(*color) for color in COLORS]),
+        "axes.prop_cycle": cycler(color=["#{:02x}{:02x}{:02x}".format(*color) for color in COLORS]),
         "axes.spines.right": False,
         "axes.spines.top": False,
         "axes.titlesize": "medium",

@@ -254,7 +254,7 @@ rows = {
     "prefix": packed_row(objectives.Prefix(), 18),
     "blank filling": packed_row(objectives.BlankFilling(), 18),
 }
-fig, axes = plt.subplots(1, 3, figsize=(12, 4.9), layout="constrained")
+fig, axes = plt.subplots(1, 3, figsize=(10, 4.4), layout="constrained")
 for (title, row), ax in zip(rows.items(), axes, strict=True):
     seen, segments = allowed(row), row["segment_ids"]
     assert not seen[segments[:, None] != segments].any()  # nothing between documents
@@ -351,7 +351,7 @@ assert min(fill.mean() for fill in fills.values()) > 0.99
 
 # %%
 NUM_SHOWN = 24
-fig, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+fig, axes = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True, layout="constrained")
 for (packing, plan), ax in zip(plans.items(), axes, strict=True):
     chosen = np.linspace(0, len(plan.rows) - 2, NUM_SHOWN).astype(int)
     for y, row in enumerate(chosen):

@@ -174,3 +174,14 @@ sweep
 
 # %%
 sweep.plot()
+
+# %% [markdown]
+# The difference is an answer only with its interval, and only for this size, this text and so many steps. Where the
+# interval has 0 in it, these seeds do not decide; `seeds needed` is how many probably would.
+
+# %%
+row = sweep.records()[1]
+low, high = row["difference_low"], row["difference_high"]
+answer = "lower loss" if high < 0 else "higher loss" if low > 0 else "not decided"
+print(f"squared ReLU minus SwiGLU: {row['difference']:+.3f} nats per token, 95 % interval {low:+.3f} to {high:+.3f}")
+print(f"with {row['n']} seeds: {answer}")

@@ -151,7 +151,7 @@ print(f"pieces after each round: {', '.join(str(len(p)) for p in rounds)}")
 assert len(rounds[-1]) == 60
 
 # %%
-fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True, layout="constrained")
+fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
 left.plot(range(len(steps)), step_losses, "o-", markersize=4)
 left.set(title=f"Expectation-maximization, all {len(seed)} pieces", xlabel="step", ylabel="loss (nats per word)")
 right.plot(range(1, len(rounds) + 1), round_losses, "o-", markersize=4, color="C1")
@@ -159,8 +159,6 @@ for number, (p, value) in enumerate(zip(rounds, round_losses, strict=True), star
     right.annotate(str(len(p)), (number, value), (0, 7), textcoords="offset points", ha="center", fontsize=8)
 right.set(title="Rounds with pruning (labels: pieces left)", xlabel="round")
 right.margins(y=0.15)
-for ax in (left, right):
-    ax.spines[["top", "right"]].set_visible(False)
 plt.show()
 
 # %% [markdown]

@@ -69,7 +69,7 @@ def shown(output: Any, name: str, heading: str, figures: dict[str, bytes]) -> st
         size = f' width="{width}"' if width else ""
         return f"![Figure: {heading}]({path}){{ .notebook-output{size} }}"
     if "text/html" in data:
-        return f'<div class="notebook-output">\n{data["text/html"].strip()}\n</div>'
+        return f'<div class="notebook-output" tabindex="0">\n{data["text/html"].strip()}\n</div>'
     return text_block(data["text/plain"])
 
 

@@ -24,7 +24,7 @@ PATTERNS = (
 PACKAGES = (
     "llama_jax", "llama_jax.config", "llama_jax.run_config", "llama_jax.models", "llama_jax.nn", "llama_jax.zoo",
     "llama_jax.tokenizers", "llama_jax.data", "llama_jax.training", "llama_jax.run", "llama_jax.checkpoint",
-    "llama_jax.sampling", "llama_jax.planning", "llama_jax.parallel",
+    "llama_jax.sampling", "llama_jax.planning", "llama_jax.inspect", "llama_jax.parallel",
 )  # fmt: skip
 
 

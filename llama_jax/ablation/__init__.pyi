@@ -1,3 +1,5 @@
+from .isoflop import Point as Point, Recommendation as Recommendation, Scaling as Scaling, scaling as scaling
+from .laws import Cost as Cost, Law as Law
 from .records import (
     SWEEP_FILE as SWEEP_FILE,
     SweepRecord as SweepRecord,

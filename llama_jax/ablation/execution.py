@@ -1,8 +1,9 @@
 """The runs of a sweep: prepared once, trained one after another, each recorded as it ends."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,62 @@ import jax
 from llama_jax.ablation.records import SWEEP_FILE, VariantRecord, sweep_json, trial_directory
 from llama_jax.ablation.tuning import SEED, Tune, Tuning
 from llama_jax.ablation.variants import Variant, code_digest
+from llama_jax.checkpoint import SaveFailed
 from llama_jax.config import UserError, override
 from llama_jax.files import write_text
-from llama_jax.run import Closing, Lane, Preempted, Prepared, Run, RunFailed, prepare_runs, termination
+from llama_jax.run import (
+    Closing,
+    Preempted,
+    Prepared,
+    Run,
+    RunFailed,
+    lane_mesh,
+    lanes_at_once,
+    prepare_runs,
+    termination,
+    train_together,
+)
+from llama_jax.run_config import RunConfig
 from llama_jax.screen import Bar
 
 METRIC = "val_loss"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run to train.
+
+    variant: name of its variant.
+    what: short text that tells it from the variant's others.
+    prepared: what it shares with others.
+    run: the run.
+    until: its last step.
+    failed: True for one that has failed in an earlier call.
+    """
+
+    variant: str
+    what: str
+    prepared: Prepared
+    run: Run
+    until: int
+    failed: bool = False
+
+    @functools.cached_property
+    def start(self) -> int:
+        """Step of its latest checkpoint."""
+        return max(self.run.committed_steps(), default=0)
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.failed or self.start >= self.until
+
+    def program(self) -> Hashable:
+        """Return a value that is equal for runs of one compiled program."""
+        config = self.run.config
+        shape = config.global_batch_size, config.sequence_length, config.data.objective, config.data.packing
+        kind = config.optimizer.hyper(config.num_steps).kind
+        return config.model, config.compute, config.mesh, shape, kind, code_digest(self.prepared.components)
 
 
 class Sweeper:
@@ -38,17 +89,29 @@ class Sweeper:
         self.place, self.baseline, self.seeds, self.quiet = place, baseline, list(seeds), quiet
         self.records = {record.name: record for record in records}
         self._asked, self._prepared = dict(asked), dict[str, Prepared]()
+        self._said, self._done = set[str](), 0
 
-    def prepare(self, made: Sequence[Variant]) -> None:
+    def unfinished(self, variant: Variant) -> bool:
+        """Return whether runs of a variant are left to train."""
+        record, steps = self.records[variant.name], variant.config.num_steps
+        seeds = [seed for seed in self.seeds if str(seed) not in record.failures]
+        runs = [Run(trial_directory(self.place, record, seed), variant.config) for seed in seeds]
+        return any(max(run.committed_steps(), default=0) < steps for run in runs)
+
+    def prepare(self, base: RunConfig, made: Sequence[Variant]) -> None:
         """Prepare and check all variants, each distinct tokenizer and corpus once; then write the sweep's files.
 
         Raises UserError for the first variant that cannot run.
         """
         shared: dict[Any, tuple[Path, Prepared]] = {}
+
+        def texts_of(config: RunConfig) -> Any:
+            """Return a value that is equal for configs with one tokenizer and corpus."""
+            return config.tokenizer, config.data, config.model.has_source
+
         for variant in made:
-            config = variant.config
-            texts = config.tokenizer, config.data, config.model.has_source
-            own = self.place if not shared else self.place / self.records[variant.name].directory
+            config, texts = variant.config, texts_of(variant.config)
+            own = self.place / ("" if texts == texts_of(base) else self.records[variant.name].directory)
             place, other = shared.get(texts, (own, None))
             try:
                 found = prepare_runs(
@@ -56,14 +119,13 @@ class Sweeper:
                 )
                 if other is not None and other.config.sequence_length == config.sequence_length:
                     found = dataclasses.replace(found, datasets=other.datasets)
-                found.check(self.seeds[0])
+                if self.unfinished(variant):
+                    found.check(self.seeds[0])
             except (UserError, RunFailed) as error:
                 raise UserError(f"variant '{variant.name}': {error}") from error
             shared.setdefault(texts, (place, found))
             self._prepared[variant.name] = found
         self.place.mkdir(parents=True, exist_ok=True)
-        codes = self._asked.get("code", {}) | {v.name: code_digest(v.components) for v in made}
-        self._asked["code"] = codes
         self.write()
         for place, found in shared.values():
             found.save(place)
@@ -74,92 +136,102 @@ class Sweeper:
         write_text(self.place / SWEEP_FILE, json.dumps(data, indent=2) + "\n")
 
     def train(self, made: Sequence[Variant], tune: Tune) -> None:
-        """Tune each variant where `tune` has keys, then train it with every seed, as far as this is not done.
+        """Tune each variant where `tune` has keys, then train all with every seed, as far as this is not done.
 
         Raises Preempted after a termination signal, with a checkpoint saved.
         """
         tunings = {v.name: Tuning(self.place / "tune" / self.records[v.name].directory, v.config, tune) for v in made}
-        untuned = [v.name for v in made if tune and self.records[v.name].tuned is None]
-        total = sum(len(self.seeds) * v.config.num_steps for v in made) + sum(tunings[n].total_steps for n in untuned)
+        untuned = [v for v in made if tune and self.records[v.name].tuned is None]
+        total = sum(len(self.seeds) * v.config.num_steps for v in made)
+        total += sum(tunings[v.name].total_steps for v in untuned)
         with (
             Bar("sweep", 0, total, quiet=self.quiet, slow=True) as bar,
             termination() as stopping,
             Closing() as closing,
         ):
-            self._bar, self._stopping, self._closing, self._done = bar, stopping, closing, 0
-            said: set[str] = set()
+            self._bar, self._stopping, self._closing = bar, stopping, closing
+            for variant in untuned:
+                self._tune(variant, tunings[variant.name])
+            jobs: list[Job] = []
             for variant in made:
-                prepared = self._prepared[variant.name]
-                if variant.name in untuned:
-                    self._tune(variant, tunings[variant.name])
-                tuned = self.records[variant.name].tuned
-                if tuned is not None:
-                    config = override(
-                        prepared.config, tunings[variant.name].changes(tuned["value"]), variant.components
-                    )
-                    prepared = dataclasses.replace(prepared, config=config)
+                record, prepared = self.records[variant.name], self._prepared[variant.name]
+                if record.tuned is not None:
+                    changes = tunings[variant.name].changes(record.tuned["value"])
+                    prepared = prepared.changed(override(prepared.config, changes, variant.components))
                 for seed in self.seeds:
-                    self._trial(variant.name, prepared, seed, said)
+                    run = prepared.run(trial_directory(self.place, record, seed), seed)
+                    failed = str(seed) in record.failures
+                    jobs.append(Job(variant.name, f"seed {seed}", prepared, run, run.config.num_steps, failed))
+            try:
+                self._run(jobs)
+                closing.wait()
+            except SaveFailed as error:
+                raise RunFailed(f"{error}: make room there, then call it again to continue") from error
 
     def _tune(self, variant: Variant, tuning: Tuning) -> None:
         """Find the variant's values and record them with their cost."""
-        prepared, before = self._prepared[variant.name], self._done
+        prepared = self._prepared[variant.name]
 
-        def trial(changes: Mapping[str, Any], directory: Path, until: int) -> float | None:
-            """Return the validation loss at the step `until` of a run with these changes."""
-            config = override(prepared.config, changes, variant.components)
-            run = dataclasses.replace(prepared, config=config).run(directory, SEED)
-            text = ", ".join(f"{key.rpartition('.')[2]}={value:.3g}" for key, value in changes.items())
-            try:
-                lane = self._run(f"{variant.name}, {text}", prepared, run, until)
-            except RunFailed:
-                return None
-            return lane.val_loss
+        def trials(candidates: Mapping[Path, Mapping[str, Any]], until: int) -> list[float | None]:
+            """Return the validation losses at the step `until` of runs with these changes."""
+            jobs: list[Job] = []
+            for directory, changes in candidates.items():
+                own = prepared.changed(override(prepared.config, changes, variant.components))
+                jobs.append(Job(variant.name, directory.name, own, own.run(directory, SEED), until))
+            self._run(jobs)
+            found = [{line["step"]: line.get("val_loss") for line in job.run.metrics()} for job in jobs]
+            return [losses.get(until) for losses in found]
 
-        found = tuning.search(trial)
+        found = tuning.search(trials)
         if found["value"] is None:
             raise UserError(f"variant '{variant.name}': every run of tune fails: give other ranges than {tuning.tune}")
         if warning := tuning.warning(found):
             self._bar.say(f"{variant.name}: {warning}", always=True)
         self._record(variant.name, tuned=found)
-        self._done = before + tuning.total_steps
 
-    def _trial(self, name: str, prepared: Prepared, seed: int, said: set[str]) -> None:
-        """Train a variant with a seed, where this is not done."""
-        record = self.records[name]
-        run = prepared.run(trial_directory(self.place, record, seed), seed)
-        steps = run.config.num_steps
-        before = self._done
-        if str(seed) not in record.failures and max(run.committed_steps(), default=0) < steps:
-            try:
-                lane = self._run(f"{name}, seed {seed}", prepared, run, measured=record.peak_bytes is None)
-            except RunFailed as error:
-                failures = record.failures | {str(seed): str(error)}
-                self._record(name, failures=failures)
-                self._bar.say(f"{name}, seed {seed} failed: {error}", always=True)
-            else:
-                lines = [line for line in (*prepared.lines, *lane.lines) if f"{name}: {line}" not in said]
-                said |= {f"{name}: {line}" for line in lines}
-                self._bar.say(*(f"{name}: {line}" for line in lines), always=True)
-                if lane.memory is not None:
-                    self._record(name, state_bytes=lane.memory[0], peak_bytes=lane.memory[1])
-        self._done = before + steps
+    def _run(self, jobs: Sequence[Job]) -> None:
+        """Train jobs, those of one program together where this is faster."""
+        groups: dict[Any, list[Job]] = {}
+        for job in jobs:
+            groups.setdefault(job.program(), []).append(job)
+        for group in groups.values():
+            size = lanes_at_once(group[0].run.config, len(group))
+            for first in range(0, len(group), size):
+                part = group[first : first + size]
+                for job in part:
+                    self._advance(job.until if job.done else job.start)
+                if waiting := [job for job in part if not job.done]:
+                    self._train(waiting, len(part))
 
-    def _run(self, text: str, prepared: Prepared, run: Run, until: int | None = None, measured: bool = False) -> Lane:
-        """Train a run that the bar calls `text`."""
-        self._bar.description = text
-        before, start = self._done, max(run.committed_steps(), default=0)
-
-        def advance(step: int) -> None:
-            self._bar.advance(before + step)
-
+    def _train(self, jobs: Sequence[Job], num_lanes: int) -> None:
+        """Train jobs in lock step with the program of `num_lanes`, or a single one."""
         if self._stopping(0):
             raise Preempted("stopped between two runs: call it again to continue")
-        with jax.set_mesh(prepared.mesh):
-            lane = Lane(run, prepared.dataset(run), advance, until)
-            lane.train(self._closing, self._stopping, measured=measured)
-        self._done = before + lane.until - start
-        return lane
+        names = list(dict.fromkeys(job.variant for job in jobs))
+        what = ", ".join(job.what for job in jobs if job.variant == names[0])
+        self._bar.description = f"{names[0]}, {what}" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        measured = self.records[names[0]].peak_bytes is None
+        with jax.set_mesh(lane_mesh() if num_lanes > 1 else jobs[0].prepared.mesh):
+            lanes = [job.prepared.lane(job.run, self._advance, job.until) for job in jobs]
+            if num_lanes > 1:
+                train_together(lanes, num_lanes, self._closing, self._stopping, measured=measured)
+            else:
+                lanes[0].train(self._closing, self._stopping, measured=measured)
+        for job, lane in zip(jobs, lanes, strict=True):
+            if lane.failure is not None:
+                self._bar.say(f"{job.variant}, {job.what} failed: {lane.failure}", always=True)
+                if job.run.config.seed != SEED:
+                    failures = self.records[job.variant].failures | {str(job.run.config.seed): lane.failure}
+                    self._record(job.variant, failures=failures)
+            lines = [f"{job.variant}: {line}" for line in (*job.prepared.lines, *lane.lines)]
+            self._bar.say(*(line for line in dict.fromkeys(lines) if line not in self._said), always=True)
+            self._said.update(lines)
+            if lanes[0].memory is not None and self.records[job.variant].peak_bytes is None:
+                self._record(job.variant, state_bytes=lanes[0].memory[0], peak_bytes=lanes[0].memory[1])
+
+    def _advance(self, steps: int = 1) -> None:
+        self._done += steps
+        self._bar.advance(self._done)
 
     def _record(self, name: str, **values: Any) -> None:
         """Change a variant's record, and the file."""

@@ -50,7 +50,7 @@ def asked_match(match: Any) -> tuple[str, str | None] | None:
         return None
     pair = next(iter(match.items())) if isinstance(match, Mapping) and len(match) == 1 else match
     quantity, key = (pair, None) if isinstance(pair, str) else pair if isinstance(pair, tuple | list) else (pair, None)
-    if quantity not in QUANTITIES:
+    if not isinstance(quantity, str) or quantity not in QUANTITIES:
         raise UserError(f"match={match!r} must be one of {', '.join(QUANTITIES)}, or (quantity, key)")
     return quantity, key
 

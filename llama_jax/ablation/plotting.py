@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from llama_jax.ablation.isoflop import Scaling
     from llama_jax.ablation.result import Sweep
 
 STYLES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX"
@@ -56,7 +57,7 @@ def plot_sweep(sweep: "Sweep") -> "Figure":
 
 
 def _panels(sweep: "Sweep") -> list[Callable[["Axes"], None]]:
-    """Return the functions that draw curves, and the final metric against the costs that differ by more than 1 %."""
+    """Return the functions that draw curves, and the final metric against the costs that differ by more than 2 %."""
     records = sweep.records()
     panels: list[Callable[[Axes], None]] = []
     for metric in dict.fromkeys(("loss", sweep.metric)):
@@ -65,7 +66,7 @@ def _panels(sweep: "Sweep") -> list[Callable[["Axes"], None]]:
     for title, key, _ in COSTS:
         places = [i for i, record in enumerate(records) if record["mean"] is not None and record[key]]
         costs = [records[i][key] for i in places]
-        if costs and max(costs) > 1.01 * min(costs):
+        if costs and max(costs) > 1.02 * min(costs):
             panels.append(functools.partial(_cost, sweep, title, key, places))
     return panels
 
@@ -120,7 +121,7 @@ def _curves(sweep: "Sweep", metric: str, places: Sequence[int], axes: "Axes") ->
 
 
 def _cost(sweep: "Sweep", title: str, key: str, places: Sequence[int], axes: "Axes") -> None:
-    from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     records = sweep.records()
     for i in places:
@@ -132,10 +133,17 @@ def _cost(sweep: "Sweep", title: str, key: str, places: Sequence[int], axes: "Ax
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if high > 5 * low:
         axes.set_xscale("log")
-        axes.set_xticks(np.geomspace(low, high, 4))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda cost, _: counted(cost)))
-        axes.xaxis.set_minor_locator(NullLocator())
+        _few_ticks(axes, [low, high])
     axes.set(xlabel=AXES.get(title, title), ylabel=f"final {_unit(sweep.metric)}")
+
+
+def _few_ticks(axes: "Axes", values: Sequence[float], count: int = 4, form: Callable[[float], str] = counted) -> None:
+    """Give a logarithmic axis few ticks: matplotlib's are too many in half a decade, and too few in another."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    axes.set_xticks(np.geomspace(min(values), max(values), count))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _differences(sweep: "Sweep", places: Sequence[int], axes: "Axes") -> None:
@@ -155,3 +163,67 @@ def _differences(sweep: "Sweep", places: Sequence[int], axes: "Axes") -> None:
     axes.set_xlabel(
         f"{sweep.metric.replace('val_', 'validation ')} minus that of\n{_short(sweep.record.baseline)}{unit}"
     )
+
+
+def plot_scaling(found: "Scaling") -> "Figure":
+    """Return the figure of a scaling law: profiles above, best sizes and predictions below."""
+    figure = new_figure(7.2, 6.4)
+    grid = figure.add_gridspec(2, 2, height_ratios=(1.2, 1))
+    _profiles(found, clean(figure.add_subplot(grid[0, :])))
+    _best_sizes(found, clean(figure.add_subplot(grid[1, 0])))
+    _predictions(found, clean(figure.add_subplot(grid[1, 1])))
+    return figure
+
+
+def _profiles(found: "Scaling", axes: "Axes") -> None:
+    for i, profile in enumerate(found.profiles()):
+        runs = [point for point in found.points if point.budget == profile["budget"]]
+        sizes = np.array([float(point.parameters) for point in runs])
+        label, shape = f"{profile['budget']:.2g} FLOPs", _style(i, linestyle="")
+        axes.plot(sizes, [point.loss for point in runs], **shape, label=label)
+        line = np.geomspace(sizes.min(), sizes.max(), 50)
+        if profile["coefficients"] is not None:
+            axes.plot(line, np.polyval(profile["coefficients"], np.log(line)), **_style(i, marker="", linestyle="-"))
+        tokens = profile["budget"] / (found.cost.factor * line**found.cost.power)
+        axes.plot(line, found.fit.loss(line, tokens), **_style(i, marker="", linestyle=":"))
+        if profile["inside"]:
+            axes.plot(profile["parameters"], profile["loss"], marker="*", markersize=14, color=color_of(i), mec="black")
+    axes.set_xscale("log")
+    _few_ticks(axes, [float(point.parameters) for point in found.points])
+    axes.set(xlabel="parameters", ylabel=f"final {_unit('val_loss')}")
+    axes.set_title("solid: parabola, star: its minimum, dotted: law", fontsize="medium", loc="right")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+
+
+def _best_sizes(found: "Scaling", axes: "Axes") -> None:
+    budgets = np.geomspace(found.budgets[0], 3 * found.budgets[-1], 25)
+    best = [found.recommend(float(budget)) for budget in budgets]
+    low, high = zip(*(one.parameters_interval for one in best), strict=True)
+    axes.plot(budgets, [one.parameters for one in best], **_style(0, marker=""))
+    axes.fill_between(budgets, low, high, color=color_of(0), alpha=0.2, linewidth=0)
+    for profile in found.profiles():
+        if profile["inside"]:
+            axes.plot(
+                profile["budget"], profile["parameters"], marker="*", markersize=12, color=color_of(1), mec="black"
+            )
+    axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="best number of parameters")
+    _few_ticks(axes, [float(budget) for budget in budgets], 3, "{:.1e}".format)
+    sizes = [float(point.parameters) for point in found.points]
+    axes.set_ylim(min(sizes) / 3, max(sizes) * 3)
+    axes.set_title(f"line: law, {100 * found.level:g} %", fontsize="medium", loc="right")
+
+
+def _predictions(found: "Scaling", axes: "Axes") -> None:
+    names = {(entry["size"], entry["budget"]) for entry in found.holdout}
+    points = [point for point in found.points if (point.size, point.budget) not in names]
+    fitted = [(float(found.fit.loss(float(p.parameters), float(p.tokens))), p.loss) for p in points]
+    held = [(entry["predicted"], entry["measured"]) for entry in found.holdout]
+    axes.plot(*zip(*fitted, strict=True), **_style(0, linestyle=""), alpha=0.5)
+    for entry in found.holdout:
+        bars = [[entry["predicted"] - entry["low"]], [entry["high"] - entry["predicted"]]]
+        axes.errorbar(entry["predicted"], entry["measured"], xerr=bars, **_style(5, linestyle=""), capsize=4)
+    losses = [loss for pair in fitted + held for loss in pair]
+    ends = min(losses), max(losses)
+    axes.plot(ends, ends, color="0.3", linewidth=1)
+    axes.set(xlabel="predicted loss (nats per token)", ylabel="measured loss")
+    axes.set_title("plus: not fitted" if held else "all are fitted", fontsize="medium", loc="right")

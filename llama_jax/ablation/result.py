@@ -168,8 +168,10 @@ class Sweep:
                 what = f"{found['quantity']} {found['got']:,}, to match {found['target']:,}"
                 notes.append(f"{variant.name}: {found['key']}={found['value']} for {what}")
             if found := variant.tuned:
+                values = found["value"] if isinstance(found["value"], list) else [found["value"]]
+                what = ", ".join(f"{k}={v:.3g}" for k, v in zip(found["key"].split(","), values, strict=True))
                 cost = f"{found['tokens']:,} tokens and {found['seconds']:.3g} s"
-                notes.append(f"{variant.name}: {found['key']}={found['value']:.3g} was found with {cost}")
+                notes.append(f"{variant.name}: {what} was found with {cost}")
         return notes + self.warnings
 
     def legend(self) -> str:

@@ -16,6 +16,7 @@ from llama_jax.ablation.variants import Variant, Variants, code_digest, config_o
 from llama_jax.config import UserError, read_json, to_json
 from llama_jax.models import num_parameters
 from llama_jax.parallel import distributed
+from llama_jax.remote import as_local
 from llama_jax.run import CHANGEABLE
 from llama_jax.run_config import RunConfig
 
@@ -61,7 +62,9 @@ def ablate(
     check_tune(config, tune)
     chosen = _baseline(config, made, baseline)
     asked: Json = {"base": to_json(config), "match": match and list(of_match or ()), "tune": tune and _plain(tune)}
-    place = _default(asked, made) if run_dir is None else Path(run_dir).expanduser()
+    place = _default(asked, made) if run_dir is None else as_local(run_dir)
+    if place is None:
+        raise UserError(f"run_dir='{run_dir}' is a URL: give a local directory")
     before = _before(place, asked, made, baseline)
     if of_match is not None:
         made, fitted = _match(made, chosen, *of_match)
@@ -71,17 +74,22 @@ def ablate(
     given = {record.name for record in records}
     records += [record for name, record in before.records.items() if name not in given]
     all_seeds = list(dict.fromkeys([*before.seeds, *numbers]))
+    asked["code"] = before.codes | {variant.name: code_digest(variant.components) for variant in made}
     sweeper = Sweeper(place, asked, before.baseline or chosen.name, all_seeds, records, quiet)
-    sweeper.prepare(made)
-    sweeper.train(made, tune)
+    if any(sweeper.unfinished(variant) for variant in made):
+        sweeper.prepare(config, made)
+        sweeper.train(made, tune)
+    else:
+        sweeper.write()
     return Sweep(place)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Before:
-    """What an earlier call left in the directory: its records by name, seeds and baseline."""
+    """What an earlier call left in the directory: its records and digests of code by variant, seeds and baseline."""
 
     records: dict[str, VariantRecord] = dataclasses.field(default_factory=dict[str, VariantRecord])
+    codes: Json = dataclasses.field(default_factory=dict[str, Any])
     seeds: tuple[int, ...] = ()
     baseline: str | None = None
 
@@ -148,7 +156,7 @@ def _before(place: Path, asked: Json, made: Sequence[Variant], baseline: str | N
     ]
     if differing:
         raise UserError(f"'{place}' holds a sweep with {'; '.join(differing)}: give another run_dir, or remove it")
-    return _Before(known, record.seeds, record.baseline)
+    return _Before(known, codes, record.seeds, record.baseline)
 
 
 def _leaves(data: Any, prefix: str = "") -> Json:

@@ -1,5 +1,6 @@
 """The table of a sweep: its columns as text, and their forms for terminals, Markdown and notebooks."""
 
+import functools
 import html
 import io
 import math
@@ -39,12 +40,13 @@ def columns_of(records: Sequence[Mapping[str, Any]], metric: str, baseline: str)
 
 
 def with_interval(record: Mapping[str, Any], mean: str, low: str, high: str, sign: str = "") -> str:
-    """Return `mean ± half of the interval`, both to the second digit of the half; four decimals without interval."""
+    """Return `mean ± half of the interval`, to the second digit of the half, and small numbers to the third decimal."""
     value, bottom, top = (record.get(key) for key in (mean, low, high))
     if value is None:
         return "-"
     half = 0.0 if bottom is None or top is None else (top - bottom) / 2
-    decimals = min(max(1 - math.floor(math.log10(half)), 0), 6) if half > 0 else 4
+    least = 3 if abs(value) < 100 else 0
+    decimals = min(max(1 - math.floor(math.log10(half)), least), 6) if half > 0 else 4
     return f"{value:{sign},.{decimals}f}" + ("" if bottom is None else f" ± {half:.{decimals}f}")
 
 
@@ -81,12 +83,14 @@ def as_text(columns: Columns, lines: Sequence[str]) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    width = Console().width if Console().is_terminal else 120
+    # In a notebook a console shows what it prints, by itself.
+    new = functools.partial(Console, force_jupyter=False, color_system=None, markup=False, highlight=False, emoji=False)
+    width = new().width if new().is_terminal else 120
     (first, names), *others = columns.items()
     wide = sum(2 + max(map(len, [title, *cells])) for title, cells in columns.items()) > width + 2
     costs = [title for title, _, _ in COSTS]
     parts = [[(t, c) for t, c in others if (t in costs) == cost] for cost in (False, True)] if wide else [others]
-    console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, highlight=False, emoji=False)
+    console = new(file=io.StringIO(), width=width)
     for part in filter(None, parts):
         table = Table(box=None, pad_edge=False)
         table.add_column(first, overflow="fold")

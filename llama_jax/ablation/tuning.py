@@ -72,29 +72,29 @@ class Tuning:
         """Return the changes of a candidate as `search` returns it: one value, or a list for several keys."""
         return dict(zip(self.tune, value if len(self.tune) > 1 else [value], strict=True))
 
-    def search(self, trial: Callable[[Mapping[str, Any], Path, int], float | None]) -> dict[str, Any]:
+    def search(self, trials: Callable[[Mapping[Path, Mapping[str, Any]], int], list[float | None]]) -> dict[str, Any]:
         """Return the record of the search, its `value` None where all candidates fail.
 
-        `trial(changes, directory, until)` trains to the step `until` and returns the validation loss, or None.
+        `trials({directory: changes}, until)` trains to the step `until` and returns the losses, None of failures.
         """
         file = self.directory / TUNE_FILE
         done: dict[str, Any] = read_json(file) if file.is_file() else {"trials": [], "seconds": 0.0}
         known = {(json.dumps(value), steps): loss for value, steps, loss in done["trials"]}
         alive, losses = self.candidates, dict[Values, float]()
         for until in self.rungs:
-            losses = {}
-            for values in alive:
-                shown = _shown(values)
-                if (json.dumps(shown), until) not in known:
-                    began = time.monotonic()
-                    name = ",".join(f"{value:.6g}" for value in values)
-                    loss = trial(dict(zip(self.tune, values, strict=True)), self.directory / name, until)
-                    known[json.dumps(shown), until] = loss
-                    done["trials"].append([shown, until, loss])
-                    done["seconds"] += time.monotonic() - began
-                    write_text(file, json.dumps(done) + "\n")
-                found = known[json.dumps(shown), until]
-                losses[values] = math.inf if found is None else found
+            asked = [values for values in alive if (json.dumps(_shown(values)), until) not in known]
+            if asked:
+                began = time.monotonic()
+                self.directory.mkdir(parents=True, exist_ok=True)
+                places = [self.directory / ",".join(f"{value:.6g}" for value in values) for values in asked]
+                changes = [dict(zip(self.tune, values, strict=True)) for values in asked]
+                for values, loss in zip(asked, trials(dict(zip(places, changes, strict=True)), until), strict=True):
+                    known[json.dumps(_shown(values)), until] = loss
+                    done["trials"].append([_shown(values), until, loss])
+                done["seconds"] += time.monotonic() - began
+                write_text(file, json.dumps(done) + "\n")
+            found = {values: known[json.dumps(_shown(values)), until] for values in alive}
+            losses = {values: math.inf if loss is None else loss for values, loss in found.items()}
             alive = sorted(alive, key=lambda values: losses[values])[: -(-len(alive) // 2)]
         best = alive[0]
         for folder in self.directory.glob(f"*/{CHECKPOINTS_DIRECTORY}"):  # their metrics stay

@@ -40,7 +40,7 @@ def make_variants(base: RunConfig, asked: Variants, components: Sequence[type] =
     their fields from the config around. Raises UserError for a wrong key or value, and for two variants with one name
     or config.
     """
-    given = [(name, _changes(base, change)) for name, change in _entries(asked)]
+    given = [(name, _changes(base, change)) for name, change in _entries(asked or [])]
     if not given:
         raise UserError("variants is empty: give {key: [values...]}, {name: {key: value}} or a list of changes")
     made: list[Variant] = []
@@ -96,7 +96,8 @@ def _changes(base: RunConfig, change: Any) -> dict[str, Any]:
         top = {field.name: getattr(change, field.name) for field in dataclasses.fields(change)}
         return {name: value for name, value in top.items() if value != getattr(base, name)}
     kind = change if isinstance(change, type) else type(change)
-    keys = [key for key, annotation, _ in leaves(base) if kind in component_choices(annotation, (kind,)).values()]
+    fits = [(k, v) for k, annotation, v in leaves(base) if kind in component_choices(annotation, (kind,)).values()]
+    keys = [key for key, value in fits if value is not None] or [key for key, _ in fits]
     depth = min((key.count(".") for key in keys), default=0)
     keys = [key for key in keys if key.count(".") == depth]
     if len(keys) != 1:

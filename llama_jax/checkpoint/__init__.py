@@ -26,7 +26,8 @@ from llama_jax.checkpoint.loading import (
     load as load,
     locate as locate,
 )
-from llama_jax.checkpoint.saving import convert as convert, save as save
+from llama_jax.checkpoint.peft_writing import save_adapters as save_adapters
+from llama_jax.checkpoint.saving import convert as convert, merge as merge, save as save
 from llama_jax.checkpoint.store import (
     COMMIT_FILE as COMMIT_FILE,
     CheckpointConfig as CheckpointConfig,

@@ -69,7 +69,7 @@ def export_hf(
     model that no family on Hugging Face has, and for a `directory` that is not empty; ConversionError, leaving nothing
     behind, where the files, read again, compute other logits.
     """
-    family, data = _family_of(config, model_type or (source.model_type if source is not None else "llama"))
+    family, data = family_of(config, model_type or (source.model_type if source is not None else "llama"))
     sizes = {str(value.dtype): value.size for value in params.values()}
     data["torch_dtype"] = max(sizes, key=lambda name: sizes[name])
     generation = completed(generation or GenerationSettings(), config, tokenizer)
@@ -95,7 +95,7 @@ def export_hf(
     return report
 
 
-def _family_of(config: ModelConfig, preferred: str) -> tuple[Family, Json]:
+def family_of(config: ModelConfig, preferred: str) -> tuple[Family, Json]:
     """Return a family that can express `config`, the preferred one before others, and its config.json."""
     refusals = []
     for model_type in sorted(zoo.families(), key=lambda name: name != preferred):
@@ -140,9 +140,9 @@ def _tensor(
         found = []
         for weight, value, index in parts:
             if expert is None:
-                found.append(weight.to_source(_fetch(value, index)))
+                found.append(weight.to_source(fetched(value, index)))
             else:
-                found.append(weight.to_source(_fetch(value, (*index, expert))[None]))
+                found.append(weight.to_source(fetched(value, (*index, expert))[None]))
         whole = found[0] if len(found) == 1 else np.concatenate(found, axis=dim)
         return (whole.reshape(first.in_file(whole.shape)) if expert is None else whole[0])[slices]
 
@@ -151,7 +151,7 @@ def _tensor(
     return Tensor(shape if expert is None else shape[1:], np.dtype(parts[0][1].dtype), fetch)
 
 
-def _fetch(value: jax.Array | np.ndarray, index: tuple[int, ...]) -> np.ndarray:
+def fetched(value: jax.Array | np.ndarray, index: tuple[int, ...]) -> np.ndarray:
     """Return the part of a parameter at these first indices (layer, expert) on the host, without gathering the rest."""
     if not isinstance(value, jax.Array):
         return np.asarray(value[index])

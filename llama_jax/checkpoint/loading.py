@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax.checkpoint.formats import is_meta
+from llama_jax.checkpoint.formats import is_meta, rounded
 from llama_jax.checkpoint.generation import GenerationSettings, read_generation
 from llama_jax.checkpoint.importing import WeightSource, load_params, open_source, stored_dtypes
+from llama_jax.checkpoint.peft_reading import is_adapter, open_adapter
 from llama_jax.checkpoint.store import CheckpointStore, model_files
 from llama_jax.config import UserError, from_json, read_json
 from llama_jax.data import ChatTemplate
@@ -79,8 +80,10 @@ def load(
     components: Sequence[type] = (),
     step: int | None = None,
     ignore_config_keys: Collection[str] = (),
+    base: str | Path | None = None,
 ) -> LanguageModel:
-    """Return the language model at `path`: a run, a saved native one, a Hugging Face or Meta directory, a `.bin`.
+    """Return the language model at `path`: a run, a saved native one, a Hugging Face or Meta directory, a `.bin`, or a
+    LoRA adapter.
 
     A path in a directory means the directory: `RUN/config.json`, or `RUN/checkpoints/350`, the run at step 350.
     `path` and `tokenizer` may be URLs (`s3://`, `gs://`, `hf://`), of which a copy is kept in the cache directory.
@@ -89,6 +92,7 @@ def load(
     "bfloat16") is the type they are kept and computed in: by default bfloat16 on TPU and GPU, float32 on CPU.
     `components` are classes from outside the package that the saved config may name; `step` picks a checkpoint of a
     run (default: the latest); `ignore_config_keys` are keys of a released config to take as if they were not there.
+    An adapter of PEFT is merged into the weights of its base: `base`, or where None, the directory that it names.
     Raises UserError for anything missing, damaged or unsupported.
     """
     path, inside = locate(path)
@@ -99,7 +103,13 @@ def load(
     compute = Compute(dtype=dtype or "auto")  # type: ignore[arg-type]
     with _entered(mesh) as jax_mesh:
         found = read_contents(
-            path, compute.jax_dtype, tokenizer, components=components, step=step, ignore_config_keys=ignore_config_keys
+            path,
+            compute.jax_dtype,
+            tokenizer,
+            components=components,
+            step=step,
+            ignore_config_keys=ignore_config_keys,
+            base=base,
         )
         model = from_params(found.config, found.params, compute, jax_mesh)
     return LanguageModel(found.config, model, found.tokenizer, found.model_type, found.generation, found.chat_template)
@@ -113,13 +123,17 @@ def read_contents(
     components: Sequence[type] = (),
     step: int | None = None,
     ignore_config_keys: Collection[str] = (),
+    base: str | Path | None = None,
 ) -> Contents:
     """Return everything that a model's local path holds; parameters as `dtype`, None as they are stored.
 
     The other arguments are those of `load`.
     """
     native = (path / CHECKPOINTS_DIRECTORY).is_dir()
-    source = None if native else open_source(path, ignore_config_keys)
+    source = None if native else _opened(path, base, ignore_config_keys)
+    if source is not None and dtype is None and is_adapter(path):  # its sums are in float32, whatever is stored
+        tensors = {name: rounded(tensor, tensor.dtype) for name, tensor in source.tensors.items()}
+        source = dataclasses.replace(source, tensors=tensors)
     if source is None:
         config, params = load_native(path, dtype, components, step)
         tokenizer_path: Path | None = path / TOKENIZER_DIRECTORY
@@ -146,6 +160,15 @@ def read_contents(
     return Contents(config, params, tokenizer, source.model_type, generation, source=source)
 
 
+def _opened(path: Path, base: str | Path | None = None, ignore_config_keys: Collection[str] = ()) -> WeightSource:
+    """Return the weights of another project's files; of an adapter's directory, those of its base with it in them."""
+    if is_adapter(path):
+        return open_adapter(path, base, ignore_config_keys)
+    if base is not None:
+        raise UserError(f"base={base} is for an adapter, and '{path}' is none: leave it out")
+    return open_source(path, ignore_config_keys)
+
+
 def _origin(path: Path, components: Sequence[type]) -> tuple[str | None, ChatTemplate | None]:
     """Return family and chat template of a saved model or a run."""
     saved = path / ORIGIN_FILE
@@ -159,7 +182,7 @@ def config_of(path: str | Path, components: Sequence[type] = ()) -> ModelConfig:
     """Return the config of the model at `path`, without reading weights. Raises UserError as `load` does."""
     path = local_model(locate(path)[0])
     if not (path / CHECKPOINTS_DIRECTORY).is_dir():
-        return open_source(path).config
+        return _opened(path).config
     data = read_json(path / CONFIG_FILE)
     # A run's config has the model as a section; a saved model is just that.
     return from_json(ModelConfig, data.get("model", data), components)

@@ -1,5 +1,6 @@
 """A language model, saved or converted from one form of files to another."""
 
+import dataclasses
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -17,15 +18,17 @@ from llama_jax.checkpoint.loading import (
     TOKENIZER_DIRECTORY,
     LanguageModel,
     dtype_named,
+    load,
     load_native,
     local_model,
     locate,
     read_contents,
 )
+from llama_jax.checkpoint.peft_writing import save_adapters
 from llama_jax.checkpoint.store import CheckpointConfig, CheckpointStore
 from llama_jax.checkpoint.verifying import check_conversion, params_logits, write_report
-from llama_jax.config import Json, UserError, to_json
-from llama_jax.models import ModelConfig
+from llama_jax.config import Json, UserError, read_json, to_json
+from llama_jax.models import ModelConfig, from_params, merge_adapters
 from llama_jax.remote import check_destination
 from llama_jax.tokenizers import Tokenizer
 from llama_jax.training import TrainState
@@ -34,15 +37,16 @@ from llama_jax.training import TrainState
 def save(lm: LanguageModel, directory: str | Path, *, format: Literal["hf", "native"] = "native") -> Json:
     """Write config, weights, tokenizer and generation settings; return the conversion report of an export.
 
-    The report is that of the comparison of logits; a native copy converts nothing and returns {}. Raises UserError
+    The report is that of the comparison of logits; a native copy converts nothing and returns {}. An export has the
+    adapters in its weights, a native copy has both. Raises UserError
     where `directory` is not empty or the format cannot express the model.
     """
     check_destination(directory)
-    params = lm.model.params()
     if format == "hf":
+        lm = merge(lm)
         return export_hf(
             lm.config,
-            params,
+            lm.model.params(),
             directory,
             lm.tokenizer,
             model_type=lm.model_type,
@@ -53,35 +57,54 @@ def save(lm: LanguageModel, directory: str | Path, *, format: Literal["hf", "nat
         raise UserError(f"format={format!r} must be hf or native")
     with new_directory(directory) as folder:
         origin = {"model_type": lm.model_type, "chat_template": to_json(lm.chat_template)}
-        _write_native(folder, lm.config, params, lm.tokenizer, lm.generation, origin)
+        _write_native(folder, lm.config, lm.model.params(), lm.tokenizer, lm.generation, origin)
     return {}
+
+
+def merge(lm: LanguageModel) -> LanguageModel:
+    """Return the model with its adapters in the weights that they adapt, so that it computes the same without them."""
+    with lm.model.on_mesh():
+        config, params = merge_adapters(lm.config, lm.model.params())
+        model = from_params(config, params, lm.model.module.compute, lm.model.mesh)
+    return dataclasses.replace(lm, config=config, model=model)
 
 
 def convert(
     source: str | Path,
     destination: str | Path,
     *,
-    to: Literal["hf", "native"],
+    to: Literal["hf", "native", "peft"],
     components: Sequence[type] = (),
     dtype: str | None = None,
     ignore_config_keys: Collection[str] = (),
+    base: str | Path | None = None,
 ) -> Json:
     """Convert weights between forms, compare the logits of both, and return the conversion report.
 
     The weights keep their types, or get `dtype` ("float32" or "bfloat16"); tokenizer, chat template and generation
-    settings come along. An import is compared with a plain numpy model that reads the source's tensors; of an export,
-    the files are read again. Nothing is kept where they disagree.
+    settings come along. Adapters are merged into the weights of their base; `base` is as in `load`. An import is
+    compared with a plain numpy model that reads the source's tensors; of an export, the files are read again. Nothing
+    is kept where they disagree. To `peft` go the adapters alone, as by `save_adapters`, with the weights that the run
+    began with as their base; that converts nothing, and the report is {}.
     """
     check_destination(destination)
     root, step = locate(source)
     path, kept = local_model(root, step), None if dtype is None else dtype_named(dtype)
     if to == "native" and (path / CHECKPOINTS_DIRECTORY).is_dir():
         raise UserError(f"'{path}' is a run or a native copy already: give other weights, or convert it to hf")
-    found = read_contents(path, kept, components=components, step=step, ignore_config_keys=ignore_config_keys)
+    if to == "peft":
+        lm = load(path, dtype=dtype, components=components, step=step)
+        began = read_json(path / CONFIG_FILE).get("init_from")
+        save_adapters(lm, destination, base=began if base is None else base)
+        return {}
+    found = read_contents(
+        path, kept, components=components, step=step, ignore_config_keys=ignore_config_keys, base=base
+    )
     if to == "hf":
+        config, params = merge_adapters(found.config, found.params)
         return export_hf(
-            found.config,
-            found.params,
+            config,
+            params,
             destination,
             found.tokenizer,
             source=found.source,

@@ -14,6 +14,7 @@ from .objectives import (
     Causal as Causal,
     Classification as Classification,
     Objective as Objective,
+    Preference as Preference,
     SequenceToSequence as SequenceToSequence,
     Vocabulary as Vocabulary,
 )

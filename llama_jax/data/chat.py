@@ -189,6 +189,32 @@ def chat_tokens(
     return tokens, np.flatnonzero(np.diff(trained, prepend=False)).astype(np.int64)
 
 
+def pair_of(parts: Sequence[object]) -> tuple[list[Message], list[Message], int] | None:
+    """Return (chosen conversation, rejected one, number of messages that both begin with), or None for other parts.
+
+    `parts` are the messages of a prompt and of two answers to it, or those of two whole conversations.
+    """
+    if len(parts) not in (2, 3) or not all(isinstance(part, list) for part in parts):
+        return None
+    *prompt, chosen, rejected = (list(part) for part in parts)  # type: ignore[call-overload]
+    if prompt:
+        return prompt[0] + chosen, prompt[0] + rejected, len(prompt[0])
+    same = (a == b for a, b in zip(chosen, rejected, strict=False))
+    return chosen, rejected, sum(itertools.takewhile(bool, same))
+
+
+def pair_tokens(
+    pair: tuple[Sequence[Message], Sequence[Message], int], template: ChatTemplate, tokenizer: Tokenizer
+) -> list[Int32[np.ndarray, " _"]]:
+    """Return the tokens of a pair's prompt, up to where the answers begin, of the chosen and of the rejected answer.
+
+    Raises UserError as `chat_prompt` does.
+    """
+    *conversations, num_prompt = pair
+    start = np.array(chat_prompt(conversations[0][:num_prompt], template, tokenizer), np.int32)
+    return [start, *(chat_tokens(messages, template, tokenizer)[0][len(start) :] for messages in conversations)]
+
+
 def chat_prompt(messages: Sequence[Message], template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
     """Return the tokens of a conversation that ends with the user, up to the beginning of the assistant's answer.
 

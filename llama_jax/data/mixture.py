@@ -36,6 +36,8 @@ class Schedule:
 
     def locate(self, place: int) -> tuple[int, int]:
         """Return (source, number of its sequences before) of the sequence at `place`."""
+        if len(self.shares) == 1:
+            return 0, place
         block, offset = divmod(place, self._block)
         before, order, ranks = self._ordered(block)
         source = int(order[offset])

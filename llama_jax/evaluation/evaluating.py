@@ -4,9 +4,11 @@ import dataclasses
 import datetime
 import html
 import importlib.util
+import io
 import itertools
 import json
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from llama_jax import __version__
 from llama_jax.checkpoint import (
     CHECKPOINTS_DIRECTORY,
     COMMIT_FILE,
@@ -90,17 +93,6 @@ class Scores:
             table.add_row(*row)
         return table
 
-    def to_markdown(self) -> str:
-        """Return the numbers as a table in Markdown."""
-        rows = [COLUMNS, ["---", "---", "---:", "---:", "---:"], *self._cells()]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-
-    def to_pandas(self) -> Any:
-        """Return the records as a pandas DataFrame."""
-        import pandas
-
-        return pandas.DataFrame(self.records())
-
     def _repr_html_(self) -> str:
         rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self._cells()]
         head = "".join(f"<th>{name}</th>" for name in COLUMNS)
@@ -109,7 +101,9 @@ class Scores:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{remarks}"
 
     def __repr__(self) -> str:
-        return self.to_markdown()
+        text = io.StringIO()
+        Console(file=text, width=160, force_jupyter=False).print(self.table())
+        return text.getvalue().rstrip()
 
     def _cells(self) -> list[list[str]]:
         def shown(value: float | None, form: str) -> str:
@@ -143,7 +137,7 @@ def evaluate(
     limit: int | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 8,
-    chat: bool = False,
+    chat: bool | str = False,
     system: str | None = None,
     window: int | None = None,
     stride: int | None = None,
@@ -159,14 +153,17 @@ def evaluate(
 
     `model` is what `load` takes, a run, or a loaded model. `tasks` are names of lm-evaluation-harness or of the YAML
     files below `task_files`, with `limit` items each, `num_fewshot` examples (default: the task's), and with `chat` by
-    the model's chat template and the `system` message. `texts` are files, directories and globs, scored by a sliding
-    window (`evaluate_texts`). `pairs` are files of records with two fields: texts and labels for a classifier, sources
-    and translations for an encoder-decoder; `source` and `reference` are two files of lines. `fields` are the records'
-    fields (default: the run's, else `text`). A file is written to `output`, else into `evaluations/` of a run. The
-    other arguments are those of `load`. Raises UserError for mistakes, and where the model cannot be evaluated so.
+    the model's chat template, or the one of this name, and the `system` message. `texts` are files, directories and
+    globs, scored by a sliding window (`evaluate_texts`). `pairs` are files of records with two fields: texts and labels
+    for a classifier, sources and translations for an encoder-decoder; `source` and `reference` are two files of lines.
+    `fields` are the records' fields (default: the run's, else `text`). A file is written to `output`, else into
+    `evaluations/` of a run. The other arguments are those of `load`. Raises UserError for mistakes, and where the model
+    cannot be evaluated so.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit} must be at least 1")
+    if output is not None and not Path(output).parent.is_dir():
+        raise UserError(f"'{Path(output).parent}' is no directory: give another --output")
     opened = _Opened.of(model, step, components)
     lm = opened.lm or load(
         opened.path, tokenizer=tokenizer, dtype=dtype, mesh=mesh, step=opened.step, components=opened.components
@@ -177,8 +174,7 @@ def evaluate(
     if texts:
         measured.texts(read_documents(texts, fields, limit), window, stride)
     if names:
-        options = {"task_files": task_files, "num_fewshot": num_fewshot, "chat": chat, "system": system}
-        measured.tasks(names, **options)
+        measured.tasks(names, chat, task_files=task_files, num_fewshot=num_fewshot, system=system)
     if source is not None or reference is not None:
         if source is None or reference is None:
             raise UserError("--source and --reference belong together: give both files")
@@ -211,7 +207,10 @@ class _Opened:
         if isinstance(model, LanguageModel):
             return cls("", model)
         components = (*components, *getattr(model, "components", ()))
-        path, inside = locate(getattr(model, "url", None) or getattr(model, "directory", model))
+        path = getattr(model, "url", None) or getattr(model, "directory", model)
+        if not isinstance(path, str | Path):
+            raise UserError(f"model is a {type(model).__name__}: give a path, a run, or what load returns")
+        path, inside = locate(path)
         local = as_local(path)
         found = cls(path, step=inside if step is None else step, components=components)
         if local is None or not (local / CONFIG_FILE).is_file():
@@ -260,17 +259,19 @@ class _Measured:
         self._add(found, remarks)
         self.settings |= settings
 
-    def tasks(self, names: Sequence[str], **options: Any) -> None:
+    def tasks(self, names: Sequence[str], chat: bool | str, **options: Any) -> None:
         """Run tasks of lm-evaluation-harness. Raises UserError where it is not installed."""
         if importlib.util.find_spec("lm_eval") is None:
             raise UserError("tasks need lm-evaluation-harness: `pip install 'llama_jax[eval]'`")
-        from llama_jax.evaluation.harness import HarnessLM, evaluate_tasks
+        with warnings.catch_warnings(action="ignore"):  # of widgets that a notebook lacks, for bars that are not shown
+            from llama_jax.evaluation.harness import HarnessLM, evaluate_tasks
 
         with self._bar("tasks") as bar:
-            model = HarnessLM(self.lm, batch_size=self.batch_size, progress=bar.advance)
-            found, tasks, remarks = evaluate_tasks(model, names, limit=self.limit, **options)
+            template = chat if isinstance(chat, str) else None
+            model = HarnessLM(self.lm, batch_size=self.batch_size, progress=bar.advance, chat_template=template)
+            found, tasks, remarks = evaluate_tasks(model, names, limit=self.limit, chat=bool(chat), **options)
         self._add(found, remarks)
-        self.settings |= {key: value and str(value) for key, value in options.items()}
+        self.settings |= {"chat": chat, **options}
         self.others["tasks"] = tasks
 
     def pairs(self, name: str, pairs: list[tuple[str, str]]) -> None:
@@ -308,12 +309,12 @@ class _Measured:
     def written(self, output: str | Path | None) -> Scores:
         """Return the numbers, and write them where `output` or the run has a place for them."""
         now, opened = datetime.datetime.now(datetime.UTC), self.opened
-        packages = ("llama_jax", "jax", *(("lm_eval",) if "tasks" in self.others else ()))
+        packages = ("jax", *(("lm_eval",) if "tasks" in self.others else ()))
         details = {
             "path": str(opened.directory or opened.path),
             "step": opened.step,
             "date": now.isoformat(timespec="seconds"),
-            "versions": {name: version(name) for name in packages},
+            "versions": {"llama_jax": __version__, **{name: version(name) for name in packages}},
             "settings": self.settings | {"dtype": str(self.lm.model.module.compute.jax_dtype)},
             "remarks": self.remarks,
             **self.others,

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets.utils
 import lm_eval.tasks
 import numpy as np
 from lm_eval.api.model import TemplateLM
@@ -30,13 +31,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from llama_jax.checkpoint import LanguageModel
 from llama_jax.config import UserError
 from llama_jax.evaluation.scoring import Scorer
-from llama_jax.sampling import Sampler, checked_prompts, continued, rendered_chat, stop_ids, tokenizer_of
+from llama_jax.sampling import Sampler, built_in, checked_prompts, continued, rendered_chat, stop_ids, tokenizer_of
 
 CHUNK = 16  # new tokens between two looks for a stop string
 BOOTSTRAP = 1000  # resamples, for standard errors of metrics that are not means
 SEED = 1234  # of few-shot examples, lm_eval's own
 WRITES_CODE = "writes_code"  # in a task's metadata
-ELSEWHERE = {"boolq": "super_glue"}  # folders of lm_eval/tasks that are not named like the task
 
 
 class HarnessLM(TemplateLM):
@@ -53,13 +53,18 @@ class HarnessLM(TemplateLM):
         *,
         batch_size: int = 8,
         progress: Callable[[int, int], object] = lambda done, total: None,
+        chat_template: str | None = None,
     ):
-        """Raises UserError for a model that is not a decoder, and for a tokenizer with neither BOS nor EOS."""
+        """`chat_template` names another one than that of the run or of the model's files.
+
+        Raises UserError for a model that is not a decoder, and for a tokenizer with neither BOS nor EOS.
+        """
         super().__init__()
         self.lm, self.scorer = lm, Scorer(lm, batch_size=batch_size, progress=progress)
         self.text_tokenizer = tokenizer_of(lm)
         if self.text_tokenizer.bos_id is None and not self.text_tokenizer.eos_ids:
             raise UserError("the tokenizer has neither BOS nor EOS, which begin a text without context: add one")
+        self.template = lm.chat_template if chat_template is None else built_in(chat_template, self.text_tokenizer)
         self.tok_encode = functools.lru_cache(4096)(self.tok_encode)  # contexts come once for each choice
         self.remarks: dict[str, None] = {}  # in order, each once
 
@@ -86,7 +91,7 @@ class HarnessLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return the text of a conversation, by the template of the run or of the model's files."""
-        render = functools.partial(rendered_chat, self.text_tokenizer, template=self.lm.chat_template)
+        render = functools.partial(rendered_chat, self.text_tokenizer, template=self.template)
         others = [message for message in chat_history if message["role"] != "system"]
         try:
             return render(chat_history, opens_answer=add_generation_prompt)
@@ -147,42 +152,42 @@ class HarnessLM(TemplateLM):
         A task's `max_gen_toks` is at most half of the model's positions, of which a context takes the rest.
         """
         texts, done = [""] * len(requests), 0
-        eos = self.text_tokenizer.special_tokens
-        end = next((name for name, i in eos.items() if i == self.eot_token_id), None)
-        keys = [json.dumps(request.args[1], sort_keys=True, default=str) for request in requests]
+        names = self.text_tokenizer.special_tokens.items()
+        end = next((name for name, i in names if i == self.eot_token_id), None)
+        options: list[Any] = [normalize_gen_kwargs(request.args[1], 256) for request in requests]
+        until = [[s for s in handle_stop_sequences(own.pop("until"), eos=end) if s] for own in options]
+        keys = [json.dumps(own, sort_keys=True, default=str) for own in options]
         for key in dict.fromkeys(keys):
             numbers = [i for i, own in enumerate(keys) if own == key]
-            options: Any = normalize_gen_kwargs(requests[numbers[0]].args[1], 256)
-            until = [stop for stop in handle_stop_sequences(options.pop("until"), eos=end) if stop]
-            count = min(options["max_gen_toks"], max(1, self.max_length // 2))
-            if count < options["max_gen_toks"]:
-                asked = f"{options['max_gen_toks']} new tokens were asked for, and {count} are"
+            option = options[numbers[0]]
+            count = min(option["max_gen_toks"], max(1, self.max_length // 2))
+            if count < option["max_gen_toks"]:
+                asked = f"{option['max_gen_toks']} new tokens were asked for, and {count} are"
                 self.remarks[f"{asked} half of the model's {self.max_length} positions"] = None
-            room = self.max_length - count
-            ids = {i: (self.tok_encode(requests[i].args[0]) or [self.prefix_token_id])[-room:] for i in numbers}
-            temperature = options.get("temperature", 0.0) if options.get("do_sample") else 0.0
-            sampler = Sampler.of(temperature, options.get("top_k"), options.get("top_p"), ())
+            start, room = [self.prefix_token_id], self.max_length - count
+            ids = {i: (self.tok_encode(requests[i].args[0]) or start)[-room:] for i in numbers}
+            temperature = option.get("temperature", 0.0) if option.get("do_sample") else 0.0
+            sampler = Sampler.of(temperature, option.get("top_k"), option.get("top_p"), ())
             numbers.sort(key=lambda i: len(ids[i]), reverse=True)
             for batch in itertools.batched(numbers, self.scorer.batch_size):
-                for i, text in zip(batch, self._written([ids[i] for i in batch], count, sampler, until), strict=True):
+                written = self._written([ids[i] for i in batch], count, sampler, [until[i] for i in batch])
+                for i, text in zip(batch, written, strict=True):
                     texts[i] = text
                 done += len(batch)
                 self.scorer.progress(done, len(requests))
         return texts
 
-    def _written(self, prompts: list[list[int]], count: int, sampler: Sampler, until: list[str]) -> list[str]:
+    def _written(self, prompts: list[list[int]], count: int, sampler: Sampler, until: list[list[str]]) -> list[str]:
         """Return the texts of at most `count` tokens after prompts, each cut before its stop strings."""
         checked, texts = checked_prompts(self.lm.model, prompts, None), list[str]()
-        for rows in continued(
-            self.lm.model, checked, count, sampler, settings=self.lm.generation, seed=0, stop_ids=stop_ids(self.lm),
-            chunk=CHUNK,
-        ):  # fmt: skip
+        options = {"settings": self.lm.generation, "seed": 0, "stop_ids": stop_ids(self.lm), "chunk": CHUNK}
+        for rows in continued(self.lm.model, checked, count, sampler, **options):
             ends = zip(rows.tokens, checked.lengths, rows.lengths, strict=True)
             texts = [self._decode(tokens[start:end].tolist()) for tokens, start, end in ends]
-            stopped = [any(stop in text for stop in until) for text in texts]
+            stopped = [any(s in text for s in own) for text, own in zip(texts, until, strict=True)]
             if all(found or bool(done) for found, done in zip(stopped, rows.done, strict=True)):
                 break
-        return [postprocess_generated_text(text, until, None) for text in texts]
+        return [postprocess_generated_text(text, own, None) for text, own in zip(texts, until, strict=True)]
 
     def _decode(self, ids: list[int]) -> str:
         return self.text_tokenizer.decode([i for i in ids if i < self.text_tokenizer.vocab_size])
@@ -281,28 +286,16 @@ def load_tasks(names: Sequence[str], task_files: str | Path | None = None) -> An
 def _manager(names: Sequence[str], task_files: str | Path | None) -> TaskManager:
     """Return a manager that knows the tasks. Only their folders are read: all of them take a minute."""
     root, own = Path(lm_eval.tasks.__file__).parent, [] if task_files is None else [Path(task_files)]
-
-    def manager(folders: Sequence[str]) -> TaskManager:
-        paths: list[str | Path] = [*(root / folder for folder in folders), *own]
-        return TaskManager(include_defaults=False, include_path=paths)
-
-    everything = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
-    likely = [name for name in everything if any(_begins(task, name) for task in names)]
-    for folders in ([], likely):
-        found = manager(folders)
-        if all(name in found.task_index for name in names):
-            return found
+    found = TaskManager(include_defaults=False, include_path=[*own])
+    if all(name in found.task_index for name in names):
+        return found
     known = _folders_by_name(root)
-    unknown = [name for name in names if name not in known and name not in found.task_index]
-    if unknown:
+    if unknown := [name for name in names if name not in known and name not in found.task_index]:
         near = difflib.get_close_matches(unknown[0], [*known, *found.task_index], n=3)
         hint = f"did you mean {' or '.join(f"'{name}'" for name in near)}?" if near else "see docs/evaluation.md"
         raise UserError(f"there is no task '{unknown[0]}' in lm_eval, nor in --task-files: {hint}")
-    return manager(sorted({folder for name in names for folder in known.get(name, ())}))
-
-
-def _begins(task: str, folder: str) -> bool:
-    return ELSEWHERE.get(task) == folder or task == folder or task.startswith(f"{folder}_")
+    folders = sorted({root / folder for name in names for folder in known.get(name, ())})
+    return TaskManager(include_defaults=False, include_path=[*folders, *own])
 
 
 @functools.cache
@@ -323,15 +316,22 @@ def _quiet() -> Iterator[None]:
     variable = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"  # a forked process could wait for JAX's threads forever
     logging.disable(logging.CRITICAL)
+    bars = not datasets.utils.are_progress_bars_disabled()
+    datasets.utils.disable_progress_bars()
     random.seed(0)
     np.random.seed(SEED)
     try:
         nowhere = io.StringIO()
-        with warnings.catch_warnings(), contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
-            warnings.simplefilter("ignore")
+        with (
+            warnings.catch_warnings(action="ignore"),
+            contextlib.redirect_stderr(nowhere),
+            contextlib.redirect_stdout(nowhere),
+        ):
             yield
     finally:
         logging.disable(level)
+        if bars:
+            datasets.utils.enable_progress_bars()
         random.setstate(states[0])
         np.random.set_state(states[1])
         os.environ.pop("DISABLE_MULTIPROC")

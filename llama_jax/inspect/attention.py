@@ -60,13 +60,16 @@ class AttentionMaps(Arrays):
 
 def draw_maps(maps: dict[str, np.ndarray], queries: Sequence[str], keys: Sequence[str]) -> "Figure":
     """Return a figure with a panel for each map [T, S]."""
-    columns = min(len(maps), 4 if len(maps) > 6 else 3)
+    from matplotlib.colors import PowerNorm
+
+    columns = 2 if len(maps) == 4 else min(len(maps), 4 if len(maps) > 6 else 3)
     rows, size = -(-len(maps) // columns), min(6.0, 9.0 / columns)
     figure = new_figure(size * columns + 1.2, size * rows + 0.6)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     top, image = max(float(values.max()) for values in maps.values()), None
     for panel, (title, values) in zip(grid.flat, maps.items(), strict=False):
-        image = panel.imshow(values, cmap="Blues", vmin=0, vmax=top, interpolation="nearest")
+        # A square root: many queries spread their weight over all keys.
+        image = panel.imshow(values, cmap="Blues", norm=PowerNorm(0.5, 0, top), interpolation="nearest")
         panel.set_title(title, fontsize=9)
     for panel in grid.flat[len(maps) :]:
         panel.set_axis_off()
@@ -75,7 +78,7 @@ def draw_maps(maps: dict[str, np.ndarray], queries: Sequence[str], keys: Sequenc
         grid[0, 0].set_xticks(range(len(keys)), drawable(keys))
         grid[0, 0].set_yticks(range(len(queries)), drawable(queries))
     for place, panel in enumerate(grid.flat):
-        panel.tick_params(labelsize=max(points, 7.0 if points < LEAST_POINTS else points))
+        panel.tick_params(labelsize=points if points >= LEAST_POINTS else 7.0)
         if points >= LEAST_POINTS:
             panel.tick_params(axis="x", labelrotation=90)
         if place + columns >= len(maps):  # no panel is below

@@ -54,6 +54,7 @@ class LogitLens(Arrays):
             best = self.probabilities[:, row, start:end, 0]
             image = panel.imshow(best, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
             panel.set_xlim(-0.5, width - 0.5)
+            panel.spines[["top", "right"]].set_visible(False)
             panel.set_xticks(range(end - start), drawable(self.inputs[row][start:end], 9), fontsize=7, rotation=35)
             panel.set_yticks(range(num_rows), ["embedding", *range(num_rows - 1)], fontsize=7)
             for layer, place in np.ndindex(best.shape):
@@ -67,7 +68,7 @@ class LogitLens(Arrays):
         figure.supylabel("layer", fontsize=9)
         figure.supxlabel("token read (framed: the best is the one that follows)", fontsize=9)
         assert image is not None
-        figure.colorbar(image, ax=list(grid), label="probability", shrink=0.9)
+        figure.colorbar(image, ax=list(grid), label="probability", shrink=0.9 / panels, anchor=(0.0, 1.0))
         return figure
 
 

@@ -166,11 +166,22 @@ def draw_curves(
     xscale: str = "linear",
 ) -> tuple["Figure", "Axes"]:
     """Return a figure and its axes with positive values over x on a logarithmic scale, a curve for each name."""
+    from matplotlib.ticker import LogLocator
+
     figure = new_figure(width, max(3.4, 0.6 + 0.17 * len(curves)))
     axes = clean(figure.add_subplot(xlabel=xlabel, ylabel=ylabel, xscale=xscale, yscale="log"))
     for i, (name, (x, y)) in enumerate(curves.items()):
-        style = {"color": color_of(i), "linestyle": ("-", "--", ":", "-.")[i // 7 % 4], "marker": "osD^vP*"[i % 7]}
+        style = {
+            "color": color_of(i),
+            "linestyle": ("-", "--", ":", "-.")[i // 7 % 4],
+            "marker": "osD^vP*"[i % 7] if len(x) < 25 else "",
+        }
         axes.plot(x, y, label=name, markersize=4, linewidth=1.2, **style)
+    low, high = axes.get_ylim()
+    if high < 100 * low:  # powers of 10 alone would be too few marks
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     if xscale == "linear":
         axes.locator_params(axis="x", integer=True)
     figure.legend(loc="outside right upper", fontsize=7, frameon=False, ncols=1 + len(curves) // 32)

@@ -67,7 +67,10 @@ class CacheSizes(Arrays):
             for name, values in self.bytes.items()
             for j, rows in enumerate(self.batch_sizes)
         }
-        return draw_curves(curves, "length (tokens)", "cache (MiB)", xscale="log")[0]
+        figure, axes = draw_curves(curves, "length (tokens)", "cache (MiB)", xscale="log")
+        axes.set_xticks(self.lengths, [f"{n:,}" for n in self.lengths])
+        axes.minorticks_off()
+        return figure
 
 
 def kv_cache(
@@ -124,7 +127,9 @@ class RopeDecay(Arrays):
         return figure
 
 
-def rope_decay(source: Any, distances: int | Sequence[int] | np.ndarray = 512, *, head_dim: int | None = None) -> RopeDecay:
+def rope_decay(
+    source: Any, distances: int | Sequence[int] | np.ndarray = 512, *, head_dim: int | None = None
+) -> RopeDecay:
     """Return how scores of rotary positions depend on the distance.
 
     `source` is a `Rope` with `head_dim`, a model config, a loaded model, or several by name. `distances` are from 0 up

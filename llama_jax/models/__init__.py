@@ -21,17 +21,21 @@ from llama_jax.models.encoder_decoder import (
 )
 from llama_jax.models.inputs import check_ids as check_ids
 from llama_jax.models.layout import (
+    ADAPTERS as ADAPTERS,
     Params as Params,
     abstract_params as abstract_params,
     assemble as assemble,
     buffers as buffers,
     flatten as flatten,
+    frozen as frozen,
     init_params as init_params,
     is_stacked as is_stacked,
+    layer_rngs as layer_rngs,
     layers_with as layers_with,
     num_parameters as num_parameters,
     per_layer as per_layer,
 )
+from llama_jax.models.merging import merge_adapters as merge_adapters
 from llama_jax.models.model import (
     LossTerm as LossTerm,
     Model as Model,

@@ -17,6 +17,7 @@ from llama_jax.nn import (
     Embedding,
     FeedForward,
     HeadBias,
+    LoRA,
     Mixer,
     Norm,
     PositionBias,
@@ -92,6 +93,7 @@ class ModelConfig(Component):
     num_layers: int
     max_positions: int
     tie_embeddings: bool
+    adapters: LoRA | None = None
     # Only where `has_source`: the first token of a target, and tokens that sampling never chooses.
     decoder_start_id: int
     never_written: tuple[int, ...]
@@ -149,7 +151,8 @@ class ModelConfig(Component):
     def needs_rng(self) -> bool:
         """True where training draws random numbers in it."""
         pieces = [piece for layer in self.layer_pieces() for piece in layer if piece is not None]
-        return getattr(self, "dropout", 0.0) > 0 or any(piece.needs_rng for piece in pieces)
+        rates = getattr(self, "dropout", 0.0), 0.0 if self.adapters is None else self.adapters.dropout
+        return max(rates) > 0 or any(piece.needs_rng for piece in pieces)
 
 
 def causal_score_flops(mixers: Iterable[Mixer], length: int) -> float:
@@ -258,6 +261,7 @@ class TransformerConfig(ModelConfig, abc.ABC):
     logit_scale: factor of the logits.
     logit_softcap: c makes logits c tanh(logits / c).
     head_bias: bias added to the logits; a fixed one is loaded and not trained.
+    adapters: train low-rank adapters of projections and nothing else, or none to train all.
     """
 
     sides: ClassVar[tuple[str, ...]] = ("",)
@@ -282,6 +286,7 @@ class TransformerConfig(ModelConfig, abc.ABC):
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     head_bias: Literal["none", "trained", "fixed"] = "none"
+    adapters: LoRA | None = None
 
     def __post_init__(self) -> None:
         check_hashable(self)

@@ -18,7 +18,10 @@ class DecoderConfig(TransformerConfig):
     """A causal language model."""
 
     batch_fields = frozenset(
-        ("tokens", "targets", "weights", "positions", "segment_ids", "prefix", "source_tokens", "source_positions")
+        (
+            *("tokens", "targets", "weights", "positions", "segment_ids", "prefix", "branch"),
+            *("source_tokens", "source_positions"),
+        )
     )
     joins_source = True
 

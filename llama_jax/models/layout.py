@@ -7,6 +7,7 @@ this dict, with the repeating layers scanned or unrolled: both read the same par
 trains, are in the dict like parameters.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -17,11 +18,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from llama_jax.config import UserError
 from llama_jax.models.config import Compute, ModelConfig, Pieces
 from llama_jax.models.stack import Layers
-from llama_jax.nn import Buffer, PyTree, child, seed_key
+from llama_jax.nn import ALL_PROJECTIONS as ALL, Buffer, Keys, PyTree, child, seed_key
 
 Params = dict[str, jax.Array]
+
+
+ADAPTERS = (".lora_a", ".lora_b")
 
 
 def is_stacked(name: str) -> bool:
@@ -60,12 +65,15 @@ def _dotted(path: Any) -> str:
 def _templates(config: ModelConfig) -> tuple[dict[str, _Template], dict[str, list[_Template]]]:
     """Return templates of the parts by name, and of each layer's block by stack, one object for each kind of block."""
 
-    def rngs() -> nnx.Rngs:  # made inside of `eval_shape`: the mesh's devices may be those of another machine
-        return nnx.Rngs(params=jax.random.key(0))
+    def key() -> jax.Array:  # made inside of `eval_shape`: the mesh's devices may be those of another machine
+        return jax.random.key(0)
+
+    def rngs() -> nnx.Rngs:
+        return nnx.Rngs(params=key())
 
     def of_stack(stack: str, layers: tuple[Pieces, ...]) -> list[_Template]:
         kinds = {
-            pieces: _Template(lambda pieces=pieces: config.build_block(stack, pieces, rngs=rngs()))
+            pieces: _Template(lambda pieces=pieces: config.build_block(stack, pieces, rngs=layer_rngs(config, key())))
             for pieces in dict.fromkeys(layers)
         }
         return [kinds[pieces] for pieces in layers]
@@ -75,7 +83,35 @@ def _templates(config: ModelConfig) -> tuple[dict[str, _Template], dict[str, lis
         names = list(nnx.eval_shape(lambda: nnx.Dict(config.build_parts(rngs=rngs()))))
         parts = {name: _Template(lambda name=name: config.build_parts(rngs=rngs())[name]) for name in names}
         stacks = {stack: of_stack(stack, layers) for stack, layers in config.stacks().items()}
+    if config.adapters is not None:
+        _check_targets(config, {name for blocks in stacks.values() for block in blocks for name in block.shapes})
     return parts, stacks
+
+
+def _check_targets(config: ModelConfig, names: set[str]) -> None:
+    """Raise UserError for a target of adapters that is no projection; `names` are those of the layers' arrays."""
+    assert config.adapters is not None
+    adapted = [f".{name.removesuffix(ADAPTERS[0])}" for name in names if name.endswith(ADAPTERS[0])]
+    for target in config.adapters.targets:
+        if (target == ALL and adapted) or any(name.endswith(f".{target}") for name in adapted):
+            continue
+        wanted = dataclasses.replace(config.adapters, targets=(ALL,))
+        if config.adapters == wanted:
+            raise UserError("adapters are for projections, and the layers of this model have none: set it to none")
+        stacks = _templates(dataclasses.replace(config, adapters=wanted))[1]  # type: ignore[type-var]
+        known = {
+            k.split(".")[-2] for blocks in stacks.values() for b in blocks for k in b.shapes if k.endswith(ADAPTERS)
+        }
+        raise UserError(
+            f"adapters.targets={target} is no projection of this model's layers (stacked experts, embeddings and the "
+            f"head take no adapters): give some of {', '.join(sorted(known))}, or {ALL}"
+        )
+
+
+def layer_rngs(config: ModelConfig, key: jax.Array) -> nnx.Rngs:
+    """Return the key stream of a layer, by which its projections know of the adapters."""
+    # Parts around the layers get none: the head's weights are read without a call.
+    return nnx.Rngs(params=key) if config.adapters is None else Keys(key, adapters=config.adapters)
 
 
 def _named_templates(config: ModelConfig) -> Iterator[tuple[str, _Template]]:
@@ -118,14 +154,18 @@ def buffers(config: ModelConfig) -> dict[str, Any]:
     return {f"{name}.{k}": update for name, t in _named_templates(config) for k, update in t.buffers.items()}
 
 
-def num_parameters(config: ModelConfig) -> int:
-    """Return the exact number of parameters, without buffers; nothing is allocated."""
-    return sum(
-        math.prod(value.shape)
-        for _, template in _named_templates(config)
-        for name, value in template.shapes.items()
-        if name not in template.buffers
-    )
+def frozen(config: ModelConfig) -> frozenset[str]:
+    """Return the names of the arrays that no gradient trains: the buffers, and with adapters all but these."""
+    names = buffers(config)
+    if config.adapters is not None:
+        names = [name for name in shapes(config) if not name.endswith(ADAPTERS)]
+    return frozenset(names)
+
+
+def num_parameters(config: ModelConfig, *, trained: bool = False) -> int:
+    """Return the exact number of parameters, without buffers, or of those that are trained; nothing is allocated."""
+    left_out = frozen(config) if trained else buffers(config)
+    return sum(math.prod(shape) for name, shape in shapes(config).items() if name not in left_out)
 
 
 def init_params(config: ModelConfig, seed: int | jax.Array) -> Params:
@@ -148,7 +188,7 @@ def _init_stack(config: ModelConfig, stack: str, pieces: tuple[Pieces, ...], bas
         layers = tuple(i for i, p in enumerate(pieces) if p == kind)
         keys = jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.array(layers))
         values = jax.vmap(
-            lambda key, kind=kind: _flat(nnx.split(config.build_block(stack, kind, rngs=nnx.Rngs(params=key)))[1])
+            lambda key, kind=kind: _flat(nnx.split(config.build_block(stack, kind, rngs=layer_rngs(config, key)))[1])
         )(keys)
         for name, value in values.items():
             stacked.setdefault(f"{stack}.{name}", []).append((layers, value))

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from llama_jax.models.config import Pieces, TransformerConfig
-from llama_jax.nn import CrossAttention, ForwardContext, PyTree, child, dropout, record
+from llama_jax.nn import CrossAttention, ForwardContext, PyTree, child, drawing_from, dropout, record
 
 type Aux = dict[str, jax.Array]
 type NormLayer = Callable[[jax.Array], jax.Array]
@@ -224,11 +224,13 @@ def _apply_blocks(
         if ctx.dropout_key is not None:
             assert number is not None
             own = dataclasses.replace(ctx, dropout_key=jax.random.fold_in(ctx.dropout_key, number + i))
-        if source is not None:
-            # Keys of the source are projected in the loop: for all layers at once they would take L times the memory.
-            source_ctx = dataclasses.replace(source[1], dropout_key=own.dropout_key)
-            of_source = block.cross_attention.keys(source[0]), source_ctx
-        x, aux, _ = block(x, positions=positions, ctx=own, source=of_source)
+        with drawing_from(own):
+            if source is not None:
+                # Keys of the source are projected in the loop: for all layers at once they would take L times the
+                # memory.
+                source_ctx = dataclasses.replace(source[1], dropout_key=own.dropout_key)
+                of_source = block.cross_attention.keys(source[0]), source_ctx
+            x, aux, _ = block(x, positions=positions, ctx=own, source=of_source)
         found.append(aux)
     return x, found
 

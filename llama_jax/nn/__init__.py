@@ -5,6 +5,11 @@ feed-forward is one file here, or one class in a notebook: derive the config fro
 its module from `MixerModule` or `FeedForwardModule`.
 """
 
+from llama_jax.nn.adapters import (
+    ALL_PROJECTIONS as ALL_PROJECTIONS,
+    LoRA as LoRA,
+    drawing_from as drawing_from,
+)
 from llama_jax.nn.attention.attend import (
     FASTEST as FASTEST,
     KERNELS as KERNELS,
@@ -64,6 +69,7 @@ from llama_jax.nn.parameters import (
     Buffer as Buffer,
     Embedding as Embedding,
     HeadBias as HeadBias,
+    Keys as Keys,
     Projection as Projection,
     buffer as buffer,
     cast_and_gather as cast_and_gather,

@@ -18,6 +18,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import UserError
+from llama_jax.nn.adapters import LoRA, current_context
+from llama_jax.nn.base import dropout
 from llama_jax.parallel import axes_of, fitting, mesh_axis_sizes, reshape, shard, spec
 
 # Of first values of the embedding and the head: logits start near zero and the first loss near ln V.
@@ -43,19 +45,21 @@ def seed_key(seed: int | np.ndarray | jax.Array) -> jax.Array:
 
 
 class Keys(nnx.Rngs):
-    """The key stream of a module: NNX's stream with the module's dotted name and the root key."""
+    """The key stream of a module: NNX's stream with the module's dotted name, the root key and the model's adapters."""
 
-    def __init__(self, root: jax.Array, path: str = ""):
+    def __init__(self, root: jax.Array, path: str = "", adapters: LoRA | None = None):
         super().__init__(params=jax.random.fold_in(root, zlib.crc32(path.encode())))
         self.root = nnx.data(root)
         self.path = nnx.static(path)
+        self.adapters = nnx.static(adapters)
 
 
 def child(rngs: nnx.Rngs, name: str) -> Keys:
     """Return the key stream of the child called `name`."""
     # The whole dotted name is folded into the root key at once: a chain of folds compiles slowly.
-    root, path = (rngs.root, rngs.path) if isinstance(rngs, Keys) else (rngs["params"].key[...], "")
-    return Keys(root, f"{path}.{name}")
+    if isinstance(rngs, Keys):
+        return Keys(rngs.root, f"{rngs.path}.{name}", rngs.adapters)
+    return Keys(rngs["params"].key[...], f".{name}")
 
 
 def parameter(
@@ -144,7 +148,10 @@ _rows.defvjp(_rows_forward, _rows_backward)
 
 
 class Projection(nnx.Module):
-    """y = x W + b, contracting the last dimensions of x; each side may have several (heads x head_dim)."""
+    """y = x W + b, contracting the last dimensions of x; each side may have several (heads x head_dim).
+
+    With an adapter, y = x W + b + scale (x A) B.
+    """
 
     def __init__(
         self, in_dims: dict[str, int], out_dims: dict[str, int], *, bias: bool, rngs: nnx.Rngs, std: float | None = None
@@ -152,23 +159,56 @@ class Projection(nnx.Module):
         # Dims are {logical axis: size}; axes that only name a size (`_head_dim`) begin with `_`, and are never split.
         self.in_shape, self.out_shape = tuple(in_dims.values()), tuple(out_dims.values())
         self.in_axes, self.out_axes = _axes(in_dims), _axes(out_dims)
-        std = math.prod(self.in_shape) ** -0.5 if std is None else std
+        fan_in = math.prod(self.in_shape)
+        std = fan_in**-0.5 if std is None else std
         self.weight = parameter(rngs, "weight", self.in_shape + self.out_shape, self.in_axes + self.out_axes, std=std)
         self.bias = parameter(rngs, "bias", self.out_shape, self.out_axes, std=0.0) if bias else None
+        self.adapter: LoRA | None = None
+        if isinstance(rngs, Keys) and rngs.adapters is not None and rngs.adapters.covers(rngs.path):
+            self.adapter, self.path = rngs.adapters, rngs.path
+            rank, none = (rngs.adapters.rank,), (None,)
+            # The deviation of PEFT's first values, which are uniform.
+            self.lora_a = parameter(rngs, "lora_a", self.in_shape + rank, self.in_axes + none, std=(3 * fan_in) ** -0.5)
+            self.lora_b = parameter(rngs, "lora_b", rank + self.out_shape, none + self.out_axes, std=0.0)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [B, T, *in_dims] to [B, T, *out_dims], in the dtype of x."""
-        lead = x.shape[: x.ndim - len(self.in_shape)]
-        stored = fitting(self.in_axes[0], self.in_shape[0]), fitting(self.out_axes[0], self.out_shape[0])
-        in_axis, out_axis = _gathered(stored)
-        # Reshaped to two dimensions before it is gathered: a reshape after that would hide from XLA that the gradient,
-        # a sum that is then split, is a reduce-scatter.
-        w = reshape(self.weight[...].astype(x.dtype), (math.prod(self.in_shape), math.prod(self.out_shape)), *stored)
-        w = gather(w, stored)
-        # Where `in_axis` is split (heads, mlp) each device has a part of every sum, and the result is their all-reduce.
-        y = matmul(reshape(x, (*lead, w.shape[0]), "batch", "sequence", in_axis), w, in_axis=in_axis, out_axis=out_axis)
-        y = reshape(y, (*lead, *self.out_shape), "batch", "sequence", out_axis, *(None,) * (len(self.out_shape) - 1))
+        inputs, outputs = (self.in_shape, self.in_axes), (self.out_shape, self.out_axes)
+        y = _product(x, self.weight, inputs, outputs)
+        if self.adapter is not None:
+            rank, barrier = ((self.adapter.rank,), (None,)), jax.lax.optimization_barrier
+            axes = ("batch", "sequence", *_gathered(self.in_axes))
+            # Between barriers: XLA would merge these products with that of W, and round W's sums in another order.
+            h = barrier(dropout(x, self.adapter.dropout, current_context(), f"lora{self.path}", axes))
+            low = _product(_product(h, self.lora_a, inputs, rank), self.lora_b, rank, outputs)
+            y = y + barrier(self.adapter.scale * low)
         return y if self.bias is None else y + cast_and_gather(self.bias, x.dtype)
+
+    def matrix(self, dtype: DTypeLike) -> jax.Array:
+        """Return [*in_dims, *out_dims] with the adapter in it, gathered for the computation."""
+        weight = cast_and_gather(self.weight, dtype)
+        if self.adapter is None:
+            return weight
+        a, b = cast_and_gather(self.lora_a, dtype), cast_and_gather(self.lora_b, dtype)
+        return weight + self.adapter.scale * jnp.tensordot(a, b, 1, out_sharding=jax.typeof(weight).sharding)
+
+
+type _Side = tuple[tuple[int, ...], tuple[str | None, ...]]
+
+
+def _product(x: jax.Array, weight: nnx.Variable, inputs: _Side, outputs: _Side) -> jax.Array:
+    """Return x times a stored matrix between these sides (shape, logical axes): [B, T, *inputs] -> [B, T, *outputs]."""
+    (in_shape, in_axes), (out_shape, out_axes) = inputs, outputs
+    lead = x.shape[: x.ndim - len(in_shape)]
+    stored = fitting(in_axes[0], in_shape[0]), fitting(out_axes[0], out_shape[0])
+    in_axis, out_axis = _gathered(stored)
+    # Reshaped to two dimensions before it is gathered: a reshape after that would hide from XLA that the gradient,
+    # a sum that is then split, is a reduce-scatter.
+    w = reshape(weight[...].astype(x.dtype), (math.prod(in_shape), math.prod(out_shape)), *stored)
+    w = gather(w, stored)
+    # Where `in_axis` is split (heads, mlp) each device has a part of every sum, and the result is their all-reduce.
+    y = matmul(reshape(x, (*lead, w.shape[0]), "batch", "sequence", in_axis), w, in_axis=in_axis, out_axis=out_axis)
+    return reshape(y, (*lead, *out_shape), "batch", "sequence", out_axis, *(None,) * (len(out_shape) - 1))
 
 
 class Embedding(nnx.Module):

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llama_jax.config import Known, UserError
 from llama_jax.nn.attention import context
 from llama_jax.nn.base import ForwardContext, Mixer, MixerModule, PyTree, check_at_least
-from llama_jax.nn.parameters import Projection, cast_and_gather, child
+from llama_jax.nn.parameters import Projection, child
 from llama_jax.parallel import axes_of, mesh_axis_sizes, shard
 
 State = PyTree  # arrays [B, H], float32: what a cell of Flax carries
@@ -156,7 +156,7 @@ class _Cell(nnx.Module):
         The state begins at 0 in each document, and stays as it is at padding.
         """
         inputs = shard(self.input_proj(x), "batch", None, None)
-        weight = cast_and_gather(self.state_proj.weight, jnp.dtype("float32"))
+        weight = self.state_proj.matrix(jnp.dtype("float32"))
         flags = jax.tree.map(lambda x: shard(x, "batch", None), (_begins(ctx, reverse=reverse), ctx.is_token))
         rows = axes_of(inputs)[0] if mesh_axis_sizes() else ()
 

@@ -156,6 +156,8 @@ def local_rows(shape: Sequence[int]) -> list[int]:
 def place_rows(x: np.ndarray, rows: Sequence[int], num_rows: int) -> jax.Array:
     """Return the global array [`num_rows`, T] on the mesh whose `rows` are `x`; other processes have the others."""
     shape = (num_rows, *x.shape[1:])
+    if not several():  # all rows are here
+        return jax.device_put(x, _batch_sharding(shape))
 
     def part(index: Any) -> np.ndarray:  # a tuple of slices
         wanted = range(num_rows)[index[0]]

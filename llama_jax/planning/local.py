@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from llama_jax.config import UserError
-from llama_jax.models import ModelConfig, cache_shapes
+from llama_jax.models import ModelConfig, cache_shapes, frozen, layer_rngs
 from llama_jax.nn import ExpertsModule, Projection
 from llama_jax.parallel import batch_parts, mesh_axis_sizes, spec, split_over
 from llama_jax.run_config import RunConfig
@@ -193,11 +193,11 @@ def _weights(model: ModelConfig) -> dict[str, _Weight]:
     """Return every parameter by name."""
     found: dict[str, _Weight] = {}
     with abstract_mesh({}):
-        rngs = nnx.Rngs(params=0)
+        rngs, of_layers = nnx.Rngs(params=0), layer_rngs(model, jax.random.key(0))
         found |= _of_module("", nnx.eval_shape(lambda: nnx.Dict(model.build_parts(rngs=rngs))), 0)
         for stack, pieces in model.stacks().items():
             for kind in dict.fromkeys(pieces):
-                block = nnx.eval_shape(lambda kind=kind, stack=stack: model.build_block(stack, kind, rngs=rngs))
+                block = nnx.eval_shape(lambda kind=kind, stack=stack: model.build_block(stack, kind, rngs=of_layers))
                 for name, weight in _of_module(f"{stack}.", block, pieces.count(kind)).items():
                     before = found[name].layers if name in found else 0
                     found[name] = dataclasses.replace(weight, layers=weight.layers + before)
@@ -208,7 +208,7 @@ def _weights(model: ModelConfig) -> dict[str, _Weight]:
 def optimizer_bytes(optimizer: Optimizer, model: ModelConfig, fsdp: int, tensor: int, expert: int) -> int:
     """Return the bytes of the optimizer's state on one device of a mesh of these axes, the others being 1."""
     params: dict[str, jax.ShapeDtypeStruct] = {}
-    found = _weights(model)  # before the mesh: it enters one, too
+    fixed, found = frozen(model), _weights(model)  # before the mesh: they enter one, too
     with abstract_mesh({"fsdp": fsdp, "tensor": tensor, "expert": expert}):
         for name, weight in found.items():
             layers = (weight.layers,) if weight.layers else ()
@@ -217,7 +217,7 @@ def optimizer_bytes(optimizer: Optimizer, model: ModelConfig, fsdp: int, tensor:
             assert partition is not None
             sharding = NamedSharding(jax.sharding.get_abstract_mesh(), partition)
             params[name] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
-        return state_bytes(optimizer, params)
+        return state_bytes(optimizer, {name: value for name, value in params.items() if name not in fixed})
 
 
 def _of_module(prefix: str, module: nnx.Module, layers: int) -> dict[str, _Weight]:

@@ -6,8 +6,8 @@ import datetime
 import glob
 import io
 import itertools
-import json
 import math
+import operator
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,14 +15,28 @@ from typing import Any
 
 from llama_jax import __version__
 from llama_jax.ablation import SWEEP_FILE, columns_of, open_sweep, read_sweep
-from llama_jax.compare_command import Columns, named, numbers_of, settings_of, shown
+from llama_jax.compare_command import Columns, named, numbers_of, printable, settings_of, shown
 from llama_jax.config import read_json
-from llama_jax.figures import UNITS
+from llama_jax.figures import UNITS, counted
 from llama_jax.remote import as_local
-from llama_jax.run import RunRecord, choose_metric, compare_runs, differing_keys, find_runs, rows_of
+from llama_jax.run import (
+    STARTS_FILE,
+    RunRecord,
+    choose_metric,
+    compare_runs,
+    differing_keys,
+    find_runs,
+    read_metrics,
+    rows_of,
+)
 
 MAX_LINES = 20_000  # of a run's curves: of more, each n-th is shown
-MORE_UNITS = {"grad_norm": "L2 norm", "tokens_per_second": "positions/s", "mfu": "share of the peak FLOP/s"}
+MORE_UNITS = {
+    "grad_norm": "L2 norm",
+    "tokens_per_second": "positions/s",
+    "mfu": "share of the peak FLOP/s",
+    "peak_memory_bytes": "of a device",
+}
 DIGITS = 7  # of numbers: those of float32
 
 
@@ -49,12 +63,17 @@ def find_places(paths: Iterable[str | Path]) -> Places:
     sweeps: list[Path] = []
     for path in map(str, paths):
         local = as_local(path)
-        places = [path] if local is None else sorted(glob.glob(os.path.abspath(local.expanduser()))) or [path]
+        if local is None:
+            runs.append(path)
+            continue
+        places = sorted(glob.glob(os.path.abspath(local.expanduser()))) or [path]
         for place in places:
-            if (directory := Path(place.removesuffix(SWEEP_FILE))).joinpath(SWEEP_FILE).is_file():
-                sweeps.append(directory)
-                runs += [str(trial.directory) for trial in read_sweep(directory).trials if _begun(trial.directory)]
-            else:
+            own = Path(place.removesuffix(SWEEP_FILE))
+            inside = [own / SWEEP_FILE] if (own / SWEEP_FILE).is_file() else sorted(own.glob(f"*/{SWEEP_FILE}"))
+            sweeps += (file.parent for file in inside)
+            trials = [trial.directory for file in inside for trial in read_sweep(file).trials]
+            runs += (str(trial) for trial in trials if (trial / "config.json").is_file())
+            if not inside or glob.glob(f"{glob.escape(place)}/*/config.json"):
                 runs.append(place)
     found, without = find_runs(runs) if runs or not sweeps else ([], [])
     return Places(found, list(dict.fromkeys(sweeps)), without)
@@ -72,19 +91,21 @@ def collect(paths: Iterable[str | Path], metric: str | None = None) -> dict[str,
     numbers, about = numbers_of(rows, metric) if rows else ({}, [])
     ordered = [row.runs[0] for row in rows]
     seeds = rows_of(records, metric)
-    averages = named(seeds) | numbers_of(seeds, metric)[0] if 1 < len(seeds) < len(records) or _seeds(seeds) else {}
+    groups = {run.path: min(one.path for one in row.runs) for row in seeds for run in row.runs}
+    averages = named(seeds) | numbers_of(seeds, metric)[0] if len(seeds) < len(records) else {}
     return {
         "version": __version__,
         "date": datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
+        "title": _title([*map(operator.attrgetter("name"), places.sweeps or ordered)]),
         "metric": metric,
         "units": UNITS | MORE_UNITS,
         "notes": notes + [f"left out, there is no run in {place}" for place in places.without] + _thinned(ordered),
-        "columns": named(rows) | numbers if rows else {},
+        "columns": named(rows) | numbers | _machines(ordered) if rows else {},
         "about": about,
         "averages": averages,
         "settings": settings_of(rows, keys),
         "evaluations": _evaluations(ordered),
-        "runs": [_run(record) for record in ordered],
+        "runs": [_run(record) | {"group": groups[record.path]} for record in ordered],
         "sweeps": [_sweep(directory) for directory in places.sweeps],
     }
 
@@ -104,13 +125,18 @@ def stamps(paths: Iterable[str | Path]) -> list[tuple[str, int, int]] | None:
     return [(file, (stat := os.stat(file)).st_mtime_ns, stat.st_size) for file in files]
 
 
-def _begun(directory: Path) -> bool:
-    return (directory / "config.json").is_file()
+def _machines(records: Sequence[RunRecord]) -> Columns:
+    """Return the columns of tokens and of the devices that each run has last started on."""
+    starts = [read_metrics(record.directory / STARTS_FILE)[0] for record in records]
+    devices = [" x ".join(str(last[-1].get(key)) for key in ("devices", "device")) if last else "-" for last in starts]
+    columns = {"tokens": [counted(max(record.tokens(), default=0)) for record in records], "devices": devices}
+    return columns if any(starts) else {"tokens": columns["tokens"]}
 
 
-def _seeds(rows: Sequence[Any]) -> bool:
-    """Return whether a row is the mean of several runs."""
-    return any(len(row.runs) > 1 for row in rows)
+def _title(names: Sequence[str]) -> str:
+    """Return the page's title: the first names, without what a terminal would obey."""
+    more = f" and {len(names) - 3} more" if len(names) > 4 else ""
+    return printable(f"Report: {', '.join(names[:3] if more else names)}{more}")
 
 
 def _thinned(records: Sequence[RunRecord]) -> list[str]:
@@ -147,7 +173,7 @@ def _run(record: RunRecord) -> dict[str, Any]:
         "metrics": {name: values for name, values in columns.items() if not any(isinstance(v, list) for v in values)},
         "lists": {name: values for name, values in columns.items() if any(isinstance(v, list) for v in values)},
         "history": record.history,
-        "starts": _json_lines(directory / "starts.jsonl"),
+        "starts": read_metrics(directory / STARTS_FILE)[0],
         "samples": _samples(directory),
     }
 
@@ -159,17 +185,6 @@ def _number(value: Any) -> Any:
     if not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return value if isinstance(value, int) else float(f"{value:.{DIGITS}g}")
-
-
-def _json_lines(file: Path) -> list[Any]:
-    """Return the objects of a file of JSON lines, which may be missing or have damaged lines."""
-    found = []
-    for line in file.read_text("utf-8", "replace").splitlines() if file.is_file() else ():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:  # a killed process may leave the half of a line
-            continue
-    return [entry for entry in found if isinstance(entry, dict)]
 
 
 def _samples(directory: Path) -> list[dict[str, Any]]:

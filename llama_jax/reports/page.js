@@ -3,14 +3,15 @@
 
 const COLORS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#808080"];  // of Okabe and Ito
 const STYLES = [["solid", []], ["dashed", [8, 4]], ["dotted", [2, 3]]];
-const MARGIN = { left: 58, right: 12, top: 8, bottom: 36 };
+const MARGIN = { left: 58, right: 24, top: 8, bottom: 36 };
 const FIRST = ["val_loss", "loss", "val_bits_per_byte", "learning_rate", "grad_norm", "tokens_per_second", "mfu"];
 const POLL = 2000;  // milliseconds
 const WATCHED = document.querySelector("meta[http-equiv]").content.includes("connect-src 'self'");
 
 const find = (id) => document.getElementById(id);
-const state = { x: "steps", logx: false, logy: false, whole: false, smooth: 0, zoom: null, cursor: null, hidden: new Set() };
-const places = new Map();  // of runs, by path: their colours stay where their order changes
+const state = { x: "steps", logx: false, logy: false, whole: false, mean: false, smooth: 0, zoom: null, cursor: null, hidden: new Set() };
+// By group, runs that differ only in their seed, the members' paths: colours stay where the order of runs changes.
+const groups = new Map();
 const charts = new Map();
 const heatmaps = new Map();
 let data = JSON.parse(find("data").textContent);
@@ -70,24 +71,34 @@ function ticks(low, high, log, count) {
 
 const cache = new WeakMap();
 
+// Means of what was before, the weights falling with each logged line, not with each value: what is measured rarely is
+// hardly smoothed.
+function smoothed(places, values) {
+  if (!state.smooth) return values;
+  let mean = 0, weight = 0;
+  return values.map((value, i) => {
+    const keep = state.smooth ** (i ? places[i] - places[i - 1] : 1);
+    mean = keep * mean + (1 - keep) * value;
+    weight = keep * weight + (1 - keep);  // corrects the start, which begins at 0
+    return mean / weight;
+  });
+}
+
 function series(run, metric) {
   const name = JSON.stringify([metric, state.x, state.smooth]);
   if (!cache.has(run)) cache.set(run, new Map());
   const known = cache.get(run);
   if (known.has(name)) return known.get(name);
   if (known.size > 200) known.clear();
-  const values = run.metrics[metric] || [];
-  const xs = [], raw = [], ys = [];
-  let mean = 0, weight = 0;
-  for (let i = 0; i < values.length; i++) {
-    if (values[i] === null || run[state.x][i] === undefined) continue;
-    xs.push(run[state.x][i]);
-    raw.push(values[i]);
-    mean = state.smooth * mean + (1 - state.smooth) * values[i];
-    weight = state.smooth * weight + (1 - state.smooth);  // corrects the start, which begins at 0
-    ys.push(state.smooth ? mean / weight : values[i]);
+  const values = run.metrics[metric] || [], spread = run.spread && run.spread[metric];
+  const found = { xs: [], raw: [], ys: [], low: [], high: [] };
+  const kept = values.map((_, i) => i).filter((i) => values[i] !== null && run[state.x][i] !== undefined);
+  for (const i of kept) {
+    found.xs.push(run[state.x][i]);
+    found.raw.push(values[i]);
   }
-  const found = { xs, raw, ys };
+  found.ys = smoothed(kept, found.raw);
+  if (spread) [found.low, found.high] = [0, 1].map((side) => smoothed(kept, kept.map((i) => spread[i][side])));
   known.set(name, found);
   return found;
 }
@@ -106,10 +117,40 @@ function nearest(xs, x) {
   return i === 0 ? 0 : i === xs.length ? i - 1 : x - xs[i - 1] < xs[i] - x ? i - 1 : i;
 }
 
-const place = (run) => places.get(run.path);
+// A group has a colour, and its members the styles of lines.
+const place = (run) => [...groups.keys()].indexOf(run.group);
+const member = (run) => Math.max(0, groups.get(run.group).indexOf(run.path));
 const color = (run) => COLORS[place(run) % COLORS.length];
-const style = (run) => STYLES[Math.floor(place(run) / COLORS.length) % STYLES.length];
-const shownRuns = () => data.runs.filter((run) => !state.hidden.has(run.path));
+const style = (run) => STYLES[(Math.floor(place(run) / COLORS.length) + member(run)) % STYLES.length];
+
+function shownRuns() {
+  const runs = data.runs.filter((run) => !state.hidden.has(run.path));
+  return state.mean ? [...groups.keys()].map((group) => meanOf(runs.filter((run) => run.group === group))).filter(Boolean) : runs;
+}
+
+const means = new WeakMap();
+
+// The mean of runs at the steps that all have, with the lowest and highest value.
+function meanOf(runs) {
+  if (runs.length < 2) return runs[0];
+  const name = runs.map((run) => run.path).join("\n"), known = means.get(runs[0]);
+  if (known && known.name === name) return known.mean;
+  const rows = runs.map((run) => new Map(run.steps.map((step, i) => [step, i])));
+  const steps = runs[0].steps.filter((step) => rows.every((row) => row.has(step)));
+  const at = (column, i, step) => column && column[rows[i].get(step)];
+  const average = (values) => values.every((value) => typeof value === "number") ? values.reduce((a, b) => a + b) / values.length : null;
+  const over = (pick) => steps.map((step) => average(runs.map((run, i) => at(pick(run), i, step))));
+  const mean = { ...runs[0], name: `${runs[0].name} and ${runs.length - 1} more, mean`, path: `mean of ${name}`, steps, metrics: {}, spread: {} };
+  for (const axis of ["tokens", "seconds"]) mean[axis] = runs.every((run) => run[axis].length) ? over((run) => run[axis]) : [];
+  for (const metric of Object.keys(runs[0].metrics)) {
+    const pick = (run) => run.metrics[metric];
+    mean.metrics[metric] = over(pick);
+    mean.spread[metric] = steps.map((step) => runs.map((run, i) => at(pick(run), i, step))).map((values) =>
+      average(values) === null ? null : [Math.min(...values), Math.max(...values)]);
+  }
+  means.set(runs[0], { name, mean });
+  return mean;
+}
 
 function swatch(run) {
   return element("span", { className: "swatch", style: `border-top-color:${color(run)};border-top-style:${style(run)[0]}` });
@@ -159,11 +200,11 @@ class Chart {
   range(seen, [left, right]) {
     const bounds = (from) => {
       let low = Infinity, high = -Infinity;
-      for (const { xs, ys, start, end } of seen) {
+      for (const { xs, ys, low: under, high: over, start, end } of seen) {
         for (let i = start; i < end; i++) {
           if (xs[i] < from || xs[i] > right || (state.logy && ys[i] <= 0)) continue;
-          low = Math.min(low, ys[i]);
-          high = Math.max(high, ys[i]);
+          low = Math.min(low, under.length && !state.logy ? under[i] : ys[i]);
+          high = Math.max(high, over.length ? over[i] : ys[i]);
         }
       }
       return [low, high];
@@ -180,7 +221,7 @@ class Chart {
 
   draw() {
     const unit = data.units[this.metric];
-    this.caption.textContent = this.metric + (unit ? ` (${unit})` : "") + (state.smooth ? ", smoothed" : "");
+    this.caption.textContent = this.metric + (unit ? ` (${unit})` : "") + (state.smooth ? ", smoothed" : "") ;
     const box = this.plot.getBoundingClientRect(), ratio = window.devicePixelRatio || 1;
     if (!box.width) return;
     this.canvas.width = Math.round(box.width * ratio);
@@ -256,11 +297,12 @@ class Chart {
     ctx.fillText(axis.label, MARGIN.left + this.width / 2, MARGIN.top + this.height + 21);
   }
 
-  curve(ctx, { run, xs, raw, ys, start, end }) {
+  curve(ctx, { run, xs, raw, ys, low, high, start, end }) {
     ctx.strokeStyle = ctx.fillStyle = color(run);
+    if (low.length) this.band(ctx, xs, low, high, start, end);
     ctx.lineJoin = "round";
     ctx.setLineDash(style(run)[1]);
-    if (state.smooth) {
+    if (state.smooth && !low.length) {
       ctx.globalAlpha = 0.25;
       ctx.lineWidth = 1;
       this.path(ctx, xs, raw, start, end);
@@ -276,6 +318,17 @@ class Chart {
       ctx.arc(this.toX(xs[i]), this.toY(ys[i]), 2.6, 0, 7);
       ctx.fill();
     }
+  }
+
+  band(ctx, xs, low, high, start, end) {
+    const inside = [...Array(end - start).keys()].map((i) => i + start).filter((i) =>
+      !(state.logy && low[i] <= 0 || state.logx && xs[i] <= 0));
+    ctx.globalAlpha = 0.18;
+    ctx.beginPath();
+    for (const i of inside) ctx.lineTo(this.toX(xs[i]), this.toY(high[i]));
+    for (const i of inside.reverse()) ctx.lineTo(this.toX(xs[i]), this.toY(low[i]));
+    ctx.fill();
+    ctx.globalAlpha = 1;
   }
 
   // Of the points in one column of pixels the first, the lowest, the highest and the last are enough.
@@ -401,9 +454,23 @@ function zoomBy(factor) {
   zoomTo(state.logx ? range.map(Math.exp) : range);
 }
 
+let waiting = [];
+
+function drawWaiting() {
+  if (!waiting.length) return;
+  waiting.shift().draw();
+  setTimeout(drawWaiting);
+}
+
+// Draws what is on the screen now, and the rest after it.
 function drawCharts() {
-  for (const chart of charts.values()) chart.draw();
-  for (const heatmap of heatmaps.values()) heatmap.draw();
+  const idle = !waiting.length;
+  waiting = [];
+  for (const one of [...charts.values(), ...heatmaps.values()]) {
+    const box = one.node.getBoundingClientRect();
+    if (box.bottom > 0 && box.top < innerHeight) one.draw(); else waiting.push(one);
+  }
+  if (idle) setTimeout(drawWaiting);
   const focused = [...charts.values()].find((chart) => chart.canvas === document.activeElement);
   if (focused && state.cursor !== null && xRange()) {
     moveCursor(focused, Math.min(Math.max(state.cursor, xRange()[0]), xRange()[1]));
@@ -432,7 +499,6 @@ class Heatmap {
       if (names.some(([path]) => path === before)) this.select.value = before;
       this.names = JSON.stringify(names);
     }
-    this.draw();
   }
 
   draw() {
@@ -498,7 +564,7 @@ function scrolled(label, table) {
 }
 
 function table(label, header, rows, { swatches = [], texts = [] } = {}) {
-  const head = element("thead", {}, element("tr", {}, ...header.map((cell) => element("th", { scope: "col" }, cell))));
+  const head = element("thead", {}, element("tr", {}, ...header.map((cell, i) => element("th", { scope: "col", className: texts.includes(i) ? "text" : "" }, cell))));
   const body = rows.map(([first, ...cells], i) => element("tr", {},
     element("th", { scope: "row", title: first }, swatches[i] ? swatch(swatches[i]) : null, first),
     ...cells.map((cell, j) => element("td", texts.includes(j + 1) ? { className: "text" } : {}, cell))));
@@ -551,7 +617,7 @@ function renderRuns() {
 
 function renderSweeps() {
   return data.sweeps.flatMap((sweep) => [
-    heading(`Sweep ${sweep.name}`),
+    heading(`Sweep: ${sweep.name}`),
     element("p", {}, `${sweep.state}; the baseline is ${sweep.baseline}.`),
     ...(Object.keys(sweep.table).length ? [columnTable(`Sweep ${sweep.name}`, sweep.table)] : []),
     ...sweep.lines.map((line) => element("p", { className: "quiet" }, line)),
@@ -582,7 +648,8 @@ function renderSamples(found) {
 
 function renderHistories(found) {
   const rows = found.flatMap(({ run, history, starts }) => [
-    ...starts.map(({ step, date, about }) => [run, step, date, step ? "continued" : "begun", about || ""]),
+    ...starts.map(({ step, date, devices, device, processes, versions }) => [run, step, date, step ? "continued" : "begun",
+      `${devices} x ${device}` + (processes > 1 ? ` of ${processes} processes` : "") + Object.entries(versions || {}).map((one) => `, ${one.join(" ")}`).join("")]),
     ...history.map(({ step, date, changes }) => [run, step, date, "changed",
       Object.entries(changes).map(([key, [old, now]]) => `${key}: ${JSON.stringify(old)} → ${JSON.stringify(now)}`).join("\n")]),
   ].sort((a, b) => `${a[2]}`.localeCompare(`${b[2]}`)).map(([name, step, date, ...rest]) => [name, number(step), `${date}`, ...rest]));
@@ -619,8 +686,12 @@ function renderLegend() {
 // ---- the whole page
 
 function update() {
-  for (const run of data.runs) if (!places.has(run.path)) places.set(run.path, places.size);
-  find("title").textContent = document.title;
+  for (const run of data.runs) {
+    if (!groups.has(run.group)) groups.set(run.group, []);
+    if (!groups.get(run.group).includes(run.path)) groups.get(run.group).push(run.path);
+  }
+  find("seeds").hidden = !Object.keys(data.averages).length;
+  document.title = find("title").textContent = data.title;
   find("about").textContent = `${data.runs.length} run${data.runs.length === 1 ? "" : "s"}, ${data.date}, llama_jax ${data.version}`;
   section("notes", data.notes, () => data.notes.map((note) => element("li", {}, note)));
   section("sweeps", data.sweeps, renderSweeps);
@@ -654,8 +725,8 @@ function updateCharts() {
       find("heatmaps").lastChild.append(heatmaps.get(metric).node);
     }
   }
-  drawCharts();
   for (const heatmap of heatmaps.values()) heatmap.update();
+  drawCharts();
 }
 
 // Only what can be scrolled takes part in the order of Tab.
@@ -666,14 +737,16 @@ function markScrolled() {
 }
 
 function controls() {
+  let frame = 0;
   find("x").addEventListener("change", (event) => { state.x = event.target.value; zoomTo(null); });
-  for (const name of ["logx", "logy", "whole"]) {
+  for (const name of ["logx", "logy", "whole", "mean"]) {
     find(name).addEventListener("change", (event) => { state[name] = event.target.checked; if (name === "logx") zoomTo(null); else drawCharts(); });
   }
   find("smooth").addEventListener("input", (event) => {
     state.smooth = +event.target.value;
     find("smoothed").textContent = event.target.value;
-    requestAnimationFrame(drawCharts);
+    cancelAnimationFrame(frame);
+    frame = requestAnimationFrame(drawCharts);
   });
   find("in").addEventListener("click", () => zoomBy(0.5));
   find("out").addEventListener("click", () => zoomBy(2));

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llama_jax.compare_command import printable
 from llama_jax.config import UserError
 from llama_jax.files import write_text
 from llama_jax.remote import as_local
@@ -26,7 +25,7 @@ class Report:
     data: dict[str, Any]
 
     def __repr__(self) -> str:
-        return f"Report of {self._names() or 'runs that have not begun'}: .save('report.html') writes it"
+        return f"Report({self.data['title']!r}): .save('report.html') writes it"
 
     def html(self, *, watched: bool = False) -> str:
         """Return the page; with `watched` it asks the server that it came from for newer data, else it asks nobody.
@@ -39,7 +38,7 @@ class Report:
             "STYLE": (place / "page.css").read_text(encoding="utf-8"),
             "SCRIPT": (place / "page.js").read_text(encoding="utf-8"),
             "CONNECT": "'self'" if watched else "'none'",
-            "TITLE": html.escape(f"Report: {self._names()[:80]}"),
+            "TITLE": html.escape(self.data["title"]),
             "DATA": data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"),
         }
         before, *pieces = (place / "page.html").read_text(encoding="utf-8").split("{{")
@@ -58,9 +57,6 @@ class Report:
         except OSError as error:
             raise UserError(f"'{path}' cannot be written ({error.strerror}): give the path of a file") from None
         return file
-
-    def _names(self) -> str:
-        return printable(", ".join(run["name"] for run in self.data["runs"]))
 
     def _repr_html_(self) -> str:
         page = html.escape(self.html(), quote=True)

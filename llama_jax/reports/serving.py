@@ -56,8 +56,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             version, report = self.source.newest()
         except (UserError, OSError) as error:  # a run may be removed while it is read
-            text = str(error) if self.path == "/" else json.dumps({"error": str(error)})
-            return self._answer(503, "text/plain" if self.path == "/" else "application/json", text)
+            if self.path == "/":
+                return self._answer(503, "text/plain", str(error))
+            return self._answer(200, "application/json", json.dumps({"error": str(error)}))
         if self.path == "/":
             return self._answer(200, "text/html", report.html(watched=True), version)
         if self.headers.get("If-None-Match") == f'"{version}"':

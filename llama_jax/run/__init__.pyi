@@ -25,9 +25,14 @@ from .lanes import (
     Prepared as Prepared,
     prepare_runs as prepare_runs,
 )
-from .metrics import METRICS_FILE as METRICS_FILE, read_metrics as read_metrics
+from .metrics import METRICS_FILE as METRICS_FILE, STARTS_FILE as STARTS_FILE, read_metrics as read_metrics
 from .programs import programs as programs
 from .reporting import Logger as Logger
 from .resuming import config_to_continue as config_to_continue, resume as resume
 from .signals import termination as termination
+from .together import (
+    lane_mesh as lane_mesh,
+    lanes_at_once as lanes_at_once,
+    train_together as train_together,
+)
 from .training import Preempted as Preempted, RunFailed as RunFailed, train as train

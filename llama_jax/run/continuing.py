@@ -18,12 +18,13 @@ from llama_jax.checkpoint import (
 from llama_jax.config import UserError, leaves, to_json
 from llama_jax.data import batches_passed
 from llama_jax.files import PARTIAL
-from llama_jax.models import abstract_params, buffers
+from llama_jax.models import abstract_params, frozen
 from llama_jax.parallel import make_mesh
 from llama_jax.run.directory import Run, open_run
+from llama_jax.run.programs import preference_of
 from llama_jax.run_config import RunConfig
 from llama_jax.tokenizers import load_tokenizer
-from llama_jax.training import init_state, learning_rate
+from llama_jax.training import copies_reference, init_state, learning_rate
 
 # Keys that may differ when a run is continued: how it is computed and reported, not what it learns.
 CHANGEABLE = (
@@ -181,7 +182,8 @@ def _check_state(before: Run, run: Run, allowed: Sequence[str], step: int) -> No
 
     def arrays(config: RunConfig) -> dict[str, Any]:
         hyper = config.optimizer.hyper(config.num_steps)
-        make = functools.partial(init_state, buffer_names=frozenset(buffers(config.model)))
+        reference = copies_reference(config.model, preference_of(config))
+        make = functools.partial(init_state, buffer_names=frozen(config.model), reference=reference)
         with jax.set_mesh(make_mesh({}, jax.local_devices()[:1])):
             return to_disk(jax.eval_shape(make, abstract_params(config.model), hyper))
 

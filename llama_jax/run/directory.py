@@ -24,9 +24,11 @@ from llama_jax.checkpoint import (
 from llama_jax.config import UserError, read_json, to_json
 from llama_jax.data import Batches, Dataset, HostBatch, Vocabulary, batches_passed, prepare_dataset
 from llama_jax.files import replacing, write_text
+from llama_jax.parallel import distributed
 from llama_jax.remote import as_local, local_copy, url_of
 from llama_jax.run.metrics import METRICS_FILE, read_metrics
 from llama_jax.run_config import RunConfig, read_config
+from llama_jax.sampling import generate_text
 from llama_jax.tokenizers import Tokenizer, load_saved_tokenizer
 
 SAMPLES_FILE = "samples.txt"
@@ -171,6 +173,17 @@ def start_run(run: Run, dataset: Dataset) -> None:
         with replacing(directory / TOKENIZER_DIRECTORY) as partial:
             run.tokenizer.save(partial)
     write_text(directory / DATA_FILE, json.dumps(_summary(dataset), indent=2) + "\n")
+
+
+def write_samples(run: Run, lm: LanguageModel, max_new_tokens: int, name: str) -> None:
+    """Continue the prompts of the run's config with `lm`, on all processes, and write the file `name` of the run."""
+    prompts, seed = list(run.config.logging.sample_prompts), run.config.seed
+    texts = generate_text(lm, prompts, max_new_tokens=max_new_tokens, temperature=0.8, seed=seed)
+    between = "\n" if run.config.model.has_source else ""
+    samples = "\n\n".join(prompt + between + text for prompt, text in zip(prompts, texts, strict=True))
+    if distributed.is_main():
+        (run.directory / name).parent.mkdir(exist_ok=True)
+        write_text(run.directory / name, samples + "\n")
 
 
 def _summary(dataset: Dataset) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, TOKENIZER_DIRECTORY, CheckpointStore
+from llama_jax.config import UserError
 from llama_jax.data import Dataset
 from llama_jax.files import replacing
 from llama_jax.parallel import make_mesh
@@ -21,7 +22,7 @@ from llama_jax.run.continuing import check_directory
 from llama_jax.run.directory import Run, start_run
 from llama_jax.run.preparing import open_dataset, prepare
 from llama_jax.run.profiling import Profile
-from llama_jax.run.programs import checked
+from llama_jax.run.programs import RunFailed, checked
 from llama_jax.run.training import Loop
 from llama_jax.run_config import RunConfig
 from llama_jax.screen import Bar
@@ -52,11 +53,19 @@ class Prepared:
     datasets: dict[int, Dataset] = dataclasses.field(default_factory=dict[int, Dataset])
     lines: list[str] = dataclasses.field(default_factory=list[str])
 
+    def changed(self, config: RunConfig) -> "Prepared":
+        """Return the same for a config of other numbers of the optimizer."""
+        return dataclasses.replace(self, config=config)
+
     def run(self, directory: Path, seed: int) -> Run:
         """Return the run of a seed in a directory, which may not be there yet."""
         run = Run(directory, dataclasses.replace(self.config, seed=seed), self.components)
         run.tokenizer = self.tokenizer
         return run
+
+    def lane(self, run: Run, tick: Callable[[], None], until: int | None = None) -> "Lane":
+        """Return the lane of a run. Call it on the mesh that the lane is used on."""
+        return Lane(run, self.dataset(run), tick, until)
 
     def dataset(self, run: Run) -> Dataset:
         """Return the dataset of a run, opened once for each seed."""
@@ -73,14 +82,16 @@ class Prepared:
                 self.tokenizer.save(partial)
 
     def check(self, seed: int) -> None:
-        """Check the model's pieces and its attention kernel, as every run does before its first step.
+        """Check pieces and kernel of the model, as every run does before its first step.
 
-        Raises UserError for a piece, and RunFailed for a kernel that is wrong.
+        Raises UserError for a piece, and where no text is held out, and RunFailed for a kernel that is wrong.
         """
-        if self.config.compute.preflight:
-            run = self.run(Path(), seed)
-            with jax.set_mesh(self.mesh):
-                lane = Lane(run, self.dataset(run), lambda step: None)
+        run = self.run(Path(), seed)
+        with jax.set_mesh(self.mesh):
+            lane = self.lane(run, lambda: None)
+            if not len(lane.validation):
+                raise UserError("there is no held-out text to compare val_loss on: raise data.validation_fraction")
+            if self.config.compute.preflight:
                 self.lines.extend(checked(self.config, lane.first_batch()))
 
 
@@ -106,17 +117,18 @@ def prepare_runs(
 
 
 class Lane(Loop):
-    """A run that ends at the step `until` (default: its last), says nothing, and reports each step to `advance`.
+    """A run that ends at the step `until` (default: its last), prints nothing, and calls `tick` after each step.
 
-    `lines` are the warnings that `train` would print, `memory` the compiler's figures of the train step in bytes: the
-    state, and all of its arguments and temporary arrays. Make and use it on the run's mesh.
+    After it, `lines` are the warnings that `train` would print, `failure` the sentence of a run that has failed,
+    and `memory` the compiler's figures of the train step in bytes: the state, and all of its arguments and temporary
+    arrays. Make and use it on the run's mesh.
     """
 
-    def __init__(self, run: Run, dataset: Dataset, advance: Callable[[int], None], until: int | None = None):
+    def __init__(self, run: Run, dataset: Dataset, tick: Callable[[], None], until: int | None = None):
         super().__init__(run, dataset, 0, quiet=True)
         self.until = run.config.num_steps if until is None else until
-        self.bar = _Silent(advance)
-        self.val_loss: float | None = None
+        self.bar = _Silent(tick)
+        self.failure: str | None = None
         self.memory: tuple[int, int] | None = None
 
     def first_batch(self) -> dict[str, jax.Array]:
@@ -126,38 +138,51 @@ class Lane(Loop):
     def train(self, closing: "Closing", stopping: Callable[[int], bool], *, measured: bool = False) -> None:
         """Train to the end; the last checkpoint is on disk when `closing` has closed. `measured` sets `memory`.
 
-        Raises RunFailed where the run fails, and Preempted where `stopping` returns True after a step.
+        Raises Preempted where `stopping` returns True after a step.
         """
-        config, directory = self.config, self.run_.directory
-        start, self.run_.history, lines = check_directory(self.run_)
-        self.lines += lines
-        start_run(self.run_, self.dataset)
         with contextlib.ExitStack() as stack:
-            store = CheckpointStore(directory / CHECKPOINTS_DIRECTORY, config.checkpoint)
-            stack.callback(closing.close, store)
-            state, lines = self._state(store)
-            self.lines += [*lines, *self._warnings(start, state)]
-            loggers = [stack.enter_context(contextlib.closing(logger(self.run_, start))) for logger in self.loggers]
-            if measured:
-                self.memory = self._memory(state)
-            clock = Clock(start)
-            profile = stack.enter_context(Profile(config, directory / "profile", start, self.bar.say, clock))
-            self._steps(state, store, self.bar, loggers, clock, profile, stopping)
+            state = self.begin(stack, closing)
+            if measured:  # the first step then compiles nothing
+                self.memory = memory_of(self.programs.train_step, state, self.first_batch(), self.hyper)
+            start, directory = int(state.step), self.run_.directory / "profile"
+            profile = stack.enter_context(Profile(self.config, directory, start, self.bar.say, self.clock))
+            try:
+                self._steps(state, self.store, self.bar, self.outputs, self.clock, profile, stopping)
+            except RunFailed as error:
+                self.failure = str(error)
 
-    def _memory(self, state: TrainState) -> tuple[int, int]:
-        """Return the compiler's figures of the train step; the first step then compiles nothing."""
-        step: Any = self.programs.train_step
-        found = step.lower(state, self.first_batch(), self.hyper).compile().memory_analysis()
-        state_bytes = found.alias_size_in_bytes  # it is donated
-        return (
-            state_bytes,
-            found.argument_size_in_bytes + found.output_size_in_bytes - state_bytes + found.temp_size_in_bytes,
-        )
+    def begin(self, stack: contextlib.ExitStack, closing: "Closing") -> TrainState:
+        """Write the run's directory, open its outputs until the end of `stack`, and return the state to begin with."""
+        start, self.run_.history, lines = check_directory(self.run_)
+        start_run(self.run_, self.dataset)
+        self.store = CheckpointStore(self.run_.directory / CHECKPOINTS_DIRECTORY, self.config.checkpoint)
+        stack.callback(closing.close, self.store)
+        state, more = self._state(self.store)
+        self.lines += [*lines, *more, *self._warnings(start, state)]
+        self.outputs = [stack.enter_context(contextlib.closing(logger(self.run_, start))) for logger in self.loggers]
+        self.clock = Clock(start)
+        return state
+
+    def due(self, step: int) -> bool:
+        """Return whether the run is validated or saved after this step."""
+        return self._validates(step) or self._saves(step)
+
+    def log(self, metrics: dict[str, Any], state: TrainState | None, *, saves: bool = False) -> None:
+        """Log the metrics of a step; with its state, validate and save where this is due, or `saves`."""
+        step, given = metrics["step"], (self.clock, self.bar, self.outputs)
+        try:
+            if state is None:
+                self._log(metrics, *given)
+            else:
+                with self.clock.paused():
+                    event = self._report(state, metrics, *given)
+                    self._save(state, self.store, event, saves or self._saves(step))
+        except RunFailed as error:
+            self.failure = str(error)
 
     @override
     def _report(self, *args: Any, **kwargs: Any) -> Event:
         event = super()._report(*args, **kwargs)
-        self.val_loss = event.get("val_loss", self.val_loss)
         if event.step == self.until:
             event.stop()
         return event
@@ -169,6 +194,13 @@ class Lane(Loop):
     @override
     def _saves(self, step: int) -> bool:
         return super()._saves(step) or step == self.until
+
+
+def memory_of(train_step: Any, *args: Any) -> tuple[int, int]:
+    """Return the compiler's figures of a train step in bytes: its state, and all arguments and temporary arrays."""
+    found = train_step.lower(*args).compile().memory_analysis()
+    state = found.alias_size_in_bytes  # it is donated
+    return state, found.argument_size_in_bytes + found.output_size_in_bytes - state + found.temp_size_in_bytes
 
 
 class Closing(contextlib.AbstractContextManager["Closing"]):
@@ -196,12 +228,12 @@ class Closing(contextlib.AbstractContextManager["Closing"]):
 
 
 class _Silent(Bar):
-    """A bar that shows nothing and passes its steps on."""
+    """A bar that shows nothing and counts its steps elsewhere."""
 
-    def __init__(self, passed_on: Callable[[int], None]):
+    def __init__(self, tick: Callable[[], None]):
         super().__init__("", 0, None, silent=True)
-        self._passed_on = passed_on
+        self._tick = tick
 
     @override
     def advance(self, step: int, total: int | None = None) -> None:
-        self._passed_on(step)
+        self._tick()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
+STARTS_FILE = "starts.jsonl"  # a line for each start of the run: its step, date and devices
 
 
 def read_metrics(file: Path) -> tuple[list[dict[str, Any]], int]:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_jax.checkpoint import CONFIG_FILE, TOKENIZER_DIRECTORY, config_of, load
+from llama_jax.checkpoint import CONFIG_FILE, TOKENIZER_DIRECTORY, config_of, load, merge
 from llama_jax.config import UserError
-from llama_jax.data import DataConfig, Dataset, SequenceToSequence, Vocabulary, prepare_dataset, read_texts
-from llama_jax.models import ModelConfig, Params, abstract_params, initialize
+from llama_jax.data import DataConfig, Dataset, Preference, SequenceToSequence, Vocabulary, prepare_dataset, read_texts
+from llama_jax.models import ModelConfig, Params, abstract_params, initialize, merge_adapters
 from llama_jax.parallel import MeshConfig
 from llama_jax.run.directory import Run
 from llama_jax.run.reporting import configured_loggers
@@ -137,7 +137,10 @@ def inheritance(config: RunConfig, components: Sequence[type] = ()) -> tuple[lis
     """
     path = config.init_from
     assert path is not None
-    found, wanted = (_shapes(c) for c in (config_of(path, components), config.model))
+    begins = config_of(path, components)
+    if not _continues(begins, config):
+        begins, _ = merge_adapters(begins, {})
+    found, wanted = (_shapes(c) for c in (begins, config.model))
     taken = [name for name in wanted if found.get(name) == wanted[name]]
     if EMBEDDING not in taken:
         shapes = [shapes.get(EMBEDDING, "missing") for shapes in (found, wanted)]
@@ -159,8 +162,17 @@ def first_params(config: RunConfig, components: Sequence[type] = ()) -> tuple[Pa
     if config.init_from is None:
         return params, []
     taken, lines = inheritance(config, components)
-    found = load(config.init_from, dtype="float32", components=components).model.params()
+    lm = load(config.init_from, dtype="float32", components=components)
+    found = (lm if _continues(lm.config, config) else merge(lm)).model.params()
     return params | {name: found[name] for name in taken}, lines
+
+
+def _continues(begins: ModelConfig, config: RunConfig) -> bool:
+    """Return whether a run trains the adapters that it begins with; others are part of the weights that it begins with.
+
+    The reference of pairs is the model without adapters, so that those it begins with have to be in its weights.
+    """
+    return begins.adapters == config.model.adapters and not isinstance(config.data.objective, Preference)
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

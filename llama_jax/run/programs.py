@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 
-from llama_jax.models import Compute, ModelConfig, buffers
+from llama_jax.data import Preference
+from llama_jax.models import Compute, ModelConfig, frozen
 from llama_jax.parallel import platform
 from llama_jax.run_config import RunConfig
 from llama_jax.training import (
@@ -22,6 +23,7 @@ from llama_jax.training import (
     PreflightFailed,
     check_pieces,
     compiler_options,
+    copies_reference,
     init_state,
     make_eval_step,
     make_train_step,
@@ -43,18 +45,30 @@ class Programs:
 def programs(config: RunConfig) -> Programs:
     """Return the programs of a config, those of an earlier run where it has the same."""
     model, accumulation_steps = config.model, config.optimizer.accumulation_steps
-    return _programs(model, config.compute, accumulation_steps, platform(), code_of(config))
+    return _programs(model, config.compute, accumulation_steps, preference_of(config), platform(), code_of(config))
+
+
+def preference_of(config: RunConfig) -> Preference | None:
+    """Return the objective where it is a loss of pairs, else None."""
+    objective = config.data.objective
+    return objective if isinstance(objective, Preference) else None
 
 
 @functools.lru_cache(KEPT)
 def _programs(
-    model: ModelConfig, compute: Compute, accumulation_steps: int, platform: str, code: frozenset[Hashable]
+    model: ModelConfig,
+    compute: Compute,
+    accumulation_steps: int,
+    preference: Preference | None,
+    platform: str,
+    code: frozenset[Hashable],
 ) -> Programs:
-    options = compiler_options(model, platform)
+    options, of_pairs = compiler_options(model, platform), {"preference": preference}
+    reference = copies_reference(model, preference)
     return Programs(
-        make_train_step(model, compute, accumulation_steps=accumulation_steps, compiler_options=options),
-        make_eval_step(model, compute),
-        jax.jit(functools.partial(init_state, buffer_names=frozenset(buffers(model)))),
+        make_train_step(model, compute, accumulation_steps=accumulation_steps, compiler_options=options, **of_pairs),
+        make_eval_step(model, compute, **of_pairs),
+        jax.jit(functools.partial(init_state, buffer_names=frozen(model), reference=reference)),
     )
 
 

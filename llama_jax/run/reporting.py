@@ -3,6 +3,7 @@
 A destination of one's own is a class that derives from `Logger`, given to `train(..., loggers=(MyLogger,))`.
 """
 
+import datetime
 import importlib.util
 import json
 import math
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, override
 
 import jax
 
+from llama_jax import __version__
 from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY
 from llama_jax.config import UserError, to_json
 from llama_jax.files import naming, write_text
@@ -22,7 +24,7 @@ from llama_jax.models import num_parameters
 from llama_jax.planning import device_memory
 from llama_jax.remote import with_urls
 from llama_jax.run.directory import SAMPLES_FILE, Run
-from llama_jax.run.metrics import METRICS_FILE
+from llama_jax.run.metrics import METRICS_FILE, STARTS_FILE
 from llama_jax.run_config import LoggingConfig, RunConfig
 from llama_jax.screen import duration
 
@@ -57,7 +59,8 @@ class Logger:
 class JsonLines(Logger):
     """metrics.jsonl; numbers that are not finite, for which JSON has no word, are null there.
 
-    Lines of steps that come again are dropped, and so are lines that a crash has damaged.
+    Lines of steps that come again are dropped, and so are lines that a crash has damaged. Each start of a run is a line
+    of starts.jsonl.
     """
 
     def __init__(self, run: Run, start_step: int):
@@ -68,6 +71,12 @@ class JsonLines(Logger):
             self.notice = f"{damaged} damaged lines of '{METRICS_FILE}' are dropped"
         write_text(file, "".join(_json(line) for line in lines if line["step"] <= start_step))
         self._file = file.open("a", encoding="utf-8")
+        if start_step < run.config.num_steps:
+            devices, date = jax.devices(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            place = {"devices": len(devices), "device": devices[0].device_kind, "processes": jax.process_count()}
+            versions = {"llama_jax": __version__, "jax": jax.__version__}
+            with naming(run.directory / STARTS_FILE), (run.directory / STARTS_FILE).open("a") as starts:
+                starts.write(_json({"step": start_step, "date": date, **place, "versions": versions}))
 
     @override
     def write(self, metrics: Metrics) -> None:
@@ -188,6 +197,15 @@ def shown(metrics: Metrics, mean_loss: float, step_seconds: float | None) -> tup
     return numbers, [f"lr {metrics['learning_rate']:.2e}", f"grad norm {metrics['grad_norm']:.2f}"]
 
 
+def peak_memory() -> dict[str, int]:
+    """Return the most bytes that this process's first device has given out since it started, as a metric.
+
+    The figure is the allocator's; the dict is empty for devices without one, as CPUs are.
+    """
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {"peak_memory_bytes": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
+
+
 def measured(step: int, num_steps: int, values: Metrics) -> list[str]:
     """Return a line with the numbers that were measured at a step, or none where there are none."""
     shown = [f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, float)]
@@ -207,12 +225,14 @@ def overview(run: Run, config: RunConfig, step: int) -> list[str]:
     memory = device_memory(config, devices)
     pieces = [piece for stack in config.model.stacks().values() for _, piece in stack if piece is not None]
     idle = sum(piece.idle_parameters(config.model.hidden_size) for piece in pieces)
-    total = num_parameters(config.model)
+    total, trained = num_parameters(config.model), num_parameters(config.model, trained=True)
     mesh = ", ".join(f"{axis} {size}" for axis, size in config.mesh.sizes(len(devices)).items() if size > 1)
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     rows = {
         "run": str(run.directory),
-        "model": f"{total:,} parameters" + (f", {total - idle:,} of them active for a token" if idle else ""),
+        "model": f"{total:,} parameters"
+        + (f", {total - idle:,} of them active for a token" if idle else "")
+        + (f", {trained:,} of them trained" if trained < total else ""),
         "devices": f"{len(devices)} x {devices[0].device_kind}"
         + (f" of {n} processes" if (n := jax.process_count()) > 1 else "")
         + (f", mesh {mesh}" if mesh else ""),

@@ -15,7 +15,6 @@ import numpy as np
 from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, CONFIG_FILE, CheckpointStore, SaveFailed, locate
 from llama_jax.config import outside_classes
 from llama_jax.data import Dataset, HostBatch, ValidationBatches
-from llama_jax.files import write_text
 from llama_jax.models import abstract_params
 from llama_jax.parallel import distributed, make_mesh, platform
 from llama_jax.planning import mesh_of
@@ -23,15 +22,14 @@ from llama_jax.remote import with_urls
 from llama_jax.run.callbacks import Callback, Event, check_callbacks
 from llama_jax.run.clock import Clock
 from llama_jax.run.continuing import check_directory
-from llama_jax.run.directory import SAMPLES_FILE, Run, open_run, start_run
+from llama_jax.run.directory import SAMPLES_FILE, Run, open_run, start_run, write_samples
 from llama_jax.run.preparing import check_shared, first_params, open_dataset, prepare
 from llama_jax.run.profiling import Profile, recorded
 from llama_jax.run.programs import RunFailed as RunFailed, checked, programs
-from llama_jax.run.reporting import Logger, configured_loggers, measured, outcome, overview, shown
+from llama_jax.run.reporting import Logger, configured_loggers, measured, outcome, overview, peak_memory, shown
 from llama_jax.run.signals import termination
 from llama_jax.run.stored import StoredRun, local_run
 from llama_jax.run_config import RunConfig
-from llama_jax.sampling import generate_text
 from llama_jax.screen import Bar
 from llama_jax.training import (
     TrainState,
@@ -192,7 +190,7 @@ class Loop:
             profile = stack.enter_context(Profile(config, directory, start, bar.say, clock))
             self._steps(state, store, bar, loggers, clock, profile, stopping)
         if config.logging.sample_prompts:
-            self._sample()
+            write_samples(self.run_, self.run_.load(), self.sample_tokens, SAMPLES_FILE)
         if self.main:
             bar.say(*outcome(self.run_, time.monotonic() - began), always=True)
 
@@ -270,7 +268,7 @@ class Loop:
             bar.advance(done)
             preempted = stopping(done)
             saves = preempted or self._saves(done)
-            if not (saves or self._validates(done) or (self.callbacks and self._logs(done))):
+            if not (saves or self._validates(done) or self._samples(done) or (self.callbacks and self._logs(done))):
                 continue
             jax.block_until_ready(metrics)
             with clock.paused():
@@ -294,6 +292,8 @@ class Loop:
         step = metrics["step"]
         val = self._validate(state) if self._validates(step) else {}
         bar.say(*measured(step, self.config.num_steps, val))
+        if self._samples(step):
+            write_samples(self.run_, Event(self.run_, step, state).load(), self.sample_tokens, f"samples/{step}.txt")
         return self._log(metrics | val, clock, bar, loggers, state)
 
     def _save(self, state: TrainState, store: CheckpointStore, event: Event, saves: bool) -> None:
@@ -313,6 +313,10 @@ class Loop:
     def _validates(self, step: int) -> bool:
         every, num_steps = self.config.logging.validate_every_steps, self.config.num_steps
         return len(self.validation) > 0 and (step % every == 0 or step == num_steps)
+
+    def _samples(self, step: int) -> bool:
+        every, prompts = self.config.logging.sample_every_steps, self.config.logging.sample_prompts
+        return every is not None and step % every == 0 and bool(prompts)
 
     def _saves(self, step: int) -> bool:
         """Return whether a checkpoint of `step` is due; by time, process 0 decides."""
@@ -351,6 +355,7 @@ class Loop:
                 values["tokens_per_second"] = speed * self.tokens_per_step
                 if self.mfu_per_speed is not None:
                     values["mfu"] = values["tokens_per_second"] * self.mfu_per_speed
+            values |= peak_memory()
             event |= values
             event.call(self.callbacks)
             bar.show(step, *shown(event, sum(self.losses) / len(self.losses), speed and 1 / speed))
@@ -381,17 +386,6 @@ class Loop:
         if self.config.logging.validation_batches is None and (num_bytes := self.dataset.scored_bytes()):
             values["val_bits_per_byte"] = nats / math.log(2) / num_bytes
         return values
-
-    def _sample(self) -> None:
-        """Continue the prompts of the config, into samples.txt."""
-        prompts = list(self.config.logging.sample_prompts)
-        texts = generate_text(
-            self.run_.load(), prompts, max_new_tokens=self.sample_tokens, temperature=0.8, seed=self.config.seed
-        )
-        between = "\n" if self.config.model.has_source else ""
-        samples = "\n\n".join(prompt + between + text for prompt, text in zip(prompts, texts, strict=True))
-        if self.main:
-            write_text(self.run_.directory / SAMPLES_FILE, samples + "\n")
 
 
 def to_devices(batch: HostBatch, rows: Sequence[int], num_rows: int) -> dict[str, jax.Array]:

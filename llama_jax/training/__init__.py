@@ -30,6 +30,7 @@ from llama_jax.training.optimizer import (
     state_bytes as state_bytes,
 )
 from llama_jax.training.piece_check import check_pieces as check_pieces
+from llama_jax.training.preference import copies_reference as copies_reference
 from llama_jax.training.schedules import (
     Constant as Constant,
     Cosine as Cosine,

@@ -10,29 +10,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.chips import peak_of
-from llama_jax.models import ModelConfig, abstract_params, buffers
+from llama_jax.models import ModelConfig, abstract_params, buffers, frozen
 from llama_jax.training.matrices import is_matrix
 
 
 def train_flops_per_token(config: ModelConfig, sequence_length: int, source_length: int = 0) -> float:
     """Return the FLOPs of the matrix products of a token's forward and backward pass, as the mean over a row.
 
-    6 for each parameter of a matrix that a token is multiplied with: not the tables, not the experts that it is not
-    routed to, the embedding only where it is the head. Causal attention scores count half, since half of them are
-    needed, and recomputation does not count (Chowdhery et al. 2022, appendix B, halved). A row with a source has both.
+    6 for each parameter of a matrix that a token is multiplied with, 4 where it is frozen: not the tables, not the
+    experts that it is not routed to, the embedding only where it is the head. Causal attention scores count half, since
+    half of them are needed, and recomputation does not count (Chowdhery et al. 2022, appendix B, halved). A row with a
+    source has both.
     """
     matrices = {
         name: math.prod(p.shape)
         for name, p in abstract_params(config).items()
         if is_matrix(name, p) and name not in buffers(config)
     }
-    products = sum(size * config.tokens_of(name, sequence_length, source_length) for name, size in matrices.items())
+    fixed = frozen(config)
+    products = sum(
+        (4 if name in fixed else 6) * size * config.tokens_of(name, sequence_length, source_length)
+        for name, size in matrices.items()
+    )
     for stack, layers in config.stacks().items():
         tokens = config.tokens_of(f"{stack}.feed_forward", sequence_length, source_length)
         idle = sum(piece.idle_parameters(config.hidden_size) for _, piece in layers if piece is not None)
-        products -= idle * tokens
+        products -= (6 if config.adapters is None else 4) * idle * tokens
     scores = config.score_flops(sequence_length, source_length)
-    return (6 * products + 3 * scores) / (sequence_length + source_length)
+    return (products + 3 * scores) / (sequence_length + source_length)
 
 
 def peak_flops(device: Any, dtype: np.dtype) -> float | None:

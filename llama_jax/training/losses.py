@@ -39,6 +39,30 @@ def cross_entropy(
     return _chunked(head, chunk, weight, hidden, targets, weights, options)
 
 
+def token_cross_entropy(
+    head: Head, weight: PyTree, hidden: Float[Array, "b t d"], targets: Int[Array, "b t"], *, chunk: int = 128
+) -> Float[Array, "b t"]:
+    """Return the cross-entropy of every target in nats, computed as by `cross_entropy`; it is never differentiated."""
+    hidden, targets = shard(hidden, "batch", "sequence", None), shard(targets, "batch", "sequence")
+    layout = _layout(head, weight, hidden)
+
+    def local(weight: PyTree, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        weight = jax.tree.map(lambda w, axes: _gather(w, axes, layout.vocab), weight, layout.stored)
+        length = hidden.shape[1]
+        num_chunks = -(-length // chunk)
+
+        def values(xs: tuple[jax.Array, jax.Array]) -> jax.Array:
+            lse, own, _ = _target_logits(head(xs[0], weight), xs[1], layout.vocab)
+            return lse - own
+
+        return _join(jax.lax.map(values, (_split(hidden, num_chunks), _split(targets, num_chunks))))[:, :length]
+
+    if not mesh_axis_sizes():
+        return local(weight, hidden, targets)
+    out_specs = jax.typeof(targets).sharding.spec
+    return jax.shard_map(local, out_specs=out_specs, check_vma=False)(weight, hidden, targets)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(head: Head, chunk: int, *arrays: PyTree) -> PyTree:
     return _walk(head, chunk, False, *arrays)[0]
@@ -66,20 +90,27 @@ class _Layout(NamedTuple):
     stored: PyTree
 
 
+def _layout(head: Head, weight: PyTree, hidden: jax.Array) -> _Layout:
+    """Return the layout of these arrays on the current mesh."""
+    stored = jax.tree.map(axes_of, weight)
+    if not mesh_axis_sizes():
+        return _Layout((), (), stored)
+    vocab_axes = axes_of(jax.eval_shape(head, hidden, weight))[-1]
+    if not any(vocab_axes in axes_of(w) for w in jax.tree.leaves(weight)):
+        vocab_axes = ()  # stored whole: every device has all of the vocabulary
+    return _Layout(tuple(axis for entry in axes_of(hidden)[:2] for axis in entry), vocab_axes, stored)
+
+
 def _walk(head: Head, chunk: int, with_gradient: bool, weight: PyTree, hidden: jax.Array, *others: PyTree) -> PyTree:
     """Return ((loss, ce), (d_weight, d_hidden)); None for the gradients where they are not wanted.
 
     `others` are targets, weights and (z_loss, label_smoothing).
     """
-    stored = jax.tree.map(axes_of, weight)
+    layout = _layout(head, weight, hidden)
     if not mesh_axis_sizes():
-        return _local_walk(head, chunk, with_gradient, _Layout((), (), stored), weight, hidden, *others)
+        return _local_walk(head, chunk, with_gradient, layout, weight, hidden, *others)
     # Every device walks over its own positions with its own part of the vocabulary, and only sums travel: maxima and
     # sums of exponentials over the vocabulary, and once, at the end, the gradient of the weight.
-    vocab_axes = axes_of(jax.eval_shape(head, hidden, weight))[-1]
-    if not any(vocab_axes in axes_of(w) for w in jax.tree.leaves(weight)):
-        vocab_axes = ()  # stored whole: every device has all of the vocabulary
-    layout = _Layout(tuple(axis for entry in axes_of(hidden)[:2] for axis in entry), vocab_axes, stored)
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (weight, hidden))
     none = jax.sharding.PartitionSpec()
     local = functools.partial(_local_walk, head, chunk, with_gradient, layout)
@@ -161,15 +192,7 @@ def _chunk_loss(
     `vocab_axes` are those that split the vocabulary.
     """
     z_loss, smoothing = options
-    if vocab_axes:
-        # Targets in another device's part of the vocabulary fall outside of 0 ... V here, and match no logit.
-        targets = targets - jax.lax.axis_index(vocab_axes) * logits.shape[-1]
-        top = jax.lax.pmax(jnp.max(logits, axis=-1), vocab_axes)
-        lse = top + jnp.log(_psum(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), vocab_axes))
-    else:
-        lse = jax.nn.logsumexp(logits, axis=-1)
-    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-    own = _psum(jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1), vocab_axes)
+    lse, own, is_target = _target_logits(logits, targets, vocab_axes)
     size = _psum(logits.shape[-1], vocab_axes)
     mean = _psum(jnp.sum(logits, axis=-1), vocab_axes) / size
 
@@ -180,6 +203,22 @@ def _chunk_loss(
     ce = total(lse - own)
     loss = ce + total(smoothing * (own - mean), smoothing != 0) + total(z_loss * lse**2, z_loss != 0)
     return loss, ce, lse, is_target, size
+
+
+def _target_logits(
+    logits: jax.Array, targets: jax.Array, vocab_axes: tuple[str, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return (logsumexp [B, T], the targets' logits [B, T], which logit is the target's [B, T, V])."""
+    if vocab_axes:
+        # Targets in another device's part of the vocabulary fall outside of 0 ... V here, and match no logit.
+        targets = targets - jax.lax.axis_index(vocab_axes) * logits.shape[-1]
+        top = jax.lax.pmax(jnp.max(logits, axis=-1), vocab_axes)
+        lse = top + jnp.log(_psum(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), vocab_axes))
+    else:
+        lse = jax.nn.logsumexp(logits, axis=-1)
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    own = _psum(jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1), vocab_axes)
+    return lse, own, is_target
 
 
 def _psum[T](x: T, axes: tuple[str, ...]) -> T:

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llama_jax.data import Preference
 from llama_jax.models import OF, STATISTIC, Compute, LossTerm, ModelConfig, Params, assemble, buffers
 from llama_jax.nn import Experts, seed_key, zigzag
 from llama_jax.parallel import reshape, shard
 from llama_jax.training.losses import cross_entropy
 from llama_jax.training.optimizer import Hyper, learning_rate, make_optimizer
+from llama_jax.training.preference import REFERENCE, num_pairs, preference_losses, split_pairs
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -47,13 +49,17 @@ class TrainState:
     buffers: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def init_state(params: Params, hyper: Hyper, buffer_names: frozenset[str] = frozenset()) -> TrainState:
+def init_state(
+    params: Params, hyper: Hyper, buffer_names: frozenset[str] = frozenset(), *, reference: bool = False
+) -> TrainState:
     """Return the state before the first step. Jit it to get the moments sharded like the parameters.
 
-    `buffer_names` are the buffers among `params`.
+    `buffer_names` are those among `params` that no gradient trains; `reference` keeps a frozen copy of all.
     """
     trained = {name: value for name, value in params.items() if name not in buffer_names}
     rest = {name: value for name, value in params.items() if name in buffer_names}
+    if reference:  # copied: the step takes over its arguments' memory, each array once
+        rest |= {REFERENCE + name: jnp.copy(value) for name, value in params.items()}
     return TrainState(jnp.int32(0), trained, make_optimizer(hyper).init(trained), rest)
 
 
@@ -85,13 +91,15 @@ def losses(
 
 def model_batch(batch: Batch, config: ModelConfig) -> Batch:
     """Return the batch as the model takes it: for a decoder a source joined before its target, and all of it in zigzag
-    order where a context axis splits the rows.
+    order where a context axis splits the rows. The answers of a pair become two documents.
 
     [B, S] and [B, T] become [B, S+T]. The source is a prefix without weight, so that a decoder trains on sequence to
     sequence as a prefix language model (Raffel et al. 2020, section 3.2.1); what is no field of a decoder is left out.
     """
     if config.joins_source and "source_tokens" in batch:
         batch = _joined(batch)
+    if "branch" in batch:
+        batch = batch | {"segment_ids": split_pairs(batch["segment_ids"], batch["branch"])}
     return {name: zigzag(x) for name, x in batch.items()}
 
 
@@ -151,11 +159,16 @@ def _loss(
     hyper: Hyper,
     config: ModelConfig,
     compute: Compute,
+    preference: Preference | None,
 ) -> tuple[jax.Array, _Measures]:
     """Return the loss to differentiate; of a micro-batch its share of the loss of the `whole`, which None is for."""
     optimizer = hyper.optimizer
     options = {"z_loss": optimizer.z_loss, "label_smoothing": optimizer.label_smoothing}
-    found, aux = losses(params | buffers, batch, config, compute, key=key, **options)
+    if preference is None:
+        found, aux = losses(params | buffers, batch, config, compute, key=key, **options)
+    else:
+        pairs = model_batch(batch, config)
+        found, aux = preference_losses(params | buffers, pairs, config, compute, preference, key=key)
     total: jax.Array = jnp.float32(0)
     metrics: Metrics = {}
     counts = [_num_targets(term) for term, *_ in found] if whole is None else whole.num_targets
@@ -224,6 +237,7 @@ def make_train_step(
     compute: Compute,
     *,
     accumulation_steps: int = 1,
+    preference: Preference | None = None,
     compiler_options: dict[str, Any] | None = None,
 ) -> Callable[[TrainState, Batch, Hyper], tuple[TrainState, Metrics]]:
     """Return `train_step(state, batch, hyper) -> (state, metrics)`, jitted, with the state donated.
@@ -231,7 +245,8 @@ def make_train_step(
     Batch arrays are [B, T]: `tokens`, `targets`, `weights`, `segment_ids`, `positions` and, where the objective has
     them, `prefix` and a source (`source_tokens`, `source_segment_ids`, `source_positions`, [B, S]). Metrics: `loss` is
     the mean cross-entropy of the weighted targets in nats, `grad_norm` the global norm before clipping; further losses
-    and what the layers report (the load of experts, [E]) by name. `compiler_options` are `jax.jit`'s, such as
+    and what the layers report (the load of experts, [E]) by name. With a `preference`, `loss` is the mean over pairs,
+    and `rewards/margins` and others are those of `preference_losses`. `compiler_options` are `jax.jit`'s, such as
     `CPU_COMPILER_OPTIONS`; with any, JAX takes the step in no other `jit`.
     """
 
@@ -239,15 +254,19 @@ def make_train_step(
         # Randomness is a function of seed and step, so that a run that continues draws as if it had never stopped.
         key = jax.random.fold_in(seed_key(hyper.seed), state.step) if config.needs_rng else None
         fixed = {"buffers": state.buffers, "hyper": hyper, "config": config, "compute": compute}
-        gradient = jax.grad(functools.partial(_loss, **fixed), has_aux=True)
+        gradient = jax.grad(functools.partial(_loss, **fixed, preference=preference), has_aux=True)
         if accumulation_steps == 1:
             grads, found = gradient(state.params, batch, None if key is None else jax.random.fold_in(key, 0), None)
         else:
             # The forward pass of the global batch: all but the sums of its weights is compiled away.
-            model = assemble(config, state.params | state.buffers, compute)
-            terms, _ = model.loss_terms(model_batch(batch, config))
+            if preference is None:
+                model = assemble(config, state.params | state.buffers, compute)
+                terms, _ = model.loss_terms(model_batch(batch, config))
+                counts = [_num_targets(term) for term in terms]
+            else:
+                counts = [jnp.maximum(num_pairs(model_batch(batch, config)), 1.0)]
             num_rows = jnp.maximum(_num_rows(batch), 1)
-            whole = _Whole([_num_targets(term) for term in terms], num_rows, accumulation_steps)
+            whole = _Whole(counts, num_rows, accumulation_steps)
             grads, found = _accumulate(gradient, state.params, batch, key, whole)
         rate = learning_rate(state.step, hyper)
         updates, opt_state = make_optimizer(hyper).update(grads, state.opt_state, state.params)
@@ -291,18 +310,24 @@ def _updated(values: Params, statistics: Metrics, config: ModelConfig) -> Params
     """Return the buffers after a step, each updated by its rule with the statistic of its name."""
     rules = buffers(config)
     return {
-        name: value if (rule := rules[name]) is None else rule(value, statistics[STATISTIC + name])
+        name: value if (rule := rules.get(name)) is None else rule(value, statistics[STATISTIC + name])
         for name, value in values.items()
     }
 
 
-def make_eval_step(config: ModelConfig, compute: Compute) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+def make_eval_step(
+    config: ModelConfig, compute: Compute, *, preference: Preference | None = None
+) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
     """Return `eval_step(params, batch) -> (summed cross-entropy in nats, number of targets)`, jitted; `params` has the
-    buffers, too.
+    buffers, too. With a `preference` it is the summed loss, and the number of pairs.
     """
 
     def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        (main, _, ce), *_ = losses(params, batch, config, compute)[0]
+        if preference is None:
+            (main, _, ce), *_ = losses(params, batch, config, compute)[0]
+        else:
+            pairs = model_batch(batch, config)
+            (main, _, ce), *_ = preference_losses(params, pairs, config, compute, preference)[0]
         return ce, main.weights.sum()
 
     return jax.jit(eval_step)

@@ -92,6 +92,34 @@ class WeightMapping:
         left, _, right = self.pattern.partition("->")
         return self._rearrange(value, f"{right} -> {left}", self._sizes(value.shape))
 
+    @property
+    def inputs_first(self) -> bool:
+        """True where the source of a projection is [inputs, outputs], and not [outputs, inputs]."""
+        left, right = self._sides()
+        return right[int("{expert}" in self.source)][0] in left[int("{expert}" in self.source)]
+
+    def adapter_to_source(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the low-rank matrices [*in, R] and [R, *out] of one layer as [R, in] and [*out, R].
+
+        The outputs have the dimensions that they have in the pattern.
+        """
+        left, right = self._sides()
+        inputs, outputs = right[: a.ndim - 1], right[a.ndim - 1 :]
+        inner = {axis for group in inputs for axis in group}
+        sizes = self._sizes(a.shape[:-1] + b.shape[1:])
+
+        def rearranged(value: np.ndarray, old: str, new: str) -> np.ndarray:
+            return self._rearrange(
+                value, f"{old} -> {new}", {axis: n for axis, n in sizes.items() if axis in old.split()}
+            )
+
+        def text(groups: list[list[str]]) -> str:
+            return " ".join(f"( {' '.join(group)} )" for group in groups)
+
+        into, out = ([g for g in left if (g[0] in inner) is inside] for inside in (True, False))
+        a = rearranged(a, f"{text(inputs)} rank", f"rank {text(into)}")
+        return a, rearranged(b, f"rank {text(outputs)}", f"{text(out)} rank")
+
     def in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape in the file of a tensor that has `shape` in the pattern."""
         return (shape[0] * shape[1], *shape[2:]) if self.merged else shape

@@ -15,7 +15,7 @@ def sweep_base(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     changes = {
         "data.path": str(tiny_run.write_texts(folder / "texts")),
         "data.cache_dir": str(folder / "cache"),
-        "num_steps": 6,
+        "num_steps": 4,
         "optimizer.warmup_steps": 1,
         "checkpoint.every_steps": 2,
         "logging.sample_prompts": (),

@@ -119,6 +119,25 @@ def test_a_missing_baseline_is_said(tmp_path: Path):
     assert {record["difference"] for record in sweep.records()} == {None}
 
 
+def test_what_was_adjusted_is_said(tmp_path: Path):
+    """Matched widths and tuned values, one or several, with what they cost."""
+    matched = {"key": "model.feed_forward.intermediate_size", "value": 51, "quantity": "parameters"}
+    cost = {"tokens": 12345, "seconds": 3.21, "trials": []}
+    one = {"key": "optimizer.learning_rate", "value": 0.0031622} | cost
+    both = {"key": "optimizer.learning_rate,optimizer.weight_decay", "value": [0.01, 0.1]} | cost
+    variants = (
+        dataclasses.replace(BASE, tuned=one),
+        dataclasses.replace(OTHER, tuned=both, matched=matched | {"target": 10000, "got": 9990}),
+    )
+    notes = sweep_of(tmp_path, variants, seeds=(0, 1)).notes()
+    assert notes == [
+        "base: optimizer.learning_rate=0.00316 was found with 12,345 tokens and 3.21 s",
+        "num_kv_heads=1: model.feed_forward.intermediate_size=51 for parameters 9,990, to match 10,000",
+        "num_kv_heads=1: optimizer.learning_rate=0.01, optimizer.weight_decay=0.1 was found with 12,345 tokens and "
+        "3.21 s",
+    ]
+
+
 def test_other_metrics_and_levels(tmp_path: Path):
     sweep = sweep_of(tmp_path)
     bits = sweep.by("val_bits_per_byte", level=0.5)
@@ -186,6 +205,7 @@ def test_its_forms_have_the_same_cells(tmp_path: Path):
     assert cells[len(titles) * 3] == "a|b <i>"
     rows = sweep.to_markdown().split("\n\n")[0].split("\n")
     table = [row.removeprefix("| ").removesuffix(" |").split(" | ") for row in (rows[0], *rows[2:])]
+    assert cells[len(titles) + 1 : len(titles) + 4] == ["2.600 ± 1.265", "baseline", "-"]
     assert [cell.replace("\\|", "|") for row in table for cell in row] == cells
     assert table[3][0] == "a\\|b <i>"
     for cell in cells:
@@ -194,6 +214,15 @@ def test_its_forms_have_the_same_cells(tmp_path: Path):
     frame = sweep.to_pandas()
     assert frame.loc["num_kv_heads=1", "model.attention.num_kv_heads"] == 1
     assert frame["mean"].tolist() == [record["mean"] for record in sweep.records()]
+
+
+def test_a_notebook_shows_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The table as text, which a notebook asks for as well, prints nothing there."""
+    sweep = sweep_of(tmp_path)
+    expected = repr(sweep)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("rich.jupyter.display", lambda *_: pytest.fail("was shown twice"))
+    assert repr(sweep) == expected
 
 
 def test_the_figure_has_what_differs(tmp_path: Path):

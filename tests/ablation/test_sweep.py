@@ -1,5 +1,6 @@
 """A sweep is its runs: the same numbers as one after another by hand, also where it was stopped and called again."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -38,7 +39,7 @@ def numbers(sweep: SweepRecord) -> dict[tuple[str, int], list[dict[str, float]]]
 def test_the_runs_are_those_of_train(sweep: SweepRecord, sweep_base: RunConfig, tmp_path: Path):
     found = numbers(sweep)
     assert list(found) == [(name, seed) for name in VARIANTS for seed in SEEDS]
-    for name, seed in (("MQA", 0), ("slow", 3)):
+    for name, seed in (("MQA", 0),):
         run = train(override(sweep_base, {**VARIANTS[name], "seed": seed}), tmp_path / f"{name}{seed}", quiet=True)
         for line, expected in zip(found[name, seed], run.metrics(), strict=True):
             assert line == {key: pytest.approx(expected[key], rel=1e-5) for key in line}
@@ -50,6 +51,16 @@ def test_the_runs_are_those_of_train(sweep: SweepRecord, sweep_base: RunConfig, 
             (run.directory / "data.json").read_text()
         )
     assert llama_jax.generate_text(open_run(sweep.trials[0].directory).load(), ["the"], max_new_tokens=1)
+
+
+def test_one_after_another_they_are_those_of_train_bit_by_bit(sweep_base: RunConfig, tmp_path: Path):
+    """A mesh that was chosen is kept: each run is split over it."""
+    config = override(sweep_base, {"mesh.data": 2, "mesh.fsdp": 4})
+    llama_jax.ablate(config, {"base": {}}, seeds=[3], run_dir=tmp_path / "s", quiet=True)
+    found = read_sweep(tmp_path / "s")
+    train(override(config, {"seed": 3}), tmp_path / "base" / "seed-3", quiet=True)
+    by_hand = dataclasses.replace(found.trials[0], metrics=open_run(tmp_path / "base" / "seed-3").metrics())
+    assert numbers(dataclasses.replace(found, trials=(by_hand,))) == numbers(found)
 
 
 def test_variants_of_a_seed_have_one_order_of_data_and_shared_first_values(sweep: SweepRecord):
@@ -70,14 +81,14 @@ def test_costs_are_recorded(sweep: SweepRecord, sweep_base: RunConfig):
     assert base.num_parameters == llama_jax.num_parameters(sweep_base.model)
     assert base.cache_bytes_per_token == 2 * (mqa.cache_bytes_per_token or 0) == 2 * 2 * 8 * 4
     for variant in sweep.variants:
-        # Parameters, two moments and the steps of the run and of the optimizer, on each of the devices.
-        assert variant.state_bytes == pytest.approx(12 * (variant.num_parameters or 0) / jax.device_count(), rel=0.2)
+        # Parameters, two moments and the steps of the run and of the optimizer.
+        assert variant.state_bytes == 12 * (variant.num_parameters or 0) + 2 * 4
         assert (variant.peak_bytes or 0) > (variant.state_bytes or 0)
 
 
 def test_a_sweep_that_is_done_does_nothing(sweep: SweepRecord, sweep_base: RunConfig, monkeypatch: pytest.MonkeyPatch):
     before = {file: file.stat().st_mtime for file in sweep.directory.rglob("*.jsonl")}
-    monkeypatch.setattr("llama_jax.ablation.execution.Lane", None)
+    monkeypatch.setattr("llama_jax.ablation.execution.Sweeper.prepare", None)
     again = llama_jax.ablate(sweep_base, VARIANTS, seeds=SEEDS, run_dir=sweep.directory, quiet=True)
     assert numbers(read_sweep(sweep.directory)) == numbers(sweep)
     assert again is not None
@@ -99,7 +110,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     monkeypatch.setattr(training.Loop, "_log", log)
 
 
-@pytest.mark.parametrize("steps", [3, 11, 24])
+@pytest.mark.parametrize("steps", [3, 14])
 def test_a_sweep_that_was_stopped_goes_on(
     sweep: SweepRecord, sweep_base: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ):
@@ -126,7 +137,7 @@ def test_more_seeds_and_variants_are_added(sweep_base: RunConfig, tmp_path: Path
 
 def test_other_arguments_in_the_directory_of_a_sweep(sweep: SweepRecord, sweep_base: RunConfig, tmp_path: Path):
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"steps": 7}, "num_steps=6, not 7"),
+        ({"steps": 7}, "num_steps=4, not 7"),
         ({"variants": {"MQA": {"model.attention.num_kv_heads": 4}}}, "variant 'MQA'=.*: 1}, not .*: 4}"),
         ({"match": "parameters"}, r"match=None, not \['parameters', None\]"),
         ({"baseline": "MQA"}, "baseline='base', not 'MQA'"),
@@ -135,6 +146,11 @@ def test_other_arguments_in_the_directory_of_a_sweep(sweep: SweepRecord, sweep_b
         arguments = {"base": sweep_base, "variants": VARIANTS, "seeds": SEEDS, "run_dir": sweep.directory} | changed
         with pytest.raises(UserError, match=f"holds a sweep with {sentence}: give another run_dir"):
             llama_jax.ablate(arguments.pop("base"), arguments.pop("variants"), **arguments)
+    with pytest.raises(UserError, match="is a URL: give a local directory"):
+        llama_jax.ablate(sweep_base, VARIANTS, run_dir="s3://bucket/sweep")
+    config = override(sweep_base, {"data.validation_fraction": 0.0})
+    with pytest.raises(UserError, match="variant 'base': there is no held-out text to compare val_loss on"):
+        llama_jax.ablate(config, VARIANTS, run_dir=tmp_path / "s", quiet=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=re.escape("is not empty and has no sweep.json")):
         llama_jax.ablate(sweep_base, VARIANTS, run_dir=tmp_path)
@@ -166,15 +182,17 @@ def test_one_bar_over_all(sweep_base: RunConfig, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(Bar, "advance", advance)
     llama_jax.ablate(sweep_base, VARIANTS, seeds=SEEDS, steps=2, run_dir=tmp_path / "s")
-    assert len(seen) == 2 * 3 * 2
-    assert [text.split("  ")[0] for text in seen[::2]] == [f"{n}, seed {s}" for n in VARIANTS for s in SEEDS]
-    assert [re.search(r"\d+/12", text)[0] for text in seen] == [f"{i}/12" for i in range(1, 13)]  # type: ignore[index]
+    names = [text.split("  ")[0] for text in seen]
+    assert list(dict.fromkeys(names)) == ["sweep", "base and 1 more", "MQA, seed 0, seed 3"]
+    steps = [int(found[1]) for text in seen if (found := re.search(r"(\d+)/12", text))]
+    assert steps == sorted(steps)
+    assert set(steps) == set(range(13))
 
 
 def test_a_sweep_compiles_nothing_that_its_runs_have_compiled(
     sweep: SweepRecord, sweep_base: RunConfig, tmp_path: Path
 ):
-    """Three variants of two programs were run by the fixture: other seeds, rates and steps compile nothing more."""
+    """Three variants of two programs were run by the fixture: other seeds, rates and steps compile nothing."""
     events: list[str] = []
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
@@ -182,7 +200,7 @@ def test_a_sweep_compiles_nothing_that_its_runs_have_compiled(
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        variants = {**VARIANTS, "slower": {"optimizer.learning_rate": 1e-4}}
+        variants = {**VARIANTS, "slow": {"optimizer.learning_rate": 1e-4, "optimizer.weight_decay": 0.0}}
         llama_jax.ablate(sweep_base, variants, seeds=[5, 6], steps=3, run_dir=tmp_path / "s", quiet=True)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)

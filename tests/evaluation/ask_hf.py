@@ -23,9 +23,9 @@ ROLLING = [A, B, LONG, "a"]
 GENERATE = [
     (A, {"until": [], "max_gen_toks": 12}),
     (B, {"until": ["222", "ing"], "max_gen_toks": 12}),
-    (A + " and", {"until": ["e", " t"], "max_gen_toks": 20}),
-    (LONG, {"until": ["\n\n"], "max_gen_toks": 10, "do_sample": False}),
-    ("a", {"until": ["the king", "er"], "max_gen_toks": 20}),
+    (A + " and", {"until": ["e", " t"], "max_gen_toks": 12}),
+    (LONG, {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}),
+    ("a", {"until": ["the king", "er"], "max_gen_toks": 12}),
 ]
 CHATS = [
     [{"role": "user", "content": A}],

@@ -4,6 +4,7 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import llama_jax
@@ -36,7 +37,8 @@ def test_numbers_by_task_and_metric(scores):
     assert saved["tasks"]["tiny_write"]["num_fewshot"] == 1
     assert saved["versions"].keys() == {"llama_jax", "jax", "lm_eval"}
     assert scores.metrics()["eval/tiny_pick/acc"] == 0.25
-    assert "| tiny_pick | acc | 0.2500 | 0.2500 | 4 |" in scores.to_markdown()
+    assert "<td>tiny_pick</td><td>acc</td><td>0.2500</td><td>0.2500</td><td>4</td>" in scores._repr_html_()
+    assert ["tiny_pick", "acc", "0.2500", "0.2500", "4"] in [line.split() for line in repr(scores).splitlines()]
     assert {"name": "tiny_pick", "metric": "acc", "value": 0.25, "stderr": 0.25, "n": 4} in scores.records()
 
 
@@ -51,9 +53,11 @@ def test_choices_after_one_context_are_one_row(finished_run: Run):
     rows = []
     score = lm.scorer.score
     lm.scorer.score = lambda given: rows.extend(given) or score(given)  # type: ignore[method-assign]
-    found = lm._loglikelihood_tokens([(None, [5, 6, 7], [i]) for i in range(8, 12)])
-    assert [(list(inputs), list(choices)) for inputs, choices in rows] == [([5, 6, 7], [8, 9, 10, 11])]
-    alone = [lm._loglikelihood_tokens([(None, [5, 6, 7], [i])])[0] for i in range(8, 12)]
+    best = int(np.asarray(lm.lm.model(np.array([[5, 6, 7]])))[0, -1].argmax())
+    found = lm._loglikelihood_tokens([(None, [5, 6, 7], [i]) for i in (8, 9, 10, best)])
+    assert [(list(inputs), list(choices)) for inputs, choices in rows] == [([5, 6, 7], [8, 9, 10, best])]
+    assert [greedy for _, greedy in found] == [False, False, False, True]
+    alone = [lm._loglikelihood_tokens([(None, [5, 6, 7], [i])])[0] for i in (8, 9, 10, best)]
     assert [logprob for logprob, _ in found] == pytest.approx([logprob for logprob, _ in alone], rel=1e-6)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 import llama_jax
 from llama_jax.checkpoint import LanguageModel
@@ -30,6 +30,7 @@ def nats_of(lm: LanguageModel, text: str) -> float:
     return -float(logprobs[np.arange(len(ids) - 1), ids[1:]].sum())
 
 
+@settings(max_examples=40)
 @given(st.integers(0, 60), st.integers(1, 20), st.data())
 def test_every_token_is_scored_once_with_its_context(length: int, window: int, data: st.DataObject):
     stride = data.draw(st.integers(1, window))
@@ -87,6 +88,7 @@ def test_held_out_text_of_a_run(finished_run: Run):
     scores.path.unlink()
 
 
+@pytest.mark.slow
 def test_rows_of_single_documents_give_the_runs_own_number(finished_run: Run, tmp_path: Path):
     """A document in each row, and no window cuts one: `val_bits_per_byte` is that of the evaluation."""
     texts = tmp_path / "texts"

@@ -16,12 +16,13 @@ from llama_jax.inspect.recorded import Inputs, Pass
 from llama_jax.models import Compute, DecoderConfig, LayerOverride, Model, abstract_params, assemble, from_params
 from llama_jax.nn import Mixer, MixerModule, attention_weights
 from llama_jax.run import load_config
+from llama_jax.zoo.gpt2 import gpt3
 
 HERE = Path(__file__).parent
 GOLDENS = HERE.parent / "parity" / "goldens"
 EXPECTED = dict(np.load(HERE / "attentions.npz"))
 IDS = EXPECTED.pop("ids")
-QUICK = ("llama_gqa", "gpt2", "deepseek_v32", "t5_v1_1_cross")
+QUICK = ("llama_gqa", "gpt2", "deepseek_v32")
 TEXT = np.array([[5, 9, 3, 9, 5, 7, 8, 2, 1, 6, 6, 4]])
 
 
@@ -109,10 +110,33 @@ def empty(config: DecoderConfig) -> Model:
     return from_params(config, params, Compute(dtype="float32"))
 
 
+@pytest.mark.parametrize(
+    "name", ["tiny_lstm", *(pytest.param(f"tiny_{kind}", marks=pytest.mark.slow) for kind in ("ngram", "rnn", "gru"))]
+)
+def test_recurrent_layers_have_none(name: str):
+    size = {"attention.hidden_size": 16} if name == "tiny_ngram" else {"attention.state_size": 16}
+    config = override(load_config(name).model, size | {"vocab_size": 40, "hidden_size": 16})
+    kind = type(config.attention).__name__
+    with pytest.raises(UserError, match=f"layer 0 has no attention weights: {kind} does not call"):
+        attention_maps(empty(config), TEXT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["chatglm2", "gpt3"])
+def test_other_families_see_what_they_may(name: str):
+    """Rows of weights that sum to 1 and see nothing later; every second layer of GPT-3 sees a few keys only."""
+    if name == "gpt3":
+        model = empty(gpt3(2, 32, 8, window=4, max_positions=64, vocab_size=40))  # equal weights
+    else:
+        model = llama_jax.load(GOLDENS / name, dtype="float32").model
+    weights = attention_maps(model, TEXT).weights
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+    assert (np.triu(weights, 1) == 0).all()
+    if name == "gpt3":
+        assert [bool(np.tril(layer, -4).any()) for layer in weights] == [True, False]
+
+
 def test_says_where_there_are_none(two_layers: DecoderConfig):
-    lstm = override(load_config("tiny_lstm").model, {"vocab_size": 40, "attention.state_size": 16, "hidden_size": 16})
-    with pytest.raises(UserError, match="layer 0 has no attention weights: LSTM does not call"):
-        attention_maps(empty(lstm), TEXT)
     mixed = LayerOverride((0,), Mean())
     model = empty(dataclasses.replace(two_layers, overrides=(mixed,)))
     assert attention_maps(model, TEXT).layers == (1,)  # those that have some

@@ -32,43 +32,57 @@ def params_of(run: Run, step: int) -> dict[str, np.ndarray]:
     return {name: np.asarray(x) for name, x in run.load(step).model.params().items()}
 
 
-def test_gradient_is_that_of_the_step(run: Run):
-    logged = {line["step"]: line["grad_norm"] for line in run.metrics()}
-    norms = inspect.gradient_norms(run.load(2), run.batch(2))
-    assert norms.total == pytest.approx(logged[3], rel=1e-4)
+def test_gradient_is_that_of_the_step(finished_run: Run):
+    logged = {line["step"]: line["grad_norm"] for line in finished_run.metrics()}
+    norms = inspect.gradient_norms(finished_run.load(8), finished_run.batch(8))
+    assert norms.total == pytest.approx(logged[9], rel=1e-4)
     assert norms.by_layer.shape == (2,)
     assert np.sqrt((norms.by_layer**2).sum()) == pytest.approx(norms.total)
 
 
 @pytest.mark.slow
-def test_gradient_is_the_same_on_a_mesh(run: Run):
-    batch, lm = run.batch(2), run.load(2, mesh={"fsdp": 2, "tensor": 2, "context": 2})
-    assert inspect.gradient_norms(lm, batch).total == pytest.approx(run.metrics()[2]["grad_norm"], rel=1e-4)
+def test_gradient_is_the_same_on_a_mesh(finished_run: Run):
+    batch, lm = finished_run.batch(8), finished_run.load(8, mesh={"fsdp": 2, "tensor": 2, "context": 2})
+    logged = {line["step"]: line["grad_norm"] for line in finished_run.metrics()}
+    assert inspect.gradient_norms(lm, batch).total == pytest.approx(logged[9], rel=1e-4)
 
 
-def test_update_is_the_difference_of_two_checkpoints(run: Run):
-    """Taken again, between checkpoints, and logged while training."""
-    again, between = inspect.update_norms(run, 2), inspect.update_norms(run, 2, until=3)
-    assert (again.steps, between.steps) == ((2, 3), (2, 3))
-    before, after = params_of(run, 2), params_of(run, 3)
-    for name, values in before.items():
-        change = np.sqrt(((after[name] - values) ** 2).sum(tuple(range(1, values.ndim))))
-        if name.startswith("layers."):
-            for norms in (again, between):
-                np.testing.assert_allclose(norms.update.layers[name.removeprefix("layers.")], change, rtol=1e-4)
-        else:
-            whole = np.sqrt((values**2).sum())
-            assert again.ratio.others[name] == pytest.approx(np.sqrt((change**2).sum()) / whole, rel=1e-4)
+def changes(run: Run, first: int, last: int) -> dict[str, np.ndarray]:
+    """The norm of the difference of two checkpoints by parameter, of a stacked one by layer."""
+    before, after = params_of(run, first), params_of(run, last)
+    axes = {name: tuple(range(int(name.startswith("layers.")), x.ndim)) for name, x in before.items()}
+    return {name: np.sqrt(((after[name] - x) ** 2).sum(axes[name])) for name, x in before.items()}
+
+
+def check_update(norms: inspect.UpdateNorms, wanted: dict[str, np.ndarray]) -> None:
+    for name, change in wanted.items():
+        kind = name.removeprefix("layers.")
+        found = norms.update.layers[kind] if kind != name else norms.update.others[name]
+        np.testing.assert_allclose(found, change, rtol=1e-4, err_msg=name)
+
+
+def test_update_is_the_difference_of_two_checkpoints(finished_run: Run):
+    norms = inspect.update_norms(finished_run, 8, until=12)
+    check_update(norms, changes(finished_run, 8, 12))
+    whole = np.linalg.norm(params_of(finished_run, 8)["norm.weight"])
+    assert norms.ratio.others["norm.weight"] == pytest.approx(norms.update.others["norm.weight"] / whole, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_update_of_a_step_taken_again_or_logged(run: Run):
+    norms = inspect.update_norms(run, 2)
+    assert norms.steps == (2, 3)
+    check_update(norms, changes(run, 2, 3))
     history = inspect.update_history(run)
     assert history.steps.tolist() == [2, 3, 4]  # the first has nothing before it
-    np.testing.assert_allclose(history.update[1], between.update.by_layer, rtol=1e-4)
-    np.testing.assert_allclose(history.parameter[1], between.parameter.by_layer, rtol=1e-4)
+    np.testing.assert_allclose(history.update[1], norms.update.by_layer, rtol=1e-4)
+    np.testing.assert_allclose(history.parameter[1], norms.parameter.by_layer, rtol=1e-4)
 
 
-def test_expert_load_over_steps(run: Run, tmp_path: Path):
+def test_expert_load_over_steps(finished_run: Run, tmp_path: Path):
     lines = [{"step": i, "experts_load": [0.7, 0.1, 0.1, 0.1], "dropped_share": 0.25} for i in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    load = inspect.expert_load(Run(tmp_path, run.config))
+    load = inspect.expert_load(Run(tmp_path, finished_run.config))
     assert (load.axis, load.places.tolist(), load.dropped.tolist()) == ("step", [1, 2], [0.25, 0.25])
     assert load.entropy[0] == pytest.approx(scipy.stats.entropy(lines[0]["experts_load"], base=4))
 
@@ -106,15 +120,18 @@ def test_activations_are_those_of_the_layers(two_layers: DecoderConfig, random_p
     assert set(places.sublayers) == {"attention", "feed_forward"}
 
 
-def test_mistakes_are_sentences(run: Run, tiny_config: DecoderConfig, random_params: Any, tmp_path: Path):
+def test_mistakes_are_sentences(finished_run: Run, tiny_config: DecoderConfig, random_params: Any, tmp_path: Path):
     model = from_params(tiny_config, random_params(tiny_config), Compute(dtype="float32"))
     for call, message in (
         (lambda: inspect.expert_load(model), "give a text for a loaded model, or a run"),
         (lambda: inspect.expert_load(model, [1, 2]), "the model has no experts"),
         (lambda: inspect.gradient_norms(model, [1]), "needs 2 tokens"),
-        (lambda: inspect.update_norms(run, 17), "no checkpoint of step 17"),
-        (lambda: inspect.update_history(Run(tmp_path, run.config)), "has no update_norm: train with callbacks="),
-        (lambda: inspect.expert_load(run), "has no experts_load among its metrics"),
+        (lambda: inspect.update_norms(finished_run, 17), "no checkpoint of step 17"),
+        (
+            lambda: inspect.update_history(Run(tmp_path, finished_run.config)),
+            "has no update_norm: train with callbacks=",
+        ),
+        (lambda: inspect.expert_load(finished_run), "has no experts_load among its metrics"),
     ):
         with pytest.raises(UserError, match=message):
             call()

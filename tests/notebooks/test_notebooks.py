@@ -30,6 +30,11 @@ def test_there_are_notebooks():
 
 
 @by_name
+def test_some_test_runs_it(path: Path):
+    assert f"test_{path.stem}_runs" in globals()
+
+
+@by_name
 def test_notebook_and_script_are_paired(path: Path):
     script = path.with_suffix(".py")
     assert cells(nbformat.read(path, 4)) == cells(jupytext.read(script)), (

@@ -43,6 +43,7 @@ COMMANDS = {
     "train config": "train URL/config.py --run-dir OUT",
     "train run_dir": "train CONFIG --data.path TEXTS --run-dir URL",
     "compare runs": "compare URL",
+    "report runs": "report URL",
     "plan config": "plan URL/config.py --topology v5e:8x8",
 }
 COMMAND_WORDS = {
@@ -53,7 +54,7 @@ COMMAND_WORDS = {
     "sample ignore_config_keys", "convert ignore_config_keys", "prepare chat_template", "prepare document_chars",
     "prepare max_record_bytes", "prepare validation_fraction", "train more", "plan more", "plan topology",
     "plan chip", "compare metric", "compare png", "train coordinator_address", "train num_processes",
-    "train process_id",
+    "train process_id", "report metric", "report html",
 }  # fmt: skip
 
 # Keys that are paths, with what else a run needs for them. A source's stand in a config file.
@@ -82,6 +83,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "prepare_shards directory": lambda url, run, config: data.prepare_shards(
         config.data, run.tokenizer, [0], directory=url
     ),
+    "report paths": lambda url, run, config: llama_jax.report(url),
     "resume run_dir": lambda url, run, config: llama_jax.resume(url),
     "save directory": lambda url, run, config: llama_jax.save(run.load(), url),
     "Tokenizer.save directory": lambda url, run, config: run.tokenizer.save(url),

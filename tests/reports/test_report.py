@@ -1,10 +1,13 @@
 """A report: the page has the runs' numbers and nothing that runs or is fetched, and a served one follows its runs."""
 
+import base64
 import html
 import html.parser
 import http.client
 import json
 import re
+import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,9 +19,11 @@ from hypothesis import given, settings, strategies as st
 
 import llama_jax
 from llama_jax.__main__ import main
+from llama_jax.ablation import VariantRecord
 from llama_jax.config import UserError, override, to_json
 from llama_jax.reports import server
 from llama_jax.run import compare_runs
+from tests.ablation.made import write_sweep
 
 type Make = Callable[..., Path]
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&<!--<script>"
@@ -144,9 +149,11 @@ def test_terminal_has_the_table_of_compare(make: Make, capsys: pytest.CaptureFix
     runs = [str(make(f"s{seed}", lines_of(6, 2 + seed), {"seed": seed})) for seed in range(2)]
     runs.append(str(make("wide", lines_of(4), {"model.hidden_size": 64})))
     assert main(["compare", "--all", *runs]) == 0
-    table = capsys.readouterr().out.split("\n\n")[0]
+    table = capsys.readouterr().out.split("\n\n")[0].splitlines()
     assert main(["report", *runs]) == 0
-    assert capsys.readouterr().out.startswith(table + "\n\n")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[: len(table[0])] for line in lines[: len(table)]] == table
+    assert lines[0].split()[-1] == "tokens"
 
 
 def test_report_shows_what_a_run_has(make: Make, capsys: pytest.CaptureFixture[str]):
@@ -184,6 +191,31 @@ def test_time_follows_the_size_of_batches(make: Make):
     [record] = compare_runs([run])
     assert record.seconds() == [8, 8 + 16]
     assert record.numbers("loss")["seconds"] == 24
+
+
+def test_a_sweep_has_its_table_and_its_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    variants = [VariantRecord("base", num_parameters=1000), VariantRecord(HOSTILE, {"model.attention.num_kv_heads": 1})]
+    folder = write_sweep(
+        tmp_path / "sweeps" / "one", variants, lambda place, seed: 2 + place + seed / 10 + place * seed
+    )
+    plain = Page(llama_jax.report(folder / "base" / "seed-0").html())
+    for place in (folder / "sweep.json", folder.parent):  # of the folder of sweeps, too
+        _, page = page_of(capsys, place)
+        [sweep] = page.data["sweeps"]
+        assert (page.data["title"], page.tags) == ("Report: one", plain.tags)
+        assert sweep["table"]["variant"] == ["base", HOSTILE]
+        assert sweep["table"]["val_loss"][0].startswith("2.10")
+        assert base64.b64decode(sweep["plots"][0].partition(",")[2]).startswith(b"\x89PNG")
+        assert sweep["state"] == "6 of 6 runs are done"
+        assert len(page.data["runs"]) == 6
+        assert len({run["group"] for run in page.data["runs"]}) == 2
+    shutil.rmtree(folder / variants[1].directory)
+    assert llama_jax.report(folder).data["sweeps"][0]["state"] == "3 of 6 runs are done"
+    shutil.rmtree(folder / "base")
+    data = llama_jax.report(folder).data  # nothing has begun
+    assert (data["sweeps"][0]["state"], data["sweeps"][0]["table"], data["runs"]) == ("0 of 6 runs are done", {}, [])
+    assert main(["report", str(folder)]) == 0
+    assert "0 of 6 runs are done" in capsys.readouterr().out
 
 
 def test_long_runs_keep_their_validations(make: Make, monkeypatch: pytest.MonkeyPatch):
@@ -262,11 +294,10 @@ def test_a_served_report_follows_its_run(served: tuple[Path, Callable[..., http.
     assert (second.status, json.loads(second.read())["runs"][0]["metrics"]) == (200, {"loss": [2.0]})
     config = (run / "config.json").read_text()
     (run / "config.json").write_text("{")
-    failed = ask("/data")
-    assert failed.status == 503
-    assert "config.json" in json.loads(failed.read())["error"]
+    assert "config.json" in json.loads(ask("/data").read())["error"]
+    assert ask("/").status == 503
     (run / "config.json").write_text(config)
-    assert ask("/data").status == 200
+    assert json.loads(ask("/data").read())["runs"][0]["steps"] == [1]
 
 
 def test_a_served_report_is_for_this_machine_alone(served: tuple[Path, Callable[..., http.client.HTTPResponse]]):
@@ -279,3 +310,65 @@ def test_a_taken_port_is_a_sentence(make: Make):
     run = str(make("a"))
     with server([run]) as running, pytest.raises(UserError, match=rf"^port={running.server_port} is taken: give"):
         server([run], port=running.server_port)
+
+
+CHECKS = """
+const wait = (done) => setTimeout(done, 200);
+function check(name, found) { document.body.dataset[name] = String(found); }
+wait(() => {
+  const canvas = document.querySelector("#charts canvas"), key = (key) =>
+    canvas.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  check("charts", document.querySelectorAll("#charts canvas").length);
+  canvas.focus();
+  key("End");
+  check("read", canvas.getAttribute("aria-valuetext"));
+  key("+");
+  check("zoomed", state.zoom !== null && state.zoom[1] === 9);
+  key("Escape");
+  for (const [id, value] of [["x", "tokens"], ["smooth", "0.9"]]) {
+    find(id).value = value;
+    find(id).dispatchEvent(new Event(id === "x" ? "change" : "input"));
+  }
+  for (const id of ["logx", "logy", "whole", "mean"]) find(id).click();
+  wait(() => {
+    const painted = [...document.querySelectorAll("#charts canvas, #heatmaps canvas")].filter((one) =>
+      one.getContext("2d").getImageData(0, 0, one.width, one.height).data.some((part) => part));
+    check("painted", painted.length);
+    key("End");
+    check("mean", canvas.getAttribute("aria-valuetext"));
+    const beyond = (one) => one.getBoundingClientRect().right > document.documentElement.clientWidth + 1;
+    const wide = [...document.body.querySelectorAll("*")].filter((one) => !one.closest(".scroll") && beyond(one));
+    check("wide", wide.map((one) => one.tagName + one.className));
+    const controls = [...document.querySelectorAll("button, input, select, canvas[tabindex], summary")];
+    const named = (one) => one.textContent.trim() || one.getAttribute("aria-label") || one.labels?.length;
+    check("unnamed", controls.filter((one) => !named(one)).length);
+    find("legend").querySelector("button + button").click();
+    check("empty", canvas.getAttribute("aria-label"));
+  });
+});
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser")
+@pytest.mark.parametrize("width", [360, 1440])
+def test_a_browser_draws_the_page_and_obeys_the_keyboard(make: Make, tmp_path: Path, width: int):
+    for seed, name in enumerate(["a", HOSTILE.replace("/", "")]):
+        make(name, lines_of(9, 2 + seed), {"seed": seed}, samples=HOSTILE)
+    page = llama_jax.report(str(tmp_path / "runs")).html()
+    file = tmp_path / "page.html"
+    file.write_text(page.replace("</body>", f"<script>{CHECKS}</script></body>"), encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--window-size={width},900"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000", "--dump-dom", file.as_uri()]
+    done = subprocess.run(["chromium", *flags], capture_output=True, text=True, timeout=100)
+    assert "CONSOLE" not in done.stderr
+    found = next(attributes for tag, attributes in Page(done.stdout).tags if tag == "body")
+    assert found["data-read"] == f"step 9: a {2 + 0.1 / 9:.4f}, {HOSTILE.replace('/', '')} {3 + 0.1 / 9:.4f}"
+    keep = 0.9**3  # three logged lines between validations
+    weights = {3: 0.1 * keep**2, 6: (1 - keep) * keep, 9: 1 - keep}
+    mean = sum(weight * (2.5 + 0.1 / step) for step, weight in weights.items()) / sum(weights.values())
+    assert found["data-mean"] == f"tokens 2,304: a and 1 more, mean {mean:.4f}"
+    assert found["data-empty"] == "val_loss: nothing to draw yet"
+    rest = {name: found[f"data-{name}"] for name in ("charts", "painted", "zoomed", "wide", "unnamed")}
+    assert rest == {"charts": "5", "painted": "6", "zoomed": "true", "wide": "", "unnamed": "0"}
+    assert not {"img"} & {tag for tag, _ in Page(done.stdout).tags}

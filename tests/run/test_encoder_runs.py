@@ -16,6 +16,7 @@ from llama_jax.commands import sample_command
 from llama_jax.config import UserError
 from llama_jax.data import DataConfig, ValidationBatches
 from llama_jax.data.objectives import Classification, MaskedLM
+from llama_jax.evaluation import evaluate
 from llama_jax.run import LoggingConfig, Run, RunConfig, train
 from llama_jax.run.preparing import inheritance
 from llama_jax.tokenizers import TokenizerConfig
@@ -114,6 +115,8 @@ def test_a_fine_tuned_classifier_is_right_about_texts_it_has_not_seen(pretrained
     correct, asked = (sum(float(x) for x in column) for column in zip(*counts, strict=True))
     assert asked >= 10
     assert correct == asked
+    found = evaluate(run, quiet=True).results["held-out"]
+    assert (found["n"], found["accuracy"], found["f1_macro"], found["mcc"]) == (asked, 1.0, 1.0, 1.0)
 
 
 def test_a_run_begins_with_the_weights_that_it_is_given(pretrained: Run, tmp_path: Path):

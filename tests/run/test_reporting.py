@@ -10,13 +10,25 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any, ClassVar
 
+import jax
 import pytest
 
 from llama_jax.config import override, to_json
 from llama_jax.models import DecoderConfig, num_parameters
 from llama_jax.nn import Experts, SoftmaxTopK
 from llama_jax.run import Logger, Run, RunConfig, open_run, train
-from llama_jax.run.reporting import TensorBoard, WeightsAndBiases, commands, overview
+from llama_jax.run.reporting import TensorBoard, WeightsAndBiases, commands, overview, peak_memory
+
+
+@pytest.mark.parametrize(
+    ("stats", "found"), [({"peak_bytes_in_use": 5}, {"peak_memory_bytes": 5}), ({"bytes_in_use": 5}, {}), (None, {})]
+)
+def test_peak_memory_is_the_allocator_s(
+    stats: dict[str, int] | None, found: dict[str, int], monkeypatch: pytest.MonkeyPatch
+):
+    device = types.SimpleNamespace(memory_stats=lambda: stats)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert peak_memory() == found
 
 
 def curve(directory: Path) -> list[tuple[int, float]]:

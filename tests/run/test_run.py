@@ -39,7 +39,8 @@ def copy(finished_run: Run, tmp_path: Path) -> Path:
 
 def test_directory_holds_everything(finished_run: Run):
     top = {path.name for path in finished_run.directory.iterdir()}
-    assert top == {"config.json", "data.json", "tokenizer", "metrics.jsonl", "checkpoints", "samples.txt"}
+    files = {"config.json", "data.json", "metrics.jsonl", "starts.jsonl", "samples.txt"}
+    assert top == files | {"tokenizer", "checkpoints"}
     assert finished_run.steps() == [8, 12]
 
 
@@ -113,6 +114,20 @@ def test_samples_continue_the_prompts(finished_run: Run):
     sample = (finished_run.directory / "samples.txt").read_text()
     assert sample.startswith("the cat")
     assert len(sample) > 20
+
+
+def test_samples_while_it_trains_change_nothing_else(finished_run: Run, run_config: RunConfig, tmp_path: Path):
+    run = train(override(run_config, {"logging.sample_every_steps": 4}), tmp_path / "run")
+    texts = {file.name: file.read_text() for file in (run.directory / "samples").iterdir()}
+    assert texts.keys() == {"4.txt", "8.txt", "12.txt"}
+    assert all(text.startswith("the cat") for text in texts.values())
+    end = (run.directory / "samples.txt").read_text()
+    assert end == texts["12.txt"] != texts["4.txt"]
+    assert end == (finished_run.directory / "samples.txt").read_text()
+    losses = [[line["loss"] for line in one.metrics()] for one in (run, finished_run)]
+    assert losses[0] == losses[1]
+    [start] = [json.loads(line) for line in (run.directory / "starts.jsonl").read_text().splitlines()]
+    assert (start["step"], start["devices"], start["device"]) == (0, jax.device_count(), jax.devices()[0].device_kind)
 
 
 def test_opened_later_it_is_the_same(finished_run: Run, run_config: RunConfig):

@@ -125,6 +125,7 @@ CHANGES: dict[str, Callable[[RunConfig, Path], Any]] = {
     "checkpoint.keep_every_steps": lambda *_: 1,
     "logging.validation_batches": lambda *_: 1,
     "logging.sample_prompts": lambda *_: ("the cat", "a mat"),
+    "logging.sample_every_steps": lambda *_: 2,
     "logging.wandb_project": lambda *_: "mine",
     "profile.start_step": lambda *_: 5,
     "resume.allow": lambda *_: ("no.such.key",),

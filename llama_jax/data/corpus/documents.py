@@ -4,17 +4,19 @@ import collections
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from llama_jax.config import Json, UserError
-from llama_jax.data.chat import problem_of
+from llama_jax.data.chat import pair_of, problem_of
 from llama_jax.data.config import DataConfig, Split
 from llama_jax.data.corpus.files import find_files
 from llama_jax.data.readers import read_unit, units_by_shard
 from llama_jax.data.readers.records import SURROGATE, BadRecord, Part, Record, SkippedFile, Unit
 from llama_jax.tokenizers import Tokenizer
 
+ENDS = ("assistant", "assistant", "user")  # of the conversations of a pair, and of what both begin with
 NO_CONVERSATION = "messages that are no conversation"
 MAX_NAMED = 100  # bad records that are kept by name
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character
@@ -110,8 +112,13 @@ def _texts_of(part: Part, where: str) -> list[str]:
 
 def content_of(record: Record) -> bytes | BadRecord:
     """Return the bytes that the record's split depends on: texts in UTF-8, ids as 32-bit integers."""
-    for part in record.parts:
-        if isinstance(part, list) and (problem := problem_of(part)) is not None:
+    if (pair := pair_of(record.parts)) is not None:
+        conversations: Sequence[Any] = (*pair[:2], pair[0][: pair[2]])
+        problems = [problem_of(c, ends_with=e) for c, e in zip(conversations, ENDS, strict=True)]
+    else:
+        problems = [problem_of(part) for part in record.parts if isinstance(part, list)]
+    for problem in problems:
+        if problem is not None:
             return BadRecord(record.where, NO_CONVERSATION, problem)
     try:
         return b"\0".join([_bytes_of(part) for part in record.parts])

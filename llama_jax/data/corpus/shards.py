@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, get_args
 import numpy as np
 
 from llama_jax.config import Json, UserError
-from llama_jax.data.chat import chat_tokens
+from llama_jax.data.chat import ChatTemplate, chat_tokens, pair_of, pair_tokens
 from llama_jax.data.config import DataConfig, Split
 from llama_jax.data.corpus.documents import BadRecords, ScoredBytes, good_records, split_of, text_bytes
 from llama_jax.data.readers.records import EMPTY_PART, BadRecord, Record, Unit
@@ -78,7 +78,7 @@ class ShardMaker:
             for batch, done in self._batches(units, bad, skipped):
                 tokens = self._tokens_of_batch([record for record, _ in batch])
                 for (record, content), parts in zip(batch, tokens, strict=True):
-                    if len(record.parts) > 1 and not all(len(part) for part in parts):
+                    if len(record.parts) > 1 and not all(len(part) for part in parts[: len(record.parts)]):
                         bad.add(BadRecord(record.where, EMPTY_PART))
                         continue
                     split = split_of(content, config)
@@ -131,13 +131,16 @@ class ShardMaker:
     def _tokens_of(self, record: Record, encoded: Iterator[np.ndarray]) -> list[np.ndarray]:
         """Return the ids of each part; those of a text are the next of `encoded`."""
         parts = []
-        for part in record.parts:
+        pair = pair_of(record.parts)
+        for part in record.parts if pair is None else ():
             if isinstance(part, str):
                 parts.append(next(encoded))
             elif isinstance(part, np.ndarray):
                 parts.append(self._checked(part, record))
             else:
                 parts += self._tokens_of_chat(part, record)
+        if pair is not None:
+            parts = self._tokens_of_pair(pair, record)
         # Every document is put between BOS and EOS once: ids that come with them lose them first.
         start, end = self.tokenizer.start_ids, self.tokenizer.eos_ids[:1]
         if not isinstance(record.parts[0], str) and start and tuple(parts[0][: len(start)]) == start:
@@ -146,10 +149,20 @@ class ShardMaker:
             parts[-1] = parts[-1][:-1]
         return parts
 
-    def _tokens_of_chat(self, messages: list[Json], record: Record) -> list[np.ndarray]:
+    def _template(self, record: Record) -> ChatTemplate:
         if self.config.chat_template is None:
             raise UserError(f"{record.where} holds the messages of a chat: set chat_template")
-        tokens, starts = chat_tokens(messages, self.config.chat_template, self.tokenizer)
+        return self.config.chat_template
+
+    def _tokens_of_pair(self, pair: tuple[Any, Any, int], record: Record) -> list[np.ndarray]:
+        parts = pair_tokens(pair, self._template(record), self.tokenizer)
+        eos = self.tokenizer.eos_ids[:1]
+        if eos and parts[-1][-1:] != eos[0]:
+            parts.append(parts[-1][:0])  # as for chats
+        return parts
+
+    def _tokens_of_chat(self, messages: list[Json], record: Record) -> list[np.ndarray]:
+        tokens, starts = chat_tokens(messages, self._template(record), self.tokenizer)
         parts = np.split(tokens, starts)
         eos = self.tokenizer.eos_ids[:1]
         if len(parts) % 2 == 0 and eos and tokens[-1] != eos[0]:

@@ -23,3 +23,4 @@ from llama_jax.data.objectives.encoder_decoder import (
     SequenceToSequence as SequenceToSequence,
     SpanCorruption as SpanCorruption,
 )
+from llama_jax.data.objectives.preference import Preference as Preference

@@ -17,8 +17,9 @@ type Example = dict[str, np.ndarray]
 
 `tokens`, `targets` and `positions` (int32) and `weights` (float32, of the target's loss) are always there, but for
 `class_targets` (int32, the number of a class) in place of `targets` where whole texts are classified. `prefix` is 1 at
-tokens that all of their document see, `block_positions` GLM's second dimension, `token_types` the sentence of a pair;
-`pair_targets` (1: the second follows the first) and `pair_weights` (float32, 1 at [CLS]) the next-sentence task.
+tokens that all of their document see, `branch` 1 at the rejected answer of two, `block_positions` GLM's second
+dimension, `token_types` the sentence of a pair; `pair_targets` (1: the second follows the first) and `pair_weights`
+(float32, 1 at [CLS]) the next-sentence task.
 `source_tokens` and `source_positions` (int32) are the input of an encoder.
 """
 

@@ -18,7 +18,7 @@ from llama_jax.nn.attention.attend import attend
 from llama_jax.nn.attention.grouped_query import Cache, write_cache
 from llama_jax.nn.base import ForwardContext, Mixer, MixerModule, check_at_least, known_heads
 from llama_jax.nn.norms import RMSNorm
-from llama_jax.nn.parameters import Projection, cast_and_gather, child
+from llama_jax.nn.parameters import Projection, child
 from llama_jax.nn.rope import Rope, known_rope
 from llama_jax.parallel import einsum, shard
 
@@ -181,13 +181,13 @@ class LatentAttentionModule(MixerModule):
     def on_latents(self, q: Parts, latents: Float[Array, "b s r"], ctx: ForwardContext) -> Float[Array, "b t n v"]:
         """Return the same as `on_keys`, with the projections of keys and values absorbed into queries and result."""
         heads = ("batch", "sequence", "heads", None)
-        q_latent = einsum("btnh,rnh->btnr", q[0], cast_and_gather(self.k_b_proj.weight, q[0].dtype), out=heads)
+        q_latent = einsum("btnh,rnh->btnr", q[0], self.k_b_proj.matrix(q[0].dtype), out=heads)
         keys = latents[:, None]
         # The sum of the rotary keys is computed too, and dropped: values without them would be a copy of most of the
         # cache.
         y = attend(jnp.concatenate([q_latent, q[1]], axis=-1), keys, keys, ctx, scale=self.config.scale)
         y = y[..., : self.config.kv_lora_rank]
-        return einsum("btnr,rnv->btnv", y, cast_and_gather(self.v_b_proj.weight, y.dtype), out=heads)
+        return einsum("btnr,rnv->btnv", y, self.v_b_proj.matrix(y.dtype), out=heads)
 
     def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> Cache:
         shape = (batch, 1, length, self.config.kv_lora_rank + self.config.qk_rope_head_dim)

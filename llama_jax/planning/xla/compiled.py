@@ -29,7 +29,7 @@ from jax.sharding import NamedSharding
 from llama_jax.chips import CHIPS
 from llama_jax.config import UserError, from_json, to_json
 from llama_jax.files import lock
-from llama_jax.models import abstract_params, buffers
+from llama_jax.models import abstract_params, frozen
 from llama_jax.parallel import make_mesh, spec
 from llama_jax.planning.topology import Topology
 from llama_jax.planning.xla.collectives import SLICE_IDS, Collective, read_collectives
@@ -204,7 +204,7 @@ def lower_step(config: RunConfig, devices: list[Any]) -> tuple[jax.stages.Lowere
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
         hyper = jax.eval_shape(lambda: config.optimizer.hyper(1))
-        make = functools.partial(init_state, buffer_names=frozenset(buffers(config.model)))
+        make = functools.partial(init_state, buffer_names=frozen(config.model))
         state = jax.eval_shape(make, abstract_params(config.model), hyper)
         shape = (config.global_batch_size, config.row_length)
         sharding = NamedSharding(mesh, spec("batch", "sequence", shape=shape))  # type: ignore[arg-type]
