@@ -281,8 +281,8 @@ def about(quick: bool) -> str:
     today = datetime.datetime.now(datetime.UTC)
     return (
         f"Models of {size}, trained on {tokens:,} tokens of the interpreter's standard library, {2 if quick else 5} "
-        "seeds each with the same data order and the same first values of shared parameters. What holds at this size may "
-        "not hold at another.\n\n"
+        "seeds each with the same data order and the same first values of shared parameters. What holds at this size "
+        "may not hold at another.\n\n"
         "A claim puts a quantity into a region. It holds where the whole 95 % interval is in the region, does not hold "
         "where no part of it is, and is not decided at this size otherwise. Intervals of a sweep's differences to its "
         "baseline are simultaneous (Bonferroni), others are t intervals over seeds; exact counts and the compiler's "
