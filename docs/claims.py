@@ -116,7 +116,9 @@ def beyond(variant: str) -> Callable[[Any, bool], Interval]:
         runs = [llama_jax.open_run(trial.directory) for trial in sweep.record.trials_of(variant)]
         trained = runs[0].config.sequence_length
         text = "".join(runs[0].dataset.texts("validation"))[:2_000_000]
-        ids = np.array(runs[0].load().tokenizer.encode(text))
+        tokenizer = runs[0].load().tokenizer
+        assert tokenizer is not None
+        ids = np.array(tokenizer.encode(text))
         length = trained * LONGER + 1
         rows = ids[: len(ids) // length * length].reshape(-1, length)[: 4 if quick else 512]
         losses = np.array([tools.losses_by_position(run.load().model, rows, 8) for run in runs])
@@ -136,6 +138,7 @@ def attention_memory(sweep: Any, quick: bool) -> Interval:
     queries = jax.ShapeDtypeStruct((1, length, heads, size), jnp.float32)
     keys = jax.ShapeDtypeStruct((1, heads, length, size), jnp.float32)
     memory = jax.jit(jax.grad(loss, (0, 1, 2))).lower(queries, keys, keys).compile().memory_analysis()
+    assert memory is not None
     share = memory.temp_size_in_bytes / (4 * heads * length**2)
     return share, share, share
 

@@ -166,7 +166,8 @@ def test_feed_forwards_runs(tmp_path: Path):
     shown = run("feed_forwards", tmp_path)
     assert shown.warned == []
     assert shown.num_figures == 4
-    tables = [data["text/plain"] for data in shown.data if "baseline" in data.get("text/plain", "")]
+    texts = [" ".join(data.get("text/plain", "").split()) for data in shown.data]
+    tables = [text for text in texts if "baseline" in text]
     assert "intermediate_size=264 for parameters 133,440, to match 133,440" in tables[0]  # 3 x 176 in 2 matrices
     assert "intermediate_size=87 for flops 849,408" in tables[1]  # half of 176, less the router
     assert "SwiGLU beats ReLU" in shown.said
