@@ -28,6 +28,7 @@ SIZES = {
     "compute.dtype": "float32",
     "compute.preflight": False,
     "checkpoint.every_steps": 10_000,
+    "checkpoint.keep_best": 0,
 }
 
 

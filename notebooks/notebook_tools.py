@@ -70,6 +70,7 @@ def small(changes=None):
         "compute.dtype": "float32",
         "compute.preflight": False,
         "checkpoint.every_steps": 10_000,
+        "checkpoint.keep_best": 0,
     }
     config = shrink(llama_jax.load_config("tiny_python", sizes))
     return llama_jax.override(config, changes or {})
