@@ -9,7 +9,7 @@ BIN := .venv/bin
 # --budget: processor seconds that one test may take; the summary has the sum of each directory (tests/budget.py).
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: install test test-slow lint docs notebooks demo
+.PHONY: install test test-slow lint docs notebooks claims demo
 
 install: .venv/installed
 
@@ -43,6 +43,10 @@ test-slow: install
 # Run in full, in .cache/notebooks, where `make docs` finds what came out: all, or NOTEBOOK=quickstart.
 notebooks: install
 	$(BIN)/python docs/run_notebooks.py $(NOTEBOOK)
+
+# Popular claims measured with several seeds, into docs/claims.md: all, or CLAIMS=norms. Continues where it was stopped.
+claims: install
+	$(BIN)/python docs/claims.py $(CLAIMS)
 
 # Guides, notebooks and API reference as a site, in .cache/site; any warning is an error.
 docs: install

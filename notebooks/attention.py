@@ -87,7 +87,7 @@ sweep = llama_jax.ablate(
     config,
     tools.few(variants, "MHA", "MLA"),
     seeds=tools.full(4, quick=2),
-    steps=tools.full(100, quick=4),
+    steps=tools.full(200, quick=4),
     match="parameters",
     run_dir=folder / "sweep",
 )

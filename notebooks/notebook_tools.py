@@ -70,9 +70,73 @@ def small(changes=None):
         "compute.dtype": "float32",
         "compute.preflight": False,
         "checkpoint.every_steps": 10_000,
+        "checkpoint.keep_best": 0,
     }
     config = shrink(llama_jax.load_config("tiny_python", sizes))
     return llama_jax.override(config, changes or {})
+
+
+def by_turns(calls, repeats: int):
+    """Return the seconds of each of several functions without arguments, [functions, repeats], called by turns.
+
+    What slows the machine down for a while slows all of them down. Each is called once before.
+    """
+    import time
+
+    import jax
+    import numpy as np
+
+    for call in calls:
+        jax.block_until_ready(call())
+    times = np.zeros((len(calls), repeats))
+    for repeat in range(repeats):
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            times[i, repeat] = time.perf_counter() - start
+    return times
+
+
+def gradient_call(config, tokens):
+    """Return a compiled function without arguments: a model's mean loss on tokens [B, T] and its gradient."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    import llama_jax
+
+    graph, state = nnx.split(llama_jax.build(config).module)
+    tokens = jnp.asarray(tokens, jnp.int32)
+
+    def loss(state):
+        scores = jax.nn.log_softmax(nnx.merge(graph, state)(tokens[:, :-1]))
+        return -jnp.take_along_axis(scores, tokens[:, 1:, None], 2).mean()
+
+    gradient = jax.jit(jax.value_and_grad(loss))
+    return lambda: gradient(state)
+
+
+def losses_by_position(model, rows, at_once: int = 32):
+    """Return a model's mean loss at each position of texts [B, T+1], float64 [T]."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    total = np.zeros(rows.shape[1] - 1)
+    for part in np.array_split(rows, -(-len(rows) // at_once)):
+        scores = jax.nn.log_softmax(model(part[:, :-1]))
+        total -= np.asarray(jnp.take_along_axis(scores, jnp.asarray(part[:, 1:, None]), 2)).sum((0, 2))
+    return total / len(rows)
+
+
+def median_interval(values, level: float = 0.95) -> tuple[float, float]:
+    """Return the interval of the median between two of the values: it needs no distribution, and bears outliers."""
+    import numpy as np
+    from scipy.stats import binom
+
+    outside = int(binom.ppf((1 - level) / 2, len(values), 0.5))
+    ordered = np.sort(values)
+    return (float(ordered[outside - 1]), float(ordered[-outside])) if outside else (-math.inf, math.inf)
 
 
 def judge(interval, region) -> str:

@@ -25,7 +25,6 @@ import math
 import tempfile
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import notebook_tools as tools  # in this notebook's folder
@@ -127,7 +126,7 @@ sweep = llama_jax.ablate(
     config,
     variants,
     seeds=tools.full(4, quick=2),
-    steps=tools.full(120, quick=4),
+    steps=tools.full(200, quick=4),
     run_dir=folder / "sweep",
 )
 sweep
@@ -148,19 +147,10 @@ held_out = "".join(runs["RoPE"][0].dataset.texts("validation"))
 ROWS, LONG = tools.full(256, quick=8), TRAINED * FACTOR
 ids = np.array(tokenizer.encode(held_out[:1_000_000])[: ROWS * (LONG + 1)])
 rows = ids[: len(ids) // (LONG + 1) * (LONG + 1)].reshape(-1, LONG + 1)
-
-
-def losses(model) -> np.ndarray:
-    """The mean loss at each position of the held-out texts, [LONG]."""
-    total = np.zeros(LONG)
-    for part in np.array_split(rows, -(-len(rows) // 32)):
-        scores = jax.nn.log_softmax(model(part[:, :-1]))
-        total -= np.asarray(jnp.take_along_axis(scores, jnp.asarray(part[:, 1:, None]), 2)).sum((0, 2))
-    return total / len(rows)
-
-
 models = {name: [run.load().model for run in found] for name, found in runs.items()}
-by_position = {name: np.array([losses(model) for model in found]) for name, found in models.items()}
+by_position = {
+    name: np.array([tools.losses_by_position(model, rows) for model in found]) for name, found in models.items()
+}
 
 
 # %%
@@ -223,7 +213,10 @@ def scaled(model, changes):
 
 
 scalings = tools.few(scalings, "as trained", "YaRN")
-stretched = {name: np.array([losses(scaled(m, s)) for m in models["RoPE"]]) for name, s in scalings.items()}
+stretched = {
+    name: np.array([tools.losses_by_position(scaled(m, s), rows) for m in models["RoPE"]])
+    for name, s in scalings.items()
+}
 draw(stretched)
 
 # %%
