@@ -124,13 +124,14 @@ def override[C](config: C, changes: Mapping[str, Any], components: Sequence[type
     """Return a copy of `config` with dotted keys changed: `override(config, {"model.attention.num_kv_heads": 2})`.
 
     Values are Python values or the text of a command line; both are checked against the field's type. A component is
-    switched by its class name (`"model.attention": "LatentAttention"`); the fields it shares with the old one are kept,
-    others follow from the config around (`Component.follow`). All changes are applied before anything is validated, so
-    their order does not matter. Raises UserError for an unknown key, a value of the wrong type and an impossible
-    combination.
+    switched by its class or the class's name (`"model.attention": "LatentAttention"`); the fields it shares with the
+    old one are kept, others follow from the config around (`Component.follow`). All changes are applied before any is
+    validated, so their order does not matter. Raises UserError for an unknown key, a value of the wrong type and an
+    impossible combination.
     """
-    normal = {key.replace("-", "_"): value for key, value in changes.items()}
-    return _changed(_class_of(config), config, normal, "", _Given(components, config), Known())
+    classes = tuple(value for value in changes.values() if isinstance(value, type))
+    normal = {k.replace("-", "_"): v.__name__ if isinstance(v, type) else v for k, v in changes.items()}
+    return _changed(_class_of(config), config, normal, "", _Given((*components, *classes), config), Known())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +154,8 @@ def _changed(cls: type[Any], old: Any, changes: Mapping[str, Any], prefix: str, 
         nested.setdefault(name, {})[rest] = value
     # Pieces come last: what they take from the fields around them has been changed by then.
     for name in sorted(nested, key=lambda name: bool(_bases(hints[name]))):
+        if name not in values and "" not in nested[name]:  # a key inside a piece that follows from the config around
+            values |= {n: value for n, value in _following(cls, values, known).items() if n == name}
         around = known.values | (_by_name(values) if issubclass(cls, Component) else {})
         near = Known(around, values.get(name), cls, name)
         values[name] = _field(hints[name], prefix + name, nested[name], given, near)

@@ -223,8 +223,8 @@ class Sweeper:
                 if job.run.config.seed != SEED:
                     failures = self.records[job.variant].failures | {str(job.run.config.seed): lane.failure}
                     self._record(job.variant, failures=failures)
-            lines = [f"{job.variant}: {line}" for line in (*job.prepared.lines, *lane.lines)]
-            self._bar.say(*(line for line in dict.fromkeys(lines) if line not in self._said), always=True)
+            lines = [line for line in (*job.prepared.lines, *lane.lines) if line not in self._said]
+            self._bar.say(*(f"{job.variant}: {line}" for line in dict.fromkeys(lines)), always=True)
             self._said.update(lines)
             if lanes[0].memory is not None and self.records[job.variant].peak_bytes is None:
                 self._record(job.variant, state_bytes=lanes[0].memory[0], peak_bytes=lanes[0].memory[1])

@@ -165,7 +165,7 @@ class Sweep:
         ]
         for variant in record.variants:
             if found := variant.matched:
-                what = f"{found['quantity']} {found['got']:,}, to match {found['target']:,}"
+                what = f"{found['quantity']} {found['got']:,.12g}, to match {found['target']:,.12g}"
                 notes.append(f"{variant.name}: {found['key']}={found['value']} for {what}")
             if found := variant.tuned:
                 values = found["value"] if isinstance(found["value"], list) else [found["value"]]

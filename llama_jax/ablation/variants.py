@@ -110,14 +110,14 @@ def _variant(base: RunConfig, name: str, changes: Mapping[str, Any], components:
     """Return the variant of these changes. Raises UserError as `override` does, with the variant's name."""
     if "seed" in changes:
         raise UserError(f"variant '{name}' changes seed: give seeds=[...], which every variant is run with")
-    classes = [value for value in changes.values() if isinstance(value, type)]
-    values = {key: value.__name__ if isinstance(value, type) else value for key, value in changes.items()}
-    found = (*components, *outside_classes(base), *classes, *(c for v in values.values() for c in outside_classes(v)))
+    pieces = tuple(value for value in changes.values() if not isinstance(value, type))
+    found = (*components, *outside_classes(base), *outside_classes(pieces))
     try:
-        config = override(base, values, tuple(dict.fromkeys(found)))
+        config = override(base, changes, tuple(dict.fromkeys(found)))
     except UserError as error:
         raise UserError(f"variant '{name}': {error}") from None
-    return Variant(name, {k: to_json(v) for k, v in values.items()}, config, tuple(outside_classes(config)))
+    values = {key: value.__name__ if isinstance(value, type) else to_json(value) for key, value in changes.items()}
+    return Variant(name, values, config, tuple(outside_classes(config)))
 
 
 def _names(base: RunConfig, made: Sequence[Variant], given: Sequence[str | None]) -> list[str]:

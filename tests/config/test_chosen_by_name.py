@@ -8,7 +8,7 @@ import pytest
 from llama_jax.config import Component, UserError, choices, component_choices, leaves, override
 from llama_jax.data import DataConfig
 from llama_jax.models import ModelConfig, abstract_params
-from llama_jax.nn import GRU, Experts, GroupedQuery, LayerNorm, LearnedPositions, RelativeBias, Rope
+from llama_jax.nn import GRU, Experts, GroupedQuery, LatentAttention, LayerNorm, LearnedPositions, RelativeBias, Rope
 from llama_jax.run import load_config
 from llama_jax.training import Optimizer
 
@@ -127,3 +127,26 @@ def test_a_class_from_outside_takes_fields_of_the_same_name():
     python = CONFIGS["tiny_python"].model
     changed = override(CONFIGS["tiny_python"], changes, (Shifted,)).model.attention
     assert changed == Shifted(python.attention.num_heads, python.hidden_size, 2)
+
+
+def test_a_class_is_chosen_as_its_name_is():
+    python = CONFIGS["tiny_python"]
+
+    @dataclasses.dataclass(frozen=True)
+    class Halved(LatentAttention):
+        """A piece of a notebook's cell."""
+
+    keys = {"model.attention.num_heads": 2}
+    named = override(python, {"model.attention": "LatentAttention"} | keys)
+    assert override(python, {"model.attention": LatentAttention} | keys) == named
+    assert isinstance(override(python, {"model.attention": Halved} | keys).model.attention, Halved)
+    with pytest.raises(UserError, match="num_layers='int'"):
+        override(python, {"model.num_layers": int})
+
+
+def test_a_key_inside_a_piece_that_follows():
+    python = CONFIGS["tiny_python"]
+    experts = {"model.feed_forward": "Experts", "model.feed_forward.num_experts": 4}
+    followed: Any = override(python, experts).model.feed_forward
+    given: Any = override(python, experts | {"model.feed_forward.router.top_k": 3}).model.feed_forward
+    assert given == dataclasses.replace(followed, router=dataclasses.replace(followed.router, top_k=3))
