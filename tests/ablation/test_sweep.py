@@ -54,6 +54,18 @@ def test_the_runs_are_those_of_train(sweep: SweepRecord, sweep_base: RunConfig, 
 
 
 @pytest.mark.slow
+def test_four_variants_of_three_seeds_are_twelve_runs(sweep_base: RunConfig, tmp_path: Path):
+    variants = VARIANTS | {"SGD": {"optimizer": "SGD", "optimizer.weight_decay": 0.01}}
+    llama_jax.ablate(sweep_base, variants, seeds=3, run_dir=tmp_path / "s", quiet=True)
+    found = numbers(read_sweep(tmp_path / "s"))
+    assert len(found) == 12
+    for (name, seed), lines in found.items():
+        run = train(override(sweep_base, {**variants[name], "seed": seed}), tmp_path / f"{name}{seed}", quiet=True)
+        for line, expected in zip(lines, run.metrics(), strict=True):
+            assert line == {key: pytest.approx(expected[key], rel=1e-5) for key in line}
+
+
+@pytest.mark.slow
 def test_one_after_another_they_are_those_of_train_bit_by_bit(sweep_base: RunConfig, tmp_path: Path):
     """A mesh that was chosen is kept: each run is split over it."""
     config = override(sweep_base, {"mesh.fsdp": jax.device_count()})
