@@ -321,6 +321,13 @@ def as_local(path: str | Path) -> Path | None:
     return _file_url(path) if is_remote(path) else Path(path)
 
 
+def local_path(path: str | Path, name: str) -> Path:
+    """Return the local path that `path` is. Raises UserError for another URL, with the name of the argument."""
+    if (local := as_local(path)) is None:
+        raise UserError(f"{name}={path} must be a local file or directory")
+    return local.expanduser()
+
+
 def _file_url(path: str | Path) -> Path | None:
     return Path(fsspec.core.url_to_fs(url_of(path))[1]) if _LOCAL.match(os.fspath(path)) else None
 

@@ -288,7 +288,10 @@ def test_help_imports_no_jax(words: list[str]):
         (["sample", "x", "y"], "'y' is one argument too many: did you mean --prompt 'y'?"),
         (["convert", "a", "b"], "the following arguments are required: --to: `python -m llama_jax convert --help`"),
         (["prepare", "x", "--tokenizer", "t", "--document-chars", "x"], "document_chars='x' is not of type int"),
-        (["prepare", "x", "--tokenizer", "t", "--chat-template", "ChatMl"], "(one of ChatGLM2Chat, ChatML, Llama2Chat"),
+        (
+            ["prepare", "x", "--tokenizer", "t", "--chat-template", "ChatMl"],
+            "(one of ChatGLM2Chat, ChatML, DirectoryChat",
+        ),
         (["tokenizer", "tran"], "there is no command 'tokenizer tran': did you mean 'tokenizer train'?"),
         (["trian"], "there is no command 'trian': did you mean 'train'?"),
         ([], "give a command: the commands are train, plan"),

@@ -16,6 +16,7 @@ from llama_jax.ablation.tables import Columns, as_html, as_markdown, as_text
 from llama_jax.ablation.variants import Variants, config_of_base, make_variants
 from llama_jax.config import UserError, override
 from llama_jax.figures import counted
+from llama_jax.remote import local_path
 from llama_jax.run_config import RunConfig
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def scaling(
     size. Raises UserError for sizes and budgets that no law can be fitted to.
     """
     config = config_of_base(base, None)
+    run_dir = None if run_dir is None else local_path(run_dir, "run_dir")
     made = make_variants(config, sizes, components)
     if len(made) < 3 or len(set(budgets)) < 2 or min(budgets) <= 0:
         raise UserError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.config import UserError, read_json
+from llama_jax.remote import local_path
 from llama_jax.run import METRICS_FILE, read_metrics
 
 SWEEP_FILE = "sweep.json"
@@ -139,7 +140,7 @@ def sweep_json(metric: str, baseline: str, seeds: Sequence[int], variants: Seque
 
 def read_sweep(run_dir: str | Path) -> SweepRecord:
     """Return the sweep in the directory `run_dir`. Raises UserError where there is none."""
-    directory = Path(run_dir).expanduser()
+    directory = local_path(run_dir, "run_dir")
     directory = directory.parent if directory.name == SWEEP_FILE else directory
     if not (directory / SWEEP_FILE).is_file():
         raise UserError(f"'{run_dir}' is not the directory of a sweep: it has no {SWEEP_FILE}")

@@ -16,7 +16,7 @@ from llama_jax.ablation.variants import Variant, Variants, code_digest, config_o
 from llama_jax.config import UserError, read_json, to_json
 from llama_jax.models import num_parameters
 from llama_jax.parallel import distributed
-from llama_jax.remote import as_local
+from llama_jax.remote import local_path
 from llama_jax.run import CHANGEABLE
 from llama_jax.run_config import RunConfig
 
@@ -62,9 +62,7 @@ def ablate(
     check_tune(config, tune)
     chosen = _baseline(config, made, baseline)
     asked: Json = {"base": to_json(config), "match": match and list(of_match or ()), "tune": tune and _plain(tune)}
-    place = _default(asked, made) if run_dir is None else as_local(run_dir)
-    if place is None:
-        raise UserError(f"run_dir='{run_dir}' is a URL: give a local directory")
+    place = _default(asked, made) if run_dir is None else local_path(run_dir, "run_dir")
     before = _before(place, asked, made, baseline)
     if of_match is not None:
         made, fitted = _match(made, chosen, *of_match)

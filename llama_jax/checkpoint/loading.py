@@ -130,6 +130,8 @@ def read_contents(
     The other arguments are those of `load`.
     """
     native = (path / CHECKPOINTS_DIRECTORY).is_dir()
+    if base is not None and not is_adapter(path):
+        raise UserError(f"base={base} is for an adapter, and '{path}' is none: leave it out")
     source = None if native else _opened(path, base, ignore_config_keys)
     if source is not None and dtype is None and is_adapter(path):  # its sums are in float32, whatever is stored
         tensors = {name: rounded(tensor, tensor.dtype) for name, tensor in source.tensors.items()}
@@ -164,8 +166,6 @@ def _opened(path: Path, base: str | Path | None = None, ignore_config_keys: Coll
     """Return the weights of another project's files; of an adapter's directory, those of its base with it in them."""
     if is_adapter(path):
         return open_adapter(path, base, ignore_config_keys)
-    if base is not None:
-        raise UserError(f"base={base} is for an adapter, and '{path}' is none: leave it out")
     return open_source(path, ignore_config_keys)
 
 

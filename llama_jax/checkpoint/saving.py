@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -95,7 +96,7 @@ def convert(
     if to == "peft":
         lm = load(path, dtype=dtype, components=components, step=step)
         began = read_json(path / CONFIG_FILE).get("init_from")
-        save_adapters(lm, destination, base=began if base is None else base)
+        save_adapters(lm, destination, base=began if base is None else os.fspath(base))
         return {}
     found = read_contents(
         path, kept, components=components, step=step, ignore_config_keys=ignore_config_keys, base=base

@@ -35,7 +35,7 @@ from llama_jax.evaluation.perplexity import evaluate_texts, read_documents
 from llama_jax.evaluation.scoring import Scorer
 from llama_jax.files import write_text
 from llama_jax.parallel import distributed
-from llama_jax.remote import as_local
+from llama_jax.remote import as_local, local_path
 from llama_jax.screen import Bar
 from llama_jax.tokenizers import Tokenizer
 
@@ -162,8 +162,8 @@ def evaluate(
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit} must be at least 1")
-    if output is not None and not Path(output).parent.is_dir():
-        raise UserError(f"'{Path(output).parent}' is no directory: give another --output")
+    if output is not None and not (folder := local_path(output, "output").parent).is_dir():
+        raise UserError(f"'{folder}' is no directory: give another --output")
     opened = _Opened.of(model, step, components)
     lm = opened.lm or load(
         opened.path, tokenizer=tokenizer, dtype=dtype, mesh=mesh, step=opened.step, components=opened.components
@@ -319,7 +319,7 @@ class _Measured:
             "remarks": self.remarks,
             **self.others,
         }
-        path = None if output is None else Path(output)
+        path = None if output is None else local_path(output, "output")
         if path is None and opened.directory is not None:
             name = f"step{opened.step}-{now:%Y%m%dT%H%M%S}.json"
             path = opened.directory / EVALUATIONS_DIRECTORY / name

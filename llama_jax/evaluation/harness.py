@@ -31,6 +31,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from llama_jax.checkpoint import LanguageModel
 from llama_jax.config import UserError
 from llama_jax.evaluation.scoring import Scorer
+from llama_jax.remote import local_path
 from llama_jax.sampling import Sampler, built_in, checked_prompts, continued, rendered_chat, stop_ids, tokenizer_of
 
 CHUNK = 16  # new tokens between two looks for a stop string
@@ -253,7 +254,7 @@ def load_tasks(names: Sequence[str], task_files: str | Path | None = None) -> An
     Tasks whose metric runs the model's code keep its texts in place of the metric. Raises UserError for unknown names,
     and where a task's data cannot be had.
     """
-    if task_files is not None and not Path(task_files).is_dir():
+    if task_files is not None and not local_path(task_files, "task_files").is_dir():
         raise UserError(f"task_files={task_files} is not a directory: give the one that has the tasks' YAML files")
     manager = _manager(names, task_files)
     loaded: list[Any] = []

@@ -15,6 +15,7 @@ from llama_jax.data import Classification, DataConfig, Vocabulary, read_texts
 from llama_jax.evaluation.scoring import padded_length
 from llama_jax.models import check_ids
 from llama_jax.parallel import replicate
+from llama_jax.remote import local_copy
 from llama_jax.sampling import Sampler, complete, tokenizer_of
 
 MAX_NEW_TOKENS = 256  # of a translation
@@ -41,8 +42,7 @@ def aligned(source: str, reference: str, limit: int | None) -> list[tuple[str, s
     lines = []
     for path in (source, reference):
         try:
-            with open(path, encoding="utf-8") as file:
-                lines.append(file.read().splitlines())
+            lines.append(local_copy(path).read_text(encoding="utf-8").splitlines())
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"'{path}' cannot be read as text ({error}): give a file of lines") from None
     if len(lines[0]) != len(lines[1]) or not lines[0]:

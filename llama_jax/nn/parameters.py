@@ -174,13 +174,14 @@ class Projection(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [B, T, *in_dims] to [B, T, *out_dims], in the dtype of x."""
         inputs, outputs = (self.in_shape, self.in_axes), (self.out_shape, self.out_axes)
-        y = _product(x, self.weight, inputs, outputs)
+        y = _in_dims(matmul(*_operands(x, self.weight, inputs, outputs)), outputs)
         if self.adapter is not None:
             rank, barrier = ((self.adapter.rank,), (None,)), jax.lax.optimization_barrier
             axes = ("batch", "sequence", *_gathered(self.in_axes))
             # Between barriers: XLA would merge these products with that of W, and round W's sums in another order.
             h = barrier(dropout(x, self.adapter.dropout, current_context(), f"lora{self.path}", axes))
-            low = _product(_product(h, self.lora_a, inputs, rank), self.lora_b, rank, outputs)
+            low = matmul(*_operands(h, self.lora_a, inputs, rank))
+            low = _in_dims(matmul(*_operands(low, self.lora_b, rank, outputs)), outputs)
             y = y + barrier(self.adapter.scale * low)
         return y if self.bias is None else y + cast_and_gather(self.bias, x.dtype)
 
@@ -196,10 +197,11 @@ class Projection(nnx.Module):
 type _Side = tuple[tuple[int, ...], tuple[str | None, ...]]
 
 
-def _product(x: jax.Array, weight: nnx.Variable, inputs: _Side, outputs: _Side) -> jax.Array:
-    """Return x times a stored matrix between these sides (shape, logical axes): [B, T, *inputs] -> [B, T, *outputs]."""
+def _operands(
+    x: jax.Array, weight: nnx.Variable, inputs: _Side, outputs: _Side
+) -> tuple[jax.Array, jax.Array, str | None, str | None]:
+    """Return the arguments of `matmul` for x [B, T, *inputs] and a stored matrix between these sides."""
     (in_shape, in_axes), (out_shape, out_axes) = inputs, outputs
-    lead = x.shape[: x.ndim - len(in_shape)]
     stored = fitting(in_axes[0], in_shape[0]), fitting(out_axes[0], out_shape[0])
     in_axis, out_axis = _gathered(stored)
     # Reshaped to two dimensions before it is gathered: a reshape after that would hide from XLA that the gradient,
@@ -207,8 +209,15 @@ def _product(x: jax.Array, weight: nnx.Variable, inputs: _Side, outputs: _Side) 
     w = reshape(weight[...].astype(x.dtype), (math.prod(in_shape), math.prod(out_shape)), *stored)
     w = gather(w, stored)
     # Where `in_axis` is split (heads, mlp) each device has a part of every sum, and the result is their all-reduce.
-    y = matmul(reshape(x, (*lead, w.shape[0]), "batch", "sequence", in_axis), w, in_axis=in_axis, out_axis=out_axis)
-    return reshape(y, (*lead, *out_shape), "batch", "sequence", out_axis, *(None,) * (len(out_shape) - 1))
+    lead = x.shape[: x.ndim - len(in_shape)]
+    return reshape(x, (*lead, w.shape[0]), "batch", "sequence", in_axis), w, in_axis, out_axis
+
+
+def _in_dims(y: jax.Array, side: _Side) -> jax.Array:
+    """Return [B, T, product of the side's shape] as [B, T, *shape]."""
+    shape, axes = side
+    axis = _gathered([fitting(axes[0], shape[0])])[0]
+    return reshape(y, (*y.shape[:-1], *shape), "batch", "sequence", axis, *(None,) * (len(shape) - 1))
 
 
 class Embedding(nnx.Module):
@@ -235,9 +244,9 @@ class HeadBias(nnx.Module):
 def matmul(
     x: jax.Array,
     w: jax.Array,
-    *,
     in_axis: str | None = None,
-    out_axis: str | None,
+    out_axis: str | None = None,
+    *,
     transposed: bool = False,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:

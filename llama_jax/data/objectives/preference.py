@@ -25,7 +25,6 @@ class Preference(LeftToRight):
     beta: float = 0.1
     label_smoothing: float = 0.0
 
-    overlap: ClassVar[int] = 0
     divisible: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -56,7 +55,7 @@ class Preference(LeftToRight):
         tokens, (start, middle, *end) = document.tokens, document.parts
         answers = [tokens[start:middle], tokens[middle : end[0] if end else None]]
         # A document ends with EOS; it belongs to both answers, unless a further part says that it is behind them.
-        if not end and len(tokens) and tokens[-1] == vocabulary.eos_id != answers[0][-1]:
+        if not end and vocabulary.eos_id in tokens[-1:] and vocabulary.eos_id not in answers[0][-1:]:
             answers[0] = np.append(answers[0], tokens[-1])
         pair = [self.shifted(np.concatenate([tokens[:start], answer])) for answer in answers]
         joined = {name: np.concatenate([example[name] for example in pair]) for name in pair[0]}
@@ -65,6 +64,4 @@ class Preference(LeftToRight):
         joined |= as_example(weights=places >= start - 1, branch=np.repeat([0, 1], sizes))
         # Chats whose ends are among their tokens are shorter by one or two.
         padding = int(self.lengths(np.array([len(tokens)]), np.array([start]))[0][0]) - len(places)
-        return {
-            name: np.pad(x, (0, padding), mode="edge" if name == "branch" else "constant") for name, x in joined.items()
-        }
+        return {name: np.pad(x, (0, padding), constant_values=int(name == "branch")) for name, x in joined.items()}

@@ -84,7 +84,7 @@ class LinearRouter(RouterModule):
         """Return float32 logits, of products in full precision."""
         x = x.astype(jnp.float32)
         with jax.default_matmul_precision("highest"):  # on TPU, products of float32 are otherwise of bfloat16
-            logits = matmul(x, cast_and_gather(self.weight, x.dtype), out_axis=None)
+            logits = matmul(x, cast_and_gather(self.weight, x.dtype))
         return logits if self.bias is None else logits + cast_and_gather(self.bias, x.dtype)
 
 

@@ -13,6 +13,7 @@ from llama_jax.data.objectives import (
     MaskedLM,
     Objective,
     ParallelText,
+    Preference,
     Prefix,
     SpanCorruption,
     Vocabulary,
@@ -40,6 +41,7 @@ CASES: dict[str, Objective] = {
     "Denoising": Denoising(),
     "Denoising, in order": Denoising(permute_sentences=False),
     "ParallelText": ParallelText(),
+    "Preference": Preference(),
 }
 
 
@@ -53,7 +55,8 @@ def document_of(objective: Objective, length: int, rng: np.random.Generator) -> 
     if isinstance(objective, Classification):
         cuts = np.array([max(length - 1, 0)])
         tokens[cuts[0] :] = rng.choice([20, 21])
-    parts = {"Chat": cuts, "ParallelText": cuts[:1], "Classification": cuts}.get(type(objective).__name__, ())
+    parts = {"Chat": cuts, "ParallelText": cuts[:1], "Classification": cuts, "Preference": cuts[:2]}
+    parts = parts.get(type(objective).__name__, ())
     return Document(tokens.astype(np.int32), parts, other if objective.wants_other else None)
 
 
@@ -71,6 +74,8 @@ def seen_by(objective: Objective, example: Example) -> np.ndarray:
         visible[:, : int(np.argmax(example["tokens"] == SOP))] = True
     elif isinstance(objective, MaskedLM):
         visible[:] = True
+    elif isinstance(objective, Preference):  # each answer its own prompt and itself
+        visible &= example["branch"][:, None] == example["branch"]
     if objective.source_length is None:
         return visible
     m = len(example["source_tokens"])

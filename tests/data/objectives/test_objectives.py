@@ -21,6 +21,7 @@ from llama_jax.data.objectives import (
     MaskedLM,
     Objective,
     ParallelText,
+    Preference,
     Prefix,
     SequenceToSequence,
     SpanCorruption,
@@ -104,7 +105,7 @@ def test_an_example_is_a_function_of_the_generator(name: str):
     for field, x in first.items():
         np.testing.assert_array_equal(again[field], x)
     drawn = any((first[field] != other[field]).any() for other in others for field in first)
-    assert drawn == (not isinstance(objective, Causal | Chat | Classification | ParallelText))
+    assert drawn == (not isinstance(objective, Causal | Chat | Classification | ParallelText | Preference))
 
 
 def num_targets(objective: Objective, document: Document, example: Example) -> int:
@@ -127,6 +128,9 @@ def num_targets(objective: Objective, document: Document, example: Example) -> i
         return 1
     if isinstance(objective, ParallelText):
         return length - int(document.parts[0]) + 1
+    if isinstance(objective, Preference):
+        start, middle = document.parts
+        return sum(max(n - (start == 0), 0) for n in (middle - start, length - middle))
     return length + (1 if isinstance(objective, Denoising) else -1)
 
 

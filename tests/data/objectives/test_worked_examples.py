@@ -15,6 +15,7 @@ from llama_jax.data.objectives import (
     MaskedLM,
     Objective,
     ParallelText,
+    Preference,
     Prefix,
     SpanCorruption,
 )
@@ -125,6 +126,19 @@ def test_classification():
     check(
         Classification(("yes", "no")), words(A, B, C, 21, parts=(3,)),  # 21 is how "no" is written
         tokens=[CLS, A, B, C, SEP], class_targets=[1, 0, 0, 0, 0], weights=[1, 0, 0, 0, 0], positions=[0, 1, 2, 3, 4],
+    )  # fmt: skip
+
+
+def test_preference():
+    check(  # prompt A B, chosen C, rejected D E; the document's end belongs to both answers
+        Preference(), words(BOS, A, B, C, D, E, EOS, parts=(3, 4)),
+        tokens=[BOS, A, B, C, BOS, A, B, D, E], targets=[A, B, C, EOS, A, B, D, E, EOS],
+        weights=[0, 0, 1, 1, 0, 0, 1, 1, 1], positions=[0, 1, 2, 3, 0, 1, 2, 3, 4], branch=[0, 0, 0, 0, 1, 1, 1, 1, 1],
+    )  # fmt: skip
+    check(  # an empty answer is the end alone
+        Preference(), words(BOS, A, D, EOS, parts=(2, 2)),
+        tokens=[BOS, A, BOS, A, D], targets=[A, EOS, A, D, EOS], weights=[0, 1, 0, 1, 1], positions=[0, 1, 0, 1, 2],
+        branch=[0, 0, 1, 1, 1],
     )  # fmt: skip
 
 
