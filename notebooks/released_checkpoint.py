@@ -18,8 +18,7 @@
 # Load a model as it was released, ask it something, look inside, measure it, fine-tune it with LoRA on a handful of
 # chats, measure it again, and give the adapters and the merged model away in the forms that other programs read.
 #
-# `PATH` is any model on this machine: a directory of Hugging Face or Meta, a llama2.c `.bin`, an adapter, a run. Left
-# empty, it is `stories260K` (Karpathy's tinyllamas: 260,032 parameters that write stories) where the environment
+# `PATH` is any model on this machine: a directory of Hugging Face or Meta, or a llama2.c `.bin`. Left empty, it is `stories260K` (Karpathy's tinyllamas: 260,032 parameters that write stories) where the environment
 # variable `LLAMA_JAX_TEST_DATA` names a directory that has it. Without it the notebook trains a model on the
 # standard library and writes it in Hugging Face's form. Nothing is downloaded.
 
@@ -55,7 +54,9 @@ folder = Path(tempfile.mkdtemp(prefix="released_checkpoint_"))
 # %%
 def make_checkpoint(directory: Path) -> None:
     """Train a small Llama on the standard library without `textwrap.py`, and write it in Hugging Face's form."""
-    config = tools.small({"num_steps": tools.full(300, quick=8), "data.exclude": ["*/site-packages/*", "*/textwrap.py"]})
+    config = tools.small(
+        {"num_steps": tools.full(300, quick=8), "data.exclude": ["*/site-packages/*", "*/textwrap.py"]}
+    )
     run = llama_jax.train(config, folder / "run")
     llama_jax.save(run.load(), directory, format="hf")
 
@@ -83,8 +84,16 @@ print(f"{llama_jax.num_parameters(lm.config):,} parameters, {lm.tokenizer.vocab_
 # reads the tensors by their original names.
 
 # %%
-report = llama_jax.convert(PATH, folder / "native", to="native")
-report
+llama_jax.convert(PATH, folder / "native", to="native")
+
+# %% [markdown]
+# What follows begins with a copy in Hugging Face's form, because adapters in PEFT's format name such a directory as
+# their base. Its files are read again and their logits compared, too.
+
+# %%
+BASE = folder / "base"
+report = llama_jax.save(lm, BASE, format="hf")
+print(f"largest difference of a logit {report['max_abs_logit_difference']:.1e}, at most {report['tolerance']:.1e}")
 
 # %% [markdown]
 # ## Write, and chat
@@ -117,7 +126,7 @@ print(QUESTION, "->", repr(ask(lm, QUESTION)))
 # Attention maps of the first layer, a panel a head: a row is a query, and shows how much it takes from each key.
 
 # %%
-TEXT = (PROMPT + written)[:60]
+TEXT = "One day, she saw a big red ball." if "stories" in str(PATH) else "for name in self.names:\n    return self"
 llama_jax.inspect.attention_maps(lm, TEXT).plot(layer=0)
 
 # %% [markdown]
@@ -155,11 +164,14 @@ before
 # ## Fine-tune with LoRA
 #
 # A dozen chats about opposites. `LoRA` (Hu et al. 2022) freezes the model and adds a product of two thin matrices to
-# every projection; the loss is at the tokens of the answers alone. Four more opposites are kept back: learning twelve
+# every projection; the loss is at the tokens of the answers alone. (At a width of 64, rank 8 is not thin: the share of
+# the parameters below is a percent or less for models of usual widths.) Four more opposites are kept back: learning twelve
 # answers by heart is one thing, an opposite that was never shown another.
 
 # %%
-PAIRS = "big small, happy sad, day night, up down, good bad, old new, fast slow, hot cold, wet dry, in out, yes no, on off"
+PAIRS = (
+    "big small, happy sad, day night, up down, good bad, old new, fast slow, hot cold, wet dry, in out, yes no, on off"
+)
 KEPT_BACK = "loud quiet, hard soft, light dark, open closed"
 
 
@@ -183,8 +195,8 @@ config = llama_jax.override(
     {
         "model": lm.config,
         "model.adapters": LoRA(rank=8, alpha=16.0, targets=("all-linear",)),
-        "init_from": str(PATH),
-        "tokenizer.path": str(TOKENIZER or PATH),
+        "init_from": str(BASE),
+        "tokenizer.path": str(BASE),
         "data.path": [str(folder / "chats.jsonl")],
         "data.exclude": [],
         "data.fields": ["messages"],
@@ -260,15 +272,14 @@ for name, numbers in before.results.items():
 # ## Give it away
 #
 # The adapters alone, as PEFT reads them; and one model without adapters, their product added to the weights, as
-# transformers reads it. The report of an export compares its logits, read again from the files.
+# transformers reads it. Exports are compared as above.
 
 # %%
-llama_jax.save_adapters(adapted, folder / "adapters", base=PATH)
-report = llama_jax.save(adapted, folder / "merged", format="hf")
+llama_jax.save_adapters(adapted, folder / "adapters", base=BASE)
+llama_jax.save(adapted, folder / "merged", format="hf")
 for directory in ("adapters", "merged"):
     print(directory, {file.name: f"{file.stat().st_size:,} bytes" for file in sorted((folder / directory).iterdir())})
 print(json.loads((folder / "adapters" / "adapter_config.json").read_text(encoding="utf-8")))
-report
 
 # %% [markdown]
 # Three ways to the same model: the run with its adapters, the adapters read into their base, and the merged export.
@@ -277,7 +288,7 @@ report
 ids = np.array([lm.tokenizer.encode(STORY)[:64]])
 expected = np.asarray(adapted.model(ids))
 again = {
-    "adapters and base": llama_jax.load(folder / "adapters", tokenizer=TOKENIZER, dtype="float32"),
+    "adapters and base": llama_jax.load(folder / "adapters", dtype="float32"),
     "merged": llama_jax.load(folder / "merged", dtype="float32"),
 }
 for name, model in again.items():
