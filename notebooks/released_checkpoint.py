@@ -18,9 +18,10 @@
 # Load a model as it was released, ask it something, look inside, measure it, fine-tune it with LoRA on a handful of
 # chats, measure it again, and give the adapters and the merged model away in the forms that other programs read.
 #
-# `PATH` is any model on this machine: a directory of Hugging Face or Meta, or a llama2.c `.bin`. Left empty, it is `stories260K` (Karpathy's tinyllamas: 260,032 parameters that write stories) where the environment
-# variable `LLAMA_JAX_TEST_DATA` names a directory that has it. Without it the notebook trains a model on the
-# standard library and writes it in Hugging Face's form. Nothing is downloaded.
+# `PATH` is any model on this machine: a directory of Hugging Face or Meta, or a llama2.c `.bin`. Left empty, it is
+# `stories260K` (Karpathy's tinyllamas: 260,032 parameters that write stories) where the environment variable
+# `LLAMA_JAX_TEST_DATA` names a directory that has it. Without it the notebook trains a model on the standard library
+# and writes it in Hugging Face's form. Nothing is downloaded.
 
 # %%
 import inspect
@@ -54,9 +55,10 @@ folder = Path(tempfile.mkdtemp(prefix="released_checkpoint_"))
 # %%
 def make_checkpoint(directory: Path) -> None:
     """Train a small Llama on the standard library without `textwrap.py`, and write it in Hugging Face's form."""
-    config = tools.small(
-        {"num_steps": tools.full(300, quick=8), "data.exclude": ["*/site-packages/*", "*/textwrap.py"]}
-    )
+    sizes = {"hidden_size": 128, "num_layers": 3, "attention.head_dim": 16, "feed_forward.intermediate_size": 352}
+    changes = {f"model.{name}": size for name, size in sizes.items()} | {"num_steps": 500, "global_batch_size": 16}
+    config = tools.small(tools.full(changes, quick={}))
+    config = llama_jax.override(config, {"data.exclude": [*config.data.exclude, "*/textwrap.py"]})
     run = llama_jax.train(config, folder / "run")
     llama_jax.save(run.load(), directory, format="hf")
 
@@ -163,15 +165,13 @@ before
 # %% [markdown]
 # ## Fine-tune with LoRA
 #
-# A dozen chats about opposites. `LoRA` (Hu et al. 2022) freezes the model and adds a product of two thin matrices to
-# every projection; the loss is at the tokens of the answers alone. (At a width of 64, rank 8 is not thin: the share of
-# the parameters below is a percent or less for models of usual widths.) Four more opposites are kept back: learning twelve
-# answers by heart is one thing, an opposite that was never shown another.
+# Eleven chats about opposites. `LoRA` (Hu et al. 2022) freezes the model and adds a product of two thin matrices to
+# every projection; the loss is at the tokens of the answers alone. Four more opposites are kept back: learning eleven
+# answers by heart is one thing, an opposite that was never shown another. The share of the parameters that is trained
+# is large here, because the model is narrow: it falls with its width.
 
 # %%
-PAIRS = (
-    "big small, happy sad, day night, up down, good bad, old new, fast slow, hot cold, wet dry, in out, yes no, on off"
-)
+PAIRS = "big small, happy sad, day night, up down, good bad, old new, fast slow, hot cold, wet dry, in out, on off"
 KEPT_BACK = "loud quiet, hard soft, light dark, open closed"
 
 
@@ -205,7 +205,7 @@ config = llama_jax.override(
         "data.packing": "best_fit",
         "data.validation_fraction": 0.0,
         "data.cache_dir": str(folder / "corpora"),
-        "num_steps": tools.full(80, quick=4),
+        "num_steps": tools.full(150, quick=4),
         "global_batch_size": 4,
         "sequence_length": min(256, lm.config.length_limit),
         "optimizer.learning_rate": 5e-3,
@@ -227,7 +227,7 @@ plt.show()
 # %% [markdown]
 # ## Before and after
 #
-# The loss of each answer, with the model as it was and with its adapters: the twelve that it learned from, and the four
+# The loss of each answer, with the model as it was and with its adapters: the eleven that it learned from, and the four
 # that it did not see. The interval is over chats, paired.
 
 # %%
