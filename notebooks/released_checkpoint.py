@@ -56,9 +56,11 @@ folder = Path(tempfile.mkdtemp(prefix="released_checkpoint_"))
 def make_checkpoint(directory: Path) -> None:
     """Train a small Llama on the standard library without `textwrap.py`, and write it in Hugging Face's form."""
     sizes = {"hidden_size": 128, "num_layers": 3, "attention.head_dim": 16, "feed_forward.intermediate_size": 352}
-    changes = {f"model.{name}": size for name, size in sizes.items()} | {"num_steps": 500, "global_batch_size": 16}
+    changes = {f"model.{name}": size for name, size in sizes.items()} | {"num_steps": 300, "global_batch_size": 16}
     config = tools.small(tools.full(changes, quick={}))
-    config = llama_jax.override(config, {"data.exclude": [*config.data.exclude, "*/textwrap.py"]})
+    config = llama_jax.override(
+        config, {"data.exclude": [*config.data.exclude, "*/textwrap.py"], "checkpoint.keep_best": 0}
+    )
     run = llama_jax.train(config, folder / "run")
     llama_jax.save(run.load(), directory, format="hf")
 
