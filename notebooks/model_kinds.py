@@ -36,6 +36,7 @@ import numpy as np
 
 import llama_jax
 from llama_jax.ablation.statistics import t_interval
+from llama_jax.checkpoint import CheckpointConfig
 from llama_jax.data import DataConfig, Objective, Vocabulary
 from llama_jax.data.objectives import Chat, Document, ParallelText
 from llama_jax.models import Compute, DecoderConfig, EncoderConfig, EncoderDecoderConfig
@@ -175,7 +176,7 @@ def reach(name: str) -> np.ndarray:
     return (np.abs(logits[1:] - logits[0]).max(-1) > 1e-6).T
 
 
-seen = {name: reach(name) for name in models}
+seen = {name: reach(name) for name in tools.few(models, "encoder-decoder", "n-gram")}
 fig, axes = plt.subplots(1, len(seen), figsize=(9, 2.6), layout="constrained")
 for ax, (name, field) in zip(axes, seen.items(), strict=True):
     ax.imshow(field, cmap="Blues", vmin=0, vmax=1.3, interpolation="nearest")
@@ -186,10 +187,10 @@ fig.supxlabel("input token that is changed")
 fig.supylabel("output")
 plt.show()
 for name, field in seen.items():
-    later, back = np.triu(field, 1).any(), max(np.argmax(field, 1) * -1 + np.arange(len(field)))
-    sees = (
-        "source and later tokens" if "-decoder" in name else "later tokens" if later else f"the last {back + 1} tokens"
-    )
+    past = field[:, LENGTH + 2 :] if "-decoder" in name else field
+    later, back = np.triu(past, 1).any(), max(np.arange(len(past)) - np.argmax(past, 1))
+    sees = "later tokens, too" if later else f"the last {back + 1} tokens"
+    sees += " and all of the source" * ("-decoder" in name)
     print(f"{name:16} sees {sees}; {'writes text' if models[name].generates else 'does not write text'}")
 
 # %% [markdown]
@@ -216,6 +217,7 @@ config = RunConfig(
     global_batch_size=tools.full(32, quick=4),
     sequence_length=ROW,
     compute=Compute(dtype="float32", scan_layers=False, preflight=False),
+    checkpoint=CheckpointConfig(keep_best=0),
     logging=LoggingConfig(every_steps=tools.full(50, quick=1), validate_every_steps=tools.full(100, quick=4)),
 )
 pairs = {"data.objective": ParallelText(source_length=LENGTH + 2), "sequence_length": LENGTH + 1}
@@ -278,7 +280,7 @@ fig, ax = plt.subplots(layout="constrained")
 for number, (name, found) in enumerate(measured.items()):
     mean, low, high = t_interval(np.array([right.mean(0) for right, _ in found]).T)
     places = np.arange(1, LENGTH + 1)
-    ax.plot(places, mean, marker="osD^v"[number], markersize=4, color=f"C{number}", label=name)
+    ax.plot(places, mean, marker="osD^v"[number], markersize=10 - 1.5 * number, color=f"C{number}", label=name)
     ax.fill_between(places, low.clip(0), high.clip(max=1), color=f"C{number}", alpha=0.2, linewidth=0)
 ax.axhline(1 / len(LETTERS), color="gray", linestyle="--", linewidth=1)
 ax.set(xlabel="letter of the answer", ylabel="share that is right", ylim=(0, 1.05))
@@ -288,7 +290,8 @@ plt.show()
 
 # %% [markdown]
 # For letter k of the answer the one to copy is 2k - 1 tokens before the last one that was read. The n-gram model reaches
-# four tokens back: from the third letter on it can only guess, one of 16 (the dashed line), whatever its size.
+# four tokens back: from the third letter on it can only guess, one of 16 (the dashed line), whatever its size. From the
+# sixth on it does not see the colon, either, and so does not know how far it is: the end becomes its best guess.
 
 
 # %%
@@ -305,6 +308,15 @@ for name, found in measured.items():
     chance = "exact" if models[name].generates else "letter by letter only"
     print(f"{name:16} {whole:>14} {bits:>16} {chance:>26}")
 print(f"{'a guess':16} {1 / len(LETTERS) ** LENGTH:>14.1e} {math.log2(len(LETTERS)):>16.3f}")
+
+# %% [markdown]
+# How does it fetch a letter? The attention from target to source of the encoder-decoder, a panel a head.
+
+# %%
+lm = runs["encoder-decoder"][0].load(dtype="float32")
+one = example("encoder-decoder", test[0])
+call = {"source": one["source_tokens"][None], "target": one["tokens"][None]}
+llama_jax.inspect.attention_maps(lm, call, kind="cross").plot(layer=0)
 
 # %% [markdown]
 # ## Speed

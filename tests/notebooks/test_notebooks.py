@@ -152,6 +152,19 @@ def test_positions_runs(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_model_kinds_runs(tmp_path: Path):
+    shown = run("model_kinds", tmp_path)
+    assert shown.warned == []
+    assert shown.num_figures == 5
+    sizes = [int(size.replace(",", "")) for size in re.findall(r"([\d,]+) parameters", shown.said)]
+    assert len(sizes) == 5
+    assert max(sizes) < 1.01 * min(sizes)
+    assert "encoder-decoder  sees the last 8 tokens and all of the source; writes text" in shown.said
+    assert re.search(r"n-gram +sees the last 5 tokens; writes text", shown.said)
+    assert re.search(r"encoder +[\d.]+ ± [\d.]+ +[\d.]+ ± [\d.]+ +letter by letter only", shown.said)
+
+
+@pytest.mark.slow
 def test_released_checkpoint_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("LLAMA_JAX_TEST_DATA", raising=False)  # the model is the notebook's own
     shown = run("released_checkpoint", tmp_path)
