@@ -213,7 +213,7 @@ config = RunConfig(
         cache_dir=str(folder / "corpora"),
     ),
     optimizer=AdamW(learning_rate=3e-3, warmup_steps=tools.full(50, quick=2)),
-    num_steps=tools.full(500, quick=4),
+    num_steps=tools.full(400, quick=4),
     global_batch_size=tools.full(32, quick=4),
     sequence_length=ROW,
     compute=Compute(dtype="float32", scan_layers=False, preflight=False),
@@ -289,9 +289,10 @@ plt.show()
 
 
 # %% [markdown]
-# For letter k of the answer the one to copy is 2k - 1 tokens before the last one that was read. The n-gram model reaches
-# four tokens back: from the third letter on it can only guess, one of 16 (the dashed line), whatever its size. From the
-# sixth on it does not see the colon, either, and so does not know how far it is: the end becomes its best guess.
+# For letter k of the answer the one to copy is 2k - 1 tokens before the last one that was read. The n-gram model
+# reaches four tokens back: from the third letter on it can only guess, one of 16 (the dashed line), whatever its size.
+# From the sixth on it does not see the colon, either, and so does not know how far it is: it can do no better than to
+# guess that the text ends.
 
 
 # %%
