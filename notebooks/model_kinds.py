@@ -213,7 +213,7 @@ config = RunConfig(
         cache_dir=str(folder / "corpora"),
     ),
     optimizer=AdamW(learning_rate=3e-3, warmup_steps=tools.full(50, quick=2)),
-    num_steps=tools.full(400, quick=4),
+    num_steps=tools.full(500, quick=4),
     global_batch_size=tools.full(32, quick=4),
     sequence_length=ROW,
     compute=Compute(dtype="float32", scan_layers=False, preflight=False),
@@ -311,7 +311,8 @@ for name, found in measured.items():
 print(f"{'a guess':16} {1 / len(LETTERS) ** LENGTH:>14.1e} {math.log2(len(LETTERS)):>16.3f}")
 
 # %% [markdown]
-# How does it fetch a letter? The attention from target to source of the encoder-decoder, a panel a head.
+# Where does it fetch a letter? The attention from target to source of the encoder-decoder, a panel a head. A key is
+# what the encoder has made of a token, which may hold its neighbours, too.
 
 # %%
 lm = runs["encoder-decoder"][0].load(dtype="float32")
