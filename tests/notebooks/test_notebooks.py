@@ -170,7 +170,7 @@ def test_released_checkpoint_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     shown = run("released_checkpoint", tmp_path)
     assert shown.warned == []
     assert shown.num_figures == 3
-    assert "19,712 parameters in adapters" in shown.said
+    assert "9,856 parameters in adapters" in shown.said
     # The run, the adapters in their base and the merged export are one model, which is not the base.
     gaps = [float(gap) for gap in re.findall(r"largest difference of a logit (\S+):", shown.said)]
     assert len(gaps) == 2
