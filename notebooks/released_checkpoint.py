@@ -118,7 +118,7 @@ template = DirectoryChat() if lm.tokenizer.chat_templates else Llama2Chat()
 def ask(model, question: str) -> str:
     """The greedy answer to a question."""
     messages = [{"role": "user", "content": question}]
-    return llama_jax.chat(model, messages, template=template, temperature=0, max_new_tokens=16).strip()
+    return llama_jax.chat(model, messages, template=template, temperature=0, max_new_tokens=24).strip()
 
 
 QUESTION = "What is the opposite of hot?"
