@@ -313,7 +313,10 @@ def _num_parameters(model: str) -> int | None:
 
 
 def _digest(directory: Path) -> str | None:
-    """Return a hash of a tokenizer's files, templates of chats aside."""
-    files = [file for file in sorted(directory.glob("*")) if file.is_file() and file.suffix != ".jinja"]
+    """Return a hash of a tokenizer's files; chat templates and what surrounds a prompt do not change its tokens."""
+    from llama_jax.tokenizers import RULE_FILE  # with numpy
+
+    found = (file for file in sorted(directory.glob("*")) if file.is_file())
+    files = [file for file in found if file.suffix != ".jinja" and file.name != RULE_FILE]
     contents = b"".join(file.name.encode() + file.read_bytes() for file in files)
     return hashlib.sha256(contents).hexdigest() if files else None

@@ -1,4 +1,9 @@
-from .base import TEMPLATE_FILE as TEMPLATE_FILE, TextStream as TextStream, Tokenizer as Tokenizer
+from .base import (
+    RULE_FILE as RULE_FILE,
+    TEMPLATE_FILE as TEMPLATE_FILE,
+    TextStream as TextStream,
+    Tokenizer as Tokenizer,
+)
 from .comparing import SAMPLES as SAMPLES, compare as compare, comparison_table as comparison_table
 from .config import KINDS as KINDS, TokenizerConfig as TokenizerConfig
 from .loading import (

@@ -174,6 +174,35 @@ def test_feed_forwards_runs(tmp_path: Path):
     assert "SwiGLU beats ReLU" in shown.said
 
 
+@pytest.mark.slow
+def test_model_kinds_runs(tmp_path: Path):
+    shown = run("model_kinds", tmp_path)
+    assert shown.warned == []
+    assert shown.num_figures == 5
+    sizes = [int(size.replace(",", "")) for size in re.findall(r"([\d,]+) parameters", shown.said)]
+    assert len(sizes) == 5
+    assert max(sizes) < 1.01 * min(sizes)
+    assert "encoder-decoder  sees the last 8 tokens and all of the source; writes text" in shown.said
+    assert re.search(r"n-gram +sees the last 5 tokens; writes text", shown.said)
+    assert re.search(r"encoder +[\d.]+ ± [\d.]+ +[\d.]+ ± [\d.]+ +letter by letter only", shown.said)
+
+
+@pytest.mark.slow
+def test_released_checkpoint_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("LLAMA_JAX_TEST_DATA", raising=False)  # the model is the notebook's own
+    shown = run("released_checkpoint", tmp_path)
+    assert shown.warned == []
+    assert shown.num_figures == 3
+    assert "9,856 parameters in adapters" in shown.said
+    # The run, the adapters in their base and the merged export are one model, which is not the base.
+    gaps = [float(gap) for gap in re.findall(r"largest difference of a logit (\S+):", shown.said)]
+    assert len(gaps) == 2
+    assert max(gaps) < 1e-5
+    learned, kept_back = re.findall(r": ([\d.]+) before, ([\d.]+) after, nats", shown.said)
+    assert float(learned[1]) < float(learned[0])
+    assert kept_back != learned
+
+
 def test_claims_are_judged_by_the_whole_interval():
     regions = {"holds": (0.0, 1.0), "does not hold": (0.4, 1.0), "not decided at this size": (0.2, 1.0)}
     assert {notebook_tools.judge((0.1, 0.3), region): region for region in regions.values()} == regions

@@ -35,6 +35,7 @@ from llama_jax.models.config import LayerOverride
 from llama_jax.nn import (
     Alibi,
     GroupedQuery,
+    LinearScaling,
     Llama3Scaling,
     LoRA,
     NTKScaling,
