@@ -46,7 +46,7 @@ from llama_jax.nn import (
     YarnScaling,
 )
 from llama_jax.parallel import make_mesh, spec
-from llama_jax.run import LoggingConfig, ProfileConfig, Run, RunConfig, preparing, train, training
+from llama_jax.run import LoggingConfig, ProfileConfig, Run, RunConfig, directory, preparing, train, training
 from llama_jax.run.preparing import trained_tokenizer
 from llama_jax.run.programs import programs
 from llama_jax.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
@@ -173,7 +173,7 @@ def base(run_config: RunConfig, folder: Path) -> RunConfig:
         ),
         compute=Compute(dtype="bfloat16"),  # for it to matter when a norm rounds
         checkpoint=CheckpointConfig(every_steps=2, keep_last=2, keep_best=1),
-        logging=LoggingConfig(every_steps=3, validate_every_steps=2),
+        logging=LoggingConfig(every_steps=3, validate_every_steps=2, sample_prompts=("the",)),
         profile=ProfileConfig(start_step=3),
     )
 
@@ -320,7 +320,6 @@ def files(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> A
     values = {
         "programs": lambda config: dataclasses.replace(programs(config), train_step=train_step, eval_step=eval_step),
         "checked": lambda *_: events.append("preflight") or [],
-        "generate_text": lambda lm, prompts, **_: ["..."] * len(prompts),
     }
     wandb = types.ModuleType("wandb")
     wandb.__spec__ = ModuleSpec("wandb", None)
@@ -340,6 +339,7 @@ def files(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> A
     with monkeypatch.context() as patch:
         for name, value in values.items():
             patch.setattr(training, name, value)
+        patch.setattr(directory, "generate_text", lambda lm, prompts, **_: ["..."] * len(prompts))
         patch.setattr(preparing, "trained_tokenizer", lambda config, data, _: tokenizer_of(config, data))
         patch.setattr(jax.profiler, "trace", trace)
         patch.setitem(sys.modules, "wandb", wandb)
