@@ -169,7 +169,12 @@ def workers_of(process: int) -> set[int]:
     for task in Path(f"/proc/{process}/task").iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
             children |= {*(task / "children").read_text().split()}
-    return {int(pid) for pid in children if b"popen_loky_posix" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+    found: set[int] = set()
+    for pid in children:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a process that has just ended
+            if b"popen_loky_posix" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.add(int(pid))
+    return found
 
 
 def test_a_worker_that_dies(config, tokenizer, tmp_path: Path):
