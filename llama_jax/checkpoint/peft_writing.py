@@ -1,6 +1,7 @@
 """Adapters of a model, alone, in the format of PEFT."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from llama_jax.nn import LoRA
 from llama_jax.zoo import WeightMapping
 
 
-def save_adapters(lm: LanguageModel, directory: str | Path, *, base: str | None = None) -> None:
+def save_adapters(lm: LanguageModel, directory: str | Path, *, base: str | os.PathLike[str] | None = None) -> None:
     """Write the adapters of a model alone, as PEFT reads them: adapter_config.json and adapter_model.safetensors.
 
     `base` is the path of the weights that they were trained on, where PEFT and `load` then find them. Where a file
@@ -33,7 +34,7 @@ def save_adapters(lm: LanguageModel, directory: str | Path, *, base: str | None 
     files, others, inputs_first = _modules(lm.config, params, table)
     data = _config(lm.config.adapters, {module: len(a) for module, (a, _) in files.items()}, others)
     data |= {
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": None if base is None else os.fspath(base),
         "fan_in_fan_out": inputs_first,
         "task_type": "SEQ_2_SEQ_LM" if config.has_source else "CAUSAL_LM" if config.generates else None,
     }

@@ -159,7 +159,7 @@ def test_other_arguments_in_the_directory_of_a_sweep(sweep: SweepRecord, sweep_b
         arguments = {"base": sweep_base, "variants": VARIANTS, "seeds": SEEDS, "run_dir": sweep.directory} | changed
         with pytest.raises(UserError, match=f"holds a sweep with {sentence}: give another run_dir"):
             llama_jax.ablate(arguments.pop("base"), arguments.pop("variants"), **arguments)
-    with pytest.raises(UserError, match="is a URL: give a local directory"):
+    with pytest.raises(UserError, match="run_dir=s3://bucket/sweep must be a local"):
         llama_jax.ablate(sweep_base, VARIANTS, run_dir="s3://bucket/sweep")
     config = override(sweep_base, {"data.validation_fraction": 0.0})
     with pytest.raises(UserError, match="variant 'base': there is no held-out text to compare val_loss on"):

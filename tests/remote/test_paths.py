@@ -194,7 +194,7 @@ def test_every_function_that_takes_a_path_is_known():
             for parameter in inspect.signature(function).parameters.values():
                 if Path in parts_of(parameter.annotation) or "Path" in str(parameter.annotation):
                     found.add(f"{name} {parameter.name}")
-    assert found == set(FUNCTIONS)
+    assert found - {"save_adapters base"} == set(FUNCTIONS)  # it is written as it is, and not read
 
 
 URLS = [("gs://bucket/it", r"llama_jax\[gcs\]"), ("nowhere://bucket/it", "no file system that fsspec knows")]

@@ -41,6 +41,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("LLAMA_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         fsspec.filesystem("s3").mkdir("bucket")
         yield "s3://bucket"
+        fsspec.filesystem("s3").rm("bucket", recursive=True)  # all servers of a process have the same buckets
         fsspec.filesystem("s3").clear_instance_cache()
         server.stop()
 
