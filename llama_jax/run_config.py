@@ -14,7 +14,7 @@ from llama_jax.models import Compute, ModelConfig
 from llama_jax.nn import seed_value
 from llama_jax.parallel import MeshConfig, batch_parts
 from llama_jax.tokenizers import TokenizerConfig
-from llama_jax.training import Optimizer, schedule_of_name
+from llama_jax.training import Optimizer, schedule_of_name, train_flops_per_token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +196,11 @@ class RunConfig:
     def row_length(self) -> int:
         """Positions of a row: the sequence, and the source that some objectives have."""
         return self.sequence_length + (self.data.objective.source_length or 0)
+
+    @property
+    def flops_per_token(self) -> float:
+        """Training FLOPs of a token of the target (`train_flops_per_token`)."""
+        return train_flops_per_token(self.model, self.sequence_length, self.data.objective.source_length or 0)
 
     def check_mesh(self, num_devices: int) -> None:
         """Raise UserError where the mesh does not fit the devices, or the batch the mesh."""

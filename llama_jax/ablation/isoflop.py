@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from llama_jax.ablation.laws import NUM_TERMS, Law, Resampled, fit_cost, quantiles
-from llama_jax.ablation.matching import flops_per_token
 from llama_jax.ablation.result import Sweep
 from llama_jax.ablation.sweep import ablate
 from llama_jax.ablation.tables import Columns, as_html, as_markdown, as_text
@@ -60,7 +59,7 @@ def scaling(
     for budget in sorted(set(map(float, budgets))):
         for size in made:
             a_step = _tokens_per_step(size.config)
-            flops = flops_per_token(size.config)
+            flops = size.config.flops_per_token
             if (steps := round(budget / (flops * a_step))) < 1:
                 raise UserError(f"budget={budget:g} pays for no step of '{size.name}': one takes {flops * a_step:.3g}")
             runs.append((f"{size.name}, {budget:.3g} FLOPs", override(size.config, {"num_steps": steps})))

@@ -9,7 +9,6 @@ from llama_jax.ablation.variants import Variant
 from llama_jax.config import UserError, leaves, override
 from llama_jax.models import cache_bytes, num_parameters
 from llama_jax.run_config import RunConfig
-from llama_jax.training import train_flops_per_token
 
 TOLERANCE = 0.01
 MOST_PROBES = 40
@@ -32,14 +31,9 @@ def cache_bytes_per_token(config: RunConfig) -> int | None:
     return of_length(length) - of_length(length - 1) if length > 1 else of_length(1)
 
 
-def flops_per_token(config: RunConfig) -> float:
-    """Return the training FLOPs of a token of the run."""
-    return train_flops_per_token(config.model, config.sequence_length, config.data.objective.source_length or 0)
-
-
 QUANTITIES: dict[str, Callable[[RunConfig], float | None]] = {
     "parameters": lambda config: num_parameters(config.model),
-    "flops": flops_per_token,
+    "flops": lambda config: config.flops_per_token,
     "cache_bytes": cache_bytes_per_token,
 }
 

@@ -15,6 +15,7 @@ from llama_jax.ablation.statistics import POWER, holm, paired_p, seeds_needed, s
 from llama_jax.ablation.tables import as_html, as_markdown, as_text, columns_of
 from llama_jax.config import UserError
 from llama_jax.files import replacing
+from llama_jax.remote import local_path
 from llama_jax.run import HIGHER, choose_metric, compare_runs
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ class Sweep:
 
         Its runs can be compared and reported, and not be loaded. Raises UserError where something is there already.
         """
-        place = Path(directory).expanduser()
+        place = local_path(directory, "directory")
         if place.is_file() or (place.is_dir() and any(place.iterdir())):
             raise UserError(f"'{directory}' is not empty: give a new directory")
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,7 @@ from llama_jax.checkpoint.store import (
     CheckpointConfig as CheckpointConfig,
     CheckpointStore as CheckpointStore,
     SaveFailed as SaveFailed,
+    committed_steps as committed_steps,
     from_disk as from_disk,
     model_files as model_files,
     run_files as run_files,

@@ -295,6 +295,15 @@ def whole_steps(names: Iterable[str]) -> list[int]:
     return sorted(step for step in steps if step is not None)
 
 
+def committed_steps(directory: Path) -> list[int]:
+    """Return the steps with a checkpoint in the local directory of a run by their files' names, ascending.
+
+    A process may do so alone; a `CheckpointStore` all processes open together.
+    """
+    files = directory.glob(f"checkpoints/*/{COMMIT_FILE}")
+    return whole_steps(file.relative_to(directory).as_posix() for file in files)
+
+
 def run_files(names: Iterable[str], step: int | None = None, *, arrays: bool = True) -> list[str]:
     """Return those files of a run or a saved model that are read, of its checkpoints `step` (None: the latest).
 

@@ -19,14 +19,12 @@ from rich.table import Table
 
 from llama_jax import __version__
 from llama_jax.checkpoint import (
-    CHECKPOINTS_DIRECTORY,
-    COMMIT_FILE,
     CONFIG_FILE,
     LanguageModel,
     MeshLike,
+    committed_steps,
     load,
     locate,
-    whole_steps,
 )
 from llama_jax.config import UserError, from_json, read_json
 from llama_jax.data import Classification, DataConfig, SequenceToSequence, read_texts
@@ -218,15 +216,12 @@ class _Opened:
         saved = read_json(local / CONFIG_FILE)
         if not isinstance(saved, dict) or saved.get("type") != "RunConfig":
             return found
-        steps = whole_steps(
-            file.relative_to(local).as_posix() for file in local.glob(f"{CHECKPOINTS_DIRECTORY}/*/{COMMIT_FILE}")
-        )
         return dataclasses.replace(
             found,
             data=from_json(DataConfig, saved["data"], components, "data."),
             sequence_length=saved["sequence_length"],
             directory=local,
-            step=max(steps, default=None) if found.step is None else found.step,
+            step=max(committed_steps(local), default=None) if found.step is None else found.step,
         )
 
 

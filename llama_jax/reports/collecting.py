@@ -17,6 +17,7 @@ from llama_jax import __version__
 from llama_jax.ablation import SWEEP_FILE, columns_of, open_sweep, read_sweep
 from llama_jax.compare_command import Columns, named, numbers_of, printable, settings_of, shown
 from llama_jax.config import read_json
+from llama_jax.evaluation import stderr_of
 from llama_jax.figures import UNITS, counted
 from llama_jax.remote import as_local
 from llama_jax.run import (
@@ -217,9 +218,8 @@ def _results(tasks: Any) -> dict[tuple[str, str], str]:
     for task, values in tasks.items() if isinstance(tasks, dict) else ():
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         for name, value in numbers.items():
-            metric, comma, kind = name.partition(",")  # lm-eval's names: `acc,none` and `acc_stderr,none`
-            error = numbers.get(f"{metric}_stderr{comma}{kind}")
-            if not metric.endswith("_stderr"):
+            error = numbers.get(stderr_of(name))
+            if not name.partition(",")[0].endswith("_stderr"):
                 found[task, name.removesuffix(",none")] = f"{value:.6g}" + ("" if error is None else f" ±{error:.2g}")
     return found
 

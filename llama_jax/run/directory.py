@@ -10,16 +10,15 @@ from typing import Any
 
 from llama_jax.checkpoint import (
     CHECKPOINTS_DIRECTORY,
-    COMMIT_FILE,
     CONFIG_FILE,
     TOKENIZER_DIRECTORY,
     CheckpointStore,
     LanguageModel,
     MeshLike,
+    committed_steps,
     load,
     locate,
     run_files,
-    whole_steps,
 )
 from llama_jax.config import UserError, read_json, to_json
 from llama_jax.data import Batches, Dataset, HostBatch, Vocabulary, batches_passed, prepare_dataset
@@ -65,12 +64,8 @@ class Run:
             return store.steps()
 
     def committed_steps(self) -> list[int]:
-        """Return the steps with a checkpoint by their files' names, ascending: a process may do so alone.
-
-        A store, as `steps` has it, all processes open together.
-        """
-        files = self.directory.glob(f"{CHECKPOINTS_DIRECTORY}/*/{COMMIT_FILE}")
-        return whole_steps(file.relative_to(self.directory).as_posix() for file in files)
+        """Return the steps with a checkpoint by their files' names, ascending: a process may do so alone."""
+        return committed_steps(self.directory)
 
     @functools.cached_property
     def history(self) -> list[dict[str, Any]]:
@@ -169,9 +164,7 @@ def start_run(run: Run, dataset: Dataset) -> None:
         write_text(directory / HISTORY_FILE, json.dumps({"history": run.history}, indent=2) + "\n")
     # The config first: with it, a directory that was left half-made is a run to continue.
     write_text(directory / CONFIG_FILE, json.dumps(to_json(run.config), indent=2) + "\n")
-    if not (directory / TOKENIZER_DIRECTORY).is_dir():
-        with replacing(directory / TOKENIZER_DIRECTORY) as partial:
-            run.tokenizer.save(partial)
+    keep_tokenizer(run.tokenizer, directory)
     write_text(directory / DATA_FILE, json.dumps(_summary(dataset), indent=2) + "\n")
 
 
@@ -184,6 +177,13 @@ def write_samples(run: Run, lm: LanguageModel, max_new_tokens: int, name: str) -
     if distributed.is_main():
         (run.directory / name).parent.mkdir(exist_ok=True)
         write_text(run.directory / name, samples + "\n")
+
+
+def keep_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Save a tokenizer in the directory of a run or a sweep, if none is there."""
+    if not (directory / TOKENIZER_DIRECTORY).is_dir():
+        with replacing(directory / TOKENIZER_DIRECTORY) as partial:
+            tokenizer.save(partial)
 
 
 def _summary(dataset: Dataset) -> dict[str, Any]:

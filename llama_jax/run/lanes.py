@@ -10,16 +10,15 @@ from typing import Any, override
 import jax
 from jax.sharding import Mesh
 
-from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, TOKENIZER_DIRECTORY, CheckpointStore
+from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, CheckpointStore
 from llama_jax.config import UserError
 from llama_jax.data import Dataset
-from llama_jax.files import replacing
 from llama_jax.parallel import make_mesh
 from llama_jax.planning import mesh_of
 from llama_jax.run.callbacks import Event
 from llama_jax.run.clock import Clock
 from llama_jax.run.continuing import check_directory
-from llama_jax.run.directory import Run, start_run
+from llama_jax.run.directory import Run, keep_tokenizer, start_run
 from llama_jax.run.preparing import open_dataset, prepare
 from llama_jax.run.profiling import Profile
 from llama_jax.run.programs import RunFailed, checked
@@ -76,10 +75,8 @@ class Prepared:
 
     def save(self, place: Path) -> None:
         """Keep the tokenizer in the directory `place`, if it is not there."""
-        if not (place / TOKENIZER_DIRECTORY).is_dir():
-            place.mkdir(parents=True, exist_ok=True)
-            with replacing(place / TOKENIZER_DIRECTORY) as partial:
-                self.tokenizer.save(partial)
+        place.mkdir(parents=True, exist_ok=True)
+        keep_tokenizer(self.tokenizer, place)
 
     def check(self, seed: int) -> None:
         """Check pieces and kernel of the model, as every run does before its first step.

@@ -20,7 +20,7 @@ from llama_jax.run.lanes import Closing, Lane, memory_of
 from llama_jax.run.programs import KEPT
 from llama_jax.run.training import Preempted
 from llama_jax.run_config import RunConfig
-from llama_jax.training import compiler_options, train_flops_per_token
+from llama_jax.training import compiler_options
 
 SMALL_FLOPS = 1e8  # of a step; above, runs of one device are faster one after another
 MOST_LANES = 16  # of a device
@@ -32,9 +32,8 @@ def lanes_at_once(config: RunConfig, num_runs: int) -> int:
     Several devices take a run each where there are enough runs for them, or steps are small, and one device has the
     memory for it. A CPU takes several on a device where steps are small.
     """
-    devices, given = jax.devices(), config.data.objective
-    flops = train_flops_per_token(config.model, config.sequence_length, given.source_length or 0)
-    small = flops * config.global_batch_size * config.row_length <= SMALL_FLOPS
+    devices = jax.devices()
+    small = config.flops_per_token * config.global_batch_size * config.row_length <= SMALL_FLOPS
     if num_runs < 2 or config.mesh != MeshConfig() or config.profile.start_step is not None or jax.process_count() > 1:
         return 1
     if platform() == "cpu":

@@ -34,7 +34,6 @@ from llama_jax.screen import Bar
 from llama_jax.training import (
     TrainState,
     peak_flops,
-    train_flops_per_token,
 )
 
 
@@ -151,7 +150,7 @@ class Loop:
         self.hyper = config.optimizer.hyper(config.num_steps, config.seed)
         # All positions of a batch, those of padding and of sources, too: what is computed, not what is learned.
         self.tokens_per_step = config.global_batch_size * config.row_length
-        flops = train_flops_per_token(config.model, config.sequence_length, config.data.objective.source_length or 0)
+        flops = config.flops_per_token
         peak = peak_flops(jax.local_devices()[0], config.compute.jax_dtype)
         self.mfu_per_speed = None if peak is None else flops / (peak * jax.device_count())
         self.lines, self.loggers = list(lines), [*configured_loggers(config.logging), *loggers]

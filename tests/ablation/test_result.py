@@ -177,6 +177,8 @@ def test_a_saved_sweep_is_the_same(tmp_path: Path):
     assert (checkpoints / "big").is_file()
     with pytest.raises(UserError, match="is not empty: give a new directory"):
         sweep.save(saved)
+    with pytest.raises(UserError, match="directory=s3://bucket/sweep must be a local"):
+        sweep.save("s3://bucket/sweep")
 
 
 class Cells(html.parser.HTMLParser):
