@@ -41,7 +41,7 @@ from llama_jax.run import Preempted, RunFailed, config_to_continue, train
 from llama_jax.run_config import RunConfig, config_of
 from llama_jax.sampling import (
     Encoded,
-    Sampler,
+    SamplingConfig,
     built_in,
     complete_encoded,
     encoded_chat,
@@ -249,7 +249,7 @@ def sample_command(args: argparse.Namespace) -> int:
     if args.chat_template is not None and not args.chat:
         raise UserError("--chat-template is for conversations: give --chat too")
     accept_any_text()
-    args.sampler = Sampler.of(args.temperature, args.top_k, args.top_p)
+    args.sampling = SamplingConfig(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     lm = load(args.path, tokenizer=args.tokenizer, ignore_config_keys=args.ignore_config_keys, base=args.base)
     args.chat_template = built_in(args.chat_template, lm.tokenizer)
     if args.prompt is None:
@@ -259,9 +259,9 @@ def sample_command(args: argparse.Namespace) -> int:
     if args.json:
         prompts = [encoded(lm, messages, args) for messages in conversations]
         number = min(new_tokens(lm, prompt, args) for prompt in prompts)
-        settings = {"max_new_tokens": number, "sampler": args.sampler, "seed": args.seed}
+        config = dataclasses.replace(args.sampling, max_new_tokens=number)
         began = time.monotonic()
-        completions = complete_encoded(lm, args.prompt, prompts, **settings)
+        completions = complete_encoded(lm, args.prompt, prompts, config)
         print_speed(speed([(sum(len(found.token_ids) for found in completions), time.monotonic() - began)]), args)
         for found in completions:
             print(json.dumps(dataclasses.asdict(found)))
@@ -313,9 +313,8 @@ def print_answer(
     Returns the model's text, and a line about its speed.
     """
     prompt, began, times = encoded(lm, messages, args), time.monotonic(), list[tuple[int, float]]()
-    number = new_tokens(lm, prompt, args)
-    settings = {"max_new_tokens": number, "sampler": args.sampler, "seed": args.seed, "row": row}
-    pieces = stream_encoded(lm, prompt, progress=lambda n: times.append((n, time.monotonic() - began)), **settings)
+    config = dataclasses.replace(args.sampling, max_new_tokens=new_tokens(lm, prompt, args))
+    pieces = stream_encoded(lm, prompt, config, row=row, progress=lambda n: times.append((n, time.monotonic() - began)))
     first = next(pieces, "")  # before the prompt is printed: a prompt that is refused leaves stdout empty
     shows_prompt = not args.chat and not lm.config.has_source
     print(messages[-1]["content"] if shows_prompt else "", end=first, flush=True)

@@ -32,7 +32,15 @@ from llama_jax.checkpoint import LanguageModel
 from llama_jax.config import UserError
 from llama_jax.evaluation.scoring import Scorer
 from llama_jax.remote import local_path
-from llama_jax.sampling import Sampler, built_in, checked_prompts, continued, rendered_chat, stop_ids, tokenizer_of
+from llama_jax.sampling import (
+    SamplingConfig,
+    built_in,
+    checked_prompts,
+    continued,
+    rendered_chat,
+    stop_ids,
+    tokenizer_of,
+)
 
 CHUNK = 16  # new tokens between two looks for a stop string
 BOOTSTRAP = 1000  # resamples, for standard errors of metrics that are not means
@@ -168,21 +176,26 @@ class HarnessLM(TemplateLM):
             start, room = [self.prefix_token_id], self.max_length - count
             ids = {i: (self.tok_encode(requests[i].args[0]) or start)[-room:] for i in numbers}
             temperature = option.get("temperature", 0.0) if option.get("do_sample") else 0.0
-            sampler = Sampler.of(temperature, option.get("top_k"), option.get("top_p"), ())
+            sampling = SamplingConfig.of(
+                max_new_tokens=count,
+                temperature=temperature,
+                top_k=option.get("top_k"),
+                top_p=option.get("top_p"),
+                stop_ids=stop_ids(self.lm),
+            )
             numbers.sort(key=lambda i: len(ids[i]), reverse=True)
             for batch in itertools.batched(numbers, self.scorer.batch_size):
-                written = self._written([ids[i] for i in batch], count, sampler, [until[i] for i in batch])
+                written = self._written([ids[i] for i in batch], sampling, [until[i] for i in batch])
                 for i, text in zip(batch, written, strict=True):
                     texts[i] = text
                 done += len(batch)
                 self.scorer.progress(done, len(requests))
         return texts
 
-    def _written(self, prompts: list[list[int]], count: int, sampler: Sampler, until: list[list[str]]) -> list[str]:
-        """Return the texts of at most `count` tokens after prompts, each cut before its stop strings."""
+    def _written(self, prompts: list[list[int]], config: SamplingConfig, until: list[list[str]]) -> list[str]:
+        """Return the texts that follow prompts, each cut before its stop strings."""
         checked, texts = checked_prompts(self.lm.model, prompts, None), list[str]()
-        options = {"settings": self.lm.generation, "seed": 0, "stop_ids": stop_ids(self.lm), "chunk": CHUNK}
-        for rows in continued(self.lm.model, checked, count, sampler, **options):
+        for rows in continued(self.lm.model, checked, config, settings=self.lm.generation, chunk=CHUNK):
             ends = zip(rows.tokens, checked.lengths, rows.lengths, strict=True)
             texts = [self._decode(tokens[start:end].tolist()) for tokens, start, end in ends]
             stopped = [any(s in text for s in own) for text, own in zip(texts, until, strict=True)]

@@ -16,7 +16,7 @@ from llama_jax.evaluation.scoring import padded_length
 from llama_jax.models import check_ids
 from llama_jax.parallel import replicate
 from llama_jax.remote import local_copy
-from llama_jax.sampling import Sampler, complete, tokenizer_of
+from llama_jax.sampling import SamplingConfig, complete, tokenizer_of
 
 MAX_NEW_TOKENS = 256  # of a translation
 
@@ -135,9 +135,7 @@ def evaluate_translations(
     written, limit = [""] * len(pairs), min(MAX_NEW_TOKENS, lm.config.length_limit - 1)
     for first in range(0, len(order), batch_size):
         numbers = order[first : first + batch_size]
-        found = complete(
-            lm, [pairs[i][0] for i in numbers], max_new_tokens=limit, sampler=Sampler.of(0.0, None, None, ()), seed=0
-        )
+        found = complete(lm, [pairs[i][0] for i in numbers], SamplingConfig(limit, 0.0))
         for i, completion in zip(numbers, found, strict=True):
             written[i] = completion.completion
         progress(first + len(numbers), len(order))

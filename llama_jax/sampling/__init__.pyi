@@ -1,3 +1,4 @@
+from .config import SamplingConfig as SamplingConfig, SamplingOptions as SamplingOptions
 from .conversations import (
     built_in as built_in,
     chat as chat,

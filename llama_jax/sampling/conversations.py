@@ -1,12 +1,12 @@
 """`chat`: the answer that a model writes to messages, by a chat template."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
 
 from llama_jax.checkpoint import LanguageModel
 from llama_jax.config import UserError, choices
 from llama_jax.data import ChatTemplate, DirectoryChat, chat_prompt, turn_ends
-from llama_jax.sampling.sampler import Control, Sampler
+from llama_jax.sampling.config import SamplingConfig, SamplingOptions
 from llama_jax.sampling.text import Encoded, complete_encoded, stop_ids, tokenizer_of
 from llama_jax.tokenizers import Tokenizer, render, special_names
 
@@ -15,25 +15,20 @@ def chat(
     lm: LanguageModel,
     messages: Sequence[Mapping[str, Any]],
     *,
-    max_new_tokens: int = 256,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
     template: ChatTemplate | str | None = None,
-    controls: Iterable[Control] = (),
+    **options: Unpack[SamplingOptions],
 ) -> str:
     """Return the model's answer to a conversation that ends with the user.
 
     Each message has a `role` (system, user, assistant, or another of the template's) and a `content`. `template` None
     is the chat template that a run was trained with, else the one that came with the tokenizer; a text names another
     of the latter's or a built-in one; a `ChatTemplate` of `llama_jax.data` serves models without any, and ends the
-    answer with its end of a turn as well. `controls` as in `generate`. Raises UserError where there is no template
-    or it refuses the messages, and as `generate_text` does.
+    answer with its end of a turn as well. `options` are the fields of `SamplingConfig`, by default with 256 new
+    tokens. Raises UserError where there is no template or it refuses the messages, and as `generate_text` does.
     """
     encoded = encoded_chat(lm, messages, template)
-    sampler = Sampler.of(temperature, top_k, top_p, controls)
-    (found,) = complete_encoded(lm, [""], [encoded], max_new_tokens=max_new_tokens, sampler=sampler, seed=seed)
+    config = SamplingConfig.of(**{"max_new_tokens": 256, **options})
+    (found,) = complete_encoded(lm, [""], [encoded], config)
     return found.completion
 
 

@@ -17,13 +17,13 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt
 from llama_jax.checkpoint import GenerationSettings
 from llama_jax.config import UserError
 from llama_jax.parallel import shard
+from llama_jax.sampling.config import LARGEST, SamplingConfig
 
 Logits = Float[Array, "b v"]
 Number = float | Array
 TokenMask = Bool[Array | np.ndarray, " v"]
 # Float32 has hardly a smaller normal number: dividing by less is dividing by 0.
 SMALLEST = 1e-37
-LARGEST = 2**31 - 1
 STATIC = {"static": True}  # metadata of a pytree's field that is compiled in
 
 
@@ -64,26 +64,15 @@ class Sampler:
     controls: tuple[Control, ...] = ()
 
     @classmethod
-    def of(
-        cls, temperature: float, top_k: int | None, top_p: float | None, controls: Iterable[Control] = ()
-    ) -> "Sampler":
-        """Return the sampler of a user's settings; a temperature below 1e-37 is greedy. Raises UserError for others."""
-        temperature = number("temperature", temperature)
-        top_k = None if top_k is None else number("top_k", top_k, whole=True)
-        top_p = None if top_p is None else number("top_p", top_p)
-        if not 0 <= temperature < float("inf"):
-            raise UserError(f"temperature={temperature} must be 0 (greedy) or above")
-        if top_k is not None and top_k < 1:
-            raise UserError(f"top_k={top_k} must be at least 1")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise UserError(f"top_p={top_p} must be above 0 and at most 1")
-        own = tuple(_traceable(control) for control in controls)
-        if temperature < SMALLEST:
+    def of(cls, config: SamplingConfig) -> "Sampler":
+        """Return the sampler of a user's settings; a temperature below 1e-37 is greedy. Raises UserError."""
+        own = tuple(_traceable(control) for control in config.controls)
+        if config.temperature < SMALLEST:
             return cls(controls=own)
         # As float32, none of them becomes 0 or infinite.
-        top_k = None if top_k is None else min(top_k, LARGEST)
-        top_p = None if top_p is None or top_p == 1 else max(top_p, SMALLEST)
-        return cls(min(temperature, 1 / SMALLEST), top_k, top_p, own)
+        top_k = None if config.top_k is None else min(config.top_k, LARGEST)
+        top_p = None if config.top_p is None or config.top_p == 1 else max(config.top_p, SMALLEST)
+        return cls(min(config.temperature, 1 / SMALLEST), top_k, top_p, own)
 
     def controlled(self, logits: Logits, written: Written) -> Logits:
         """Return `logits` as the controls leave them. Raises UserError for a control that changes shape or type."""
@@ -108,14 +97,6 @@ class Sampler:
         # The Gumbel-max trick: the highest of logits plus Gumbel noise is a draw from their softmax.
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
         return _argmax(logits + noise)
-
-
-def number(name: str, value: Any, *, whole: bool = False) -> Any:
-    """Return a user's number as Python's own, also of numpy's and JAX's scalars. Raises UserError for other values."""
-    found = value.item() if getattr(value, "shape", None) == () else value
-    if isinstance(found, bool) or not isinstance(found, int if whole else int | float):
-        raise UserError(f"{name}={value!r} must be a {'whole ' if whole else ''}number")
-    return found
 
 
 def top_k(logits: Logits, k: Number) -> Logits:

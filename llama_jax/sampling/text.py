@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, Unpack
 
 import numpy as np
 
 from llama_jax.checkpoint import LanguageModel, default_stops
 from llama_jax.config import UserError
 from llama_jax.models import ModelConfig
-from llama_jax.sampling.sampler import Control, Sampler
+from llama_jax.sampling.config import SamplingConfig, SamplingOptions
 from llama_jax.sampling.token_ids import checked_prompts, continued
 from llama_jax.tokenizers import Tokenizer
 
@@ -35,16 +35,15 @@ class Encoded:
     stop_ids: tuple[int, ...]
 
 
+def stopped_by(config: SamplingConfig, encoded: Encoded) -> SamplingConfig:
+    """Return the config with the ids that end the text of a prompt."""
+    return dataclasses.replace(config, stop_ids=tuple(dict.fromkeys((*encoded.stop_ids, *config.stop_ids))))
+
+
 def generate_text(
     lm: LanguageModel,
     prompts: str | Sequence[str],
-    *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    controls: Iterable[Control] = (),
+    **options: Unpack[SamplingOptions],
 ) -> list[str]:
     """Return the texts that the model writes after `prompts` (without them), each up to an end-of-text token.
 
@@ -52,48 +51,32 @@ def generate_text(
 
     The model's files decide which tokens end a text, surround a prompt, are forced or forbidden. To an encoder-decoder
     the prompts are sources, and the texts its answers. Special tokens written out in them, such as T5's <extra_id_0>,
-    are these tokens, in answers too. `controls` as in `generate`. Raises UserError as `generate` does, for `prompts`
-    that are not texts and for a model without tokenizer.
+    are these tokens, in answers too. `options` are the fields of `SamplingConfig`.
+
+    Raises UserError as `generate` does, for `prompts` that are not texts and for a model without tokenizer.
     """
     texts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(texts, Sequence) or not all(isinstance(prompt, str) for prompt in texts):
         raise UserError(f"prompts={prompts!r} must be a text or a list of texts; token ids are for generate")
-    sampler = Sampler.of(temperature, top_k, top_p, controls)
-    found = complete(lm, texts, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed)
-    return [completion.completion for completion in found]
+    return [found.completion for found in complete(lm, texts, SamplingConfig.of(**options))]
 
 
-def complete(
-    lm: LanguageModel, prompts: Sequence[str], *, max_new_tokens: int, sampler: Sampler, seed: int
-) -> list[Completion]:
+def complete(lm: LanguageModel, prompts: Sequence[str], config: SamplingConfig) -> list[Completion]:
     """Return the texts of `generate_text` with their token ids and the reason of each end."""
     encoded = [encoded_prompt(lm, prompt) for prompt in prompts]
-    return complete_encoded(lm, prompts, encoded, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed)
+    return complete_encoded(lm, prompts, encoded, config)
 
 
 def complete_encoded(
-    lm: LanguageModel,
-    prompts: Sequence[str],
-    encoded: Sequence[Encoded],
-    *,
-    max_new_tokens: int,
-    sampler: Sampler,
-    seed: int,
+    lm: LanguageModel, prompts: Sequence[str], encoded: Sequence[Encoded], config: SamplingConfig
 ) -> list[Completion]:
     """Complete prompts that are encoded already, as `complete` does; the same ids must end all of them."""
     if not prompts:
         return []
     start_id = lm.generation.decoder_start_id
     checked = checked_prompts(lm.model, [prompt.ids for prompt in encoded], None, start_id=start_id)
-    *_, rows = continued(
-        lm.model,
-        checked,
-        max_new_tokens,
-        sampler,
-        settings=lm.generation,
-        seed=seed,
-        stop_ids=encoded[0].stop_ids,
-    )
+    config = stopped_by(config, encoded[0])
+    *_, rows = continued(lm.model, checked, config, settings=lm.generation)
     completions = []
     for i, (prompt, own) in enumerate(zip(prompts, encoded, strict=True)):
         new = np.asarray(rows.tokens[i, checked.lengths[i] : rows.lengths[i]]).tolist()
@@ -107,27 +90,19 @@ def stream_text(
     lm: LanguageModel,
     prompt: str,
     *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
     row: int = 0,
-    controls: Iterable[Control] = (),
+    **options: Unpack[SamplingOptions],
 ) -> Iterator[str]:
     """Yield the text that `generate_text` writes for the prompt number `row`, piece by piece as it comes."""
-    sampler = Sampler.of(temperature, top_k, top_p, controls)
-    encoded = encoded_prompt(lm, prompt)
-    yield from stream_encoded(lm, encoded, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed, row=row)
+    config = SamplingConfig.of(**options)
+    yield from stream_encoded(lm, encoded_prompt(lm, prompt), config, row=row)
 
 
 def stream_encoded(
     lm: LanguageModel,
     encoded: Encoded,
+    config: SamplingConfig,
     *,
-    max_new_tokens: int,
-    sampler: Sampler,
-    seed: int,
     row: int = 0,
     progress: Callable[[int], object] = lambda num_tokens: None,
 ) -> Iterator[str]:
@@ -137,17 +112,8 @@ def stream_encoded(
     """
     prompts = checked_prompts(lm.model, [encoded.ids], None, start_id=lm.generation.decoder_start_id)
     stream, seen = _NewText(lm, encoded.ids), int(prompts.lengths[0])
-    for rows in continued(
-        lm.model,
-        prompts,
-        max_new_tokens,
-        sampler,
-        settings=lm.generation,
-        seed=seed,
-        stop_ids=encoded.stop_ids,
-        first_row=row,
-        chunk=STREAM_CHUNK,
-    ):
+    config = stopped_by(config, encoded)
+    for rows in continued(lm.model, prompts, config, settings=lm.generation, first_row=row, chunk=STREAM_CHUNK):
         if text := stream.feed(rows.tokens[0, seen : rows.lengths[0]].tolist()):
             yield text
         seen = int(rows.lengths[0])

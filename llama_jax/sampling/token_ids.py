@@ -1,9 +1,8 @@
 """`generate`: prompts of token ids, checked and continued."""
 
 import dataclasses
-import operator
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Unpack
 
 import jax
 import numpy as np
@@ -11,25 +10,23 @@ import numpy as np
 from llama_jax.checkpoint import GenerationSettings, LanguageModel
 from llama_jax.config import UserError
 from llama_jax.models import Model, ModelConfig, check_ids
+from llama_jax.sampling.config import SamplingConfig, SamplingOptions, token_ids
 from llama_jax.sampling.loop import NOT_NUMBERS, Rows, advance, start
-from llama_jax.sampling.sampler import Control, Sampler, controls_of, number
+from llama_jax.sampling.sampler import Sampler, controls_of
 
 
 def generate(
     lm: LanguageModel | Model,
     tokens: Any,
     *,
-    max_new_tokens: int = 16,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
     prompt_lengths: Any = None,
     source_mask: Any = None,
     eos_id: Any = None,
-    controls: Iterable[Control] = (),
+    **options: Unpack[SamplingOptions],
 ) -> np.ndarray:
     """Continue token ids: int32 [B, T] to int32 [B, T + max_new_tokens], prompts included.
+
+    `options` are the fields of `SamplingConfig`; by default 16 new tokens, greedy.
 
     Rows shorter than T are right-padded, and `prompt_lengths` [B] are the lengths of the prompts (padding is never
     read); lists of different lengths are padded here, T being the longest. A row's new tokens follow its own prompt
@@ -51,14 +48,15 @@ def generate(
     if not isinstance(lm, LanguageModel | Model):
         raise UserError(f"lm is a {type(lm).__name__}, and must be what load or build returns")
     model, settings = (lm, GenerationSettings()) if isinstance(lm, Model) else (lm.model, lm.generation)
-    stops = checked_stops(eos_id)
-    sampler = Sampler.of(temperature, top_k, top_p, controls)
+    stops = token_ids("eos_id", eos_id)
+    config = SamplingConfig.of(**{"max_new_tokens": 16, "temperature": 0.0, **options})
+    config = dataclasses.replace(config, stop_ids=(*stops, *config.stop_ids))
     prompts = checked_prompts(model, tokens, prompt_lengths, source_mask, start_id=settings.decoder_start_id)
-    *_, rows = continued(model, prompts, max_new_tokens, sampler, settings=settings, seed=seed, stop_ids=stops)
-    out = np.zeros((len(prompts.tokens), prompts.width + max_new_tokens), np.int32)
-    width = int(prompts.lengths.max()) + max_new_tokens
+    *_, rows = continued(model, prompts, config, settings=settings)
+    out = np.zeros((len(prompts.tokens), prompts.width + config.max_new_tokens), np.int32)
+    width = int(prompts.lengths.max()) + config.max_new_tokens
     out[:, :width] = rows.tokens[:, :width]
-    out[np.arange(out.shape[1]) >= np.asarray(rows.lengths)[:, None]] = stops[0] if stops else 0
+    out[np.arange(out.shape[1]) >= np.asarray(rows.lengths)[:, None]] = config.stop_ids[0] if config.stop_ids else 0
     return out
 
 
@@ -80,25 +78,20 @@ class Prompts:
 def continued(
     model: Model,
     prompts: Prompts,
-    max_new_tokens: int,
-    sampler: Sampler,
+    config: SamplingConfig,
     *,
     settings: GenerationSettings,
-    seed: int,
-    stop_ids: Sequence[int],
     first_row: int = 0,
     chunk: int | None = None,
 ) -> Iterator[Rows]:
     """Yield the rows as numpy after the first new token, then after every `chunk` (default: all) of them.
 
-    Raises UserError for more tokens than the model has positions, for a seed outside of 0 to 2**64 - 1, and as soon as
-    a row's logits are not numbers or allow no token.
+    Raises UserError for more tokens than the model has positions, and as soon as a row's logits are not numbers or
+    allow no token.
     """
-    max_new_tokens, seed = number("max_new_tokens", max_new_tokens, whole=True), number("seed", seed, whole=True)
-    if not 0 <= seed < 2**64:
-        raise UserError(f"seed={seed} must be from 0 to 2**64 - 1")
+    max_new_tokens = config.max_new_tokens
     _check_room(prompts, max_new_tokens, model.config.length_limit)
-    files = controls_of(settings, model.config.vocab_size, max_new_tokens)
+    files, sampler = controls_of(settings, model.config.vocab_size, max_new_tokens), Sampler.of(config)
     sampler = dataclasses.replace(sampler, controls=(*files, *sampler.controls))
     state, rows = start(
         model,
@@ -106,8 +99,8 @@ def continued(
         prompts.lengths,
         sampler,
         max_new_tokens=max_new_tokens,
-        seed=seed,
-        stop_ids=stop_ids,
+        seed=config.seed,
+        stop_ids=config.stop_ids,
         first_row=first_row,
         source=prompts.source,
     )
@@ -124,8 +117,6 @@ def continued(
 
 
 def _check_room(prompts: Prompts, max_new_tokens: int, limit: int) -> None:
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if prompts.source is not None and (size := prompts.source[0].shape[1]) > limit:
         raise UserError(f"a source of {size} tokens is more than the model's {limit} positions: shorten the prompt")
     longest = prompts.tokens.shape[1]
@@ -150,17 +141,6 @@ def _seen(rows: Rows, prompts: Prompts, first_row: int) -> Rows:
         new = rows.lengths[row] - prompts.lengths[row] + 1
         raise UserError(f"{problem} at new token {new} of prompt {first_row + row}: {advice}")
     return rows
-
-
-def checked_stops(eos_id: Any) -> tuple[int, ...]:
-    """Return the ids of an `eos_id` that is None, one id or several. Raises UserError for anything else."""
-    try:
-        found = () if eos_id is None else tuple(map(operator.index, np.atleast_1d(np.asarray(eos_id, object))))
-    except TypeError:
-        found = (2**31,)
-    if not all(-(2**31) <= i < 2**31 for i in found):
-        raise UserError(f"eos_id={eos_id!r} must be a token id or a list of them")
-    return found
 
 
 def checked_prompts(

@@ -18,7 +18,7 @@ import pytest
 
 import llama_jax
 from llama_jax.models import Compute, from_params
-from llama_jax.sampling import Sampler, complete
+from llama_jax.sampling import SamplingConfig, complete
 from llama_jax.tokenizers import train_tokenizer
 
 KINDS = {"bpe": 290, "unigram": 290, "byte_bpe": 290, "wordpiece": 40, "whitespace": 18}  # sizes of vocabularies
@@ -43,9 +43,8 @@ def loaded(name: str) -> llama_jax.LanguageModel:
 
 
 def completions(lm: llama_jax.LanguageModel, golden: dict[str, Any]) -> list[Any]:
-    sampler = Sampler.of(0.0, None, None)
     texts = [entry["text"] for entry in golden["texts"]]
-    return complete(lm, texts, max_new_tokens=golden["max_new_tokens"], sampler=sampler, seed=0)
+    return complete(lm, texts, SamplingConfig(golden["max_new_tokens"], 0.0))
 
 
 def check_texts(lm: llama_jax.LanguageModel, golden: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from llama_jax.config import UserError
 from llama_jax.models import EncoderDecoderConfig, Model
 from llama_jax.nn import MLP, CrossAttention, GroupedQuery, LearnedPositions, RelativeBias, RMSNorm
 from llama_jax.parallel import make_mesh
-from llama_jax.sampling import Sampler, complete, generate, generate_text, stream_text
+from llama_jax.sampling import SamplingConfig, complete, generate, generate_text, stream_text
 from llama_jax.tokenizers import train_tokenizer, with_document_rule
 
 START, NEW = 5, 8
@@ -113,7 +113,7 @@ def test_an_answer_ends_at_eos(model: Model, source: np.ndarray, answers: np.nda
 def test_sentinels_of_prompts_and_answers_go_by_name(answering: LanguageModel):
     tokenizer = answering.tokenizer
     assert tokenizer is not None
-    found = complete(answering, PROMPTS, max_new_tokens=12, sampler=Sampler(1e6), seed=0)  # any token at all
+    found = complete(answering, PROMPTS, SamplingConfig(12, 1e6))  # any token at all
     ids = [tokenizer.special_tokens[f"<extra_id_{i}>"] for i in (0, 1)]
     named = "".join(completion.completion for completion in found)
     drawn = [i for completion in found for i in completion.token_ids]
@@ -127,7 +127,7 @@ def test_sentinels_of_prompts_and_answers_go_by_name(answering: LanguageModel):
         assert completion.completion == text
     source = [*tokenizer.encode("one "), ids[0], *tokenizer.encode(" fish"), *tokenizer.eos_ids]
     expected = generate(answering, [source], max_new_tokens=6)[0, 1:].tolist()
-    (greedy,) = complete(answering, PROMPTS[:1], max_new_tokens=6, sampler=Sampler(), seed=0)
+    (greedy,) = complete(answering, PROMPTS[:1], SamplingConfig(6, 0.0))
     assert greedy.token_ids == expected[: len(greedy.token_ids)]
 
 

@@ -15,7 +15,7 @@ from llama_jax import load
 from llama_jax.checkpoint import GenerationSettings, LanguageModel, read_generation, write_generation
 from llama_jax.config import UserError
 from llama_jax.parallel import make_mesh, shard
-from llama_jax.sampling import complete, generate, loop
+from llama_jax.sampling import SamplingConfig, complete, generate, loop
 from llama_jax.sampling.sampler import Sampler, Written, controls_of
 
 GOLDENS = json.loads(Path(__file__).with_name("goldens.json").read_text(encoding="utf-8"))
@@ -138,21 +138,21 @@ def test_settings_that_cannot_be_followed_are_named_when_sampling(tmp_path: Path
 
 def test_a_text_ends_at_every_stop_of_the_files_and_at_no_other(lm: LanguageModel):
     """Where the files speak, what the tokenizer calls EOS does not end a text, nor does BOS."""
-    (free,) = complete(lm, ["one fish"], max_new_tokens=20, sampler=Sampler(), seed=0)
+    (free,) = complete(lm, ["one fish"], SamplingConfig(20, 0.0))
     ids = list(dict.fromkeys(free.token_ids))
     assert lm.tokenizer is not None
     for stops in ((ids[3], 275), (275, ids[6], ids[2])):
         told = LanguageModel(lm.config, lm.model, lm.tokenizer, None, GenerationSettings(eos_ids=stops))
-        (found,) = complete(told, ["one fish"], max_new_tokens=20, sampler=Sampler(), seed=0)
+        (found,) = complete(told, ["one fish"], SamplingConfig(20, 0.0))
         end = min(free.token_ids.index(i) for i in stops if i in free.token_ids)
         assert (found.token_ids, found.finish_reason) == (free.token_ids[: end + 1], "stop")
     own = LanguageModel(lm.config, lm.model, lm.tokenizer, None, GenerationSettings(suppress_tokens=(*range(3, 276),)))
-    (found,) = complete(own, ["one fish"], max_new_tokens=20, sampler=Sampler(), seed=0)
+    (found,) = complete(own, ["one fish"], SamplingConfig(20, 0.0))
     assert found.token_ids[-1] in (1, 2)  # of our own models BOS ends a text as well
     told = LanguageModel(
         lm.config, lm.model, lm.tokenizer, None, GenerationSettings(eos_ids=(0,), suppress_tokens=(0, *range(3, 276)))
     )
-    (found,) = complete(told, ["one fish"], max_new_tokens=20, sampler=Sampler(), seed=0)
+    (found,) = complete(told, ["one fish"], SamplingConfig(20, 0.0))
     assert found.finish_reason == "length"
 
 

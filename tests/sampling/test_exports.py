@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llama_jax.checkpoint import GenerationSettings, LanguageModel, save
-from llama_jax.sampling import Sampler, complete
+from llama_jax.sampling import SamplingConfig, complete
 from llama_jax.sampling.conversations import encoded_chat
 from llama_jax.tokenizers.base import TEMPLATE_FILE
 
@@ -40,7 +40,7 @@ def test_transformers_continues_as_we_do(lm: LanguageModel, tmp_path: Path):
     if not python:
         pytest.skip("LLAMA_JAX_REFERENCE_PYTHON names no python that has torch and transformers")
     assert lm.tokenizer is not None
-    (free,) = complete(lm, PROMPTS[:1], max_new_tokens=20, sampler=Sampler(), seed=0)
+    (free,) = complete(lm, PROMPTS[:1], SamplingConfig(20, 0.0))
     released = GenerationSettings(eos_ids=(2, free.token_ids[7]), no_repeat_ngram_size=3, suppress_tokens=(5, 9))
     expected, folders = [], []
     for name, settings, rule in (("own", GenerationSettings(), (1,)), ("released", released, ())):
@@ -50,7 +50,7 @@ def test_transformers_continues_as_we_do(lm: LanguageModel, tmp_path: Path):
         told = dataclasses.replace(lm, tokenizer=tokenizer, generation=settings)
         save(told, tmp_path / name, format="hf")
         folders.append(str(tmp_path / name))
-        found = complete(told, PROMPTS, max_new_tokens=20, sampler=Sampler(), seed=0)
+        found = complete(told, PROMPTS, SamplingConfig(20, 0.0))
         for prompt, completion in zip(PROMPTS, found, strict=True):
             chat = encoded_chat(told, [{"role": "user", "content": prompt}], None).ids
             expected.append([tokenizer.encode_prompt(prompt), completion.token_ids, chat])

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 from llama_jax.config import UserError
-from llama_jax.sampling import Sampler
-from llama_jax.sampling.sampler import number, top_k, top_p
+from llama_jax.sampling import Sampler, SamplingConfig
+from llama_jax.sampling.config import number
+from llama_jax.sampling.sampler import top_k, top_p
 
 # Small whole weights: many ties, and sums that no rounding moves across a target that lies between them.
 WEIGHTS = st.lists(st.integers(1, 6), min_size=12, max_size=12).filter(lambda w: sum(w) > 0)
@@ -60,6 +61,10 @@ def test_top_p_of_one_keeps_all():
     assert kept(top_p(jax.random.normal(jax.random.key(0), (2, 500)), 1.0)).all()
 
 
+def sampler(temperature: float, top_k: int | None = None, top_p: float | None = None) -> Sampler:
+    return Sampler.of(SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p))
+
+
 def draws(sampler: Sampler, logits: jax.Array, count: int = 4000) -> np.ndarray:
     keys = jax.random.split(jax.random.key(1), count)
     chosen = jax.jit(sampler.choose)(jnp.broadcast_to(logits, (count, logits.size)), keys)
@@ -90,7 +95,10 @@ def test_greedy_takes_the_first_of_the_highest():
 def test_a_set_of_one_is_greedy(settings: tuple):
     logits = jax.random.normal(jax.random.key(0), (8, 300))
     keys = jax.random.split(jax.random.key(0), 8)
-    np.testing.assert_array_equal(Sampler.of(*settings).choose(logits, keys), logits.argmax(-1))
+    np.testing.assert_array_equal(
+        sampler(*settings).choose(logits, keys),
+        logits.argmax(-1),
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +113,7 @@ def test_a_set_of_one_is_greedy(settings: tuple):
 )
 def test_impossible_settings(settings: tuple, sentence: str):
     with pytest.raises(UserError, match=sentence):
-        Sampler.of(*settings)
+        sampler(*settings)
 
 
 def test_numbers_of_any_library():
@@ -124,6 +132,6 @@ def test_extreme_settings_stay_numbers():
     """As float32, 1e300 would be infinite and 1e-300 zero."""
     logits = jax.random.normal(jax.random.key(0), (8, 300))
     keys = jax.random.split(jax.random.key(1), 8)
-    hot = Sampler.of(1e300, None, None)
+    hot = sampler(1e300)
     assert len({*np.asarray(hot.choose(logits, keys)).tolist()}) > 4
-    np.testing.assert_array_equal(Sampler.of(1.0, None, 1e-300).choose(logits, keys), logits.argmax(-1))
+    np.testing.assert_array_equal(sampler(1.0, top_p=1e-300).choose(logits, keys), logits.argmax(-1))

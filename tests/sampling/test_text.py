@@ -13,14 +13,14 @@ import pytest
 from llama_jax.__main__ import main
 from llama_jax.checkpoint import LanguageModel, save
 from llama_jax.config import UserError
-from llama_jax.sampling import Sampler, complete, generate, generate_text, stream_text
+from llama_jax.sampling import SamplingConfig, complete, generate, generate_text, stream_text
 
 PROMPTS = ["one fish", "", "blue fish, red"]
 
 
 def test_the_text_is_that_of_the_tokens(lm: LanguageModel):
     assert lm.tokenizer is not None
-    found = complete(lm, PROMPTS, max_new_tokens=10, sampler=Sampler(), seed=0)
+    found = complete(lm, PROMPTS, SamplingConfig(10, 0.0))
     for prompt, completion in zip(PROMPTS, found, strict=True):
         ids = lm.tokenizer.encode(prompt, bos=True)
         expected = generate(lm, [ids], max_new_tokens=10)[0, len(ids) :].tolist()
@@ -48,10 +48,10 @@ def stopping(lm: LanguageModel, token_id: int) -> LanguageModel:
 
 
 def test_a_text_stops_at_any_end_of_text_token(lm: LanguageModel):
-    (free,) = complete(lm, PROMPTS[:1], max_new_tokens=20, sampler=Sampler(), seed=0)
+    (free,) = complete(lm, PROMPTS[:1], SamplingConfig(20, 0.0))
     end = free.token_ids[7]
     ending = stopping(lm, end)
-    (found,) = complete(ending, PROMPTS[:1], max_new_tokens=20, sampler=Sampler(), seed=0)
+    (found,) = complete(ending, PROMPTS[:1], SamplingConfig(20, 0.0))
     assert found.finish_reason == "stop"
     assert found.token_ids == free.token_ids[: free.token_ids.index(end) + 1]
     assert "".join(stream_text(ending, PROMPTS[0], max_new_tokens=20, temperature=0)) == found.completion
@@ -60,7 +60,7 @@ def test_a_text_stops_at_any_end_of_text_token(lm: LanguageModel):
 def test_ids_beyond_the_tokenizer_have_no_text(lm: LanguageModel, make_model):
     config = dataclasses.replace(lm.config, vocab_size=4 * lm.config.vocab_size)
     padded = dataclasses.replace(lm, config=config, model=make_model(config))
-    (found,) = complete(padded, PROMPTS[:1], max_new_tokens=16, sampler=Sampler(1e6), seed=0)
+    (found,) = complete(padded, PROMPTS[:1], SamplingConfig(16, 1e6))
     assert max(found.token_ids) >= lm.config.vocab_size
     assert lm.tokenizer is not None
     known = [i for i in found.token_ids if i < lm.config.vocab_size]
@@ -85,7 +85,7 @@ def test_what_stands_around_a_prompt_is_the_tokenizers_rule(lm: LanguageModel):
     assert tokenizer is not None
     for prefix, suffix in (((), ()), ((5, 6), ()), ((1,), (2,))):
         ruled = dataclasses.replace(lm, tokenizer=tokenizer.with_rule(prefix, suffix))
-        (found,) = complete(ruled, ["one fish"], max_new_tokens=3, sampler=Sampler(), seed=0)
+        (found,) = complete(ruled, ["one fish"], SamplingConfig(3, 0.0))
         ids = [*prefix, *tokenizer.encode("one fish"), *suffix]
         assert found.token_ids == generate(lm, [ids], max_new_tokens=3)[0, len(ids) :].tolist()
 
