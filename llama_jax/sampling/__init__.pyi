@@ -5,6 +5,7 @@ from .conversations import (
     encoded_chat as encoded_chat,
     rendered_chat as rendered_chat,
 )
+from .engine import Engine as Engine, Piece as Piece, Request as Request, TokenLogprobs as TokenLogprobs
 from .sampler import Control as Control, Sampler as Sampler, Written as Written
 from .text import (
     Completion as Completion,
