@@ -30,7 +30,7 @@ def columns_of(records: Sequence[Mapping[str, Any]], metric: str, baseline: str)
     ]
     columns["seeds needed"] = [_needed(record) for record in records]
     for title, key, form in COSTS:
-        columns[title] = ["-" if record[key] is None else form(record[key]) for record in records]
+        columns[title] = ["-" if record[key] is None else form(record[key]) + _range(record, key) for record in records]
     titles = [title for title, _, _ in COSTS] + ["seeds"]
     unknown = [title for title in titles if set(columns[title]) == {"-"}]
     same = [title for title in titles if len(records) > 1 and len(set(columns[title])) == 1 and title not in unknown]
@@ -54,6 +54,11 @@ def _needed(record: Mapping[str, Any]) -> str:
     if record["difference"] is None or record["p"] is None:
         return "-"
     return ">10,000" if record["seeds_needed"] is None else f"{record['seeds_needed']:,}"
+
+
+def _range(record: Mapping[str, Any], key: str) -> str:
+    low, high = (record.get(f"{key}_{end}") for end in ("low", "high"))
+    return "" if low is None or high is None else f" ({low:,.0f}-{high:,.0f})"
 
 
 def _mebibytes(number: float) -> str:

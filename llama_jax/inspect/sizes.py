@@ -10,7 +10,7 @@ from llama_jax.checkpoint import LanguageModel
 from llama_jax.config import UserError
 from llama_jax.figures import clean, color_of, new_figure
 from llama_jax.inspect.recorded import Arrays, draw_curves
-from llama_jax.models import Model, ModelConfig, cache_bytes
+from llama_jax.models import Model, ModelConfig, cache_bytes, cache_bytes_per_token
 from llama_jax.nn import LatentAttention, Rope
 from llama_jax.run import Run
 from llama_jax.run_config import RunConfig
@@ -93,7 +93,7 @@ def kv_cache(
         if not isinstance(config, ModelConfig):
             raise UserError(f"{name}={type(config).__name__} must be a model config or a loaded model")
         found[name] = np.array([[cache_bytes(config, n, m, dtype) for m in batch_sizes] for n in lengths])
-        per_token[name] = cache_bytes(config, 2, 1, dtype) - cache_bytes(config, 1, 1, dtype)
+        per_token[name] = cache_bytes_per_token(config, dtype)
     return CacheSizes(np.array(lengths), np.array(batch_sizes), found, per_token)
 
 
