@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import override
 
 import tokenizers
-from tokenizers import AddedToken, Regex, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
 
 from llama_jax.config import Json
 from llama_jax.tokenizers.base import TextStream, Tokenizer
@@ -120,6 +120,16 @@ class HuggingFaceTokenizer(Tokenizer):
     @override
     def stream(self) -> TextStream:
         return _DecoderStream(self, self._tokenizer)
+
+    @override
+    def bytes_of(self, token_id: int) -> bytes | None:
+        token, decoder = self._tokenizer.id_to_token(token_id), self._tokenizer.decoder
+        if self.is_silent(token_id) or token is None:
+            return b""
+        if isinstance(decoder, decoders.ByteLevel):
+            known = {letter: byte for byte, letter in enumerate(byte_letters())}
+            return bytes(known[letter] for letter in token) if known.keys() >= set(token) else token.encode()
+        return bytes([int(token[3:5], 16)]) if BYTE_NAME.fullmatch(token) else None
 
     @override
     def export_files(self) -> dict[str, bytes]:

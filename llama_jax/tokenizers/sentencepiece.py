@@ -119,6 +119,10 @@ class SentencePieceTokenizer(Tokenizer):
         data = sentencepiece_json(self._model, self._added, prefixes_first_only=self._prefixes_first_only)
         return exported(self, data, self._settings)
 
+    @override
+    def bytes_of(self, token_id: int) -> bytes:
+        return self.pieces[token_id]
+
     @functools.cached_property
     def pieces(self) -> list[bytes]:
         """Text of every id in UTF-8, with the leading space that decoding may drop; nothing for special tokens."""
