@@ -11,8 +11,9 @@ import numpy as np
 
 from llama_jax.ablation.records import SweepRecord, TrialRecord, VariantRecord, read_sweep
 from llama_jax.ablation.statistics import POWER, holm, paired_p, seeds_needed, simultaneous, t_interval
-from llama_jax.ablation.tables import as_html, as_markdown, as_text, columns_of
+from llama_jax.ablation.tables import as_markdown, as_text, columns_of
 from llama_jax.config import UserError
+from llama_jax.figures import as_html
 from llama_jax.files import replacing
 from llama_jax.remote import local_path
 from llama_jax.run import HIGHER, choose_metric, compare_runs

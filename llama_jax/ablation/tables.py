@@ -1,7 +1,6 @@
 """The table of a sweep: its columns as text, and their forms for terminals, Markdown and notebooks."""
 
 import functools
-import html
 import io
 import math
 import typing
@@ -114,23 +113,3 @@ def as_markdown(columns: Columns, lines: Sequence[str]) -> str:
     rows = [list(columns), ["---", *["--:"] * (len(columns) - 1)], *map(list, zip(*columns.values(), strict=True))]
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
     return "\n\n".join([table, *lines])
-
-
-def as_html(columns: Columns, lines: Sequence[str]) -> str:
-    """Return an HTML table that takes its colours from the page and scrolls where the page is narrow."""
-
-    def row(kind: str, cells: Sequence[str]) -> str:
-        line = "padding:3px 6px;border:0;border-bottom:1px solid rgba(128,128,128,.4);text-align:"
-        whole = "right;white-space:nowrap" if kind == "td" else "right"  # numbers do not break, titles may
-        styles = [f"{line}{whole if number else 'left'}" for number in range(len(cells))]
-        filled = zip(styles, map(html.escape, cells), strict=True)
-        return "<tr>" + "".join(f'<{kind} style="{style}">{cell}</{kind}>' for style, cell in filled) + "</tr>"
-
-    body = "".join(row("td", cells) for cells in zip(*columns.values(), strict=True))
-    notes = "".join(f'<p style="margin:2px 0;opacity:.8">{html.escape(line)}</p>' for line in lines)
-    table = '<table style="border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:1em">'
-    return (
-        '<div style="overflow-x:auto;scrollbar-color:gray transparent;font-size:.85em">'
-        f"{table}<thead>{row('th', list(columns))}</thead><tbody>{body}</tbody></table></div>"
-        f'<div style="font-size:.8em;margin-top:4px">{notes}</div>'
-    )

@@ -8,7 +8,7 @@ import numpy as np
 
 from llama_jax.checkpoint import LanguageModel
 from llama_jax.config import UserError
-from llama_jax.figures import clean, color_of, new_figure
+from llama_jax.figures import as_html, clean, color_of, new_figure
 from llama_jax.inspect.recorded import Arrays, draw_curves
 from llama_jax.models import Model, ModelConfig, cache_bytes, cache_bytes_per_token
 from llama_jax.nn import LatentAttention, Rope
@@ -59,9 +59,8 @@ class CacheSizes(Arrays):
         return pd.DataFrame(self.records())
 
     def _repr_html_(self) -> str:
-        rows = [[f"{x:,}" if isinstance(x, int) else x for x in record.values()] for record in self.records()]
-        cells = "".join("<tr><td>" + "<td>".join(row) for row in [[*self.records()[0]], *rows])
-        return f"<table>{cells}</table>"
+        records = self.records()
+        return as_html({key: [f"{r[key]:,}" if key != "model" else r[key] for r in records] for key in records[0]})
 
     def plot(self) -> "Figure":
         """Return a figure of the sizes over the length, a curve for each model and batch size."""

@@ -139,7 +139,10 @@ def _places(local: Local, chip: Chip) -> list[dict[str, float]]:
     attention = _attention_workspace(local, chip.platform)
     return [
         # While the reference computes the same batch, whose activations no backward pass needs.
-        *([{"gradients": running, "activations": saved, "weights": 2 * cast + gathered, "layer": hidden}] * local.pairs),
+        *(
+            [{"gradients": running, "activations": saved, "weights": 2 * cast + gathered, "layer": hidden}]
+            * local.pairs
+        ),
         {
             "gradients": running,
             "activations": saved,

@@ -313,9 +313,8 @@ def _num_parameters(model: str) -> int | None:
 
 def _digest(directory: Path) -> str | None:
     """Return a hash of a tokenizer's files; chat templates and what surrounds a prompt do not change its tokens."""
-    from llama_jax.tokenizers import RULE_FILE  # with numpy
+    from llama_jax.tokenizers import deciding  # with numpy
 
-    found = (file for file in sorted(directory.glob("*")) if file.is_file())
-    files = [file for file in found if file.suffix != ".jinja" and file.name != RULE_FILE]
-    contents = b"".join(file.name.encode() + file.read_bytes() for file in files)
+    files = deciding([file.name for file in directory.glob("*") if file.is_file()])
+    contents = b"".join(name.encode() + (directory / name).read_bytes() for name in files)
     return hashlib.sha256(contents).hexdigest() if files else None

@@ -74,7 +74,8 @@ def test_cache_table(tiny_config: DecoderConfig):
     assert (
         table.query("model == 'tiny' and length == 64 and batch_size == 3")["bytes"].item() == sizes.bytes["tiny"][1, 1]
     )
-    assert "24,576" in sizes._repr_html_()
+    assert ">24,576<" in sizes._repr_html_()
+    assert "&lt;b&gt;" in inspect.kv_cache({"<b>": RUN})._repr_html_()
     with pytest.raises(UserError, match="EncoderConfig keeps no cache"):
         inspect.kv_cache({"bert": llama_jax.presets()["bert_base"]})
 
