@@ -16,12 +16,15 @@ from llama_jax import zoo
 from llama_jax.checkpoint.formats import (
     Tensor,
     Tensors,
+    architecture_of,
+    config_json,
     cut,
     has_weights,
     is_llama2c,
     is_meta,
     item,
     read_directory,
+    read_gguf,
     read_llama2c,
     read_meta,
     split,
@@ -30,11 +33,12 @@ from llama_jax.checkpoint.formats import (
 )
 from llama_jax.checkpoint.generation import generation_keys
 from llama_jax.config import Json, UserError, read_json
+from llama_jax.gguf_header import gguf_file, is_gguf, read_header
 from llama_jax.models import ModelConfig, is_stacked, layers_with
 from llama_jax.tokenizers import FILE_NAMES
 from llama_jax.zoo import TensorNames, WeightMapping, without_keys
 
-type Form = Literal["huggingface", "meta", "llama2c"]
+type Form = Literal["huggingface", "meta", "llama2c", "gguf"]
 
 # Bytes of a large matrix that are read, permuted and cast at a time.
 _BLOCK_BYTES = 1 << 24
@@ -67,21 +71,25 @@ class WeightSource:
 
 
 def open_source(path: str | Path, ignore_config_keys: Collection[str] = ()) -> WeightSource:
-    """Open a Hugging Face directory, a Meta directory or a llama2.c `.bin`, recognized by their content.
+    """Open a Hugging Face or Meta directory, a GGUF file or a llama2.c `.bin`, recognized by their content.
 
+    A directory with one GGUF model and no config.json means that.
     `ignore_config_keys` are left out of the config that describes the model. Raises UserError for anything else, for
     damaged files, for adapters and for a config that asks for what is not supported.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"'{path}' does not exist")
+    has_config = (path / "config.json").is_file()
+    model = path if path.is_file() or has_config else gguf_file(path)
+    if model is not None and is_gguf(model):
+        return _open_gguf(model, ignore_config_keys)
     if path.is_file():
         if not is_llama2c(path):
-            raise UserError(f"'{path}' is no llama2.c .bin; other weights are given as the directory they are in")
+            raise UserError(f"'{path}' is no GGUF file and no llama2.c .bin; others are given as their directory")
         return _open_meta(path, "llama2c", *read_llama2c(path), ignore_config_keys)
     _refuse_adapter(path)
     tokenizer = next((path / name for name in FILE_NAMES if (path / name).is_file()), None)
-    has_config = (path / "config.json").is_file()
     if is_meta(path) and not (has_config and has_weights(path)):
         # Meta's download has the tokenizer next to the directories of the sizes.
         if tokenizer is None and (path.parent / "tokenizer.model").is_file():
@@ -111,6 +119,21 @@ def _open_meta(
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     config = meta.from_meta(without_keys(params, ignore_config_keys), shapes)
     return WeightSource(path, form, model_type, config, tensors, meta.names, tokenizer)
+
+
+def _open_gguf(path: Path, ignore_config_keys: Collection[str]) -> WeightSource:
+    """Return the source of a GGUF file."""
+    header = read_header(path)
+    header = dataclasses.replace(header, metadata=without_keys(header.metadata, ignore_config_keys))
+    family, data = zoo.family(architecture_of(path, header).model_type), config_json(path, header)
+    try:
+        config = family.from_hf(data)
+    except UserError as error:
+        raise UserError(str(error).replace("config.json", f"'{path}', read as config.json,")) from None
+    names = family.names_of(config) if family.meta is None else family.meta.names
+    tensors = rename_tensors(path, read_gguf(path, header, data), names)
+    tokenizer = path if "tokenizer.ggml.tokens" in header.metadata else None
+    return WeightSource(path, "gguf", family.name, config, tensors, names, tokenizer)
 
 
 def _open_huggingface(path: Path, ignore_config_keys: Collection[str], tokenizer: Path | None) -> WeightSource:
