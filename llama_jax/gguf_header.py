@@ -51,10 +51,15 @@ def is_gguf(path: Path) -> bool:
 
 
 def gguf_file(directory: Path) -> Path | None:
-    """Return the one GGUF file of `directory`, of a model in shards the first; None without one, or with several."""
+    """Return the GGUF file of `directory`, of a model in shards the first, or None.
+
+    Raises UserError where there are several models.
+    """
     found = [file for file in sorted(directory.glob("*.gguf")) if is_gguf(file)]
-    models = {match[1] if (match := _SHARD.fullmatch(file.name)) else file.name for file in found}
-    return found[0] if len(models) == 1 else None
+    models = {match[1] if (match := _SHARD.fullmatch(file.name)) else file.name: file for file in reversed(found)}
+    if len(models) > 1:
+        raise UserError(f"'{directory}' has {len(models)} GGUF models: give one, such as '{found[0]}'")
+    return found[0] if found else None
 
 
 class _Reader:

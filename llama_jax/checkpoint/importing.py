@@ -19,6 +19,7 @@ from llama_jax.checkpoint.formats import (
     architecture_of,
     config_json,
     cut,
+    dequantized,
     has_weights,
     is_llama2c,
     is_meta,
@@ -27,6 +28,7 @@ from llama_jax.checkpoint.formats import (
     read_gguf,
     read_llama2c,
     read_meta,
+    read_quantization,
     split,
     stack,
     with_scales,
@@ -73,15 +75,15 @@ class WeightSource:
 def open_source(path: str | Path, ignore_config_keys: Collection[str] = ()) -> WeightSource:
     """Open a Hugging Face or Meta directory, a GGUF file or a llama2.c `.bin`, recognized by their content.
 
-    A directory with one GGUF model and no config.json means that.
+    A directory without other weights may have one GGUF model.
     `ignore_config_keys` are left out of the config that describes the model. Raises UserError for anything else, for
     damaged files, for adapters and for a config that asks for what is not supported.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"'{path}' does not exist")
-    has_config = (path / "config.json").is_file()
-    model = path if path.is_file() or has_config else gguf_file(path)
+    has_other = path.is_file() or has_weights(path) or is_meta(path)
+    model = path if has_other else gguf_file(path)
     if model is not None and is_gguf(model):
         return _open_gguf(model, ignore_config_keys)
     if path.is_file():
@@ -90,6 +92,7 @@ def open_source(path: str | Path, ignore_config_keys: Collection[str] = ()) -> W
         return _open_meta(path, "llama2c", *read_llama2c(path), ignore_config_keys)
     _refuse_adapter(path)
     tokenizer = next((path / name for name in FILE_NAMES if (path / name).is_file()), None)
+    has_config = (path / "config.json").is_file()
     if is_meta(path) and not (has_config and has_weights(path)):
         # Meta's download has the tokenizer next to the directories of the sizes.
         if tokenizer is None and (path.parent / "tokenizer.model").is_file():
@@ -144,8 +147,12 @@ def _open_huggingface(path: Path, ignore_config_keys: Collection[str], tokenizer
     elsewhere = generation_keys(path)
     data = without_keys(data, [key for key in ignore_config_keys if key in data or key not in elsewhere])
     model_type = zoo.model_type_of(data, path / "config.json")
-    family = zoo.family(model_type)
+    family, zeros = zoo.family(model_type), []
+    if (quantized := read_quantization(path, data)) is not None:
+        data.pop("quantization_config", None)
     config, tensors = family.from_hf(data), read_directory(path)
+    if quantized is not None:
+        tensors, zeros = dequantized(path, tensors, quantized, inputs_first=model_type == "gpt2")
     form, names = "huggingface", family.names_of(config)
     if family.meta is not None and "tok_embeddings.weight" in tensors:  # Meta's names, in one file
         form, names = "meta", family.meta.names
@@ -155,6 +162,8 @@ def _open_huggingface(path: Path, ignore_config_keys: Collection[str], tokenizer
     if family.with_tensors is not None:
         config = family.with_tensors(config, tensors)
         names = family.names_of(config) if form == "huggingface" else names
+    if zeros:  # biases of zeros that the model may lack
+        names = dataclasses.replace(names, ignored=(*names.ignored, *map(re.escape, zeros)))
     return WeightSource(path, form, model_type, config, tensors, names, tokenizer)
 
 

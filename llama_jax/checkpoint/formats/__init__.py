@@ -8,6 +8,7 @@ from llama_jax.checkpoint.formats.gguf import (
     config_json as config_json,
     read_gguf as read_gguf,
 )
+from llama_jax.checkpoint.formats.gptq_awq import dequantized as dequantized, read_quantization as read_quantization
 from llama_jax.checkpoint.formats.huggingface import (
     has_weights as has_weights,
     read_directory as read_directory,

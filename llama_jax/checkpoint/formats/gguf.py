@@ -103,11 +103,9 @@ _MIXTRAL = dataclasses.replace(
     _LLAMA,
     model_type="mixtral",
     keys={**_LLAMA.keys, "num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"},
-    names=_LLAMA.names
-    | {"ffn_gate_inp": "feed_forward.gate"}
-    | {
-        f"ffn_{ours}_exps": f"feed_forward.experts.{{}}.{w}"
-        for ours, w in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+    names={
+        **_LLAMA.names, "ffn_gate_inp": "feed_forward.gate", "ffn_gate_exps": "feed_forward.experts.{}.w1",
+        "ffn_up_exps": "feed_forward.experts.{}.w3", "ffn_down_exps": "feed_forward.experts.{}.w2",
     },
 )  # fmt: skip
 _GPT2 = Architecture(

@@ -198,6 +198,9 @@ def test_a_directory_and_the_command_line(tmp_path: Path, capsys: pytest.Capture
         outputs.append(capsys.readouterr().out)
     assert len(set(outputs)) == 1
     assert outputs[0].strip()
+    shutil.copy(tmp_path / "downloads" / "m.gguf", tmp_path / "downloads" / "n.gguf")
+    with pytest.raises(UserError, match=r"has 2 GGUF models: give one, such as '.*m\.gguf'"):
+        open_source(tmp_path / "downloads")
 
 
 def test_shards_are_one_model(tmp_path: Path):
