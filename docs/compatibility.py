@@ -22,7 +22,7 @@ READ = {
     "consolidated.*.pth with params.json": "Meta, one file for each model-parallel rank",
     "consolidated.safetensors": "Meta's names in one file, with params.json or config.json (Llama, Mixtral)",
     "*.gguf": "llama.cpp's, of the architectures llama (also with experts), gpt2 and chatglm, one file or shards; F32, "
-    "F16 and BF16 as they are, quantized types (Q8_0, Q4_0, Q5_0, Q4_K, Q5_K, Q6_K, others of the package gguf) as float32",
+    "F16 and BF16 as they are, quantized types (Q8_0, Q4_0, Q5_0, Q4_K, Q5_K, Q6_K, others of gguf's) as float32",
     "model.safetensors with quantization_config": "GPTQ (2, 4 and 8 bits, both versions, ordered inputs) and AWQ "
     "(gemm), as float32",
     "*.bin": "llama2.c, version 0",
