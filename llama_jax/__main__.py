@@ -29,7 +29,7 @@ TUNABLES = {
 }
 RESTARTED = "llama_jax_restarted"  # the -X option of a process that was started again with TUNABLES
 KINDS = ("bpe", "unigram", "byte_bpe", "wordpiece", "whitespace")  # of tokenizers; a test compares them
-RUN_PATH = "run, Hugging Face or Meta directory, or a llama2.c .bin; or URL"
+RUN_PATH = "run, Hugging Face or Meta directory, GGUF file or llama2.c .bin; or URL"
 TOKENIZER = flag("--tokenizer", "PATH", "file, directory or URL; default: the one with the weights")
 BASE = flag("--base", "PATH", "weights that an adapter is for; default: those that it names")
 IGNORED_KEYS = flag(
