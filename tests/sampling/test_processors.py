@@ -168,7 +168,8 @@ EXPECTED = [
 def test_draws_have_exactly_the_probabilities_of_the_settings():
     """All settings are rows of one batch, each thousands of times."""
     count = 1000
-    configs = [SamplingConfig.of(**options) for options, _ in EXPECTED for _ in range(count)]
+    settings = [SamplingConfig.of(**options) for options, _ in EXPECTED]
+    configs = [config for config in settings for _ in range(count)]
     size = len(configs)
     text = [jnp.broadcast_to(jnp.array(x), (size, *np.shape(x))) for x in ([6, 1, 1, 0, 1], 5, 2)]
     logits = jnp.broadcast_to(jnp.log(jnp.asarray(PROBABILITIES, jnp.float32)), (size, 8))
