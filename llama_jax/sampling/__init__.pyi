@@ -6,7 +6,8 @@ from .conversations import (
     rendered_chat as rendered_chat,
 )
 from .engine import Engine as Engine, Piece as Piece, Request as Request, TokenLogprobs as TokenLogprobs
-from .sampler import Control as Control, Sampler as Sampler, Written as Written
+from .controls import Control as Control, Written as Written
+from .sampler import Sampler as Sampler
 from .text import (
     Completion as Completion,
     Encoded as Encoded,
@@ -20,4 +21,4 @@ from .text import (
     stream_text as stream_text,
     tokenizer_of as tokenizer_of,
 )
-from .token_ids import checked_prompts as checked_prompts, continued as continued, generate as generate
+from .token_ids import answers as answers, checked_prompts as checked_prompts, generate as generate
