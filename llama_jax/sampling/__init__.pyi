@@ -1,4 +1,5 @@
 from .config import SamplingConfig as SamplingConfig, SamplingOptions as SamplingOptions
+from .controls import Control as Control, Written as Written
 from .conversations import (
     built_in as built_in,
     chat as chat,
@@ -6,8 +7,8 @@ from .conversations import (
     rendered_chat as rendered_chat,
 )
 from .engine import Engine as Engine, Piece as Piece, Request as Request, TokenLogprobs as TokenLogprobs
-from .controls import Control as Control, Written as Written
 from .sampler import Sampler as Sampler
+from .stops import TextStream as TextStream, tokenizer_of as tokenizer_of
 from .text import (
     Completion as Completion,
     Encoded as Encoded,
@@ -19,6 +20,5 @@ from .text import (
     stop_ids as stop_ids,
     stream_encoded as stream_encoded,
     stream_text as stream_text,
-    tokenizer_of as tokenizer_of,
 )
 from .token_ids import answers as answers, checked_prompts as checked_prompts, generate as generate

@@ -80,7 +80,7 @@ class Batch:
         sources = [text.source for text in texts]
         if not (whole and rows == size.rows and sources == [*range(len(texts))]):
             size = dataclasses.replace(size, rows=rows)
-            cache = place(model, size, None, cache, range(rows), np.resize(sources, rows))
+            cache = place(model, size, None, cache, range(rows), np.resize(sources, rows).tolist())
         return cls(model, size, cache, texts)
 
     def add(self, texts: Sequence[Text], cache: PyTree, size: CacheSize) -> None:
@@ -93,7 +93,9 @@ class Batch:
         )
         if need != self.size:
             order = [*self.texts]
-            self.cache = place(self._model, need, None, self.cache, range(need.rows), np.resize(order, need.rows))
+            self.cache = place(
+                self._model, need, None, self.cache, range(need.rows), np.resize(order, need.rows).tolist()
+            )
             self.texts, self.size = dict(enumerate(self.texts.values())), need
         free = [row for row in range(need.rows) if row not in self.texts][: len(texts)]
         self.cache = place(self._model, need, self.cache, cache, free, [text.source for text in texts])
@@ -120,9 +122,7 @@ class Batch:
                     allowed[row] = text.constraint.mask()
             sampler = dataclasses.replace(plain, allowed=allowed)
         until = None if enough is None else self.size.rows - len(self.texts) + enough
-        self.cache, found = advance(
-            self._model, self.cache, rows, orders, sampler, count, until=until, logged=logged
-        )
+        self.cache, found = advance(self._model, self.cache, rows, orders, sampler, count, until=until, logged=logged)
         new, log = jax.device_get(found)
         self._prepared = new, orders, plain
         return new, log

@@ -1,7 +1,7 @@
 """`Engine`: requests that are continued together."""
 
-import itertools
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -248,7 +248,9 @@ class Engine:
         if top is not None:
             chosen, ids, values = (x[row] for x in log)
             logprobs = [
-                TokenLogprobs(token, float(chosen[i]), [*zip(ids[i, :top].tolist(), values[i, :top].tolist(), strict=True)])
+                TokenLogprobs(
+                    token, float(chosen[i]), [*zip(ids[i, :top].tolist(), values[i, :top].tolist(), strict=True)]
+                )
                 for i, token in enumerate(new)
             ]
         reason, error = None, None
@@ -277,7 +279,9 @@ def check_room(config: ModelConfig, length: int, max_new_tokens: int, limit: int
     """Raise UserError where a prompt of `length` tokens and the new ones are more than `limit`."""
     if config.has_source:
         if length > limit:
-            raise UserError(f"a source of {length} tokens is more than the model's {limit} positions: shorten the prompt")
+            raise UserError(
+                f"a source of {length} tokens is more than the model's {limit} positions: shorten the prompt"
+            )
         length = 1
     if length + max_new_tokens > limit:
         what = "the start token" if config.has_source else f"a prompt of {length} tokens"

@@ -162,7 +162,7 @@ def place(
     at, come_from = (np.pad(np.asarray(x, np.int32), pad, "edge") for x in (rows, sources))
     cache = empty(model, size) if cache is None else cache
     with model.on_mesh():
-        return _place(cache, other, rows, sources)
+        return _place(cache, other, at, come_from)
 
 
 def empty(model: Model, size: CacheSize) -> PyTree:
@@ -265,9 +265,7 @@ def _advance(
     return state.cache, jax.tree.map(replicate, (state.rows, log))
 
 
-def step(
-    module: Decoder | EncoderDecoder, state: SamplingState, sampler: Sampler
-) -> tuple[SamplingState, Logits]:
+def step(module: Decoder | EncoderDecoder, state: SamplingState, sampler: Sampler) -> tuple[SamplingState, Logits]:
     """Return the state with one more token in every row that is not done, and the model's logits. A pure function."""
     hidden, cache = module.extend(state.last[:, None], cache=state.cache, lengths=state.rows.lengths - 1)
     logits = _logits(module, hidden)

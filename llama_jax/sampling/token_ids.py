@@ -109,12 +109,13 @@ def answers(
     *,
     rows: int | None = None,
     enough: Callable[[int, int, list[int]], bool] | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[list[Answer]]:
     """Return the samples of every request, in the order of the requests.
 
     `rows` is the number of them that are continued together (default: by the platform and the memory that is free).
-    `enough(request, sample, token_ids)` sees new tokens now and then, and ends the text by true. Raises UserError as
-    soon as a request cannot be continued.
+    `enough(request, sample, token_ids)` sees new tokens now and then, and ends the text by true. `progress` is called
+    with the number of texts that are complete, and of all. Raises UserError as soon as a request cannot be continued.
     """
     if not requests:
         return []
@@ -129,6 +130,7 @@ def answers(
         order.sort(key=lambda i: -(len(requests[i].prompt) + requests[i].config.max_new_tokens))
     number = {engine.add(requests[i]): i for i in order}
     found = [[Answer([], None, "") for _ in range(request.config.num_samples)] for request in requests]
+    done = 0
     while not engine.idle:
         for piece in engine.step():
             if piece.error is not None:
@@ -141,6 +143,8 @@ def answers(
                 after = dataclasses.replace(after, finish_reason="stop")
                 engine.cancel(piece.ticket, sample)
             found[i][sample] = after
+            if after.finish_reason:
+                progress(done := done + 1, needed)
     return found
 
 
