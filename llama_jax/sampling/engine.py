@@ -134,7 +134,7 @@ class Engine:
         if not request.prompt:
             raise UserError("a prompt without any token cannot be continued: give at least one")
         check_room(model, len(request.prompt), config.max_new_tokens, self._length)
-        check_ids(model.vocab_size, np.array(request.prompt))
+        check_ids(model.vocab_size, np.array([request.prompt]))
         Sampler.rows([config], self._settings, model.vocab_size, [request.ends])  # refuses impossible settings
         self._constraint(request)
         ticket = next(self._tickets)
