@@ -10,6 +10,7 @@ import numpy as np
 from llama_jax.models import Model
 from llama_jax.nn import PyTree
 from llama_jax.sampling.config import SamplingConfig
+from llama_jax.sampling.constraints import Constraint
 from llama_jax.sampling.loop import FEWEST_STOPS, CacheSize, Logged, Orders, Rows, advance, place, power_of_two
 from llama_jax.sampling.sampler import Sampler
 
@@ -50,7 +51,7 @@ class Text:
     request: Request
     source: int
     tokens: list[int]
-    constraint: Any = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         self.prompt = len(self.tokens)

@@ -15,6 +15,7 @@ from llama_jax.config import UserError
 from llama_jax.models import Model, ModelConfig, check_ids
 from llama_jax.sampling.batch import Batch, Request as Request, Text
 from llama_jax.sampling.config import LARGEST
+from llama_jax.sampling.constraints import Constraint, constraint_of
 from llama_jax.sampling.loop import NOT_NUMBERS, CacheSize, Logged, Rows, bucket, can_be_cut, power_of_two
 from llama_jax.sampling.prefill import Prefill, Prefixes
 from llama_jax.sampling.sampler import Sampler
@@ -211,8 +212,14 @@ class Engine:
         if not job.pending:
             self._job = None
 
-    def _constraint(self, request: Request) -> Any:
-        return None
+    def _constraint(self, request: Request) -> Constraint | None:
+        """Return the state of a text's constraint, None without one. Raises UserError."""
+        config = request.config
+        if config.json_schema is None and config.regex is None:
+            return None
+        if isinstance(self._lm, Model):
+            raise UserError("json_schema and regex need a tokenizer: give what load returns in place of a bare Model")
+        return constraint_of(self._lm, config, request.ends)
 
     def _decode(self, batch: Batch) -> list[Piece]:
         """Make new tokens and return them; the rows of texts that end are free."""
@@ -254,16 +261,19 @@ class Engine:
                 for i, token in enumerate(new)
             ]
         reason, error = None, None
-        if text.constraint is not None:
-            for token in new:
-                text.constraint.consume(token)
         if rows.fault[row]:
             number = len(text.tokens) - text.prompt + 1
             reason, error = "error", fault_sentence(int(rows.fault[row]), number, text.request.row + text.sample)
         elif rows.done[row]:
             reason = "stop" if new and new[-1] in text.request.ends else "length"
-        elif text.constraint is not None and text.constraint.done:
-            reason = "stop"
+        if text.constraint is not None and error is None:
+            try:
+                for token in new:
+                    text.constraint.consume(token)
+            except UserError as failure:
+                reason, error = "error", str(failure)
+            if reason in (None, "length") and text.constraint.done:
+                reason = "stop"
         return Piece(text.ticket, text.sample, new, logprobs, reason, error)
 
     def _release(self, batch: Batch, rows: Sequence[int]) -> None:

@@ -37,7 +37,8 @@ class Encoded:
 
 def stopped_by(config: SamplingConfig, encoded: Encoded) -> SamplingConfig:
     """Return the config with the ids that end the text of a prompt."""
-    return dataclasses.replace(config, stop_ids=tuple(dict.fromkeys((*encoded.stop_ids, *config.stop_ids))))
+    own = () if config.ignore_eos else encoded.stop_ids
+    return dataclasses.replace(config, stop_ids=tuple(dict.fromkeys((*own, *config.stop_ids))))
 
 
 def generate_text(
