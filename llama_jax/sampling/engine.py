@@ -118,6 +118,11 @@ class Engine:
         return not (self._waiting or self._job or self._batch)
 
     @property
+    def num_rows(self) -> int:
+        """The most rows that are continued together."""
+        return self._most
+
+    @property
     def num_waiting(self) -> int:
         """The number of requests, or samples of them, that have no row yet."""
         return len(self._waiting) + (len(self._job.pending) if self._job else 0)
@@ -136,6 +141,8 @@ class Engine:
             raise UserError("a prompt without any token cannot be continued: give at least one")
         check_room(model, len(request.prompt), config.max_new_tokens, self._length)
         check_ids(model.vocab_size, np.array([request.prompt]))
+        if model.has_source:
+            check_ids(model.vocab_size, np.array([[self._start_id]]), "decoder_start_id")
         Sampler.rows([config], self._settings, model.vocab_size, [request.ends])  # refuses impossible settings
         self._constraint(request)
         ticket = next(self._tickets)
