@@ -21,7 +21,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A package (or module) imports only from those before it. A new one takes its place here.
 ORDER = (
     "__version__", "installation", "values", "config", "parser", "files", "figures", "chips", "remote", "screen",
-    "parallel", "tokenizers", "data", "nn", "models", "zoo", "training", "checkpoint", "sampling", "evaluation",
+    "parallel", "tokenizers", "data", "nn", "models", "zoo", "training", "checkpoint", "sampling", "sample_flags",
+    "chat_terminal", "sample_command", "evaluation",
     "run_config", "planning", "run", "inspect", "ablation", "compare_command", "reports", "evaluate_command",
     "report_command", "text_commands", "compilations", "key_help", "commands", "__main__",
 )  # fmt: skip

@@ -1,5 +1,6 @@
 from .config import SamplingConfig as SamplingConfig, SamplingOptions as SamplingOptions
 from .conversations import (
+    Conversation as Conversation,
     built_in as built_in,
     chat as chat,
     encoded_chat as encoded_chat,
@@ -20,5 +21,6 @@ from .text import (
     stop_ids as stop_ids,
     stream_encoded as stream_encoded,
     stream_text as stream_text,
+    with_room as with_room,
 )
 from .token_ids import checked_prompts as checked_prompts, continued as continued, generate as generate
