@@ -34,7 +34,7 @@ from llama_jax.planning import plan
 from llama_jax.remote import default_cache, is_remote, with_urls
 from llama_jax.run import Preempted, RunFailed, config_to_continue, train
 from llama_jax.run_config import RunConfig, config_of
-from llama_jax.sample_command import sample_command
+from llama_jax.sample_command import check_weights, sample_command
 from llama_jax.text_commands import (
     prepare_command,
     tokenizer_compare_command,

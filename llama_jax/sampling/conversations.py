@@ -94,7 +94,8 @@ class Conversation:
         UserError as `chat` does, and leaves the conversation as it was.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
-        encoded, given = self.encoded(asked), {**self.options, **options}
+        given: dict[str, Any] = {**self.options, **options}
+        encoded = self.encoded(asked)
         config = SamplingConfig.of(**given)
         if given.get("max_new_tokens") is None:
             config = with_room(self.lm, encoded, config, self.NEW_TOKENS)
@@ -133,6 +134,8 @@ class Conversation:
 
 class Answer(str):
     """An answer that was printed when it was written: a notebook shows it again only in another cell."""
+
+    _cell: int | None
 
     def __new__(cls, text: str) -> "Answer":
         made = super().__new__(cls, text)
