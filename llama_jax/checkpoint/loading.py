@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import functools
+import importlib
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +55,11 @@ class LanguageModel:
     model_type: str | None = None
     generation: GenerationSettings = GenerationSettings()
     chat_template: ChatTemplate | None = None
+
+    def chat(self, **options: Any) -> Any:
+        """Return a `Conversation` of `llama_jax.sampling` with this model, made with `options`."""
+        sampling = importlib.import_module("llama_jax.sampling")  # a package after this one: only when it is called
+        return sampling.Conversation(self, **options)
 
 
 @dataclasses.dataclass(frozen=True)
