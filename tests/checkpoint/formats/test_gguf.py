@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import gguf
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from gguf_maker import add_sizes, write_gguf
 
 import llama_jax
 from llama_jax.__main__ import main
-from llama_jax.checkpoint import load_params, open_source
+from llama_jax.checkpoint import config_of, load_params, open_source
 from llama_jax.checkpoint.formats import write_safetensors
 from llama_jax.checkpoint.verifying import llama_logits
 from llama_jax.config import UserError
@@ -201,6 +202,15 @@ def test_a_directory_and_the_command_line(tmp_path: Path, capsys: pytest.Capture
     shutil.copy(tmp_path / "downloads" / "m.gguf", tmp_path / "downloads" / "n.gguf")
     with pytest.raises(UserError, match=r"has 2 GGUF models: give one, such as '.*m\.gguf'"):
         open_source(tmp_path / "downloads")
+
+
+def test_a_store_with_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "cache"))
+    file = write_gguf(GOLDENS / "llama2", tmp_path / "m.gguf")
+    store = fsspec.filesystem("memory")
+    store.pipe({"/gguf_models/one/m.gguf": file.read_bytes(), "/gguf_models/one/README.md": b"text"})
+    for url in ("memory://gguf_models/one", "memory://gguf_models/one/m.gguf"):
+        assert config_of(url) == open_source(GOLDENS / "llama2").config
 
 
 def test_shards_are_one_model(tmp_path: Path):
