@@ -4,14 +4,13 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, Unpack
 
-import numpy as np
-
 from llama_jax.checkpoint import LanguageModel, default_stops
 from llama_jax.config import UserError
 from llama_jax.models import ModelConfig
+from llama_jax.sampling.batch import Request
 from llama_jax.sampling.config import SamplingConfig, SamplingOptions
 from llama_jax.sampling.stops import TextStream, tokenizer_of
-from llama_jax.sampling.token_ids import checked_prompts, continued
+from llama_jax.sampling.token_ids import answers, streamed
 from llama_jax.tokenizers import Tokenizer
 
 # Tokens that the device makes between two pieces of a stream: few enough to flow, many enough to hide the transfer.
@@ -75,16 +74,16 @@ def complete_encoded(
     """Complete prompts that are encoded already, as `complete` does; the same ids must end all of them."""
     if not prompts:
         return []
-    start_id = lm.generation.decoder_start_id
-    checked = checked_prompts(lm.model, [prompt.ids for prompt in encoded], None, start_id=start_id)
-    config = stopped_by(config, encoded[0])
-    *_, rows = continued(lm.model, checked, config, settings=lm.generation)
+    requests = [
+        Request(tuple(own.ids), stopped_by(config, own), row=row * config.num_samples)
+        for row, own in enumerate(encoded)
+    ]
     completions = []
-    for i, (prompt, own) in enumerate(zip(prompts, encoded, strict=True)):
-        new = np.asarray(rows.tokens[i, checked.lengths[i] : rows.lengths[i]]).tolist()
-        stream = TextStream(lm, own.ids)
-        text = stream.feed(new) + stream.flush()
-        completions.append(Completion(prompt, text, new, "stop" if rows.done[i] else "length"))
+    for prompt, own, samples in zip(prompts, encoded, answers(lm, requests), strict=True):
+        for answer in samples:
+            stream = TextStream(lm, own.ids)
+            text = stream.feed(answer.token_ids) + stream.flush()
+            completions.append(Completion(prompt, text, answer.token_ids, answer.finish_reason))
     return completions
 
 
@@ -112,14 +111,11 @@ def stream_encoded(
 
     `progress` is called with the number of new tokens so far, every few tokens.
     """
-    prompts = checked_prompts(lm.model, [encoded.ids], None, start_id=lm.generation.decoder_start_id)
-    stream, seen = TextStream(lm, encoded.ids), int(prompts.lengths[0])
-    config = stopped_by(config, encoded)
-    for rows in continued(lm.model, prompts, config, settings=lm.generation, first_row=row, chunk=STREAM_CHUNK):
-        if text := stream.feed(rows.tokens[0, seen : rows.lengths[0]].tolist()):
+    stream, count = TextStream(lm, encoded.ids), 0
+    for piece in streamed(lm, Request(tuple(encoded.ids), stopped_by(config, encoded), row=row), chunk=STREAM_CHUNK):
+        if text := stream.feed(piece.token_ids):
             yield text
-        seen = int(rows.lengths[0])
-        progress(seen - int(prompts.lengths[0]))
+        progress(count := count + len(piece.token_ids))
     if text := stream.flush():
         yield text
 
