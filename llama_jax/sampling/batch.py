@@ -113,7 +113,7 @@ class Batch:
 
         It ends early as soon as `enough` more rows are done; None goes on until all are.
         """
-        rows, orders, plain = self._prepared or self._prepare(settings)
+        rows, orders, plain = self._prepared or self.prepare(settings)
         sampler = plain
         if any(text.constraint for text in self.texts.values()):
             allowed = np.ones((self.size.rows, self._model.config.vocab_size), bool)
@@ -127,7 +127,7 @@ class Batch:
         self._prepared = new, orders, plain
         return new, log
 
-    def _prepare(self, settings: Any) -> tuple[Rows, Orders, Sampler]:
+    def prepare(self, settings: Any) -> tuple[Rows, Orders, Sampler]:
         """Return the arrays of the texts, and their sampler."""
         size, texts = self.size.rows, self.texts
         num_stops = max(len(text.request.ends) for text in texts.values())

@@ -12,10 +12,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.models import Model
 from llama_jax.nn import PyTree
-from llama_jax.parallel import replicate, shard
+from llama_jax.parallel import mesh_axis_sizes, replicate, shard
 from llama_jax.sampling.config import SamplingConfig
-from llama_jax.sampling.loop import NOT_NUMBERS, NOTHING_ALLOWED, Rows, bucket, power_of_two
-from llama_jax.sampling.sampler import Sampler, Written
+from llama_jax.sampling.controls import Written
+from llama_jax.sampling.loop import NOT_NUMBERS, NOTHING_ALLOWED, Orders, Rows
+from llama_jax.sampling.sampler import Sampler
 
 # Added to the score of a beam that must not be chosen. Finite: -inf is the score of a forbidden token.
 OUT = -1e9
@@ -26,17 +27,17 @@ OUT = -1e9
 class _Beams:
     """N sequences of each prompt, whole on every device, and the model's cache of them, [B * N, ...].
 
-    `tokens`, `scores` (sums of log-probabilities) and `lengths` are of the running ones, which are equally long and go
-    on. `found` are the best that ended, with scores divided by a power of their number of new tokens; `ended` is false
-    where there are not so many yet. A prompt that is not `open` gets no better ones.
+    The running ones are `tokens` up to `lengths`, with sums of log-probabilities as `scores`. `found` are the best that
+    ended, up to `ends`; their scores are divided by a power of the number of new tokens. `ended` is false where there
+    are not so many yet. A prompt that is not `open` gets no better ones.
     """
 
     step: Int[Array, ""]
     tokens: Int[Array, "b n s"]
-    scores: Float[Array, "b n"]
     lengths: Int[Array, " b"]
+    scores: Float[Array, "b n"]
     found: Int[Array, "b n s"]
-    found_lengths: Int[Array, "b n"]
+    ends: Int[Array, "b n"]
     found_scores: Float[Array, "b n"]
     ended: Bool[Array, "b n"]
     open: Bool[Array, " b"]
@@ -47,127 +48,71 @@ class _Beams:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Search:
-    """Settings of a search. `stop_ids` (-1 is padding, and never written) end a sequence, as `max_new_tokens` do."""
+    """Settings of a search: `prompts` [B * N] are the rows' lengths at first; `keep` candidates are looked at."""
 
     sampler: Sampler
-    stop_ids: Int[Array | np.ndarray, " e"]
-    max_new_tokens: Int[Array | np.ndarray, ""]
-    length_penalty: Float[Array | np.ndarray, ""]
-    prompts: Int[Array | np.ndarray, " b"]
+    prompts: Int[Array, " r"]
+    stop_ids: Int[Array, " e"]
+    max_new_tokens: Int[Array, ""]
+    length_penalty: Float[Array, ""]
     early_stopping: bool | str = dataclasses.field(metadata={"static": True})
+    keep: int = dataclasses.field(metadata={"static": True})
     never: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
 
 def beam_search(
-    model: Model,
-    tokens: np.ndarray,
-    lengths: np.ndarray,
-    sampler: Sampler,
-    config: SamplingConfig,
-    *,
-    source: tuple[np.ndarray, np.ndarray] | None = None,
-) -> tuple[Rows, Float[np.ndarray, "b m"]]:
-    """Return the best `num_samples` of `num_beams` sequences of each prompt, best first, and their scores.
+    model: Model, cache: PyTree, rows: Rows, orders: Orders, sampler: Sampler, config: SamplingConfig, num_stops: int
+) -> tuple[Rows, Float[np.ndarray, "b n"]]:
+    """Return the best sequences of each prompt, best first, in the place of its N equal rows, and their scores.
 
-    `tokens` int32 [B, T], right-padded to `lengths` [B]; `source`, for an encoder-decoder, int32 [B, S] and bool
-    [B, S], false at padding. The rows are [B * num_samples]. A score is the sum of the log-probabilities of the new
-    tokens, as the sampler's controls leave them, divided by their number to the power of `length_penalty`.
+    The rows, sampler and `cache` are as for `loop.advance`; `num_stops` ids end a text. A score is
+    the sum of the log-probabilities of the new tokens, as the controls leave them, divided by their number to the power
+    of `config.length_penalty`. Prompts that are done are left as they are.
     """
-    limit, real = model.config.length_limit, len(tokens)
-    size, width = power_of_two(real), tokens.shape[1] if source is not None else bucket(tokens.shape[1], limit)
-    capacity = bucket(tokens.shape[1] + config.max_new_tokens, limit)
-    if source is not None:
-        source = tuple(padded(x, size, bucket(x.shape[1], limit)) for x in source)  # type: ignore[assignment]
-        source[1][real:, 0] = True  # a row without any source would attend to nothing, which gives NaN
-    ends = np.pad(np.asarray(lengths, np.int32), (0, size - real), constant_values=1)
-    search = _Search(
-        sampler,
-        np.array(config.stop_ids, np.int32),
-        np.int32(config.max_new_tokens),
-        np.float32(config.length_penalty),
-        ends,
-        config.early_stopping,
-        getattr(model.config, "never_written", ()),
-    )
-    inputs = padded(tokens, size, capacity), np.arange(size) < real, source
+    num_beams, numbers = config.num_beams, (np.int32(config.max_new_tokens), np.float32(config.length_penalty))
+    # So many that N of them do not end, whatever ids end the others.
+    keep = max(2, 1 + num_stops) * num_beams
+    static = num_beams, config.early_stopping, keep
     with model.on_mesh():
-        found = _run(model.graphdef, (width, config.num_beams), model.state, search, inputs)
-    rows, scores = jax.device_get(found)
-    best = jax.tree.map(lambda x: x[:real, : config.num_samples], (rows, scores))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), best[0]), best[1]
-
-
-def padded(x: np.ndarray, rows: int, width: int) -> np.ndarray:
-    """Return [B, T] with zeros up to [rows, width], of the same type."""
-    return np.pad(x, ((0, rows - len(x)), (0, width - x.shape[1])))
-
-
-def prefill(module: Any, tokens: Int[Array, "b t"], lengths: Int[Array, " b"], real: Array, capacity: int, source: Any):
-    """Return the hidden states [B, T, D] of prompts, those of their last tokens [B, D], and their cache."""
-    options = {}
-    if source is not None:
-        options = dict(zip(("source", "source_mask"), (shard(x, "batch", None) for x in source), strict=True))
-    cache = module.init_cache(len(tokens), capacity, **options)
-    tokens, lengths, real = shard(tokens, "batch", None), shard(lengths, "batch"), shard(real, "batch")
-    place = jnp.arange(tokens.shape[1])
-    valid = (place < lengths[:, None]) & real[:, None]
-    hidden, cache = module.extend(tokens, cache=cache, lengths=jnp.zeros_like(lengths), is_token=valid)
-    at_end = (place == lengths[:, None] - 1)[..., None]
-    return hidden, jnp.where(at_end, hidden, 0).sum(1), cache
+        return jax.device_get(_search(model.graphdef, static, model.state, cache, (rows, orders), sampler, numbers))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(
-    graphdef: PyTree, sizes: tuple[int, int], weights: PyTree, search: _Search, inputs: PyTree
+def _search(
+    graphdef: PyTree,
+    static: tuple[int, bool | str, int],
+    weights: PyTree,
+    cache: PyTree,
+    batch: tuple[Rows, Orders],
+    sampler: Sampler,
+    numbers: tuple[Array, Array],
 ) -> tuple[Rows, Float[Array, "b n"]]:
     module: Any = nnx.merge(graphdef, weights)
-    (width, num_beams), (tokens, real, source) = sizes, inputs
-    size, capacity = tokens.shape
-    _, hidden, cache = prefill(module, tokens[:, :width], search.prompts, real, capacity, source)
-    wide = jax.eval_shape(functools.partial(_prefilled_rows, module, size * num_beams, capacity), source)
-    cache = jax.tree.map(lambda x, like: _taken(x, like, lambda x: jnp.repeat(x, num_beams, 0)), cache, wide)
-    logits = jnp.repeat(replicate(module.logits(hidden[:, None])[:, 0]), num_beams, 0)
-    repeated = jnp.repeat(replicate(tokens)[:, None], num_beams, 1)
-    lengths, zeros = replicate(search.prompts), jnp.zeros((size, num_beams))
+    (rows, orders), (num_beams, early_stopping, keep) = batch, static
+    never = getattr(module.config, "never_written", ())
+    search = _Search(sampler, orders.prompts, orders.stop_ids[0], *numbers, early_stopping, keep, never)
+    tokens = rows.tokens.reshape(-1, num_beams, rows.tokens.shape[1])
+    lengths, zeros = rows.lengths[::num_beams], jnp.zeros(tokens.shape[:2])
     # Only the first beam counts at the beginning, or all of them would be the same.
-    first = zeros.at[:, 1:].set(OUT)
-    none = (repeated, jnp.broadcast_to(lengths[:, None], zeros.shape), zeros + OUT, zeros > 0)
-    fault = jnp.zeros_like(lengths)
-    beams = _Beams(jnp.int32(0), repeated, first, lengths, *none, replicate(real), fault, cache)
-    beams = _extended(beams, logits, search)
+    none = tokens, rows.lengths.reshape(zeros.shape), zeros + OUT, zeros > 0
+    going = ~rows.done[::num_beams]
+    beams = _Beams(jnp.int32(0), tokens, lengths, zeros.at[:, 1:].set(OUT), *none, going, lengths * 0, cache)
 
     def unfinished(beams: _Beams) -> Array:
         return _goes_on(beams, search).any() & (beams.step < search.max_new_tokens)
 
     def body(beams: _Beams) -> _Beams:
-        last = jnp.take_along_axis(beams.tokens, (beams.lengths - 1)[:, None, None], 2)
-        rows = shard(last.reshape(-1, 1), "batch", None)
-        before = shard(jnp.repeat(beams.lengths - 1, num_beams), "batch")
-        hidden, cache = module.extend(rows, cache=beams.cache, lengths=before)
-        logits = replicate(module.logits(hidden)[:, 0])
-        return _extended(dataclasses.replace(beams, cache=cache), logits, search)
+        flat = beams.tokens.reshape(-1, beams.tokens.shape[2])
+        written = Written(flat, jnp.repeat(beams.lengths, num_beams), search.prompts)
+        written = jax.tree.map(lambda x: shard(x, "batch", *(None,) * (x.ndim - 1)), written)
+        last = written.last(1)
+        hidden, cache = module.extend(last, cache=beams.cache, lengths=written.lengths - 1)
+        logits = shard(module.logits(hidden)[:, 0], "batch", None)
+        return _extended(dataclasses.replace(beams, cache=cache), logits, written, search)
 
     beams = jax.lax.while_loop(unfinished, body, beams)
-    last = jnp.take_along_axis(beams.found, (beams.found_lengths - 1)[..., None], 2)
-    done = (last == search.stop_ids).any(-1) & beams.ended
-    fault = jnp.broadcast_to(beams.fault[:, None], done.shape)
-    return Rows(beams.found, beams.found_lengths, done, fault), beams.found_scores
-
-
-def _prefilled_rows(module: Any, rows: int, capacity: int, source: Any) -> PyTree:
-    """Return the cache of `rows` rows, whose shape and sharding is all that is looked at."""
-    if source is None:
-        return module.init_cache(rows, capacity)
-    ids, real = (shard(jnp.zeros((rows, x.shape[1]), x.dtype), "batch", None) for x in source)
-    return module.init_cache(rows, capacity, source=ids, source_mask=real)
-
-
-def _taken(x: Array, like: Any, function: Any) -> Array:
-    """Return `function(x)` of rows of a cache, split over devices as `like` is."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return function(x)
-    # The compiler finds by itself that a row comes from the same prompt.
-    return jax.sharding.auto_axes(function, out_sharding=like.sharding)(x)  # type: ignore[call-arg]
+    flat = [x.reshape(-1, *x.shape[2:]) for x in (beams.found, beams.ends)]
+    return Rows(*flat, jnp.ones_like(rows.done), jnp.repeat(beams.fault, num_beams)), beams.found_scores
 
 
 def _goes_on(beams: _Beams, search: _Search) -> Bool[Array, " b"]:
@@ -176,40 +121,36 @@ def _goes_on(beams: _Beams, search: _Search) -> Bool[Array, " b"]:
     return beams.open & ~full & (beams.fault == 0)
 
 
-def _extended(beams: _Beams, logits: Float[Array, "r v"], search: _Search) -> _Beams:
+def _extended(beams: _Beams, logits: Float[Array, "r v"], written: Written, search: _Search) -> _Beams:
     """Return the beams with one more token: the running ones go on with the most probable that end none."""
-    size, num_beams, capacity = beams.tokens.shape
-    sane = jnp.isfinite(logits.max(-1)).reshape(size, num_beams).all(1)  # a NaN anywhere is the maximum
-    logits = jax.nn.log_softmax(logits)
+    size, num_beams = beams.scores.shape
+    logprobs = jax.nn.log_softmax(logits)
     if search.never:
-        logits = jnp.where(np.isin(np.arange(logits.shape[1]), search.never), -jnp.inf, logits)
-    flat = shard(beams.tokens.reshape(-1, capacity), "batch", None)
-    lengths, prompts = (shard(jnp.repeat(x, num_beams), "batch") for x in (beams.lengths, replicate(search.prompts)))
+        logprobs = jnp.where(np.isin(np.arange(logits.shape[1]), search.never), -jnp.inf, logprobs)
     # Controls change log-probabilities here, not logits: that is what transformers does.
-    logits = replicate(search.sampler.controlled(shard(logits, "batch", None), Written(flat, lengths, prompts)))
-    fault = jnp.where(sane, jnp.where(logits.reshape(size, -1).max(1) == -jnp.inf, NOTHING_ALLOWED, 0), NOT_NUMBERS)
-    total = logits + beams.scores.reshape(-1, 1)
-    # So many that N of them do not end, whatever ids end the others.
-    keep = min(max(2, 1 + len(search.stop_ids)) * num_beams, num_beams * logits.shape[1])
-    each = min(keep, logits.shape[1])
-    values, ids = (x.reshape(size, -1) for x in jax.lax.top_k(total, each))
-    values, at = jax.lax.top_k(values, keep)
-    beam, chosen = at // each, jnp.take_along_axis(ids, at, 1)
-    here = jnp.arange(capacity) == beams.lengths[:, None, None]
+    logprobs = search.sampler.controlled(logprobs, written)
+    each = min(search.keep, logits.shape[1])
+    # The candidates are few: all that follows is computed on every device.
+    values, ids, sane = (replicate(x) for x in (*jax.lax.top_k(logprobs, each), jnp.isfinite(logits.max(-1))))
+    values = values.reshape(size, num_beams, each)
+    sane = sane.reshape(size, num_beams).all(1)  # a NaN anywhere is the maximum
+    fault = jnp.where(sane, jnp.where((values == -jnp.inf).all((1, 2)), NOTHING_ALLOWED, 0), NOT_NUMBERS)
+    values = (values + beams.scores[..., None]).reshape(size, -1)
+    values, at = jax.lax.top_k(values, min(search.keep, values.shape[1]))
+    beam, chosen = at // each, jnp.take_along_axis(ids.reshape(size, -1), at, 1)
+    here = jnp.arange(beams.tokens.shape[2]) == beams.lengths[:, None, None]
     tokens = jnp.where(here, chosen[..., None], jnp.take_along_axis(beams.tokens, beam[..., None], 1))
     step = beams.step + 1
     ends = (chosen[..., None] == search.stop_ids).any(-1) | (step == search.max_new_tokens)
-
     scores, going = jax.lax.top_k(values + ends * OUT, num_beams)
-    origin = jnp.take_along_axis(beam, going, 1)
     changed = dataclasses.replace(
         _with_ended(beams, tokens, values, ends, search),
         step=step,
         tokens=jnp.take_along_axis(tokens, going[..., None], 1),
-        scores=scores,
         lengths=beams.lengths + 1,
+        scores=scores,
         fault=jnp.where(_goes_on(beams, search), fault, beams.fault),
-        cache=_reordered(beams.cache, origin),
+        cache=_reordered(beams.cache, jnp.take_along_axis(beam, going, 1)),
     )
     return dataclasses.replace(changed, open=beams.open & _improvable(changed, search))
 
@@ -220,25 +161,23 @@ def _with_ended(beams: _Beams, tokens: Array, values: Array, ends: Array, search
     new = ends & (jnp.arange(ends.shape[1]) < num_beams)
     power = (beams.step + 1).astype(jnp.float32) ** search.length_penalty
     scores = values / power + OUT * ~new + OUT * ~_goes_on(beams, search)[:, None]
-    scores = jnp.concatenate([beams.found_scores, scores], 1)
-    best, at = jax.lax.top_k(scores, num_beams)
-    lengths = jnp.broadcast_to(beams.lengths[:, None] + 1, ends.shape)
+    best, at = jax.lax.top_k(jnp.concatenate([beams.found_scores, scores], 1), num_beams)
 
     def merged(old: Array, new: Array) -> Array:
         return jnp.take_along_axis(jnp.concatenate([old, new], 1), at.reshape(*at.shape, *(1,) * (old.ndim - 2)), 1)
 
-    found = merged(beams.found, tokens), merged(beams.found_lengths, lengths), best, merged(beams.ended, new)
-    names = ("found", "found_lengths", "found_scores", "ended")
-    return dataclasses.replace(beams, **dict(zip(names, found, strict=True)))
+    lengths = jnp.broadcast_to(beams.lengths[:, None] + 1, ends.shape)
+    found, ends, ended = merged(beams.found, tokens), merged(beams.ends, lengths), merged(beams.ended, new)
+    return dataclasses.replace(beams, found=found, ends=ends, found_scores=best, ended=ended)
 
 
 def _improvable(beams: _Beams, search: _Search) -> Bool[Array, " b"]:
     """Return which prompts' best running sequence may still become better than the worst one that ended."""
-    to_the_end = search.early_stopping == "never"
-    length = jnp.where(to_the_end & (search.length_penalty > 0), search.max_new_tokens, beams.step)
-    possible = beams.scores[:, 0] / length.astype(jnp.float32) ** search.length_penalty
+    to_the_end = (search.length_penalty > 0) & (search.early_stopping == "never")
+    length = jnp.where(to_the_end, search.max_new_tokens, beams.step).astype(jnp.float32)
+    possible = beams.scores[:, :1] / length**search.length_penalty
     worst = jnp.where(beams.ended, beams.found_scores.min(1, keepdims=True), OUT)
-    return (possible[:, None] > worst).any(1)
+    return (possible > worst).any(1)
 
 
 def _reordered(cache: PyTree, origin: Int[Array, "b n"]) -> PyTree:
@@ -246,7 +185,15 @@ def _reordered(cache: PyTree, origin: Int[Array, "b n"]) -> PyTree:
     if isinstance(cache, dict) and "source" in cache:
         return cache | {"layers": _reordered(cache["layers"], origin)}
 
-    def rows(x: Array) -> Array:
-        return jax.vmap(lambda beams, at: beams[at])(x.reshape(*origin.shape, *x.shape[1:]), origin).reshape(x.shape)
+    def rows(x: Array, origin: Array) -> Array:
+        grouped = x.reshape(*origin.shape, *x.shape[1:])
+        return jax.vmap(lambda beams, at: beams[at])(grouped, origin).reshape(x.shape)
 
-    return jax.tree.map(lambda x: _taken(x, jax.typeof(x), rows), cache)
+    def moved(x: Array) -> Array:
+        if not mesh_axis_sizes():
+            return rows(x, origin)
+        # A row comes from the same prompt, mostly on the same device: the compiler finds the communication.
+        anywhere: Any = jax.sharding.auto_axes(rows, out_sharding=jax.typeof(x).sharding.spec)
+        return anywhere(x, origin)
+
+    return jax.tree.map(moved, cache)

@@ -93,6 +93,8 @@ class SamplingConfig:
         if isinstance(schema := known.get("json_schema"), Mapping):
             known["json_schema"] = json.dumps(schema)
         known["controls"] = tuple(known.get("controls") or ())
+        if known.get("num_beams", 1) > 1:  # beams are not drawn
+            known.setdefault("temperature", 0.0)
         return cls(**known)
 
     def __post_init__(self) -> None:
@@ -120,6 +122,9 @@ class SamplingConfig:
         check("banned_ids", lambda ids: not {*ids} & {*self.forced_ids}, "other ids than forced_ids")
         if self.num_beams > 1:
             check("num_samples", lambda n: n <= self.num_beams, f"at most num_beams={self.num_beams}")
+            for name, off in {"temperature": 0, "json_schema": None, "regex": None, "logprobs": None}.items():
+                if getattr(self, name) != off:
+                    raise UserError(f"{name}={getattr(self, name)} does not go with num_beams: leave out one of them")
         if self.json_schema is not None and self.regex is not None:
             raise UserError("json_schema and regex both constrain the text: give one of them")
 

@@ -14,8 +14,9 @@ from llama_jax.checkpoint import GenerationSettings, LanguageModel
 from llama_jax.config import UserError
 from llama_jax.models import Model, ModelConfig, check_ids
 from llama_jax.sampling.batch import Batch, Request as Request, Text
+from llama_jax.sampling.beams import beam_search
 from llama_jax.sampling.config import LARGEST
-from llama_jax.sampling.loop import NOT_NUMBERS, CacheSize, Logged, Rows, bucket, can_be_cut, power_of_two
+from llama_jax.sampling.loop import NOT_NUMBERS, CacheSize, Logged, Rows, bucket, can_be_cut, place, power_of_two
 from llama_jax.sampling.prefill import Prefill, Prefixes
 from llama_jax.sampling.sampler import Sampler
 
@@ -129,8 +130,6 @@ class Engine:
     def add(self, request: Request) -> int:
         """Queue a request and return its ticket. Raises UserError for one that cannot be continued."""
         config, model = request.config, self._model.config
-        if config.num_beams > 1:
-            raise UserError(f"num_beams={config.num_beams} is for generate and generate_text: an engine samples")
         if not request.prompt:
             raise UserError("a prompt without any token cannot be continued: give at least one")
         check_room(model, len(request.prompt), config.max_new_tokens, self._length)
@@ -160,6 +159,8 @@ class Engine:
         if self._job is None and self._waiting and self.num_running < self._most:
             self._job = self._next_prefill()
         if self._job is not None and self._job.prefill.run():
+            if self._job.requests[0].config.num_beams > 1:
+                return self._search(self._job)
             self._admit(self._job)
         return [] if self._batch is None else self._decode(self._batch)
 
@@ -167,11 +168,15 @@ class Engine:
         """Take as many of the waiting requests as there are free rows for, and one at least."""
         room, taken = self._most - self.num_running, list[tuple[int, Request]]()
         budget, width = self._prefill_chunk or LARGEST, 0
-        while self._waiting and (not taken or sum(r.config.num_samples for _, r in taken) < room):
+        while self._waiting and (
+            not taken or sum(max(r.config.num_samples, r.config.num_beams) for _, r in taken) < room
+        ):
             request = self._waiting[0][1]
             # Short prompts do not wait for a long one.
             width = max(width, len(request.prompt))
             if taken and power_of_two(len(taken) + 1) * bucket(width, self._length) > budget:
+                break
+            if taken and _beams(request) != _beams(taken[0][1]):
                 break
             taken.append(self._waiting.popleft())
         requests = [request for _, request in taken]
@@ -210,6 +215,22 @@ class Engine:
             self._batch.add(texts, cache, size)
         if not job.pending:
             self._job = None
+
+    def _search(self, job: _Job) -> list[Piece]:
+        """Run a beam search of prompts that have been run, and return its best sequences."""
+        config, prompts = job.requests[0].config, {text.source: text for text in job.pending}
+        size = dataclasses.replace(job.prefill.size, rows=job.prefill.size.rows * config.num_beams)
+        cache = place(
+            self._model, size, None, job.prefill.cache, range(size.rows), np.arange(size.rows) // config.num_beams
+        )
+        texts = {
+            row: prompts[row // config.num_beams] for row in range(size.rows) if row // config.num_beams in prompts
+        }
+        batch = Batch(self._model, size, cache, ())
+        batch.texts = texts
+        rows, _ = beam_search(self._model, cache, *batch.prepare(self._settings), config, len(job.requests[0].ends))
+        self._job = None
+        return [self._piece(text, text.source * config.num_beams + text.sample, rows, None) for text in job.pending]
 
     def _constraint(self, request: Request) -> Any:
         return None
@@ -273,6 +294,11 @@ class Engine:
             batch.release(rows)
         if not batch.texts:
             self._batch = None
+
+
+def _beams(request: Request) -> object:
+    """Return what requests must have in common to be searched together."""
+    return (request.config, request.ends) if request.config.num_beams > 1 else None
 
 
 def check_room(config: ModelConfig, length: int, max_new_tokens: int, limit: int) -> None:

@@ -22,8 +22,9 @@ from llama_jax.config import UserError
 from llama_jax.models import Model, MTPDecoderConfig, cache_shapes
 from llama_jax.nn import PyTree
 from llama_jax.parallel import replicate, shard
+from llama_jax.sampling.config import LARGEST
 from llama_jax.sampling.controls import Logits, Written
-from llama_jax.sampling.loop import WHOLE, Orders, Rows, SamplingState, append, keys_of, last_of
+from llama_jax.sampling.loop import Orders, Rows, SamplingState, _append, _keys, _last
 from llama_jax.sampling.sampler import Sampler
 
 PROMPT, MTP = "prompt", "mtp"
@@ -143,7 +144,7 @@ class Speculation:
         owners = [texts.get(row) for row in range(size)]
         same = self._shape == (size, width) and np.array([a is b for a, b in zip(owners, self._owners, strict=True)])
         known = np.where(same, self._known, 0) if self._shape == (size, width) else np.zeros(size, np.int32)
-        rounds = num_tokens if num_tokens >= WHOLE else max(1, num_tokens // self.room)
+        rounds = num_tokens if num_tokens >= LARGEST else max(1, num_tokens // self.room)
         limits = np.array([rounds, size if until is None else until], np.int32)
         weights = model.state, draft and draft.state
         with model.on_mesh():
@@ -357,7 +358,7 @@ def _advance(
     model, own = _modules(graphdef, guesser, weights)
     (cache, memory), batch = caches, jax.tree.map(lambda x: shard(x, "batch", *(None,) * (x.ndim - 1)), batch)
     rows, orders, known = batch
-    state = SamplingState(rows, last_of(rows), orders, keys_of(orders), cache)
+    state = SamplingState(rows, _last(rows), orders, _keys(orders), cache)
     cache, memory = guesser.catch_up(model, own, state, memory, known)
     state = dataclasses.replace(state, cache=cache)
 
@@ -391,7 +392,7 @@ def _checked(
         (state, going, right), (logits, draft) = carry, at
         before = state.rows
         paused = dataclasses.replace(state, rows=dataclasses.replace(before, done=before.done | ~going))
-        after = append(paused, logits, sampler)
+        after = _append(paused, logits, sampler)
         rows = dataclasses.replace(after.rows, done=jnp.where(going, after.rows.done, before.done))
         match = going & (rows.lengths > before.lengths) & (after.last == draft)
         return (dataclasses.replace(after, rows=rows), match & ~rows.done, right + (match & offered)), None
