@@ -1,6 +1,7 @@
 """The batch that is continued: texts in rows, which are refilled, and grow with the requests."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 from llama_jax.models import Model
 from llama_jax.nn import PyTree
 from llama_jax.sampling.config import SamplingConfig
+from llama_jax.sampling.constraints import Constraint
 from llama_jax.sampling.loop import FEWEST_STOPS, CacheSize, Logged, Orders, Rows, advance, place, power_of_two
 from llama_jax.sampling.sampler import Sampler
+from llama_jax.sampling.speculative import Speculation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Text:
     request: Request
     source: int
     tokens: list[int]
-    constraint: Any = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         self.prompt = len(self.tokens)
@@ -108,7 +111,15 @@ class Batch:
             del self.texts[row]
         self._prepared = None
 
-    def advance(self, settings: Any, count: int, *, enough: int | None, logged: Logged | None) -> tuple[Rows, PyTree]:
+    def advance(
+        self,
+        settings: Any,
+        count: int,
+        *,
+        enough: int | None,
+        logged: Logged | None,
+        speculation: Speculation | None = None,
+    ) -> tuple[Rows, PyTree]:
         """Return the rows with up to `count` more tokens in each, and what is `logged`, on the host.
 
         It ends early as soon as `enough` more rows are done; None goes on until all are.
@@ -122,7 +133,10 @@ class Batch:
                     allowed[row] = text.constraint.mask()
             sampler = dataclasses.replace(plain, allowed=allowed)
         until = None if enough is None else self.size.rows - len(self.texts) + enough
-        self.cache, found = advance(self._model, self.cache, rows, orders, sampler, count, until=until, logged=logged)
+        run = functools.partial(advance, logged=logged)
+        if speculation is not None and logged is None and sampler.allowed is None:
+            run = functools.partial(speculation.advance, texts=self.texts)
+        self.cache, found = run(self._model, self.cache, rows, orders, sampler, count, until=until)
         new, log = jax.device_get(found)
         self._prepared = new, orders, plain
         return new, log

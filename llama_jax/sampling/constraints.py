@@ -81,20 +81,29 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int, stop_ids: tuple[int, ...]
     """Return the vocabulary in llguidance's form, in which special tokens are no text."""
     from llguidance import LLTokenizer
 
-    tokens = tokenizer.token_bytes[:vocab_size]
+    # Of the latter the unknown token has a text in some; an id that ends the text is no part of it.
+    special = {*tokenizer.special_tokens.values(), *stop_ids}
+    tokens = [b"" if i in special else text for i, text in enumerate(tokenizer.token_bytes[:vocab_size])]
     # An id that no model has ends a text without any stop.
-    tokens = tokens + [b""] * (vocab_size + 1 - len(tokens))
+    tokens += [b""] * (vocab_size + 1 - len(tokens))
     ends = [i for i in stop_ids if 0 <= i < vocab_size] or [vocab_size]
-    return LLTokenizer(_Wrapper(tokens, ends[0]), eos_token=ends)  # type: ignore[arg-type]
+    wrapper = _Wrapper(tokenizer, tokens, ends[0])
+    wrapper.vocabulary = LLTokenizer(wrapper, eos_token=ends)  # type: ignore[arg-type]
+    return wrapper.vocabulary
 
 
 class _Wrapper:
-    """What llguidance asks of a tokenizer of one's own."""
+    """What llguidance asks of a tokenizer that it does not know."""
 
     is_tokenizer_wrapper, bos_token_id, special_token_ids = True, None, ()
+    vocabulary: Any = None
 
-    def __init__(self, tokens: list[bytes], eos_id: int):
-        self.tokens, self.eos_token_id = tokens, eos_id
+    def __init__(self, tokenizer: Tokenizer, tokens: list[bytes], eos_id: int):
+        self._tokenizer, self.tokens, self.eos_token_id = tokenizer, tokens, eos_id
 
     def __call__(self, text: str) -> list[int]:
-        return []  # asked only for texts that are forced, which are not forced here
+        """Return the ids of a text that is the only possible one."""
+        ids = self._tokenizer.encode(text)
+        # A tokenizer that puts a space before a text does so here too.
+        exact = max(ids, default=0) < len(self.tokens) and b"".join([self.tokens[i] for i in ids]) == text.encode()
+        return ids if exact or self.vocabulary is None else self.vocabulary.greedy_tokenize(text)

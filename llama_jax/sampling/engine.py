@@ -16,9 +16,11 @@ from llama_jax.models import Model, ModelConfig, check_ids
 from llama_jax.sampling.batch import Batch, Request as Request, Text
 from llama_jax.sampling.beams import beam_search
 from llama_jax.sampling.config import LARGEST
+from llama_jax.sampling.constraints import Constraint, constraint_of
 from llama_jax.sampling.loop import NOT_NUMBERS, CacheSize, Logged, Rows, bucket, can_be_cut, place, power_of_two
 from llama_jax.sampling.prefill import Prefill, Prefixes
 from llama_jax.sampling.sampler import Sampler
+from llama_jax.sampling.speculative import Speculation
 
 PREFILL_CHUNK = 512
 DECODE_CHUNK = 8
@@ -76,6 +78,8 @@ class Engine:
     cache_dtype: type of the cached keys and values: float32, bfloat16 or int8; None for that of the activations.
     prefix_bytes: memory for the caches of earlier texts, whose common beginnings are not computed again.
 
+    speculation: guesses of tokens, of which the texts do not depend.
+
     It is not thread-safe: one thread owns it.
     """
 
@@ -89,6 +93,7 @@ class Engine:
         decode_chunk: int = DECODE_CHUNK,
         cache_dtype: DTypeLike | None = None,
         prefix_bytes: int = PREFIX_BYTES,
+        speculation: Speculation | None = None,
     ):
         given = {"rows": rows, "length": length, "prefill_chunk": prefill_chunk, "decode_chunk": decode_chunk}
         for name, value in given.items():
@@ -107,6 +112,7 @@ class Engine:
         self._prefill_chunk = prefill_chunk if (cuts := can_be_cut(self._model)) else None
         self._dtype = None if cache_dtype is None else jnp.dtype(cache_dtype).name
         self._prefixes = Prefixes(self._model, prefix_bytes if cuts else 0)
+        self._speculation, self._room = speculation, speculation.room if speculation else 0
         self._tickets = itertools.count()
         self._waiting: deque[tuple[int, Request]] = deque()
         self._job: _Job | None = None
@@ -116,6 +122,11 @@ class Engine:
     def idle(self) -> bool:
         """True where nothing runs or waits."""
         return not (self._waiting or self._job or self._batch)
+
+    @property
+    def num_rows(self) -> int:
+        """The most rows that are continued together."""
+        return self._most
 
     @property
     def num_waiting(self) -> int:
@@ -134,6 +145,8 @@ class Engine:
             raise UserError("a prompt without any token cannot be continued: give at least one")
         check_room(model, len(request.prompt), config.max_new_tokens, self._length)
         check_ids(model.vocab_size, np.array([request.prompt]))
+        if model.has_source:
+            check_ids(model.vocab_size, np.array([[self._start_id]]), "decoder_start_id")
         Sampler.rows([config], self._settings, model.vocab_size, [request.ends])  # refuses impossible settings
         self._constraint(request)
         ticket = next(self._tickets)
@@ -183,7 +196,7 @@ class Engine:
         has_source, start = self._model.config.has_source, self._start_id
         prompts = [(start,) if has_source else request.prompt for request in requests]
         longest = max(len(p) + r.config.max_new_tokens for p, r in zip(prompts, requests, strict=True))
-        size = CacheSize(power_of_two(len(taken)), bucket(longest, self._length), self._dtype)
+        size = CacheSize(power_of_two(len(taken)), bucket(longest, self._length) + self._room, self._dtype)
         if self._batch is not None:
             size = dataclasses.replace(size, length=max(size.length, self._batch.size.length))
         if has_source:
@@ -232,8 +245,14 @@ class Engine:
         self._job = None
         return [self._piece(text, text.source * config.num_beams + text.sample, rows, None) for text in job.pending]
 
-    def _constraint(self, request: Request) -> Any:
-        return None
+    def _constraint(self, request: Request) -> Constraint | None:
+        """Return the state of a text's constraint, None without one. Raises UserError."""
+        config = request.config
+        if config.json_schema is None and config.regex is None:
+            return None
+        if isinstance(self._lm, Model):
+            raise UserError("json_schema and regex need a tokenizer: give what load returns in place of a bare Model")
+        return constraint_of(self._lm, config, request.ends)
 
     def _decode(self, batch: Batch) -> list[Piece]:
         """Make new tokens and return them; the rows of texts that end are free."""
@@ -250,7 +269,9 @@ class Engine:
             logged = Logged(min(power_of_two(top) if top else 0, self._model.config.vocab_size), steps)
         waits = bool(self._waiting or self._job)
         enough = max(1, len(texts) // ENOUGH) if self._decode_chunk >= WHOLE else 1
-        rows, log = batch.advance(self._settings, count, enough=enough if waits else None, logged=logged)
+        rows, log = batch.advance(
+            self._settings, count, enough=enough if waits else None, logged=logged, speculation=self._speculation
+        )
         pieces, ended = list[Piece](), list[int]()
         for row, text in texts.items():
             piece = self._piece(text, row, rows, log)
@@ -275,16 +296,19 @@ class Engine:
                 for i, token in enumerate(new)
             ]
         reason, error = None, None
-        if text.constraint is not None:
-            for token in new:
-                text.constraint.consume(token)
         if rows.fault[row]:
             number = len(text.tokens) - text.prompt + 1
             reason, error = "error", fault_sentence(int(rows.fault[row]), number, text.request.row + text.sample)
         elif rows.done[row]:
             reason = "stop" if new and new[-1] in text.request.ends else "length"
-        elif text.constraint is not None and text.constraint.done:
-            reason = "stop"
+        if text.constraint is not None and error is None:
+            try:
+                for token in new:
+                    text.constraint.consume(token)
+            except UserError as failure:
+                reason, error = "error", str(failure)
+            if reason in (None, "length") and text.constraint.done:
+                reason = "stop"
         return Piece(text.ticket, text.sample, new, logprobs, reason, error)
 
     def _release(self, batch: Batch, rows: Sequence[int]) -> None:

@@ -1,7 +1,7 @@
 """`generate`: prompts of token ids, checked and continued."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
 import jax
@@ -12,8 +12,9 @@ from llama_jax.config import UserError
 from llama_jax.models import Model, ModelConfig, cache_bytes, check_ids
 from llama_jax.sampling.batch import Request
 from llama_jax.sampling.config import SamplingConfig, SamplingOptions, token_ids
-from llama_jax.sampling.engine import WHOLE, Engine, Piece, TokenLogprobs
+from llama_jax.sampling.engine import WHOLE, Engine, TokenLogprobs
 from llama_jax.sampling.loop import bucket
+from llama_jax.sampling.speculative import Speculation
 
 # Tokens between two looks at texts that may have met a stop string.
 READ_CHUNK = 16
@@ -29,6 +30,8 @@ def generate(
     source_mask: Any = None,
     eos_id: Any = None,
     rows: int | None = None,
+    draft: Any = None,
+    draft_tokens: int | None = None,
     **options: Unpack[SamplingOptions],
 ) -> np.ndarray:
     """Continue token ids: int32 [B, T] to int32 [B, T + max_new_tokens], prompts included.
@@ -46,6 +49,10 @@ def generate(
     bare Model has none. `controls` are further functions `(logits [B, V], written) -> logits`, applied in their order
     before temperature, top-k and top-p (`sampler.py`).
 
+    `draft` guesses `draft_tokens` tokens ahead, which costs time or saves it and does not change a token: a smaller
+    model with the same vocabulary, "prompt" (what followed the last tokens earlier in the text), "mtp" (the model's own
+    further blocks), or a `Speculation`, which counts the guesses that were right.
+
     An encoder-decoder reads `tokens` as the source, [B, S], and writes a target: int32 [B, 1 + max_new_tokens] that
     begins with its start token. `source_mask` [B, S] is then another way to mark padding, at any place of the source:
     false (0) where it is.
@@ -59,7 +66,12 @@ def generate(
     config = SamplingConfig.of(**{"max_new_tokens": 16, "temperature": 0.0, **options})
     config = dataclasses.replace(config, stop_ids=(*stops, *config.stop_ids))
     prompts = checked_prompts(model, tokens, prompt_lengths, source_mask, start_id=settings.decoder_start_id)
-    found = [answer for samples in answers(lm, prompts.requests(config), rows=rows) for answer in samples]
+    speculation = Speculation.of(lm, draft, draft_tokens)
+    found = [
+        answer
+        for samples in answers(lm, prompts.requests(config), rows=rows, speculation=speculation)
+        for answer in samples
+    ]
     out = np.zeros((len(found), prompts.width + config.max_new_tokens), np.int32)
     for number, (row, answer) in enumerate(zip(out, found, strict=True)):
         source = number // config.num_samples
@@ -110,6 +122,7 @@ def answers(
     rows: int | None = None,
     enough: Callable[[int, int, list[int]], bool] | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
+    speculation: Speculation | None = None,
 ) -> list[list[Answer]]:
     """Return the samples of every request, in the order of the requests.
 
@@ -119,14 +132,12 @@ def answers(
     """
     if not requests:
         return []
-    model = lm if isinstance(lm, Model) else lm.model
-    longest = max(len(request.prompt) + request.config.max_new_tokens for request in requests)
+    engine = engine_for(lm, requests, rows=rows, watched=enough is not None, speculation=speculation)
     needed = sum(request.config.num_samples for request in requests)
-    rows = min(needed, rows or _rows_that_fit(model, longest))
-    chunk = {} if enough is None else {"decode_chunk": READ_CHUNK}
-    engine = Engine(lm, rows=rows, **{"prefill_chunk": WHOLE, "decode_chunk": WHOLE, "prefix_bytes": 0} | chunk)
     order = [*range(len(requests))]
-    if needed > rows:  # requests of like length together, the longest first, so that few rows run idle at the end
+    if (
+        needed > engine.num_rows
+    ):  # requests of like length together, the longest first, so that few rows run idle at the end
         order.sort(key=lambda i: -(len(requests[i].prompt) + requests[i].config.max_new_tokens))
     number = {engine.add(requests[i]): i for i in order}
     found = [[Answer([], None, "") for _ in range(request.config.num_samples)] for request in requests]
@@ -148,6 +159,26 @@ def answers(
     return found
 
 
+def engine_for(
+    lm: LanguageModel | Model,
+    requests: Sequence[Request],
+    *,
+    rows: int | None = None,
+    watched: bool = False,
+    speculation: Speculation | None = None,
+) -> Engine:
+    """Return an engine that runs all the requests to their ends.
+
+    `rows` is the number of them that are continued together (default: by the platform and the memory that is free).
+    Texts are read at their ends alone, or every few tokens where they are `watched`.
+    """
+    model = lm if isinstance(lm, Model) else lm.model
+    longest = max(len(request.prompt) + request.config.max_new_tokens for request in requests)
+    rows = min(sum(request.config.num_samples for request in requests), rows or _rows_that_fit(model, longest))
+    chunk = READ_CHUNK if watched else WHOLE
+    return Engine(lm, rows=rows, decode_chunk=chunk, prefill_chunk=WHOLE, prefix_bytes=0, speculation=speculation)
+
+
 def _rows_that_fit(model: Model, length: int) -> int:
     """Return how many rows of `length` positions are continued together."""
     devices = [*model.mesh.devices.flat] if model.mesh is not None else jax.local_devices()[:1]
@@ -158,17 +189,6 @@ def _rows_that_fit(model: Model, length: int) -> int:
     row = cache_bytes(model.config, bucket(length, model.config.length_limit), dtype=model.module.compute.jax_dtype)
     # A prompt's cache is computed apart from the batch's, and activations need room as well.
     return max(1, min(MOST_ROWS, len(devices) * free // (4 * row)))
-
-
-def streamed(lm: LanguageModel | Model, request: Request, *, chunk: int) -> Iterator[Piece]:
-    """Yield the pieces of a request as they come, `chunk` tokens at a time. Raises UserError where it fails."""
-    engine = Engine(lm, rows=request.config.num_samples, decode_chunk=chunk, prefill_chunk=WHOLE, prefix_bytes=0)
-    engine.add(request)
-    while not engine.idle:
-        for piece in engine.step():
-            if piece.error is not None:
-                raise UserError(piece.error)
-            yield piece
 
 
 def checked_prompts(
