@@ -106,9 +106,8 @@ class Engine:
             raise UserError(f"{type(config).__name__} continues no texts: load it and call it on tokens")
         self._most, self._decode_chunk = power_of_two(rows), decode_chunk
         self._length = min(length or config.length_limit, config.length_limit)
-        self._start_id = self._settings.decoder_start_id
-        if self._start_id is None:
-            self._start_id = getattr(config, "decoder_start_id", 0)
+        start = self._settings.decoder_start_id
+        self._start_id = int(getattr(config, "decoder_start_id", 0) if start is None else start)
         self._prefill_chunk = prefill_chunk if (cuts := can_be_cut(self._model)) else None
         self._dtype = None if cache_dtype is None else jnp.dtype(cache_dtype).name
         self._prefixes = Prefixes(self._model, prefix_bytes if cuts else 0)

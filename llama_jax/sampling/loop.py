@@ -66,9 +66,9 @@ class Orders:
 class SamplingState:
     """A batch within the loop. The cache holds all of a row's text but the last token, which is `last[b]`."""
 
-    rows: Rows
+    rows: Any  # Rows of arrays on the device, as the orders
     last: Int[Array, " b"]
-    orders: Orders
+    orders: Any
     keys: Key[Array, " b"]
     cache: PyTree  # any pytree with a leading batch dimension
 
@@ -277,7 +277,7 @@ def _last(rows: Rows) -> Int[Array, " b"]:
     return jnp.where(here, rows.tokens, 0).sum(1)
 
 
-def _keys(orders: Orders) -> Key[Array, " b"]:
+def _keys(orders: Any) -> Key[Array, " b"]:
     # The keys of jax.random.key(seed), whose seed may have 64 bits only where JAX's integers do.
     def key(seed: Array, number: Array) -> Array:
         return jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), number)

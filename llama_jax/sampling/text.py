@@ -118,7 +118,10 @@ def completed(
     ]
     if not requests:
         return
-    engine, waiting = engine_for(lm, requests, watched=any(config.stop for config in configs)), {}
+    engine, waiting = (
+        engine_for(lm, requests, watched=any(config.stop for config in configs)),
+        dict[int, list[_Sample]](),
+    )
     for prompt, own, request in zip(prompts, encoded, requests, strict=True):
         texts = [
             _Sample(prompt, TextStream(lm, own.ids, request.config.stop)) for _ in range(request.config.num_samples)
@@ -130,8 +133,8 @@ def completed(
             samples = waiting[piece.ticket]
             samples[piece.sample].add(piece)
             num_tokens += len(piece.token_ids)
-            if all(sample.finish_reason for sample in samples):
-                engine.cancel(piece.ticket)
+            if piece.finish_reason is None and samples[piece.sample].finish_reason:
+                engine.cancel(piece.ticket, piece.sample)
         progress(num_tokens)
         while waiting and all(sample.finish_reason for sample in waiting[min(waiting)]):
             yield [sample.completion for sample in waiting.pop(min(waiting))]
