@@ -83,7 +83,7 @@ def _search(
     static: tuple[int, bool | str, int],
     weights: PyTree,
     cache: PyTree,
-    batch: tuple[Rows, Orders],
+    batch: tuple[Any, Any],
     sampler: Sampler,
     numbers: tuple[Array, Array],
 ) -> tuple[Rows, Float[Array, "b n"]]:
@@ -91,6 +91,7 @@ def _search(
     (rows, orders), (num_beams, early_stopping, keep) = batch, static
     never = getattr(module.config, "never_written", ())
     search = _Search(sampler, orders.prompts, orders.stop_ids[0], *numbers, early_stopping, keep, never)
+    rows = jax.tree.map(replicate, rows)
     tokens = rows.tokens.reshape(-1, num_beams, rows.tokens.shape[1])
     lengths, zeros = rows.lengths[::num_beams], jnp.zeros(tokens.shape[:2])
     # Only the first beam counts at the beginning, or all of them would be the same.
@@ -111,8 +112,8 @@ def _search(
         return _extended(dataclasses.replace(beams, cache=cache), logits, written, search)
 
     beams = jax.lax.while_loop(unfinished, body, beams)
-    flat = [x.reshape(-1, *x.shape[2:]) for x in (beams.found, beams.ends)]
-    return Rows(*flat, jnp.ones_like(rows.done), jnp.repeat(beams.fault, num_beams)), beams.found_scores
+    found, fault = beams.found.reshape(rows.tokens.shape), jnp.repeat(beams.fault, num_beams)
+    return Rows(found, beams.ends.reshape(-1), jnp.ones_like(rows.done), fault), beams.found_scores
 
 
 def _goes_on(beams: _Beams, search: _Search) -> Bool[Array, " b"]:

@@ -230,19 +230,16 @@ class Engine:
 
     def _search(self, job: _Job) -> list[Piece]:
         """Run a beam search of prompts that have been run, and return its best sequences."""
-        config, prompts = job.requests[0].config, {text.source: text for text in job.pending}
-        size = dataclasses.replace(job.prefill.size, rows=job.prefill.size.rows * config.num_beams)
-        cache = place(
-            self._model, size, None, job.prefill.cache, range(size.rows), np.arange(size.rows) // config.num_beams
-        )
-        texts = {
-            row: prompts[row // config.num_beams] for row in range(size.rows) if row // config.num_beams in prompts
-        }
+        request, texts = job.requests[0], {text.source: text for text in job.pending}
+        beams, size = request.config.num_beams, job.prefill.size
+        sources = [row // beams for row in range(size.rows * beams)]
+        size = dataclasses.replace(size, rows=len(sources))
+        cache = place(self._model, size, None, job.prefill.cache, range(size.rows), sources)
         batch = Batch(self._model, size, cache, ())
-        batch.texts = texts
-        rows, _ = beam_search(self._model, cache, *batch.prepare(self._settings), config, len(job.requests[0].ends))
+        batch.texts = {row: texts[source] for row, source in enumerate(sources) if source in texts}
+        rows, _ = beam_search(self._model, cache, *batch.prepare(self._settings), request.config, len(request.ends))
         self._job = None
-        return [self._piece(text, text.source * config.num_beams + text.sample, rows, None) for text in job.pending]
+        return [self._piece(text, text.source * beams + text.sample, rows, None) for text in job.pending]
 
     def _constraint(self, request: Request) -> Constraint | None:
         """Return the state of a text's constraint, None without one. Raises UserError."""
