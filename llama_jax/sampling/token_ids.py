@@ -174,7 +174,8 @@ def engine_for(
     """
     model = lm if isinstance(lm, Model) else lm.model
     longest = max(len(request.prompt) + request.config.max_new_tokens for request in requests)
-    rows = min(sum(request.config.num_samples for request in requests), rows or _rows_that_fit(model, longest))
+    needed = sum(max(request.config.num_samples, request.config.num_beams) for request in requests)
+    rows = min(needed, rows or _rows_that_fit(model, longest))
     chunk = READ_CHUNK if watched else WHOLE
     return Engine(lm, rows=rows, decode_chunk=chunk, prefill_chunk=WHOLE, prefix_bytes=0, speculation=speculation)
 

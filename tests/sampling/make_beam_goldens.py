@@ -54,9 +54,7 @@ def found(name: str, arguments: dict) -> list:
             output_scores=True, **options,
         )  # fmt: skip
         start = len(prompt) if kind is AutoModelForCausalLM else 1
-        for sequence, beam, score in zip(
-            result.sequences, result.beam_indices, result.sequences_scores, strict=True
-        ):
+        for sequence, beam, score in zip(result.sequences, result.beam_indices, result.sequences_scores, strict=True):
             new = int((beam >= 0).sum())
             rows.append([sequence[start : start + new].tolist(), round(float(score), 6)])
     return [name, settings, arguments, rows]
@@ -65,5 +63,6 @@ def found(name: str, arguments: dict) -> list:
 if __name__ == "__main__":
     cases = [found(name, arguments) for name in FILES for arguments in ARGUMENTS]
     lines = ",\n".join(json.dumps(case) for case in cases)
-    text = f'{{"transformers": "{__version__}", "prompts": {PROMPTS}, "eos": {EOS}, "new": {NEW}, "cases": [\n{lines}\n]}}\n'
+    head = f'"transformers": "{__version__}", "prompts": {PROMPTS}, "eos": {EOS}, "new": {NEW}'
+    text = f'{{{head}, "cases": [\n{lines}\n]}}\n'
     (HERE / "beam_goldens.json").write_text(text)
