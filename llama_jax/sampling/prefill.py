@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llama_jax.models import Model
-from llama_jax.models.cache import nbytes
+from llama_jax.models import Model, nbytes
 from llama_jax.nn import PyTree
 from llama_jax.sampling.loop import CacheSize, bucket, empty, encode, place, power_of_two, prefill
 

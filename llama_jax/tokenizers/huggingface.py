@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from llama_jax.config import Json
-from llama_jax.tokenizers.base import TextStream, Tokenizer
+from llama_jax.tokenizers.base import COMPANION, TextStream, Tokenizer
 from llama_jax.tokenizers.settings import KEYS, Settings, exported, guess
 
 # Usual names of these tokens, tried where no setting names one.
@@ -143,7 +143,10 @@ def json_tokenizer(path: Path, content: bytes, settings: Settings) -> HuggingFac
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(str(error)) from None
-    return HuggingFaceTokenizer(tokenizer, {"tokenizer.json": content}, settings, model=json.loads(content)["model"])
+    files, companion = {"tokenizer.json": content}, path.with_name(COMPANION)
+    if path.name == "tokenizer.json" and companion.is_file():
+        files[COMPANION] = companion.read_bytes()
+    return HuggingFaceTokenizer(tokenizer, files, settings, model=json.loads(content)["model"])
 
 
 def reachable_names(tokenizer: tokenizers.Tokenizer, model: Json, special: Collection[str]) -> set[str]:
