@@ -79,7 +79,7 @@ class SamplingConfig:
     @classmethod
     def of(cls, **values: Unpack["SamplingOptions"]) -> "SamplingConfig":
         """Return the config of a user's values, numbers of numpy and JAX among them. Raises UserError for others."""
-        known: dict[str, Any] = ({"temperature": 0.0} if "num_beams" in values else {}) | dict(values)
+        known: dict[str, Any] = {**({"temperature": 0.0} if values.get("num_beams", 1) != 1 else {}), **values}
         for field in dataclasses.fields(cls):
             kinds = {field.type, *(() if get_origin(field.type) is tuple else get_args(field.type))}
             value = known.get(field.name, field.default)
