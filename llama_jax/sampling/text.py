@@ -84,8 +84,8 @@ def generate_text(
 
     The model's files decide which tokens end a text, surround a prompt, are forced or forbidden. To an encoder-decoder
     the prompts are sources, and the texts its answers. Special tokens written out in them, such as T5's <extra_id_0>,
-    are these tokens, in answers too. `options` are the fields of `SamplingConfig`; `draft` and `draft_tokens` are as for
-    `generate`.
+    are these tokens, in answers too. `options` are the fields of `SamplingConfig`; `draft` and `draft_tokens` are those
+    of `generate`.
 
     Raises UserError as `generate` does, for `prompts` that are not texts and for a model without tokenizer.
     """
