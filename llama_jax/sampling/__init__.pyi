@@ -7,6 +7,7 @@ from .conversations import (
 )
 from .engine import Engine as Engine, Piece as Piece, Request as Request, TokenLogprobs as TokenLogprobs
 from .sampler import Control as Control, Sampler as Sampler, Written as Written
+from .stops import TextStream as TextStream, tokenizer_of as tokenizer_of
 from .text import (
     Completion as Completion,
     Encoded as Encoded,
@@ -18,6 +19,5 @@ from .text import (
     stop_ids as stop_ids,
     stream_encoded as stream_encoded,
     stream_text as stream_text,
-    tokenizer_of as tokenizer_of,
 )
 from .token_ids import checked_prompts as checked_prompts, continued as continued, generate as generate

@@ -117,6 +117,7 @@ class SamplingConfig:
         check("json_schema", _is_json_object, "a JSON object, as text or a dict")
         check("regex", lambda text: isinstance(text, str), "a regular expression")
         check("forced_ids", lambda ids: len(ids) <= self.max_new_tokens, "at most max_new_tokens ids")
+        check("banned_ids", lambda ids: not {*ids} & {*self.forced_ids}, "other ids than forced_ids")
         if self.num_beams > 1:
             check("num_samples", lambda n: n <= self.num_beams, f"at most num_beams={self.num_beams}")
         if self.json_schema is not None and self.regex is not None:

@@ -7,7 +7,8 @@ from llama_jax.checkpoint import LanguageModel
 from llama_jax.config import UserError, choices
 from llama_jax.data import ChatTemplate, DirectoryChat, chat_prompt, turn_ends
 from llama_jax.sampling.config import SamplingConfig, SamplingOptions
-from llama_jax.sampling.text import Encoded, complete_encoded, stop_ids, tokenizer_of
+from llama_jax.sampling.stops import tokenizer_of
+from llama_jax.sampling.text import Encoded, complete_encoded, stop_ids
 from llama_jax.tokenizers import Tokenizer, render, special_names
 
 

@@ -1,7 +1,7 @@
 """`generate_text`, `stream_text`: prompts as texts, and the texts that a model writes."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, Unpack
 
 import numpy as np
@@ -10,6 +10,7 @@ from llama_jax.checkpoint import LanguageModel, default_stops
 from llama_jax.config import UserError
 from llama_jax.models import ModelConfig
 from llama_jax.sampling.config import SamplingConfig, SamplingOptions
+from llama_jax.sampling.stops import TextStream, tokenizer_of
 from llama_jax.sampling.token_ids import checked_prompts, continued
 from llama_jax.tokenizers import Tokenizer
 
@@ -37,7 +38,8 @@ class Encoded:
 
 def stopped_by(config: SamplingConfig, encoded: Encoded) -> SamplingConfig:
     """Return the config with the ids that end the text of a prompt."""
-    return dataclasses.replace(config, stop_ids=tuple(dict.fromkeys((*encoded.stop_ids, *config.stop_ids))))
+    own = () if config.ignore_eos else encoded.stop_ids
+    return dataclasses.replace(config, stop_ids=tuple(dict.fromkeys((*own, *config.stop_ids))))
 
 
 def generate_text(
@@ -80,7 +82,7 @@ def complete_encoded(
     completions = []
     for i, (prompt, own) in enumerate(zip(prompts, encoded, strict=True)):
         new = np.asarray(rows.tokens[i, checked.lengths[i] : rows.lengths[i]]).tolist()
-        stream = _NewText(lm, own.ids)
+        stream = TextStream(lm, own.ids)
         text = stream.feed(new) + stream.flush()
         completions.append(Completion(prompt, text, new, "stop" if rows.done[i] else "length"))
     return completions
@@ -111,7 +113,7 @@ def stream_encoded(
     `progress` is called with the number of new tokens so far, every few tokens.
     """
     prompts = checked_prompts(lm.model, [encoded.ids], None, start_id=lm.generation.decoder_start_id)
-    stream, seen = _NewText(lm, encoded.ids), int(prompts.lengths[0])
+    stream, seen = TextStream(lm, encoded.ids), int(prompts.lengths[0])
     config = stopped_by(config, encoded)
     for rows in continued(lm.model, prompts, config, settings=lm.generation, first_row=row, chunk=STREAM_CHUNK):
         if text := stream.feed(rows.tokens[0, seen : rows.lengths[0]].tolist()):
@@ -120,15 +122,6 @@ def stream_encoded(
         progress(seen - int(prompts.lengths[0]))
     if text := stream.flush():
         yield text
-
-
-def tokenizer_of(lm: LanguageModel) -> Tokenizer:
-    """Return the model's tokenizer. Raises UserError where it came without one, and for what is no LanguageModel."""
-    if not isinstance(lm, LanguageModel):
-        raise UserError(f"lm is a {type(lm).__name__}, and must be a LanguageModel with a tokenizer: what load returns")
-    if lm.tokenizer is None:
-        raise UserError("the model came without a tokenizer: give one with --tokenizer, or load(..., tokenizer=...)")
-    return lm.tokenizer
 
 
 def encoded_prompt(lm: LanguageModel, prompt: str) -> Encoded:
@@ -151,43 +144,3 @@ def encode_prompt(config: ModelConfig, tokenizer: Tokenizer, prompt: str) -> lis
 def stop_ids(lm: LanguageModel) -> tuple[int, ...]:
     """Return the ids that end a text: those of the model's files, else EOS and the start of another document."""
     return lm.generation.eos_ids or default_stops(lm.config, tokenizer_of(lm))
-
-
-class _NewText:
-    """The text of the ids that follow a prompt's ids, without the prompt's own.
-
-    Of an encoder-decoder's answer, sentinels and other special tokens are written by name.
-    """
-
-    def __init__(self, lm: LanguageModel, prompt_ids: Iterable[int]):
-        self._tokenizer = tokenizer = tokenizer_of(lm)
-        self._stream, self._known = tokenizer.stream(), tokenizer.vocab_size
-        self._names: dict[int, str] = {}
-        self._held = 0
-        if lm.config.has_source:
-            silent = {tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id, *tokenizer.eos_ids}
-            self._names = {i: name for name, i in tokenizer.special_tokens.items() if i not in silent}
-            return  # the prompt is the source, not the beginning of this text
-        prompt = [i for i in prompt_ids if i < self._known]
-        seen = self.feed(prompt)
-        # Characters of the prompt that the stream holds back, because more bytes may follow, come with the next ids.
-        self._held = len(tokenizer.decode(prompt)) - len(seen)
-
-    def feed(self, ids: Iterable[int]) -> str:
-        """Return the text that is complete with `ids`."""
-        # A model's vocabulary may be padded beyond the tokenizer's: these ids have no text.
-        return self._without_prompt("".join([self._text(i) for i in ids if i < self._known]))
-
-    def flush(self) -> str:
-        """Return the text that was held back."""
-        return self._without_prompt(self._stream.flush())
-
-    def _without_prompt(self, text: str) -> str:
-        held, self._held = self._held, max(0, self._held - len(text))
-        return text[held:]
-
-    def _text(self, token_id: int) -> str:
-        if token_id not in self._names:
-            return self._stream.feed(token_id)
-        before, self._stream = self._stream.flush(), self._tokenizer.stream()
-        return before + self._names[token_id]

@@ -12,7 +12,7 @@ from llama_jax.config import UserError
 from llama_jax.models import Model, ModelConfig, check_ids
 from llama_jax.sampling.config import SamplingConfig, SamplingOptions, token_ids
 from llama_jax.sampling.loop import NOT_NUMBERS, Rows, advance, start
-from llama_jax.sampling.sampler import Sampler, controls_of
+from llama_jax.sampling.sampler import Sampler
 
 
 def generate(
@@ -91,8 +91,7 @@ def continued(
     """
     max_new_tokens = config.max_new_tokens
     _check_room(prompts, max_new_tokens, model.config.length_limit)
-    files, sampler = controls_of(settings, model.config.vocab_size, max_new_tokens), Sampler.of(config)
-    sampler = dataclasses.replace(sampler, controls=(*files, *sampler.controls))
+    sampler = Sampler.of(config, settings, model.config.vocab_size)
     state, rows = start(
         model,
         prompts.tokens,
