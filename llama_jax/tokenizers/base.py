@@ -66,6 +66,15 @@ class Tokenizer(abc.ABC):
         """Ids that begin a document: BOS, where there is one; more in some families."""
         return () if self.bos_id is None else (self.bos_id,)
 
+    @functools.cached_property
+    def token_bytes(self) -> list[bytes]:
+        """Text of every id in UTF-8, with the leading space that decoding may drop; nothing for special tokens.
+
+        A tokenizer with tokens that are parts of characters has its own: here these have nothing.
+        """
+        texts = [self.decode([i]) for i in range(self.vocab_size)]
+        return [b"" if "\ufffd" in text else text.encode() for text in texts]
+
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Return the ids of `text`; `bos` puts `start_ids` before it and `eos` EOS after it, where there are such ids.
 

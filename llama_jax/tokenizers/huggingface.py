@@ -121,6 +121,12 @@ class HuggingFaceTokenizer(Tokenizer):
     def stream(self) -> TextStream:
         return _DecoderStream(self, self._tokenizer)
 
+    @functools.cached_property
+    @override
+    def token_bytes(self) -> list[bytes]:
+        stream, names = _DecoderStream(self, self._tokenizer), map(self._tokenizer.id_to_token, range(self.vocab_size))
+        return [b"" if name is None or self.is_silent(i) else stream.bytes_of(name) for i, name in enumerate(names)]
+
     @override
     def export_files(self) -> dict[str, bytes]:
         data = json.loads(self._tokenizer.to_str())
@@ -242,6 +248,8 @@ class _DecoderStream(TextStream):
         # Any other decoder may change all the text until its end.
         self._waits_for_end = not (fused or kinds == ["ByteLevel"] or LOCAL.issuperset(kinds))
         self._has_bytes = "ByteFallback" in kinds
+        letters = enumerate(byte_letters()) if "ByteLevel" in kinds else ()
+        self._letters = {letter: bytes([byte]) for byte, letter in letters}
         # Ends of a text that is not certain: an incomplete character, and text that is stripped from the end of all.
         tails = (part["content"] for part in parts if fused and part["type"] == "Strip" and part["stop"])
         self._uncertain = ("\ufffd", *tails)
@@ -264,6 +272,14 @@ class _DecoderStream(TextStream):
         text = self._text() if self._tokens else ""
         self._tokens = []
         return text
+
+    def bytes_of(self, token: str) -> bytes:
+        """Return what a token that is not the first adds to the text."""
+        if self._has_bytes and BYTE_NAME.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
+        if self._letters.keys() >= {*token}:
+            return b"".join([self._letters[letter] for letter in token])
+        return self._decode(["a", token])[self._size :].encode()
 
     def _text(self) -> str:
         if self._first:
