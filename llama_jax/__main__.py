@@ -121,6 +121,31 @@ COMMANDS = {
         ),
         prog="sample.py",
     ),
+    "serve": Command(
+        "Serve a model by HTTP, as OpenAI's interface has it, with a page to try it at / (extra `serve`).",
+        (
+            flag("path", "PATH", RUN_PATH),
+            flag("--host", "ADDRESS", "address to listen at; default: %(default)s, this machine alone",
+                 default="127.0.0.1"),
+            flag("--port", "N", "0: any that is free; default: %(default)s", type=int, default=8000),
+            flag("--name", "NAME", "of the model in requests; default: the path's last part"),
+            flag("--api-key", "KEY", "key that requests must have; default: $LLAMA_JAX_API_KEY, or none"),
+            flag("--rows", "N", "texts that are continued together; default: %(default)s", type=int, default=8),
+            flag("--max-queue", "N", "prompts that wait for a row, more get status 429; default: %(default)s", type=int,
+                 default=64),
+            flag("--max-model-len", "N", "tokens of a prompt and its text; default: the model's positions", type=int),
+            flag("--max-tokens", "N", "new tokens of a text; default: as many as there is room for", type=int),
+            flag("--chat-template", "NAME", "another chat template: one that the model's files name, or Llama2Chat, "
+                 "Llama3Chat, ChatML, ChatGLM2Chat"),
+            flag("--tokenizer", "PATH", "file, directory or URL; default: the one with the weights"),
+            flag("--step", "N", "checkpoint of a run; default: the latest", type=int),
+            flag("--dtype", "{float32,bfloat16}", "default: bfloat16 on TPU and GPU", choices=("float32", "bfloat16")),
+            *(flag(f"--mesh.{axis}", "N", "devices", type=int) for axis in ("data", "fsdp", "tensor", "expert")),
+            BASE,
+            IGNORED_KEYS,
+        ),
+        "SIGTERM or Ctrl-C finishes what runs and exits with 0; again ends at once.",
+    ),
     "evaluate": Command(
         "Measure a model on texts, on tasks of lm-evaluation-harness (extra `eval`), or on pairs. A run without any of "
         "these is measured on its held-out data. Results of a run go into its evaluations/, too.",

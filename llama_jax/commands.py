@@ -49,6 +49,7 @@ from llama_jax.sampling import (
     stream_encoded,
 )
 from llama_jax.screen import speed
+from llama_jax.serve_command import serve_command
 from llama_jax.text_commands import (
     prepare_command,
     tokenizer_compare_command,
@@ -356,6 +357,7 @@ COMMANDS = {
     "train": train_command,
     "plan": plan_command,
     "sample": sample_command,
+    "serve": serve_command,
     "evaluate": evaluate_command,
     "convert": convert_command,
     "prepare": prepare_command,

@@ -1,2 +1,7 @@
-from .app import ServingConfig as ServingConfig, application as application
+from .app import (
+    LOCAL as LOCAL,
+    Service as Service,
+    ServingConfig as ServingConfig,
+    application as application,
+)
 from .running import serve as serve

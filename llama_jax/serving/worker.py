@@ -52,8 +52,8 @@ class Call:
     What a slow client has not read yet is one `Delta` a choice, so that it takes no more memory than the texts.
     """
 
-    def __init__(self, prompts: Sequence[Encoded], config: SamplingConfig):
-        self.prompts, self.config, self.arrived = prompts, config, time.monotonic()
+    def __init__(self, prompts: Sequence[Encoded], config: SamplingConfig, arrived: float):
+        self.prompts, self.config, self.arrived = prompts, config, arrived
         self.num_choices = len(prompts) * config.num_samples
         self.loop = asyncio.get_running_loop()
         self.gone = False
@@ -128,6 +128,14 @@ class Worker(threading.Thread):
     def busy(self) -> bool:
         """True while a request waits or runs."""
         return bool(self._waiting or self._running)
+
+    def warm_up(self) -> None:
+        """Compile what a first request needs, before the thread starts. Raises UserError for a model that cannot write."""
+        self._engine.add(Request((0,), SamplingConfig(max_new_tokens=1, temperature=1.0)))
+        while not self._engine.idle:
+            for piece in self._engine.step():
+                if piece.error is not None:
+                    raise UserError(piece.error)
 
     def submit(self, call: Call) -> None:
         """Queue a call. Raises Refused when the server stops or the queue is full."""
