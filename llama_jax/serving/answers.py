@@ -45,9 +45,11 @@ class Answer:
         self._generated = sum(delta.num_tokens for delta in found)
         choices = []
         for delta in found:
-            text, ends = self._echo(delta.choice) + delta.text, {"finish_reason": delta.finish_reason}
-            form = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.is_chat else {"text": text}
-            choices.append({"index": delta.choice, **form, "logprobs": self._logprobs(delta), **ends})
+            text = self._echo(delta.choice) + delta.text
+            form = {"message": {"role": "assistant", "content": text, "refusal": None}}
+            form = form if self.is_chat else {"text": text}
+            ends = {"logprobs": self._logprobs(delta), "finish_reason": delta.finish_reason}
+            choices.append({"index": delta.choice, **form, **ends})
         return {**self._head, "choices": choices, "usage": self._usage()}
 
     async def chunks(self, call: Call) -> AsyncIterator[dict[str, Any]]:

@@ -33,8 +33,9 @@ READ_SECONDS = 60.0  # in which a body has to arrive
 STALLED_SECONDS = 120.0  # after which a client that reads nothing is given up
 CLIENT_LEFT = 499  # nginx's status for it
 LOCAL = ("127.0.0.1", "localhost", "::1")
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; {}".format(
-    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 

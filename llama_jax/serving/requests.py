@@ -159,7 +159,7 @@ def _read(
 ) -> tuple[SamplingConfig, bool, bool]:
     """Return (config, whether it is a stream, whether that ends with usage) of the fields that all bodies have."""
     stream, options = _boolean(body, "stream"), body.get("stream_options", {})
-    if not isinstance(options, dict) or not stream and options:
+    if not isinstance(options, dict) or (not stream and options):
         raise UserError('stream_options={"include_usage": true} is for stream=true')
     usage = _boolean(dict(options), "include_usage")
     for name in {"stream", "model", *HARMLESS}:
@@ -187,13 +187,13 @@ def _read(
 
 def _check_room(encoded: Sequence[Encoded], config: SamplingConfig, limits: Limits) -> None:
     longest, asked = max(len(prompt.ids) for prompt in encoded), config.max_new_tokens
-    if asked > limits.max_new_tokens:
-        raise UserError(f"max_tokens={asked} must be at most {limits.max_new_tokens}")
     if longest + asked > limits.length:
         room = limits.length - longest
         advice = f"take at most {room}" if room > 0 else "shorten the prompt"
         sentence = f"a prompt of {longest} tokens and max_tokens={asked} are more than {limits.length}: {advice}"
         raise Refused(400, sentence, "context_length_exceeded")
+    if asked > limits.max_new_tokens:
+        raise UserError(f"max_tokens={asked} must be at most {limits.max_new_tokens}")
 
 
 def _boolean(body: dict[str, Any], name: str) -> bool:

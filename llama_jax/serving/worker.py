@@ -111,6 +111,7 @@ class Worker(threading.Thread):
         self._changed = threading.Condition()  # guards the fields below
         self._waiting: deque[_Job] = deque()
         self._running: dict[int, _Job] = {}  # by ticket; written by this thread alone
+        self._stepped: list[_Job] = []  # in the engine's latest step, some of which may have ended in it
         self.draining = self._ended = False
 
     @property
@@ -130,7 +131,7 @@ class Worker(threading.Thread):
         return bool(self._waiting or self._running)
 
     def warm_up(self) -> None:
-        """Compile what a first request needs, before the thread starts. Raises UserError for a model that cannot write."""
+        """Compile what a first request needs, before the thread starts. Raises UserError where it fails."""
         self._engine.add(Request((0,), SamplingConfig(max_new_tokens=1, temperature=1.0)))
         while not self._engine.idle:
             for piece in self._engine.step():
@@ -160,7 +161,7 @@ class Worker(threading.Thread):
     def refuse_all(self, refused: Refused) -> None:
         """End every call."""
         with self._changed:
-            calls = {job.call for job in (*self._waiting, *self._running.values())}
+            calls = {job.call for job in (*self._waiting, *self._running.values(), *self._stepped)}
         for call in calls:
             self.cancel(call)
         _deliver([(call, refused) for call in calls])
@@ -181,6 +182,7 @@ class Worker(threading.Thread):
             try:
                 self._release()
                 self._admit()
+                self._stepped = list(self._running.values())
                 _deliver([new for piece in self._engine.step() for new in self._take(piece)])
             except Exception as error:  # memory that is used up, say: the next requests get a new engine
                 logger.exception("the engine has failed")
@@ -244,8 +246,8 @@ class Worker(threading.Thread):
                 del job.texts[piece.sample]
                 if not job.texts:
                     del self._running[piece.ticket]
-            if piece.finish_reason is None:  # a stop string, of which the engine does not know
-                self._engine.cancel(piece.ticket, piece.sample)
+            if not job.texts:  # of a stop string the engine does not know
+                self._engine.cancel(piece.ticket)
         return [(job.call, delta)]
 
     def _count(self, job: _Job, sample: int, num_tokens: int) -> None:
