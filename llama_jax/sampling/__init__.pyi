@@ -13,6 +13,7 @@ from .text import (
     Encoded as Encoded,
     complete as complete,
     complete_encoded as complete_encoded,
+    completed as completed,
     encode_prompt as encode_prompt,
     encoded_prompt as encoded_prompt,
     generate_text as generate_text,

@@ -14,7 +14,7 @@ from llama_jax.config import UserError
 from llama_jax.models import Model
 from llama_jax.sampling.config import SamplingConfig
 from llama_jax.sampling.loop import Rows
-from llama_jax.sampling.token_ids import checked_prompts, continued
+from llama_jax.sampling.token_ids import check_room, checked_prompts, continued
 
 PREFILL_CHUNK = 256
 DECODE_CHUNK = 8
@@ -89,12 +89,9 @@ class Engine:
 
     def add(self, request: Request) -> int:
         """Queue a request and return its ticket. Raises UserError for one that cannot be continued."""
-        if len(request.prompt) + request.config.max_new_tokens > self._length:
-            raise UserError(
-                f"a prompt of {len(request.prompt)} tokens and max_new_tokens={request.config.max_new_tokens} are more "
-                f"than {self._length} positions: take less"
-            )
-        checked_prompts(self._model, [list(request.prompt)], None)
+        mask = None if request.source is None else np.array([request.source])
+        prompts = checked_prompts(self._model, [list(request.prompt)], None, mask)
+        check_room(prompts, request.config.max_new_tokens, self._length)
         ticket = next(self._tickets)
         self._waiting.extend((ticket, sample, request) for sample in range(request.config.num_samples))
         return ticket

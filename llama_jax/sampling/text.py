@@ -2,16 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Unpack
-
-import numpy as np
+from typing import Any, Literal, Unpack, overload
 
 from llama_jax.checkpoint import LanguageModel, default_stops
 from llama_jax.config import UserError
 from llama_jax.models import ModelConfig
 from llama_jax.sampling.config import SamplingConfig, SamplingOptions
+from llama_jax.sampling.engine import Engine, Piece, Request, TokenLogprobs
 from llama_jax.sampling.stops import TextStream, tokenizer_of
-from llama_jax.sampling.token_ids import checked_prompts, continued
 from llama_jax.tokenizers import Tokenizer
 
 # Tokens that the device makes between two pieces of a stream: few enough to flow, many enough to hide the transfer.
@@ -20,12 +18,16 @@ STREAM_CHUNK = 4
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """Text that a model wrote after `prompt`, or as the answer to it; `token_ids` include the one that ended it."""
+    """Text that a model wrote after `prompt`, or as the answer to it.
+
+    `token_ids` include the one that ended it; `logprobs`, where they were asked for, has an entry for each.
+    """
 
     prompt: str
     completion: str
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
+    logprobs: list[TokenLogprobs] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +44,26 @@ def stopped_by(config: SamplingConfig, encoded: Encoded) -> SamplingConfig:
     return dataclasses.replace(config, stop_ids=tuple(dict.fromkeys((*own, *config.stop_ids))))
 
 
+@overload
+def generate_text(
+    lm: LanguageModel, prompts: str, *, stream: Literal[True], **options: Unpack[SamplingOptions]
+) -> Iterator[str]: ...
+@overload
 def generate_text(
     lm: LanguageModel,
     prompts: str | Sequence[str],
+    *,
+    stream: Literal[False] = False,
     **options: Unpack[SamplingOptions],
-) -> list[str]:
+) -> list[Any]: ...
+def generate_text(
+    lm: LanguageModel, prompts: str | Sequence[str], *, stream: bool = False, **options: Unpack[SamplingOptions]
+) -> list[Any] | Iterator[str]:
     """Return the texts that the model writes after `prompts` (without them), each up to an end-of-text token.
 
-    A single text in place of the list is one prompt, and the result a list of one.
+    A single text in place of the list is one prompt, and the result a list of one; with `stream` the result is an
+    iterator over the pieces of its text, as they come. With `num_samples` above 1 there is a list of texts for each
+    prompt.
 
     The model's files decide which tokens end a text, surround a prompt, are forced or forbidden. To an encoder-decoder
     the prompts are sources, and the texts its answers. Special tokens written out in them, such as T5's <extra_id_0>,
@@ -60,11 +74,18 @@ def generate_text(
     texts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(texts, Sequence) or not all(isinstance(prompt, str) for prompt in texts):
         raise UserError(f"prompts={prompts!r} must be a text or a list of texts; token ids are for generate")
-    return [found.completion for found in complete(lm, texts, SamplingConfig.of(**options))]
+    config = SamplingConfig.of(**options)
+    if stream:
+        if len(texts) != 1:
+            raise UserError(f"stream=True writes one text, and there are {len(texts)} prompts: give one")
+        return stream_encoded(lm, encoded_prompt(lm, texts[0]), config)
+    encoded = [encoded_prompt(lm, prompt) for prompt in texts]
+    samples = [[found.completion for found in group] for group in completed(lm, texts, encoded, [config] * len(texts))]
+    return samples if config.num_samples > 1 else [text for group in samples for text in group]
 
 
 def complete(lm: LanguageModel, prompts: Sequence[str], config: SamplingConfig) -> list[Completion]:
-    """Return the texts of `generate_text` with their token ids and the reason of each end."""
+    """Return the texts of `generate_text` with their token ids and the reason of each end; all samples in one list."""
     encoded = [encoded_prompt(lm, prompt) for prompt in prompts]
     return complete_encoded(lm, prompts, encoded, config)
 
@@ -72,20 +93,70 @@ def complete(lm: LanguageModel, prompts: Sequence[str], config: SamplingConfig) 
 def complete_encoded(
     lm: LanguageModel, prompts: Sequence[str], encoded: Sequence[Encoded], config: SamplingConfig
 ) -> list[Completion]:
-    """Complete prompts that are encoded already, as `complete` does; the same ids must end all of them."""
-    if not prompts:
-        return []
-    start_id = lm.generation.decoder_start_id
-    checked = checked_prompts(lm.model, [prompt.ids for prompt in encoded], None, start_id=start_id)
-    config = stopped_by(config, encoded[0])
-    *_, rows = continued(lm.model, checked, config, settings=lm.generation)
-    completions = []
-    for i, (prompt, own) in enumerate(zip(prompts, encoded, strict=True)):
-        new = np.asarray(rows.tokens[i, checked.lengths[i] : rows.lengths[i]]).tolist()
-        stream = TextStream(lm, own.ids)
-        text = stream.feed(new) + stream.flush()
-        completions.append(Completion(prompt, text, new, "stop" if rows.done[i] else "length"))
-    return completions
+    """Complete prompts that are encoded already, as `complete` does."""
+    return [found for group in completed(lm, prompts, encoded, [config] * len(prompts)) for found in group]
+
+
+def completed(
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    encoded: Sequence[Encoded],
+    configs: Sequence[SamplingConfig],
+    *,
+    progress: Callable[[int], object] = lambda num_tokens: None,
+) -> Iterator[list[Completion]]:
+    """Yield the samples of each prompt, in the order of the prompts, as soon as they are complete.
+
+    Sample j of prompt i draws as prompt number `i * num_samples + j`. `progress` is called with the number of new
+    tokens of all prompts so far, every few tokens. Raises UserError where a prompt cannot be continued.
+    """
+    engine, waiting = Engine(lm), dict[int, list[_Sample]]()
+    for row, (prompt, own, config) in enumerate(zip(prompts, encoded, configs, strict=True)):
+        stopped = stopped_by(config, own)
+        ticket = engine.add(Request(tuple(own.ids), stopped, stopped.stop_ids, row * config.num_samples))
+        waiting[ticket] = [_Sample(prompt, TextStream(lm, own.ids, config.stop)) for _ in range(config.num_samples)]
+    num_tokens = 0
+    while waiting:
+        for piece in engine.step():
+            samples = waiting[piece.ticket]
+            samples[piece.sample].add(piece)
+            num_tokens += len(piece.token_ids)
+            if all(sample.finish_reason for sample in samples):
+                engine.cancel(piece.ticket)
+        progress(num_tokens)
+        while waiting and all(sample.finish_reason for sample in waiting[min(waiting)]):
+            yield [sample.completion for sample in waiting.pop(min(waiting))]
+
+
+class _Sample:
+    """One text that is being written."""
+
+    def __init__(self, prompt: str, stream: TextStream):
+        self.prompt, self.stream, self.text = prompt, stream, ""
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] | None = None
+        self.finish_reason: Literal["stop", "length"] | None = None
+
+    def add(self, piece: Piece) -> None:
+        """Add a piece. Raises UserError where it has an error."""
+        if piece.finish_reason == "error":
+            raise UserError(piece.error or "the prompt cannot be continued")
+        if self.finish_reason is not None:
+            return
+        self.token_ids += piece.token_ids
+        if piece.logprobs is not None:
+            self.logprobs = [*(self.logprobs or []), *piece.logprobs]
+        self.text += self.stream.feed(piece.token_ids)
+        if piece.finish_reason is not None:
+            self.text += self.stream.flush()
+        self.finish_reason = "stop" if self.stream.stopped else piece.finish_reason
+
+    @property
+    def completion(self) -> Completion:
+        """The text, and its tokens up to the one that ended it."""
+        count = self.stream.num_tokens
+        logprobs = None if self.logprobs is None else self.logprobs[:count]
+        return Completion(self.prompt, self.text, self.token_ids[:count], self.finish_reason or "length", logprobs)
 
 
 def stream_text(
@@ -96,8 +167,7 @@ def stream_text(
     **options: Unpack[SamplingOptions],
 ) -> Iterator[str]:
     """Yield the text that `generate_text` writes for the prompt number `row`, piece by piece as it comes."""
-    config = SamplingConfig.of(**options)
-    yield from stream_encoded(lm, encoded_prompt(lm, prompt), config, row=row)
+    yield from stream_encoded(lm, encoded_prompt(lm, prompt), SamplingConfig.of(**options), row=row)
 
 
 def stream_encoded(
@@ -107,21 +177,36 @@ def stream_encoded(
     *,
     row: int = 0,
     progress: Callable[[int], object] = lambda num_tokens: None,
+    engine: Engine | None = None,
 ) -> Iterator[str]:
-    """Yield the text of `stream_text` for a prompt that is encoded already.
+    """Return the pieces of the text of `stream_text` for a prompt that is encoded already.
 
-    `progress` is called with the number of new tokens so far, every few tokens.
+    `progress` is called with the number of new tokens so far, every few tokens. An idle `engine` of the model may be
+    given, which knows the beginning of a conversation. Raises UserError for several samples, and as `completed` does.
     """
-    prompts = checked_prompts(lm.model, [encoded.ids], None, start_id=lm.generation.decoder_start_id)
-    stream, seen = TextStream(lm, encoded.ids), int(prompts.lengths[0])
-    config = stopped_by(config, encoded)
-    for rows in continued(lm.model, prompts, config, settings=lm.generation, first_row=row, chunk=STREAM_CHUNK):
-        if text := stream.feed(rows.tokens[0, seen : rows.lengths[0]].tolist()):
+    for name in ("num_samples", "num_beams"):
+        if getattr(config, name) > 1:
+            raise UserError(f"{name}={getattr(config, name)} writes several texts, which cannot stream: give 1")
+    engine = engine or Engine(lm, rows=1, decode_chunk=STREAM_CHUNK)
+    stopped, stream = stopped_by(config, encoded), TextStream(lm, encoded.ids, config.stop)
+    ticket = engine.add(Request(tuple(encoded.ids), stopped, stopped.stop_ids, row))
+    return _pieces(engine, ticket, stream, progress)
+
+
+def _pieces(engine: Engine, ticket: int, stream: TextStream, progress: Callable[[int], object]) -> Iterator[str]:
+    try:
+        while not (engine.idle or stream.stopped):
+            for piece in engine.step():
+                if piece.finish_reason == "error":
+                    raise UserError(piece.error or "the prompt cannot be continued")
+                text = stream.feed(piece.token_ids)
+                progress(stream.num_tokens)
+                if text:
+                    yield text
+        if text := stream.flush():
             yield text
-        seen = int(rows.lengths[0])
-        progress(seen - int(prompts.lengths[0]))
-    if text := stream.flush():
-        yield text
+    finally:  # also where the reader has left
+        engine.cancel(ticket)
 
 
 def encoded_prompt(lm: LanguageModel, prompt: str) -> Encoded:

@@ -90,7 +90,7 @@ def continued(
     allow no token.
     """
     max_new_tokens = config.max_new_tokens
-    _check_room(prompts, max_new_tokens, model.config.length_limit)
+    check_room(prompts, max_new_tokens, model.config.length_limit)
     sampler = Sampler.of(config, settings, model.config.vocab_size)
     state, rows = start(
         model,
@@ -115,7 +115,8 @@ def continued(
         yield (seen := _seen(rows, prompts, first_row))
 
 
-def _check_room(prompts: Prompts, max_new_tokens: int, limit: int) -> None:
+def check_room(prompts: Prompts, max_new_tokens: int, limit: int) -> None:
+    """Raise UserError where prompts and new tokens are more than `limit` positions."""
     if prompts.source is not None and (size := prompts.source[0].shape[1]) > limit:
         raise UserError(f"a source of {size} tokens is more than the model's {limit} positions: shorten the prompt")
     longest = prompts.tokens.shape[1]
