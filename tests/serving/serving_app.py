@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 
@@ -15,9 +16,10 @@ KEY = "a key of the tests"
 
 
 @contextlib.contextmanager
-def serving(lm: LanguageModel, **options) -> Iterator[tuple[str, Service]]:
+def serving(lm: LanguageModel, **options: Any) -> Iterator[tuple[str, Service]]:
     """Yield a running server's URL and its service."""
-    service = Service(lm, ServingConfig(**{"name": "fish", "api_key": KEY, "chat_template": "ChatML"} | options))
+    known: dict[str, Any] = {"name": "fish", "api_key": KEY, "chat_template": "ChatML"}
+    service = Service(lm, ServingConfig(**known | options))
     server = uvicorn.Server(uvicorn.Config(application(service), log_level="warning", lifespan="off"))
     with bound("127.0.0.1", 0) as listening:
         service.worker.start()

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -80,7 +81,7 @@ def test_a_stop_string_ends_a_text_and_is_left_out(ai: openai.OpenAI, lm: Langua
     (whole,) = generate_text(lm, "red", max_new_tokens=20, temperature=0)
     stop = whole[4:7]
     options = {"model": "fish", "prompt": "red", "max_tokens": 20, "temperature": 0, "stop": ["never this", stop]}
-    found = ai.completions.create(**options, stream=stream)  # type: ignore[call-overload]
+    found: Any = ai.completions.create(**options, stream=stream)  # type: ignore[call-overload]
     choices = [chunk.choices[0] for chunk in found] if stream else found.choices
     assert "".join(choice.text for choice in choices) == whole[: whole.index(stop)]
     assert choices[-1].finish_reason == "stop"
@@ -119,7 +120,6 @@ def test_chats_are_those_of_chat(ai: openai.OpenAI, lm: LanguageModel):
         (COMPLETIONS, {"prompt": "a", "num_beams": 4}, 400, "num_beams is not supported"),
         (COMPLETIONS, {"prompt": "a", "n": 1000}, 400, "at most 128"),
         (COMPLETIONS, {"prompt": "a", "stream": "yes"}, 400, "must be true or false"),
-        (COMPLETIONS, {"prompt": "a", "logit_bias": {"99999": 1}}, 400, "99999"),
         (COMPLETIONS, {"prompt": "a", "model": "bird"}, 404, "no model 'bird'"),
         (COMPLETIONS, {"prompt": ["a"] * 100}, 400, "more than 68"),
         (CHAT, {"messages": []}, 400, "must end with the message to answer"),
