@@ -1,12 +1,14 @@
 from .config import SamplingConfig as SamplingConfig, SamplingOptions as SamplingOptions
+from .controls import Control as Control, Written as Written
 from .conversations import (
+    Conversation as Conversation,
     built_in as built_in,
     chat as chat,
     encoded_chat as encoded_chat,
     rendered_chat as rendered_chat,
 )
 from .engine import Engine as Engine, Piece as Piece, Request as Request, TokenLogprobs as TokenLogprobs
-from .sampler import Control as Control, Sampler as Sampler, Written as Written
+from .sampler import Sampler as Sampler
 from .stops import TextStream as TextStream, tokenizer_of as tokenizer_of
 from .text import (
     Completion as Completion,
@@ -20,5 +22,6 @@ from .text import (
     stop_ids as stop_ids,
     stream_encoded as stream_encoded,
     stream_text as stream_text,
+    with_room as with_room,
 )
-from .token_ids import checked_prompts as checked_prompts, continued as continued, generate as generate
+from .token_ids import answers as answers, checked_prompts as checked_prompts, generate as generate

@@ -50,7 +50,6 @@ class ServingConfig:
     max_tokens: new tokens of a text, at most; None for as many as there is room for.
     api_key: key that requests must have; None for none.
     local: only requests to this machine by its own names are answered.
-    chat_template: name of a chat template, or one of `llama_jax.data`; None for the model's own.
     """
 
     name: str
@@ -60,7 +59,6 @@ class ServingConfig:
     max_tokens: int | None = None
     api_key: str | None = None
     local: bool = True
-    chat_template: ChatTemplate | str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("rows", 1), ("max_queue", 0), ("max_model_len", 2), ("max_tokens", 1)):
@@ -73,8 +71,8 @@ class ServingConfig:
 class Service:
     """A model, its worker, and the answers to requests."""
 
-    def __init__(self, lm: LanguageModel, config: ServingConfig):
-        self.lm, self.config, self.metrics = lm, config, Metrics()
+    def __init__(self, lm: LanguageModel, config: ServingConfig, template: ChatTemplate | str | None = None):
+        self.lm, self.config, self.template, self.metrics = lm, config, template, Metrics()
         self.tokenizer = tokenizer_of(lm)
         positions = lm.model.config.length_limit
         length = min(config.max_model_len or positions, positions)
@@ -94,7 +92,7 @@ class Service:
 
     async def chat_completions(self, request: Request) -> Response:
         """Answer /v1/chat/completions."""
-        read = functools.partial(chat, template=self.config.chat_template)
+        read = functools.partial(chat, template=self.template)
         return await self._answer(request, read, is_chat=True)
 
     async def _answer(self, request: Request, read: Callable[..., Any], *, is_chat: bool) -> Response:
@@ -112,7 +110,7 @@ class Service:
         name, config = request.path_params.get("name"), self.config
         if name not in (None, config.name):
             raise Refused(404, f"there is no model {name!r}: this is '{config.name}'", "model_not_found")
-        template = config.chat_template or self.lm.chat_template or self.tokenizer.chat_templates
+        template = self.template or self.lm.chat_template or self.tokenizer.chat_templates
         card = {
             "id": config.name,
             "object": "model",

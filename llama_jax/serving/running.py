@@ -13,6 +13,7 @@ import uvicorn
 
 from llama_jax.checkpoint import LanguageModel
 from llama_jax.config import UserError
+from llama_jax.data import ChatTemplate
 from llama_jax.serving.app import Service, ServingConfig, application
 from llama_jax.serving.worker import Refused
 
@@ -32,6 +33,7 @@ class _Server(uvicorn.Server):
 def serve(
     lm: LanguageModel,
     config: ServingConfig,
+    template: ChatTemplate | str | None = None,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -39,10 +41,10 @@ def serve(
 ) -> None:
     """Serve a model until SIGTERM or Ctrl-C: requests that run then are finished, a second signal ends at once.
 
-    Port 0 is any that is free. `say` is called with lines about the start and the end. Raises UserError for a port that
+    `template` is that of chats; None for the model's own. Port 0 is any that is free. `say` is called with lines about the start and the end. Raises UserError for a port that
     cannot be had, a model without tokenizer and one that writes no text.
     """
-    service = Service(lm, config)
+    service = Service(lm, config, template)
     with bound(host, port) as listening:
         service.worker.warm_up()
         address = f"[{host}]" if ":" in host else host

@@ -246,8 +246,8 @@ class Worker(threading.Thread):
                 del job.texts[piece.sample]
                 if not job.texts:
                     del self._running[piece.ticket]
-            if not job.texts:  # of a stop string the engine does not know
-                self._engine.cancel(piece.ticket)
+            if piece.finish_reason is None:  # a stop string, of which the engine does not know
+                self._engine.cancel(piece.ticket, piece.sample)
         return [(job.call, delta)]
 
     def _count(self, job: _Job, sample: int, num_tokens: int) -> None:

@@ -18,8 +18,8 @@ KEY = "a key of the tests"
 @contextlib.contextmanager
 def serving(lm: LanguageModel, **options: Any) -> Iterator[tuple[str, Service]]:
     """Yield a running server's URL and its service."""
-    known: dict[str, Any] = {"name": "fish", "api_key": KEY, "chat_template": "ChatML"}
-    service = Service(lm, ServingConfig(**known | options))
+    known: dict[str, Any] = {"name": "fish", "api_key": KEY}
+    service = Service(lm, ServingConfig(**known | options), "ChatML")
     server = uvicorn.Server(uvicorn.Config(application(service), log_level="warning", lifespan="off"))
     with bound("127.0.0.1", 0) as listening:
         service.worker.start()
