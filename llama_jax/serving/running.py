@@ -41,8 +41,8 @@ def serve(
 ) -> None:
     """Serve a model until SIGTERM or Ctrl-C: requests that run then are finished, a second signal ends at once.
 
-    `template` is that of chats; None for the model's own. Port 0 is any that is free. `say` is called with lines about the start and the end. Raises UserError for a port that
-    cannot be had, a model without tokenizer and one that writes no text.
+    `template` is that of chats; None for the model's own. Port 0 is any that is free. `say` is called with lines about
+    the start and the end. Raises UserError for a port that cannot be had and for a model that writes no text.
     """
     service = Service(lm, config, template)
     with bound(host, port) as listening:
