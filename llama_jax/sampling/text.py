@@ -113,7 +113,10 @@ def completed(
     engine, waiting = Engine(lm), dict[int, list[_Sample]]()
     for row, (prompt, own, config) in enumerate(zip(prompts, encoded, configs, strict=True)):
         stopped = stopped_by(config, own)
-        ticket = engine.add(Request(tuple(own.ids), stopped, stopped.stop_ids, row * config.num_samples))
+        try:
+            ticket = engine.add(Request(tuple(own.ids), stopped, stopped.stop_ids, row * config.num_samples))
+        except UserError as error:
+            raise UserError(f"prompt {row}: {error}" if len(prompts) > 1 else str(error)) from None
         waiting[ticket] = [_Sample(prompt, TextStream(lm, own.ids, config.stop)) for _ in range(config.num_samples)]
     num_tokens = 0
     while waiting:
