@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from llama_jax import __version__
 from llama_jax.config import UserError, config_names
 from llama_jax.installation import missing_package
-from llama_jax.parser import BASE, IGNORED_KEYS, MESH, RUN_PATH, Argument, Command, Parser, flag
+from llama_jax.parser import BASE, IGNORED_KEYS, MESH, RUN_PATH, TOKENIZER, Argument, Command, Parser, flag
 from llama_jax.sample_flags import SAMPLE
 
 # Settings of glibc's allocator, read when a process starts: a training step on a CPU takes and frees all of its memory,
@@ -114,7 +114,7 @@ COMMANDS = {
             flag("--batch-size", "N", "rows at a time; default: %(default)s", type=int, default=8),
             flag("--dtype", "{float32,bfloat16}", "default: bfloat16 on TPU and GPU", choices=("float32", "bfloat16")),
             *MESH,
-            flag("--tokenizer", "PATH", "file, directory or URL; default: the one with the weights"),
+            TOKENIZER,
             flag("--step", "N", "checkpoint of a run; default: the latest", type=int),
             flag("--output", "FILE", "write the results as JSON"),
             flag("--json", None, "print them as JSON"), flag("--quiet", None, "no progress"),
@@ -128,6 +128,7 @@ COMMANDS = {
             flag("--to", "{hf,native,peft}", "form of DESTINATION: Hugging Face's, this package's, or a run's LoRA "
                  "adapters alone as PEFT has them", choices=("hf", "native", "peft"), required=True),
             BASE,
+            TOKENIZER,
             flag("--dtype", "{float32,bfloat16}", "default: as the source has it", choices=("float32", "bfloat16")),
             IGNORED_KEYS,
         ),

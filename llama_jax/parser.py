@@ -19,7 +19,8 @@ def flag(names: str, metavar: str | None, help: str, **options: Any) -> Argument
 
 
 # Arguments of several commands.
-RUN_PATH = "run, Hugging Face or Meta directory, or a llama2.c .bin; or URL"
+RUN_PATH = "run, Hugging Face or Meta directory, GGUF file or llama2.c .bin; or URL"
+TOKENIZER = flag("--tokenizer", "PATH", "file, directory or URL; default: the one with the weights")
 BASE = flag("--base", "PATH", "weights that an adapter is for; default: those that it names")
 IGNORED_KEYS = flag(
     "--ignore-config-keys", "KEY[,KEY]", "keys of the directory's config files to take as if they were not there",

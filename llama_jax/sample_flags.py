@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from llama_jax.config import UserError, field_docs
-from llama_jax.parser import BASE, IGNORED_KEYS, MESH, RUN_PATH, Argument, Command, flag
+from llama_jax.parser import BASE, IGNORED_KEYS, MESH, RUN_PATH, TOKENIZER, Argument, Command, flag
 from llama_jax.sampling import SamplingConfig
 from llama_jax.values import Mismatch, near_names, parse, type_name, value_hint
 
@@ -80,7 +80,7 @@ SAMPLE = Command(
         flag("--json", None, "one object per text, with token ids, finish_reason and log-probabilities"),
         flag("--stats", None, "time to the first token, too, on stderr"),
         flag("--quiet", None, "neither speed nor progress on stderr"),
-        flag("--tokenizer", "PATH", "file, directory or URL; default: the one with the weights"),
+        TOKENIZER,
         flag("--step", "N", "checkpoint of a run; default: the latest", type=int),
         flag("--dtype", "{float32,bfloat16}", "default: bfloat16 on TPU and GPU", choices=("float32", "bfloat16")),
         flag("--quantize", "{int8,int4}", "weights in fewer bits", choices=("int8", "int4")),

@@ -89,8 +89,8 @@ def load(
     ignore_config_keys: Collection[str] = (),
     base: str | Path | None = None,
 ) -> LanguageModel:
-    """Return the language model at `path`: a run, a saved native one, a Hugging Face or Meta directory, a `.bin`, or a
-    LoRA adapter.
+    """Return the language model at `path`: a run, a saved native one, a Hugging Face or Meta directory, a GGUF file,
+    a `.bin`, or a LoRA adapter.
 
     A path in a directory means the directory: `RUN/config.json`, or `RUN/checkpoints/350`, the run at step 350.
     `path` and `tokenizer` may be URLs (`s3://`, `gs://`, `hf://`), of which a copy is kept in the cache directory.
@@ -164,8 +164,8 @@ def read_contents(
     generation = GenerationSettings()
     if source.form == "huggingface":
         generation = read_generation(source.path, ignore_config_keys)
-        if not generation.eos_ids and tokenizer is not None:
-            generation = dataclasses.replace(generation, eos_ids=tokenizer.eos_ids)
+    if source.form in ("huggingface", "gguf") and not generation.eos_ids and tokenizer is not None:
+        generation = dataclasses.replace(generation, eos_ids=tokenizer.eos_ids)
     return Contents(config, params, tokenizer, source.model_type, generation, source=source)
 
 
@@ -215,7 +215,7 @@ def local_model(path: str | Path, step: int | None = None) -> Path:
         fetch_beside(given, ("tokenizer.model",))  # Meta's downloads have it next to the directories of the sizes
     if not path.exists():
         raise UserError(
-            f"'{path}' does not exist: give a run directory, a Hugging Face or Meta directory, or a .bin file"
+            f"'{path}' does not exist: give a run directory, a Hugging Face or Meta directory, a .gguf or a .bin file"
         )
     return path
 

@@ -1,4 +1,5 @@
 from .config import SamplingConfig as SamplingConfig, SamplingOptions as SamplingOptions
+from .controls import Control as Control, Written as Written
 from .conversations import (
     Conversation as Conversation,
     built_in as built_in,
@@ -7,7 +8,7 @@ from .conversations import (
     rendered_chat as rendered_chat,
 )
 from .engine import Engine as Engine, Piece as Piece, Request as Request, TokenLogprobs as TokenLogprobs
-from .sampler import Control as Control, Sampler as Sampler, Written as Written
+from .sampler import Sampler as Sampler
 from .stops import TextStream as TextStream, tokenizer_of as tokenizer_of
 from .text import (
     Completion as Completion,
@@ -23,4 +24,4 @@ from .text import (
     stream_text as stream_text,
     with_room as with_room,
 )
-from .token_ids import checked_prompts as checked_prompts, continued as continued, generate as generate
+from .token_ids import answers as answers, checked_prompts as checked_prompts, generate as generate

@@ -7,9 +7,11 @@ from typing import Any, Literal, Unpack, overload
 from llama_jax.checkpoint import LanguageModel, default_stops
 from llama_jax.config import UserError
 from llama_jax.models import ModelConfig
+from llama_jax.sampling.batch import Request
 from llama_jax.sampling.config import SamplingConfig, SamplingOptions
-from llama_jax.sampling.engine import Engine, Piece, Request, TokenLogprobs
+from llama_jax.sampling.engine import Engine, Piece, TokenLogprobs
 from llama_jax.sampling.stops import TextStream, tokenizer_of
+from llama_jax.sampling.token_ids import engine_for
 from llama_jax.tokenizers import Tokenizer
 
 # Tokens that the device makes between two pieces of a stream: few enough to flow, many enough to hide the transfer.
@@ -110,22 +112,32 @@ def completed(
     Sample j of prompt i draws as prompt number `i * num_samples + j`. `progress` is called with the number of new
     tokens of all prompts so far, every few tokens. Raises UserError where a prompt cannot be continued.
     """
-    engine, waiting = Engine(lm), dict[int, list[_Sample]]()
-    for row, (prompt, own, config) in enumerate(zip(prompts, encoded, configs, strict=True)):
-        stopped = stopped_by(config, own)
+    requests = [
+        Request(tuple(own.ids), stopped_by(config, own), row=row * config.num_samples)
+        for row, (own, config) in enumerate(zip(encoded, configs, strict=True))
+    ]
+    if not requests:
+        return
+    engine, waiting = (
+        engine_for(lm, requests, watched=any(config.stop for config in configs)),
+        dict[int, list[_Sample]](),
+    )
+    for prompt, own, request in zip(prompts, encoded, requests, strict=True):
+        texts = [
+            _Sample(prompt, TextStream(lm, own.ids, request.config.stop)) for _ in range(request.config.num_samples)
+        ]
         try:
-            ticket = engine.add(Request(tuple(own.ids), stopped, stopped.stop_ids, row * config.num_samples))
+            waiting[engine.add(request)] = texts
         except UserError as error:
-            raise UserError(f"prompt {row}: {error}" if len(prompts) > 1 else str(error)) from None
-        waiting[ticket] = [_Sample(prompt, TextStream(lm, own.ids, config.stop)) for _ in range(config.num_samples)]
+            raise UserError(f"prompt {len(waiting)}: {error}" if len(requests) > 1 else str(error)) from None
     num_tokens = 0
     while waiting:
         for piece in engine.step():
             samples = waiting[piece.ticket]
             samples[piece.sample].add(piece)
             num_tokens += len(piece.token_ids)
-            if all(sample.finish_reason for sample in samples):
-                engine.cancel(piece.ticket)
+            if piece.finish_reason is None and samples[piece.sample].finish_reason:
+                engine.cancel(piece.ticket, piece.sample)
         progress(num_tokens)
         while waiting and all(sample.finish_reason for sample in waiting[min(waiting)]):
             yield [sample.completion for sample in waiting.pop(min(waiting))]
