@@ -18,6 +18,7 @@ from llama_jax.checkpoint import LanguageModel, save
 from llama_jax.data.chat import ChatML
 from llama_jax.sample_flags import sampling_config
 from llama_jax.sampling import Conversation, SamplingConfig, chat, complete, generate_text
+from llama_jax.tokenizers import train_tokenizer
 
 ONE: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0.0}
 # How a value of a field's type is typed, and what it is.
@@ -35,6 +36,21 @@ EXAMPLES: dict[Any, tuple[str, Any]] = {
 def saved(lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sampling") / "model"
     save(lm, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def chatting(lm: LanguageModel, make_model) -> LanguageModel:
+    special = ("<|im_start|>", "<|im_end|>")
+    tokenizer = train_tokenizer(["one fish, two fish"] * 4, vocab_size=272, special_tokens=special)
+    config = dataclasses.replace(lm.config, max_positions=128, vocab_size=tokenizer.vocab_size)
+    return LanguageModel(config, make_model(config), tokenizer, chat_template=ChatML())
+
+
+@pytest.fixture(scope="module")
+def saved_chat(chatting: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("chatting") / "model"
+    save(chatting, path)
     return path
 
 
@@ -105,17 +121,14 @@ def test_speed_is_on_stderr(saved: Path, capsys):
         assert re.fullmatch(pattern, capsys.readouterr().err)
 
 
-def test_conversations_come_from_files(lm: LanguageModel, saved: Path, tmp_path: Path, capsys):
+def test_conversations_come_from_files(chatting: LanguageModel, saved_chat: Path, tmp_path: Path, capsys):
     talk = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     file = tmp_path / "chats.jsonl"
     file.write_text(json.dumps({"messages": talk}) + "\n" + json.dumps({"prompt": "red"}) + "\n")
-    flags = ["--prompt-file", str(file), "--chat-template", "ChatML", "--system", "s", "--json"]
+    flags = ["--prompt-file", str(file), "--system", "s", "--json"]
     system = {"role": "system", "content": "s"}
-    expected = [
-        chat(lm, [system, *talk], template=ChatML(), **ONE),
-        chat(lm, [system, talk[0]], template=ChatML(), **ONE),
-    ]
-    assert main(words(saved, "--chat", *flags)) == 0
+    expected = [chat(chatting, [system, *said], **ONE) for said in (talk, talk[:1])]
+    assert main(words(saved_chat, "--chat", *flags)) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [record["completion"] for record in found] == expected
     assert "prompt" not in found[0]
@@ -148,7 +161,7 @@ def test_mistakes_are_one_sentence(more: list[str], sentence: str, saved: Path, 
     assert sentence in shown.err
 
 
-def test_commands_of_a_conversation(lm: LanguageModel, saved: Path, tmp_path: Path, capsys, monkeypatch):
+def test_commands_of_a_conversation(chatting: LanguageModel, saved_chat: Path, tmp_path: Path, capsys, monkeypatch):
     file = tmp_path / "talk.jsonl"
     typed = [
         "red",
@@ -162,10 +175,10 @@ def test_commands_of_a_conversation(lm: LanguageModel, saved: Path, tmp_path: Pa
     ]
     typed += [f"/save {file}", f"/save {file}", "/set", "/help", "/exit", "never read"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed) + "\n"))
-    assert main(["sample", str(saved), "--chat", "--chat-template", "ChatML", "--max-new-tokens", "6"]) == 0
+    assert main(["sample", str(saved_chat), "--chat", "--max-new-tokens", "6"]) == 0
     shown = capsys.readouterr()
     asked = [{"role": "system", "content": "brief"}, {"role": "user", "content": "blue"}]
-    told = chat(lm, asked, template=ChatML(), max_new_tokens=4, temperature=0)
+    told = chat(chatting, asked, max_new_tokens=4, temperature=0)
     assert shown.out.endswith(f"{told}\n")
     (talk,) = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
     assert talk == [*asked, {"role": "assistant", "content": told}], "of the time before /reset nothing is left"
@@ -180,9 +193,9 @@ def test_commands_of_a_conversation(lm: LanguageModel, saved: Path, tmp_path: Pa
     assert max(len(line) for line in shown.err.partition("/help")[2].splitlines()[:9]) <= 40, "of a narrow terminal"
 
 
-def test_an_interrupt_ends_the_answer_alone(lm: LanguageModel, capsys):
+def test_an_interrupt_ends_the_answer_alone(chatting: LanguageModel, capsys):
     args = argparse.Namespace(chat=True, quiet=True, stats=False)
-    conversation = Conversation(lm, template="ChatML", max_new_tokens=40, temperature=1.0)
+    conversation = Conversation(chatting, max_new_tokens=40, temperature=1.0)
     whole = list(conversation.stream("red"))
     assert len(whole) > 3
     conversation.reset()
@@ -203,7 +216,7 @@ def test_an_interrupt_ends_the_answer_alone(lm: LanguageModel, capsys):
     assert conversation.messages[-1] == {"role": "assistant", "content": "".join(whole[:3])}
     assert signal.getsignal(signal.SIGINT) == before
     conversation.__class__ = Conversation
-    assert chat(lm, [*conversation.messages, {"role": "user", "content": "blue"}], template="ChatML", **ONE) == "".join(
+    assert chat(chatting, [*conversation.messages, {"role": "user", "content": "blue"}], **ONE) == "".join(
         conversation.stream("blue", **ONE)
     ), "what was written of it is a part of the conversation"
 
