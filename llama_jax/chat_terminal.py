@@ -222,7 +222,7 @@ def _edited_reader() -> Callable[[], str | None]:
         if buffer.document.text_before_cursor.endswith("\\"):
             buffer.delete_before_cursor()
             buffer.insert_text("\n")
-        else:
+        elif buffer.text.strip():
             buffer.validate_and_handle()
 
     @keys.add("escape", "enter")
@@ -232,7 +232,7 @@ def _edited_reader() -> Callable[[], str | None]:
     @keys.add("c-c")
     def interrupt(event: KeyPressEvent) -> None:
         if event.current_buffer.text:
-            event.current_buffer.reset()
+            event.current_buffer.text = ""  # a reset would lose the history, too
         else:
             event.app.exit(exception=KeyboardInterrupt)
 
@@ -257,11 +257,9 @@ def _edited_reader() -> Callable[[], str | None]:
     )
 
     def read() -> str | None:
-        while True:
-            try:
-                if (text := session.prompt()).strip():
-                    return text
-            except EOFError:
-                return None
+        try:
+            return session.prompt()
+        except EOFError:
+            return None
 
     return read

@@ -195,7 +195,7 @@ def test_commands_of_a_conversation(chatting: LanguageModel, saved_chat: Path, t
 
 def test_an_interrupt_ends_the_answer_alone(chatting: LanguageModel, capsys):
     args = argparse.Namespace(chat=True, quiet=True, stats=False)
-    conversation = Conversation(chatting, max_new_tokens=40, temperature=1.0)
+    conversation = Conversation(chatting, max_new_tokens=40, temperature=1.0, ignore_eos=True)
     whole = list(conversation.stream("red"))
     assert len(whole) > 3
     conversation.reset()
@@ -230,7 +230,7 @@ def test_lines_are_edited(tmp_path: Path, monkeypatch):
         read = _edited_reader()
         typed.send_text("one\\\rtwo\x1b\rthree\r")  # a backslash, then Alt+Enter
         assert read() == "one\ntwo\nthree"
-        typed.send_text("  \r/he\t\r")  # an empty line is nothing; a command is completed
+        typed.send_text("\r/he\t\r")  # an empty line is nothing; a command is completed
         assert read() == "/help"
         typed.send_text("abc\x03\x1b[A\x1b[A\r")  # Ctrl-C empties the line; the last but one text of the history
         assert read() == "one\ntwo\nthree"
