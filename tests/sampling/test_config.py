@@ -58,8 +58,8 @@ def test_values_of_every_kind_are_kept_plain(name: str, given, kept):
         ({"json_schema": "[]"}, "must be a JSON object, as text or a dict"),
         ({"forced_ids": [1, 2], "max_new_tokens": 1}, "must be at most max_new_tokens ids"),
         ({"forced_ids": [1, 2], "banned_ids": [2]}, "must be other ids than forced_ids"),
-        ({"num_beams": 2, "num_samples": 3}, "num_samples=3 must be at most num_beams=2"),
-        ({"num_beams": 2, "regex": "a"}, "num_beams=2 keeps no json_schema or regex"),
+        ({"num_beams": 2, "temperature": 0, "num_samples": 3}, "num_samples=3 must be at most num_beams=2"),
+        ({"num_beams": 2, "temperature": 0, "regex": "a"}, "regex=a does not go with num_beams"),
     ],
 )
 def test_impossible_values_are_one_sentence(options: dict, sentence: str):
