@@ -30,6 +30,7 @@ TUNABLES = {
 RESTARTED = "llama_jax_restarted"  # the -X option of a process that was started again with TUNABLES
 KINDS = ("bpe", "unigram", "byte_bpe", "wordpiece", "whitespace")  # of tokenizers; a test compares them
 RUN_PATH = "run, Hugging Face or Meta directory, or a llama2.c .bin; or URL"
+TOKENIZER = flag("--tokenizer", "PATH", "file, directory or URL; default: the one with the weights")
 BASE = flag("--base", "PATH", "weights that an adapter is for; default: those that it names")
 IGNORED_KEYS = flag(
     "--ignore-config-keys", "KEY[,KEY]", "keys of the directory's config files to take as if they were not there",
@@ -108,7 +109,7 @@ COMMANDS = {
             flag("--chat", None, "answer by the model's chat template; each --prompt begins a conversation"),
             flag("--chat-template", "NAME", "another chat template: one that the model's files name, or Llama2Chat, "
                  "Llama3Chat, ChatML, ChatGLM2Chat"),
-            flag("--tokenizer", "PATH", "file, directory or URL; default: the one with the weights"),
+            TOKENIZER,
             flag("--max-new-tokens", "N", "default: 128, or as many as there is room for", type=int),
             flag("--temperature", "T", "0 is greedy; default: %(default)s", type=float, default=0.8),
             flag("--top-k", "K", "only the K most probable tokens", type=int),
@@ -141,7 +142,7 @@ COMMANDS = {
             flag("--batch-size", "N", "rows at a time; default: %(default)s", type=int, default=8),
             flag("--dtype", "{float32,bfloat16}", "default: bfloat16 on TPU and GPU", choices=("float32", "bfloat16")),
             *(flag(f"--mesh.{axis}", "N", "devices", type=int) for axis in ("data", "fsdp", "tensor", "expert")),
-            flag("--tokenizer", "PATH", "file, directory or URL; default: the one with the weights"),
+            TOKENIZER,
             flag("--step", "N", "checkpoint of a run; default: the latest", type=int),
             flag("--output", "FILE", "write the results as JSON"),
             flag("--json", None, "print them as JSON"), flag("--quiet", None, "no progress"),
@@ -155,6 +156,7 @@ COMMANDS = {
             flag("--to", "{hf,native,peft}", "form of DESTINATION: Hugging Face's, this package's, or a run's LoRA "
                  "adapters alone as PEFT has them", choices=("hf", "native", "peft"), required=True),
             BASE,
+            TOKENIZER,
             flag("--dtype", "{float32,bfloat16}", "default: as the source has it", choices=("float32", "bfloat16")),
             IGNORED_KEYS,
         ),

@@ -230,6 +230,7 @@ def convert_command(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         ignore_config_keys=args.ignore_config_keys,
         base=args.base,
+        tokenizer=args.tokenizer,
     )
     if not found:
         print(f"{args.destination}: adapters")

@@ -115,7 +115,8 @@ def _curves(sweep: "Sweep", metric: str, places: Sequence[int], axes: "Axes") ->
     low, high = np.concatenate(seen).min(), np.concatenate(seen).max()  # without the first fifth, far above the rest
     if any(values.shape[1] > 1 for values in every):
         axes.set_title(f"bands: {100 * sweep.level:g} % over seeds", fontsize="medium", loc="right")
-    axes.set_ylim(low - 0.1 * (high - low) - 1e-9, high + 0.1 * (high - low) + 1e-9)
+    bottom = low - 0.1 * (high - low) - 1e-9
+    axes.set_ylim(max(bottom, 0) if metric in UNITS else bottom, high + 0.1 * (high - low) + 1e-9)
     unit = _unit(metric)
     axes.set(xlabel="step", ylabel=f"training {unit[:-1]}, running mean)" if metric == "loss" else unit)
 
@@ -135,6 +136,8 @@ def _cost(sweep: "Sweep", title: str, key: str, places: Sequence[int], axes: "Ax
         axes.set_xscale("log")
         _few_ticks(axes, [low, high])
     axes.set(xlabel=AXES.get(title, title), ylabel=f"final {_unit(sweep.metric)}")
+    if sweep.metric in UNITS:  # an interval may reach below 0, a loss does not
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], 0))
 
 
 def _few_ticks(axes: "Axes", values: Sequence[float], count: int = 4, form: Callable[[float], str] = counted) -> None:

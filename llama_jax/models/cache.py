@@ -37,7 +37,7 @@ def cache_bytes(config: ModelConfig, length: int, batch_size: int = 1, dtype: DT
 
     `dtype` is the type of activations, in which keys, values and latents are kept; recurrent states are float32. Layers
     with a window keep all positions, as decoding allocates them. Of an encoder-decoder it is the decoder's own tokens,
-    without the keys of the source. The bytes per token are the difference of two lengths. Nothing is allocated.
+    without the keys of the source. Nothing is allocated.
 
     Raises UserError for a model that cannot continue a text.
     """
@@ -48,6 +48,11 @@ def cache_bytes(config: ModelConfig, length: int, batch_size: int = 1, dtype: DT
             raise UserError(f"{name}={value} must be at least 1")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # whole, on whatever mesh
         return sum(map(nbytes, cache_shapes(config, length, batch_size, dtype)))
+
+
+def cache_bytes_per_token(config: ModelConfig, dtype: DTypeLike = "bfloat16") -> int:
+    """Return the bytes that one more position of a row takes, as `cache_bytes` has them; 0 for recurrent states."""
+    return cache_bytes(config, 2, 1, dtype) - cache_bytes(config, 1, 1, dtype)
 
 
 def nbytes(cache: PyTree) -> int:

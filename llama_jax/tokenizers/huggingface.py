@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import override
 
 import tokenizers
-from tokenizers import AddedToken, Regex, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
 
 from llama_jax.config import Json
-from llama_jax.tokenizers.base import TextStream, Tokenizer
+from llama_jax.tokenizers.base import COMPANION, TextStream, Tokenizer
 from llama_jax.tokenizers.settings import KEYS, Settings, exported, guess
 
 # Usual names of these tokens, tried where no setting names one.
@@ -128,6 +128,16 @@ class HuggingFaceTokenizer(Tokenizer):
         return [b"" if name is None or self.is_silent(i) else stream.bytes_of(name) for i, name in enumerate(names)]
 
     @override
+    def bytes_of(self, token_id: int) -> bytes | None:
+        token, decoder = self._tokenizer.id_to_token(token_id), self._tokenizer.decoder
+        if self.is_silent(token_id) or token is None:
+            return b""
+        if isinstance(decoder, decoders.ByteLevel):
+            known = {letter: byte for byte, letter in enumerate(byte_letters())}
+            return bytes(known[letter] for letter in token) if known.keys() >= set(token) else token.encode()
+        return bytes([int(token[3:5], 16)]) if BYTE_NAME.fullmatch(token) else None
+
+    @override
     def export_files(self) -> dict[str, bytes]:
         data = json.loads(self._tokenizer.to_str())
         data["pre_tokenizer"] = None if self._splitting is None else json.loads(self._splitting.__getstate__())
@@ -143,7 +153,10 @@ def json_tokenizer(path: Path, content: bytes, settings: Settings) -> HuggingFac
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(str(error)) from None
-    return HuggingFaceTokenizer(tokenizer, {"tokenizer.json": content}, settings, model=json.loads(content)["model"])
+    files, companion = {"tokenizer.json": content}, path.with_name(COMPANION)
+    if path.name == "tokenizer.json" and companion.is_file():
+        files[COMPANION] = companion.read_bytes()
+    return HuggingFaceTokenizer(tokenizer, files, settings, model=json.loads(content)["model"])
 
 
 def reachable_names(tokenizer: tokenizers.Tokenizer, model: Json, special: Collection[str]) -> set[str]:
