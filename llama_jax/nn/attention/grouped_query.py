@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from llama_jax.config import Known, UserError
 from llama_jax.nn.attention.attend import attend
@@ -26,7 +26,7 @@ from llama_jax.nn.parameters import Projection, child
 from llama_jax.nn.rope import Rope, known_rope
 from llama_jax.parallel import shard
 
-Cache = dict[str, Float[Array, "b k s _"]]
+Cache = dict[str, Num[Array, "b k s _"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +232,7 @@ def _rounded(x: Float[Array, "b k t h"]) -> tuple[Array, Array]:
     return jnp.round(x / jnp.where(scale == 0, 1, scale)).astype(jnp.int8), scale
 
 
-def write_cache(cache: Cache, new: dict[str, Float[Array, "b k t _"]], start: Int[Array, " b"]) -> Cache:
+def write_cache(cache: Cache, new: dict[str, Num[Array, "b k t _"]], start: Int[Array, " b"]) -> Cache:
     """Write each row's new entries into a cache of [B, K, S, H] arrays, beginning at its place `start`.
 
     Into int8 they are rounded, each with the scale that makes its largest number 127.
