@@ -161,20 +161,16 @@ def texts_of(tokenizer: Tokenizer | None, ids: Sequence[int], *, alone: bool = F
     if tokenizer is None:
         return list(map(str, ids))
     names = {i: name for name, i in tokenizer.special_tokens.items()}
-    stream, before, texts = tokenizer.stream(), b"", list[str]()
+    before, texts = b"", list[str]()
     for i in ids:
-        raw, text = (tokenizer.bytes_of(i) if i < tokenizer.vocab_size else str(i).encode()), names.get(i, "")
         before = b"" if alone else before
-        if raw is not None and not text:
+        raw, text = (tokenizer.token_bytes[i] if i < tokenizer.vocab_size else str(i).encode()), names.get(i, "")
+        if not text:
             try:
                 text, before = (before + raw).decode(), b""
             except UnicodeDecodeError as error:
                 text = raw.decode(errors="surrogateescape")
                 before = (before + raw)[error.start :] if "end of data" in error.reason else b""
-        elif not text:
-            stream = tokenizer.stream() if alone else stream
-            # A text's first token loses its space.
-            text = [stream.feed(token) for token in (*(tokenizer.encode("a") if alone else ()), i)][-1]
         text = NO_TEXT.sub(lambda found: f"<0x{ord(found[0]) & 0xFF:02X}>", text.translate(VISIBLE))
         texts.append(text or "�")
     return texts

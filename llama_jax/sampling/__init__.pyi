@@ -1,6 +1,7 @@
 from .config import SamplingConfig as SamplingConfig, SamplingOptions as SamplingOptions
 from .controls import Control as Control, Written as Written
 from .conversations import (
+    Conversation as Conversation,
     built_in as built_in,
     chat as chat,
     encoded_chat as encoded_chat,
@@ -21,5 +22,6 @@ from .text import (
     stop_ids as stop_ids,
     stream_encoded as stream_encoded,
     stream_text as stream_text,
+    with_room as with_room,
 )
 from .token_ids import answers as answers, checked_prompts as checked_prompts, generate as generate

@@ -221,6 +221,12 @@ def _pieces(engine: Engine, ticket: int, stream: TextStream, progress: Callable[
         engine.cancel(ticket)
 
 
+def with_room(lm: LanguageModel, encoded: Encoded, config: SamplingConfig, wanted: int) -> SamplingConfig:
+    """Return the config with `wanted` new tokens, or as many as there is room for after a prompt; at least one."""
+    room = lm.config.length_limit - (1 if lm.config.has_source else len(encoded.ids))
+    return dataclasses.replace(config, max_new_tokens=max(1, min(wanted, room)))
+
+
 def encoded_prompt(lm: LanguageModel, prompt: str) -> Encoded:
     """Return a prompt's ids and stops. Raises UserError for a model without tokenizer and for an empty prompt."""
     tokenizer = tokenizer_of(lm)

@@ -68,10 +68,6 @@ class Tokenizer(abc.ABC):
     def stream(self) -> TextStream:
         """Return a decoder that takes the ids one by one and never emits half a character."""
 
-    def bytes_of(self, token_id: int) -> bytes | None:
-        """Return the bytes of a token within a text; None where they depend on the tokens around it."""
-        return None
-
     @functools.cached_property
     def start_ids(self) -> tuple[int, ...]:
         """Ids that begin a document: BOS, where there is one; more in some families."""

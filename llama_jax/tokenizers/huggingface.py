@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import override
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
+from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from llama_jax.config import Json
 from llama_jax.tokenizers.base import COMPANION, TextStream, Tokenizer
@@ -126,16 +126,6 @@ class HuggingFaceTokenizer(Tokenizer):
     def token_bytes(self) -> list[bytes]:
         stream, names = _DecoderStream(self, self._tokenizer), map(self._tokenizer.id_to_token, range(self.vocab_size))
         return [b"" if name is None or self.is_silent(i) else stream.bytes_of(name) for i, name in enumerate(names)]
-
-    @override
-    def bytes_of(self, token_id: int) -> bytes | None:
-        token, decoder = self._tokenizer.id_to_token(token_id), self._tokenizer.decoder
-        if self.is_silent(token_id) or token is None:
-            return b""
-        if isinstance(decoder, decoders.ByteLevel):
-            known = {letter: byte for byte, letter in enumerate(byte_letters())}
-            return bytes(known[letter] for letter in token) if known.keys() >= set(token) else token.encode()
-        return bytes([int(token[3:5], 16)]) if BYTE_NAME.fullmatch(token) else None
 
     @override
     def export_files(self) -> dict[str, bytes]:

@@ -119,10 +119,6 @@ class SentencePieceTokenizer(Tokenizer):
         data = sentencepiece_json(self._model, self._added, prefixes_first_only=self._prefixes_first_only)
         return exported(self, data, self._settings)
 
-    @override
-    def bytes_of(self, token_id: int) -> bytes:
-        return self.pieces[token_id]
-
     @functools.cached_property
     @override
     def token_bytes(self) -> list[bytes]:
