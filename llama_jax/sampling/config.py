@@ -120,6 +120,8 @@ class SamplingConfig:
         check("banned_ids", lambda ids: not {*ids} & {*self.forced_ids}, "other ids than forced_ids")
         if self.num_beams > 1:
             check("num_samples", lambda n: n <= self.num_beams, f"at most num_beams={self.num_beams}")
+            if self.json_schema is not None or self.regex is not None:
+                raise UserError(f"num_beams={self.num_beams} keeps no json_schema or regex: take one beam")
         if self.json_schema is not None and self.regex is not None:
             raise UserError("json_schema and regex both constrain the text: give one of them")
 
