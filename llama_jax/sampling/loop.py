@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
-from llama_jax.models import Decoder, EncoderDecoder, Model
+from llama_jax.models import Decoder, EncoderDecoder, Model, ModelConfig, cache_shapes
 from llama_jax.nn import PyTree
 from llama_jax.parallel import mesh_axis_sizes, replicate, shard
 from llama_jax.sampling.controls import Logits, Written
@@ -105,13 +105,12 @@ def bucket(length: int, limit: int) -> int:
     return min(max(SMALLEST_BUCKET, power_of_two(length)), limit)
 
 
-def can_be_cut(model: Model) -> bool:
+@functools.lru_cache(64)
+def can_be_cut(config: ModelConfig) -> bool:
     """Return whether a cache may be cut at any position: it holds entries of positions alone, and no states."""
-    if model.config.has_source:
+    if config.has_source:
         return False
-    with model.on_mesh():
-        module: Any = model.module
-        shapes = [jax.tree.leaves(CacheSize(1, n).shapes(module)) for n in (SMALLEST_BUCKET, 2 * SMALLEST_BUCKET)]
+    shapes = [jax.tree.leaves(cache_shapes(config, n)) for n in (SMALLEST_BUCKET, 2 * SMALLEST_BUCKET)]
     return all(a.shape != b.shape for a, b in zip(*shapes, strict=True))
 
 

@@ -3,15 +3,19 @@
 import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import llama_jax
 from llama_jax.config import UserError
 from llama_jax.models import DecoderConfig, Model
+from llama_jax.nn import LSTM, LatentAttention, NGram, Rope, SparseLatentAttention
 from llama_jax.parallel import make_mesh
-from llama_jax.sampling import Engine, Piece, Request, SamplingConfig, Written, generate, loop, prefill
+from llama_jax.sampling import Engine, Piece, Request, SamplingConfig, Written, answers, generate, loop, prefill
 
 Prompts = list[tuple[int, ...]]
 GREEDY = SamplingConfig(12, 0.0)
@@ -241,3 +245,95 @@ def test_what_cannot_be_continued_is_refused_at_once(model: Model, request_: Req
     with pytest.raises(UserError, match=sentence):
         engine.add(request_)
     assert engine.idle
+
+
+def test_many_prompts_come_back_in_order(model: Model, requests: list[Request], expected: list[list[int]]):
+    counts: list[tuple[int, int]] = []
+    again = requests * 3
+    found = answers(model, again, rows=4, progress=lambda done, total: counts.append((done, total)))
+    assert [answer.token_ids for (answer,) in found] == expected * 3
+    assert counts == [(i + 1, 24) for i in range(24)]
+    stopped = answers(model, requests, rows=4, enough=lambda i, sample, ids: i == 1 and len(ids) >= 5)
+    assert [answer.finish_reason for (answer,) in stopped] == ["length", "stop", *["length"] * 6]
+    assert stopped[1][0].token_ids == expected[1][: len(stopped[1][0].token_ids)]
+    assert len(stopped[1][0].token_ids) < 20
+
+
+def test_one_text_goes_on_while_a_long_prompt_is_run(model: Model, prompts: Prompts):
+    engine = Engine(model, rows=2, prefill_chunk=4, decode_chunk=2)
+    short = engine.add(Request(prompts[1], SamplingConfig(20, 0.0)))
+    engine.step()
+    engine.add(Request(prompts[5], GREEDY))
+    steps = [engine.step() for _ in range(7)]  # 32 tokens take 8 of them
+    assert all([piece.ticket for piece in pieces] == [short] for pieces in steps)
+
+
+@pytest.mark.parametrize("kind", ["latent", "sparse", "window"])
+def test_every_attention_caches_int8(kind: str, two_layers: DecoderConfig, make_model):
+    """Rounded keys and values change logits by little, and each row is as alone."""
+    own = {
+        "latent": LatentAttention(4, None, 16, 8, 4, 8, Rope(theta=10000.0, scaling=None), 1e-6),
+        "sparse": SparseLatentAttention(4, 16, 16, 8, 4, 8, Rope(theta=10000.0, scaling=None), 1e-6, 2, 8, 6),
+        "window": dataclasses.replace(two_layers.attention, window=5),
+    }[kind]
+    model = make_model(dataclasses.replace(two_layers, attention=own))
+    tokens = np.random.default_rng(1).integers(0, 40, (3, 12)).astype(np.int32)
+
+    def last(module, tokens, dtype):
+        cache = module.init_cache(3, 16, dtype)
+        hidden, cache = module.extend(tokens, cache=cache, lengths=jnp.zeros(3, jnp.int32))
+        return module.logits(hidden)
+
+    exact, rounded = (np.asarray(model.run(last, tokens, dtype=dtype)) for dtype in ("float32", "int8"))
+    error = np.sqrt(((rounded - exact) ** 2).mean()) / exact.std()
+    assert 0 < error < (0.3 if kind == "sparse" else 0.1)  # another key may be chosen
+    engine = Engine(model, rows=2, cache_dtype="int8")
+    tickets = [engine.add(Request(tuple(row.tolist()), GREEDY)) for row in tokens]
+    found = run(engine)
+    for ticket, row in zip(tickets, tokens, strict=True):
+        one = Engine(model, rows=1, cache_dtype="int8")
+        ticket_alone = one.add(Request(tuple(row.tolist()), GREEDY))
+        assert ids(found[ticket, 0]) == ids(run(one)[ticket_alone, 0])
+
+
+@pytest.mark.parametrize("network", [LSTM(16), NGram(3, 24)])
+def test_models_with_states(network, two_layers: DecoderConfig, make_model, requests: list[Request]):
+    """They run their prompts whole, and take part in everything else."""
+    model = make_model(dataclasses.replace(two_layers, attention=network))
+    engine = Engine(model, rows=2, prefill_chunk=4)
+    tickets = [engine.add(request) for request in requests[:4]]
+    found = run(engine)
+    for ticket, request in zip(tickets, requests, strict=False):
+        assert ids(found[ticket, 0]) == alone(model, request.prompt, request.config, request.row)
+    with pytest.raises(UserError, match="cache_dtype=int8 is for attention"):
+        Engine(model, cache_dtype="int8")
+
+
+def test_real_weights_tell_their_story(shared_data: Path):
+    """In refilled rows of eight devices, after a shared beginning, character by character; in int8 within bounds."""
+    folder = shared_data / "llama2c"
+    expected = (folder / "stories260K_expected_greedy200.txt").read_text().strip()
+    files = folder / "stories260K.bin", folder / "tok512.bin"
+    lm = llama_jax.load(files[0], tokenizer=files[1], mesh=make_mesh({"fsdp": 4, "tensor": 2}), dtype="float32")
+    assert lm.tokenizer is not None
+    story = lm.tokenizer.encode_prompt(expected, special=False)
+    engine = Engine(lm, rows=2, decode_chunk=16, prefill_chunk=32)
+    for length in (1, 40, 90):
+        engine.add(Request(tuple(story[:length]), SamplingConfig(120, 0.0), row=length))
+    found = run(engine)
+    for ticket, length in enumerate((1, 40, 90)):
+        told = lm.tokenizer.decode([*story[:length], *ids(found[ticket, 0])]).strip()
+        assert told[: len(expected)] == expected[: len(told)]
+
+    def logits(module, tokens, dtype):
+        cache = module.init_cache(1, tokens.shape[1], dtype)
+        return module.logits(module.extend(tokens, cache=cache, lengths=jnp.zeros(1, jnp.int32))[0])
+
+    text = np.array([story[:128]], np.int32)
+    exact, rounded = (
+        np.asarray(jax.nn.log_softmax(jnp.asarray(lm.model.run(logits, text, dtype=dtype))))
+        for dtype in ("float32", "int8")
+    )
+    divergence = (np.exp(exact) * (exact - rounded)).sum(-1)
+    assert 0 < divergence.mean() < 2e-3
+    assert divergence.max() < 2e-2

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from llama_jax.config import Known, UserError
 from llama_jax.nn.attention.attend import attend
@@ -26,7 +26,7 @@ from llama_jax.nn.parameters import Projection, child
 from llama_jax.nn.rope import Rope, known_rope
 from llama_jax.parallel import shard
 
-Cache = dict[str, Float[Array, "b k s _"]]
+Cache = dict[str, Num[Array, "b k s _"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,14 +174,14 @@ class GroupedQueryModule(_Projections, MixerModule):
         k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)  # the layout of the cache, and of the kernels
         if cache is not None:
             cache = write_cache(cache, {"k": k_BKSH, "v": v_BKSH}, ctx.cache_start)
-            k_BKSH, v_BKSH = cache["k"].astype(x.dtype), cache["v"].astype(x.dtype)
+            k_BKSH, v_BKSH = read_cache(cache, ("k", "v"), x.dtype)
         options: dict[str, Any] = {"scale": self.scale, "softcap": config.softcap, "dropout": config.dropout}
         return self.o_proj(attend(q_BTNH, k_BKSH, v_BKSH, ctx, **options)), cache
 
     def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> Cache:
         # [B, K, S, H]: with S before K the TPU program keeps a second, transposed cache.
         shape = (batch, self.config.num_kv_heads, length, self.config.head_dim)
-        return {name: shard(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None) for name in ("k", "v")}
+        return empty_cache({"k": shape, "v": shape}, dtype)
 
 
 class CrossAttentionModule(_Projections):
@@ -209,8 +209,34 @@ class CrossAttentionModule(_Projections):
         return self.o_proj(attend(self.q_proj(x), k, v, ctx, scale=self.scale, dropout=self.config.dropout))
 
 
-def write_cache(cache: Cache, new: dict[str, Float[Array, "b k t _"]], start: Int[Array, " b"]) -> Cache:
-    """Write each row's new entries into a cache of [B, K, S, H] arrays, beginning at its place `start`."""
+def empty_cache(shapes: dict[str, tuple[int, int, int, int]], dtype: DTypeLike) -> Cache:
+    """Return zeros [B, K, S, H] by name; of int8 with `NAME_scale` [B, K, S, 1], the float32 factor of each entry."""
+    if jnp.dtype(dtype) != jnp.int8:
+        found = {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
+    else:
+        found = {name: jnp.zeros(shape, jnp.int8) for name, shape in shapes.items()}
+        found |= {f"{name}_scale": jnp.zeros((*shape[:-1], 1)) for name, shape in shapes.items()}
+    return {name: shard(x, "batch", "kv_heads", None, None) for name, x in found.items()}
+
+
+def read_cache(cache: Cache, names: tuple[str, ...], dtype: DTypeLike) -> list[Float[Array, "b k s _"]]:
+    """Return the entries of these names; of int8 times their scales."""
+    scales = [cache.get(f"{name}_scale") for name in names]
+    found = [cache[name].astype(dtype) for name in names]
+    return [x if scale is None else x * scale.astype(dtype) for x, scale in zip(found, scales, strict=True)]
+
+
+def _rounded(x: Float[Array, "b k t h"]) -> tuple[Array, Array]:
+    """Return int8 entries and their scales: the largest number of an entry is 127."""
+    scale = jnp.abs(x.astype(jnp.float32)).max(-1, keepdims=True) / 127
+    return jnp.round(x / jnp.where(scale == 0, 1, scale)).astype(jnp.int8), scale
+
+
+def write_cache(cache: Cache, new: dict[str, Num[Array, "b k t _"]], start: Int[Array, " b"]) -> Cache:
+    """Write each row's new entries into a cache of [B, K, S, H] arrays, beginning at its place `start`.
+
+    Into int8 they are rounded, each with the scale that makes its largest number 127.
+    """
 
     def write(old: jax.Array, new: jax.Array) -> jax.Array:
         if old.shape[0] == 1:  # one slice is written in place; XLA:CPU copies what it scatters into
@@ -219,6 +245,8 @@ def write_cache(cache: Cache, new: dict[str, Float[Array, "b k t _"]], start: In
         place = jax.vmap(lambda row, new_row, at: jax.lax.dynamic_update_slice_in_dim(row, new_row, at, axis=1))
         return place(old, new, start)
 
+    for name in [name for name in new if f"{name}_scale" in cache]:
+        new = new | dict(zip((name, f"{name}_scale"), _rounded(new[name]), strict=True))
     # Whole along the sequence, as the cache is: a context axis may have split the new entries.
     whole = {name: shard(x.astype(cache[name].dtype), "batch", "kv_heads", None, None) for name, x in new.items()}
     written = {name: write(cache[name], x) for name, x in whole.items()}

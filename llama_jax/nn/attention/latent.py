@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from llama_jax.config import Known, UserError
 from llama_jax.nn.attention.attend import attend
-from llama_jax.nn.attention.grouped_query import Cache, write_cache
+from llama_jax.nn.attention.grouped_query import Cache, empty_cache, read_cache, write_cache
 from llama_jax.nn.base import ForwardContext, Mixer, MixerModule, check_at_least, known_heads
 from llama_jax.nn.norms import RMSNorm
 from llama_jax.nn.parameters import Projection, child
@@ -134,7 +134,7 @@ class LatentAttentionModule(MixerModule):
         latents = self.latents(x, positions)
         if cache is not None:
             cache = write_cache(cache, {"latent": latents[:, None]}, ctx.cache_start)
-            latents = cache["latent"][:, 0].astype(x.dtype)
+            latents = read_cache(cache, ("latent",), x.dtype)[0][:, 0]
         return self.o_proj(self.attended(q, latents, ctx, decoding=cache is not None)), cache
 
     def query_latents(self, x: Float[Array, "b t d"]) -> Float[Array, "b t c"]:
@@ -191,4 +191,4 @@ class LatentAttentionModule(MixerModule):
 
     def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> Cache:
         shape = (batch, 1, length, self.config.kv_lora_rank + self.config.qk_rope_head_dim)
-        return {"latent": shard(jnp.zeros(shape, dtype), "batch", None, None, None)}
+        return empty_cache({"latent": shape}, dtype)

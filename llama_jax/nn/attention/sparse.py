@@ -17,7 +17,7 @@ from llama_jax.config import Known, UserError
 from llama_jax.nn.attention import blockwise
 from llama_jax.nn.attention.attend import Call
 from llama_jax.nn.attention.context import splits, unzigzag, zigzag
-from llama_jax.nn.attention.grouped_query import Cache, write_cache
+from llama_jax.nn.attention.grouped_query import Cache, empty_cache, read_cache, write_cache
 from llama_jax.nn.attention.latent import LatentAttention, LatentAttentionModule
 from llama_jax.nn.base import ForwardContext, Mask, check_at_least, record
 from llama_jax.nn.norms import LayerNorm
@@ -138,7 +138,7 @@ class SparseLatentAttentionModule(LatentAttentionModule):
         index_k = self.indexer.keys(x_detached, positions)
         if cache is not None:
             cache = write_cache(cache, {"latent": latents[:, None], "index": index_k[:, None]}, ctx.cache_start)
-            latents, index_k = (cache[name][:, 0].astype(x.dtype) for name in ("latent", "index"))
+            latents, index_k = (found[:, 0] for found in read_cache(cache, ("latent", "index"), x.dtype))
         learns = cache is None and self.config.index_loss_weight > 0
         if not learns and (latents.shape[1] <= self.config.index_topk or self.config.index_warmup):
             # All keys are chosen: the indexer is not needed.
@@ -154,8 +154,8 @@ class SparseLatentAttentionModule(LatentAttentionModule):
         return self.o_proj(y), cache, aux
 
     def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> Cache:
-        index = jnp.zeros((batch, 1, length, self.config.index_head_dim), dtype)
-        return super().init_cache(batch, length, dtype) | {"index": shard(index, "batch", None, None, None)}
+        index = empty_cache({"index": (batch, 1, length, self.config.index_head_dim)}, dtype)
+        return super().init_cache(batch, length, dtype) | index
 
 
 def sparse_attention(
