@@ -157,6 +157,7 @@ def test_the_older_files_say_the_same(method: str, tmp_path: Path):
     same(params(found), params(expected))
 
 
+@pytest.mark.slow
 def test_convert_with_a_check_of_logits(tmp_path: Path):
     found, expected = directories(tmp_path)
     assert main(["convert", str(found), str(tmp_path / "hf"), "--to", "hf"]) == 0
