@@ -1,6 +1,7 @@
 """The server as its clients meet it: OpenAI's client, raw requests, clients that leave, and what is refused."""
 
 import concurrent.futures
+import dataclasses
 import json
 import re
 import socket
@@ -19,6 +20,7 @@ from llama_jax.checkpoint import LanguageModel
 from llama_jax.data.chat import ChatML
 from llama_jax.sampling import SamplingConfig, chat, complete
 from llama_jax.serving import Service
+from llama_jax.serving.requests import NOT_SERVED, Limits, completion, parsed
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "one fish"}]
@@ -120,6 +122,7 @@ def test_chats_are_those_of_chat(ai: openai.OpenAI, lm: LanguageModel):
         (COMPLETIONS, {"prompt": "a", "num_beams": 4}, 400, "num_beams is not supported"),
         (COMPLETIONS, {"prompt": "a", "n": 1000}, 400, "at most 128"),
         (COMPLETIONS, {"prompt": "a", "stream": "yes"}, 400, "must be true or false"),
+        (COMPLETIONS, {"prompt": "a", "logit_bias": {"99999": 1}}, 400, "99999"),
         (COMPLETIONS, {"prompt": "a", "model": "bird"}, 404, "no model 'bird'"),
         (COMPLETIONS, {"prompt": ["a"] * 100}, 400, "more than 68"),
         (CHAT, {"messages": []}, 400, "must end with the message to answer"),
@@ -248,6 +251,56 @@ def test_metrics_count_what_was_done(lm: LanguageModel):
     assert samples["llama_jax_time_to_first_token_seconds_count"] == "2"
     assert samples['llama_jax_time_to_first_token_seconds_bucket{le="+Inf"}'] == "2"
     assert samples["llama_jax_time_between_tokens_seconds_count"] == "10"
+
+
+def test_log_probabilities_are_those_of_the_model(ai: openai.OpenAI, lm: LanguageModel):
+    (one,) = complete(lm, ["red"], SamplingConfig(max_new_tokens=5, temperature=0, logprobs=2))
+    assert one.logprobs is not None
+    expected = [entry.logprob for entry in one.logprobs]
+    options: dict[str, Any] = {"model": "fish", "prompt": "red", "max_tokens": 5, "temperature": 0, "logprobs": 2}
+    found = ai.completions.create(**options).choices[0]
+    logprobs = found.logprobs
+    assert logprobs is not None
+    assert logprobs.token_logprobs == pytest.approx(expected, abs=1e-5)
+    assert "".join(logprobs.tokens or []) == found.text
+    assert logprobs.text_offset == [len("".join((logprobs.tokens or [])[:i])) for i in range(5)]
+    assert [max(top.values()) for top in logprobs.top_logprobs or []] == pytest.approx(expected, abs=1e-5)  # greedy
+    streamed = [chunk.choices[0].logprobs for chunk in ai.completions.create(**options, stream=True)]
+    assert [x for part in streamed if part for x in part.token_logprobs or []] == pytest.approx(expected, abs=1e-5)
+    chatted = ai.chat.completions.create(
+        model="fish", messages=MESSAGES, max_tokens=3, logprobs=True, top_logprobs=2, temperature=0  # type: ignore[arg-type]
+    ).choices[0]
+    assert chatted.logprobs is not None
+    content = chatted.logprobs.content or []
+    assert [len(entry.top_logprobs) for entry in content] == [2] * len(content)
+    assert "".join(entry.token for entry in content) == chatted.message.content
+    assert all(entry.top_logprobs[0].logprob == pytest.approx(entry.logprob) for entry in content)
+
+
+def test_answers_obey_their_format(ai: openai.OpenAI):
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    found = ai.chat.completions.create(
+        model="fish", messages=MESSAGES, max_tokens=60, response_format=form, extra_body={"seed": 3}  # type: ignore[arg-type]
+    ).choices[0]
+    assert json.loads(found.message.content or "")["a"] in (1, 2)
+    assert found.finish_reason == "stop"
+    regex = ai.completions.create(model="fish", prompt="a", max_tokens=20, extra_body={"regex": "(red|blue) fish"})
+    assert regex.choices[0].text in ("red fish", "blue fish")
+
+
+def test_every_setting_of_sampling_is_a_field(lm: LanguageModel):
+    values: dict[str, Any] = {
+        "max_new_tokens": 3, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "typical_p": 0.9,
+        "repetition_penalty": 1.2, "frequency_penalty": 0.1, "presence_penalty": 0.1, "no_repeat_ngram_size": 2,
+        "logit_bias": {"3": 1.0}, "banned_ids": [4], "forced_ids": [5], "min_new_tokens": 1, "ignore_eos": True,
+        "stop_ids": [6], "stop": "a", "json_schema": None, "regex": "a+", "num_samples": 2, "logprobs": 1, "seed": 7,
+    }  # fmt: skip
+    fields = {field.name for field in dataclasses.fields(SamplingConfig)}
+    assert fields == values.keys() | NOT_SERVED
+    raw = json.dumps({"prompt": "a", **values}).encode()
+    asked = completion(lm, parsed(raw), Limits(length=64, max_new_tokens=64))
+    assert asked.config == SamplingConfig.of(**values)
 
 
 def test_models(ai: openai.OpenAI):
