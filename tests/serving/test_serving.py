@@ -268,7 +268,12 @@ def test_log_probabilities_are_those_of_the_model(ai: openai.OpenAI, lm: Languag
     streamed = [chunk.choices[0].logprobs for chunk in ai.completions.create(**options, stream=True)]
     assert [x for part in streamed if part for x in part.token_logprobs or []] == pytest.approx(expected, abs=1e-5)
     chatted = ai.chat.completions.create(
-        model="fish", messages=MESSAGES, max_tokens=3, logprobs=True, top_logprobs=2, temperature=0  # type: ignore[arg-type]
+        model="fish",
+        messages=MESSAGES,
+        max_tokens=3,
+        logprobs=True,
+        top_logprobs=2,
+        temperature=0,  # type: ignore[arg-type]
     ).choices[0]
     assert chatted.logprobs is not None
     content = chatted.logprobs.content or []
@@ -281,7 +286,11 @@ def test_answers_obey_their_format(ai: openai.OpenAI):
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
     found = ai.chat.completions.create(
-        model="fish", messages=MESSAGES, max_tokens=60, response_format=form, extra_body={"seed": 3}  # type: ignore[arg-type]
+        model="fish",
+        messages=MESSAGES,
+        max_tokens=60,
+        response_format=form,
+        extra_body={"seed": 3},  # type: ignore[arg-type]
     ).choices[0]
     assert json.loads(found.message.content or "")["a"] in (1, 2)
     assert found.finish_reason == "stop"
