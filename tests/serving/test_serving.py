@@ -4,10 +4,14 @@ import concurrent.futures
 import dataclasses
 import json
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,7 +20,8 @@ import pytest
 from serving_app import KEY, serving
 
 from llama_jax import generate_text
-from llama_jax.checkpoint import LanguageModel
+from llama_jax.__main__ import main
+from llama_jax.checkpoint import LanguageModel, save
 from llama_jax.data.chat import ChatML
 from llama_jax.sampling import SamplingConfig, chat, complete
 from llama_jax.serving import Service
@@ -333,3 +338,34 @@ def test_the_page_needs_no_network_and_shows_text_as_text(url: str):
     assert found.headers["content-type"].startswith("text/html")
     assert "frame-ancestors 'none'" in found.headers["content-security-policy"]
     assert not re.search(r"https?://|innerHTML|insertAdjacentHTML|document\.write|eval\(", page)
+
+
+@pytest.mark.slow
+def test_sigterm_finishes_what_runs_and_exits_with_0(lm: LanguageModel, tmp_path: Path):
+    save(lm, tmp_path / "fish")
+    command = [sys.executable, "-m", "llama_jax", "serve", str(tmp_path / "fish"), "--port", "0", "--rows", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        found = re.search(r"serving fish at (\S+)/v1", process.stdout.readline())
+        assert found is not None
+        url, text = found[1], ""
+        body = {"prompt": "red", "max_tokens": 100, "ignore_eos": True, "temperature": 0, "stream": True}
+        with httpx.stream("POST", f"{url}{COMPLETIONS}", json=body, timeout=60) as answer:
+            for line in answer.iter_lines():
+                if not text:
+                    process.send_signal(signal.SIGTERM)
+                    assert process.stdout.readline().startswith("stopping: 1 texts")
+                if line.startswith("data: {"):
+                    text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+        assert [text] == generate_text(lm, "red", max_new_tokens=100, temperature=0, ignore_eos=True)
+        assert process.wait(60) == 0
+
+
+def test_serve_refuses_before_it_loads(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    assert main(["serve", "nowhere", "--rows", "0"]) == 2
+    assert capsys.readouterr().err == "error: rows=0 must be at least 1\n"
+    for name in [name for name in sys.modules if name.startswith("llama_jax.serving")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve", "nowhere"]) == 2
+    assert capsys.readouterr().err == "error: serve needs uvicorn: pip install 'llama_jax[serve]'\n"
