@@ -28,7 +28,7 @@ from llama_jax.serving import Service
 from llama_jax.serving.requests import NOT_SERVED, Limits, completion, parsed
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-MESSAGES = [{"role": "user", "content": "one fish"}]
+MESSAGES: list[Any] = [{"role": "user", "content": "one fish"}]
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +96,12 @@ def test_a_stop_string_ends_a_text_and_is_left_out(ai: openai.OpenAI, lm: Langua
 
 def test_chats_are_those_of_chat(ai: openai.OpenAI, lm: LanguageModel):
     expected = chat(lm, MESSAGES, template=ChatML(), max_new_tokens=11, temperature=0)
-    found = ai.chat.completions.create(model="fish", messages=MESSAGES, max_completion_tokens=11, temperature=0, n=2)  # type: ignore[arg-type]
+    found = ai.chat.completions.create(model="fish", messages=MESSAGES, max_completion_tokens=11, temperature=0, n=2)
     assert [choice.message.content for choice in found.choices] == [expected] * 2
-    parts = [{"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "fish"}]}]
-    stream = ai.chat.completions.create(model="fish", messages=parts, max_tokens=11, temperature=0, stream=True)  # type: ignore[arg-type]
+    parts: list[Any] = [
+        {"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "fish"}]}
+    ]
+    stream = ai.chat.completions.create(model="fish", messages=parts, max_tokens=11, temperature=0, stream=True)
     chunks = list(stream)
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
@@ -278,7 +280,7 @@ def test_log_probabilities_are_those_of_the_model(ai: openai.OpenAI, lm: Languag
         max_tokens=3,
         logprobs=True,
         top_logprobs=2,
-        temperature=0,  # type: ignore[arg-type]
+        temperature=0,
     ).choices[0]
     assert chatted.logprobs is not None
     content = chatted.logprobs.content or []
@@ -289,13 +291,13 @@ def test_log_probabilities_are_those_of_the_model(ai: openai.OpenAI, lm: Languag
 
 def test_answers_obey_their_format(ai: openai.OpenAI):
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
-    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
     found = ai.chat.completions.create(
         model="fish",
         messages=MESSAGES,
         max_tokens=60,
         response_format=form,
-        extra_body={"seed": 3},  # type: ignore[arg-type]
+        extra_body={"seed": 3},
     ).choices[0]
     assert json.loads(found.message.content or "")["a"] in (1, 2)
     assert found.finish_reason == "stop"
