@@ -14,6 +14,7 @@ import uvicorn
 from llama_jax.checkpoint import LanguageModel
 from llama_jax.config import UserError
 from llama_jax.data import ChatTemplate
+from llama_jax.sampling import encoded_chat
 from llama_jax.serving.app import Service, ServingConfig, application
 from llama_jax.serving.worker import Refused
 
@@ -45,6 +46,8 @@ def serve(
     the start and the end. Raises UserError for a port that cannot be had and for a model that writes no text.
     """
     service = Service(lm, config, template)
+    if template is not None:
+        encoded_chat(lm, [{"role": "user", "content": "a"}], template)  # one that the tokenizer lacks tokens for
     with bound(host, port) as listening:
         service.worker.warm_up()
         address = f"[{host}]" if ":" in host else host

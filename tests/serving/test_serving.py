@@ -1,12 +1,17 @@
 """The server as its clients meet it: OpenAI's client, raw requests, clients that leave, and what is refused."""
 
 import concurrent.futures
+import dataclasses
 import json
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,13 +20,15 @@ import pytest
 from serving_app import KEY, serving
 
 from llama_jax import generate_text
-from llama_jax.checkpoint import LanguageModel
+from llama_jax.__main__ import main
+from llama_jax.checkpoint import LanguageModel, save
 from llama_jax.data.chat import ChatML
 from llama_jax.sampling import SamplingConfig, chat, complete
 from llama_jax.serving import Service
+from llama_jax.serving.requests import NOT_SERVED, Limits, completion, parsed
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-MESSAGES = [{"role": "user", "content": "one fish"}]
+MESSAGES: list[Any] = [{"role": "user", "content": "one fish"}]
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +96,12 @@ def test_a_stop_string_ends_a_text_and_is_left_out(ai: openai.OpenAI, lm: Langua
 
 def test_chats_are_those_of_chat(ai: openai.OpenAI, lm: LanguageModel):
     expected = chat(lm, MESSAGES, template=ChatML(), max_new_tokens=11, temperature=0)
-    found = ai.chat.completions.create(model="fish", messages=MESSAGES, max_completion_tokens=11, temperature=0, n=2)  # type: ignore[arg-type]
+    found = ai.chat.completions.create(model="fish", messages=MESSAGES, max_completion_tokens=11, temperature=0, n=2)
     assert [choice.message.content for choice in found.choices] == [expected] * 2
-    parts = [{"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "fish"}]}]
-    stream = ai.chat.completions.create(model="fish", messages=parts, max_tokens=11, temperature=0, stream=True)  # type: ignore[arg-type]
+    parts: list[Any] = [
+        {"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "fish"}]}
+    ]
+    stream = ai.chat.completions.create(model="fish", messages=parts, max_tokens=11, temperature=0, stream=True)
     chunks = list(stream)
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
@@ -120,6 +129,7 @@ def test_chats_are_those_of_chat(ai: openai.OpenAI, lm: LanguageModel):
         (COMPLETIONS, {"prompt": "a", "num_beams": 4}, 400, "num_beams is not supported"),
         (COMPLETIONS, {"prompt": "a", "n": 1000}, 400, "at most 128"),
         (COMPLETIONS, {"prompt": "a", "stream": "yes"}, 400, "must be true or false"),
+        (COMPLETIONS, {"prompt": "a", "logit_bias": {"99999": 1}}, 400, "99999"),
         (COMPLETIONS, {"prompt": "a", "model": "bird"}, 404, "no model 'bird'"),
         (COMPLETIONS, {"prompt": ["a"] * 100}, 400, "more than 68"),
         (CHAT, {"messages": []}, 400, "must end with the message to answer"),
@@ -250,6 +260,65 @@ def test_metrics_count_what_was_done(lm: LanguageModel):
     assert samples["llama_jax_time_between_tokens_seconds_count"] == "10"
 
 
+def test_log_probabilities_are_those_of_the_model(ai: openai.OpenAI, lm: LanguageModel):
+    (one,) = complete(lm, ["red"], SamplingConfig(max_new_tokens=5, temperature=0, logprobs=2))
+    assert one.logprobs is not None
+    expected = [entry.logprob for entry in one.logprobs]
+    options: dict[str, Any] = {"model": "fish", "prompt": "red", "max_tokens": 5, "temperature": 0, "logprobs": 2}
+    found = ai.completions.create(**options).choices[0]
+    logprobs = found.logprobs
+    assert logprobs is not None
+    assert logprobs.token_logprobs == pytest.approx(expected, abs=1e-5)
+    assert "".join(logprobs.tokens or []) == found.text
+    assert logprobs.text_offset == [len("".join((logprobs.tokens or [])[:i])) for i in range(5)]
+    assert [max(top.values()) for top in logprobs.top_logprobs or []] == pytest.approx(expected, abs=1e-5)  # greedy
+    streamed = [chunk.choices[0].logprobs for chunk in ai.completions.create(**options, stream=True)]
+    assert [x for part in streamed if part for x in part.token_logprobs or []] == pytest.approx(expected, abs=1e-5)
+    chatted = ai.chat.completions.create(
+        model="fish",
+        messages=MESSAGES,
+        max_tokens=3,
+        logprobs=True,
+        top_logprobs=2,
+        temperature=0,
+    ).choices[0]
+    assert chatted.logprobs is not None
+    content = chatted.logprobs.content or []
+    assert [len(entry.top_logprobs) for entry in content] == [2] * len(content)
+    assert "".join(entry.token for entry in content) == chatted.message.content
+    assert all(entry.top_logprobs[0].logprob == pytest.approx(entry.logprob) for entry in content)
+
+
+def test_answers_obey_their_format(ai: openai.OpenAI):
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    found = ai.chat.completions.create(
+        model="fish",
+        messages=MESSAGES,
+        max_tokens=60,
+        response_format=form,
+        extra_body={"seed": 3},
+    ).choices[0]
+    assert json.loads(found.message.content or "")["a"] in (1, 2)
+    assert found.finish_reason == "stop"
+    regex = ai.completions.create(model="fish", prompt="a", max_tokens=20, extra_body={"regex": "(red|blue) fish"})
+    assert regex.choices[0].text in ("red fish", "blue fish")
+
+
+def test_every_setting_of_sampling_is_a_field(lm: LanguageModel):
+    values: dict[str, Any] = {
+        "max_new_tokens": 3, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "typical_p": 0.9,
+        "repetition_penalty": 1.2, "frequency_penalty": 0.1, "presence_penalty": 0.1, "no_repeat_ngram_size": 2,
+        "logit_bias": {"3": 1.0}, "banned_ids": [4], "forced_ids": [5], "min_new_tokens": 1, "ignore_eos": True,
+        "stop_ids": [6], "stop": "a", "json_schema": None, "regex": "a+", "num_samples": 2, "logprobs": 1, "seed": 7,
+    }  # fmt: skip
+    fields = {field.name for field in dataclasses.fields(SamplingConfig)}
+    assert fields == values.keys() | NOT_SERVED
+    raw = json.dumps({"prompt": "a", **values}).encode()
+    asked = completion(lm, parsed(raw), Limits(length=64, max_new_tokens=64))
+    assert asked.config == SamplingConfig.of(**values)
+
+
 def test_models(ai: openai.OpenAI):
     (card,) = ai.models.list().data
     assert (card.id, card.object) == ("fish", "model")
@@ -271,3 +340,34 @@ def test_the_page_needs_no_network_and_shows_text_as_text(url: str):
     assert found.headers["content-type"].startswith("text/html")
     assert "frame-ancestors 'none'" in found.headers["content-security-policy"]
     assert not re.search(r"https?://|innerHTML|insertAdjacentHTML|document\.write|eval\(", page)
+
+
+@pytest.mark.slow
+def test_sigterm_finishes_what_runs_and_exits_with_0(lm: LanguageModel, tmp_path: Path):
+    save(lm, tmp_path / "fish")
+    command = [sys.executable, "-m", "llama_jax", "serve", str(tmp_path / "fish"), "--port", "0", "--rows", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        found = re.search(r"serving fish at (\S+)/v1", process.stdout.readline())
+        assert found is not None
+        url, text = found[1], ""
+        body = {"prompt": "red", "max_tokens": 100, "ignore_eos": True, "temperature": 0, "stream": True}
+        with httpx.stream("POST", f"{url}{COMPLETIONS}", json=body, timeout=60) as answer:
+            for line in answer.iter_lines():
+                if not text:
+                    process.send_signal(signal.SIGTERM)
+                    assert process.stdout.readline().startswith("stopping: 1 texts")
+                if line.startswith("data: {"):
+                    text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+        assert [text] == generate_text(lm, "red", max_new_tokens=100, temperature=0, ignore_eos=True)
+        assert process.wait(60) == 0
+
+
+def test_serve_refuses_before_it_loads(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    assert main(["serve", "nowhere", "--rows", "0"]) == 2
+    assert capsys.readouterr().err == "error: rows=0 must be at least 1\n"
+    for name in [name for name in sys.modules if name.startswith("llama_jax.serving")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve", "nowhere"]) == 2
+    assert capsys.readouterr().err == "error: serve needs uvicorn: pip install 'llama_jax[serve]'\n"
