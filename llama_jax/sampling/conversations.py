@@ -31,7 +31,8 @@ def chat(
     is the chat template that a run was trained with, else the one that came with the tokenizer; a text names another
     of the latter's or a built-in one; a `ChatTemplate` of `llama_jax.data` serves models without any, and ends the
     answer with its end of a turn as well. `options` are the fields of `SamplingConfig`, by default with 256 new
-    tokens, `draft` and `draft_tokens` those of `generate`. Raises UserError where there is no template or it refuses the messages, and as `generate_text` does.
+    tokens; `draft` and `draft_tokens` are those of `generate`. Raises UserError where there is no template or it
+    refuses the messages, and as `generate_text` does.
     """
     encoded = encoded_chat(lm, messages, template)
     config = SamplingConfig.of(**{"max_new_tokens": 256, **options})
@@ -45,8 +46,8 @@ class Conversation:
         conversation = lm.chat(system="You are brief.", temperature=0.7)
         conversation("Hello!")
 
-    `messages` is what was said so far, `template` as in `chat`, `draft` as in `generate`. The other arguments are the fields of
-    `SamplingConfig`; by default an answer has at most 512 tokens, or as many as there is room for.
+    `messages` is what was said so far, `template` as in `chat`, `draft` as in `generate`. The other arguments are the
+    fields of `SamplingConfig`; by default an answer has at most 512 tokens, or as many as there is room for.
     """
 
     NEW_TOKENS = 512  # of an answer, at most, where `max_new_tokens` is not given
