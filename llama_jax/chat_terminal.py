@@ -22,16 +22,16 @@ from llama_jax.screen import duration, speed
 
 PROMPT, CONTINUED = "prompt> ", "   ...> "
 HISTORY_FILE = "sample_history"  # in the cache directory
-HELP = {
+HELP = {  # lines of at most 40 columns
     "/help": "this",
     "/reset": "begin anew",
-    "/save FILE": "write what was said, as JSONL",
-    "/system TEXT": "system message; none without TEXT",
+    "/save FILE": "JSONL of what was said",
+    "/system TEXT": "the system message",
     "/temperature T": "0 is greedy",
-    "/set NAME VALUE": "any setting; without NAME: show all",
-    "/exit": "end, as Ctrl-D does",
+    "/set NAME VALUE": "a setting; alone: list",
+    "/exit": "end; so does Ctrl-D",
 }
-KEYS = "Ctrl-C stops an answer, at an empty prompt it ends.\nAlt+Enter, or a \\ at the end: another line."
+KEYS = "Ctrl-C: stop an answer, or end\nAlt+Enter or a last \\: another line"
 # Control characters that a model may write, but for line ends and tabs, as a terminal may show them.
 VISIBLE = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
@@ -226,7 +226,7 @@ def _edited_reader() -> Callable[[], str | None]:
         if buffer.document.text_before_cursor.endswith("\\"):
             buffer.delete_before_cursor()
             buffer.insert_text("\n")
-        else:
+        elif buffer.text.strip():
             buffer.validate_and_handle()
 
     @keys.add("escape", "enter")
@@ -236,7 +236,7 @@ def _edited_reader() -> Callable[[], str | None]:
     @keys.add("c-c")
     def interrupt(event: KeyPressEvent) -> None:
         if event.current_buffer.text:
-            event.current_buffer.reset()
+            event.current_buffer.text = ""  # a reset would lose the history, too
         else:
             event.app.exit(exception=KeyboardInterrupt)
 
@@ -261,11 +261,9 @@ def _edited_reader() -> Callable[[], str | None]:
     )
 
     def read() -> str | None:
-        while True:
-            try:
-                if (text := session.prompt()).strip():
-                    return text
-            except EOFError:
-                return None
+        try:
+            return session.prompt()
+        except EOFError:
+            return None
 
     return read

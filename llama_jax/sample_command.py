@@ -33,7 +33,7 @@ from llama_jax.sampling import (
     stream_encoded,
     with_room,
 )
-from llama_jax.screen import Bar
+from llama_jax.screen import Bar, speed
 
 SEPARATOR = "---"  # between the samples of prompts, where there are several
 
@@ -224,7 +224,8 @@ def write_all(lm: LanguageModel, prompts: list[Prompt], config: SamplingConfig, 
                 print(text, file=out, flush=True)
                 written += 1
             bar.advance(number)
-    print_speed(times if args.stats else times[-1:], args)
+    if args.stats or not args.quiet:
+        print(speed(times[-1:]), file=sys.stderr)
 
 
 def as_record(prompt: Prompt, completion: Completion, sample: int | None) -> dict[str, Any]:

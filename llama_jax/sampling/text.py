@@ -144,7 +144,10 @@ def completed(
         texts = [
             _Sample(prompt, TextStream(lm, own.ids, request.config.stop)) for _ in range(request.config.num_samples)
         ]
-        waiting[engine.add(request)] = texts
+        try:
+            waiting[engine.add(request)] = texts
+        except UserError as error:
+            raise UserError(f"prompt {len(waiting)}: {error}" if len(requests) > 1 else str(error)) from None
     num_tokens = 0
     while waiting:
         for piece in engine.step():
