@@ -50,9 +50,11 @@ def converse(lm: LanguageModel, options: Mapping[str, Any], args: argparse.Names
 
     Where input is not a terminal, and without prompt_toolkit, an empty line ends it, too.
     """
-    conversation = Texts(lm, **options)
+    conversation = Texts(lm, draft=args.speculation, **options)
     if args.chat:
-        conversation = Conversation(lm, system=args.system, template=args.chat_template, **options)
+        conversation = Conversation(
+            lm, system=args.system, template=args.chat_template, draft=args.speculation, **options
+        )
     read = reader()
     try:
         while (text := read()) is not None:
@@ -100,6 +102,8 @@ def print_speed(times: Sequence[tuple[int, float]], args: argparse.Namespace) ->
     """Print a line about (tokens so far, seconds so far) on stderr: with --quiet none, with --stats more."""
     if args.stats and times:
         print(f"first token after {duration(times[0][1])}, {speed(times)}", file=sys.stderr)
+        if args.speculation is not None:
+            print(args.speculation, file=sys.stderr)
     elif not args.quiet:
         print(speed(times), file=sys.stderr)
 

@@ -20,10 +20,12 @@ from llama_jax.checkpoint import LanguageModel, load
 from llama_jax.config import UserError, config_names
 from llama_jax.sample_flags import FIELDS, NEW_TOKENS, sampling_config
 from llama_jax.sampling import (
+    GUESSES,
     Completion,
     Conversation,
     Encoded,
     SamplingConfig,
+    Speculation,
     built_in,
     completed,
     encoded_chat,
@@ -63,6 +65,9 @@ def sample_command(args: argparse.Namespace) -> int:
         mesh=mesh or None,
         **({"quantize": args.quantize} if args.quantize else {}),
     )
+    if (draft := args.draft) not in (None, *GUESSES):
+        draft = load(draft, dtype=args.dtype, mesh=mesh or None)
+    args.speculation = Speculation.of(lm, draft, args.draft_tokens)
     args.chat_template = built_in(args.chat_template, lm.tokenizer)
     if prompts is None:
         options = {name: getattr(config, name) for name in FIELDS if getattr(args, name) is not None}
@@ -78,6 +83,7 @@ def sample_command(args: argparse.Namespace) -> int:
             encoded,
             sized(lm, encoded, config, args),
             row=row,
+            speculation=args.speculation,
             progress=lambda n, times=times, began=began: times.append((n, time.monotonic() - began)),
         )
         print_pieces(pieces, lead(lm, prompt))
@@ -199,6 +205,7 @@ def write_all(lm: LanguageModel, prompts: list[Prompt], config: SamplingConfig, 
         [prompt.text for prompt in prompts],
         encoded,
         configs,
+        speculation=args.speculation,
         progress=lambda n: times.append((n, time.monotonic() - began)),
     )
     as_json = args.json or str(args.output).endswith(".jsonl")

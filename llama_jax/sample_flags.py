@@ -76,9 +76,12 @@ SAMPLE = Command(
         flag("--chat-template", "NAME", "another chat template: one that the model's files name, or Llama2Chat, "
              "Llama3Chat, ChatML, ChatGLM2Chat"),
         *sampling_flags(),
+        flag("--draft", "PATH", "guess tokens ahead, which changes no text: a smaller model with the same tokenizer; "
+             "prompt, from the text so far; or mtp, by the model's further blocks"),
+        flag("--draft-tokens", "K", "tokens that are guessed at once; default: 4", type=int),
         flag("--output", "FILE", "write the texts there; .jsonl: as --json has them"),
         flag("--json", None, "one object per text, with token ids, finish_reason and log-probabilities"),
-        flag("--stats", None, "time to the first token, too, on stderr"),
+        flag("--stats", None, "time to the first token, and right guesses of --draft, too, on stderr"),
         flag("--quiet", None, "neither speed nor progress on stderr"),
         TOKENIZER,
         flag("--step", "N", "checkpoint of a run; default: the latest", type=int),

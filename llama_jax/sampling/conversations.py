@@ -10,8 +10,9 @@ from llama_jax.config import UserError, choices
 from llama_jax.data import ChatTemplate, DirectoryChat, chat_prompt, turn_ends
 from llama_jax.sampling.config import SamplingConfig, SamplingOptions
 from llama_jax.sampling.engine import Engine
+from llama_jax.sampling.speculative import Speculation
 from llama_jax.sampling.stops import tokenizer_of
-from llama_jax.sampling.text import STREAM_CHUNK, Encoded, complete_encoded, stop_ids, stream_encoded, with_room
+from llama_jax.sampling.text import STREAM_CHUNK, Encoded, completed, stop_ids, stream_encoded, with_room
 from llama_jax.tokenizers import Tokenizer, render, special_names
 
 
@@ -20,6 +21,8 @@ def chat(
     messages: Sequence[Mapping[str, Any]],
     *,
     template: ChatTemplate | str | None = None,
+    draft: Any = None,
+    draft_tokens: int | None = None,
     **options: Unpack[SamplingOptions],
 ) -> str:
     """Return the model's answer to a conversation that ends with the user.
@@ -28,11 +31,12 @@ def chat(
     is the chat template that a run was trained with, else the one that came with the tokenizer; a text names another
     of the latter's or a built-in one; a `ChatTemplate` of `llama_jax.data` serves models without any, and ends the
     answer with its end of a turn as well. `options` are the fields of `SamplingConfig`, by default with 256 new
-    tokens. Raises UserError where there is no template or it refuses the messages, and as `generate_text` does.
+    tokens; `draft` and `draft_tokens` are those of `generate`. Raises UserError where there is no template or it
+    refuses the messages, and as `generate_text` does.
     """
     encoded = encoded_chat(lm, messages, template)
     config = SamplingConfig.of(**{"max_new_tokens": 256, **options})
-    (found,) = complete_encoded(lm, [""], [encoded], config)
+    ((found,),) = completed(lm, [""], [encoded], [config], speculation=Speculation.of(lm, draft, draft_tokens))
     return found.completion
 
 
@@ -42,8 +46,8 @@ class Conversation:
         conversation = lm.chat(system="You are brief.", temperature=0.7)
         conversation("Hello!")
 
-    `messages` is what was said so far, `template` as in `chat`. The keyword arguments are the fields of
-    `SamplingConfig`; by default an answer has at most 512 tokens, or as many as there is room for.
+    `messages` is what was said so far, `template` as in `chat`, `draft` as in `generate`. The other arguments are the
+    fields of `SamplingConfig`; by default an answer has at most 512 tokens, or as many as there is room for.
     """
 
     NEW_TOKENS = 512  # of an answer, at most, where `max_new_tokens` is not given
@@ -54,6 +58,8 @@ class Conversation:
         *,
         system: str | None = None,
         template: ChatTemplate | str | None = None,
+        draft: Any = None,
+        draft_tokens: int | None = None,
         **options: Unpack[SamplingOptions],
     ):
         SamplingConfig.of(**options)
@@ -61,7 +67,11 @@ class Conversation:
         self.options: dict[str, Any] = dict(options)
         self.messages: list[dict[str, str]] = []
         self.set_system(system)
-        self._num_answers, self._engine = 0, Engine(lm, rows=1, decode_chunk=STREAM_CHUNK)
+        self._speculation = Speculation.of(lm, draft, draft_tokens)
+        self._num_answers, self._engine = 0, self._new_engine()
+
+    def _new_engine(self) -> Engine:
+        return Engine(self.lm, rows=1, decode_chunk=STREAM_CHUNK, speculation=self._speculation)
 
     def set_system(self, system: str | None) -> None:
         """Replace the system message; None or an empty text removes it."""
@@ -109,7 +119,7 @@ class Conversation:
                 yield piece
             begun = True
         except KeyboardInterrupt:  # in the middle of a step
-            self._engine = Engine(self.lm, rows=1, decode_chunk=STREAM_CHUNK)
+            self._engine = self._new_engine()
             raise
         finally:
             if begun:

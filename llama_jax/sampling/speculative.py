@@ -28,7 +28,7 @@ from llama_jax.sampling.drafts import FromBlocks, FromModel, FromText, logits_of
 from llama_jax.sampling.loop import Orders, Rows, SamplingState, append, keys_of
 from llama_jax.sampling.sampler import Sampler
 
-PROMPT, MTP = "prompt", "mtp"
+GUESSES = PROMPT, MTP = "prompt", "mtp"
 NUM_TOKENS = 4
 
 
@@ -41,7 +41,7 @@ class Speculation:
     """
 
     def __init__(self, draft: "LanguageModel | Model | str", num_tokens: int | None = None):
-        if not isinstance(draft, LanguageModel | Model) and draft not in (PROMPT, MTP):
+        if not isinstance(draft, LanguageModel | Model) and draft not in GUESSES:
             raise UserError(f"draft={draft!r} must be a model that load returns, '{PROMPT}' or '{MTP}'")
         if num_tokens is not None and num_tokens < 1:
             raise UserError(f"draft_tokens={num_tokens} must be at least 1")

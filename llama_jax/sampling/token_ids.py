@@ -49,9 +49,8 @@ def generate(
     bare Model has none. `controls` are further functions `(logits [B, V], written) -> logits`, applied in their order
     before temperature, top-k and top-p (`sampler.py`).
 
-    `draft` guesses `draft_tokens` tokens ahead, which costs time or saves it and does not change a token: a smaller
-    model with the same vocabulary, "prompt" (what followed the last tokens earlier in the text), "mtp" (the model's own
-    further blocks), or a `Speculation`, which counts the guesses that were right.
+    `draft` guesses `draft_tokens` tokens ahead, and changes no text: a smaller model with the same vocabulary, "prompt"
+    (what followed the last tokens before), "mtp" (the model's further blocks), or a `Speculation`, which counts.
 
     An encoder-decoder reads `tokens` as the source, [B, S], and writes a target: int32 [B, 1 + max_new_tokens] that
     begins with its start token. `source_mask` [B, S] is then another way to mark padding, at any place of the source:
@@ -67,11 +66,8 @@ def generate(
     config = dataclasses.replace(config, stop_ids=(*stops, *config.stop_ids))
     prompts = checked_prompts(model, tokens, prompt_lengths, source_mask, start_id=settings.decoder_start_id)
     speculation = Speculation.of(lm, draft, draft_tokens)
-    found = [
-        answer
-        for samples in answers(lm, prompts.requests(config), rows=rows, speculation=speculation)
-        for answer in samples
-    ]
+    samples = answers(lm, prompts.requests(config), rows=rows, speculation=speculation)
+    found = [answer for group in samples for answer in group]
     out = np.zeros((len(found), prompts.width + config.max_new_tokens), np.int32)
     for number, (row, answer) in enumerate(zip(out, found, strict=True)):
         source = number // config.num_samples

@@ -124,14 +124,14 @@ def test_texts_take_a_draft(lm: LanguageModel):
 
 
 def test_what_cannot_guess(two_layers: DecoderConfig, make_model, model: Model):
-    other = make_model(dataclasses.replace(two_layers, num_layers=1, vocab_size=40))
+    other = make_model(dataclasses.replace(two_layers, num_layers=1, vocab_size=41))
     recurrent = make_model(dataclasses.replace(two_layers, num_layers=1, attention=LSTM(16), positions=None))
     for options, sentence in [
         ({"draft": "mpt"}, "draft='mpt' must be a model that load returns, 'prompt' or 'mtp'"),
         ({"draft": "mtp"}, "draft='mtp' needs a model with num_mtp_layers"),
         ({"draft_tokens": 3}, "draft_tokens=3 needs a draft"),
         ({"draft": "prompt", "draft_tokens": 0}, "draft_tokens=0 must be at least 1"),
-        ({"draft": other}, "the draft's vocab_size=40 must be the model's"),
+        ({"draft": other}, "the draft's vocab_size=41 must be the model's"),
         ({"draft": recurrent}, "the draft has layers whose state cannot be taken back"),
         ({"draft": load(PARITY / "t5_v1_0")}, "draft must be a decoder for a decoder"),
     ]:
