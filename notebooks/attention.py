@@ -18,7 +18,7 @@
 # Multi-head attention (MHA) keeps a key and a value of every head for every token. Grouped-query (GQA) and multi-query
 # attention (MQA) share them among heads, latent attention (MLA) keeps one small vector from which all heads' keys and
 # values are made, and sparse attention (DSA) reads only some of them. What does each cost, and what does it save? The
-# models are tiny (two layers of width 64, 8 heads of 8, a few hundred thousand tokens of Python): what is decided here
+# models are tiny (two layers of width 64, 8 heads of 8, 130,000 tokens of Python): what is decided here
 # is decided at this size only.
 
 # %%
@@ -87,7 +87,7 @@ sweep = llama_jax.ablate(
     config,
     tools.few(variants, "MHA", "MLA"),
     seeds=tools.full(4, quick=2),
-    steps=tools.full(200, quick=4),
+    steps=tools.full(130, quick=4),
     match="parameters",
     run_dir=folder / "sweep",
 )

@@ -68,7 +68,7 @@ dense = llama_jax.ablate(
     config,
     tools.few(variants, "SwiGLU", "ReLU"),
     seeds=tools.full(4, quick=2),
-    steps=tools.full(200, quick=4),
+    steps=tools.full(120, quick=4),
     match="parameters",
     run_dir=folder / "dense",
 )
@@ -105,7 +105,7 @@ sparse = llama_jax.ablate(
         "experts, balanced": experts | {"model.feed_forward.load_balance_loss": 0.01},
     },
     seeds=tools.full(3, quick=2),
-    steps=tools.full(200, quick=4),
+    steps=tools.full(100, quick=4),
     match="flops",
     run_dir=folder / "sparse",
 )

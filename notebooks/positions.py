@@ -126,7 +126,7 @@ sweep = llama_jax.ablate(
     config,
     variants,
     seeds=tools.full(4, quick=2),
-    steps=tools.full(200, quick=4),
+    steps=tools.full(150, quick=4),
     run_dir=folder / "sweep",
 )
 sweep

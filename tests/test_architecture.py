@@ -104,7 +104,8 @@ def undocumented(cls: type) -> list[str]:
     kinds = (types.FunctionType, classmethod, staticmethod, property, functools.cached_property)
     own = [name for name, value in vars(cls).items() if isinstance(value, kinds) and not name.startswith("_")]
     fields = {name for base in cls.__mro__ for name in vars(base).get("__annotations__", {})}  # described by the class
-    names = [name for name in own if name not in fields and not inspect.getdoc(getattr(cls, name))]
+    described = {name for base in cls.__mro__ for name, value in vars(base).items() if inspect.getdoc(value)}
+    names = [name for name in own if name not in fields | described]
     return [f"{cls.__module__}.{cls.__name__}.{name}" for name in names]
 
 

@@ -83,9 +83,9 @@ def _style(place: int, **changes: Any) -> dict[str, Any]:
 
 
 def _short_names(sweep: "Sweep") -> dict[str, str]:
-    """Return short forms of the variants' names, so long that no two are the same."""
+    """Return short forms of the variants' names; longer ones where two would be the same."""
     names = [variant.name for variant in sweep.record.variants] + [sweep.record.baseline]
-    for size in range(NAME, max(map(len, names)) + 1):
+    for size in (NAME, 2 * NAME):
         short = {name: name if len(name) <= size else f"{name[: size // 2 - 1]}…{name[-size // 2 :]}" for name in names}
         if len(set(short.values())) == len(set(names)):
             return short
