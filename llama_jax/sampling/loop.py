@@ -104,6 +104,7 @@ def start(
     stops = np.full(max(FEWEST_STOPS, power_of_two(len(stop_ids))), -1, np.int32)
     stops[: len(stop_ids)] = stop_ids
     inputs = (_padded(tokens, size, capacity), ends, np.arange(size) >= real, rows, halves, stops, source)
+    model = model.for_decoding
     with model.on_mesh():
         return _start(model.graphdef, width, model.state, inputs, sampler)
 
@@ -115,6 +116,7 @@ def _padded(x: np.ndarray, rows: int, width: int) -> np.ndarray:
 
 def advance(model: Model, state: SamplingState, sampler: Sampler, num_tokens: int) -> tuple[SamplingState, Rows]:
     """Add up to `num_tokens` tokens to every row that is not done; `state` is used up (its cache is donated)."""
+    model = model.for_decoding
     with model.on_mesh():
         return _advance(model.graphdef, model.state, state, sampler, np.int32(num_tokens))
 
