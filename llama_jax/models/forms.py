@@ -1,21 +1,18 @@
-"""A module with its matrices in another form: quantized, or in the blocks that a CPU decodes from."""
+"""A module with quantized matrices, and the copy of its head that a CPU decodes from."""
 
 import functools
 import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from llama_jax.config import UserError
-from llama_jax.models.config import ModelConfig
-from llama_jax.nn import FORMATS, Blocked, Form, PyTree, form_of
+from llama_jax.models.config import ModelConfig, TransformerConfig
+from llama_jax.nn import FORMATS, Blocks, PyTree, form_of
 from llama_jax.parallel import platform
 
-# Bytes of the weights between which a CPU decodes from blocks: with fewer, a step is not bound by them; more are not
-# copied.
-BLOCKS_FROM, BLOCKS_TO = 4 << 20, 4 << 30
+BLOCKS_FROM = 1 << 20  # numbers of a head from which a step on a CPU is bound by reading it
 
 
 def check_format(config: ModelConfig, format: str) -> None:
@@ -30,26 +27,27 @@ def check_format(config: ModelConfig, format: str) -> None:
             raise UserError("quantize=fp8 needs an NVIDIA GPU of compute capability 8.9 or more: take int8")
 
 
-def blocks_pay(config: ModelConfig, state: PyTree) -> bool:
-    """Return true where decoding from blocks is faster."""
-    size = sum(x.nbytes for x in jax.tree.leaves(state))
-    return config.generates and platform() == "cpu" and BLOCKS_FROM <= size <= BLOCKS_TO
+def blocks_pay(config: TransformerConfig) -> bool:
+    """Return true where decoding with the head in blocks is faster."""
+    return platform() == "cpu" and config.generates and config.vocab_size * config.hidden_size >= BLOCKS_FROM
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def in_form(graphdef: PyTree, format: str, state: PyTree) -> Any:
-    """Return graph and state of a module with its matrices in a format of `FORMATS`, or in "blocks"."""
+def quantized(graphdef: PyTree, format: str, state: PyTree) -> Any:
+    """Return graph and state of a module with its matrices in a format of `FORMATS`."""
     module = nnx.merge(graphdef, state)
     table = module.embedding if module.part("lm_head") is None else None  # the head, too
     for _, node in list(nnx.iter_graph(module)):
-        dims, weight = getattr(node, "summed_dims", None), getattr(node, "weight", None)
-        if dims is None or weight is None or isinstance(weight, Form):
-            continue
-        axes = weight.get_metadata("axes")
-        if format != "blocks":
-            node.weight = form_of(weight[...], axes, dims, format, transposed=node is table)
-        elif getattr(node, "multiplies", False):
-            node.weight = Blocked(weight[...].astype(module.compute.jax_dtype), axes, dims)
-    if format == "blocks" and table is not None:
-        module.head_form = Blocked(table.weight[...].astype(module.compute.jax_dtype).T, (None, None), (0,))
+        if (dims := getattr(node, "summed_dims", None)) is not None:
+            axes = node.weight.get_metadata("axes")
+            node.weight = form_of(node.weight[...], axes, dims, format, transposed=node is table)
     return nnx.split(module)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def head_blocks(graphdef: PyTree, state: PyTree) -> Any:
+    """Return graph and state of a copy of a module's head in blocks."""
+    module = nnx.merge(graphdef, state)
+    weight = module.head_weight()
+    weight = weight["weight"] if isinstance(weight, dict) else weight
+    return nnx.split(Blocks(weight.T if module.part("lm_head") is None else weight))

@@ -15,11 +15,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.config import UserError
 from llama_jax.models.config import Compute, ModelConfig, TransformerConfig
-from llama_jax.models.forms import blocks_pay, check_format, in_form
+from llama_jax.models.forms import blocks_pay, check_format, head_blocks, quantized
 from llama_jax.models.inputs import check_length, check_params, checked_inputs
 from llama_jax.models.layout import Params, assemble, flatten, init_params
 from llama_jax.models.stack import Aux, Layers
-from llama_jax.nn import Form, ForwardContext, Mask, PyTree, dropout, gather, matmul, multiplied, seed_value, zigzag
+from llama_jax.nn import Blocks, Form, ForwardContext, Mask, PyTree, dropout, gather, matmul, multiplied, seed_value, zigzag
 from llama_jax.parallel import axes_of, shard
 
 type Batch = dict[str, jax.Array]
@@ -62,7 +62,7 @@ class Transformer(nnx.Module):
     ):
         self.config, self.compute = config, compute
         self.part_names, self.stack_names = tuple(parts), tuple(stacks)
-        self.head_form: Form | None = nnx.data(None)  # of a tied head, which decoding on a CPU has apart from the embedding
+        self.head_blocks: Blocks | None = nnx.data(None)  # a copy of the head, from which a CPU decodes
         for name, module in (parts | stacks).items():
             setattr(self, name, module)
 
@@ -152,7 +152,7 @@ class Transformer(nnx.Module):
     def head_weight(self) -> PyTree:
         """Return the argument of `head`, as it is stored: [V, D] where tied, else [D, V]; transposing would copy it."""
         lm_head = self.part("lm_head")
-        weight = (self.embedding if lm_head is None else lm_head).weight if self.head_form is None else self.head_form
+        weight = (self.embedding if lm_head is None else lm_head).weight
         weight = weight if isinstance(weight, Form) else weight[...].astype(self.compute.jax_dtype)
         if (head_bias := self.part("head_bias")) is None:
             return weight
@@ -166,8 +166,8 @@ class Transformer(nnx.Module):
         weight, bias = (weight["weight"], weight["bias"]) if isinstance(weight, dict) else (weight, None)
         # Gathered here, so that the loss, which calls this for chunks of positions, keeps only the stored part.
         tied = self.part("lm_head") is None
-        logits = multiplied(hidden, weight, 1)
-        if logits is None:
+        form = weight if isinstance(weight, Form) else self.head_blocks
+        if form is None or (logits := multiplied(hidden, form, 1)) is None:
             weight = gather(weight[...].astype(hidden.dtype), ("vocab", "embed") if tied else ("embed", "vocab"))
             logits = matmul(hidden, weight, out_axis="vocab", transposed=tied, dtype=jnp.float32)
         if self.config.logit_scale != 1:
@@ -224,15 +224,17 @@ class Model:
         """Return the model with its matrices in `format`: int8, int4 or fp8. Raises UserError where that cannot be."""
         check_format(self.config, format)
         with self.on_mesh():
-            module = nnx.merge(*in_form(self.graphdef, format, self.state))
+            module = nnx.merge(*quantized(self.graphdef, format, self.state))
         return Model(module, self.mesh, quantize=format)
 
     @functools.cached_property
     def for_decoding(self) -> "Model":
-        """The model with its matrices in blocks where a CPU decodes faster by that, a second copy; else itself."""
-        if self.mesh is not None or self.quantize is not None or not blocks_pay(self.config, self.state):
+        """The model with a copy of its head in blocks, where a CPU decodes faster by that; else itself."""
+        if self.mesh is not None or self.quantize is not None or not blocks_pay(self.config):
             return self
-        return Model(nnx.merge(*in_form(self.graphdef, "blocks", self.state)))
+        module = self.module
+        module.head_blocks = nnx.merge(*head_blocks(self.graphdef, self.state))
+        return Model(module)
 
     def params(self) -> Params:
         """Return parameters by name, stacked over layers. Raises UserError for a quantized model."""

@@ -93,7 +93,7 @@ from llama_jax.nn.positions import (
 )
 from llama_jax.nn.quantized import (
     FORMATS as FORMATS,
-    Blocked as Blocked,
+    Blocks as Blocks,
     Form as Form,
     form_of as form_of,
     multiplied as multiplied,

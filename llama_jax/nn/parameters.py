@@ -165,7 +165,6 @@ class Projection(nnx.Module):
         shape, axes = self.in_shape + self.out_shape, self.in_axes + self.out_axes
         self.weight: nnx.Variable | Form = parameter(rngs, "weight", shape, axes, std=std)
         self.bias = parameter(rngs, "bias", self.out_shape, self.out_axes, std=0.0) if bias else None
-        self.multiplies = True  # false where the matrix itself is read, by `matrix`
         self.adapter: LoRA | None = None
         if isinstance(rngs, Keys) and rngs.adapters is not None and rngs.adapters.covers(rngs.path):
             self.adapter, self.path = rngs.adapters, rngs.path

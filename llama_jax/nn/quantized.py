@@ -1,8 +1,7 @@
-"""Matrices in other forms than one array of floats: int8, int4, fp8, and blocks that the CPU multiplies fast.
+"""Matrices in int8, int4 and fp8, and the products of few rows on a CPU.
 
 A form takes the place of a module's parameter. `form[...]` is the matrix in float32, from which every computation works
-on every mesh (a GPU's product converts it on the way); `form.product(x)` computes from the stored bytes where that is
-faster, on a CPU.
+on every mesh (a GPU's product converts it on the way); `form.product(x)` computes from the stored bytes, on a CPU.
 """
 
 import math
@@ -18,6 +17,7 @@ from llama_jax.parallel import fitting, mesh_axis_sizes, platform, reshape, shar
 
 GROUP = 128  # most inputs that share a scale in int4
 TERMS = 16  # products that the CPU adds up in registers before it writes their sum
+LEAST_TERMS = 4
 BLOCK = 128  # most outputs of a block: the part of a matrix that XLA:CPU packs at a time stays in its cache
 FORMATS = ("int8", "int4", "fp8")
 
@@ -48,10 +48,7 @@ class Form(nnx.Module):
         raise NotImplementedError
 
     def product(self, x: Float[Array, "n i"]) -> Float[Array, "n o"] | None:
-        """Return x times the matrix with its inputs, and its outputs, as one dimension; float32.
-
-        It is for a CPU without a mesh, and None where the product with the dense matrix is faster.
-        """
+        """Return x times the matrix with its outputs as one dimension, in float32; None as of `multiplied`."""
         raise NotImplementedError
 
     def rows(self, index: Int[Array, "b t"]) -> Float[Array, "b t d"]:
@@ -74,8 +71,8 @@ class Scaled(Form):
         values, scale = values.reshape(x.shape[1], -1), self.scale[...].reshape(1, -1)
         if values.dtype != jnp.int8:
             return None
-        if len(x) <= 2 and _terms(x.shape[1]) >= 4:
-            return unrolled(x, values[None])[:, 0] * scale
+        if len(x) <= 2 and _terms(x.shape[1]) >= LEAST_TERMS:
+            return unrolled(x, values) * scale
         # x to 15 bits by two int8, so that two exact integer products take the place of a conversion of all values.
         unit = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), 1e-30) / 127
         high = jnp.round(x / unit)
@@ -108,11 +105,12 @@ class Grouped(Form):
         return shard(reshape(values, shape, *split), *self.axes)
 
     def product(self, x: Float[Array, "n i"]) -> Float[Array, "n o"] | None:
-        packed, dim = self.values[...], self.inputs[-1]
-        half = packed.shape[dim + 1]
-        terms = _terms(half)
-        if len(x) > 8 or terms < 4:
+        dim = self.inputs[-1]
+        half = self.values[...].shape[dim + 1]
+        terms = _terms(half, TERMS // 2)
+        if len(x) > 8 or terms < LEAST_TERMS:
             return None
+        x, packed = variant(x.astype(jnp.float32), self.values[...])
         # Every sum is of one group, the partial sum's scale with it.
         packed = packed.reshape(-1, half // terms, terms, math.prod(packed.shape[dim + 2 :]))
         scale = self.scale[...].reshape(len(packed), 1, -1)
@@ -126,35 +124,30 @@ class Grouped(Form):
             return first + (byte >> 4).astype(jnp.float32) * high[:, :, :, j]
 
         sums = _tree(term, terms) * scale
-        return _folded(jax.lax.optimization_barrier(sums.reshape(len(x), 1, -1, sums.shape[-1])))[:, 0]
+        return _folded(sums.reshape(len(x), -1, sums.shape[-1]))
 
 
-class Blocked(Form):
-    """A matrix as blocks [K, I, F] of at most 128 outputs, for decoding on a CPU."""
+class Blocks(nnx.Module):
+    """A copy of a head for decoding on a CPU: blocks [K, D, F] of at most 128 outputs in float32, one block in others.
 
-    def __init__(self, matrix: jax.Array, axes: Axes, inputs: tuple[int, ...]):
-        super().__init__(axes, inputs)
-        self.shape = matrix.shape
-        size = math.prod(matrix.shape[: len(inputs)])
-        flat = matrix.reshape(size, -1)
-        count = -(-flat.shape[1] // BLOCK)
-        flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % count)))
-        self.blocks = nnx.Variable(flat.reshape(size, count, -1).swapaxes(0, 1))
+    XLA:CPU packs a matrix before it multiplies several rows by it: by blocks that stays in its cache.
+    """
 
-    def dense(self) -> jax.Array:
-        flat = self.blocks[...].swapaxes(0, 1)
-        outputs = math.prod(self.shape[len(self.inputs) :])
-        return flat.reshape(len(flat), -1)[:, :outputs].reshape(self.shape)
+    def __init__(self, matrix: Float[Array, "d v"]):
+        inputs, self.outputs = matrix.shape
+        count = -(-self.outputs // BLOCK) if matrix.dtype == jnp.float32 else 1
+        matrix = jnp.pad(matrix, ((0, 0), (0, -self.outputs % count)))
+        self.values = nnx.Variable(matrix.reshape(inputs, count, -1).swapaxes(0, 1))
 
-    def product(self, x: Float[Array, "n i"]) -> Float[Array, "n o"]:
-        blocks = self.blocks[...]
-        if len(x) == 1 and _terms(x.shape[1]) >= 4:
-            y = unrolled(x.astype(jnp.float32), blocks)
-        else:
-            # x once for each block: XLA would else join the blocks, and pack the whole matrix.
-            many = jnp.broadcast_to(x[None], (len(blocks), *x.shape))
-            y = jnp.einsum("kdf,ktd->ktf", blocks, many, preferred_element_type=jnp.float32).swapaxes(0, 1)
-        return y.reshape(len(x), -1)[:, : math.prod(self.shape[len(self.inputs) :])]
+    def product(self, x: Float[Array, "n d"]) -> Float[Array, "n v"] | None:
+        """Return x times the head in float32, or None where the head as it is multiplies faster."""
+        blocks = self.values[...]
+        if len(x) == 1:
+            return None if blocks.dtype == jnp.float32 else unrolled(x.astype(jnp.float32), blocks[0])
+        # x once for each block: XLA would else join the blocks.
+        many = jnp.broadcast_to(x[None], (len(blocks), *x.shape))
+        y = jnp.einsum("kdf,ktd->ktf", blocks, many, preferred_element_type=jnp.float32).swapaxes(0, 1)
+        return y.reshape(len(x), -1)[:, : self.outputs]
 
 
 def form_of(
@@ -173,41 +166,51 @@ def form_of(
     return Scaled(matrix, axes, inputs, dtype, transposed=transposed)
 
 
-def multiplied(x: jax.Array, weight: object, num_dims: int) -> jax.Array | None:
-    """Return x [..., *inputs], of `num_dims` dimensions of inputs, times a form: [..., O] in float32.
+def multiplied(x: jax.Array, weight: nnx.Variable | Form | Blocks, num_dims: int) -> jax.Array | None:
+    """Return x [..., *inputs], of `num_dims` dimensions of inputs, times a matrix: [..., O] in float32.
 
-    It is None for other weights, and for forms that are multiplied as dense matrices.
+    It is for a CPU without a mesh, and None where the product with the dense matrix is as fast.
     """
-    if not isinstance(weight, Form):
-        return None
-    if platform() != "cpu" or mesh_axis_sizes() or weight.inputs != tuple(range(num_dims)):
+    if platform() != "cpu" or mesh_axis_sizes():
         return None
     lead = x.shape[: x.ndim - num_dims]
-    y = weight.product(x.reshape(math.prod(lead), -1))
+    rows = x.reshape(math.prod(lead), -1)
+    if not isinstance(weight, nnx.Variable):
+        y = weight.product(rows)
+    elif len(rows) == 1 and weight[...].dtype == x.dtype == jnp.bfloat16 and _terms(rows.shape[1]) >= LEAST_TERMS:
+        y = unrolled(rows, weight[...].reshape(rows.shape[1], -1))
+    else:
+        y = None
     return None if y is None else y.reshape(*lead, -1)
 
 
-def unrolled(x: Float[Array, "n i"], matrices: jax.Array) -> Float[Array, "n k f"]:
-    """Return x times matrices [K, I, F] in float32: sums of up to 16 products written out, then sums of those.
+def unrolled(x: Float[Array, "n i"], matrix: jax.Array) -> Float[Array, "n o"]:
+    """Return x times a matrix [I, O] in float32: sums of up to 16 products written out, then sums of those.
 
-    Compiled by XLA:CPU it converts values in vector registers, reads them once and adds outputs side by side. A dot of
-    one row would convert the whole matrix first, or sum along a vector, one addition waiting for the other.
+    Compiled by XLA:CPU it converts values in vector registers, reads them once and adds outputs next to each other. A
+    dot of one row would convert the whole matrix first, or sum along a vector, one addition waiting for the other.
     """
-    count, inputs, width = matrices.shape
-    terms = _terms(inputs)
-    matrices, x = matrices.reshape(count, -1, terms, width), x.reshape(len(x), 1, -1, terms, 1)
-    return _folded(jax.lax.optimization_barrier(_tree(lambda j: matrices[:, :, j] * x[:, :, :, j], terms)))
+    terms = _terms(matrix.shape[0])
+    x, matrix = variant(x.astype(jnp.float32), matrix)
+    matrix, x = matrix.reshape(-1, terms, matrix.shape[1]), x.reshape(len(x), -1, terms, 1)
+    return _folded(_tree(lambda j: matrix[:, j].astype(jnp.float32) * x[:, :, j], terms))
 
 
-def _folded(sums: Float[Array, "n k c f"]) -> Float[Array, "n k f"]:
+def variant(x: jax.Array, matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return both, the matrix as a function of x: XLA would else convert it once, before the loop, to four bytes."""
+    return jax.lax.optimization_barrier((x, matrix))
+
+
+def _folded(sums: Float[Array, "n c o"]) -> Float[Array, "n o"]:
     """Return the sum over C."""
-    while (size := sums.shape[2]) > 1:
-        terms = min(TERMS, size)
-        sums = jnp.pad(sums, ((0, 0), (0, 0), (0, -size % terms), (0, 0)))
-        sums = sums.reshape(*sums.shape[:2], -1, terms, sums.shape[3])
-        sums = _tree(lambda j, sums=sums: sums[:, :, :, j], terms)
-        sums = jax.lax.optimization_barrier(sums) if sums.shape[2] > 1 else sums
-    return sums[:, :, 0]
+    while (size := sums.shape[1]) > 1:
+        sums = jax.lax.optimization_barrier(sums)  # each stage a loop of its own
+        terms = size if size <= 2 * TERMS else _terms(size)
+        if terms < LEAST_TERMS:
+            return sums.sum(1)
+        sums = sums.reshape(len(sums), -1, terms, sums.shape[2])
+        sums = _tree(lambda j, sums=sums: sums[:, :, j], terms)
+    return sums[:, 0]
 
 
 def _tree(term: Callable[[int], jax.Array], count: int) -> jax.Array:
@@ -218,8 +221,8 @@ def _tree(term: Callable[[int], jax.Array], count: int) -> jax.Array:
     return terms[0]
 
 
-def _terms(size: int) -> int:
-    return max(n for n in range(1, TERMS + 1) if size % n == 0)
+def _terms(size: int, most: int = TERMS) -> int:
+    return max(n for n in range(1, most + 1) if size % n == 0)
 
 
 def _group(size: int) -> int:

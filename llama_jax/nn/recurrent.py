@@ -143,7 +143,6 @@ class _Cell(nnx.Module):
         gates = {"_gates": config.num_gates * config.state_size}
         self.input_proj = Projection({"embed": width}, gates, bias=True, rngs=child(rngs, "input_proj"))
         self.state_proj = Projection({"_state": config.state_size}, gates, bias=False, rngs=child(rngs, "state_proj"))
-        self.state_proj.multiplies = False
 
     def first_state(self, batch: int) -> State:
         state = _flax_cell(self.config, None).initialize_carry((batch, 1), nnx.Rngs(0))

@@ -125,7 +125,6 @@ class LatentAttentionModule(MixerModule):
         self.k_rope_proj = projection("k_rope_proj", outer, {"_head_dim": config.qk_rope_head_dim})
         self.k_b_proj = projection("k_b_proj", latent, nope)
         self.v_b_proj = projection("v_b_proj", latent, value)
-        self.k_b_proj.multiplies = self.v_b_proj.multiplies = False
         self.o_proj = projection("o_proj", value, outer)
 
     def __call__(
