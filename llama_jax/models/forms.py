@@ -1,4 +1,4 @@
-"""A module with quantized matrices, and the copy of its head that a CPU decodes from."""
+"""A module with quantized matrices, and where a CPU decodes from a copy of the head."""
 
 import functools
 import re
@@ -9,10 +9,10 @@ from flax import nnx
 
 from llama_jax.config import UserError
 from llama_jax.models.config import ModelConfig, TransformerConfig
-from llama_jax.nn import FORMATS, Blocks, PyTree, form_of
+from llama_jax.nn import FORMATS, PyTree, form_of
 from llama_jax.parallel import platform
 
-BLOCKS_FROM = 1 << 20  # numbers of a head from which a step on a CPU is bound by reading it
+HEAD_FROM = 1 << 20  # numbers of a head from which a step on a CPU is bound by reading it
 
 
 def check_format(config: ModelConfig, format: str) -> None:
@@ -27,9 +27,10 @@ def check_format(config: ModelConfig, format: str) -> None:
             raise UserError("quantize=fp8 needs an NVIDIA GPU of compute capability 8.9 or more: take int8")
 
 
-def blocks_pay(config: TransformerConfig) -> bool:
-    """Return true where decoding with the head in blocks is faster."""
-    return platform() == "cpu" and config.generates and config.vocab_size * config.hidden_size >= BLOCKS_FROM
+def copy_pays(config: TransformerConfig) -> bool:
+    """Return true where decoding is faster with a tied head as [D, V], a copy of the embedding."""
+    large = config.vocab_size * config.hidden_size >= HEAD_FROM
+    return platform() == "cpu" and config.generates and config.tie_embeddings and large
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -42,12 +43,3 @@ def quantized(graphdef: PyTree, format: str, state: PyTree) -> Any:
             axes = node.weight.get_metadata("axes")
             node.weight = form_of(node.weight[...], axes, dims, format, transposed=node is table)
     return nnx.split(module)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def head_blocks(graphdef: PyTree, state: PyTree) -> Any:
-    """Return graph and state of a copy of a module's head in blocks."""
-    module = nnx.merge(graphdef, state)
-    weight = module.head_weight()
-    weight = weight["weight"] if isinstance(weight, dict) else weight
-    return nnx.split(Blocks(weight.T if module.part("lm_head") is None else weight))

@@ -15,11 +15,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.config import UserError
 from llama_jax.models.config import Compute, ModelConfig, TransformerConfig
-from llama_jax.models.forms import blocks_pay, check_format, head_blocks, quantized
+from llama_jax.models.forms import check_format, copy_pays, quantized
 from llama_jax.models.inputs import check_length, check_params, checked_inputs
 from llama_jax.models.layout import Params, assemble, flatten, init_params
 from llama_jax.models.stack import Aux, Layers
-from llama_jax.nn import Blocks, Form, ForwardContext, Mask, PyTree, dropout, gather, matmul, multiplied, seed_value, zigzag
+from llama_jax.nn import Form, ForwardContext, Mask, PyTree, dropout, gather, matmul, multiplied, seed_value, zigzag
 from llama_jax.parallel import axes_of, shard
 
 type Batch = dict[str, jax.Array]
@@ -62,7 +62,7 @@ class Transformer(nnx.Module):
     ):
         self.config, self.compute = config, compute
         self.part_names, self.stack_names = tuple(parts), tuple(stacks)
-        self.head_blocks: Blocks | None = nnx.data(None)  # a copy of the head, from which a CPU decodes
+        self.head_copy: nnx.Variable | None = nnx.data(None)  # a tied head as [D, V], from which a CPU decodes
         for name, module in (parts | stacks).items():
             setattr(self, name, module)
 
@@ -166,8 +166,10 @@ class Transformer(nnx.Module):
         weight, bias = (weight["weight"], weight["bias"]) if isinstance(weight, dict) else (weight, None)
         # Gathered here, so that the loss, which calls this for chunks of positions, keeps only the stored part.
         tied = self.part("lm_head") is None
-        form = weight if isinstance(weight, Form) else self.head_blocks
-        if form is None or (logits := multiplied(hidden, form, 1)) is None:
+        stored = weight if isinstance(weight, Form) else self.head_copy if tied else self.lm_head.weight
+        if stored is not None and stored is self.head_copy:
+            weight, tied = stored[...], False
+        if stored is None or (logits := multiplied(hidden, stored, 1)) is None:
             weight = gather(weight[...].astype(hidden.dtype), ("vocab", "embed") if tied else ("embed", "vocab"))
             logits = matmul(hidden, weight, out_axis="vocab", transposed=tied, dtype=jnp.float32)
         if self.config.logit_scale != 1:
@@ -229,11 +231,11 @@ class Model:
 
     @functools.cached_property
     def for_decoding(self) -> "Model":
-        """The model with a copy of its head in blocks, where a CPU decodes faster by that; else itself."""
-        if self.mesh is not None or self.quantize is not None or not blocks_pay(self.config):
+        """The model with a tied head as [D, V] too, where a CPU decodes faster by that copy; else itself."""
+        if self.mesh is not None or self.quantize is not None or not copy_pays(self.config):
             return self
         module = self.module
-        module.head_blocks = nnx.merge(*head_blocks(self.graphdef, self.state))
+        module.head_copy = nnx.Variable(module.embedding.weight[...].astype(module.compute.jax_dtype).T)
         return Model(module)
 
     def params(self) -> Params:

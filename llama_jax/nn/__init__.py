@@ -93,7 +93,6 @@ from llama_jax.nn.positions import (
 )
 from llama_jax.nn.quantized import (
     FORMATS as FORMATS,
-    Blocks as Blocks,
     Form as Form,
     form_of as form_of,
     multiplied as multiplied,

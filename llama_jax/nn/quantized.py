@@ -18,7 +18,6 @@ from llama_jax.parallel import fitting, mesh_axis_sizes, platform, reshape, shar
 GROUP = 128  # most inputs that share a scale in int4
 TERMS = 16  # products that the CPU adds up in registers before it writes their sum
 LEAST_TERMS = 4
-BLOCK = 128  # most outputs of a block: the part of a matrix that XLA:CPU packs at a time stays in its cache
 FORMATS = ("int8", "int4", "fp8")
 
 type Axes = tuple[str | None, ...]
@@ -127,29 +126,6 @@ class Grouped(Form):
         return _folded(sums.reshape(len(x), -1, sums.shape[-1]))
 
 
-class Blocks(nnx.Module):
-    """A copy of a head for decoding on a CPU: blocks [K, D, F] of at most 128 outputs in float32, one block in others.
-
-    XLA:CPU packs a matrix before it multiplies several rows by it: by blocks that stays in its cache.
-    """
-
-    def __init__(self, matrix: Float[Array, "d v"]):
-        inputs, self.outputs = matrix.shape
-        count = -(-self.outputs // BLOCK) if matrix.dtype == jnp.float32 else 1
-        matrix = jnp.pad(matrix, ((0, 0), (0, -self.outputs % count)))
-        self.values = nnx.Variable(matrix.reshape(inputs, count, -1).swapaxes(0, 1))
-
-    def product(self, x: Float[Array, "n d"]) -> Float[Array, "n v"] | None:
-        """Return x times the head in float32, or None where the head as it is multiplies faster."""
-        blocks = self.values[...]
-        if len(x) == 1:
-            return None if blocks.dtype == jnp.float32 else unrolled(x.astype(jnp.float32), blocks[0])
-        # x once for each block: XLA would else join the blocks.
-        many = jnp.broadcast_to(x[None], (len(blocks), *x.shape))
-        y = jnp.einsum("kdf,ktd->ktf", blocks, many, preferred_element_type=jnp.float32).swapaxes(0, 1)
-        return y.reshape(len(x), -1)[:, : self.outputs]
-
-
 def form_of(
     matrix: jax.Array, axes: Sequence[str | None], inputs: tuple[int, ...], format: str, *, transposed: bool = False
 ) -> Form:
@@ -166,7 +142,7 @@ def form_of(
     return Scaled(matrix, axes, inputs, dtype, transposed=transposed)
 
 
-def multiplied(x: jax.Array, weight: nnx.Variable | Form | Blocks, num_dims: int) -> jax.Array | None:
+def multiplied(x: jax.Array, weight: nnx.Variable | Form, num_dims: int) -> jax.Array | None:
     """Return x [..., *inputs], of `num_dims` dimensions of inputs, times a matrix: [..., O] in float32.
 
     It is for a CPU without a mesh, and None where the product with the dense matrix is as fast.
@@ -175,12 +151,11 @@ def multiplied(x: jax.Array, weight: nnx.Variable | Form | Blocks, num_dims: int
         return None
     lead = x.shape[: x.ndim - num_dims]
     rows = x.reshape(math.prod(lead), -1)
-    if not isinstance(weight, nnx.Variable):
+    y = None
+    if isinstance(weight, Form):
         y = weight.product(rows)
     elif len(rows) == 1 and weight[...].dtype == x.dtype == jnp.bfloat16 and _terms(rows.shape[1]) >= LEAST_TERMS:
         y = unrolled(rows, weight[...].reshape(rows.shape[1], -1))
-    else:
-        y = None
     return None if y is None else y.reshape(*lead, -1)
 
 
