@@ -166,11 +166,12 @@ class Transformer(nnx.Module):
         weight, bias = (weight["weight"], weight["bias"]) if isinstance(weight, dict) else (weight, None)
         # Gathered here, so that the loss, which calls this for chunks of positions, keeps only the stored part.
         tied = self.part("lm_head") is None
-        stored = weight if isinstance(weight, Form) else self.head_copy if tied else self.lm_head.weight
-        if stored is not None and stored is self.head_copy:
-            weight, tied = stored[...], False
-        if stored is None or (logits := multiplied(hidden, stored, 1)) is None:
-            weight = gather(weight[...].astype(hidden.dtype), ("vocab", "embed") if tied else ("embed", "vocab"))
+        if tied and self.head_copy is not None:
+            weight, tied = self.head_copy[...], False
+        logits = multiplied(hidden, weight, 1) if isinstance(weight, Form) or not tied else None
+        if logits is None:
+            weight = weight[...].astype(hidden.dtype) if isinstance(weight, Form) else weight
+            weight = gather(weight, ("vocab", "embed") if tied else ("embed", "vocab"))
             logits = matmul(hidden, weight, out_axis="vocab", transposed=tied, dtype=jnp.float32)
         if self.config.logit_scale != 1:
             logits = logits * self.config.logit_scale
@@ -225,6 +226,8 @@ class Model:
     def quantized(self, format: str) -> "Model":
         """Return the model with its matrices in `format`: int8, int4 or fp8. Raises UserError where that cannot be."""
         check_format(self.config, format)
+        if self.quantize is not None:
+            raise UserError(f"the model is {self.quantize} already: load it without quantize")
         with self.on_mesh():
             module = nnx.merge(*quantized(self.graphdef, format, self.state))
         return Model(module, self.mesh, quantize=format)

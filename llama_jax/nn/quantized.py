@@ -142,7 +142,7 @@ def form_of(
     return Scaled(matrix, axes, inputs, dtype, transposed=transposed)
 
 
-def multiplied(x: jax.Array, weight: nnx.Variable | Form, num_dims: int) -> jax.Array | None:
+def multiplied(x: jax.Array, weight: nnx.Variable | jax.Array | Form, num_dims: int) -> jax.Array | None:
     """Return x [..., *inputs], of `num_dims` dimensions of inputs, times a matrix: [..., O] in float32.
 
     It is for a CPU without a mesh, and None where the product with the dense matrix is as fast.
