@@ -35,7 +35,7 @@ LATENT = LatentAttention(
     rope=ROPE,
     eps=1e-5,
 )
-EXPERTS = Experts(num_experts=4, intermediate_size=32, router=SoftmaxTopK(choices=2))
+EXPERTS = Experts(4, 32, SoftmaxTopK(2, normalize=True), activation="silu", gated=True)
 
 
 @functools.cache
@@ -64,8 +64,7 @@ def test_every_value_is_within_half_a_step_of_its_own(format: str, levels: int) 
     assert (jnp.abs(form_of(w, ("embed", "mlp"), (0,), format)[...] - w) <= step * 0.5001).all()
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 20])
-@pytest.mark.parametrize("inputs", [48, 96, 86, 13])
+@pytest.mark.parametrize(("inputs", "rows"), [(48, 1), (86, 2), (96, 5), (13, 1), (96, 20)])
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_product_is_that_with_the_dense_matrix(format: str, inputs: int, rows: int) -> None:
     x, form = matrix(1, rows, inputs), form_of(matrix(inputs, 24), ("embed", "mlp"), (0,), format)
