@@ -236,7 +236,9 @@ class Embedding(nnx.Module):
     summed_dims = (1,)  # as the head that it may be, too
 
     def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs):
-        self.weight: nnx.Variable | Form = parameter(rngs, "weight", (vocab_size, width), ("vocab", "embed"), std=EMBEDDING_STD)
+        self.weight: nnx.Variable | Form = parameter(
+            rngs, "weight", (vocab_size, width), ("vocab", "embed"), std=EMBEDDING_STD
+        )
 
     def __call__(self, tokens: Int[Array, "b t"], dtype: DTypeLike) -> Float[Array, "b t d"]:
         """Return the tokens' vectors in this dtype."""
