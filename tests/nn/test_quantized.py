@@ -1,13 +1,16 @@
 """Matrices in int8, int4 and fp8, in products and in whole models."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.checkpoint import load, save
 from llama_jax.config import UserError
+from llama_jax.evaluation import quantization_cost
 from llama_jax.models import Compute, DecoderConfig, build, num_parameters
 from llama_jax.nn import (
     Experts,
@@ -143,3 +146,23 @@ def test_a_mesh_computes_the_same(format: str, sizes: dict[str, int]) -> None:
     down = sharded.layers[0].feed_forward.down_proj.weight
     parts = 4 if format == "int8" or "tensor" not in sizes else 2  # int4 has one group of 96 inputs, which stays whole
     assert down.values[...].addressable_shards[0].data.size * parts == down.values[...].size
+
+
+@pytest.mark.slow
+def test_real_weights_lose_little(shared_data: Path) -> None:
+    folder = shared_data / "llama2c"
+    text = (folder / "stories260K_expected_greedy200.txt").read_text()
+    exact, int8 = (
+        load(folder / "stories260K.bin", tokenizer=folder / "tok512.bin", dtype="float32", quantize=quantize)
+        for quantize in (None, "int8")
+    )
+    assert exact.tokenizer is not None
+    tokens = exact.tokenizer.encode_batch([text])[0][None, :128]
+    error = np.asarray(int8.model(tokens) - exact.model(tokens))
+    assert error.std() < 0.02 * np.asarray(exact.model(tokens)).std()
+    before, after = quantization_cost(exact, text)
+    assert after < 1.01 * before
+    before, after = quantization_cost(exact, text, quantize="int4")
+    assert before < after < 1.5 * before
+    with pytest.raises(UserError, match="quantize=int8 has no full weights"):
+        save(int8, folder / "never")
