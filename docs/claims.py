@@ -234,14 +234,10 @@ def measure(name: str, folder: Path, quick: bool) -> list[dict[str, Any]]:
 
 
 def cost(sweep: Sweep | None) -> dict[str, Any]:
-    """Return runs, tokens and seconds of training of a sweep, these by the measured tokens per second of each run."""
-    if sweep is None:
-        return {"runs": 0, "tokens": 0, "seconds": 0.0}
-    configs = [trial.config for trial in sweep.record.trials]
-    tokens = [c["num_steps"] * c["global_batch_size"] * c["sequence_length"] for c in configs]
-    speeds = [trial["tokens_per_second"] or math.inf for trial in sweep.trials()]
-    seconds = sum(count / speed for count, speed in zip(tokens, speeds, strict=True))
-    return {"runs": len(configs), "tokens": sum(tokens), "seconds": seconds}
+    """Return runs and trained tokens of a sweep."""
+    configs = [] if sweep is None else [trial.config for trial in sweep.record.trials]
+    tokens = sum(c["num_steps"] * c["global_batch_size"] * c["sequence_length"] for c in configs)
+    return {"runs": len(configs), "tokens": tokens}
 
 
 def page(data: dict[str, Any]) -> str:
@@ -256,9 +252,7 @@ def page(data: dict[str, Any]) -> str:
             else f"{claim['mean']:.3g}",
             region_text(claim["region"]),
             f"**{claim['judgement']}**",
-            f"{claim['runs']} runs, {claim['tokens'] / 1e6:.3g}M tokens, {claim['seconds'] / 60:.1f} min"
-            if claim["runs"]
-            else "-",
+            f"{claim['runs']} runs, {claim['tokens'] / 1e6:.3g}M tokens" if claim["runs"] else "-",
             f"`python docs/claims.py {claim['part']}`",
         ]
         for claim in data["claims"]
@@ -291,8 +285,7 @@ def about(quick: bool) -> str:
         "baseline are simultaneous (Bonferroni), others are t intervals over seeds; exact counts and the compiler's "
         f'figures have none. "Hardly any" and "equal" are within {EQUAL} nats.\n\n'
         f"Measured on {today:%Y-%m-%d} on {machine()}, with Python {sys.version.split()[0]}, JAX {version('jax')} and "
-        f"llama_jax {version('llama_jax')}; training times are by the measured tokens per second. Again, continued "
-        "where it was stopped: `make claims`."
+        f"llama_jax {version('llama_jax')}. Again, continued where it was stopped: `make claims`."
     )
 
 

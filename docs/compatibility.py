@@ -21,6 +21,10 @@ READ = {
     "nothing",
     "consolidated.*.pth with params.json": "Meta, one file for each model-parallel rank",
     "consolidated.safetensors": "Meta's names in one file, with params.json or config.json (Llama, Mixtral)",
+    "*.gguf": "llama.cpp's, of the architectures llama (also with experts), gpt2 and chatglm, one file or shards; F32, "
+    "F16 and BF16 as they are, quantized types (Q8_0, Q4_0, Q5_0, Q4_K, Q5_K, Q6_K, others of gguf's) as float32",
+    "model.safetensors with quantization_config": "GPTQ (2, 4 and 8 bits, both versions, ordered inputs) and AWQ "
+    "(gemm), as float32",
     "*.bin": "llama2.c, version 0",
 }
 WRAPPERS = {
@@ -32,10 +36,10 @@ WRAPPERS = {
 }
 REFUSED = {
     "adapter_config.json, adapter_model.*": "adapters, until they are merged",
-    "qweight, qzeros; quant_method gptq, awq": "weights quantized by GPTQ and AWQ",
+    "qweight, qzeros": "weights of GPTQ and AWQ where no config says how, with 3 bits, or of other versions",
     "absmax, SCB; quant_method bitsandbytes": "weights quantized by bitsandbytes",
     "scales; a key quantization": "weights quantized by MLX",
-    "*.h5, *.msgpack, *.ckpt, *.gguf, *.onnx, *.npz, *.ot": "files of other frameworks, where there are no others",
+    "*.h5, *.msgpack, *.ckpt, *.onnx, *.npz, *.ot": "files of other frameworks, where there are no others",
     "other classes in architectures": "heads of other tasks, and code of somebody's own",
 }
 
@@ -155,8 +159,8 @@ sampling from a model whose file sets one is refused: {_code(generation.UNFOLLOW
 
 ## Tokenizers
 
-Files are tried in this order: {_code(FILE_NAMES)}; single files may also be tiktoken's ranks and llama2.c's `.bin`.
-The settings in the same directory are read too: `tokenizer_config.json`, `special_tokens_map.json`,
+Files are tried in this order: {_code(FILE_NAMES)}; single files may also be tiktoken's ranks, llama2.c's `.bin`
+and GGUF files. The settings in the same directory are read too: `tokenizer_config.json`, `special_tokens_map.json`,
 `added_tokens.json`, `chat_template.jinja`, `additional_chat_templates/`. A class that is not in this table is read
 from its `tokenizer.json`, and refused by name without one.
 

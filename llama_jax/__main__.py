@@ -19,7 +19,9 @@ from typing import Any, NoReturn
 from llama_jax import __version__
 from llama_jax.config import UserError, config_names
 from llama_jax.installation import missing_package
-from llama_jax.parser import Argument, Command, Parser, flag
+from llama_jax.parser import BASE, IGNORED_KEYS, MESH, RUN_PATH, TOKENIZER, Argument, Command, Parser, flag
+from llama_jax.sample_flags import SAMPLE
+from llama_jax.serve_command import SERVE
 
 # Settings of glibc's allocator, read when a process starts: a training step on a CPU takes and frees all of its memory,
 # so that huge pages that are kept save much of its time (benchmarks/ has the figures).
@@ -29,12 +31,6 @@ TUNABLES = {
 }
 RESTARTED = "llama_jax_restarted"  # the -X option of a process that was started again with TUNABLES
 KINDS = ("bpe", "unigram", "byte_bpe", "wordpiece", "whitespace")  # of tokenizers; a test compares them
-RUN_PATH = "run, Hugging Face or Meta directory, or a llama2.c .bin; or URL"
-BASE = flag("--base", "PATH", "weights that an adapter is for; default: those that it names")
-IGNORED_KEYS = flag(
-    "--ignore-config-keys", "KEY[,KEY]", "keys of the directory's config files to take as if they were not there",
-    type=lambda keys: [key for key in keys.split(",") if key], default=[],
-)  # fmt: skip
 CONFIG: tuple[Argument, ...] = (
     flag("config", "CONFIG", "name in configs/, path of a .py file, or a run", nargs="?"),
     flag("more", "", argparse.SUPPRESS, nargs="*"),
@@ -98,29 +94,8 @@ COMMANDS = {
             flag("--metric", "NAME", "compare by this one of metrics.jsonl; default: val_loss"),
         ),
     ),
-    "sample": Command(
-        "Continue texts with a trained model. An encoder-decoder answers: the prompt is its source, in which special "
-        "tokens such as <extra_id_0> may be written out, and only the answer is printed. With --chat the prompt is a "
-        "message, and only the answer is printed.",
-        (
-            flag("path", "PATH", RUN_PATH),
-            flag("--prompt", "TEXT", "text to continue or answer, repeatable; default: interactive", action="append"),
-            flag("--chat", None, "answer by the model's chat template; each --prompt begins a conversation"),
-            flag("--chat-template", "NAME", "another chat template: one that the model's files name, or Llama2Chat, "
-                 "Llama3Chat, ChatML, ChatGLM2Chat"),
-            flag("--tokenizer", "PATH", "file, directory or URL; default: the one with the weights"),
-            flag("--max-new-tokens", "N", "default: 128, or as many as there is room for", type=int),
-            flag("--temperature", "T", "0 is greedy; default: %(default)s", type=float, default=0.8),
-            flag("--top-k", "K", "only the K most probable tokens", type=int),
-            flag("--top-p", "P", "only the most probable tokens that make up P", type=float),
-            flag("--seed", "S", "0 to 2**64 - 1; default: %(default)s", type=int, default=0),
-            flag("--json", None, "one object per prompt, with token ids and finish_reason"),
-            flag("--quiet", None, "no lines about speed on stderr"),
-            BASE,
-            IGNORED_KEYS,
-        ),
-        prog="sample.py",
-    ),
+    "sample": SAMPLE,
+    "serve": SERVE,
     "evaluate": Command(
         "Measure a model on texts, on tasks of lm-evaluation-harness (extra `eval`), or on pairs. A run without any of "
         "these is measured on its held-out data. Results of a run go into its evaluations/, too.",
@@ -140,8 +115,8 @@ COMMANDS = {
             flag("--stride", "N", "tokens from one window to the next; default: half a window", type=int),
             flag("--batch-size", "N", "rows at a time; default: %(default)s", type=int, default=8),
             flag("--dtype", "{float32,bfloat16}", "default: bfloat16 on TPU and GPU", choices=("float32", "bfloat16")),
-            *(flag(f"--mesh.{axis}", "N", "devices", type=int) for axis in ("data", "fsdp", "tensor", "expert")),
-            flag("--tokenizer", "PATH", "file, directory or URL; default: the one with the weights"),
+            *MESH,
+            TOKENIZER,
             flag("--step", "N", "checkpoint of a run; default: the latest", type=int),
             flag("--output", "FILE", "write the results as JSON"),
             flag("--json", None, "print them as JSON"), flag("--quiet", None, "no progress"),
@@ -155,6 +130,7 @@ COMMANDS = {
             flag("--to", "{hf,native,peft}", "form of DESTINATION: Hugging Face's, this package's, or a run's LoRA "
                  "adapters alone as PEFT has them", choices=("hf", "native", "peft"), required=True),
             BASE,
+            TOKENIZER,
             flag("--dtype", "{float32,bfloat16}", "default: as the source has it", choices=("float32", "bfloat16")),
             IGNORED_KEYS,
         ),

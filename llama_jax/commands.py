@@ -1,16 +1,11 @@
 """The work of each command of the command line, with the arguments that `__main__` has parsed."""
 
 import argparse
-import codecs
-import dataclasses
 import difflib
-import io
-import itertools
 import json
 import logging
 import os
 import sys
-import time
 import traceback
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +13,7 @@ from types import ModuleType
 import jax
 from rich.console import Console
 
-from llama_jax.checkpoint import CONFIG_FILE, ConversionError, LanguageModel, convert, load, locate
+from llama_jax.checkpoint import CONFIG_FILE, ConversionError, convert, locate
 from llama_jax.chips import CHIPS, described
 from llama_jax.compilations import keep_compilations
 from llama_jax.config import (
@@ -39,16 +34,8 @@ from llama_jax.planning import plan
 from llama_jax.remote import default_cache, is_remote, with_urls
 from llama_jax.run import Preempted, RunFailed, config_to_continue, train
 from llama_jax.run_config import RunConfig, config_of
-from llama_jax.sampling import (
-    Encoded,
-    SamplingConfig,
-    built_in,
-    complete_encoded,
-    encoded_chat,
-    encoded_prompt,
-    stream_encoded,
-)
-from llama_jax.screen import speed
+from llama_jax.sample_command import check_weights, sample_command
+from llama_jax.serve_command import serve_command
 from llama_jax.text_commands import (
     prepare_command,
     tokenizer_compare_command,
@@ -230,6 +217,7 @@ def convert_command(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         ignore_config_keys=args.ignore_config_keys,
         base=args.base,
+        tokenizer=args.tokenizer,
     )
     if not found:
         print(f"{args.destination}: adapters")
@@ -241,121 +229,11 @@ def convert_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def sample_command(args: argparse.Namespace) -> int:
-    """Continue prompts, or answer them, or converse."""
-    check_weights(args.path)
-    if args.json and args.prompt is None:
-        raise UserError("--json answers prompts: give at least one --prompt")
-    if args.chat_template is not None and not args.chat:
-        raise UserError("--chat-template is for conversations: give --chat too")
-    accept_any_text()
-    args.sampling = SamplingConfig(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
-    lm = load(args.path, tokenizer=args.tokenizer, ignore_config_keys=args.ignore_config_keys, base=args.base)
-    args.chat_template = built_in(args.chat_template, lm.tokenizer)
-    if args.prompt is None:
-        converse(lm, args)
-        return 0
-    conversations = [[{"role": "user", "content": prompt}] for prompt in args.prompt]
-    if args.json:
-        prompts = [encoded(lm, messages, args) for messages in conversations]
-        number = min(new_tokens(lm, prompt, args) for prompt in prompts)
-        config = dataclasses.replace(args.sampling, max_new_tokens=number)
-        began = time.monotonic()
-        completions = complete_encoded(lm, args.prompt, prompts, config)
-        print_speed(speed([(sum(len(found.token_ids) for found in completions), time.monotonic() - began)]), args)
-        for found in completions:
-            print(json.dumps(dataclasses.asdict(found)))
-        return 0
-    for row, messages in enumerate(conversations):
-        _, about = print_answer(lm, messages, row, args)
-        if row + 1 < len(conversations) or sys.stdout.isatty() or (os.path.sameopenfile(1, 2) and not args.quiet):
-            print(flush=True)
-        print_speed(about, args)
-    return 0
-
-
-def check_weights(path: str) -> None:
-    """Raise UserError for a config, which has no weights."""
-    if path.endswith(".py") or (path in config_names() and not os.path.exists(path)):
-        run = f"runs/{Path(path).stem}"
-        hint = (
-            f"did you mean '{run}'?" if os.path.exists(run) else "give the directory of a run that was trained with it"
-        )
-        raise UserError(f"'{path}' is a config and has no weights: {hint}")
-
-
-def new_tokens(lm: LanguageModel, prompt: Encoded, args: argparse.Namespace) -> int:
-    """Return the number of tokens to sample: that of --max-new-tokens, or what there is room for, at most 128."""
-    room = lm.config.length_limit - (1 if lm.config.has_source else len(prompt.ids))
-    return max(1, min(128, room)) if args.max_new_tokens is None else args.max_new_tokens
-
-
-def print_speed(line: str, args: argparse.Namespace) -> None:
-    """Print a line about the speed of an answer on stderr, or nothing with --quiet."""
-    if not args.quiet:
-        print(line, file=sys.stderr)
-
-
-def accept_any_text() -> None:
-    """Let text pass that the locale cannot encode: written as escapes; read as UTF-8 where the locale is ASCII."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    if isinstance(sys.stdin, io.TextIOWrapper):  # the tokenizer refuses what is not text, in a sentence
-        ascii_only = codecs.lookup(sys.stdin.encoding).name == "ascii"
-        sys.stdin.reconfigure(encoding="utf-8" if ascii_only else sys.stdin.encoding, errors="surrogateescape")
-
-
-def print_answer(
-    lm: LanguageModel, messages: list[dict[str, str]], row: int, args: argparse.Namespace
-) -> tuple[str, str]:
-    """Print, piece by piece, the answer to a conversation, or without --chat the last message and its continuation.
-
-    Returns the model's text, and a line about its speed.
-    """
-    prompt, began, times = encoded(lm, messages, args), time.monotonic(), list[tuple[int, float]]()
-    config = dataclasses.replace(args.sampling, max_new_tokens=new_tokens(lm, prompt, args))
-    pieces = stream_encoded(lm, prompt, config, row=row, progress=lambda n: times.append((n, time.monotonic() - began)))
-    first = next(pieces, "")  # before the prompt is printed: a prompt that is refused leaves stdout empty
-    shows_prompt = not args.chat and not lm.config.has_source
-    print(messages[-1]["content"] if shows_prompt else "", end=first, flush=True)
-    written = [first]
-    for text in pieces:
-        print(text, end="", flush=True)
-        written.append(text)
-    return "".join(written), speed(times)
-
-
-def encoded(lm: LanguageModel, messages: list[dict[str, str]], args: argparse.Namespace) -> Encoded:
-    """Return the conversation by its template, or without --chat the last message as it is."""
-    if args.chat:
-        return encoded_chat(lm, messages, args.chat_template)
-    return encoded_prompt(lm, messages[-1]["content"])
-
-
-def converse(lm: LanguageModel, args: argparse.Namespace) -> None:
-    """Continue each line that is typed, or answer it in a conversation, until an empty line or the end of input."""
-    history: list[dict[str, str]] = []
-    try:
-        for row in itertools.count():
-            print("prompt> ", end="", file=sys.stderr, flush=True)
-            if not (line := sys.stdin.readline().rstrip("\r\n")):
-                return
-            messages = [*history, {"role": "user", "content": line}]
-            try:
-                answer, about = print_answer(lm, messages, row, args)
-                print(flush=True)
-                print_speed(about, args)
-                history = [*messages, {"role": "assistant", "content": answer}] if args.chat else []
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-
-
 COMMANDS = {
     "train": train_command,
     "plan": plan_command,
     "sample": sample_command,
+    "serve": serve_command,
     "evaluate": evaluate_command,
     "convert": convert_command,
     "prepare": prepare_command,

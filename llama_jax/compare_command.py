@@ -5,6 +5,7 @@ import importlib.util
 import json
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from llama_jax.config import UserError
 from llama_jax.figures import COLORS, EXTRA, UNITS, counted, smooth
-from llama_jax.remote import as_local
+from llama_jax.remote import local_path
 from llama_jax.run import LAST_LINES, Row, choose_metric, compare_runs, differing_keys, find_runs, rows_of
 from llama_jax.screen import duration
 
@@ -27,8 +28,7 @@ def compare_command(args: argparse.Namespace) -> int:
     """Compare runs, and print or write what is asked for."""
     if args.png is not None and importlib.util.find_spec("matplotlib") is None:
         raise UserError(f"--png needs matplotlib: {EXTRA}")
-    if args.png is not None and as_local(args.png) is None:
-        raise UserError(f"--png={args.png} must be a local file")
+    png = None if args.png is None else local_path(args.png, "--png")
     places, without = find_runs(args.runs)
     records = compare_runs(places)
     metric, notes = choose_metric(records, args.metric)
@@ -43,11 +43,11 @@ def compare_command(args: argparse.Namespace) -> int:
     numbers, about = numbers_of(rows, metric)
     print_tables(console, named(rows), settings_of(rows, keys), numbers)
     print_lines(console, ["; ".join(about), *(f"note: {note}" for note in notes)])
-    if args.png is None:
+    if png is None:
         print_plot(console, rows, metric)
     else:
-        write_image(args.png, rows, metric)
-        print(f"curves: {args.png}")
+        write_image(png, rows, metric)
+        print(f"curves: {png}")
     return 0
 
 
@@ -200,7 +200,7 @@ def print_plot(console: Console, rows: Sequence[Row], metric: str) -> None:
         print(f"drawn: the best {MAX_CURVES} of {len(rows)}")
 
 
-def write_image(path: str, rows: Sequence[Row], metric: str) -> None:
+def write_image(path: Path, rows: Sequence[Row], metric: str) -> None:
     """Draw the curves with matplotlib into a file of one of its kinds."""
     from matplotlib.figure import Figure
 

@@ -271,10 +271,10 @@ def field_docs(cls: type) -> dict[str, str]:
     docs: dict[str, str] = {}
     for base in reversed(cls.__bases__):
         docs |= field_docs(base) if _is_config(base) else {}
-    name = None
+    name, names = None, {field.name for field in dataclasses.fields(cls)}
     for line in inspect.cleandoc(cls.__doc__ or "").splitlines():
         head, colon, rest = line.partition(": ")
-        if colon and head in field_types(cls):
+        if colon and head in names:
             name = head
             docs[name] = rest
         elif name is not None and line.startswith(" "):

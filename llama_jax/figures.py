@@ -1,8 +1,9 @@
 """Shared parts of tables and figures: colours, units, counts, and the matplotlib figure that a `plot()` returns."""
 
+import html
 import io
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.config import UserError
@@ -63,3 +64,26 @@ def smooth(curve: Mapping[int, float]) -> dict[int, float]:
     """Return means over the last fortieth of the points."""
     values, width = list(curve.values()), 1 + len(curve) // 40
     return {step: statistics.fmean(values[max(0, i + 1 - width) : i + 1]) for i, step in enumerate(curve)}
+
+
+def as_html(columns: Mapping[str, Sequence[str]], lines: Sequence[str] = (), left: int = 1) -> str:
+    """Return an HTML table that takes its colours from the page and scrolls where the page is narrow.
+
+    `columns` are cells by title, the first `left` of them texts and the others numbers; `lines` are notes below it.
+    """
+
+    def row(kind: str, cells: Sequence[str]) -> str:
+        line = "padding:3px 6px;border:0;border-bottom:1px solid rgba(128,128,128,.4);text-align:"
+        whole = "right;white-space:nowrap" if kind == "td" else "right"  # numbers do not break, titles may
+        styles = [f"{line}{whole if number >= left else 'left'}" for number in range(len(cells))]
+        filled = zip(styles, map(html.escape, cells), strict=True)
+        return "<tr>" + "".join(f'<{kind} style="{style}">{cell}</{kind}>' for style, cell in filled) + "</tr>"
+
+    body = "".join(row("td", cells) for cells in zip(*columns.values(), strict=True))
+    notes = "".join(f'<p style="margin:2px 0;opacity:.8">{html.escape(line)}</p>' for line in lines)
+    table = '<table style="border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:1em">'
+    return (
+        '<div style="overflow-x:auto;scrollbar-color:gray transparent;font-size:.85em">'
+        f"{table}<thead>{row('th', list(columns))}</thead><tbody>{body}</tbody></table></div>"
+        f'<div style="font-size:.8em;margin-top:4px">{notes}</div>'
+    )

@@ -18,6 +18,17 @@ def flag(names: str, metavar: str | None, help: str, **options: Any) -> Argument
     return names.split(" "), {"help": help} | kind | options
 
 
+# Arguments of several commands.
+RUN_PATH = "run, Hugging Face or Meta directory, GGUF file or llama2.c .bin; or URL"
+TOKENIZER = flag("--tokenizer", "PATH", "file, directory or URL; default: the one with the weights")
+BASE = flag("--base", "PATH", "weights that an adapter is for; default: those that it names")
+IGNORED_KEYS = flag(
+    "--ignore-config-keys", "KEY[,KEY]", "keys of the directory's config files to take as if they were not there",
+    type=lambda keys: [key for key in keys.split(",") if key], default=[],
+)  # fmt: skip
+MESH = tuple(flag(f"--mesh.{axis}", "N", "devices", type=int) for axis in ("data", "fsdp", "tensor", "expert"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Command:
     """A command's parser, as data.

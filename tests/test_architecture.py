@@ -20,10 +20,11 @@ PACKAGE = ROOT / "llama_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # A package (or module) imports only from those before it. A new one takes its place here.
 ORDER = (
-    "__version__", "installation", "values", "config", "parser", "files", "figures", "chips", "remote", "screen",
-    "parallel", "tokenizers", "data", "nn", "models", "zoo", "training", "checkpoint", "sampling", "evaluation",
-    "run_config", "planning", "run", "inspect", "ablation", "compare_command", "reports", "evaluate_command",
-    "report_command", "text_commands", "compilations", "key_help", "commands", "__main__",
+    "__version__", "installation", "values", "config", "parser", "files", "gguf_header", "figures", "chips", "remote",
+    "screen", "parallel", "tokenizers", "data", "nn", "models", "zoo", "training", "checkpoint", "sampling",
+    "evaluation", "serving", "run_config", "planning", "run", "inspect", "ablation", "compare_command", "reports",
+    "evaluate_command", "report_command", "sample_flags", "chat_terminal", "sample_command", "serve_command",
+    "text_commands", "compilations", "key_help", "commands", "__main__",
 )  # fmt: skip
 MAX_LINES = 400
 

@@ -74,7 +74,7 @@ sample | the following arguments are required: PATH
 sample '' | PATH is empty
 sample tiny_python | 'tiny_python' is a config and has no weights
 sample number.py | 'number.py' is a config and has no weights
-sample file.txt | 'file.txt' is no llama2.c .bin; other weights are given as the directory they are in
+sample file.txt | 'file.txt' is no GGUF file and no llama2.c .bin; others are given as their directory
 sample folder | 'folder' has neither config.json
 sample R | 'R' does not exist
 sample $R a | 'a' is one argument too many: did you mean --prompt 'a'?

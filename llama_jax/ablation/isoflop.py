@@ -11,10 +11,10 @@ import numpy as np
 from llama_jax.ablation.laws import NUM_TERMS, Law, Resampled, fit_cost, quantiles
 from llama_jax.ablation.result import Sweep
 from llama_jax.ablation.sweep import ablate
-from llama_jax.ablation.tables import Columns, as_html, as_markdown, as_text
+from llama_jax.ablation.tables import Columns, as_markdown, as_text
 from llama_jax.ablation.variants import Variants, config_of_base, make_variants
 from llama_jax.config import UserError, override
-from llama_jax.figures import counted
+from llama_jax.figures import as_html, counted
 from llama_jax.remote import local_path
 from llama_jax.run_config import RunConfig
 

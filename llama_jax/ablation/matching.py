@@ -7,7 +7,7 @@ from typing import Any
 
 from llama_jax.ablation.variants import Variant
 from llama_jax.config import UserError, leaves, override
-from llama_jax.models import cache_bytes, num_parameters
+from llama_jax.models import cache_bytes_per_token, num_parameters
 from llama_jax.run_config import RunConfig
 
 TOLERANCE = 0.01
@@ -22,19 +22,12 @@ WIDTHS = {
 type Match = str | tuple[str, str] | Mapping[str, str] | None
 
 
-def cache_bytes_per_token(config: RunConfig) -> int | None:
-    """Return the bytes of cache that one more token takes, in the compute dtype; None for a model without a cache."""
-    if not config.model.generates:
-        return None
-    dtype, length = config.compute.jax_dtype, config.sequence_length
-    of_length = functools.partial(cache_bytes, config.model, dtype=dtype)
-    return of_length(length) - of_length(length - 1) if length > 1 else of_length(1)
-
-
-QUANTITIES: dict[str, Callable[[RunConfig], float | None]] = {
+QUANTITIES: dict[str, Callable[[RunConfig], float | None]] = {  # of a run's config; None: it has no such quantity
     "parameters": lambda config: num_parameters(config.model),
     "flops": lambda config: config.flops_per_token,
-    "cache_bytes": cache_bytes_per_token,
+    "cache_bytes": lambda config: (
+        cache_bytes_per_token(config.model, config.compute.jax_dtype) if config.model.generates else None
+    ),
 }
 
 

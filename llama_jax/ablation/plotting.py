@@ -33,7 +33,7 @@ def plot_sweep(sweep: "Sweep") -> "Figure":
     records = sweep.records()
     panels = _panels(sweep)
     compared = [i for i, record in enumerate(records) if record["difference"] is not None]
-    names = [_short(record["variant"]) for record in records]
+    names = [_short_names(sweep)[record["variant"]] for record in records]
     columns = max(1, min(len(names), 64 // (6 + max(map(len, names), default=1))))
     rows = math.ceil(len(panels) / 2)
     heights = [2.8 * rows] * bool(rows) + [0.9 + 0.3 * len(compared)] * bool(compared)
@@ -82,8 +82,14 @@ def _style(place: int, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= NAME else f"{name[: NAME // 2 - 1]}…{name[-NAME // 2 :]}"
+def _short_names(sweep: "Sweep") -> dict[str, str]:
+    """Return short forms of the variants' names, so long that no two are the same."""
+    names = [variant.name for variant in sweep.record.variants] + [sweep.record.baseline]
+    for size in range(NAME, max(map(len, names)) + 1):
+        short = {name: name if len(name) <= size else f"{name[: size // 2 - 1]}…{name[-size // 2 :]}" for name in names}
+        if len(set(short.values())) == len(set(names)):
+            return short
+    return {name: name for name in names}
 
 
 def _unit(metric: str) -> str:
@@ -115,7 +121,8 @@ def _curves(sweep: "Sweep", metric: str, places: Sequence[int], axes: "Axes") ->
     low, high = np.concatenate(seen).min(), np.concatenate(seen).max()  # without the first fifth, far above the rest
     if any(values.shape[1] > 1 for values in every):
         axes.set_title(f"bands: {100 * sweep.level:g} % over seeds", fontsize="medium", loc="right")
-    axes.set_ylim(low - 0.1 * (high - low) - 1e-9, high + 0.1 * (high - low) + 1e-9)
+    bottom = low - 0.1 * (high - low) - 1e-9
+    axes.set_ylim(max(bottom, 0) if metric in UNITS else bottom, high + 0.1 * (high - low) + 1e-9)
     unit = _unit(metric)
     axes.set(xlabel="step", ylabel=f"training {unit[:-1]}, running mean)" if metric == "loss" else unit)
 
@@ -135,6 +142,8 @@ def _cost(sweep: "Sweep", title: str, key: str, places: Sequence[int], axes: "Ax
         axes.set_xscale("log")
         _few_ticks(axes, [low, high])
     axes.set(xlabel=AXES.get(title, title), ylabel=f"final {_unit(sweep.metric)}")
+    if sweep.metric in UNITS:  # an interval may reach below 0, a loss does not
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], 0))
 
 
 def _few_ticks(axes: "Axes", values: Sequence[float], count: int = 4, form: Callable[[float], str] = counted) -> None:
@@ -147,7 +156,7 @@ def _few_ticks(axes: "Axes", values: Sequence[float], count: int = 4, form: Call
 
 
 def _differences(sweep: "Sweep", places: Sequence[int], axes: "Axes") -> None:
-    records = sweep.records()
+    records, short = sweep.records(), _short_names(sweep)
     axes.axvline(0, color="0.3", linewidth=1)
     for row, i in enumerate(places):
         record, color = records[i], color_of(i)
@@ -157,11 +166,11 @@ def _differences(sweep: "Sweep", places: Sequence[int], axes: "Axes") -> None:
         axes.plot(record["difference"], row, **_style(i, linestyle=""))
     if any(records[i]["difference_low"] is not None for i in places):
         axes.set_title(f"thick: {100 * sweep.level:g} % each, thin: all together", fontsize="medium", loc="right")
-    axes.set_yticks(range(len(places)), [_short(records[i]["variant"]) for i in places])
+    axes.set_yticks(range(len(places)), [short[records[i]["variant"]] for i in places])
     axes.set_ylim(len(places) - 0.5, -0.5)
     unit = f" ({UNITS[sweep.metric]})" if sweep.metric in UNITS else ""
     axes.set_xlabel(
-        f"{sweep.metric.replace('val_', 'validation ')} minus that of\n{_short(sweep.record.baseline)}{unit}"
+        f"{sweep.metric.replace('val_', 'validation ')} minus that of\n{short[sweep.record.baseline]}{unit}"
     )
 
 

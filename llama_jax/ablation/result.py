@@ -3,7 +3,6 @@
 import functools
 import math
 import shutil
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,9 @@ import numpy as np
 
 from llama_jax.ablation.records import SweepRecord, TrialRecord, VariantRecord, read_sweep
 from llama_jax.ablation.statistics import POWER, holm, paired_p, seeds_needed, simultaneous, t_interval
-from llama_jax.ablation.tables import as_html, as_markdown, as_text, columns_of
+from llama_jax.ablation.tables import as_markdown, as_text, columns_of
 from llama_jax.config import UserError
+from llama_jax.figures import as_html
 from llama_jax.files import replacing
 from llama_jax.remote import local_path
 from llama_jax.run import HIGHER, choose_metric, compare_runs
@@ -48,9 +48,9 @@ class Sweep:
         self.directory, self.level = self.record.directory, level
         begun = [trial.directory for trial in self.record.trials if trial.config]
         asked = metric or (None if self.record.metric == "val_loss" else self.record.metric)
-        measured = any(trial.metrics for trial in self.record.trials)
-        if measured:
-            self.metric, self.warnings = choose_metric(compare_runs(begun), asked)
+        self._runs = dict(zip(begun, compare_runs(begun) if begun else [], strict=True))
+        if any(trial.metrics for trial in self.record.trials):
+            self.metric, self.warnings = choose_metric(list(self._runs.values()), asked)
         else:
             self.metric, self.warnings = asked or self.record.metric, []
 
@@ -72,7 +72,7 @@ class Sweep:
                 "state": trial.state,
                 "step": trial.step,
                 self.metric: trial.final(self.metric),
-                "tokens_per_second": _speed([trial]),
+                "tokens_per_second": _speed([trial])["tokens_per_second"],
                 "failure": trial.failure,
                 "directory": str(trial.directory),
             }
@@ -92,7 +92,9 @@ class Sweep:
         seeds_needed: for a power of 0.8 in the corrected comparison, were the measured difference and spread the true
           ones; a rough figure with few seeds.
         num_parameters, train_flops_per_token, cache_bytes_per_token: exact; train_flops is of the whole run.
-        tokens_per_second: median of what was measured, padding included; state_bytes, peak_bytes: the compiler's.
+        tokens_per_second, tokens_per_second_low, tokens_per_second_high: median and quartiles of all logged steps,
+          padding included; runs in lock step share one clock, so that more seeds do not make them surer.
+        state_bytes, peak_bytes: the compiler's.
         """
         return [dict(record) for record in self._records]
 
@@ -136,17 +138,16 @@ class Sweep:
 
     def _costs(self, variant: VariantRecord) -> dict[str, Any]:
         trials = self.record.trials_of(variant.name)
-        config: dict[str, Any] = next((trial.config for trial in trials if trial.config), {})
+        run = next((self._runs[trial.directory] for trial in trials if trial.config), None)
         flops = variant.train_flops_per_token
         return {
             "num_parameters": variant.num_parameters,
             "train_flops_per_token": flops,
-            "train_flops": flops * _tokens(config) if flops and config else None,
+            "train_flops": flops * run.tokens([run.config["num_steps"]])[0] if flops and run else None,
             "cache_bytes_per_token": variant.cache_bytes_per_token,
-            "tokens_per_second": _speed(trials),
             "state_bytes": variant.state_bytes,
             "peak_bytes": variant.peak_bytes,
-        }
+        } | _speed(trials)
 
     def notes(self) -> list[str]:
         """Return sentences on what has to be known to read the table."""
@@ -182,7 +183,8 @@ class Sweep:
             f"{self.metric}: mean at the last step ± {percent} t interval over seeds, {better} is better; "
             f"difference: to {self.record.baseline}, paired by seed, ± {percent} simultaneous interval (Bonferroni); "
             f"p: paired t test, corrected (Holm); seeds needed: for power {POWER}, were the measured difference and "
-            "spread the true ones; memory: the compiler's figure for the train step; tokens/s: median, measured"
+            "spread the true ones; memory: the compiler's figure for the train step; "
+            "tokens/s: median (and quartiles) of the logged steps, measured"
         )
 
     def to_pandas(self) -> "DataFrame":
@@ -261,13 +263,8 @@ def _plain(record: dict[str, Any]) -> dict[str, Any]:
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in plain.items()}
 
 
-def _speed(trials: Sequence[TrialRecord]) -> float | None:
-    """Return the median over runs of their median tokens/s; None where no step was timed."""
-    speeds = [[line["tokens_per_second"] for line in t.metrics if line.get("tokens_per_second")] for t in trials]
-    return statistics.median(statistics.median(own) for own in speeds if own) if any(speeds) else None
-
-
-def _tokens(config: dict[str, Any]) -> int:
-    """Return the positions that a whole run trains on, those of sources included."""
-    source = config["data"].get("objective", {}).get("source_length") or 0
-    return config["num_steps"] * config["global_batch_size"] * (config["sequence_length"] + source)
+def _speed(trials: Sequence[TrialRecord]) -> dict[str, float | None]:
+    """Return the median and the quartiles of the logged tokens/s of runs; None where no step was timed."""
+    speeds = [line["tokens_per_second"] for t in trials for line in t.metrics if line.get("tokens_per_second")]
+    found = np.percentile(speeds, (50, 25, 75)).tolist() if speeds else (None, None, None)
+    return dict(zip(("tokens_per_second", "tokens_per_second_low", "tokens_per_second_high"), found, strict=True))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.ablation.execution import Sweeper
-from llama_jax.ablation.matching import QUANTITIES, Match, asked_match, cache_bytes_per_token, matched
+from llama_jax.ablation.matching import QUANTITIES, Match, asked_match, matched
 from llama_jax.ablation.records import SWEEP_FILE, VariantRecord, read_sweep
 from llama_jax.ablation.result import Sweep
 from llama_jax.ablation.tuning import Tune, check_tune
@@ -186,5 +186,5 @@ def _record(variant: Variant, fit: Json | None, before: _Before) -> VariantRecor
         matched=fit,
         num_parameters=num_parameters(variant.config.model),
         train_flops_per_token=variant.config.flops_per_token,
-        cache_bytes_per_token=cache_bytes_per_token(variant.config),
+        cache_bytes_per_token=QUANTITIES["cache_bytes"](variant.config),
     )

@@ -1,7 +1,6 @@
 """The table of a sweep: its columns as text, and their forms for terminals, Markdown and notebooks."""
 
 import functools
-import html
 import io
 import math
 import typing
@@ -30,7 +29,7 @@ def columns_of(records: Sequence[Mapping[str, Any]], metric: str, baseline: str)
     ]
     columns["seeds needed"] = [_needed(record) for record in records]
     for title, key, form in COSTS:
-        columns[title] = ["-" if record[key] is None else form(record[key]) for record in records]
+        columns[title] = ["-" if record[key] is None else form(record[key]) + _range(record, key) for record in records]
     titles = [title for title, _, _ in COSTS] + ["seeds"]
     unknown = [title for title in titles if set(columns[title]) == {"-"}]
     same = [title for title in titles if len(records) > 1 and len(set(columns[title])) == 1 and title not in unknown]
@@ -54,6 +53,11 @@ def _needed(record: Mapping[str, Any]) -> str:
     if record["difference"] is None or record["p"] is None:
         return "-"
     return ">10,000" if record["seeds_needed"] is None else f"{record['seeds_needed']:,}"
+
+
+def _range(record: Mapping[str, Any], key: str) -> str:
+    low, high = (record.get(f"{key}_{end}") for end in ("low", "high"))
+    return "" if low is None or high is None else f" ({low:,.0f}-{high:,.0f})"
 
 
 def _mebibytes(number: float) -> str:
@@ -109,23 +113,3 @@ def as_markdown(columns: Columns, lines: Sequence[str]) -> str:
     rows = [list(columns), ["---", *["--:"] * (len(columns) - 1)], *map(list, zip(*columns.values(), strict=True))]
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
     return "\n\n".join([table, *lines])
-
-
-def as_html(columns: Columns, lines: Sequence[str]) -> str:
-    """Return an HTML table that takes its colours from the page and scrolls where the page is narrow."""
-
-    def row(kind: str, cells: Sequence[str]) -> str:
-        line = "padding:3px 6px;border:0;border-bottom:1px solid rgba(128,128,128,.4);text-align:"
-        whole = "right;white-space:nowrap" if kind == "td" else "right"  # numbers do not break, titles may
-        styles = [f"{line}{whole if number else 'left'}" for number in range(len(cells))]
-        filled = zip(styles, map(html.escape, cells), strict=True)
-        return "<tr>" + "".join(f'<{kind} style="{style}">{cell}</{kind}>' for style, cell in filled) + "</tr>"
-
-    body = "".join(row("td", cells) for cells in zip(*columns.values(), strict=True))
-    notes = "".join(f'<p style="margin:2px 0;opacity:.8">{html.escape(line)}</p>' for line in lines)
-    table = '<table style="border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:1em">'
-    return (
-        '<div style="overflow-x:auto;scrollbar-color:gray transparent;font-size:.85em">'
-        f"{table}<thead>{row('th', list(columns))}</thead><tbody>{body}</tbody></table></div>"
-        f'<div style="font-size:.8em;margin-top:4px">{notes}</div>'
-    )

@@ -16,25 +16,31 @@ from llama_jax import zoo
 from llama_jax.checkpoint.formats import (
     Tensor,
     Tensors,
+    architecture_of,
+    config_json,
     cut,
+    dequantized,
     has_weights,
     is_llama2c,
     is_meta,
     item,
     read_directory,
+    read_gguf,
     read_llama2c,
     read_meta,
+    read_quantization,
     split,
     stack,
     with_scales,
 )
 from llama_jax.checkpoint.generation import generation_keys
 from llama_jax.config import Json, UserError, read_json
+from llama_jax.gguf_header import gguf_file, is_gguf, read_header
 from llama_jax.models import ModelConfig, is_stacked, layers_with
 from llama_jax.tokenizers import FILE_NAMES
 from llama_jax.zoo import TensorNames, WeightMapping, without_keys
 
-type Form = Literal["huggingface", "meta", "llama2c"]
+type Form = Literal["huggingface", "meta", "llama2c", "gguf"]
 
 # Bytes of a large matrix that are read, permuted and cast at a time.
 _BLOCK_BYTES = 1 << 24
@@ -67,17 +73,22 @@ class WeightSource:
 
 
 def open_source(path: str | Path, ignore_config_keys: Collection[str] = ()) -> WeightSource:
-    """Open a Hugging Face directory, a Meta directory or a llama2.c `.bin`, recognized by their content.
+    """Open a Hugging Face or Meta directory, a GGUF file or a llama2.c `.bin`, recognized by their content.
 
+    A directory without other weights may have one GGUF model.
     `ignore_config_keys` are left out of the config that describes the model. Raises UserError for anything else, for
     damaged files, for adapters and for a config that asks for what is not supported.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"'{path}' does not exist")
+    has_other = path.is_file() or has_weights(path) or is_meta(path)
+    model = path if has_other else gguf_file(path)
+    if model is not None and is_gguf(model):
+        return _open_gguf(model, ignore_config_keys)
     if path.is_file():
         if not is_llama2c(path):
-            raise UserError(f"'{path}' is no llama2.c .bin; other weights are given as the directory they are in")
+            raise UserError(f"'{path}' is no GGUF file and no llama2.c .bin; others are given as their directory")
         return _open_meta(path, "llama2c", *read_llama2c(path), ignore_config_keys)
     _refuse_adapter(path)
     tokenizer = next((path / name for name in FILE_NAMES if (path / name).is_file()), None)
@@ -113,6 +124,21 @@ def _open_meta(
     return WeightSource(path, form, model_type, config, tensors, meta.names, tokenizer)
 
 
+def _open_gguf(path: Path, ignore_config_keys: Collection[str]) -> WeightSource:
+    """Return the source of a GGUF file."""
+    header = read_header(path)
+    header = dataclasses.replace(header, metadata=without_keys(header.metadata, ignore_config_keys))
+    family, data = zoo.family(architecture_of(path, header).model_type), config_json(path, header)
+    try:
+        config = family.from_hf(data)
+    except UserError as error:
+        raise UserError(str(error).replace("config.json", f"'{path}', read as config.json,")) from None
+    names = family.names_of(config) if family.meta is None else family.meta.names
+    tensors = rename_tensors(path, read_gguf(path, header, data), names)
+    tokenizer = path if "tokenizer.ggml.tokens" in header.metadata else None
+    return WeightSource(path, "gguf", family.name, config, tensors, names, tokenizer)
+
+
 def _open_huggingface(path: Path, ignore_config_keys: Collection[str], tokenizer: Path | None) -> WeightSource:
     """Return the source of a directory with a `config.json`."""
     data = read_json(path / "config.json")
@@ -121,8 +147,12 @@ def _open_huggingface(path: Path, ignore_config_keys: Collection[str], tokenizer
     elsewhere = generation_keys(path)
     data = without_keys(data, [key for key in ignore_config_keys if key in data or key not in elsewhere])
     model_type = zoo.model_type_of(data, path / "config.json")
-    family = zoo.family(model_type)
+    family, zeros = zoo.family(model_type), []
+    if (quantized := read_quantization(path, data)) is not None:
+        data.pop("quantization_config", None)
     config, tensors = family.from_hf(data), read_directory(path)
+    if quantized is not None:
+        tensors, zeros = dequantized(path, tensors, quantized, inputs_first=model_type == "gpt2")
     form, names = "huggingface", family.names_of(config)
     if family.meta is not None and "tok_embeddings.weight" in tensors:  # Meta's names, in one file
         form, names = "meta", family.meta.names
@@ -132,6 +162,8 @@ def _open_huggingface(path: Path, ignore_config_keys: Collection[str], tokenizer
     if family.with_tensors is not None:
         config = family.with_tensors(config, tensors)
         names = family.names_of(config) if form == "huggingface" else names
+    if zeros:  # biases of zeros that the model may lack
+        names = dataclasses.replace(names, ignored=(*names.ignored, *map(re.escape, zeros)))
     return WeightSource(path, form, model_type, config, tensors, names, tokenizer)
 
 

@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import functools
+import importlib
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,11 @@ class LanguageModel:
     generation: GenerationSettings = GenerationSettings()
     chat_template: ChatTemplate | None = None
 
+    def chat(self, **options: Any) -> Any:
+        """Return a `Conversation` of `llama_jax.sampling` with this model, made with `options`."""
+        sampling = importlib.import_module("llama_jax.sampling")  # a package after this one: only when it is called
+        return sampling.Conversation(self, **options)
+
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
@@ -83,8 +90,8 @@ def load(
     base: str | Path | None = None,
     quantize: str | None = None,
 ) -> LanguageModel:
-    """Return the language model at `path`: a run, a saved native one, a Hugging Face or Meta directory, a `.bin`, or a
-    LoRA adapter.
+    """Return the language model at `path`: a run, a saved native one, a Hugging Face or Meta directory, a GGUF file,
+    a `.bin`, or a LoRA adapter.
 
     A path in a directory means the directory: `RUN/config.json`, or `RUN/checkpoints/350`, the run at step 350.
     `path` and `tokenizer` may be URLs (`s3://`, `gs://`, `hf://`), of which a copy is kept in the cache directory.
@@ -162,8 +169,8 @@ def read_contents(
     generation = GenerationSettings()
     if source.form == "huggingface":
         generation = read_generation(source.path, ignore_config_keys)
-        if not generation.eos_ids and tokenizer is not None:
-            generation = dataclasses.replace(generation, eos_ids=tokenizer.eos_ids)
+    if source.form in ("huggingface", "gguf") and not generation.eos_ids and tokenizer is not None:
+        generation = dataclasses.replace(generation, eos_ids=tokenizer.eos_ids)
     return Contents(config, params, tokenizer, source.model_type, generation, source=source)
 
 
@@ -213,7 +220,7 @@ def local_model(path: str | Path, step: int | None = None) -> Path:
         fetch_beside(given, ("tokenizer.model",))  # Meta's downloads have it next to the directories of the sizes
     if not path.exists():
         raise UserError(
-            f"'{path}' does not exist: give a run directory, a Hugging Face or Meta directory, or a .bin file"
+            f"'{path}' does not exist: give a run directory, a Hugging Face or Meta directory, a .gguf or a .bin file"
         )
     return path
 

@@ -23,11 +23,16 @@ def save_adapters(lm: LanguageModel, directory: str | Path, *, base: str | os.Pa
 
     `base` is the path of the weights that they were trained on, where PEFT and `load` then find them. Where a file
     joins several projections (GPT-2's c_attn), their adapters become one of a larger rank, with the same product.
-    Raises UserError for a model without adapters, for one that no family on Hugging Face has, and where `directory` is
-    not empty.
+    Raises UserError for a model without adapters, for one that no family on Hugging Face has, for weights in other
+    files than Hugging Face's, and where `directory` is not empty.
     """
     if lm.config.adapters is None:
         raise UserError("the model has no adapters: train it with model.adapters, or save all of it")
+    if base is not None and Path(base).exists() and not (Path(base) / "config.json").is_file():
+        raise UserError(
+            f"base={base} is no Hugging Face directory, which an adapter is for: convert it (convert {base} DIRECTORY "
+            "--to hf) and give that"
+        )
     config, _ = merge_adapters(lm.config, {})
     table = family_of(config, lm.model_type or "llama")[0].names_of(config).weights
     params = lm.model.params()

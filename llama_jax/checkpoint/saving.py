@@ -79,11 +79,13 @@ def convert(
     dtype: str | None = None,
     ignore_config_keys: Collection[str] = (),
     base: str | Path | None = None,
+    tokenizer: str | Path | Tokenizer | None = None,
 ) -> Json:
     """Convert weights between forms, compare the logits of both, and return the conversion report.
 
     The weights keep their types, or get `dtype` ("float32" or "bfloat16"); tokenizer, chat template and generation
-    settings come along. Adapters are merged into the weights of their base; `base` is as in `load`. An import is
+    settings come along. `base` and `tokenizer` are as in `load`; adapters are merged into the weights of their base. An
+    import is
     compared with a plain numpy model that reads the source's tensors; of an export, the files are read again. Nothing
     is kept where they disagree. To `peft` go the adapters alone, as by `save_adapters`, with the weights that the run
     began with as their base; that converts nothing, and the report is {}.
@@ -94,12 +96,14 @@ def convert(
     if to == "native" and (path / CHECKPOINTS_DIRECTORY).is_dir():
         raise UserError(f"'{path}' is a run or a native copy already: give other weights, or convert it to hf")
     if to == "peft":
+        if tokenizer is not None:
+            raise UserError(f"tokenizer={tokenizer} has no place among adapters alone: leave it out")
         lm = load(path, dtype=dtype, components=components, step=step)
         began = read_json(path / CONFIG_FILE).get("init_from")
         save_adapters(lm, destination, base=began if base is None else os.fspath(base))
         return {}
     found = read_contents(
-        path, kept, components=components, step=step, ignore_config_keys=ignore_config_keys, base=base
+        path, kept, tokenizer, components=components, step=step, ignore_config_keys=ignore_config_keys, base=base
     )
     if to == "hf":
         config, params = merge_adapters(found.config, found.params)

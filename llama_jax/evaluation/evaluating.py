@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import html
 import importlib.util
 import io
 import itertools
@@ -31,6 +30,7 @@ from llama_jax.data import Classification, DataConfig, SequenceToSequence, read_
 from llama_jax.evaluation.pairs import aligned, evaluate_classes, evaluate_translations, read_pairs
 from llama_jax.evaluation.perplexity import evaluate_texts, read_documents
 from llama_jax.evaluation.scoring import Scorer
+from llama_jax.figures import as_html
 from llama_jax.files import write_text
 from llama_jax.parallel import distributed
 from llama_jax.remote import as_local, local_path
@@ -92,11 +92,8 @@ class Scores:
         return table
 
     def _repr_html_(self) -> str:
-        rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self._cells()]
-        head = "".join(f"<th>{name}</th>" for name in COLUMNS)
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
-        remarks = "".join(f"<p>{html.escape(line)}</p>" for line in self.details.get("remarks", ()))
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{remarks}"
+        columns = {title: [row[i] for row in self._cells()] for i, title in enumerate(COLUMNS)}
+        return as_html(columns, self.details.get("remarks", ()), left=2)
 
     def __repr__(self) -> str:
         text = io.StringIO()

@@ -8,7 +8,6 @@ import difflib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import logging
 import os
@@ -33,16 +32,15 @@ from llama_jax.config import UserError
 from llama_jax.evaluation.scoring import Scorer
 from llama_jax.remote import local_path
 from llama_jax.sampling import (
+    Request,
     SamplingConfig,
+    answers,
     built_in,
-    checked_prompts,
-    continued,
     rendered_chat,
     stop_ids,
     tokenizer_of,
 )
 
-CHUNK = 16  # new tokens between two looks for a stop string
 BOOTSTRAP = 1000  # resamples, for standard errors of metrics that are not means
 SEED = 1234  # of few-shot examples, lm_eval's own
 WRITES_CODE = "writes_code"  # in a task's metadata
@@ -183,24 +181,32 @@ class HarnessLM(TemplateLM):
                 top_p=option.get("top_p"),
                 stop_ids=stop_ids(self.lm),
             )
-            numbers.sort(key=lambda i: len(ids[i]), reverse=True)
-            for batch in itertools.batched(numbers, self.scorer.batch_size):
-                written = self._written([ids[i] for i in batch], sampling, [until[i] for i in batch])
-                for i, text in zip(batch, written, strict=True):
-                    texts[i] = text
-                done += len(batch)
-                self.scorer.progress(done, len(requests))
+            prompts, ends = [ids[i] for i in numbers], [until[i] for i in numbers]
+            report = functools.partial(self._report, done, len(requests))
+            for i, text in zip(numbers, self._written(prompts, sampling, ends, report), strict=True):
+                texts[i] = text
+            done += len(numbers)
         return texts
 
-    def _written(self, prompts: list[list[int]], config: SamplingConfig, until: list[list[str]]) -> list[str]:
+    def _report(self, before: int, total: int, done: int, of: int) -> None:
+        self.scorer.progress(before + done, total)
+
+    def _written(
+        self,
+        prompts: list[list[int]],
+        config: SamplingConfig,
+        until: list[list[str]],
+        progress: Callable[[int, int], object],
+    ) -> list[str]:
         """Return the texts that follow prompts, each cut before its stop strings."""
-        checked, texts = checked_prompts(self.lm.model, prompts, None), list[str]()
-        for rows in continued(self.lm.model, checked, config, settings=self.lm.generation, chunk=CHUNK):
-            ends = zip(rows.tokens, checked.lengths, rows.lengths, strict=True)
-            texts = [self._decode(tokens[start:end].tolist()) for tokens, start, end in ends]
-            stopped = [any(s in text for s in own) for text, own in zip(texts, until, strict=True)]
-            if all(found or bool(done) for found, done in zip(stopped, rows.done, strict=True)):
-                break
+
+        def enough(i: int, sample: int, ids: list[int]) -> bool:
+            text = self._decode(ids)
+            return any(s in text for s in until[i])
+
+        requests = [Request(tuple(ids), config, row=row) for row, ids in enumerate(prompts)]
+        found = answers(self.lm, requests, rows=self.scorer.batch_size, enough=enough, progress=progress)
+        texts = [self._decode(answer.token_ids) for (answer,) in found]
         return [postprocess_generated_text(text, own, None) for text, own in zip(texts, until, strict=True)]
 
     def _decode(self, ids: list[int]) -> str:

@@ -156,6 +156,11 @@ def gradient_norms(lm: Source, text: Text) -> ParameterNorms:
     `text` is a text, token ids [T] or [B, T], or a batch such as `run.batch(step)`, with which `total` is the
     `grad_norm` that the run logs with the step after it (where it has neither dropout nor z-loss).
     """
+    if isinstance(text, Mapping) and "branch" in text:
+        raise UserError(
+            "the batch has pairs of answers, whose loss needs the reference that only training keeps: give a text, or "
+            "take grad_norm of the run's metrics"
+        )
     if isinstance(text, Mapping) and "targets" in text:
         inputs, batch = Inputs.of(lm, np.zeros((1, 1), np.int32)), dict(text)
     else:

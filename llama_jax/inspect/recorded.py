@@ -1,6 +1,7 @@
 """The inputs of a model that is looked into, and records of its layers in a forward pass."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 type Source = LanguageModel | Model | Run
 type Text = str | Sequence[Any] | np.ndarray | jax.Array | Mapping[str, Any]
-VISIBLE = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"})
+VISIBLE = str.maketrans({" ": "·", "\n": r"\n", "\t": r"\t", "\r": r"\r"})
+NO_TEXT = re.compile("[\0-\x1f\x7f\udc80-\udcff]")  # control characters, and bytes that are no UTF-8 (surrogateescape)
 IDS = ("target", "tokens")  # arguments with the ids that the last stack reads
 
 
@@ -153,20 +155,24 @@ def chosen_layers(layers: int | Sequence[int] | None, num_layers: int) -> tuple[
 def texts_of(tokenizer: Tokenizer | None, ids: Sequence[int], *, alone: bool = False) -> list[str]:
     """Return a visible text for each of the ids, each `alone` or one after another.
 
-    Special tokens are their names, bytes of an unfinished character `�`.
+    Special tokens are their names. A character of several tokens is the text of the last one, and the bytes before it
+    are written as `<0xE4>`, as are control characters.
     """
     if tokenizer is None:
         return list(map(str, ids))
     names = {i: name for name, i in tokenizer.special_tokens.items()}
-    before = tokenizer.encode("a") if alone else []  # a text's first token loses its space
-    stream, texts = tokenizer.stream(), []
+    before, texts = b"", list[str]()
     for i in ids:
-        if alone:
-            stream = tokenizer.stream()
-            for first in before:
-                stream.feed(first)
-        text = names.get(i) or (stream.feed(i) if i < tokenizer.vocab_size else str(i))
-        texts.append(text.translate(VISIBLE) or "�")
+        before = b"" if alone else before
+        raw, text = (tokenizer.token_bytes[i] if i < tokenizer.vocab_size else str(i).encode()), names.get(i, "")
+        if not text:
+            try:
+                text, before = (before + raw).decode(), b""
+            except UnicodeDecodeError as error:
+                text = raw.decode(errors="surrogateescape")
+                before = (before + raw)[error.start :] if "end of data" in error.reason else b""
+        text = NO_TEXT.sub(lambda found: f"<0x{ord(found[0]) & 0xFF:02X}>", text.translate(VISIBLE))
+        texts.append(text or "�")
     return texts
 
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from llama_jax.checkpoint import LanguageModel
 from llama_jax.config import UserError
-from llama_jax.figures import clean, color_of, new_figure
+from llama_jax.figures import as_html, clean, color_of, new_figure
 from llama_jax.inspect.recorded import Arrays, draw_curves
-from llama_jax.models import Model, ModelConfig, cache_bytes
+from llama_jax.models import Model, ModelConfig, cache_bytes, cache_bytes_per_token
 from llama_jax.nn import LatentAttention, Rope
 from llama_jax.run import Run
 from llama_jax.run_config import RunConfig
@@ -59,9 +59,8 @@ class CacheSizes(Arrays):
         return pd.DataFrame(self.records())
 
     def _repr_html_(self) -> str:
-        rows = [[f"{x:,}" if isinstance(x, int) else x for x in record.values()] for record in self.records()]
-        cells = "".join("<tr><td>" + "<td>".join(row) for row in [[*self.records()[0]], *rows])
-        return f"<table>{cells}</table>"
+        records = self.records()
+        return as_html({key: [f"{r[key]:,}" if key != "model" else r[key] for r in records] for key in records[0]})
 
     def plot(self) -> "Figure":
         """Return a figure of the sizes over the length, a curve for each model and batch size."""
@@ -93,7 +92,7 @@ def kv_cache(
         if not isinstance(config, ModelConfig):
             raise UserError(f"{name}={type(config).__name__} must be a model config or a loaded model")
         found[name] = np.array([[cache_bytes(config, n, m, dtype) for m in batch_sizes] for n in lengths])
-        per_token[name] = cache_bytes(config, 2, 1, dtype) - cache_bytes(config, 1, 1, dtype)
+        per_token[name] = cache_bytes_per_token(config, dtype)
     return CacheSizes(np.array(lengths), np.array(batch_sizes), found, per_token)
 
 

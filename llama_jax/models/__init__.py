@@ -6,7 +6,12 @@ Dimension letters everywhere: `B` batch, `T` query length, `S` key or cache leng
 `K` key/value heads, `G` = N/K, `H` head dim, `F` feed-forward, `V` vocabulary, `L` layers, `E` experts.
 """
 
-from llama_jax.models.cache import cache_bytes as cache_bytes, cache_shapes as cache_shapes, nbytes as nbytes
+from llama_jax.models.cache import (
+    cache_bytes as cache_bytes,
+    cache_bytes_per_token as cache_bytes_per_token,
+    cache_shapes as cache_shapes,
+    nbytes as nbytes,
+)
 from llama_jax.models.config import (
     Compute as Compute,
     LayerOverride as LayerOverride,

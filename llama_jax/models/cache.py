@@ -2,9 +2,11 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -18,18 +20,24 @@ def cache_shapes(config: ModelConfig, length: int, batch_size: int = 1, dtype: D
 
     They have the shardings of the current mesh. Nothing is allocated. Raises UserError where a layer has no cache.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    dtype = jnp.dtype(dtype)
+    return [
+        _shapes(mixer, config.hidden_size, length, batch_size, dtype, mesh) for mixer, _ in config.stacks()["layers"]
+    ]
 
-    @functools.cache
-    def of(mixer: Mixer) -> PyTree:
-        def make() -> PyTree:
-            return mixer.build(config.hidden_size, rngs=nnx.Rngs(params=0)).init_cache(batch_size, length, dtype)
 
-        try:
-            return jax.eval_shape(make)
-        except NotImplementedError:
-            raise UserError(f"attention={type(mixer).__name__} has no init_cache, so it cannot decode") from None
+@functools.lru_cache(1024)
+def _shapes(mixer: Mixer, width: int, length: int, batch_size: int, dtype: np.dtype, mesh: Any) -> PyTree:
+    """Return the abstract cache of one layer on the current mesh."""
 
-    return [of(mixer) for mixer, _ in config.stacks()["layers"]]
+    def make() -> PyTree:
+        return mixer.build(width, rngs=nnx.Rngs(params=0)).init_cache(batch_size, length, dtype)
+
+    try:
+        return jax.eval_shape(make)
+    except NotImplementedError:
+        raise UserError(f"attention={type(mixer).__name__} has no init_cache, so it cannot decode") from None
 
 
 def cache_bytes(config: ModelConfig, length: int, batch_size: int = 1, dtype: DTypeLike = "bfloat16") -> int:
@@ -37,7 +45,7 @@ def cache_bytes(config: ModelConfig, length: int, batch_size: int = 1, dtype: DT
 
     `dtype` is the type of activations, in which keys, values and latents are kept; recurrent states are float32. Layers
     with a window keep all positions, as decoding allocates them. Of an encoder-decoder it is the decoder's own tokens,
-    without the keys of the source. The bytes per token are the difference of two lengths. Nothing is allocated.
+    without the keys of the source. Nothing is allocated.
 
     Raises UserError for a model that cannot continue a text.
     """
@@ -48,6 +56,11 @@ def cache_bytes(config: ModelConfig, length: int, batch_size: int = 1, dtype: DT
             raise UserError(f"{name}={value} must be at least 1")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # whole, on whatever mesh
         return sum(map(nbytes, cache_shapes(config, length, batch_size, dtype)))
+
+
+def cache_bytes_per_token(config: ModelConfig, dtype: DTypeLike = "bfloat16") -> int:
+    """Return the bytes that one more position of a row takes, as `cache_bytes` has them; 0 for recurrent states."""
+    return cache_bytes(config, 2, 1, dtype) - cache_bytes(config, 1, 1, dtype)
 
 
 def nbytes(cache: PyTree) -> int:

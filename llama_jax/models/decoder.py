@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.models.config import Compute, Pieces, TransformerConfig
@@ -74,9 +75,10 @@ class Decoder(Transformer):
         hidden, _, aux = self.run_stack(batch["tokens"], batch["positions"], mask, key=key)
         return [self.main_term(hidden, batch)], aux
 
-    def init_cache(self, batch: int, length: int) -> list[PyTree]:
-        """Return empty caches of all layers for `length` positions."""
-        return [block.attention.init_cache(batch, length, self.compute.jax_dtype) for block in self.layers.leading]
+    def init_cache(self, batch: int, length: int, dtype: DTypeLike | None = None) -> list[PyTree]:
+        """Return empty caches of all layers for `length` positions; `dtype` None is that of the activations."""
+        dtype = self.compute.jax_dtype if dtype is None else dtype
+        return [block.attention.init_cache(batch, length, dtype) for block in self.layers.leading]
 
     def extend(
         self,

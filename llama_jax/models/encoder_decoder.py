@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.config import Known, UserError
@@ -211,16 +212,23 @@ class EncoderDecoder(Transformer):
         return [self.main_term(hidden, batch)], aux | of_decoder
 
     def init_cache(
-        self, batch: int, length: int, *, source: Int[Array, "b s"], source_mask: Bool[Array, "b s"]
+        self,
+        batch: int,
+        length: int,
+        dtype: DTypeLike | None = None,
+        *,
+        source: Int[Array, "b s"],
+        source_mask: Bool[Array, "b s"],
     ) -> Cache:
         """Return the source's keys and values in every layer, and empty caches of the decoder for `length` positions.
 
-        The source is encoded here, once; `source_mask` is false at its padding.
+        The source is encoded here, once; `source_mask` is false at its padding. `dtype` None is that of the
+        activations.
         """
         assert not self.layers.repeated
         segment_ids = source_mask.astype(jnp.int32)
         encoded, _ = self.encode(source, segment_ids=segment_ids)
-        blocks, dtype = self.layers.leading, self.compute.jax_dtype
+        blocks, dtype = self.layers.leading, self.compute.jax_dtype if dtype is None else dtype
         return {
             "layers": [block.attention.init_cache(batch, length, dtype) for block in blocks],
             "source": [block.cross_attention.keys(encoded) for block in blocks],

@@ -179,10 +179,12 @@ def _passes(local: Local, sent: list[Traffic], kernel: str) -> list[_Pass]:
     in_forward, in_backward = (
         n * tokens * seen * model.heads * local.config.model.num_layers for n in SCORE_BYTES.get(kernel, (0, 0))
     )
+    runs = 1 + local.pairs  # the model, and the reference of pairs of answers
     forward = _Pass(
-        layers + scores + 3 * logits,  # the loss takes its gradient in the forward pass
-        flow + 2 * gathered + 4 * 4 * tokens * model.vocab + in_forward,
-        [t for t in sent if not t.backward],
+        # The loss takes its gradient in the forward pass; before that of pairs, both models' are summed.
+        runs * (layers + scores) + (5 if local.pairs else 3) * logits,
+        runs * (flow + 2 * gathered + in_forward) + (4 + 2 * local.pairs) * 4 * tokens * model.vocab,
+        [t for t in sent if not t.backward] * runs,
     )
     backward = _Pass(
         2 * layers + 2.5 * scores + again,  # flash attention: five products to the forward pass's two

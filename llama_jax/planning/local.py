@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from llama_jax.config import UserError
+from llama_jax.data import Preference
 from llama_jax.models import ModelConfig, cache_shapes, frozen, layer_rngs
 from llama_jax.nn import ExpertsModule, Projection
 from llama_jax.parallel import batch_parts, mesh_axis_sizes, spec, split_over
@@ -154,6 +155,11 @@ class Local:
     def micro_batches(self) -> int:
         """Number of gradient-accumulation micro-batches."""
         return self.config.optimizer.accumulation_steps
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the batch is pairs of answers, which a frozen reference computes, too (DPO)."""
+        return isinstance(self.config.data.objective, Preference)
 
     @property
     def itemsize(self) -> int:

@@ -17,7 +17,7 @@ from llama_jax.parallel import batch_parts
 from llama_jax.planning.local import Local, abstract_mesh, cache_bytes, compute_dtype, optimizer_bytes
 from llama_jax.run_config import RunConfig
 
-BATCH_ARRAYS, BATCH_ITEMSIZE = 5, 4  # tokens, targets, weights, segment ids and positions
+BATCH_ITEMSIZE = 4
 # Of the inputs and outputs of a layer's products and of its residual stream: how many times over they are alive at once
 # in its backward pass.
 WORKING_SET = {"none": 1.15, "dots": 1.8, "attention": 2.0, "full": 2.0}
@@ -45,13 +45,19 @@ def device_memory(config: RunConfig, devices: Sequence[Any]) -> int | None:
 
 
 def argument_bytes(local: Local) -> dict[str, int]:
-    """Return the exact bytes that a device holds of the parameters, the optimizer's state and the batch."""
-    stored = sum(weight.stored for weight in local.model.weights)
-    batch = local.tokens * local.micro_batches * BATCH_ARRAYS * BATCH_ITEMSIZE
+    """Return the exact bytes that a device holds of the parameters, the optimizer's state and the batch.
+
+    With pairs of answers, also those of the frozen copy of the first parameters.
+    """
+    stored, objective = sum(weight.stored for weight in local.model.weights), local.config.data.objective
+    arrays = len(objective.fields()) + 1  # and the segment ids
+    batch = local.tokens * local.micro_batches * arrays * BATCH_ITEMSIZE
+    copies = local.pairs and local.config.model.adapters is None  # adapters leave the base as it is
     optimizer = dataclasses.replace(local.config.optimizer, accumulation_steps=1)  # does not change the state
     splits = (local.sizes[axis] for axis in ("fsdp", "tensor", "expert"))
     state = 4 + optimizer_bytes(optimizer, local.config.model, *splits)  # with the step's number
-    return {"parameters": 4 * stored, "optimizer": state, "batch": batch}
+    reference = {"reference": 4 * stored} if copies else {}
+    return {"parameters": 4 * stored, **reference, "optimizer": state, "batch": batch}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +138,11 @@ def _places(local: Local, chip: Chip) -> list[dict[str, float]]:
     working = WORKING_SET[local.config.compute.remat] * (of.inputs + of.outputs + of.residual) / model.num_layers
     attention = _attention_workspace(local, chip.platform)
     return [
+        # While the reference computes the same batch, whose activations no backward pass needs.
+        *(
+            [{"gradients": running, "activations": saved, "weights": 2 * cast + gathered, "layer": hidden}]
+            * local.pairs
+        ),
         {
             "gradients": running,
             "activations": saved,

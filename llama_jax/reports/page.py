@@ -9,7 +9,7 @@ from typing import Any
 
 from llama_jax.config import UserError
 from llama_jax.files import write_text
-from llama_jax.remote import as_local
+from llama_jax.remote import local_path
 from llama_jax.reports.collecting import collect
 
 HEIGHT = 720  # pixels, in a notebook
@@ -49,9 +49,7 @@ class Report:
 
     def save(self, path: str | Path) -> Path:
         """Write the page to a file, and return its path. Raises UserError where it cannot be written."""
-        if (local := as_local(path)) is None:
-            raise UserError(f"'{path}' must be a local file: give a path such as report.html")
-        file = local.expanduser()
+        file = local_path(path, "path")
         try:
             write_text(file, self.html())
         except OSError as error:

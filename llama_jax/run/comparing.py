@@ -82,17 +82,16 @@ class RunRecord:
         """The logged steps."""
         return [line["step"] for line in self.metrics]
 
-    def tokens(self) -> list[int]:
-        """Return the positions computed until each logged step, those of padding and of sources included."""
+    def tokens(self, steps: Sequence[int] | None = None) -> list[int]:
+        """Return the positions computed until each of `steps` (None: each logged one), also of padding and sources."""
         changed = ((entry["step"], entry["changes"].get("global_batch_size")) for entry in self.history)
         sizes = [(step, sizes[0]) for step, sizes in changed if sizes]  # until a step, the rows of a batch
-        sizes.append((max(self.steps, default=0), self.config["global_batch_size"]))
+        steps = self.steps if steps is None else steps
+        sizes.append((max(steps, default=0), self.config["global_batch_size"]))
         length = self.config["sequence_length"] + (self.config.get("data.objective.source_length") or 0)
         begins = [0, *(end for end, _ in sizes)]
         spans = [(begin, end, size) for begin, (end, size) in zip(begins, sizes, strict=False)]
-        return [
-            length * sum(size * max(0, min(step, end) - begin) for begin, end, size in spans) for step in self.steps
-        ]
+        return [length * sum(size * max(0, min(step, end) - begin) for begin, end, size in spans) for step in steps]
 
     def seconds(self) -> list[float]:
         """Return the time of the steps until each logged one, without compilation, validation and saving.
@@ -314,9 +313,8 @@ def _num_parameters(model: str) -> int | None:
 
 def _digest(directory: Path) -> str | None:
     """Return a hash of a tokenizer's files; chat templates and what surrounds a prompt do not change its tokens."""
-    from llama_jax.tokenizers import RULE_FILE  # with numpy
+    from llama_jax.tokenizers import deciding  # with numpy
 
-    found = (file for file in sorted(directory.glob("*")) if file.is_file())
-    files = [file for file in found if file.suffix != ".jinja" and file.name != RULE_FILE]
-    contents = b"".join(file.name.encode() + file.read_bytes() for file in files)
+    files = deciding([file.name for file in directory.glob("*") if file.is_file()])
+    contents = b"".join(name.encode() + (directory / name).read_bytes() for name in files)
     return hashlib.sha256(contents).hexdigest() if files else None

@@ -3,13 +3,22 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 from llama_jax.checkpoint import CONFIG_FILE, TOKENIZER_DIRECTORY, config_of, load, merge
 from llama_jax.config import UserError
-from llama_jax.data import DataConfig, Dataset, Preference, SequenceToSequence, Vocabulary, prepare_dataset, read_texts
+from llama_jax.data import (
+    Causal,
+    DataConfig,
+    Dataset,
+    Preference,
+    SequenceToSequence,
+    Vocabulary,
+    prepare_dataset,
+    read_texts,
+)
 from llama_jax.models import ModelConfig, Params, abstract_params, initialize, merge_adapters
 from llama_jax.parallel import MeshConfig
 from llama_jax.run.directory import Run
@@ -61,6 +70,16 @@ def _tokenizer(run: Run, quiet: bool) -> Tokenizer:
     config = run.config.tokenizer
     found = trained_tokenizer(config, run.config.data, quiet) if config.path is None else load_tokenizer(config.path)
     return with_document_rule(found, of_sources=run.config.model.has_source)
+
+
+def learned_from(config: RunConfig) -> Hashable:
+    """Return a value that is equal for configs whose tokenizers are the same: one file, or one training."""
+    data = config.data
+    texts = tuple(
+        dataclasses.replace(own, objective=Causal(), packing="cut", num_prefetch=0, skip_batches=())
+        for _, own in data.corpora()
+    )
+    return config.tokenizer, texts, data.objective.special_tokens(), config.model.has_source
 
 
 def trained_tokenizer(config: TokenizerConfig, data: DataConfig, quiet: bool = False) -> Tokenizer:

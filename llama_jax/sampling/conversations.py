@@ -1,13 +1,17 @@
 """`chat`: the answer that a model writes to messages, by a chat template."""
 
-from collections.abc import Mapping, Sequence
+import html
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Unpack
 
 from llama_jax.checkpoint import LanguageModel
 from llama_jax.config import UserError, choices
 from llama_jax.data import ChatTemplate, DirectoryChat, chat_prompt, turn_ends
 from llama_jax.sampling.config import SamplingConfig, SamplingOptions
-from llama_jax.sampling.text import Encoded, complete_encoded, stop_ids, tokenizer_of
+from llama_jax.sampling.engine import Engine
+from llama_jax.sampling.stops import tokenizer_of
+from llama_jax.sampling.text import STREAM_CHUNK, Encoded, complete_encoded, stop_ids, stream_encoded, with_room
 from llama_jax.tokenizers import Tokenizer, render, special_names
 
 
@@ -30,6 +34,123 @@ def chat(
     config = SamplingConfig.of(**{"max_new_tokens": 256, **options})
     (found,) = complete_encoded(lm, [""], [encoded], config)
     return found.completion
+
+
+class Conversation:
+    """A conversation with a model: called with a text, it prints the answer as it is written, and returns it.
+
+        conversation = lm.chat(system="You are brief.", temperature=0.7)
+        conversation("Hello!")
+
+    `messages` is what was said so far, `template` as in `chat`. The keyword arguments are the fields of
+    `SamplingConfig`; by default an answer has at most 512 tokens, or as many as there is room for.
+    """
+
+    NEW_TOKENS = 512  # of an answer, at most, where `max_new_tokens` is not given
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        *,
+        system: str | None = None,
+        template: ChatTemplate | str | None = None,
+        **options: Unpack[SamplingOptions],
+    ):
+        SamplingConfig.of(**options)
+        self.lm, self.template = lm, template
+        self.options: dict[str, Any] = dict(options)
+        self.messages: list[dict[str, str]] = []
+        self.set_system(system)
+        self._num_answers, self._engine = 0, Engine(lm, rows=1, decode_chunk=STREAM_CHUNK)
+
+    def set_system(self, system: str | None) -> None:
+        """Replace the system message; None or an empty text removes it."""
+        said = [message for message in self.messages if message["role"] != "system"]
+        self.messages = [*([{"role": "system", "content": system}] if system else []), *said]
+
+    def reset(self) -> None:
+        """Forget what was said, all but the system message; the draws begin anew, too."""
+        self.messages, self._num_answers = [m for m in self.messages if m["role"] == "system"], 0
+
+    def __call__(self, text: str, **options: Unpack[SamplingOptions]) -> str:
+        """Print the answer to `text` piece by piece and return it. `options` hold for this answer alone."""
+        pieces = list[str]()
+        for piece in self.stream(text, **options):
+            print(piece, end="", flush=True)
+            pieces.append(piece)
+        print()
+        return Answer("".join(pieces))
+
+    def stream(
+        self,
+        text: str,
+        *,
+        progress: Callable[[int], object] = lambda num_tokens: None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generator[str]:
+        """Yield the pieces of the answer to `text`, as `stream_encoded` does.
+
+        What was written becomes a part of the conversation, also where the reader or an interrupt ends it early. Raises
+        UserError as `chat` does, and leaves the conversation as it was.
+        """
+        asked = [*self.messages, {"role": "user", "content": text}]
+        given: dict[str, Any] = {**self.options, **options}
+        encoded = self.encoded(asked)
+        config = SamplingConfig.of(**given)
+        if given.get("max_new_tokens") is None:
+            config = with_room(self.lm, encoded, config, self.NEW_TOKENS)
+        row, self._num_answers = self._num_answers, self._num_answers + 1
+        pieces = stream_encoded(self.lm, encoded, config, row=row, progress=progress, engine=self._engine)
+        written, begun = list[str](), False
+        try:
+            for piece in pieces:
+                begun = True
+                written.append(piece)
+                yield piece
+            begun = True
+        except KeyboardInterrupt:  # in the middle of a step
+            self._engine = Engine(self.lm, rows=1, decode_chunk=STREAM_CHUNK)
+            raise
+        finally:
+            if begun:
+                self.messages = [*asked, {"role": "assistant", "content": "".join(written)}]
+
+    def encoded(self, messages: Sequence[Mapping[str, Any]]) -> Encoded:
+        """Return the ids that the answer to messages follows, and those that end it."""
+        return encoded_chat(self.lm, messages, self.template)
+
+    def __repr__(self) -> str:
+        said = [f"{message['role']}: {message['content']}" for message in self.messages]
+        return "\n".join(said) or "conversation: nothing was said yet"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f'<div style="margin:.4em 0"><b>{html.escape(message["role"])}</b>'
+            f'<div style="white-space:pre-wrap">{html.escape(message["content"])}</div></div>'
+            for message in self.messages
+        )
+        return f'<div style="max-width:48em">{rows or "nothing was said yet"}</div>'
+
+
+class Answer(str):
+    """An answer that was printed when it was written: a notebook shows it again only in another cell."""
+
+    _cell: int | None
+
+    def __new__(cls, text: str) -> "Answer":
+        made = super().__new__(cls, text)
+        made._cell = _cell()
+        return made
+
+    def _ipython_display_(self) -> None:
+        if self._cell is None or self._cell != _cell():
+            print(repr(str(self)))
+
+
+def _cell() -> int | None:
+    """Return the number of the cell of a notebook that runs, None elsewhere."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return None if shell is None else shell.execution_count
 
 
 def encoded_chat(

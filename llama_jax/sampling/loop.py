@@ -1,7 +1,7 @@
-"""Prefill and the decode loop, on the device.
+"""The programs of decoding, on the device: prefill, copies of cached rows, and the decode loop.
 
-A batch that is being continued is one immutable value, `SamplingState`; `step` is a pure function of it. The same loop
-runs to the end for a batch and a few tokens at a time for streaming.
+Sizes are rounded up to powers of two, so that few programs are compiled. What has the size of the model, the cache,
+stays on the device and is donated from call to call; `Rows`, a few numbers a row, come from the host and go back.
 """
 
 import dataclasses
@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from llama_jax.models import Decoder, EncoderDecoder, Model
 from llama_jax.nn import PyTree
-from llama_jax.parallel import replicate, shard
-from llama_jax.sampling.sampler import Logits, Sampler, Written
+from llama_jax.parallel import mesh_axis_sizes, replicate, shard
+from llama_jax.sampling.controls import Logits, Written
+from llama_jax.sampling.sampler import Sampler, logprobs
 
 SMALLEST_BUCKET = 16
 # More ids that end a text than these are rounded up to a power of two.
@@ -26,38 +28,71 @@ FEWEST_STOPS = 4
 # Faults of a row's logits.
 NOT_NUMBERS, NOTHING_ALLOWED = 1, 2
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SamplingState:
-    """Rows of tokens, with all that is needed to continue them.
-
-    Row b's text is `tokens[b, :lengths[b]]`, its prompt of `prompts[b]` tokens included; the rest of the row is never
-    read. The cache holds all of the text but the last token, which is `last[b]`, and of an encoder-decoder the source.
-    A row that is `done` gets no more tokens; `fault` is 0, or the reason why its logits chose none. Any of `stop_ids`
-    (-1 is padding) ends a row.
-    """
-
-    tokens: Int[Array, "b s"]
-    lengths: Int[Array, " b"]
-    prompts: Int[Array, " b"]
-    done: Bool[Array, " b"]
-    fault: Int[Array, " b"]
-    last: Int[Array, " b"]
-    keys: Key[Array, " b"]
-    stop_ids: Int[Array, " e"]
-    cache: PyTree  # any pytree with a leading batch dimension
+Ints = Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The part of a state that a caller reads, whole on every device. Rows that fill up the batch come last."""
+    """The texts of a batch: row b is `tokens[b, :lengths[b]]`, its prompt included; the rest is never read.
 
-    tokens: Int[Array | np.ndarray, "b s"]
-    lengths: Int[Array | np.ndarray, " b"]
-    done: Bool[Array | np.ndarray, " b"]
-    fault: Int[Array | np.ndarray, " b"]
+    A row that is `done` gets no more tokens; `fault` is 0, or the reason why its logits chose none.
+    """
+
+    tokens: Int[Ints, "b s"]
+    lengths: Int[Ints, " b"]
+    done: Bool[Ints, " b"]
+    fault: Int[Ints, " b"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Orders:
+    """How the rows of a batch are continued.
+
+    Row b has a prompt of `prompts[b]` tokens, and ends at `limits[b]` tokens or at any of `stop_ids[b]` (-1 is
+    padding). Its draws depend on `seeds[b]` (64 bits, the upper half first), `numbers[b]` and the position alone.
+    """
+
+    prompts: Int[Ints, " b"]
+    limits: Int[Ints, " b"]
+    stop_ids: Int[Ints, "b e"]
+    seeds: UInt[Ints, "b 2"]
+    numbers: Int[Ints, " b"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingState:
+    """A batch within the loop. The cache holds all of a row's text but the last token, which is `last[b]`."""
+
+    rows: Any  # Rows of arrays on the device, as the orders
+    last: Int[Array, " b"]
+    orders: Any
+    keys: Key[Array, " b"]
+    cache: PyTree  # any pytree with a leading batch dimension
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSize:
+    """Size of a cache: rows, positions, type (None: that of the activations), and of an encoder-decoder the source."""
+
+    rows: int
+    length: int
+    dtype: DTypeLike | None = None
+    source: int = 0
+
+    def shapes(self, module: Any) -> PyTree:
+        """Return the abstract cache."""
+
+        def make() -> PyTree:
+            if not self.source:
+                return module.init_cache(self.rows, self.length, self.dtype)
+            there = shard(jnp.ones((self.rows, self.source), bool), "batch", None)
+            source = shard(jnp.zeros((self.rows, self.source), jnp.int32), "batch", None)
+            return module.init_cache(self.rows, self.length, self.dtype, source=source, source_mask=there)
+
+        return jax.eval_shape(make)
 
 
 def power_of_two(size: int) -> int:
@@ -70,106 +105,193 @@ def bucket(length: int, limit: int) -> int:
     return min(max(SMALLEST_BUCKET, power_of_two(length)), limit)
 
 
-def start(
-    model: Model,
-    tokens: np.ndarray,
-    lengths: np.ndarray,
-    sampler: Sampler,
-    *,
-    max_new_tokens: int,
-    seed: int,
-    stop_ids: Sequence[int] = (),
-    first_row: int = 0,
-    source: tuple[np.ndarray, np.ndarray] | None = None,
-) -> tuple[SamplingState, Rows]:
-    """Run the prompts and sample the first new token of each.
+def can_be_cut(model: Model) -> bool:
+    """Return whether a cache may be cut at any position: it holds entries of positions alone, and no states."""
+    if model.config.has_source:
+        return False
+    with model.on_mesh():
+        module: Any = model.module
+        shapes = [jax.tree.leaves(CacheSize(1, n).shapes(module)) for n in (SMALLEST_BUCKET, 2 * SMALLEST_BUCKET)]
+    return all(a.shape != b.shape for a, b in zip(*shapes, strict=True))
 
-    `tokens` int32 [B, T], right-padded to `lengths` [B]; `source`, for an encoder-decoder, int32 [B, S] and bool
-    [B, S], false at padding. A token is a function of the row's text, `seed` (0 to 2**64 - 1), the row's number
-    (counted from `first_row`) and the position, not of the other rows. The result has rows up to the next
-    power of two; those from B on are done before they begin.
+
+def prefill(
+    model: Model, size: CacheSize, cache: PyTree | None, tokens: np.ndarray, starts: np.ndarray, counts: np.ndarray
+) -> PyTree:
+    """Return the cache with `counts` [B] more tokens of [B, T] in rows that hold `starts` [B]; None is an empty one.
+
+    The given cache is used up. `starts + T` must be at most the cache's length.
     """
-    limit, real = model.config.length_limit, len(tokens)
-    width, capacity = (bucket(n, limit) for n in (tokens.shape[1], tokens.shape[1] + max_new_tokens))
-    size = power_of_two(real)
-    if source is not None:
-        width = tokens.shape[1]  # always 1, the start token
-        ids, there = (_padded(x, size, bucket(x.shape[1], limit)) for x in source)
-        there[real:, 0] = True  # a row without any source would attend to nothing, which gives NaN
-        source = ids, there
-    rows = np.arange(first_row, first_row + size, dtype=np.int32)
-    ends = np.pad(np.asarray(lengths, np.int32), (0, size - real), constant_values=1)
-    halves = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
-    # Filled up with -1, so that few sizes are compiled.
-    stops = np.full(max(FEWEST_STOPS, power_of_two(len(stop_ids))), -1, np.int32)
-    stops[: len(stop_ids)] = stop_ids
-    inputs = (_padded(tokens, size, capacity), ends, np.arange(size) >= real, rows, halves, stops, source)
-    model = model.for_decoding
     with model.on_mesh():
-        return _start(model.graphdef, width, model.state, inputs, sampler)
+        return _prefill(model.graphdef, size, model.state, cache, tokens, starts, counts)
 
 
-def _padded(x: np.ndarray, rows: int, width: int) -> np.ndarray:
-    """Return [B, T] with zeros up to [rows, width], of the same type."""
-    return np.pad(x, ((0, rows - len(x)), (0, width - x.shape[1])))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _prefill(
+    graphdef: PyTree, size: CacheSize, weights: PyTree, cache: PyTree, tokens: Array, starts: Array, counts: Array
+) -> PyTree:
+    module: Any = nnx.merge(graphdef, weights)
+    tokens, starts, counts = shard(tokens, "batch", None), shard(starts, "batch"), shard(counts, "batch")
+    if cache is None:
+        cache = module.init_cache(size.rows, size.length, size.dtype)
+    is_token = jnp.arange(tokens.shape[1]) < counts[:, None]
+    return module.extend(tokens, cache=cache, lengths=starts, is_token=is_token)[1]
 
 
-def advance(model: Model, state: SamplingState, sampler: Sampler, num_tokens: int) -> tuple[SamplingState, Rows]:
-    """Add up to `num_tokens` tokens to every row that is not done; `state` is used up (its cache is donated)."""
-    model = model.for_decoding
+def encode(model: Model, size: CacheSize, source: np.ndarray, mask: np.ndarray) -> PyTree:
+    """Return the caches of empty targets whose sources are [B, S]; `mask` [B, S] is false at padding."""
     with model.on_mesh():
-        return _advance(model.graphdef, model.state, state, sampler, np.int32(num_tokens))
+        return _encode(model.graphdef, size, model.state, source, mask)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _start(
-    graphdef: PyTree, width: int, weights: PyTree, inputs: PyTree, sampler: Sampler
-) -> tuple[SamplingState, Rows]:
+def _encode(graphdef: PyTree, size: CacheSize, weights: PyTree, source: Array, mask: Array) -> PyTree:
     module: Any = nnx.merge(graphdef, weights)
-    tokens, lengths, done, rows, seed, stop_ids, source = inputs
-    num_rows, capacity = tokens.shape
-    tokens, (lengths, done, rows) = shard(tokens, "batch", None), (shard(x, "batch") for x in (lengths, done, rows))
-    # The key of jax.random.key(seed), whose seed may have 64 bits only where JAX's integers do.
-    key = jax.random.wrap_key_data(seed, impl="threefry2x32")
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-    empty = jnp.zeros_like(lengths)
-    if source is not None:
-        ids, real = (shard(x, "batch", None) for x in source)
-        cache = module.init_cache(num_rows, capacity, source=ids, source_mask=real)
-    else:
-        cache = module.init_cache(num_rows, capacity)
-    valid = (jnp.arange(width) < lengths[:, None]) & ~done[:, None]
-    hidden, cache = module.extend(tokens[:, :width], cache=cache, lengths=empty, is_token=valid)
-    at_end = jnp.arange(width) == lengths[:, None] - 1
-    hidden = jnp.where(at_end[..., None], hidden, 0).sum(1, keepdims=True)
-    state = SamplingState(tokens, lengths, lengths, done, empty, empty, keys, stop_ids, cache)
-    state = _append(state, _logits(module, hidden), sampler)
-    return state, _rows(state)
+    source, mask = shard(source, "batch", None), shard(mask, "batch", None)
+    return module.init_cache(size.rows, size.length, size.dtype, source=source, source_mask=mask)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def place(
+    model: Model, size: CacheSize, cache: PyTree | None, other: PyTree, rows: Sequence[int], sources: Sequence[int]
+) -> PyTree:
+    """Return `cache` with the rows `sources` [N] of another one, longer or shorter, at `rows` [N].
+
+    The cache is used up; None is a new one of `size`. Entries beyond its length are cut off.
+    """
+    pad = 0, power_of_two(len(rows)) - len(rows)
+    at, come_from = (np.pad(np.asarray(x, np.int32), pad, "edge") for x in (rows, sources))
+    cache = empty(model, size) if cache is None else cache
+    with model.on_mesh():
+        return _place(cache, other, at, come_from)
+
+
+def empty(model: Model, size: CacheSize) -> PyTree:
+    """Return a cache of zeros."""
+    with model.on_mesh():
+        return _empty(model.graphdef, size, model.state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _empty(graphdef: PyTree, size: CacheSize, weights: PyTree) -> PyTree:
+    def zeros(like: jax.ShapeDtypeStruct) -> Array:
+        found = jnp.zeros(like.shape, like.dtype)
+        return jax.sharding.reshard(found, like.sharding.spec) if mesh_axis_sizes() else found
+
+    return jax.tree.map(zeros, size.shapes(nnx.merge(graphdef, weights)))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _place(cache: PyTree, other: PyTree, rows: Array, sources: Array) -> PyTree:
+
+    def copy(old: Array, new: Array, row: Array, source: Array) -> Array:
+        one = jax.lax.dynamic_slice_in_dim(new, source, 1, axis=0)
+        one = one[(slice(None), *(slice(n) for n in old.shape[1:]))]
+        one = jnp.pad(one, [(0, 0), *((0, n - m) for n, m in zip(old.shape[1:], one.shape[1:], strict=True))])
+        return jax.lax.dynamic_update_slice_in_dim(old, one, row, axis=0)
+
+    def copies(cache: PyTree, other: PyTree, rows: Array, sources: Array) -> PyTree:
+        def body(i: Array, cache: PyTree) -> PyTree:
+            return jax.tree.map(lambda old, new: copy(old, new, rows[i], sources[i]), cache, other)
+
+        return jax.lax.fori_loop(0, len(rows), body, cache)
+
+    if not mesh_axis_sizes():
+        return copies(cache, other, rows, sources)
+    # From and to any device: the compiler finds the communication.
+    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, cache)
+    anywhere: Any = jax.sharding.auto_axes(copies, out_sharding=specs)
+    return anywhere(cache, other, rows, sources)
+
+
+@dataclasses.dataclass(frozen=True)
+class Logged:
+    """Log-probabilities to return: of the `top` most probable tokens, for `steps` tokens of a row."""
+
+    top: int
+    steps: int
+
+
+def advance(
+    model: Model,
+    cache: PyTree,
+    rows: Rows,
+    orders: Orders,
+    sampler: Sampler,
+    num_tokens: int,
+    *,
+    until: int | None = None,
+    logged: Logged | None = None,
+) -> tuple[PyTree, tuple[Rows, PyTree]]:
+    """Add up to `num_tokens` tokens to every row that is not done, until `until` rows are done (default: all).
+
+    The cache is used up. Returns it, the rows, whole on every device, and where they are `logged`, of the i-th token
+    made here by each row: log-probability [B, steps], most probable tokens [B, steps, top] and their
+    log-probabilities.
+    """
+    limits = np.array([num_tokens, len(rows.done) if until is None else until], np.int32)
+    with model.on_mesh():
+        return _advance(model.graphdef, logged, model.state, cache, (rows, orders), sampler, limits)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _advance(
-    graphdef: PyTree, weights: PyTree, state: SamplingState, sampler: Sampler, num_tokens: Array
-) -> tuple[SamplingState, Rows]:
+    graphdef: PyTree,
+    logged: Logged | None,
+    weights: PyTree,
+    cache: PyTree,
+    batch: tuple[Rows, Orders],
+    sampler: Sampler,
+    limits: Array,
+) -> tuple[PyTree, tuple[Rows, PyTree]]:
     module: Decoder | EncoderDecoder = nnx.merge(graphdef, weights)
+    rows, orders = jax.tree.map(lambda x: shard(x, "batch", *(None,) * (x.ndim - 1)), batch)
+    state = SamplingState(rows, _last(rows), orders, keys_of(orders), cache)
+    log = None if logged is None else _no_log(len(rows.lengths), logged)
 
-    def unfinished(carry: tuple[Array, SamplingState]) -> Array:
-        i, state = carry
-        return (i < num_tokens) & ~replicate(state.done).all()
+    def unfinished(carry: tuple[Array, SamplingState, PyTree]) -> Array:
+        i, state, _ = carry
+        return (i < limits[0]) & (replicate(state.rows.done).sum() < limits[1])
 
-    def body(carry: tuple[Array, SamplingState]) -> tuple[Array, SamplingState]:
-        i, state = carry
-        return i + 1, step(module, state, sampler)
+    def body(carry: tuple[Array, SamplingState, PyTree]) -> tuple[Array, SamplingState, PyTree]:
+        i, state, log = carry
+        state, logits = step(module, state, sampler)
+        if logged is not None:
+            new = logprobs(logits, state.last, logged.top)
+            write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=1)
+            log = jax.tree.map(write, log, new)
+        return i + 1, state, log
 
-    _, state = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))
-    return state, _rows(state)
+    _, state, log = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state, log))
+    return state.cache, jax.tree.map(replicate, (state.rows, log))
 
 
-def step(module: Decoder | EncoderDecoder, state: SamplingState, sampler: Sampler) -> SamplingState:
-    """Return the state with one more token in every row that is not done. A pure function."""
-    hidden, cache = module.extend(state.last[:, None], cache=state.cache, lengths=state.lengths - 1)
-    state = dataclasses.replace(state, cache=cache)
-    return _append(state, _logits(module, hidden), sampler)
+def step(module: Decoder | EncoderDecoder, state: SamplingState, sampler: Sampler) -> tuple[SamplingState, Logits]:
+    """Return the state with one more token in every row that is not done, and the model's logits. A pure function."""
+    hidden, cache = module.extend(state.last[:, None], cache=state.cache, lengths=state.rows.lengths - 1)
+    logits = _logits(module, hidden)
+    return append(dataclasses.replace(state, cache=cache), logits, sampler), logits
+
+
+def _last(rows: Rows) -> Int[Array, " b"]:
+    here = jnp.arange(rows.tokens.shape[1]) == rows.lengths[:, None] - 1
+    return jnp.where(here, rows.tokens, 0).sum(1)
+
+
+def keys_of(orders: Any) -> Key[Array, " b"]:
+    """Return the random key of every row."""
+
+    # The keys of jax.random.key(seed), whose seed may have 64 bits only where JAX's integers do.
+    def key(seed: Array, number: Array) -> Array:
+        return jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), number)
+
+    return jax.vmap(key)(orders.seeds, orders.numbers)
+
+
+def _no_log(num_rows: int, logged: Logged) -> PyTree:
+    shape = num_rows, logged.steps
+    ids = jnp.zeros((*shape, logged.top), jnp.int32)
+    log = jnp.zeros(shape), ids, jnp.zeros(ids.shape)
+    return jax.tree.map(lambda x: shard(x, "batch", *(None,) * (x.ndim - 1)), log)
 
 
 def _logits(module: Decoder | EncoderDecoder, hidden: Float[Array, "b 1 d"]) -> Logits:
@@ -179,26 +301,24 @@ def _logits(module: Decoder | EncoderDecoder, hidden: Float[Array, "b 1 d"]) -> 
     return jnp.where(np.isin(np.arange(logits.shape[1]), never), -jnp.inf, logits)
 
 
-def _append(state: SamplingState, logits: Logits, sampler: Sampler) -> SamplingState:
+def append(state: SamplingState, logits: Logits, sampler: Sampler) -> SamplingState:
     """Return the state with a token chosen from `logits` in each row that is not done."""
+    rows, orders = state.rows, state.orders
     sane = jnp.isfinite(logits.max(-1))  # a NaN anywhere is the maximum
-    logits = sampler.controlled(logits, Written(state.tokens, state.lengths, state.prompts))
+    logits = sampler.controlled(logits, Written(rows.tokens, rows.lengths, orders.prompts))
     best = logits.max(-1)
     fault = jnp.where(sane & (best < jnp.inf), jnp.where(best == -jnp.inf, NOTHING_ALLOWED, 0), NOT_NUMBERS)
     # The key depends on the row and the position alone, so that other rows and chunks of streaming change no draw.
-    keys = jax.vmap(jax.random.fold_in)(state.keys, state.lengths)
+    keys = jax.vmap(jax.random.fold_in)(state.keys, rows.lengths)
     chosen = sampler.choose(logits, keys)
-    new = ~state.done & (fault == 0)
-    here = (jnp.arange(state.tokens.shape[1]) == state.lengths[:, None]) & new[:, None]
-    return dataclasses.replace(
-        state,
-        tokens=jnp.where(here, chosen[:, None], state.tokens),
-        lengths=state.lengths + new,
-        last=jnp.where(new, chosen, state.last),
-        fault=jnp.where(state.done, state.fault, fault),
-        done=state.done | ~new | (chosen[:, None] == state.stop_ids).any(-1),
+    new = ~rows.done & (fault == 0)
+    here = (jnp.arange(rows.tokens.shape[1]) == rows.lengths[:, None]) & new[:, None]
+    lengths = rows.lengths + new
+    ended = ~new | (lengths >= orders.limits) | (chosen[:, None] == orders.stop_ids).any(-1)
+    rows = Rows(
+        tokens=jnp.where(here, chosen[:, None], rows.tokens),
+        lengths=lengths,
+        done=rows.done | ended,
+        fault=jnp.where(rows.done, rows.fault, fault),
     )
-
-
-def _rows(state: SamplingState) -> Rows:
-    return Rows(*(replicate(x) for x in (state.tokens, state.lengths, state.done, state.fault)))
+    return dataclasses.replace(state, rows=rows, last=jnp.where(new, chosen, state.last))

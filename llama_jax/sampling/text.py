@@ -1,16 +1,18 @@
 """`generate_text`, `stream_text`: prompts as texts, and the texts that a model writes."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal, Unpack
-
-import numpy as np
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Unpack, overload
 
 from llama_jax.checkpoint import LanguageModel, default_stops
 from llama_jax.config import UserError
 from llama_jax.models import ModelConfig
+from llama_jax.sampling.batch import Request
 from llama_jax.sampling.config import SamplingConfig, SamplingOptions
-from llama_jax.sampling.token_ids import checked_prompts, continued
+from llama_jax.sampling.engine import Engine, Piece, TokenLogprobs
+from llama_jax.sampling.speculative import Speculation
+from llama_jax.sampling.stops import TextStream, tokenizer_of
+from llama_jax.sampling.token_ids import engine_for
 from llama_jax.tokenizers import Tokenizer
 
 # Tokens that the device makes between two pieces of a stream: few enough to flow, many enough to hide the transfer.
@@ -19,12 +21,16 @@ STREAM_CHUNK = 4
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """Text that a model wrote after `prompt`, or as the answer to it; `token_ids` include the one that ended it."""
+    """Text that a model wrote after `prompt`, or as the answer to it.
+
+    `token_ids` include the one that ended it; `logprobs`, where they were asked for, has an entry for each.
+    """
 
     prompt: str
     completion: str
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
+    logprobs: list[TokenLogprobs] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,32 +43,68 @@ class Encoded:
 
 def stopped_by(config: SamplingConfig, encoded: Encoded) -> SamplingConfig:
     """Return the config with the ids that end the text of a prompt."""
-    return dataclasses.replace(config, stop_ids=tuple(dict.fromkeys((*encoded.stop_ids, *config.stop_ids))))
+    own = () if config.ignore_eos else encoded.stop_ids
+    return dataclasses.replace(config, stop_ids=tuple(dict.fromkeys((*own, *config.stop_ids))))
 
 
+@overload
+def generate_text(
+    lm: LanguageModel,
+    prompts: str,
+    *,
+    stream: Literal[True],
+    draft: Any = None,
+    draft_tokens: int | None = None,
+    **options: Unpack[SamplingOptions],
+) -> Iterator[str]: ...
+@overload
 def generate_text(
     lm: LanguageModel,
     prompts: str | Sequence[str],
+    *,
+    stream: Literal[False] = False,
+    draft: Any = None,
+    draft_tokens: int | None = None,
     **options: Unpack[SamplingOptions],
-) -> list[str]:
+) -> list[Any]: ...
+def generate_text(
+    lm: LanguageModel,
+    prompts: str | Sequence[str],
+    *,
+    stream: bool = False,
+    draft: Any = None,
+    draft_tokens: int | None = None,
+    **options: Unpack[SamplingOptions],
+) -> list[Any] | Iterator[str]:
     """Return the texts that the model writes after `prompts` (without them), each up to an end-of-text token.
 
-    A single text in place of the list is one prompt, and the result a list of one.
+    A single text in place of the list is one prompt, and the result a list of one; with `stream` the result is an
+    iterator over the pieces of its text, as they come. With `num_samples` above 1 there is a list of texts for each
+    prompt.
 
     The model's files decide which tokens end a text, surround a prompt, are forced or forbidden. To an encoder-decoder
     the prompts are sources, and the texts its answers. Special tokens written out in them, such as T5's <extra_id_0>,
-    are these tokens, in answers too. `options` are the fields of `SamplingConfig`.
+    are these tokens, in answers too. `options` are the fields of `SamplingConfig`; `draft` and `draft_tokens` are those
+    of `generate`.
 
     Raises UserError as `generate` does, for `prompts` that are not texts and for a model without tokenizer.
     """
     texts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(texts, Sequence) or not all(isinstance(prompt, str) for prompt in texts):
         raise UserError(f"prompts={prompts!r} must be a text or a list of texts; token ids are for generate")
-    return [found.completion for found in complete(lm, texts, SamplingConfig.of(**options))]
+    config, speculation = SamplingConfig.of(**options), Speculation.of(lm, draft, draft_tokens)
+    if stream:
+        if len(texts) != 1:
+            raise UserError(f"stream=True writes one text, and there are {len(texts)} prompts: give one")
+        return stream_encoded(lm, encoded_prompt(lm, texts[0]), config, speculation=speculation)
+    encoded = [encoded_prompt(lm, prompt) for prompt in texts]
+    groups = completed(lm, texts, encoded, [config] * len(texts), speculation=speculation)
+    samples = [[found.completion for found in group] for group in groups]
+    return samples if config.num_samples > 1 else [text for group in samples for text in group]
 
 
 def complete(lm: LanguageModel, prompts: Sequence[str], config: SamplingConfig) -> list[Completion]:
-    """Return the texts of `generate_text` with their token ids and the reason of each end."""
+    """Return the texts of `generate_text` with their token ids and the reason of each end; all samples in one list."""
     encoded = [encoded_prompt(lm, prompt) for prompt in prompts]
     return complete_encoded(lm, prompts, encoded, config)
 
@@ -70,20 +112,84 @@ def complete(lm: LanguageModel, prompts: Sequence[str], config: SamplingConfig) 
 def complete_encoded(
     lm: LanguageModel, prompts: Sequence[str], encoded: Sequence[Encoded], config: SamplingConfig
 ) -> list[Completion]:
-    """Complete prompts that are encoded already, as `complete` does; the same ids must end all of them."""
-    if not prompts:
-        return []
-    start_id = lm.generation.decoder_start_id
-    checked = checked_prompts(lm.model, [prompt.ids for prompt in encoded], None, start_id=start_id)
-    config = stopped_by(config, encoded[0])
-    *_, rows = continued(lm.model, checked, config, settings=lm.generation)
-    completions = []
-    for i, (prompt, own) in enumerate(zip(prompts, encoded, strict=True)):
-        new = np.asarray(rows.tokens[i, checked.lengths[i] : rows.lengths[i]]).tolist()
-        stream = _NewText(lm, own.ids)
-        text = stream.feed(new) + stream.flush()
-        completions.append(Completion(prompt, text, new, "stop" if rows.done[i] else "length"))
-    return completions
+    """Complete prompts that are encoded already, as `complete` does."""
+    return [found for group in completed(lm, prompts, encoded, [config] * len(prompts)) for found in group]
+
+
+def completed(
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    encoded: Sequence[Encoded],
+    configs: Sequence[SamplingConfig],
+    *,
+    progress: Callable[[int], object] = lambda num_tokens: None,
+    speculation: Speculation | None = None,
+) -> Iterator[list[Completion]]:
+    """Yield the samples of each prompt, in the order of the prompts, as soon as they are complete.
+
+    Sample j of prompt i draws as prompt number `i * num_samples + j`. `progress` is called with the number of new
+    tokens of all prompts so far, every few tokens. Raises UserError where a prompt cannot be continued.
+    """
+    requests = [
+        Request(tuple(own.ids), stopped_by(config, own), row=row * config.num_samples)
+        for row, (own, config) in enumerate(zip(encoded, configs, strict=True))
+    ]
+    if not requests:
+        return
+    engine, waiting = (
+        engine_for(lm, requests, watched=any(config.stop for config in configs), speculation=speculation),
+        dict[int, list[_Sample]](),
+    )
+    for prompt, own, request in zip(prompts, encoded, requests, strict=True):
+        texts = [
+            _Sample(prompt, TextStream(lm, own.ids, request.config.stop)) for _ in range(request.config.num_samples)
+        ]
+        try:
+            waiting[engine.add(request)] = texts
+        except UserError as error:
+            raise UserError(f"prompt {len(waiting)}: {error}" if len(requests) > 1 else str(error)) from None
+    num_tokens = 0
+    while waiting:
+        for piece in engine.step():
+            samples = waiting[piece.ticket]
+            samples[piece.sample].add(piece)
+            num_tokens += len(piece.token_ids)
+            if piece.finish_reason is None and samples[piece.sample].finish_reason:
+                engine.cancel(piece.ticket, piece.sample)
+        progress(num_tokens)
+        while waiting and all(sample.finish_reason for sample in waiting[min(waiting)]):
+            yield [sample.completion for sample in waiting.pop(min(waiting))]
+
+
+class _Sample:
+    """One text that is being written."""
+
+    def __init__(self, prompt: str, stream: TextStream):
+        self.prompt, self.stream, self.text = prompt, stream, ""
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] | None = None
+        self.finish_reason: Literal["stop", "length"] | None = None
+
+    def add(self, piece: Piece) -> None:
+        """Add a piece. Raises UserError where it has an error."""
+        if piece.finish_reason == "error":
+            raise UserError(piece.error or "the prompt cannot be continued")
+        if self.finish_reason is not None:
+            return
+        self.token_ids += piece.token_ids
+        if piece.logprobs is not None:
+            self.logprobs = [*(self.logprobs or []), *piece.logprobs]
+        self.text += self.stream.feed(piece.token_ids)
+        if piece.finish_reason is not None:
+            self.text += self.stream.flush()
+        self.finish_reason = "stop" if self.stream.stopped else piece.finish_reason
+
+    @property
+    def completion(self) -> Completion:
+        """The text, and its tokens up to the one that ended it."""
+        count = self.stream.num_tokens
+        logprobs = None if self.logprobs is None else self.logprobs[:count]
+        return Completion(self.prompt, self.text, self.token_ids[:count], self.finish_reason or "length", logprobs)
 
 
 def stream_text(
@@ -94,8 +200,7 @@ def stream_text(
     **options: Unpack[SamplingOptions],
 ) -> Iterator[str]:
     """Yield the text that `generate_text` writes for the prompt number `row`, piece by piece as it comes."""
-    config = SamplingConfig.of(**options)
-    yield from stream_encoded(lm, encoded_prompt(lm, prompt), config, row=row)
+    yield from stream_encoded(lm, encoded_prompt(lm, prompt), SamplingConfig.of(**options), row=row)
 
 
 def stream_encoded(
@@ -105,30 +210,43 @@ def stream_encoded(
     *,
     row: int = 0,
     progress: Callable[[int], object] = lambda num_tokens: None,
+    engine: Engine | None = None,
+    speculation: Speculation | None = None,
 ) -> Iterator[str]:
-    """Yield the text of `stream_text` for a prompt that is encoded already.
+    """Return the pieces of the text of `stream_text` for a prompt that is encoded already.
 
-    `progress` is called with the number of new tokens so far, every few tokens.
+    `progress` is called with the number of new tokens so far, every few tokens. An idle `engine` of the model may be
+    given, which knows the beginning of a conversation. Raises UserError for several samples, and as `completed` does.
     """
-    prompts = checked_prompts(lm.model, [encoded.ids], None, start_id=lm.generation.decoder_start_id)
-    stream, seen = _NewText(lm, encoded.ids), int(prompts.lengths[0])
-    config = stopped_by(config, encoded)
-    for rows in continued(lm.model, prompts, config, settings=lm.generation, first_row=row, chunk=STREAM_CHUNK):
-        if text := stream.feed(rows.tokens[0, seen : rows.lengths[0]].tolist()):
+    for name in ("num_samples", "num_beams"):
+        if getattr(config, name) > 1:
+            raise UserError(f"{name}={getattr(config, name)} writes several texts, which cannot stream: give 1")
+    engine = engine or Engine(lm, rows=1, decode_chunk=STREAM_CHUNK, speculation=speculation)
+    stopped, stream = stopped_by(config, encoded), TextStream(lm, encoded.ids, config.stop)
+    ticket = engine.add(Request(tuple(encoded.ids), stopped, stopped.stop_ids, row))
+    return _pieces(engine, ticket, stream, progress)
+
+
+def _pieces(engine: Engine, ticket: int, stream: TextStream, progress: Callable[[int], object]) -> Iterator[str]:
+    try:
+        while not (engine.idle or stream.stopped):
+            for piece in engine.step():
+                if piece.finish_reason == "error":
+                    raise UserError(piece.error or "the prompt cannot be continued")
+                text = stream.feed(piece.token_ids)
+                progress(stream.num_tokens)
+                if text:
+                    yield text
+        if text := stream.flush():
             yield text
-        seen = int(rows.lengths[0])
-        progress(seen - int(prompts.lengths[0]))
-    if text := stream.flush():
-        yield text
+    finally:  # also where the reader has left
+        engine.cancel(ticket)
 
 
-def tokenizer_of(lm: LanguageModel) -> Tokenizer:
-    """Return the model's tokenizer. Raises UserError where it came without one, and for what is no LanguageModel."""
-    if not isinstance(lm, LanguageModel):
-        raise UserError(f"lm is a {type(lm).__name__}, and must be a LanguageModel with a tokenizer: what load returns")
-    if lm.tokenizer is None:
-        raise UserError("the model came without a tokenizer: give one with --tokenizer, or load(..., tokenizer=...)")
-    return lm.tokenizer
+def with_room(lm: LanguageModel, encoded: Encoded, config: SamplingConfig, wanted: int) -> SamplingConfig:
+    """Return the config with `wanted` new tokens, or as many as there is room for after a prompt; at least one."""
+    room = lm.config.length_limit - (1 if lm.config.has_source else len(encoded.ids))
+    return dataclasses.replace(config, max_new_tokens=max(1, min(wanted, room)))
 
 
 def encoded_prompt(lm: LanguageModel, prompt: str) -> Encoded:
@@ -151,43 +269,3 @@ def encode_prompt(config: ModelConfig, tokenizer: Tokenizer, prompt: str) -> lis
 def stop_ids(lm: LanguageModel) -> tuple[int, ...]:
     """Return the ids that end a text: those of the model's files, else EOS and the start of another document."""
     return lm.generation.eos_ids or default_stops(lm.config, tokenizer_of(lm))
-
-
-class _NewText:
-    """The text of the ids that follow a prompt's ids, without the prompt's own.
-
-    Of an encoder-decoder's answer, sentinels and other special tokens are written by name.
-    """
-
-    def __init__(self, lm: LanguageModel, prompt_ids: Iterable[int]):
-        self._tokenizer = tokenizer = tokenizer_of(lm)
-        self._stream, self._known = tokenizer.stream(), tokenizer.vocab_size
-        self._names: dict[int, str] = {}
-        self._held = 0
-        if lm.config.has_source:
-            silent = {tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id, *tokenizer.eos_ids}
-            self._names = {i: name for name, i in tokenizer.special_tokens.items() if i not in silent}
-            return  # the prompt is the source, not the beginning of this text
-        prompt = [i for i in prompt_ids if i < self._known]
-        seen = self.feed(prompt)
-        # Characters of the prompt that the stream holds back, because more bytes may follow, come with the next ids.
-        self._held = len(tokenizer.decode(prompt)) - len(seen)
-
-    def feed(self, ids: Iterable[int]) -> str:
-        """Return the text that is complete with `ids`."""
-        # A model's vocabulary may be padded beyond the tokenizer's: these ids have no text.
-        return self._without_prompt("".join([self._text(i) for i in ids if i < self._known]))
-
-    def flush(self) -> str:
-        """Return the text that was held back."""
-        return self._without_prompt(self._stream.flush())
-
-    def _without_prompt(self, text: str) -> str:
-        held, self._held = self._held, max(0, self._held - len(text))
-        return text[held:]
-
-    def _text(self, token_id: int) -> str:
-        if token_id not in self._names:
-            return self._stream.feed(token_id)
-        before, self._stream = self._stream.flush(), self._tokenizer.stream()
-        return before + self._names[token_id]

@@ -1,7 +1,7 @@
 """`generate`: prompts of token ids, checked and continued."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
 import jax
@@ -9,10 +9,17 @@ import numpy as np
 
 from llama_jax.checkpoint import GenerationSettings, LanguageModel
 from llama_jax.config import UserError
-from llama_jax.models import Model, ModelConfig, check_ids
+from llama_jax.models import Model, ModelConfig, cache_bytes, check_ids
+from llama_jax.sampling.batch import Request
 from llama_jax.sampling.config import SamplingConfig, SamplingOptions, token_ids
-from llama_jax.sampling.loop import NOT_NUMBERS, Rows, advance, start
-from llama_jax.sampling.sampler import Sampler, controls_of
+from llama_jax.sampling.engine import WHOLE, Engine, TokenLogprobs
+from llama_jax.sampling.loop import bucket
+from llama_jax.sampling.speculative import Speculation
+
+# Tokens between two looks at texts that may have met a stop string.
+READ_CHUNK = 16
+# Rows that are continued together, at most.
+MOST_ROWS, MOST_ROWS_ON_CPU = 256, 32
 
 
 def generate(
@@ -22,6 +29,9 @@ def generate(
     prompt_lengths: Any = None,
     source_mask: Any = None,
     eos_id: Any = None,
+    rows: int | None = None,
+    draft: Any = None,
+    draft_tokens: int | None = None,
     **options: Unpack[SamplingOptions],
 ) -> np.ndarray:
     """Continue token ids: int32 [B, T] to int32 [B, T + max_new_tokens], prompts included.
@@ -39,6 +49,10 @@ def generate(
     bare Model has none. `controls` are further functions `(logits [B, V], written) -> logits`, applied in their order
     before temperature, top-k and top-p (`sampler.py`).
 
+    `draft` guesses `draft_tokens` tokens ahead, which costs time or saves it and does not change a token: a smaller
+    model with the same vocabulary, "prompt" (what followed the last tokens earlier in the text), "mtp" (the model's own
+    further blocks), or a `Speculation`, which counts the guesses that were right.
+
     An encoder-decoder reads `tokens` as the source, [B, S], and writes a target: int32 [B, 1 + max_new_tokens] that
     begins with its start token. `source_mask` [B, S] is then another way to mark padding, at any place of the source:
     false (0) where it is.
@@ -52,11 +66,19 @@ def generate(
     config = SamplingConfig.of(**{"max_new_tokens": 16, "temperature": 0.0, **options})
     config = dataclasses.replace(config, stop_ids=(*stops, *config.stop_ids))
     prompts = checked_prompts(model, tokens, prompt_lengths, source_mask, start_id=settings.decoder_start_id)
-    *_, rows = continued(model, prompts, config, settings=settings)
-    out = np.zeros((len(prompts.tokens), prompts.width + config.max_new_tokens), np.int32)
-    width = int(prompts.lengths.max()) + config.max_new_tokens
-    out[:, :width] = rows.tokens[:, :width]
-    out[np.arange(out.shape[1]) >= np.asarray(rows.lengths)[:, None]] = config.stop_ids[0] if config.stop_ids else 0
+    speculation = Speculation.of(lm, draft, draft_tokens)
+    found = [
+        answer
+        for samples in answers(lm, prompts.requests(config), rows=rows, speculation=speculation)
+        for answer in samples
+    ]
+    out = np.zeros((len(found), prompts.width + config.max_new_tokens), np.int32)
+    for number, (row, answer) in enumerate(zip(out, found, strict=True)):
+        source = number // config.num_samples
+        end = prompts.lengths[source] + len(answer.token_ids)
+        row[: prompts.lengths[source]] = prompts.tokens[source, : prompts.lengths[source]]
+        row[prompts.lengths[source] : end] = answer.token_ids
+        row[end:] = config.stop_ids[0] if config.stop_ids else 0
     return out
 
 
@@ -74,73 +96,100 @@ class Prompts:
     width: int
     source: tuple[np.ndarray, np.ndarray] | None = None
 
+    def requests(self, config: SamplingConfig) -> list[Request]:
+        """Return the rows as requests, sample i of row b with the number b * num_samples + i."""
+        found = []
+        for row in range(len(self.tokens)):
+            real = None if self.source is None else tuple(self.source[1][row].tolist())
+            ids = self.tokens[row, : self.lengths[row]] if self.source is None else self.source[0][row]
+            found.append(Request(tuple(ids.tolist()), config, row=row * config.num_samples, source=real))
+        return found
 
-def continued(
-    model: Model,
-    prompts: Prompts,
-    config: SamplingConfig,
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What was written for one sample of a request."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    finish_reason: str
+
+
+def answers(
+    lm: LanguageModel | Model,
+    requests: Sequence[Request],
     *,
-    settings: GenerationSettings,
-    first_row: int = 0,
-    chunk: int | None = None,
-) -> Iterator[Rows]:
-    """Yield the rows as numpy after the first new token, then after every `chunk` (default: all) of them.
+    rows: int | None = None,
+    enough: Callable[[int, int, list[int]], bool] | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+    speculation: Speculation | None = None,
+) -> list[list[Answer]]:
+    """Return the samples of every request, in the order of the requests.
 
-    Raises UserError for more tokens than the model has positions, and as soon as a row's logits are not numbers or
-    allow no token.
+    `rows` is the number of them that are continued together (default: by the platform and the memory that is free).
+    `enough(request, sample, token_ids)` sees new tokens now and then, and ends the text by true. `progress` is called
+    with the number of texts that are complete, and of all. Raises UserError as soon as a request cannot be continued.
     """
-    max_new_tokens = config.max_new_tokens
-    _check_room(prompts, max_new_tokens, model.config.length_limit)
-    files, sampler = controls_of(settings, model.config.vocab_size, max_new_tokens), Sampler.of(config)
-    sampler = dataclasses.replace(sampler, controls=(*files, *sampler.controls))
-    state, rows = start(
-        model,
-        prompts.tokens,
-        prompts.lengths,
-        sampler,
-        max_new_tokens=max_new_tokens,
-        seed=config.seed,
-        stop_ids=config.stop_ids,
-        first_row=first_row,
-        source=prompts.source,
-    )
-    left = max_new_tokens - 1
-    if chunk is None and left:  # nobody reads rows before the end
-        state, rows = advance(model, state, sampler, left)
-        left = 0
-    yield (seen := _seen(rows, prompts, first_row))
-    while left and not seen.done.all():
-        count = min(left, chunk or left)
-        state, rows = advance(model, state, sampler, count)
-        left -= count
-        yield (seen := _seen(rows, prompts, first_row))
+    if not requests:
+        return []
+    engine = engine_for(lm, requests, rows=rows, watched=enough is not None, speculation=speculation)
+    needed = sum(request.config.num_samples for request in requests)
+    order = [*range(len(requests))]
+    if (
+        needed > engine.num_rows
+    ):  # requests of like length together, the longest first, so that few rows run idle at the end
+        order.sort(key=lambda i: -(len(requests[i].prompt) + requests[i].config.max_new_tokens))
+    number = {engine.add(requests[i]): i for i in order}
+    found = [[Answer([], None, "") for _ in range(request.config.num_samples)] for request in requests]
+    done = 0
+    while not engine.idle:
+        for piece in engine.step():
+            if piece.error is not None:
+                raise UserError(piece.error)
+            i, sample = number[piece.ticket], piece.sample
+            before = found[i][sample]
+            logprobs = None if piece.logprobs is None else [*(before.logprobs or ()), *piece.logprobs]
+            after = Answer(before.token_ids + piece.token_ids, logprobs, piece.finish_reason or "")
+            if not after.finish_reason and enough is not None and enough(i, sample, after.token_ids):
+                after = dataclasses.replace(after, finish_reason="stop")
+                engine.cancel(piece.ticket, sample)
+            found[i][sample] = after
+            if after.finish_reason:
+                progress(done := done + 1, needed)
+    return found
 
 
-def _check_room(prompts: Prompts, max_new_tokens: int, limit: int) -> None:
-    if prompts.source is not None and (size := prompts.source[0].shape[1]) > limit:
-        raise UserError(f"a source of {size} tokens is more than the model's {limit} positions: shorten the prompt")
-    longest = prompts.tokens.shape[1]
-    if longest + max_new_tokens > limit:
-        what = "the start token" if prompts.source is not None else f"a prompt of {longest} tokens"
-        advice = f"take at most {limit - longest}" if longest < limit else "shorten the prompt"
-        raise UserError(
-            f"{what} and max_new_tokens={max_new_tokens} are more than the model's {limit} positions: {advice}"
-        )
+def engine_for(
+    lm: LanguageModel | Model,
+    requests: Sequence[Request],
+    *,
+    rows: int | None = None,
+    watched: bool = False,
+    speculation: Speculation | None = None,
+) -> Engine:
+    """Return an engine that runs all the requests to their ends.
+
+    `rows` is the number of them that are continued together (default: by the platform and the memory that is free).
+    Texts are read at their ends alone, or every few tokens where they are `watched`.
+    """
+    model = lm if isinstance(lm, Model) else lm.model
+    longest = max(len(request.prompt) + request.config.max_new_tokens for request in requests)
+    needed = sum(max(request.config.num_samples, request.config.num_beams) for request in requests)
+    rows = min(needed, rows or _rows_that_fit(model, longest))
+    chunk = READ_CHUNK if watched else WHOLE
+    return Engine(lm, rows=rows, decode_chunk=chunk, prefill_chunk=WHOLE, prefix_bytes=0, speculation=speculation)
 
 
-def _seen(rows: Rows, prompts: Prompts, first_row: int) -> Rows:
-    """Return the rows of the prompts on the host. Raises UserError where one could not be continued."""
-    rows = jax.tree.map(lambda x: x[: len(prompts.tokens)], jax.device_get(rows))
-    if rows.fault.any():
-        row = int((rows.fault != 0).argmax())
-        if rows.fault[row] == NOT_NUMBERS:
-            problem = "the logits are not numbers (NaN or infinite)"
-            advice = "the weights are damaged, or need dtype='float32'"
-        else:
-            problem, advice = "every token is forbidden", "load the model with --ignore-config-keys for these settings"
-        new = rows.lengths[row] - prompts.lengths[row] + 1
-        raise UserError(f"{problem} at new token {new} of prompt {first_row + row}: {advice}")
-    return rows
+def _rows_that_fit(model: Model, length: int) -> int:
+    """Return how many rows of `length` positions are continued together."""
+    devices = [*model.mesh.devices.flat] if model.mesh is not None else jax.local_devices()[:1]
+    if devices[0].platform == "cpu":
+        return MOST_ROWS_ON_CPU
+    memory = devices[0].memory_stats() or {}
+    free = memory.get("bytes_limit", 0) - memory.get("bytes_in_use", 0)
+    row = cache_bytes(model.config, bucket(length, model.config.length_limit), dtype=model.module.compute.jax_dtype)
+    # A prompt's cache is computed apart from the batch's, and activations need room as well.
+    return max(1, min(MOST_ROWS, len(devices) * free // (4 * row)))
 
 
 def checked_prompts(

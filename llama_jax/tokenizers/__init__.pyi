@@ -3,6 +3,7 @@ from .base import (
     TEMPLATE_FILE as TEMPLATE_FILE,
     TextStream as TextStream,
     Tokenizer as Tokenizer,
+    deciding as deciding,
 )
 from .comparing import SAMPLES as SAMPLES, compare as compare, comparison_table as comparison_table
 from .config import KINDS as KINDS, TokenizerConfig as TokenizerConfig

@@ -7,7 +7,7 @@ import hashlib
 import json
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,16 @@ from llama_jax.files import write_files
 from llama_jax.remote import as_local, uploaded, url_of
 
 RULE_FILE = "prompt_rule.json"
+COMPANION = "tokenizer.model"  # next to a tokenizer.json, for programs that read no other; it is passed on
 SETTINGS_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_DIRECTORY = "additional_chat_templates"
+
+
+def deciding(names: Collection[str]) -> list[str]:
+    """Return those of a tokenizer's files, by name, on which the ids of documents depend."""
+    others = {RULE_FILE} | ({COMPANION} if "tokenizer.json" in names else set())
+    return sorted(name for name in names if name not in others and not name.endswith(".jinja"))
 
 
 class TextStream(abc.ABC):
@@ -65,6 +72,15 @@ class Tokenizer(abc.ABC):
     def start_ids(self) -> tuple[int, ...]:
         """Ids that begin a document: BOS, where there is one; more in some families."""
         return () if self.bos_id is None else (self.bos_id,)
+
+    @functools.cached_property
+    def token_bytes(self) -> list[bytes]:
+        """Text of every id in UTF-8, with the leading space that decoding may drop; nothing for special tokens.
+
+        A tokenizer with tokens that are parts of characters has its own: here these have nothing.
+        """
+        texts = [self.decode([i]) for i in range(self.vocab_size)]
+        return [b"" if "\ufffd" in text else text.encode() for text in texts]
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Return the ids of `text`; `bos` puts `start_ids` before it and `eos` EOS after it, where there are such ids.
@@ -169,9 +185,9 @@ class Tokenizer(abc.ABC):
         The rule of prompts and .jinja files of chat templates are left out.
         """
         digest = hashlib.sha256()
-        for name, content in sorted(self.files.items()):
-            if name != RULE_FILE and not name.endswith(".jinja"):
-                digest.update(f"{name} {len(content)}\n".encode() + content)
+        for name in deciding(self.files):
+            content = self.files[name]
+            digest.update(f"{name} {len(content)}\n".encode() + content)
         return digest.hexdigest()
 
     def save(self, directory: str | Path) -> Path | str:

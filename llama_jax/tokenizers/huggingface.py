@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from llama_jax.config import Json
-from llama_jax.tokenizers.base import TextStream, Tokenizer
+from llama_jax.tokenizers.base import COMPANION, TextStream, Tokenizer
 from llama_jax.tokenizers.settings import KEYS, Settings, exported, guess
 
 # Usual names of these tokens, tried where no setting names one.
@@ -121,6 +121,13 @@ class HuggingFaceTokenizer(Tokenizer):
     def stream(self) -> TextStream:
         return _DecoderStream(self, self._tokenizer)
 
+    @functools.cached_property
+    @override
+    def token_bytes(self) -> list[bytes]:
+        """Text of every id in UTF-8; nothing for special tokens."""
+        stream, names = _DecoderStream(self, self._tokenizer), map(self._tokenizer.id_to_token, range(self.vocab_size))
+        return [b"" if name is None or self.is_silent(i) else stream.bytes_of(name) for i, name in enumerate(names)]
+
     @override
     def export_files(self) -> dict[str, bytes]:
         data = json.loads(self._tokenizer.to_str())
@@ -137,7 +144,10 @@ def json_tokenizer(path: Path, content: bytes, settings: Settings) -> HuggingFac
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(str(error)) from None
-    return HuggingFaceTokenizer(tokenizer, {"tokenizer.json": content}, settings, model=json.loads(content)["model"])
+    files, companion = {"tokenizer.json": content}, path.with_name(COMPANION)
+    if path.name == "tokenizer.json" and companion.is_file():
+        files[COMPANION] = companion.read_bytes()
+    return HuggingFaceTokenizer(tokenizer, files, settings, model=json.loads(content)["model"])
 
 
 def reachable_names(tokenizer: tokenizers.Tokenizer, model: Json, special: Collection[str]) -> set[str]:
@@ -242,6 +252,8 @@ class _DecoderStream(TextStream):
         # Any other decoder may change all the text until its end.
         self._waits_for_end = not (fused or kinds == ["ByteLevel"] or LOCAL.issuperset(kinds))
         self._has_bytes = "ByteFallback" in kinds
+        letters = enumerate(byte_letters()) if "ByteLevel" in kinds else ()
+        self._letters = {letter: bytes([byte]) for byte, letter in letters}
         # Ends of a text that is not certain: an incomplete character, and text that is stripped from the end of all.
         tails = (part["content"] for part in parts if fused and part["type"] == "Strip" and part["stop"])
         self._uncertain = ("\ufffd", *tails)
@@ -264,6 +276,14 @@ class _DecoderStream(TextStream):
         text = self._text() if self._tokens else ""
         self._tokens = []
         return text
+
+    def bytes_of(self, token: str) -> bytes:
+        """Return what a token that is not the first adds to the text."""
+        if self._has_bytes and BYTE_NAME.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
+        if self._letters.keys() >= {*token}:
+            return b"".join([self._letters[letter] for letter in token])
+        return self._decode(["a", token])[self._size :].encode()
 
     def _text(self) -> str:
         if self._first:

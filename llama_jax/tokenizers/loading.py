@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from llama_jax.config import UserError
+from llama_jax.gguf_header import gguf_file, is_gguf
 from llama_jax.remote import local_copy
 from llama_jax.tokenizers.base import RULE_FILE, Tokenizer
+from llama_jax.tokenizers.gguf import gguf_tokenizer
 from llama_jax.tokenizers.huggingface import json_tokenizer
 from llama_jax.tokenizers.marian import marian_tokenizer
 from llama_jax.tokenizers.sentencepiece import llama2c_tokenizer, sentencepiece_tokenizer
@@ -34,13 +36,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Reads any `tokenizer.json` of the `tokenizers` library, SentencePiece models (those of Llama, Gemma, T5 and
     ChatGLM2), tiktoken's ranks of Llama 3 and of OpenAI's encodings, Marian's `source.spm`, `target.spm` and
     `vocab.json`, pairs of `vocab.json` and `merges.txt` (`path` is either; both names may begin with the same prefix),
-    BERT's `vocab.txt` and llama2.c's `.bin`, with the settings next to them: tokenizer_config.json,
-    special_tokens_map.json, added_tokens.json, chat templates. `path` may be a URL. Raises UserError for a missing,
-    damaged or unknown file.
+    BERT's `vocab.txt`, llama2.c's `.bin` and the metadata of GGUF files, with the settings next to them:
+    tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat templates. `path` may be a URL. Raises
+    UserError for a missing, damaged or unknown file.
     """
     path = local_copy(path, _stored, beside=STORED)
     if path.is_dir():
         found = [path / name for name in FILE_NAMES if (path / name).is_file()]
+        if not found and (model := gguf_file(path)) is not None:
+            found = [model]
         if not found:
             raise UserError(
                 f"directory '{path}' has no tokenizer.model, tokenizer.json, vocab.json or vocab.txt, nor source.spm "
@@ -49,6 +53,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path = found[0]
     if not path.is_file():
         raise UserError(f"tokenizer file '{path}' does not exist")
+    if is_gguf(path):  # its weights are not read
+        return gguf_tokenizer(path)
     try:
         settings, content = read_settings(path.parent), path.read_bytes()
         return next(found for read in READERS if (found := read(path, content, settings)) is not None)

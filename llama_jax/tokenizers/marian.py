@@ -1,5 +1,6 @@
 """Marian's tokenizer: two SentencePiece models, and a vocabulary that gives their pieces ids."""
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,6 +65,12 @@ class MarianTokenizer(Tokenizer):
         """Return the text of a token, also spaces at both ends of a text; nothing for a special token."""
         piece = self._texts.get(self.check_id(token_id), "")
         return "" if piece in self.special_tokens else piece.replace(SPACE, " ")
+
+    @functools.cached_property
+    @override
+    def token_bytes(self) -> list[bytes]:
+        """Text of every id in UTF-8; nothing for special tokens."""
+        return [self.text_of(i).encode() for i in range(self.vocab_size)]
 
     @override
     def export_files(self) -> dict[str, bytes]:

@@ -120,7 +120,8 @@ class SentencePieceTokenizer(Tokenizer):
         return exported(self, data, self._settings)
 
     @functools.cached_property
-    def pieces(self) -> list[bytes]:
+    @override
+    def token_bytes(self) -> list[bytes]:
         """Text of every id in UTF-8, with the leading space that decoding may drop; nothing for special tokens."""
         pieces = [self._text(i, piece) for i, piece in enumerate(self._model.pieces)]
         pieces += [b""] * (self.vocab_size - len(pieces))
@@ -235,7 +236,7 @@ class _PieceStream(TextStream):
         self._strips, self._strips_all = tokenizer.leading_spaces
 
     def feed(self, token_id: int) -> str:
-        text = self._tokenizer.pieces[self._tokenizer.check_id(token_id)]
+        text = self._tokenizer.token_bytes[self._tokenizer.check_id(token_id)]
         if self._strips and text:
             if self._tokenizer.starts_with_space(token_id):
                 text = text[1:]

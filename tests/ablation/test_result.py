@@ -67,6 +67,15 @@ def test_costs_are_those_of_the_run(tmp_path: Path):
     assert (record["cache_bytes_per_token"], record["num_parameters"], record["peak_bytes"]) == (32, 1000, None)
 
 
+def test_the_speed_has_its_spread(tmp_path: Path):
+    sweep = sweep_of(tmp_path)
+    speeds = [1000.0 + step % 3 for step in range(2, STEPS + 1)]
+    names = ("tokens_per_second_low", "tokens_per_second", "tokens_per_second_high")
+    np.testing.assert_allclose([sweep.records()[0][name] for name in names], np.quantile(speeds, (0.25, 0.5, 0.75)))
+    assert "| 1,001 (1,000-1,002) |" in sweep.to_markdown()
+    assert "(and quartiles)" in sweep.legend()
+
+
 def test_seeds_without_both_runs_are_not_compared(tmp_path: Path):
     variants = (BASE, dataclasses.replace(OTHER, failures={"1": "the loss at step 3 is nan"}), THIRD)
     sweep = sweep_of(tmp_path, variants, seeds=(0, 1, 2, 3))
@@ -236,3 +245,19 @@ def test_the_figure_has_what_differs(tmp_path: Path):
     assert all(axes.get_ylabel().endswith("(nats per token)") for axes in figure.axes[2:4])
     picture, _ = figure._repr_png_()  # type: ignore[attr-defined]
     assert picture.startswith(b"\x89PNG")
+
+
+def test_no_loss_is_drawn_below_zero(tmp_path: Path):
+    """The interval of small losses may reach there."""
+    folder = write_sweep(tmp_path / "sweep", [BASE, OTHER], lambda place, seed: 0.1 + 0.3 * seed + 0.01 * place)
+    sweep = llama_jax.open_sweep(folder)
+    assert sweep.records()[0]["low"] < 0
+    assert all(axes.get_ylim()[0] >= 0 for axes in sweep.plot().axes[:4])
+
+
+def test_long_names_stay_distinct_in_a_figure(tmp_path: Path):
+    names = ("LayerNorm, pre", "LayerNorm, pre, without warm-up", "LayerNorm, post, without warm-up")
+    sweep = sweep_of(tmp_path, [dataclasses.replace(BASE, name=name) for name in names])
+    shown = [label.get_text() for label in sweep.plot().axes[-1].get_yticklabels()]
+    assert len(set(shown)) == 2
+    assert all(len(name) < len(names[1]) for name in shown)

@@ -182,6 +182,24 @@ def test_a_run_that_fails_does_not_end_the_sweep(
     assert "failed" not in capsys.readouterr().out
 
 
+def test_a_tokenizer_is_trained_once_for_the_same_texts(
+    sweep_base: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Objectives and packing make other rows of the same tokens; other files are other texts."""
+    from llama_jax.run import preparing
+
+    trained, real = list[Any](), preparing.train_tokenizer
+
+    def train_tokenizer(texts: Any, **options: Any) -> Any:
+        trained.append(options)
+        return real(texts, **options)
+
+    monkeypatch.setattr(preparing, "train_tokenizer", train_tokenizer)
+    variants = {"base": {}, "packed": {"data.packing": "best_fit"}, "left out": {"data.exclude": "00.txt"}}
+    llama_jax.ablate(sweep_base, variants, seeds=1, steps=1, run_dir=tmp_path / "s", quiet=True)
+    assert len(trained) == 2
+
+
 def test_one_bar_over_all(sweep_base: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from llama_jax.screen import Bar
 

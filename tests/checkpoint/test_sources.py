@@ -276,7 +276,7 @@ def test_quantized_and_adapted_tensors_are_refused_by_name(extra: str, named: st
         open_source(folder)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "mlx"])
+@pytest.mark.parametrize("method", ["bitsandbytes", "mlx"])
 def test_quantized_configs_are_refused_by_name(method: str, tmp_path: Path):
     config, tensors = golden("llama_gqa")
     quantized = {"quantization_config": {"quant_method": method, "bits": 4}}

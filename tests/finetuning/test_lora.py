@@ -21,10 +21,11 @@ from llama_jax.models import (
     merge_adapters,
     num_parameters,
 )
-from llama_jax.nn import LatentAttention, LoRA, Rope
+from llama_jax.nn import MLP, LatentAttention, LoRA, Rope
 from llama_jax.parallel import make_mesh
 from llama_jax.training import init_state, make_train_step
 from llama_jax.training.step import losses
+from llama_jax.zoo.t5 import t5
 
 GOLDENS = Path(__file__).parent / "goldens"
 TOKENS = ((np.arange(24).reshape(2, 12) * 7 + 3) % 64).astype(np.int32)
@@ -91,6 +92,40 @@ def test_merged_is_unmerged(mixer: str):
     prompts = TOKENS[:, :5].tolist()
     found = [llama_jax.generate(m, prompts, max_new_tokens=6, temperature=0) for m in (lm, merged)]
     np.testing.assert_array_equal(*found)
+
+
+def test_adapters_of_an_encoder_decoder(tmp_path: Path):
+    """Of both stacks and of the attention to the source: zero at first, merged as any other, read again as PEFT's."""
+    base = t5(
+        vocab_size=64,
+        hidden_size=16,
+        num_layers=1,
+        num_encoder_layers=1,
+        num_heads=2,
+        head_dim=8,
+        feed_forward=MLP(24, "relu", bias=False, dropout=0.1),
+        dropout=0.1,
+        version_1_0=True,
+    )
+    config = dataclasses.replace(base, adapters=EVERY)
+    params, first = initialize(base, 0), initialize(config, 0)
+    inputs = {"source": TOKENS, "target": TOKENS[:, :6]}
+    compute = llama_jax.models.Compute(dtype="float32")
+    np.testing.assert_array_equal(
+        from_params(config, first, compute)(**inputs), from_params(base, params, compute)(**inputs)
+    )
+    adapted = with_random_adapters(config, first)
+    for part in ("encoder_layers.attention.q_proj", "layers.cross_attention.k_proj", "layers.feed_forward.down_proj"):
+        assert part + ADAPTERS[0] in adapted
+    lm = llama_jax.LanguageModel(config, from_params(config, adapted, compute), None, "t5")
+    expected = np.asarray(lm.model(**inputs))
+    assert np.abs(expected - from_params(base, params, compute)(**inputs)).max() > 0.01
+    np.testing.assert_allclose(llama_jax.merge(lm).model(**inputs), expected, atol=1e-5)
+    llama_jax.save(
+        dataclasses.replace(lm, config=base, model=from_params(base, params, compute)), tmp_path / "b", format="hf"
+    )
+    llama_jax.save_adapters(lm, tmp_path / "a", base=tmp_path / "b")
+    np.testing.assert_allclose(llama_jax.load(tmp_path / "a", dtype="float32").model(**inputs), expected, atol=1e-5)
 
 
 def test_scale():

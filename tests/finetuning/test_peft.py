@@ -20,6 +20,7 @@ from llama_jax.checkpoint.formats import read_safetensors, write_safetensors
 from llama_jax.config import UserError
 from llama_jax.models import ADAPTERS, Compute, from_params, initialize
 from llama_jax.nn import LoRA
+from llama_jax.tokenizers import load_tokenizer, train_tokenizer
 
 GOLDENS = Path(__file__).parent / "goldens"
 ASK = Path(__file__).parent / "ask_peft.py"
@@ -112,6 +113,23 @@ def test_commands_take_an_adapter(tmp_path: Path, capsys):
     assert "config.json" in capsys.readouterr().err
 
 
+def test_files_of_a_tokenizer_are_passed_on(tmp_path: Path):
+    """Of a directory with tokenizer.json and tokenizer.model the first is read, and other programs read the second."""
+    given, alone = tmp_path / "given", tmp_path / "alone"
+    for name, content in train_tokenizer(["the cat sat"] * 9, vocab_size=270).export_files().items():
+        for folder in (given, alone):
+            folder.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+    (alone / "tokenizer.model").unlink()
+    base, native, exported = (str(path) for path in (GOLDENS / "llama" / "base", tmp_path / "n", tmp_path / "e"))
+    assert main(["convert", base, native, "--to", "native", "--tokenizer", str(given)]) == 0
+    assert main(["convert", native, exported, "--to", "hf"]) == 0
+    assert Path(exported, "tokenizer.model").read_bytes() == (given / "tokenizer.model").read_bytes()
+    tokenizer, expected = (load_tokenizer(path) for path in (exported, alone))
+    assert tokenizer.encode("the cat") == expected.encode("the cat")
+    assert load_tokenizer(given).fingerprint == expected.fingerprint
+
+
 def test_weights_keep_their_type_and_adapters_their_precision(tmp_path: Path):
     """Of a base in bfloat16: loaded as float32 the sum is not rounded, converted it is in bfloat16, once."""
     shutil.copytree(GOLDENS / "llama", tmp_path / "llama")
@@ -169,3 +187,6 @@ def test_a_base_is_for_adapters_and_adapters_for_a_model_that_has_them(tmp_path:
         llama_jax.load(GOLDENS / "llama" / "base", base=GOLDENS / "llama" / "base")
     with pytest.raises(UserError, match=r"no adapters: train it with model\.adapters"):
         llama_jax.save_adapters(llama_jax.load(GOLDENS / "llama" / "base"), tmp_path / "adapter")
+    (tmp_path / "x.bin").write_bytes(b"weights")
+    with pytest.raises(UserError, match=r"x\.bin is no Hugging Face directory.*convert it"):
+        llama_jax.save_adapters(adapted("llama", OURS["llama"]), tmp_path / "adapter", base=tmp_path / "x.bin")

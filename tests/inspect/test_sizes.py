@@ -1,6 +1,8 @@
 """Rotary decay against rotated random vectors and the paper's bound; the table of caches; every figure drawn."""
 
 import io
+import re
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from llama_jax.inspect.recorded import texts_of
 from llama_jax.models import DecoderConfig, cache_bytes
 from llama_jax.nn import LinearScaling, Rope, YarnScaling
 from llama_jax.run import Run
+from llama_jax.tokenizers import load_tokenizer, train_tokenizer
 
 ROPES = [Rope(10000.0, None), Rope(500.0, LinearScaling(4.0)), Rope(100.0, None, rotary_dim=8),
          Rope(10000.0, YarnScaling(4.0, 32, 8.0, 1.0, 0.0, 0.0))]  # fmt: skip
@@ -71,7 +74,8 @@ def test_cache_table(tiny_config: DecoderConfig):
     assert (
         table.query("model == 'tiny' and length == 64 and batch_size == 3")["bytes"].item() == sizes.bytes["tiny"][1, 1]
     )
-    assert "24,576" in sizes._repr_html_()
+    assert ">24,576<" in sizes._repr_html_()
+    assert "&lt;b&gt;" in inspect.kv_cache({"<b>": RUN})._repr_html_()
     with pytest.raises(UserError, match="EncoderConfig keeps no cache"):
         inspect.kv_cache({"bert": llama_jax.presets()["bert_base"]})
 
@@ -83,9 +87,22 @@ def test_labels_show_every_byte(finished_run: Run):
     texts = texts_of(tokenizer, ids)
     assert len(texts) == len(ids)
     assert all(texts)
-    shown = "".join(texts[1:]).replace("�", "")
-    assert shown == text.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
+    shown = re.sub("<0x..>", "", "".join(texts[1:])).removeprefix("·")  # a space before the text is a token's
+    assert shown == text.replace(" ", "·").replace("\n", r"\n").replace("\t", r"\t")
     assert texts_of(None, [3, 4]) == ["3", "4"]
+
+
+def test_labels_of_bytes(finished_run: Run, tmp_path: Path):
+    """Bytes are their numbers until the last of a character, also in the exported tokenizer of transformers."""
+    own = finished_run.tokenizer
+    for name, content in own.export_files().items():
+        (tmp_path / name).write_bytes(content)
+    for tokenizer in (own, load_tokenizer(tmp_path)):
+        ids = tokenizer.encode("\n中\1")[-5:]
+        assert texts_of(tokenizer, ids) == [r"\n", "<0xE4>", "<0xB8>", "中", "<0x01>"]
+        assert texts_of(tokenizer, ids, alone=True)[1:4] == ["<0xE4>", "<0xB8>", "<0xAD>"]
+    letters = train_tokenizer(["the cat"] * 9, kind="byte_bpe", vocab_size=260)
+    assert texts_of(letters, letters.encode("\n é")) == [r"\n", "·", "<0xC3>", "é"]
 
 
 def drawn(figure: Any) -> None:

@@ -1,6 +1,7 @@
 """The estimate: exact where it can be, and true to what has to hold of any step."""
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -44,7 +45,11 @@ def local(workload: RunConfig, num_chips: int = 8) -> Local:
 ODD = {"model.vocab_size": 41, "model.tie_embeddings": True}
 
 
-@pytest.mark.parametrize(("name", "changes"), [*((name, {}) for name in MESHES), ("combined", ODD), ("fsdp", ODD)])
+PAIRS = {"data.objective": "Preference"}
+CASES = [*((name, {}) for name in MESHES), ("combined", ODD), ("fsdp", ODD), ("fsdp", PAIRS)]
+
+
+@pytest.mark.parametrize(("name", "changes"), CASES)
 def test_argument_bytes_are_those_of_a_real_state(workload: RunConfig, name: str, changes: dict[str, Any]):
     workload = with_mesh(workload, MESHES[name], **changes)
     with jax.set_mesh(make_mesh(workload.mesh)):
@@ -55,9 +60,10 @@ def test_argument_bytes_are_those_of_a_real_state(workload: RunConfig, name: str
                 k: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding)
                 for k, a in abstract_params(workload.model).items()
             }
-        state = jax.jit(init_state)(params, workload.optimizer.hyper(10))
+        first = functools.partial(init_state, reference=changes is PAIRS)
+        state = jax.jit(first)(params, workload.optimizer.hyper(10))
         sharding = spec("batch", "sequence", shape=(8, 64))
-        batch = [jnp.zeros((8, 64), jnp.int32, out_sharding=sharding) for _ in range(5)]
+        batch = [jnp.zeros((8, 64), jnp.int32, out_sharding=sharding) for _ in range(6 if changes is PAIRS else 5)]
     device = jax.devices()[0]
     arrays = jax.tree.leaves((state, batch))
     held = sum(s.data.nbytes for array in arrays for s in array.addressable_shards if s.device == device)
@@ -73,6 +79,19 @@ def test_memory_is_near_what_xla_says(command: str):
     assert memory.arguments - plan.argument_bytes == 12 * scalar - 2 * 4
     assert 0.95 * memory.total <= plan.total_bytes <= 1.15 * memory.total
     assert plan.fits
+
+
+def test_pairs_cost_a_reference_and_its_forward_pass(llama: RunConfig):
+    """With adapters the weights are there once, and the reference is computed all the same."""
+    pairs, adapters = override(llama, PAIRS), {"model.adapters": "LoRA"}
+    plain, found = estimate(llama, V5E_8), estimate(pairs, V5E_8)
+    assert found.memory["reference"] == found.memory["parameters"]
+    assert "reference" not in plain.memory
+    # Recomputing, a step is four forward passes, and of pairs five, with more logits.
+    assert 1.2 < found.seconds["matrix units"] / plain.seconds["matrix units"] < 1.4
+    alone, of_pairs = (estimate(override(config, adapters), V5E_8) for config in (llama, pairs))
+    assert "reference" not in of_pairs.memory
+    assert of_pairs.seconds["matrix units"] > 1.2 * alone.seconds["matrix units"]
 
 
 def test_plans_to_tune_on_are_plans():

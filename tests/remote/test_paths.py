@@ -53,6 +53,7 @@ COMMANDS = {
     "evaluate task_files": "evaluate RUN --tasks a --task-files URL",
     "evaluate output": "evaluate RUN --output URL",
     "convert base": "convert ADAPTER OUT --to hf --base URL",
+    "convert tokenizer": "convert RUN OUT --to hf --tokenizer URL",
     "sample base": "sample ADAPTER --prompt a --base URL",
     "plan config": "plan URL/config.py --topology v5e:8x8",
 }
@@ -98,6 +99,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "convert base": lambda url, run, config: llama_jax.convert(ADAPTER, "out", to="hf", base=url),
     "convert destination": lambda url, run, config: llama_jax.convert(run.directory, url, to="hf"),
     "convert source": lambda url, run, config: llama_jax.convert(url, "out", to="hf"),
+    "convert tokenizer": lambda url, run, config: llama_jax.convert(run.directory, "out", to="hf", tokenizer=url),
     "evaluate output": lambda url, run, config: llama_jax.evaluate(run, output=url),
     "evaluate task_files": lambda url, run, config: llama_jax.evaluate(run, tasks="a", task_files=url),
     "evaluate tokenizer": lambda url, run, config: llama_jax.evaluate(run.directory, tokenizer=url),

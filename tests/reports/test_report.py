@@ -244,7 +244,7 @@ MISTAKES = {
     "'{}/empty' has no run": ["{}/empty"],
     "no run has the metric 'vall_loss': did you mean 'val_loss'?": ["{}/runs", "--metric", "vall_loss"],
     "'{}/empty' cannot be written": ["{}/runs", "--html", "{}/empty"],
-    "'s3://bucket/a.html' must be a local file": ["{}/runs", "--html", "s3://bucket/a.html"],
+    "path=s3://bucket/a.html must be a local file": ["{}/runs", "--html", "s3://bucket/a.html"],
     "--watch serves the page and --html writes it": ["{}/runs", "--html", "a.html", "--watch"],
     "port=99999 cannot be had": ["{}/runs", "--watch", "--port", "99999"],
     "--port='x' must be a whole number": ["{}/runs", "--watch", "--port", "x"],

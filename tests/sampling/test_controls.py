@@ -32,7 +32,9 @@ def test_logits_are_those_of_transformers(tmp_path: Path):
     for (number, prompt), cases in itertools.groupby(GOLDENS["processed"], key=lambda case: case[:2]):
         cases = list(cases)
         settings = settings_of(tmp_path, GOLDENS["settings"][number] | {"eos_token_id": GOLDENS["eos"]})
-        sampler = Sampler(controls=controls_of(settings, GOLDENS["vocabulary"], GOLDENS["max_new_tokens"]))
+        sampler = Sampler(
+            controls=controls_of(settings, GOLDENS["vocabulary"], [SamplingConfig(GOLDENS["max_new_tokens"])])
+        )
         tokens = np.full((len(cases), 16), 3, np.int32)  # what stands behind a text is never looked at
         for row, case in zip(tokens, cases, strict=True):
             row[: len(case[2])] = case[2]
@@ -48,7 +50,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path):
 def test_a_mesh_changes_no_logits(tmp_path: Path):
     """All of them at once, where the rows are split over devices."""
     settings = settings_of(tmp_path, GOLDENS["settings"][-1] | {"eos_token_id": 2, "begin_suppress_tokens": [4]})
-    sampler = Sampler(controls=controls_of(settings, 12, 4))
+    sampler = Sampler(controls=controls_of(settings, 12, [SamplingConfig(4)]))
     rng = np.random.default_rng(0)
     tokens, logits = rng.integers(0, 12, (8, 16)).astype(np.int32), rng.normal(size=(8, 12)).astype(np.float32)
     text = Written(jnp.asarray(tokens), jnp.arange(4, 12), jnp.full(8, 3, jnp.int32))
@@ -131,9 +133,9 @@ def test_settings_that_cannot_be_followed_are_named_when_sampling(tmp_path: Path
     ):
         settings = settings_of(tmp_path, data)
         with pytest.raises(UserError, match=f"{sentence}.*--ignore-config-keys"):
-            controls_of(settings, 12, 4)
+            controls_of(settings, 12, [SamplingConfig(4)])
     harmless = {"encoder_no_repeat_ngram_size": 0, "guidance_scale": 1.0, "num_beams": 4, "watermarking_config": None}
-    assert controls_of(settings_of(tmp_path, harmless), 12, 4) == ()
+    assert controls_of(settings_of(tmp_path, harmless), 12, [SamplingConfig(4)]) == ()
 
 
 def test_a_text_ends_at_every_stop_of_the_files_and_at_no_other(lm: LanguageModel):

@@ -10,8 +10,8 @@ import pytest
 from llama_jax.config import UserError
 from llama_jax.models import Compute, DecoderConfig, Model, build, from_params
 from llama_jax.parallel import make_mesh
-from llama_jax.sampling import Sampler, generate, loop
-from llama_jax.sampling.loop import advance, bucket, start
+from llama_jax.sampling import generate, loop
+from llama_jax.sampling.loop import bucket
 
 LENGTHS = np.array([5, 1, 9, 3])
 
@@ -131,7 +131,7 @@ def test_one_compilation_serves_many_batches(model: Model, prompts: np.ndarray):
     """Rows up to a power of two, stops up to a few and every setting's value share it, and no row notices."""
 
     def compiled() -> tuple[int, int]:
-        return loop._start._cache_size(), loop._advance._cache_size()
+        return loop._prefill._cache_size(), loop._advance._cache_size()
 
     many = np.concatenate([prompts, prompts[::-1, ::-1]])
     settings = {"max_new_tokens": 6, "temperature": 1.5, "top_k": 9}
@@ -161,12 +161,6 @@ def test_a_mesh_changes_nothing(
     for drawn in ({}, {"temperature": 1.0, "top_k": 30, "top_p": 0.9, "seed": 3}):
         out = generate(sharded, prompts[:num_rows], **settings, **drawn)
         np.testing.assert_array_equal(out, generate(model, prompts[:num_rows], **settings, **drawn))
-
-
-def test_the_cache_is_donated(model: Model, prompts: np.ndarray):
-    state, _ = start(model, prompts, np.full(4, 9), Sampler(), max_new_tokens=8, seed=0)
-    advance(model, state, Sampler(), 7)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache))
 
 
 def test_the_context_is_the_limit(model: Model, prompts: np.ndarray):

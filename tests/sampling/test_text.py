@@ -57,6 +57,45 @@ def test_a_text_stops_at_any_end_of_text_token(lm: LanguageModel):
     assert "".join(stream_text(ending, PROMPTS[0], max_new_tokens=20, temperature=0)) == found.completion
 
 
+def test_a_stop_string_ends_a_text_and_is_left_out(lm: LanguageModel):
+    free = complete(lm, PROMPTS, SamplingConfig(20, 0.0))
+    stop = free[0].completion[6:9]
+    config = SamplingConfig(20, 0.0, stop=(stop, "never written"))
+    found = complete(lm, PROMPTS, config)
+    for prompt, before, after in zip(PROMPTS, free, found, strict=True):
+        assert after.completion == before.completion.partition(stop)[0]
+        stops = stop in before.completion
+        assert after.finish_reason == ("stop" if stops else "length")
+        assert after.token_ids == before.token_ids[: len(after.token_ids)]
+        pieces = list(generate_text(lm, prompt, stream=True, max_new_tokens=20, temperature=0, stop=stop))
+        assert "".join(pieces) == after.completion
+        assert lm.tokenizer is not None
+        ids = lm.tokenizer.encode_prompt(prompt)
+        for count, contains in ((len(after.token_ids), True), (len(after.token_ids) - 1, False)):
+            text = lm.tokenizer.decode([*ids, *after.token_ids[:count]])[len(prompt) :]
+            assert not stops or (stop in text) == contains, "its ids end with the token that completed it"
+
+
+def test_samples_of_a_prompt_are_those_of_prompts_alone(lm: LanguageModel):
+    options = {"max_new_tokens": 6, "temperature": 1.5, "seed": 3}
+    found = generate_text(lm, PROMPTS[:2], num_samples=3, **options)
+    assert found == [
+        generate_text(lm, [prompt] * 6, **options)[first : first + 3]
+        for prompt, first in ((PROMPTS[0], 0), (PROMPTS[1], 3))
+    ]
+    assert len({text for texts in found for text in texts}) == 6
+
+
+def test_only_one_text_streams(lm: LanguageModel):
+    for prompts, options, sentence in (
+        (PROMPTS, {}, "stream=True writes one text, and there are 3 prompts"),
+        ("a", {"num_samples": 2}, "num_samples=2 writes several texts"),
+        ("a" * 400, {}, "shorten the prompt"),
+    ):
+        with pytest.raises(UserError, match=sentence):  # at once, not when it is read
+            generate_text(lm, prompts, stream=True, **options)
+
+
 def test_ids_beyond_the_tokenizer_have_no_text(lm: LanguageModel, make_model):
     config = dataclasses.replace(lm.config, vocab_size=4 * lm.config.vocab_size)
     padded = dataclasses.replace(lm, config=config, model=make_model(config))

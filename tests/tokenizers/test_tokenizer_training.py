@@ -57,7 +57,7 @@ def test_llamas_settings(kind: str):
     tokenizer = train_tokenizer(LINES, kind=kind, vocab_size=288)
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (288, 1, (2,), None)
     assert (tokenizer.unk_id, tokenizer.special_tokens) == (0, {"<unk>": 0, "<s>": 1, "</s>": 2})
-    pieces = tokenizer.pieces
+    pieces = tokenizer.token_bytes
     assert pieces[3:259] == [bytes([b]) for b in range(256)]
     learned = pieces[259:]
     assert not [p for p in learned if b"\n" in p]
@@ -66,8 +66,8 @@ def test_llamas_settings(kind: str):
         assert b"  " in learned
     # A space is put before the text, and only there: "def" begins as " def" does, but not after a line end.
     word, second = tokenizer.encode("def"), tokenizer.encode("\ndef")
-    assert tokenizer.pieces[word[0]].startswith(b" ")
-    assert b"".join(tokenizer.pieces[i] for i in second) == b" \ndef"
+    assert tokenizer.token_bytes[word[0]].startswith(b" ")
+    assert b"".join(tokenizer.token_bytes[i] for i in second) == b" \ndef"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,7 +155,7 @@ def test_texts_that_one_skips_are_still_encoded():
 
 
 def test_long_lines_are_learned_from():
-    assert b"ab" in train_tokenizer(["ab cd " * 2000], vocab_size=267).pieces
+    assert b"ab" in train_tokenizer(["ab cd " * 2000], vocab_size=267).token_bytes
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,6 +3,12 @@
 Every reader returns `Tensors`. A new file format is one module here; `zoo/` defines what the names in it mean.
 """
 
+from llama_jax.checkpoint.formats.gguf import (
+    architecture_of as architecture_of,
+    config_json as config_json,
+    read_gguf as read_gguf,
+)
+from llama_jax.checkpoint.formats.gptq_awq import dequantized as dequantized, read_quantization as read_quantization
 from llama_jax.checkpoint.formats.huggingface import (
     has_weights as has_weights,
     read_directory as read_directory,
@@ -27,6 +33,7 @@ from llama_jax.checkpoint.formats.tensors import (
     split as split,
     stack as stack,
     stored as stored,
+    transposed as transposed,
     with_scales as with_scales,
 )
 from llama_jax.checkpoint.formats.torch_pickle import read_torch as read_torch

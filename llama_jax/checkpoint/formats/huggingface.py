@@ -34,7 +34,7 @@ DTYPES = {
 }
 
 # Weights that other frameworks and tools wrote.
-_UNREAD = ("*.h5", "*.msgpack", "*.ckpt*", "*.gguf", "*.onnx", "*.npz", "*.ot")
+_UNREAD = ("*.h5", "*.msgpack", "*.ckpt*", "*.onnx", "*.npz", "*.ot")
 
 
 def read_safetensors(file: Path) -> Tensors:
@@ -89,6 +89,8 @@ def read_directory(directory: Path) -> Tensors:
             return read(file)
         if (index := directory / f"{name}.index.json").is_file():
             return _read_shards(index, read)
+    if len(named := [*directory.glob("gptq_model*.safetensors")]) == 1:  # AutoGPTQ's first name for it
+        return read_safetensors(named[0])
     others = sorted(file.name for pattern in _UNREAD for file in directory.glob(pattern))
     but = f"; it has {others[0]}, which is not read: get or save these weights as safetensors" if others else ""
     raise UserError(f"'{directory}' has neither model.safetensors nor pytorch_model.bin nor an index of shards{but}")

@@ -116,6 +116,11 @@ def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
     return Tensor((*shape[:dim], total, *shape[dim + 1 :]), parts[0].dtype, fetch)
 
 
+def transposed(whole: Tensor) -> Tensor:
+    """Return a tensor with its dimensions in the reverse order."""
+    return Tensor(whole.shape[::-1], whole.dtype, lambda slices: whole.read(slices[::-1]).T)
+
+
 def rounded(whole: Tensor, dtype: np.dtype) -> Tensor:
     """Return a tensor that is cast to `dtype` when it is read."""
     return Tensor(whole.shape, dtype, lambda slices: whole.read(slices).astype(dtype))
