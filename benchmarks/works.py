@@ -27,7 +27,7 @@ TRAIN_STEP = {
 }
 DECODE = {
     f"stories15m-batch{b}": STORIES15M | {"task": "decode", "batch_size": b, "prompt_length": 8, "new_tokens": 128}
-    for b in (1, 8)
+    for b in (1, 8, 32)
 }
 
 

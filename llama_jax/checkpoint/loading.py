@@ -88,6 +88,7 @@ def load(
     step: int | None = None,
     ignore_config_keys: Collection[str] = (),
     base: str | Path | None = None,
+    quantize: str | None = None,
 ) -> LanguageModel:
     """Return the language model at `path`: a run, a saved native one, a Hugging Face or Meta directory, a GGUF file,
     a `.bin`, or a LoRA adapter.
@@ -100,6 +101,8 @@ def load(
     `components` are classes from outside the package that the saved config may name; `step` picks a checkpoint of a
     run (default: the latest); `ignore_config_keys` are keys of a released config to take as if they were not there.
     An adapter of PEFT is merged into the weights of its base: `base`, or where None, the directory that it names.
+    `quantize` keeps matrices, embedding and head with them, in "int8" (a scale for every output), "int4" (a scale for
+    every output and group of at most 128 inputs) or on a GPU that has it "fp8"; such a model cannot be saved.
     Raises UserError for anything missing, damaged or unsupported.
     """
     path, inside = locate(path)
@@ -119,6 +122,8 @@ def load(
             base=base,
         )
         model = from_params(found.config, found.params, compute, jax_mesh)
+        if quantize is not None:
+            model = model.quantized(quantize)
     return LanguageModel(found.config, model, found.tokenizer, found.model_type, found.generation, found.chat_template)
 
 

@@ -1,11 +1,14 @@
 """Perplexity and bits per byte of texts, by a sliding window."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from llama_jax.checkpoint import LanguageModel, load
 from llama_jax.config import UserError
 from llama_jax.data import DataConfig, Record, ScoredBytes, find_files, read_pieces
 from llama_jax.evaluation.scoring import Row, Scorer
@@ -104,3 +107,18 @@ def _rates(nats: float, tokens: float, documents: float, bytes: float | None = N
     loss = nats / tokens
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return per_byte | {"perplexity": perplexity, "loss": loss, "tokens": tokens, **size, "documents": documents}
+
+
+def quantization_cost(model: LanguageModel | str | Path, text: str, *, quantize: str = "int8") -> tuple[float, float]:
+    """Return the perplexity of a text before and after its model is quantized.
+
+    `model` is a language model in full precision, or a path, which is loaded; `quantize` is a format of `load`.
+    """
+    lm = model if isinstance(model, LanguageModel) else load(model)
+    after = dataclasses.replace(lm, model=lm.model.quantized(quantize))
+
+    def perplexity(lm: LanguageModel) -> float:
+        numbers, _, _ = evaluate_texts(Scorer(lm), {"text": [("text", text)]}, window=None, stride=None)
+        return numbers["text"]["perplexity"]
+
+    return perplexity(lm), perplexity(after)

@@ -15,10 +15,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.config import UserError
 from llama_jax.models.config import Compute, ModelConfig, TransformerConfig
+from llama_jax.models.forms import check_format, copy_pays, quantized
 from llama_jax.models.inputs import check_length, check_params, checked_inputs
 from llama_jax.models.layout import Params, assemble, flatten, init_params
 from llama_jax.models.stack import Aux, Layers
-from llama_jax.nn import ForwardContext, Mask, PyTree, dropout, gather, matmul, seed_value, zigzag
+from llama_jax.nn import Form, ForwardContext, Mask, PyTree, dropout, gather, matmul, multiplied, seed_value, zigzag
 from llama_jax.parallel import axes_of, shard
 
 type Batch = dict[str, jax.Array]
@@ -61,6 +62,7 @@ class Transformer(nnx.Module):
     ):
         self.config, self.compute = config, compute
         self.part_names, self.stack_names = tuple(parts), tuple(stacks)
+        self.head_copy: nnx.Variable | None = nnx.data(None)  # a tied head as [D, V], from which a CPU decodes
         for name, module in (parts | stacks).items():
             setattr(self, name, module)
 
@@ -150,11 +152,12 @@ class Transformer(nnx.Module):
     def head_weight(self) -> PyTree:
         """Return the argument of `head`, as it is stored: [V, D] where tied, else [D, V]; transposing would copy it."""
         lm_head = self.part("lm_head")
-        weight = (self.embedding if lm_head is None else lm_head).weight[...].astype(self.compute.jax_dtype)
+        weight = (self.embedding if lm_head is None else lm_head).weight
+        weight = weight if isinstance(weight, Form) else weight[...].astype(self.compute.jax_dtype)
         if (head_bias := self.part("head_bias")) is None:
             return weight
         bias = head_bias.bias[...]
-        if axes_of(weight)[0 if lm_head is None else 1]:
+        if isinstance(weight, Form) or axes_of(weight)[0 if lm_head is None else 1]:
             bias = shard(bias, "vocab")  # a fixed one is stored whole, and has to be split as the logits are
         return {"weight": weight, "bias": bias}
 
@@ -163,8 +166,13 @@ class Transformer(nnx.Module):
         weight, bias = (weight["weight"], weight["bias"]) if isinstance(weight, dict) else (weight, None)
         # Gathered here, so that the loss, which calls this for chunks of positions, keeps only the stored part.
         tied = self.part("lm_head") is None
-        weight = gather(weight, ("vocab", "embed") if tied else ("embed", "vocab"))
-        logits = matmul(hidden, weight, out_axis="vocab", transposed=tied, dtype=jnp.float32)
+        if tied and self.head_copy is not None:
+            weight, tied = self.head_copy[...], False
+        logits = multiplied(hidden, weight, 1) if isinstance(weight, Form) or not tied else None
+        if logits is None:
+            weight = weight[...].astype(hidden.dtype) if isinstance(weight, Form) else weight
+            weight = gather(weight, ("vocab", "embed") if tied else ("embed", "vocab"))
+            logits = matmul(hidden, weight, out_axis="vocab", transposed=tied, dtype=jnp.float32)
         if self.config.logit_scale != 1:
             logits = logits * self.config.logit_scale
         if bias is not None:
@@ -199,9 +207,9 @@ class Model:
     `module` is the NNX module inside, with its layers.
     """
 
-    def __init__(self, module: Any, mesh: Mesh | None = None):
+    def __init__(self, module: Any, mesh: Mesh | None = None, *, quantize: str | None = None):
         self.graphdef, self.state = nnx.split(module)
-        self.mesh = mesh
+        self.mesh, self.quantize = mesh, quantize
         self.config: ModelConfig = module.config
         self._kind = type(module)
 
@@ -215,8 +223,31 @@ class Model:
         """The blocks, by index."""
         return self.module.layers
 
+    def quantized(self, format: str) -> "Model":
+        """Return the model with its matrices in `format`: int8, int4 or fp8. Raises UserError where that cannot be."""
+        check_format(self.config, format)
+        if self.quantize is not None:
+            raise UserError(f"the model is {self.quantize} already: load it without quantize")
+        with self.on_mesh():
+            module = nnx.merge(*quantized(self.graphdef, format, self.state))
+        return Model(module, self.mesh, quantize=format)
+
+    @functools.cached_property
+    def for_decoding(self) -> "Model":
+        """The model with a tied head as [D, V] too, where a CPU decodes faster by that copy; else itself."""
+        if self.mesh is not None or self.quantize is not None or not copy_pays(self.config):
+            return self
+        module = self.module
+        module.head_copy = nnx.Variable(module.embedding.weight[...].astype(module.compute.jax_dtype).T)
+        return Model(module)
+
     def params(self) -> Params:
-        """Return parameters by name, stacked over layers."""
+        """Return parameters by name, stacked over layers. Raises UserError for a quantized model."""
+        if self.quantize is not None:
+            raise UserError(
+                f"a model loaded with quantize={self.quantize} has no full weights to write, merge or convert: "
+                "load it without quantize"
+            )
         with self.on_mesh():
             return flatten(self.module)
 

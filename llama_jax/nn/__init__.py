@@ -91,6 +91,12 @@ from llama_jax.nn.positions import (
     RelativeBias as RelativeBias,
     SinusoidalPositions as SinusoidalPositions,
 )
+from llama_jax.nn.quantized import (
+    FORMATS as FORMATS,
+    Form as Form,
+    form_of as form_of,
+    multiplied as multiplied,
+)
 from llama_jax.nn.recurrent import (
     GRU as GRU,
     LSTM as LSTM,

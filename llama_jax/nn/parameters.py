@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from llama_jax.config import UserError
 from llama_jax.nn.adapters import LoRA, current_context
 from llama_jax.nn.base import dropout
+from llama_jax.nn.quantized import Form, multiplied
 from llama_jax.parallel import axes_of, fitting, mesh_axis_sizes, reshape, shard, spec
 
 # Of first values of the embedding and the head: logits start near zero and the first loss near ln V.
@@ -91,7 +92,7 @@ def buffer(value: jax.Array, update: Callable[[jax.Array, jax.Array], jax.Array]
     return Buffer(value, axes=(None,) * value.ndim, update=update)
 
 
-def cast_and_gather(param: nnx.Variable, dtype: DTypeLike) -> jax.Array:
+def cast_and_gather(param: nnx.Variable | Form, dtype: DTypeLike) -> jax.Array:
     """Return a parameter's value for the computation: cast, then gathered over the axis that only storage splits."""
     return gather(param[...].astype(dtype), param.get_metadata("axes"))
 
@@ -161,7 +162,8 @@ class Projection(nnx.Module):
         self.in_axes, self.out_axes = _axes(in_dims), _axes(out_dims)
         fan_in = math.prod(self.in_shape)
         std = fan_in**-0.5 if std is None else std
-        self.weight = parameter(rngs, "weight", self.in_shape + self.out_shape, self.in_axes + self.out_axes, std=std)
+        shape, axes = self.in_shape + self.out_shape, self.in_axes + self.out_axes
+        self.weight: nnx.Variable | Form = parameter(rngs, "weight", shape, axes, std=std)
         self.bias = parameter(rngs, "bias", self.out_shape, self.out_axes, std=0.0) if bias else None
         self.adapter: LoRA | None = None
         if isinstance(rngs, Keys) and rngs.adapters is not None and rngs.adapters.covers(rngs.path):
@@ -171,10 +173,18 @@ class Projection(nnx.Module):
             self.lora_a = parameter(rngs, "lora_a", self.in_shape + rank, self.in_axes + none, std=(3 * fan_in) ** -0.5)
             self.lora_b = parameter(rngs, "lora_b", rank + self.out_shape, none + self.out_axes, std=0.0)
 
+    @property
+    def summed_dims(self) -> tuple[int, ...]:
+        """The dimensions of the weight over which a product sums."""
+        return tuple(range(len(self.in_shape)))
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [B, T, *in_dims] to [B, T, *out_dims], in the dtype of x."""
         inputs, outputs = (self.in_shape, self.in_axes), (self.out_shape, self.out_axes)
-        y = _in_dims(matmul(*_operands(x, self.weight, inputs, outputs)), outputs)
+        if (y := multiplied(x, self.weight, len(self.in_shape))) is None:
+            y = _in_dims(matmul(*_operands(x, self.weight, inputs, outputs)), outputs)
+        else:
+            y = y.astype(x.dtype).reshape(*y.shape[:-1], *self.out_shape)
         if self.adapter is not None:
             rank, barrier = ((self.adapter.rank,), (None,)), jax.lax.optimization_barrier
             axes = ("batch", "sequence", *_gathered(self.in_axes))
@@ -198,7 +208,7 @@ type _Side = tuple[tuple[int, ...], tuple[str | None, ...]]
 
 
 def _operands(
-    x: jax.Array, weight: nnx.Variable, inputs: _Side, outputs: _Side
+    x: jax.Array, weight: nnx.Variable | Form, inputs: _Side, outputs: _Side
 ) -> tuple[jax.Array, jax.Array, str | None, str | None]:
     """Return the arguments of `matmul` for x [B, T, *inputs] and a stored matrix between these sides."""
     (in_shape, in_axes), (out_shape, out_axes) = inputs, outputs
@@ -223,11 +233,17 @@ def _in_dims(y: jax.Array, side: _Side) -> jax.Array:
 class Embedding(nnx.Module):
     """Vectors of tokens, or of anything else that is numbered."""
 
+    summed_dims = (1,)  # as the head that it may be, too
+
     def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs):
-        self.weight = parameter(rngs, "weight", (vocab_size, width), ("vocab", "embed"), std=EMBEDDING_STD)
+        self.weight: nnx.Variable | Form = parameter(
+            rngs, "weight", (vocab_size, width), ("vocab", "embed"), std=EMBEDDING_STD
+        )
 
     def __call__(self, tokens: Int[Array, "b t"], dtype: DTypeLike) -> Float[Array, "b t d"]:
         """Return the tokens' vectors in this dtype."""
+        if isinstance(self.weight, Form) and not mesh_axis_sizes():
+            return self.weight.rows(tokens).astype(dtype)
         return embed_lookup(self.weight[...].astype(dtype), tokens)
 
 

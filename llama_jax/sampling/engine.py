@@ -101,6 +101,7 @@ class Engine:
                 raise UserError(f"{name}={value} must be at least 1")
         self._lm = lm
         self._model, self._settings = (lm, GenerationSettings()) if isinstance(lm, Model) else (lm.model, lm.generation)
+        self._model = self._model.for_decoding
         config = self._model.config
         if not config.generates:
             raise UserError(f"{type(config).__name__} continues no texts: load it and call it on tokens")

@@ -15,6 +15,7 @@ from llama_jax.nn.experts.dispatch import Product, apply_experts, ranks
 from llama_jax.nn.experts.routers import Router, Routing, SoftmaxTopK
 from llama_jax.nn.feed_forward import ACTIVATIONS, MLP, Activation, GatedLinearUnit
 from llama_jax.nn.parameters import child, parameter
+from llama_jax.nn.quantized import Form
 from llama_jax.parallel import spec
 
 
@@ -100,10 +101,12 @@ class Experts(FeedForward):
 class _Matrices(nnx.Module):
     """One matrix of every expert."""
 
+    summed_dims = (1,)
+
     def __init__(self, num_experts: int, in_dim: tuple[str, int], out_dim: tuple[str, int], *, rngs: nnx.Rngs):
         (in_axis, i), (out_axis, o) = in_dim, out_dim
         axes = ("expert", in_axis, out_axis)
-        self.weight = parameter(rngs, "weight", (num_experts, i, o), axes, std=i**-0.5)
+        self.weight: nnx.Variable | Form = parameter(rngs, "weight", (num_experts, i, o), axes, std=i**-0.5)
 
 
 class _Stack(nnx.Module):
@@ -115,7 +118,7 @@ class _Stack(nnx.Module):
         self.up_proj = _Matrices(e, outer, inner, rngs=child(rngs, "up_proj"))
         self.down_proj = _Matrices(e, inner, outer, rngs=child(rngs, "down_proj"))
 
-    def params(self) -> dict[str, nnx.Param]:
+    def params(self) -> dict[str, nnx.Variable | Form]:
         """Return the stored matrices by name."""
         found = {"gate": self.gate_proj, "up": self.up_proj, "down": self.down_proj}
         return {name: matrices.weight for name, matrices in found.items() if matrices is not None}
