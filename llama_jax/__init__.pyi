@@ -30,7 +30,7 @@ from .checkpoint import (
     save_adapters as save_adapters,
 )
 from .config import UserError as UserError, override as override
-from .evaluation import Evaluation as Evaluation, evaluate as evaluate
+from .evaluation import Evaluation as Evaluation, evaluate as evaluate, score as score
 from .models import build as build, num_parameters as num_parameters
 from .planning import plan as plan
 from .reports import report as report

@@ -21,6 +21,7 @@ from llama_jax.config import UserError, config_names
 from llama_jax.installation import missing_package
 from llama_jax.parser import BASE, IGNORED_KEYS, MESH, RUN_PATH, TOKENIZER, Argument, Command, Parser, flag
 from llama_jax.sample_flags import SAMPLE
+from llama_jax.serve_command import SERVE
 
 # Settings of glibc's allocator, read when a process starts: a training step on a CPU takes and frees all of its memory,
 # so that huge pages that are kept save much of its time (benchmarks/ has the figures).
@@ -94,6 +95,7 @@ COMMANDS = {
         ),
     ),
     "sample": SAMPLE,
+    "serve": SERVE,
     "evaluate": Command(
         "Measure a model on texts, on tasks of lm-evaluation-harness (extra `eval`), or on pairs. A run without any of "
         "these is measured on its held-out data. Results of a run go into its evaluations/, too.",

@@ -35,6 +35,7 @@ from llama_jax.remote import default_cache, is_remote, with_urls
 from llama_jax.run import Preempted, RunFailed, config_to_continue, train
 from llama_jax.run_config import RunConfig, config_of
 from llama_jax.sample_command import check_weights, sample_command
+from llama_jax.serve_command import serve_command
 from llama_jax.text_commands import (
     prepare_command,
     tokenizer_compare_command,
@@ -232,6 +233,7 @@ COMMANDS = {
     "train": train_command,
     "plan": plan_command,
     "sample": sample_command,
+    "serve": serve_command,
     "evaluate": evaluate_command,
     "convert": convert_command,
     "prepare": prepare_command,

@@ -152,8 +152,8 @@ def _read(path: Path) -> Header:
                 raise ValueError(f"its alignment is {alignment}")
             start = -(-reader.at // alignment) * alignment
             for name, entry in entries.items():
-                if start + entry.offset > len(data) or math.prod(entry.shape) > 64 * len(data):
-                    raise ValueError(f"'{name}' reaches beyond its end")
+                if start + entry.offset > len(data) or not 0 < math.prod(entry.shape) <= 64 * len(data):
+                    raise ValueError(f"'{name}' reaches beyond its end, or has no element")
             return Header(metadata, {n: dataclasses.replace(e, offset=start + e.offset) for n, e in entries.items()})
     except (ValueError, OSError) as error:
         raise UserError(f"'{path}' is no whole GGUF file ({error}): download it again") from None

@@ -182,7 +182,5 @@ sweep.plot()
 
 # %%
 row = sweep.records()[1]
-low, high = row["difference_low"], row["difference_high"]
-answer = "lower loss" if high < 0 else "higher loss" if low > 0 else "not decided"
-print(f"squared ReLU minus SwiGLU: {row['difference']:+.3f} nats per token, 95 % interval {low:+.3f} to {high:+.3f}")
-print(f"with {row['n']} seeds: {answer}")
+interval = row["difference_low"], row["difference_high"]
+tools.claim("Squared ReLU lowers the loss (its loss minus SwiGLU's)", interval, (-np.inf, 0), "nats per token")

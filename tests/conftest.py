@@ -6,6 +6,7 @@ import os
 import pkgutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -44,7 +45,7 @@ import tiny_run  # noqa: E402
 
 from llama_jax.config import override  # noqa: E402
 from llama_jax.models import DecoderConfig, abstract_params  # noqa: E402
-from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU  # noqa: E402
+from llama_jax.nn import SwiGLU  # noqa: E402
 from llama_jax.run import Run, RunConfig, train  # noqa: E402
 
 MAX_MAPPINGS = 20_000
@@ -91,23 +92,8 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny_config() -> DecoderConfig:
     """A decoder with everything in it and nothing large: one layer, grouped queries, an untied head."""
-    return DecoderConfig(
-        vocab_size=40,
-        hidden_size=16,
-        num_layers=1,
-        max_positions=64,
-        attention=GroupedQuery(
-            num_heads=4,
-            num_kv_heads=2,
-            head_dim=8,
-            rope=Rope(theta=10000.0, scaling=None),
-            qkv_bias=False,
-            out_bias=False,
-        ),
-        feed_forward=SwiGLU(intermediate_size=24, bias=False),
-        norm=RMSNorm(eps=1e-5),
-        tie_embeddings=False,
-    )
+    sizes = {"vocab_size": 40, "hidden_size": 16, "feed_forward": SwiGLU(intermediate_size=24, bias=False)}
+    return override(cast("DecoderConfig", tiny_run.get_config().model), sizes)
 
 
 @pytest.fixture(scope="session")

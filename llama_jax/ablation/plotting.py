@@ -33,7 +33,7 @@ def plot_sweep(sweep: "Sweep") -> "Figure":
     records = sweep.records()
     panels = _panels(sweep)
     compared = [i for i, record in enumerate(records) if record["difference"] is not None]
-    names = [_short(record["variant"]) for record in records]
+    names = [_short_names(sweep)[record["variant"]] for record in records]
     columns = max(1, min(len(names), 64 // (6 + max(map(len, names), default=1))))
     rows = math.ceil(len(panels) / 2)
     heights = [2.8 * rows] * bool(rows) + [0.9 + 0.3 * len(compared)] * bool(compared)
@@ -82,8 +82,14 @@ def _style(place: int, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= NAME else f"{name[: NAME // 2 - 1]}…{name[-NAME // 2 :]}"
+def _short_names(sweep: "Sweep") -> dict[str, str]:
+    """Return short forms of the variants' names, so long that no two are the same."""
+    names = [variant.name for variant in sweep.record.variants] + [sweep.record.baseline]
+    for size in range(NAME, max(map(len, names)) + 1):
+        short = {name: name if len(name) <= size else f"{name[: size // 2 - 1]}…{name[-size // 2 :]}" for name in names}
+        if len(set(short.values())) == len(set(names)):
+            return short
+    return {name: name for name in names}
 
 
 def _unit(metric: str) -> str:
@@ -150,7 +156,7 @@ def _few_ticks(axes: "Axes", values: Sequence[float], count: int = 4, form: Call
 
 
 def _differences(sweep: "Sweep", places: Sequence[int], axes: "Axes") -> None:
-    records = sweep.records()
+    records, short = sweep.records(), _short_names(sweep)
     axes.axvline(0, color="0.3", linewidth=1)
     for row, i in enumerate(places):
         record, color = records[i], color_of(i)
@@ -160,11 +166,11 @@ def _differences(sweep: "Sweep", places: Sequence[int], axes: "Axes") -> None:
         axes.plot(record["difference"], row, **_style(i, linestyle=""))
     if any(records[i]["difference_low"] is not None for i in places):
         axes.set_title(f"thick: {100 * sweep.level:g} % each, thin: all together", fontsize="medium", loc="right")
-    axes.set_yticks(range(len(places)), [_short(records[i]["variant"]) for i in places])
+    axes.set_yticks(range(len(places)), [short[records[i]["variant"]] for i in places])
     axes.set_ylim(len(places) - 0.5, -0.5)
     unit = f" ({UNITS[sweep.metric]})" if sweep.metric in UNITS else ""
     axes.set_xlabel(
-        f"{sweep.metric.replace('val_', 'validation ')} minus that of\n{_short(sweep.record.baseline)}{unit}"
+        f"{sweep.metric.replace('val_', 'validation ')} minus that of\n{short[sweep.record.baseline]}{unit}"
     )
 
 

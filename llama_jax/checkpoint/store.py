@@ -325,7 +325,11 @@ def run_files(names: Iterable[str], step: int | None = None, *, arrays: bool = T
 
 def model_files(names: Iterable[str], step: int | None = None) -> list[str]:
     """Return those files of a directory, of any kind, that `load` reads; `step` as in `run_files`."""
-    names = [name for name in run_files(names, step) if not _UNUSED.fullmatch(name)]
+    found = run_files(names, step)
+    names = [name for name in found if not _UNUSED.fullmatch(name)]
+    models = [name for name in found if name.endswith(".gguf") and "/" not in name]
+    if len(models) == 1 and not any(_PREFERRED.fullmatch(n) or _SAME_WEIGHTS.fullmatch(n) for n in names):
+        names += models
     if "config.json" in names and any(_PREFERRED.fullmatch(name) for name in names):
         names = [name for name in names if not _SAME_WEIGHTS.fullmatch(name)]
     # In released directories, folders hold other forms of the same weights.

@@ -13,6 +13,7 @@ from llama_jax.config import UserError
 from llama_jax.models import check_ids
 from llama_jax.nn import unzigzag, zigzag
 from llama_jax.parallel import replicate, shard
+from llama_jax.sampling import tokenizer_of
 
 CHUNK = 128  # positions of each row whose logits exist at a time
 SMALLEST = 16  # positions of a row
@@ -94,6 +95,50 @@ class Scorer:
                 raise UserError("the logits are not numbers: the weights are damaged, or need dtype='float32'")
             scores.append((part, greedy[i, : len(inputs), : len(choices)]))
         return scores
+
+
+def score(
+    lm: LanguageModel, prompts: Sequence[Any], continuations: Sequence[Any], *, batch_size: int = 8
+) -> list[list[float]]:
+    """Return the log-probability (natural logarithm) of each token of each continuation, after its prompt.
+
+    Both are lists of as many texts or token ids. Of texts the tokens are those of prompt and continuation together: a
+    token that has parts of both counts for the continuation. They are the model's own, before any control of sampling.
+
+    Raises UserError for impossible texts or ids, and for a model without the likelihood of a text.
+    """
+    if isinstance(prompts, str) or isinstance(continuations, str) or len(prompts) != len(continuations):
+        raise UserError("prompts and continuations must be two lists of as many texts or token ids")
+    scorer, limit = Scorer(lm, batch_size=batch_size), lm.config.length_limit
+    rows, counts = list[Row](), list[int]()
+    for number, pair in enumerate(zip(prompts, continuations, strict=True)):
+        ids, count = _ids_of_texts(lm, *pair) if all(isinstance(x, str) for x in pair) else _ids(*pair)
+        if not 0 < count < len(ids):
+            what = "continuation" if count <= 0 else "prompt, and no BOS before it"
+            raise UserError(f"prompts[{number}] has an empty {what}: give at least one token of each")
+        if len(ids) - 1 > limit:
+            raise UserError(f"prompts[{number}] with its continuation has {len(ids)} tokens: the model reads {limit}")
+        rows.append((ids[:-1], ids[-1:]))
+        counts.append(count)
+    found = scorer.score(rows) if rows else []
+    return [logprobs[-count:, 0].tolist() for (logprobs, _), count in zip(found, counts, strict=True)]
+
+
+def _ids(prompt: Any, continuation: Any) -> tuple[list[int], int]:
+    first, last = np.asarray(prompt), np.asarray(continuation)
+    if any(x.ndim != 1 or (x.size and not np.issubdtype(x.dtype, np.integer)) for x in (first, last)):
+        raise UserError(f"prompt {prompt!r} and continuation {continuation!r} must be two texts or two lists of ids")
+    return [*first.tolist(), *last.tolist()], len(last)
+
+
+def _ids_of_texts(lm: LanguageModel, prompt: str, continuation: str) -> tuple[list[int], int]:
+    """Return the ids of both, and how many of them are the continuation's."""
+    tokenizer = tokenizer_of(lm)
+    before, whole = tokenizer.encode(prompt), tokenizer.encode(prompt + continuation)
+    same = next(
+        (i for i, ids in enumerate(zip(before, whole, strict=False)) if ids[0] != ids[1]), min(len(before), len(whole))
+    )
+    return [*tokenizer.prefix_ids, *whole], len(whole) - same
 
 
 def _scores(

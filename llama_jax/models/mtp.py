@@ -23,7 +23,7 @@ STACK = "mtp_layers"
 class MTPDecoderConfig(DecoderConfig):
     """A causal language model that in training also predicts tokens after the next, one with each further block.
 
-    Further blocks share the embedding and the head, and are not used in generation.
+    Further blocks share the embedding and the head; generation uses them as a draft alone (draft="mtp").
 
     num_mtp_layers: number of further tokens to predict.
     mtp_weight: factor of the mean of the further losses.
@@ -72,7 +72,7 @@ class MTPBlock(Block):
 
 
 class MTPDecoder(Decoder):
-    """A `Decoder` with further blocks that only training uses."""
+    """A `Decoder` with further blocks, for training and for guesses of tokens after the next."""
 
     def loss_terms(self, batch: Batch, *, key: jax.Array | None = None) -> tuple[list[LossTerm], Aux]:
         """Return the term of the next token, then with each further block that of one token later.
@@ -116,6 +116,30 @@ class MTPDecoder(Decoder):
         hidden, _ = self.trunk(**batch)
         hidden, _ = self._deeper(next(further.blocks()), hidden, batch, 1, None)
         return shard(self.logits(unzigzag(hidden)), "batch", None, "vocab")[:, :-1]
+
+    def init_further_cache(self, batch: int, length: int) -> list[PyTree]:
+        """Return empty caches of the further blocks for `length` positions."""
+        further = self.part(STACK).leading
+        return [block.attention.init_cache(batch, length, self.compute.jax_dtype) for block in further]
+
+    def extend_further(
+        self,
+        depth: int,
+        hidden: Float[Array, "b t d"],
+        tokens: Int[Array, "b t"],
+        *,
+        cache: PyTree,
+        lengths: Int[Array, " b"],
+    ) -> tuple[Float[Array, "b t d"], PyTree]:
+        """Return the hidden states of a further block (0 is the first) at T more positions, and its cache with them.
+
+        `hidden` are those of the block before, `tokens` the ones `depth + 1` places later. The rows hold `lengths`.
+        """
+        block = self.part(STACK).leading[depth]
+        positions, ctx = self.cache_context(tokens.shape[1], [cache], lengths, None)
+        inputs = block.joined(hidden, self.embed(tokens, positions, ctx))
+        x, _, cache = block(inputs, positions=positions, ctx=ctx, cache=cache)
+        return block.norm(x), cache
 
     def _deeper(
         self, block: MTPBlock, hidden: jax.Array, batch: Batch, depth: int, key: jax.Array | None

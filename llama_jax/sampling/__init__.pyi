@@ -9,6 +9,7 @@ from .conversations import (
 )
 from .engine import Engine as Engine, Piece as Piece, Request as Request, TokenLogprobs as TokenLogprobs
 from .sampler import Sampler as Sampler
+from .speculative import Speculation as Speculation
 from .stops import TextStream as TextStream, tokenizer_of as tokenizer_of
 from .text import (
     Completion as Completion,

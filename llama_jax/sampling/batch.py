@@ -1,6 +1,7 @@
 """The batch that is continued: texts in rows, which are refilled, and grow with the requests."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from llama_jax.sampling.config import SamplingConfig
 from llama_jax.sampling.constraints import Constraint
 from llama_jax.sampling.loop import FEWEST_STOPS, CacheSize, Logged, Orders, Rows, advance, place, power_of_two
 from llama_jax.sampling.sampler import Sampler
+from llama_jax.sampling.speculative import Speculation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +111,20 @@ class Batch:
             del self.texts[row]
         self._prepared = None
 
-    def advance(self, settings: Any, count: int, *, enough: int | None, logged: Logged | None) -> tuple[Rows, PyTree]:
+    def advance(
+        self,
+        settings: Any,
+        count: int,
+        *,
+        enough: int | None,
+        logged: Logged | None,
+        speculation: Speculation | None = None,
+    ) -> tuple[Rows, PyTree]:
         """Return the rows with up to `count` more tokens in each, and what is `logged`, on the host.
 
         It ends early as soon as `enough` more rows are done; None goes on until all are.
         """
-        rows, orders, plain = self._prepared or self._prepare(settings)
+        rows, orders, plain = self._prepared or self.prepare(settings)
         sampler = plain
         if any(text.constraint for text in self.texts.values()):
             allowed = np.ones((self.size.rows, self._model.config.vocab_size), bool)
@@ -123,12 +133,15 @@ class Batch:
                     allowed[row] = text.constraint.mask()
             sampler = dataclasses.replace(plain, allowed=allowed)
         until = None if enough is None else self.size.rows - len(self.texts) + enough
-        self.cache, found = advance(self._model, self.cache, rows, orders, sampler, count, until=until, logged=logged)
+        run = functools.partial(advance, logged=logged)
+        if speculation is not None and logged is None and sampler.allowed is None:
+            run = functools.partial(speculation.advance, texts=self.texts)
+        self.cache, found = run(self._model, self.cache, rows, orders, sampler, count, until=until)
         new, log = jax.device_get(found)
         self._prepared = new, orders, plain
         return new, log
 
-    def _prepare(self, settings: Any) -> tuple[Rows, Orders, Sampler]:
+    def prepare(self, settings: Any) -> tuple[Rows, Orders, Sampler]:
         """Return the arrays of the texts, and their sampler."""
         size, texts = self.size.rows, self.texts
         num_stops = max(len(text.request.ends) for text in texts.values())

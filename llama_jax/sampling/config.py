@@ -79,7 +79,7 @@ class SamplingConfig:
     @classmethod
     def of(cls, **values: Unpack["SamplingOptions"]) -> "SamplingConfig":
         """Return the config of a user's values, numbers of numpy and JAX among them. Raises UserError for others."""
-        known: dict[str, Any] = dict(values)
+        known: dict[str, Any] = {**({"temperature": 0.0} if values.get("num_beams", 1) != 1 else {}), **values}
         for field in dataclasses.fields(cls):
             kinds = {field.type, *(() if get_origin(field.type) is tuple else get_args(field.type))}
             value = known.get(field.name, field.default)
@@ -120,6 +120,9 @@ class SamplingConfig:
         check("banned_ids", lambda ids: not {*ids} & {*self.forced_ids}, "other ids than forced_ids")
         if self.num_beams > 1:
             check("num_samples", lambda n: n <= self.num_beams, f"at most num_beams={self.num_beams}")
+            for name, off in {"temperature": 0, "json_schema": None, "regex": None, "logprobs": None}.items():
+                if getattr(self, name) != off:
+                    raise UserError(f"{name}={getattr(self, name)} does not go with num_beams: leave out one of them")
         if self.json_schema is not None and self.regex is not None:
             raise UserError("json_schema and regex both constrain the text: give one of them")
 

@@ -11,8 +11,8 @@ from llama_jax.config import UserError
 from llama_jax.sampling.config import SamplingConfig
 from llama_jax.tokenizers import Tokenizer
 
-# Between the parts of JSON: with a limit, so that no model can go on with spaces for ever.
-JSON_OPTIONS: Any = {"whitespace_pattern": r"[\x20\t\r\n]{0,16}", "coerce_one_of": True}
+# Between the parts of JSON a space, or a new line and its indentation: no model can go on with spaces for ever.
+JSON_OPTIONS: Any = {"whitespace_pattern": r"(\x20?|\r?\n[\x20\t]{0,16})", "coerce_one_of": True}
 
 
 class Constraint:

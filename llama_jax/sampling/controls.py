@@ -280,7 +280,7 @@ def _mask(vocab_size: int, name: str, ids: Iterable[int], *, of_files: bool = Tr
                 f"{vocab_size}: load it with --ignore-config-keys {name}"
             )
         if not 0 <= i < vocab_size:
-            raise UserError(f"{name} has the token {i}, and the model's vocabulary has {vocab_size}: give ids below")
+            raise UserError(f"{name} has the token {i}: give ids of the model's vocabulary, 0 to {vocab_size - 1}")
         found[i] = True
     return found
 

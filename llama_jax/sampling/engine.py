@@ -14,11 +14,13 @@ from llama_jax.checkpoint import GenerationSettings, LanguageModel
 from llama_jax.config import UserError
 from llama_jax.models import Model, ModelConfig, check_ids
 from llama_jax.sampling.batch import Batch, Request as Request, Text
+from llama_jax.sampling.beams import beam_search
 from llama_jax.sampling.config import LARGEST
 from llama_jax.sampling.constraints import Constraint, constraint_of
-from llama_jax.sampling.loop import NOT_NUMBERS, CacheSize, Logged, Rows, bucket, can_be_cut, power_of_two
+from llama_jax.sampling.loop import NOT_NUMBERS, CacheSize, Logged, Rows, bucket, can_be_cut, place, power_of_two
 from llama_jax.sampling.prefill import Prefill, Prefixes
 from llama_jax.sampling.sampler import Sampler
+from llama_jax.sampling.speculative import Speculation
 
 PREFILL_CHUNK = 512
 DECODE_CHUNK = 8
@@ -76,6 +78,8 @@ class Engine:
     cache_dtype: type of the cached keys and values: float32, bfloat16 or int8; None for that of the activations.
     prefix_bytes: memory for the caches of earlier texts, whose common beginnings are not computed again.
 
+    speculation: guesses of tokens, of which the texts do not depend.
+
     It is not thread-safe: one thread owns it.
     """
 
@@ -89,6 +93,7 @@ class Engine:
         decode_chunk: int = DECODE_CHUNK,
         cache_dtype: DTypeLike | None = None,
         prefix_bytes: int = PREFIX_BYTES,
+        speculation: Speculation | None = None,
     ):
         given = {"rows": rows, "length": length, "prefill_chunk": prefill_chunk, "decode_chunk": decode_chunk}
         for name, value in given.items():
@@ -106,6 +111,7 @@ class Engine:
         self._prefill_chunk = prefill_chunk if (cuts := can_be_cut(self._model)) else None
         self._dtype = None if cache_dtype is None else jnp.dtype(cache_dtype).name
         self._prefixes = Prefixes(self._model, prefix_bytes if cuts else 0)
+        self._speculation, self._room = speculation, speculation.room if speculation else 0
         self._tickets = itertools.count()
         self._waiting: deque[tuple[int, Request]] = deque()
         self._job: _Job | None = None
@@ -134,8 +140,6 @@ class Engine:
     def add(self, request: Request) -> int:
         """Queue a request and return its ticket. Raises UserError for one that cannot be continued."""
         config, model = request.config, self._model.config
-        if config.num_beams > 1:
-            raise UserError(f"num_beams={config.num_beams} is for generate and generate_text: an engine samples")
         if not request.prompt:
             raise UserError("a prompt without any token cannot be continued: give at least one")
         check_room(model, len(request.prompt), config.max_new_tokens, self._length)
@@ -167,6 +171,8 @@ class Engine:
         if self._job is None and self._waiting and self.num_running < self._most:
             self._job = self._next_prefill()
         if self._job is not None and self._job.prefill.run():
+            if self._job.requests[0].config.num_beams > 1:
+                return self._search(self._job)
             self._admit(self._job)
         return [] if self._batch is None else self._decode(self._batch)
 
@@ -174,18 +180,22 @@ class Engine:
         """Take as many of the waiting requests as there are free rows for, and one at least."""
         room, taken = self._most - self.num_running, list[tuple[int, Request]]()
         budget, width = self._prefill_chunk or LARGEST, 0
-        while self._waiting and (not taken or sum(r.config.num_samples for _, r in taken) < room):
+        while self._waiting and (
+            not taken or sum(max(r.config.num_samples, r.config.num_beams) for _, r in taken) < room
+        ):
             request = self._waiting[0][1]
             # Short prompts do not wait for a long one.
             width = max(width, len(request.prompt))
             if taken and power_of_two(len(taken) + 1) * bucket(width, self._length) > budget:
+                break
+            if taken and _beams(request) != _beams(taken[0][1]):
                 break
             taken.append(self._waiting.popleft())
         requests = [request for _, request in taken]
         has_source, start = self._model.config.has_source, self._start_id
         prompts = [(start,) if has_source else request.prompt for request in requests]
         longest = max(len(p) + r.config.max_new_tokens for p, r in zip(prompts, requests, strict=True))
-        size = CacheSize(power_of_two(len(taken)), bucket(longest, self._length), self._dtype)
+        size = CacheSize(power_of_two(len(taken)), bucket(longest, self._length) + self._room, self._dtype)
         if self._batch is not None:
             size = dataclasses.replace(size, length=max(size.length, self._batch.size.length))
         if has_source:
@@ -218,6 +228,19 @@ class Engine:
         if not job.pending:
             self._job = None
 
+    def _search(self, job: _Job) -> list[Piece]:
+        """Run a beam search of prompts that have been run, and return its best sequences."""
+        request, texts = job.requests[0], {text.source: text for text in job.pending}
+        beams, size = request.config.num_beams, job.prefill.size
+        sources = [row // beams for row in range(size.rows * beams)]
+        size = dataclasses.replace(size, rows=len(sources))
+        cache = place(self._model, size, None, job.prefill.cache, range(size.rows), sources)
+        batch = Batch(self._model, size, cache, ())
+        batch.texts = {row: texts[source] for row, source in enumerate(sources) if source in texts}
+        rows, _ = beam_search(self._model, cache, *batch.prepare(self._settings), request.config, len(request.ends))
+        self._job = None
+        return [self._piece(text, text.source * beams + text.sample, rows, None) for text in job.pending]
+
     def _constraint(self, request: Request) -> Constraint | None:
         """Return the state of a text's constraint, None without one. Raises UserError."""
         config = request.config
@@ -242,7 +265,9 @@ class Engine:
             logged = Logged(min(power_of_two(top) if top else 0, self._model.config.vocab_size), steps)
         waits = bool(self._waiting or self._job)
         enough = max(1, len(texts) // ENOUGH) if self._decode_chunk >= WHOLE else 1
-        rows, log = batch.advance(self._settings, count, enough=enough if waits else None, logged=logged)
+        rows, log = batch.advance(
+            self._settings, count, enough=enough if waits else None, logged=logged, speculation=self._speculation
+        )
         pieces, ended = list[Piece](), list[int]()
         for row, text in texts.items():
             piece = self._piece(text, row, rows, log)
@@ -289,6 +314,11 @@ class Engine:
             batch.release(rows)
         if not batch.texts:
             self._batch = None
+
+
+def _beams(request: Request) -> object:
+    """Return what requests must have in common to be searched together."""
+    return (request.config, request.ends) if request.config.num_beams > 1 else None
 
 
 def check_room(config: ModelConfig, length: int, max_new_tokens: int, limit: int) -> None:

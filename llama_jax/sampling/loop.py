@@ -245,7 +245,7 @@ def _advance(
 ) -> tuple[PyTree, tuple[Rows, PyTree]]:
     module: Decoder | EncoderDecoder = nnx.merge(graphdef, weights)
     rows, orders = jax.tree.map(lambda x: shard(x, "batch", *(None,) * (x.ndim - 1)), batch)
-    state = SamplingState(rows, _last(rows), orders, _keys(orders), cache)
+    state = SamplingState(rows, _last(rows), orders, keys_of(orders), cache)
     log = None if logged is None else _no_log(len(rows.lengths), logged)
 
     def unfinished(carry: tuple[Array, SamplingState, PyTree]) -> Array:
@@ -269,7 +269,7 @@ def step(module: Decoder | EncoderDecoder, state: SamplingState, sampler: Sample
     """Return the state with one more token in every row that is not done, and the model's logits. A pure function."""
     hidden, cache = module.extend(state.last[:, None], cache=state.cache, lengths=state.rows.lengths - 1)
     logits = _logits(module, hidden)
-    return _append(dataclasses.replace(state, cache=cache), logits, sampler), logits
+    return append(dataclasses.replace(state, cache=cache), logits, sampler), logits
 
 
 def _last(rows: Rows) -> Int[Array, " b"]:
@@ -277,7 +277,9 @@ def _last(rows: Rows) -> Int[Array, " b"]:
     return jnp.where(here, rows.tokens, 0).sum(1)
 
 
-def _keys(orders: Any) -> Key[Array, " b"]:
+def keys_of(orders: Any) -> Key[Array, " b"]:
+    """Return the random key of every row."""
+
     # The keys of jax.random.key(seed), whose seed may have 64 bits only where JAX's integers do.
     def key(seed: Array, number: Array) -> Array:
         return jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), number)
@@ -299,7 +301,7 @@ def _logits(module: Decoder | EncoderDecoder, hidden: Float[Array, "b 1 d"]) -> 
     return jnp.where(np.isin(np.arange(logits.shape[1]), never), -jnp.inf, logits)
 
 
-def _append(state: SamplingState, logits: Logits, sampler: Sampler) -> SamplingState:
+def append(state: SamplingState, logits: Logits, sampler: Sampler) -> SamplingState:
     """Return the state with a token chosen from `logits` in each row that is not done."""
     rows, orders = state.rows, state.orders
     sane = jnp.isfinite(logits.max(-1))  # a NaN anywhere is the maximum

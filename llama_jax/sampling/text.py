@@ -10,6 +10,7 @@ from llama_jax.models import ModelConfig
 from llama_jax.sampling.batch import Request
 from llama_jax.sampling.config import SamplingConfig, SamplingOptions
 from llama_jax.sampling.engine import Engine, Piece, TokenLogprobs
+from llama_jax.sampling.speculative import Speculation
 from llama_jax.sampling.stops import TextStream, tokenizer_of
 from llama_jax.sampling.token_ids import engine_for
 from llama_jax.tokenizers import Tokenizer
@@ -48,7 +49,13 @@ def stopped_by(config: SamplingConfig, encoded: Encoded) -> SamplingConfig:
 
 @overload
 def generate_text(
-    lm: LanguageModel, prompts: str, *, stream: Literal[True], **options: Unpack[SamplingOptions]
+    lm: LanguageModel,
+    prompts: str,
+    *,
+    stream: Literal[True],
+    draft: Any = None,
+    draft_tokens: int | None = None,
+    **options: Unpack[SamplingOptions],
 ) -> Iterator[str]: ...
 @overload
 def generate_text(
@@ -56,10 +63,18 @@ def generate_text(
     prompts: str | Sequence[str],
     *,
     stream: Literal[False] = False,
+    draft: Any = None,
+    draft_tokens: int | None = None,
     **options: Unpack[SamplingOptions],
 ) -> list[Any]: ...
 def generate_text(
-    lm: LanguageModel, prompts: str | Sequence[str], *, stream: bool = False, **options: Unpack[SamplingOptions]
+    lm: LanguageModel,
+    prompts: str | Sequence[str],
+    *,
+    stream: bool = False,
+    draft: Any = None,
+    draft_tokens: int | None = None,
+    **options: Unpack[SamplingOptions],
 ) -> list[Any] | Iterator[str]:
     """Return the texts that the model writes after `prompts` (without them), each up to an end-of-text token.
 
@@ -69,20 +84,22 @@ def generate_text(
 
     The model's files decide which tokens end a text, surround a prompt, are forced or forbidden. To an encoder-decoder
     the prompts are sources, and the texts its answers. Special tokens written out in them, such as T5's <extra_id_0>,
-    are these tokens, in answers too. `options` are the fields of `SamplingConfig`.
+    are these tokens, in answers too. `options` are the fields of `SamplingConfig`; `draft` and `draft_tokens` are those
+    of `generate`.
 
     Raises UserError as `generate` does, for `prompts` that are not texts and for a model without tokenizer.
     """
     texts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(texts, Sequence) or not all(isinstance(prompt, str) for prompt in texts):
         raise UserError(f"prompts={prompts!r} must be a text or a list of texts; token ids are for generate")
-    config = SamplingConfig.of(**options)
+    config, speculation = SamplingConfig.of(**options), Speculation.of(lm, draft, draft_tokens)
     if stream:
         if len(texts) != 1:
             raise UserError(f"stream=True writes one text, and there are {len(texts)} prompts: give one")
-        return stream_encoded(lm, encoded_prompt(lm, texts[0]), config)
+        return stream_encoded(lm, encoded_prompt(lm, texts[0]), config, speculation=speculation)
     encoded = [encoded_prompt(lm, prompt) for prompt in texts]
-    samples = [[found.completion for found in group] for group in completed(lm, texts, encoded, [config] * len(texts))]
+    groups = completed(lm, texts, encoded, [config] * len(texts), speculation=speculation)
+    samples = [[found.completion for found in group] for group in groups]
     return samples if config.num_samples > 1 else [text for group in samples for text in group]
 
 
@@ -106,6 +123,7 @@ def completed(
     configs: Sequence[SamplingConfig],
     *,
     progress: Callable[[int], object] = lambda num_tokens: None,
+    speculation: Speculation | None = None,
 ) -> Iterator[list[Completion]]:
     """Yield the samples of each prompt, in the order of the prompts, as soon as they are complete.
 
@@ -119,7 +137,7 @@ def completed(
     if not requests:
         return
     engine, waiting = (
-        engine_for(lm, requests, watched=any(config.stop for config in configs)),
+        engine_for(lm, requests, watched=any(config.stop for config in configs), speculation=speculation),
         dict[int, list[_Sample]](),
     )
     for prompt, own, request in zip(prompts, encoded, requests, strict=True):
@@ -193,6 +211,7 @@ def stream_encoded(
     row: int = 0,
     progress: Callable[[int], object] = lambda num_tokens: None,
     engine: Engine | None = None,
+    speculation: Speculation | None = None,
 ) -> Iterator[str]:
     """Return the pieces of the text of `stream_text` for a prompt that is encoded already.
 
@@ -202,7 +221,7 @@ def stream_encoded(
     for name in ("num_samples", "num_beams"):
         if getattr(config, name) > 1:
             raise UserError(f"{name}={getattr(config, name)} writes several texts, which cannot stream: give 1")
-    engine = engine or Engine(lm, rows=1, decode_chunk=STREAM_CHUNK)
+    engine = engine or Engine(lm, rows=1, decode_chunk=STREAM_CHUNK, speculation=speculation)
     stopped, stream = stopped_by(config, encoded), TextStream(lm, encoded.ids, config.stop)
     ticket = engine.add(Request(tuple(encoded.ids), stopped, stopped.stop_ids, row))
     return _pieces(engine, ticket, stream, progress)

@@ -14,6 +14,7 @@ from llama_jax.sampling.batch import Request
 from llama_jax.sampling.config import SamplingConfig, SamplingOptions, token_ids
 from llama_jax.sampling.engine import WHOLE, Engine, TokenLogprobs
 from llama_jax.sampling.loop import bucket
+from llama_jax.sampling.speculative import Speculation
 
 # Tokens between two looks at texts that may have met a stop string.
 READ_CHUNK = 16
@@ -29,6 +30,8 @@ def generate(
     source_mask: Any = None,
     eos_id: Any = None,
     rows: int | None = None,
+    draft: Any = None,
+    draft_tokens: int | None = None,
     **options: Unpack[SamplingOptions],
 ) -> np.ndarray:
     """Continue token ids: int32 [B, T] to int32 [B, T + max_new_tokens], prompts included.
@@ -46,6 +49,10 @@ def generate(
     bare Model has none. `controls` are further functions `(logits [B, V], written) -> logits`, applied in their order
     before temperature, top-k and top-p (`sampler.py`).
 
+    `draft` guesses `draft_tokens` tokens ahead, which costs time or saves it and does not change a token: a smaller
+    model with the same vocabulary, "prompt" (what followed the last tokens earlier in the text), "mtp" (the model's own
+    further blocks), or a `Speculation`, which counts the guesses that were right.
+
     An encoder-decoder reads `tokens` as the source, [B, S], and writes a target: int32 [B, 1 + max_new_tokens] that
     begins with its start token. `source_mask` [B, S] is then another way to mark padding, at any place of the source:
     false (0) where it is.
@@ -59,7 +66,12 @@ def generate(
     config = SamplingConfig.of(**{"max_new_tokens": 16, "temperature": 0.0, **options})
     config = dataclasses.replace(config, stop_ids=(*stops, *config.stop_ids))
     prompts = checked_prompts(model, tokens, prompt_lengths, source_mask, start_id=settings.decoder_start_id)
-    found = [answer for samples in answers(lm, prompts.requests(config), rows=rows) for answer in samples]
+    speculation = Speculation.of(lm, draft, draft_tokens)
+    found = [
+        answer
+        for samples in answers(lm, prompts.requests(config), rows=rows, speculation=speculation)
+        for answer in samples
+    ]
     out = np.zeros((len(found), prompts.width + config.max_new_tokens), np.int32)
     for number, (row, answer) in enumerate(zip(out, found, strict=True)):
         source = number // config.num_samples
@@ -110,6 +122,7 @@ def answers(
     rows: int | None = None,
     enough: Callable[[int, int, list[int]], bool] | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
+    speculation: Speculation | None = None,
 ) -> list[list[Answer]]:
     """Return the samples of every request, in the order of the requests.
 
@@ -119,7 +132,7 @@ def answers(
     """
     if not requests:
         return []
-    engine = engine_for(lm, requests, rows=rows, watched=enough is not None)
+    engine = engine_for(lm, requests, rows=rows, watched=enough is not None, speculation=speculation)
     needed = sum(request.config.num_samples for request in requests)
     order = [*range(len(requests))]
     if (
@@ -147,7 +160,12 @@ def answers(
 
 
 def engine_for(
-    lm: LanguageModel | Model, requests: Sequence[Request], *, rows: int | None = None, watched: bool = False
+    lm: LanguageModel | Model,
+    requests: Sequence[Request],
+    *,
+    rows: int | None = None,
+    watched: bool = False,
+    speculation: Speculation | None = None,
 ) -> Engine:
     """Return an engine that runs all the requests to their ends.
 
@@ -156,9 +174,10 @@ def engine_for(
     """
     model = lm if isinstance(lm, Model) else lm.model
     longest = max(len(request.prompt) + request.config.max_new_tokens for request in requests)
-    rows = min(sum(request.config.num_samples for request in requests), rows or _rows_that_fit(model, longest))
+    needed = sum(max(request.config.num_samples, request.config.num_beams) for request in requests)
+    rows = min(needed, rows or _rows_that_fit(model, longest))
     chunk = READ_CHUNK if watched else WHOLE
-    return Engine(lm, rows=rows, decode_chunk=chunk, prefill_chunk=WHOLE, prefix_bytes=0)
+    return Engine(lm, rows=rows, decode_chunk=chunk, prefill_chunk=WHOLE, prefix_bytes=0, speculation=speculation)
 
 
 def _rows_that_fit(model: Model, length: int) -> int:

@@ -42,13 +42,12 @@ def gguf_tokenizer(path: Path) -> Tokenizer:
 
     Raises UserError for a kind or a way to split texts that is not known here, and where the metadata do not fit.
     """
-    metadata = read_header(path).metadata
-    data = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    data = {key.removeprefix("tokenizer.ggml."): value for key, value in read_header(path).metadata.items()}
     kind = data.get("model")
     if kind not in ("llama", "gpt2"):
         raise UserError(f"'{path}' has a tokenizer of the kind {kind!r}, and llama and gpt2 are read: {_OTHER}")
     try:
-        return _made(path, kind, data, _templates(metadata))
+        return _made(path, kind, data)
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError, OverflowError, AttributeError) as error:
         raise UserError(f"'{path}' has a tokenizer that cannot be used ({error}): {_OTHER}") from None
 
@@ -56,26 +55,31 @@ def gguf_tokenizer(path: Path) -> Tokenizer:
 _OTHER = "give that of the model's release, as --tokenizer PATH"
 
 
-def _made(path: Path, kind: str, data: Json, templates: Json) -> Tokenizer:
+def _made(path: Path, kind: str, data: Json) -> Tokenizer:
     tokens, way = data["tokens"], data.get("pre", "gpt-2" if data.get("general.architecture") == "gpt2" else None)
     types = data.get("token_type") or [_NORMAL] * len(tokens)
     if len(types) != len(tokens):
         raise ValueError(f"{len(tokens)} tokens have {len(types)} types")
     ids = {name: data.get(f"{key}_token_id") for name, key in _NAMES.items()}
     config = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None and 0 <= i < len(tokens)}
+    start = "tokenizer.chat_template"
+    templates = {key.removeprefix(start)[1:] or "default": text for key, text in data.items()
+                 if key == start or key.startswith(f"{start}.")}  # fmt: skip
+    listed = [{"name": name, "template": text} for name, text in templates.items()]
+    config["chat_template"] = listed if len(listed) > 1 else templates.get("default")
     if kind == "llama":
-        config |= {"tokenizer_class": "LlamaTokenizer", "legacy": True, **templates}
+        config |= {"tokenizer_class": "LlamaTokenizer", "legacy": True}
         model = _sentencepiece(tokens, types, data)
         made: Tokenizer = SentencePieceTokenizer(model, settings_of({SETTINGS_FILE: json.dumps(config).encode()}))
     else:
         added = {i: kind == _CONTROL for i, kind in enumerate(types) if kind in (_CONTROL, _USER_DEFINED)}
         decoder = {i: {"content": tokens[i], "special": special, "normalized": False} for i, special in added.items()}
-        config |= {"tokenizer_class": EXPORTED_CLASS, "added_tokens_decoder": decoder, **templates}
+        config |= {"tokenizer_class": EXPORTED_CLASS, "added_tokens_decoder": decoder}
         settings = settings_of({SETTINGS_FILE: json.dumps(config).encode()})
         found = json_tokenizer(path, _byte_level(tokens, way, data), settings)
         assert found is not None
         made = found
-    ends = [i for name in ("eos", "eot", "eom") if (i := data.get(f"{name}_token_id")) is not None and i < len(tokens)]
+    ends = [i for end in ("eos", "eot", "eom") if 0 <= (i := data.get(f"{end}_token_id", -1)) < len(tokens)]
     made.eos_ids = tuple(dict.fromkeys([*ends, *made.eos_ids]))
     says_bos = data.get("add_bos_token", kind == "llama" or way in _BOS_UNSAID)
     prefix = made.start_ids if says_bos else ()
@@ -111,13 +115,3 @@ def _byte_level(tokens: list[str], way: str | None, data: Json) -> bytes:
     letters = pre_tokenizers.ByteLevel(add_prefix_space=data.get("add_space_prefix", False), use_regex=False)
     made.pre_tokenizer = pre_tokenizers.Sequence([*splits, letters])  # type: ignore[assignment]
     return made.to_str().encode()
-
-
-def _templates(metadata: Json) -> Json:
-    """Return the chat templates as tokenizer_config.json has them."""
-    start = "tokenizer.chat_template"
-    found = {"default": metadata[start]} if start in metadata else {}
-    found |= {key.removeprefix(f"{start}."): text for key, text in metadata.items() if key.startswith(f"{start}.")}
-    if len(found) < 2:
-        return {"chat_template": next(iter(found.values()))} if found else {}
-    return {"chat_template": [{"name": name, "template": text} for name, text in found.items()]}

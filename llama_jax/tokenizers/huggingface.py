@@ -124,6 +124,7 @@ class HuggingFaceTokenizer(Tokenizer):
     @functools.cached_property
     @override
     def token_bytes(self) -> list[bytes]:
+        """Text of every id in UTF-8; nothing for special tokens."""
         stream, names = _DecoderStream(self, self._tokenizer), map(self._tokenizer.id_to_token, range(self.vocab_size))
         return [b"" if name is None or self.is_silent(i) else stream.bytes_of(name) for i, name in enumerate(names)]
 

@@ -69,6 +69,7 @@ class MarianTokenizer(Tokenizer):
     @functools.cached_property
     @override
     def token_bytes(self) -> list[bytes]:
+        """Text of every id in UTF-8; nothing for special tokens."""
         return [self.text_of(i).encode() for i in range(self.vocab_size)]
 
     @override

@@ -122,6 +122,7 @@ class SentencePieceTokenizer(Tokenizer):
     @functools.cached_property
     @override
     def token_bytes(self) -> list[bytes]:
+        """Text of every id in UTF-8, with the leading space that decoding may drop; nothing for special tokens."""
         pieces = [self._text(i, piece) for i, piece in enumerate(self._model.pieces)]
         pieces += [b""] * (self.vocab_size - len(pieces))
         for i, token in self._added.items():

@@ -253,3 +253,11 @@ def test_no_loss_is_drawn_below_zero(tmp_path: Path):
     sweep = llama_jax.open_sweep(folder)
     assert sweep.records()[0]["low"] < 0
     assert all(axes.get_ylim()[0] >= 0 for axes in sweep.plot().axes[:4])
+
+
+def test_long_names_stay_distinct_in_a_figure(tmp_path: Path):
+    names = ("LayerNorm, pre", "LayerNorm, pre, without warm-up", "LayerNorm, post, without warm-up")
+    sweep = sweep_of(tmp_path, [dataclasses.replace(BASE, name=name) for name in names])
+    shown = [label.get_text() for label in sweep.plot().axes[-1].get_yticklabels()]
+    assert len(set(shown)) == 2
+    assert all(len(name) < len(names[1]) for name in shown)

@@ -131,6 +131,7 @@ def test_an_empty_schema_is_any_object(lm: LanguageModel):
     assert first == {b"{"}
     constraint.consume(own.tokenizer.encode("{")[0])
     space, count = own.tokenizer.encode(" ")[0], 0
+    constraint.consume(own.tokenizer.encode("\n")[0])
     while constraint.mask()[space]:
         constraint.consume(space)
         count += 1

@@ -184,7 +184,7 @@ def test_two_controls_together_come_in_the_stated_order():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"logit_bias": {12: 1.0}}, "logit_bias has the token 12, and the model's vocabulary has 12"),
+        ({"logit_bias": {12: 1.0}}, "logit_bias has the token 12: give ids of the model's vocabulary, 0 to 11"),
         ({"banned_ids": -1}, "banned_ids has the token -1"),
         ({"forced_ids": [3, 99]}, "forced_ids has the token 99"),
         ({"controls": [3]}, "controls has 3: give functions"),

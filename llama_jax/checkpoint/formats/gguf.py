@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,80 +62,50 @@ def _quantization(name: str, entry: Entry) -> tuple[int, int, Callable[[np.ndarr
     return block, nbytes, lambda rows: quants.dequantize(rows, kind)
 
 
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """An architecture of llama.cpp as a family here.
+class Architecture(NamedTuple):
+    """An architecture of llama.cpp as a family here, with its names by llama.cpp's.
 
-    model_type: the family.
-    keys: keys of the metadata, after the architecture's name, by the key of config.json that means the same.
-    names: names of tensors that are not of a layer, and of those of one without `blk.N.`, as the family has them.
-    layer: prefix of the names of a layer.
+    `keys` of the metadata are without the architecture, `names` of tensors without `blk.N.`, for which the family has
+    `layer` and N.
     """
 
     model_type: str
+    layer: str
     keys: Mapping[str, str]
     names: Mapping[str, str]
-    layer: str
 
 
 _SIZES = {
-    "hidden_size": "embedding_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "intermediate_size": "feed_forward_length",
-    "max_position_embeddings": "context_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "rope_theta": "rope.freq_base",
-}
-_LLAMA = Architecture(
-    "llama",
-    _SIZES | {"head_dim": "attention.key_length"},
-    {
-        "token_embd": "tok_embeddings", "output_norm": "norm", "output": "output",
-        "attn_norm": "attention_norm", "ffn_norm": "ffn_norm",
-        "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv", "attn_output": "attention.wo",
-        "ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2",
-    },
-    "layers.",
-)  # fmt: skip
-_MIXTRAL = dataclasses.replace(
-    _LLAMA,
-    model_type="mixtral",
-    keys={**_LLAMA.keys, "num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"},
-    names={
-        **_LLAMA.names, "ffn_gate_inp": "feed_forward.gate", "ffn_gate_exps": "feed_forward.experts.{}.w1",
-        "ffn_up_exps": "feed_forward.experts.{}.w3", "ffn_down_exps": "feed_forward.experts.{}.w2",
-    },
-)  # fmt: skip
-_GPT2 = Architecture(
-    "gpt2",
-    {
-        "n_embd": "embedding_length", "n_layer": "block_count", "n_head": "attention.head_count",
-        "n_inner": "feed_forward_length", "n_positions": "context_length",
-        "layer_norm_epsilon": "attention.layer_norm_epsilon",
-    },
-    {
-        "token_embd": "transformer.wte", "position_embd": "transformer.wpe", "output_norm": "transformer.ln_f",
-        "output": "lm_head", "attn_norm": "ln_1", "ffn_norm": "ln_2", "attn_qkv": "attn.c_attn",
-        "attn_output": "attn.c_proj", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
-    },
-    "transformer.h.",
-)  # fmt: skip
-_GLM = Architecture(
-    "glm",
-    _SIZES,
-    {
-        "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_qkv": "self_attn.qkv_proj",
-        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj", "ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj",
-    },
-    "model.layers.",
-)  # fmt: skip
+    "embedding_length": "hidden_size", "block_count": "num_hidden_layers", "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
+    "context_length": "max_position_embeddings", "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta", "expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok",
+}  # fmt: skip
+_LLAMA = Architecture("llama", "layers.", _SIZES | {"attention.key_length": "head_dim"}, {
+    "token_embd": "tok_embeddings", "output_norm": "norm", "attn_norm": "attention_norm",
+    "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv", "attn_output": "attention.wo",
+    "ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2",
+    "ffn_gate_inp": "feed_forward.gate", "ffn_gate_exps": "feed_forward.experts.{}.w1",
+    "ffn_up_exps": "feed_forward.experts.{}.w3", "ffn_down_exps": "feed_forward.experts.{}.w2",
+})  # fmt: skip
+_GPT2 = Architecture("gpt2", "transformer.h.", {
+    "embedding_length": "n_embd", "block_count": "n_layer", "attention.head_count": "n_head",
+    "feed_forward_length": "n_inner", "context_length": "n_positions",
+    "attention.layer_norm_epsilon": "layer_norm_epsilon",
+}, {
+    "token_embd": "transformer.wte", "position_embd": "transformer.wpe", "output_norm": "transformer.ln_f",
+    "output": "lm_head", "attn_norm": "ln_1", "ffn_norm": "ln_2", "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
+})  # fmt: skip
+_GLM = Architecture("glm", "model.layers.", _SIZES, {
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_output": "self_attn.o_proj",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj",
+})  # fmt: skip
 ARCHITECTURES = {"llama": _LLAMA, "gpt2": _GPT2, "chatglm": _GLM}
-# Keys that the shapes of the tensors or the others decide, or that change no logit.
-_DECIDED = {"vocab_size", "rope.scaling.finetuned", "tensor_data_layout", "attention.causal"}
+# Keys that the shapes of the tensors decide, or that change no logit.
+_DECIDED = {"vocab_size", "rope.scaling.finetuned", "tensor_data_layout"}
 
 
 def architecture_of(path: Path, header: Header) -> Architecture:
@@ -146,7 +116,8 @@ def architecture_of(path: Path, header: Header) -> Architecture:
             f"'{path}' has general.architecture={name!r}, and of GGUF files {', '.join(ARCHITECTURES)} are read: take "
             "the release that these weights were made from"
         )
-    return _MIXTRAL if name == "llama" and header.metadata.get("llama.expert_count") else ARCHITECTURES[name]
+    found = ARCHITECTURES[name]
+    return found._replace(model_type="mixtral") if header.metadata.get("llama.expert_count") else found
 
 
 def config_json(path: Path, header: Header) -> Json:
@@ -156,8 +127,7 @@ def config_json(path: Path, header: Header) -> Json:
     """
     kind, entries = architecture_of(path, header), header.entries
     prefix = f"{header.metadata['general.architecture']}."
-    given = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
-    given = {key: value for key, value in given.items() if key not in _DECIDED}
+    given = {name: value for key, value in header.metadata.items() if (name := key.removeprefix(prefix)) != key}
 
     def take(key: str, default: Any = None) -> Any:
         value = given.pop(key, default)
@@ -168,27 +138,27 @@ def config_json(path: Path, header: Header) -> Json:
             raise UserError(f"'{path}' has {prefix}{key}={value}, and no model has: it is damaged, download it again")
         return value
 
-    data = {key: value for key, name in kind.keys.items() if (value := take(name)) is not None}
+    data = {name: value for key, name in kind.keys.items() if (value := take(key)) not in (None, 0)}
     data["vocab_size"] = entries["token_embd.weight"].shape[0] if "token_embd.weight" in entries else 0
     data["tie_word_embeddings"] = "output.weight" not in entries
     heads, width = data.get("num_attention_heads"), data.get("hidden_size")
     if kind is not _GPT2 and type(heads) is int and type(width) is int and heads > 0:
         data.setdefault("num_key_value_heads", heads)
-        turns = given.get("rope.dimension_count") if kind is _GLM else None
-        head_dim = data.setdefault("head_dim", 2 * turns if type(turns) is int else width // heads)
-        turned = head_dim // 2 if kind is _GLM else head_dim
-        only = {"attention.key_length": head_dim, "attention.value_length": head_dim, "rope.dimension_count": turned}
+        share, turned = (2 if kind is _GLM else 1), given.get("rope.dimension_count")  # GLM turns half of a head
+        size = data.setdefault("head_dim", share * turned if kind is _GLM and type(turned) is int else width // heads)
+        only = {"attention.key_length": size, "attention.value_length": size, "rope.dimension_count": size // share}
         for key, value in only.items():
             if (found := take(key, value)) != value:
                 raise UserError(f"'{path}' has {prefix}{key}={found}, and only {value} is supported here")
         data["rope_scaling"] = _rope_scaling(path, header, data, take)
     if kind is _GLM:
         data["attention_bias"] = any(name.endswith(("attn_qkv.bias", "attn_q.bias")) for name in entries)
-    if unread := next((key for key, value in given.items() if value not in (None, False, 0, "", [])), None):
-        raise UserError(
-            f"'{path}' has {prefix}{unread}={given[unread]!r}, which is not supported; where it changes no logit, pass "
-            f"--ignore-config-keys {prefix}{unread}"
-        )
+    for key, value in given.items():
+        if key not in _DECIDED and value not in (None, False, 0, "", []):
+            raise UserError(
+                f"'{path}' has {prefix}{key}={value!r}, which is not supported; where it changes no logit, pass "
+                f"--ignore-config-keys {prefix}{key}"
+            )
     return data
 
 
@@ -197,14 +167,13 @@ def _rope_scaling(path: Path, header: Header, data: Json, take: Callable[..., An
     kind, factor = take("rope.scaling.type", "none"), take("rope.scaling.factor") or take("rope.scale_linear")
     length = take("rope.scaling.original_context_length")
     if kind == "yarn":
-        betas = {name: value for name in ("beta_fast", "beta_slow") if (value := take(f"rope.scaling.yarn_{name}"))}
-        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length, **betas}
+        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length}
     if kind in ("none", "linear") and (entry := header.entries.get("rope_freqs.weight")) is not None:
         # Llama 3.1's scaling is in the file as what every frequency is divided by.
         found = np.asarray(_tensor("rope_freqs.weight", entry).read(), np.float32)
-        plain = Rope(float(data.get("rope_theta") or 10_000.0), None).frequencies(data["head_dim"])
         factor = float(str(found.max(initial=1)))
-        if found.shape == plain.shape and found.min() >= 1 and factor < math.inf:
+        if found.shape == (data["head_dim"] // 2,) and found.min() >= 1 and factor < math.inf:
+            plain = Rope(float(data.get("rope_theta", 10_000.0)), None).frequencies(data["head_dim"])
             between = (found > 1.001) & (found < 0.999 * factor)  # on the ramp, which shows the original length
             keep = (1 / found - 1 / factor) / (1 - 1 / factor) if factor > 1 else found
             lengths = (2 * math.pi / plain * (1 + 3 * keep))[between]
