@@ -84,6 +84,8 @@ SAMPLE = Command(
         flag("--step", "N", "checkpoint of a run; default: the latest", type=int),
         flag("--dtype", "{float32,bfloat16}", "default: bfloat16 on TPU and GPU", choices=("float32", "bfloat16")),
         flag("--quantize", "{int8,int4}", "weights in fewer bits", choices=("int8", "int4")),
+        flag("--draft", "PATH", "smaller model that guesses ahead; or `prompt` (by the text so far), `mtp`"),
+        flag("--draft-tokens", "N", "tokens that are guessed ahead", type=int),
         *MESH,
         BASE,
         IGNORED_KEYS,

@@ -141,7 +141,7 @@ def test_conversations_come_from_files(chatting: LanguageModel, saved_chat: Path
         (["--prompt-file", "{tmp}/empty.txt"], "has no prompts"),
         (["--prompt-file", "{tmp}/bad.jsonl"], "line 2 must be an object with a `prompt`"),
         (["--prompt", "a", "--output", "{tmp}/none/out"], "cannot be written (No such file"),
-        (["--output", "x"], "--output answers prompts"),
+        (["--output", "x"], "--output is for prompts"),
         (["--num-samples", "2"], "--num-samples is for prompts"),
         (["--prompt", "a", "--system", "b"], "--system is for conversations"),
         (["--prompt", "a", "--logprobs", "2"], "give --json too"),
