@@ -63,17 +63,17 @@ def sample_command(args: argparse.Namespace) -> int:
         step=args.step,
         dtype=args.dtype,
         mesh=mesh or None,
-        **({"quantize": args.quantize} if args.quantize else {}),
+        quantize=args.quantize,
     )
     if (draft := args.draft) not in (None, *GUESSES):
         draft = load(draft, dtype=args.dtype, mesh=mesh or None)
-    args.speculation = Speculation.of(lm, draft, args.draft_tokens)
+    args.speculation = speculation = Speculation.of(lm, draft, args.draft_tokens)
     args.chat_template = built_in(args.chat_template, lm.tokenizer)
     if prompts is None:
         options = {name: getattr(config, name) for name in FIELDS if getattr(args, name) is not None}
         return converse(lm, options, args)
     if args.json or args.output or args.prompt_file or config.num_samples > 1 or config.num_beams > 1:
-        write_all(lm, prompts, config, args)
+        write_all(lm, prompts, config, args, speculation)
         return 0
     for row, prompt in enumerate(prompts):
         times, began = list[tuple[int, float]](), time.monotonic()
@@ -83,13 +83,15 @@ def sample_command(args: argparse.Namespace) -> int:
             encoded,
             sized(lm, encoded, config, args),
             row=row,
-            speculation=args.speculation,
             progress=lambda n, times=times, began=began: times.append((n, time.monotonic() - began)),
+            speculation=speculation,
         )
         print_pieces(pieces, lead(lm, prompt))
         if row + 1 < len(prompts) or sys.stdout.isatty() or (os.path.sameopenfile(1, 2) and not args.quiet):
             print(flush=True)
         print_speed(times, args)
+    if speculation is not None and args.stats:
+        print(speculation, file=sys.stderr)
     return 0
 
 
@@ -107,7 +109,7 @@ def check_flags(prompts: list[Prompt] | None, config: SamplingConfig, args: argp
     """Raise UserError for flags that do not go together."""
     for name in ("json", "output"):
         if getattr(args, name) and prompts is None:
-            raise UserError(f"--{name} answers prompts: give at least one --prompt, or --prompt-file")
+            raise UserError(f"--{name} is for prompts: give at least one --prompt, or --prompt-file")
     if config.num_samples > 1 and prompts is None:
         raise UserError("--num-samples is for prompts: give at least one --prompt, or --prompt-file")
     for name in ("chat_template", "system"):
@@ -195,7 +197,13 @@ def lead(lm: LanguageModel, prompt: Prompt) -> str:
     return "" if prompt.messages is not None or lm.config.has_source else prompt.text
 
 
-def write_all(lm: LanguageModel, prompts: list[Prompt], config: SamplingConfig, args: argparse.Namespace) -> None:
+def write_all(
+    lm: LanguageModel,
+    prompts: list[Prompt],
+    config: SamplingConfig,
+    args: argparse.Namespace,
+    speculation: Speculation | None,
+) -> None:
     """Write the texts of all prompts in their order, as soon as each is complete, with a bar for many."""
     encoded = [encode(lm, prompt, args) for prompt in prompts]
     configs = [sized(lm, own, config, args) for own in encoded]
@@ -205,7 +213,7 @@ def write_all(lm: LanguageModel, prompts: list[Prompt], config: SamplingConfig, 
         [prompt.text for prompt in prompts],
         encoded,
         configs,
-        speculation=args.speculation,
+        speculation=speculation,
         progress=lambda n: times.append((n, time.monotonic() - began)),
     )
     as_json = args.json or str(args.output).endswith(".jsonl")
@@ -226,6 +234,8 @@ def write_all(lm: LanguageModel, prompts: list[Prompt], config: SamplingConfig, 
             bar.advance(number)
     if args.stats or not args.quiet:
         print(speed(times[-1:]), file=sys.stderr)
+    if speculation is not None and args.stats:
+        print(speculation, file=sys.stderr)
 
 
 def as_record(prompt: Prompt, completion: Completion, sample: int | None) -> dict[str, Any]:

@@ -55,6 +55,10 @@ class TextStream:
                 break
             self.num_tokens += 1
             text = self._text(token_id)
+            rest = self._stream.pending[self._prompt_chars :] if self._stop else ""
+            # Such as the line feed of a byte-fallback tokenizer, which is held until a token that is not a byte.
+            if rest and any(stop in self._held + text + rest for stop in self._stop):
+                text += self._without_prompt(self._stream.flush())
             self._ends.append(len(self._held) + len(text))
             shown += self._checked(text, last=token_id in self._stop_ids)
             self.stopped = self.stopped or token_id in self._stop_ids

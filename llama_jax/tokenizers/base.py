@@ -36,6 +36,11 @@ class TextStream(abc.ABC):
     def feed(self, token_id: int) -> str:
         """Return the text that this token completes; empty while a character is incomplete."""
 
+    @property
+    def pending(self) -> str:
+        """Complete characters that are held back because later tokens may still change them."""
+        return ""
+
     @abc.abstractmethod
     def flush(self) -> str:
         """Return the rest of the text: replacement characters for a character that was never completed."""

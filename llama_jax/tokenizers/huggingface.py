@@ -272,6 +272,11 @@ class _DecoderStream(TextStream):
         self._tokens, self._first = [], False
         return text
 
+    @property
+    def pending(self) -> str:
+        text = self._text() if self._tokens else ""
+        return "" if "\ufffd" in text else text
+
     def flush(self) -> str:
         text = self._text() if self._tokens else ""
         self._tokens = []

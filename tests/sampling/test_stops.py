@@ -2,14 +2,16 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 from typing import cast
 
 import pytest
+import tokenizers
 from hypothesis import example, given, settings, strategies as st
 
 from llama_jax.checkpoint import LanguageModel
 from llama_jax.sampling import TextStream
-from llama_jax.tokenizers import Tokenizer, train_tokenizer
+from llama_jax.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 
 TEXTS = st.text("abé🐟 \n", max_size=24)
 STOPS = st.lists(st.text("abé🐟 \n", min_size=1, max_size=4), max_size=3)
@@ -66,3 +68,19 @@ def test_a_special_token_is_met_by_its_name_and_does_not_part_a_string(byte_leve
     stream = TextStream(byte_level, [], ["ab"])
     assert (stream.feed(ids), stream.stopped, stream.num_tokens) == ("", True, 3)
     assert (stream.feed(ids), stream.flush(), stream.num_tokens) == ("", "", 3)
+
+
+def test_a_byte_that_the_decoder_holds_back_completes_a_string(lm: LanguageModel, tmp_path: Path):
+    """The line feed of Llama 2's tokenizer.json: its decoder waits for the end of a run of bytes."""
+    vocab = {"<unk>": 0, "<0x0A>": 1, "a": 2, "b": 3, "<0xF0>": 4}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    decoders = tokenizers.decoders
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = dataclasses.replace(lm, tokenizer=load_tokenizer(tmp_path))
+    for prompt in ([2], [2, 1]):  # the prompt's own is not a part of the text
+        stream = TextStream(loaded, prompt, ["\n"])
+        assert (stream.feed([3]), stream.stopped) == ("b", False)
+        assert (stream.feed([1]), stream.stopped, stream.num_tokens) == ("", True, 2)
+    stream = TextStream(loaded, [2], ["\n"])
+    assert (stream.feed([4]), stream.stopped) == ("", False), "a part of a character is no text"
