@@ -63,7 +63,7 @@ def serve_command(args: argparse.Namespace) -> int:
         step=args.step,
         base=args.base,
         ignore_config_keys=args.ignore_config_keys,
-        **({"quantize": args.quantize} if args.quantize else {}),
+        quantize=args.quantize,
     )
     if not config.local and config.api_key is None:
         print(f"note: {args.host} is open to other machines, and no --api-key is set", file=sys.stderr)
