@@ -72,7 +72,7 @@ def test_further_blocks_guess_what_they_were_trained_to(mtp: LanguageModel):
 def test_the_distribution_is_that_of_the_sampler(two_layers: DecoderConfig, make_model):
     size, count = 8, 20_000
     small = dataclasses.replace(two_layers, vocab_size=size, num_layers=1)
-    model, draft = make_model(small), make_model(dataclasses.replace(small, num_heads=1, num_kv_heads=1))
+    model, draft = make_model(small), make_model(dataclasses.replace(small, num_layers=2))
     speculation = Speculation(draft, 2)
     found = generate(
         model, [[1, 5, 3]] * count, max_new_tokens=3, temperature=1.5, top_k=5, draft=speculation, rows=4096
