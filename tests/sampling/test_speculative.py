@@ -81,7 +81,7 @@ def test_the_distribution_is_that_of_the_sampler(two_layers: DecoderConfig, make
     pairs = np.array([[1, 5, 3, i, j] for i in range(size) for j in range(size)])
     logits = np.asarray(model(jnp.asarray(pairs))) / 1.5
     kept = np.where(logits >= np.sort(logits)[..., -5:-4], logits, -np.inf)
-    p = np.asarray(jax.nn.softmax(kept, -1))
+    p = np.asarray(jax.nn.softmax(kept, -1), np.float64)
     expected = p[:, 2][np.arange(len(pairs)), pairs[:, 3]] * p[:, 3][np.arange(len(pairs)), pairs[:, 4]]
     observed = np.bincount(found[:, 3] * size + found[:, 4], minlength=len(pairs))
     assert observed[expected == 0].sum() == 0
