@@ -72,12 +72,12 @@ def test_further_blocks_guess_what_they_were_trained_to(mtp: LanguageModel):
 def test_the_distribution_is_that_of_the_sampler(two_layers: DecoderConfig, make_model):
     size, count = 8, 20_000
     small = dataclasses.replace(two_layers, vocab_size=size, num_layers=1)
-    model, draft = make_model(small), make_model(dataclasses.replace(small, num_heads=1, num_kv_heads=1))
+    model, draft = make_model(small), make_model(dataclasses.replace(small, num_layers=2))
     speculation = Speculation(draft, 2)
     found = generate(
         model, [[1, 5, 3]] * count, max_new_tokens=3, temperature=1.5, top_k=5, draft=speculation, rows=4096
     )
-    assert 0.2 < speculation.acceptance_rate < 0.95
+    assert 0.1 < speculation.acceptance_rate < 0.9  # some guesses are right and some wrong
     pairs = np.array([[1, 5, 3, i, j] for i in range(size) for j in range(size)])
     logits = np.asarray(model(jnp.asarray(pairs))) / 1.5
     kept = np.where(logits >= np.sort(logits)[..., -5:-4], logits, -np.inf)
