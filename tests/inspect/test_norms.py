@@ -126,6 +126,7 @@ def test_mistakes_are_sentences(finished_run: Run, tiny_config: DecoderConfig, r
         (lambda: inspect.expert_load(model), "give a text for a loaded model, or a run"),
         (lambda: inspect.expert_load(model, [1, 2]), "the model has no experts"),
         (lambda: inspect.gradient_norms(model, [1]), "needs 2 tokens"),
+        (lambda: inspect.gradient_norms(model, {"branch": np.zeros((1, 2))}), "pairs of answers"),
         (lambda: inspect.update_norms(finished_run, 17), "no checkpoint of step 17"),
         (
             lambda: inspect.update_history(Run(tmp_path, finished_run.config)),
