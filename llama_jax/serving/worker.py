@@ -178,6 +178,7 @@ class Worker(threading.Thread):
             with self._changed:
                 self._changed.wait_for(lambda: self._ended or self._waiting or self._running)
             if self._ended:
+                self.refuse_all(Refused(503, "the server is stopping", "stopping"))
                 return
             try:
                 self._release()

@@ -20,7 +20,9 @@ def serving(lm: LanguageModel, **options: Any) -> Iterator[tuple[str, Service]]:
     """Yield a running server's URL and its service."""
     known: dict[str, Any] = {"name": "fish", "api_key": KEY}
     service = Service(lm, ServingConfig(**known | options), "ChatML")
-    server = uvicorn.Server(uvicorn.Config(application(service), log_level="warning", lifespan="off"))
+    server = uvicorn.Server(
+        uvicorn.Config(application(service), log_level="warning", lifespan="off", timeout_graceful_shutdown=5)
+    )
     with bound("127.0.0.1", 0) as listening:
         service.worker.start()
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))
