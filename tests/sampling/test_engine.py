@@ -235,7 +235,6 @@ def test_stops_are_each_request_s_own(model: Model, prompts: Prompts):
         (Request((), GREEDY), "a prompt without any token"),
         (Request((40,), GREEDY), "token id 40 is outside the model's vocabulary of 40"),
         (Request((1,) * 60, GREEDY), r"60 tokens and max_new_tokens=12 .* 64 positions: take at most 4"),
-        (Request((1,), dataclasses.replace(GREEDY, num_beams=2)), "num_beams=2"),
         (Request((1,), dataclasses.replace(GREEDY, regex="a")), "need a tokenizer"),
         (Request((1,), dataclasses.replace(GREEDY, banned_ids=(99,))), "99"),
     ],
