@@ -318,6 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         order = [claim.statement for claim in CLAIMS]
         known.sort(key=lambda claim: order.index(claim["statement"]))
         config = to_json(base(Part(), asked.quick))
+        del config["data"]["path"]  # this machine's
         data = {"about": about(asked.quick), "config": config, "claims": known}
         file.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
         (out / "claims.md").write_text(page(data), "utf-8")

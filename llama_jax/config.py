@@ -271,7 +271,7 @@ def field_docs(cls: type) -> dict[str, str]:
     docs: dict[str, str] = {}
     for base in reversed(cls.__bases__):
         docs |= field_docs(base) if _is_config(base) else {}
-    name, names = None, {field.name for field in dataclasses.fields(cls)}
+    name, names = None, {field.name for field in dataclasses.fields(cls)} if _is_config(cls) else ()
     for line in inspect.cleandoc(cls.__doc__ or "").splitlines():
         head, colon, rest = line.partition(": ")
         if colon and head in names:
