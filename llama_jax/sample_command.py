@@ -18,6 +18,7 @@ from rich.console import Console
 from llama_jax.chat_terminal import converse, print_pieces, print_speed
 from llama_jax.checkpoint import LanguageModel, load
 from llama_jax.config import UserError, config_names
+from llama_jax.remote import local_path
 from llama_jax.sample_flags import FIELDS, NEW_TOKENS, sampling_config
 from llama_jax.sampling import (
     GUESSES,
@@ -54,6 +55,7 @@ def sample_command(args: argparse.Namespace) -> int:
     config = sampling_config(vars(args))
     prompts = read_prompts(args)
     check_flags(prompts, config, args)
+    args.output = None if args.output is None else local_path(args.output, "output")
     mesh = {key.removeprefix("mesh."): size for key, size in vars(args).items() if key.startswith("mesh.") and size}
     lm = load(
         args.path,
@@ -125,7 +127,9 @@ def read_prompts(args: argparse.Namespace) -> list[Prompt] | None:
         return None
     texts: list[Mapping[str, Any]] = [{"prompt": text} for text in args.prompt or ()]
     if args.prompt_file is not None:
-        texts += read_file(args.prompt_file)
+        texts += read_file(
+            args.prompt_file if args.prompt_file == "-" else str(local_path(args.prompt_file, "prompt_file"))
+        )
     prompts = list[Prompt]()
     for record in texts:
         messages, text = record.get("messages"), record.get("prompt", "")
@@ -246,13 +250,13 @@ def as_record(prompt: Prompt, completion: Completion, sample: int | None) -> dic
 
 
 @contextlib.contextmanager
-def output(file: str | None) -> Iterator[TextIO]:
+def output(file: Path | None) -> Iterator[TextIO]:
     """Open a file to write, or give standard output. Raises UserError where it cannot be written."""
     if file is None:
         yield sys.stdout
         return
     try:
-        opened = Path(file).open("w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        opened = file.open("w", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"--output '{file}' cannot be written ({error.strerror}): give another file") from None
     with opened:
