@@ -120,9 +120,7 @@ class SamplingConfig:
         check("banned_ids", lambda ids: not {*ids} & {*self.forced_ids}, "other ids than forced_ids")
         if self.num_beams > 1:
             check("num_samples", lambda n: n <= self.num_beams, f"at most num_beams={self.num_beams}")
-            if self.json_schema is not None or self.regex is not None:
-                raise UserError(f"num_beams={self.num_beams} keeps no json_schema or regex: take one beam")
-            for name, off in {"temperature": 0, "logprobs": None}.items():
+            for name, off in {"temperature": 0, "json_schema": None, "regex": None, "logprobs": None}.items():
                 if getattr(self, name) != off:
                     raise UserError(f"{name}={getattr(self, name)} does not go with num_beams: leave out one of them")
         if self.json_schema is not None and self.regex is not None:
