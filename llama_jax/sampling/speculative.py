@@ -28,7 +28,8 @@ from llama_jax.sampling.drafts import FromBlocks, FromModel, FromText, logits_of
 from llama_jax.sampling.loop import Orders, Rows, SamplingState, append, keys_of
 from llama_jax.sampling.sampler import Sampler
 
-GUESSES = PROMPT, MTP = "prompt", "mtp"
+PROMPT, MTP = "prompt", "mtp"
+GUESSES = (PROMPT, MTP)
 NUM_TOKENS = 4
 
 
