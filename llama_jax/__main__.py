@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from llama_jax import __version__
 from llama_jax.config import UserError, config_names
 from llama_jax.installation import missing_package
-from llama_jax.parser import BASE, IGNORED_KEYS, MESH, RUN_PATH, TOKENIZER, Argument, Command, Parser, flag
+from llama_jax.parser import BASE, DTYPE, IGNORED_KEYS, MESH, RUN_PATH, STEP, TOKENIZER, Argument, Command, Parser, flag
 from llama_jax.sample_flags import SAMPLE
 from llama_jax.serve_command import SERVE
 
@@ -114,10 +114,10 @@ COMMANDS = {
             flag("--window", "N", "tokens of a piece of text; default: a run's rows, the model's positions", type=int),
             flag("--stride", "N", "tokens from one window to the next; default: half a window", type=int),
             flag("--batch-size", "N", "rows at a time; default: %(default)s", type=int, default=8),
-            flag("--dtype", "{float32,bfloat16}", "default: bfloat16 on TPU and GPU", choices=("float32", "bfloat16")),
+            DTYPE,
             *MESH,
             TOKENIZER,
-            flag("--step", "N", "checkpoint of a run; default: the latest", type=int),
+            STEP,
             flag("--output", "FILE", "write the results as JSON"),
             flag("--json", None, "print them as JSON"), flag("--quiet", None, "no progress"),
         ),

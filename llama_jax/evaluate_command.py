@@ -7,13 +7,13 @@ import sys
 from rich.console import Console
 
 from llama_jax.evaluation import evaluate
+from llama_jax.parser import mesh_of
 
 PLAIN_COLUMNS = 160  # of a table that goes into a file
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
     """Evaluate a model and print the numbers, remarks on stderr."""
-    mesh = {key.removeprefix("mesh."): size for key, size in vars(args).items() if key.startswith("mesh.") and size}
     scores = evaluate(
         args.path,
         [name for names in args.tasks for name in names.split(",") if name],
@@ -33,7 +33,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
         output=args.output,
         tokenizer=args.tokenizer,
         dtype=args.dtype,
-        mesh=mesh or None,
+        mesh=mesh_of(args),
         step=args.step,
         quiet=args.quiet,
     )

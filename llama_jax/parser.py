@@ -27,6 +27,28 @@ IGNORED_KEYS = flag(
     type=lambda keys: [key for key in keys.split(",") if key], default=[],
 )  # fmt: skip
 MESH = tuple(flag(f"--mesh.{axis}", "N", "devices", type=int) for axis in ("data", "fsdp", "tensor", "expert"))
+STEP = flag("--step", "N", "checkpoint of a run; default: the latest", type=int)
+DTYPE = flag("--dtype", "{float32,bfloat16}", "default: bfloat16 on TPU and GPU", choices=("float32", "bfloat16"))
+CHAT_TEMPLATE = flag(
+    "--chat-template", "NAME",
+    "another chat template: one that the model's files name, or Llama2Chat, Llama3Chat, ChatML, ChatGLM2Chat",
+)  # fmt: skip
+# How the model of PATH is loaded, to sample from it.
+LOADING = (
+    TOKENIZER, STEP, DTYPE, flag("--quantize", "{int8,int4}", "weights in fewer bits", choices=("int8", "int4")),
+    *MESH, BASE, IGNORED_KEYS,
+)  # fmt: skip
+
+
+def mesh_of(args: argparse.Namespace) -> dict[str, int] | None:
+    """Return the mesh that the flags of `MESH` give, None without any."""
+    return {k.removeprefix("mesh."): n for k, n in vars(args).items() if k.startswith("mesh.") and n} or None
+
+
+def loading(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the flags of `LOADING` say, as keyword arguments of `load`."""
+    names = "tokenizer", "step", "dtype", "quantize", "base", "ignore_config_keys"
+    return {"mesh": mesh_of(args)} | {name: getattr(args, name) for name in names}
 
 
 @dataclasses.dataclass(frozen=True)

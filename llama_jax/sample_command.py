@@ -18,6 +18,7 @@ from rich.console import Console
 from llama_jax.chat_terminal import converse, print_pieces, print_speed
 from llama_jax.checkpoint import LanguageModel, load
 from llama_jax.config import UserError, config_names
+from llama_jax.parser import loading, mesh_of
 from llama_jax.remote import local_path
 from llama_jax.sample_flags import FIELDS, NEW_TOKENS, sampling_config
 from llama_jax.sampling import (
@@ -56,19 +57,9 @@ def sample_command(args: argparse.Namespace) -> int:
     prompts = read_prompts(args)
     check_flags(prompts, config, args)
     args.output = None if args.output is None else local_path(args.output, "output")
-    mesh = {key.removeprefix("mesh."): size for key, size in vars(args).items() if key.startswith("mesh.") and size}
-    lm = load(
-        args.path,
-        tokenizer=args.tokenizer,
-        ignore_config_keys=args.ignore_config_keys,
-        base=args.base,
-        step=args.step,
-        dtype=args.dtype,
-        mesh=mesh or None,
-        quantize=args.quantize,
-    )
+    lm = load(args.path, **loading(args))
     if (draft := args.draft) not in (None, *GUESSES):
-        draft = load(draft, dtype=args.dtype, mesh=mesh or None)
+        draft = load(draft, dtype=args.dtype, mesh=mesh_of(args))
     args.speculation = speculation = Speculation.of(lm, draft, args.draft_tokens)
     args.chat_template = built_in(args.chat_template, lm.tokenizer)
     if prompts is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from llama_jax.config import UserError, field_docs
-from llama_jax.parser import BASE, IGNORED_KEYS, MESH, RUN_PATH, TOKENIZER, Argument, Command, flag
+from llama_jax.parser import CHAT_TEMPLATE, LOADING, RUN_PATH, Argument, Command, flag
 from llama_jax.sampling import SamplingConfig
 from llama_jax.values import Mismatch, near_names, parse, type_name, value_hint
 
@@ -73,8 +73,7 @@ SAMPLE = Command(
         flag("--prompt-file", "FILE", "prompts: lines, or JSONL with `prompt` or `messages`; -: standard input"),
         flag("--chat", None, "answer by the model's chat template; each prompt begins a conversation"),
         flag("--system", "TEXT", "system message of a chat"),
-        flag("--chat-template", "NAME", "another chat template: one that the model's files name, or Llama2Chat, "
-             "Llama3Chat, ChatML, ChatGLM2Chat"),
+        CHAT_TEMPLATE,
         *sampling_flags(),
         flag("--draft", "PATH", "guess tokens ahead, which changes no text: a smaller model with the same tokenizer; "
              "prompt, from the text so far; or mtp, by the model's further blocks"),
@@ -83,13 +82,7 @@ SAMPLE = Command(
         flag("--json", None, "one object per text, with token ids, finish_reason and log-probabilities"),
         flag("--stats", None, "time to the first token, and right guesses of --draft, too, on stderr"),
         flag("--quiet", None, "neither speed nor progress on stderr"),
-        TOKENIZER,
-        flag("--step", "N", "checkpoint of a run; default: the latest", type=int),
-        flag("--dtype", "{float32,bfloat16}", "default: bfloat16 on TPU and GPU", choices=("float32", "bfloat16")),
-        flag("--quantize", "{int8,int4}", "weights in fewer bits", choices=("int8", "int4")),
-        *MESH,
-        BASE,
-        IGNORED_KEYS,
+        *LOADING,
     ),
     prog="sample.py",
 )  # fmt: skip

@@ -15,7 +15,7 @@ from llama_jax.nn import PyTree
 from llama_jax.parallel import mesh_axis_sizes, replicate, shard
 from llama_jax.sampling.config import SamplingConfig
 from llama_jax.sampling.controls import Written
-from llama_jax.sampling.loop import NOT_NUMBERS, NOTHING_ALLOWED, Orders, Rows
+from llama_jax.sampling.loop import NOT_NUMBERS, NOTHING_ALLOWED, Orders, Rows, by_rows
 from llama_jax.sampling.sampler import Sampler
 
 # Added to the score of a beam that must not be chosen. Finite: -inf is the score of a forbidden token.
@@ -105,7 +105,7 @@ def _search(
     def body(beams: _Beams) -> _Beams:
         flat = beams.tokens.reshape(-1, beams.tokens.shape[2])
         written = Written(flat, jnp.repeat(beams.lengths, num_beams), search.prompts)
-        written = jax.tree.map(lambda x: shard(x, "batch", *(None,) * (x.ndim - 1)), written)
+        written = by_rows(written)
         last = written.last(1)
         hidden, cache = module.extend(last, cache=beams.cache, lengths=written.lengths - 1)
         logits = shard(module.logits(hidden)[:, 0], "batch", None)

@@ -5,13 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.nn import PyTree
 from llama_jax.parallel import replicate, shard
 from llama_jax.sampling.controls import Written
-from llama_jax.sampling.loop import SamplingState
+from llama_jax.sampling.loop import SamplingState, logits_of
 from llama_jax.sampling.sampler import Sampler
 
 # The longest end of a text that is looked for earlier in the text.
@@ -172,13 +171,6 @@ def _window(x: Array, start: Lengths, width: int) -> Array:
 def _at(hidden: Float[Array, "b t d"], place: Lengths) -> Float[Array, "b 1 d"]:
     here = jnp.arange(hidden.shape[1]) == place[:, None]
     return jnp.where(here[..., None], hidden, 0).sum(1, keepdims=True)
-
-
-def logits_of(module: Any, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
-    """Return the logits of hidden states, -inf for what the model never writes."""
-    logits = shard(module.logits(hidden), "batch", None, None)
-    never = getattr(module.config, "never_written", ())
-    return jnp.where(np.isin(np.arange(logits.shape[-1]), never), -jnp.inf, logits) if never else logits
 
 
 def _drawn(

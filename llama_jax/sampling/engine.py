@@ -109,7 +109,7 @@ class Engine:
         self._length = min(length or config.length_limit, config.length_limit)
         start = self._settings.decoder_start_id
         self._start_id = int(getattr(config, "decoder_start_id", 0) if start is None else start)
-        self._prefill_chunk = prefill_chunk if (cuts := can_be_cut(config)) else None
+        self._prefill_chunk = prefill_chunk if (cuts := not config.has_source and can_be_cut(config)) else None
         self._dtype = None if cache_dtype is None else jnp.dtype(cache_dtype).name
         if self._dtype not in (None, "float32", "bfloat16", "int8"):
             raise UserError(f"cache_dtype={cache_dtype} must be float32, bfloat16 or int8")

@@ -107,9 +107,10 @@ def bucket(length: int, limit: int) -> int:
 
 @functools.lru_cache(64)
 def can_be_cut(config: ModelConfig) -> bool:
-    """Return whether a cache may be cut at any position: it holds entries of positions alone, and no states."""
-    if config.has_source:
-        return False
+    """Return whether a decoder's cache may be cut at any position: it holds entries of positions alone, and no states.
+
+    Of an encoder-decoder it is the cache of the target.
+    """
     shapes = [jax.tree.leaves(cache_shapes(config, n)) for n in (SMALLEST_BUCKET, 2 * SMALLEST_BUCKET)]
     return all(a.shape != b.shape for a, b in zip(*shapes, strict=True))
 
@@ -243,8 +244,8 @@ def _advance(
     limits: Array,
 ) -> tuple[PyTree, tuple[Rows, PyTree]]:
     module: Decoder | EncoderDecoder = nnx.merge(graphdef, weights)
-    rows, orders = jax.tree.map(lambda x: shard(x, "batch", *(None,) * (x.ndim - 1)), batch)
-    state = SamplingState(rows, _last(rows), orders, keys_of(orders), cache)
+    state = begun(*batch, cache)
+    rows = state.rows
     log = None if logged is None else _no_log(len(rows.lengths), logged)
 
     def unfinished(carry: tuple[Array, SamplingState, PyTree]) -> Array:
@@ -267,17 +268,23 @@ def _advance(
 def step(module: Decoder | EncoderDecoder, state: SamplingState, sampler: Sampler) -> tuple[SamplingState, Logits]:
     """Return the state with one more token in every row that is not done, and the model's logits. A pure function."""
     hidden, cache = module.extend(state.last[:, None], cache=state.cache, lengths=state.rows.lengths - 1)
-    logits = _logits(module, hidden)
+    logits = logits_of(module, hidden)[:, 0]
     return append(dataclasses.replace(state, cache=cache), logits, sampler), logits
 
 
-def _last(rows: Rows) -> Int[Array, " b"]:
-    here = jnp.arange(rows.tokens.shape[1]) == rows.lengths[:, None] - 1
-    return jnp.where(here, rows.tokens, 0).sum(1)
+def begun(rows: Any, orders: Any, cache: PyTree) -> SamplingState:
+    """Return the state in which a loop on the device begins."""
+    rows, orders = by_rows(rows), by_rows(orders)
+    last = Written(rows.tokens, rows.lengths, orders.prompts).last(1)[:, 0]
+    return SamplingState(rows, last, orders, _keys(orders), cache)
 
 
-def keys_of(orders: Any) -> Key[Array, " b"]:
-    """Return the random key of every row."""
+def by_rows(arrays: PyTree) -> PyTree:
+    """Return arrays [B, ...], split as the rows of a batch are."""
+    return jax.tree.map(lambda x: shard(x, "batch", *(None,) * (x.ndim - 1)), arrays)
+
+
+def _keys(orders: Any) -> Key[Array, " b"]:
 
     # The keys of jax.random.key(seed), whose seed may have 64 bits only where JAX's integers do.
     def key(seed: Array, number: Array) -> Array:
@@ -290,14 +297,14 @@ def _no_log(num_rows: int, logged: Logged) -> PyTree:
     shape = num_rows, logged.steps
     ids = jnp.zeros((*shape, logged.top), jnp.int32)
     log = jnp.zeros(shape), ids, jnp.zeros(ids.shape)
-    return jax.tree.map(lambda x: shard(x, "batch", *(None,) * (x.ndim - 1)), log)
+    return by_rows(log)
 
 
-def _logits(module: Decoder | EncoderDecoder, hidden: Float[Array, "b 1 d"]) -> Logits:
-    logits = shard(module.logits(hidden)[:, 0], "batch", None)
-    if not (never := getattr(module.config, "never_written", ())):
-        return logits
-    return jnp.where(np.isin(np.arange(logits.shape[1]), never), -jnp.inf, logits)
+def logits_of(module: Any, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+    """Return the logits of hidden states, -inf for what the model never writes."""
+    logits = shard(module.logits(hidden), "batch", None, None)
+    never = getattr(module.config, "never_written", ())
+    return jnp.where(np.isin(np.arange(logits.shape[-1]), never), -jnp.inf, logits) if never else logits
 
 
 def append(state: SamplingState, logits: Logits, sampler: Sampler) -> SamplingState:

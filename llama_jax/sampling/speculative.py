@@ -19,13 +19,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.checkpoint import LanguageModel
 from llama_jax.config import UserError
-from llama_jax.models import Model, cache_shapes
+from llama_jax.models import Model
 from llama_jax.nn import PyTree
-from llama_jax.parallel import replicate, shard
+from llama_jax.parallel import replicate
 from llama_jax.sampling.config import LARGEST
-from llama_jax.sampling.controls import Written
-from llama_jax.sampling.drafts import FromBlocks, FromModel, FromText, logits_of
-from llama_jax.sampling.loop import Orders, Rows, SamplingState, append, keys_of
+from llama_jax.sampling.drafts import FromBlocks, FromModel, FromText
+from llama_jax.sampling.loop import Orders, Rows, SamplingState, append, begun, by_rows, can_be_cut, logits_of
 from llama_jax.sampling.sampler import Sampler
 
 PROMPT, MTP = "prompt", "mtp"
@@ -156,8 +155,7 @@ class Speculation:
 
 def _check_cache(name: str, model: Model) -> None:
     """Raise UserError where a cache holds states, which cannot be taken back when a guess was wrong."""
-    shapes = [jax.tree.leaves(cache_shapes(model.config, length)) for length in (16, 32)]
-    if any(a.shape == b.shape for a, b in zip(*shapes, strict=True)):
+    if not can_be_cut(model.config):
         raise UserError(f"{name} has layers whose state cannot be taken back (recurrent ones): leave draft out")
 
 
@@ -185,12 +183,9 @@ def _advance(
     limits: Array,
 ) -> tuple[PyTree, PyTree, tuple[Rows, Array]]:
     model, own = _modules(graphdef, guesser, weights)
-    (cache, memory), batch = caches, jax.tree.map(lambda x: shard(x, "batch", *(None,) * (x.ndim - 1)), batch)
-    rows, orders, known = batch
-    state = SamplingState(
-        rows, Written(rows.tokens, rows.lengths, orders.prompts).last(1)[:, 0], orders, keys_of(orders), cache
-    )
-    cache, memory = guesser.caught_up(model, own, state, memory, known)
+    (cache, memory), (rows, orders, known) = caches, batch
+    state = begun(rows, orders, cache)
+    cache, memory = guesser.caught_up(model, own, state, memory, by_rows(known))
     state = dataclasses.replace(state, cache=cache)
 
     def unfinished(carry: tuple[Array, SamplingState, PyTree, Array]) -> Array:

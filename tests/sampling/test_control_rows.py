@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from own_controls import Bonus, only_odd
 
 from llama_jax.checkpoint import GenerationSettings, read_generation
 from llama_jax.config import UserError
@@ -17,21 +18,6 @@ from llama_jax.parallel import make_mesh, shard
 from llama_jax.sampling import Sampler, SamplingConfig, Written
 
 GOLDENS = np.load(Path(__file__).parent / "control_goldens.npz")["logits"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Bonus:
-    """A control of one's own whose number is traced."""
-
-    bonus: float | jax.Array
-
-    def __call__(self, logits: jax.Array, written: Written) -> jax.Array:
-        return logits.at[:, 5].add(self.bonus)
-
-
-def only_odd(logits: jax.Array, written: Written) -> jax.Array:
-    return jnp.where(jnp.arange(logits.shape[1]) % 2 == 1, logits, -jnp.inf)
 
 
 def settings_of(folder: Path, group: int) -> GenerationSettings:

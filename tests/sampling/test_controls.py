@@ -1,6 +1,5 @@
 """What a model's files force and forbid, against transformers (goldens.json; make_goldens.py writes it)."""
 
-import dataclasses
 import itertools
 import json
 import shutil
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from own_controls import Bonus, only_odd
 
 from llama_jax import load
 from llama_jax.checkpoint import GenerationSettings, LanguageModel, read_generation, write_generation
@@ -156,21 +156,6 @@ def test_a_text_ends_at_every_stop_of_the_files_and_at_no_other(lm: LanguageMode
     )
     (found,) = complete(told, ["one fish"], SamplingConfig(20, 0.0))
     assert found.finish_reason == "length"
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Bonus:
-    """A control of one's own whose number is traced."""
-
-    bonus: float | jax.Array
-
-    def __call__(self, logits: jax.Array, written: Written) -> jax.Array:
-        return logits.at[:, 5].add(self.bonus)
-
-
-def only_odd(logits: jax.Array, written: Written) -> jax.Array:
-    return jnp.where(jnp.arange(logits.shape[1]) % 2 == 1, logits, -jnp.inf)
 
 
 def test_controls_of_ones_own(tmp_path: Path):
