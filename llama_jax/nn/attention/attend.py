@@ -25,6 +25,7 @@ from llama_jax.parallel import fitting, mesh_axis_sizes, platform, replicate, sh
 
 LANES = 128  # numbers in the last dimension of a TPU's vector registers
 SPLASH_BLOCK = 512
+SMALLEST_PART = 64  # keys of a cache
 
 Queries = Float[Array, "b t n h"]
 Keys = Float[Array, "b k s h"]
@@ -48,11 +49,30 @@ def reference(
 
     `bias` is added to the scaled scores; `keep` is false at probabilities that `dropout` zeroes.
     """
-    allowed = mask.allowed(0, q.shape[1], 0, k.shape[2])[:, None, None]
-    probs = _probabilities(q, k, allowed, bias, scale=scale, softcap=softcap)
-    if keep is not None:
-        probs = jnp.where(_per_group(keep, k.shape[1]), probs / (1 - dropout), 0)
-    return _ungrouped(jnp.einsum("bkgts,bksh->bkgth", probs.astype(v.dtype), v))
+
+    def over(size: int) -> Results:
+        keys, values = k[:, :, :size], v[:, :, :size]
+        allowed = mask.allowed(0, q.shape[1], 0, size)[:, None, None]
+        own = None if bias is None else bias[..., :size]
+        probs = _probabilities(q, keys, allowed, own, scale=scale, softcap=softcap)
+        if keep is not None:
+            probs = jnp.where(_per_group(keep[..., :size], k.shape[1]), probs / (1 - dropout), 0)
+        return _ungrouped(jnp.einsum("bkgts,bksh->bkgth", probs.astype(v.dtype), values))
+
+    sizes = _sizes(k.shape[2], mask)
+    if len(sizes) == 1:
+        return over(k.shape[2])
+    # No query is behind the last place, so no key after it is read.
+    which = jnp.searchsorted(np.array(sizes), mask.query_places.max() + 1)
+    return jax.lax.switch(which, [functools.partial(over, size) for size in sizes])
+
+
+def _sizes(length: int, mask: Mask) -> list[int]:
+    """Return numbers of first keys, of which the smallest that reaches the last query is read of a cache on a CPU."""
+    whole = mask.query_places is None or mask.key_places is not None or not mask.causal or mask.prefix is not None
+    if platform() != "cpu" or whole:
+        return [length]
+    return [length >> i for i in range(length.bit_length()) if i == 0 or length >> i >= SMALLEST_PART][::-1]
 
 
 def _probabilities(
