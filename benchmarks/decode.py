@@ -4,7 +4,7 @@ python benchmarks/decode.py --torch-python .../bin/python --tunix-python .../bin
 """
 
 from rounds import main
-from works import DECODE
+from works import DECODE, DECODE_VARIANTS
 
 if __name__ == "__main__":
-    main("Compare the speed of greedy decoding with the peers'.", DECODE, steps=3)
+    main("Compare the speed of greedy decoding with the peers'.", DECODE, steps=3, variants=DECODE_VARIANTS)

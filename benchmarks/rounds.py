@@ -25,7 +25,13 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from llama_jax.__main__ import TUNABLES
 
 OURS = "llama_jax"
-SCRIPTS = {OURS: "ours.py", "torch": "torch_transformers.py", "tunix": "google_tunix.py"}
+SCRIPTS = {
+    OURS: "ours.py",
+    "torch": "torch_transformers.py",
+    "tunix": "google_tunix.py",
+    "llama_cpp": "llama_cpp_python.py",
+}
+PEERS = [name for name in SCRIPTS if name != OURS]
 PAUSE = 0.5  # seconds between turns: the last one's threads stop spinning
 
 
@@ -34,23 +40,27 @@ class Turn:
     """One peer's part of a round."""
 
     tokens_per_second: float
+    seconds: float
     cpu_seconds: float
     others: float | None  # share of the processors that other processes used meanwhile; None where unknown
     result: list
+    first_seconds: float | None = None  # of decoding: prompts and one token
 
 
 class Worker:
     """A peer's process, spoken to in JSON lines (peers/worker.py says which)."""
 
     def __init__(self, name: str, python: str):
+        """Start a peer; `name` is that of its script, with a variant after a hyphen."""
+        package = name.split("-")[0]
         hidden = ("PYTHONPATH", "VIRTUAL_ENV", "XLA_FLAGS")
         environment = {key: value for key, value in os.environ.items() if key not in hidden}
         environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-        environment |= TUNABLES if name == OURS else {}
+        environment |= TUNABLES if package == OURS else {}
         self.name = name
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the worker)
         self.process = subprocess.Popen(
-            [python, str(Path(__file__).parent / "peers" / SCRIPTS[name])],
+            [python, str(Path(__file__).parent / "peers" / SCRIPTS[package])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
@@ -97,16 +107,18 @@ def take_turn(worker: Worker, work: dict, steps: int) -> Turn:
     others = None
     if busy is not None and busy_after is not None:
         others = max(0.0, busy_after - busy - answer["cpu_seconds"]) / (wall * (os.cpu_count() or 1))
-    return Turn(steps * tokens_per_step(work) / answer["seconds"], answer["cpu_seconds"], others, answer["result"])
+    first = worker.ask(cmd="run", steps=1, new_tokens=1)["seconds"] if work["task"] == "decode" else None
+    speed = steps * tokens_per_step(work) / answer["seconds"]
+    return Turn(speed, answer["seconds"], answer["cpu_seconds"], others, answer["result"], first)
 
 
-def same_work(work: dict, setups: dict[str, dict], rounds: list[dict[str, Turn]]) -> str | None:
-    """Return the differences in the peers' parameter counts, losses or tokens; None where they computed the same."""
-    counts = {name: setup["parameters"] for name, setup in setups.items()}
+def same_work(work: dict, exact: list[str], setups: dict[str, dict], rounds: list[dict[str, Turn]]) -> str | None:
+    """Return the differences in parameter counts, losses or tokens of `exact` peers; None where they are the same."""
+    counts = {name: setup["parameters"] for name, setup in setups.items() if name in exact}
     if len(set(counts.values())) > 1:
         return f"parameter counts differ: {counts}"
     for i, turns in enumerate(rounds):
-        results = {name: np.array(turn.result) for name, turn in turns.items()}
+        results = {name: np.array(turn.result) for name, turn in turns.items() if name in exact}
         first = next(iter(results.values()))
         # Greedy tokens may part where two logits nearly tie, so the beginning has to agree.
         compared = slice(None) if work["task"] == "train" else (slice(None), slice(16))
@@ -128,19 +140,30 @@ def cores() -> set[int]:
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
-def compare(work: dict, pythons: dict[str, str], rounds: int, steps: int, console: Console) -> dict:
-    """Run one work on every peer, alternately; returns what --json writes of it."""
-    workers = {name: Worker(name, python) for name, python in pythons.items()}
-    setups = {name: worker.ask(cmd="setup", work=work) for name, worker in workers.items()}
+def compare(
+    work: dict, pythons: dict[str, str], variants: dict[str, dict], rounds: int, steps: int, console: Console
+) -> dict:
+    """Run one work on every peer, alternately; returns what --json writes of it.
+
+    `variants` are peers that change the work: `llama_jax-int8` is llama_jax with other weights, and computes other
+    tokens.
+    """
+    names = [*pythons, *(name for name in variants if name.split("-")[0] in pythons and runs(name, work))]
+    workers = {name: Worker(name, pythons[name.split("-")[0]]) for name in names if runs(name, work)}
+    setups = {name: worker.ask(cmd="setup", work=work | variants.get(name, {})) for name, worker in workers.items()}
+    exact = [name for name in workers if not variants.get(name)]
+    warm_up: dict[str, Turn] = {}
     done: list[dict[str, Turn]] = []
     for i in range(rounds + 1):
         with console.status(f"round {i} of {rounds}" if i else "compiling and warming up"):
             turns = {name: take_turn(worker, work, steps) for name, worker in workers.items()}
         if i:
             done.append(turns)
+        else:
+            warm_up = turns
     for worker in workers.values():
         worker.close()
-    difference = same_work(work, setups, done)
+    difference = same_work(work, exact, setups, done)
     peers = {}
     for name in workers:
         speeds = [turns[name].tokens_per_second for turns in done]
@@ -153,6 +176,9 @@ def compare(work: dict, pythons: dict[str, str], rounds: int, steps: int, consol
             "versions": setups[name]["versions"],
             "parameters": setups[name]["parameters"],
         }
+        peers[name]["compile_seconds"] = warm_up[name].seconds - statistics.median(t[name].seconds for t in done)
+        if work["task"] == "decode":
+            peers[name]["first_token_seconds"] = statistics.median(turns[name].first_seconds or 0 for turns in done)
         if OURS in workers:
             ratios = [turns[OURS].tokens_per_second / turns[name].tokens_per_second for turns in done]
             peers[name]["ours_over_this"] = statistics.median(ratios)
@@ -163,9 +189,15 @@ def compare(work: dict, pythons: dict[str, str], rounds: int, steps: int, consol
     }
 
 
+def runs(name: str, work: dict) -> bool:
+    """Return whether a peer can do this work: llama-cpp-python's interface continues one text at a time."""
+    return not name.startswith("llama_cpp") or (work["task"] == "decode" and work["batch_size"] == 1)
+
+
 def show(title: str, outcome: dict, console: Console) -> None:
     table = Table(title=title, title_justify="left")
-    for column in ("peer", "tokens/s", "slowest to fastest", "llama_jax / peer", "used by others", "versions"):
+    times = ("first token (ms)", "compile (s)")
+    for column in ("peer", "tokens/s", "slowest to fastest", "llama_jax / peer", *times, "used by others", "versions"):
         table.add_column(column, justify="left" if column in ("peer", "versions") else "right")
     for name, peer in outcome["peers"].items():
         ratio, others = peer.get("ours_over_this"), peer["others_median"]
@@ -174,28 +206,35 @@ def show(title: str, outcome: dict, console: Console) -> None:
             f"{peer['tokens_per_second']:.0f}",
             f"{peer['slowest']:.0f} to {peer['fastest']:.0f}",
             "" if ratio is None or name == OURS else f"{ratio:.2f}",
+            f"{peer['first_token_seconds'] * 1e3:.1f}" if "first_token_seconds" in peer else "",
+            f"{peer['compile_seconds']:.1f}",
             "" if others is None else f"{others:.0%}",
             ", ".join(f"{package} {version}" for package, version in peer["versions"].items()),
         )
     console.print(table)
     if outcome["same_work"]:
         same = "losses agree" if outcome["work"]["task"] == "train" else "tokens agree"
-        console.print(f"The same work: parameter counts and {same} in every round.")
+        console.print(f"The same work: parameter counts and {same} in every round (of all but the variants).")
     else:
         console.print(f"NOT the same work: {outcome['difference']}")
 
 
-def main(description: str, works: dict[str, dict], steps: int) -> None:
+def main(description: str, works: dict[str, dict], steps: int, variants: dict[str, dict] | None = None) -> None:
     """Run the command line of a benchmark; exits with 1 where the peers computed different things."""
     parser = argparse.ArgumentParser(
         description=description, epilog="A peer whose interpreter is not given is left out. See benchmarks/README.md."
     )
     parser.add_argument("--work", choices=list(works), action="append", help="one of the works (default: all)")
-    for name in ("torch", "tunix"):
+    for name in PEERS:
         variable = f"{name.upper()}_PYTHON"
         parser.add_argument(
-            f"--{name}-python", default=os.environ.get(variable), help=f"its interpreter (default: ${variable})"
+            f"--{name.replace('_', '-')}-python",
+            default=os.environ.get(variable),
+            help=f"its interpreter (default: ${variable})",
         )
+    if variants:
+        help = f"also these, or none: {', '.join(variants)} (default: all whose interpreter is given)"
+        parser.add_argument("--variants", nargs="*", choices=list(variants), default=list(variants), help=help)
     parser.add_argument("--without-ours", action="store_true", help="only the peers")
     parser.add_argument("--rounds", type=int, default=5, help="rounds after the first, uncounted one (default: 5)")
     parser.add_argument("--steps", type=int, default=steps, help=f"steps in a turn (default: {steps})")
@@ -207,18 +246,18 @@ def main(description: str, works: dict[str, dict], steps: int) -> None:
     if hasattr(os, "sched_setaffinity"):  # inherited by the peers
         os.sched_setaffinity(0, sorted(cores())[: args.num_cores])
     pythons = {} if args.without_ours else {OURS: sys.executable}
-    for name, python in (("torch", args.torch_python), ("tunix", args.tunix_python)):
-        if python:
+    for name in PEERS:
+        if python := getattr(args, f"{name}_python"):
             pythons[name] = python
         else:
-            console.print(f"{name}: left out, no --{name}-python given.")
+            console.print(f"{name}: left out, no --{name.replace('_', '-')}-python given.")
     if not pythons:
         parser.error("nothing to run: give --torch-python or --tunix-python, or leave --without-ours away")
     about = machine()
     console.print(f"{about['processor']}, {about['cores']} cores, {about['system']}; float32; {args.rounds} rounds")
-    outcomes = {}
+    outcomes, chosen = {}, {name: (variants or {})[name] for name in getattr(args, "variants", ())}
     for name in args.work or works:
-        outcomes[name] = compare(works[name], pythons, args.rounds, args.steps, console)
+        outcomes[name] = compare(works[name], pythons, chosen, args.rounds, args.steps, console)
         show(name, outcomes[name], console)
     if args.json:
         args.json.write_text(json.dumps({"machine": about, "outcomes": outcomes}, indent=1) + "\n")

@@ -29,6 +29,14 @@ DECODE = {
     f"stories15m-batch{b}": STORIES15M | {"task": "decode", "batch_size": b, "prompt_length": 8, "new_tokens": 128}
     for b in (1, 8, 32)
 }
+# What changes the work, and so the tokens; `products` are a step's products of matrices alone, the same bytes read.
+DECODE_VARIANTS = {
+    "llama_jax-int8": {"quantize": "int8"},
+    "llama_jax-bf16": {"dtype": "bfloat16"},
+    "llama_jax-products": {"products": True},
+    "torch-static": {"cache": "static"},
+    "llama_cpp-q8_0": {"quantize": "q8_0"},
+}
 
 
 def tokens_per_step(work: dict) -> int:

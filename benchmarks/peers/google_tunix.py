@@ -131,9 +131,9 @@ def decode(work: Work) -> tuple[int, Run]:
     sampler = Sampler(model, Ids(), cache)
     prompts = [" ".join(map(str, row)) for row in prompt_tokens(work)]
 
-    def run(steps: int) -> list:
+    def run(steps: int, new_tokens: int = work["new_tokens"]) -> list:
         for _ in range(steps):
-            output = sampler(prompts, max_generation_steps=work["new_tokens"])
+            output = sampler(prompts, max_generation_steps=new_tokens)
         return [np.asarray(row).tolist() for row in output.tokens]
 
     return count(model), run

@@ -5,6 +5,7 @@ Imported by interpreters of several environments: the standard library and numpy
 One JSON object a line, on stdin and stdout:
     {"cmd": "setup", "work": {...}}  ->  {"parameters": n, "versions": {...}, "setup_seconds": s}
     {"cmd": "run", "steps": n}       ->  {"seconds": s, "cpu_seconds": s, "result": [...]}
+A run of decoding may have `new_tokens`, in place of those of the work.
 `result` is what the work computed (the losses of a training turn, the tokens of a decoding one). The weights, the
 tokens and the optimizer's settings are the same for all, so that equal results prove equal work.
 """
@@ -22,7 +23,7 @@ from importlib.metadata import version
 import numpy as np
 
 Work = dict  # one entry of works.py, as JSON
-Run = Callable[[int], list]
+Run = Callable[..., list]  # (steps) -> losses, or (steps, new_tokens) -> tokens of the last step
 
 LEARNING_RATE = 3e-4
 BETAS = (0.9, 0.95)
@@ -100,7 +101,8 @@ def serve(packages: list[str], tasks: dict[str, Callable[[Work], tuple[int, Run]
             }
         else:
             assert run is not None, "setup comes before run"
-            result = run(request["steps"])
+            more = {"new_tokens": request["new_tokens"]} if "new_tokens" in request else {}
+            result = run(request["steps"], **more)
             reply = {
                 "seconds": time.perf_counter() - start,
                 "cpu_seconds": time.process_time() - cpu_start,

@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from llama_jax.config import UserError
 from llama_jax.models.config import ModelConfig, TransformerConfig
-from llama_jax.nn import FORMATS, PyTree, form_of
+from llama_jax.nn import FORMATS, PyTree, form_of, join
 from llama_jax.parallel import platform
 
+JOINED_UP_TO = 1 << 22  # numbers of matrices together from which one product is no faster
 HEAD_FROM = 1 << 20  # numbers of a head from which a step on a CPU is bound by reading it
 
 
@@ -29,9 +31,18 @@ def check_format(config: ModelConfig, format: str) -> None:
 
 def copy_pays(config: ModelConfig) -> bool:
     """Return true where decoding is faster with a tied head as [D, V], a copy of the embedding."""
-    if platform() != "cpu" or not isinstance(config, TransformerConfig) or not config.tie_embeddings:
+    if not isinstance(config, TransformerConfig) or not config.tie_embeddings:
         return False
-    return config.generates and config.vocab_size * config.hidden_size >= HEAD_FROM
+    return config.vocab_size * config.hidden_size >= HEAD_FROM
+
+
+def join_small(module: nnx.Module, dtype: DTypeLike) -> None:
+    """Join small matrices of the same inputs, of which a step on a CPU is bound by beginning their products."""
+    for _, node in list(nnx.iter_graph(module)):
+        projections = getattr(node, "same_inputs", ())
+        size = sum(projection.weight[...].size for projection in projections)
+        if len(projections) > 1 and size <= JOINED_UP_TO and all(p.adapter is None for p in projections):
+            join(*projections, dtype=dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.config import UserError
 from llama_jax.models.config import Compute, ModelConfig, TransformerConfig
-from llama_jax.models.forms import check_format, copy_pays, quantized
+from llama_jax.models.forms import check_format, copy_pays, join_small, quantized
 from llama_jax.models.inputs import check_length, check_params, checked_inputs
 from llama_jax.models.layout import Params, assemble, flatten, init_params
 from llama_jax.models.stack import Aux, Layers
 from llama_jax.nn import Form, ForwardContext, Mask, PyTree, dropout, gather, matmul, multiplied, seed_value, zigzag
-from llama_jax.parallel import axes_of, shard
+from llama_jax.parallel import axes_of, platform, shard
 
 type Batch = dict[str, jax.Array]
 
@@ -201,6 +201,18 @@ class Transformer(nnx.Module):
         return LossTerm("loss", hidden, batch["targets"], batch["weights"], self.head, self.head_weight())
 
 
+@no_type_check  # by the tests' import hook, which cannot check the annotations that are inherited
+class _Graph(nnx.GraphDef):
+    """A graph definition that computes its hash once: `jit` asks for it at every call, a millisecond for six layers."""
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return nnx.GraphDef.__hash__(self)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
 class Model:
     """A model with its weights: callable on tokens, on the mesh that it holds, and jitted.
 
@@ -208,7 +220,8 @@ class Model:
     """
 
     def __init__(self, module: Any, mesh: Mesh | None = None, *, quantize: str | None = None):
-        self.graphdef, self.state = nnx.split(module)
+        graphdef, self.state = nnx.split(module)
+        self.graphdef = _Graph(graphdef.nodes, graphdef.attributes, graphdef.num_leaves)
         self.mesh, self.quantize = mesh, quantize
         self.config: ModelConfig = module.config
         self._kind = type(module)
@@ -234,11 +247,13 @@ class Model:
 
     @functools.cached_property
     def for_decoding(self) -> "Model":
-        """The model with a tied head as [D, V] too, where a CPU decodes faster by that copy; else itself."""
-        if self.mesh is not None or self.quantize is not None or not copy_pays(self.config):
+        """The model with copies of matrices from which a CPU decodes faster, where there are any; else itself."""
+        if self.mesh is not None or self.quantize is not None or platform() != "cpu" or not self.config.generates:
             return self
         module = self.module
-        module.head_copy = nnx.Variable(module.embedding.weight[...].astype(module.compute.jax_dtype).T)
+        if copy_pays(self.config):
+            module.head_copy = nnx.Variable(module.embedding.weight[...].astype(module.compute.jax_dtype).T)
+        join_small(module, module.compute.jax_dtype)
         return Model(module)
 
     def params(self) -> Params:

@@ -76,6 +76,7 @@ from llama_jax.nn.parameters import (
     child as child,
     embed_lookup as embed_lookup,
     gather as gather,
+    join as join,
     matmul as matmul,
     parameter as parameter,
     seed_key as seed_key,

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from llama_jax.nn.base import FeedForward, FeedForwardModule, ForwardContext, check_at_least, check_rate, dropout
-from llama_jax.nn.parameters import Projection, child
+from llama_jax.nn.parameters import Projection, child, project
 
 Activation = Literal["relu", "relu_squared", "gelu", "gelu_tanh", "silu", "tanh"]
 ACTIVATIONS = {
@@ -103,12 +103,15 @@ class FeedForwardProjections(FeedForwardModule):
         self.up_proj = projection(outer, inner, rngs=child(rngs, "up_proj"))
         self.down_proj = projection(inner, outer, rngs=child(rngs, "down_proj"))
 
+    @property
+    def same_inputs(self) -> tuple[Projection, ...]:
+        """The projections whose inputs are the same."""
+        return (self.up_proj,) if self.gate_proj is None else (self.gate_proj, self.up_proj)
+
     def __call__(
         self, x: Float[Array, "b t d"], *, ctx: ForwardContext
     ) -> tuple[Float[Array, "b t d"], dict[str, jax.Array]]:
         activation = ACTIVATIONS[self.config.activation]
-        if self.gate_proj is None:
-            h = activation(self.up_proj(x))
-        else:
-            h = activation(self.gate_proj(x)) * self.up_proj(x)
+        *gate, up = project(x, *self.same_inputs)
+        h = activation(gate[0]) * up if gate else activation(up)
         return self.down_proj(dropout(h, self.config.dropout, ctx, "feed_forward", ("batch", "sequence", "mlp"))), {}

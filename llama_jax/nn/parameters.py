@@ -165,6 +165,7 @@ class Projection(nnx.Module):
         shape, axes = self.in_shape + self.out_shape, self.in_axes + self.out_axes
         self.weight: nnx.Variable | Form = parameter(rngs, "weight", shape, axes, std=std)
         self.bias = parameter(rngs, "bias", self.out_shape, self.out_axes, std=0.0) if bias else None
+        self.joined: nnx.Variable | None = nnx.data(None)  # of the first of several, see `join`
         self.adapter: LoRA | None = None
         if isinstance(rngs, Keys) and rngs.adapters is not None and rngs.adapters.covers(rngs.path):
             self.adapter, self.path = rngs.adapters, rngs.path
@@ -202,6 +203,27 @@ class Projection(nnx.Module):
             return weight
         a, b = cast_and_gather(self.lora_a, dtype), cast_and_gather(self.lora_b, dtype)
         return weight + self.adapter.scale * jnp.tensordot(a, b, 1, out_sharding=jax.typeof(weight).sharding)
+
+
+def join(*projections: Projection, dtype: DTypeLike) -> None:
+    """Give the first of projections of the same inputs the matrices of all, side by side: [I, O + O + ...]."""
+    size = math.prod(projections[0].in_shape)
+    matrices = [projection.weight[...].reshape(size, -1).astype(dtype) for projection in projections]
+    projections[0].joined = nnx.Variable(jnp.concatenate(matrices, 1))
+
+
+def project(x: jax.Array, *projections: Projection) -> list[jax.Array]:
+    """Return what each projection makes of the same inputs [B, T, *in_dims]; where they are joined, by one product."""
+    first = projections[0]
+    if first.joined is None:
+        return [projection(x) for projection in projections]
+    x = x.reshape(*x.shape[: x.ndim - len(first.in_shape)], -1)
+    y = multiplied(x, first.joined, 1)
+    y = matmul(x, first.joined[...].astype(x.dtype)) if y is None else y.astype(x.dtype)
+    ends = np.cumsum([math.prod(projection.out_shape) for projection in projections])
+    parts = jnp.split(y, ends[:-1].tolist(), -1)
+    found = [part.reshape(*x.shape[:-1], *p.out_shape) for part, p in zip(parts, projections, strict=True)]
+    return [y if p.bias is None else y + p.bias[...].astype(y.dtype) for y, p in zip(found, projections, strict=True)]
 
 
 type _Side = tuple[tuple[int, ...], tuple[str | None, ...]]

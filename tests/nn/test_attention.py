@@ -104,6 +104,18 @@ def test_kernel_is_the_reference(name: str, case: str):
         assert float(jnp.abs(wanted).max()) > 0.1
 
 
+@pytest.mark.parametrize("last", [3, 7, 8, 20, 31])
+def test_only_the_used_part_of_a_cache_is_read(last: int, monkeypatch: pytest.MonkeyPatch):
+    """Beyond the first 8, 16 or 32 keys that reach the last query stands what makes any result NaN."""
+    q, k, v, _ = inputs(32, 2, queries=2)
+    mask = Mask(query_places=jnp.array([[last - 1, last], [0, 1]]))
+    whole = kernels.reference(q, k, v, mask, scale=SCALE)
+    monkeypatch.setattr(kernels, "PART_BYTES", k.nbytes // 5)
+    part = next(size for size in (8, 16, 32) if size > last)
+    k, v = (x.at[:, :, part:].set(jnp.nan) for x in (k, v))
+    np.testing.assert_allclose(kernels.reference(q, k, v, mask, scale=SCALE), whole, atol=1e-6)
+
+
 def test_a_window_is_the_formula():
     length, window = 9, 3
     q, k, v, _ = inputs(length, HEADS)

@@ -1,6 +1,7 @@
 """Token ids continued: the same tokens as without a cache, a padding, a batch or a mesh."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,18 @@ def test_cached_logits_are_those_of_the_full_forward(model: Model, prompts: np.n
         at = first + i
         logits, cache = model.run(extend, prompts[np.arange(4), at][:, None], cache, jnp.asarray(at))
         np.testing.assert_allclose(logits[:, 0], full[np.arange(4), at], atol=1e-4)
+
+
+def test_copies_for_decoding_change_no_logits(
+    two_layers: DecoderConfig, make_model: Callable[..., Model], prompts: np.ndarray
+):
+    attention = dataclasses.replace(two_layers.attention, qkv_bias=True)
+    model = make_model(dataclasses.replace(two_layers, attention=attention))
+    copy = model.for_decoding
+    block = copy.module.layers.leading[1]
+    assert [block.attention.q_proj.joined.shape, block.feed_forward.gate_proj.joined.shape] == [(16, 64), (16, 48)]
+    tokens = jnp.asarray(prompts)
+    np.testing.assert_allclose(copy(tokens), model(tokens), atol=1e-4)
 
 
 def test_greedy_is_the_argmax_of_the_full_forward(model: Model, prompts: np.ndarray):

@@ -25,7 +25,7 @@ from llama_jax.parallel import fitting, mesh_axis_sizes, platform, replicate, sh
 
 LANES = 128  # numbers in the last dimension of a TPU's vector registers
 SPLASH_BLOCK = 512
-SMALLEST_PART = 64  # keys of a cache
+PART_BYTES = 1 << 19  # of keys: reading fewer costs less than choosing them
 
 Queries = Float[Array, "b t n h"]
 Keys = Float[Array, "b k s h"]
@@ -59,7 +59,7 @@ def reference(
             probs = jnp.where(_per_group(keep[..., :size], k.shape[1]), probs / (1 - dropout), 0)
         return _ungrouped(jnp.einsum("bkgts,bksh->bkgth", probs.astype(v.dtype), values))
 
-    sizes = _sizes(k.shape[2], mask)
+    sizes = _sizes(k, mask)
     if len(sizes) == 1:
         return over(k.shape[2])
     # No query is behind the last place, so no key after it is read.
@@ -67,12 +67,14 @@ def reference(
     return jax.lax.switch(which, [functools.partial(over, size) for size in sizes])
 
 
-def _sizes(length: int, mask: Mask) -> list[int]:
+def _sizes(k: Keys, mask: Mask) -> list[int]:
     """Return numbers of first keys, of which the smallest that reaches the last query is read of a cache on a CPU."""
+    length = k.shape[2]
     whole = mask.query_places is None or mask.key_places is not None or not mask.causal or mask.prefix is not None
     if platform() != "cpu" or whole:
         return [length]
-    return [length >> i for i in range(length.bit_length()) if i == 0 or length >> i >= SMALLEST_PART][::-1]
+    parts = max(1, (k.size * k.dtype.itemsize // PART_BYTES).bit_length())
+    return [length >> i for i in reversed(range(parts)) if length >> i]
 
 
 def _probabilities(

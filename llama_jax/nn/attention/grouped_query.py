@@ -22,7 +22,7 @@ from llama_jax.nn.base import (
     known_heads,
 )
 from llama_jax.nn.norms import Norm
-from llama_jax.nn.parameters import Projection, child
+from llama_jax.nn.parameters import Projection, child, project
 from llama_jax.nn.rope import Rope, known_rope
 from llama_jax.parallel import shard
 
@@ -166,7 +166,7 @@ class GroupedQueryModule(_Projections, MixerModule):
         config = self.config
         if config.window is not None:
             ctx = ctx.with_mask(window=config.window)
-        q_BTNH, k_BTKH, v_BTKH = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q_BTNH, k_BTKH, v_BTKH = project(x, *self.same_inputs)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if (rope := config.rope) is not None:
@@ -177,6 +177,11 @@ class GroupedQueryModule(_Projections, MixerModule):
             k_BKSH, v_BKSH = read_cache(cache, ("k", "v"), x.dtype)
         options: dict[str, Any] = {"scale": self.scale, "softcap": config.softcap, "dropout": config.dropout}
         return self.o_proj(attend(q_BTNH, k_BKSH, v_BKSH, ctx, **options)), cache
+
+    @property
+    def same_inputs(self) -> tuple[Projection, ...]:
+        """The projections whose inputs are the same."""
+        return self.q_proj, self.k_proj, self.v_proj
 
     def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> Cache:
         # [B, K, S, H]: with S before K the TPU program keeps a second, transposed cache.
