@@ -163,6 +163,13 @@ class SamplingOptions(TypedDict, total=False):
     controls: "Iterable[Control]"
 
 
+class GenerationOptions(SamplingOptions, total=False):
+    """`SamplingOptions`, and who guesses tokens ahead: see `generate`."""
+
+    draft: Any
+    draft_tokens: int | None
+
+
 def _is_json_object(text: Any) -> bool:
     try:
         return isinstance(json.loads(text), dict)

@@ -239,5 +239,6 @@ def test_lines_are_edited(tmp_path: Path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             read()
         typed.send_text("\x04")
-        assert read() is None
+        with pytest.raises(EOFError):
+            read()
     assert (tmp_path / "sample_history").stat().st_mode & 0o077 == 0, "what was typed is for its user alone"
