@@ -46,13 +46,10 @@ class Written:
 
     def last(self, count: int) -> Int[Array, "b n"]:
         """Return the last `count` tokens of each row in their order; -1 where the row is shorter."""
-        first = self.lengths - count
-        return jnp.stack([self._at(first + i) for i in range(count)], 1) if count else self.tokens[:, :0]
-
-    def _at(self, place: Int[Array, " b"]) -> Int[Array, " b"]:
+        places = self.lengths[:, None] - count + jnp.arange(count)
         # A masked sum in place of an index: it stays on the device that holds the row.
-        here = jnp.arange(self.tokens.shape[1]) == place[:, None]
-        return jnp.where(place < 0, -1, jnp.where(here, self.tokens, 0).sum(1))
+        here = jnp.arange(self.tokens.shape[1]) == places[..., None]
+        return jnp.where(places < 0, -1, jnp.where(here, self.tokens[:, None], 0).sum(-1))
 
 
 Control = Callable[[Logits, Written], Logits]

@@ -116,6 +116,7 @@ def test_speed_is_on_stderr(saved: Path, capsys):
     for flags, pattern in (
         ([], r"6 tokens in \S+, \S+ tokens/s\n"),
         (["--stats"], r"first token after \S+, 6 tokens in .*\n"),
+        (["--stats", "--draft", "prompt"], r"first token after .*\n\d+ of \d+ drafted tokens accepted .*\n"),
         (["--quiet"], ""),
     ):
         assert main(words(saved, "--prompt", "red", *flags)) == 0
