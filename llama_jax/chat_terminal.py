@@ -3,13 +3,15 @@
 import argparse
 import contextlib
 import difflib
+import functools
 import json
+import os
 import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,12 @@ HELP = {  # lines of at most 40 columns
     "/set NAME VALUE": "a setting; alone: list",
     "/exit": "end; so does Ctrl-D",
 }
+COMMANDS = [entry.partition(" ")[0] for entry in HELP]
 KEYS = "Ctrl-C: stop an answer, or end\nAlt+Enter or a last \\: another line"
 # Control characters that a model may write, but for line ends and tabs, as a terminal may show them.
 VISIBLE = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
+
+Times = list[tuple[int, float]]  # tokens so far, seconds so far
 
 
 class Texts(Conversation):
@@ -50,19 +55,13 @@ def converse(lm: LanguageModel, options: Mapping[str, Any], args: argparse.Names
 
     Where input is not a terminal, and without prompt_toolkit, an empty line ends it, too.
     """
-    conversation = Texts(lm, draft=args.speculation, **options)
-    if args.chat:
-        conversation = Conversation(
-            lm, system=args.system, template=args.chat_template, draft=args.speculation, **options
-        )
-    read = reader()
+    kind, own = (Conversation, {"system": args.system, "template": args.chat_template}) if args.chat else (Texts, {})
+    conversation, read = kind(lm, draft=args.speculation, **own, **options), reader()
     try:
-        while (text := read()) is not None:
+        while True:
+            text = read()
             try:
-                command = re.fullmatch(r"(/[a-z_]*)(?:\s+(.*))?", text.strip(), re.DOTALL)
-                if command and command[1] in ("/exit", "/quit"):
-                    break
-                if command:
+                if command := re.fullmatch(r"(/[a-z_]*)(\s.*)?", text.strip(), re.DOTALL):
                     print(run_command(conversation, command[1], (command[2] or "").strip()), file=sys.stderr)
                 else:
                     answer(conversation, text, args)
@@ -70,42 +69,45 @@ def converse(lm: LanguageModel, options: Mapping[str, Any], args: argparse.Names
                 print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print(file=sys.stderr)
+    except EOFError:
+        pass
     return 0
 
 
 def answer(conversation: Conversation, text: str, args: argparse.Namespace) -> None:
     """Print the answer to a text, or the text and its continuation; an interrupt ends the answer alone."""
-    shows_prompt = not (args.chat or conversation.lm.config.has_source)
-    times, began = list[tuple[int, float]](), time.monotonic()
-    pieces = conversation.stream(text, progress=lambda n: times.append((n, time.monotonic() - began)))
-    with interruptible() as stopped, contextlib.closing(pieces):
-        try:
-            print_pieces(pieces, text if shows_prompt else "", stopped)
-        except KeyboardInterrupt:
-            stopped.set()
+    lead = "" if args.chat or conversation.lm.config.has_source else text
+    with interruptible() as stopped:
+        times = show(functools.partial(conversation.stream, text), lead, stopped)
     print(flush=True)
     if stopped.is_set():
         print("stopped", file=sys.stderr)
     print_speed(times, args)
 
 
-def print_pieces(pieces: Iterator[str], lead: str, stopped: threading.Event | None = None) -> None:
-    """Print a text as it comes, after `lead`, until `stopped` is set."""
-    visible = VISIBLE if sys.stdout.isatty() else {}
-    first = next(pieces, "")  # before `lead` is printed: a prompt that is refused leaves stdout empty
-    print(lead, end=first.translate(visible), flush=True)
-    while not (stopped and stopped.is_set()) and (piece := next(pieces, None)) is not None:
-        print(piece.translate(visible), end="", flush=True)
+def show(stream: Callable[..., Generator[str]], lead: str, stopped: threading.Event | None = None) -> Times:
+    """Print a text as it comes, after `lead`, until `stopped` is set; return (tokens so far, seconds so far)."""
+    times, began, visible = Times(), time.monotonic(), VISIBLE if sys.stdout.isatty() else {}
+    with contextlib.closing(stream(progress=lambda n: times.append((n, time.monotonic() - began)))) as pieces:
+        try:
+            first = next(pieces, "")  # before `lead` is printed: a prompt that is refused leaves stdout empty
+            print(lead, end=first.translate(visible), flush=True)
+            while not (stopped and stopped.is_set()) and (piece := next(pieces, None)) is not None:
+                print(piece.translate(visible), end="", flush=True)
+        except KeyboardInterrupt:
+            if stopped is None:
+                raise
+            stopped.set()
+    return times
 
 
-def print_speed(times: Sequence[tuple[int, float]], args: argparse.Namespace) -> None:
-    """Print a line about (tokens so far, seconds so far) on stderr: with --quiet none, with --stats more."""
-    if args.stats and times:
-        print(f"first token after {duration(times[0][1])}, {speed(times)}", file=sys.stderr)
-        if args.speculation is not None:
-            print(args.speculation, file=sys.stderr)
-    elif not args.quiet:
-        print(speed(times), file=sys.stderr)
+def print_speed(times: Times, args: argparse.Namespace, *, streamed: bool = True) -> None:
+    """Print a line about the times of `show` on stderr: with --quiet none, with --stats more."""
+    first = f"first token after {duration(times[0][1])}, " if args.stats and streamed and times else ""
+    if args.stats or not args.quiet:
+        print(f"{first}{speed(times)}", file=sys.stderr)
+    if args.stats and args.speculation is not None:
+        print(args.speculation, file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -130,8 +132,8 @@ def interruptible() -> Iterator[threading.Event]:
 
 def run_command(conversation: Conversation, name: str, rest: str) -> str:
     """Do what a line with a slash says, and return a line about it. Raises UserError for a mistake."""
-    chats = not isinstance(conversation, Texts)
-    names = [entry.partition(" ")[0] for entry in HELP]
+    if name in ("/exit", "/quit"):
+        raise EOFError
     if name == "/help":
         return "\n".join([*(f"{entry:<16} {text}" for entry, text in HELP.items()), KEYS])
     if name == "/reset":
@@ -140,37 +142,33 @@ def run_command(conversation: Conversation, name: str, rest: str) -> str:
     if name == "/save":
         return save(conversation, rest)
     if name == "/system":
-        if not chats:
+        if isinstance(conversation, Texts):
             raise UserError("a system message is for conversations: start with --chat")
         conversation.set_system(rest or None)
         return "system message set" if rest else "no system message"
-    if name == "/temperature":
-        name, rest = "/set", f"temperature {rest}"
-    if name == "/set":
-        return set_option(conversation, rest)
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+    if name in ("/set", "/temperature"):
+        return set_option(conversation, rest if name == "/set" else f"temperature {rest}")
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
     raise UserError(f"there is no command {name}: {hint} (a space before it makes it text)")
 
 
 def set_option(conversation: Conversation, rest: str) -> str:
     """Set a field of `SamplingConfig` from `NAME VALUE`, or return all fields."""
-    name, _, value = rest.replace("=", " ", 1).partition(" ") if "=" in rest.split(" ")[0] else rest.partition(" ")
-    name, value = name.strip().lstrip("-").replace("-", "_"), value.strip()
-    if not value and name:
-        now = getattr(SamplingConfig.of(**conversation.options), name) if name in FIELDS else from_text(name, "")
-        raise UserError(f"{name}={now} needs a value: /set {name} VALUE")
-    if name:
+    name, value = [*re.split(r"=|\s+", rest, maxsplit=1), ""][:2]
+    name, value, options = name.lstrip("-").replace("-", "_"), value.strip(), conversation.options
+    if name and value:
         found = from_text(name, value)
-        changed = {**conversation.options, name: found}
-        if found is None or (name == "max_new_tokens" and value == "none"):
-            changed.pop(name)
+        changed = {key: given for key, given in {**options, name: found}.items() if given is not None}
         SamplingConfig.of(**changed)
         conversation.options = changed
         return f"{name} = {value}"
-    config = SamplingConfig.of(**conversation.options)
+    config = SamplingConfig.of(**options)
+    if name:
+        now = getattr(config, name) if name in FIELDS else from_text(name, "")
+        raise UserError(f"{name}={now} needs a value: /set {name} VALUE")
     given = {name: getattr(config, name) for name in FIELDS}
-    if "max_new_tokens" not in conversation.options:
+    if "max_new_tokens" not in options:
         given["max_new_tokens"] = f"{conversation.NEW_TOKENS}, or what there is room for"
     return "\n".join(f"{name} = {value}" for name, value in given.items() if value not in (None, ()))
 
@@ -179,11 +177,10 @@ def save(conversation: Conversation, file: str) -> str:
     """Write a conversation, or the texts, as JSONL that --prompt-file and `prepare` read. Raises UserError."""
     if not file:
         raise UserError("/save needs a file")
-    said = conversation.messages
-    lines: list[dict[str, Any]] = [{"messages": said}]
+    lines: list[dict[str, Any]] = [{"messages": conversation.messages}]
     if isinstance(conversation, Texts):
-        pairs = zip(said[::2], said[1::2], strict=False)
-        lines = [{"prompt": asked["content"], "completion": told["content"]} for asked, told in pairs]
+        said = [message["content"] for message in conversation.messages]
+        lines = [{"prompt": a, "completion": b} for a, b in zip(said[::2], said[1::2], strict=False)]
     try:
         with Path(file).expanduser().open("x", encoding="utf-8") as out:
             out.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -192,24 +189,26 @@ def save(conversation: Conversation, file: str) -> str:
     return f"written to {file}"
 
 
-def reader() -> Callable[[], str | None]:
-    """Return a function that reads a text, None at the end: with line editing where that is possible."""
+def reader() -> Callable[[], str]:
+    """Return a function that reads a text, and raises EOFError at the end: with line editing where it is possible."""
     if sys.stdin.isatty() and sys.stderr.isatty():
         with contextlib.suppress(ModuleNotFoundError):
             return _edited_reader()
     return _plain_line
 
 
-def _plain_line() -> str | None:
+def _plain_line() -> str:
     print(PROMPT, end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline().rstrip("\r\n")
     while line.endswith("\\") and sys.stdin.isatty():
         print(CONTINUED, end="", file=sys.stderr, flush=True)
         line = f"{line[:-1]}\n" + sys.stdin.readline().rstrip("\r\n")
-    return line or None
+    if not line:
+        raise EOFError
+    return line
 
 
-def _edited_reader() -> Callable[[], str | None]:
+def _edited_reader() -> Callable[[], str]:
     """Return the function of `reader` by prompt_toolkit (extra `terminal`). Raises ModuleNotFoundError without it."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
@@ -229,9 +228,7 @@ def _edited_reader() -> Callable[[], str | None]:
         elif buffer.text.strip():
             buffer.validate_and_handle()
 
-    @keys.add("escape", "enter")
-    def new_line(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
 
     @keys.add("c-c")
     def interrupt(event: KeyPressEvent) -> None:
@@ -244,8 +241,7 @@ def _edited_reader() -> Callable[[], str | None]:
     with contextlib.suppress(OSError, UserError):
         file = default_cache() / HISTORY_FILE
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch(mode=0o600)
-        file.open("a").close()  # a file of another user, or a full disk
+        os.close(os.open(file, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))  # not a file of another user
         history = FileHistory(str(file))
     session: PromptSession[str] = PromptSession(
         PROMPT,
@@ -253,17 +249,11 @@ def _edited_reader() -> Callable[[], str | None]:
         prompt_continuation=CONTINUED,
         key_bindings=keys,
         history=history,
-        completer=WordCompleter([entry.partition(" ")[0] for entry in HELP], sentence=True),
+        completer=WordCompleter(COMMANDS, sentence=True),
         complete_while_typing=False,
         complete_style=CompleteStyle.READLINE_LIKE,
         reserve_space_for_menu=0,
         output=create_output(sys.stderr),
     )
 
-    def read() -> str | None:
-        try:
-            return session.prompt()
-        except EOFError:
-            return None
-
-    return read
+    return session.prompt

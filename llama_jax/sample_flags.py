@@ -13,6 +13,10 @@ from llama_jax.values import Mismatch, near_names, parse, type_name, value_hint
 NEW_TOKENS = 128  # of a text where --max-new-tokens is not given
 FIELDS = {field.name: field for field in dataclasses.fields(SamplingConfig) if not isinstance(field.type, str)}
 DEFAULTS = {"max_new_tokens": f"{NEW_TOKENS}, of an answer in a chat 512, or what there is room for"}
+FORMS: dict[Any, tuple[str | None, dict[str, Any]]] = {  # by type: name of a value, options of the flag
+    bool: (None, {}), int: ("N", {"type": int}), float: ("X", {"type": float}),
+    tuple[int, ...]: ("ID[,ID]", {}), tuple[str, ...]: ("TEXT", {"action": "append"}),
+}  # fmt: skip
 METAVARS = {"stop": "TEXT", "logit_bias": "JSON", "json_schema": "JSON", "regex": "PATTERN"}
 
 
@@ -20,23 +24,15 @@ def sampling_flags() -> tuple[Argument, ...]:
     """Return a flag for each field of `SamplingConfig` that has a text form; one that is not given is None."""
     docs, found = field_docs(SamplingConfig), list[Argument]()
     for name, field in FIELDS.items():
-        kinds = {field.type, *get_args(field.type)}
-        default = DEFAULTS.get(name, field.default)
-        shown = "" if default is None or default is False or default == () else f"; default: {default}"
-        help = f"{docs[name].rstrip('.')}{shown}".replace("%", "%%")
-        options: dict[str, Any] = {"default": None}
-        letter = re.search(r"\b[KNP]\b", docs[name])
-        kind = "N" if int in kinds else "X" if float in kinds else "VALUE"
-        metavar: str | None = METAVARS.get(name, letter[0] if letter else kind)
-        if field.type is bool:
-            metavar = None
-        elif field.type == tuple[str, ...]:
-            options["action"], help = "append", f"{help}; repeatable"
-        elif field.type == tuple[int, ...]:
-            metavar = "ID[,ID]"
-        elif kinds & {int, float}:
-            options["type"] = int if int in kinds else float
-        found.append(flag(f"--{name.replace('_', '-')}", metavar, help, **options))
+        kinds = get_args(field.type)
+        metavar, options = FORMS.get(kinds[0] if type(None) in kinds else field.type, ("VALUE", {}))
+        if metavar:
+            letter = re.search(r"\b[KNP]\b", docs[name])
+            metavar = METAVARS.get(name, letter[0] if letter else metavar)
+        help, default = docs[name].rstrip("."), str(DEFAULTS.get(name, field.default))
+        help += f"; default: {default}" if default not in ("None", "False", "()") else ""
+        help += "; repeatable" if "action" in options else ""
+        found.append(flag(f"--{name.replace('_', '-')}", metavar, help.replace("%", "%%"), default=None, **options))
     return tuple(found)
 
 

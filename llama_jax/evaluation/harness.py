@@ -205,7 +205,8 @@ class HarnessLM(TemplateLM):
             return any(s in text for s in until[i])
 
         requests = [Request(tuple(ids), config, row=row) for row, ids in enumerate(prompts)]
-        found = answers(self.lm, requests, rows=self.scorer.batch_size, enough=enough, progress=progress)
+        rows = self.scorer.batch_size
+        found = answers(self.lm, requests, rows=rows, longest_first=True, enough=enough, progress=progress)
         texts = [self._decode(answer.token_ids) for (answer,) in found]
         return [postprocess_generated_text(text, own, None) for text, own in zip(texts, until, strict=True)]
 

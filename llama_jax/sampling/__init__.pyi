@@ -15,7 +15,6 @@ from .text import (
     Completion as Completion,
     Encoded as Encoded,
     complete as complete,
-    complete_encoded as complete_encoded,
     completed as completed,
     encode_prompt as encode_prompt,
     encoded_prompt as encoded_prompt,
@@ -25,4 +24,4 @@ from .text import (
     stream_text as stream_text,
     with_room as with_room,
 )
-from .token_ids import answers as answers, checked_prompts as checked_prompts, generate as generate
+from .token_ids import answers as answers, generate as generate

@@ -51,13 +51,13 @@ class _Search:
     """Settings of a search: `prompts` [B * N] are the rows' lengths at first; `keep` candidates are looked at."""
 
     sampler: Sampler
-    prompts: Int[Array, " r"]
-    stop_ids: Int[Array, " e"]
-    max_new_tokens: Int[Array, ""]
-    length_penalty: Float[Array, ""]
+    prompts: Any  # arrays of the host or the device
+    stop_ids: Any
+    max_new_tokens: Any
+    length_penalty: Any
+    num_beams: int = dataclasses.field(metadata={"static": True})
     early_stopping: bool | str = dataclasses.field(metadata={"static": True})
     keep: int = dataclasses.field(metadata={"static": True})
-    never: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
 
 def beam_search(
@@ -72,26 +72,18 @@ def beam_search(
     num_beams, numbers = config.num_beams, (np.int32(config.max_new_tokens), np.float32(config.length_penalty))
     # So many that N of them do not end, whatever ids end the others.
     keep = max(2, 1 + num_stops) * num_beams
-    static = num_beams, config.early_stopping, keep
+    search = _Search(sampler, orders.prompts, orders.stop_ids[0], *numbers, num_beams, config.early_stopping, keep)
     with model.on_mesh():
-        return jax.device_get(_search(model.graphdef, static, model.state, cache, (rows, orders), sampler, numbers))
+        return jax.device_get(_search(model.graphdef, model.state, cache, rows, search))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def _search(
-    graphdef: PyTree,
-    static: tuple[int, bool | str, int],
-    weights: PyTree,
-    cache: PyTree,
-    batch: tuple[Any, Any],
-    sampler: Sampler,
-    numbers: tuple[Array, Array],
+    graphdef: PyTree, weights: PyTree, cache: PyTree, rows: Any, search: _Search
 ) -> tuple[Rows, Float[Array, "b n"]]:
     module: Any = nnx.merge(graphdef, weights)
-    (rows, orders), (num_beams, early_stopping, keep) = batch, static
+    rows, num_beams = jax.tree.map(replicate, rows), search.num_beams
     never = getattr(module.config, "never_written", ())
-    search = _Search(sampler, orders.prompts, orders.stop_ids[0], *numbers, early_stopping, keep, never)
-    rows = jax.tree.map(replicate, rows)
     tokens = rows.tokens.reshape(-1, num_beams, rows.tokens.shape[1])
     lengths, zeros = rows.lengths[::num_beams], jnp.zeros(tokens.shape[:2])
     # Only the first beam counts at the beginning, or all of them would be the same.
@@ -104,12 +96,10 @@ def _search(
 
     def body(beams: _Beams) -> _Beams:
         flat = beams.tokens.reshape(-1, beams.tokens.shape[2])
-        written = Written(flat, jnp.repeat(beams.lengths, num_beams), search.prompts)
-        written = by_rows(written)
-        last = written.last(1)
-        hidden, cache = module.extend(last, cache=beams.cache, lengths=written.lengths - 1)
+        written = by_rows(Written(flat, jnp.repeat(beams.lengths, num_beams), search.prompts))
+        hidden, cache = module.extend(written.last(1), cache=beams.cache, lengths=written.lengths - 1)
         logits = shard(module.logits(hidden)[:, 0], "batch", None)
-        return _extended(dataclasses.replace(beams, cache=cache), logits, written, search)
+        return _extended(dataclasses.replace(beams, cache=cache), logits, never, written, search)
 
     beams = jax.lax.while_loop(unfinished, body, beams)
     found, fault = beams.found.reshape(rows.tokens.shape), jnp.repeat(beams.fault, num_beams)
@@ -122,12 +112,14 @@ def _goes_on(beams: _Beams, search: _Search) -> Bool[Array, " b"]:
     return beams.open & ~full & (beams.fault == 0)
 
 
-def _extended(beams: _Beams, logits: Float[Array, "r v"], written: Written, search: _Search) -> _Beams:
+def _extended(
+    beams: _Beams, logits: Float[Array, "r v"], never: tuple[int, ...], written: Written, search: _Search
+) -> _Beams:
     """Return the beams with one more token: the running ones go on with the most probable that end none."""
     size, num_beams = beams.scores.shape
     logprobs = jax.nn.log_softmax(logits)
-    if search.never:
-        logprobs = jnp.where(np.isin(np.arange(logits.shape[1]), search.never), -jnp.inf, logprobs)
+    if never:
+        logprobs = jnp.where(np.isin(np.arange(logits.shape[1]), never), -jnp.inf, logprobs)
     # Controls change log-probabilities here, not logits: that is what transformers does.
     logprobs = search.sampler.controlled(logprobs, written)
     each = min(search.keep, logits.shape[1])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args, get_origin
@@ -97,29 +98,13 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         """Check the values. Raises UserError."""
-        check, endless = self._check, float("inf")
-        for name in ("max_new_tokens", "top_k", "num_samples", "num_beams"):
-            check(name, lambda n: n >= 1, "at least 1")
-        for name in ("no_repeat_ngram_size", "min_new_tokens", "logprobs"):
-            check(name, lambda n: n >= 0, "at least 0")
-        for name in ("top_p", "typical_p"):
-            check(name, lambda p: 0 < p <= 1, "above 0 and at most 1")
-        for name in ("frequency_penalty", "presence_penalty", "length_penalty"):
-            check(name, lambda x: -endless < x < endless, "a finite number")
-        check("temperature", lambda t: 0 <= t < endless, "0 (greedy) or above")
-        check("min_p", lambda p: 0 <= p <= 1, "from 0 to 1")
-        check("repetition_penalty", lambda x: 0 < x < endless, "above 0")
-        check("seed", lambda n: 0 <= n < 2**64, "from 0 to 2**64 - 1")
-        check("logit_bias", lambda pairs: all(-endless <= x < endless for _, x in pairs), "numbers below infinity")
-        check("stop", lambda texts: all(isinstance(t, str) and t for t in texts), "texts of at least 1 character")
-        check("ignore_eos", lambda x: isinstance(x, bool), "true or false")
-        check("early_stopping", lambda when: isinstance(when, bool) or when == "never", 'True, False or "never"')
-        check("json_schema", _is_json_object, "a JSON object, as text or a dict")
-        check("regex", lambda text: isinstance(text, str), "a regular expression")
-        check("forced_ids", lambda ids: len(ids) <= self.max_new_tokens, "at most max_new_tokens ids")
-        check("banned_ids", lambda ids: not {*ids} & {*self.forced_ids}, "other ids than forced_ids")
+        for names, holds, what in CHECKS:
+            for name in names.split():
+                self._check(name, holds, what)
+        self._check("forced_ids", lambda ids: len(ids) <= self.max_new_tokens, "at most max_new_tokens ids")
+        self._check("banned_ids", lambda ids: not {*ids} & {*self.forced_ids}, "other ids than forced_ids")
         if self.num_beams > 1:
-            check("num_samples", lambda n: n <= self.num_beams, f"at most num_beams={self.num_beams}")
+            self._check("num_samples", lambda n: n <= self.num_beams, f"at most num_beams={self.num_beams}")
             for name, off in {"temperature": 0, "json_schema": None, "regex": None, "logprobs": None}.items():
                 if getattr(self, name) != off:
                     raise UserError(f"{name}={getattr(self, name)} does not go with num_beams: leave out one of them")
@@ -163,11 +148,37 @@ class SamplingOptions(TypedDict, total=False):
     controls: "Iterable[Control]"
 
 
+class GenerationOptions(SamplingOptions, total=False):
+    """`SamplingOptions`, and who guesses tokens ahead: see `generate`."""
+
+    draft: Any
+    draft_tokens: int | None
+
+
 def _is_json_object(text: Any) -> bool:
     try:
         return isinstance(json.loads(text), dict)
     except (TypeError, ValueError):
         return False
+
+
+# Names of fields, what must hold for a value that is not None, and the end of the sentence where it does not.
+CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("max_new_tokens top_k num_samples num_beams", lambda n: n >= 1, "at least 1"),
+    ("no_repeat_ngram_size min_new_tokens logprobs", lambda n: n >= 0, "at least 0"),
+    ("top_p typical_p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
+    ("frequency_penalty presence_penalty length_penalty", lambda x: -math.inf < x < math.inf, "a finite number"),
+    ("temperature", lambda t: 0 <= t < math.inf, "0 (greedy) or above"),
+    ("min_p", lambda p: 0 <= p <= 1, "from 0 to 1"),
+    ("repetition_penalty", lambda x: 0 < x < math.inf, "above 0"),
+    ("seed", lambda n: 0 <= n < 2**64, "from 0 to 2**64 - 1"),
+    ("logit_bias", lambda pairs: all(-math.inf <= x < math.inf for _, x in pairs), "numbers below infinity"),
+    ("stop", lambda texts: all(isinstance(t, str) and t for t in texts), "texts of at least 1 character"),
+    ("ignore_eos", lambda x: isinstance(x, bool), "true or false"),
+    ("early_stopping", lambda when: isinstance(when, bool) or when == "never", 'True, False or "never"'),
+    ("json_schema", _is_json_object, "a JSON object, as text or a dict"),
+    ("regex", lambda text: isinstance(text, str), "a regular expression"),
+)
 
 
 def _bias(value: Any) -> tuple[tuple[int, float], ...]:

@@ -8,11 +8,11 @@ from typing import Any, Unpack
 from llama_jax.checkpoint import LanguageModel
 from llama_jax.config import UserError, choices
 from llama_jax.data import ChatTemplate, DirectoryChat, chat_prompt, turn_ends
-from llama_jax.sampling.config import SamplingConfig, SamplingOptions
+from llama_jax.sampling.config import GenerationOptions, SamplingConfig, SamplingOptions
 from llama_jax.sampling.engine import Engine
-from llama_jax.sampling.speculative import Speculation
 from llama_jax.sampling.stops import tokenizer_of
 from llama_jax.sampling.text import STREAM_CHUNK, Encoded, completed, stop_ids, stream_encoded, with_room
+from llama_jax.sampling.token_ids import settled
 from llama_jax.tokenizers import Tokenizer, render, special_names
 
 
@@ -21,9 +21,7 @@ def chat(
     messages: Sequence[Mapping[str, Any]],
     *,
     template: ChatTemplate | str | None = None,
-    draft: Any = None,
-    draft_tokens: int | None = None,
-    **options: Unpack[SamplingOptions],
+    **options: Unpack[GenerationOptions],
 ) -> str:
     """Return the model's answer to a conversation that ends with the user.
 
@@ -35,8 +33,8 @@ def chat(
     refuses the messages, and as `generate_text` does.
     """
     encoded = encoded_chat(lm, messages, template)
-    config = SamplingConfig.of(**{"max_new_tokens": 256, **options})
-    ((found,),) = completed(lm, [""], [encoded], [config], speculation=Speculation.of(lm, draft, draft_tokens))
+    config, speculation = settled(lm, {"max_new_tokens": 256, **options})
+    ((found,),) = completed(lm, [""], [encoded], [config], speculation=speculation)
     return found.completion
 
 
@@ -58,16 +56,13 @@ class Conversation:
         *,
         system: str | None = None,
         template: ChatTemplate | str | None = None,
-        draft: Any = None,
-        draft_tokens: int | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[GenerationOptions],
     ):
-        SamplingConfig.of(**options)
+        _, self._speculation = settled(lm, options)
         self.lm, self.template = lm, template
-        self.options: dict[str, Any] = dict(options)
+        self.options: dict[str, Any] = {k: v for k, v in options.items() if k not in ("draft", "draft_tokens")}
         self.messages: list[dict[str, str]] = []
         self.set_system(system)
-        self._speculation = Speculation.of(lm, draft, draft_tokens)
         self._num_answers, self._engine = 0, self._new_engine()
 
     def _new_engine(self) -> Engine:
@@ -145,12 +140,8 @@ class Conversation:
 class Answer(str):
     """An answer that was printed when it was written: a notebook shows it again only in another cell."""
 
-    _cell: int | None
-
-    def __new__(cls, text: str) -> "Answer":
-        made = super().__new__(cls, text)
-        made._cell = _cell()
-        return made
+    def __init__(self, text: str):
+        self._cell = _cell()
 
     def _ipython_display_(self) -> None:
         if self._cell is None or self._cell != _cell():

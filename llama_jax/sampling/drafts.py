@@ -72,8 +72,8 @@ class FromModel(FromText):
         return own.init_cache(rows, length + CATCH_UP)
 
     def caught_up(self, model: Any, own: Any, state: SamplingState, memory: PyTree, known: Lengths) -> PyTree:
-        def read(start: Lengths, width: int, memory: PyTree) -> PyTree:
-            return own.extend(cache=memory, lengths=start, **_inputs(state, start, width))[1]
+        def read(start: Lengths, inputs: dict[str, Array], memory: PyTree) -> PyTree:
+            return own.extend(cache=memory, lengths=start, **inputs)[1]
 
         return state.cache, _read(read, state, memory, known)
 
@@ -82,7 +82,7 @@ class FromModel(FromText):
         # Two tokens at first: where all guesses were right, the last of them is not in the cache.
         start = jnp.maximum(lengths - 2, 0)
         hidden, memory = own.extend(_window(state.rows.tokens, start, 2), cache=memory, lengths=start)
-        first = _drawn(own, _at(hidden, lengths - 1 - start), state, state.rows.tokens, lengths, sampler)
+        first = _drawn(own, _window(hidden, lengths - 1 - start, 1), state, state.rows.tokens, lengths, sampler)
 
         def step(carry: tuple[Array, Array, PyTree], i: Array) -> tuple[tuple[Array, Array, PyTree], Array]:
             tokens, last, memory = carry
@@ -104,16 +104,12 @@ class FromBlocks(FromText):
         return shard(hidden, "batch", None, None), model.init_further_cache(rows, length)[: self.num_tokens]
 
     def caught_up(self, model: Any, own: Any, state: SamplingState, memory: PyTree, known: Lengths) -> PyTree:
-        tokens = state.rows.tokens
-
-        def read(start: Lengths, width: int, caches: PyTree) -> PyTree:
+        def read(start: Lengths, inputs: dict[str, Array], caches: PyTree) -> PyTree:
             # The prompt's hidden states are computed once more; what this puts into the cache is there already.
-            cache, memory = caches
-            start = jnp.minimum(start, tokens.shape[1] - width)
-            hidden, cache = model.extend(cache=cache, lengths=start, **_inputs(state, start, width))
-            stored, further = self.seen(memory, hidden, start)
+            hidden, cache = model.extend(cache=caches[0], lengths=start, **inputs)
+            stored, further = self.seen(caches[1], hidden, start)
             for depth in range(self.num_tokens):
-                hidden, further[depth] = self._deeper(model, depth, hidden, tokens, further, start)
+                hidden, further[depth] = self._deeper(model, depth, hidden, state.rows.tokens, further, start)
             return cache, (stored, further)
 
         return _read(read, state, (state.cache, memory), known)
@@ -126,7 +122,7 @@ class FromBlocks(FromText):
         hidden, further, drafts = _window(stored, start, width), [*further], []
         for depth in range(self.num_tokens):
             hidden, further[depth] = self._deeper(model, depth, hidden, tokens, further, start)
-            at_end = _at(hidden, lengths - 2 - start)
+            at_end = _window(hidden, lengths - 2 - start, 1)
             tokens, draft = _drawn(model, at_end, state, tokens, lengths + depth, sampler)
             drafts.append(draft)
         return jnp.stack(drafts, 1), ~state.rows.done, (stored, further)
@@ -143,34 +139,26 @@ class FromBlocks(FromText):
 
 
 def _read(read: Any, state: SamplingState, caches: PyTree, known: Lengths) -> PyTree:
-    """Return `caches` with the whole texts but the last token, by `read(start, width, caches)` of a part of them."""
-    rows = state.rows
-    end, width = rows.lengths - 1, min(CATCH_UP, rows.tokens.shape[1])
+    """Return `caches` with the whole texts but the last token, by `read(start, inputs, caches)` of a part of them."""
+    rows, end = state.rows, state.rows.lengths - 1
+    width = min(CATCH_UP, rows.tokens.shape[1])
 
     def behind(carry: tuple[Lengths, PyTree]) -> Array:
         return replicate((carry[0] < end) & ~rows.done).any()
 
     def body(carry: tuple[Lengths, PyTree]) -> tuple[Lengths, PyTree]:
-        start, caches = carry
-        return jnp.minimum(start + width, end), read(start, width, caches)
+        start = jnp.minimum(carry[0], rows.tokens.shape[1] - width)
+        is_token = start[:, None] + jnp.arange(width) < rows.lengths[:, None]
+        inputs = {"tokens": _window(rows.tokens, start, width), "is_token": is_token}
+        return jnp.minimum(carry[0] + width, end), read(start, inputs, carry[1])
 
     return jax.lax.while_loop(behind, body, (known, caches))[1]
-
-
-def _inputs(state: SamplingState, start: Lengths, width: int) -> dict[str, Array]:
-    is_token = start[:, None] + jnp.arange(width) < state.rows.lengths[:, None]
-    return {"tokens": _window(state.rows.tokens, start, width), "is_token": is_token}
 
 
 def _window(x: Array, start: Lengths, width: int) -> Array:
     """Return `width` entries of each row from `start` on, zeros behind the row's end: [B, S, ...] to [B, W, ...]."""
     x = jnp.pad(x, [(0, 0), (0, width), *((0, 0),) * (x.ndim - 2)])
     return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, width, axis=0))(x, start)
-
-
-def _at(hidden: Float[Array, "b t d"], place: Lengths) -> Float[Array, "b 1 d"]:
-    here = jnp.arange(hidden.shape[1]) == place[:, None]
-    return jnp.where(here[..., None], hidden, 0).sum(1, keepdims=True)
 
 
 def _drawn(

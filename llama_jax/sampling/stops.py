@@ -26,6 +26,7 @@ class TextStream:
 
     stopped: a stop string was met; ids that are fed later have no effect.
     num_tokens: fed ids that belong to the text, the one that completed the stop string included.
+    text: all that was shown.
     """
 
     def __init__(self, lm: LanguageModel, prompt_ids: Iterable[int], stop: Sequence[str] = ()):
@@ -33,7 +34,7 @@ class TextStream:
         self._stream, self._known = tokenizer.stream(), tokenizer.vocab_size
         self._stop = tuple(stop)
         self._stop_ids = {i for name, i in tokenizer.special_tokens.items() if name in self._stop}
-        self.stopped, self.num_tokens = False, 0
+        self.stopped, self.num_tokens, self.text = False, 0, ""
         self._held = ""  # may be the beginning of a stop string
         self._ends: list[int] = []  # characters of `_held` up to the end of each id since it was empty
         self._names: dict[int, str] = {}
@@ -76,12 +77,13 @@ class TextStream:
         found = min(((at, len(stop)) for stop in self._stop if (at := held.find(stop)) >= 0), default=None)
         maybe = len(held) if last else min((_partial(held, stop) for stop in self._stop), default=len(held))
         if found is None or maybe < found[0]:  # the one that began before it wins, if it is completed
-            self._held = held[maybe:]
+            self._held, shown = held[maybe:], held[:maybe]
             self._ends = [end - maybe for end in self._ends] if self._held else []
-            return held[:maybe]
-        self.stopped = True
-        self.num_tokens -= sum(end >= sum(found) for end in self._ends) - 1
-        return held[: found[0]]
+        else:
+            self.stopped, shown = True, held[: found[0]]
+            self.num_tokens -= sum(end >= sum(found) for end in self._ends) - 1
+        self.text += shown
+        return shown
 
     def _text(self, token_id: int) -> str:
         """Return the text that is complete with a token; ids beyond the tokenizer's vocabulary have none."""

@@ -1,18 +1,18 @@
 """`generate_text`, `stream_text`: prompts as texts, and the texts that a model writes."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Literal, Unpack, overload
 
 from llama_jax.checkpoint import LanguageModel, default_stops
 from llama_jax.config import UserError
 from llama_jax.models import ModelConfig
 from llama_jax.sampling.batch import Request
-from llama_jax.sampling.config import SamplingConfig, SamplingOptions
-from llama_jax.sampling.engine import Engine, Piece, TokenLogprobs
+from llama_jax.sampling.config import GenerationOptions, SamplingConfig, SamplingOptions
+from llama_jax.sampling.engine import Engine, TokenLogprobs
 from llama_jax.sampling.speculative import Speculation
 from llama_jax.sampling.stops import TextStream, tokenizer_of
-from llama_jax.sampling.token_ids import engine_for
+from llama_jax.sampling.token_ids import Answer, answers, run, settled
 from llama_jax.tokenizers import Tokenizer
 
 # Tokens that the device makes between two pieces of a stream: few enough to flow, many enough to hide the transfer.
@@ -40,22 +40,14 @@ class Encoded:
     ids: list[int]
     stop_ids: tuple[int, ...]
 
-
-def stopped_by(config: SamplingConfig, encoded: Encoded) -> SamplingConfig:
-    """Return the config with the ids that end the text of a prompt."""
-    own = () if config.ignore_eos else encoded.stop_ids
-    return dataclasses.replace(config, stop_ids=tuple(dict.fromkeys((*own, *config.stop_ids))))
+    def request(self, config: SamplingConfig, row: int = 0) -> Request:
+        """Return the request to continue it as prompt number `row`."""
+        return Request(tuple(self.ids), config, () if config.ignore_eos else self.stop_ids, row)
 
 
 @overload
 def generate_text(
-    lm: LanguageModel,
-    prompts: str,
-    *,
-    stream: Literal[True],
-    draft: Any = None,
-    draft_tokens: int | None = None,
-    **options: Unpack[SamplingOptions],
+    lm: LanguageModel, prompts: str, *, stream: Literal[True], **options: Unpack[GenerationOptions]
 ) -> Iterator[str]: ...
 @overload
 def generate_text(
@@ -63,18 +55,10 @@ def generate_text(
     prompts: str | Sequence[str],
     *,
     stream: Literal[False] = False,
-    draft: Any = None,
-    draft_tokens: int | None = None,
-    **options: Unpack[SamplingOptions],
+    **options: Unpack[GenerationOptions],
 ) -> list[Any]: ...
 def generate_text(
-    lm: LanguageModel,
-    prompts: str | Sequence[str],
-    *,
-    stream: bool = False,
-    draft: Any = None,
-    draft_tokens: int | None = None,
-    **options: Unpack[SamplingOptions],
+    lm: LanguageModel, prompts: str | Sequence[str], *, stream: bool = False, **options: Unpack[GenerationOptions]
 ) -> list[Any] | Iterator[str]:
     """Return the texts that the model writes after `prompts` (without them), each up to an end-of-text token.
 
@@ -92,7 +76,7 @@ def generate_text(
     texts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(texts, Sequence) or not all(isinstance(prompt, str) for prompt in texts):
         raise UserError(f"prompts={prompts!r} must be a text or a list of texts; token ids are for generate")
-    config, speculation = SamplingConfig.of(**options), Speculation.of(lm, draft, draft_tokens)
+    config, speculation = settled(lm, options)
     if stream:
         if len(texts) != 1:
             raise UserError(f"stream=True writes one text, and there are {len(texts)} prompts: give one")
@@ -106,13 +90,6 @@ def generate_text(
 def complete(lm: LanguageModel, prompts: Sequence[str], config: SamplingConfig) -> list[Completion]:
     """Return the texts of `generate_text` with their token ids and the reason of each end; all samples in one list."""
     encoded = [encoded_prompt(lm, prompt) for prompt in prompts]
-    return complete_encoded(lm, prompts, encoded, config)
-
-
-def complete_encoded(
-    lm: LanguageModel, prompts: Sequence[str], encoded: Sequence[Encoded], config: SamplingConfig
-) -> list[Completion]:
-    """Complete prompts that are encoded already, as `complete` does."""
     return [found for group in completed(lm, prompts, encoded, [config] * len(prompts)) for found in group]
 
 
@@ -122,74 +99,36 @@ def completed(
     encoded: Sequence[Encoded],
     configs: Sequence[SamplingConfig],
     *,
-    progress: Callable[[int], object] = lambda num_tokens: None,
     speculation: Speculation | None = None,
 ) -> Iterator[list[Completion]]:
     """Yield the samples of each prompt, in the order of the prompts, as soon as they are complete.
 
-    Sample j of prompt i draws as prompt number `i * num_samples + j`. `progress` is called with the number of new
-    tokens of all prompts so far, every few tokens. Raises UserError where a prompt cannot be continued.
+    Sample j of prompt i draws as prompt number `i * num_samples + j`. Raises UserError where a prompt cannot be
+    continued.
     """
-    requests = [
-        Request(tuple(own.ids), stopped_by(config, own), row=row * config.num_samples)
-        for row, (own, config) in enumerate(zip(encoded, configs, strict=True))
-    ]
-    if not requests:
-        return
-    engine, waiting = (
-        engine_for(lm, requests, watched=any(config.stop for config in configs), speculation=speculation),
-        dict[int, list[_Sample]](),
-    )
-    for prompt, own, request in zip(prompts, encoded, requests, strict=True):
-        texts = [
-            _Sample(prompt, TextStream(lm, own.ids, request.config.stop)) for _ in range(request.config.num_samples)
-        ]
-        try:
-            waiting[engine.add(request)] = texts
-        except UserError as error:
-            raise UserError(f"prompt {len(waiting)}: {error}" if len(requests) > 1 else str(error)) from None
-    num_tokens = 0
-    while waiting:
-        for piece in engine.step():
-            samples = waiting[piece.ticket]
-            samples[piece.sample].add(piece)
-            num_tokens += len(piece.token_ids)
-            if piece.finish_reason is None and samples[piece.sample].finish_reason:
-                engine.cancel(piece.ticket, piece.sample)
-        progress(num_tokens)
-        while waiting and all(sample.finish_reason for sample in waiting[min(waiting)]):
-            yield [sample.completion for sample in waiting.pop(min(waiting))]
+    streams, requests = list[list[TextStream]](), list[Request]()
+    for row, (own, config) in enumerate(zip(encoded, configs, strict=True)):
+        streams.append([TextStream(lm, own.ids, config.stop) for _ in range(config.num_samples)])
+        requests.append(own.request(config, row * config.num_samples))
+
+    def stopped(i: int, sample: int, token_ids: list[int]) -> bool:
+        stream = streams[i][sample]
+        stream.feed(token_ids[stream.num_tokens :])
+        return stream.stopped
+
+    enough = stopped if any(config.stop for config in configs) else None
+    found = answers(lm, requests, enough=enough, speculation=speculation)
+    for prompt, texts, samples in zip(prompts, streams, found, strict=True):
+        yield [_completion(prompt, stream, answer) for stream, answer in zip(texts, samples, strict=True)]
 
 
-class _Sample:
-    """One text that is being written."""
-
-    def __init__(self, prompt: str, stream: TextStream):
-        self.prompt, self.stream, self.text = prompt, stream, ""
-        self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprobs] | None = None
-        self.finish_reason: Literal["stop", "length"] | None = None
-
-    def add(self, piece: Piece) -> None:
-        """Add a piece. Raises UserError where it has an error."""
-        if piece.finish_reason == "error":
-            raise UserError(piece.error or "the prompt cannot be continued")
-        if self.finish_reason is not None:
-            return
-        self.token_ids += piece.token_ids
-        if piece.logprobs is not None:
-            self.logprobs = [*(self.logprobs or []), *piece.logprobs]
-        self.text += self.stream.feed(piece.token_ids)
-        if piece.finish_reason is not None:
-            self.text += self.stream.flush()
-        self.finish_reason = "stop" if self.stream.stopped else piece.finish_reason
-
-    @property
-    def completion(self) -> Completion:
-        """The text, and its tokens up to the one that ended it."""
-        count = self.stream.num_tokens
-        logprobs = None if self.logprobs is None else self.logprobs[:count]
-        return Completion(self.prompt, self.text, self.token_ids[:count], self.finish_reason or "length", logprobs)
+def _completion(prompt: str, stream: TextStream, answer: Answer) -> Completion:
+    """Return the text, and its tokens up to the one that ended it."""
+    stream.feed(answer.token_ids[stream.num_tokens :])
+    stream.flush()
+    count, reason = stream.num_tokens, "length" if answer.finish_reason == "length" and not stream.stopped else "stop"
+    logprobs = None if answer.logprobs is None else answer.logprobs[:count]
+    return Completion(prompt, stream.text, answer.token_ids[:count], reason, logprobs)
 
 
 def stream_text(
@@ -212,7 +151,7 @@ def stream_encoded(
     progress: Callable[[int], object] = lambda num_tokens: None,
     engine: Engine | None = None,
     speculation: Speculation | None = None,
-) -> Iterator[str]:
+) -> Generator[str]:
     """Return the pieces of the text of `stream_text` for a prompt that is encoded already.
 
     `progress` is called with the number of new tokens so far, every few tokens. An idle `engine` of the model may be
@@ -222,25 +161,23 @@ def stream_encoded(
         if getattr(config, name) > 1:
             raise UserError(f"{name}={getattr(config, name)} writes several texts, which cannot stream: give 1")
     engine = engine or Engine(lm, rows=1, decode_chunk=STREAM_CHUNK, speculation=speculation)
-    stopped, stream = stopped_by(config, encoded), TextStream(lm, encoded.ids, config.stop)
-    ticket = engine.add(Request(tuple(encoded.ids), stopped, stopped.stop_ids, row))
-    return _pieces(engine, ticket, stream, progress)
+    stream, ticket = TextStream(lm, encoded.ids, config.stop), engine.add(encoded.request(config, row))
 
-
-def _pieces(engine: Engine, ticket: int, stream: TextStream, progress: Callable[[int], object]) -> Iterator[str]:
-    try:
-        while not (engine.idle or stream.stopped):
-            for piece in engine.step():
-                if piece.finish_reason == "error":
-                    raise UserError(piece.error or "the prompt cannot be continued")
+    def pieces() -> Generator[str]:
+        try:
+            for piece in run(engine):
                 text = stream.feed(piece.token_ids)
                 progress(stream.num_tokens)
                 if text:
                     yield text
-        if text := stream.flush():
-            yield text
-    finally:  # also where the reader has left
-        engine.cancel(ticket)
+                if stream.stopped:
+                    break
+            if text := stream.flush():
+                yield text
+        finally:  # also where the reader has left
+            engine.cancel(ticket)
+
+    return pieces()
 
 
 def with_room(lm: LanguageModel, encoded: Encoded, config: SamplingConfig, wanted: int) -> SamplingConfig:

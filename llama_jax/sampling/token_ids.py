@@ -1,7 +1,8 @@
 """`generate`: prompts of token ids, checked and continued."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import jax
@@ -11,8 +12,8 @@ from llama_jax.checkpoint import GenerationSettings, LanguageModel
 from llama_jax.config import UserError
 from llama_jax.models import Model, ModelConfig, cache_bytes, check_ids
 from llama_jax.sampling.batch import Request
-from llama_jax.sampling.config import SamplingConfig, SamplingOptions, token_ids
-from llama_jax.sampling.engine import WHOLE, Engine, TokenLogprobs
+from llama_jax.sampling.config import GenerationOptions, SamplingConfig, token_ids
+from llama_jax.sampling.engine import WHOLE, Engine, Piece, TokenLogprobs
 from llama_jax.sampling.loop import bucket
 from llama_jax.sampling.speculative import Speculation
 
@@ -30,9 +31,7 @@ def generate(
     source_mask: Any = None,
     eos_id: Any = None,
     rows: int | None = None,
-    draft: Any = None,
-    draft_tokens: int | None = None,
-    **options: Unpack[SamplingOptions],
+    **options: Unpack[GenerationOptions],
 ) -> np.ndarray:
     """Continue token ids: int32 [B, T] to int32 [B, T + max_new_tokens], prompts included.
 
@@ -62,53 +61,35 @@ def generate(
         raise UserError(f"lm is a {type(lm).__name__}, and must be what load or build returns")
     model, settings = (lm, GenerationSettings()) if isinstance(lm, Model) else (lm.model, lm.generation)
     stops = token_ids("eos_id", eos_id)
-    config = SamplingConfig.of(**{"max_new_tokens": 16, "temperature": 0.0, **options})
+    config, speculation = settled(lm, {"max_new_tokens": 16, "temperature": 0.0, **options})
     config = dataclasses.replace(config, stop_ids=(*stops, *config.stop_ids))
-    prompts = checked_prompts(model, tokens, prompt_lengths, source_mask, start_id=settings.decoder_start_id)
-    speculation = Speculation.of(lm, draft, draft_tokens)
-    samples = answers(lm, prompts.requests(config), rows=rows, speculation=speculation)
-    found = [answer for group in samples for answer in group]
-    out = np.zeros((len(found), prompts.width + config.max_new_tokens), np.int32)
-    for number, (row, answer) in enumerate(zip(out, found, strict=True)):
-        source = number // config.num_samples
-        end = prompts.lengths[source] + len(answer.token_ids)
-        row[: prompts.lengths[source]] = prompts.tokens[source, : prompts.lengths[source]]
-        row[prompts.lengths[source] : end] = answer.token_ids
-        row[end:] = config.stop_ids[0] if config.stop_ids else 0
+    requests, width = requests_of(model, tokens, prompt_lengths, source_mask, config)
+    begun = [request.prompt for request in requests]
+    if model.config.has_source:
+        start = settings.decoder_start_id
+        begun, width = [(model.config.decoder_start_id if start is None else start,)] * len(requests), 1
+    groups = answers(lm, requests, rows=rows, longest_first=True, speculation=speculation)
+    texts = [[*prompt, *answer.token_ids] for prompt, group in zip(begun, groups, strict=True) for answer in group]
+    out = np.full((len(texts), width + config.max_new_tokens), [*config.stop_ids, 0][0], np.int32)
+    for row, text in zip(out, texts, strict=True):
+        row[: len(text)] = text
     return out
 
 
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-    """Rows to continue.
-
-    tokens: int32 [B, T] up to `lengths` [B]; of an encoder-decoder its start token.
-    width: columns of the tokens as they were given, which may be more than T.
-    source: of an encoder-decoder, int32 [B, S], and bool [B, S] that is false at padding.
-    """
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    width: int
-    source: tuple[np.ndarray, np.ndarray] | None = None
-
-    def requests(self, config: SamplingConfig) -> list[Request]:
-        """Return the rows as requests, sample i of row b with the number b * num_samples + i."""
-        found = []
-        for row in range(len(self.tokens)):
-            real = None if self.source is None else tuple(self.source[1][row].tolist())
-            ids = self.tokens[row, : self.lengths[row]] if self.source is None else self.source[0][row]
-            found.append(Request(tuple(ids.tolist()), config, row=row * config.num_samples, source=real))
-        return found
+def settled(lm: LanguageModel | Model, options: Mapping[str, Any]) -> tuple[SamplingConfig, Speculation | None]:
+    """Return a user's options as a config, and the way to guess tokens. Raises UserError."""
+    given: dict[str, Any] = {"draft": None, "draft_tokens": None, **options}
+    draft, draft_tokens = given.pop("draft"), given.pop("draft_tokens")
+    return SamplingConfig.of(**given), Speculation.of(lm, draft, draft_tokens)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Answer:
     """What was written for one sample of a request."""
 
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None
-    finish_reason: str
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
 
 
 def answers(
@@ -116,64 +97,57 @@ def answers(
     requests: Sequence[Request],
     *,
     rows: int | None = None,
+    longest_first: bool = False,
     enough: Callable[[int, int, list[int]], bool] | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
     speculation: Speculation | None = None,
-) -> list[list[Answer]]:
-    """Return the samples of every request, in the order of the requests.
+) -> Iterator[list[Answer]]:
+    """Yield the samples of every request, in the order of the requests, as soon as they are complete.
 
     `rows` is the number of them that are continued together (default: by the platform and the memory that is free).
-    `enough(request, sample, token_ids)` sees new tokens now and then, and ends the text by true. `progress` is called
-    with the number of texts that are complete, and of all. Raises UserError as soon as a request cannot be continued.
+    With `longest_first` requests of like length are together, and few rows run idle at the end. `enough(request,
+    sample, token_ids)` sees new tokens now and then, and ends the text by true. `progress` is called with the number of
+    texts that are complete, and of all. Raises UserError as soon as a request cannot be continued.
     """
     if not requests:
-        return []
-    engine = engine_for(lm, requests, rows=rows, watched=enough is not None, speculation=speculation)
-    needed = sum(request.config.num_samples for request in requests)
-    order = [*range(len(requests))]
-    if (
-        needed > engine.num_rows
-    ):  # requests of like length together, the longest first, so that few rows run idle at the end
-        order.sort(key=lambda i: -(len(requests[i].prompt) + requests[i].config.max_new_tokens))
-    number = {engine.add(requests[i]): i for i in order}
-    found = [[Answer([], None, "") for _ in range(request.config.num_samples)] for request in requests]
-    done = 0
+        return
+    sizes = [len(request.prompt) + request.config.max_new_tokens for request in requests]
+    needed = sum(max(request.config.num_samples, request.config.num_beams) for request in requests)
+    rows = min(needed, rows or _rows_that_fit(lm if isinstance(lm, Model) else lm.model, max(sizes)))
+    chunk = WHOLE if enough is None else READ_CHUNK
+    engine = Engine(lm, rows=rows, decode_chunk=chunk, prefill_chunk=WHOLE, prefix_bytes=0, speculation=speculation)
+    order = sorted(range(len(requests)), key=lambda i: -sizes[i] if longest_first else i)
+    numbers, done = dict[int, int](), 0
+    for i in order:
+        try:
+            numbers[engine.add(requests[i])] = i
+        except UserError as error:
+            raise UserError(f"prompt {i}: {error}" if len(requests) > 1 else str(error)) from None
+    found = [[Answer() for _ in range(request.config.num_samples)] for request in requests]
+    pieces = run(engine)
+    for group in found:
+        while not all(answer.finish_reason for answer in group):
+            piece = next(pieces)
+            i, answer = numbers[piece.ticket], found[numbers[piece.ticket]][piece.sample]
+            answer.token_ids += piece.token_ids
+            if piece.logprobs is not None:
+                answer.logprobs = [*(answer.logprobs or ()), *piece.logprobs]
+            answer.finish_reason = piece.finish_reason
+            if not answer.finish_reason and enough is not None and enough(i, piece.sample, answer.token_ids):
+                answer.finish_reason = "stop"
+                engine.cancel(piece.ticket, piece.sample)
+            if answer.finish_reason:
+                progress(done := done + 1, sum(map(len, found)))
+        yield group
+
+
+def run(engine: Engine) -> Iterator[Piece]:
+    """Yield the pieces of an engine's requests until it is idle. Raises UserError for a request with an error."""
     while not engine.idle:
         for piece in engine.step():
             if piece.error is not None:
                 raise UserError(piece.error)
-            i, sample = number[piece.ticket], piece.sample
-            before = found[i][sample]
-            logprobs = None if piece.logprobs is None else [*(before.logprobs or ()), *piece.logprobs]
-            after = Answer(before.token_ids + piece.token_ids, logprobs, piece.finish_reason or "")
-            if not after.finish_reason and enough is not None and enough(i, sample, after.token_ids):
-                after = dataclasses.replace(after, finish_reason="stop")
-                engine.cancel(piece.ticket, sample)
-            found[i][sample] = after
-            if after.finish_reason:
-                progress(done := done + 1, needed)
-    return found
-
-
-def engine_for(
-    lm: LanguageModel | Model,
-    requests: Sequence[Request],
-    *,
-    rows: int | None = None,
-    watched: bool = False,
-    speculation: Speculation | None = None,
-) -> Engine:
-    """Return an engine that runs all the requests to their ends.
-
-    `rows` is the number of them that are continued together (default: by the platform and the memory that is free).
-    Texts are read at their ends alone, or every few tokens where they are `watched`.
-    """
-    model = lm if isinstance(lm, Model) else lm.model
-    longest = max(len(request.prompt) + request.config.max_new_tokens for request in requests)
-    needed = sum(max(request.config.num_samples, request.config.num_beams) for request in requests)
-    rows = min(needed, rows or _rows_that_fit(model, longest))
-    chunk = READ_CHUNK if watched else WHOLE
-    return Engine(lm, rows=rows, decode_chunk=chunk, prefill_chunk=WHOLE, prefix_bytes=0, speculation=speculation)
+            yield piece
 
 
 def _rows_that_fit(model: Model, length: int) -> int:
@@ -188,16 +162,15 @@ def _rows_that_fit(model: Model, length: int) -> int:
     return max(1, min(MOST_ROWS, len(devices) * free // (4 * row)))
 
 
-def checked_prompts(
-    model: Model, tokens: Any, lengths: Any, source_mask: Any = None, *, start_id: int | None = None
-) -> Prompts:
-    """Return the prompts, zero after their ends; `start_id` begins an encoder-decoder's answer (default: its config's).
+def requests_of(
+    model: Model, tokens: Any, lengths: Any, source_mask: Any, config: SamplingConfig
+) -> tuple[list[Request], int]:
+    """Return rows of tokens as requests, sample i of row b with the number b * num_samples + i, and their width.
 
     Raises UserError for impossible ones.
     """
-    config = model.config
-    if not config.generates:
-        raise UserError(f"{type(config).__name__} continues no texts: load it and call it on tokens")
+    if not model.config.generates:
+        raise UserError(f"{type(model.config).__name__} continues no texts: load it and call it on tokens")
     tokens, own = _rectangle(tokens)
     if tokens.ndim != 2 or 0 in tokens.shape or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"tokens of shape {tokens.shape} and type {tokens.dtype} must be integers [batch, length]")
@@ -205,43 +178,42 @@ def checked_prompts(
         raise UserError("tokens has rows of different lengths: pad them, or leave prompt_lengths and source_mask out")
     if source_mask is not None and lengths is not None:
         raise UserError("prompt_lengths and source_mask both mark padding: give one of them")
-    lengths = own if lengths is None else lengths
-    lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else np.asarray(lengths)
-    if lengths.shape != (len(tokens),):
-        raise UserError(f"prompt_lengths of shape {lengths.shape} must have one number for each of {len(tokens)} rows")
-    wrong = (lengths < 1) | (lengths > tokens.shape[1])
+    count, width = tokens.shape
+    given = lengths if own is None else own
+    lengths = np.full(count, width) if given is None else np.asarray(given)
+    if lengths.shape != (count,):
+        raise UserError(f"prompt_lengths of shape {lengths.shape} must have one number for each of {count} rows")
+    wrong = (lengths < 1) | (lengths > width)
     if wrong.any():
         row = int(wrong.argmax())
-        raise UserError(f"prompt_lengths[{row}]={lengths[row]} must be from 1 to the tokens' length {tokens.shape[1]}")
-    real = np.arange(tokens.shape[1]) < lengths[:, None]
+        raise UserError(f"prompt_lengths[{row}]={lengths[row]} must be from 1 to the tokens' length {width}")
+    real = np.arange(width) < lengths[:, None]
     if source_mask is not None:
-        real = _checked_mask(config, source_mask, tokens.shape)
+        real = _checked_mask(model.config, source_mask, tokens.shape)
     tokens = np.where(real, tokens, 0)
-    check_ids(config.vocab_size, tokens)
-    tokens, width = tokens.astype(np.int32), tokens.shape[1]
-    if config.has_source:
-        used = int(real.any(0).nonzero()[0].max()) + 1
-        first = np.full((len(tokens), 1), config.decoder_start_id if start_id is None else start_id)
-        check_ids(config.vocab_size, first, "decoder_start_id")
-        return Prompts(first.astype(np.int32), np.ones(len(tokens), np.int32), 1, (tokens[:, :used], real[:, :used]))
-    return Prompts(tokens[:, : lengths.max()], lengths.astype(np.int32), width)
+    check_ids(model.config.vocab_size, tokens)
+    requests = list[Request]()
+    for ids, there in zip(tokens, real, strict=True):
+        end = int(there.nonzero()[0][-1]) + 1
+        source = tuple(there[:end].tolist()) if model.config.has_source else None
+        row = len(requests) * config.num_samples
+        requests.append(Request(tuple(ids[:end].tolist()), config, row=row, source=source))
+    return requests, width
 
 
 def _rectangle(tokens: Any) -> tuple[np.ndarray, np.ndarray | None]:
     """Return tokens as an array, and the lengths of their rows where these differ: zeros fill up the shorter."""
-    if not isinstance(tokens, Sequence) or isinstance(tokens, str):
+    with contextlib.suppress(ValueError):
         return np.asarray(tokens), None
-    try:
+    with contextlib.suppress(ValueError):
         rows = [np.asarray(row) for row in tokens]
-        lengths = np.array([len(row) for row in rows])
-    except (TypeError, ValueError):  # not a list of rows: the caller refuses the shape or type of the whole
-        return np.asarray(tokens, object), None
-    if not len(rows) or (lengths == lengths[0]).all() or any(row.ndim != 1 for row in rows):
-        return (np.stack(rows) if len({row.shape for row in rows}) == 1 else np.array(lengths, object)), None
-    whole = np.zeros((len(rows), lengths.max()), np.result_type(*(row.dtype for row in rows if len(row))))
-    for place, row in zip(whole, rows, strict=True):
-        place[: len(row)] = row
-    return whole, lengths
+        if all(row.ndim == 1 for row in rows):
+            lengths = np.array([len(row) for row in rows])
+            whole = np.zeros((len(rows), lengths.max()), np.result_type(*(row.dtype for row in rows if len(row))))
+            for place, row in zip(whole, rows, strict=True):
+                place[: len(row)] = row
+            return whole, lengths
+    return np.empty(len(tokens), object), None  # the caller refuses the type
 
 
 def _checked_mask(config: ModelConfig, source_mask: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -84,22 +84,23 @@ def test_a_row_is_the_same_in_any_company_and_on_a_mesh(tmp_path: Path):
     lengths = np.array([3, 9, 4, 16, 6, 5, 7, 16], np.int32)
     parts = rng.integers(0, cases.VOCABULARY, (8, 16)).astype(np.int32), lengths, np.full(8, 4, np.int32)
     keys = jax.random.split(jax.random.key(0), 8)
-    alone = []
-    for i, config in enumerate(configs):
-        sampler = Sampler.of(config, settings, cases.VOCABULARY)
-        assert all(np.ndim(x) == 0 for x in (sampler.temperature, sampler.top_k, sampler.min_p) if x is not None)
-        row = sampler.controlled(jnp.asarray(logits[i : i + 1]), Written(*(jnp.asarray(x[i : i + 1]) for x in parts)))
-        alone.append((np.asarray(row[0]), int(sampler.choose(row, keys[i : i + 1])[0])))
-    sampler = Sampler.rows(configs, settings, cases.VOCABULARY)
 
-    def both(sampler: Sampler, logits: jax.Array, *text: jax.Array) -> tuple[jax.Array, jax.Array]:
+    @jax.jit
+    def both(sampler: Sampler, keys: jax.Array, logits: jax.Array, *text: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows = Written(*(shard(x, "batch", *([None] * (x.ndim - 1))) for x in text))
         controlled = sampler.controlled(shard(logits, "batch", None), rows)
         return controlled, sampler.choose(controlled, shard(keys, "batch"))
 
+    alone = []
+    for i, config in enumerate(configs):
+        sampler = Sampler.of(config, settings, cases.VOCABULARY)
+        assert all(np.ndim(x) == 0 for x in (sampler.temperature, sampler.top_k, sampler.min_p) if x is not None)
+        row, token = both(sampler, *(x[i : i + 1] for x in (keys, logits, *parts)))
+        alone.append((np.asarray(row[0]), int(token[0])))
+    sampler = Sampler.rows(configs, settings, cases.VOCABULARY)
     for mesh in (None, make_mesh({"data": 2, "fsdp": 4})):
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            found, chosen = jax.jit(both)(sampler, logits, *parts)
+            found, chosen = both(sampler, keys, logits, *parts)
         for i, (row, token) in enumerate(alone):
             np.testing.assert_array_equal(np.asarray(found)[i], row, f"row {i}, {OPTIONS[i]}")
             assert int(np.asarray(chosen)[i]) == token, OPTIONS[i]

@@ -16,7 +16,7 @@ from llama_jax.config import UserError
 from llama_jax.data.chat import ChatGLM2Chat, ChatML, ChatTemplate, Llama2Chat, Llama3Chat
 from llama_jax.sampling import SamplingConfig, chat, generate
 from llama_jax.sampling.conversations import encoded_chat, render, special_names
-from llama_jax.sampling.text import complete_encoded
+from llama_jax.sampling.text import completed
 from llama_jax.tokenizers import train_tokenizer
 from llama_jax.tokenizers.base import SETTINGS_FILE, TEMPLATE_FILE
 
@@ -89,7 +89,7 @@ def test_the_prompt_is_the_rendered_text(chatting: LanguageModel):
     assert [i for i in found.ids if i in (1, start, end)] == [1, start, end, start]
     answer = chat(chatting, USER, max_new_tokens=12, temperature=0)
     new = generate(chatting, [found.ids], max_new_tokens=12, eos_id=end)[0, len(found.ids) :].tolist()
-    (completion,) = complete_encoded(chatting, ["one fish"], [found], SamplingConfig(12, 0.0))
+    ((completion,),) = completed(chatting, ["one fish"], [found], [SamplingConfig(12, 0.0)])
     assert completion.completion == answer
     assert completion.token_ids == new[: len(completion.token_ids)]
     assert answer

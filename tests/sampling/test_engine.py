@@ -249,10 +249,10 @@ def test_what_cannot_be_continued_is_refused_at_once(model: Model, request_: Req
 def test_many_prompts_come_back_in_order(model: Model, requests: list[Request], expected: list[list[int]]):
     counts: list[tuple[int, int]] = []
     again = requests * 3
-    found = answers(model, again, rows=4, progress=lambda done, total: counts.append((done, total)))
+    found = answers(model, again, rows=4, longest_first=True, progress=lambda done, total: counts.append((done, total)))
     assert [answer.token_ids for (answer,) in found] == expected * 3
     assert counts == [(i + 1, 24) for i in range(24)]
-    stopped = answers(model, requests, rows=4, enough=lambda i, sample, ids: i == 1 and len(ids) >= 5)
+    stopped = list(answers(model, requests, rows=4, enough=lambda i, sample, ids: i == 1 and len(ids) >= 5))
     assert [answer.finish_reason for (answer,) in stopped] == ["length", "stop", *["length"] * 6]
     assert stopped[1][0].token_ids == expected[1][: len(stopped[1][0].token_ids)]
     assert len(stopped[1][0].token_ids) < 20

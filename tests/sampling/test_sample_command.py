@@ -116,6 +116,7 @@ def test_speed_is_on_stderr(saved: Path, capsys):
     for flags, pattern in (
         ([], r"6 tokens in \S+, \S+ tokens/s\n"),
         (["--stats"], r"first token after \S+, 6 tokens in .*\n"),
+        (["--stats", "--draft", "prompt"], r"first token after .*\n\d+ of \d+ drafted tokens accepted .*\n"),
         (["--quiet"], ""),
     ):
         assert main(words(saved, "--prompt", "red", *flags)) == 0
@@ -239,5 +240,6 @@ def test_lines_are_edited(tmp_path: Path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             read()
         typed.send_text("\x04")
-        assert read() is None
+        with pytest.raises(EOFError):
+            read()
     assert (tmp_path / "sample_history").stat().st_mode & 0o077 == 0, "what was typed is for its user alone"
