@@ -224,12 +224,13 @@ class Worker:
 
     def _begin(self, jobs: Sequence[_Job]) -> list[_Found]:
         """Give jobs to the engine, and return their prompts where they are to be repeated."""
-        found = list[_Found]()
-        scored = [job for job in jobs if job.call.asked.echo and job.call.asked.config.logprobs is not None]
-        try:
-            logprobs = dict(zip(scored, self._logprobs(scored), strict=True))
-        except UserError as error:
-            return [(job, Refused(500, str(error))) for job in jobs]
+        found, logprobs = list[_Found](), dict[_Job, list[TokenLogprobs]]()
+        if scored := [job for job in jobs if job.call.asked.echo and job.call.asked.config.logprobs is not None]:
+            try:
+                logprobs = dict(zip(scored, self._logprobs(scored), strict=True))
+            except UserError as error:
+                found = [(job, Refused(500, str(error))) for job in scored]
+                jobs = [job for job in jobs if job not in scored]
         for job in jobs:
             asked, ids = job.call.asked, tuple(job.encoded.ids)
             config, first = asked.config, job.number * asked.config.num_samples
@@ -253,9 +254,9 @@ class Worker:
     def _logprobs(self, jobs: Sequence[_Job]) -> list[list[TokenLogprobs]]:
         """Return the log-probabilities of the prompts' tokens; those of a first one are not numbers."""
         tops = [job.call.asked.config.logprobs or 0 for job in jobs]
-        scorer = Scorer(self._lm, top=max(tops, default=0))
         prompts = [job.encoded.ids for job in jobs]
-        scores = iter(scorer.score([(ids[:-1], ids[-1:]) for ids in prompts if len(ids) > 1]))
+        rows = [(ids[:-1], ids[-1:]) for ids in prompts if len(ids) > 1]
+        scores = iter(Scorer(self._lm, top=max(tops)).score(rows))
         found = list[list[TokenLogprobs]]()
         for ids, top in zip(prompts, tops, strict=True):
             found.append([TokenLogprobs(ids[0], math.nan, [])])
