@@ -23,7 +23,9 @@ STREAM_CHUNK = 4
 class Completion:
     """Text that a model wrote after `prompt`, or as the answer to it.
 
-    `token_ids` include the one that ended it; `logprobs`, where they were asked for, has an entry for each.
+    `token_ids` include the one that ended it; `logprobs`, where they were asked for, has an entry for each. `score` is
+    that of a beam search: the sum of the log-probabilities over a power of their number, as transformers'
+    `sequences_scores`.
     """
 
     prompt: str
@@ -31,6 +33,7 @@ class Completion:
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
     logprobs: list[TokenLogprobs] | None = None
+    score: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +172,7 @@ class _Sample:
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] | None = None
         self.finish_reason: Literal["stop", "length"] | None = None
+        self.score: float | None = None
 
     def add(self, piece: Piece) -> None:
         """Add a piece. Raises UserError where it has an error."""
@@ -177,6 +181,7 @@ class _Sample:
         if self.finish_reason is not None:
             return
         self.token_ids += piece.token_ids
+        self.score = piece.score
         if piece.logprobs is not None:
             self.logprobs = [*(self.logprobs or []), *piece.logprobs]
         self.text += self.stream.feed(piece.token_ids)
@@ -189,7 +194,8 @@ class _Sample:
         """The text, and its tokens up to the one that ended it."""
         count = self.stream.num_tokens
         logprobs = None if self.logprobs is None else self.logprobs[:count]
-        return Completion(self.prompt, self.text, self.token_ids[:count], self.finish_reason or "length", logprobs)
+        reason = self.finish_reason or "length"
+        return Completion(self.prompt, self.text, self.token_ids[:count], reason, logprobs, self.score)
 
 
 def stream_text(
