@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from llama_jax.sampling import TokenLogprobs
-from llama_jax.serving.requests import Asked, Refused
+from llama_jax.serving.requests import Refused
 from llama_jax.serving.worker import Call, Delta
 from llama_jax.tokenizers import Tokenizer
 
@@ -27,7 +27,7 @@ def error_of(refused: Refused) -> dict[str, Any]:
 class Answer:
     """The answer to one request, in the form of its endpoint."""
 
-    asked: Asked
+    call: Call
     model: str
     tokenizer: Tokenizer
     is_chat: bool
@@ -39,10 +39,10 @@ class Answer:
         self._offsets: dict[int, int] = {}
         self._generated = 0
 
-    async def whole(self, call: Call) -> dict[str, Any]:
+    async def whole(self) -> dict[str, Any]:
         """Return the answer when all of it is there. Raises Refused."""
-        found = [Delta(i) for i in range(call.num_choices)]
-        async for delta in call.deltas():
+        found = [Delta(i) for i in range(self.call.num_choices)]
+        async for delta in self.call.deltas():
             found[delta.choice].add(delta)
         self._generated = sum(delta.num_tokens for delta in found)
         choices = []
@@ -51,12 +51,12 @@ class Answer:
             choices.append(self._choice(delta, {"message": message} if self.is_chat else {"text": delta.text}))
         return {**self._head, "choices": choices, "usage": self._usage()}
 
-    async def chunks(self, call: Call) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
         """Yield the chunks of a stream as the texts come. Raises Refused, also between two of them."""
         head = self._head | ({"object": "chat.completion.chunk"} if self.is_chat else {})
-        head |= {"usage": None} if self.asked.usage else {}
+        head |= {"usage": None} if self.call.asked.usage else {}
         begun: set[int] = set()
-        async for delta in call.deltas():
+        async for delta in self.call.deltas():
             self._generated += delta.num_tokens
             if self.is_chat and delta.choice not in begun:
                 begun.add(delta.choice)
@@ -66,7 +66,7 @@ class Answer:
                 content = {"content": delta.text} if delta.text else {}
                 form = {"delta": content} if self.is_chat else {"text": delta.text}
                 yield {**head, "choices": [self._choice(delta, form)]}
-        if self.asked.usage:
+        if self.call.asked.usage:
             yield {**head, "choices": [], "usage": self._usage()}
 
     def _choice(self, delta: Delta, form: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class Answer:
         return {"index": delta.choice, **form, "logprobs": logprobs, "finish_reason": delta.finish_reason}
 
     def _usage(self) -> dict[str, int]:
-        prompt = sum(len(prompt.ids) for prompt in self.asked.prompts)
+        prompt = sum(len(prompt.ids) for prompt in self.call.asked.prompts)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": self._generated,

@@ -87,10 +87,10 @@ class Service:
         body = parsed(await _body(request))
         self._check_name(body.get("model"))
         arrived = time.monotonic()
-        asked = await asyncio.to_thread(read, self.lm, body, self.limits)  # a long prompt takes its time
-        call = Call(asked, arrived)
+        # A long prompt takes its time.
+        call = Call(await asyncio.to_thread(read, self.lm, body, self.limits), arrived)
         self.worker.submit(call)
-        return _Reply(self.worker, call, Answer(asked, self.config.name, self.tokenizer, is_chat))
+        return _Reply(self.worker, Answer(call, self.config.name, self.tokenizer, is_chat))
 
     async def models(self, request: Request) -> Response:
         """Answer /v1/models and /v1/models/NAME."""
@@ -194,9 +194,9 @@ async def _body(request: Request) -> bytes:
 class _Reply(Response):
     """An answer that is written while it is sent, and given up when its client leaves."""
 
-    def __init__(self, worker: Worker, call: Call, answer: Answer):
+    def __init__(self, worker: Worker, answer: Answer):
         super().__init__()
-        self._worker, self._call, self._answer = worker, call, answer
+        self._worker, self._answer = worker, answer
 
     @override
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -207,7 +207,7 @@ class _Reply(Response):
             if not work.done():
                 scope["state"]["status"] = CLIENT_LEFT
         finally:
-            self._worker.cancel(self._call)
+            self._worker.cancel(self._answer.call)
             for task in (work, gone):
                 task.cancel()
             await asyncio.wait({work, gone})
@@ -215,9 +215,9 @@ class _Reply(Response):
             work.result()
 
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._answer.asked.stream:
-            return await JSONResponse(await self._answer.whole(self._call))(scope, receive, send)
-        chunks = aiter(self._answer.chunks(self._call))
+        if not self._answer.call.asked.stream:
+            return await JSONResponse(await self._answer.whole())(scope, receive, send)
+        chunks = self._answer.chunks()
         first = await anext(chunks)  # a refusal has a status as long as nothing is sent
         kind = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         await send({"type": "http.response.start", "status": 200, "headers": kind})

@@ -194,7 +194,8 @@ def _asked(
             raise UserError(f"{name} and {given[field]} mean the same: give one of them")
         given[field], values[field] = name, value % 2**64 if field == "seed" and type(value) is int else value
     writes = values["max_new_tokens"] != 0 or not echo
-    config = SamplingConfig.of(**{**values, **({} if writes else {"max_new_tokens": 1})})
+    values["max_new_tokens"] = values["max_new_tokens"] if writes else 1
+    config = SamplingConfig.of(**values)
     if config.num_samples > MOST_SAMPLES:
         raise UserError(f"n={config.num_samples} must be at most {MOST_SAMPLES}")
     wanted, longest = config.max_new_tokens * writes, max(len(prompt.ids) for prompt in encoded)

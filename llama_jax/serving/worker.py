@@ -195,25 +195,21 @@ class Worker:
     def _deliver(self, job: _Job, new: Delta | Refused) -> None:
         if job not in self._running:  # its client has left during the turn
             return
+        job.call.take(new)
         if isinstance(new, Refused):
             self.cancel(job.call)
-        else:
-            self._count(job, new)
-            job.open -= new.finish_reason is not None
-            if not job.open:
-                del self._running[job]
-        job.call.take(new)
-
-    def _count(self, job: _Job, new: Delta) -> None:
-        if not new.num_tokens:
             return
-        now, metrics = time.monotonic(), self._metrics
-        metrics.count_tokens(generated=new.num_tokens)
-        if not job.times:
-            metrics.first_token.observe(now - job.call.arrived)
-        elif new.choice in job.times:
-            metrics.between_tokens.observe((now - job.times[new.choice]) / new.num_tokens, new.num_tokens)
-        job.times[new.choice] = now
+        job.open -= new.finish_reason is not None
+        if not job.open:
+            del self._running[job]
+        if new.num_tokens:
+            now, metrics = time.monotonic(), self._metrics
+            metrics.count_tokens(generated=new.num_tokens)
+            if not job.times:
+                metrics.first_token.observe(now - job.call.arrived)
+            elif new.choice in job.times:
+                metrics.between_tokens.observe((now - job.times[new.choice]) / new.num_tokens, new.num_tokens)
+            job.times[new.choice] = now
 
     def _turn(self, new: Sequence[_Job], gone: Sequence[_Job]) -> list[_Found]:
         """Take jobs out of the engine and put others in, make new tokens, and return what there is of each job."""

@@ -30,7 +30,7 @@ def test_sequences_and_scores_are_those_of_transformers(number: int, tmp_path: P
     folder = Path(shutil.copytree(HERE.parent / "parity" / "goldens" / name, tmp_path / name))
     (folder / "generation_config.json").write_text(json.dumps(settings))
     lm = dataclasses.replace(load(folder), tokenizer=lm.tokenizer)
-    options = {"max_new_tokens": GOLDENS["new"], **arguments}
+    options: dict[str, Any] = {"max_new_tokens": GOLDENS["new"], **arguments}
     eos, samples = GOLDENS["eos"][: options.pop("eos")], options.get("num_samples", 1)
     encoded = [Encoded(prompt, tuple(eos)) for prompt in GOLDENS["prompts"]]
     texts = complete_encoded(lm, ["", ""], encoded, SamplingConfig.of(**options))
