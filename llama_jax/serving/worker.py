@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from llama_jax.checkpoint import LanguageModel
@@ -218,24 +218,22 @@ class Worker:
                 self._engine.cancel(job.ticket)
         return [*self._begin(new), *(self._delta(piece) for piece in self._engine.step())]
 
-    def _begin(self, jobs: Sequence[_Job]) -> list[_Found]:
-        """Give jobs to the engine, and return their prompts where they are to be repeated."""
-        found, logprobs = list[_Found](), dict[_Job, list[TokenLogprobs]]()
+    def _begin(self, jobs: Sequence[_Job]) -> Iterator[_Found]:
+        """Give jobs to the engine, and yield their prompts where they are to be repeated."""
+        logprobs = dict[_Job, list[TokenLogprobs]]()
         if scored := [job for job in jobs if job.call.asked.echo and job.call.asked.config.logprobs is not None]:
             try:
                 logprobs = dict(zip(scored, self._logprobs(scored), strict=True))
             except UserError as error:
-                found = [(job, Refused(500, str(error))) for job in scored]
+                yield from ((job, Refused(500, str(error))) for job in scored)
                 jobs = [job for job in jobs if job not in scored]
         for job in jobs:
             asked, ids = job.call.asked, tuple(job.encoded.ids)
             config, first = asked.config, job.number * asked.config.num_samples
             if asked.echo:
-                entries, ends = logprobs.get(job, []), None if asked.writes else "length"
-                found += [
-                    (job, Delta(first + i, asked.echo[job.number], [*entries], finish_reason=ends))
-                    for i in range(config.num_samples)
-                ]
+                ends = None if asked.writes else "length"
+                for i in range(first, first + config.num_samples):
+                    yield job, Delta(i, asked.echo[job.number], [*logprobs.get(job, [])], finish_reason=ends)
             if not asked.writes:
                 continue
             try:
@@ -244,15 +242,14 @@ class Worker:
                 job.ticket = self._engine.add(Request(ids, config, stops, first))
                 self._jobs[job.ticket] = job
             except UserError as error:
-                found.append((job, Refused(400, str(error))))
-        return found
+                yield job, Refused(400, str(error))
 
     def _logprobs(self, jobs: Sequence[_Job]) -> list[list[TokenLogprobs]]:
         """Return the log-probabilities of the prompts' tokens; those of a first one are not numbers."""
         tops = [job.call.asked.config.logprobs or 0 for job in jobs]
         prompts = [job.encoded.ids for job in jobs]
         rows = [(ids[:-1], ids[-1:]) for ids in prompts if len(ids) > 1]
-        scores = iter(Scorer(self._lm, top=max(tops)).score(rows))
+        scores = iter(Scorer(self._lm, top=max(1, *tops)).score(rows))
         found = list[list[TokenLogprobs]]()
         for ids, top in zip(prompts, tops, strict=True):
             found.append([TokenLogprobs(ids[0], math.nan, [])])

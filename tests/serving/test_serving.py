@@ -320,6 +320,10 @@ def test_prompts_are_scored_as_lm_eval_asks_for(client: httpx.Client, lm: Langua
     assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
     assert [is_greedy for _, is_greedy in found] == [is_greedy for _, is_greedy in expected] == [False] * 3 + [True]
     assert len(greedy) == 3
+    body = {"prompt": [[3, 8], [9]], "echo": True, "logprobs": 0, "max_tokens": 0}
+    logprobs = [choice["logprobs"] for choice in client.post(COMPLETIONS, json=body).json()["choices"]]
+    assert [found["top_logprobs"] for found in logprobs] == [[None, {}], [None]]
+    assert logprobs[0]["token_logprobs"][1] == pytest.approx(score(lm, [[3]], [[8]])[0][0], abs=1e-4)
 
 
 @pytest.mark.parametrize("stream", [False, True])
