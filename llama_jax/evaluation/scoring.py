@@ -20,9 +20,10 @@ SMALLEST = 16  # positions of a row
 
 type Row = tuple[Sequence[int], Sequence[int]]
 """Input ids, and the ids that may follow the last of them."""
-type Scores = tuple[np.ndarray, np.ndarray]
+type Scores = tuple[np.ndarray, ...]
 """Of a row's T inputs and K choices: log-probabilities of what follows each input, float32 [T, K], and bool [T, K],
-true where the token is the most probable one. Only the last position differs between the choices."""
+true where the token is the most probable one. Only the last position differs between the choices. With `top`, also the
+ids that are most probable after each input, and their log-probabilities: both [T, top], highest first."""
 
 
 class Scorer:
@@ -30,7 +31,7 @@ class Scorer:
 
     Rows are sorted by length and padded to powers of two, a batch has always `batch_size` rows or, where there are
     fewer, a power of two: `shapes` collects the shapes [B, T, K] of the programs. `progress(done, total)` is called
-    with numbers of rows.
+    with numbers of rows. `top` is the number of most probable tokens that are returned too.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Scorer:
         lm: LanguageModel,
         *,
         batch_size: int = 8,
+        top: int = 0,
         progress: Callable[[int, int], object] = lambda done, total: None,
     ):
         """Raises UserError for a model without the likelihood of a text, and an impossible batch size."""
@@ -52,6 +54,7 @@ class Scorer:
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be at least 1")
         self.lm, self.batch_size, self.progress = lm, batch_size, progress
+        self.top = min(_power_of_two(top) if top else 0, lm.config.vocab_size)  # few programs
         self.shapes: set[tuple[int, int, int]] = set()
 
     def score(self, rows: Sequence[Row]) -> list[Scores]:
@@ -87,13 +90,14 @@ class Scorer:
             targets[i, end - 1, : len(choices)] = choices
         for ids in (tokens, targets.reshape(size, -1)):
             check_ids(self.lm.config.vocab_size, ids)
-        logprobs, greedy = map(np.asarray, self.lm.model.run(_scores, tokens, is_token, targets))
+        arguments = tokens, is_token, targets
+        logprobs, greedy, *most = map(np.asarray, self.lm.model.run(_scores, *arguments, top=self.top))
         scores = []
         for i, (inputs, choices) in enumerate(rows):
             part = logprobs[i, : len(inputs), : len(choices)]
             if np.isnan(part).any():
                 raise UserError("the logits are not numbers: the weights are damaged, or need dtype='float32'")
-            scores.append((part, greedy[i, : len(inputs), : len(choices)]))
+            scores.append((part, greedy[i, : len(inputs), : len(choices)], *(x[i, : len(inputs)] for x in most)))
         return scores
 
 
@@ -142,14 +146,17 @@ def _ids_of_texts(lm: LanguageModel, prompt: str, continuation: str) -> tuple[li
 
 
 def _scores(
-    module: Any, tokens: Int[Array, "b t"], is_token: Int[Array, "b t"], targets: Int[Array, "b t k"]
-) -> tuple[Float[Array, "b t k"], Bool[Array, "b t k"]]:
-    """Return log-probabilities of the targets, and true where they are the most probable token (the first of such)."""
+    module: Any, tokens: Int[Array, "b t"], is_token: Int[Array, "b t"], targets: Int[Array, "b t k"], *, top: int
+) -> tuple[Float[Array, "b t k"] | Bool[Array, "b t k"] | Float[Array, "b t n"] | Int[Array, "b t n"], ...]:
+    """Return log-probabilities of the targets, and true where they are the most probable token (the first of such).
+
+    Above 0, `top` asks for the ids of so many most probable tokens and their log-probabilities as well.
+    """
     hidden = unzigzag(module.trunk(zigzag(tokens), segment_ids=zigzag(is_token))[0])
     hidden, targets = shard(hidden, "batch", None, None), shard(targets, "batch", None, None)
     weight, length = module.head_weight(), tokens.shape[1]
 
-    def chunk(parts: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def chunk(parts: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         hidden, targets = parts
         logits = module.head(hidden, weight)
         ids = jnp.arange(logits.shape[-1])
@@ -157,7 +164,11 @@ def _scores(
         best = jnp.where(logits == logits.max(-1, keepdims=True), ids, logits.shape[-1]).min(-1)
         # A sum over the vocabulary, and not a lookup, which would gather it where it is split over devices.
         picked = [jnp.where(ids == targets[..., k, None], logits, 0.0).sum(-1) for k in range(targets.shape[-1])]
-        return jnp.stack(picked, -1) - total[..., None], best[..., None] == targets
+        found = jnp.stack(picked, -1) - total[..., None], best[..., None] == targets
+        if not top:
+            return found
+        highest, ids = jax.lax.top_k(shard(logits, "batch", None, None), top)
+        return *found, ids, highest - total[..., None]
 
     if length <= CHUNK:
         return jax.tree.map(replicate, chunk((hidden, targets)))

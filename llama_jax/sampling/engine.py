@@ -44,7 +44,10 @@ class TokenLogprobs:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """New tokens of one sample of a request; the last one has the reason of the end, and of an error a sentence."""
+    """New tokens of one sample of a request; the last one has the reason of the end, and of an error a sentence.
+
+    `score` is that of a beam search.
+    """
 
     ticket: int
     sample: int
@@ -52,6 +55,7 @@ class Piece:
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: Literal["stop", "length", "error"] | None = None
     error: str | None = None
+    score: float | None = None
 
 
 @dataclasses.dataclass
@@ -242,9 +246,17 @@ class Engine:
         cache = place(self._model, size, None, job.prefill.cache, range(size.rows), sources)
         batch = Batch(self._model, size, cache, ())
         batch.texts = {row: texts[source] for row, source in enumerate(sources) if source in texts}
-        rows, _ = beam_search(self._model, cache, *batch.prepare(self._settings), request.config, len(request.ends))
+        rows, scores = beam_search(
+            self._model, cache, *batch.prepare(self._settings), request.config, len(request.ends)
+        )
         self._job = None
-        return [self._piece(text, text.source * beams + text.sample, rows, None) for text in job.pending]
+        return [
+            dataclasses.replace(
+                self._piece(text, text.source * beams + text.sample, rows, None),
+                score=float(scores[text.source, text.sample]),
+            )
+            for text in job.pending
+        ]
 
     def _constraint(self, request: Request) -> Constraint | None:
         """Return the state of a text's constraint, None without one. Raises UserError."""

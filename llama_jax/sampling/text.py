@@ -23,7 +23,9 @@ STREAM_CHUNK = 4
 class Completion:
     """Text that a model wrote after `prompt`, or as the answer to it.
 
-    `token_ids` include the one that ended it; `logprobs`, where they were asked for, has an entry for each.
+    `token_ids` include the one that ended it; `logprobs`, where they were asked for, has an entry for each. `score` is
+    that of a beam search: the sum of the log-probabilities over a power of their number, as transformers'
+    `sequences_scores`.
     """
 
     prompt: str
@@ -31,6 +33,7 @@ class Completion:
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
     logprobs: list[TokenLogprobs] | None = None
+    score: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +131,7 @@ def _completion(prompt: str, stream: TextStream, answer: Answer) -> Completion:
     stream.flush()
     count, reason = stream.num_tokens, "length" if answer.finish_reason == "length" and not stream.stopped else "stop"
     logprobs = None if answer.logprobs is None else answer.logprobs[:count]
-    return Completion(prompt, stream.text, answer.token_ids[:count], reason, logprobs)
+    return Completion(prompt, stream.text, answer.token_ids[:count], reason, logprobs, answer.score)
 
 
 def stream_text(

@@ -90,6 +90,7 @@ class Answer:
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None
+    score: float | None = None
 
 
 def answers(
@@ -132,7 +133,7 @@ def answers(
             answer.token_ids += piece.token_ids
             if piece.logprobs is not None:
                 answer.logprobs = [*(answer.logprobs or ()), *piece.logprobs]
-            answer.finish_reason = piece.finish_reason
+            answer.finish_reason, answer.score = piece.finish_reason, piece.score
             if not answer.finish_reason and enough is not None and enough(i, piece.sample, answer.token_ids):
                 answer.finish_reason = "stop"
                 engine.cancel(piece.ticket, piece.sample)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hmac
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, override
 from urllib.parse import urlsplit
@@ -25,8 +25,8 @@ from llama_jax.data import ChatTemplate
 from llama_jax.sampling import Engine, tokenizer_of
 from llama_jax.serving.answers import Answer, error_of, event
 from llama_jax.serving.metrics import Metrics
-from llama_jax.serving.requests import Limits, chat, completion, parsed
-from llama_jax.serving.worker import Call, Refused, Worker
+from llama_jax.serving.requests import Limits, Refused, chat, completion, parsed
+from llama_jax.serving.worker import Call, Worker
 
 MAX_BODY = 8 << 20  # bytes
 READ_SECONDS = 60.0  # in which a body has to arrive
@@ -73,58 +73,47 @@ class Service:
 
     def __init__(self, lm: LanguageModel, config: ServingConfig, template: ChatTemplate | str | None = None):
         self.lm, self.config, self.template, self.metrics = lm, config, template, Metrics()
-        self.tokenizer = tokenizer_of(lm)
-        positions = lm.model.config.length_limit
-        length = min(config.max_model_len or positions, positions)
+        self.tokenizer, model = tokenizer_of(lm), lm.model.config
+        length = min(config.max_model_len or model.max_positions, model.length_limit)
         self.limits = Limits(length, min(config.max_tokens or length, length))
-        self.worker = Worker(
-            lm,
-            lambda: Engine(lm, rows=config.rows, length=length),
-            rows=config.rows,
-            max_queue=config.max_queue,
-            metrics=self.metrics,
-        )
+        engine = functools.partial(Engine, lm, rows=config.rows, length=length)
+        self.worker = Worker(lm, engine, rows=config.rows, max_queue=config.max_queue, metrics=self.metrics)
         self.created = int(time.time())
 
-    async def completions(self, request: Request) -> Response:
-        """Answer /v1/completions."""
-        return await self._answer(request, completion, is_chat=False)
-
-    async def chat_completions(self, request: Request) -> Response:
-        """Answer /v1/chat/completions."""
-        read = functools.partial(chat, template=self.template)
-        return await self._answer(request, read, is_chat=True)
-
-    async def _answer(self, request: Request, read: Callable[..., Any], *, is_chat: bool) -> Response:
+    async def answer(self, request: Request) -> Response:
+        """Answer /v1/completions and /v1/chat/completions."""
+        is_chat = request.url.path.endswith("/chat/completions")
+        read = functools.partial(chat, template=self.template) if is_chat else completion
         body = parsed(await _body(request))
-        if (model := body.get("model", self.config.name)) != self.config.name:
-            raise Refused(404, f"there is no model {model!r}: this is '{self.config.name}'", "model_not_found")
+        self._check_name(body.get("model"))
         arrived = time.monotonic()
-        asked = await asyncio.to_thread(read, self.lm, body, self.limits)  # a long prompt takes its time
-        call = Call(asked.prompts, asked.config, arrived)
+        # A long prompt takes its time.
+        call = Call(await asyncio.to_thread(read, self.lm, body, self.limits), arrived)
         self.worker.submit(call)
-        return _Reply(self.worker, call, Answer(asked, self.config.name, self.tokenizer, is_chat))
+        return _Reply(self.worker, Answer(call, self.config.name, self.tokenizer, is_chat))
 
     async def models(self, request: Request) -> Response:
         """Answer /v1/models and /v1/models/NAME."""
-        name, config = request.path_params.get("name"), self.config
-        if name not in (None, config.name):
-            raise Refused(404, f"there is no model {name!r}: this is '{config.name}'", "model_not_found")
-        template = self.template or self.lm.chat_template or self.tokenizer.chat_templates
+        name = request.path_params.get("name")
+        self._check_name(name)
         card = {
-            "id": config.name,
+            "id": self.config.name,
             "object": "model",
             "created": self.created,
             "owned_by": "llama_jax",
             "max_model_len": self.limits.length,
             "max_tokens": self.limits.max_new_tokens,
-            "chat": bool(template),
+            "chat": bool(self.template or self.lm.chat_template or self.tokenizer.chat_templates),
         }
         return JSONResponse({"object": "list", "data": [card]} if name is None else card)
 
+    def _check_name(self, name: Any) -> None:
+        if name not in (None, self.config.name):
+            raise Refused(404, f"there is no model {name!r}: this is '{self.config.name}'", "model_not_found")
+
     async def health(self, request: Request) -> Response:
         """Answer /health: 200, or 503 while the server stops."""
-        state = "stopping" if self.worker.draining else "ok" if self.worker.is_alive() else "failed"
+        state = "stopping" if self.worker.draining else "failed" if self.worker.ended else "ok"
         return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
     async def metrics_text(self, request: Request) -> Response:
@@ -139,12 +128,19 @@ class Service:
 
 
 def application(service: Service) -> ASGIApp:
-    """Return the ASGI application of a service, whose worker has to be started."""
+    """Return the ASGI application of a service, which runs the service's worker as its lifespan."""
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     headers = {"Content-Security-Policy": PAGE_POLICY, "Referrer-Policy": "no-referrer"}
 
     async def index(request: Request) -> Response:
         return HTMLResponse(page, headers=headers)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        work = asyncio.create_task(service.worker.run())
+        yield
+        work.cancel()
+        await asyncio.wait({work})
 
     return Starlette(
         routes=[
@@ -153,11 +149,12 @@ def application(service: Service) -> ASGIApp:
             Route("/metrics", service.metrics_text),
             Route("/v1/models", service.models),
             Route("/v1/models/{name:path}", service.models),
-            Route("/v1/completions", service.completions, methods=["POST"]),
-            Route("/v1/chat/completions", service.chat_completions, methods=["POST"]),
+            Route("/v1/completions", service.answer, methods=["POST"]),
+            Route("/v1/chat/completions", service.answer, methods=["POST"]),
         ],
         middleware=[Middleware(_Guard, service)],
         exception_handlers={Refused: _refusal, UserError: _refusal, HTTPException: _refusal, Exception: _failure},
+        lifespan=lifespan,
     )
 
 
@@ -197,9 +194,9 @@ async def _body(request: Request) -> bytes:
 class _Reply(Response):
     """An answer that is written while it is sent, and given up when its client leaves."""
 
-    def __init__(self, worker: Worker, call: Call, answer: Answer):
+    def __init__(self, worker: Worker, answer: Answer):
         super().__init__()
-        self._worker, self._call, self._answer = worker, call, answer
+        self._worker, self._answer = worker, answer
 
     @override
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -210,7 +207,7 @@ class _Reply(Response):
             if not work.done():
                 scope["state"]["status"] = CLIENT_LEFT
         finally:
-            self._worker.cancel(self._call)
+            self._worker.cancel(self._answer.call)
             for task in (work, gone):
                 task.cancel()
             await asyncio.wait({work, gone})
@@ -218,9 +215,9 @@ class _Reply(Response):
             work.result()
 
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._answer.asked.stream:
-            return await JSONResponse(await self._answer.whole(self._call))(scope, receive, send)
-        chunks = aiter(self._answer.chunks(self._call))
+        if not self._answer.call.asked.stream:
+            return await JSONResponse(await self._answer.whole())(scope, receive, send)
+        chunks = self._answer.chunks()
         first = await anext(chunks)  # a refusal has a status as long as nothing is sent
         kind = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         await send({"type": "http.response.start", "status": 200, "headers": kind})

@@ -1,9 +1,8 @@
 """Counters, gauges and histograms in the text format of Prometheus."""
 
 import bisect
-import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -29,33 +28,24 @@ class Histogram:
 
 
 class Metrics:
-    """What a server counts; any thread may add to it.
+    """What a server counts.
 
     first_token: seconds from a request's arrival to the first tokens of each of its prompts.
     between_tokens: seconds between the tokens of a text, of those that come together each an equal share.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._requests: Counter[tuple[str, int]] = Counter()
         self._tokens: Counter[str] = Counter()
         self.first_token, self.between_tokens = Histogram(), Histogram()
 
     def request(self, path: str, status: int) -> None:
         """Count an answered request; 499 is the status of one whose client has left."""
-        with self._lock:
-            self._requests[path, status] += 1
+        self._requests[path, status] += 1
 
-    def tokens(self, *, prompt: int = 0, generated: int = 0) -> None:
-        """Count tokens of prompts that were admitted, and new ones."""
-        with self._lock:
-            self._tokens["prompt"] += prompt
-            self._tokens["generated"] += generated
-
-    def observe(self, histogram: Callable[["Metrics"], Histogram], seconds: float, times: int = 1) -> None:
-        """Count a value of one of the histograms."""
-        with self._lock:
-            histogram(self).observe(seconds, times)
+    def count_tokens(self, **counts: int) -> None:
+        """Count tokens: `prompt` of prompts that were admitted, `generated` new ones."""
+        self._tokens.update(counts)
 
     def text(self, gauges: Mapping[str, tuple[str, float]]) -> str:
         """Return all of it, and `gauges`: {name: (help, value now)}."""
@@ -64,20 +54,19 @@ class Metrics:
         def add(name: str, kind: str, help: str, samples: list[str]) -> None:
             lines.extend([f"# HELP llama_jax_{name} {help}", f"# TYPE llama_jax_{name} {kind}", *samples])
 
-        with self._lock:
-            counted = [
-                f'llama_jax_requests_total{{path="{path}",status="{status}"}} {count}'
-                for (path, status), count in sorted(self._requests.items())
-            ]
-            add("requests_total", "counter", "Requests by path and status; 499: the client has left.", counted)
-            for name, what in (("prompt", "Tokens of admitted prompts."), ("generated", "New tokens.")):
-                key = f"{name}_tokens_total"
-                add(key, "counter", what, [f"llama_jax_{key} {self._tokens[name]}"])
-            for name, (what, value) in gauges.items():
-                add(name, "gauge", what, [f"llama_jax_{name} {value}"])
-            for name, histogram, what in (
-                ("time_to_first_token_seconds", self.first_token, "From a request's arrival to its first token."),
-                ("time_between_tokens_seconds", self.between_tokens, "Between two tokens of a text."),
-            ):
-                add(name, "histogram", what, histogram.lines(f"llama_jax_{name}"))
+        counted = [
+            f'llama_jax_requests_total{{path="{path}",status="{status}"}} {count}'
+            for (path, status), count in sorted(self._requests.items())
+        ]
+        add("requests_total", "counter", "Requests by path and status; 499: the client has left.", counted)
+        for name, what in (("prompt", "Tokens of admitted prompts."), ("generated", "New tokens.")):
+            key = f"{name}_tokens_total"
+            add(key, "counter", what, [f"llama_jax_{key} {self._tokens[name]}"])
+        for name, (what, value) in gauges.items():
+            add(name, "gauge", what, [f"llama_jax_{name} {value}"])
+        for name, histogram, what in (
+            ("time_to_first_token_seconds", self.first_token, "From a request's arrival to its first token."),
+            ("time_between_tokens_seconds", self.between_tokens, "Between two tokens of a text."),
+        ):
+            add(name, "histogram", what, histogram.lines(f"llama_jax_{name}"))
         return "\n".join(lines) + "\n"

@@ -11,7 +11,6 @@ from llama_jax.checkpoint import LanguageModel
 from llama_jax.config import UserError
 from llama_jax.data import ChatTemplate
 from llama_jax.sampling import Encoded, SamplingConfig, encoded_chat, encoded_prompt, stop_ids, tokenizer_of
-from llama_jax.serving.worker import Refused
 
 # Names of OpenAI, and of vLLM's extras, for fields of SamplingConfig; all other fields have their own names.
 ALIASES = {
@@ -26,7 +25,7 @@ NOT_SERVED = {"controls", "num_beams", "length_penalty", "early_stopping"}
 # Fields that do not change what is written.
 HARMLESS = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "parallel_tool_calls", "prediction", "stream_options",
+    "parallel_tool_calls", "prediction", "stream_options", "model",
 }  # fmt: skip
 # Values of unsupported fields that ask for nothing.
 NOTHING: dict[str, tuple[Any, ...]] = {
@@ -37,19 +36,33 @@ MOST_LOGPROBS = 20
 MOST_SAMPLES = 128
 
 
+class Refused(Exception):
+    """A request that gets no answer.
+
+    status: of HTTP.
+    code: OpenAI's word for the reason.
+    """
+
+    def __init__(self, status: int, message: str, code: str | None = None):
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """What a body asks for.
 
-    texts: the prompts as texts, which come before the answers with `echo`; of a chat none.
     usage: a stream ends with the number of tokens.
+    echo: the prompts as texts, which come before the answers; empty without `echo`.
+    writes: false where the prompts alone come back (`max_tokens=0` with `echo`).
     """
 
     prompts: Sequence[Encoded]
     config: SamplingConfig
     stream: bool
     usage: bool
-    texts: Sequence[str] = ()
+    echo: Sequence[str] = ()
+    writes: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,19 +93,18 @@ def _no_number(name: str) -> Any:
 def completion(lm: LanguageModel, body: Mapping[str, Any], limits: Limits) -> Asked:
     """Read the body of /v1/completions. Raises UserError for mistakes."""
     rest = dict(body)
-    given, echo, logprobs = rest.pop("prompt", None), _boolean(rest, "echo"), rest.get("logprobs")
-    if logprobs is not None:
-        rest["logprobs"] = _count(rest, "logprobs")
-        if echo:
-            raise UserError("logprobs with echo: log-probabilities of prompts are not computed, leave one of them out")
+    given, echo = rest.pop("prompt", None), _boolean(rest, "echo")
+    if "logprobs" in rest:
+        _check_logprobs("logprobs", rest["logprobs"])
+        if echo and lm.config.has_source:
+            raise UserError("echo with logprobs: an encoder-decoder does not predict its prompt, leave one of them out")
     several = isinstance(given, list) and (not given or not isinstance(given[0], int))
     prompts = given if several else [given]
     if not prompts:
         raise UserError("prompt=[] has no prompt: give a text, token ids, or a list of either")
     encoded = [_encoded(lm, prompt) for prompt in prompts]
     texts = [p if isinstance(p, str) else tokenizer_of(lm).decode(p) for p in prompts] if echo else []
-    default = min(16, limits.max_new_tokens)
-    return Asked(encoded, *_read(rest, encoded, limits, default), texts=texts)
+    return _asked(lm, rest, encoded, limits, min(16, limits.max_new_tokens), texts)
 
 
 def _encoded(lm: LanguageModel, prompt: Any) -> Encoded:
@@ -115,15 +127,15 @@ def chat(
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise UserError('messages must be a list of {"role": ..., "content": ...}')
     encoded = [encoded_chat(lm, [_message(message) for message in messages], template)]
-    wanted, top = _boolean(rest, "logprobs"), rest.pop("top_logprobs", None)
-    if top is not None and not wanted:
-        raise UserError("top_logprobs needs logprobs=true")
-    rest.pop("logprobs", None)
+    wanted, top = _boolean(rest, "logprobs"), rest.pop("top_logprobs", 0)
+    _check_logprobs("top_logprobs", top)
     if wanted:
-        rest["logprobs"] = _count({"top_logprobs": 0 if top is None else top}, "top_logprobs")
+        rest["logprobs"] = top
+    elif "top_logprobs" in body:
+        raise UserError("top_logprobs needs logprobs=true")
     _response_format(rest)
-    room = limits.length - len(encoded[0].ids)
-    return Asked(encoded, *_read(rest, encoded, limits, max(1, min(room, limits.max_new_tokens))))
+    room = limits.length - _length(lm, encoded)
+    return _asked(lm, rest, encoded, limits, max(1, min(room, limits.max_new_tokens)))
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,46 +166,52 @@ def _response_format(body: dict[str, Any]) -> None:
         raise UserError("response_format must have the type text, json_object or json_schema")
 
 
-def _read(
-    body: dict[str, Any], encoded: Sequence[Encoded], limits: Limits, max_new_tokens: int
-) -> tuple[SamplingConfig, bool, bool]:
-    """Return (config, whether it is a stream, whether that ends with usage) of the fields that all bodies have."""
+def _asked(
+    lm: LanguageModel,
+    body: dict[str, Any],
+    encoded: Sequence[Encoded],
+    limits: Limits,
+    max_new_tokens: int,
+    echo: Sequence[str] = (),
+) -> Asked:
+    """Read the fields that all bodies have; `max_new_tokens` is the default."""
     stream, options = _boolean(body, "stream"), body.get("stream_options", {})
     if not isinstance(options, dict) or (not stream and options):
         raise UserError('stream_options={"include_usage": true} is for stream=true')
     usage = _boolean(dict(options), "include_usage")
-    for name in {"stream", "model", *HARMLESS}:
-        body.pop(name, None)
     fields = {field.name for field in dataclasses.fields(SamplingConfig)} - NOT_SERVED
     # Unlike a command's seed, each request has another one where it names none.
     values: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": max_new_tokens, "seed": secrets.randbits(63)}
     given: dict[str, str] = {}
     for name, value in body.items():
         field = ALIASES.get(name, name)
+        if name in HARMLESS or value in NOTHING.get(name, ()):
+            continue
         if field not in fields:
-            if value in NOTHING.get(name, ()):
-                continue
             near = difflib.get_close_matches(name, [*ALIASES, *fields, "messages", "prompt", "stream"], n=1)
             raise UserError(f"{name} is not supported: " + (f"did you mean {near[0]}?" if near else "leave it out"))
         if field in given:
             raise UserError(f"{name} and {given[field]} mean the same: give one of them")
         given[field], values[field] = name, value % 2**64 if field == "seed" and type(value) is int else value
+    writes = values["max_new_tokens"] != 0 or not echo
+    values["max_new_tokens"] = values["max_new_tokens"] if writes else 1
     config = SamplingConfig.of(**values)
     if config.num_samples > MOST_SAMPLES:
         raise UserError(f"n={config.num_samples} must be at most {MOST_SAMPLES}")
-    _check_room(encoded, config, limits)
-    return config, stream, usage
-
-
-def _check_room(encoded: Sequence[Encoded], config: SamplingConfig, limits: Limits) -> None:
-    longest, asked = max(len(prompt.ids) for prompt in encoded), config.max_new_tokens
-    if longest + asked > limits.length:
-        room = limits.length - longest
-        advice = f"take at most {room}" if room > 0 else "shorten the prompt"
-        sentence = f"a prompt of {longest} tokens and max_tokens={asked} are more than {limits.length}: {advice}"
+    wanted, longest = config.max_new_tokens * writes, max(len(prompt.ids) for prompt in encoded)
+    room = limits.length - _length(lm, encoded)
+    if longest > limits.length or wanted > room:
+        advice = f"take at most {room}" if room > 0 and longest <= limits.length else "shorten the prompt"
+        sentence = f"a prompt of {longest} tokens and max_tokens={wanted} are more than {limits.length}: {advice}"
         raise Refused(400, sentence, "context_length_exceeded")
-    if asked > limits.max_new_tokens:
-        raise UserError(f"max_tokens={asked} must be at most {limits.max_new_tokens}")
+    if wanted > limits.max_new_tokens:
+        raise UserError(f"max_tokens={wanted} must be at most {limits.max_new_tokens}")
+    return Asked(encoded, config, stream, usage, echo, writes)
+
+
+def _length(lm: LanguageModel, encoded: Sequence[Encoded]) -> int:
+    """Return the positions before the new tokens; an encoder-decoder's answer begins with one token."""
+    return 1 if lm.config.has_source else max(len(prompt.ids) for prompt in encoded)
 
 
 def _boolean(body: dict[str, Any], name: str) -> bool:
@@ -203,8 +221,6 @@ def _boolean(body: dict[str, Any], name: str) -> bool:
     return value
 
 
-def _count(body: Mapping[str, Any], name: str) -> int:
-    value = body[name]
+def _check_logprobs(name: str, value: Any) -> None:
     if type(value) is not int or not 0 <= value <= MOST_LOGPROBS:
         raise UserError(f"{name}={value!r} must be a whole number from 0 to {MOST_LOGPROBS}")
-    return value

@@ -16,7 +16,7 @@ from llama_jax.config import UserError
 from llama_jax.data import ChatTemplate
 from llama_jax.sampling import encoded_chat
 from llama_jax.serving.app import Service, ServingConfig, application
-from llama_jax.serving.worker import Refused
+from llama_jax.serving.requests import Refused
 
 GRACE_SECONDS = 25.0  # for running requests after SIGTERM: less than Kubernetes' 30
 FLUSH_SECONDS = 5  # for the last bytes of answers
@@ -53,12 +53,7 @@ def serve(
         address = f"[{host}]" if ":" in host else host
         url = f"http://{address}:{listening.getsockname()[1]}"
         say(f"serving {config.name} at {url}/v1, a page at {url}/ (Ctrl-C ends it)")
-        service.worker.start()
-        try:
-            asyncio.run(_run(service, listening, say))
-        finally:
-            service.worker.end()
-            service.worker.join()
+        asyncio.run(_run(service, listening, say))
 
 
 async def _run(service: Service, listening: socket.socket, say: Callable[[str], object]) -> None:
@@ -67,7 +62,7 @@ async def _run(service: Service, listening: socket.socket, say: Callable[[str], 
             application(service),
             log_level="warning",
             access_log=False,
-            lifespan="off",
+            lifespan="on",
             server_header=False,
             timeout_graceful_shutdown=FLUSH_SECONDS,
         )

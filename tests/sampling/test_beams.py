@@ -1,5 +1,6 @@
 """Beam search: the sequences and scores of transformers, whatever stands around a prompt and on any mesh."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from llama_jax.checkpoint import LanguageModel, load
 from llama_jax.config import UserError
 from llama_jax.models import DecoderConfig, Model
 from llama_jax.parallel import make_mesh
-from llama_jax.sampling import SamplingConfig, beams, engine, generate, generate_text
+from llama_jax.sampling import Encoded, SamplingConfig, complete_encoded, generate, generate_text
 
 HERE = Path(__file__).parent
 GOLDENS = json.loads((HERE / "beam_goldens.json").read_text())
@@ -24,28 +25,23 @@ QUICK = {8, 22}
     "number",
     [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in range(len(GOLDENS["cases"]))],
 )
-def test_sequences_and_scores_are_those_of_transformers(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_sequences_and_scores_are_those_of_transformers(number: int, tmp_path: Path, lm: LanguageModel):
     name, settings, arguments, expected = GOLDENS["cases"][number]
     folder = Path(shutil.copytree(HERE.parent / "parity" / "goldens" / name, tmp_path / name))
     (folder / "generation_config.json").write_text(json.dumps(settings))
-    lm, scores = load(folder), []
-
-    def recorded(*given: Any) -> Any:
-        rows, found = beams.beam_search(*given)
-        scores.extend(found)
-        return rows, found
-
-    monkeypatch.setattr(engine, "beam_search", recorded)
-    options = {"max_new_tokens": GOLDENS["new"], **arguments}
+    lm = dataclasses.replace(load(folder), tokenizer=lm.tokenizer)
+    options: dict[str, Any] = {"max_new_tokens": GOLDENS["new"], **arguments}
     eos, samples = GOLDENS["eos"][: options.pop("eos")], options.get("num_samples", 1)
+    encoded = [Encoded(prompt, tuple(eos)) for prompt in GOLDENS["prompts"]]
+    texts = complete_encoded(lm, ["", ""], encoded, SamplingConfig.of(**options))
+    assert [text.token_ids for text in texts] == [sequence for sequence, _ in expected]
+    np.testing.assert_allclose([text.score for text in texts], [score for _, score in expected], rtol=1e-5)
     found = generate(lm, GOLDENS["prompts"], eos_id=eos, **options)  # rows of different lengths
     starts = np.repeat([1, 1] if lm.config.has_source else [len(p) for p in GOLDENS["prompts"]], samples)
     for row, start, (sequence, _) in zip(found, starts, expected, strict=True):
         end = start + len(sequence)
         assert row[start:end].tolist() == sequence
         assert (row[end:] == eos[0]).all()
-    wanted = [score for _, score in expected]
-    np.testing.assert_allclose(np.concatenate([x[:samples] for x in scores]), wanted, rtol=1e-5)
 
 
 def test_one_prompt_alone_and_a_mesh_change_nothing(two_layers: DecoderConfig, model: Model, make_model):

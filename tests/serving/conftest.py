@@ -33,7 +33,7 @@ def url(served: tuple[str, Service]) -> str:
     return served[0]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def client(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as found:
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=300) as found:
         yield found

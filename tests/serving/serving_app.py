@@ -21,16 +21,13 @@ def serving(lm: LanguageModel, **options: Any) -> Iterator[tuple[str, Service]]:
     known: dict[str, Any] = {"name": "fish", "api_key": KEY}
     service = Service(lm, ServingConfig(**known | options), "ChatML")
     server = uvicorn.Server(
-        uvicorn.Config(application(service), log_level="warning", lifespan="off", timeout_graceful_shutdown=5)
+        uvicorn.Config(application(service), log_level="warning", lifespan="on", timeout_graceful_shutdown=5)
     )
     with bound("127.0.0.1", 0) as listening:
-        service.worker.start()
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))
         thread.start()
         try:
             yield f"http://127.0.0.1:{listening.getsockname()[1]}", service
         finally:
             server.should_exit = True
-            service.worker.end()
             thread.join()
-            service.worker.join()

@@ -1,7 +1,9 @@
 """The server as its clients meet it: OpenAI's client, raw requests, clients that leave, and what is refused."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import signal
@@ -10,30 +12,34 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from lm_eval.models.openai_completions import LocalCompletionsAPI
 from serving_app import KEY, serving
 
-from llama_jax import generate_text
+from llama_jax import generate, generate_text
 from llama_jax.__main__ import main
-from llama_jax.checkpoint import LanguageModel, save
+from llama_jax.checkpoint import LanguageModel, load, save
 from llama_jax.data.chat import ChatML
+from llama_jax.evaluation import HarnessLM, score
+from llama_jax.models import Compute, from_params
 from llama_jax.sampling import SamplingConfig, chat, complete
 from llama_jax.serving import Service
 from llama_jax.serving.requests import NOT_SERVED, Limits, completion, parsed
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+SHORT = {"prompt": "one", "max_tokens": 3, "temperature": 0}
 MESSAGES: list[Any] = [{"role": "user", "content": "one fish"}]
 
 
 @pytest.fixture(scope="module")
 def ai(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60) as found:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=300) as found:
         yield found
 
 
@@ -141,123 +147,136 @@ def test_chats_are_those_of_chat(ai: openai.OpenAI, lm: LanguageModel):
         ("/v1/nothing", {}, 404, "there is no /v1/nothing"),
     ],
 )
-@pytest.mark.parametrize("stream", [False, True])
 def test_mistakes_have_a_status_and_a_sentence(
-    client: httpx.Client, path: str, body: bytes | dict, status: int, words: str, stream: bool
+    client: httpx.Client, path: str, body: bytes | dict, status: int, words: str
 ):
-    if isinstance(body, dict):
-        body = json.dumps({"stream": stream, **body}).encode()
-    found = client.post(path, content=body)
-    assert (found.status_code, found.json()["error"]["type"]) == (
-        status,
-        "not_found_error" if status == 404 else "invalid_request_error",
-    )
-    assert words in found.json()["error"]["message"]
+    kind = "not_found_error" if status == 404 else "invalid_request_error"
+    for raw in (
+        [body] if isinstance(body, bytes) else [json.dumps({"stream": x, **body}).encode() for x in (False, True)]
+    ):
+        found = client.post(path, content=raw)
+        assert (found.status_code, found.json()["error"]["type"]) == (status, kind)
+        assert words in found.json()["error"]["message"]
 
 
-def test_nothing_is_answered_without_the_key_or_to_another_site(url: str):
+def test_nothing_is_answered_without_the_key_or_to_another_site(url: str, client: httpx.Client):
     body = {"prompt": "a", "max_tokens": 1}
-    for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}):
-        found = httpx.post(f"{url}{COMPLETIONS}", json=body, headers=header)
-        assert (found.status_code, found.json()["error"]["code"]) == (401, "invalid_api_key")
-    assert httpx.get(f"{url}/metrics").status_code == 401
-    right = {"Authorization": f"Bearer {KEY}"}
+    with httpx.Client(base_url=url, timeout=300) as stranger:
+        for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}):
+            found = stranger.post(COMPLETIONS, json=body, headers=header)
+            assert (found.status_code, found.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert stranger.get("/metrics").status_code == 401
+        assert stranger.get("/health").json() == {"status": "ok"}
     for header in ({"Host": "rebound.example"}, {"Origin": "http://elsewhere.example"}, {"Origin": "null"}):
-        assert httpx.post(f"{url}{COMPLETIONS}", json=body, headers=right | header).status_code == 403
-    found = httpx.post(f"{url}{COMPLETIONS}", json=body, headers=right | {"Origin": url})
+        assert client.post(COMPLETIONS, json=body, headers=header).status_code == 403
+    found = client.post(COMPLETIONS, json=body, headers={"Origin": url})
     assert found.status_code == 200
     assert "access-control-allow-origin" not in found.headers
-    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
 
 
-def test_streams_at_once_are_unmixed_and_clients_may_leave(url: str, served: tuple[str, Service], lm: LanguageModel):
-    prompts = [" ".join(["one", "two", "red", "blue"][(i >> k) % 4] for k in (0, 1, 2)) + " fish" for i in range(32)]
-    headers = {"Authorization": f"Bearer {KEY}"}
+def test_streams_at_once_are_unmixed_and_clients_may_leave(client: httpx.Client, served: tuple[str, Service]):
+    """The texts are those that the same requests get one after the other."""
+    bodies = [
+        {"prompt": f"{first} {second} fish", "max_tokens": 12 + i, "seed": i, "stream": True}
+        for i, (first, second) in enumerate(itertools.product(("one", "two", "red", "blue"), repeat=2))
+    ]
 
-    def run(i: int) -> str | None:
-        body = {"prompt": prompts[i], "max_tokens": 12 + i % 3, "seed": i, "stream": True}
-        with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
-            if i % 8 == 1:
-                assert client.post(COMPLETIONS, content=b"{").status_code == 400
-            with client.stream("POST", COMPLETIONS, json=body) as found:
-                assert found.status_code == 200
-                text = ""
-                for line in found.iter_lines():
-                    if not line or line == "data: [DONE]":
-                        continue
+    def run(i: int, *, leaves: bool = False) -> str | None:
+        text = ""
+        with client.stream("POST", COMPLETIONS, json=bodies[i]) as found:
+            assert found.status_code == 200
+            for line in found.iter_lines():
+                if line.startswith("data: {"):
                     text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
-                    if i % 8 == 3:
+                    if leaves:
                         return None
         return text
 
-    with concurrent.futures.ThreadPoolExecutor(32) as pool:
-        found = list(pool.map(run, range(32)))
-    for i, text in enumerate(found):
-        if text is not None:
-            alone = generate_text(lm, prompts[i], max_new_tokens=12 + i % 3, temperature=1.0, seed=i)
-            assert [text] == alone, i
+    def run_at_once(i: int) -> str | None:
+        if i % 8 == 1:
+            assert client.post(COMPLETIONS, content=b"{").status_code == 400
+        return run(i, leaves=i % 8 == 3)
+
+    alone = [run(i) for i in range(len(bodies))]
+    with concurrent.futures.ThreadPoolExecutor(len(bodies)) as pool:
+        together = list(pool.map(run_at_once, range(len(bodies))))
+    assert together == [None if i % 8 == 3 else text for i, text in enumerate(alone)]
+    assert len(set(alone)) == len(alone)
     until(lambda: not served[1].worker.busy)
 
 
-def test_a_client_that_leaves_frees_its_row_and_a_full_queue_refuses(lm: LanguageModel):
-    body = {"prompt": "one", "max_tokens": 3, "temperature": 0}
-    raw = json.dumps(body).encode()
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(raw)}\r\n\r\n"
-    with (
-        serving(lm, rows=1, max_queue=1, api_key=None) as (url, service),
-        concurrent.futures.ThreadPoolExecutor() as pool,
-    ):
-        held, step = threading.Event(), service.worker._engine.step
-        service.worker._engine.step = lambda: step() if held.wait(0.01) else []  # type: ignore[method-assign]
+def test_a_client_that_leaves_frees_its_row_and_a_full_queue_refuses(
+    client: httpx.Client, served: tuple[str, Service], lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+):
+    raw = json.dumps(SHORT).encode()
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+    head += f"Content-Length: {len(raw)}\r\n\r\n"
+    worker, held = served[1].worker, threading.Event()
+    step = worker._engine.step
+    monkeypatch.setattr(worker, "_rows", 1)
+    monkeypatch.setattr(worker, "_max_queue", 1)
+    monkeypatch.setattr(worker._engine, "step", lambda: step() if held.wait(0.01) else [])
+    before = metrics(client)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
         try:
-            with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0)) as first:
+            with socket.create_connection(("127.0.0.1", client.base_url.port or 0)) as first:
                 first.sendall(head.encode() + raw)
-                until(lambda: service.worker.num_running == 1)
-                second = pool.submit(httpx.post, f"{url}{COMPLETIONS}", json=body, timeout=60)
-                until(lambda: service.worker.num_waiting == 1)
-                third = httpx.post(f"{url}{COMPLETIONS}", json=body, timeout=60)
+                until(lambda: worker.num_running == 1)
+                second = pool.submit(client.post, COMPLETIONS, json=SHORT)
+                until(lambda: worker.num_waiting == 1)
+                third = client.post(COMPLETIONS, json=SHORT)
                 assert (third.status_code, third.headers["retry-after"]) == (429, "1")
                 assert third.json()["error"]["type"] == "rate_limit_error"
-            until(lambda: service.worker.num_waiting == 0)  # the second has the row of the first
+            until(lambda: worker.num_waiting == 0)  # the second has the row of the first
         finally:
             held.set()
-        expected = generate_text(lm, "one", max_new_tokens=3, temperature=0)
-        assert second.result().json()["choices"][0]["text"] == expected[0]
-        assert 'status="499"} 1' in httpx.get(f"{url}/metrics").text
+        assert [second.result().json()["choices"][0]["text"]] == generate_text(
+            lm, "one", max_new_tokens=3, temperature=0
+        )
+    left = 'llama_jax_requests_total{path="/v1/completions",status="499"}'
+    assert metrics(client)[left] - before.get(left, 0) == 1
 
 
-def test_an_engine_that_fails_is_replaced(lm: LanguageModel, caplog: pytest.LogCaptureFixture):
-    with serving(lm, api_key=None) as (url, service):
-        service.worker._engine.step = lambda: 1 / 0  # type: ignore[method-assign]
-        body = {"prompt": "one", "max_tokens": 3, "temperature": 0}
-        failed = httpx.post(f"{url}{COMPLETIONS}", json=body)
-        assert (failed.status_code, failed.json()["error"]["type"]) == (500, "server_error")
-        assert "ZeroDivisionError" in caplog.text
-        assert httpx.post(f"{url}{COMPLETIONS}", json=body, timeout=60).status_code == 200
+def test_an_engine_that_fails_is_replaced(
+    client: httpx.Client, served: tuple[str, Service], caplog: pytest.LogCaptureFixture
+):
+    served[1].worker._engine.step = lambda: 1 / 0  # type: ignore[method-assign]
+    failed = client.post(COMPLETIONS, json=SHORT)
+    assert (failed.status_code, failed.json()["error"]["type"]) == (500, "server_error")
+    assert "ZeroDivisionError" in caplog.text
+    assert client.post(COMPLETIONS, json=SHORT).status_code == 200
 
 
-def test_a_server_that_stops_refuses(lm: LanguageModel):
-    with serving(lm, api_key=None) as (url, service):
-        service.worker.draining = True
-        found = httpx.post(f"{url}{COMPLETIONS}", json={"prompt": "one"})
-        assert (found.status_code, found.headers["retry-after"]) == (503, "10")
-        assert httpx.get(f"{url}/health").status_code == 503
+@pytest.mark.parametrize(("state", "word"), [("draining", "stopping"), ("ended", "failed")])
+def test_a_server_that_stops_refuses(
+    client: httpx.Client, served: tuple[str, Service], monkeypatch: pytest.MonkeyPatch, state: str, word: str
+):
+    monkeypatch.setattr(served[1].worker, state, True)
+    found = client.post(COMPLETIONS, json=SHORT)
+    assert (found.status_code, found.headers["retry-after"]) == (503, "10")
+    found = client.get("/health")
+    assert (found.status_code, found.json()) == (503, {"status": word})
 
 
-def test_metrics_count_what_was_done(lm: LanguageModel):
-    with serving(lm, api_key=None, rows=3) as (url, _):
-        body = {"prompt": [[1, 2, 3], [4, 5]], "max_tokens": 6, "ignore_eos": True}
-        assert httpx.post(f"{url}{COMPLETIONS}", json=body, timeout=60).status_code == 200
-        assert httpx.post(f"{url}{COMPLETIONS}", json={}).status_code == 400
-        found = httpx.get(f"{url}/metrics").text
-    samples = dict(line.rsplit(" ", 1) for line in found.splitlines() if not line.startswith("#"))
-    assert samples['llama_jax_requests_total{path="/v1/completions",status="200"}'] == "1"
-    assert samples['llama_jax_requests_total{path="/v1/completions",status="400"}'] == "1"
-    assert (samples["llama_jax_prompt_tokens_total"], samples["llama_jax_generated_tokens_total"]) == ("5", "12")
-    assert (samples["llama_jax_rows"], samples["llama_jax_rows_running"]) == ("3", "0")
-    assert samples["llama_jax_time_to_first_token_seconds_count"] == "2"
-    assert samples['llama_jax_time_to_first_token_seconds_bucket{le="+Inf"}'] == "2"
-    assert samples["llama_jax_time_between_tokens_seconds_count"] == "10"
+def metrics(client: httpx.Client) -> dict[str, float]:
+    lines = client.get("/metrics").text.splitlines()
+    return {name: float(x) for name, x in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+
+
+def test_metrics_count_what_was_done(client: httpx.Client):
+    before = metrics(client)
+    body = {"prompt": [[1, 2, 3], [4, 5]], "max_tokens": 6, "ignore_eos": True}
+    assert client.post(COMPLETIONS, json=body).status_code == 200
+    assert client.post(COMPLETIONS, json={}).status_code == 400
+    after = metrics(client)
+    grown = {name.removeprefix("llama_jax_"): x - before.get(name, 0) for name, x in after.items()}
+    assert grown['requests_total{path="/v1/completions",status="200"}'] == 1
+    assert grown['requests_total{path="/v1/completions",status="400"}'] == 1
+    assert (grown["prompt_tokens_total"], grown["generated_tokens_total"]) == (5, 12)
+    assert (after["llama_jax_rows"], after["llama_jax_rows_running"]) == (4, 0)
+    assert grown["time_to_first_token_seconds_count"] == 2
+    assert grown['time_to_first_token_seconds_bucket{le="+Inf"}'] == 2
+    assert grown["time_between_tokens_seconds_count"] == 10
 
 
 def test_log_probabilities_are_those_of_the_model(ai: openai.OpenAI, lm: LanguageModel):
@@ -287,6 +306,75 @@ def test_log_probabilities_are_those_of_the_model(ai: openai.OpenAI, lm: Languag
     assert [len(entry.top_logprobs) for entry in content] == [2] * len(content)
     assert "".join(entry.token for entry in content) == chatted.message.content
     assert all(entry.top_logprobs[0].logprob == pytest.approx(entry.logprob) for entry in content)
+
+
+def test_prompts_are_scored_as_lm_eval_asks_for(client: httpx.Client, lm: LanguageModel):
+    """Its `local-completions` gives the log-likelihoods of our own `LM`."""
+    asks: Any = object.__new__(LocalCompletionsAPI)  # its __init__ needs packages for what is not used here
+    asks.model = "fish"
+    pairs = [([1, 20, 33], [50, 7]), ([9], [4]), ([7, 7, 30, 2, 9, 11], [5, 60, 61, 62])]
+    pairs.append(([3, 8], greedy := generate(lm, [[3, 8]], max_new_tokens=3)[0, 2:].tolist()))
+    outputs = client.post(COMPLETIONS, json=asks._create_payload([a + b for a, b in pairs], generate=False)).json()
+    found = asks.parse_logprobs(outputs, ctxlens=[len(a) for a, _ in pairs])
+    expected = HarnessLM(lm)._loglikelihood_tokens([(None, *pair) for pair in pairs])
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
+    assert [is_greedy for _, is_greedy in found] == [is_greedy for _, is_greedy in expected] == [False] * 3 + [True]
+    assert len(greedy) == 3
+    body = {"prompt": [[3, 8], [9]], "echo": True, "logprobs": 0, "max_tokens": 0}
+    logprobs = [choice["logprobs"] for choice in client.post(COMPLETIONS, json=body).json()["choices"]]
+    assert [found["top_logprobs"] for found in logprobs] == [[None, {}], [None]]
+    assert logprobs[0]["token_logprobs"][1] == pytest.approx(score(lm, [[3]], [[8]])[0][0], abs=1e-4)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_is_echoed_with_its_log_probabilities(ai: openai.OpenAI, lm: LanguageModel, stream: bool):
+    """With and without new tokens after it: they are those of the whole text, and nothing is before its first token."""
+    assert lm.tokenizer is not None
+    ids = lm.tokenizer.encode_prompt("red fish")
+    (new,) = complete(lm, ["red fish"], SamplingConfig(max_new_tokens=2, temperature=0, logprobs=3))
+    (scores,) = score(lm, [ids[:1]], [[*ids[1:], *new.token_ids]])
+    for max_tokens in (0, 2):
+        options: dict[str, Any] = {"model": "fish", "prompt": "red fish", "echo": True, "logprobs": 3, "temperature": 0}
+        answer: Any = ai.completions.create(**options, max_tokens=max_tokens, stream=stream)
+        choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+        count = len(ids) + max_tokens
+        assert "".join(choice.text for choice in choices) == "red fish" + (new.completion if max_tokens else "")
+        assert choices[-1].finish_reason == "length"
+        logprobs = [choice.logprobs for choice in choices if choice.logprobs]
+        found, tops, tokens, offsets = (
+            [x for part in logprobs for x in getattr(part, name)]
+            for name in ("token_logprobs", "top_logprobs", "tokens", "text_offset")
+        )
+        assert (found[0], tops[0], len(found)) == (None, None, count)
+        assert found[1:] == pytest.approx(scores[: count - 1], abs=1e-4)
+        assert all(
+            1 <= len(top) <= 3 and max(top.values()) >= own for own, top in zip(found[1:], tops[1:], strict=True)
+        )
+        assert offsets == [len("".join(tokens[:i])) for i in range(count)]
+        if not stream:
+            assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), max_tokens)
+
+
+def test_an_encoder_decoder_answers_and_scores_no_prompt(lm: LanguageModel, random_params: Callable):
+    config: Any = load(Path(__file__).parent.parent / "parity" / "goldens" / "t5_v1_0").config
+    assert lm.tokenizer is not None
+    config = dataclasses.replace(config, vocab_size=lm.tokenizer.vocab_size)
+    model = from_params(config, random_params(config), Compute(dtype="float32"), None)
+    t5 = LanguageModel(config, model, lm.tokenizer)
+    with serving(t5, rows=2, max_model_len=32) as (url, _), httpx.Client(base_url=url, timeout=300) as client:
+        client.headers["Authorization"] = f"Bearer {KEY}"
+        prompts = ["one fish", "red fish, blue fish"]
+        body = {"prompt": prompts, "max_tokens": 31, "temperature": 0}  # as many as fit, whatever the prompt's length
+        found = client.post(COMPLETIONS, json=body).json()
+        assert [x["text"] for x in found["choices"]] == generate_text(t5, prompts, max_new_tokens=31, temperature=0)
+        for wrong, words in (
+            ({"echo": True, "logprobs": 1}, "does not predict its prompt"),
+            ({"max_tokens": 32}, "take at most 31"),
+            ({"prompt": "fish" * 40}, "shorten the prompt"),
+        ):
+            refused = client.post(COMPLETIONS, json=body | wrong)
+            assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request_error")
+            assert words in refused.json()["error"]["message"]
 
 
 def test_answers_obey_their_format(ai: openai.OpenAI):
@@ -327,32 +415,40 @@ def test_models(ai: openai.OpenAI):
         ai.models.retrieve("bird")
 
 
-def until(holds, seconds: float = 30.0) -> None:
+def until(holds, seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.01)
 
 
-def test_the_page_needs_no_network_and_shows_text_as_text(url: str):
-    found = httpx.get(url)
+def test_the_page_needs_no_network_and_shows_text_as_text(client: httpx.Client):
+    found = client.get("/")
     page = found.text
     assert found.headers["content-type"].startswith("text/html")
     assert "frame-ancestors 'none'" in found.headers["content-security-policy"]
     assert not re.search(r"https?://|innerHTML|insertAdjacentHTML|document\.write|eval\(", page)
 
 
-@pytest.mark.slow
-def test_sigterm_finishes_what_runs_and_exits_with_0(lm: LanguageModel, tmp_path: Path):
-    save(lm, tmp_path / "fish")
-    command = [sys.executable, "-m", "llama_jax", "serve", str(tmp_path / "fish"), "--port", "0", "--rows", "1"]
+@contextlib.contextmanager
+def process_of(lm: LanguageModel, folder: Path) -> Iterator[tuple[subprocess.Popen, httpx.Client]]:
+    save(lm, folder / "fish")
+    command = [sys.executable, "-m", "llama_jax", "serve", str(folder / "fish"), "--port", "0", "--rows", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         found = re.search(r"serving fish at (\S+)/v1", process.stdout.readline())
         assert found is not None
-        url, text = found[1], ""
+        with httpx.Client(base_url=found[1], timeout=300) as client:
+            yield process, client
+
+
+@pytest.mark.slow
+def test_sigterm_finishes_what_runs_and_exits_with_0(lm: LanguageModel, tmp_path: Path):
+    with process_of(lm, tmp_path) as (process, client):
+        assert process.stdout is not None
+        text = ""
         body = {"prompt": "red", "max_tokens": 100, "ignore_eos": True, "temperature": 0, "stream": True}
-        with httpx.stream("POST", f"{url}{COMPLETIONS}", json=body, timeout=60) as answer:
+        with client.stream("POST", COMPLETIONS, json=body) as answer:
             for line in answer.iter_lines():
                 if not text:
                     process.send_signal(signal.SIGTERM)
@@ -361,6 +457,21 @@ def test_sigterm_finishes_what_runs_and_exits_with_0(lm: LanguageModel, tmp_path
                     text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
         assert [text] == generate_text(lm, "red", max_new_tokens=100, temperature=0, ignore_eos=True)
         assert process.wait(60) == 0
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_at_once(lm: LanguageModel, tmp_path: Path):
+    with process_of(lm, tmp_path) as (process, client), concurrent.futures.ThreadPoolExecutor() as pool:
+        assert process.stdout is not None
+        many = {"prompt": ["red"] * 60, "n": 128, "max_tokens": 100, "ignore_eos": True}
+        answer = pool.submit(client.post, COMPLETIONS, json=many)
+        until(lambda: metrics(client)["llama_jax_rows_running"] > 0)
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline().startswith("stopping: ")
+        assert client.get("/health").status_code == 503  # it waits for the texts
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 128 + signal.SIGTERM
+        assert isinstance(answer.exception(10), httpx.TransportError)
 
 
 def test_serve_refuses_before_it_loads(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
