@@ -13,7 +13,7 @@ from llama_jax.checkpoint import LanguageModel, load
 from llama_jax.config import UserError
 from llama_jax.models import DecoderConfig, Model
 from llama_jax.parallel import make_mesh
-from llama_jax.sampling import Encoded, SamplingConfig, complete_encoded, generate, generate_text
+from llama_jax.sampling import Encoded, SamplingConfig, completed, generate, generate_text
 
 HERE = Path(__file__).parent
 GOLDENS = json.loads((HERE / "beam_goldens.json").read_text())
@@ -33,7 +33,8 @@ def test_sequences_and_scores_are_those_of_transformers(number: int, tmp_path: P
     options: dict[str, Any] = {"max_new_tokens": GOLDENS["new"], **arguments}
     eos, samples = GOLDENS["eos"][: options.pop("eos")], options.get("num_samples", 1)
     encoded = [Encoded(prompt, tuple(eos)) for prompt in GOLDENS["prompts"]]
-    texts = complete_encoded(lm, ["", ""], encoded, SamplingConfig.of(**options))
+    groups = completed(lm, ["", ""], encoded, [SamplingConfig.of(**options)] * 2)
+    texts = [text for group in groups for text in group]
     assert [text.token_ids for text in texts] == [sequence for sequence, _ in expected]
     np.testing.assert_allclose([text.score for text in texts], [score for _, score in expected], rtol=1e-5)
     found = generate(lm, GOLDENS["prompts"], eos_id=eos, **options)  # rows of different lengths
