@@ -67,6 +67,12 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+def pytest_collection_finish() -> None:
+    """Leave modules and tests out of every later garbage collection: they are most objects, and stay to the end."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _few_mappings() -> Iterator[None]:
     """A process may map 65,530 pieces of memory (Linux's vm.max_map_count) and XLA's CPU programs take several each.

@@ -313,9 +313,14 @@ def test_keys_and_flags_in_any_order():
 @pytest.mark.parametrize("start", [["train.py"], ["-m", "llama_jax", "train"]], ids=" ".join)
 def test_the_allocator_s_settings(start: list[str], tmp_path: Path):
     """`train` has them however it is started, once; a debugger, a notebook and other commands do not."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    code = "import os, sys\nprint(os.environ.get('GLIBC_TUNABLES'), sys._xoptions)\nraise SystemExit(7)\n"
+    (packages / "jax.py").write_text(code)  # imported once the settings are decided, and sooner than JAX itself
     config = tmp_path / "config.py"
-    config.write_text("import os, sys\nprint(os.environ.get('GLIBC_TUNABLES'), sys._xoptions)\nraise SystemExit(7)\n")
+    config.write_text("import jax\n")
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(packages), *filter(None, [os.environ.get("PYTHONPATH")])])
 
     def started(*before: str, **more: str) -> str:
         command = [sys.executable, *before, *start, str(config)]
