@@ -291,7 +291,8 @@ class CheatModule(RunningMeanModule):
 def test_a_mixer_that_cheats_leaves_nothing_behind(tmp_path: Path):
     texts = tiny_run.write_texts(tmp_path / "texts")
     keys = {"data.path": (str(texts),), "data.cache_dir": str(tmp_path / "cache"), "logging.sample_prompts": ()}
-    config = llama_jax.override(tiny_run.get_config(), keys | {"model.attention": Cheat()}, (Cheat,))
+    keys |= {"model.attention": Cheat(), "compute.preflight": True}
+    config = llama_jax.override(tiny_run.get_config(), keys, (Cheat,))
     with pytest.raises(llama_jax.UserError, match="attention=Cheat lets a token see later tokens of its row"):
         llama_jax.train(config, tmp_path / "run", components=(Cheat,))
     assert not (tmp_path / "run").exists()

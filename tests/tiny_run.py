@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llama_jax.checkpoint import CheckpointConfig
 from llama_jax.data import DataConfig
-from llama_jax.models import DecoderConfig
+from llama_jax.models import Compute, DecoderConfig
 from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU
 from llama_jax.run import LoggingConfig, RunConfig
 from llama_jax.tokenizers import TokenizerConfig
@@ -42,6 +42,7 @@ def get_config() -> RunConfig:
         num_steps=12,
         global_batch_size=8,
         sequence_length=32,
+        compute=Compute(preflight=False),  # tests of it turn it on: its programs cost more than the run's
         checkpoint=CheckpointConfig(every_steps=4),
         logging=LoggingConfig(every_steps=1, validate_every_steps=6, sample_prompts=("the cat",)),
     )

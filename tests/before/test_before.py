@@ -45,7 +45,8 @@ def test_a_run_is_read_and_continued(stopped: str, expected: dict[str, Any]):
     run = llama_jax.open_run("run")
     assert read_stopped(run, STOPPED) == expected[stopped]["stopped"]
 
-    run = llama_jax.train(run.config, "run")
+    quick = {"compute.preflight": False, "logging.sample_prompts": ()}
+    run = llama_jax.train(llama_jax.override(run.config, quick), "run")
     final = run.load(step=LAST).model.params()
     assert final.keys() == expected[stopped]["means"].keys()
     for name, value in final.items():

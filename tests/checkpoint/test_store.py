@@ -14,7 +14,7 @@ import pytest
 
 from llama_jax.checkpoint import CheckpointConfig, CheckpointStore, SaveFailed, to_disk
 from llama_jax.config import UserError
-from llama_jax.models import DecoderConfig, abstract_params, initialize
+from llama_jax.models import DecoderConfig, abstract_params
 from llama_jax.parallel import distributed, make_mesh
 from llama_jax.training import AdamW, TrainState, init_state
 
@@ -140,7 +140,7 @@ def saved(two_layers: DecoderConfig, tmp_path_factory: pytest.TempPathFactory) -
     for mesh in MESHES:
         folder = folders[str(mesh)] = tmp_path_factory.mktemp("store")
         with entered(mesh), opened(folder, CheckpointConfig()) as store:
-            state = jax.jit(init_state)(initialize(two_layers, 0), HYPER)
+            state = abstract_state(two_layers)
             rng = np.random.default_rng(0)
             noise = lambda x: jax.device_put(rng.normal(size=x.shape).astype(x.dtype), x.sharding)  # noqa: E731, B023
             store.save(TrainState(jnp.int32(7), *jax.tree.map(noise, (state.params, state.opt_state))))

@@ -49,7 +49,7 @@ class Processes:
             "num-processes": count,
         } | {name.replace("__", "."): value for name, value in options.items()}
         # Compiling takes longer than these steps do.
-        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
+        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
         self.all = [
             subprocess.Popen(
                 [sys.executable, HERE / "driver.py", self.folder, moment, ROOT / "tests" / "tiny_run.py"]

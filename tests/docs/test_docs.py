@@ -112,7 +112,7 @@ def test_readme_example_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         "model.hidden_size": 16, "model.num_layers": 1, "model.max_positions": 64, "num_steps": 2,
         "global_batch_size": 8, "sequence_length": 16, "data.path": [str(texts)], "data.validation_fraction": 0.2,
         "data.exclude": [], "data.cache_dir": str(tmp_path / "cache"), "tokenizer.vocab_size": 300,
-        "logging.sample_prompts": [],
+        "logging.sample_prompts": [], "compute.preflight": False,
     }  # fmt: skip
     load_config = llama_jax.load_config
     monkeypatch.setattr(llama_jax, "load_config", lambda *args: llama_jax.override(load_config(*args), shrunk))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
+from first_values import first_values
 
 import llama_jax
 from llama_jax.config import UserError
@@ -210,7 +211,7 @@ def test_adapters_are_split_as_their_weights():
             weight, a, b = (params[f"layers.{name}.{end}"].sharding.spec for end in ("weight", "lora_a", "lora_b"))
             inputs = len(a) - 2
             assert tuple(weight) == (*a[: inputs + 1], *b[2:])
-        values = with_random_adapters(config, initialize(config, 0))
+        values = with_random_adapters(config, first_values(config))
         merged = merge_adapters(config, values)[1]
         assert (
             merged["layers.attention.q_proj.weight"].sharding.spec

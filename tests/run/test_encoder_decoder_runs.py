@@ -63,6 +63,7 @@ def config(run_config: RunConfig) -> RunConfig:
             "mesh.tensor": 2,
             "optimizer.warmup_steps": 4,
             "optimizer.learning_rate": 1e-2,
+            "compute.preflight": False,  # tests/run/test_translation.py has it
         },
     )
 

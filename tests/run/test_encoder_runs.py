@@ -17,6 +17,7 @@ from llama_jax.config import UserError
 from llama_jax.data import DataConfig, ValidationBatches
 from llama_jax.data.objectives import Classification, MaskedLM
 from llama_jax.evaluation import evaluate
+from llama_jax.models import Compute
 from llama_jax.run import LoggingConfig, Run, RunConfig, train
 from llama_jax.run.preparing import inheritance
 from llama_jax.tokenizers import TokenizerConfig
@@ -61,6 +62,7 @@ def pretraining(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         num_steps=NUM_STEPS,
         global_batch_size=8,
         sequence_length=48,
+        compute=Compute(preflight=False),
         checkpoint=CheckpointConfig(every_steps=2),
         logging=LoggingConfig(every_steps=1),
     )

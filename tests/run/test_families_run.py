@@ -73,7 +73,8 @@ def run_of(name: str, run_config: RunConfig) -> RunConfig:
         config = dataclasses.replace(config, data=data, tokenizer=tokenizer, sequence_length=32, global_batch_size=8)
     config = dataclasses.replace(config, model=model_of(name), num_steps=4)
     steps = {"checkpoint.every_steps": 2, "optimizer.warmup_steps": 1, "logging.every_steps": 1}
-    return override(config, steps | {"logging.validate_every_steps": 4, "logging.sample_prompts": ("the cat",)})
+    steps |= {"logging.validate_every_steps": 4, "logging.sample_prompts": ("the cat",), "compute.preflight": True}
+    return override(config, steps)
 
 
 @pytest.mark.parametrize("name", slow_except("tiny_lstm"))

@@ -291,7 +291,7 @@ def test_a_kernel_that_disagrees_does_not_start(run_config: RunConfig, tmp_path:
         return kernels.blockwise_attention(q, k, v, dataclasses.replace(mask, segment_ids=None), scale=scale)
 
     monkeypatch.setitem(kernels.KERNELS, "blockwise", kernels.Kernel(ignores_documents))
-    config = override(run_config, {"compute.attention_kernel": "blockwise", "seed": 77})
+    config = override(run_config, {"compute.attention_kernel": "blockwise", "compute.preflight": True})
     with pytest.raises(RunFailed, match="attention kernel 'blockwise' disagrees with the reference"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text()

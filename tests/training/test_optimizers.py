@@ -11,10 +11,11 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
+from first_values import first_values
 
 from llama_jax.checkpoint import from_disk, to_disk
 from llama_jax.config import UserError, override, to_json
-from llama_jax.models import DecoderConfig, abstract_params, initialize
+from llama_jax.models import DecoderConfig, abstract_params
 from llama_jax.nn import Experts, SoftmaxTopK
 from llama_jax.parallel import make_mesh
 from llama_jax.planning.local import optimizer_bytes
@@ -145,7 +146,7 @@ def test_same_on_a_mesh_and_sharded_like_the_parameters(small: DecoderConfig, op
     for mesh in ({}, {"fsdp": 2, "tensor": 2, "expert": 2}):
         with jax.set_mesh(make_mesh(mesh, jax.devices()[: 8 if mesh else 1])):
             hyper = optimizer.hyper(10)
-            state = jax.jit(init_state)(initialize(small, 0), hyper)
+            state = jax.jit(init_state)(first_values(small), hyper)
             before = jax.tree.map(lambda x: x.sharding, state.opt_state)
             for i in range(2):
                 state = updated(state, hyper, jnp.float32(i))
@@ -171,7 +172,7 @@ def test_other_numbers_compile_nothing(tiny_config: DecoderConfig, optimizer: Op
         if type(getattr(optimizer, field.name)) is float
     }
     other = dataclasses.replace(optimizer, **changed, warmup_steps=1).hyper(20, seed=3)
-    state = init_state(initialize(tiny_config, 0), optimizer.hyper(10))
+    state = init_state(first_values(tiny_config), optimizer.hyper(10))
     first = updated(state, optimizer.hyper(10), jnp.float32(0))
     size = updated._cache_size()
     second = updated(state, other, jnp.float32(0))
@@ -181,7 +182,7 @@ def test_other_numbers_compile_nothing(tiny_config: DecoderConfig, optimizer: Op
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=ids)
 def test_state_is_saved_by_name(tiny_config: DecoderConfig, optimizer: Optimizer):
-    state = init_state(initialize(tiny_config, 0), optimizer.hyper(10))
+    state = init_state(first_values(tiny_config), optimizer.hyper(10))
     state = dataclasses.replace(state, opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))
     flat = to_disk(state)
     assert len(flat) == len(jax.tree.leaves(state))

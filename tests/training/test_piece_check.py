@@ -212,8 +212,15 @@ def with_mixer(tiny_config: DecoderConfig):
     return lambda mixer: dataclasses.replace(tiny_config, hidden_size=32, attention=mixer, feed_forward=None)
 
 
-@pytest.mark.parametrize("cheat", CHEATS)
-@pytest.mark.parametrize("mesh", MESHES, ids=["one device", "mesh"])
+# One that only its gradient gives away, one that only its values do, and one that reads the documents.
+ON_A_MESH = ("the next token", "a choice by the next token", "the next document")
+
+
+@pytest.mark.parametrize(
+    ("cheat", "mesh"),
+    [*((cheat, MESHES[0]) for cheat in CHEATS), *((cheat, MESHES[1]) for cheat in ON_A_MESH)],
+    ids=lambda value: value if isinstance(value, str) else "mesh" if value == MESHES[1] else "one device",
+)
 def test_a_mixer_that_sees_later_tokens_is_refused(cheat: str, mesh: dict[str, int], with_mixer):
     with pytest.raises(UserError, match=r"attention=Toy lets a token see later tokens .* compute\.preflight=false"):
         check(with_mixer(Toy(cheat)), mesh)

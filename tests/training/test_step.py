@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from first_values import first_values
 
-from llama_jax.models import Compute, DecoderConfig, initialize
+from llama_jax.models import Compute, DecoderConfig
 from llama_jax.nn import Experts, SoftmaxTopK
 from llama_jax.parallel import make_mesh
 from llama_jax.run.training import to_devices
@@ -60,7 +61,7 @@ def run(
     devices = jax.devices() if mesh else jax.devices()[:1]
     step = make_train_step(config, compute or Compute(loss_chunk=4), accumulation_steps=parts)
     with jax.set_mesh(make_mesh(mesh or {}, devices)):
-        state = jax.jit(init_state)(initialize(config, 0), HYPER)
+        state = jax.jit(init_state)(first_values(config), HYPER)
         seen = []
         for i in range(steps):
             state, metrics = step(state, to_devices(batch_of(i), range(ROWS), ROWS), HYPER)
@@ -132,7 +133,7 @@ def test_unrolled_layer_and_tied_head_on_a_mesh(tiny_config: DecoderConfig):
 
 
 def start(config: DecoderConfig) -> TrainState:
-    return jax.jit(init_state)(initialize(config, 0), HYPER)
+    return jax.jit(init_state)(first_values(config), HYPER)
 
 
 def test_loss_is_the_mean_over_targets(tiny_config: DecoderConfig):
@@ -209,7 +210,7 @@ def test_overfits_one_batch(tiny_config: DecoderConfig):
 def test_overfits_one_batch_with_each(tiny_config: DecoderConfig):
     for optimizer in (Lion(1e-2, 5), SGD(0.3, 5, weight_decay=0.0), Adafactor(0.1, 5), Muon(0.03, 5)):
         step, hyper = make_train_step(tiny_config, Compute()), optimizer.hyper(60)
-        state, batch, losses = jax.jit(init_state)(initialize(tiny_config, 0), hyper), batch_of(), []
+        state, batch, losses = jax.jit(init_state)(first_values(tiny_config), hyper), batch_of(), []
         for _ in range(60):
             state, metrics = step(state, batch, hyper)
             losses.append(float(metrics["loss"]))

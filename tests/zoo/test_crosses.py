@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from first_values import first_values
 from flax import nnx
 
 from llama_jax.config import UserError
@@ -89,7 +90,7 @@ def step(config: DecoderConfig, mesh: dict[str, int]) -> tuple[float, dict[str, 
     """Loss of a step on the mesh, and the first moments that it leaves: the gradient, clipped, times a constant."""
     hyper = AdamW(learning_rate=1e-2, warmup_steps=0).hyper(10)
     with jax.set_mesh(make_mesh(mesh, jax.devices()[: 8 if mesh else 1])):
-        state = jax.jit(init_state)(initialize(config, 0), hyper)
+        state = jax.jit(init_state)(first_values(config), hyper)
         batch = to_devices(batch_of(), range(ROWS), ROWS)
         state, metrics = make_train_step(config, Compute(loss_chunk=4))(state, batch, hyper)
         return float(metrics["loss"]), {name: np.asarray(value) for name, value in state.opt_state[1].mu.items()}
