@@ -68,9 +68,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave modules and tests out of every later garbage collection: they are most objects, and stay to the end."""
+    """Leave modules and tests out of every later garbage collection, and collect rarely: tracing makes many objects."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -140,7 +140,10 @@ class CheckpointStore:
             metrics = {"val_loss": val_loss}
             self._measured[step] = val_loss
         self._settle()
-        with self._save_errors(step):
+        context = ocp.Context()
+        # Replicas of a small array would each write a slice of it, and compile it.
+        context.array.saving.min_slice_bytes_for_replica_parallel = 1 << 20
+        with context, self._save_errors(step):
             # Forced, or Orbax skips a save while the one before it is still being written.
             response = self._orbax.save_checkpointables_async(
                 step, {_STATE: to_disk(state)}, metrics=metrics, force=True

@@ -34,7 +34,7 @@ class Start:
         self._process = subprocess.Popen(
             [sys.executable, HERE / "driver.py", moment, ROOT / "tests" / "tiny_run.py"]
             + [f"--{key}={value}" for key, value in options.items()],
-            env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
+            env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
