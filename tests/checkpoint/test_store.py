@@ -140,7 +140,8 @@ def saved(two_layers: DecoderConfig, tmp_path_factory: pytest.TempPathFactory) -
     for mesh in MESHES:
         folder = folders[str(mesh)] = tmp_path_factory.mktemp("store")
         with entered(mesh), opened(folder, CheckpointConfig()) as store:
-            state = abstract_state(two_layers)
+            zeros = lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding)  # noqa: E731
+            state = jax.jit(init_state)({name: zeros(a) for name, a in abstract_params(two_layers).items()}, HYPER)
             rng = np.random.default_rng(0)
             noise = lambda x: jax.device_put(rng.normal(size=x.shape).astype(x.dtype), x.sharding)  # noqa: E731, B023
             store.save(TrainState(jnp.int32(7), *jax.tree.map(noise, (state.params, state.opt_state))))
