@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from llama_jax.nn.base import FeedForward, FeedForwardModule, ForwardContext, check_at_least, check_rate, dropout
-from llama_jax.nn.parameters import Projection, child, project
+from llama_jax.nn.parameters import Projection, child, joined_products
 
 Activation = Literal["relu", "relu_squared", "gelu", "gelu_tanh", "silu", "tanh"]
 ACTIVATIONS = {
@@ -112,6 +112,6 @@ class FeedForwardProjections(FeedForwardModule):
         self, x: Float[Array, "b t d"], *, ctx: ForwardContext
     ) -> tuple[Float[Array, "b t d"], dict[str, jax.Array]]:
         activation = ACTIVATIONS[self.config.activation]
-        *gate, up = project(x, *self.same_inputs)
+        *gate, up = joined_products(x, *self.same_inputs) or [projection(x) for projection in self.same_inputs]
         h = activation(gate[0]) * up if gate else activation(up)
         return self.down_proj(dropout(h, self.config.dropout, ctx, "feed_forward", ("batch", "sequence", "mlp"))), {}

@@ -212,11 +212,10 @@ def join(*projections: Projection, dtype: DTypeLike) -> None:
     projections[0].joined = nnx.Variable(jnp.concatenate(matrices, 1))
 
 
-def project(x: jax.Array, *projections: Projection) -> list[jax.Array]:
-    """Return what each projection makes of the same inputs [B, T, *in_dims]; where they are joined, by one product."""
-    first = projections[0]
-    if first.joined is None:
-        return [projection(x) for projection in projections]
+def joined_products(x: jax.Array, *projections: Projection) -> list[jax.Array] | None:
+    """Return what joined projections make of the same inputs [B, T, *in_dims], by one product; None of others."""
+    if (first := projections[0]).joined is None:
+        return None
     x = x.reshape(*x.shape[: x.ndim - len(first.in_shape)], -1)
     y = multiplied(x, first.joined, 1)
     y = matmul(x, first.joined[...].astype(x.dtype)) if y is None else y.astype(x.dtype)

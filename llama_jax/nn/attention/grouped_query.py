@@ -22,7 +22,7 @@ from llama_jax.nn.base import (
     known_heads,
 )
 from llama_jax.nn.norms import Norm
-from llama_jax.nn.parameters import Projection, child, project
+from llama_jax.nn.parameters import Projection, child, joined_products
 from llama_jax.nn.rope import Rope, known_rope
 from llama_jax.parallel import shard
 
@@ -166,7 +166,8 @@ class GroupedQueryModule(_Projections, MixerModule):
         config = self.config
         if config.window is not None:
             ctx = ctx.with_mask(window=config.window)
-        q_BTNH, k_BTKH, v_BTKH = project(x, *self.same_inputs)
+        products = joined_products(x, *self.same_inputs) or [projection(x) for projection in self.same_inputs]
+        q_BTNH, k_BTKH, v_BTKH = products
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if (rope := config.rope) is not None:
