@@ -132,11 +132,6 @@ class Engine:
         return not (self._waiting or self._job or self._batch)
 
     @property
-    def num_rows(self) -> int:
-        """The most rows that are continued together."""
-        return self._most
-
-    @property
     def num_waiting(self) -> int:
         """The number of requests, or samples of them, that have no row yet."""
         return len(self._waiting) + (len(self._job.pending) if self._job else 0)
