@@ -129,7 +129,7 @@ assert textbook.best_segmentation("ababc", probabilities) == max(every, key=ever
 assert math.isclose(textbook.loss({"ababc": 1}, probabilities), -math.log(sum(every.values())))
 
 # %% [markdown]
-# Which pieces there should be and how probable they are is learned in rounds. Expectation-maximization counts each
+# Which pieces there should be and how probable they are is learned in rounds. Expectation-maximization (EM) counts each
 # piece as often as it is expected over all segmentations and makes these counts the new probabilities: the loss, the
 # negative logarithm of the text's likelihood, never rises. Then the pieces that matter least are dropped.
 
@@ -151,13 +151,13 @@ print(f"pieces after each round: {', '.join(str(len(p)) for p in rounds)}")
 assert len(rounds[-1]) == 60
 
 # %%
-fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+fig, (left, right) = plt.subplots(1, 2, figsize=(7, 3.3), sharey=True, layout="constrained")
 left.plot(range(len(steps)), step_losses, "o-", markersize=4)
-left.set(title=f"Expectation-maximization, all {len(seed)} pieces", xlabel="step", ylabel="loss (nats per word)")
+left.set(title=f"EM, all {len(seed)} pieces", xlabel="step", ylabel="loss (nats per word)")
 right.plot(range(1, len(rounds) + 1), round_losses, "o-", markersize=4, color="C1")
 for number, (p, value) in enumerate(zip(rounds, round_losses, strict=True), start=1):
     right.annotate(str(len(p)), (number, value), (0, 7), textcoords="offset points", ha="center", fontsize=8)
-right.set(title="Rounds with pruning (labels: pieces left)", xlabel="round")
+right.set(title="Pruning (labels: pieces left)", xlabel="round")
 right.margins(y=0.15)
 plt.show()
 
@@ -178,9 +178,10 @@ assert all(before < after for before, after in itertools.pairwise(pruned))
 assert without_pruning < pruned[-1]
 
 # %% [markdown]
-# In Chinese the longer pieces that remain, though nothing says where words begin, are words, and phrases that the page
-# repeats. The two algorithms need not agree: byte-pair encoding repeats its merges in their order, the unigram model
-# takes the most likely segmentation of the whole.
+# In Chinese nothing says where words begin. Many of the longer pieces that remain are words all the same (农民, 报纸,
+# 下雨); the others are strings that the page repeats, from 到下面的田里 to 有一, which is no word. The two algorithms
+# need not agree: byte-pair encoding repeats its merges in their order, the unigram model takes the most likely
+# segmentation of the whole.
 
 # %%
 chinese_words = words_of(CHINESE)
@@ -214,7 +215,7 @@ def lengths_of(language, cut):
     return sum(map(len, held_out)) / num_tokens, sum(len(word.encode()) for word in held_out) / num_tokens
 
 
-fig, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+fig, axes = plt.subplots(1, 2, figsize=(7, 3.8), layout="constrained")
 for color, (language, text) in enumerate({"English": ENGLISH, "Chinese": CHINESE}.items()):
     counts, merges = words_of(text), {"English": english_merges, "Chinese": chinese_merges}[language]
     alphabet = len({character for word in counts for character in word})
@@ -230,14 +231,15 @@ for color, (language, text) in enumerate({"English": ENGLISH, "Chinese": CHINESE
     for ax, pair, single in zip(axes, zip(*byte_pairs, strict=True), zip(*unigrams, strict=True), strict=True):
         ax.plot([alphabet + n for n in numbers], pair, color=f"C{color}", label=f"{language}, byte-pair encoding")
         ax.plot([len(p) for p in rounds], single, "o--", markersize=3, color=f"C{color}", label=f"{language}, unigram")
-axes[0].set(xlabel="vocabulary (pieces)", ylabel="characters per token, held-out text", ylim=0)
-axes[1].set(xlabel="vocabulary (pieces)", ylabel="bytes per token, held-out text", ylim=0)
+axes[0].set(xlabel="vocabulary (pieces)", ylabel="characters per token", ylim=0)
+axes[1].set(xlabel="vocabulary (pieces)", ylabel="bytes per token", ylim=0)
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 plt.show()
 
 # %% [markdown]
 # The texts are a page long, so that both algorithms soon know whole words of them by heart: what is learned on a page
-# stops helping another text early. Vocabularies of 32,000 entries and more are trained on gigabytes.
+# stops helping another text early. The unigram model takes only pieces that the page has at least twice, so its curves
+# end early, the Chinese one after a few pieces. Vocabularies of 32,000 entries and more are trained on gigabytes.
 
 # %% [markdown]
 # ## Tokenizers of every kind
