@@ -68,7 +68,7 @@ HELD_OUT = {
 merges = list(textbook.bpe_merges(["the car", "the cat", "the rat"]))
 for number, merge in enumerate(merges, start=1):
     words = "   ".join(" ".join(word) for word in merge.words)
-    print(f"{number}. {' + '.join(merge.pair):8} seen {merge.count} times   {words}")
+    print(f"{number}. {' + '.join(merge.pair):8} count {merge.count}   {words}")
 
 assert [merge.pair for merge in merges[:3]] == [("t", "h"), ("th", "e"), ("c", "a")]
 assert all(earlier.count >= later.count for earlier, later in itertools.pairwise(merges))
@@ -87,7 +87,7 @@ def words_of(text):
 
 chinese_merges = list(textbook.bpe_merges([" ".join(words_of(CHINESE).elements())]))
 for number, merge in enumerate(chinese_merges[:8], start=1):
-    print(f"{number}. {' + '.join(merge.pair)}  seen {merge.count} times")
+    print(f"{number}. {' + '.join(merge.pair)}  count {merge.count}")
 first = CHINESE.split("，")[0]
 for number in (0, 8, 40, len(chinese_merges)):
     print(f"{number:3} merges: {'|'.join(textbook.bpe_encode(first, chinese_merges[:number]))}")
@@ -169,7 +169,8 @@ plt.show()
 # %%
 final = rounds[-1]
 longer = sorted((piece for piece in final if len(piece) > 1), key=lambda piece: -final[piece])
-print("  ".join(f"{piece} {final[piece]:.3f}" for piece in longer[:16]))
+for line in itertools.batched(longer[:16], 8):
+    print("  ".join(f"{piece} {final[piece]:.3f}" for piece in line))
 for word in ("farmer", "mended", "winter"):
     print(word, "->", "|".join(textbook.best_segmentation(word, final)))
 assert math.isclose(sum(final.values()), 1)
@@ -188,7 +189,7 @@ chinese_words = words_of(CHINESE)
 characters = {character for word in chinese_words for character in word}
 chinese_pieces = list(textbook.train_unigram(chinese_words, len(characters) + 40, seed_size=600, keep=0.9))[-1]
 longer = sorted((piece for piece in chinese_pieces if len(piece) > 1), key=lambda piece: -chinese_pieces[piece])
-print(f"{len(characters)} characters and {len(longer)} longer pieces: {' '.join(longer)}", end="\n\n")
+print(f"{len(characters)} characters and {len(longer)} longer pieces:", " ".join(longer), sep="\n", end="\n\n")
 
 english_merges = list(textbook.bpe_merges([ENGLISH]))
 num_merges = {"English": len(final) - len({c for word in words for c in word}), "Chinese": len(longer)}
