@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import notebook_tools as tools  # in this notebook's folder
 import numpy as np
+from matplotlib.ticker import LogLocator, NullLocator
 
 import llama_jax
 from llama_jax.ablation.statistics import t_interval
@@ -61,8 +62,8 @@ print(f"M is orthogonal up to {np.abs(matrix @ matrix.T - np.eye(WIDTH)).max():.
 # %%
 fig, (left, right) = plt.subplots(1, 2, layout="constrained")
 image = left.imshow(encoding.T, aspect="auto", cmap="RdBu", vmin=-1, vmax=1)
-left.set(xlabel="position", ylabel="dimension", title="PE")
-fig.colorbar(image, ax=left)
+left.set(xlabel="position", ylabel="dimension", title="PE(pos)")
+fig.colorbar(image, ax=left, ticks=(-1, 0, 1))
 products = encoding @ encoding.T
 for position, style in ((20, "-"), (100, "--"), (180, ":")):
     right.plot(np.arange(POSITIONS) - position, products[position], style, label=f"pos = {position}")
@@ -103,7 +104,8 @@ llama_jax.inspect.rope_decay({"theta 100": Rope(100.0, None), "theta 10,000": ro
 # ## Trained alike
 #
 # Five positions, the same seeds, batches and first values of shared parameters. RoPE is the baseline. The table of
-# learned positions has a row for each position of the longer texts, of which training sees the first quarter.
+# learned positions has a row for each position of the longer texts, of which training sees the first quarter. The
+# column tokens/s of the table is of runs one after another: on a machine that does other work it says little.
 
 # %%
 config = tools.small(
@@ -244,5 +246,6 @@ for number, (name, found) in enumerate(models.items()):
     ax.plot(by_distance, marker="osD^v"[number % 5], markersize=3, label=name)
 ax.axhline(1, color="gray", linestyle="--", linewidth=1)
 ax.set(xlabel="distance (tokens)", ylabel="attention / equal share", yscale="log")
+ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
 ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
 plt.show()
