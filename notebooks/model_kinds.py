@@ -188,8 +188,8 @@ fig.supylabel("output")
 plt.show()
 for name, field in seen.items():
     past = field[:, LENGTH + 2 :] if "-decoder" in name else field
-    later, back = np.triu(past, 1).any(), max(np.arange(len(past)) - np.argmax(past, 1))
-    sees = "later tokens, too" if later else f"the last {back + 1} tokens"
+    later, back = np.triu(past, 1).any(), max(np.arange(len(past)) - np.argmax(past, 1)) + 1
+    sees = "later tokens, too" if later else f"the last {back} tokens" if back < len(past) else "all tokens so far"
     sees += " and all of the source" * ("-decoder" in name)
     print(f"{name:16} sees {sees}; {'writes text' if models[name].generates else 'does not write text'}")
 

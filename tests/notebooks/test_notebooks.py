@@ -182,7 +182,7 @@ def test_model_kinds_runs(tmp_path: Path):
     sizes = [int(size.replace(",", "")) for size in re.findall(r"([\d,]+) parameters", shown.said)]
     assert len(sizes) == 5
     assert max(sizes) < 1.01 * min(sizes)
-    assert "encoder-decoder  sees the last 8 tokens and all of the source; writes text" in shown.said
+    assert "encoder-decoder  sees all tokens so far and all of the source; writes text" in shown.said
     assert re.search(r"n-gram +sees the last 5 tokens; writes text", shown.said)
     assert re.search(r"encoder +[\d.]+ ± [\d.]+ +[\d.]+ ± [\d.]+ +letter by letter only", shown.said)
 
