@@ -158,7 +158,7 @@ def claim(text: str, interval, region, unit: str = "") -> None:
         else f"{least:g} to {most:g}"
     )
     measured = " ".join(filter(None, (f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}", unit)))
-    print(f"{text}\n    measured {measured}; claimed {claimed}: {judge(interval, region)}")
+    print(f"{text}\n    measured {measured}\n    claimed {claimed}: {judge(interval, region)}")
 
 
 def style() -> None:
