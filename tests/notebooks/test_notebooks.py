@@ -151,6 +151,7 @@ def test_positions_runs(tmp_path: Path):
     scores = re.search(r"distance 50: .* on +(.*)", shown.said)[1].split()
     assert max(map(float, scores)) - min(map(float, scores)) < 1e-3
     assert shown.said.count("extrapolates") == 4
+    assert shown.said.count("not judged: it does not use what it reads") == 2  # four steps teach nothing
 
 
 @pytest.mark.slow
