@@ -230,7 +230,8 @@ plt.show()
 # ## Before and after
 #
 # The loss of each answer, with the model as it was and with its adapters: the eleven that it learned from, and the four
-# that it did not see. The interval is over chats, paired.
+# that it did not see. The interval is over chats, paired. All answers share a form, which lowers the loss of the four,
+# too: the answers below show whether the word is right.
 
 # %%
 adapted = run.load(dtype="float32")
