@@ -77,6 +77,11 @@ dense
 # %%
 dense.plot()
 
+# %% [markdown]
+# The claim holds where the whole interval is below 0, does not where it is above, and is not decided otherwise. The
+# same after a longer training is in [docs/claims.md](../docs/claims.md). The column tokens/s of the table is of runs
+# one after another: on a machine that does other work it says little.
+
 # %%
 for row in dense.records():
     if row["variant"] != "SwiGLU":
@@ -122,7 +127,7 @@ for row in sparse.records():
 # ## The load of experts
 #
 # `expert_load` has each expert's share of the tokens over the steps of a run, as means over layers. The entropy is 1
-# where all have the same share.
+# where all have the same share. The two figures have scales of their own: mind the numbers at the colours.
 
 # %%
 runs = {

@@ -22,10 +22,10 @@
 
 # %%
 import dataclasses
+import functools
 import json
 import math
 import tempfile
-import time
 from pathlib import Path
 
 import jax
@@ -177,7 +177,7 @@ def reach(name: str) -> np.ndarray:
 
 
 seen = {name: reach(name) for name in tools.few(models, "encoder-decoder", "n-gram")}
-fig, axes = plt.subplots(1, len(seen), figsize=(9, 2.6), layout="constrained")
+fig, axes = plt.subplots(1, len(seen), figsize=(7.2, 2.4), layout="constrained")
 for ax, (name, field) in zip(axes, seen.items(), strict=True):
     ax.imshow(field, cmap="Blues", vmin=0, vmax=1.3, interpolation="nearest")
     ax.set(title=name, xticks=[], yticks=[])
@@ -188,8 +188,8 @@ fig.supylabel("output")
 plt.show()
 for name, field in seen.items():
     past = field[:, LENGTH + 2 :] if "-decoder" in name else field
-    later, back = np.triu(past, 1).any(), max(np.arange(len(past)) - np.argmax(past, 1))
-    sees = "later tokens, too" if later else f"the last {back + 1} tokens"
+    later, back = np.triu(past, 1).any(), max(np.arange(len(past)) - np.argmax(past, 1)) + 1
+    sees = "later tokens, too" if later else f"the last {back} tokens" if back < len(past) else "all tokens so far"
     sees += " and all of the source" * ("-decoder" in name)
     print(f"{name:16} sees {sees}; {'writes text' if models[name].generates else 'does not write text'}")
 
@@ -323,9 +323,10 @@ llama_jax.inspect.attention_maps(lm, call, kind="cross").plot(layer=0)
 # %% [markdown]
 # ## Speed
 #
-# Two speeds: of training, in records, from the sweep; and of answering, for 64 sources at a time. The encoder answers
-# in one pass, the others write one letter after another, with what they keep between letters: keys and values, a state,
-# or the last few inputs. Each is compiled before it is timed, and the median of several times is given.
+# Answering, for 64 sources at a time: the encoder answers in one pass, the others write one letter after another, with
+# what they keep between letters: keys and values, a state, or the last few inputs. All are compiled before, and timed
+# by turns, so that what disturbs the machine disturbs all. The speed of training is that of the sweep, whose runs came
+# one after another: on a machine that does other work it says less.
 
 
 # %%
@@ -342,16 +343,10 @@ def answer(name: str, lm) -> None:
     llama_jax.generate(lm, prompts, max_new_tokens=LENGTH, temperature=0)
 
 
-TIMES = tools.full(10, quick=1)
-answering = {}
-for name, found in runs.items():
-    lm = found[0].load(dtype="float32")
-    seconds = []
-    for _ in range(TIMES + 1):
-        begin = time.perf_counter()
-        answer(name, lm)
-        seconds.append(time.perf_counter() - begin)
-    answering[name] = 64 / float(np.median(seconds[1:]))
+loaded = {name: found[0].load(dtype="float32") for name, found in runs.items()}
+calls = [functools.partial(answer, name, lm) for name, lm in loaded.items()]
+seconds = dict(zip(loaded, tools.by_turns(calls, tools.full(12, quick=1)), strict=True))
+answering = {name: 64 / float(np.median(times)) for name, times in seconds.items()}
 
 # %%
 rows = {row["variant"]: row for row in sweep.records()}
@@ -365,3 +360,7 @@ axes[0].invert_yaxis()
 plt.show()
 for name in trained:
     print(f"{name:16} training {training[name]:8,.0f}, answering {answering[name]:8,.0f} records per second")
+first, *others = seconds
+for name in others:
+    low, high = tools.median_interval(seconds[first] / seconds[name])
+    print(f"{name} answers {low:.2f} to {high:.2f} times as fast as {first}")

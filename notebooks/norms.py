@@ -79,9 +79,10 @@ tools.claim("RMSNorm makes a model 40 % faster", tools.median_interval(layer / r
 # %% [markdown]
 # ## First gradients by layer
 #
-# Xiong et al. (2020) show that at the start the gradients of a post-norm Transformer are large near the output, while
-# those of pre-norm shrink with the depth; so post-norm needs small first steps. Here are 12 layers with random weights
-# on random tokens: the norm of the gradient of each feed-forward's second matrix.
+# Xiong et al. (2020) bound the gradient of the last layer at the start: with post-norm it is as large in a Transformer
+# of any depth, with pre-norm it falls with the square root of the number of layers; so post-norm needs small first
+# steps. Here are 12 layers with random weights on random tokens: the norm of the gradient of each feed-forward's second
+# matrix. The claim is about the last layer; the others are drawn for the course.
 
 # %%
 DEEP = tools.full(12, quick=3)
@@ -111,7 +112,8 @@ tools.claim("The last layer's first gradient is larger with post-norm", (low, hi
 # %% [markdown]
 # ## Loss
 #
-# The same seeds, batches and first values. The learning rate is 8e-3 with a warm-up of 30 steps, or with none.
+# The same seeds, batches and first values. The learning rate is 8e-3 with a warm-up of 30 steps, or with none. In a run
+# of 100 steps a warm-up also takes away many steps at the full rate; the comparison includes that.
 
 # %%
 steep = {"optimizer.learning_rate": 8e-3, "optimizer.warmup_steps": tools.full(30, quick=2)}
@@ -137,7 +139,8 @@ sweep.plot()
 
 # %% [markdown]
 # "Equal" is taken as within 0.02 nats. The column tokens/s of the table is of runs one after another: on a machine that
-# does other work it says less than the times by turns above.
+# does other work it says less than the times by turns above. The same claims after a longer training are in
+# [docs/claims.md](../docs/claims.md).
 
 # %%
 by_name = {record["variant"]: record for record in sweep.records()}

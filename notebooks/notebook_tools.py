@@ -157,7 +157,8 @@ def claim(text: str, interval, region, unit: str = "") -> None:
         if least == -math.inf
         else f"{least:g} to {most:g}"
     )
-    print(f"{text}\n    measured {low:.3g} to {high:.3g} {unit}; claimed {claimed}: {judge(interval, region)}")
+    measured = " ".join(filter(None, (f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}", unit)))
+    print(f"{text}\n    measured {measured}\n    claimed {claimed}: {judge(interval, region)}")
 
 
 def style() -> None:

@@ -269,23 +269,28 @@ rows = {
     "prefix": packed_row(objectives.Prefix(), 18),
     "blank filling": packed_row(objectives.BlankFilling(), 18),
 }
-fig, axes = plt.subplots(1, 3, figsize=(10, 4.4), layout="constrained")
-for (title, row), ax in zip(rows.items(), axes, strict=True):
+fig, axes = plt.subplots(2, 2, figsize=(7, 7.4), layout="constrained")
+for (title, row), ax in zip(rows.items(), axes.flat, strict=False):
     seen, segments = allowed(row), row["segment_ids"]
     assert not seen[segments[:, None] != segments].any()  # nothing between documents
     real = segments > 0
     future = np.triu(np.ones_like(seen), 1) & seen
     ax.imshow(np.where(real[:, None] & real, seen + 1 * future, 0), cmap="Blues", vmin=0, vmax=3)
     labels = [name(int(i)) if s else "-" for i, s in zip(row["tokens"], segments, strict=True)]
-    ax.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
-    ax.set_yticks(range(len(labels)), labels, fontsize=7)
-    ax.set(title=title, xlabel="key")
-axes[0].set_ylabel("query")
+    ax.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8)
+    ax.set_yticks(range(len(labels)), labels, fontsize=8)
+    ax.set(title=title, xlabel="key", ylabel="query")
+axes[1, 1].axis("off")
+meanings = {1: "its own or an earlier key", 2: "a later key, of a prefix", 0: "no attention"}
+patches = [
+    plt.Rectangle((0, 0), 1, 1, facecolor=plt.cm.Blues(shade / 3), edgecolor="gray", label=meaning)
+    for shade, meaning in meanings.items()
+]
+axes[1, 1].legend(handles=patches, title="the query attends to", loc="center")
 plt.show()
 
 # %% [markdown]
-# Pale: the query attends to this key, its own or an earlier one. Dark: it attends to a later key, which only
-# happens in a prefix. White: no attention. `-` is padding, left white here.
+# `-` is padding, left white here. A later key is seen in a prefix only:
 
 # %%
 for title, row in rows.items():
@@ -318,7 +323,7 @@ print(f"largest error of random sampling: {np.abs(drawn_errors).max():.3f} seque
 assert np.abs(errors).max() <= bound + 1e-9 < 1
 
 # %%
-fig, axes = plt.subplots(len(SHARES), 1, figsize=(9, 8), sharex=True, sharey=True, layout="constrained")
+fig, axes = plt.subplots(len(SHARES), 1, figsize=(7, 7), sharex=True, sharey=True, layout="constrained")
 for source, ax in enumerate(axes):
     ax.plot(n, errors[:, source], linewidth=0.6, color=f"C{source}")
     ax.axhline(0, color="black", linewidth=0.5)
@@ -366,7 +371,7 @@ assert min(fill.mean() for fill in fills.values()) > 0.99
 
 # %%
 NUM_SHOWN = 24
-fig, axes = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True, layout="constrained")
+fig, axes = plt.subplots(1, 2, figsize=(7, 4.4), sharey=True, layout="constrained")
 for (packing, plan), ax in zip(plans.items(), axes, strict=True):
     chosen = np.linspace(0, len(plan.rows) - 2, NUM_SHOWN).astype(int)
     for y, row in enumerate(chosen):
@@ -378,6 +383,7 @@ for (packing, plan), ax in zip(plans.items(), axes, strict=True):
             )
             left += size - 1
     ax.set(title=packing, xlabel="position (tokens)", xlim=(0, ROW), ylim=(NUM_SHOWN - 0.5, -0.5))
+    ax.set_xticks(range(0, ROW, 256))
 axes[0].set_ylabel(f"{NUM_SHOWN} rows, evenly spaced")
 whole_patch, cut_patch = (plt.Rectangle((0, 0), 1, 1, color=color) for color in ("C0", "C1"))
 fig.legend([whole_patch, cut_patch], ["whole document", "piece of a cut one"], loc="outside lower center", ncols=2)

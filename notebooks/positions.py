@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import notebook_tools as tools  # in this notebook's folder
 import numpy as np
+from matplotlib.ticker import LogLocator, NullLocator
 
 import llama_jax
 from llama_jax.ablation.statistics import t_interval
@@ -61,8 +62,8 @@ print(f"M is orthogonal up to {np.abs(matrix @ matrix.T - np.eye(WIDTH)).max():.
 # %%
 fig, (left, right) = plt.subplots(1, 2, layout="constrained")
 image = left.imshow(encoding.T, aspect="auto", cmap="RdBu", vmin=-1, vmax=1)
-left.set(xlabel="position", ylabel="dimension", title="PE")
-fig.colorbar(image, ax=left)
+left.set(xlabel="position", ylabel="dimension", title="PE(pos)")
+fig.colorbar(image, ax=left, ticks=(-1, 0, 1))
 products = encoding @ encoding.T
 for position, style in ((20, "-"), (100, "--"), (180, ":")):
     right.plot(np.arange(POSITIONS) - position, products[position], style, label=f"pos = {position}")
@@ -102,8 +103,10 @@ llama_jax.inspect.rope_decay({"theta 100": Rope(100.0, None), "theta 10,000": ro
 # %% [markdown]
 # ## Trained alike
 #
-# Five positions, the same seeds, batches and first values of shared parameters. RoPE is the baseline. The table of
-# learned positions has a row for each position of the longer texts, of which training sees the first quarter.
+# Five positions, the same seeds, batches and first values of shared parameters. RoPE is the baseline. Sinusoids are
+# added to embeddings times the square root of the width, as in their paper: smaller ones drown in them. The table of
+# learned positions has a row for each position of the longer texts, of which training sees the first quarter. The
+# column tokens/s of the table is of runs one after another: on a machine that does other work it says little.
 
 # %%
 config = tools.small(
@@ -116,7 +119,7 @@ config = tools.small(
 no_rope = {"model.attention.rope": None}
 variants = {
     "RoPE": {},
-    "sinusoids": no_rope | {"model.positions": SinusoidalPositions},
+    "sinusoids": no_rope | {"model.positions": SinusoidalPositions, "model.embedding_scale": WIDTH**0.5},
     "learned": no_rope | {"model.positions": LearnedPositions},
     "ALiBi": no_rope | {"model.position_bias": Alibi},
     "none": no_rope,
@@ -173,7 +176,8 @@ draw(by_position)
 
 # %% [markdown]
 # The claim "extrapolates" is taken as: beyond the training length the loss is no more than 0.02 nats above that of the
-# second half of it, where as much can be read.
+# second half of it, where as much can be read. A model that does not use what it reads does so in vain: the claim is
+# judged only where the loss is below that of the tokens' frequencies in these texts, the best that such a model can do.
 
 
 # %%
@@ -184,9 +188,16 @@ def excess(values: np.ndarray, start: int, stop: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
+counts = np.bincount(rows[:, 1:].ravel())
+shares = counts[counts > 0] / counts.sum()
+blind = -(shares * np.log(shares)).sum()
+print(f"loss of the frequencies: {blind:.3f} nats per token")
 for name, values in by_position.items():
     text = f"{name} extrapolates (loss at {LONG // 2} to {LONG}, minus that at {TRAINED // 2} to {TRAINED})"
-    tools.claim(text, excess(values, LONG // 2, LONG), (-math.inf, 0.02), "nats")
+    if t_interval(values[:, TRAINED // 2 : TRAINED].mean(1))[2] < blind:
+        tools.claim(text, excess(values, LONG // 2, LONG), (-math.inf, 0.02), "nats")
+    else:
+        print(f"{text}\n    not judged: it does not use what it reads")
 
 # %% [markdown]
 # ## Scaling RoPE after training
@@ -244,5 +255,6 @@ for number, (name, found) in enumerate(models.items()):
     ax.plot(by_distance, marker="osD^v"[number % 5], markersize=3, label=name)
 ax.axhline(1, color="gray", linestyle="--", linewidth=1)
 ax.set(xlabel="distance (tokens)", ylabel="attention / equal share", yscale="log")
+ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
 ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
 plt.show()

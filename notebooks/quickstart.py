@@ -178,7 +178,8 @@ sweep.plot()
 
 # %% [markdown]
 # The difference is an answer only with its interval, and only for this size, this text and so many steps. Where the
-# interval has 0 in it, these seeds do not decide; `seeds needed` is how many probably would.
+# interval has 0 in it, these seeds do not decide; `seeds needed` is how many probably would. The column tokens/s is of
+# runs one after another: on a machine that does other work it says little.
 
 # %%
 row = sweep.records()[1]

@@ -140,14 +140,14 @@ def draw(ax, shape, sharding, names):
         ax.add_patch(Rectangle((x, y), width, height, facecolor=color, alpha=0.4, edgecolor="black"))
         upright = "\n" if height > width else " "
         text = "all" if len(devices) == 8 else upright.join(map(str, devices))
-        ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=8)
+        ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=9)
     ax.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[], aspect="equal")
-    ax.set_ylabel(next(iter(names)), fontsize=8)
-    ax.set_xlabel(list(names)[1], fontsize=8)
+    ax.set_ylabel(next(iter(names)), fontsize=9)
+    ax.set_xlabel(list(names)[1], fontsize=9)
     ax.spines[:].set_visible(False)
 
 
-fig, axes = plt.subplots(len(MESHES), len(ARRAYS) + 1, figsize=(8, 9.2), layout="constrained")
+fig, axes = plt.subplots(len(MESHES), len(ARRAYS) + 1, figsize=(7.2, 8.4), layout="constrained")
 stored = {}
 for row, (mesh_name, sizes) in zip(axes, MESHES.items(), strict=True):
     with jax.set_mesh(make_mesh(sizes)):
@@ -228,7 +228,7 @@ print(f"neighbours of the first loss in float32 are {np.spacing(np.float32(alone
 # Sums are taken in another order on every mesh, so that the losses agree up to rounding.
 
 # %%
-fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.6), layout="constrained")
 steps = np.arange(1, len(alone) + 1)
 left.plot(steps, alone, color="black", linewidth=1, label="one device")
 for (name, values), mark in zip(list(losses.items())[1:-1], "os^Dv", strict=False):
@@ -265,7 +265,7 @@ rich.print(table)
 
 # %%
 kinds = sorted({kind for size in sent.values() for kind, _ in size})
-fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
+fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.4), layout="constrained", sharey=True)
 bottom = np.zeros(len(sent))
 for kind in kinds:
     values = [sum(mib for (one, _), mib in size.items() if one == kind) for size in sent.values()]
@@ -321,7 +321,7 @@ rich.print(table)
 
 # %%
 PARTS = {"parameters": ["parameters"], "optimizer": ["optimizer"], "gradients": ["gradients"]}
-fig, ax = plt.subplots(figsize=(8, 3.8), layout="constrained")
+fig, ax = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
 bottom = np.zeros(len(chosen))
 for label in (*PARTS, "activations and the rest"):
     named = [sum(plan.memory.get(kind, 0) for kind in PARTS) for plan in chosen.values()]

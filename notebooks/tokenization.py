@@ -68,7 +68,7 @@ HELD_OUT = {
 merges = list(textbook.bpe_merges(["the car", "the cat", "the rat"]))
 for number, merge in enumerate(merges, start=1):
     words = "   ".join(" ".join(word) for word in merge.words)
-    print(f"{number}. {' + '.join(merge.pair):8} seen {merge.count} times   {words}")
+    print(f"{number}. {' + '.join(merge.pair):8} count {merge.count}   {words}")
 
 assert [merge.pair for merge in merges[:3]] == [("t", "h"), ("th", "e"), ("c", "a")]
 assert all(earlier.count >= later.count for earlier, later in itertools.pairwise(merges))
@@ -87,7 +87,7 @@ def words_of(text):
 
 chinese_merges = list(textbook.bpe_merges([" ".join(words_of(CHINESE).elements())]))
 for number, merge in enumerate(chinese_merges[:8], start=1):
-    print(f"{number}. {' + '.join(merge.pair)}  seen {merge.count} times")
+    print(f"{number}. {' + '.join(merge.pair)}  count {merge.count}")
 first = CHINESE.split("，")[0]
 for number in (0, 8, 40, len(chinese_merges)):
     print(f"{number:3} merges: {'|'.join(textbook.bpe_encode(first, chinese_merges[:number]))}")
@@ -129,7 +129,7 @@ assert textbook.best_segmentation("ababc", probabilities) == max(every, key=ever
 assert math.isclose(textbook.loss({"ababc": 1}, probabilities), -math.log(sum(every.values())))
 
 # %% [markdown]
-# Which pieces there should be and how probable they are is learned in rounds. Expectation-maximization counts each
+# Which pieces there should be and how probable they are is learned in rounds. Expectation-maximization (EM) counts each
 # piece as often as it is expected over all segmentations and makes these counts the new probabilities: the loss, the
 # negative logarithm of the text's likelihood, never rises. Then the pieces that matter least are dropped.
 
@@ -151,13 +151,13 @@ print(f"pieces after each round: {', '.join(str(len(p)) for p in rounds)}")
 assert len(rounds[-1]) == 60
 
 # %%
-fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+fig, (left, right) = plt.subplots(1, 2, figsize=(7, 3.3), sharey=True, layout="constrained")
 left.plot(range(len(steps)), step_losses, "o-", markersize=4)
-left.set(title=f"Expectation-maximization, all {len(seed)} pieces", xlabel="step", ylabel="loss (nats per word)")
+left.set(title=f"EM, all {len(seed)} pieces", xlabel="step", ylabel="loss (nats per word)")
 right.plot(range(1, len(rounds) + 1), round_losses, "o-", markersize=4, color="C1")
 for number, (p, value) in enumerate(zip(rounds, round_losses, strict=True), start=1):
     right.annotate(str(len(p)), (number, value), (0, 7), textcoords="offset points", ha="center", fontsize=8)
-right.set(title="Rounds with pruning (labels: pieces left)", xlabel="round")
+right.set(title="Pruning (labels: pieces left)", xlabel="round")
 right.margins(y=0.15)
 plt.show()
 
@@ -169,7 +169,8 @@ plt.show()
 # %%
 final = rounds[-1]
 longer = sorted((piece for piece in final if len(piece) > 1), key=lambda piece: -final[piece])
-print("  ".join(f"{piece} {final[piece]:.3f}" for piece in longer[:16]))
+for line in itertools.batched(longer[:16], 8):
+    print("  ".join(f"{piece} {final[piece]:.3f}" for piece in line))
 for word in ("farmer", "mended", "winter"):
     print(word, "->", "|".join(textbook.best_segmentation(word, final)))
 assert math.isclose(sum(final.values()), 1)
@@ -178,16 +179,17 @@ assert all(before < after for before, after in itertools.pairwise(pruned))
 assert without_pruning < pruned[-1]
 
 # %% [markdown]
-# In Chinese the longer pieces that remain, though nothing says where words begin, are words, and phrases that the page
-# repeats. The two algorithms need not agree: byte-pair encoding repeats its merges in their order, the unigram model
-# takes the most likely segmentation of the whole.
+# In Chinese nothing says where words begin. Many of the longer pieces that remain are words all the same (农民, 报纸,
+# 下雨); the others are strings that the page repeats, from 到下面的田里 to 有一, which is no word. The two algorithms
+# need not agree: byte-pair encoding repeats its merges in their order, the unigram model takes the most likely
+# segmentation of the whole.
 
 # %%
 chinese_words = words_of(CHINESE)
 characters = {character for word in chinese_words for character in word}
 chinese_pieces = list(textbook.train_unigram(chinese_words, len(characters) + 40, seed_size=600, keep=0.9))[-1]
 longer = sorted((piece for piece in chinese_pieces if len(piece) > 1), key=lambda piece: -chinese_pieces[piece])
-print(f"{len(characters)} characters and {len(longer)} longer pieces: {' '.join(longer)}", end="\n\n")
+print(f"{len(characters)} characters and {len(longer)} longer pieces:", " ".join(longer), sep="\n", end="\n\n")
 
 english_merges = list(textbook.bpe_merges([ENGLISH]))
 num_merges = {"English": len(final) - len({c for word in words for c in word}), "Chinese": len(longer)}
@@ -214,7 +216,7 @@ def lengths_of(language, cut):
     return sum(map(len, held_out)) / num_tokens, sum(len(word.encode()) for word in held_out) / num_tokens
 
 
-fig, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+fig, axes = plt.subplots(1, 2, figsize=(7, 3.8), layout="constrained")
 for color, (language, text) in enumerate({"English": ENGLISH, "Chinese": CHINESE}.items()):
     counts, merges = words_of(text), {"English": english_merges, "Chinese": chinese_merges}[language]
     alphabet = len({character for word in counts for character in word})
@@ -230,14 +232,15 @@ for color, (language, text) in enumerate({"English": ENGLISH, "Chinese": CHINESE
     for ax, pair, single in zip(axes, zip(*byte_pairs, strict=True), zip(*unigrams, strict=True), strict=True):
         ax.plot([alphabet + n for n in numbers], pair, color=f"C{color}", label=f"{language}, byte-pair encoding")
         ax.plot([len(p) for p in rounds], single, "o--", markersize=3, color=f"C{color}", label=f"{language}, unigram")
-axes[0].set(xlabel="vocabulary (pieces)", ylabel="characters per token, held-out text", ylim=0)
-axes[1].set(xlabel="vocabulary (pieces)", ylabel="bytes per token, held-out text", ylim=0)
+axes[0].set(xlabel="vocabulary (pieces)", ylabel="characters per token", ylim=0)
+axes[1].set(xlabel="vocabulary (pieces)", ylabel="bytes per token", ylim=0)
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 plt.show()
 
 # %% [markdown]
 # The texts are a page long, so that both algorithms soon know whole words of them by heart: what is learned on a page
-# stops helping another text early. Vocabularies of 32,000 entries and more are trained on gigabytes.
+# stops helping another text early. The unigram model takes only pieces that the page has at least twice, so its curves
+# end early, the Chinese one after a few pieces. Vocabularies of 32,000 entries and more are trained on gigabytes.
 
 # %% [markdown]
 # ## Tokenizers of every kind

@@ -16,7 +16,7 @@ from llama_jax.parallel import replicate
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ROW = 20  # tokens of the text in one row of a figure
+ROW = 12  # at most so many tokens of the text in one row of a figure
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -47,21 +47,21 @@ class LogitLens(Arrays):
         """
         check_row(row, len(self.inputs))
         num_rows, length = self.token_ids.shape[0], self.token_ids.shape[2]
-        panels, width = -(-length // ROW), min(length, ROW)
+        width = -(-length // (panels := -(-length // ROW)))  # rows of equal length
         figure = new_figure(1.6 + 0.52 * max(width, 8), panels * (0.9 + 0.25 * num_rows) + 0.3)
         grid, image = figure.subplots(panels, 1, squeeze=False)[:, 0], None
-        for panel, start in zip(grid, range(0, length, ROW), strict=True):
-            end = min(start + ROW, length)
+        for panel, start in zip(grid, range(0, length, width), strict=True):
+            end = min(start + width, length)
             best = self.probabilities[:, row, start:end, 0]
             image = panel.imshow(best, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
             panel.set_xlim(-0.5, width - 0.5)
             panel.spines[["top", "right"]].set_visible(False)
-            panel.set_xticks(range(end - start), drawable(self.inputs[row][start:end], 9), fontsize=7, rotation=35)
-            panel.set_yticks(range(num_rows), ["embedding", *range(num_rows - 1)], fontsize=7)
+            panel.set_xticks(range(end - start), drawable(self.inputs[row][start:end], 9), fontsize=8, rotation=35)
+            panel.set_yticks(range(num_rows), ["embedding", *range(num_rows - 1)], fontsize=8)
             for layer, place in np.ndindex(best.shape):
                 text = drawable([self.texts[layer, row, start + place, 0]], 7)[0]
                 color = "white" if best[layer, place] > 0.6 else "black"
-                panel.text(place, layer, text, ha="center", va="center", fontsize=6.5, color=color)
+                panel.text(place, layer, text, ha="center", va="center", fontsize=7.5, color=color)
                 at = start + place
                 if at < length - 1 and self.target_ranks[layer, row, at] == 0:
                     box = {"fill": False, "edgecolor": (0.84, 0.37, 0), "linewidth": 1.2}
