@@ -22,18 +22,19 @@ def lm(two_layers: DecoderConfig, random_params: Callable) -> LanguageModel:
     return LanguageModel(config, from_params(config, params, Compute(dtype="float32"), None), tokenizer)
 
 
-@pytest.fixture(scope="session")
+# Of the module, not of the session: other tests set the clock, by which the server's event loop wakes up.
+@pytest.fixture(scope="module")
 def served(lm: LanguageModel) -> Iterator[tuple[str, Service]]:
     with serving(lm, rows=4, max_queue=64) as found:
         yield found
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def url(served: tuple[str, Service]) -> str:
     return served[0]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client(url: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=300) as found:
         yield found
