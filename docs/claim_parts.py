@@ -97,9 +97,7 @@ PARTS = {
         {
             "RoPE": {},
             "ALiBi": NO_ROPE | {"model.position_bias": "Alibi"},
-            # With the scale of Vaswani et al. 2017, section 3.4: else the sines drown the embeddings.
-            "sinusoids": NO_ROPE
-            | {"model.positions": "SinusoidalPositions", "model.embedding_scale": SIZES["model.hidden_size"] ** 0.5},
+            "sinusoids": NO_ROPE | {"model.positions": "SinusoidalPositions"},
             "none": NO_ROPE,
         }
     ),
