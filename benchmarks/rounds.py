@@ -25,12 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from llama_jax.__main__ import TUNABLES
 
 OURS = "llama_jax"
-SCRIPTS = {
-    OURS: "ours.py",
-    "torch": "torch_transformers.py",
-    "tunix": "google_tunix.py",
-    "llama_cpp": "llama_cpp_python.py",
-}
+SCRIPTS = {OURS: "ours.py", "torch": "torch_transformers.py", "tunix": "google_tunix.py"}
 PEERS = [name for name in SCRIPTS if name != OURS]
 PAUSE = 0.5  # seconds between turns: the last one's threads stop spinning
 
@@ -148,8 +143,8 @@ def compare(
     `variants` are peers that change the work: `llama_jax-int8` is llama_jax with other weights, and computes other
     tokens.
     """
-    names = [*pythons, *(name for name in variants if name.split("-")[0] in pythons and runs(name, work))]
-    workers = {name: Worker(name, pythons[name.split("-")[0]]) for name in names if runs(name, work)}
+    names = [*pythons, *(name for name in variants if name.split("-")[0] in pythons)]
+    workers = {name: Worker(name, pythons[name.split("-")[0]]) for name in names}
     setups = {name: worker.ask(cmd="setup", work=work | variants.get(name, {})) for name, worker in workers.items()}
     exact = [name for name in workers if not variants.get(name)]
     warm_up: dict[str, Turn] = {}
@@ -189,11 +184,6 @@ def compare(
     }
 
 
-def runs(name: str, work: dict) -> bool:
-    """Return whether a peer can do this work: llama-cpp-python's interface continues one text at a time."""
-    return not name.startswith("llama_cpp") or (work["task"] == "decode" and work["batch_size"] == 1)
-
-
 def show(title: str, outcome: dict, console: Console) -> None:
     table = Table(title=title, title_justify="left")
     times = ("first token (ms)", "compile (s)")
@@ -228,7 +218,7 @@ def main(description: str, works: dict[str, dict], steps: int, variants: dict[st
     for name in PEERS:
         variable = f"{name.upper()}_PYTHON"
         parser.add_argument(
-            f"--{name.replace('_', '-')}-python",
+            f"--{name}-python",
             default=os.environ.get(variable),
             help=f"its interpreter (default: ${variable})",
         )
@@ -250,7 +240,7 @@ def main(description: str, works: dict[str, dict], steps: int, variants: dict[st
         if python := getattr(args, f"{name}_python"):
             pythons[name] = python
         else:
-            console.print(f"{name}: left out, no --{name.replace('_', '-')}-python given.")
+            console.print(f"{name}: left out, no --{name}-python given.")
     if not pythons:
         parser.error("nothing to run: give --torch-python or --tunix-python, or leave --without-ours away")
     about = machine()

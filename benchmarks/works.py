@@ -34,8 +34,6 @@ DECODE_VARIANTS = {
     "llama_jax-int8": {"quantize": "int8"},
     "llama_jax-bf16": {"dtype": "bfloat16"},
     "llama_jax-products": {"products": True},
-    "torch-static": {"cache": "static"},
-    "llama_cpp-q8_0": {"quantize": "q8_0"},
 }
 
 

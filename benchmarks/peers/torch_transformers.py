@@ -93,16 +93,10 @@ def decode(work: Work) -> tuple[int, Run]:
     prompts = torch.from_numpy(prompt_tokens(work).astype(np.int64))
     mask = torch.ones_like(prompts)
 
-    # With a static cache transformers compiles the step by torch.compile on its own; the cache has one size.
-    cache = {"cache_implementation": "static"} if work.get("cache") == "static" else {}
-    if cache:
-        forward = torch.compile(model.forward, dynamic=False)
-        model.forward = forward
-
     def run(steps: int, new_tokens: int = work["new_tokens"]) -> list:
         for _ in range(steps):
             output = model.generate(
-                prompts, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, pad_token_id=0, **cache
+                prompts, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, pad_token_id=0
             )
         return output[:, work["prompt_length"] :].tolist()
 

@@ -1,4 +1,4 @@
-"""A module with quantized matrices, and where a CPU decodes from a copy of the head."""
+"""A module with quantized matrices, and the copies of matrices from which a CPU decodes."""
 
 import functools
 import re

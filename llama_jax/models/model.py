@@ -247,7 +247,7 @@ class Model:
 
     @functools.cached_property
     def for_decoding(self) -> "Model":
-        """The model with copies of matrices from which a CPU decodes faster, where there are any; else itself."""
+        """The model, on a CPU with copies of the matrices from which that decodes faster."""
         if self.mesh is not None or self.quantize is not None or platform() != "cpu" or not self.config.generates:
             return self
         module = self.module

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -179,6 +179,14 @@ class Engine:
                 return self._search(self._job)
             self._admit(self._job)
         return [] if self._batch is None else self._decode(self._batch)
+
+    def run(self) -> Iterator[Piece]:
+        """Yield the pieces of all steps until it is idle. Raises UserError for a request with an error."""
+        while not self.idle:
+            for piece in self.step():
+                if piece.error is not None:
+                    raise UserError(piece.error)
+                yield piece
 
     def _next_prefill(self) -> _Job:
         """Take as many of the waiting requests as there are free rows for, and one at least."""

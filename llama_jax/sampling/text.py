@@ -12,7 +12,7 @@ from llama_jax.sampling.config import GenerationOptions, SamplingConfig, Samplin
 from llama_jax.sampling.engine import Engine, TokenLogprobs
 from llama_jax.sampling.speculative import Speculation
 from llama_jax.sampling.stops import TextStream, tokenizer_of
-from llama_jax.sampling.token_ids import Answer, answers, run, settled
+from llama_jax.sampling.token_ids import Answer, answers, settled
 from llama_jax.tokenizers import Tokenizer
 
 # Tokens that the device makes between two pieces of a stream: few enough to flow, many enough to hide the transfer.
@@ -168,7 +168,7 @@ def stream_encoded(
 
     def pieces() -> Generator[str]:
         try:
-            for piece in run(engine):
+            for piece in engine.run():
                 text = stream.feed(piece.token_ids)
                 progress(stream.num_tokens)
                 if text:

@@ -13,7 +13,7 @@ from llama_jax.config import UserError
 from llama_jax.models import Model, ModelConfig, cache_bytes, check_ids
 from llama_jax.sampling.batch import Request
 from llama_jax.sampling.config import GenerationOptions, SamplingConfig, token_ids
-from llama_jax.sampling.engine import WHOLE, Engine, Piece, TokenLogprobs
+from llama_jax.sampling.engine import WHOLE, Engine, TokenLogprobs
 from llama_jax.sampling.loop import bucket
 from llama_jax.sampling.speculative import Speculation
 
@@ -125,7 +125,7 @@ def answers(
         except UserError as error:
             raise UserError(f"prompt {i}: {error}" if len(requests) > 1 else str(error)) from None
     found = [[Answer() for _ in range(request.config.num_samples)] for request in requests]
-    pieces = run(engine)
+    pieces = engine.run()
     for group in found:
         while not all(answer.finish_reason for answer in group):
             piece = next(pieces)
@@ -140,15 +140,6 @@ def answers(
             if answer.finish_reason:
                 progress(done := done + 1, sum(map(len, found)))
         yield group
-
-
-def run(engine: Engine) -> Iterator[Piece]:
-    """Yield the pieces of an engine's requests until it is idle. Raises UserError for a request with an error."""
-    while not engine.idle:
-        for piece in engine.step():
-            if piece.error is not None:
-                raise UserError(piece.error)
-            yield piece
 
 
 def _rows_that_fit(model: Model, length: int) -> int:

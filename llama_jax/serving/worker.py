@@ -130,10 +130,8 @@ class Worker:
     def warm_up(self) -> None:
         """Compile what a first request needs, before the worker runs. Raises UserError where it fails."""
         self._engine.add(Request((0,), SamplingConfig(max_new_tokens=1, temperature=1.0)))
-        while not self._engine.idle:
-            for piece in self._engine.step():
-                if piece.error is not None:
-                    raise UserError(piece.error)
+        for _ in self._engine.run():
+            pass
 
     def submit(self, call: Call) -> None:
         """Queue a call. Raises Refused when the server stops or the queue is full."""
