@@ -25,8 +25,12 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from llama_jax.__main__ import TUNABLES
 
 OURS = "llama_jax"
-SCRIPTS = {OURS: "ours.py", "torch": "torch_transformers.py", "tunix": "google_tunix.py"}
-PEERS = [name for name in SCRIPTS if name != OURS]
+SCRIPTS = {
+    OURS: "ours.py",
+    "torch": "torch_transformers.py",
+    "tunix": "google_tunix.py",
+    "llamacpp": "llamacpp.py",
+}
 PAUSE = 0.5  # seconds between turns: the last one's threads stop spinning
 
 
@@ -209,13 +213,15 @@ def show(title: str, outcome: dict, console: Console) -> None:
         console.print(f"NOT the same work: {outcome['difference']}")
 
 
-def main(description: str, works: dict[str, dict], steps: int, variants: dict[str, dict] | None = None) -> None:
+def main(
+    description: str, works: dict[str, dict], steps: int, peers: list[str], variants: dict[str, dict] | None = None
+) -> None:
     """Run the command line of a benchmark; exits with 1 where the peers computed different things."""
     parser = argparse.ArgumentParser(
         description=description, epilog="A peer whose interpreter is not given is left out. See benchmarks/README.md."
     )
     parser.add_argument("--work", choices=list(works), action="append", help="one of the works (default: all)")
-    for name in PEERS:
+    for name in peers:
         variable = f"{name.upper()}_PYTHON"
         parser.add_argument(
             f"--{name}-python",
@@ -236,13 +242,13 @@ def main(description: str, works: dict[str, dict], steps: int, variants: dict[st
     if hasattr(os, "sched_setaffinity"):  # inherited by the peers
         os.sched_setaffinity(0, sorted(cores())[: args.num_cores])
     pythons = {} if args.without_ours else {OURS: sys.executable}
-    for name in PEERS:
+    for name in peers:
         if python := getattr(args, f"{name}_python"):
             pythons[name] = python
         else:
             console.print(f"{name}: left out, no --{name}-python given.")
     if not pythons:
-        parser.error("nothing to run: give --torch-python or --tunix-python, or leave --without-ours away")
+        parser.error("nothing to run: give the interpreter of a peer, or leave --without-ours away")
     about = machine()
     console.print(f"{about['processor']}, {about['cores']} cores, {about['system']}; float32; {args.rounds} rounds")
     outcomes, chosen = {}, {name: (variants or {})[name] for name in getattr(args, "variants", ())}

@@ -7,4 +7,4 @@ from rounds import main
 from works import TRAIN_STEP
 
 if __name__ == "__main__":
-    main("Compare the speed of a training step with the peers'.", TRAIN_STEP, steps=3)
+    main("Compare the speed of a training step with the peers'.", TRAIN_STEP, steps=3, peers=["torch", "tunix"])

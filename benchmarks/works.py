@@ -34,6 +34,8 @@ DECODE_VARIANTS = {
     "llama_jax-int8": {"quantize": "int8"},
     "llama_jax-bf16": {"dtype": "bfloat16"},
     "llama_jax-products": {"products": True},
+    "torch-compiled": {"static_cache": True},
+    "llamacpp-q8_0": {"quantize": "q8_0"},
 }
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 from worker import (
     BETAS,
     CLIP,
@@ -92,11 +92,16 @@ def decode(work: Work) -> tuple[int, Run]:
     model = build(work).eval()
     prompts = torch.from_numpy(prompt_tokens(work).astype(np.int64))
     mask = torch.ones_like(prompts)
+    options = {}
+    if work.get("static_cache"):  # which transformers compiles on a CPU only where it is asked to
+        compiled = CompileConfig(fullgraph=True)
+        compiled._compile_all_devices = True
+        options = {"cache_implementation": "static", "compile_config": compiled}
 
     def run(steps: int, new_tokens: int = work["new_tokens"]) -> list:
         for _ in range(steps):
             output = model.generate(
-                prompts, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, pad_token_id=0
+                prompts, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, pad_token_id=0, **options
             )
         return output[:, work["prompt_length"] :].tolist()
 
