@@ -9,7 +9,7 @@ BIN := .venv/bin
 # --budget: processor seconds that one test may take; the summary has the sum of each directory (tests/budget.py).
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: install test test-slow lint docs notebooks claims demo
+.PHONY: install test test-slow faults lint docs notebooks claims demo
 
 install: .venv/installed
 
@@ -39,6 +39,10 @@ test: lint
 
 test-slow: install
 	$(BIN)/pytest -m slow $(PARALLEL) --budget 200
+
+# All trials of faults, quick and slow, into docs/reliability.md: an hour on two cores.
+faults: install
+	$(BIN)/pytest tests/faults -m "slow or not slow" $(PARALLEL) --reliability docs/reliability.md
 
 # Run in full, in .cache/notebooks, where `make docs` finds what came out: all, or NOTEBOOK=quickstart.
 notebooks: install

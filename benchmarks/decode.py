@@ -10,4 +10,6 @@ from works import DECODE, DECODE_VARIANTS
 PEERS = ["torch", "tunix", "llamacpp"]
 
 if __name__ == "__main__":
-    main("Compare the speed of greedy decoding with the peers'.", DECODE, steps=3, peers=PEERS, variants=DECODE_VARIANTS)
+    main(
+        "Compare the speed of greedy decoding with the peers'.", DECODE, steps=3, peers=PEERS, variants=DECODE_VARIANTS
+    )

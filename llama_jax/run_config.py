@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -196,6 +197,14 @@ class RunConfig:
     def row_length(self) -> int:
         """Positions of a row: the sequence, and the source that some objectives have."""
         return self.sequence_length + (self.data.objective.source_length or 0)
+
+    @property
+    def measures_checkpoints(self) -> bool:
+        """Whether a checkpoint before the last is of a step with a validation."""
+        validates = self.logging.validate_every_steps
+        return validates >= self.num_steps or any(
+            math.lcm(every, validates) < self.num_steps for every in self.checkpoint.intervals
+        )
 
     @property
     def flops_per_token(self) -> float:

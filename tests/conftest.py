@@ -56,6 +56,7 @@ settings.load_profile("llama_jax")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--budget", type=float, metavar="SECONDS", help="limit of one test's processor time")
+    parser.addoption("--reliability", metavar="FILE", help="make all trials of tests/faults and write their counts")
 
 
 def pytest_configure(config: pytest.Config) -> None:

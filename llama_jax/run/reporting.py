@@ -9,6 +9,7 @@ import json
 import math
 import secrets
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from llama_jax.planning import device_memory
 from llama_jax.remote import with_urls
 from llama_jax.run.directory import SAMPLES_FILE, Run
 from llama_jax.run.metrics import METRICS_FILE, STARTS_FILE
+from llama_jax.run.profiling import recorded
 from llama_jax.run_config import LoggingConfig, RunConfig
 from llama_jax.screen import duration
 
@@ -242,6 +244,37 @@ def overview(run: Run, config: RunConfig, step: int) -> list[str]:
     }
     begins = [f"continuing '{run.directory}' from step {step}"] if step else []
     return begins + aligned({name: value for name, value in rows.items() if value})
+
+
+def effects(run: Run, start: int, state: Any, num_validation: int, mfu_per_speed: float | None) -> list[str]:
+    """Return a line for each part of the config that will have no effect from `start`, or another one than expected."""
+    config, lines = run.config, list[str]()
+    warmup, steps, profile = config.optimizer.warmup_steps, config.num_steps, config.profile
+    if warmup > steps:
+        lines.append(
+            f"optimizer.warmup_steps={warmup} is longer than num_steps={steps}: the learning rate ends at "
+            f"{steps / warmup:.1%} of its peak"
+        )
+    if not num_validation:
+        lines.append(f"no validation: data.validation_fraction={config.data.validation_fraction} holds out no text")
+    if profile.start_step is not None and not recorded(config, start):
+        window = f"steps {profile.start_step} to {profile.start_step + profile.num_steps}"
+        lines.append(
+            f"profile records nothing: {window} are not among those from {start} to {steps} that this run does"
+        )
+    if config.checkpoint.keep_best and num_validation and not config.measures_checkpoints:
+        validates, intervals = config.logging.validate_every_steps, config.checkpoint.intervals
+        saves = f"every {' or '.join(map(str, intervals))} steps" if intervals else "by time"
+        lines.append(
+            f"checkpoint.keep_best keeps none but the last: checkpoints ({saves}) and validations "
+            f"(every {validates}) do not meet before"
+        )
+    free, size = shutil.disk_usage(run.directory).free, sum(x.nbytes for x in jax.tree.leaves(state))
+    if size > free:
+        lines.append(f"the disk has {free / 1e9:.3g} GB free, and a checkpoint may take {size / 1e9:.3g} GB")
+    if mfu_per_speed is None:
+        lines.append(f"no MFU: the peak of '{jax.local_devices()[0].device_kind}' is not known")
+    return lines
 
 
 def _size(num_bytes: float) -> str:

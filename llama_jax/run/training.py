@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,9 +23,9 @@ from llama_jax.run.clock import Clock
 from llama_jax.run.continuing import check_directory
 from llama_jax.run.directory import SAMPLES_FILE, Run, open_run, start_run, write_samples
 from llama_jax.run.preparing import check_shared, first_params, open_dataset, prepare
-from llama_jax.run.profiling import Profile, recorded
+from llama_jax.run.profiling import Profile
 from llama_jax.run.programs import RunFailed as RunFailed, checked, programs
-from llama_jax.run.reporting import Logger, configured_loggers, measured, outcome, overview, peak_memory, shown
+from llama_jax.run.reporting import Logger, configured_loggers, effects, measured, outcome, overview, peak_memory, shown
 from llama_jax.run.signals import termination
 from llama_jax.run.stored import StoredRun, local_run
 from llama_jax.run_config import RunConfig
@@ -156,10 +155,6 @@ class Loop:
         self.lines, self.loggers = list(lines), [*configured_loggers(config.logging), *loggers]
         self.callbacks, self.begins, self.quiet = tuple(callbacks), list[str](), quiet
         self.losses: list[float] = []  # since the last line
-        validates, num_steps = config.logging.validate_every_steps, config.num_steps
-        self.measures_checkpoints = validates >= num_steps or any(
-            math.lcm(every, validates) < num_steps for every in config.checkpoint.intervals
-        )
         self.saved = time.monotonic()
 
     def run(self) -> None:
@@ -180,7 +175,7 @@ class Loop:
             stopping = stack.enter_context(termination())
             lines += [
                 *self.lines,
-                *self._warnings(start, state),
+                *effects(self.run_, start, state, len(self.validation), self.mfu_per_speed),
                 *(logger.notice for logger in loggers if logger.notice),
             ]
             bar.say(*lines, always=True)
@@ -202,36 +197,6 @@ class Loop:
             return self.programs.init_state(params, self.hyper), lines
         abstract = jax.eval_shape(self.programs.init_state, abstract_params(self.config.model), self.hyper)
         return store.load(step, abstract), []
-
-    def _warnings(self, start: int, state: TrainState) -> list[str]:
-        """Return a line for each part of the config that will have no effect, or another one than expected."""
-        config, lines = self.config, []
-        warmup, steps, profile = config.optimizer.warmup_steps, config.num_steps, config.profile
-        if warmup > steps:
-            lines.append(
-                f"optimizer.warmup_steps={warmup} is longer than num_steps={steps}: the learning rate ends at "
-                f"{steps / warmup:.1%} of its peak"
-            )
-        if not len(self.validation):
-            lines.append(f"no validation: data.validation_fraction={config.data.validation_fraction} holds out no text")
-        if profile.start_step is not None and not recorded(config, start):
-            window = f"steps {profile.start_step} to {profile.start_step + profile.num_steps}"
-            lines.append(
-                f"profile records nothing: {window} are not among those from {start} to {steps} that this run does"
-            )
-        if config.checkpoint.keep_best and len(self.validation) and not self.measures_checkpoints:
-            validates, intervals = config.logging.validate_every_steps, config.checkpoint.intervals
-            saves = f"every {' or '.join(map(str, intervals))} steps" if intervals else "by time"
-            lines.append(
-                f"checkpoint.keep_best keeps none but the last: checkpoints ({saves}) and validations "
-                f"(every {validates}) do not meet before"
-            )
-        free, size = shutil.disk_usage(self.run_.directory).free, sum(x.nbytes for x in jax.tree.leaves(state))
-        if size > free:
-            lines.append(f"the disk has {free / 1e9:.3g} GB free, and a checkpoint may take {size / 1e9:.3g} GB")
-        if self.mfu_per_speed is None:
-            lines.append(f"no MFU: the peak of '{jax.local_devices()[0].device_kind}' is not known")
-        return lines
 
     def _steps(
         self,
@@ -300,7 +265,7 @@ class Loop:
         saves = saves or event.saves or event.reason is not None
         val_loss = event.get("val_loss")
         # Where checkpoints are measured at all, what is measured between them may be the best.
-        best = self.measures_checkpoints and val_loss is not None and store.is_best(val_loss)
+        best = self.config.measures_checkpoints and val_loss is not None and store.is_best(val_loss)
         if saves or best:
             store.save(state, val_loss=val_loss)
             self.saved = time.monotonic()
