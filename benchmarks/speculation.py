@@ -20,10 +20,10 @@ from rich.table import Table
 from works import LLAMA56M, STORIES15M
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).parent / "peers")]
-from ours import COMPUTE, model_config, weights
+from ours import COMPUTE, model_config, weights  # noqa: E402
 
-from llama_jax.models import Model, from_params
-from llama_jax.sampling.loop import logits_of
+from llama_jax.models import Model, from_params  # noqa: E402
+from llama_jax.sampling.loop import logits_of  # noqa: E402
 
 SHAPES = {"15M": STORIES15M, "56M": LLAMA56M}
 PLACE, LENGTH = 64, 256  # of the first of the tokens, and of the cache

@@ -22,6 +22,7 @@ from llama_jax.run.directory import Run, keep_tokenizer, start_run
 from llama_jax.run.preparing import open_dataset, prepare
 from llama_jax.run.profiling import Profile
 from llama_jax.run.programs import RunFailed, checked
+from llama_jax.run.reporting import effects
 from llama_jax.run.training import Loop
 from llama_jax.run_config import RunConfig
 from llama_jax.screen import Bar
@@ -155,7 +156,7 @@ class Lane(Loop):
         self.store = CheckpointStore(self.run_.directory / CHECKPOINTS_DIRECTORY, self.config.checkpoint)
         stack.callback(closing.close, self.store)
         state, more = self._state(self.store)
-        self.lines += [*lines, *more, *self._warnings(start, state)]
+        self.lines += [*lines, *more, *effects(self.run_, start, state, len(self.validation), self.mfu_per_speed)]
         self.outputs = [stack.enter_context(contextlib.closing(logger(self.run_, start))) for logger in self.loggers]
         self.clock = Clock(start)
         return state
