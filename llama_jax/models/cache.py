@@ -15,24 +15,33 @@ from llama_jax.models.config import ModelConfig
 from llama_jax.nn import Mixer, PyTree
 
 
-def cache_shapes(config: ModelConfig, length: int, batch_size: int = 1, dtype: DTypeLike = "bfloat16") -> list[PyTree]:
+def cache_shapes(
+    config: ModelConfig, length: int, batch_size: int = 1, dtype: DTypeLike = "bfloat16", room: int | None = None
+) -> list[PyTree]:
     """Return the abstract cache of every layer that decodes, for `batch_size` rows of `length` positions.
 
-    They have the shardings of the current mesh. Nothing is allocated. Raises UserError where a layer has no cache.
+    With `room` layers with a window keep only it, and room for so many tokens. They have the shardings of the current
+    mesh. Nothing is allocated. Raises UserError where a layer has no cache.
     """
     mesh = jax.sharding.get_abstract_mesh()
     dtype = jnp.dtype(dtype)
     return [
-        _shapes(mixer, config.hidden_size, length, batch_size, dtype, mesh) for mixer, _ in config.stacks()["layers"]
+        _shapes(mixer, config.hidden_size, length, batch_size, dtype, room, mesh)
+        for mixer, _ in config.stacks()["layers"]
     ]
 
 
 @functools.lru_cache(1024)
-def _shapes(mixer: Mixer, width: int, length: int, batch_size: int, dtype: np.dtype, mesh: Any) -> PyTree:
+def _shapes(
+    mixer: Mixer, width: int, length: int, batch_size: int, dtype: np.dtype, room: int | None, mesh: Any
+) -> PyTree:
     """Return the abstract cache of one layer on the current mesh."""
 
     def make() -> PyTree:
-        return mixer.build(width, rngs=nnx.Rngs(params=0)).init_cache(batch_size, length, dtype)
+        module = mixer.build(width, rngs=nnx.Rngs(params=0))
+        if room is not None:
+            return module.init_window(batch_size, length, dtype, room)
+        return module.init_cache(batch_size, length, dtype)
 
     try:
         return jax.eval_shape(make)
@@ -44,8 +53,8 @@ def cache_bytes(config: ModelConfig, length: int, batch_size: int = 1, dtype: DT
     """Return the exact bytes of all layers' caches, on all devices, for `batch_size` rows of `length` positions.
 
     `dtype` is the type of activations, in which keys, values and latents are kept; recurrent states are float32. Layers
-    with a window keep all positions, as decoding allocates them. Of an encoder-decoder it is the decoder's own tokens,
-    without the keys of the source. Nothing is allocated.
+    with a window keep one position more than it, as the rows of a batch that is continued do. Of an encoder-decoder it
+    is the decoder's own tokens, without the keys of the source. Nothing is allocated.
 
     Raises UserError for a model that cannot continue a text.
     """
@@ -55,7 +64,8 @@ def cache_bytes(config: ModelConfig, length: int, batch_size: int = 1, dtype: DT
         if value < 1:
             raise UserError(f"{name}={value} must be at least 1")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # whole, on whatever mesh
-        return sum(map(nbytes, cache_shapes(config, length, batch_size, dtype)))
+        windows = getattr(config, "position_bias", None) is None and not config.has_source
+        return sum(map(nbytes, cache_shapes(config, length, batch_size, dtype, 1 if windows else None)))
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: DTypeLike = "bfloat16") -> int:

@@ -75,10 +75,18 @@ class Decoder(Transformer):
         hidden, _, aux = self.run_stack(batch["tokens"], batch["positions"], mask, key=key)
         return [self.main_term(hidden, batch)], aux
 
-    def init_cache(self, batch: int, length: int, dtype: DTypeLike | None = None) -> list[PyTree]:
-        """Return empty caches of all layers for `length` positions; `dtype` None is that of the activations."""
-        dtype = self.compute.jax_dtype if dtype is None else dtype
-        return [block.attention.init_cache(batch, length, dtype) for block in self.layers.leading]
+    def init_cache(
+        self, batch: int, length: int, dtype: DTypeLike | None = None, room: int | None = None
+    ) -> list[PyTree]:
+        """Return empty caches of all layers for `length` positions; `dtype` None is that of the activations.
+
+        With `room` layers with a window keep only it, and room for so many tokens to be written at once.
+        """
+        size = batch, length, self.compute.jax_dtype if dtype is None else dtype
+        mixers = [block.attention for block in self.layers.leading]
+        if room is None or self.config.position_bias is not None:  # a bias [T, S] is of places in their order
+            return [mixer.init_cache(*size) for mixer in mixers]
+        return [mixer.init_window(*size, room) for mixer in mixers]
 
     def extend(
         self,

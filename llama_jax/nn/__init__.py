@@ -31,6 +31,12 @@ from llama_jax.nn.attention.grouped_query import (
     GroupedQuery as GroupedQuery,
 )
 from llama_jax.nn.attention.latent import LatentAttention as LatentAttention
+from llama_jax.nn.attention.ring import (
+    HELD as HELD,
+    is_ring as is_ring,
+    line_of as line_of,
+    ring_of as ring_of,
+)
 from llama_jax.nn.attention.sparse import SparseLatentAttention as SparseLatentAttention
 from llama_jax.nn.base import (
     FeedForward as FeedForward,

@@ -37,7 +37,7 @@ class Mask:
     segment_ids: [B, T], the document of each query, 0 at padding; a query attends to keys of the same document only.
     key_segment_ids: [B, S], the document of each key; None where the keys are the queries' own tokens.
     query_places: [B, T], the place of each query among the keys; None where query t is at place t.
-    key_places: [S], the place of each key; None where key s is at place s.
+    key_places: [S] or [B, S], the place of each key; None where key s is at place s.
     """
 
     causal: bool = True
@@ -60,7 +60,10 @@ class Mask:
         def keys(x: jax.Array, axis: int) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(x, first_key, num_keys, axis=axis)
 
-        key_place = first_key + jnp.arange(num_keys) if self.key_places is None else keys(self.key_places, 0)
+        if self.key_places is None:
+            key_place = first_key + jnp.arange(num_keys)
+        else:
+            key_place = keys(self.key_places, self.key_places.ndim - 1)[..., None, :]
         if self.query_places is None:
             query_place = (first_query + jnp.arange(num_queries))[None, :, None]
         else:
@@ -219,6 +222,10 @@ class MixerModule(nnx.Module):
     def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> PyTree:
         """Return an empty cache: any pytree of arrays with a leading batch dimension."""
         raise NotImplementedError
+
+    def init_window(self, batch: int, length: int, dtype: DTypeLike, room: int) -> PyTree:
+        """Return an empty cache that may keep only the entries that later tokens attend to, of 1 to `room` at once."""
+        return self.init_cache(batch, length, dtype)
 
 
 class Mixer(Piece):

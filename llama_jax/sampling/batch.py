@@ -12,7 +12,17 @@ from llama_jax.models import Model
 from llama_jax.nn import PyTree
 from llama_jax.sampling.config import SamplingConfig
 from llama_jax.sampling.constraints import Constraint
-from llama_jax.sampling.loop import FEWEST_STOPS, CacheSize, Logged, Orders, Rows, advance, place, power_of_two
+from llama_jax.sampling.loop import (
+    FEWEST_STOPS,
+    CacheSize,
+    Logged,
+    Orders,
+    Rows,
+    advance,
+    place,
+    power_of_two,
+    smallest_ring,
+)
 from llama_jax.sampling.sampler import Sampler
 from llama_jax.sampling.speculative import Speculation
 
@@ -64,6 +74,11 @@ class Text:
         return len(self.tokens) == self.prompt
 
 
+def _cached(texts: Sequence[Text]) -> list[int]:
+    """Return the numbers of tokens that the cache has of each text: all but the last."""
+    return [len(text.tokens) - 1 for text in texts]
+
+
 class Batch:
     """Texts in the rows of a cache on the device. Rows without a text are done, and hold copies of others."""
 
@@ -74,34 +89,39 @@ class Batch:
         self._prepared: tuple[Rows, Orders, Sampler] | None = None
 
     @classmethod
-    def of(cls, model: Model, size: CacheSize, cache: PyTree, texts: Sequence[Text], *, whole: bool) -> "Batch":
+    def of(
+        cls, model: Model, size: CacheSize, cache: PyTree, texts: Sequence[Text], *, whole: bool, room: int | None
+    ) -> "Batch":
         """Return a batch of texts whose prompts are in a cache, which is taken over where these are its rows.
 
-        `size` is that of the cache; with `whole` nothing else reads it.
+        `size` is that of the cache; with `whole` nothing else reads it. `room` is that of the batch's own.
         """
         rows = power_of_two(len(texts))
         sources = [text.source for text in texts]
-        if not (whole and rows == size.rows and sources == [*range(len(texts))]):
-            size = dataclasses.replace(size, rows=rows)
-            cache = place(model, size, None, cache, range(rows), np.resize(sources, rows).tolist())
+        rings = room is not None and smallest_ring(model.config, size.length, room) is not None
+        same = not rings and whole and rows == size.rows and sources == [*range(len(texts))]
+        size = dataclasses.replace(size, rows=rows, room=room)
+        if not same:
+            numbers = (np.resize(x, rows).tolist() for x in (sources, _cached(texts)))
+            cache = place(model, size, None, cache, range(rows), *numbers)
         return cls(model, size, cache, texts)
 
     def add(self, texts: Sequence[Text], cache: PyTree, size: CacheSize) -> None:
         """Copy texts whose prompts are in another cache into free rows. The batch grows where it has to."""
         need = dataclasses.replace(
-            size,
+            self.size,
             rows=max(self.size.rows, power_of_two(len(self.texts) + len(texts))),
             length=max(self.size.length, size.length),
             source=max(self.size.source, size.source),
         )
         if need != self.size:
-            order = [*self.texts]
-            self.cache = place(
-                self._model, need, None, self.cache, range(need.rows), np.resize(order, need.rows).tolist()
-            )
+            order, held = [*self.texts], _cached([*self.texts.values()])
+            numbers = (np.resize(x, need.rows).tolist() for x in (order, held))
+            self.cache = place(self._model, need, None, self.cache, range(need.rows), *numbers)
             self.texts, self.size = dict(enumerate(self.texts.values())), need
         free = [row for row in range(need.rows) if row not in self.texts][: len(texts)]
-        self.cache = place(self._model, need, self.cache, cache, free, [text.source for text in texts])
+        sources = [text.source for text in texts]
+        self.cache = place(self._model, need, self.cache, cache, free, sources, _cached(texts))
         self.texts |= dict(zip(free, texts, strict=True))
         self._prepared = None
 

@@ -20,7 +20,7 @@ from llama_jax.sampling.constraints import Constraint, constraint_of
 from llama_jax.sampling.loop import NOT_NUMBERS, CacheSize, Logged, Rows, bucket, can_be_cut, place, power_of_two
 from llama_jax.sampling.prefill import Prefill, Prefixes
 from llama_jax.sampling.sampler import Sampler
-from llama_jax.sampling.speculative import Speculation
+from llama_jax.sampling.speculative import MTP, Speculation
 
 PREFILL_CHUNK = 512
 DECODE_CHUNK = 8
@@ -121,6 +121,9 @@ class Engine:
             raise UserError("cache_dtype=int8 is for attention, and this model keeps states: leave it out")
         self._prefixes = Prefixes(self._model, prefix_bytes if cuts else 0)
         self._speculation, self._room = speculation, speculation.room if speculation else 0
+        # Further blocks read texts from their beginning, which would be written over a window's entries.
+        whole = config.has_source or (speculation is not None and speculation.kind == MTP)
+        self._kept_room = None if whole else max(1, self._room)
         self._tickets = itertools.count()
         self._waiting: deque[tuple[int, Request]] = deque()
         self._job: _Job | None = None
@@ -234,7 +237,7 @@ class Engine:
         texts, job.pending = job.pending[:room], job.pending[room:]
         cache, size = job.prefill.cache, job.prefill.size
         if self._batch is None:
-            self._batch = Batch.of(self._model, size, cache, texts, whole=not job.pending)
+            self._batch = Batch.of(self._model, size, cache, texts, whole=not job.pending, room=self._kept_room)
         elif texts:
             self._batch.add(texts, cache, size)
         if not job.pending:

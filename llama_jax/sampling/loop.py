@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from llama_jax.models import Decoder, EncoderDecoder, Model, ModelConfig, cache_shapes
-from llama_jax.nn import PyTree
+from llama_jax.nn import HELD, PyTree, is_ring, line_of, ring_of
 from llama_jax.parallel import mesh_axis_sizes, replicate, shard
 from llama_jax.sampling.controls import Logits, Written
 from llama_jax.sampling.sampler import Sampler, logprobs
@@ -75,17 +75,23 @@ class SamplingState:
 
 @dataclasses.dataclass(frozen=True)
 class CacheSize:
-    """Size of a cache: rows, positions, type (None: that of the activations), and of an encoder-decoder the source."""
+    """Size of a cache: rows, positions, type (None: that of the activations), and of an encoder-decoder the source.
+
+    With `room` for so many tokens at once a decoder's layers keep no more than their window.
+    """
 
     rows: int
     length: int
     dtype: DTypeLike | None = None
     source: int = 0
+    room: int | None = None
 
     def shapes(self, module: Any) -> PyTree:
         """Return the abstract cache."""
 
         def make() -> PyTree:
+            if self.room is not None:
+                return module.init_cache(self.rows, self.length, self.dtype, self.room)
             if not self.source:
                 return module.init_cache(self.rows, self.length, self.dtype)
             there = shard(jnp.ones((self.rows, self.source), bool), "batch", None)
@@ -151,18 +157,35 @@ def _encode(graphdef: PyTree, size: CacheSize, weights: PyTree, source: Array, m
     return module.init_cache(size.rows, size.length, size.dtype, source=source, source_mask=mask)
 
 
+@functools.lru_cache(1024)
+def smallest_ring(config: ModelConfig, length: int, room: int) -> int | None:
+    """Return the fewest positions that a layer of a decoder's cache of this `length` keeps, None where all keep all."""
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        windows = getattr(config, "position_bias", None) is None and not config.has_source
+        found = cache_shapes(config, length, room=room) if windows else []
+    return min((layer[HELD].shape[1] for layer in found if is_ring(layer)), default=None)
+
+
 def place(
-    model: Model, size: CacheSize, cache: PyTree | None, other: PyTree, rows: Sequence[int], sources: Sequence[int]
+    model: Model,
+    size: CacheSize,
+    cache: PyTree | None,
+    other: PyTree,
+    rows: Sequence[int],
+    sources: Sequence[int],
+    lengths: Sequence[int] | None = None,
 ) -> PyTree:
     """Return `cache` with the rows `sources` [N] of another one, longer or shorter, at `rows` [N].
 
-    The cache is used up; None is a new one of `size`. Entries beyond its length are cut off.
+    The cache is used up; None is a new one of `size`. Entries beyond its length are cut off. `lengths` [N] are the
+    entries of each source row, which a ring is made of.
     """
     pad = 0, power_of_two(len(rows)) - len(rows)
-    at, come_from = (np.pad(np.asarray(x, np.int32), pad, "edge") for x in (rows, sources))
+    lengths = [0] * len(rows) if lengths is None else lengths
+    numbers = [np.pad(np.asarray(x, np.int32), pad, "edge") for x in (rows, sources, lengths)]
     cache = empty(model, size) if cache is None else cache
     with model.on_mesh():
-        return _place(cache, other, at, come_from)
+        return _place(cache, other, *numbers)
 
 
 def empty(model: Model, size: CacheSize) -> PyTree:
@@ -181,26 +204,35 @@ def _empty(graphdef: PyTree, size: CacheSize, weights: PyTree) -> PyTree:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _place(cache: PyTree, other: PyTree, rows: Array, sources: Array) -> PyTree:
+def _place(cache: PyTree, other: PyTree, rows: Array, sources: Array, lengths: Array) -> PyTree:
 
-    def copy(old: Array, new: Array, row: Array, source: Array) -> Array:
-        one = jax.lax.dynamic_slice_in_dim(new, source, 1, axis=0)
+    def put(old: Array, one: Array, row: Array) -> Array:
         one = one[(slice(None), *(slice(n) for n in old.shape[1:]))]
         one = jnp.pad(one, [(0, 0), *((0, n - m) for n, m in zip(old.shape[1:], one.shape[1:], strict=True))])
         return jax.lax.dynamic_update_slice_in_dim(old, one, row, axis=0)
 
-    def copies(cache: PyTree, other: PyTree, rows: Array, sources: Array) -> PyTree:
+    def copy(old: PyTree, new: PyTree, row: Array, source: Array, length: Array) -> PyTree:
+        one = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, source, 1, axis=0), new)
+        if is_ring(old) and not is_ring(one):
+            one = ring_of(one, old[HELD].shape[1], length)
+        elif is_ring(one) and not is_ring(old):
+            one = line_of(one, old["k"].shape[2])
+        return jax.tree.map(lambda old, one: put(old, one, row), old, one)
+
+    def copies(cache: PyTree, other: PyTree, rows: Array, sources: Array, lengths: Array) -> PyTree:
         def body(i: Array, cache: PyTree) -> PyTree:
-            return jax.tree.map(lambda old, new: copy(old, new, rows[i], sources[i]), cache, other)
+            numbers = rows[i], sources[i], lengths[i]
+            layer = lambda x: isinstance(x, dict) and "k" in x  # noqa: E731
+            return jax.tree.map(lambda old, new: copy(old, new, *numbers), cache, other, is_leaf=layer)
 
         return jax.lax.fori_loop(0, len(rows), body, cache)
 
     if not mesh_axis_sizes():
-        return copies(cache, other, rows, sources)
+        return copies(cache, other, rows, sources, lengths)
     # From and to any device: the compiler finds the communication.
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, cache)
     anywhere: Any = jax.sharding.auto_axes(copies, out_sharding=specs)
-    return anywhere(cache, other, rows, sources)
+    return anywhere(cache, other, rows, sources, lengths)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 
 from llama_jax.models import Model, nbytes
 from llama_jax.nn import PyTree
-from llama_jax.sampling.loop import CacheSize, bucket, empty, encode, place, power_of_two, prefill
+from llama_jax.sampling.loop import CacheSize, bucket, empty, encode, place, power_of_two, prefill, smallest_ring
 
 SHORTEST_PREFIX = 16  # fewer tokens are computed faster than found
 
@@ -17,33 +17,37 @@ class Prefixes:
 
     def __init__(self, model: Model, limit: int):
         self._model, self._limit = model, limit
-        self._caches: dict[tuple[int, ...], PyTree] = {}
+        # Of each text the cache, and the least length at which it may be cut.
+        self._caches: dict[tuple[int, ...], tuple[PyTree, int]] = {}
 
     @property
     def num_bytes(self) -> int:
         """The bytes of all caches, on all devices."""
-        return sum(nbytes(cache) for cache in self._caches.values())
+        return sum(nbytes(cache) for cache, _ in self._caches.values())
 
     def find(self, ids: tuple[int, ...]) -> tuple[int, PyTree]:
         """Return how many of the first `ids` are known, and the cache of one row that holds them; 0 and None."""
         best, found = SHORTEST_PREFIX - 1, None
-        for known in self._caches:
+        for known, (_, least) in self._caches.items():
             length = _common(ids, known)
-            if length > best:
+            if length > best and length >= least:
                 best, found = length, known
         if found is None:
             return 0, None
         cache = self._caches[found] = self._caches.pop(found)  # now the most recently used
-        return best, cache
+        return best, cache[0]
 
     def keep(self, ids: tuple[int, ...], cache: PyTree, row: int, size: CacheSize) -> None:
         """Keep a copy of what a row's cache holds of `ids`."""
         if len(ids) < SHORTEST_PREFIX or not self._limit or self.find(ids)[0] == len(ids):
             return
-        for known in [known for known in self._caches if known == ids[: len(known)]]:
+        kept = None if size.room is None else smallest_ring(self._model.config, size.length, size.room)
+        # Of a window's entries the last are there, and those of the room before them.
+        least = 0 if size.room is None or kept is None or len(ids) <= kept else len(ids) - size.room
+        for known in [known for known in self._caches if least <= len(known) and known == ids[: len(known)]]:
             del self._caches[known]
-        one = dataclasses.replace(size, rows=1, length=bucket(len(ids), size.length))
-        self._caches[ids] = place(self._model, one, None, cache, [0], [row])
+        one = dataclasses.replace(size, rows=1, length=bucket(len(ids), size.length), room=None)
+        self._caches[ids] = place(self._model, one, None, cache, [0], [row]), least
         while self.num_bytes > self._limit:
             del self._caches[next(iter(self._caches))]
 

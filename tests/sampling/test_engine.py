@@ -12,10 +12,21 @@ import pytest
 
 import llama_jax
 from llama_jax.config import UserError
-from llama_jax.models import DecoderConfig, Model
+from llama_jax.models import DecoderConfig, LayerOverride, Model
 from llama_jax.nn import LSTM, LatentAttention, NGram, Rope, SparseLatentAttention
 from llama_jax.parallel import make_mesh
-from llama_jax.sampling import Engine, Piece, Request, SamplingConfig, Written, answers, generate, loop, prefill
+from llama_jax.sampling import (
+    Engine,
+    Piece,
+    Request,
+    SamplingConfig,
+    Speculation,
+    Written,
+    answers,
+    generate,
+    loop,
+    prefill,
+)
 
 Prompts = list[tuple[int, ...]]
 GREEDY = SamplingConfig(12, 0.0)
@@ -293,6 +304,59 @@ def test_every_attention_caches_int8(kind: str, two_layers: DecoderConfig, make_
         one = Engine(model, rows=1, cache_dtype="int8")
         ticket_alone = one.add(Request(tuple(row.tolist()), GREEDY))
         assert ids(found[ticket, 0]) == ids(run(one)[ticket_alone, 0])
+
+
+@pytest.fixture(scope="module")
+def windowed(two_layers: DecoderConfig) -> DecoderConfig:
+    """A window in the first layer, and all keys in the second."""
+    own = dataclasses.replace(two_layers.attention, window=6)
+    return dataclasses.replace(two_layers, overrides=(LayerOverride((0,), own),))
+
+
+def test_layers_with_a_window_keep_only_it(windowed: DecoderConfig, make_model, requests: list[Request]):
+    """Refilled rows, chunks, known beginnings, a batch that grows: each text is that of full forwards."""
+    model = make_model(windowed)
+    engine = Engine(model, rows=4, prefill_chunk=16, decode_chunk=4)
+    tickets = [engine.add(request) for request in requests[:5]]
+    pieces = engine.step() + engine.step()
+    tickets += [engine.add(request) for request in requests[5:]]
+    found = run(engine)
+    for ticket, request in zip(tickets, requests, strict=True):
+        early = [piece for piece in pieces if piece.ticket == ticket]
+        text = [*request.prompt, *ids(early + found[ticket, 0])]
+        if request.config.temperature == 0 and request.config.repetition_penalty == 1:
+            logits = np.asarray(model(jnp.asarray([text])))[0, len(request.prompt) - 1 : -1]
+            assert text[len(request.prompt) :] == logits.argmax(-1).tolist()
+        assert text[len(request.prompt) :] == alone(model, request.prompt, request.config, request.row)
+    # The conversation goes on: its text is known, although the first layer has its end alone.
+    text = (*text, 3, 1, 4)
+    engine.add(Request(text, GREEDY))
+    (piece, *_) = engine.step()
+    assert piece.token_ids == [int(np.asarray(model(jnp.asarray([text])))[0, -1].argmax())]
+    shapes = [layer["k"].shape[2] for layer in engine._batch.cache]  # type: ignore[union-attr]
+    assert shapes[0] == 7
+    assert shapes[1] >= len(text)
+
+
+@pytest.mark.parametrize(
+    "options", [{"axes": {"data": 2, "fsdp": 2, "tensor": 2}}, {"draft": "prompt"}, {"cache": "int8"}]
+)
+def test_windows_on_a_mesh_with_guesses_and_rounded(options: dict, windowed, make_model, prompts: Prompts):
+    mesh = make_mesh(options["axes"]) if "axes" in options else None
+    model, dtype = make_model(windowed, mesh), options.get("cache")
+    speculation = Speculation.of(model, options.get("draft"))
+    engine = Engine(model, rows=4, decode_chunk=4, cache_dtype=dtype, speculation=speculation)
+    tickets = [engine.add(Request(prompt, SamplingConfig(24, 0.0))) for prompt in prompts]
+    found = run(engine)
+    for ticket, prompt in zip(tickets, prompts, strict=True):
+        if dtype:
+            one = Engine(model, rows=1, cache_dtype=dtype, prefix_bytes=0)
+            same = one.add(Request(prompt, SamplingConfig(24, 0.0)))
+            assert ids(found[ticket, 0]) == ids(run(one)[same, 0])
+        else:
+            text = [*prompt, *ids(found[ticket, 0])]
+            logits = np.asarray(model(jnp.asarray([text])))[0, len(prompt) - 1 : -1]
+            assert text[len(prompt) :] == logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("network", [LSTM(16), NGram(3, 24)])

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 from llama_jax.config import Known, UserError
+from llama_jax.nn.attention import ring
 from llama_jax.nn.attention.attend import attend
 from llama_jax.nn.base import (
     ForwardContext,
@@ -26,7 +27,7 @@ from llama_jax.nn.parameters import Projection, child, joined_products
 from llama_jax.nn.rope import Rope, known_rope
 from llama_jax.parallel import shard
 
-Cache = dict[str, Num[Array, "b k s _"]]
+Cache = ring.Cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +152,7 @@ class _Projections(nnx.Module):
 
 
 class GroupedQueryModule(_Projections, MixerModule):
-    """Grouped-query attention; its cache is the keys and values so far, `k` and `v` [B, K, S, H]."""
+    """Grouped-query attention; its cache is the keys and values so far, `k` and `v` [B, K, S, H], or a ring."""
 
     def __init__(self, config: GroupedQuery, width: int, *, rngs: nnx.Rngs):
         super().__init__(config, width, rngs=rngs)
@@ -175,6 +176,8 @@ class GroupedQueryModule(_Projections, MixerModule):
         k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)  # the layout of the cache, and of the kernels
         if cache is not None:
             cache = write_cache(cache, {"k": k_BKSH, "v": v_BKSH}, ctx.cache_start)
+            if ring.is_ring(cache):
+                ctx = ctx.with_mask(key_places=ring.places_of(cache))
             k_BKSH, v_BKSH = read_cache(cache, ("k", "v"), x.dtype)
         options: dict[str, Any] = {"scale": self.scale, "softcap": config.softcap, "dropout": config.dropout}
         return self.o_proj(attend(q_BTNH, k_BKSH, v_BKSH, ctx, **options)), cache
@@ -188,6 +191,13 @@ class GroupedQueryModule(_Projections, MixerModule):
         # [B, K, S, H]: with S before K the TPU program keeps a second, transposed cache.
         shape = (batch, self.config.num_kv_heads, length, self.config.head_dim)
         return empty_cache({"k": shape, "v": shape}, dtype)
+
+    def init_window(self, batch: int, length: int, dtype: DTypeLike, room: int) -> Cache:
+        size = length if self.config.window is None else self.config.window + room
+        if size >= length:
+            return self.init_cache(batch, length, dtype)
+        held = shard(jnp.zeros((batch, size), jnp.int32), "batch", None)
+        return self.init_cache(batch, size, dtype) | {ring.HELD: held}
 
 
 class CrossAttentionModule(_Projections):
@@ -243,6 +253,13 @@ def write_cache(cache: Cache, new: dict[str, Num[Array, "b k t _"]], start: Int[
 
     Into int8 they are rounded, each with the scale that makes its largest number 127.
     """
+    if ring.is_ring(cache):
+        held = ring.noted(cache, start, size := new["k"].shape[2])
+        cache = {name: x for name, x in cache.items() if name != ring.HELD}
+        for t in range(size):  # one by one: they may go on at the ring's beginning
+            entry = {name: x[:, :, t : t + 1] for name, x in new.items()}
+            cache = write_cache(cache, entry, (start + t) % held.shape[1])
+        return cache | {ring.HELD: held}
 
     def write(old: jax.Array, new: jax.Array) -> jax.Array:
         if old.shape[0] == 1:  # one slice is written in place; XLA:CPU copies what it scatters into
