@@ -19,7 +19,8 @@ from llama_jax.checkpoint.formats import is_meta, rounded
 from llama_jax.checkpoint.generation import GenerationSettings, read_generation
 from llama_jax.checkpoint.importing import WeightSource, load_params, open_source, stored_dtypes
 from llama_jax.checkpoint.peft_reading import is_adapter, open_adapter
-from llama_jax.checkpoint.store import CheckpointStore, model_files
+from llama_jax.checkpoint.steps import CHECKPOINTS_DIRECTORY, model_files
+from llama_jax.checkpoint.store import CheckpointStore
 from llama_jax.config import UserError, from_json, read_json
 from llama_jax.data import ChatTemplate
 from llama_jax.models import Compute, Model, ModelConfig, abstract_params, from_params
@@ -29,7 +30,6 @@ from llama_jax.tokenizers import Tokenizer, load_saved_tokenizer, load_tokenizer
 
 CONFIG_FILE = "config.json"
 TOKENIZER_DIRECTORY = "tokenizer"
-CHECKPOINTS_DIRECTORY = "checkpoints"
 ORIGIN_FILE = "origin.json"  # of a saved model: the family and the chat template of `LanguageModel`
 
 # A path in a run, with the run's directory and the step of a checkpoint.

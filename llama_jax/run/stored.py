@@ -4,13 +4,23 @@ A run is continued from the store, which always has a complete checkpoint once t
 """
 
 import contextlib
+import functools
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, COMMIT_FILE, CONFIG_FILE, run_files, step_of, whole_steps
+from llama_jax.checkpoint import (
+    CHECKPOINTS_DIRECTORY,
+    COMMIT_FILE,
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    damage,
+    run_files,
+    step_of,
+    whole_steps,
+)
 from llama_jax.config import UserError
 from llama_jax.parallel import distributed
 from llama_jax.remote import Mirror, as_local
@@ -35,6 +45,11 @@ class StoredRun:
             raise UserError(f"'{self._mirror.url}' is not empty and not a run: give another --run-dir")
         self._mirror.fetch(run_files, prune=True)
         self.directory = self._mirror.path
+        self._before = whole_steps(self._mirror.local_files())  # some of an earlier version have no manifest
+        for step in reversed(self._before):  # a damaged one is not continued from: the one before it is fetched
+            self._mirror.fetch(functools.partial(run_files, step=step))
+            if damage(self.directory / CHECKPOINTS_DIRECTORY / str(step)) is None:
+                break
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -45,7 +60,7 @@ class StoredRun:
 
     def start(self) -> None:
         """Upload all files and begin to upload every checkpoint. Raises UserError where the store cannot be written."""
-        steps = whole_steps(self._mirror.local_files())
+        steps = self._ready(self._mirror.local_files())
         self.upload()
         self._thread = threading.Thread(target=self._watch, args=(steps,), name="upload", daemon=True)
         self._thread.start()
@@ -73,13 +88,21 @@ class StoredRun:
         names = self._mirror.local_files()
         self._mirror.upload([name for name in names if not name.startswith(f"{CHECKPOINTS_DIRECTORY}/")])
         steps = whole_steps(names)
-        for step in reversed(steps):
+        for step in reversed(self._ready(names)):
             if not self._upload_step(step):
                 return False
         there = self._mirror.stamps()
         for step in {step_of(name) for name in there} - {None, *steps}:
             self._delete_step([name for name in there if step_of(name) == step])
         return True
+
+    def _ready(self, names: list[str]) -> list[int]:
+        """Return the steps to upload: those of before, and those that have their manifest, which is written last."""
+        return [
+            step
+            for step in whole_steps(names)
+            if step in self._before or f"{CHECKPOINTS_DIRECTORY}/{step}/{MANIFEST_FILE}" in names
+        ]
 
     def _upload_step(self, step: int) -> bool:
         """Upload a checkpoint, the file that makes it complete last; return False where it was removed meanwhile."""
@@ -110,7 +133,7 @@ class StoredRun:
         """Upload whenever the set of local checkpoints changes, until the run closes."""
         pause = _POLL_SECONDS
         while not self._closing.wait(pause):
-            steps = whole_steps(self._mirror.local_files())
+            steps = self._ready(self._mirror.local_files())
             if steps == uploaded:
                 continue
             try:
