@@ -10,7 +10,7 @@ import fsspec
 import pytest
 
 from llama_jax import load, open_run, remote
-from llama_jax.checkpoint import COMMIT_FILE, model_files, run_files, step_of, whole_steps
+from llama_jax.checkpoint import COMMIT_FILE, model_files, run_files, step_of, whole_steps, write_manifest
 from llama_jax.config import UserError
 from llama_jax.parallel import distributed
 from llama_jax.remote import Mirror, is_remote, local_copy, uploaded, url_of
@@ -169,6 +169,7 @@ def write_step(directory: Path, step: int) -> None:
         file = directory / "checkpoints" / str(step) / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"{name} of {step}, {os.urandom(4).hex()}")
+    write_manifest(directory / "checkpoints" / str(step), step)
     (directory / "config.json").write_text("{}")
     (directory / "metrics.jsonl").write_text("".join(f"{i}\n" for i in range(step)))
     (directory / f"checkpoints/{step + 4}.orbax-checkpoint-tmp").mkdir()
