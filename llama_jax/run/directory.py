@@ -19,6 +19,7 @@ from llama_jax.checkpoint import (
     load,
     locate,
     run_files,
+    write_manifest,
 )
 from llama_jax.config import UserError, read_json, to_json
 from llama_jax.data import Batches, Dataset, HostBatch, Vocabulary, batches_passed, prepare_dataset
@@ -184,6 +185,7 @@ def keep_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     if not (directory / TOKENIZER_DIRECTORY).is_dir():
         with replacing(directory / TOKENIZER_DIRECTORY) as partial:
             tokenizer.save(partial)
+            write_manifest(partial)
 
 
 def _summary(dataset: Dataset) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.__main__ import main
 from llama_jax.checkpoint import (
     MANIFEST_FILE,
     CheckpointConfig,
@@ -251,3 +252,68 @@ def test_an_old_checkpoint_stays_until_the_new_one_has_its_manifest(tmp_path: Pa
     store.close()
     assert store.steps() == [2]
     assert check_manifest(tmp_path / "2", 2) == []
+
+
+@pytest.fixture
+def verified(capsys: pytest.CaptureFixture[str]) -> Callable[[Path], tuple[int, str]]:
+    """The exit code and the lines of `verify`."""
+
+    def verify(path: Path) -> tuple[int, str]:
+        code = main(["verify", str(path)])
+        return code, capsys.readouterr().out
+
+    return verify
+
+
+def test_verify_names_what_is_damaged_in_a_run_a_corpus_and_an_export(
+    copied: Path,
+    run_config: RunConfig,
+    tmp_path: Path,
+    verified: Callable[[Path], tuple[int, str]],
+    num_trials: Callable[[int, int], int],
+    tally: Any,
+):
+    # The run's corpus is in a copy of the cache.
+    shutil.copytree(run_config.data.cache_dir or "", tmp_path / "cache")
+    config = (copied / "config.json").read_text()
+    (copied / "config.json").write_text(config.replace(str(run_config.data.cache_dir), str(tmp_path / "cache")))
+    assert verified(copied) == (0, "checkpoint 8: good\ncheckpoint 12: good\ntokenizer: good\ncorpus: good\n")
+    (corpus,) = (place for place in (tmp_path / "cache" / "corpora").iterdir() if place.is_dir())
+    assert verified(corpus) == (0, "corpus: good\n")
+    assert main(["convert", str(copied), str(tmp_path / "export"), "--to", "hf"]) == 0
+    assert verified(tmp_path / "export")[1].endswith("files: good\n")
+
+    places = {corpus: (corpus, "corpus"), tmp_path / "export": (tmp_path / "export", "files")}
+    places |= {copied / "tokenizer": (copied, "tokenizer"), copied / "checkpoints/8": (copied, "checkpoint 8")}
+    rng, tried, held = np.random.default_rng(0), dict.fromkeys(places, 0), dict.fromkeys(places, 0)
+    for place, (path, part) in places.items():
+        for name in files_of(place):
+            content = (place / name).read_bytes()
+            offsets = rng.integers(len(content), size=num_trials(1, 8)) if content else []
+            for damaged in [*(flipped(content, int(offset), 5) for offset in offsets), content[:-1]]:
+                if damaged == content or (path == copied and tried[place] > num_trials(4, 99)):
+                    continue
+                (place / name).write_bytes(damaged)
+                code, lines = verified(path)
+                told = [line for line in lines.splitlines() if line.startswith(f"{part}: damaged (")]
+                tried[place] += 1
+                held[place] += code == 1 and len(told) == 1 and Path(name).name in told[0]
+            (place / name).write_bytes(content)
+    for place, (_, part) in places.items():
+        tally(f"`verify`: a bit or an end of a file of a {part}", "named", tried=tried[place], held=held[place])
+
+
+def test_verify_tells_what_is_not_checked(copied: Path, verified: Callable[[Path], tuple[int, str]], capsys):
+    shutil.rmtree(copied / "checkpoints/8")
+    (copied / "checkpoints/12" / MANIFEST_FILE).unlink()
+    (copied / "tokenizer" / MANIFEST_FILE).unlink()
+    told = [f"{part}: not checked, it has no checksums" for part in ("checkpoint 12", "tokenizer")]
+    code, lines = verified(copied)
+    assert code == 0
+    assert lines.splitlines()[:2] == told
+    (copied / "config.json").write_text("{")
+    code, lines = verified(copied)
+    assert code == 1
+    assert "corpus: cannot be checked ('" in lines
+    assert main(["verify", str(copied.parent)]) == 2
+    assert "has nothing to verify" in capsys.readouterr().err

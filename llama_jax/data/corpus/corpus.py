@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import functools
+import hashlib
 import json
 import mmap
 import os
@@ -17,10 +18,11 @@ from jaxtyping import Int, Int32
 from llama_jax.config import Json, UserError
 from llama_jax.data.config import DataConfig, Split
 from llama_jax.data.corpus.documents import OLD, BadRecords, read_texts, sum_scored
-from llama_jax.data.corpus.shards import ARRAYS, array_file
+from llama_jax.data.corpus.shards import ARRAYS, array_file, summary_file
 from llama_jax.files import write_text
 
 INDEX = "index.json"
+_MALFORMED = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)  # of damaged JSON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +129,53 @@ class Corpus:
         return lines
 
 
+def damaged_files(directory: Path) -> list[str]:
+    """Return what is wrong with a corpus, each damaged or missing file named, by the hashes of index and shards.
+
+    Raises OSError where a file cannot be read.
+    """
+    try:
+        text = (directory / INDEX).read_text()
+        index = json.loads(text)
+        if "sha256" in index and text != _index_text({name: index[name] for name in index if name != "sha256"}):
+            return [f"'{INDEX}' is damaged"]
+        # An earlier version's index has no hashes of the summaries.
+        hashes = index.get("summaries", [None] * len(index["splits"]["train"]["tokens"]))
+        return [problem for number, own in enumerate(hashes) for problem in _damaged(directory, number, own)]
+    except _MALFORMED:
+        return [f"'{INDEX}' is damaged"]
+
+
+def _damaged(directory: Path, number: int, checksum: str | None) -> Iterator[str]:
+    """Yield what is wrong with a shard, whose summary has this hash."""
+    file = summary_file(directory, number)
+    if checksum is not None and (problem := _problem(file, checksum)) is not None:
+        yield problem
+        return
+    summary = json.loads(file.read_text())
+    for split in get_args(Split):
+        for array, hash_ in summary["splits"][split]["sha256"].items():
+            if (
+                array in ARRAYS
+                and (problem := _problem(array_file(directory, split, number, array), hash_)) is not None
+            ):
+                yield problem
+
+
+def _problem(file: Path, checksum: str) -> str | None:
+    try:
+        with file.open("rb") as opened:
+            same = hashlib.file_digest(opened, "sha256").hexdigest() == checksum
+    except FileNotFoundError:
+        return f"'{file.name}' is missing"
+    return None if same else f"'{file.name}' has other content"
+
+
+def _index_text(index: Json) -> str:
+    """Return the text of an index, which ends with the hash of the rest."""
+    return json.dumps(index | {"sha256": hashlib.sha256(json.dumps(index).encode()).hexdigest()})
+
+
 def _stream(directory: Path, split: Split, index: Json, sizes: dict[str, int]) -> TokenStream:
     shards = []
     for number, counts in enumerate(zip(*(index["splits"][split][array] for array in ARRAYS), strict=True)):
@@ -209,5 +258,8 @@ def write_index(directory: Path, summaries: list[Json], content_hash: str, confi
         "bad_records": bad.summary(),
         "splits": splits,
         **sum_scored([summary["splits"]["validation"] for summary in summaries]),
+        "summaries": [
+            hashlib.sha256(summary_file(directory, number).read_bytes()).hexdigest() for number in range(len(summaries))
+        ],
     }
-    write_text(directory / INDEX, json.dumps(index))
+    write_text(directory / INDEX, _index_text(index))

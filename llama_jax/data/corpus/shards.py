@@ -28,6 +28,11 @@ def array_file(directory: Path, split: str, number: int, array: str) -> Path:
     return directory / f"{split}-{number:05}.{array}"
 
 
+def summary_file(directory: Path, number: int) -> Path:
+    """Return the file that has the sizes and hashes of a shard's arrays."""
+    return directory / f"shard-{number:05}.json"
+
+
 @dataclasses.dataclass(frozen=True)
 class ShardMaker:
     """Makes the shards of one corpus in `directory`; `key` is a hash of the files and options that they are made of."""
@@ -43,7 +48,7 @@ class ShardMaker:
         Raises UserError for a shard of another tokenizer, or of other files or options.
         """
         try:
-            summary = json.loads(self._summary_file(number).read_text())
+            summary = json.loads(summary_file(self.directory, number).read_text())
             fingerprint, key, splits = summary["tokenizer"], summary["key"], summary["splits"]
         except (OSError, ValueError, KeyError):
             return None
@@ -97,10 +102,9 @@ class ShardMaker:
             "bad_records": bad.summary(),
             "skipped": skipped,
         }
-        write_text(self._summary_file(number), json.dumps(summary, indent=1))  # last: it marks the shard as complete
-
-    def _summary_file(self, number: int) -> Path:
-        return self.directory / f"shard-{number:05}.json"
+        write_text(
+            summary_file(self.directory, number), json.dumps(summary, indent=1)
+        )  # last: it marks the shard as complete
 
     def _batches(
         self, units: Sequence[Unit], bad: BadRecords, skipped: list[str]
