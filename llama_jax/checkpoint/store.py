@@ -113,10 +113,14 @@ class CheckpointStore:
     def is_best(self, val_loss: float) -> bool:
         """Return whether a checkpoint with this validation loss would be one of the `keep_best` that stay."""
         assert self._config is not None
-        # Process 0 decides: the others' view of a shared file system may be older.
         keep = self._config.keep_best
-        better = sum(measured <= val_loss for measured in self._measured.values())
-        return math.isfinite(val_loss) and distributed.broadcast_from_main(lambda: better < keep)
+
+        def decide() -> bool:
+            there = {*self.steps(), self._saving and self._saving[0]}  # not those that could not be written
+            return sum(loss <= val_loss for step, loss in self._measured.items() if step in there) < keep
+
+        # Process 0 decides: the others' view of a shared file system may be older.
+        return math.isfinite(val_loss) and distributed.broadcast_from_main(decide)
 
     def save(self, state: TrainState, *, val_loss: float | None = None) -> None:
         """Start saving `state` under its step; the arrays are copied before this returns, so they may be donated.
@@ -166,8 +170,7 @@ class CheckpointStore:
             write_manifest(self.directory / str(step), step)
             for old in set(self.steps()) - self._kept():
                 # Its name goes at once: a process that is killed here leaves no part of a checkpoint.
-                gone = (self.directory / str(old)).rename(self.directory / f"{old}{_TEMPORARY}")
-                shutil.rmtree(gone)
+                shutil.rmtree((self.directory / str(old)).rename(self.directory / f"{old}{_TEMPORARY}"))
 
     def _kept(self) -> set[int]:
         """Return the steps that the config keeps."""
@@ -175,11 +178,8 @@ class CheckpointStore:
         assert config is not None
         best = sorted((loss, step) for step, loss in self._measured.items() if step in steps)[: config.keep_best]
         every = config.keep_every_steps
-        return {
-            *steps[-config.keep_last :],
-            *(step for _, step in best),
-            *(s for s in steps if every and s % every == 0),
-        }
+        regular = [step for step in steps if every and step % every == 0]
+        return {*steps[-config.keep_last :], *(step for _, step in best), *regular}
 
     def check(self, *, wait: bool = False) -> bool:
         """Return whether a save has failed and has to be made again: of those that have ended, or of all (`wait`).

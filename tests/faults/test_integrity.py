@@ -1,5 +1,6 @@
 """Damaged checkpoints are found, whatever is damaged in them, and an earlier one is used; failed saves are repeated."""
 
+import dataclasses
 import resource
 import shutil
 import signal
@@ -21,10 +22,11 @@ from llama_jax.checkpoint import (
     check_manifest,
     load,
     newest_good,
+    not_finite,
 )
-from llama_jax.config import UserError
+from llama_jax.config import UserError, override
 from llama_jax.models import abstract_params
-from llama_jax.run import Run, RunConfig, open_run, train
+from llama_jax.run import Run, RunConfig, RunFailed, open_run, train, training
 from llama_jax.training import TrainState, init_state
 
 NEWEST = 12
@@ -174,6 +176,33 @@ def test_what_the_system_refuses_to_read_is_not_damage(copied: Path, monkeypatch
         with pytest.raises(UserError, match=r"_METADATA' cannot be read \(Permission denied\): check its permissions"):
             use(copied)
     assert not (copied / "damaged").exists()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_state_with_a_number_that_is_not_finite_is_never_saved(
+    run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: float
+):
+    """The loss of the step is fine: the numbers are those after its update."""
+    made = training.programs
+
+    def programs(config: RunConfig) -> Any:
+        def train_step(*args: Any) -> Any:
+            state, metrics = made(config).train_step(*args)
+            if int(state.step) == 8:
+                state.params["norm.weight"] = state.params["norm.weight"].at[3].set(bad)
+            return state, metrics
+
+        return dataclasses.replace(made(config), train_step=train_step)
+
+    monkeypatch.setattr(training, "programs", programs)
+    with pytest.raises(
+        RunFailed, match=r"step 8 is not saved, because 'params.norm.weight' is not finite: .* the last good step, 4"
+    ):
+        train(override(run_config, {"logging.sample_prompts": ()}), tmp_path / "run")
+    assert open_run(tmp_path / "run").steps() == [4]
+    state = TrainState(jnp.int32(1), {"a": jnp.ones(3)}, {"mu": jnp.array([1, bad, 2])}, {"b": jnp.ones(2, jnp.int32)})
+    assert not_finite(state) == "optimizer.mu"
+    assert not_finite(dataclasses.replace(state, opt_state={})) is None
 
 
 def big(step: int) -> TrainState:
