@@ -22,6 +22,7 @@ from llama_jax.checkpoint.loading import (
     LanguageModel as LanguageModel,
     MeshLike as MeshLike,
     config_of as config_of,
+    kept_tokenizer as kept_tokenizer,
     load as load,
     locate as locate,
 )

@@ -40,7 +40,6 @@ def check_manifest(directory: Path, step: int | None = None) -> list[str] | None
 
     A surplus file is wrong in the checkpoint of a `step` only. Raises OSError where a file cannot be read.
     """
-    names = _names(directory)
     try:
         text = (directory / MANIFEST_FILE).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -51,7 +50,7 @@ def check_manifest(directory: Path, step: int | None = None) -> list[str] | None
         return [f"'{MANIFEST_FILE}' is of another version"]
     if content["step"] != step:
         return [f"'{MANIFEST_FILE}' is of step {content['step']}"]
-    files = content["files"]
+    names, files = _names(directory), content["files"]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         checks = [pool.submit(_problem, directory, name, *files[name]) for name in names if name in files]
         problems = [problem for check in checks if (problem := check.result()) is not None]

@@ -73,17 +73,17 @@ def reading(place: Path) -> Iterator[None]:
         ) from error
 
 
-def damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with a step's directory, None where nothing is or where it has no manifest.
+def damage(directory: Path, step: int | None = None) -> str | None:
+    """Return a clause about what is wrong with a directory, as `check_manifest`; None where it has no manifest, too.
 
     Raises UserError where it cannot be read.
     """
-    with reading(checkpoint):
-        problems = check_manifest(checkpoint, int(checkpoint.name))
+    with reading(directory):
+        problems = check_manifest(directory, step)
     if not problems:
         return None
     more = f" and {len(problems) - 1} more" if problems[1:] else ""
-    return f"checkpoint '{checkpoint}' is damaged ({problems[0]}{more})"
+    return f"'{directory}' is damaged ({problems[0]}{more})"
 
 
 def newest_good(directory: Path) -> tuple[int, list[str]]:
@@ -95,12 +95,13 @@ def newest_good(directory: Path) -> tuple[int, list[str]]:
     damaged: dict[Path, str] = {}
     for step in reversed(committed_steps(directory)):
         checkpoint = directory / CHECKPOINTS_DIRECTORY / str(step)
-        if (problem := damage(checkpoint)) is None:
+        if (problem := damage(checkpoint, step)) is None:
             break
         damaged[checkpoint] = problem
     else:
         if damaged:
-            raise UserError(f"{next(iter(damaged.values()))}, and no other is good: give a copy back, or --run-dir")
+            first = next(iter(damaged.values()))
+            raise UserError(f"checkpoint {first}, and no other is good: put a copy back, or give another --run-dir")
         return 0, []
     lines = []
     for checkpoint, problem in damaged.items():
@@ -109,7 +110,7 @@ def newest_good(directory: Path) -> tuple[int, list[str]]:
         while place.exists():  # the same step was damaged before
             place = place.with_name(f"{place.name}-again")
         checkpoint.rename(place)
-        lines.append(f"{problem}: moved to '{place}', the run continues from step {step}")
+        lines.append(f"checkpoint {problem}: moved to '{place}', the run continues from step {step}")
     return step, lines
 
 

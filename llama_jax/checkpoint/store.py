@@ -278,12 +278,14 @@ class CheckpointStore:
         if step not in (steps := self.steps()):
             there = ", ".join(map(str, steps)) or "none"
             raise UserError(f"'{self.directory}' has no checkpoint of step {step}: there are {there}")
-        if self._config is None and (problem := damage(self.directory / str(step))) is not None:
-            raise UserError(f"{problem}: {self._others(step)}")
+        if self._config is None and (problem := damage(self.directory / str(step), step)) is not None:
+            raise UserError(f"checkpoint {problem}: {self._others(step)}")
 
     def _others(self, step: int) -> str:
         """Return which steps to use in place of a damaged one."""
-        good = [str(other) for other in self.steps() if other != step and not damage(self.directory / str(other))]
+        good = [
+            str(other) for other in self.steps() if other != step and not damage(self.directory / str(other), other)
+        ]
         return f"good is step {', '.join(good)}, to be chosen with --step" if good else "no other one is good"
 
     def _damaged(self, step: int, error: Exception) -> UserError:

@@ -16,6 +16,7 @@ from llama_jax.checkpoint import (
     LanguageModel,
     MeshLike,
     committed_steps,
+    kept_tokenizer,
     load,
     locate,
     run_files,
@@ -29,7 +30,7 @@ from llama_jax.remote import as_local, local_copy, url_of
 from llama_jax.run.metrics import METRICS_FILE, read_metrics
 from llama_jax.run_config import RunConfig, read_config
 from llama_jax.sampling import generate_text
-from llama_jax.tokenizers import Tokenizer, load_saved_tokenizer
+from llama_jax.tokenizers import Tokenizer
 
 SAMPLES_FILE = "samples.txt"
 DATA_FILE = "data.json"
@@ -78,7 +79,7 @@ class Run:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the run's directory has."""
         of_sources = self.config.model.has_source
-        return load_saved_tokenizer(self.directory / TOKENIZER_DIRECTORY, of_sources=of_sources)
+        return kept_tokenizer(self.directory / TOKENIZER_DIRECTORY, of_sources=of_sources)
 
     @functools.cached_property
     def dataset(self) -> Dataset:

@@ -48,7 +48,7 @@ class StoredRun:
         self._before = whole_steps(self._mirror.local_files())  # some of an earlier version have no manifest
         for step in reversed(self._before):  # a damaged one is not continued from: the one before it is fetched
             self._mirror.fetch(functools.partial(run_files, step=step))
-            if damage(self.directory / CHECKPOINTS_DIRECTORY / str(step)) is None:
+            if damage(self.directory / CHECKPOINTS_DIRECTORY / str(step), step) is None:
                 break
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None

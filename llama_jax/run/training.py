@@ -280,6 +280,7 @@ class Loop:
             self.saved = time.monotonic()
 
     def _last_good(self, store: CheckpointStore) -> str:
+        store.check(wait=True)
         step = max(store.steps(), default=None)
         return "the beginning" if step is None else f"the last good step, {step}"
 

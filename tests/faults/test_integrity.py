@@ -163,6 +163,14 @@ def test_a_run_without_a_good_checkpoint_is_refused_and_kept(copied: Path):
     assert files_of(copied) == before
 
 
+def test_a_damaged_tokenizer_is_refused(copied: Path):
+    (file,) = (file for file in (copied / "tokenizer").iterdir() if file.suffix == ".model")
+    file.write_bytes(flipped(file.read_bytes(), 300, 1))
+    for use in (load, lambda path: open_run(path).tokenizer):
+        with pytest.raises(UserError, match=rf"the tokenizer in '.*' is damaged \('{file.name}' has other content\)"):
+            use(copied)
+
+
 def test_what_the_system_refuses_to_read_is_not_damage(copied: Path, monkeypatch: pytest.MonkeyPatch):
     path_open = Path.open
 
