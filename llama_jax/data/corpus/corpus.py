@@ -17,6 +17,7 @@ from jaxtyping import Int, Int32
 
 from llama_jax.config import Json, UserError
 from llama_jax.data.config import DataConfig, Split
+from llama_jax.data.corpus.blocks import Blocks
 from llama_jax.data.corpus.documents import OLD, BadRecords, read_texts, sum_scored
 from llama_jax.data.corpus.shards import ARRAYS, array_file, summary_file
 from llama_jax.files import write_text
@@ -30,12 +31,25 @@ class Shard:
     """Documents' tokens one after another, as memory maps: each document is BOS, its tokens, EOS.
 
     `documents` has the places in `tokens` where documents begin (increasing from 0), `parts` those where the second and
-    later parts of a document begin (increasing; empty where documents have one part).
+    later parts of a document begin (increasing; empty where documents have one part). They may have checksums.
     """
 
     tokens: np.ndarray
     documents: Int[np.ndarray, " d"]
     parts: Int[np.ndarray, " p"]
+    blocks: Blocks | None = None
+
+    def read(self, start: int, stop: int) -> Int32[np.ndarray, " n"]:
+        """Return tokens `start` to `stop`. Raises UserError where they are not those that were written."""
+        if self.blocks is not None:
+            self.blocks.check("tokens", self.tokens, start, stop)
+        return self.tokens[start:stop].astype(np.int32)
+
+    def check_places(self) -> None:
+        """Raise UserError where the places of documents and parts are not those that were written."""
+        if self.blocks is not None:
+            self.blocks.check("documents", self.documents)
+            self.blocks.check("parts", self.parts)
 
 
 class TokenStream:
@@ -58,7 +72,7 @@ class TokenStream:
 
     def read(self, start: int, stop: int) -> Int32[np.ndarray, " n"]:
         """Return tokens `start` to `stop` (or the stream's end)."""
-        pieces = [shard.tokens[a:b].astype(np.int32) for shard, _, a, b in self._spans(start, stop)]
+        pieces = [shard.read(a, b) for shard, _, a, b in self._spans(start, stop)]
         return np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
 
     def document_starts(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
@@ -72,6 +86,7 @@ class TokenStream:
     def shard_at(self, place: int) -> tuple[Shard, int]:
         """Return the shard that has this place of the stream, and the place where the shard begins."""
         number = int(np.searchsorted(self.starts, place, side="right")) - 1
+        self.shards[number].check_places()
         return self.shards[number], int(self.starts[number])
 
     def _spans(self, start: int, stop: int) -> Iterator[tuple[Shard, int, int, int]]:
@@ -180,11 +195,12 @@ def _stream(directory: Path, split: Split, index: Json, sizes: dict[str, int]) -
     shards = []
     for number, counts in enumerate(zip(*(index["splits"][split][array] for array in ARRAYS), strict=True)):
         if counts[0]:
-            arrays = {}
-            for (array, dtype), count in zip(ARRAYS.items(), counts, strict=True):
-                file = array_file(directory, split, number, array)
-                arrays[array] = map_array(file, dtype or index["dtype"], count, sizes.get(file.name))
-            shards.append(Shard(**arrays))
+            files = {array: array_file(directory, split, number, array) for array in ARRAYS}
+            arrays = {
+                array: map_array(file, ARRAYS[array] or index["dtype"], count, sizes.get(file.name))
+                for (array, file), count in zip(files.items(), counts, strict=True)
+            }
+            shards.append(Shard(**arrays, blocks=Blocks(summary_file(directory, number), split, files)))
     return TokenStream(shards)
 
 
