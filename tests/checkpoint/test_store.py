@@ -124,12 +124,17 @@ def test_a_save_that_fails_in_the_background_is_told_once(tmp_path: Path, monkey
     store.close()
 
 
-def test_an_interrupt_while_the_last_save_is_awaited_does_not_lose_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_interrupt_while_the_last_save_is_awaited_loses_neither_it_nor_its_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+):
     store = CheckpointStore(tmp_path, CheckpointConfig())
     write, interrupted = store_module.write_manifest, threading.Event()
 
     def slow(*args: Any) -> None:
         interrupted.wait(10)
+        if fails:
+            raise OSError(5, "Input/output error")
         write(*args)
 
     monkeypatch.setattr(store_module, "write_manifest", slow)
@@ -143,9 +148,10 @@ def test_an_interrupt_while_the_last_save_is_awaited_does_not_lose_it(tmp_path: 
         patched.setattr(concurrent.futures.Future, "result", interrupt)
         with pytest.raises(KeyboardInterrupt):
             store.wait()
-    store.close()
+    with pytest.raises(SaveFailed, match="Input/output") if fails else contextlib.nullcontext():
+        store.close()
     assert store.steps() == [1]
-    assert check_manifest(tmp_path / "1", 1) == []
+    assert check_manifest(tmp_path / "1", 1) == (None if fails else [])
 
 
 def test_the_best_are_told_from_the_rest(tmp_path: Path):

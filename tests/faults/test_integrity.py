@@ -252,7 +252,7 @@ def test_a_save_that_fails_is_repeated_once_and_harms_nothing(
     store.save(big(4))
     store.save(big(5))
     with pytest.raises(SaveFailed, match=r"step 5 cannot be written to .* the last good one is of step 3"):
-        store.wait()
+        store.check(wait=True)
     store.close()
     small_files(False)
     trials.append(sorted(place.name for place in tmp_path.iterdir()) == ["1", "3"])
