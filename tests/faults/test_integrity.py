@@ -338,7 +338,8 @@ def test_verify_names_what_is_damaged_in_a_run_a_corpus_and_an_export(
                 held[place] += code == 1 and len(told) == 1 and Path(name).name in told[0]
             (place / name).write_bytes(content)
     for place, (_, part) in places.items():
-        tally(f"`verify`: a bit or an end of a file of a {part}", "named", tried=tried[place], held=held[place])
+        what = {"files": "an export", "checkpoint 8": "a checkpoint"}.get(part, f"a {part}")
+        tally(f"`verify`: a bit or an end of a file of {what}", "named", tried=tried[place], held=held[place])
 
 
 def test_verify_tells_what_is_not_checked(copied: Path, verified: Callable[[Path], tuple[int, str]], capsys):
