@@ -7,13 +7,14 @@ from pathlib import Path
 
 from llama_jax.checkpoint import (
     CHECKPOINTS_DIRECTORY,
+    CONFIG_FILE,
     MANIFEST_FILE,
     TOKENIZER_DIRECTORY,
     check_manifest,
     committed_steps,
     locate,
 )
-from llama_jax.config import UserError
+from llama_jax.config import UserError, read_json
 from llama_jax.data import corpus_directory, damaged_files
 from llama_jax.remote import local_copy, with_urls
 from llama_jax.run import open_run
@@ -28,8 +29,10 @@ def verify_command(args: argparse.Namespace) -> int:
             state = "not checked, it has no checksums" if problems is None else "good"
             if problems:
                 state, code = f"damaged ({'; '.join(problems)})", 1
-        except (UserError, OSError) as error:
-            state, code = f"cannot be checked ({error})", 1
+        except UserError as error:  # texts that are elsewhere, classes from outside the package
+            state = f"not checked ({error})"
+        except OSError as error:
+            state, code = f"cannot be read ({error.strerror}: '{error.filename}')", 1
         print(with_urls(f"{name}: {state}"))
     if not parts:
         raise UserError(f"'{path}' has nothing to verify: give the directory of a run, a corpus or an export")
@@ -47,9 +50,21 @@ def _parts(path: Path) -> Iterator[tuple[str, Callable[[], list[str] | None]]]:
     elif (path / "conversion.json").is_file():
         yield "files", lambda: None
     if (path / "data.json").is_file():
+        yield "config", functools.partial(_malformed, path)
         yield "corpus", functools.partial(_damaged_in_corpora, path)
     elif (path / "index.json").is_file():
         yield "corpus", functools.partial(damaged_files, path)
+
+
+def _malformed(path: Path) -> list[str]:
+    """Return which of a run's JSON files cannot be read: they have no checksums, because they change."""
+    problems = []
+    for name in (CONFIG_FILE, "data.json"):
+        try:
+            read_json(path / name)
+        except UserError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _damaged_in_corpora(path: Path) -> list[str] | None:

@@ -49,12 +49,11 @@ class StoredRun:
         if names and CONFIG_FILE not in names:
             raise UserError(f"'{self._mirror.url}' is not empty and not a run: give another --run-dir")
         self.directory = self._mirror.path
+        self._before: list[int] = []  # steps at the start: those of an earlier version have no manifest
         if self._is_ahead(names):
-            self._before = list[int]()
             return
         self._mirror.fetch(run_files, prune=True)
-        self._before = whole_steps(self._mirror.local_files())  # some of an earlier version have no manifest
-        for step in reversed(self._before):  # a damaged one is not continued from: the one before it is fetched
+        for step in reversed(whole_steps(self._mirror.local_files())):  # of damaged ones, the one before is fetched
             self._mirror.fetch(functools.partial(run_files, step=step))
             if damage(self.directory / CHECKPOINTS_DIRECTORY / str(step), step) is None:
                 break
@@ -77,7 +76,7 @@ class StoredRun:
 
     def start(self) -> None:
         """Upload all files and begin to upload every checkpoint. Raises UserError where the store cannot be written."""
-        steps = self._ready(self._mirror.local_files())
+        steps = self._before = whole_steps(self._mirror.local_files())
         self.upload()
         self._thread = threading.Thread(target=self._watch, args=(steps,), name="upload", daemon=True)
         self._thread.start()

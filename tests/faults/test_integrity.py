@@ -30,6 +30,7 @@ from llama_jax.run import Run, RunConfig, RunFailed, open_run, train, training
 from llama_jax.training import TrainState, init_state
 
 NEWEST = 12
+RUN_PARTS = ("checkpoint 8", "checkpoint 12", "tokenizer", "config", "corpus")
 
 
 @pytest.fixture
@@ -251,7 +252,7 @@ def test_a_save_that_fails_is_repeated_once_and_harms_nothing(
     store.save(big(4))
     store.save(big(5))
     with pytest.raises(SaveFailed, match=r"step 5 cannot be written to .* the last good one is of step 3"):
-        store.wait()
+        store.check(wait=True)
     store.close()
     small_files(False)
     trials.append(sorted(place.name for place in tmp_path.iterdir()) == ["1", "3"])
@@ -314,7 +315,7 @@ def test_verify_names_what_is_damaged_in_a_run_a_corpus_and_an_export(
     shutil.copytree(run_config.data.cache_dir or "", tmp_path / "cache")
     config = (copied / "config.json").read_text()
     (copied / "config.json").write_text(config.replace(str(run_config.data.cache_dir), str(tmp_path / "cache")))
-    assert verified(copied) == (0, "checkpoint 8: good\ncheckpoint 12: good\ntokenizer: good\ncorpus: good\n")
+    assert verified(copied) == (0, "".join(f"{part}: good\n" for part in RUN_PARTS))
     (corpus,) = (place for place in (tmp_path / "cache" / "corpora").iterdir() if place.is_dir())
     assert verified(corpus) == (0, "corpus: good\n")
     assert main(["convert", str(copied), str(tmp_path / "export"), "--to", "hf"]) == 0
@@ -337,7 +338,8 @@ def test_verify_names_what_is_damaged_in_a_run_a_corpus_and_an_export(
                 held[place] += code == 1 and len(told) == 1 and Path(name).name in told[0]
             (place / name).write_bytes(content)
     for place, (_, part) in places.items():
-        tally(f"`verify`: a bit or an end of a file of a {part}", "named", tried=tried[place], held=held[place])
+        what = {"files": "an export", "checkpoint 8": "a checkpoint"}.get(part, f"a {part}")
+        tally(f"`verify`: a bit or an end of a file of {what}", "named", tried=tried[place], held=held[place])
 
 
 def test_verify_tells_what_is_not_checked(copied: Path, verified: Callable[[Path], tuple[int, str]], capsys):
@@ -351,6 +353,7 @@ def test_verify_tells_what_is_not_checked(copied: Path, verified: Callable[[Path
     (copied / "config.json").write_text("{")
     code, lines = verified(copied)
     assert code == 1
-    assert "corpus: cannot be checked ('" in lines
+    assert f"config: damaged ('{copied}/config.json' is not valid JSON" in lines
+    assert "corpus: not checked ('" in lines
     assert main(["verify", str(copied.parent)]) == 2
     assert "has nothing to verify" in capsys.readouterr().err

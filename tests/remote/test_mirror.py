@@ -10,7 +10,7 @@ import fsspec
 import pytest
 
 from llama_jax import load, open_run, remote
-from llama_jax.checkpoint import COMMIT_FILE, model_files, run_files, step_of, whole_steps, write_manifest
+from llama_jax.checkpoint import COMMIT_FILE, model_files, newest_good, run_files, step_of, whole_steps, write_manifest
 from llama_jax.config import UserError
 from llama_jax.parallel import distributed
 from llama_jax.remote import Mirror, is_remote, local_copy, uploaded, url_of
@@ -241,6 +241,26 @@ def test_store_has_a_whole_checkpoint_wherever_an_upload_stops(store, monkeypatc
     check(before[-1] + 4)
     assert {step_of(name) for name in stored(store, "run")} == {None, before[-1], before[-1] + 4}
     assert not any("tmp" in name for name in stored(store, "run"))
+
+
+def test_a_checkpoint_that_is_damaged_in_the_store_is_kept_and_the_one_before_is_continued(store):
+    url = "memory://bucket/run"
+    first = StoredRun(url)
+    for step in (4, 8):
+        write_step(first.directory, step)
+    assert first.upload()
+    good = contents(first.directory)
+    store.pipe_file("/bucket/run/checkpoints/8/state/a", b"another")
+    shutil.rmtree(os.environ["LLAMA_JAX_CACHE"])  # another machine
+    run = StoredRun(url)
+    step, (line,) = newest_good(run.directory)
+    assert step == 4
+    assert "'state/a' has" in line
+    there = contents(run.directory)
+    assert all(there[name] == good[name] for name in good if step_of(name) == 4)
+    assert run.upload()
+    assert whole_steps(stored(store, "run")) == [4]
+    assert stored(store, "run")["damaged/8/state/a"] == b"another"
 
 
 def test_checkpoints_are_uploaded_while_the_run_goes_on(store, monkeypatch: pytest.MonkeyPatch, capsys):

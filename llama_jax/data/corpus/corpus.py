@@ -169,11 +169,9 @@ def _damaged(directory: Path, number: int, checksum: str | None) -> Iterator[str
         return
     summary = json.loads(file.read_text())
     for split in get_args(Split):
-        for array, hash_ in summary["splits"][split]["sha256"].items():
-            if (
-                array in ARRAYS
-                and (problem := _problem(array_file(directory, split, number, array), hash_)) is not None
-            ):
+        hashes = summary["splits"][split]["sha256"]
+        for name in sorted(ARRAYS.keys() & hashes.keys()):
+            if (problem := _problem(array_file(directory, split, number, name), hashes[name])) is not None:
                 yield problem
 
 
