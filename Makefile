@@ -40,9 +40,9 @@ test: lint
 test-slow: install
 	$(BIN)/pytest -m slow $(PARALLEL) --budget 200
 
-# All trials of faults, quick and slow, into docs/reliability.md: an hour on two cores.
+# All trials of faults, quick and slow, into docs/reliability.md, or a share of them: TRIALS=0.2.
 faults: install
-	$(BIN)/pytest tests/faults -m "slow or not slow" $(PARALLEL) --reliability docs/reliability.md
+	$(BIN)/pytest tests/faults -m "slow or not slow" $(PARALLEL) --reliability docs/reliability.md --trials $(or $(TRIALS),1)
 
 # Run in full, in .cache/notebooks, where `make docs` finds what came out: all, or NOTEBOOK=quickstart.
 notebooks: install

@@ -135,6 +135,12 @@ COMMANDS = {
             IGNORED_KEYS,
         ),
     ),
+    "verify": Command(
+        "Compare files with their checksums: checkpoints, tokenizer and corpus of a run, a corpus, what `convert` and "
+        "`save` wrote.",
+        (flag("path", "PATH", "directory of a run, a corpus, a conversion or an export; or URL"),),
+        "Exit code 0: nothing is damaged; 1: something is, or cannot be read; 2: a mistake.",
+    ),
     # Flags that are named like fields of DataConfig are read as these, and have its defaults.
     "prepare": Command(
         "Tokenize a corpus into shards. It may be text, JSONL, JSON, CSV and TSV (each also .gz, .zst, .bz2 and .xz), "

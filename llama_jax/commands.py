@@ -44,6 +44,7 @@ from llama_jax.text_commands import (
     tokenizer_train_command,
 )
 from llama_jax.values import type_name
+from llama_jax.verify_command import verify_command
 
 # The keys of a run that people change first: those that `--help` shows.
 COMMON_KEYS = (
@@ -236,6 +237,7 @@ COMMANDS = {
     "serve": serve_command,
     "evaluate": evaluate_command,
     "convert": convert_command,
+    "verify": verify_command,
     "prepare": prepare_command,
     "tokenizer train": tokenizer_train_command,
     "tokenizer encode": tokenizer_encode_command,

@@ -8,6 +8,7 @@ complete last, so that no reader takes the half of an upload for the whole.
 import concurrent.futures
 import contextlib
 import fnmatch
+import functools
 import hashlib
 import json
 import os
@@ -142,10 +143,11 @@ class Mirror:
                 self._remember(known)
         return there
 
-    def upload(self, names: Iterable[str], *, last: Sequence[str] = ()) -> None:
+    def upload(self, names: Iterable[str], *, last: Sequence[str] = (), source: Path | None = None) -> None:
         """Put the local files `names` into the store, except those that it has.
 
-        Files that match the patterns `last` come after all others, in the patterns' order.
+        Files that match the patterns `last` come after all others, in the patterns' order. `source` has them in place
+        of the local path.
         """
         names = list(names)
         with self._locked():
@@ -153,9 +155,10 @@ class Mirror:
             changed = [name for name in names if not self._same(name, there, known)]
             rank = {name: next((i for i, p in enumerate(last, 1) if fnmatch.fnmatchcase(name, p)), 0) for name in names}
             sent: dict[str, list[int]] = {}
+            put = functools.partial(self._put, source)
             try:
                 for group in sorted({rank[name] for name in changed}):
-                    sent |= dict(_in_parallel(self._put, [name for name in changed if rank[name] == group]))
+                    sent |= dict(_in_parallel(put, [name for name in changed if rank[name] == group]))
             finally:
                 if sent:
                     there = self.stamps()
@@ -203,8 +206,8 @@ class Mirror:
             self._fs.get_file(f"{self._root}/{name}" if name else self._root, str(partial))
         return name, _signature(target)
 
-    def _put(self, name: str) -> tuple[str, list[int]]:
-        file = self._local(name)
+    def _put(self, source: Path | None, name: str) -> tuple[str, list[int]]:
+        file = self._local(name) if source is None else source / name
         signature = _signature(file)  # before: a file that grows meanwhile is another
         with _telling(self._name(name), "written"):
             self._fs.put_file(str(file), f"{self._root}/{name}")

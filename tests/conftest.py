@@ -56,6 +56,7 @@ settings.load_profile("llama_jax")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--budget", type=float, metavar="SECONDS", help="limit of one test's processor time")
+    parser.addoption("--trials", type=float, default=1.0, metavar="SHARE", help="share of these trials to make")
     parser.addoption("--reliability", metavar="FILE", help="make all trials of tests/faults and write their counts")
 
 

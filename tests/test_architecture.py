@@ -23,8 +23,8 @@ ORDER = (
     "__version__", "installation", "values", "config", "parser", "files", "gguf_header", "figures", "chips", "remote",
     "screen", "parallel", "tokenizers", "data", "nn", "models", "zoo", "training", "checkpoint", "sampling",
     "evaluation", "serving", "run_config", "planning", "run", "inspect", "ablation", "compare_command", "reports",
-    "evaluate_command", "report_command", "sample_flags", "chat_terminal", "sample_command", "serve_command",
-    "text_commands", "compilations", "key_help", "commands", "__main__",
+    "evaluate_command", "report_command", "verify_command", "sample_flags", "chat_terminal", "sample_command",
+    "serve_command", "text_commands", "compilations", "key_help", "commands", "__main__",
 )  # fmt: skip
 MAX_LINES = 400
 

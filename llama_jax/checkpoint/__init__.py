@@ -17,29 +17,40 @@ from llama_jax.checkpoint.importing import (
     open_source as open_source,
 )
 from llama_jax.checkpoint.loading import (
-    CHECKPOINTS_DIRECTORY as CHECKPOINTS_DIRECTORY,
     CONFIG_FILE as CONFIG_FILE,
     TOKENIZER_DIRECTORY as TOKENIZER_DIRECTORY,
     LanguageModel as LanguageModel,
     MeshLike as MeshLike,
     config_of as config_of,
+    kept_tokenizer as kept_tokenizer,
     load as load,
     locate as locate,
 )
+from llama_jax.checkpoint.manifest import (
+    MANIFEST_FILE as MANIFEST_FILE,
+    check_manifest as check_manifest,
+    write_manifest as write_manifest,
+)
 from llama_jax.checkpoint.peft_writing import save_adapters as save_adapters
 from llama_jax.checkpoint.saving import convert as convert, merge as merge, save as save
-from llama_jax.checkpoint.store import (
+from llama_jax.checkpoint.steps import (
+    CHECKPOINTS_DIRECTORY as CHECKPOINTS_DIRECTORY,
     COMMIT_FILE as COMMIT_FILE,
+    committed_steps as committed_steps,
+    damage as damage,
+    model_files as model_files,
+    newest_good as newest_good,
+    run_files as run_files,
+    step_of as step_of,
+    whole_steps as whole_steps,
+)
+from llama_jax.checkpoint.store import (
     CheckpointConfig as CheckpointConfig,
     CheckpointStore as CheckpointStore,
     SaveFailed as SaveFailed,
-    committed_steps as committed_steps,
     from_disk as from_disk,
-    model_files as model_files,
-    run_files as run_files,
-    step_of as step_of,
+    not_finite as not_finite,
     to_disk as to_disk,
-    whole_steps as whole_steps,
 )
 from llama_jax.checkpoint.verifying import (
     ConversionError as ConversionError,

@@ -15,6 +15,7 @@ from llama_jax import zoo
 from llama_jax.checkpoint.formats import Slices, Tensor, Tensors, write_safetensors
 from llama_jax.checkpoint.generation import GenerationSettings, completed, special_tokens, write_generation
 from llama_jax.checkpoint.importing import WeightSource, open_source, tensor_name, weights_of_tensor
+from llama_jax.checkpoint.manifest import write_manifest
 from llama_jax.checkpoint.verifying import check_conversion, params_logits, source_logits, write_report
 from llama_jax.config import Json, UserError
 from llama_jax.data import ChatTemplate, turn_ends
@@ -31,13 +32,14 @@ type Params = Mapping[str, jax.Array | np.ndarray]
 
 @contextlib.contextmanager
 def new_directory(directory: str | Path) -> Iterator[Path]:
-    """Yield a folder to write into that becomes `directory` when all went well, and vanishes otherwise.
+    """Yield a folder to write into that becomes `directory`, with a manifest, when all went well, or else vanishes.
 
     `directory` may be a URL, to which the folder is uploaded. Raises UserError where it exists and is not empty.
     """
     if (local := as_local(directory)) is None:
         with uploaded(directory, last=("config.json",)) as folder:
             yield folder
+            write_manifest(folder)
         return
     directory = local
     check_destination(directory)
@@ -45,6 +47,7 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
     with replacing(directory) as partial:
         partial.mkdir()
         yield partial
+        write_manifest(partial)
 
 
 def export_hf(

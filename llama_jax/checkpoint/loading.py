@@ -19,7 +19,8 @@ from llama_jax.checkpoint.formats import is_meta, rounded
 from llama_jax.checkpoint.generation import GenerationSettings, read_generation
 from llama_jax.checkpoint.importing import WeightSource, load_params, open_source, stored_dtypes
 from llama_jax.checkpoint.peft_reading import is_adapter, open_adapter
-from llama_jax.checkpoint.store import CheckpointStore, model_files
+from llama_jax.checkpoint.steps import CHECKPOINTS_DIRECTORY, damage, model_files
+from llama_jax.checkpoint.store import CheckpointStore
 from llama_jax.config import UserError, from_json, read_json
 from llama_jax.data import ChatTemplate
 from llama_jax.models import Compute, Model, ModelConfig, abstract_params, from_params
@@ -29,7 +30,6 @@ from llama_jax.tokenizers import Tokenizer, load_saved_tokenizer, load_tokenizer
 
 CONFIG_FILE = "config.json"
 TOKENIZER_DIRECTORY = "tokenizer"
-CHECKPOINTS_DIRECTORY = "checkpoints"
 ORIGIN_FILE = "origin.json"  # of a saved model: the family and the chat template of `LanguageModel`
 
 # A path in a run, with the run's directory and the step of a checkpoint.
@@ -157,9 +157,7 @@ def read_contents(
         params = load_params(source, stored_dtypes(source, abstract) if dtype is None else abstract)
     if tokenizer is None and tokenizer_path is not None and tokenizer_path.exists():
         of_sources = config.has_source
-        tokenizer = (
-            load_saved_tokenizer(tokenizer_path, of_sources=of_sources) if native else load_tokenizer(tokenizer_path)
-        )
+        tokenizer = kept_tokenizer(tokenizer_path, of_sources=of_sources) if native else load_tokenizer(tokenizer_path)
     elif tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer)
     if source is None:
@@ -172,6 +170,13 @@ def read_contents(
     if source.form in ("huggingface", "gguf") and not generation.eos_ids and tokenizer is not None:
         generation = dataclasses.replace(generation, eos_ids=tokenizer.eos_ids)
     return Contents(config, params, tokenizer, source.model_type, generation, source=source)
+
+
+def kept_tokenizer(directory: Path, *, of_sources: bool) -> Tokenizer:
+    """Return the tokenizer that a run or a saved model keeps in `directory`. Raises UserError where it is damaged."""
+    if (problem := damage(directory)) is not None:
+        raise UserError(f"the tokenizer in {problem}: put a good copy in its place")
+    return load_saved_tokenizer(directory, of_sources=of_sources)
 
 
 def _opened(path: Path, base: str | Path | None = None, ignore_config_keys: Collection[str] = ()) -> WeightSource:

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from llama_jax.checkpoint.exporting import export_hf, new_directory
 from llama_jax.checkpoint.generation import GenerationSettings, write_generation
 from llama_jax.checkpoint.loading import (
-    CHECKPOINTS_DIRECTORY,
     CONFIG_FILE,
     ORIGIN_FILE,
     TOKENIZER_DIRECTORY,
@@ -26,6 +25,7 @@ from llama_jax.checkpoint.loading import (
     read_contents,
 )
 from llama_jax.checkpoint.peft_writing import save_adapters
+from llama_jax.checkpoint.steps import CHECKPOINTS_DIRECTORY
 from llama_jax.checkpoint.store import CheckpointConfig, CheckpointStore
 from llama_jax.checkpoint.verifying import check_conversion, params_logits, write_report
 from llama_jax.config import Json, UserError, read_json, to_json

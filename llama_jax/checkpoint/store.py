@@ -1,42 +1,40 @@
 """Checkpoints of a run, saved by Orbax in the background, in one layout for every mesh.
 
 A checkpoint is a flat dict: parameters by canonical name, the optimizer's arrays by path, and the step, which is the
-place in the data and in every random stream too. It loads on any mesh and in any dtype. Of a run in an object store,
-the names of its files show which checkpoints are whole, and which files have to be fetched.
+place in the data and in every random stream too. It loads on any mesh and in any dtype. When Orbax has written it, its
+manifest is written, and only then older checkpoints are removed.
 """
 
-import contextlib
+import concurrent.futures
 import dataclasses
+import errno
+import json
 import math
-import re
+import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from llama_jax.checkpoint.manifest import write_manifest
+from llama_jax.checkpoint.steps import COMMIT_FILE, damage, saved_steps
 from llama_jax.config import UserError
 from llama_jax.parallel import distributed
 from llama_jax.training import TrainState
 
-# Orbax writes this file into every checkpoint. It is uploaded last and removed first, so it marks a whole one.
-COMMIT_FILE = "_CHECKPOINT_METADATA"
-_STEP_FILE = re.compile(r"checkpoints/(\d+)/(.+)")
-_ARRAYS = "state/"  # the large files of a checkpoint
-# Files for other libraries, and those that a run writes for viewers.
-_UNUSED = re.compile(r".*\.(h5|msgpack|ot|onnx|onnx_data|tflite|gguf|mlmodel)$|(tensorboard|profile|wandb|samples)\b.*")
-# Weights of a Hugging Face directory, and other forms of them that are not read where the first are there.
-_PREFERRED = re.compile(r"model(-.*)?\.safetensors")
-_SAME_WEIGHTS = re.compile(r"pytorch_model.*\.bin(\.index\.json)?|consolidated\..*")
-
 _STATE = "state"
 _TEMPORARY = ".orbax-checkpoint-tmp"
+_LOSS = "val_loss"
 _FAILURES = (OSError, RuntimeError, ValueError)  # TensorStore raises ValueError for files, too
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError)  # by Orbax for a damaged checkpoint
+_SYSTEM = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)  # these are not damage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +77,8 @@ class SaveFailed(RuntimeError):
 class CheckpointStore:
     """The checkpoints under one directory, by step.
 
-    With a config it is for writing, without one for reading only. Several processes have to make the same calls in the
-    same order: Orbax synchronizes them.
+    With a config it is for writing, without one for reading only: what is read is compared with its manifest. Several
+    processes have to make the same calls in the same order: Orbax synchronizes them.
     """
 
     def __init__(self, directory: str | Path, config: CheckpointConfig | None = None):
@@ -91,98 +89,149 @@ class CheckpointStore:
                 raise UserError(f"'{directory}' has no checkpoints: is it the directory of a run that saved one?")
         else:
             distributed.broadcast_from_main(self._make_directory)
-        policies = ocp.training.preservation_policies
-        keep = config and policies.AnyPreservationPolicy(
-            [
-                policies.LatestN(config.keep_last),
-                policies.BestN(
-                    get_metric_fn=lambda metrics: -metrics["val_loss"],
-                    n=config.keep_best,
-                    keep_checkpoints_without_metrics=False,
-                ),
-                *([policies.EveryNSteps(config.keep_every_steps)] if config.keep_every_steps else []),
-            ]
-        )
-        self._orbax = ocp.training.Checkpointer(
-            str(self.directory),
-            preservation_policy=keep or policies.PreserveAll(),  # type: ignore[arg-type]
-        )
-        metrics: dict[int, Any] = {c.step: c.metrics for c in self._orbax.checkpoints if c.metrics}
-        self._measured: dict[int, float] = {step: values["val_loss"] for step, values in metrics.items()}
-        self._saving: tuple[int, ocp.AsyncResponse[bool]] | None = None  # the step that is being written
-        self._failed = False
+        losses = {step: _stored_loss(self.directory / str(step)) for step in (self.steps() if config else ())}
+        self._measured = {step: loss for step, loss in losses.items() if loss is not None}
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._saving: tuple[int, concurrent.futures.Future[None]] | None = None  # the step that is being written
+        self._failed: SaveFailed | None = None  # of a save that the next one repeats
+        self._repeats = False  # the save under way
+        self._checked: set[int] = set()
 
     def _make_directory(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        for leftover in self.directory.glob(f"*{_TEMPORARY}*"):  # of a process that was killed while saving
-            shutil.rmtree(leftover)
+        self._clear()
+
+    def _clear(self, *, ignore_errors: bool = False) -> None:
+        """Remove what a save has left that was killed or has failed."""
+        for leftover in self.directory.glob(f"*{_TEMPORARY}*"):
+            shutil.rmtree(leftover, ignore_errors=ignore_errors)
 
     def steps(self) -> list[int]:
         """Return the steps that can be loaded, ascending."""
-        return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
+        return saved_steps(self.directory)
 
     def is_best(self, val_loss: float) -> bool:
         """Return whether a checkpoint with this validation loss would be one of the `keep_best` that stay."""
         assert self._config is not None
-        # Process 0 decides: the others' view of a shared file system may be older.
         keep = self._config.keep_best
-        better = sum(measured <= val_loss for measured in self._measured.values())
-        return math.isfinite(val_loss) and distributed.broadcast_from_main(lambda: better < keep)
+
+        def decide() -> bool:
+            there = {*self.steps(), self._saving and self._saving[0]}  # not those that could not be written
+            return sum(loss <= val_loss for step, loss in self._measured.items() if step in there) < keep
+
+        # Process 0 decides: the others' view of a shared file system may be older.
+        return math.isfinite(val_loss) and distributed.broadcast_from_main(decide)
 
     def save(self, state: TrainState, *, val_loss: float | None = None) -> None:
         """Start saving `state` under its step; the arrays are copied before this returns, so they may be donated.
 
-        A loss that is not finite is not kept. Raises SaveFailed where this save or the one before it fails.
+        A loss that is not finite is not kept. A save that fails is told on stderr, and the next one repeats it: see
+        `check`. Raises SaveFailed where that fails too, and with several processes for the first.
         """
         step = int(state.step)
-        metrics: Any = None
-        if val_loss is not None and math.isfinite(val_loss):
-            metrics = {"val_loss": val_loss}
-            self._measured[step] = val_loss
         self._settle()
+        self._repeats, self._failed = self._failed is not None, None
+        if val_loss is not None and math.isfinite(val_loss):
+            self._measured[step] = val_loss
+        arrays = to_disk(state)
         context = ocp.Context()
         # Replicas of a small array would each write a slice of it, and compile it.
         context.array.saving.min_slice_bytes_for_replica_parallel = 1 << 20
-        with context, self._save_errors(step):
-            # Forced, or Orbax skips a save while the one before it is still being written.
-            response = self._orbax.save_checkpointables_async(
-                step, {_STATE: to_disk(state)}, metrics=metrics, force=True
-            )
-        assert response is not None
-        self._saving = step, response
+        try:
+            if missing := distributed.broadcast_from_main(lambda: self._missing_space(arrays)):
+                raise OSError(errno.ENOSPC, missing)
+            with context:
+                response = ocp.save_checkpointables_async(
+                    str(self.directory / str(step)),
+                    {_STATE: arrays},
+                    overwrite=self._repeats,  # written whole, perhaps, but for its manifest
+                    custom_metadata={_LOSS: self._measured[step]} if step in self._measured else None,
+                )
+        except _FAILURES as error:
+            self._fail(step, error)
+        else:
+            self._saving = step, self._thread.submit(self._finish, step, response)
+
+    def _missing_space(self, arrays: Mapping[str, Any]) -> str:
+        """Return a text where a checkpoint does not fit, which is known before anything is written, else an empty one.
+
+        Mounted stores that have no size are not asked.
+        """
+        needed = sum(value.nbytes for value in arrays.values())
+        disk = shutil.disk_usage(self.directory) if self.directory.is_dir() else None
+        if disk is None or not disk.total or disk.free >= needed:
+            return ""
+        return f"{os.strerror(errno.ENOSPC)}: it has {needed / 1e6:,.1f} MB, and {disk.free / 1e6:,.1f} MB are free"
+
+    def _finish(self, step: int, response: Any) -> None:
+        """Wait until a checkpoint is on disk, write its manifest, then remove those that are not kept."""
+        response.result()
+        if distributed.is_main():
+            write_manifest(self.directory / str(step), step)
+            for old in set(self.steps()) - self._kept():
+                # Its name goes at once: a process that is killed here leaves no part of a checkpoint.
+                shutil.rmtree((self.directory / str(old)).rename(self.directory / f"{old}{_TEMPORARY}"))
+
+    def _kept(self) -> set[int]:
+        """Return the steps that the config keeps."""
+        config, steps = self._config, self.steps()
+        assert config is not None
+        best = sorted((loss, step) for step, loss in self._measured.items() if step in steps)[: config.keep_best]
+        every = config.keep_every_steps
+        regular = [step for step in steps if every and step % every == 0]
+        return {*steps[-config.keep_last :], *(step for _, step in best), *regular}
+
+    def check(self, *, wait: bool = False) -> bool:
+        """Return whether a save has failed and has to be made again: of those that have ended, or of all (`wait`).
+
+        Raises SaveFailed where the repetition has failed.
+        """
+        if self._saving is not None and (wait or self._saving[1].done()):
+            self._settle()
+        return self._failed is not None
 
     def _settle(self) -> None:
-        """Wait for the save that is under way. Until `result` its response holds a thread and three descriptors."""
-        if self._saving is not None:
-            (step, response), self._saving = self._saving, None
-            with self._save_errors(step):
-                response.result()
+        """Wait for the save that is under way; one that is interrupted here can be waited for again."""
+        if self._saving is None:
+            return
+        step, saving = self._saving
+        try:
+            saving.result()
+        except _FAILURES as error:
+            self._saving = None
+            self._fail(step, error)
+        self._saving = None
+
+    def _fail(self, step: int, error: Exception) -> None:
+        """Report a save that has failed: a full disk, an absent store. Raises SaveFailed where it is not repeated."""
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[:200]
+        good = max(self.steps(), default=None)
+        failed = SaveFailed(
+            f"the checkpoint of step {step} cannot be written to '{self.directory}' ({reason}), "
+            + ("and there is none before it" if good is None else f"the last good one is of step {good}")
+        )
+        failed.__cause__ = error
+        if distributed.several():
+            raise failed
+        self._clear(ignore_errors=True)
+        if self._repeats:
+            raise failed
+        print(f"warning: {failed}: trying once more", file=sys.stderr)
+        self._failed = failed
 
     def wait(self) -> None:
         """Return when everything saved is on disk. Raises SaveFailed where it cannot be written."""
-        self._settle()
-        self._orbax.wait()
+        if self.check(wait=True):
+            failed, self._failed = self._failed, None
+            assert failed is not None
+            raise failed
 
     def close(self) -> None:
-        """Wait as `wait` does, and end the threads that save."""
+        """Wait as `wait` does, and end the thread that saves."""
         try:
-            self._settle()
+            self.wait()
         finally:
-            # Orbax would raise once more for a failure that was raised already.
-            with contextlib.suppress(*_FAILURES) if self._failed else contextlib.nullcontext():
-                self._orbax.close()
-
-    @contextlib.contextmanager
-    def _save_errors(self, step: int) -> Iterator[None]:
-        """Raise SaveFailed for all that keeps a checkpoint from being written: a full disk, an absent store."""
-        try:
-            yield
-        except _FAILURES as error:
-            self._failed = True
-            reason = " ".join(str(error).split())[:200]
-            raise SaveFailed(
-                f"the checkpoint of step {step} cannot be written to '{self.directory}' ({reason})"
-            ) from error
+            self._thread.shutdown()
 
     def load(self, step: int, abstract: TrainState) -> TrainState:
         """Return the state of `step`, bit for bit, in the shardings of `abstract` on the current mesh."""
@@ -190,7 +239,8 @@ class CheckpointStore:
 
     def load_params(self, step: int, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """Return the parameters of `step` in the shardings and dtypes of `abstract`, without the optimizer's arrays."""
-        loaded = self._load(step, {_param_key(name): value for name, value in abstract.items()}, whole=False)
+        wanted = {"step": jax.ShapeDtypeStruct((), jnp.int32)} | {_param_key(n): value for n, value in abstract.items()}
+        loaded = self._load(step, wanted, whole=False)
         return {name: loaded[_param_key(name)] for name in abstract}
 
     def dtypes(self, step: int) -> dict[str, np.dtype]:
@@ -202,29 +252,55 @@ class CheckpointStore:
 
         Raises UserError for a checkpoint that is missing, damaged or of another config.
         """
-        if step not in self.steps():
-            there = ", ".join(map(str, self.steps())) or "none"
-            raise UserError(f"'{self.directory}' has no checkpoint of step {step}: there are {there}")
         self._compare(step, abstract, whole)
         placed = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_placed(a)) for name, a in abstract.items()}
         context = ocp.Context()
         context.pytree.loading.partial_load = not whole
         try:
             with context:
-                return self._orbax.load_checkpointables(step, {_STATE: placed})[_STATE]
+                loaded = ocp.load_checkpointables(str(self.directory / str(step)), {_STATE: placed})[_STATE]
         except _UNREADABLE as error:
             raise self._damaged(step, error) from error
+        if int(loaded["step"]) != step:
+            raise self._damaged(step, ValueError(f"it has the state of step {int(loaded['step'])}"))
+        return loaded
+
+    def _check(self, step: int) -> None:
+        """Raise UserError for a step that is missing, and for one that is not what its manifest lists.
+
+        A writer does not compare: `newest_good` did so before the run was continued.
+        """
+        if step not in self._checked:
+            distributed.broadcast_from_main(lambda: self._compare_manifest(step))
+            self._checked.add(step)
+
+    def _compare_manifest(self, step: int) -> None:
+        if step not in (steps := self.steps()):
+            there = ", ".join(map(str, steps)) or "none"
+            raise UserError(f"'{self.directory}' has no checkpoint of step {step}: there are {there}")
+        if self._config is None and (problem := damage(self.directory / str(step), step)) is not None:
+            raise UserError(f"checkpoint {problem}: {self._others(step)}")
+
+    def _others(self, step: int) -> str:
+        """Return which steps to use in place of a damaged one."""
+        good = [
+            str(other) for other in self.steps() if other != step and not damage(self.directory / str(other), other)
+        ]
+        return f"good is step {', '.join(good)}, to be chosen with --step" if good else "no other one is good"
 
     def _damaged(self, step: int, error: Exception) -> UserError:
         reason = " ".join(str(error).split())[:200]
-        return UserError(
-            f"checkpoint '{self.directory / str(step)}' is damaged ({reason}): remove it to use the one before"
-        )
+        place = self.directory / str(step)
+        for number in _SYSTEM:  # TensorStore has its text in a ValueError
+            if (isinstance(error, OSError) and error.errno == number) or os.strerror(number) in str(error):
+                return UserError(f"checkpoint '{place}' cannot be read ({reason}): check its permissions and its disk")
+        return UserError(f"checkpoint '{place}' is damaged ({reason}): {self._others(step)}")
 
     def _saved(self, step: int) -> Any:
         """Return the metadata of a checkpoint's arrays, by name."""
+        self._check(step)
         try:
-            saved = self._orbax.checkpointables_metadata(step).metadata[_STATE]
+            saved = ocp.checkpointables_metadata(str(self.directory / str(step))).metadata[_STATE]
         except _UNREADABLE as error:
             raise self._damaged(step, error) from error
         if saved is None:
@@ -243,6 +319,31 @@ class CheckpointStore:
                 raise UserError(f"{place} has '{name}' of shape {shapes[name]}, and this config needs {wanted}")
         if whole and (surplus := shapes.keys() - abstract.keys()):
             raise UserError(f"{place} has '{min(surplus)}', which this config does not have")
+
+
+def _stored_loss(checkpoint: Path) -> float | None:
+    """Return the validation loss that a checkpoint was saved with, None without one and where it cannot be read."""
+    for name in (COMMIT_FILE, "metrics/metrics"):  # the second is an earlier version's
+        try:
+            found = json.loads((checkpoint / name).read_text(encoding="utf-8"))
+            loss = (found.get("custom_metadata") or found)[_LOSS]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if isinstance(loss, float) and math.isfinite(loss):
+            return loss
+    return None
+
+
+def not_finite(state: TrainState) -> str | None:
+    """Return the name of the first array of a state that has a number which is not finite, None without one."""
+    arrays = {name: x for name, x in to_disk(state).items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+    found = np.asarray(_finite(list(arrays.values())))
+    return None if found.all() else list(arrays)[int(found.argmin())]
+
+
+@jax.jit
+def _finite(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in arrays])
 
 
 def _placed(abstract: Any) -> Sharding:
@@ -281,60 +382,3 @@ def from_disk(flat: dict[str, Any], like: TrainState) -> TrainState:
         opt_state=jax.tree.unflatten(jax.tree.structure(like.opt_state), [flat[key] for key in opt_keys]),
         buffers={name: flat[_param_key(name)] for name in like.buffers},
     )
-
-
-def step_of(name: str) -> int | None:
-    """Return the step of the checkpoint that a file of a run directory belongs to, None for other files.
-
-    `name` is relative to the directory.
-    """
-    match = _STEP_FILE.fullmatch(name)
-    return int(match[1]) if match else None
-
-
-def whole_steps(names: Iterable[str]) -> list[int]:
-    """Return the steps of the checkpoints whose upload was finished, ascending."""
-    steps = (step_of(name) for name in names if name.endswith(f"/{COMMIT_FILE}"))
-    return sorted(step for step in steps if step is not None)
-
-
-def committed_steps(directory: Path) -> list[int]:
-    """Return the steps with a checkpoint in the local directory of a run by their files' names, ascending.
-
-    A process may do so alone; a `CheckpointStore` all processes open together.
-    """
-    files = directory.glob(f"checkpoints/*/{COMMIT_FILE}")
-    return whole_steps(file.relative_to(directory).as_posix() for file in files)
-
-
-def run_files(names: Iterable[str], step: int | None = None, *, arrays: bool = True) -> list[str]:
-    """Return those files of a run or a saved model that are read, of its checkpoints `step` (None: the latest).
-
-    Of other whole checkpoints they are all but the arrays; without `arrays`, of every checkpoint.
-    """
-    names = list(names)
-    steps = whole_steps(names)
-    wanted = max(steps, default=None) if step is None else step
-    found = []
-    for name in names:
-        own = step_of(name)
-        if own is None:
-            if not name.startswith("checkpoints/"):  # a checkpoint that was never finished
-                found.append(name)
-        elif own in steps and ((own == wanted and arrays) or not name.split("/", 2)[2].startswith(_ARRAYS)):
-            found.append(name)
-    return found
-
-
-def model_files(names: Iterable[str], step: int | None = None) -> list[str]:
-    """Return those files of a directory, of any kind, that `load` reads; `step` as in `run_files`."""
-    found = run_files(names, step)
-    names = [name for name in found if not _UNUSED.fullmatch(name)]
-    models = [name for name in found if name.endswith(".gguf") and "/" not in name]
-    if len(models) == 1 and not any(_PREFERRED.fullmatch(n) or _SAME_WEIGHTS.fullmatch(n) for n in names):
-        names += models
-    if "config.json" in names and any(_PREFERRED.fullmatch(name) for name in names):
-        names = [name for name in names if not _SAME_WEIGHTS.fullmatch(name)]
-    # In released directories, folders hold other forms of the same weights.
-    kept = ("checkpoints/", "tokenizer/", "additional_chat_templates/")
-    return [name for name in names if "/" not in name or name.startswith(kept)]

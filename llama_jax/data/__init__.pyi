@@ -10,10 +10,19 @@ from .chat import (
     turn_ends as turn_ends,
 )
 from .config import DataConfig as DataConfig, Source as Source, Stage as Stage
-from .corpus.corpus import Corpus as Corpus, Shard as Shard, TokenStream as TokenStream
+from .corpus.corpus import (
+    Corpus as Corpus,
+    Shard as Shard,
+    TokenStream as TokenStream,
+    damaged_files as damaged_files,
+)
 from .corpus.documents import ScoredBytes as ScoredBytes, read_pieces as read_pieces, read_texts as read_texts
 from .corpus.files import find_files as find_files
-from .corpus.prepare import prepare_corpus as prepare_corpus, prepare_shards as prepare_shards
+from .corpus.prepare import (
+    corpus_directory as corpus_directory,
+    prepare_corpus as prepare_corpus,
+    prepare_shards as prepare_shards,
+)
 from .dataset import Dataset as Dataset, prepare_dataset as prepare_dataset
 from .objectives import (
     Causal as Causal,

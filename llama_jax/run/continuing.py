@@ -13,6 +13,7 @@ import jax
 from llama_jax.checkpoint import (
     CONFIG_FILE,
     TOKENIZER_DIRECTORY,
+    newest_good,
     to_disk,
 )
 from llama_jax.config import UserError, leaves, to_json
@@ -46,7 +47,7 @@ ADVISED = ("optimizer.", "data.skip_batches", "num_steps", "global_batch_size")
 
 
 def check_directory(run: Run, asked: int | None = None) -> tuple[int, list[dict[str, Any]], list[str]]:
-    """Check that the run is new or can be continued in its directory, and write nothing.
+    """Check that the run is new or can be continued in its directory; only a damaged checkpoint is moved aside.
 
     `asked` is the step to continue from where one was given. Returns (step of the latest checkpoint, the run's history,
     lines for the log). Raises UserError where another run is there, or files of something else.
@@ -61,13 +62,13 @@ def check_directory(run: Run, asked: int | None = None) -> tuple[int, list[dict[
         _check_writable(directory)
         return 0, [], []
     before = open_run(directory, run.components)
-    step = max(before.committed_steps(), default=0)  # this is process 0 alone
+    changes, allowed = _changes(before, run)
+    step, lines = newest_good(directory)  # this is process 0 alone
     if asked is not None and asked != step:
         raise UserError(
             f"'{directory}' continues from its latest checkpoint, of step {step}, not from step {asked}: give "
             f"'{directory}', or begin a new run with these weights by --init-from and another --run-dir"
         )
-    changes, allowed = _changes(before, run)
     if step <= run.config.num_steps:
         _check_writable(directory)
     _check_skipped(before, run, step)
@@ -79,7 +80,7 @@ def check_directory(run: Run, asked: int | None = None) -> tuple[int, list[dict[
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         pairs = {key: [to_json(value) for value in values] for key, values in changes.items()}
         history.append({"step": step, "date": date, "changes": pairs})
-    return step, history, _lines(before, run, step, changes)
+    return step, history, [*lines, *_lines(before, run, step, changes)]
 
 
 def _check_writable(directory: Path) -> None:

@@ -16,9 +16,11 @@ from llama_jax.checkpoint import (
     LanguageModel,
     MeshLike,
     committed_steps,
+    kept_tokenizer,
     load,
     locate,
     run_files,
+    write_manifest,
 )
 from llama_jax.config import UserError, read_json, to_json
 from llama_jax.data import Batches, Dataset, HostBatch, Vocabulary, batches_passed, prepare_dataset
@@ -28,7 +30,7 @@ from llama_jax.remote import as_local, local_copy, url_of
 from llama_jax.run.metrics import METRICS_FILE, read_metrics
 from llama_jax.run_config import RunConfig, read_config
 from llama_jax.sampling import generate_text
-from llama_jax.tokenizers import Tokenizer, load_saved_tokenizer
+from llama_jax.tokenizers import Tokenizer
 
 SAMPLES_FILE = "samples.txt"
 DATA_FILE = "data.json"
@@ -77,7 +79,7 @@ class Run:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the run's directory has."""
         of_sources = self.config.model.has_source
-        return load_saved_tokenizer(self.directory / TOKENIZER_DIRECTORY, of_sources=of_sources)
+        return kept_tokenizer(self.directory / TOKENIZER_DIRECTORY, of_sources=of_sources)
 
     @functools.cached_property
     def dataset(self) -> Dataset:
@@ -184,6 +186,7 @@ def keep_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     if not (directory / TOKENIZER_DIRECTORY).is_dir():
         with replacing(directory / TOKENIZER_DIRECTORY) as partial:
             tokenizer.save(partial)
+            write_manifest(partial)
 
 
 def _summary(dataset: Dataset) -> dict[str, Any]:

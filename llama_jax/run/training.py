@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, CONFIG_FILE, CheckpointStore, SaveFailed, locate
+from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, CONFIG_FILE, CheckpointStore, SaveFailed, locate, not_finite
 from llama_jax.config import outside_classes
 from llama_jax.data import Dataset, HostBatch, ValidationBatches
 from llama_jax.models import abstract_params
@@ -182,7 +182,8 @@ class Loop:
             directory = self.run_.directory / "profile"
             clock = Clock(start)
             profile = stack.enter_context(Profile(config, directory, start, bar.say, clock))
-            self._steps(state, store, bar, loggers, clock, profile, stopping)
+            state = self._steps(state, store, bar, loggers, clock, profile, stopping)
+            self._end_saving(state, store)
         if config.logging.sample_prompts:
             write_samples(self.run_, self.run_.load(), self.sample_tokens, SAMPLES_FILE)
         if self.main:
@@ -207,10 +208,11 @@ class Loop:
         clock: Clock,
         profile: Profile,
         stopping: Callable[[int], bool],
-    ) -> None:
+    ) -> TrainState:
         """Take the steps to the end, or to where a callback stops; log, validate and save between them.
 
-        Raises Preempted after a termination signal, with a checkpoint saved, and what `_log` raises.
+        Returns the last state. Raises Preempted after a termination signal, with a checkpoint saved, and what `_log`
+        raises.
         """
         start, num_steps = int(state.step), self.config.num_steps
         batches = self.batches.iterate(start)
@@ -231,7 +233,7 @@ class Loop:
             entry = pending = {"step": done} | metrics
             bar.advance(done)
             preempted = stopping(done)
-            saves = preempted or self._saves(done)
+            saves = store.check() or preempted or self._saves(done)
             if not (saves or self._validates(done) or self._samples(done) or (self.callbacks and self._logs(done))):
                 continue
             jax.block_until_ready(metrics)
@@ -240,14 +242,15 @@ class Loop:
                 self._save(state, store, event, saves)
             pending = None
             if preempted:
-                store.wait()
+                self._end_saving(state, store)
                 raise Preempted(f"stopped at step {done} with a checkpoint saved: start again to continue")
             if event.reason is not None and done < num_steps:
                 bar.say(
                     f"stopped at step {done}/{num_steps} by a callback" + (event.reason and f": {event.reason}"),
                     always=True,
                 )
-                return
+                break
+        return state
 
     def _report(
         self, state: TrainState, metrics: dict[str, Any], clock: Clock, bar: Bar, loggers: Sequence[Logger]
@@ -267,8 +270,25 @@ class Loop:
         # Where checkpoints are measured at all, what is measured between them may be the best.
         best = self.config.measures_checkpoints and val_loss is not None and store.is_best(val_loss)
         if saves or best:
+            if (name := not_finite(state)) is not None:
+                raise RunFailed(
+                    f"the checkpoint of step {event.step} is not saved, because '{name}' is not finite: lower "
+                    "optimizer.learning_rate and continue with --resume.allow optimizer.learning_rate from "
+                    f"{self._last_good(store)}"
+                )
             store.save(state, val_loss=val_loss)
             self.saved = time.monotonic()
+
+    def _last_good(self, store: CheckpointStore) -> str:
+        store.check(wait=True)
+        step = max(store.steps(), default=None)
+        return "the beginning" if step is None else f"the last good step, {step}"
+
+    def _end_saving(self, state: TrainState, store: CheckpointStore) -> None:
+        """Wait until the last checkpoint is on disk, and save the state again where it could not be written."""
+        if store.check(wait=True):
+            store.save(state)
+        store.wait()
 
     def _logs(self, step: int) -> bool:
         """Return whether the metrics of `step` are logged, where it is not validated."""

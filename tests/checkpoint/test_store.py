@@ -1,18 +1,27 @@
 """Checkpoints: which stay, the same bits on any mesh, and what is said of damaged ones."""
 
+import concurrent.futures
 import contextlib
 import gc
 import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.checkpoint import CheckpointConfig, CheckpointStore, SaveFailed, to_disk
+from llama_jax.checkpoint import (
+    CheckpointConfig,
+    CheckpointStore,
+    SaveFailed,
+    check_manifest,
+    store as store_module,
+    to_disk,
+)
 from llama_jax.config import UserError
 from llama_jax.models import DecoderConfig, abstract_params
 from llama_jax.parallel import distributed, make_mesh
@@ -105,15 +114,44 @@ class Failing:
         raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("then", ["save", "wait", "close"])
+@pytest.mark.parametrize("then", ["wait", "close"])
 def test_a_save_that_fails_in_the_background_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str):
     store = CheckpointStore(tmp_path, CheckpointConfig())
-    with monkeypatch.context() as patched:
-        patched.setattr(store._orbax, "save_checkpointables_async", lambda *_, **__: Failing())
-        store.save(small(1))
+    monkeypatch.setattr("llama_jax.checkpoint.store.ocp.save_checkpointables_async", lambda *_, **__: Failing())
+    store.save(small(1))
     with pytest.raises(SaveFailed, match=r"checkpoint of step 1 cannot be written .*No space left on device"):
-        store.save(small(2)) if then == "save" else getattr(store, then)()
+        getattr(store, then)()
     store.close()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_interrupt_while_the_last_save_is_awaited_loses_neither_it_nor_its_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+):
+    store = CheckpointStore(tmp_path, CheckpointConfig())
+    write, interrupted = store_module.write_manifest, threading.Event()
+
+    def slow(*args: Any) -> None:
+        interrupted.wait(10)
+        if fails:
+            raise OSError(5, "Input/output error")
+        write(*args)
+
+    monkeypatch.setattr(store_module, "write_manifest", slow)
+    store.save(small(1))
+    with monkeypatch.context() as patched:
+
+        def interrupt(*_: Any) -> None:
+            interrupted.set()
+            raise KeyboardInterrupt
+
+        patched.setattr(concurrent.futures.Future, "result", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            store.wait()
+    with pytest.raises(SaveFailed, match="Input/output") if fails else contextlib.nullcontext():
+        store.close()
+    assert store.steps() == [1]
+    assert check_manifest(tmp_path / "1", 1) == (None if fails else [])
 
 
 def test_the_best_are_told_from_the_rest(tmp_path: Path):

@@ -13,11 +13,13 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
 import pytest
+import xxhash
 from file_kinds import as_example, write_array_record
+from hypothesis import given, strategies as st
 
 from llama_jax.config import UserError
-from llama_jax.data import DataConfig, TokenStream, prepare_corpus
-from llama_jax.data.corpus import files, shards
+from llama_jax.data import Corpus, DataConfig, TokenStream, prepare_corpus
+from llama_jax.data.corpus import blocks, files, shards
 from llama_jax.data.readers import records
 from llama_jax.tokenizers import Tokenizer, train_tokenizer
 
@@ -131,6 +133,40 @@ def test_a_damaged_cache_is_made_again(config, tokenizer, name: str):
     file = made.directory / name
     file.write_bytes(file.read_bytes()[:-2])
     assert documents_of(prepare_corpus(config, tokenizer).train) == expected
+
+
+@given(st.lists(st.binary(max_size=40), max_size=12), st.integers(1, 30))
+def test_checksums_do_not_depend_on_how_the_bytes_come(pieces: list[bytes], block: int):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "BLOCK", block)
+        hasher, content = blocks.BlockHasher(), b"".join(pieces)
+        for piece in pieces:
+            hasher.update(np.frombuffer(piece, np.uint8))
+        parts = [content[i : i + block] for i in range(0, len(content), block)]
+        assert hasher.text() == "".join(xxhash.xxh3_64_hexdigest(part) for part in parts)
+
+
+@pytest.mark.parametrize("array", ["tokens", "documents"])
+def test_a_flipped_byte_is_found_where_it_is_read(config, tokenizer, monkeypatch: pytest.MonkeyPatch, array: str):
+    """In every place; what is in other blocks is read as before."""
+    monkeypatch.setattr(blocks, "BLOCK", 64)
+    file = prepare_corpus(config, tokenizer).directory / f"train-00000.{array}"
+    content = file.read_bytes()
+    expected = Corpus(file.parent, config).train.read(0, 1 << 20)
+    for place in [*range(0, len(content), max(1, len(content) // 7)), len(content) - 1]:
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        stream = Corpus(file.parent, config).train
+        if array == "tokens":  # of 2 bytes each
+            before, after = place // 64 * 32, (place // 64 + 1) * 32
+            assert np.array_equal(stream.read(0, before), expected[:before])
+            assert np.array_equal(stream.read(after, len(expected)), expected[after:])
+        with pytest.raises(UserError, match=rf"train-00000.{array}' is not what was written to it"):
+            stream.read(0, len(expected))
+    file.write_bytes(content)
+    stream = Corpus(file.parent, config).train
+    os.truncate(file, len(content) - 8)  # while it is mapped
+    with pytest.raises(UserError, match="is not what was written to it"):
+        stream.read(0, 9)
 
 
 def test_nothing_held_out(config, tokenizer):

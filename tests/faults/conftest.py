@@ -49,8 +49,8 @@ def _parts(config: pytest.Config) -> Path:
 @pytest.fixture(scope="session")
 def num_trials(pytestconfig: pytest.Config) -> Callable[[int, int], int]:
     """Return `f(few, all)`: the number of trials to make in this run."""
-    in_full = pytestconfig.getoption("reliability") is not None
-    return lambda few, most: most if in_full else few
+    share = pytestconfig.getoption("trials") if pytestconfig.getoption("reliability") else 0
+    return lambda few, most: max(few, round(share * most))
 
 
 @pytest.fixture

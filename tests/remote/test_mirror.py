@@ -10,7 +10,7 @@ import fsspec
 import pytest
 
 from llama_jax import load, open_run, remote
-from llama_jax.checkpoint import COMMIT_FILE, model_files, run_files, step_of, whole_steps
+from llama_jax.checkpoint import COMMIT_FILE, model_files, newest_good, run_files, step_of, whole_steps, write_manifest
 from llama_jax.config import UserError
 from llama_jax.parallel import distributed
 from llama_jax.remote import Mirror, is_remote, local_copy, uploaded, url_of
@@ -169,7 +169,9 @@ def write_step(directory: Path, step: int) -> None:
         file = directory / "checkpoints" / str(step) / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"{name} of {step}, {os.urandom(4).hex()}")
-    (directory / "config.json").write_text("{}")
+    write_manifest(directory / "checkpoints" / str(step), step)
+    if not (directory / "config.json").exists():
+        (directory / "config.json").write_text("{}")
     (directory / "metrics.jsonl").write_text("".join(f"{i}\n" for i in range(step)))
     (directory / f"checkpoints/{step + 4}.orbax-checkpoint-tmp").mkdir()
     (directory / f"checkpoints/{step + 4}.orbax-checkpoint-tmp" / COMMIT_FILE).write_text("not whole")
@@ -241,6 +243,26 @@ def test_store_has_a_whole_checkpoint_wherever_an_upload_stops(store, monkeypatc
     assert not any("tmp" in name for name in stored(store, "run"))
 
 
+def test_a_checkpoint_that_is_damaged_in_the_store_is_kept_and_the_one_before_is_continued(store):
+    url = "memory://bucket/run"
+    first = StoredRun(url)
+    for step in (4, 8):
+        write_step(first.directory, step)
+    assert first.upload()
+    good = contents(first.directory)
+    store.pipe_file("/bucket/run/checkpoints/8/state/a", b"another")
+    shutil.rmtree(os.environ["LLAMA_JAX_CACHE"])  # another machine
+    run = StoredRun(url)
+    step, (line,) = newest_good(run.directory)
+    assert step == 4
+    assert "'state/a' has" in line
+    there = contents(run.directory)
+    assert all(there[name] == good[name] for name in good if step_of(name) == 4)
+    assert run.upload()
+    assert whole_steps(stored(store, "run")) == [4]
+    assert stored(store, "run")["damaged/8/state/a"] == b"another"
+
+
 def test_checkpoints_are_uploaded_while_the_run_goes_on(store, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr("llama_jax.run.stored._POLL_SECONDS", 0.01)
     url, put_file = "memory://bucket/run", type(store).put_file
@@ -268,6 +290,52 @@ def test_checkpoints_are_uploaded_while_the_run_goes_on(store, monkeypatch: pyte
         assert "wait to be uploaded" in capsys.readouterr().err
         (directory / "samples.txt").write_text("at the end")
     assert stored(store, "run")["samples.txt"] == b"at the end"
+
+
+def test_the_newest_checkpoint_of_machine_and_store_is_continued_from(store, monkeypatch: pytest.MonkeyPatch):
+    url = "memory://bucket/run"
+    first = StoredRun(url)
+    write_step(first.directory, 4)
+    first.upload()
+    write_step(first.directory, 8)  # and is killed before the next upload
+    again = StoredRun(url)
+    assert whole_steps(contents(again.directory)) == [4, 8]
+    assert (again.directory / "metrics.jsonl").read_text().count("\n") == 8
+    # A damaged one is not newer than anything.
+    file = next((first.directory / "checkpoints" / "8").glob("*/*"))
+    good = file.read_bytes()
+    file.write_bytes(good[:-1] + b"x")
+    copy = {name: content for name, content in contents(first.directory).items() if step_of(name) == 8}
+    assert whole_steps(contents(StoredRun(url).directory)) == [4]
+    # Another machine has started the run: what is here is of another past.
+    for name, content in copy.items():
+        (first.directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (first.directory / name).write_bytes(good if first.directory / name == file else content)
+    assert whole_steps(contents(StoredRun(url).directory)) == [4, 8]
+    monkeypatch.setattr(remote, "_stamp", lambda info: "another version")
+    assert whole_steps(contents(StoredRun(url).directory)) == [4]
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_uploaded_is_uploaded_whole(store, monkeypatch: pytest.MonkeyPatch):
+    """Where a run saves more often than the store takes."""
+    run, put_file = StoredRun("memory://bucket/run"), type(store).put_file
+    write_step(run.directory, 4)
+    expected = {n: v for n, v in contents(run.directory).items() if step_of(n) == 4}
+
+    def slow(self, lpath: str, rpath: str, **kwargs) -> None:
+        if "checkpoints" in rpath and (run.directory / "checkpoints/4").exists():
+            shutil.rmtree(run.directory / "checkpoints/4")
+            write_step(run.directory, 8)
+        put_file(self, lpath, rpath, **kwargs)
+
+    monkeypatch.setattr(remote, "_TRANSFERS", 1)
+    monkeypatch.setattr(type(store), "put_file", slow)
+    run.upload()
+    there = stored(store, "run")
+    assert {n: v for n, v in there.items() if step_of(n) == 4} == expected
+    assert run.upload()
+    assert whole_steps(stored(store, "run")) == [8]
+    assert not list(run.directory.glob(".upload*"))
 
 
 def test_failed_run_that_never_started_writes_nothing(store):

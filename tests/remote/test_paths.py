@@ -29,6 +29,7 @@ HERE = Path(__file__).resolve().parent
 COMMANDS = {
     "convert source": "convert URL OUT --to hf",
     "convert destination": "convert RUN URL --to hf",
+    "verify path": "verify URL",
     "tokenizer train files": "tokenizer train URL --vocab-size 300 --output OUT",
     "tokenizer train output": "tokenizer train TEXTS/00.txt --vocab-size 300 --output URL",
     "tokenizer encode tokenizer": "tokenizer encode URL text",

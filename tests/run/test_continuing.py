@@ -237,8 +237,9 @@ def test_the_demos_report_prints_what_was_measured(
 def test_a_disk_with_too_little_room_is_told_before_the_first_step(
     begun: Path, quick: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=100_000))
-    train(quick, begun)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(total=1 << 40, free=100_000))
+    with pytest.raises(RunFailed, match=r"step 6 cannot be .* has 0.3 MB, and 0.1 MB are free\), the last good .* 4: "):
+        train(quick, begun)
     assert "the disk has 0.0001 GB free, and a checkpoint may take 0.0003" in capsys.readouterr().out
 
 

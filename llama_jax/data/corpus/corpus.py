@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import functools
+import hashlib
 import json
 import mmap
 import os
@@ -16,11 +17,13 @@ from jaxtyping import Int, Int32
 
 from llama_jax.config import Json, UserError
 from llama_jax.data.config import DataConfig, Split
+from llama_jax.data.corpus.blocks import Blocks
 from llama_jax.data.corpus.documents import OLD, BadRecords, read_texts, sum_scored
-from llama_jax.data.corpus.shards import ARRAYS, array_file
+from llama_jax.data.corpus.shards import ARRAYS, array_file, summary_file
 from llama_jax.files import write_text
 
 INDEX = "index.json"
+_MALFORMED = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)  # of damaged JSON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +31,25 @@ class Shard:
     """Documents' tokens one after another, as memory maps: each document is BOS, its tokens, EOS.
 
     `documents` has the places in `tokens` where documents begin (increasing from 0), `parts` those where the second and
-    later parts of a document begin (increasing; empty where documents have one part).
+    later parts of a document begin (increasing; empty where documents have one part). They may have checksums.
     """
 
     tokens: np.ndarray
     documents: Int[np.ndarray, " d"]
     parts: Int[np.ndarray, " p"]
+    blocks: Blocks | None = None
+
+    def read(self, start: int, stop: int) -> Int32[np.ndarray, " n"]:
+        """Return tokens `start` to `stop`. Raises UserError where they are not those that were written."""
+        if self.blocks is not None:
+            self.blocks.check("tokens", self.tokens, start, stop)
+        return self.tokens[start:stop].astype(np.int32)
+
+    def check_places(self) -> None:
+        """Raise UserError where the places of documents and parts are not those that were written."""
+        if self.blocks is not None:
+            self.blocks.check("documents", self.documents)
+            self.blocks.check("parts", self.parts)
 
 
 class TokenStream:
@@ -56,7 +72,7 @@ class TokenStream:
 
     def read(self, start: int, stop: int) -> Int32[np.ndarray, " n"]:
         """Return tokens `start` to `stop` (or the stream's end)."""
-        pieces = [shard.tokens[a:b].astype(np.int32) for shard, _, a, b in self._spans(start, stop)]
+        pieces = [shard.read(a, b) for shard, _, a, b in self._spans(start, stop)]
         return np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
 
     def document_starts(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
@@ -70,6 +86,7 @@ class TokenStream:
     def shard_at(self, place: int) -> tuple[Shard, int]:
         """Return the shard that has this place of the stream, and the place where the shard begins."""
         number = int(np.searchsorted(self.starts, place, side="right")) - 1
+        self.shards[number].check_places()
         return self.shards[number], int(self.starts[number])
 
     def _spans(self, start: int, stop: int) -> Iterator[tuple[Shard, int, int, int]]:
@@ -127,15 +144,61 @@ class Corpus:
         return lines
 
 
+def damaged_files(directory: Path) -> list[str]:
+    """Return what is wrong with a corpus, each damaged or missing file named, by the hashes of index and shards.
+
+    Raises OSError where a file cannot be read.
+    """
+    try:
+        text = (directory / INDEX).read_text()
+        index = json.loads(text)
+        if "sha256" in index and text != _index_text({name: index[name] for name in index if name != "sha256"}):
+            return [f"'{INDEX}' is damaged"]
+        # An earlier version's index has no hashes of the summaries.
+        hashes = index.get("summaries", [None] * len(index["splits"]["train"]["tokens"]))
+        return [problem for number, own in enumerate(hashes) for problem in _damaged(directory, number, own)]
+    except _MALFORMED:
+        return [f"'{INDEX}' is damaged"]
+
+
+def _damaged(directory: Path, number: int, checksum: str | None) -> Iterator[str]:
+    """Yield what is wrong with a shard, whose summary has this hash."""
+    file = summary_file(directory, number)
+    if checksum is not None and (problem := _problem(file, checksum)) is not None:
+        yield problem
+        return
+    summary = json.loads(file.read_text())
+    for split in get_args(Split):
+        hashes = summary["splits"][split]["sha256"]
+        for name in sorted(ARRAYS.keys() & hashes.keys()):
+            if (problem := _problem(array_file(directory, split, number, name), hashes[name])) is not None:
+                yield problem
+
+
+def _problem(file: Path, checksum: str) -> str | None:
+    try:
+        with file.open("rb") as opened:
+            same = hashlib.file_digest(opened, "sha256").hexdigest() == checksum
+    except FileNotFoundError:
+        return f"'{file.name}' is missing"
+    return None if same else f"'{file.name}' has other content"
+
+
+def _index_text(index: Json) -> str:
+    """Return the text of an index, which ends with the hash of the rest."""
+    return json.dumps(index | {"sha256": hashlib.sha256(json.dumps(index).encode()).hexdigest()})
+
+
 def _stream(directory: Path, split: Split, index: Json, sizes: dict[str, int]) -> TokenStream:
     shards = []
     for number, counts in enumerate(zip(*(index["splits"][split][array] for array in ARRAYS), strict=True)):
         if counts[0]:
-            arrays = {}
-            for (array, dtype), count in zip(ARRAYS.items(), counts, strict=True):
-                file = array_file(directory, split, number, array)
-                arrays[array] = map_array(file, dtype or index["dtype"], count, sizes.get(file.name))
-            shards.append(Shard(**arrays))
+            files = {array: array_file(directory, split, number, array) for array in ARRAYS}
+            arrays = {
+                array: map_array(file, ARRAYS[array] or index["dtype"], count, sizes.get(file.name))
+                for (array, file), count in zip(files.items(), counts, strict=True)
+            }
+            shards.append(Shard(**arrays, blocks=Blocks(summary_file(directory, number), split, files)))
     return TokenStream(shards)
 
 
@@ -209,5 +272,8 @@ def write_index(directory: Path, summaries: list[Json], content_hash: str, confi
         "bad_records": bad.summary(),
         "splits": splits,
         **sum_scored([summary["splits"]["validation"] for summary in summaries]),
+        "summaries": [
+            hashlib.sha256(summary_file(directory, number).read_bytes()).hexdigest() for number in range(len(summaries))
+        ],
     }
-    write_text(directory / INDEX, json.dumps(index))
+    write_text(directory / INDEX, _index_text(index))

@@ -184,6 +184,11 @@ def cache_directory(config: DataConfig) -> Path:
     return Mirror(config.cache_dir).path if local is None else local.expanduser()
 
 
+def corpus_directory(config: DataConfig, tokenizer: Tokenizer) -> Path:
+    """Return the directory in the cache, or in its local copy, that `prepare_corpus` makes or has made."""
+    return cache_directory(config) / "corpora" / _content_hash(find_files(config), config, tokenizer)[:32]
+
+
 def _shard_maker(
     files: list[CorpusFile], config: DataConfig, tokenizer: Tokenizer, directory: str | Path | None, content_hash: str
 ) -> ShardMaker:

@@ -14,6 +14,7 @@ import numpy as np
 from llama_jax.config import Json, UserError
 from llama_jax.data.chat import ChatTemplate, chat_tokens, pair_of, pair_tokens
 from llama_jax.data.config import DataConfig, Split
+from llama_jax.data.corpus.blocks import BlockHasher
 from llama_jax.data.corpus.documents import BadRecords, ScoredBytes, good_records, split_of, text_bytes
 from llama_jax.data.readers.records import EMPTY_PART, BadRecord, Record, Unit
 from llama_jax.files import replacing, write_text
@@ -26,6 +27,11 @@ ARRAYS = {"tokens": None, "documents": "<i8", "parts": "<i8"}  # a shard's array
 def array_file(directory: Path, split: str, number: int, array: str) -> Path:
     """Return the file of a shard's array."""
     return directory / f"{split}-{number:05}.{array}"
+
+
+def summary_file(directory: Path, number: int) -> Path:
+    """Return the file that has the sizes and hashes of a shard's arrays."""
+    return directory / f"shard-{number:05}.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +49,7 @@ class ShardMaker:
         Raises UserError for a shard of another tokenizer, or of other files or options.
         """
         try:
-            summary = json.loads(self._summary_file(number).read_text())
+            summary = json.loads(summary_file(self.directory, number).read_text())
             fingerprint, key, splits = summary["tokenizer"], summary["key"], summary["splits"]
         except (OSError, ValueError, KeyError):
             return None
@@ -97,10 +103,9 @@ class ShardMaker:
             "bad_records": bad.summary(),
             "skipped": skipped,
         }
-        write_text(self._summary_file(number), json.dumps(summary, indent=1))  # last: it marks the shard as complete
-
-    def _summary_file(self, number: int) -> Path:
-        return self.directory / f"shard-{number:05}.json"
+        write_text(
+            summary_file(self.directory, number), json.dumps(summary, indent=1)
+        )  # last: it marks the shard as complete
 
     def _batches(
         self, units: Sequence[Unit], bad: BadRecords, skipped: list[str]
@@ -195,7 +200,7 @@ class _SplitWriter:
         self._dtypes = {array: np.dtype(kind or dtype) for array, kind in ARRAYS.items()}
         self._stack = stack
         self._begin, self._end = np.array(tokenizer.start_ids, np.int32), np.array(tokenizer.eos_ids[:1], np.int32)
-        self._files: dict[str, tuple[BinaryIO, Any]] = {}  # with the hash of each
+        self._files: dict[str, tuple[BinaryIO, Any, BlockHasher]] = {}  # with the hashes of each
         self._sizes = dict.fromkeys(ARRAYS, 0)
         self._num_bytes = self._place = 0
         self._pending: dict[str, list[Any]] = {array: [] for array in ARRAYS}
@@ -221,14 +226,17 @@ class _SplitWriter:
                 values = values.astype(self._dtypes[array])
                 if array not in self._files:
                     path = self._stack.enter_context(replacing(self._paths[array]))
-                    self._files[array] = self._stack.enter_context(path.open("wb")), hashlib.sha256()
-                file, digest = self._files[array]
+                    file = self._stack.enter_context(path.open("wb"))
+                    self._files[array] = file, hashlib.sha256(), BlockHasher()
+                file, digest, blocks = self._files[array]
                 file.write(values)
                 digest.update(values)
+                blocks.update(values)
                 self._sizes[array] += len(values)
             pending.clear()
 
     def summary(self) -> Json:
         """Return the sizes of the arrays, the bytes of text and the files' hashes, as JSON."""
-        hashes = {array: digest.hexdigest() for array, (_, digest) in self._files.items()}
-        return self._sizes | {"num_bytes": self._num_bytes, "sha256": hashes}
+        hashes = {array: digest.hexdigest() for array, (_, digest, _) in self._files.items()}
+        blocks = {array: hasher.text() for array, (*_, hasher) in self._files.items()}
+        return self._sizes | {"num_bytes": self._num_bytes, "sha256": hashes, "blocks": blocks}

@@ -146,7 +146,7 @@ class PackedRows(Rows):
             number = (document + int(rng.integers(1, num_documents))) % num_documents
             start, end = [*shard.documents[number : number + 2], len(shard.tokens)][:2]
             before, after = vocabulary.num_special if objective.bare else (0, 0)
-            other = shard.tokens[start + before : end - after].astype(np.int32)
+            other = shard.read(int(start) + before, int(end) - after)
         tokens = self._stream.read(place, place + size)
         return objective.example(Document(tokens, parts, other), rng, vocabulary)
 
