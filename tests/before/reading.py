@@ -33,5 +33,10 @@ def read_stopped(run: llama_jax.Run, step: int) -> dict[str, Any]:
 
 
 def cpu() -> str:
+    """Return the processor's name, with its family where this is not the archive's, 25: both kinds have one name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    name, family = (
+        next((line.partition(": ")[2] for line in lines if line.startswith(key)), "")
+        for key in ("model name", "cpu family")
+    )
+    return name if family == "25" else f"{name}, family {family}"
