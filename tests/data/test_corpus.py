@@ -19,7 +19,7 @@ from hypothesis import given, strategies as st
 
 from llama_jax.config import UserError
 from llama_jax.data import Corpus, DataConfig, TokenStream, prepare_corpus
-from llama_jax.data.corpus import blocks, files, shards
+from llama_jax.data.corpus import files, shards
 from llama_jax.data.readers import records
 from llama_jax.tokenizers import Tokenizer, train_tokenizer
 
@@ -138,8 +138,8 @@ def test_a_damaged_cache_is_made_again(config, tokenizer, name: str):
 @given(st.lists(st.binary(max_size=40), max_size=12), st.integers(1, 30))
 def test_checksums_do_not_depend_on_how_the_bytes_come(pieces: list[bytes], block: int):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "BLOCK", block)
-        hasher, content = blocks.BlockHasher(), b"".join(pieces)
+        patch.setattr(shards, "BLOCK", block)
+        hasher, content = shards.BlockHasher(), b"".join(pieces)
         for piece in pieces:
             hasher.update(np.frombuffer(piece, np.uint8))
         parts = [content[i : i + block] for i in range(0, len(content), block)]
@@ -149,7 +149,7 @@ def test_checksums_do_not_depend_on_how_the_bytes_come(pieces: list[bytes], bloc
 @pytest.mark.parametrize("array", ["tokens", "documents"])
 def test_a_flipped_byte_is_found_where_it_is_read(config, tokenizer, monkeypatch: pytest.MonkeyPatch, array: str):
     """In every place; what is in other blocks is read as before."""
-    monkeypatch.setattr(blocks, "BLOCK", 64)
+    monkeypatch.setattr(shards, "BLOCK", 64)
     file = prepare_corpus(config, tokenizer).directory / f"train-00000.{array}"
     content = file.read_bytes()
     expected = Corpus(file.parent, config).train.read(0, 1 << 20)

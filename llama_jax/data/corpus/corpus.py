@@ -17,9 +17,8 @@ from jaxtyping import Int, Int32
 
 from llama_jax.config import Json, UserError
 from llama_jax.data.config import DataConfig, Split
-from llama_jax.data.corpus.blocks import Blocks
 from llama_jax.data.corpus.documents import OLD, BadRecords, read_texts, sum_scored
-from llama_jax.data.corpus.shards import ARRAYS, array_file, summary_file
+from llama_jax.data.corpus.shards import ARRAYS, Blocks, array_file, summary_file
 from llama_jax.files import write_text
 
 INDEX = "index.json"
