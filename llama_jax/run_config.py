@@ -82,6 +82,21 @@ class ResumeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ChecksConfig:
+    """Limits at which a run stops, and checks of its computation.
+
+    max_skipped_steps: steps in a row without an update, because their loss or gradient was not finite, at which the run
+      stops.
+    """
+
+    max_skipped_steps: int = 10
+
+    def __post_init__(self) -> None:
+        if self.max_skipped_steps < 1:
+            raise UserError(f"max_skipped_steps={self.max_skipped_steps} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Config of a run.
 
@@ -99,6 +114,7 @@ class RunConfig:
     compute: types, kernels and recomputation; they change speed and memory, not the result.
     checkpoint: when to save, and how many to keep.
     logging: metrics, validation and samples.
+    checks: limits at which the run stops, and checks of its computation.
     profile: a window of steps to record.
     resume: changes that are allowed when the run is continued.
     """
@@ -116,6 +132,7 @@ class RunConfig:
     compute: Compute = Compute()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    checks: ChecksConfig = ChecksConfig()
     profile: ProfileConfig = ProfileConfig()
     resume: ResumeConfig = ResumeConfig()
 

@@ -33,6 +33,7 @@ CHANGEABLE = (
     "compute.",
     "checkpoint.",
     "logging.",
+    "checks.",
     "profile.",
     "resume.",
     "optimizer.accumulation_steps",

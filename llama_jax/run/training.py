@@ -155,7 +155,8 @@ class Loop:
         self.lines, self.loggers = list(lines), [*configured_loggers(config.logging), *loggers]
         self.callbacks, self.begins, self.quiet = tuple(callbacks), list[str](), quiet
         self.losses: list[float] = []  # since the last line
-        self.saved = time.monotonic()
+        self.skipped = [0, 0]  # steps without an update: in a row, and since the last line
+        self.saved, self.saved_step = time.monotonic(), 0
 
     def run(self) -> None:
         """Train to the end, then write samples."""
@@ -268,7 +269,7 @@ class Loop:
         best = self.config.measures_checkpoints and val_loss is not None and store.is_best(val_loss)
         if saves or best:
             store.save(state, val_loss=val_loss)
-            self.saved = time.monotonic()
+            self.saved, self.saved_step = time.monotonic(), event.step
 
     def _logs(self, step: int) -> bool:
         """Return whether the metrics of `step` are logged, where it is not validated."""
@@ -309,7 +310,7 @@ class Loop:
         """
         step = metrics["step"]
         event = Event(self.run_, step, state)
-        self.losses.append(float(metrics["loss"]))
+        self._count(metrics, bar)
         if self._logs(step) or "val_loss" in metrics:
             values = {k: v if isinstance(v, int) else np.asarray(v).tolist() for k, v in metrics.items()}
             if self.config.data.sources:
@@ -320,22 +321,45 @@ class Loop:
                 if self.mfu_per_speed is not None:
                     values["mfu"] = values["tokens_per_second"] * self.mfu_per_speed
             values |= peak_memory()
+            values["skipped"] = float(self.skipped[1])
             event |= values
             event.call(self.callbacks)
-            bar.show(step, *shown(event, sum(self.losses) / len(self.losses), speed and 1 / speed))
+            bar.show(step, *shown(event, float(np.mean(self.losses or [math.nan])), speed and 1 / speed))
             self.losses.clear()
+            self.skipped[1] = 0
             bar.say(*measured(step, self.config.num_steps, {k: event[k] for k in event if k not in values}))
             values = dict(event)
             for logger in loggers:
                 logger.write(values)
-        for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
-            if not math.isfinite(value := float(metrics[name])):
-                raise RunFailed(
-                    f"the {what} at step {step} is {value}: lower optimizer.learning_rate, raise "
-                    f"optimizer.warmup_steps or add {self.batches.number(step - 1)} to data.skip_batches, and continue "
-                    "from the checkpoint before it with --resume.allow and the key"
-                )
+        if self.skipped[0] >= min(self.config.checks.max_skipped_steps, max(self.config.num_steps - 1, 1)):
+            raise RunFailed(self._advice(step, metrics))
         return event
+
+    def _count(self, metrics: dict[str, Any], bar: Bar) -> None:
+        """Keep the loss of a step, or count the step as skipped and print why."""
+        loss, norm = (float(metrics[name]) for name in ("loss", "grad_norm"))
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.losses.append(loss)
+            self.skipped[0] = 0
+            return
+        self.skipped = [count + 1 for count in self.skipped]
+        step = metrics["step"]
+        bar.say(
+            f"step {step}/{self.config.num_steps} is skipped, nothing is updated: batch {self.batches.number(step - 1)} "
+            f"has loss {loss:.4g} and a gradient of norm {norm:.4g}",
+            always=True,
+        )
+
+    def _advice(self, step: int, metrics: dict[str, Any]) -> str:
+        """Return the sentence of a run that stops after skipped steps, and the way on."""
+        good = step - self.skipped[0]
+        name, what = ("grad_norm", "norm of the gradient") if math.isfinite(metrics["loss"]) else ("loss", "loss")
+        batches = ",".join(str(self.batches.number(past)) for past in range(max(good, self.saved_step), step))
+        return (
+            f"the {what} at step {step} is {float(metrics[name])}, the last update was that of step {good}: lower "
+            f"optimizer.learning_rate, raise optimizer.warmup_steps or add {batches} to data.skip_batches, and continue "
+            "from the latest checkpoint with --resume.allow and the key"
+        )
 
     def _validate(self, state: TrainState) -> dict[str, float]:
         """Return the loss on the held-out text, and its bits per byte where all of it is measured."""
