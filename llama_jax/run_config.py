@@ -94,6 +94,8 @@ class ChecksConfig:
     def __post_init__(self) -> None:
         if self.max_skipped_steps < 1:
             raise UserError(f"max_skipped_steps={self.max_skipped_steps} must be at least 1")
+        if self.stall_seconds is not None and not self.stall_seconds > 0:
+            raise UserError(f"stall_seconds={self.stall_seconds} must be above 0, or none")
 
 
 @dataclasses.dataclass(frozen=True)

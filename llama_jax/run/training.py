@@ -27,7 +27,9 @@ from llama_jax.run.profiling import Profile
 from llama_jax.run.programs import RunFailed as RunFailed, checked, programs
 from llama_jax.run.reporting import Logger, configured_loggers, effects, measured, outcome, overview, peak_memory, shown
 from llama_jax.run.signals import termination
+from llama_jax.run.skipped import SkippedSteps
 from llama_jax.run.stored import StoredRun, local_run
+from llama_jax.run.watchdog import Beat, watching
 from llama_jax.run_config import RunConfig
 from llama_jax.screen import Bar
 from llama_jax.training import (
@@ -59,13 +61,13 @@ def train(
 
     Returns the finished run, one that a callback has stopped, or one that is beyond `num_steps`, unchanged. Raises
     UserError for a config that cannot run here or that is not this directory's and for a callback that fails, RunFailed
-    when the loss is no longer finite, Preempted after a termination signal, with a checkpoint saved.
+    when the loss is no longer finite (`checks`), Preempted after a termination signal, with a checkpoint saved.
     """
     check_callbacks(callbacks)
     run_dir, asked = locate(run_dir)
-    with local_run(run_dir) as (directory, stored):
+    with local_run(run_dir) as (directory, stored), watching(config.checks.stall_seconds) as beat:
         components = (*components, *outside_classes(config))
-        run = _train(Run(directory, config, components), stored, loggers, callbacks, asked, quiet)
+        run = _train(Run(directory, config, components), stored, loggers, callbacks, beat, asked, quiet)
     run.url = None if stored is None else stored.url
     return run
 
@@ -75,6 +77,7 @@ def _train(
     stored: StoredRun | None,
     loggers: Sequence[type[Logger]],
     callbacks: Sequence[Callback],
+    beat: Beat,
     asked: int | None = None,
     quiet: bool = False,
 ) -> Run:
@@ -101,6 +104,7 @@ def _train(
         if config.compute.preflight and step < config.num_steps:
             batch = loop._on_devices(loop.batches.batch(step))
             loop.lines += distributed.all_agree(lambda: checked(config, batch))
+    loop.beat = beat
     # After the check of the model's pieces, and outside the mesh: the estimate of memory sets another one.
     loop.begins = overview(run, dataclasses.replace(config, mesh=mesh), step)
     with jax.set_mesh(jax_mesh):
@@ -154,9 +158,10 @@ class Loop:
         self.mfu_per_speed = None if peak is None else flops / (peak * jax.device_count())
         self.lines, self.loggers = list(lines), [*configured_loggers(config.logging), *loggers]
         self.callbacks, self.begins, self.quiet = tuple(callbacks), list[str](), quiet
+        self.beat: Beat = lambda kind, step: None
         self.losses: list[float] = []  # since the last line
-        self.skipped = [0, 0]  # steps without an update: in a row, and since the last line
-        self.saved, self.saved_step = time.monotonic(), 0
+        self.skipped = SkippedSteps(config, self.batches.number)
+        self.saved = time.monotonic()
 
     def run(self) -> None:
         """Train to the end, then write samples."""
@@ -218,11 +223,13 @@ class Loop:
         pending: dict[str, Any] | None = None
         for step in range(start, num_steps):
             with profile.step(step, state):
+                self.beat("batch", step + 1)
                 batch = self._on_devices(next(batches))
                 # A CPU may compute the next step within its call, which would hide where the last one ended.
                 if pending is not None and platform() == "cpu":
                     self._log(pending, clock, bar, loggers)
                     pending = None
+                self.beat("step", step + 1)
                 with bar.timed("compiling the train step") if step == start else contextlib.nullcontext():
                     state, metrics = self.programs.train_step(state, batch, self.hyper)
             done = step + 1
@@ -238,6 +245,7 @@ class Loop:
             jax.block_until_ready(metrics)
             with clock.paused():
                 event = self._report(state, entry, clock, bar, loggers)
+                self.beat("save", done)
                 self._save(state, store, event, saves)
             pending = None
             if preempted:
@@ -255,7 +263,8 @@ class Loop:
     ) -> Event:
         """Validate where it is due, log the step and call the callbacks."""
         step = metrics["step"]
-        val = self._validate(state) if self._validates(step) else {}
+        val = self._validate(state, step) if self._validates(step) else {}
+        self.beat("report", step)
         bar.say(*measured(step, self.config.num_steps, val))
         if self._samples(step):
             write_samples(self.run_, Event(self.run_, step, state).load(), self.sample_tokens, f"samples/{step}.txt")
@@ -269,7 +278,7 @@ class Loop:
         best = self.config.measures_checkpoints and val_loss is not None and store.is_best(val_loss)
         if saves or best:
             store.save(state, val_loss=val_loss)
-            self.saved, self.saved_step = time.monotonic(), event.step
+            self.saved, self.skipped.saved = time.monotonic(), event.step
 
     def _logs(self, step: int) -> bool:
         """Return whether the metrics of `step` are logged, where it is not validated."""
@@ -306,11 +315,14 @@ class Loop:
     ) -> Event:
         """Wait for the metrics of a step and report them where it is one to log; callbacks get its `state`.
 
-        Raises RunFailed for a loss or a gradient that is not finite, and what callbacks raise.
+        Raises RunFailed where too many steps were skipped, and what callbacks raise.
         """
         step = metrics["step"]
         event = Event(self.run_, step, state)
-        self._count(metrics, bar)
+        if (line := self.skipped.count(metrics)) is None:
+            self.losses.append(float(metrics["loss"]))
+        else:
+            bar.say(line, always=True)
         if self._logs(step) or "val_loss" in metrics:
             values = {k: v if isinstance(v, int) else np.asarray(v).tolist() for k, v in metrics.items()}
             if self.config.data.sources:
@@ -321,50 +333,24 @@ class Loop:
                 if self.mfu_per_speed is not None:
                     values["mfu"] = values["tokens_per_second"] * self.mfu_per_speed
             values |= peak_memory()
-            values["skipped"] = float(self.skipped[1])
+            values["skipped"] = float(self.skipped.since_line)
             event |= values
             event.call(self.callbacks)
             bar.show(step, *shown(event, float(np.mean(self.losses or [math.nan])), speed and 1 / speed))
             self.losses.clear()
-            self.skipped[1] = 0
+            self.skipped.since_line = 0
             bar.say(*measured(step, self.config.num_steps, {k: event[k] for k in event if k not in values}))
             values = dict(event)
             for logger in loggers:
                 logger.write(values)
-        if self.skipped[0] >= min(self.config.checks.max_skipped_steps, max(self.config.num_steps - 1, 1)):
-            raise RunFailed(self._advice(step, metrics))
+        self.skipped.check(metrics)
         return event
 
-    def _count(self, metrics: dict[str, Any], bar: Bar) -> None:
-        """Keep the loss of a step, or count the step as skipped and print why."""
-        loss, norm = (float(metrics[name]) for name in ("loss", "grad_norm"))
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.losses.append(loss)
-            self.skipped[0] = 0
-            return
-        self.skipped = [count + 1 for count in self.skipped]
-        step = metrics["step"]
-        bar.say(
-            f"step {step}/{self.config.num_steps} is skipped, nothing is updated: batch {self.batches.number(step - 1)} "
-            f"has loss {loss:.4g} and a gradient of norm {norm:.4g}",
-            always=True,
-        )
-
-    def _advice(self, step: int, metrics: dict[str, Any]) -> str:
-        """Return the sentence of a run that stops after skipped steps, and the way on."""
-        good = step - self.skipped[0]
-        name, what = ("grad_norm", "norm of the gradient") if math.isfinite(metrics["loss"]) else ("loss", "loss")
-        batches = ",".join(str(self.batches.number(past)) for past in range(max(good, self.saved_step), step))
-        return (
-            f"the {what} at step {step} is {float(metrics[name])}, the last update was that of step {good}: lower "
-            f"optimizer.learning_rate, raise optimizer.warmup_steps or add {batches} to data.skip_batches, and continue "
-            "from the latest checkpoint with --resume.allow and the key"
-        )
-
-    def _validate(self, state: TrainState) -> dict[str, float]:
+    def _validate(self, state: TrainState, step: int) -> dict[str, float]:
         """Return the loss on the held-out text, and its bits per byte where all of it is measured."""
         nats, targets = 0.0, 0.0
         for batch in self.validation:
+            self.beat("validation", step)
             part = self.programs.eval_step(state.params | state.buffers, self._on_devices(batch))
             nats, targets = nats + float(part[0]), targets + float(part[1])
         if not targets:  # chats of which no answer is held out

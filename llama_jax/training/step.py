@@ -247,9 +247,9 @@ def make_train_step(
     them, `prefix` and a source (`source_tokens`, `source_segment_ids`, `source_positions`, [B, S]). Metrics: `loss` is
     the mean cross-entropy of the weighted targets in nats, `grad_norm` the global norm before clipping; further losses
     and what the layers report (the load of experts, [E]) by name. Where one of these two is not finite, `skipped` is 1
-    and the next state is the same, every bit of it, but for the number of the step. With a `preference`, `loss` is the mean over pairs,
-    and `rewards/margins` and others are those of `preference_losses`. `compiler_options` are `jax.jit`'s, such as
-    `CPU_COMPILER_OPTIONS`; with any, JAX takes the step in no other `jit`.
+    and the next state is the same, every bit of it, but for the number of the step. With a `preference`, `loss` is the
+    mean over pairs, and `rewards/margins` and others are those of `preference_losses`. `compiler_options` are
+    `jax.jit`'s, such as `CPU_COMPILER_OPTIONS`; with any, JAX takes the step in no other `jit`.
     """
 
     def train_step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:

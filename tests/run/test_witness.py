@@ -378,7 +378,7 @@ def test_every_leaf_has_a_witness(base: RunConfig, folder: Path, tmp_path: Path,
                 witnesses[key] = "error"
                 continue
             assert new != config, key
-            told_only = key.startswith(("checkpoint.", "logging.", "profile.", "resume."))
+            told_only = key.startswith(("checkpoint.", "logging.", "checks.", "profile.", "resume."))
             for look in (*cheap, written) if told_only else (*cheap, program, program_on_a_mesh, written):
                 if seen(look, config) != seen(look, new):
                     witnesses[key] = look.__name__
