@@ -87,13 +87,23 @@ class ChecksConfig:
 
     max_skipped_steps: steps in a row without an update, because their loss or gradient was not finite, at which the run
       stops.
+    stall_seconds: seconds, or 20 times the usual where that is longer, that a step, its batch, a validation or a save
+      may take before the process ends with exit code 76, to be started again; the first may take 60 times as long. None
+      sets no limit.
+    every_steps: steps between those that are computed twice and compared bit by bit, as are the copies of parameters
+      on different devices; None: none. It needs memory for a second state.
+    hardware: run a program with a known result on each device before the first step.
     """
 
     max_skipped_steps: int = 10
+    stall_seconds: float | None = 60.0
+    every_steps: int | None = None
+    hardware: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_skipped_steps < 1:
-            raise UserError(f"max_skipped_steps={self.max_skipped_steps} must be at least 1")
+        for name in ("max_skipped_steps", "every_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
         if self.stall_seconds is not None and not self.stall_seconds > 0:
             raise UserError(f"stall_seconds={self.stall_seconds} must be above 0, or none")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from llama_jax.run.callbacks import Callback, Event, check_callbacks
 from llama_jax.run.clock import Clock
 from llama_jax.run.continuing import check_directory
 from llama_jax.run.directory import SAMPLES_FILE, Run, open_run, start_run, write_samples
+from llama_jax.run.hardware import check_devices, taken_twice
 from llama_jax.run.preparing import check_shared, first_params, open_dataset, prepare
 from llama_jax.run.profiling import Profile
 from llama_jax.run.programs import RunFailed as RunFailed, checked, programs
@@ -94,6 +96,8 @@ def _train(
     directories, vocabulary, sample_tokens = distributed.broadcast_from_main(
         lambda: prepare(run, mesh, len(devices), quiet)
     )
+    if config.checks.hardware:
+        distributed.all_agree(check_devices)
     jax_mesh = make_mesh(mesh)
     with jax.set_mesh(jax_mesh):
         loop = distributed.all_agree(
@@ -222,17 +226,17 @@ class Loop:
         batches = self.batches.iterate(start)
         pending: dict[str, Any] | None = None
         for step in range(start, num_steps):
+            done = step + 1
             with profile.step(step, state):
-                self.beat("batch", step + 1)
+                self.beat("batch", done)
                 batch = self._on_devices(next(batches))
                 # A CPU may compute the next step within its call, which would hide where the last one ended.
                 if pending is not None and platform() == "cpu":
                     self._log(pending, clock, bar, loggers)
                     pending = None
-                self.beat("step", step + 1)
+                self.beat("step", done)
                 with bar.timed("compiling the train step") if step == start else contextlib.nullcontext():
-                    state, metrics = self.programs.train_step(state, batch, self.hyper)
-            done = step + 1
+                    state, metrics = self._train_step(done)(state, batch, self.hyper)
             # Elsewhere the host waits for the last one's numbers with the next step already on its way.
             if pending is not None:
                 self._log(pending, clock, bar, loggers)
@@ -257,6 +261,12 @@ class Loop:
                     always=True,
                 )
                 return
+
+    def _train_step(self, step: int) -> Callable[..., Any]:
+        """Return the train step for the update to `step`: where it is due, one that is checked."""
+        every = self.config.checks.every_steps
+        checked = every is not None and step % every == 0
+        return functools.partial(taken_twice, self.programs.train_step) if checked else self.programs.train_step
 
     def _report(
         self, state: TrainState, metrics: dict[str, Any], clock: Clock, bar: Bar, loggers: Sequence[Logger]

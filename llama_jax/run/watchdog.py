@@ -50,6 +50,10 @@ class Watchdog:
             self._durations[self._work[0]].append(self._now - self._work[2])
         self._work = kind, step, self._now
 
+    def rest(self) -> None:
+        """Note that the main thread has ended its work."""
+        self._work = None
+
     def start(self) -> None:
         """Start the threads."""
         if distributed.several():
@@ -71,9 +75,9 @@ class Watchdog:
         assert self._seconds is not None
         if not (earlier := self._durations[kind]):
             return FIRST * self._seconds
-        # A step waits for other processes: the one that they wait for should end first, and be named.
-        waits = 10 if kind == "step" and distributed.several() else 0
-        return max(self._seconds, USUAL * statistics.median(earlier)) + waits
+        usual = max(self._seconds, USUAL * statistics.median(earlier))
+        # A step waits for other processes: one of them that stalls elsewhere, or is lost, should be named first.
+        return max(usual, SILENT) + 4 * EVERY if kind == "step" and distributed.several() else usual
 
     def _watch(self) -> None:
         while not self._closed.wait(1):
@@ -134,6 +138,7 @@ def watching(seconds: float | None) -> Iterator[Beat]:
     except jax.errors.JaxRuntimeError as error:
         # A computation with a process that is lost: the thread will name that one, and end this one.
         if distributed.several() and "RESOURCE_EXHAUSTED" not in str(error):
+            watchdog.rest()
             time.sleep(SILENT + 3 * EVERY)
         raise
     finally:
