@@ -31,7 +31,7 @@ from llama_jax.run.reporting import Logger, configured_loggers, effects, measure
 from llama_jax.run.signals import termination
 from llama_jax.run.skipped import SkippedSteps
 from llama_jax.run.stored import StoredRun, local_run
-from llama_jax.run.watchdog import Beat, watching
+from llama_jax.run.watchdog import CALLBACKS, Beat, watching
 from llama_jax.run_config import RunConfig
 from llama_jax.screen import Bar
 from llama_jax.training import (
@@ -178,6 +178,7 @@ class Loop:
             )
             state, lines = distributed.all_agree(lambda: self._state(store))
             bar.step = start = int(state.step)
+            stack.callback(lambda: self.beat("last save", bar.step))  # that the store waits for when it is closed
             loggers = [
                 stack.enter_context(contextlib.closing(logger(self.run_, start)))
                 for logger in (self.loggers if self.main else ())
@@ -194,6 +195,7 @@ class Loop:
             profile = stack.enter_context(Profile(config, directory, start, bar.say, clock))
             self._steps(state, store, bar, loggers, clock, profile, stopping)
         if config.logging.sample_prompts:
+            self.beat("samples", config.num_steps)
             write_samples(self.run_, self.run_.load(), self.sample_tokens, SAMPLES_FILE)
         if self.main:
             bar.say(*outcome(self.run_, time.monotonic() - began), always=True)
@@ -229,12 +231,13 @@ class Loop:
             done = step + 1
             with profile.step(step, state):
                 self.beat("batch", done)
-                batch = self._on_devices(next(batches))
+                host_batch = next(batches)
+                self.beat("step", done)
+                batch = self._on_devices(host_batch)
                 # A CPU may compute the next step within its call, which would hide where the last one ended.
                 if pending is not None and platform() == "cpu":
                     self._log(pending, clock, bar, loggers)
                     pending = None
-                self.beat("step", done)
                 with bar.timed("compiling the train step") if step == start else contextlib.nullcontext():
                     state, metrics = self._train_step(done)(state, batch, self.hyper)
             # Elsewhere the host waits for the last one's numbers with the next step already on its way.
@@ -253,6 +256,7 @@ class Loop:
                 self._save(state, store, event, saves)
             pending = None
             if preempted:
+                self.beat("last save", done)
                 store.wait()
                 raise Preempted(f"stopped at step {done} with a checkpoint saved: start again to continue")
             if event.reason is not None and done < num_steps:
@@ -274,10 +278,11 @@ class Loop:
         """Validate where it is due, log the step and call the callbacks."""
         step = metrics["step"]
         val = self._validate(state, step) if self._validates(step) else {}
-        self.beat("report", step)
         bar.say(*measured(step, self.config.num_steps, val))
         if self._samples(step):
+            self.beat("samples", step)
             write_samples(self.run_, Event(self.run_, step, state).load(), self.sample_tokens, f"samples/{step}.txt")
+        self.beat(CALLBACKS if self.callbacks else "log", step)
         return self._log(metrics | val, clock, bar, loggers, state)
 
     def _save(self, state: TrainState, store: CheckpointStore, event: Event, saves: bool) -> None:

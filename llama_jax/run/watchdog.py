@@ -24,6 +24,8 @@ SILENT = 30  # seconds without a sign of life, after which a process is lost
 EVERY = 4  # seconds between two signs of life
 FIRST = 60  # the first of a kind of work may compile: it may take so many times `seconds`
 USUAL = 20  # times the median of the earlier ones, that a later one may take
+LEFT = "left"  # the last sign of life of a process that has done its part
+CALLBACKS = "callbacks"  # the kind of work that may always take any time
 type Beat = Callable[[str, int], None]
 
 
@@ -73,11 +75,10 @@ class Watchdog:
     def limit(self, kind: str) -> float:
         """Return the seconds that this kind of work may take now."""
         assert self._seconds is not None
-        if not (earlier := self._durations[kind]):
-            return FIRST * self._seconds
-        usual = max(self._seconds, USUAL * statistics.median(earlier))
-        # A step waits for other processes: one of them that stalls elsewhere, or is lost, should be named first.
-        return max(usual, SILENT) + 4 * EVERY if kind == "step" and distributed.several() else usual
+        earlier = self._durations[kind]
+        usual = max(self._seconds, USUAL * statistics.median(earlier)) if earlier else FIRST * self._seconds
+        # All but the batch waits for other processes: one that is lost or stalls elsewhere should be named before.
+        return usual if kind == "batch" or not distributed.several() else max(usual, SILENT) + 4 * EVERY
 
     def _watch(self) -> None:
         while not self._closed.wait(1):
@@ -85,13 +86,13 @@ class Watchdog:
             if self._told is not None:
                 _end(self._told, told=True)
             for sign, at in [*self._seen.values()]:
-                if self._now - at > SILENT:
-                    name = sign.partition("|")[0]
+                name, _, what = sign.partition("|")
+                if what != LEFT and self._now - at > SILENT:
                     _end(f"{name} gave no sign of life for {SILENT} s: it was killed or stopped, or its host is lost")
             if self._seconds is None or self._work is None:
                 continue
             kind, step, began = self._work
-            if self._now - began > (limit := self.limit(kind)):
+            if kind != CALLBACKS and self._now - began > (limit := self.limit(kind)):
                 print("the stacks of this process:", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(2)
                 _end(f"{distributed.own_name()} stalls in the {kind} of step {step}: more than {limit:.0f} s")
@@ -107,6 +108,7 @@ class Watchdog:
                     if sign != self._seen.get(key, ("", 0))[0]:
                         self._seen[key] = sign, self._now
                 self._told = next(iter(distributed.published(distributed.ENDED).values()), None)
+            distributed.give_sign(LEFT)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -128,8 +130,8 @@ def _end(why: str, *, told: bool = False) -> None:
 def watching(seconds: float | None) -> Iterator[Beat]:
     """Watch the block; yields the function that is called when the main thread begins a kind of work for a step.
 
-    A kind of work may take `seconds`, or `USUAL` times the median where that is longer; None: any time. Nobody is at
-    an interactive Python's place to start it again: there it may take any time, too.
+    A kind of work may take `seconds`, or `USUAL` times the median where that is longer; None: any time. An interactive
+    Python is not ended for its own work.
     """
     watchdog = Watchdog(None if hasattr(sys, "ps1") else seconds)
     watchdog.start()

@@ -292,11 +292,6 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
 
 
-def _chosen(taken: jax.Array, new: Any, old: Any) -> Any:
-    """Return the arrays of `new` where the update is `taken`, else those of `old`."""
-    return jax.tree.map(lambda x, y: x if x is y else jax.lax.select(taken, x, y), new, old)
-
-
 def _take_shares(aux: Metrics) -> tuple[Metrics, Metrics]:
     """Remove the shares from `aux`; return (their amounts, what they are shares of), which add up over micro-batches.
 

@@ -55,7 +55,7 @@ def main(folder: Path, victim: int, moment: str, action: str, argv: list[str]) -
         strike("save", work[-1][1])
 
     def place(values: Any, rows: Any, num_rows: int) -> Any:
-        if work and work[-1][0] == "batch":
+        if work and work[-1][0] == "step":
             with (folder / f"rows_{jax.process_index()}.txt").open("a") as file:
                 for row, tokens in zip(rows, values["tokens"], strict=True):
                     file.write(f"{work[-1][1]} {row} {hashlib.sha256(tokens.tobytes()).hexdigest()}\n")

@@ -88,7 +88,9 @@ def test_what_the_message_of_a_failed_run_advises_can_be_done(
     begun: Path, quick: RunConfig, loss_of: dict[int, float], allow: str, capsys: pytest.CaptureFixture[str]
 ):
     loss_of[5] = float("nan")
-    sentence = r"at step 5 is nan, the last update was that of step 4: lower .* add 4 to data.skip_batches.*--resume.allow"
+    sentence = (
+        r"at step 5 is nan, the last update was that of step 4: lower .* add 4 to data.skip_batches.*--resume.allow"
+    )
     with pytest.raises(RunFailed, match=sentence):
         train(override(quick, {"checks.max_skipped_steps": 1}), begun)
     loss_of.clear()
@@ -115,7 +117,9 @@ def test_skipped_steps_are_counted_and_the_run_goes_on(
     assert [(line["step"], line["skipped"]) for line in run.metrics()] == [(1, 0), (4, 2), (6, 2), (8, 0)]
     told = capsys.readouterr().out
     for step, loss in ((2, "nan"), (3, "nan"), (5, "nan"), (6, "inf")):
-        line = f"step {step}/8 is skipped, nothing is updated: batch {step - 1} has loss {loss} and a gradient of norm 1"
+        line = (
+            f"step {step}/8 is skipped, nothing is updated: batch {step - 1} has loss {loss} and a gradient of norm 1"
+        )
         assert told.count(line) == 1
 
 
