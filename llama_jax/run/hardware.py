@@ -92,7 +92,7 @@ def _hash(x: jax.Array) -> jax.Array:
     """Return the sum of all words, each times an odd number of its own, modulo 2**32: any flipped bit changes it."""
     words = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
     words = words.astype(jnp.uint32).reshape(-1)
-    return (words * (2 * jnp.arange(words.size, dtype=jnp.uint32) * 0x9E3779B1 + 1)).sum(dtype=jnp.uint32)
+    return (words * (jnp.arange(words.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B2) + 1)).sum(dtype=jnp.uint32)
 
 
 def _mesh() -> Mesh:

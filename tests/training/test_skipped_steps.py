@@ -27,7 +27,8 @@ def batch_of(seed: int) -> dict[str, np.ndarray]:
     ones = np.ones((ROWS, LENGTH), np.int32)
     places = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
     weights = ones.astype(np.float32)
-    return dict(tokens=ids[:, :-1], targets=ids[:, 1:], weights=weights, segment_ids=ones, positions=places)
+    rest = {"weights": weights, "segment_ids": ones, "positions": places}
+    return {"tokens": ids[:, :-1], "targets": ids[:, 1:]} | rest
 
 
 def host(state: Any) -> Any:
