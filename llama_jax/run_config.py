@@ -87,6 +87,8 @@ class ChecksConfig:
 
     max_skipped_steps: steps in a row without an update, because their loss or gradient was not finite, at which the run
       stops.
+    spike_zscore: standard deviations by which a loss may exceed the median of those before; where it does by more, the
+      run stops, with the batches to leave out. None: any.
     stall_seconds: seconds, or 20 times the usual where that is longer, that a step, its batch, a validation or a save
       may take before the process ends with exit code 76, to be started again; the first may take 60 times as long. None
       sets no limit.
@@ -96,6 +98,7 @@ class ChecksConfig:
     """
 
     max_skipped_steps: int = 10
+    spike_zscore: float | None = None
     stall_seconds: float | None = 60.0
     every_steps: int | None = None
     hardware: bool = False
@@ -104,8 +107,9 @@ class ChecksConfig:
         for name in ("max_skipped_steps", "every_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
-        if self.stall_seconds is not None and not self.stall_seconds > 0:
-            raise UserError(f"stall_seconds={self.stall_seconds} must be above 0, or none")
+        for name in ("spike_zscore", "stall_seconds"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UserError(f"{name}={value} must be above 0, or none")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,17 @@
-"""Steps that are skipped because their loss or gradient is not finite: their count, and the limit that ends a run."""
+"""Steps that are skipped because their loss or gradient is not finite, and losses that jump: what ends a run."""
 
+import collections
 import math
+import shlex
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
+from llama_jax.run.directory import Run
 from llama_jax.run.programs import RunFailed
-from llama_jax.run_config import RunConfig
+
+WINDOW, LEAST = 128, 32  # losses that a new one is compared with: at most, and at least
 
 
 class SkippedSteps:
@@ -15,8 +21,9 @@ class SkippedSteps:
     start of the run has saved.
     """
 
-    def __init__(self, config: RunConfig, number: Callable[[int], int]):
-        self._config, self._number = config, number
+    def __init__(self, run: Run, number: Callable[[int], int]):
+        self._run, self._config, self._number = run, run.config, number
+        self._losses = collections.deque[float](maxlen=WINDOW)
         self.in_a_row, self.since_line, self.saved = 0, 0, 0
 
     def count(self, metrics: dict[str, Any]) -> str | None:
@@ -33,7 +40,11 @@ class SkippedSteps:
         )
 
     def check(self, metrics: dict[str, Any]) -> None:
-        """Raise RunFailed where too many steps in a row were skipped, or all but the first of a short run."""
+        """Raise RunFailed where too many steps in a row were skipped, or all but the first of a short run, and for a
+        spike of the loss.
+        """
+        if not self.in_a_row:
+            self._check_spike(metrics["step"], float(metrics["loss"]))
         if self.in_a_row < min(self._config.checks.max_skipped_steps, max(self._config.num_steps - 1, 1)):
             return
         step, good = metrics["step"], metrics["step"] - self.in_a_row
@@ -45,3 +56,23 @@ class SkippedSteps:
             f"optimizer.learning_rate, raise optimizer.warmup_steps or add {batches} to data.skip_batches, and "
             "continue from the latest checkpoint with --resume.allow and the key"
         )
+
+    def _check_spike(self, step: int, loss: float) -> None:
+        """Raise RunFailed where a loss is far above the median of those before, in their median absolute deviations."""
+        limit, before = self._config.checks.spike_zscore, np.array(self._losses)
+        self._losses.append(loss)
+        if limit is None or len(before) < LEAST:
+            return
+        median = np.median(before)
+        # 1.4826 of them are a standard deviation of normal numbers.
+        zscore = (loss - median) / max(1.4826 * np.median(np.abs(before - median)), 1e-6)
+        if zscore > limit:
+            # This batch, or the update by the one before it.
+            batches = {self._number(past) for past in range(max(step - 2, self.saved), step)}
+            skipped = ",".join(map(str, sorted({*self._config.data.skip_batches, *batches})))
+            command = f"python -m llama_jax train {shlex.quote(str(self._run.directory))} --data.skip-batches {skipped}"
+            raise RunFailed(
+                f"the loss at step {step} is {loss:.4f}, {zscore:.0f} deviations above the median {median:.4f} of the "
+                "others before: go back to the latest checkpoint and leave batches out with "
+                f"`{command} --resume.allow data.skip_batches`"
+            )

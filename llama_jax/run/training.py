@@ -164,7 +164,7 @@ class Loop:
         self.callbacks, self.begins, self.quiet = tuple(callbacks), list[str](), quiet
         self.beat: Beat = lambda kind, step: None
         self.losses: list[float] = []  # since the last line
-        self.skipped = SkippedSteps(config, self.batches.number)
+        self.skipped = SkippedSteps(run, self.batches.number)
         self.saved = time.monotonic()
 
     def run(self) -> None:

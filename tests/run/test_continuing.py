@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 
+from llama_jax import __main__ as command_line
 from llama_jax.__main__ import main
 from llama_jax.config import UserError, load_config_module, override
 from llama_jax.nn import RMSNorm
@@ -139,6 +140,26 @@ def test_batches_that_the_message_names_can_be_left_out(
     plain = Run(tmp_path / "run", override(config, {"num_steps": 12}))
     last = 8 + len(advised.split(","))
     assert np.array_equal(run.batch(8)["tokens"], plain.batch(last)["tokens"])
+
+
+def test_a_spike_stops_the_run_with_the_command_that_leaves_its_batches_out(
+    quick: RunConfig, loss_of: dict[int, float], tmp_path: Path
+):
+    """A loss of 100 times the median; ordinary noise stops nothing. The skip is in the run's record."""
+    noise = np.random.default_rng(0).normal(size=61)
+    loss_of.update({step: float(2 + 0.05 * noise[step]) for step in range(1, 61)} | {51: 200.0})
+    config = override(quick, {"num_steps": 60, "checks.spike_zscore": 8.0, "logging.every_steps": 20})
+    with pytest.raises(RunFailed, match=r"the loss at step 51 is 200\.0000, \d{4} deviations above") as told:
+        train(config, tmp_path / "run")
+    loss_of[51] = 2.0
+    command = str(told.value).split("`")[1]
+    assert command.endswith("--data.skip-batches 49,50 --resume.allow data.skip_batches")
+    assert command_line.main(command.split()[3:]) == 0
+    run = open_run(tmp_path / "run")
+    plain = Run(tmp_path / "run", config)
+    assert [np.array_equal(run.batch(48 + i)["tokens"], plain.batch(48 + j)["tokens"]) for i, j in ((0, 0), (1, 3))]
+    (entry,) = run.history
+    assert (entry["step"], entry["changes"]["data.skip_batches"]) == (48, [[], [49, 50]])
 
 
 @pytest.mark.parametrize("skipped", [(), (2, 5)])
