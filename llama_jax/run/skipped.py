@@ -59,7 +59,7 @@ class SkippedSteps:
 
     def _check_spike(self, step: int, loss: float) -> None:
         """Raise RunFailed where a loss is far above the median of those before, in their median absolute deviations."""
-        limit, before = self._config.checks.spike_zscore, np.array(self._losses)
+        limit, before = self._config.checks.spike_zscore, [*self._losses]
         self._losses.append(loss)
         if limit is None or len(before) < LEAST:
             return

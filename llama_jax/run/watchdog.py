@@ -61,15 +61,15 @@ class Watchdog:
         if distributed.several():
             if not distributed.is_main():
                 self._seen[f"{distributed.ALIVE}/{0:08}/now"] = "process 0", self._now
-                # Where process 0 has ended, JAX aborts this one.
-                ctypes.CDLL(None).signal(int(signal.SIGABRT), _aborted)
+            # Where process 0 has ended, JAX aborts the others.
+            ctypes.CDLL(None).signal(int(signal.SIGABRT), _aborted)
             threading.Thread(target=self._exchange, name="signs of life", daemon=True).start()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def close(self) -> None:
         """End the threads."""
         self._closed.set()
-        if distributed.several() and not distributed.is_main():
+        if distributed.several():
             ctypes.CDLL(None).signal(int(signal.SIGABRT), None)
 
     def limit(self, kind: str) -> float:

@@ -2,7 +2,7 @@
 
 Process VICTIM sends itself the signal ACTION (KILL or STOP), or goes on no more (HANG), at MOMENT: when it begins its
 `compilation@1`, or the `batch@N`, `step@N` or `validation@N` of the update to step N, or in the middle of `save@N`, or
-`never`. Each process writes the hashes of its rows of a step's batch into FOLDER.
+`never`; once for a FOLDER. Each process writes the hashes of its rows of a step's batch into FOLDER.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ def main(folder: Path, victim: int, moment: str, action: str, argv: list[str]) -
     work: list[tuple[str, int]] = []
 
     def strike(kind: str, step: int) -> None:
-        if f"{kind}@{step}" == moment and jax.process_index() == victim:
+        if f"{kind}@{step}" == moment and jax.process_index() == victim and not (folder / "struck").exists():
             (folder / "struck").write_text(str(time.time()))
             if action == "HANG":
                 time.sleep(1000)

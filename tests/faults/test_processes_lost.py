@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -177,3 +178,44 @@ def test_other_numbers_of_processes_repeat_and_skip_no_batch(
         expected = [(row, hashlib.sha256(x.tobytes()).hexdigest()) for row, x in enumerate(run.batch(step)["tokens"])]
         held += sorted(taken[step + 1]) == expected
     tally("4, 2, 3 and 1 processes in turn", "every batch is taken once, row by row", tried=STEPS, held=held)
+
+
+@pytest.mark.slow
+def test_the_loop_of_the_launch_page_finishes_a_run_in_which_a_process_is_killed(run_config: RunConfig, tmp_path: Path):
+    """The page's loop as it is, but for the command that it starts."""
+    page = (ROOT / "docs" / "launch" / "README.md").read_text("utf-8")
+    loop = next(block for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) if "until " in block)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command, num_replaced = re.subn(
+        r"until .*?train\.py .*?--coordinator-address \S+", 'until "${START[@]}"', loop, flags=re.DOTALL
+    )
+    assert num_replaced == 1
+    options = {
+        "data.path": run_config.data.path[0],
+        "data.cache_dir": run_config.data.cache_dir,
+        "num_steps": STEPS,
+        "checkpoint.every_steps": 2,
+        "run-dir": tmp_path / "run",
+        "coordinator-address": f"127.0.0.1:{port}",
+    }
+    hosts = []
+    for i in range(2):
+        start = [sys.executable, HERE / "process.py", tmp_path, 1, "step@4", "KILL", ROOT / "tests" / "tiny_run.py"]
+        words = " ".join(map(shlex.quote, map(str, [*start, *(f"--{key}={value}" for key, value in options.items())])))
+        script = f"START=({words})\n{command}"
+        environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "PYTHONPATH": str(ROOT)}
+        hosts.append(
+            subprocess.Popen(
+                ["bash", "-c", script, "loop", str(i), "2"],
+                env=os.environ | environment,
+                stdout=subprocess.DEVNULL,
+                stderr=(tmp_path / f"stderr_{i}").open("w"),
+            )
+        )
+    codes = [host.wait(timeout=900) for host in hosts]
+    told = [(tmp_path / f"stderr_{i}").read_text() for i in range(2)]
+    assert codes == [0, 0], told
+    assert "failed: process 1 of 2" in told[0]
+    assert open_run(tmp_path / "run").steps()[-1] == STEPS
