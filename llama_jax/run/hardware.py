@@ -1,6 +1,5 @@
 """Checks for devices that compute wrong numbers without an error: a known program, a step taken twice, equal copies."""
 
-import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from llama_jax.config import UserError
 from llama_jax.run.programs import RunFailed
@@ -41,15 +40,17 @@ def taken_twice(train_step: Callable[..., Any], state: Any, batch: Any, hyper: A
     first = hashes(train_step(jax.tree.map(lambda x: jnp.array(x, copy=True), state), batch, hyper))
     after = train_step(state, batch, hyper)
     second = hashes(after)
-    if wrong := _devices((first != second).any(1)):
-        raise RunFailed(_sentence(after, f"the same step had two results on {wrong}"))
-    if wrong := _devices(different_copies(after, second)):
-        raise RunFailed(_sentence(after, f"copies of the same array differ on {wrong}"))
+    for what, wrong in (
+        ("the same step had two results", (first != second).any(1)),
+        ("copies of the same array differ", different_copies(after, second)),
+    ):
+        if wrong.any():
+            names = [f"{device} of process {device.process_index}" for device in np.array(_devices())[wrong]]
+            raise RunFailed(
+                f"{what} on {', '.join(names)} at step {int(after[0].step)}: continue from the latest checkpoint "
+                "without the host"
+            )
     return after
-
-
-def _sentence(after: Any, what: str) -> str:
-    return f"{what} at step {int(after[0].step)}: continue from the latest checkpoint without the host"
 
 
 def different_copies(tree: Any, found: np.ndarray) -> np.ndarray:
@@ -57,35 +58,31 @@ def different_copies(tree: Any, found: np.ndarray) -> np.ndarray:
 
     Where as many have one as the other, it is true of all of them. `found` is `hashes(tree)`.
     """
-    order = {device: i for i, device in enumerate(_mesh().devices.flat)}
+    order = {device: i for i, device in enumerate(_devices())}
     wrong = np.zeros(len(order), bool)
     for column, leaf in enumerate(jax.tree.leaves(tree)):
         parts = defaultdict[str, list[int]](list)
         for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
             parts[str(index)].append(order[device])
         for members in parts.values():
-            counts = Counter(found[members, column].tolist())
-            usual, most = counts.most_common(1)[0]
-            for member in members if len(counts) > 1 else ():
-                wrong[member] |= found[member, column] != usual or 2 * most == len(members)
+            usual, most = Counter(found[members, column].tolist()).most_common(1)[0]
+            wrong[members] |= (found[members, column] != usual) | (2 * most == len(members))
     return wrong
 
 
 def hashes(tree: Any) -> np.ndarray:
     """Return a hash of each device's part of each array: [devices in the mesh's order, arrays], the same everywhere."""
-    return np.asarray(_hashes(_mesh(), tree))
+    return np.asarray(_hashes(jax.tree.leaves(tree)))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _hashes(mesh: Mesh, tree: Any) -> jax.Array:
-    leaves, axes = jax.tree.leaves(tree), mesh.axis_names
-
+@jax.jit
+def _hashes(leaves: list[jax.Array]) -> jax.Array:
     def of_device(*parts: jax.Array) -> jax.Array:
+        axes = jax.sharding.get_abstract_mesh().axis_names
         return jax.lax.all_gather(jnp.stack([_hash(part) for part in parts]), axes)
 
     specs = tuple(jax.typeof(leaf).sharding.spec for leaf in leaves)
-    gathered = jax.shard_map(of_device, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
-    return gathered(*leaves)
+    return jax.shard_map(of_device, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)(*leaves)
 
 
 def _hash(x: jax.Array) -> jax.Array:
@@ -95,12 +92,5 @@ def _hash(x: jax.Array) -> jax.Array:
     return (words * (jnp.arange(words.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B2) + 1)).sum(dtype=jnp.uint32)
 
 
-def _mesh() -> Mesh:
-    mesh = jax.sharding.get_mesh()
-    assert isinstance(mesh, Mesh)
-    return mesh
-
-
-def _devices(wrong: np.ndarray) -> str:
-    named = zip(_mesh().devices.flat, wrong, strict=True)
-    return ", ".join(f"{device} of process {device.process_index}" for device, bad in named if bad)
+def _devices() -> list[Any]:
+    return [*jax.sharding.get_mesh().devices.flat]  # type: ignore[union-attr]

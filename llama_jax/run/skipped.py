@@ -3,10 +3,9 @@
 import collections
 import math
 import shlex
+import statistics
 from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from llama_jax.run.directory import Run
 from llama_jax.run.programs import RunFailed
@@ -63,9 +62,9 @@ class SkippedSteps:
         self._losses.append(loss)
         if limit is None or len(before) < LEAST:
             return
-        median = np.median(before)
+        median = statistics.median(before)
         # 1.4826 of them are a standard deviation of normal numbers.
-        zscore = (loss - median) / max(1.4826 * np.median(np.abs(before - median)), 1e-6)
+        zscore = (loss - median) / max(1.4826 * statistics.median(abs(value - median) for value in before), 1e-6)
         if zscore > limit:
             # This batch, or the update by the one before it.
             batches = {self._number(past) for past in range(max(step - 2, self.saved), step)}

@@ -52,10 +52,6 @@ class Watchdog:
             self._durations[self._work[0]].append(self._now - self._work[2])
         self._work = kind, step, self._now
 
-    def rest(self) -> None:
-        """Note that the main thread has ended its work."""
-        self._work = None
-
     def start(self) -> None:
         """Start the threads."""
         if distributed.several():
@@ -140,7 +136,7 @@ def watching(seconds: float | None) -> Iterator[Beat]:
     except jax.errors.JaxRuntimeError as error:
         # A computation with a process that is lost: the thread will name that one, and end this one.
         if distributed.several() and "RESOURCE_EXHAUSTED" not in str(error):
-            watchdog.rest()
+            watchdog.beat(CALLBACKS, 0)
             time.sleep(SILENT + 3 * EVERY)
         raise
     finally:
