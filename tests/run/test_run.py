@@ -56,7 +56,7 @@ def test_metrics_of_every_step(finished_run: Run, run_config: RunConfig):
     lines = [json.loads(line) for line in (finished_run.directory / "metrics.jsonl").read_text().splitlines()]
     assert lines == finished_run.metrics()
     assert [line["step"] for line in lines] == list(range(1, 13))
-    always = {"step", "loss", "learning_rate", "grad_norm", "num_targets"}
+    always = {"step", "loss", "learning_rate", "grad_norm", "num_targets", "skipped"}
     for line in lines:
         speed = {"tokens_per_second", "mfu"} if line["step"] > 1 else set()
         measured = {"val_loss", "val_bits_per_byte"} if line["step"] in (6, 12) else set()
