@@ -43,6 +43,14 @@ TRIALS = [  # (processes, victim, moment, action)
 ]
 
 
+def start(command: list[Any], told: Path) -> subprocess.Popen[bytes]:
+    """Start a process with one device, whose stderr goes into the file `told`."""
+    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+    with told.open("w") as stderr:
+        environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr)
+
+
 class Group:
     """`count` processes with one device each that train together; one of them may be struck (see process.py)."""
 
@@ -68,18 +76,12 @@ class Group:
         else:
             del values["num-processes"]
         self.folder, self.victim = folder, (strike or (-1,))[0]
+        strike = strike or (-1, "never", "KILL")
         self.all = [
-            subprocess.Popen(
-                [sys.executable, HERE / "process.py", folder, *map(str, strike or (-1, "never", "KILL"))]
-                + [ROOT / "tests" / "tiny_run.py"]
+            start(
+                [sys.executable, HERE / "process.py", folder, *map(str, strike), ROOT / "tests" / "tiny_run.py"]
                 + [f"--{key}={value}" for key, value in (values | ({"process-id": i} if count > 1 else {})).items()],
-                env=os.environ
-                | {
-                    "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
-                    "PYTHONPATH": str(ROOT),
-                },
-                stdout=subprocess.DEVNULL,
-                stderr=(folder / f"stderr_{i}").open("w"),
+                folder / f"stderr_{i}",
             )
             for i in range(count)
         ]
@@ -202,17 +204,10 @@ def test_the_loop_of_the_launch_page_finishes_a_run_in_which_a_process_is_killed
     }
     hosts = []
     for i in range(2):
-        start = [sys.executable, HERE / "process.py", tmp_path, 1, "step@4", "KILL", ROOT / "tests" / "tiny_run.py"]
-        words = " ".join(map(shlex.quote, map(str, [*start, *(f"--{key}={value}" for key, value in options.items())])))
-        script = f"START=({words})\n{command}"
-        environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "PYTHONPATH": str(ROOT)}
+        train = [sys.executable, HERE / "process.py", tmp_path, 1, "step@4", "KILL", ROOT / "tests" / "tiny_run.py"]
+        words = " ".join(map(shlex.quote, map(str, [*train, *(f"--{key}={value}" for key, value in options.items())])))
         hosts.append(
-            subprocess.Popen(
-                ["bash", "-c", script, "loop", str(i), "2"],
-                env=os.environ | environment,
-                stdout=subprocess.DEVNULL,
-                stderr=(tmp_path / f"stderr_{i}").open("w"),
-            )
+            start(["bash", "-c", f"START=({words})\n{command}", "loop", str(i), "2"], tmp_path / f"stderr_{i}")
         )
     codes = [host.wait(timeout=900) for host in hosts]
     told = [(tmp_path / f"stderr_{i}").read_text() for i in range(2)]
