@@ -32,17 +32,15 @@ type Beat = Callable[[str, int], None]
 class Watchdog:
     """The thread that watches this process, and of several the one that exchanges signs of life.
 
-    Time is counted in the thread's own seconds: a process that was stopped as a whole and goes on has lost none.
+    Time is counted by the thread itself: a process that was stopped as a whole and goes on has lost 5 seconds at most.
     """
 
     def __init__(self, seconds: float | None):
         self._seconds = seconds
-        self._now = 0
-        self._work: tuple[str, int, int] | None = None  # its kind, its step, when it began
-        self._durations: dict[str, collections.deque[int]] = collections.defaultdict(
-            lambda: collections.deque(maxlen=50)
-        )
-        self._seen: dict[str, tuple[str, int]] = {}  # the last sign of life of other processes, and when it came
+        self._now = 0.0
+        self._work: tuple[str, int, float] | None = None  # its kind, its step, when it began
+        self._durations = collections.defaultdict[str, collections.deque[float]](lambda: collections.deque(maxlen=50))
+        self._seen: dict[str, tuple[str, float]] = {}  # the last sign of life of other processes, and when it came
         self._told: str | None = None  # why another process has ended
         self._closed = threading.Event()
 
@@ -77,8 +75,9 @@ class Watchdog:
         return usual if kind == "batch" or not distributed.several() else max(usual, SILENT) + 4 * EVERY
 
     def _watch(self) -> None:
+        last = time.monotonic()
         while not self._closed.wait(1):
-            self._now += 1
+            self._now, last = self._now + min(time.monotonic() - last, 5), time.monotonic()
             if self._told is not None:
                 _end(self._told, told=True)
             for sign, at in [*self._seen.values()]:

@@ -127,7 +127,7 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on(
     run_config: RunConfig, tmp_path: Path, num_trials: Callable[[int, int], int], tally: Callable[..., None]
 ):
     references: dict[int, list[np.ndarray]] = {}
-    trials = TRIALS[: num_trials(4, len(TRIALS))]
+    trials = TRIALS[: num_trials(3, len(TRIALS))]
     times, failures = list[float](), list[str]()
     for number, (count, victim, moment, action) in enumerate(trials):
         if count not in references:

@@ -27,7 +27,9 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     monkeypatch.setattr(watchdog, "_end", end)
     monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda _: None)
 
-    def run(seconds: float | None, at: Callable[[Watchdog, int], None], until: int = 10_000) -> tuple[int, str] | None:
+    def run(
+        seconds: float | None, at: Callable[[Watchdog, int], None], until: int = 10_000, stopped: int | None = None
+    ) -> tuple[int, str] | None:
         dog, now = Watchdog(seconds), [0]
 
         def wait(_: float) -> bool:
@@ -36,6 +38,9 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
             return now[0] > until
 
         monkeypatch.setattr(dog._closed, "wait", wait)
+        monkeypatch.setattr(
+            watchdog.time, "monotonic", lambda: now[0] + 1000 * (stopped is not None and now[0] > stopped)
+        )
         try:
             dog._watch()
         except Ended as error:
@@ -66,6 +71,17 @@ def test_what_has_not_ended_before_may_compile_and_callbacks_may_take_any_time(w
     assert found[0] == 5 + 60 * FIRST + 1
     assert watch(60, lambda dog, second: dog.beat(CALLBACKS, 1) if second == 5 else None) is None
     assert watch(None, lambda dog, second: dog.beat("step", 1) if second == 5 else None) is None
+
+
+def test_a_process_that_was_stopped_and_goes_on_is_given_its_time(watch: Callable[..., Any]):
+    """Stopped for 1000 seconds within a step, with all of its threads."""
+
+    def at(dog: Watchdog, second: int) -> None:
+        if second < 20:
+            dog.beat("step", second)
+
+    assert watch(60, at, stopped=40)[0] == watch(60, at)[0] - 4
+    assert watch(60, at)[0] == 19 + 60 + 1
 
 
 def test_a_silent_process_is_named_and_one_that_has_left_is_not(
