@@ -97,12 +97,14 @@ class Watchdog:
         watched = distributed.ALIVE if distributed.is_main() else f"{distributed.ALIVE}/{0:08}"
         # Without process 0 there is no service: its silence is noticed by the other thread.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            while not self._closed.wait(EVERY):
+            while True:
                 distributed.give_sign(str(self._now))
                 for key, sign in distributed.published(watched).items():
                     if sign != self._seen.get(key, ("", 0))[0]:
                         self._seen[key] = sign, self._now
                 self._told = next(iter(distributed.published(distributed.ENDED).values()), None)
+                if self._closed.wait(EVERY):
+                    break
             distributed.give_sign(LEFT)
 
 
