@@ -146,7 +146,7 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on(
             good = good and f"stalls in the batch of step {moment[6:]}" in told[victim] and "in strike" in told[victim]
         steps = open_run(place / "run").steps()
         again = Group(count, place / "again", run_config, run_dir=place / "run")
-        good = good and again.end()[0] == [0] * count and same(final_state(place / "run"), references[count])
+        good = again.end()[0] == [0] * count and good and same(final_state(place / "run"), references[count])
         # It goes on from the step after the last one that was saved.
         good = good and min(again.rows()) == max(steps, default=0) + 1
         if not good:
