@@ -48,10 +48,12 @@ COMMANDS = {
             flag("--coordinator-address", "HOST:PORT", "process 0, where nothing else names it"),
             flag("--num-processes", "N", "how many there are"),
             flag("--process-id", "I", "number of this one, from 0"),
+            flag("--check-hardware", None, "first run a program with a known result on each device"),
             flag("--quiet", None, "no progress on the screen: only warnings, mistakes and the lines of the end"),
         ),
         "A piece is chosen by its name (--model.norm LayerNorm), and takes what it needs from the config around it. "
-        "Exit code 0: done; 1: failed; 2: a mistake; 75: preempted, start it again.",
+        "Exit code 0: done; 1: failed; 2: a mistake; 75: preempted, 76: stalled or "
+        "another process is lost, start it again.",
         "train.py",
         takes_keys=True,
     ),
@@ -262,7 +264,10 @@ def can_restart() -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 1 failed, 2 a user's mistake, 75 preempted, 130 interrupted."""
+    """Run a command and return its exit code: 0 done, 1 failed, 2 a user's mistake, 75 preempted, 130 interrupted.
+
+    A process that stalls ends with 76 (`llama_jax.run.watchdog`).
+    """
     try:
         return run(parse(sys.argv[1:] if argv is None else argv))
     except (UserError, KeyboardInterrupt) as error:

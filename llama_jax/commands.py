@@ -135,7 +135,8 @@ def read_config(args: argparse.Namespace) -> tuple[ModuleType, RunConfig]:
         near = difflib.get_close_matches(key, vars(args), n=1, cutoff=0.8)
         if near and "." not in key and key not in field_types(RunConfig):
             raise UserError(f"unknown flag '{flag}': did you mean '--{near[0].replace('_', '-')}'?")
-    return module, override(config, args.keys)
+    hardware = {"checks.hardware": True} if vars(args).get("check_hardware") else {}
+    return module, override(config, args.keys | hardware)
 
 
 def in_run(path: str) -> bool:

@@ -82,6 +82,37 @@ class ResumeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ChecksConfig:
+    """Limits at which a run stops, and checks of its computation.
+
+    max_skipped_steps: steps in a row without an update, because their loss or gradient was not finite, at which the run
+      stops.
+    spike_zscore: standard deviations by which a loss may exceed the median of those before; where it does by more, the
+      run stops, with the batches to leave out. None: any.
+    stall_seconds: seconds, or 20 times the usual where that is longer, that a step, its batch, a validation or a save
+      may take before the process ends with exit code 76, to be started again; the first may take 60 times as long. None
+      sets no limit.
+    every_steps: steps between those that are computed twice and compared bit by bit, as are the copies of parameters
+      on different devices; None: none. It needs memory for a second state.
+    hardware: run a program with a known result on each device before the first step.
+    """
+
+    max_skipped_steps: int = 10
+    spike_zscore: float | None = None
+    stall_seconds: float | None = 60.0
+    every_steps: int | None = None
+    hardware: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_skipped_steps", "every_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        for name in ("spike_zscore", "stall_seconds"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UserError(f"{name}={value} must be above 0, or none")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Config of a run.
 
@@ -99,6 +130,7 @@ class RunConfig:
     compute: types, kernels and recomputation; they change speed and memory, not the result.
     checkpoint: when to save, and how many to keep.
     logging: metrics, validation and samples.
+    checks: limits at which the run stops, and checks of its computation.
     profile: a window of steps to record.
     resume: changes that are allowed when the run is continued.
     """
@@ -116,6 +148,7 @@ class RunConfig:
     compute: Compute = Compute()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    checks: ChecksConfig = ChecksConfig()
     profile: ProfileConfig = ProfileConfig()
     resume: ResumeConfig = ResumeConfig()
 

@@ -20,7 +20,7 @@ from llama_jax.run import Event, Run, programs
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PLAIN_KEYS = ("logging.", "checkpoint.", "profile.", "compute.", "mesh.")  # they do not change a step
+PLAIN_KEYS = ("logging.", "checkpoint.", "checks.", "profile.", "compute.", "mesh.")  # they do not change a step
 LOGGED = ("update_norm", "parameter_norm")
 
 

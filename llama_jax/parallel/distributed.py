@@ -5,12 +5,14 @@ service that connects the processes, which waits as long as it takes and needs n
 """
 
 import bisect
+import contextlib
 import importlib.util
 import itertools
 import json
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -27,6 +29,8 @@ from llama_jax.parallel.mesh import spec
 JAX_TRIED = ("0.12",)  # versions of JAX whose private service was tried
 PATIENCE = 7 * 24 * 3600  # seconds that a process waits for the others: tokenizing a corpus takes hours
 IMPATIENCE = 60  # the same for a process that has a mistake to report
+HEARTBEAT = 60  # seconds after which JAX itself takes a process for lost, where nothing else has noticed it before
+ALIVE, ENDED = "llama_jax/alive", "llama_jax/ended"  # directories of keys: signs of life, and why a process has ended
 _service: Any = _distributed.global_state
 _exchanges = itertools.count()
 
@@ -51,7 +55,7 @@ def start(
                 f"--{missing[0]} is missing: give --coordinator-address, --num-processes and --process-id, or none"
             )
         if in_cluster(os.environ):
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
         return
     host, _, port = coordinator_address.rpartition(":")
     if not host or not port.isdigit():
@@ -59,7 +63,13 @@ def start(
     if not 0 <= process_id < num_processes:
         raise UserError(f"--process-id={process_id} must be less than --num-processes={num_processes}, and not below 0")
     # Nothing is left to detect, and on Kubernetes the attempt would need a package and rights.
-    jax.distributed.initialize(coordinator_address, num_processes, process_id, cluster_detection_method="deactivate")
+    jax.distributed.initialize(
+        coordinator_address,
+        num_processes,
+        process_id,
+        cluster_detection_method="deactivate",
+        heartbeat_timeout_seconds=HEARTBEAT,
+    )
 
 
 def in_cluster(environment: Mapping[str, str]) -> bool:
@@ -101,8 +111,38 @@ def leave(code: int) -> int:
     if several():
         sys.stdout.flush()
         sys.stderr.flush()
+        announce(f"{own_name()} has ended with exit code {code}, after a message of its own")
         os._exit(code)
     return code
+
+
+def own_name() -> str:
+    """Return the name of this process in messages."""
+    several_of = f"process {_service.process_id} of {_service.num_processes}" if several() else "this process"
+    return f"{several_of} (host {socket.gethostname()})"
+
+
+def give_sign(text: str) -> None:
+    """Publish `text`, another one each time, as the sign of life of this process. Raises JaxRuntimeError."""
+    _service.client.key_value_set(f"{ALIVE}/{_service.process_id:08}/now", f"{own_name()}|{text}", True)
+
+
+def published(directory: str) -> dict[str, str]:
+    """Return the texts under `ALIVE` or `ENDED`, or a directory in it, by key. Raises JaxRuntimeError."""
+    return dict(_service.client.key_value_dir_get(f"{directory}/"))
+
+
+def announce(why: str) -> None:
+    """Publish why a process ends, where none was published before; wait for it two seconds at most."""
+
+    def publish() -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            _service.client.key_value_set(f"{ENDED}/why", why)
+
+    if several():
+        thread = threading.Thread(target=publish, daemon=True)
+        thread.start()
+        thread.join(2)
 
 
 def all_agree[T](function: Callable[[], T]) -> T:

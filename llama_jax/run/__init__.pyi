@@ -11,6 +11,7 @@ from .comparing import (
     rows_of as rows_of,
 )
 from .configs import (
+    ChecksConfig as ChecksConfig,
     LoggingConfig as LoggingConfig,
     ProfileConfig as ProfileConfig,
     ResumeConfig as ResumeConfig,

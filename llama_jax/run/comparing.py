@@ -28,6 +28,7 @@ LAST_LINES = 10  # logged lines whose mean is the training loss
 MINOR = (
     "checkpoint.",
     "logging.",
+    "checks.",
     "profile.",
     "resume.",
     "data.cache_dir",

@@ -34,6 +34,7 @@ CHANGEABLE = (
     "compute.",
     "checkpoint.",
     "logging.",
+    "checks.",
     "profile.",
     "resume.",
     "optimizer.accumulation_steps",

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,12 +23,15 @@ from llama_jax.run.callbacks import Callback, Event, check_callbacks
 from llama_jax.run.clock import Clock
 from llama_jax.run.continuing import check_directory
 from llama_jax.run.directory import SAMPLES_FILE, Run, open_run, start_run, write_samples
+from llama_jax.run.hardware import check_devices, taken_twice
 from llama_jax.run.preparing import check_shared, first_params, open_dataset, prepare
 from llama_jax.run.profiling import Profile
 from llama_jax.run.programs import RunFailed as RunFailed, checked, programs
 from llama_jax.run.reporting import Logger, configured_loggers, effects, measured, outcome, overview, peak_memory, shown
 from llama_jax.run.signals import termination
+from llama_jax.run.skipped import SkippedSteps
 from llama_jax.run.stored import StoredRun, local_run
+from llama_jax.run.watchdog import CALLBACKS, Beat, watching
 from llama_jax.run_config import RunConfig
 from llama_jax.screen import Bar
 from llama_jax.training import (
@@ -59,13 +63,13 @@ def train(
 
     Returns the finished run, one that a callback has stopped, or one that is beyond `num_steps`, unchanged. Raises
     UserError for a config that cannot run here or that is not this directory's and for a callback that fails, RunFailed
-    when the loss is no longer finite, Preempted after a termination signal, with a checkpoint saved.
+    when the loss is no longer finite (`checks`), Preempted after a termination signal, with a checkpoint saved.
     """
     check_callbacks(callbacks)
     run_dir, asked = locate(run_dir)
-    with local_run(run_dir) as (directory, stored):
+    with local_run(run_dir) as (directory, stored), watching(config.checks.stall_seconds) as beat:
         components = (*components, *outside_classes(config))
-        run = _train(Run(directory, config, components), stored, loggers, callbacks, asked, quiet)
+        run = _train(Run(directory, config, components), stored, loggers, callbacks, beat, asked, quiet)
     run.url = None if stored is None else stored.url
     return run
 
@@ -75,6 +79,7 @@ def _train(
     stored: StoredRun | None,
     loggers: Sequence[type[Logger]],
     callbacks: Sequence[Callback],
+    beat: Beat,
     asked: int | None = None,
     quiet: bool = False,
 ) -> Run:
@@ -91,6 +96,8 @@ def _train(
     directories, vocabulary, sample_tokens = distributed.broadcast_from_main(
         lambda: prepare(run, mesh, len(devices), quiet)
     )
+    if config.checks.hardware:
+        distributed.all_agree(check_devices)
     jax_mesh = make_mesh(mesh)
     with jax.set_mesh(jax_mesh):
         loop = distributed.all_agree(
@@ -101,6 +108,7 @@ def _train(
         if config.compute.preflight and step < config.num_steps:
             batch = loop._on_devices(loop.batches.batch(step))
             loop.lines += distributed.all_agree(lambda: checked(config, batch))
+    loop.beat = beat
     # After the check of the model's pieces, and outside the mesh: the estimate of memory sets another one.
     loop.begins = overview(run, dataclasses.replace(config, mesh=mesh), step)
     with jax.set_mesh(jax_mesh):
@@ -154,7 +162,9 @@ class Loop:
         self.mfu_per_speed = None if peak is None else flops / (peak * jax.device_count())
         self.lines, self.loggers = list(lines), [*configured_loggers(config.logging), *loggers]
         self.callbacks, self.begins, self.quiet = tuple(callbacks), list[str](), quiet
+        self.beat: Beat = lambda kind, step: None
         self.losses: list[float] = []  # since the last line
+        self.skipped = SkippedSteps(run, self.batches.number)
         self.saved = time.monotonic()
 
     def run(self) -> None:
@@ -168,6 +178,7 @@ class Loop:
             )
             state, lines = distributed.all_agree(lambda: self._state(store))
             bar.step = start = int(state.step)
+            stack.callback(lambda: self.beat("last save", bar.step))  # that the store waits for when it is closed
             loggers = [
                 stack.enter_context(contextlib.closing(logger(self.run_, start)))
                 for logger in (self.loggers if self.main else ())
@@ -183,8 +194,10 @@ class Loop:
             clock = Clock(start)
             profile = stack.enter_context(Profile(config, directory, start, bar.say, clock))
             state = self._steps(state, store, bar, loggers, clock, profile, stopping)
+            self.beat("last save", bar.step)
             self._end_saving(state, store)
         if config.logging.sample_prompts:
+            self.beat("samples", config.num_steps)
             write_samples(self.run_, self.run_.load(), self.sample_tokens, SAMPLES_FILE)
         if self.main:
             bar.say(*outcome(self.run_, time.monotonic() - began), always=True)
@@ -218,15 +231,18 @@ class Loop:
         batches = self.batches.iterate(start)
         pending: dict[str, Any] | None = None
         for step in range(start, num_steps):
+            done = step + 1
             with profile.step(step, state):
-                batch = self._on_devices(next(batches))
+                self.beat("batch", done)
+                host_batch = next(batches)
+                self.beat("step", done)
+                batch = self._on_devices(host_batch)
                 # A CPU may compute the next step within its call, which would hide where the last one ended.
                 if pending is not None and platform() == "cpu":
                     self._log(pending, clock, bar, loggers)
                     pending = None
                 with bar.timed("compiling the train step") if step == start else contextlib.nullcontext():
-                    state, metrics = self.programs.train_step(state, batch, self.hyper)
-            done = step + 1
+                    state, metrics = self._train_step(done)(state, batch, self.hyper)
             # Elsewhere the host waits for the last one's numbers with the next step already on its way.
             if pending is not None:
                 self._log(pending, clock, bar, loggers)
@@ -239,9 +255,11 @@ class Loop:
             jax.block_until_ready(metrics)
             with clock.paused():
                 event = self._report(state, entry, clock, bar, loggers)
+                self.beat("save", done)
                 self._save(state, store, event, saves)
             pending = None
             if preempted:
+                self.beat("last save", done)
                 self._end_saving(state, store)
                 raise Preempted(f"stopped at step {done} with a checkpoint saved: start again to continue")
             if event.reason is not None and done < num_steps:
@@ -252,15 +270,23 @@ class Loop:
                 break
         return state
 
+    def _train_step(self, step: int) -> Callable[..., Any]:
+        """Return the train step for the update to `step`: where it is due, one that is checked."""
+        every = self.config.checks.every_steps
+        checked = every is not None and step % every == 0
+        return functools.partial(taken_twice, self.programs.train_step) if checked else self.programs.train_step
+
     def _report(
         self, state: TrainState, metrics: dict[str, Any], clock: Clock, bar: Bar, loggers: Sequence[Logger]
     ) -> Event:
         """Validate where it is due, log the step and call the callbacks."""
         step = metrics["step"]
-        val = self._validate(state) if self._validates(step) else {}
+        val = self._validate(state, step) if self._validates(step) else {}
         bar.say(*measured(step, self.config.num_steps, val))
         if self._samples(step):
+            self.beat("samples", step)
             write_samples(self.run_, Event(self.run_, step, state).load(), self.sample_tokens, f"samples/{step}.txt")
+        self.beat(CALLBACKS if self.callbacks else "log", step)
         return self._log(metrics | val, clock, bar, loggers, state)
 
     def _save(self, state: TrainState, store: CheckpointStore, event: Event, saves: bool) -> None:
@@ -277,7 +303,7 @@ class Loop:
                     f"{self._last_good(store)}"
                 )
             store.save(state, val_loss=val_loss)
-            self.saved = time.monotonic()
+            self.saved, self.skipped.saved = time.monotonic(), event.step
 
     def _last_good(self, store: CheckpointStore) -> str:
         store.check(wait=True)
@@ -325,11 +351,14 @@ class Loop:
     ) -> Event:
         """Wait for the metrics of a step and report them where it is one to log; callbacks get its `state`.
 
-        Raises RunFailed for a loss or a gradient that is not finite, and what callbacks raise.
+        Raises RunFailed where too many steps were skipped, and what callbacks raise.
         """
         step = metrics["step"]
         event = Event(self.run_, step, state)
-        self.losses.append(float(metrics["loss"]))
+        if (line := self.skipped.count(metrics)) is None:
+            self.losses.append(float(metrics["loss"]))
+        else:
+            bar.say(line, always=True)
         if self._logs(step) or "val_loss" in metrics:
             values = {k: v if isinstance(v, int) else np.asarray(v).tolist() for k, v in metrics.items()}
             if self.config.data.sources:
@@ -340,27 +369,24 @@ class Loop:
                 if self.mfu_per_speed is not None:
                     values["mfu"] = values["tokens_per_second"] * self.mfu_per_speed
             values |= peak_memory()
+            values["skipped"] = float(self.skipped.since_line)
             event |= values
             event.call(self.callbacks)
-            bar.show(step, *shown(event, sum(self.losses) / len(self.losses), speed and 1 / speed))
+            bar.show(step, *shown(event, float(np.mean(self.losses or [math.nan])), speed and 1 / speed))
             self.losses.clear()
+            self.skipped.since_line = 0
             bar.say(*measured(step, self.config.num_steps, {k: event[k] for k in event if k not in values}))
             values = dict(event)
             for logger in loggers:
                 logger.write(values)
-        for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
-            if not math.isfinite(value := float(metrics[name])):
-                raise RunFailed(
-                    f"the {what} at step {step} is {value}: lower optimizer.learning_rate, raise "
-                    f"optimizer.warmup_steps or add {self.batches.number(step - 1)} to data.skip_batches, and continue "
-                    "from the checkpoint before it with --resume.allow and the key"
-                )
+        self.skipped.check(metrics)
         return event
 
-    def _validate(self, state: TrainState) -> dict[str, float]:
+    def _validate(self, state: TrainState, step: int) -> dict[str, float]:
         """Return the loss on the held-out text, and its bits per byte where all of it is measured."""
         nats, targets = 0.0, 0.0
         for batch in self.validation:
+            self.beat("validation", step)
             part = self.programs.eval_step(state.params | state.buffers, self._on_devices(batch))
             nats, targets = nats + float(part[0]), targets + float(part[1])
         if not targets:  # chats of which no answer is held out

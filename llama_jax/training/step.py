@@ -246,9 +246,10 @@ def make_train_step(
     Batch arrays are [B, T]: `tokens`, `targets`, `weights`, `segment_ids`, `positions` and, where the objective has
     them, `prefix` and a source (`source_tokens`, `source_segment_ids`, `source_positions`, [B, S]). Metrics: `loss` is
     the mean cross-entropy of the weighted targets in nats, `grad_norm` the global norm before clipping; further losses
-    and what the layers report (the load of experts, [E]) by name. With a `preference`, `loss` is the mean over pairs,
-    and `rewards/margins` and others are those of `preference_losses`. `compiler_options` are `jax.jit`'s, such as
-    `CPU_COMPILER_OPTIONS`; with any, JAX takes the step in no other `jit`.
+    and what the layers report (the load of experts, [E]) by name. Where one of these two is not finite, `skipped` is 1
+    and the next state is the same, every bit of it, but for the number of the step. With a `preference`, `loss` is the
+    mean over pairs, and `rewards/margins` and others are those of `preference_losses`. `compiler_options` are
+    `jax.jit`'s, such as `CPU_COMPILER_OPTIONS`; with any, JAX takes the step in no other `jit`.
     """
 
     def train_step(state: TrainState, batch: Batch, hyper: Hyper) -> tuple[TrainState, Metrics]:
@@ -269,16 +270,24 @@ def make_train_step(
             num_rows = jnp.maximum(_num_rows(batch), 1)
             whole = _Whole(counts, num_rows, accumulation_steps)
             grads, found = _accumulate(gradient, state.params, batch, key, whole)
-        rate = learning_rate(state.step, hyper)
-        updates, opt_state = make_optimizer(hyper).update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        rate, grad_norm = learning_rate(state.step, hyper), optax.tree.norm(grads)
+        taken = jnp.isfinite(found.metrics["loss"]) & jnp.isfinite(grad_norm)
+
+        def update(old: tuple[Params, Any, Params]) -> tuple[Params, Any, Params]:
+            updates, opt_state = make_optimizer(hyper).update(grads, old[1], old[0])
+            params = jax.tree.map(lambda p, u: p - rate * u, old[0], updates)
+            return params, opt_state, _updated(old[2], found.statistics, config)
+
+        # A branch, not a choice for each array: that would copy the moments on a CPU, which updates them in place.
+        new = jax.lax.cond(taken, update, lambda old: old, (state.params, state.opt_state, state.buffers))
         metrics = found.metrics | {name: _ratio(x, found.wholes[name]).mean(0) for name, x in found.amounts.items()}
         metrics |= {
             "learning_rate": rate,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": grad_norm,
+            "skipped": 1.0 - taken,
             "num_targets": jnp.maximum(batch["weights"].sum(), 1.0),
         }
-        return TrainState(state.step + 1, params, opt_state, _updated(state.buffers, found.statistics, config)), metrics
+        return TrainState(state.step + 1, *new), metrics
 
     return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
 

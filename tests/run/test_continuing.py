@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 
+from llama_jax import __main__ as command_line
 from llama_jax.__main__ import main
 from llama_jax.config import UserError, load_config_module, override
 from llama_jax.nn import RMSNorm
@@ -88,8 +89,11 @@ def test_what_the_message_of_a_failed_run_advises_can_be_done(
     begun: Path, quick: RunConfig, loss_of: dict[int, float], allow: str, capsys: pytest.CaptureFixture[str]
 ):
     loss_of[5] = float("nan")
-    with pytest.raises(RunFailed, match=r"at step 5 is nan: lower .* add 4 to data.skip_batches.*--resume.allow"):
-        train(quick, begun)
+    sentence = (
+        r"at step 5 is nan, the last update was that of step 4: lower .* add 4 to data.skip_batches.*--resume.allow"
+    )
+    with pytest.raises(RunFailed, match=sentence):
+        train(override(quick, {"checks.max_skipped_steps": 1}), begun)
     loss_of.clear()
     change = {"optimizer.learning_rate": 0.005, "data.skip_batches": "4"}
     capsys.readouterr()
@@ -102,6 +106,60 @@ def test_what_the_message_of_a_failed_run_advises_can_be_done(
     )
     with pytest.raises(UserError, match=r"changes what .* has learned before its checkpoint of step 6 \(batch 3\)"):
         train(override(quick, change | {"data.skip_batches": "3,4", "resume.allow": allow}), begun)
+
+
+def test_skipped_steps_are_counted_and_the_run_goes_on(
+    quick: RunConfig, loss_of: dict[int, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Two in a row are fewer than three, twice; the counts of lines cover the steps between them."""
+    loss_of.update(dict.fromkeys((2, 3, 5), float("nan")) | {6: float("inf")})
+    change = {"num_steps": 8, "logging.every_steps": 4, "checks.max_skipped_steps": 3}
+    run = train(override(quick, change), tmp_path / "run")
+    assert [(line["step"], line["skipped"]) for line in run.metrics()] == [(1, 0), (4, 2), (6, 2), (8, 0)]
+    told = capsys.readouterr().out
+    for step, loss in ((2, "nan"), (3, "nan"), (5, "nan"), (6, "inf")):
+        line = (
+            f"step {step}/8 is skipped, nothing is updated: batch {step - 1} has loss {loss} and a gradient of norm 1"
+        )
+        assert told.count(line) == 1
+
+
+@pytest.mark.parametrize(("every", "advised"), [(4, "5,6,7"), (6, "6,7"), (7, "7")])
+def test_batches_that_the_message_names_can_be_left_out(
+    quick: RunConfig, loss_of: dict[int, float], tmp_path: Path, every: int, advised: str
+):
+    """Also where a checkpoint was saved among the skipped steps."""
+    loss_of.update(dict.fromkeys((6, 7, 8), float("nan")))
+    config = override(quick, {"num_steps": 9, "checkpoint.every_steps": every, "checks.max_skipped_steps": 3})
+    with pytest.raises(RunFailed, match=f"step 8 is nan, the last update was that of step 5: .* add {advised} to data"):
+        train(config, tmp_path / "run")
+    loss_of.clear()
+    change = {"data.skip_batches": advised, "resume.allow": "data.skip_batches"}
+    run = train(override(config, change), tmp_path / "run")
+    assert run.metrics()[-1]["step"] == 9
+    plain = Run(tmp_path / "run", override(config, {"num_steps": 12}))
+    last = 8 + len(advised.split(","))
+    assert np.array_equal(run.batch(8)["tokens"], plain.batch(last)["tokens"])
+
+
+def test_a_spike_stops_the_run_with_the_command_that_leaves_its_batches_out(
+    quick: RunConfig, loss_of: dict[int, float], tmp_path: Path
+):
+    """A loss of 100 times the median; ordinary noise stops nothing. The skip is in the run's record."""
+    noise = np.random.default_rng(0).normal(size=61)
+    loss_of.update({step: float(2 + 0.05 * noise[step]) for step in range(1, 61)} | {51: 200.0})
+    config = override(quick, {"num_steps": 60, "checks.spike_zscore": 8.0, "logging.every_steps": 20})
+    with pytest.raises(RunFailed, match=r"the loss at step 51 is 200\.0000, \d{4} deviations above") as told:
+        train(config, tmp_path / "run")
+    loss_of[51] = 2.0
+    command = str(told.value).split("`")[1]
+    assert command.endswith("--data.skip-batches 49,50 --resume.allow data.skip_batches")
+    assert command_line.main(command.split()[3:]) == 0
+    run = open_run(tmp_path / "run")
+    plain = Run(tmp_path / "run", config)
+    assert [np.array_equal(run.batch(48 + i)["tokens"], plain.batch(48 + j)["tokens"]) for i, j in ((0, 0), (1, 3))]
+    (entry,) = run.history
+    assert (entry["step"], entry["changes"]["data.skip_batches"]) == (48, [[], [49, 50]])
 
 
 @pytest.mark.parametrize("skipped", [(), (2, 5)])
@@ -360,7 +418,7 @@ def test_damaged_lines_of_metrics_stop_nothing(
 def test_metrics_are_strict_json_where_a_loss_is_no_number(quick: RunConfig, loss_of: dict[int, float], tmp_path: Path):
     loss_of.update({3: float("inf"), -2: float("nan")})
     with pytest.raises(RunFailed, match="the loss at step 3 is inf"):
-        train(override(quick, {"logging.validate_every_steps": 2}), tmp_path / "run")
+        train(override(quick, {"logging.validate_every_steps": 2, "checks.max_skipped_steps": 1}), tmp_path / "run")
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)

@@ -46,9 +46,21 @@ from llama_jax.nn import (
     YarnScaling,
 )
 from llama_jax.parallel import make_mesh, spec
-from llama_jax.run import LoggingConfig, ProfileConfig, Run, RunConfig, directory, preparing, train, training
+from llama_jax.run import (
+    LoggingConfig,
+    ProfileConfig,
+    Run,
+    RunConfig,
+    RunFailed,
+    directory,
+    preparing,
+    skipped,
+    train,
+    training,
+)
 from llama_jax.run.preparing import trained_tokenizer
 from llama_jax.run.programs import programs
+from llama_jax.run.watchdog import watching
 from llama_jax.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 from llama_jax.training import AdamW, TrainState, init_state, make_train_step
 
@@ -129,6 +141,9 @@ CHANGES: dict[str, Callable[[RunConfig, Path], Any]] = {
     "logging.sample_prompts": lambda *_: ("the cat", "a mat"),
     "logging.sample_every_steps": lambda *_: 2,
     "logging.wandb_project": lambda *_: "mine",
+    "checks.max_skipped_steps": lambda *_: 1,
+    "checks.spike_zscore": lambda *_: 5.0,
+    "checks.every_steps": lambda *_: 3,
     "profile.start_step": lambda *_: 5,
     "resume.allow": lambda *_: ("no.such.key",),
 }  # fmt: skip
@@ -309,9 +324,10 @@ def files(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> A
 
     def train_step(state: TrainState, batch: Any, hyper: Any) -> Any:
         value = 1 / (1 + state.step)
-        return dataclasses.replace(state, step=state.step + 1), dict.fromkeys(
-            ("loss", "grad_norm", "learning_rate"), value
-        )
+        metrics = dict.fromkeys(("loss", "grad_norm", "learning_rate"), value)
+        # One that is skipped, and a spike.
+        metrics["loss"] = {1: jnp.float32(jnp.nan), 6: jnp.float32(100)}.get(int(state.step), value)
+        return dataclasses.replace(state, step=state.step + 1), metrics
 
     def eval_step(*_: Any) -> Any:  # better every time, and not the same for every batch
         return np.float32(1 / (1 + next(evaluations))), np.float32(1)
@@ -320,6 +336,9 @@ def files(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> A
     values = {
         "programs": lambda config: dataclasses.replace(programs(config), train_step=train_step, eval_step=eval_step),
         "checked": lambda *_: events.append("preflight") or [],
+        "check_devices": lambda: events.append("devices"),
+        "taken_twice": lambda step, *args: events.append("twice") or step(*args),
+        "watching": lambda seconds: events.append(("watching", seconds)) or watching(None),
     }
     wandb = types.ModuleType("wandb")
     wandb.__spec__ = ModuleSpec("wandb", None)
@@ -339,6 +358,7 @@ def files(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> A
     with monkeypatch.context() as patch:
         for name, value in values.items():
             patch.setattr(training, name, value)
+        patch.setattr(skipped, "LEAST", 3)
         patch.setattr(directory, "generate_text", lambda lm, prompts, **_: ["..."] * len(prompts))
         patch.setattr(preparing, "trained_tokenizer", lambda config, data, _: tokenizer_of(config, data))
         patch.setattr(jax.profiler, "trace", trace)
@@ -353,7 +373,7 @@ def files(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> A
 def seen(look: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return look(*arguments)
-    except UserError as error:
+    except (UserError, RunFailed) as error:
         return str(error)
 
 
@@ -378,7 +398,7 @@ def test_every_leaf_has_a_witness(base: RunConfig, folder: Path, tmp_path: Path,
                 witnesses[key] = "error"
                 continue
             assert new != config, key
-            told_only = key.startswith(("checkpoint.", "logging.", "profile.", "resume."))
+            told_only = key.startswith(("checkpoint.", "logging.", "checks.", "profile.", "resume."))
             for look in (*cheap, written) if told_only else (*cheap, program, program_on_a_mesh, written):
                 if seen(look, config) != seen(look, new):
                     witnesses[key] = look.__name__
