@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from llama_jax.config import Json
 from llama_jax.tokenizers.base import COMPANION, TextStream, Tokenizer
+from llama_jax.tokenizers.checking import check_json, library
 from llama_jax.tokenizers.settings import KEYS, Settings, exported, guess
 
 # Usual names of these tokens, tried where no setting names one.
@@ -140,14 +141,16 @@ def json_tokenizer(path: Path, content: bytes, settings: Settings) -> HuggingFac
     """Return the tokenizer of a `tokenizer.json`; None for another file. Raises ValueError where it cannot be read."""
     if content.lstrip()[:1] != b"{":
         return None
-    try:
-        tokenizer = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(str(error)) from None
+    check_json(content)
     files, companion = {"tokenizer.json": content}, path.with_name(COMPANION)
     if path.name == "tokenizer.json" and companion.is_file():
         files[COMPANION] = companion.read_bytes()
-    return HuggingFaceTokenizer(tokenizer, files, settings, model=json.loads(content)["model"])
+    with library():
+        try:
+            tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(str(error)) from None
+        return HuggingFaceTokenizer(tokenizer, files, settings, model=json.loads(content)["model"])
 
 
 def reachable_names(tokenizer: tokenizers.Tokenizer, model: Json, special: Collection[str]) -> set[str]:

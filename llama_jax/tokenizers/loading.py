@@ -20,6 +20,7 @@ FILE_NAMES = (
     "tokenizer.json", "tokenizer.model", "source.spm", "spiece.model", "vocab.json", "vocab.txt",
     "sentencepiece.bpe.model",
 )  # fmt: skip
+MAX_IDS = 1 << 22  # of a vocabulary: its tables have an entry for each id, also for those without a token
 # Names of files that may belong to a tokenizer in a directory of a store, which may hold weights as well.
 STORED = ("*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.jinja")
 
@@ -57,14 +58,17 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return gguf_tokenizer(path)
     try:
         settings, content = read_settings(path.parent), path.read_bytes()
-        return next(found for read in READERS if (found := read(path, content, settings)) is not None)
-    except ValueError as error:
-        raise UserError(f"'{path}' cannot be used as a tokenizer: {error}") from None
+        found = next(found for read in READERS if (found := read(path, content, settings)) is not None)
+        if not 0 < found.vocab_size <= MAX_IDS:
+            raise ValueError(f"its ids reach {found.vocab_size - 1}, and {MAX_IDS} are read")
+        return found
     except RuntimeError:
         raise UserError(
             f"'{path}' is damaged or of an unknown kind: it must be a SentencePiece model, tiktoken ranks, "
             "tokenizer.json, vocab.json with merges.txt, vocab.txt or llama2.c's .bin"
         ) from None
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, OSError) as error:
+        raise UserError(f"'{path}' cannot be used as a tokenizer: {error}") from None  # of whatever the files hold
 
 
 def load_saved_tokenizer(directory: str | Path, *, of_sources: bool = False) -> Tokenizer:

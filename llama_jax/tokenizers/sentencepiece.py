@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from llama_jax.config import Json, UserError
 from llama_jax.tokenizers.base import TextStream, Tokenizer
+from llama_jax.tokenizers.checking import check_model
 from llama_jax.tokenizers.settings import GENERIC, Added, Settings, exported
 
 # The wheel's classes are made when it is imported: type checkers do not see them.
@@ -190,7 +191,8 @@ def _added(pieces: Sequence[Any], settings: Settings) -> dict[int, Added]:
     if settings.class_name == CHATGLM:
         names = CHATGLM_SPECIAL
     elif settings.rules.suffix:  # T5
-        number = settings.config.get("extra_ids", 100)
+        if type(number := settings.config.get("extra_ids", 100)) is not int or not 0 <= number < 1 << 16:
+            raise ValueError(f"extra_ids={number!r} is no number of tokens")
         names = [f"<extra_id_{i}>" for i in reversed(range(number))]
     known = {piece.piece for piece in pieces} | {token.content for token in added.values()}
     more = [Added(name, special=True) for name in names if name not in known]
@@ -214,6 +216,7 @@ def _named(settings: Settings, key: str, ids: Mapping[str, int], token_id: int) 
 
 
 def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    check_model(model)
     processor = sentencepiece.SentencePieceProcessor()
     processor.LoadFromSerializedProto(model)
     return processor
