@@ -22,7 +22,7 @@ from llama_jax.checkpoint.peft_reading import is_adapter, open_adapter
 from llama_jax.checkpoint.store import CheckpointStore, model_files
 from llama_jax.config import UserError, from_json, read_json
 from llama_jax.data import ChatTemplate
-from llama_jax.models import Compute, Model, ModelConfig, abstract_params, from_params
+from llama_jax.models import Compute, Model, ModelConfig, abstract_params, from_params, is_stacked
 from llama_jax.parallel import make_mesh
 from llama_jax.remote import fetch_beside, is_remote, local_copy
 from llama_jax.tokenizers import Tokenizer, load_saved_tokenizer, load_tokenizer
@@ -155,6 +155,7 @@ def read_contents(
         config, tokenizer_path = source.config, source.tokenizer
         abstract = abstract_params(config, dtype or jnp.float32)
         params = load_params(source, stored_dtypes(source, abstract) if dtype is None else abstract)
+    _check_finite(path, params)
     if tokenizer is None and tokenizer_path is not None and tokenizer_path.exists():
         of_sources = config.has_source
         tokenizer = (
@@ -172,6 +173,15 @@ def read_contents(
     if source.form in ("huggingface", "gguf") and not generation.eos_ids and tokenizer is not None:
         generation = dataclasses.replace(generation, eos_ids=tokenizer.eos_ids)
     return Contents(config, params, tokenizer, source.model_type, generation, source=source)
+
+
+def _check_finite(path: Path, params: Mapping[str, jax.Array]) -> None:
+    """Raise UserError for a parameter that has NaN or an infinity, in the words of the first such layer."""
+    found = jax.jit(lambda values: jax.tree.map(lambda x: jnp.isfinite(x).all(range(1, x.ndim)), values))(params)
+    for name, is_finite in found.items():
+        if not (good := np.asarray(is_finite)).all():
+            layer = f" of its layer {good.argmin()} of {good.size}" if is_stacked(name) else ""
+            raise UserError(f"'{path}' has NaN or infinity in '{name}'{layer}: take another step, or download it again")
 
 
 def _opened(path: Path, base: str | Path | None = None, ignore_config_keys: Collection[str] = ()) -> WeightSource:

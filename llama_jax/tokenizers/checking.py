@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,10 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
+from llama_jax.config import UserError
+
+SPACE = "\u2581"  # a space inside pieces of SentencePiece
+AT_SPACES = re.compile("(?<=[a-z]) (?=[A-Za-z])")  # where the words of a text have a space of their own
 MAX_GROWTH = 1024.0  # times that normalizers and decoders may lengthen a text
 _LEAF, _HAS_LEAF = 1 << 31, 1 << 8  # bits of a unit of darts-clone
 
@@ -73,12 +78,21 @@ def _growth(part: Any) -> float:
     return growth
 
 
+def cuts_at_spaces(model: Any) -> bool:
+    """Return whether the ids of a text are those of its words: BPE as Llama has it, without a piece across words."""
+    spec, pieces = model.normalizer_spec, [piece.piece for piece in model.pieces]
+    plain = spec.name == "identity" and spec.add_dummy_prefix and spec.escape_whitespaces
+    plain = plain and not (spec.remove_extra_whitespaces or spec.precompiled_charsmap)
+    plain = plain and model.trainer_spec.model_type == 2 and not model.trainer_spec.treat_whitespace_as_suffix  # BPE
+    return plain and SPACE in pieces and not any(SPACE in piece.lstrip(SPACE) for piece in pieces)
+
+
 @contextlib.contextmanager
 def library() -> Iterator[None]:
-    """Raise ValueError for a panic of the `tokenizers` library, which is no Exception: an expression without end."""
+    """Raise UserError for a panic of the `tokenizers` library, which is no Exception: an expression without end."""
     try:
         yield
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"the tokenizers library fails on it ({str(error)[:200]})") from None
+        raise UserError(f"the tokenizer's file makes its library fail ({str(error)[:200]}): get it again") from None

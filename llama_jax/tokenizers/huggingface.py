@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from llama_jax.config import Json
 from llama_jax.tokenizers.base import COMPANION, TextStream, Tokenizer
-from llama_jax.tokenizers.checking import check_json, library
+from llama_jax.tokenizers.checking import AT_SPACES, SPACE, check_json, library
 from llama_jax.tokenizers.settings import KEYS, Settings, exported, guess
 
 # Usual names of these tokens, tried where no setting names one.
@@ -24,6 +24,21 @@ GUESSED = {
 }
 # Ends of a chat turn end a generated text too, in addition to EOS.
 TURN_END_NAMES = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<end_of_turn>")
+
+
+# Expressions of the words that text is split into before byte-level BPE.
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CL100K_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+O200K_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# By the name in `settings.CLASSES`; None is GPT-2's expression inside the library.
+SPLITS = {"gpt2": None, "qwen2": CL100K_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")}
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -63,6 +78,7 @@ class HuggingFaceTokenizer(Tokenizer):
         special = {token.content for i, token in self._added.items() if token.special and i != self.unk_id}
         if names := reachable_names(tokenizer, model or {}, special):
             _cut(tokenizer, names)
+        self.border = _border(json.loads(tokenizer.to_str()), self._splitting)
         tokenizer.encode_special_tokens = True  # "</s>" in a text is text: data must not be able to inject them
 
     def _special(self, key: str) -> int | None:
@@ -93,12 +109,14 @@ class HuggingFaceTokenizer(Tokenizer):
         return settings.affixes(self._tokenizer.token_to_id)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        with library():
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [encoding.ids for encoding in encodings]
 
     def _encode_special(self, text: str) -> list[int]:
         self.check_text(text)
-        return self._reading_special.encode(text, add_special_tokens=False).ids
+        with library():
+            return self._reading_special.encode(text, add_special_tokens=False).ids
 
     @functools.cached_property
     def _reading_special(self) -> tokenizers.Tokenizer:
@@ -166,6 +184,41 @@ def reachable_names(tokenizer: tokenizers.Tokenizer, model: Json, special: Colle
     pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"])
     merged = found & {"".join(pair) for pair in pairs}
     return merged | (words if model.get("ignore_merges") else set())
+
+
+def _border(data: Json, splitting: pre_tokenizers.PreTokenizer | None) -> re.Pattern[str] | None:
+    """Return the border of a tokenizer (its JSON) whose words have no space but at their start, and no line end within.
+
+    That is known of the ways to split a text that are named here; an added token may reach over a border.
+    """
+    split = {} if splitting is None else json.loads(splitting.__getstate__())
+    parts = split.get("pretokenizers", [split])
+    kinds = [part.get("type") for part in parts]
+    known = [{"Regex": pattern} for pattern in (GPT2_SPLIT, CL100K_SPLIT, O200K_SPLIT, *SPLITS.values())]
+    by_expression = (
+        kinds == ["Split", "ByteLevel"] and parts[0]["pattern"] in known and parts[0]["behavior"] == "Isolated"
+    )
+    by_expression = by_expression and not parts[0]["invert"] and not parts[1]["use_regex"]
+    own = kinds in (["BertPreTokenizer"], ["WhitespaceSplit"]) or (kinds == ["ByteLevel"] and parts[0]["use_regex"])
+    plain = (data["normalizer"] or {}).get("type") in (None, "NFC", "BertNormalizer") and not data["model"].get(
+        "dropout"
+    )
+    reaching = [
+        token for token in data["added_tokens"]
+        if re.search(r"\s", token["content"]) or token["lstrip"] or token["rstrip"] or token["single_word"]
+    ]  # fmt: skip
+    llama = {"Prepend": SPACE, "Replace": [{"String": " "}, SPACE]}
+    steps = {
+        step["type"]: step.get("prepend") or [step.get("pattern"), step.get("content")]
+        for step in (data["normalizer"] or {}).get("normalizers", [])
+    }
+    if splitting is None and steps == llama and data["model"]["type"] == "BPE" and not reaching:
+        across = any(SPACE in piece.lstrip(SPACE) for piece in data["model"]["vocab"])
+        return None if across else AT_SPACES
+    if not (plain and (own or by_expression)) or reaching:
+        return None
+    at_line_ends = "" if parts[-1].get("add_prefix_space") else r"|(?<=\S\n)(?=\w)"
+    return re.compile(rf"(?<=[a-z])(?= [A-Za-z]){at_line_ends}")
 
 
 def _is_word(tokenizer: tokenizers.Tokenizer, name: str) -> bool:

@@ -213,7 +213,11 @@ def typed(value: Any, kind: Any, where: str) -> Any:
 
     Whole numbers count as float.
     """
-    if type(value) is int and kind in (int, float) and abs(value) >= (limit := 1 << (14 if _LISTED.search(where) else 31)):
+    if (
+        type(value) is int
+        and kind in (int, float)
+        and abs(value) >= (limit := 1 << (14 if _LISTED.search(where) else 31))
+    ):
         raise UserError(f"{where}, a number beyond {limit}: it is damaged, or of another kind of model")
     if kind is float and type(value) is int:
         value = float(value)

@@ -142,7 +142,9 @@ def safetensors_cases() -> Iterator[Hostile]:
     yield case("an entry that is null", lambda header, data: header.update({"model.norm.weight": None}))
     yield case("NaN in a norm", number(float("nan")))
     yield case("infinity in a matrix", number(float("inf"), "model.layers.1.self_attn.q_proj.weight"))
-    yield case("a name with terminal escapes", lambda header, data: header.update({"\x1b[2J": header.pop("model.norm.weight")}))
+    yield case(
+        "a name with terminal escapes", lambda header, data: header.update({"\x1b[2J": header.pop("model.norm.weight")})
+    )
     headers = {
         "a header that is longer than the file": struct.pack("<Q", 1 << 40) + b"{}",
         "the longest header": struct.pack("<Q", (1 << 64) - 1) + b"{}",
@@ -198,7 +200,14 @@ STORAGE = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text(
 
 
 def a_tensor(shape: bytes = b"K\x10\x85", strides: bytes = b"K\x01\x85") -> bytes:
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\x00" + shape + strides + b"\x89ccollections\nOrderedDict\n)RtR"
+    return (
+        b"ctorch._utils\n_rebuild_tensor_v2\n("
+        + STORAGE
+        + b"K\x00"
+        + shape
+        + strides
+        + b"\x89ccollections\nOrderedDict\n)RtR"
+    )
 
 
 def torch_cases() -> Iterator[Hostile]:
@@ -206,25 +215,48 @@ def torch_cases() -> Iterator[Hostile]:
     place = b"}" + text("_file") + text("/etc/passwd") + b"s"
     nested = b")" + b"\x85" * 2_000_000
     pickles = {
-        "BUILD moves a storage to another file": STORAGE + b"}" + text("file") + text("/etc/passwd") + b"sb0}" + text("a") + b"s.",
+        "BUILD moves a storage to another file": STORAGE
+        + b"}"
+        + text("file")
+        + text("/etc/passwd")
+        + b"sb0}"
+        + text("a")
+        + b"s.",
         "BUILD changes the type of all storages": b"ctorch\nFloatStorage\n}" + text("dtype") + text("x") + b"sb.",
-        "BUILD changes the function of all tensors": b"ctorch._utils\n_rebuild_tensor_v2\n}" + text("x") + text("y") + b"sb.",
-        "BUILD sets attributes of a function": b"ctorch._utils\n_rebuild_tensor_v2\nN}" + text("__name__") + text("y") + b"s\x86b.",
+        "BUILD changes the function of all tensors": b"ctorch._utils\n_rebuild_tensor_v2\n}"
+        + text("x")
+        + text("y")
+        + b"sb.",
+        "BUILD sets attributes of a function": b"ctorch._utils\n_rebuild_tensor_v2\nN}"
+        + text("__name__")
+        + text("y")
+        + b"s\x86b.",
         "BUILD changes a tensor": b"}" + text("w") + a_tensor() + place + b"bs.",
         "SETITEM on a type": b"ctorch\nFloatStorage\n" + text("a") + text("b") + b"s.",
         "a memo with a huge index": b"}r\xff\xff\xff\xff.",
         "a memo with a large index": b"}r\x00\x00\x00\x10.",
         "a list that repeats": b"]" + b"q\x00" + b"h\x00" * 100_000 + b".",
-        "dictionaries of one long list": b"](" + (b"K\x01K\x02\x86" * 30_000) + b"eq\x000"
-        + b"]" + b"ccollections\nOrderedDict\nq\x010" + b"h\x01h\x00\x85Ra" * 3_000 + b".",
+        "dictionaries of one long list": b"]("
+        + (b"K\x01K\x02\x86" * 30_000)
+        + b"eq\x000"
+        + b"]"
+        + b"ccollections\nOrderedDict\nq\x010"
+        + b"h\x01h\x00\x85Ra" * 3_000
+        + b".",
         "tuples in tuples as a key": b"}" + nested + b"K\x01s.",
         "lists in lists": b"]" * 500_000 + b"a" * 499_999 + b".",
         "a bytearray of exabytes": b"\x96" + struct.pack("<Q", 1 << 60) + b".",
         "a text of exabytes": b"\x8d" + struct.pack("<Q", 1 << 60) + b".",
         "a frame of exabytes": b"\x95" + struct.pack("<Q", 1 << 60) + b".",
         "a number with many digits": b"I" + b"9" * 1_000_000 + b"\n.",
-        "a long number as a size": b"}" + text("w") + a_tensor(b"\x8b" + struct.pack("<i", 1000) + b"\x7f" * 1000 + b"\x85") + b"s.",
-        "a tensor that repeats one number": b"}" + text("w") + a_tensor(b"J\xff\xff\xff\x7fJ\xff\xff\xff\x7f\x86", b"K\x00K\x00\x86") + b"s.",
+        "a long number as a size": b"}"
+        + text("w")
+        + a_tensor(b"\x8b" + struct.pack("<i", 1000) + b"\x7f" * 1000 + b"\x85")
+        + b"s.",
+        "a tensor that repeats one number": b"}"
+        + text("w")
+        + a_tensor(b"J\xff\xff\xff\x7fJ\xff\xff\xff\x7f\x86", b"K\x00K\x00\x86")
+        + b"s.",
         "a tensor beyond its storage": b"}" + text("w") + a_tensor(b"K\x11\x85") + b"s.",
         "a call of eval": b"cbuiltins\neval\n(" + text(CANARY) + b"tR.",
         "a call of exec by a stack name": text("builtins") + text("exec") + b"\x93(" + text(CANARY) + b"tR.",
@@ -282,7 +314,9 @@ def meta_cases() -> Iterator[Hostile]:
 
         def make(folder: Path, change: dict[str, Any] = change) -> Path:
             (folder / "params.json").write_text(json.dumps(good | change))
-            (folder / "consolidated.00.pth").write_bytes(as_zip(b"\x80\x02}" + text("norm.weight") + a_tensor() + b"s."))
+            (folder / "consolidated.00.pth").write_bytes(
+                as_zip(b"\x80\x02}" + text("norm.weight") + a_tensor() + b"s.")
+            )
             return folder
 
         yield Hostile("params.json", name, make)
@@ -290,7 +324,9 @@ def meta_cases() -> Iterator[Hostile]:
 
         def raw(folder: Path, content: bytes = content) -> Path:
             (folder / "params.json").write_bytes(content)
-            (folder / "consolidated.00.pth").write_bytes(as_zip(b"\x80\x02}" + text("norm.weight") + a_tensor() + b"s."))
+            (folder / "consolidated.00.pth").write_bytes(
+                as_zip(b"\x80\x02}" + text("norm.weight") + a_tensor() + b"s.")
+            )
             return folder
 
         yield Hostile("params.json", name, raw)
@@ -323,8 +359,20 @@ def config_cases() -> Iterator[Hostile]:
         "scaling that is a list": {"rope_scaling": [1]}, "a kind of scaling that is a list": {"rope_scaling": {"rope_type": [1], "factor": 2.0}},
     }  # fmt: skip
     for name, values in changes.items():
-        yield Hostile("config.json", name, with_file("config.json", json_with(LLAMA / "config.json", **values)))
-    whole = {"deep JSON": DEEP, "a long number": f'{{"hidden_size": {HUGE}}}', "a list": "[]", "no UTF-8": b"\xff\xfe", "empty": b""}
+        by_default = name in ("a head of 0", "a model_type that is a list")  # as if it were not there
+        yield Hostile(
+            "config.json",
+            name,
+            with_file("config.json", json_with(LLAMA / "config.json", **values)),
+            refused=not by_default,
+        )
+    whole = {
+        "deep JSON": DEEP,
+        "a long number": f'{{"hidden_size": {HUGE}}}',
+        "a list": "[]",
+        "no UTF-8": b"\xff\xfe",
+        "empty": b"",
+    }
     for name, content in whole.items():
         yield Hostile("config.json", name, with_file("config.json", content))
     mixtral, deepseek = GOLDENS / "mixtral", GOLDENS / "deepseek_v3"
@@ -337,7 +385,9 @@ def config_cases() -> Iterator[Hostile]:
         ("a billion layers of BERT", GOLDENS / "bert", {"num_hidden_layers": 10**9}),
         ("a billion layers of BART", GOLDENS / "bart", {"encoder_layers": 10**9}),
     ):
-        yield Hostile("config.json", name, with_file("config.json", json_with(source / "config.json", **values), source))
+        yield Hostile(
+            "config.json", name, with_file("config.json", json_with(source / "config.json", **values), source)
+        )
     generation: dict[str, Any] = {
         "an id with 100 digits": {"eos_token_id": 10**100}, "an id that is text": {"eos_token_id": "x"}, "an id that is true": {"eos_token_id": True},
         "a penalty of NaN": {"repetition_penalty": nan}, "a penalty of infinity": {"repetition_penalty": infinite},
@@ -347,7 +397,9 @@ def config_cases() -> Iterator[Hostile]:
     for name, values in generation.items():
         yield Hostile("generation_config.json", name, with_file("generation_config.json", json.dumps(values)))
     yield Hostile("generation_config.json", "deep JSON", with_file("generation_config.json", DEEP))
-    yield Hostile("generation_config.json", "a long number", with_file("generation_config.json", f'{{"eos_token_id": {HUGE}}}'))
+    yield Hostile(
+        "generation_config.json", "a long number", with_file("generation_config.json", f'{{"eos_token_id": {HUGE}}}')
+    )
 
     adapter = {"peft_type": "LORA", "r": 2, "base_model_name_or_path": str(LLAMA), "lora_alpha": 4}
     weights = {
@@ -419,12 +471,23 @@ def tries(path: Path) -> object:
     """Load a tokenizer and use it."""
     tokenizer = load_tokenizer(path)
     ids = tokenizer.encode("a" * 40 + " hello world!")
-    return tokenizer.decode(ids), tokenizer.encode_prompt("a " * 20 + "<s>", special=True), len(tokenizer.token_bytes), tokenizer.chat_templates
+    return (
+        tokenizer.decode(ids),
+        tokenizer.encode_prompt("a " * 20 + "<s>", special=True),
+        len(tokenizer.token_bytes),
+        tokenizer.chat_templates,
+    )
 
 
 def tokenizer_cases() -> Iterator[Hostile]:
     def case(name: str, change: Callable[[dict[str, Any]], Any], *, refused: bool = True) -> Hostile:
-        return Hostile("tokenizer.json", name, lambda folder: alone("tokenizer.json", json_tokenizer(change))(folder), tries, refused)
+        return Hostile(
+            "tokenizer.json",
+            name,
+            lambda folder: alone("tokenizer.json", json_tokenizer(change))(folder),
+            tries,
+            refused,
+        )
 
     def growing(kind: str, steps: int, factor: int = 10) -> dict[str, Any]:
         step = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * factor}
@@ -434,38 +497,93 @@ def tokenizer_cases() -> Iterator[Hostile]:
 
     def nest(data: dict[str, Any]) -> None:
         inner: dict[str, Any] = growing("normalizers", 3)
-        for _ in range(20):
+        for _ in range(7):
             inner = {"type": "Sequence", "normalizers": [inner, inner]}
         data["normalizer"] = inner
 
     def spell(data: dict[str, Any]) -> None:
-        data["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"Regex": ""}, "content": "aaaa"}] * 20}
+        data["normalizer"] = {
+            "type": "Sequence",
+            "normalizers": [{"type": "Replace", "pattern": {"Regex": ""}, "content": "aaaa"}] * 20,
+        }
 
     yield case("normalizers that multiply", lambda data: data.update(normalizer=growing("normalizers", 12)))
     yield case("normalizers in normalizers", nest)
     yield case("an empty expression that is replaced", spell)
     yield case("decoders that multiply", lambda data: data.update(decoder=growing("decoders", 12)))
     yield case("an expression that takes for ever", lambda data: data.update(pre_tokenizer=bomb))
-    yield case("an expression that is none", lambda data: data.update(pre_tokenizer=bomb | {"pattern": {"Regex": "((("}}))
-    yield case("a long expression", lambda data: data.update(pre_tokenizer=bomb | {"pattern": {"Regex": "(" * 100_000}}))
+    yield case(
+        "an expression that is none", lambda data: data.update(pre_tokenizer=bomb | {"pattern": {"Regex": "((("}})
+    )
+    yield case(
+        "a long expression", lambda data: data.update(pre_tokenizer=bomb | {"pattern": {"Regex": "(" * 100_000}})
+    )
     yield case("an id beyond 32 bits", lambda data: data["model"]["vocab"].update(x=1 << 40))
     yield case("an id of two billion", lambda data: data["model"]["vocab"].update(x=(1 << 31) - 1))
     yield case("a negative id", lambda data: data["model"]["vocab"].update(x=-1))
-    yield case("an added id of four billion", lambda data: data.update(added_tokens=[{"id": (1 << 32) - 1, "content": "x", "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}]))
+    yield case(
+        "an added id of four billion",
+        lambda data: data.update(
+            added_tokens=[
+                {
+                    "id": (1 << 32) - 1,
+                    "content": "x",
+                    "special": True,
+                    "single_word": False,
+                    "lstrip": False,
+                    "rstrip": False,
+                    "normalized": False,
+                }
+            ]
+        ),
+        refused=False,
+    )
     yield case("an id as text", lambda data: data["model"]["vocab"].update(x="1"))
     yield case("a vocabulary that is a list", lambda data: data["model"].update(vocab=[["a", 0.0]]))
     yield case("merges of numbers", lambda data: data["model"].update(merges=[1]))
     yield case("merges of unknown pieces", lambda data: data["model"].update(merges=[["\x1b[2J", "b"]]))
     yield case("no model", lambda data: data.pop("model"))
     yield case("a model that is null", lambda data: data.update(model=None))
-    yield case("a unigram model of NaN", lambda data: data.update(model={"type": "Unigram", "unk_id": 0, "vocab": [["a", float("nan")]]}))
-    yield case("a unigram model without pieces", lambda data: data.update(model={"type": "Unigram", "unk_id": 9, "vocab": []}))
-    yield case("a padding of exabytes", lambda data: data.update(padding={"strategy": {"Fixed": 1 << 60}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}), refused=False)
-    whole = {"deep JSON": b'{"a": ' + DEEP + b"}", "a long number": f'{{"version": {HUGE}}}'.encode(), "empty": b"", "a list": b"[]", "no UTF-8": b'{"\xff": 1}', "NUL bytes": bytes(1000)}
+    yield case(
+        "a unigram model of NaN",
+        lambda data: data.update(model={"type": "Unigram", "unk_id": 0, "vocab": [["a", float("nan")]]}),
+    )
+    yield case(
+        "a unigram model without pieces", lambda data: data.update(model={"type": "Unigram", "unk_id": 9, "vocab": []})
+    )
+    yield case(
+        "a padding of exabytes",
+        lambda data: data.update(
+            padding={
+                "strategy": {"Fixed": 1 << 60},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": "x",
+            }
+        ),
+        refused=False,
+    )
+    whole = {
+        "deep JSON": b'{"a": ' + DEEP + b"}",
+        "a long number": f'{{"version": {HUGE}}}'.encode(),
+        "empty": b"",
+        "a list": b"[]",
+        "no UTF-8": b'{"\xff": 1}',
+        "NUL bytes": bytes(1000),
+    }
     for name, content in whole.items():
         yield Hostile("tokenizer.json", name, alone("tokenizer.json", content), tries)
 
-    def settings(name: str, value: Any, source: Path = GOLDENS / "llama_slow", file: str = "tokenizer_config.json", *, refused: bool = True) -> Hostile:
+    def settings(
+        name: str,
+        value: Any,
+        source: Path = GOLDENS / "llama_slow",
+        file: str = "tokenizer_config.json",
+        *,
+        refused: bool = True,
+    ) -> Hostile:
         content = value if isinstance(value, bytes) else json.dumps(value)
         return Hostile("settings of tokenizers", name, with_file(file, content, source), tries, refused)
 
@@ -503,24 +621,86 @@ def tokenizer_cases() -> Iterator[Hostile]:
     wild = struct.pack("<I", units.nbytes) + units.tobytes() + b"a\0"
     leaf = np.full(1024, 0x100, np.uint32)
     yield Hostile("SentencePiece", "a map that leaves its table", proto(charsmap(wild)), tries)
-    yield Hostile("SentencePiece", "a map that leaves its texts", proto(charsmap(struct.pack("<I", leaf.nbytes) + leaf.tobytes() + b"a")), tries)
+    yield Hostile(
+        "SentencePiece",
+        "a map that leaves its texts",
+        proto(charsmap(struct.pack("<I", leaf.nbytes) + leaf.tobytes() + b"a")),
+        tries,
+    )
     yield Hostile("SentencePiece", "a map of four billion bytes", proto(charsmap(b"\xff" * 4 + bytes(2000))), tries)
     yield Hostile("SentencePiece", "a map that is too short", proto(charsmap(b"\1")), tries)
-    yield Hostile("SentencePiece", "a score of NaN", proto(lambda model: setattr(model.pieces[300], "score", float("nan"))), tries)
+    yield Hostile(
+        "SentencePiece", "a score of NaN", proto(lambda model: setattr(model.pieces[300], "score", float("nan"))), tries
+    )
     yield Hostile("SentencePiece", "no pieces", proto(lambda model: model.ClearField("pieces")), tries)
-    yield Hostile("SentencePiece", "no unknown piece", proto(lambda model: setattr(model.pieces[0], "type", 1)), tries)
-    yield Hostile("SentencePiece", "a byte that is none", proto(lambda model: setattr(model.pieces[5], "piece", "<0xZZ>")), tries)
-    yield Hostile("SentencePiece", "an empty piece", proto(lambda model: setattr(model.pieces[300], "piece", "")), tries)
-    yield Hostile("SentencePiece", "a piece twice", proto(lambda model: setattr(model.pieces[300], "piece", model.pieces[301].piece)), tries)
-    yield Hostile("SentencePiece", "a length of exabytes", alone("tokenizer.model", b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\x7f"), tries)
+    yield Hostile(
+        "SentencePiece", "no unknown piece", proto(lambda model: setattr(model.pieces[0], "type", 1)), tries, False
+    )
+    yield Hostile(
+        "SentencePiece", "a byte that is none", proto(lambda model: setattr(model.pieces[5], "piece", "<0xZZ>")), tries
+    )
+    yield Hostile(
+        "SentencePiece", "an empty piece", proto(lambda model: setattr(model.pieces[300], "piece", "")), tries
+    )
+    yield Hostile(
+        "SentencePiece",
+        "a piece twice",
+        proto(lambda model: setattr(model.pieces[300], "piece", model.pieces[301].piece)),
+        tries,
+    )
+    yield Hostile(
+        "SentencePiece",
+        "a length of exabytes",
+        alone("tokenizer.model", b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\x7f"),
+        tries,
+    )
     yield Hostile("SentencePiece", "groups in groups", alone("tokenizer.model", b"\x0b" * 100_000), tries)
-    yield Hostile("llama2.c's tokenizer", "a negative length", alone("tokenizer.bin", struct.pack("<ifi", 5, 0.0, -5) + b"abc"), tries)
-    yield Hostile("llama2.c's tokenizer", "a length of 2 GB", alone("tokenizer.bin", struct.pack("<ifi", 5, 0.0, (1 << 31) - 1) + b"abc"), tries)
-    yield Hostile("vocab.json", "ids of a billion", lambda folder: (alone("merges.txt", b"a b\n")(folder), alone("vocab.json", b'{"a": 0, "b": 1, "ab": 1000000000}')(folder))[1], tries)
-    yield Hostile("vocab.json", "ids beyond 32 bits", lambda folder: (alone("merges.txt", b"a b\n")(folder), alone("vocab.json", b'{"a": 0, "b": 1, "ab": 100000000000}')(folder))[1], tries)
-    yield Hostile("vocab.json", "deep JSON", lambda folder: (alone("merges.txt", b"a b\n")(folder), alone("vocab.json", DEEP)(folder))[1], tries)
+    yield Hostile(
+        "llama2.c's tokenizer",
+        "a negative length",
+        alone("tokenizer.bin", struct.pack("<ifi", 5, 0.0, -5) + b"abc"),
+        tries,
+    )
+    yield Hostile(
+        "llama2.c's tokenizer",
+        "a length of 2 GB",
+        alone("tokenizer.bin", struct.pack("<ifi", 5, 0.0, (1 << 31) - 1) + b"abc"),
+        tries,
+    )
+    yield Hostile(
+        "vocab.json",
+        "ids of a billion",
+        lambda folder: (
+            alone("merges.txt", b"a b\n")(folder),
+            alone("vocab.json", b'{"a": 0, "b": 1, "ab": 1000000000}')(folder),
+        )[1],
+        tries,
+    )
+    yield Hostile(
+        "vocab.json",
+        "ids beyond 32 bits",
+        lambda folder: (
+            alone("merges.txt", b"a b\n")(folder),
+            alone("vocab.json", b'{"a": 0, "b": 1, "ab": 100000000000}')(folder),
+        )[1],
+        tries,
+    )
+    yield Hostile(
+        "vocab.json",
+        "deep JSON",
+        lambda folder: (alone("merges.txt", b"a b\n")(folder), alone("vocab.json", DEEP)(folder))[1],
+        tries,
+    )
     yield Hostile("tiktoken", "ranks with 5000 digits", alone("tokenizer.model", b"YQ== " + b"9" * 5000), tries)
-    yield Hostile("tiktoken", "a rank beyond 32 bits", alone("x.tiktoken", b"".join(b"%s %d\n" % (__import__("base64").b64encode(bytes([b])), b << 40) for b in range(256))), tries)
+    yield Hostile(
+        "tiktoken",
+        "a rank beyond 32 bits",
+        alone(
+            "x.tiktoken",
+            b"".join(b"%s %d\n" % (__import__("base64").b64encode(bytes([b])), b << 40) for b in range(256)),
+        ),
+        tries,
+    )
 
 
 # Chat templates.
@@ -535,7 +715,7 @@ def template_cases() -> Iterator[Hostile]:
         "a long text by tilde": "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
         "a long text by plus": "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}",
         "a list that doubles": "{% set n = namespace(s=[1]) %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
-        "a great power": "{{ 10 ** 10 ** 10 }}", "a wide field": "{{ '%9999999999d' % 1 }}", "a wide format": "{{ '{:9999999999}'.format(1) }}",
+        "a great power": "{{ 10 ** (10 ** 10) }}", "a wide field": "{{ '%9999999999d' % 1 }}", "a wide format": "{{ '{:9999999999}'.format(1) }}",
         "a wide centre": "{{ 'a' | center(9999999999) }}", "a wide method": "{{ 'a'.ljust(9999999999) }}", "zeros": "{{ 'a'.zfill(9999999999) }}",
         "replacing that multiplies": "{% set n = namespace(s='a' * 1000) %}{% for i in range(9) %}{% set n.s = n.s.replace('a', n.s) %}{% endfor %}{{ n.s }}",
         "a filter that multiplies": "{% set n = namespace(s='a' * 1000) %}{% for i in range(9) %}{% set n.s = n.s | replace('a', n.s) %}{% endfor %}{{ n.s }}",
@@ -545,7 +725,13 @@ def template_cases() -> Iterator[Hostile]:
         "an include": "{% include '/etc/passwd' %}", "deep brackets": "{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}", "a syntax error": "{% if %}", "escapes": "{{ raise_exception('\\x1b[2J') }}",
         "attributes by a filter": "{{ '' | attr('__class__') }}", "formats of attributes": "{{ '{0.__class__.__mro__}'.format(raise_exception) }}", "padding by indents": "{{ 'a\\nb' | indent(9999999999) }}",
     }.items():  # fmt: skip
-        yield Hostile("chat template", name, alone("chat.jinja", template.encode()), entered, name not in ("attributes by a filter", "formats of attributes", "a class", "a global"))
+        yield Hostile(
+            "chat template",
+            name,
+            alone("chat.jinja", template.encode()),
+            entered,
+            name not in ("attributes by a filter", "formats of attributes", "a class", "a global"),
+        )
 
 
 # Data.
@@ -576,11 +762,22 @@ def data_cases() -> Iterator[Hostile]:
         ("llm.c's header of 2 billion tokens", "a.bin", struct.pack("<3i", 20240520, 1, (1 << 31) - 1) + bytes(1012)), ("an odd number of bytes", "a.bin", b"abc"),
         ("a negative count", "a.bin", struct.pack("<3i", 20240520, 1, -1) + bytes(1012)), ("a damaged tar", "a.tar", b"a" * 1024),
     ):  # fmt: skip
-        yield Hostile("corpus", f"{name} in {file}", alone(file, content), reads)
+        yield Hostile(
+            "corpus", f"{name} in {file}", alone(file, content), reads, name != "half a pair"
+        )  # of which `prepare` tells
     yield Hostile("corpus", "an inflating gzip", alone("a.jsonl.gz", gz), reads)
 
 
 def cases() -> list[Hostile]:
     """Return all of them, in a fixed order."""
-    makers = (safetensors_cases, torch_cases, meta_cases, config_cases, gguf_cases, tokenizer_cases, template_cases, data_cases)
+    makers = (
+        safetensors_cases,
+        torch_cases,
+        meta_cases,
+        config_cases,
+        gguf_cases,
+        tokenizer_cases,
+        template_cases,
+        data_cases,
+    )
     return [case for maker in makers for case in maker()]

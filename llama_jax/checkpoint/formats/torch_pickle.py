@@ -89,9 +89,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 # What torch.save writes, in any protocol from 2 on. Without the others nothing is allocated before it is read, and no
 # key of a dictionary is a tuple before `_set` has seen it: one that is nested deep ends the process when it is hashed.
-_OPCODES = (
-    b"\x80\x95.(N\x88\x89JKM\x8a\x8bGXTU\x8c\x8dBC})\x85\x86\x87t]aecsu\x93RbQqrjh\x940"  # from PROTO to POP
-)
+_OPCODES = b"\x80\x95.(N\x88\x89JKM\x8a\x8bGXTU\x8c\x8dBC})\x85\x86\x87t]aecsu\x93RbQqrjh\x940"  # from PROTO to POP
 _Base: Any = pickle._Unpickler  # type: ignore[attr-defined]  # Python's own: its memo is a dictionary, C's an array
 
 
