@@ -207,14 +207,8 @@ def _border(data: Json, splitting: pre_tokenizers.PreTokenizer | None) -> re.Pat
         token for token in data["added_tokens"]
         if re.search(r"\s", token["content"]) or token["lstrip"] or token["rstrip"] or token["single_word"]
     ]  # fmt: skip
-    llama = {"Prepend": SPACE, "Replace": [{"String": " "}, SPACE]}
-    steps = {
-        step["type"]: step.get("prepend") or [step.get("pattern"), step.get("content")]
-        for step in (data["normalizer"] or {}).get("normalizers", [])
-    }
-    if splitting is None and steps == llama and data["model"]["type"] == "BPE" and not reaching:
-        across = any(SPACE in piece.lstrip(SPACE) for piece in data["model"]["vocab"])
-        return None if across else AT_SPACES
+    if splitting is None and data["normalizer"] == LLAMA and data["model"]["type"] == "BPE" and not reaching:
+        return None if any(SPACE in piece.lstrip(SPACE) for piece in data["model"]["vocab"]) else AT_SPACES
     if not (plain and (own or by_expression)) or reaching:
         return None
     at_line_ends = "" if parts[-1].get("add_prefix_space") else r"|(?<=\S\n)(?=\w)"
@@ -283,6 +277,14 @@ def byte_letters() -> list[str]:
 
 # Decoders whose text of a token depends on nothing but the token, and on whether it is the first.
 LOCAL = {"Metaspace", "WordPiece", "Replace", "Strip"}
+# Llama's spaces.
+LLAMA = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": SPACE},
+        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+    ],
+}
 BYTE_NAME = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 

@@ -36,6 +36,7 @@ _STORAGES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
+_SMALL = 1 << 20  # bytes of a tensor that may be larger than its storage
 # First bytes of files from before PyTorch 1.6: a pickled long of ten bytes, in protocol 2 (PyTorch's default) or a
 # later one, which has frames.
 _MAGIC = re.compile(rb"\x80[\x02-\x05](\x95.{8})?\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", re.DOTALL)
@@ -64,7 +65,8 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
     if not all(isinstance(n, int) and 0 <= n < 1 << 63 for n in (offset, *shape, *strides)):
         raise pickle.UnpicklingError("a tensor with impossible sizes")
     itemsize = storage.dtype.itemsize
-    if max(offset + extent(shape, strides), math.prod(shape)) * itemsize > storage.nbytes:
+    repeats = math.prod(shape) * itemsize > max(storage.nbytes, _SMALL)  # of what has a stride of 0
+    if (offset + extent(shape, strides)) * itemsize > storage.nbytes or repeats:
         raise pickle.UnpicklingError("a tensor larger than its storage")
     return stored(storage.file, storage.offset + offset * itemsize, storage.dtype, tuple(shape), tuple(strides))
 
