@@ -1,9 +1,12 @@
-"""The process that reads hostile inputs: `hostile_child.py LOG FIRST`; each has a line in LOG before and one after it.
+"""The process that reads hostile inputs: `hostile_child.py LOG FIRST [COUNT]`, a line in LOG before and after each.
+
+With a COUNT they are that many changed files for each reader, else the table of files that were made to harm.
 
 It may be killed by an input: the test starts another behind it.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -36,15 +39,17 @@ def note(log: IO[str], **values: Any) -> None:
     log.flush()
 
 
-def main(log_file: str, first: int) -> None:
-    import hostile_cases
+def main(log_file: str, first: int, count: int) -> None:
+    import hostile_fuzz
+    import hostile_texts
 
     from llama_jax.config import UserError
 
-    cases = hostile_cases.cases()
+    with tempfile.TemporaryDirectory() as folder:
+        cases = list(hostile_fuzz.cases(Path(folder), count)) if count else hostile_texts.cases()
     guard()
     with open(log_file, "a") as log:
-        for number, case in list(enumerate(cases))[first:]:
+        for number, case in itertools.islice(enumerate(cases), first, None):
             with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
                 path = case.make(Path(folder))
                 files = path.rglob("*") if path.is_dir() else [path]
@@ -66,4 +71,4 @@ def main(log_file: str, first: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), int((*sys.argv, 0)[3]))

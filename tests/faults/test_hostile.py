@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import hostile_cases
+import hostile_fuzz
+import hostile_texts
 import pytest
+from hostile_cases import Hostile
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+PLACES = (ROOT, HERE, ROOT / "tests")
 SECONDS = 20.0  # of processor time for an input
 MEMORY = 400 << 20  # bytes beyond four times the input
 
@@ -20,7 +23,7 @@ MEMORY = 400 << 20  # bytes beyond four times the input
 def in_a_child(program: str, log: Path, count: int, *arguments: str) -> dict[int, dict[str, Any]]:
     """Return what the program logs about each of `count` inputs; it is started again behind one that killed it."""
     found: dict[int, dict[str, Any]] = {}
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{HERE}", "JAX_PLATFORMS": "cpu", "RUST_BACKTRACE": "0"}
+    environment = os.environ | {"PYTHONPATH": ":".join(map(str, PLACES)), "JAX_PLATFORMS": "cpu", "RUST_BACKTRACE": "0"}
     while len(found) < count:
         done = subprocess.run(
             [sys.executable, HERE / program, log, str(len(found)), *arguments],
@@ -38,7 +41,7 @@ def in_a_child(program: str, log: Path, count: int, *arguments: str) -> dict[int
     return found
 
 
-def problem(case: hostile_cases.Hostile, entry: dict[str, Any]) -> str:
+def problem(case: Hostile, entry: dict[str, Any]) -> str:
     """Return what was not as promised with an input, or ""."""
     outcome = entry["outcome"]
     if entry.get("canary"):
@@ -52,25 +55,31 @@ def problem(case: hostile_cases.Hostile, entry: dict[str, Any]) -> str:
     return ""
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
-    log = tmp_path_factory.mktemp("hostile") / "log.jsonl"
-    return in_a_child("hostile_child.py", log, len(hostile_cases.cases()))
-
-
-def test_hostile_files_are_refused(outcomes, tally):
-    cases = hostile_cases.cases()
-    assert len(cases) > 200
-    by_format: dict[str, list[int]] = collections.defaultdict(list)
+def tell(cases: list[Hostile], outcomes: dict[int, dict[str, Any]], what: str, tally: Any) -> None:
+    """Tally the inputs of each format. Fails with all that was not as promised."""
+    held: dict[str, list[bool]] = collections.defaultdict(list)
     problems = []
     for number, case in enumerate(cases):
         found = problem(case, outcomes[number])
-        by_format[case.format].append(not found)
-        if found:
-            problems.append(f"{case.format}, {case.name}: {found}")
+        held[case.format].append(not found)
+        problems += [f"{case.format}, {case.name}: {found}"] if found else []
     most, longest = (max(entry[key] for entry in outcomes.values()) for key in ("grown", "seconds"))
     figures = f"at most {most >> 20} MB and {longest:.1f} s of processor time for one of all formats"
     assert not problems, "\n".join(problems)
-    for format, held in by_format.items():
-        promise = "refused in a sentence, no code run, memory and time bounded"
-        tally(f"hostile files: {format}", promise, tried=len(held), held=sum(held), figures=figures)
+    for format, good in held.items():
+        promise = "read, or refused in a sentence; no code run, memory and time bounded"
+        tally(f"{what}: {format}", promise, tried=len(good), held=sum(good), figures=figures)
+
+
+@pytest.mark.slow
+def test_files_that_were_made_to_harm(tmp_path: Path, tally):
+    cases = hostile_texts.cases()
+    assert len(cases) > 250
+    tell(cases, in_a_child("hostile_child.py", tmp_path / "log.jsonl", len(cases)), "hostile files", tally)
+
+
+def test_files_that_are_changed_at_random(tmp_path: Path, tally, num_trials):
+    count = num_trials(10, 1000)
+    cases = list(hostile_fuzz.cases(tmp_path, count))
+    outcomes = in_a_child("hostile_child.py", tmp_path / "log.jsonl", len(cases), str(count))
+    tell(cases, outcomes, "files changed at random", tally)
