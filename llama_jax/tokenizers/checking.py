@@ -28,8 +28,8 @@ def check_model(content: bytes) -> None:
     for spec in (model.normalizer_spec, model.denormalizer_spec):
         if spec.precompiled_charsmap:
             _check_map(spec.precompiled_charsmap)
-    if any(not math.isfinite(piece.score) for piece in model.pieces):
-        raise RuntimeError("a score that is no number")
+    if any(not isinstance(piece.piece, str) or not math.isfinite(piece.score) for piece in model.pieces):
+        raise RuntimeError("a piece that is no UTF-8, or a score that is no number")
     byte = [piece.piece for piece in model.pieces if piece.type == 6]  # BYTE
     if any(len(name) != 6 or name[:3] != "<0x" or name[5] != ">" for name in byte):
         raise RuntimeError("a byte that is none")
@@ -89,10 +89,10 @@ def cuts_at_spaces(model: Any) -> bool:
 
 @contextlib.contextmanager
 def library() -> Iterator[None]:
-    """Raise UserError for a panic of the `tokenizers` library, which is no Exception: an expression without end."""
+    """Raise UserError for an error of the `tokenizers` library: an Exception, or a panic, which is none."""
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"the tokenizer's file makes its library fail ({str(error)[:200]}): get it again") from None

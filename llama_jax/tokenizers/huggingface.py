@@ -164,10 +164,7 @@ def json_tokenizer(path: Path, content: bytes, settings: Settings) -> HuggingFac
     if path.name == "tokenizer.json" and companion.is_file():
         files[COMPANION] = companion.read_bytes()
     with library():
-        try:
-            tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(str(error)) from None
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
         return HuggingFaceTokenizer(tokenizer, files, settings, model=json.loads(content)["model"])
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Small whole files of every format with bytes flipped, cut off, put in and taken from elsewhere."""
 
 import io
@@ -35,7 +36,13 @@ def weights(path: Path) -> None:
 
 def whole(directory: Path, name: str, enter: Callable[[Path], object] = tries) -> "Seed":
     return Seed(
-        {file.name: file.read_bytes() for file in directory.iterdir() if file.suffix != ".safetensors"}, name, enter
+        {
+            file.name: file.read_bytes()
+            for file in directory.iterdir()
+            if name == "config.json" or file.suffix != ".safetensors"
+        },
+        name,
+        enter,
     )
 
 
@@ -89,7 +96,7 @@ def seeds(folder: Path) -> dict[str, Seed]:
         "pickle": of_file("pytorch_model.bin", as_zip(b"\x80\x02}" + text("w") + a_tensor() + b"s."), weights),
         "old pickle": of_file("pytorch_model.bin", old_pickle(), weights),
         "llama2.c": of_file("model.bin", llama2c(), read_llama2c),
-        "GGUF": of_file("model.gguf", gguf[:6000], read_header),
+        "GGUF": of_file("model.gguf", gguf, read_header),
         "GGUF's tokenizer": of_file("model.gguf", gguf, tries),
         "config.json": whole(LLAMA, "config.json", lambda path: config_of(path.parent)),
         "generation_config.json": whole(LLAMA, "generation_config.json", lambda path: read_generation(path.parent)),
@@ -101,7 +108,9 @@ def seeds(folder: Path) -> dict[str, Seed]:
         "merges.txt": whole(GPT2, "merges.txt"),
         "vocab.txt": whole(GOLDENS / "bert", "vocab.txt"),
         "chat template": of_file(
-            "a.jinja", template, lambda path: render(path.read_bytes().decode(errors="replace"), messages, {})
+            "a.jinja",
+            template,
+            lambda path: render(path.read_bytes().decode(errors="replace"), messages, {"bos_token": "<s>"}),
         ),
         "JSONL": of_file("a.jsonl", lines, reads),
         "JSON": of_file("a.json", b"[" + lines[:17] + b", " + lines[:17] + b"]", reads),

@@ -10,18 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hostile_cases import (
-    DEEP,
-    GOLDENS,
-    HUGE,
-    Hostile,
-    alone,
-    config_cases,
-    meta_cases,
-    safetensors_cases,
-    torch_cases,
-    with_file,
-)
+from hostile_cases import DEEP, GOLDENS, HUGE, Hostile, alone, safetensors_cases, torch_cases, with_file
+from hostile_configs import config_cases, meta_cases
 from sentencepiece import sentencepiece_model_pb2
 
 from llama_jax.config import UserError

@@ -78,6 +78,14 @@ def test_files_that_were_made_to_harm(tmp_path: Path, tally):
     tell(cases, in_a_child("hostile_child.py", tmp_path / "log.jsonl", len(cases)), "hostile files", tally)
 
 
+def test_the_files_that_are_changed_are_whole(tmp_path: Path):
+    for name, seed in hostile_fuzz.seeds(tmp_path).items():
+        (folder := tmp_path / f"of {name}").mkdir()
+        for file, content in seed.files.items():
+            (folder / file).write_bytes(content)
+        seed.enter(folder / seed.name)
+
+
 def test_files_that_are_changed_at_random(tmp_path: Path, tally, num_trials):
     count = num_trials(10, 1000)
     cases = list(hostile_fuzz.cases(tmp_path, count))

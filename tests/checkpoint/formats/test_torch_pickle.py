@@ -125,7 +125,7 @@ def test_other_files_are_refused(tmp_path):
         read_torch(_write(tmp_path / "number.pth", pickle.dumps(3)))
     with pytest.raises(UserError, match="'step'"):
         read_torch(_write(tmp_path / "entry.pth", pickle.dumps({"step": 3})))
-    with pytest.raises(UserError, match="at 'archive/data.pkl'"):
+    with pytest.raises(UserError, match=r"at 'archive/data\.pkl'"):
         read_torch(_write(tmp_path / "deflated.pth", pickle.dumps({}), compression=zipfile.ZIP_DEFLATED))
 
 
