@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-SECONDS = 25  # of processor time, until the process is killed
+SECONDS = 30  # until the process is killed
 MEMORY = 12 << 30  # bytes of address space beyond those of the imports
 
 
