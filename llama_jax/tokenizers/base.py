@@ -76,8 +76,6 @@ class Tokenizer(abc.ABC):
     unk_id: int | None
     special_tokens: Mapping[str, int]
     files: Mapping[str, bytes]
-    # What is left out between two texts whose ids are, one after the other, those of the whole; None is not known.
-    border: re.Pattern[str] | None = None
 
     @abc.abstractmethod
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -86,6 +84,11 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def stream(self) -> TextStream:
         """Return a decoder that takes the ids one by one and never emits half a character."""
+
+    @functools.cached_property
+    def border(self) -> re.Pattern[str] | None:
+        """What is left out between two texts whose ids are, one after the other, those of the whole; None: not known."""
+        return None
 
     @functools.cached_property
     def start_ids(self) -> tuple[int, ...]:
@@ -199,7 +202,7 @@ class Tokenizer(abc.ABC):
         A long text is cut where `border` matches: the libraries take up to 200 bytes for each of its bytes.
         """
         is_long = any(isinstance(text, str) and len(text) > PIECE_CHARS for text in texts)
-        if self.border is None or not is_long:
+        if not is_long or self.border is None:
             return [np.array(ids, np.int32) for ids in self._encode_checked(texts)]
         return [self._encode_pieces(text, self.border) for text in texts]
 

@@ -15,6 +15,7 @@ from llama_jax.config import UserError
 
 SPACE = "\u2581"  # a space inside pieces of SentencePiece
 AT_SPACES = re.compile("(?<=[a-z]) (?=[A-Za-z])")  # where the words of a text have a space of their own
+MAX_IDS = 1 << 22  # of a vocabulary: its tables have an entry for each id, also for those without a token
 MAX_GROWTH = 1024.0  # times that normalizers and decoders may lengthen a text
 _LEAF, _HAS_LEAF = 1 << 31, 1 << 8  # bits of a unit of darts-clone
 
@@ -53,6 +54,13 @@ def _check_map(content: bytes) -> None:
     values = units[reached[units[inner] & _HAS_LEAF != 0]] & ~np.uint32(_LEAF)
     if np.any(values >= len(content) - 4 - size):
         raise RuntimeError("a map of characters that leaves its texts")
+
+
+def check_ids(vocab_size: int) -> int:
+    """Return the number of ids. Raises ValueError where there are none, or more than any tokenizer has."""
+    if not 0 < vocab_size <= MAX_IDS:
+        raise ValueError(f"its ids reach {vocab_size - 1}, and {MAX_IDS} are read")
+    return vocab_size
 
 
 def check_json(content: bytes) -> None:

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from llama_jax.config import Json
 from llama_jax.tokenizers.base import COMPANION, TextStream, Tokenizer
-from llama_jax.tokenizers.checking import AT_SPACES, SPACE, check_json, library
+from llama_jax.tokenizers.checking import AT_SPACES, SPACE, check_ids, check_json, library
 from llama_jax.tokenizers.settings import KEYS, Settings, exported, guess
 
 # Usual names of these tokens, tried where no setting names one.
@@ -61,7 +61,7 @@ class HuggingFaceTokenizer(Tokenizer):
         tokenizer.no_padding()
         _add(tokenizer, settings)
         self._tokenizer, self._settings = tokenizer, settings
-        self.vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
+        self.vocab_size = check_ids(max(tokenizer.get_vocab().values(), default=-1) + 1)
         self.bos_id, self.pad_id = self._special("bos_token"), self._special("pad_token")
         ends = [self._special("eos_token"), *map(tokenizer.token_to_id, TURN_END_NAMES)]
         self.eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
@@ -78,8 +78,12 @@ class HuggingFaceTokenizer(Tokenizer):
         special = {token.content for i, token in self._added.items() if token.special and i != self.unk_id}
         if names := reachable_names(tokenizer, model or {}, special):
             _cut(tokenizer, names)
-        self.border = _border(json.loads(tokenizer.to_str()), self._splitting)
         tokenizer.encode_special_tokens = True  # "</s>" in a text is text: data must not be able to inject them
+
+    @functools.cached_property
+    @override
+    def border(self) -> re.Pattern[str] | None:
+        return _border(json.loads(self._tokenizer.to_str()), self._splitting)
 
     def _special(self, key: str) -> int | None:
         name, settings = self._settings.name(key), self._settings

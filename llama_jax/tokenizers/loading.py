@@ -8,6 +8,7 @@ from llama_jax.config import UserError
 from llama_jax.gguf_header import gguf_file, is_gguf
 from llama_jax.remote import local_copy
 from llama_jax.tokenizers.base import RULE_FILE, TEMPLATE_DIRECTORY, Tokenizer
+from llama_jax.tokenizers.checking import check_ids
 from llama_jax.tokenizers.gguf import gguf_tokenizer
 from llama_jax.tokenizers.huggingface import json_tokenizer
 from llama_jax.tokenizers.marian import marian_tokenizer
@@ -20,7 +21,6 @@ FILE_NAMES = (
     "tokenizer.json", "tokenizer.model", "source.spm", "spiece.model", "vocab.json", "vocab.txt",
     "sentencepiece.bpe.model",
 )  # fmt: skip
-MAX_IDS = 1 << 22  # of a vocabulary: its tables have an entry for each id, also for those without a token
 # Names of files that may belong to a tokenizer in a directory of a store, which may hold weights as well.
 STORED = ("*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.jinja")
 
@@ -60,8 +60,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         settings, content = read_settings(path.parent), path.read_bytes()
         found = next(found for read in READERS if (found := read(path, content, settings)) is not None)
-        if not 0 < found.vocab_size <= MAX_IDS:
-            raise ValueError(f"its ids reach {found.vocab_size - 1}, and {MAX_IDS} are read")
+        check_ids(found.vocab_size)
         return found
     except RuntimeError:
         raise UserError(

@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Small whole files of every format with bytes flipped, cut off, put in and taken from elsewhere."""
 
 import io
