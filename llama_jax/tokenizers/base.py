@@ -87,7 +87,7 @@ class Tokenizer(abc.ABC):
 
     @functools.cached_property
     def border(self) -> re.Pattern[str] | None:
-        """What is left out between two texts whose ids are, one after the other, those of the whole; None: not known."""
+        """What is left out between two texts whose ids are, one after the other, those of the whole; None: unknown."""
         return None
 
     @functools.cached_property

@@ -13,7 +13,8 @@ GOLDENS = Path(__file__).parents[1] / "directories" / "goldens"
 # Everything that the ways to split a text tell apart, and what tokenizers add.
 PARTS = (
     *"abcxyz ABC 0189 .,!?'\"()- \n\n\r\t  _#$<>/é中文ßﬁΩ☃🙂",
-    *["the cat", " sat on", "a b"] * 8, " sat", "  on", "'s", "'ll", "...", "e\u0301", "<s>", "</s>", "[SEP]", "<|endoftext|>", "\u2581", "\r\n", "a\nb", ".\nc",
+    *["the cat", " sat on", "a b"] * 8,
+    " sat", "'s", "'ll", "...", "e\u0301", "<s>", "</s>", "[SEP]", "<|endoftext|>", "\u2581", "\r\n", "a\nb", ".\nc",
     *string.ascii_letters,
 )  # fmt: skip
 
