@@ -177,7 +177,11 @@ def read_contents(
 
 def _check_finite(path: Path, params: Mapping[str, jax.Array]) -> None:
     """Raise UserError for a parameter that has NaN or an infinity, in the words of the first such layer."""
-    found = jax.jit(lambda values: jax.tree.map(lambda x: jnp.isfinite(x).all(range(1, x.ndim)), values))(params)
+
+    def finite(values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        return {n: jnp.isfinite(x).all(tuple(range(int(is_stacked(n)), x.ndim))) for n, x in values.items()}
+
+    found = jax.jit(finite)(dict(params))
     for name, is_finite in found.items():
         if not (good := np.asarray(is_finite)).all():
             layer = f" of its layer {good.argmin()} of {good.size}" if is_stacked(name) else ""

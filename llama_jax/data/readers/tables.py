@@ -25,7 +25,7 @@ def _arrow(path: str) -> Iterator[ModuleType]:
         raise UserError(f"'{path}' needs the package pyarrow: pip install 'llama_jax[parquet]'") from None
     try:
         yield pyarrow
-    except (pyarrow.ArrowException, OSError, EOFError, MemoryError) as error:  # the last where a length is damaged
+    except (pyarrow.ArrowException, OSError, EOFError, MemoryError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"'{path}' is a damaged file ({reason}): get it again or leave it out") from None
 
