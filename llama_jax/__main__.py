@@ -22,6 +22,7 @@ from llama_jax.installation import missing_package
 from llama_jax.parser import BASE, DTYPE, IGNORED_KEYS, MESH, RUN_PATH, STEP, TOKENIZER, Argument, Command, Parser, flag
 from llama_jax.sample_flags import SAMPLE
 from llama_jax.serve_command import SERVE
+from llama_jax.values import printable
 
 # Settings of glibc's allocator, read when a process starts: a training step on a CPU takes and frees all of its memory,
 # so that huge pages that are kept save much of its time (benchmarks/ has the figures).
@@ -271,7 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(parse(sys.argv[1:] if argv is None else argv))
     except (UserError, KeyboardInterrupt) as error:
-        print(f"error: {error}" if isinstance(error, UserError) else "interrupted", file=sys.stderr)
+        sentence = f"error: {printable(str(error), keep=chr(10))}"
+        print(sentence if isinstance(error, UserError) else "interrupted", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 130
     except BrokenPipeError:  # the reader of our output has closed it (`| head`); Python's own flush would raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -16,6 +16,7 @@ from llama_jax.figures import COLORS, EXTRA, UNITS, counted, smooth
 from llama_jax.remote import local_path
 from llama_jax.run import LAST_LINES, Row, choose_metric, compare_runs, differing_keys, find_runs, rows_of
 from llama_jax.screen import duration
+from llama_jax.values import printable as printable
 
 MAX_CURVES = len(COLORS)  # in a plot: those of the best rows
 MARKS = "abcdefg"  # of curves on a terminal without colours
@@ -61,11 +62,6 @@ def print_lines(console: Console, texts: Sequence[str]) -> None:
     """Print lines, on a terminal broken where it ends."""
     for line in map(printable, texts):
         print(textwrap.fill(line, console.width) if console.is_terminal else line)
-
-
-def printable(text: str) -> str:
-    """Return text from a file without what a terminal would obey: control and direction characters are written out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def as_json(row: Row, keys: Mapping[str, str], metric: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import fsspec
 
 from llama_jax.config import UserError
 from llama_jax.files import lock, replacing, write_text
+from llama_jax.values import printable
 
 _URL = re.compile(r"((?:[a-zA-Z][\w+.-]+::)*[a-zA-Z][\w+.-]+):(/+|$)")  # at least two letters: `c:/` is a drive
 _LOCAL = re.compile(r"(file|local):/*")
@@ -73,10 +74,10 @@ def default_cache() -> Path:
 
 
 def with_urls(sentence: str) -> str:
-    """Return `sentence` with URLs in place of the local paths of their mirrors."""
+    """Return `sentence` as it is printed: URLs in place of the local paths of their mirrors, no control characters."""
     for path, url in _mirrors.items():
         sentence = sentence.replace(path, url)
-    return sentence
+    return printable(sentence, keep="\n\t")
 
 
 class Mirror:

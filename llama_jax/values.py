@@ -121,6 +121,11 @@ def parse(annotation: Any, value: Any) -> Any:
     raise Mismatch
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Return the text with escapes for its control characters but those of `keep`: they may come from a file."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
 def near_names(name: str, names: Sequence[str]) -> list[str]:
     """Return those of `names` that a wrong one may mean: parts of it, letter case and dashes aside, or near it."""
     plain = {n: re.sub(r"[\W_]", "", n).lower() for n in (name, *names)}

@@ -123,7 +123,7 @@ def read_generation(
             raise _wrong(file, key, count)
         found[key] = count
     penalty = data.pop("repetition_penalty", 1.0)
-    if type(penalty) not in (int, float) or not 0 < penalty < float("inf"):
+    if type(penalty) not in (int, float) or not 0 < penalty < 1e30:
         raise _wrong(file, "repetition_penalty", penalty)
     unknown = tuple(key for key, idle in UNFOLLOWED_KEYS.items() if data.get(key) and data[key] not in idle)
     return GenerationSettings(

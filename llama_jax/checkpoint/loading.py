@@ -6,7 +6,7 @@ import functools
 import importlib
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from llama_jax.checkpoint.steps import CHECKPOINTS_DIRECTORY, damage, model_file
 from llama_jax.checkpoint.store import CheckpointStore
 from llama_jax.config import UserError, from_json, read_json
 from llama_jax.data import ChatTemplate
-from llama_jax.models import Compute, Model, ModelConfig, abstract_params, from_params
-from llama_jax.parallel import make_mesh
+from llama_jax.models import Compute, Model, ModelConfig, abstract_params, from_params, is_stacked
+from llama_jax.parallel import distributed, make_mesh, platform
 from llama_jax.remote import fetch_beside, is_remote, local_copy
 from llama_jax.tokenizers import Tokenizer, load_saved_tokenizer, load_tokenizer
 
@@ -155,6 +155,7 @@ def read_contents(
         config, tokenizer_path = source.config, source.tokenizer
         abstract = abstract_params(config, dtype or jnp.float32)
         params = load_params(source, stored_dtypes(source, abstract) if dtype is None else abstract)
+    _check_finite(path, params)
     if tokenizer is None and tokenizer_path is not None and tokenizer_path.exists():
         of_sources = config.has_source
         tokenizer = kept_tokenizer(tokenizer_path, of_sources=of_sources) if native else load_tokenizer(tokenizer_path)
@@ -177,6 +178,22 @@ def kept_tokenizer(directory: Path, *, of_sources: bool) -> Tokenizer:
     if (problem := damage(directory)) is not None:
         raise UserError(f"the tokenizer in {problem}: put a good copy in its place")
     return load_saved_tokenizer(directory, of_sources=of_sources)
+
+
+def _check_finite(path: Path, params: Mapping[str, jax.Array]) -> None:
+    """Raise UserError for a parameter that has NaN or an infinity, in the words of the first such layer."""
+
+    def finite(values: Mapping[str, Any], isfinite: Callable[..., Any]) -> dict[str, Any]:
+        return {n: isfinite(x).all(tuple(range(int(is_stacked(n)), x.ndim))) for n, x in values.items()}
+
+    if platform() == "cpu" and not distributed.several():  # in place, and nothing is compiled
+        found = finite({name: np.asarray(x) for name, x in params.items()}, np.isfinite)
+    else:
+        found = jax.jit(functools.partial(finite, isfinite=jnp.isfinite))(dict(params))
+    for name, is_finite in found.items():
+        if not (good := np.asarray(is_finite)).all():
+            layer = f" of its layer {good.argmin()} of {good.size}" if is_stacked(name) else ""
+            raise UserError(f"'{path}' has NaN or infinity in '{name}'{layer}: take another step, or download it again")
 
 
 def _opened(path: Path, base: str | Path | None = None, ignore_config_keys: Collection[str] = ()) -> WeightSource:

@@ -1,6 +1,7 @@
 """LoRA adapters in the format of PEFT, merged into the weights of their base while these are read."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -81,7 +82,7 @@ def _base_of(path: Path, data: Json, base: str | Path | None) -> Path:
         return local_copy(base) if is_remote(base) else Path(base)
     name = data.get("base_model_name_or_path")
     for place in (path / name, Path(name)) if isinstance(name, str) and name else ():
-        if place.is_dir():
+        if os.path.isdir(place):  # False for a name that no disk can have
             return place
     raise UserError(f"the base of the adapter '{path}', '{name}', is no directory here: give its path as base")
 
@@ -141,8 +142,13 @@ def _read(path: Path) -> Tensors:
 def _scale(data: Json, module: str, a: Tensor) -> float:
     """Return the factor of a module's product; a key of `alpha_pattern` is the end of its name, or a pattern for it."""
     alphas = data.get("alpha_pattern") or {}
+    # Repeated groups of an expression can take for ever.
+    if not isinstance(alphas, dict) or not all(re.fullmatch(r"[\w.\\^$|*-]{0,200}", key) for key in alphas):
+        raise UserError(f"alpha_pattern={alphas} must be factors by the names of modules: mend {ADAPTER_CONFIG}")
     alpha = next((alphas[key] for key in alphas if re.match(rf"(.*\.)?({key})$", module)), data.get("lora_alpha", 8))
-    rank = a.shape[0]
+    if type(alpha) not in (int, float) or not abs(alpha) < 1e30:
+        raise UserError(f"lora_alpha={alpha} must be a finite number: mend {ADAPTER_CONFIG}")
+    rank = max(1, a.shape[0])
     return alpha / (rank**0.5 if data.get("use_rslora") else rank)
 
 

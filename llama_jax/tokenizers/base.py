@@ -1,13 +1,15 @@
 """The interface of all tokenizers."""
 
 import abc
+import array
 import copy
 import functools
 import hashlib
+import itertools
 import json
 import operator
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from llama_jax.files import write_files
 from llama_jax.remote import as_local, uploaded, url_of
 
 RULE_FILE = "prompt_rule.json"
+PIECE_CHARS, PIECES = 1 << 16, 8  # of a long text that is encoded, and how many at a time
 COMPANION = "tokenizer.model"  # next to a tokenizer.json, for programs that read no other; it is passed on
 SETTINGS_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -27,6 +30,15 @@ def deciding(names: Collection[str]) -> list[str]:
     """Return those of a tokenizer's files, by name, on which the ids of documents depend."""
     others = {RULE_FILE} | ({COMPANION} if "tokenizer.json" in names else set())
     return sorted(name for name in names if name not in others and not name.endswith(".jinja"))
+
+
+def _pieces(text: str, border: re.Pattern[str]) -> Iterator[str]:
+    """Yield the text in pieces of PIECE_CHARS or more that end where `border` matches."""
+    start = 0
+    while match := border.search(text, start + PIECE_CHARS):
+        yield text[start : match.start()]
+        start = match.end()
+    yield text[start:]
 
 
 class TextStream(abc.ABC):
@@ -74,6 +86,11 @@ class Tokenizer(abc.ABC):
         """Return a decoder that takes the ids one by one and never emits half a character."""
 
     @functools.cached_property
+    def border(self) -> re.Pattern[str] | None:
+        """What is left out between two texts whose ids are, one after the other, those of the whole; None: unknown."""
+        return None
+
+    @functools.cached_property
     def start_ids(self) -> tuple[int, ...]:
         """Ids that begin a document: BOS, where there is one; more in some families."""
         return () if self.bos_id is None else (self.bos_id,)
@@ -110,8 +127,11 @@ class Tokenizer(abc.ABC):
     def _rule(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if RULE_FILE not in self.files:
             return self._affixes()
-        rule = json.loads(self.files[RULE_FILE])
-        return tuple(rule["prefix_ids"]), tuple(rule["suffix_ids"])
+        try:
+            rule = json.loads(self.files[RULE_FILE])
+            return tuple(self.check_ids(rule["prefix_ids"])), tuple(self.check_ids(rule["suffix_ids"]))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise UserError(f"{RULE_FILE} of the tokenizer is damaged: repair it, or take it away") from None
 
     def _affixes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return prefix and suffix of a prompt as the files have them, where no `with_rule` has set others."""
@@ -159,7 +179,9 @@ class Tokenizer(abc.ABC):
                     templates["default"] = content.decode()
                 elif name.startswith(TEMPLATE_DIRECTORY + "/"):
                     templates[Path(name).stem] = content.decode()
-        except (AttributeError, KeyError, TypeError, ValueError):
+            if not all(isinstance(template, str) for template in templates.values()):
+                raise TypeError
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
             raise UserError(
                 f"the tokenizer's chat templates are damaged: repair chat_template in {SETTINGS_FILE}, or the file "
                 f"{TEMPLATE_FILE}"
@@ -175,8 +197,21 @@ class Tokenizer(abc.ABC):
         return {name: content for name, content in self.files.items() if name != RULE_FILE}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of every text as int32 arrays, without special tokens, encoded on all cores."""
-        return [np.array(ids, np.int32) for ids in self._encode_checked(texts)]
+        """Return the ids of every text as int32 arrays, without special tokens, encoded on all cores.
+
+        A long text is cut where `border` matches: the libraries take up to 200 bytes for each of its bytes.
+        """
+        is_long = any(isinstance(text, str) and len(text) > PIECE_CHARS for text in texts)
+        if not is_long or self.border is None:
+            return [np.array(ids, np.int32) for ids in self._encode_checked(texts)]
+        return [self._encode_pieces(text, self.border) for text in texts]
+
+    def _encode_pieces(self, text: str, border: re.Pattern[str]) -> np.ndarray:
+        ids = array.array("i")
+        for pieces in itertools.batched(_pieces(text, border), PIECES):
+            for found in self._encode_checked(pieces):
+                ids.extend(found)
+        return np.frombuffer(ids, np.int32) if ids else np.zeros(0, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`, with U+FFFD for bytes that are not UTF-8. Raises UserError for an unknown id."""

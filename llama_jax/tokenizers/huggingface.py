@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from llama_jax.config import Json
 from llama_jax.tokenizers.base import COMPANION, TextStream, Tokenizer
+from llama_jax.tokenizers.checking import AT_SPACES, SPACE, check_ids, check_json, library
 from llama_jax.tokenizers.settings import KEYS, Settings, exported, guess
 
 # Usual names of these tokens, tried where no setting names one.
@@ -23,6 +24,21 @@ GUESSED = {
 }
 # Ends of a chat turn end a generated text too, in addition to EOS.
 TURN_END_NAMES = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<end_of_turn>")
+
+
+# Expressions of the words that text is split into before byte-level BPE.
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CL100K_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+O200K_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# By the name in `settings.CLASSES`; None is GPT-2's expression inside the library.
+SPLITS = {"gpt2": None, "qwen2": CL100K_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")}
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -45,7 +61,7 @@ class HuggingFaceTokenizer(Tokenizer):
         tokenizer.no_padding()
         _add(tokenizer, settings)
         self._tokenizer, self._settings = tokenizer, settings
-        self.vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
+        self.vocab_size = check_ids(max(tokenizer.get_vocab().values(), default=-1) + 1)
         self.bos_id, self.pad_id = self._special("bos_token"), self._special("pad_token")
         ends = [self._special("eos_token"), *map(tokenizer.token_to_id, TURN_END_NAMES)]
         self.eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
@@ -63,6 +79,11 @@ class HuggingFaceTokenizer(Tokenizer):
         if names := reachable_names(tokenizer, model or {}, special):
             _cut(tokenizer, names)
         tokenizer.encode_special_tokens = True  # "</s>" in a text is text: data must not be able to inject them
+
+    @functools.cached_property
+    @override
+    def border(self) -> re.Pattern[str] | None:
+        return _border(json.loads(self._tokenizer.to_str()), self._splitting)
 
     def _special(self, key: str) -> int | None:
         name, settings = self._settings.name(key), self._settings
@@ -92,12 +113,14 @@ class HuggingFaceTokenizer(Tokenizer):
         return settings.affixes(self._tokenizer.token_to_id)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        with library():
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [encoding.ids for encoding in encodings]
 
     def _encode_special(self, text: str) -> list[int]:
         self.check_text(text)
-        return self._reading_special.encode(text, add_special_tokens=False).ids
+        with library():
+            return self._reading_special.encode(text, add_special_tokens=False).ids
 
     @functools.cached_property
     def _reading_special(self) -> tokenizers.Tokenizer:
@@ -140,14 +163,13 @@ def json_tokenizer(path: Path, content: bytes, settings: Settings) -> HuggingFac
     """Return the tokenizer of a `tokenizer.json`; None for another file. Raises ValueError where it cannot be read."""
     if content.lstrip()[:1] != b"{":
         return None
-    try:
-        tokenizer = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(str(error)) from None
+    check_json(content)
     files, companion = {"tokenizer.json": content}, path.with_name(COMPANION)
     if path.name == "tokenizer.json" and companion.is_file():
         files[COMPANION] = companion.read_bytes()
-    return HuggingFaceTokenizer(tokenizer, files, settings, model=json.loads(content)["model"])
+    with library():
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        return HuggingFaceTokenizer(tokenizer, files, settings, model=json.loads(content)["model"])
 
 
 def reachable_names(tokenizer: tokenizers.Tokenizer, model: Json, special: Collection[str]) -> set[str]:
@@ -163,6 +185,35 @@ def reachable_names(tokenizer: tokenizers.Tokenizer, model: Json, special: Colle
     pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"])
     merged = found & {"".join(pair) for pair in pairs}
     return merged | (words if model.get("ignore_merges") else set())
+
+
+def _border(data: Json, splitting: pre_tokenizers.PreTokenizer | None) -> re.Pattern[str] | None:
+    """Return the border of a tokenizer (its JSON) whose words have no space but at their start, and no line end within.
+
+    That is known of the ways to split a text that are named here; an added token may reach over a border.
+    """
+    split = {} if splitting is None else json.loads(splitting.__getstate__())
+    parts = split.get("pretokenizers", [split])
+    kinds = [part.get("type") for part in parts]
+    known = [{"Regex": pattern} for pattern in (GPT2_SPLIT, CL100K_SPLIT, O200K_SPLIT, *SPLITS.values())]
+    by_expression = (
+        kinds == ["Split", "ByteLevel"] and parts[0]["pattern"] in known and parts[0]["behavior"] == "Isolated"
+    )
+    by_expression = by_expression and not parts[0]["invert"] and not parts[1]["use_regex"]
+    own = kinds in (["BertPreTokenizer"], ["WhitespaceSplit"]) or (kinds == ["ByteLevel"] and parts[0]["use_regex"])
+    plain = (data["normalizer"] or {}).get("type") in (None, "NFC", "BertNormalizer") and not data["model"].get(
+        "dropout"
+    )
+    reaching = [
+        token for token in data["added_tokens"]
+        if re.search(r"\s", token["content"]) or token["lstrip"] or token["rstrip"] or token["single_word"]
+    ]  # fmt: skip
+    if splitting is None and data["normalizer"] == LLAMA and data["model"]["type"] == "BPE" and not reaching:
+        return None if any(SPACE in piece.lstrip(SPACE) for piece in data["model"]["vocab"]) else AT_SPACES
+    if not (plain and (own or by_expression)) or reaching:
+        return None
+    at_line_ends = "" if parts[-1].get("add_prefix_space") else r"|(?<=\S\n)(?=\w)"
+    return re.compile(rf"(?<=[a-z])(?= [A-Za-z]){at_line_ends}")
 
 
 def _is_word(tokenizer: tokenizers.Tokenizer, name: str) -> bool:
@@ -227,6 +278,14 @@ def byte_letters() -> list[str]:
 
 # Decoders whose text of a token depends on nothing but the token, and on whether it is the first.
 LOCAL = {"Metaspace", "WordPiece", "Replace", "Strip"}
+# Llama's spaces.
+LLAMA = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": SPACE},
+        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+    ],
+}
 BYTE_NAME = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 

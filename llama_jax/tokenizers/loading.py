@@ -7,7 +7,8 @@ from pathlib import Path
 from llama_jax.config import UserError
 from llama_jax.gguf_header import gguf_file, is_gguf
 from llama_jax.remote import local_copy
-from llama_jax.tokenizers.base import RULE_FILE, Tokenizer
+from llama_jax.tokenizers.base import RULE_FILE, TEMPLATE_DIRECTORY, Tokenizer
+from llama_jax.tokenizers.checking import check_ids
 from llama_jax.tokenizers.gguf import gguf_tokenizer
 from llama_jax.tokenizers.huggingface import json_tokenizer
 from llama_jax.tokenizers.marian import marian_tokenizer
@@ -55,16 +56,31 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"tokenizer file '{path}' does not exist")
     if is_gguf(path):  # its weights are not read
         return gguf_tokenizer(path)
+    _check_links(path.parent)
     try:
         settings, content = read_settings(path.parent), path.read_bytes()
-        return next(found for read in READERS if (found := read(path, content, settings)) is not None)
-    except ValueError as error:
-        raise UserError(f"'{path}' cannot be used as a tokenizer: {error}") from None
+        found = next(found for read in READERS if (found := read(path, content, settings)) is not None)
+        check_ids(found.vocab_size)
+        return found
     except RuntimeError:
         raise UserError(
             f"'{path}' is damaged or of an unknown kind: it must be a SentencePiece model, tiktoken ranks, "
             "tokenizer.json, vocab.json with merges.txt, vocab.txt or llama2.c's .bin"
         ) from None
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, OSError) as error:
+        raise UserError(f"'{path}' cannot be used as a tokenizer: {error}") from None  # of whatever the files hold
+
+
+def _check_links(directory: Path) -> None:
+    """Raise UserError for a link out of the directory, to a file whose text would go into prompts and exports.
+
+    Those of Hugging Face's cache lead to `blobs`, beside the directory's parent.
+    """
+    root = directory.resolve()
+    for file in (file for pattern in (*STORED, f"{TEMPLATE_DIRECTORY}/*") for file in directory.glob(pattern)):
+        target = file.resolve()
+        if file.is_symlink() and not target.is_relative_to(root) and target.parent != root.parent.parent / "blobs":
+            raise UserError(f"'{file}' is a link to a file outside of its directory: put a copy of that file there")
 
 
 def load_saved_tokenizer(directory: str | Path, *, of_sources: bool = False) -> Tokenizer:

@@ -9,6 +9,7 @@ from typing import override
 import sentencepiece
 
 from llama_jax.tokenizers.base import SETTINGS_FILE, TextStream, Tokenizer
+from llama_jax.tokenizers.checking import check_model
 from llama_jax.tokenizers.sentencepiece import SPACE
 from llama_jax.tokenizers.settings import Settings
 
@@ -27,6 +28,7 @@ class MarianTokenizer(Tokenizer):
     def __init__(self, files: Mapping[str, bytes], settings: Settings):
         self._settings = settings = settings.as_class("MarianTokenizer")
         self._processor = sentencepiece.SentencePieceProcessor()
+        check_model(files["source.spm"])
         self._processor.LoadFromSerializedProto(files["source.spm"])
         ids = {str(piece): int(i) for piece, i in json.loads(files["vocab.json"]).items()}
         target = {str(piece): int(i) for piece, i in json.loads(files.get(TARGET_VOCABULARY, b"{}")).items()} or ids

@@ -18,13 +18,13 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from llama_jax.config import Json, UserError
 from llama_jax.tokenizers.base import TextStream, Tokenizer
+from llama_jax.tokenizers.checking import AT_SPACES, SPACE as SPACE, check_model, cuts_at_spaces
 from llama_jax.tokenizers.settings import GENERIC, Added, Settings, exported
 
 # The wheel's classes are made when it is imported: type checkers do not see them.
 ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
 Kind: Any = ModelProto.SentencePiece
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
-SPACE = "\u2581"  # a space inside pieces
 CHATGLM = "ChatGLMTokenizer"
 CLASS_FILES = ("spiece.model", "sentencepiece.bpe.model")
 # In the order of their ids, the first after the model's last piece.
@@ -50,6 +50,8 @@ class SentencePieceTokenizer(Tokenizer):
             # A piece that is an added token now must not be found in ordinary text.
             self._processor = _processor(_without_text(self._model, self._added).SerializeToString())
         self._text_tokens = AddedTokens({i: token for i, token in self._added.items() if not token.special})
+        if cuts_at_spaces(self._model) and not self._text_tokens:
+            self.border = AT_SPACES
         self.vocab_size = max([len(pieces) - 1, *self._added]) + 1
         kinds = (Kind.UNKNOWN, Kind.CONTROL, Kind.USER_DEFINED)
         added = {i: token.content for i, token in self._added.items()}
@@ -190,7 +192,8 @@ def _added(pieces: Sequence[Any], settings: Settings) -> dict[int, Added]:
     if settings.class_name == CHATGLM:
         names = CHATGLM_SPECIAL
     elif settings.rules.suffix:  # T5
-        number = settings.config.get("extra_ids", 100)
+        if type(number := settings.config.get("extra_ids", 100)) is not int or not 0 <= number < 1 << 16:
+            raise ValueError(f"extra_ids={number!r} is no number of tokens")
         names = [f"<extra_id_{i}>" for i in reversed(range(number))]
     known = {piece.piece for piece in pieces} | {token.content for token in added.values()}
     more = [Added(name, special=True) for name in names if name not in known]
@@ -214,6 +217,7 @@ def _named(settings: Settings, key: str, ids: Mapping[str, int], token_id: int) 
 
 
 def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    check_model(model)
     processor = sentencepiece.SentencePieceProcessor()
     processor.LoadFromSerializedProto(model)
     return processor

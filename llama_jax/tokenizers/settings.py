@@ -124,6 +124,8 @@ class Added:
     def of(value: Any, **defaults: Any) -> "Added":
         """Return the token of a JSON value, a string or an object; `defaults` are for keys that the object lacks."""
         data = value if isinstance(value, dict) else {"content": value}
+        if not isinstance(data.get("content", ""), str | None):
+            raise TypeError(f"a token {data['content']!r} that is no text")
         fields = {field.name for field in dataclasses.fields(Added)}
         return Added(**(defaults | {key: item for key, item in data.items() if key in fields}))
 
@@ -234,6 +236,8 @@ def settings_of(files: Mapping[str, bytes]) -> Settings:
         tokens = {int(i): special.get(text, Added(text)) for text, i in added.items()}
         decoder = config.get("added_tokens_decoder") or {}
         tokens |= {int(i): _merged(Added.of(value), special) for i, value in decoder.items()}
+        if min(tokens, default=0) < 0:
+            raise ValueError
     except (TypeError, ValueError, AttributeError):
         raise ValueError("its settings name special or added tokens in a form that is not known") from None
     # A token without text would be found everywhere.

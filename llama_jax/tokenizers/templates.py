@@ -1,9 +1,18 @@
-"""Chat templates of released models: jinja texts, rendered as transformers renders them, in jinja's own sandbox."""
+"""Chat templates of released models: jinja texts, rendered as transformers renders them, in jinja's own sandbox.
+
+What a template may do to others, jinja's sandbox forbids; what it may cost is bounded here: `_Cost` counts the lines
+that run and the characters that an operation may make, before it is done.
+"""
 
 import datetime
 import functools
 import json
-from collections.abc import Mapping, Sequence
+import math
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import CodeType
 from typing import Any
 
 import jinja2
@@ -19,6 +28,122 @@ from llama_jax.tokenizers.settings import settings_of
 
 # The most that a template may write: beyond any context, and little enough to be refused before memory ends.
 MAX_CHARACTERS = 1 << 24
+# The most characters that operations may make, and lines of a compiled template that may run: seconds.
+MAX_MADE, MAX_LINES = 1 << 27, 1 << 22
+# Methods and filters whose result may be as long as the product of what they are given.
+_WIDENING = frozenset(
+    (
+        "replace",
+        "join",
+        "center",
+        "ljust",
+        "rjust",
+        "zfill",
+        "expandtabs",
+        "indent",
+        "format",
+        "format_map",
+        "translate",
+    )
+)
+_TOOL = 4  # of sys.monitoring; 0 to 2 and 5 are those of debuggers, coverage and profilers
+
+
+class _Cost(threading.local):
+    """What the rendering of this thread may still cost."""
+
+    lines = made = 0
+
+    def begin(self) -> None:
+        self.lines, self.made = MAX_LINES, MAX_MADE
+
+    def line(self, *_: Any) -> None:
+        self.lines -= 1
+        if self.lines < 0:
+            raise jinja2.TemplateError("it runs without end")
+
+    def make(self, size: float) -> None:
+        self.made -= size
+        if self.made < 0:
+            raise jinja2.TemplateError("it makes texts without end")
+
+
+_cost = _Cost()
+
+
+def _size(value: Any) -> int:
+    """Return the characters of a text or of those in a list, the amount of a number."""
+    if isinstance(value, list | tuple):
+        return sum(len(item) if isinstance(item, str) else 1 for item in value)
+    return len(value) if isinstance(value, str | dict) else abs(value) if isinstance(value, int) else 1
+
+
+def _joined(parts: Iterable[Any]) -> str:
+    texts = [str(part) for part in parts]
+    _cost.make(sum(map(len, texts)))
+    return "".join(texts)
+
+
+def _check_call(name: str, values: Sequence[Any]) -> None:
+    """Count what a method or filter may make of these values."""
+    if name in _WIDENING:
+        wide = name.startswith("format") and any(re.search(r"\d{5}", str(value)) for value in values[:1])
+        _cost.make(math.inf if wide else max(1, *map(_size, values[:1])) * max(1, sum(map(_size, values[1:]))))
+
+
+def _counted(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a filter whose cost is counted."""
+
+    @functools.wraps(work)
+    def counted(*values: Any, **named: Any) -> Any:
+        given = [value for value in (*values, *named.values()) if isinstance(value, str | list | tuple | dict | int)]
+        _check_call(name, given)
+        return work(*values, **named)
+
+    return counted
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox with bounds."""
+
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
+    concat = staticmethod(_joined)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        texts = [side for side in (left, right) if isinstance(side, str | list | tuple)]
+        if operator == "*":
+            _cost.make(_size(left) * _size(right) if texts else 1)
+        elif operator == "**" and isinstance(left, int):
+            _cost.make(left.bit_length() * _size(right))
+        elif operator == "%" and isinstance(left, str):
+            _cost.make(math.inf if re.search(r"\d{5}|\*", left) else _size(right))
+        elif operator == "+":
+            _cost.make(sum(len(side) * (1 if isinstance(side, str) else 8) for side in texts))
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(owner := getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None), str):
+            _check_call(__obj.__name__, (owner, *args, *kwargs.values()))
+        return super().call(__context, __obj, *args, **kwargs)
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _watched(template: jinja2.Template) -> jinja2.Template:
+    """Return a compiled template whose lines are counted, and the texts that `~` joins."""
+    if sys.monitoring.get_tool(_TOOL) is None:
+        sys.monitoring.use_tool_id(_TOOL, __name__)
+        sys.monitoring.register_callback(_TOOL, sys.monitoring.events.LINE, _cost.line)
+    for function in (template.root_render_func, *template.blocks.values()):
+        function.__globals__["str_join"] = _joined
+        for code in _codes(function.__code__):
+            sys.monitoring.set_local_events(_TOOL, code, sys.monitoring.events.LINE)
+    return template
 
 
 def special_names(tokenizer: Tokenizer) -> dict[str, str]:
@@ -85,10 +210,11 @@ def _tojson(
 
 
 @functools.cache
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+def _environment() -> _Sandbox:
+    environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, jinja2.ext.loopcontrols]
     )
+    environment.filters |= {name: _counted(name, work) for name, work in environment.filters.items()}
     environment.filters["tojson"] = _tojson
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     environment.globals |= {"namespace": _Namespace}
@@ -106,7 +232,8 @@ def render(
     # Plain JSON values only, so that a template can call no methods but theirs.
     plain = [{key: value for key, value in message.items() if value is not None} for message in _plain(messages)]
     try:
-        compiled = _environment().from_string(template)
+        _cost.begin()
+        compiled = _watched(_environment().from_string(template))
         pieces, size = [], 0
         given = {"messages": plain, "tools": None, "documents": None, "add_generation_prompt": opens_answer}
         for piece in compiled.generate(**given, **names):
@@ -119,7 +246,7 @@ def render(
         raise UserError(f"the model's chat template cannot be read, at line {error.lineno}: {_short(error)}") from None
     except jinja2.TemplateError as error:
         raise UserError(f"the model's chat template refuses this conversation: {_short(error)}") from None
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         kind = type(error).__name__
         raise UserError(f"the model's chat template fails on this conversation: {_short(error)} ({kind})") from None
 

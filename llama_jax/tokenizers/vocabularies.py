@@ -16,22 +16,15 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from llama_jax.config import UserError
 from llama_jax.tokenizers.config import BERT_SPECIAL
-from llama_jax.tokenizers.huggingface import HuggingFaceTokenizer, byte_letters
+from llama_jax.tokenizers.huggingface import (
+    CL100K_SPLIT as CL100K_SPLIT,
+    GPT2_SPLIT as GPT2_SPLIT,
+    O200K_SPLIT,
+    SPLITS as SPLITS,
+    HuggingFaceTokenizer,
+    byte_letters,
+)
 from llama_jax.tokenizers.settings import CLASSES, END, Settings
-
-# Expressions of the words that text is split into before byte-level BPE.
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-CL100K_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-O200K_SPLIT = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# By the name in `settings.CLASSES`; None is GPT-2's expression inside the library.
-SPLITS = {"gpt2": None, "qwen2": CL100K_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")}
 
 
 def byte_level_bpe(

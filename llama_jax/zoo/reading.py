@@ -1,7 +1,9 @@
 """Reading and writing of Hugging Face's config.json, for all families."""
 
 import dataclasses
+import math
 import operator
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -22,6 +24,8 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 # Keys that are harmless in a model that is nothing but a decoder.
 CAUSAL = frozenset({"is_decoder"})
+# Sizes of which every unit has its own entry in a list, before any tensor is looked at.
+_LISTED = re.compile("layer|expert|dense")
 # Tools that quantize weights, by `quant_method`.
 _QUANTIZERS = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "mlx": "MLX"}
 
@@ -205,11 +209,22 @@ def architecture(data: Json, known: Collection[str], label: str) -> str:
 
 
 def typed(value: Any, kind: Any, where: str) -> Any:
-    """Return `value`. Raises UserError where it is not of type `kind`; whole numbers count as float."""
+    """Return `value`. Raises UserError where it is not of type `kind`, or a number that no model has.
+
+    Whole numbers count as float.
+    """
+    if (
+        type(value) is int
+        and kind in (int, float)
+        and abs(value) >= (limit := 1 << (14 if _LISTED.search(where) else 31))
+    ):
+        raise UserError(f"{where}, a number beyond {limit}: it is damaged, or of another kind of model")
     if kind is float and type(value) is int:
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{where}={value!r}, which should be of type {kind.__name__}")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{where}={value}, which should be a finite number")
     return value
 
 
@@ -275,7 +290,7 @@ def read_rope(reader: ConfigReader, max_positions: int, theta: float = 10_000.0,
     if old and new and old != new:
         raise UserError("config.json has both rope_scaling and rope_parameters, and they differ")
     rest = {key: value for key, value in (old | new).items() if not is_off(value) or key == "truncate"}
-    kind = rest.pop("rope_type", rest.pop("type", "default"))
+    kind = typed(rest.pop("rope_type", rest.pop("type", "default")), str, "config.json has rope_scaling.rope_type")
     rest.pop("type", None)
     rest.pop("finetuned", None)  # whether the weights were trained with it
     if before is not None and kind in ("llama3", "yarn"):

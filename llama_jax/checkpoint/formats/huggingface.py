@@ -10,11 +10,12 @@ import math
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from llama_jax.checkpoint.formats.tensors import BFLOAT16, Tensor, Tensors, stored
+from llama_jax.checkpoint.formats.tensors import BFLOAT16, MAX_DIMS, Tensor, Tensors, stored
 from llama_jax.checkpoint.formats.torch_pickle import read_torch
 from llama_jax.config import Json, UserError, read_json
 
@@ -33,6 +34,8 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 
+MAX_HEADER = 100_000_000  # bytes, by the format
+
 # Weights that other frameworks and tools wrote.
 _UNREAD = ("*.h5", "*.msgpack", "*.ckpt*", "*.onnx", "*.npz", "*.ot")
 
@@ -46,30 +49,47 @@ def read_safetensors(file: Path) -> Tensors:
         size = file.stat().st_size
         with open(file, "rb") as stream:
             (header_size,) = struct.unpack("<Q", stream.read(8))
-            if header_size + 8 > size:
-                raise ValueError("its header is cut off")
-            header = json.loads(stream.read(header_size))
+            if header_size > min(size - 8, MAX_HEADER):
+                raise ValueError("its header is cut off, or longer than the format allows")
+            header = json.loads(stream.read(header_size), object_pairs_hook=_once)
         header.pop("__metadata__", None)
         tensors: Tensors = {}
-        last = 8 + header_size
+        places = []
         for name, entry in header.items():
             if entry["dtype"] not in DTYPES:
                 raise UserError(f"'{file}' has '{name}' in {entry['dtype']}, which is not supported")
             dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-            begin, end = (8 + header_size + offset for offset in entry["data_offsets"])
-            if end - begin != math.prod(shape) * dtype.itemsize or begin < 8 + header_size:
+            begin, end = entry["data_offsets"]
+            if len(shape) > MAX_DIMS or not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, begin, end)):
+                raise ValueError(f"the shape or the place of '{name}' cannot be")
+            if end - begin != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"the size of '{name}' is wrong")
-            tensors[name] = stored(file, begin, dtype, shape)
-            last = max(last, end)
-        if last != size:
-            raise ValueError(f"it has {size} bytes where its header says {last}")
+            tensors[name] = stored(file, 8 + header_size + begin, dtype, shape)
+            places.append((begin, end, name))
+        at = 0
+        for begin, end, name in sorted(places):
+            if begin != at:
+                raise ValueError(f"'{name}' begins at {begin} where the tensor before it ends at {at}")
+            at = end
+        if 8 + header_size + at != size:
+            raise ValueError(f"it has {size} bytes where its header says {8 + header_size + at}")
         return tensors
     except FileNotFoundError:
         raise UserError(f"'{file}' does not exist") from None
+    except OSError as error:
+        raise UserError(f"'{file}' cannot be read ({error.strerror})") from None
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise UserError(f"'{file}' is truncated or no safetensors file ({error}): download it again") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> Json:
+    """Return the object of these names and values. Raises ValueError where a name is there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name in its header is there twice")
+    return found
 
 
 _FORMS: dict[str, Callable[[Path], Tensors]] = {

@@ -106,20 +106,21 @@ def read_llama2c(file: Path) -> tuple[Json, Tensors]:
         "feed_forward.w2": (dim, hidden),
         "feed_forward.w3": (hidden, dim),
     }
-    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings": (vocab, dim)}
-    shapes |= {f"layers.{i}.{name}": shape for name, shape in per_layer.items() for i in range(layers)}
-    shapes["norm"] = (dim,)
-    shapes["rope tables"] = (length * head_dim,)  # cos and sin, which are computed here
+    around: dict[str, tuple[int, ...]] = {"norm": (dim,), "rope tables": (length * head_dim,)}  # cos and sin: computed
     if not tied:
-        shapes["output"] = (vocab, dim)
+        around["output"] = (vocab, dim)
+    size = file.stat().st_size
+    promised = vocab * dim + layers * sum(map(extent, per_layer.values())) + sum(map(extent, around.values()))
+    if size != (promised := _LLAMA2C_HEADER.size + 4 * promised):
+        raise UserError(f"'{file}' has {size} bytes where its header promises {promised}: download it again")
+    shapes = {"tok_embeddings": (vocab, dim)}
+    shapes |= {f"layers.{i}.{name}": shape for name, shape in per_layer.items() for i in range(layers)} | around
     tensors: Tensors = {}
     offset = _LLAMA2C_HEADER.size
     for name, shape in shapes.items():
         tensors[f"{name}.weight"] = stored(file, offset, np.dtype("<f4"), shape)
         offset += 4 * extent(shape)
     del tensors["rope tables.weight"]
-    if (size := file.stat().st_size) != offset:
-        raise UserError(f"'{file}' has {size} bytes where its header promises {offset}: download it again")
     params = {
         "dim": dim,
         "n_layers": layers,

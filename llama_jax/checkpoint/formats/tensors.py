@@ -15,6 +15,7 @@ type Tensors = dict[str, Tensor]
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SCALE_SUFFIX = "_scale_inv"
+MAX_DIMS = 32  # of a tensor in a file
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,12 +3,15 @@
 A checkpoint is a zip of `data.pkl`, a pickle of the tensors' shapes and strides, and one stored entry `data/N` for
 each storage. Before PyTorch 1.6 it was five pickles one after another (a magic number, a version, the sizes of the
 machine's numbers, the tensors, the storages' keys) and behind them each storage: an int64 count, then its elements. A
-pickle can call whatever it can name; this reader gives it the names in `_ALLOWED` and no others.
+pickle can call whatever it can name and change whatever it was given; this reader gives it the names in `_ALLOWED` and
+the opcodes in `_OPCODES` and no others.
 """
 
 import collections
 import dataclasses
 import io
+import math
+import mmap
 import pickle
 import re
 import struct
@@ -18,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.checkpoint.formats.tensors import BFLOAT16, Tensor, Tensors, extent, stored
+from llama_jax.checkpoint.formats.tensors import BFLOAT16, MAX_DIMS, Tensor, Tensors, extent, stored
 from llama_jax.config import UserError
 
 _STORAGES = {
@@ -33,6 +36,7 @@ _STORAGES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
+_SMALL = 1 << 20  # bytes of a tensor that may be larger than its storage
 # First bytes of files from before PyTorch 1.6: a pickled long of ten bytes, in protocol 2 (PyTorch's default) or a
 # later one, which has frames.
 _MAGIC = re.compile(rb"\x80[\x02-\x05](\x95.{8})?\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", re.DOTALL)
@@ -56,13 +60,13 @@ class _Storage:
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
-    numbers = [offset, *shape, *strides]
-    if not isinstance(storage, _Storage) or len(shape) != len(strides):
+    if not isinstance(storage, _Storage) or not len(shape) == len(strides) <= MAX_DIMS:
         raise pickle.UnpicklingError("a tensor without a storage")
-    if not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise pickle.UnpicklingError("a tensor with negative sizes")
+    if not all(isinstance(n, int) and 0 <= n < 1 << 63 for n in (offset, *shape, *strides)):
+        raise pickle.UnpicklingError("a tensor with impossible sizes")
     itemsize = storage.dtype.itemsize
-    if (offset + extent(shape, strides)) * itemsize > storage.nbytes:
+    repeats = math.prod(shape) * itemsize > max(storage.nbytes, _SMALL)  # of what has a stride of 0
+    if (offset + extent(shape, strides)) * itemsize > storage.nbytes or repeats:
         raise pickle.UnpicklingError("a tensor larger than its storage")
     return stored(storage.file, storage.offset + offset * itemsize, storage.dtype, tuple(shape), tuple(strides))
 
@@ -71,24 +75,54 @@ def _rebuild_parameter(data: Any, *_: Any) -> Any:
     return data
 
 
+def _ordered(*items: Any) -> dict[Any, Any]:
+    if items not in ((), ([],)):  # one long list could be given to many of them
+        raise pickle.UnpicklingError("a dictionary made of a list")
+    return collections.OrderedDict()
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "OrderedDict"): _ordered,
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
 } | {("torch", name): _StorageType(dtype) for name, dtype in _STORAGES.items()}
 
 
-class _Unpickler(pickle.Unpickler):
+# What torch.save writes, in any protocol from 2 on. Without the others nothing is allocated before it is read, and no
+# key of a dictionary is a tuple before `_set` has seen it: one that is nested deep ends the process when it is hashed.
+_OPCODES = b"\x80\x95.(N\x88\x89JKM\x8a\x8bGXTU\x8c\x8dBC})\x85\x86\x87t]aecsu\x93RbQqrjh\x940"  # from PROTO to POP
+_Base: Any = pickle._Unpickler  # type: ignore[attr-defined]  # Python's own: its memo is a dictionary, C's an array
+
+
+class _Unpickler(_Base):
     """Unpickler of tensors in `file`: `storages` has (offset, nbytes) of each storage by its key.
 
     Where it is None, `found` collects the storages that the pickle names: dtype and number of elements by key.
     """
 
-    def __init__(self, stream: io.BufferedReader | io.BytesIO, storages: dict[str, tuple[int, int]] | None, file: Path):
+    dispatch = {code: _Base.dispatch[code] for code in _OPCODES}  # noqa: RUF012
+
+    def __init__(self, stream: mmap.mmap | io.BytesIO, storages: dict[str, tuple[int, int]] | None, file: Path):
         super().__init__(stream, encoding="utf-8")
         self._storages, self._file = storages, file
         self.found: dict[str, tuple[np.dtype, int]] = {}
+
+    def _set(self) -> None:
+        values = self.pop_mark()
+        if any(isinstance(key, tuple) for key in values[::2]):
+            raise pickle.UnpicklingError("a key that is no name")
+        self.stack[-1].update(zip(values[::2], values[1::2], strict=True))
+
+    def _set_one(self) -> None:
+        self.metastack.append(self.stack[:-2])
+        self.stack = self.stack[-2:]
+        self._set()
+
+    def _build(self) -> None:
+        self.stack.pop()  # the state of an OrderedDict, which nobody needs: no object is changed
+
+    dispatch |= {pickle.SETITEMS[0]: _set, pickle.SETITEM[0]: _set_one, pickle.BUILD[0]: _build}
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         if (found := _ALLOWED.get((module_name, global_name))) is None:
@@ -130,12 +164,14 @@ def read_torch(file: Path) -> Tensors:
             return _read_archive(archive, file)
     except FileNotFoundError:
         raise UserError(f"'{file}' does not exist") from None
+    except OSError as error:
+        raise UserError(f"'{file.name}' cannot be read ({error.strerror})") from None
     except zipfile.BadZipFile:
         raise UserError(f"'{file}' is not a PyTorch checkpoint, or it is truncated: download it again") from None
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise UserError(f"'{file}' is damaged ({error}): download it again") from None
+        raise UserError(f"'{file}' is damaged ({str(error)[:200]}): download it again") from None
 
 
 def _read_archive(archive: zipfile.ZipFile, file: Path) -> Tensors:
@@ -144,6 +180,9 @@ def _read_archive(archive: zipfile.ZipFile, file: Path) -> Tensors:
     if len(pickles) != 1:
         raise UserError(f"'{file}' is a zip file but no PyTorch checkpoint: it lacks data.pkl")
     root = pickles[0].removesuffix("data.pkl")
+    for entry in archive.infolist():  # no member is larger than the file
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise UserError(f"'{file}' is damaged at '{entry.filename}': download it again")
     if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
         raise UserError(f"'{file}' was written on a big-endian machine: convert it to safetensors there")
     storages = {}
@@ -156,7 +195,7 @@ def _read_archive(archive: zipfile.ZipFile, file: Path) -> Tensors:
             stream.seek(entry.header_offset)
             name_length, extra_length = struct.unpack("<26xHH", stream.read(30))
             begin = entry.header_offset + 30 + name_length + extra_length
-            if entry.compress_type != zipfile.ZIP_STORED or begin + entry.file_size > size:
+            if begin + entry.file_size > size:
                 raise UserError(f"'{file}' is damaged at '{entry.filename}': download it again")
             storages[entry.filename.removeprefix(f"{root}data/")] = (begin, entry.file_size)
     return _tensors(_Unpickler(io.BytesIO(archive.read(pickles[0])), storages, file).load(), file)
@@ -164,10 +203,11 @@ def _read_archive(archive: zipfile.ZipFile, file: Path) -> Tensors:
 
 def _read_sequence(file: Path) -> Tensors | None:
     """Return the tensors of a file of PyTorch before 1.6, or None for any other file."""
-    with open(file, "rb") as stream:
-        if _MAGIC.match(stream.read(32)) is None:
+    with open(file, "rb") as opened:
+        if _MAGIC.match(opened.read(32)) is None:
             return None
-        stream.seek(0)
+        # A map is not read beyond its end, whatever length a pickle asks for.
+        stream = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
 
         def load(storages: dict[str, tuple[int, int]] | None) -> tuple[Any, _Unpickler]:
             unpickler = _Unpickler(stream, storages, file)

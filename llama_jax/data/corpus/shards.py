@@ -84,13 +84,12 @@ class ShardMaker:
                 split: _SplitWriter(self.directory, split, number, tokenizer, dtype, stack) for split in get_args(Split)
             }
             for batch, done in self._batches(units, bad, skipped):
-                tokens = self._tokens_of_batch([record for record, _ in batch])
-                for (record, content), parts in zip(batch, tokens, strict=True):
+                tokens = self._tokens_of_batch([record for record, _, _ in batch])
+                for (record, split, num_bytes), parts in zip(batch, tokens, strict=True):
                     if len(record.parts) > 1 and not all(len(part) for part in parts[: len(record.parts)]):
                         bad.add(BadRecord(record.where, EMPTY_PART))
                         continue
-                    split = split_of(content, config)
-                    writers[split].add(parts, text_bytes(record, content))
+                    writers[split].add(parts, num_bytes)
                     if split == "validation":
                         scored.add(record, parts)
                 for writer in writers.values():
@@ -111,15 +110,15 @@ class ShardMaker:
 
     def _batches(
         self, units: Sequence[Unit], bad: BadRecords, skipped: list[str]
-    ) -> Iterator[tuple[list[tuple[Record, bytes]], int]]:
-        """Yield (records with their content, of about BATCH_CHARS characters, bytes of the units that are done)."""
+    ) -> Iterator[tuple[list[tuple[Record, Split, int]], int]]:
+        """Yield (records with split and bytes of text, of about BATCH_CHARS characters, bytes of the units done)."""
         separators = (*self.tokenizer.eos_ids[:1], *self.tokenizer.start_ids)  # llm.c puts Llama-3's BOS there
-        batch: list[tuple[Record, bytes]] = []
+        batch: list[tuple[Record, Split, int]] = []
         size = finished = 0
         for unit in units:
             read = 0
             for record, content in good_records([unit], self.config, separators, bad, skipped):
-                batch.append((record, content))
+                batch.append((record, split_of(content, self.config), text_bytes(record, content)))
                 size += len(content)
                 read += len(content)
                 if size >= BATCH_CHARS:
@@ -224,17 +223,18 @@ class _SplitWriter:
         """Write what was added since the last call."""
         for array, pending in self._pending.items():
             if pending:
-                values = np.concatenate(pending) if array == "tokens" else np.array(pending)
-                values = values.astype(self._dtypes[array])
                 if array not in self._files:
                     path = self._stack.enter_context(replacing(self._paths[array]))
                     file = self._stack.enter_context(path.open("wb"))
                     self._files[array] = file, hashlib.sha256(), BlockHasher()
                 file, digest, blocks = self._files[array]
-                file.write(values)
-                digest.update(values)
-                blocks.update(values)
-                self._sizes[array] += len(values)
+                for values in pending if array == "tokens" else [np.array(pending)]:
+                    for begin in range(0, len(values), BATCH_CHARS):
+                        part = values[begin : begin + BATCH_CHARS].astype(self._dtypes[array])
+                        file.write(part)
+                        digest.update(part)
+                        blocks.update(part)
+                    self._sizes[array] += len(values)
             pending.clear()
 
     def summary(self) -> Json:

@@ -20,7 +20,6 @@ from llama_jax.remote import is_remote
 HEADER = 1024  # bytes of llm.c's header: 256 int32, of which magic, version and number of tokens are used
 DTYPES = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # by magic and version
 BATCH_TOKENS = 1 << 20
-BATCH_RECORDS = 64
 
 
 def read_tokens(unit: Unit, config: DataConfig, separators: Sequence[int]) -> Iterator[Item]:
@@ -100,10 +99,9 @@ def _array_records(path: str, unit: Unit, config: DataConfig) -> Iterator[Item]:
     try:
         reader = ArrayRecordReader(path, "readahead_buffer_size:0")
         first, end = unit.range_of(reader.num_records())
-        for begin in range(first, end, BATCH_RECORDS):
-            numbers = list(range(begin, min(begin + BATCH_RECORDS, end)))
-            for number, record in zip(numbers, reader.read(numbers), strict=True):
-                yield _parsed(record, f"record {number + 1} of '{unit.file.path}'", config)
+        reader.seek(first)
+        for number in range(first, end):  # one after the other: by number, each call decodes their whole chunk again
+            yield _parsed(reader.read(), f"record {number + 1} of '{unit.file.path}'", config)
         reader.close()
     except (RuntimeError, ValueError, IndexError) as error:
         if isinstance(error, UserError):

@@ -25,7 +25,7 @@ def _arrow(path: str) -> Iterator[ModuleType]:
         raise UserError(f"'{path}' needs the package pyarrow: pip install 'llama_jax[parquet]'") from None
     try:
         yield pyarrow
-    except (pyarrow.ArrowException, OSError, EOFError) as error:
+    except (pyarrow.ArrowException, OSError, EOFError, MemoryError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"'{path}' is a damaged file ({reason}): get it again or leave it out") from None
 
@@ -69,7 +69,8 @@ def _column(pyarrow: ModuleType, column: Any) -> Iterator[object]:
     types = pyarrow.types
     if types.is_string(column.type) or types.is_large_string(column.type):
         # As bytes: a text that is not UTF-8 makes its own record bad, and not its whole batch.
-        column = column.cast(pyarrow.large_binary())
+        column = column.view(pyarrow.binary() if types.is_string(column.type) else pyarrow.large_binary())
+    column.validate(full=True)  # its offsets: the library would follow them out of the file
     is_list = types.is_list(column.type) or types.is_large_list(column.type)
     if is_list and types.is_integer(column.type.value_type):
         return (value.values.to_numpy(zero_copy_only=False) if value.is_valid else None for value in column)

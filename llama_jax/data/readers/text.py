@@ -104,7 +104,8 @@ def read_text(unit: Unit, config: DataConfig) -> Iterator[Item]:
             elif b"\0" in data:
                 yield no_text(HAS_NULS, "a binary file")
             else:
-                yield Record((as_text(data),), where)
+                data = as_text(data)  # not both at a time
+                yield Record((data,), where)
             return
         with opened(file) as content:  # all of it has to be text before any of it is a document
             for _, line in lines_of(content, unit, limit):

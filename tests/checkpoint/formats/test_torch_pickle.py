@@ -48,7 +48,7 @@ class _Evil:
 def test_nothing_is_executed(tmp_path, protocol):
     marker = tmp_path / "executed"
     state = pickle.dumps({"weight": _Evil(os.mkdir, str(marker))}, protocol)
-    with pytest.raises(UserError, match=r"mkdir"):
+    with pytest.raises(UserError, match=r"mkdir" if protocol else r"damaged"):  # torch never writes protocol 0
         read_torch(_write(tmp_path / "evil.pth", state))
     assert not marker.exists()
     pickle.loads(state)  # the same bytes, unguarded, do what they say
@@ -125,7 +125,7 @@ def test_other_files_are_refused(tmp_path):
         read_torch(_write(tmp_path / "number.pth", pickle.dumps(3)))
     with pytest.raises(UserError, match="'step'"):
         read_torch(_write(tmp_path / "entry.pth", pickle.dumps({"step": 3})))
-    with pytest.raises(UserError, match="data/0"):
+    with pytest.raises(UserError, match=r"at 'archive/data\.pkl'"):
         read_torch(_write(tmp_path / "deflated.pth", pickle.dumps({}), compression=zipfile.ZIP_DEFLATED))
 
 
