@@ -225,14 +225,21 @@ def console(argv: Sequence[str] | None = None) -> NoReturn:
             os.execve(sys.executable, [sys.executable, "-X", RESTARTED, *sys.orig_argv[1:]], os.environ | TUNABLES)
         except OSError as error:
             print(f"warning: the allocator's settings were not applied: {error}", file=sys.stderr)
+    signal.signal(signal.SIGTERM, terminate)
     sys.unraisablehook = threading.excepthook = background_error
     sys.exit(main(argv))
+
+
+def terminate(*_: Any) -> NoReturn:
+    """End the command at a SIGTERM as at Ctrl-C: what it has begun is cleaned up. Raises KeyboardInterrupt."""
+    raise KeyboardInterrupt("stopped by SIGTERM before the end: start again")
 
 
 def background_error(found: Any) -> None:
     """Report an error of a library's thread in a line, and none of closed loops and pipes: they follow from another."""
     if isinstance(found.exc_value, KeyboardInterrupt):  # in a destructor, where it is lost: it comes again
-        threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        number = signal.SIGTERM if found.exc_value.args else signal.SIGINT
+        threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, number)).start()
     elif not str(found.exc_value).endswith("is closed"):
         print(f"in the background: {found.exc_type.__name__}: {found.exc_value}", file=sys.stderr)
 
@@ -259,9 +266,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 1 failed, 2 a user's mistake, 75 preempted, 130 interrupted."""
     try:
         return run(parse(sys.argv[1:] if argv is None else argv))
-    except (UserError, KeyboardInterrupt) as error:
-        print(f"error: {error}" if isinstance(error, UserError) else "interrupted", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 130
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:  # of a SIGTERM it has a sentence
+        print(*error.args or ["interrupted"], file=sys.stderr)
+        return 75 if error.args else 130
     except BrokenPipeError:  # the reader of our output has closed it (`| head`); Python's own flush would raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -73,8 +73,10 @@ def run(args: argparse.Namespace) -> int:
     except Preempted as error:
         return report(str(error), 75)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return distributed.leave(130)
+        if distributed.several():
+            print("interrupted", file=sys.stderr)
+            os._exit(130)
+        raise
     except BrokenPipeError:
         if distributed.several():
             os._exit(141)

@@ -99,7 +99,7 @@ def lock(path: Path, *, shared: bool = False, timeout: float = -1) -> Iterator[N
     when the lock is released.
     """
     if not shared:
-        with filelock.FileLock(path, timeout=timeout):
+        with filelock.FileLock(path, timeout=timeout, thread_local=False):  # any thread may release it
             yield
         return
     with path.open("a") as held:

@@ -20,7 +20,7 @@ from llama_jax.data import batches_passed
 from llama_jax.files import PARTIAL
 from llama_jax.models import abstract_params, frozen
 from llama_jax.parallel import make_mesh
-from llama_jax.run.directory import Run, open_run
+from llama_jax.run.directory import LOCK_FILE, Run, open_run
 from llama_jax.run.programs import preference_of
 from llama_jax.run_config import RunConfig
 from llama_jax.tokenizers import load_tokenizer
@@ -56,7 +56,7 @@ def check_directory(run: Run, asked: int | None = None) -> tuple[int, list[dict[
     if not (directory / CONFIG_FILE).exists():
         if directory.exists() and not directory.is_dir():
             raise UserError(f"'{directory}' is a file: give another --run-dir")
-        if directory.is_dir() and any(PARTIAL not in file.name for file in directory.iterdir()):
+        if directory.is_dir() and any(PARTIAL not in f.name and f.name != LOCK_FILE for f in directory.iterdir()):
             raise UserError(f"'{directory}' is not empty and not a run: give another --run-dir")
         _check_writable(directory)
         return 0, [], []

@@ -4,7 +4,10 @@ import contextlib
 import functools
 import itertools
 import json
-from collections.abc import Sequence
+import os
+import socket
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from llama_jax.checkpoint import (
 )
 from llama_jax.config import UserError, read_json, to_json
 from llama_jax.data import Batches, Dataset, HostBatch, Vocabulary, batches_passed, prepare_dataset
-from llama_jax.files import replacing, write_text
+from llama_jax.files import lock, replacing, write_text
 from llama_jax.parallel import distributed
 from llama_jax.remote import as_local, local_copy, url_of
 from llama_jax.run.metrics import METRICS_FILE, read_metrics
@@ -33,6 +36,7 @@ from llama_jax.tokenizers import Tokenizer, load_saved_tokenizer
 SAMPLES_FILE = "samples.txt"
 DATA_FILE = "data.json"
 HISTORY_FILE = "run.json"
+LOCK_FILE = ".lock"  # there while a process writes the run, or was killed
 
 
 class Run:
@@ -146,6 +150,47 @@ def open_run(directory: str | Path, components: Sequence[type] = ()) -> Run:
     if url is not None:  # a store has no empty directories
         (directory / CHECKPOINTS_DIRECTORY).mkdir(exist_ok=True)
     return Run(directory, read_config(directory / CONFIG_FILE, components), components, url=url)
+
+
+@contextlib.contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Be the only writer of a run's directory within the block; of several processes, process 0 holds the lock.
+
+    A directory that is not there is made, and removed where the block leaves it empty. Raises UserError, with all as it
+    was, where another process writes there. Says so where the file system has no locks.
+    """
+    with contextlib.ExitStack() as stack:
+        distributed.all_agree(lambda: stack.enter_context(_locked(directory)) if distributed.is_main() else None)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    file, made = directory / LOCK_FILE, [path for path in (directory, *directory.parents) if not path.exists()]
+    with contextlib.ExitStack() as stack:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(file, timeout=0))
+            stack.callback(_removed, file)
+            file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        except TimeoutError:
+            holder = file.read_text(errors="replace") or "another process"
+            raise UserError(
+                f"'{directory}' is written by {holder}: wait for its end, or give another --run-dir"
+            ) from None
+        except OSError as error:
+            if os.access(directory, os.W_OK):  # else it is refused, or nothing is written
+                print(f"'{directory}' has no lock ({error.strerror}): start nothing else in it", file=sys.stderr)
+        yield
+    for path in made:
+        with contextlib.suppress(OSError):  # it has files
+            path.rmdir()
+
+
+def _removed(file: Path) -> None:
+    """Remove a lock that is held; one that stays stops nobody."""
+    with contextlib.suppress(OSError):
+        file.unlink()
 
 
 def start_run(run: Run, dataset: Dataset) -> None:

@@ -7,6 +7,7 @@ import datetime
 import importlib.util
 import json
 import math
+import re
 import secrets
 import shlex
 import shutil
@@ -130,11 +131,15 @@ class WeightsAndBiases(Logger):
 
         super().__init__(run, start_step)
         file = run.directory / WANDB_FILE
-        if not file.exists():
-            write_text(file, secrets.token_hex(4) + "\n")
+        known = file.read_text(encoding="utf-8", errors="replace").strip() if file.exists() else ""
+        if not re.fullmatch(r"[\w-]{1,64}", known, re.ASCII):
+            if file.exists():
+                self.notice = f"'{WANDB_FILE}' was damaged: this start is another run on W&B"
+            known = secrets.token_hex(4)
+            write_text(file, known + "\n")
         self._run = wandb.init(
             project=run.config.logging.wandb_project,
-            id=file.read_text(encoding="utf-8").strip(),
+            id=known,
             resume="allow",
             name=run.directory.name,
             dir=str(run.directory),
