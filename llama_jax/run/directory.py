@@ -168,6 +168,8 @@ def writing(directory: Path) -> Iterator[None]:
 def _locked(directory: Path) -> Iterator[None]:
     file, made = directory / LOCK_FILE, [path for path in (directory, *directory.parents) if not path.exists()]
     with contextlib.ExitStack() as stack:
+        for path in reversed(made):  # those that are empty at the end
+            stack.callback(_removed, path)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock(file, timeout=0))
@@ -182,15 +184,12 @@ def _locked(directory: Path) -> Iterator[None]:
             if os.access(directory, os.W_OK):  # else it is refused, or nothing is written
                 print(f"'{directory}' has no lock ({error.strerror}): start nothing else in it", file=sys.stderr)
         yield
-    for path in made:
-        with contextlib.suppress(OSError):  # it has files
-            path.rmdir()
 
 
-def _removed(file: Path) -> None:
-    """Remove a lock that is held; one that stays stops nobody."""
+def _removed(path: Path) -> None:
+    """Remove a lock that is held, or an empty directory; what stays stops nobody."""
     with contextlib.suppress(OSError):
-        file.unlink()
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 def start_run(run: Run, dataset: Dataset) -> None:
