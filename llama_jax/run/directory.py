@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -75,7 +76,10 @@ class Run:
     def history(self) -> list[dict[str, Any]]:
         """Changes of the config where the run was continued: `step`, `date`, and `changes`, key to [old, new]."""
         file = self.directory / HISTORY_FILE
-        return read_json(file)["history"] if file.is_file() else []
+        found = read_json(file) if file.is_file() else {"history": []}
+        if not isinstance(found, dict) or not isinstance(found.get("history"), list):
+            raise UserError(f"'{file}' is damaged, which says what was changed and when: bring it back")
+        return found["history"]
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -99,13 +103,23 @@ class Run:
 
     def check_dataset(self, dataset: Dataset) -> None:
         """Raise UserError where `dataset` is not the one that this run began with."""
-        file = self.directory / DATA_FILE
-        if file.exists() and read_json(file) != _summary(dataset):
+        began, found = self.summary(), _summary(dataset)
+        if differing := [
+            f"{key} {began[key]}, now {found[key]}" for key in found.keys() & began if found[key] != began[key]
+        ]:
             path = itertools.chain.from_iterable(own.path for _, own in self.config.data.corpora())
             raise UserError(
                 f"the files of data.path={', '.join(path)} are not what '{self.directory}' began "
-                "with: bring them back, or give another --run-dir"
+                f"with ({', '.join(sorted(differing))}): bring them back, or give another --run-dir"
             )
+
+    def summary(self) -> dict[str, Any]:
+        """Return what identifies the run's text and tokenizer; nothing before it was started. Raises UserError."""
+        file = self.directory / DATA_FILE
+        found = read_json(file) if file.exists() else {}
+        if not isinstance(found, dict) or (file.exists() and "content_hash" not in found):
+            raise UserError(f"'{file}' is damaged: bring it back")
+        return found
 
     def batch(self, step: int) -> HostBatch:
         """Return the exact global batch of the update from `step` to `step + 1`: numpy arrays [B, T].
@@ -209,7 +223,8 @@ def start_run(run: Run, dataset: Dataset) -> None:
     # The config first: with it, a directory that was left half-made is a run to continue.
     write_text(directory / CONFIG_FILE, json.dumps(to_json(run.config), indent=2) + "\n")
     keep_tokenizer(run.tokenizer, directory)
-    write_text(directory / DATA_FILE, json.dumps(_summary(dataset), indent=2) + "\n")
+    summary = _summary(dataset) | {"tokenizer": tokenizer_digests(directory)}
+    write_text(directory / DATA_FILE, json.dumps(summary, indent=2) + "\n")
 
 
 def write_samples(run: Run, lm: LanguageModel, max_new_tokens: int, name: str) -> None:
@@ -228,6 +243,13 @@ def keep_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     if not (directory / TOKENIZER_DIRECTORY).is_dir():
         with replacing(directory / TOKENIZER_DIRECTORY) as partial:
             tokenizer.save(partial)
+
+
+def tokenizer_digests(directory: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of a run's tokenizer, by its path."""
+    files, place = (directory / TOKENIZER_DIRECTORY).rglob("*"), directory / TOKENIZER_DIRECTORY
+    found = sorted(file for file in files if file.is_file())
+    return {file.relative_to(place).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in found}
 
 
 def _summary(dataset: Dataset) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class StoredRun:
             raise UserError(f"'{self._mirror.url}' is not empty and not a run: give another --run-dir")
         self._mirror.fetch(run_files, prune=True)
         self.directory = self._mirror.path
+        if names:  # a store has no empty directories
+            (self.directory / CHECKPOINTS_DIRECTORY).mkdir(exist_ok=True)
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 

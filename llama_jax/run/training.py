@@ -25,7 +25,17 @@ from llama_jax.run.directory import SAMPLES_FILE, Run, open_run, start_run, writ
 from llama_jax.run.preparing import check_shared, first_params, open_dataset, prepare
 from llama_jax.run.profiling import Profile
 from llama_jax.run.programs import RunFailed as RunFailed, checked, programs
-from llama_jax.run.reporting import Logger, configured_loggers, effects, measured, outcome, overview, peak_memory, shown
+from llama_jax.run.reporting import (
+    Logger,
+    configured_loggers,
+    effects,
+    measured,
+    outcome,
+    overview,
+    peak_memory,
+    receipt,
+    shown,
+)
 from llama_jax.run.signals import Preempted as Preempted, termination
 from llama_jax.run.stored import StoredRun, local_run
 from llama_jax.run_config import RunConfig
@@ -170,6 +180,7 @@ class Loop:
                 for logger in (self.loggers if self.main else ())
             ]
             lines += [
+                *receipt(self.run_, self.dataset, self.batches, state),
                 *self.lines,
                 *effects(self.run_, start, state, len(self.validation), self.mfu_per_speed),
                 *(logger.notice for logger in loggers if logger.notice),

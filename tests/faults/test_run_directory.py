@@ -1,18 +1,15 @@
 """A run directory has one writer, its side files stop nothing, and what is not as it was is said."""
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from llama_jax.config import UserError
-from llama_jax.run import Run, RunConfig, train
+from llama_jax.run import Run, train
 from llama_jax.run.directory import LOCK_FILE, writing
 
 
