@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from llama_jax import __version__
 from llama_jax.config import UserError, config_names
+from llama_jax.files import disk_failure
 from llama_jax.installation import missing_package
 from llama_jax.parser import BASE, DTYPE, IGNORED_KEYS, MESH, RUN_PATH, STEP, TOKENIZER, Argument, Command, Parser, flag
 from llama_jax.sample_flags import SAMPLE
@@ -275,6 +276,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has closed it (`| head`); Python's own flush would raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception as error:
+        if (found := disk_failure(error)) is None:
+            raise
+        print(f"{'failed' if found[1] else 'error'}: {found[0]}", file=sys.stderr)
+        return 1 if found[1] else 2
 
 
 def run(args: argparse.Namespace) -> int:

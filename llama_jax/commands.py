@@ -83,10 +83,10 @@ def run(args: argparse.Namespace) -> int:
         raise
     except Exception as error:
         if (found := disk_failure(error)) is not None:
-            sentence, full = found
+            sentence, again = found
             cache = f" ($LLAMA_JAX_CACHE is '{default_cache()}')" if str(default_cache()) in sentence else ""
-            print(f"{'failed' if full else 'error'}: {with_urls(sentence)}{cache}", file=sys.stderr)
-            return distributed.leave(1 if full else 2)
+            print(f"{'failed' if again else 'error'}: {with_urls(sentence)}{cache}", file=sys.stderr)
+            return distributed.leave(1 if again else 2)
         if not distributed.several():
             raise
         traceback.print_exc()

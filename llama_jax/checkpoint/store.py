@@ -111,7 +111,10 @@ class CheckpointStore:
                 *([policies.EveryNSteps(config.keep_every_steps)] if config.keep_every_steps else []),
             ]
         )
-        self._orbax = ocp.training.Checkpointer(str(self.directory), preservation_policy=keep)
+        self._orbax = ocp.training.Checkpointer(
+            str(self.directory),
+            preservation_policy=keep,  # type: ignore[arg-type]
+        )
         metrics: dict[int, Any] = {c.step: c.metrics for c in self._orbax.checkpoints if c.metrics}
         self._measured = {step: values["val_loss"] for step, values in metrics.items()}
 

@@ -104,13 +104,12 @@ class Run:
     def check_dataset(self, dataset: Dataset) -> None:
         """Raise UserError where `dataset` is not the one that this run began with."""
         began, found = self.summary(), _summary(dataset)
-        if differing := [
-            f"{key} {began[key]}, now {found[key]}" for key in found.keys() & began if found[key] != began[key]
-        ]:
+        if differing := [key for key in found if key in began and found[key] != began[key]]:
+            changes = ", ".join(f"{key} {began[key]}, now {found[key]}" for key in differing)
             path = itertools.chain.from_iterable(own.path for _, own in self.config.data.corpora())
             raise UserError(
                 f"the files of data.path={', '.join(path)} are not what '{self.directory}' began "
-                f"with ({', '.join(sorted(differing))}): bring them back, or give another --run-dir"
+                f"with ({changes}): bring them back, or give another --run-dir"
             )
 
     def summary(self) -> dict[str, Any]:

@@ -34,6 +34,17 @@ class Shard:
     tokens: np.ndarray
     documents: Int[np.ndarray, " d"]
     parts: Int[np.ndarray, " p"]
+    files: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])  # that are mapped, with their sizes
+
+    def check(self) -> None:
+        """Raise UserError where a mapped file has become shorter: to read what it lacks would kill the process."""
+        for file, size in self.files.items():
+            try:
+                left = os.stat(file).st_size
+            except FileNotFoundError:  # its map keeps all of it
+                continue
+            if left < size:
+                raise UserError(f"'{file}' was cut to {left:,} of {size:,} bytes while it was read: bring it back")
 
 
 class TokenStream:
@@ -70,6 +81,7 @@ class TokenStream:
     def shard_at(self, place: int) -> tuple[Shard, int]:
         """Return the shard that has this place of the stream, and the place where the shard begins."""
         number = int(np.searchsorted(self.starts, place, side="right")) - 1
+        self.shards[number].check()
         return self.shards[number], int(self.starts[number])
 
     def _spans(self, start: int, stop: int) -> Iterator[tuple[Shard, int, int, int]]:
@@ -131,11 +143,12 @@ def _stream(directory: Path, split: Split, index: Json, sizes: dict[str, int]) -
     shards = []
     for number, counts in enumerate(zip(*(index["splits"][split][array] for array in ARRAYS), strict=True)):
         if counts[0]:
-            arrays = {}
+            arrays, mapped = {}, dict[str, int]()
             for (array, dtype), count in zip(ARRAYS.items(), counts, strict=True):
                 file = array_file(directory, split, number, array)
                 arrays[array] = map_array(file, dtype or index["dtype"], count, sizes.get(file.name))
-            shards.append(Shard(**arrays))
+                mapped |= {str(file): arrays[array].nbytes} if count else {}
+            shards.append(Shard(**arrays, files=mapped))
     return TokenStream(shards)
 
 
