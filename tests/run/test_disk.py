@@ -136,8 +136,33 @@ def test_errors_of_libraries_are_known_by_their_text():
         "the output cannot be written (No space left on device): make room there and run the same command again",
         True,
     )
-    assert disk_failure(OSError(errno.ENOENT, "No such file", "x")) is None
+    assert disk_failure(RuntimeError("libx.so: cannot open: No such file or directory")) is None
     assert disk_failure(KeyError("x")) is None
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ENFILE, errno.EDQUOT, errno.ESTALE, errno.EPERM])
+def test_the_cause_of_an_error_is_what_is_said(number: int):
+    try:
+        try:
+            raise OSError(number, os.strerror(number), "/somewhere")
+        except OSError as error:
+            raise ValueError("Orbax could not") from error
+    except ValueError as error:
+        sentence, again = disk_failure(error) or ("", False)
+    assert sentence.startswith("'/somewhere' ")
+    assert f"({os.strerror(number)}): " in sentence
+    assert again == (number != errno.EPERM)
+
+
+def test_commands_without_jax_say_it_too(
+    finished_run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "/somewhere")
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    assert main(["compare", str(finished_run.directory)]) in (1, 2)
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
