@@ -150,7 +150,8 @@ def in_run(path: str) -> bool:
     if is_remote(root):
         return True
     file = Path(root, CONFIG_FILE)
-    if Path(root).is_dir() and not (file.is_file() and read_json(file).get("type") == RunConfig.__name__):
+    found = read_json(file) if file.is_file() else {}
+    if Path(root).is_dir() and not (isinstance(found, dict) and found.get("type") == RunConfig.__name__):
         raise UserError(
             f"'{path}' is not a run: give a config, and --run-dir for a new run's directory, --init-from for weights"
         )

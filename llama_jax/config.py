@@ -396,5 +396,5 @@ def read_json(file: Path) -> Any:
         raise UserError(f"'{file}' does not exist") from None
     except OSError as error:
         raise UserError(f"'{file}' cannot be read ({error.strerror}): give a JSON file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, deep nesting
         raise UserError(f"'{file}' is not valid JSON ({error}): it is damaged or another kind of file") from None

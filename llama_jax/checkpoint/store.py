@@ -7,11 +7,9 @@ the names of its files show which checkpoints are whole, and which files have to
 
 import contextlib
 import dataclasses
-import json
 import math
 import re
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,14 +91,8 @@ class CheckpointStore:
                 raise UserError(f"'{directory}' has no checkpoints: is it the directory of a run that saved one?")
         else:
             distributed.broadcast_from_main(self._make_directory)
-        self._measured: dict[int, float] = {}
-        self._saving: tuple[int, ocp.AsyncResponse[bool]] | None = None  # the step that is being written
-        self._failed = False
-        self._orbax: ocp.training.Checkpointer | None = None
-        if config is None:  # reading needs no metrics, whose files Orbax's object would read
-            return
         policies = ocp.training.preservation_policies
-        keep = policies.AnyPreservationPolicy(
+        keep = config and policies.AnyPreservationPolicy(
             [
                 policies.LatestN(config.keep_last),
                 policies.BestN(
@@ -113,28 +105,21 @@ class CheckpointStore:
         )
         self._orbax = ocp.training.Checkpointer(
             str(self.directory),
-            preservation_policy=keep,  # type: ignore[arg-type]
+            preservation_policy=keep or policies.PreserveAll(),  # type: ignore[arg-type]
         )
         metrics: dict[int, Any] = {c.step: c.metrics for c in self._orbax.checkpoints if c.metrics}
-        self._measured = {step: values["val_loss"] for step, values in metrics.items()}
+        self._measured: dict[int, float] = {step: values["val_loss"] for step, values in metrics.items()}
+        self._saving: tuple[int, ocp.AsyncResponse[bool]] | None = None  # the step that is being written
+        self._failed = False
 
     def _make_directory(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         for leftover in self.directory.glob(f"*{_TEMPORARY}*"):  # of a process that was killed while saving
             shutil.rmtree(leftover)
-        for file in self.directory.glob("*/metrics/metrics"):
-            if not _is_measured(file):
-                aside = self.directory.parent / "damaged" / f"{file.parent.parent.name}-metrics"
-                aside.parent.mkdir(exist_ok=True)
-                file.replace(aside)
-                print(f"'{file}' is damaged: it is now '{aside}', and the step counts as not measured", file=sys.stderr)
 
     def steps(self) -> list[int]:
         """Return the steps that can be loaded, ascending."""
-        found = (
-            step_of(f"checkpoints/{file.parent.name}/{COMMIT_FILE}") for file in self.directory.glob(f"*/{COMMIT_FILE}")
-        )
-        return sorted(step for step in found if step is not None)
+        return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
 
     def is_best(self, val_loss: float) -> bool:
         """Return whether a checkpoint with this validation loss would be one of the `keep_best` that stay."""
@@ -149,7 +134,6 @@ class CheckpointStore:
 
         A loss that is not finite is not kept. Raises SaveFailed where this save or the one before it fails.
         """
-        assert self._orbax is not None
         step = int(state.step)
         metrics: Any = None
         if val_loss is not None and math.isfinite(val_loss):
@@ -177,8 +161,7 @@ class CheckpointStore:
     def wait(self) -> None:
         """Return when everything saved is on disk. Raises SaveFailed where it cannot be written."""
         self._settle()
-        if self._orbax is not None:
-            self._orbax.wait()
+        self._orbax.wait()
 
     def close(self) -> None:
         """Wait as `wait` does, and end the threads that save."""
@@ -187,8 +170,7 @@ class CheckpointStore:
         finally:
             # Orbax would raise once more for a failure that was raised already.
             with contextlib.suppress(*_FAILURES) if self._failed else contextlib.nullcontext():
-                if self._orbax is not None:
-                    self._orbax.close()
+                self._orbax.close()
 
     @contextlib.contextmanager
     def _save_errors(self, step: int) -> Iterator[None]:
@@ -229,7 +211,7 @@ class CheckpointStore:
         context.pytree.loading.partial_load = not whole
         try:
             with context:
-                return ocp.load_checkpointables(str(self.directory / str(step)), {_STATE: placed})[_STATE]
+                return self._orbax.load_checkpointables(step, {_STATE: placed})[_STATE]
         except _UNREADABLE as error:
             raise self._damaged(step, error) from error
 
@@ -242,7 +224,7 @@ class CheckpointStore:
     def _saved(self, step: int) -> Any:
         """Return the metadata of a checkpoint's arrays, by name."""
         try:
-            saved = ocp.checkpointables_metadata(str(self.directory / str(step))).metadata[_STATE]
+            saved = self._orbax.checkpointables_metadata(step).metadata[_STATE]
         except _UNREADABLE as error:
             raise self._damaged(step, error) from error
         if saved is None:
@@ -261,14 +243,6 @@ class CheckpointStore:
                 raise UserError(f"{place} has '{name}' of shape {shapes[name]}, and this config needs {wanted}")
         if whole and (surplus := shapes.keys() - abstract.keys()):
             raise UserError(f"{place} has '{min(surplus)}', which this config does not have")
-
-
-def _is_measured(file: Path) -> bool:
-    """Return whether a file has the metrics of a checkpoint."""
-    try:
-        return math.isfinite(json.loads(file.read_bytes())["val_loss"])
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return False
 
 
 def _placed(abstract: Any) -> Sharding:

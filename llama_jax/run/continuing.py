@@ -21,7 +21,7 @@ from llama_jax.data import batches_passed
 from llama_jax.files import PARTIAL
 from llama_jax.models import abstract_params, frozen
 from llama_jax.parallel import make_mesh
-from llama_jax.run.directory import DATA_FILE, LOCK_FILE, Run, open_run, tokenizer_digests
+from llama_jax.run.directory import DATA_FILE, LOCK_FILE, Run, open_run
 from llama_jax.run.metrics import STARTS_FILE, read_metrics
 from llama_jax.run.programs import preference_of
 from llama_jax.run.reporting import this_start
@@ -101,11 +101,6 @@ def _check_files(before: Run, step: int) -> list[str]:
     for name in (TOKENIZER_DIRECTORY, DATA_FILE) if step else ():
         if not (directory / name).exists():
             raise UserError(f"'{directory / name}' is missing, which the run at step {step} had: bring it back")
-    known = before.summary().get("tokenizer", {})
-    found = tokenizer_digests(directory)
-    if differing := [name for name in known | found if known and known.get(name) != found.get(name)]:
-        name = directory / TOKENIZER_DIRECTORY / differing[0]
-        raise UserError(f"'{name}' is not what the run began with: bring the tokenizer's file back")
     starts, _ = read_metrics(directory / STARTS_FILE)
     last, now = (_flat(start) for start in (starts[-1] if starts else {}, this_start()))
     return [f"changed: {key}={last[key]} -> {now[key]}" for key in now if key in last and last[key] != now[key]]

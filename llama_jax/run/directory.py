@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -113,7 +112,7 @@ class Run:
             )
 
     def summary(self) -> dict[str, Any]:
-        """Return what identifies the run's text and tokenizer; nothing before it was started. Raises UserError."""
+        """Return what identifies the run's text, {} before it was started. Raises UserError for a damaged file."""
         file = self.directory / DATA_FILE
         found = read_json(file) if file.exists() else {}
         if not isinstance(found, dict) or (file.exists() and "content_hash" not in found):
@@ -179,17 +178,18 @@ def writing(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    file, made = directory / LOCK_FILE, [path for path in (directory, *directory.parents) if not path.exists()]
+    file, holder = directory / LOCK_FILE, "another process"
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
     with contextlib.ExitStack() as stack:
         for path in reversed(made):  # those that are empty at the end
             stack.callback(_removed, path)
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock(file, timeout=0))
+            _lock_in(directory, stack)
             stack.callback(_removed, file)
             file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         except TimeoutError:
-            holder = file.read_text(errors="replace") or "another process"
+            with contextlib.suppress(OSError):
+                holder = file.read_text(errors="replace") or holder
             raise UserError(
                 f"'{directory}' is written by {holder}: wait for its end, or give another --run-dir"
             ) from None
@@ -197,6 +197,18 @@ def _locked(directory: Path) -> Iterator[None]:
             if os.access(directory, os.W_OK):  # else it is refused, or nothing is written
                 print(f"'{directory}' has no lock ({error.strerror}): start nothing else in it", file=sys.stderr)
         yield
+
+
+def _lock_in(directory: Path, stack: contextlib.ExitStack) -> None:
+    """Make a directory and take its lock: again where a process that ended meanwhile has removed it."""
+    for attempt in range(10):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            return stack.enter_context(lock(directory / LOCK_FILE, timeout=0))
+        except FileNotFoundError:
+            if attempt == 9:
+                raise
+    return None
 
 
 def _removed(path: Path) -> None:
@@ -222,8 +234,7 @@ def start_run(run: Run, dataset: Dataset) -> None:
     # The config first: with it, a directory that was left half-made is a run to continue.
     write_text(directory / CONFIG_FILE, json.dumps(to_json(run.config), indent=2) + "\n")
     keep_tokenizer(run.tokenizer, directory)
-    summary = _summary(dataset) | {"tokenizer": tokenizer_digests(directory)}
-    write_text(directory / DATA_FILE, json.dumps(summary, indent=2) + "\n")
+    write_text(directory / DATA_FILE, json.dumps(_summary(dataset), indent=2) + "\n")
 
 
 def write_samples(run: Run, lm: LanguageModel, max_new_tokens: int, name: str) -> None:
@@ -242,13 +253,6 @@ def keep_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     if not (directory / TOKENIZER_DIRECTORY).is_dir():
         with replacing(directory / TOKENIZER_DIRECTORY) as partial:
             tokenizer.save(partial)
-
-
-def tokenizer_digests(directory: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file of a run's tokenizer, by its path."""
-    files, place = (directory / TOKENIZER_DIRECTORY).rglob("*"), directory / TOKENIZER_DIRECTORY
-    found = sorted(file for file in files if file.is_file())
-    return {file.relative_to(place).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in found}
 
 
 def _summary(dataset: Dataset) -> dict[str, Any]:
