@@ -4,9 +4,11 @@ A destination of one's own is a class that derives from `Logger`, given to `trai
 """
 
 import datetime
+import errno
 import importlib.util
 import json
 import math
+import os
 import re
 import secrets
 import shlex
@@ -98,6 +100,8 @@ class JsonLines(Logger):
         with naming(self.run.directory / METRICS_FILE):
             self._file.write(_json(metrics))
             self._file.flush()
+            if not os.fstat(self._file.fileno()).st_nlink:  # the directory was removed: all of it would be lost
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
     @override
     def close(self) -> None:

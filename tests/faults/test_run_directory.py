@@ -22,6 +22,7 @@ from llama_jax.config import UserError, override
 from llama_jax.data import prepare_corpus
 from llama_jax.run import Run, RunConfig, open_run, train, training
 from llama_jax.run.directory import LOCK_FILE, writing
+from llama_jax.run.reporting import JsonLines
 from llama_jax.tokenizers import load_tokenizer
 from llama_jax.training import TrainState
 
@@ -272,3 +273,25 @@ def test_a_changed_byte_of_text_or_tokenizer_is_refused(trained: Run, tmp_path: 
         tried, held = tried + 1, held + 1
         file.write_bytes(before)
     tally("a changed byte of a run's texts or tokenizer", "refused", tried=tried, held=held)
+
+
+@pytest.mark.parametrize("step", [9, 12])
+def test_a_directory_that_is_removed_in_mid_run(
+    trained: Run, step: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    written = JsonLines.write
+
+    def removed(self: Any, metrics: Any) -> None:
+        if metrics["step"] == step:
+            shutil.rmtree(trained.directory)
+        written(self, metrics)
+
+    monkeypatch.setattr(JsonLines, "write", removed)
+    capsys.readouterr()
+    assert main(["train", str(trained.directory), "--logging.sample-prompts", ""]) in (1, 2)
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == (
+        f"error: '{trained.directory}/metrics.jsonl' is not there (No such file or directory): bring it back, or give "
+        "another place"
+    )
+    assert len(said) == 2  # the first is of the step that is not repeated
