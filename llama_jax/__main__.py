@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from llama_jax import __version__
 from llama_jax.config import UserError, config_names
@@ -23,6 +23,7 @@ from llama_jax.installation import missing_package
 from llama_jax.parser import BASE, DTYPE, IGNORED_KEYS, MESH, RUN_PATH, STEP, TOKENIZER, Argument, Command, Parser, flag
 from llama_jax.sample_flags import SAMPLE
 from llama_jax.serve_command import SERVE
+from llama_jax.stopping import background_error, leave, terminate
 
 # Settings of glibc's allocator, read when a process starts: a training step on a CPU takes and frees all of its memory,
 # so that huge pages that are kept save much of its time (benchmarks/ has the figures).
@@ -226,23 +227,11 @@ def console(argv: Sequence[str] | None = None) -> NoReturn:
             os.execve(sys.executable, [sys.executable, "-X", RESTARTED, *sys.orig_argv[1:]], os.environ | TUNABLES)
         except OSError as error:
             print(f"warning: the allocator's settings were not applied: {error}", file=sys.stderr)
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, leave)
     sys.unraisablehook = threading.excepthook = background_error
-    sys.exit(main(argv))
-
-
-def terminate(*_: Any) -> NoReturn:
-    """End the command at a SIGTERM as at Ctrl-C: what it has begun is cleaned up. Raises KeyboardInterrupt."""
-    raise KeyboardInterrupt("stopped by SIGTERM before the end: start again")
-
-
-def background_error(found: Any) -> None:
-    """Report an error of a library's thread in a line, and none of closed loops and pipes: they follow from another."""
-    if isinstance(found.exc_value, KeyboardInterrupt):  # in a destructor, where it is lost: it comes again
-        number = signal.SIGTERM if found.exc_value.args else signal.SIGINT
-        threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, number)).start()
-    elif not str(found.exc_value).endswith("is closed"):
-        print(f"in the background: {found.exc_type.__name__}: {found.exc_value}", file=sys.stderr)
+    code = main(argv)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(code))  # all is done
+    sys.exit(code)
 
 
 def can_restart() -> bool:
@@ -304,6 +293,8 @@ def run(args: argparse.Namespace) -> int:
         if name in ("", "llama_jax"):
             raise
         raise UserError(missing_package(name)) from None
+    if signal.getsignal(signal.SIGTERM) is leave:
+        signal.signal(signal.SIGTERM, terminate)
     return work(args)
 
 

@@ -40,9 +40,7 @@ def disk_failure(error: BaseException) -> tuple[str, bool] | None:
     known by the number of the system's error, and in other libraries' errors by its text, also where they are the cause
     of `error`. None for all other errors.
     """
-    depth = 0
-    found: BaseException | None = error
-    while found is not None and depth < 20:  # a chain may be a ring
+    for depth, found in enumerate(causes(error)):
         for number, (done, way) in _DISK.items():
             if isinstance(found, OSError) and found.errno is not None:
                 known, place = found.errno == number, f"'{found.filename or 'the output'}'"
@@ -52,8 +50,16 @@ def disk_failure(error: BaseException) -> tuple[str, bool] | None:
             # A missing file is looked for on purpose: what follows from that is a mistake of ours.
             if known and (number != errno.ENOENT or (depth == 0 and isinstance(found, OSError))):
                 return f"{place} {done} ({os.strerror(number)}): {way}", number not in _MISTAKES
-        found, depth = found.__cause__ or found.__context__, depth + 1
     return None
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """Return an error and what it follows from, the nearest first."""
+    found, cause = list[BaseException](), error
+    while cause is not None and cause not in found:
+        found.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return found
 
 
 @contextlib.contextmanager
