@@ -71,12 +71,14 @@ def test_a_directory_has_one_writer_and_a_killed_one_leaves_it(trained: Run, tal
     with subprocess.Popen([sys.executable, "-c", HOLD, directory], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        before = files_of(directory)
-        with pytest.raises(UserError, match=rf"'{directory}' is written by process {holder.pid} on \S+: wait for its"):
-            train(trained.config, directory)
-        unchanged = files_of(directory) == before
-        assert open_run(directory).steps()  # readers are free
-        holder.kill()
+        try:
+            before = files_of(directory)
+            with pytest.raises(UserError, match=rf"'{directory}' is written by process {holder.pid} on \S+: wait for"):
+                train(trained.config, directory)
+            unchanged = files_of(directory) == before
+            assert open_run(directory).steps()  # readers are free
+        finally:
+            holder.kill()
     assert (directory / LOCK_FILE).exists()
     assert train(trained.config, directory).steps()[-1] == 12
     assert not (directory / LOCK_FILE).exists()
