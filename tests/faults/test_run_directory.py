@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ def test_of_many_writers_one_at_a_time_goes_on(tmp_path: Path):
                 with writing(tmp_path / "a" / "run"):
                     inside[0] += 1
                     seen.append(inside[0])
+                    time.sleep(1e-4)
                     inside[0] -= 1
             except UserError:
                 refused[0] += 1
