@@ -100,6 +100,7 @@ def test_tokenization_that_is_stopped_leaves_no_process(
     for number in range(60):
         (tmp_path / "texts" / f"{number}.txt").write_text(f"{number} " + text * 500)
     words = [str(tmp_path / "texts"), "--tokenizer", str(finished_run.directory / "tokenizer"), "--num-workers", "2"]
+    words += ["--validation-fraction", "0"]
     command = [sys.executable, "-c", PREPARE, *words, "--output", str(tmp_path / "out")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for _ in range(trials):
