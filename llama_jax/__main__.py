@@ -14,14 +14,16 @@ import sys
 import threading
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from llama_jax import __version__
 from llama_jax.config import UserError, config_names
+from llama_jax.files import disk_failure
 from llama_jax.installation import missing_package
 from llama_jax.parser import BASE, DTYPE, IGNORED_KEYS, MESH, RUN_PATH, STEP, TOKENIZER, Argument, Command, Parser, flag
 from llama_jax.sample_flags import SAMPLE
 from llama_jax.serve_command import SERVE
+from llama_jax.stopping import background_error, leave, terminate
 from llama_jax.values import printable
 
 # Settings of glibc's allocator, read when a process starts: a training step on a CPU takes and frees all of its memory,
@@ -234,16 +236,11 @@ def console(argv: Sequence[str] | None = None) -> NoReturn:
             os.execve(sys.executable, [sys.executable, "-X", RESTARTED, *sys.orig_argv[1:]], os.environ | TUNABLES)
         except OSError as error:
             print(f"warning: the allocator's settings were not applied: {error}", file=sys.stderr)
+    signal.signal(signal.SIGTERM, leave)
     sys.unraisablehook = threading.excepthook = background_error
-    sys.exit(main(argv))
-
-
-def background_error(found: Any) -> None:
-    """Report an error of a library's thread in a line, and none of closed loops and pipes: they follow from another."""
-    if isinstance(found.exc_value, KeyboardInterrupt):  # in a destructor, where it is lost: it comes again
-        threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
-    elif not str(found.exc_value).endswith("is closed"):
-        print(f"in the background: {found.exc_type.__name__}: {found.exc_value}", file=sys.stderr)
+    code = main(argv)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(code))  # all is done
+    sys.exit(code)
 
 
 def can_restart() -> bool:
@@ -271,13 +268,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         return run(parse(sys.argv[1:] if argv is None else argv))
-    except (UserError, KeyboardInterrupt) as error:
-        sentence = f"error: {printable(str(error), keep=chr(10))}"
-        print(sentence if isinstance(error, UserError) else "interrupted", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 130
+    except UserError as error:
+        print(f"error: {printable(str(error), keep=chr(10))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:  # of a SIGTERM it has a sentence
+        print(*error.args or ["interrupted"], file=sys.stderr)
+        return 75 if error.args else 130
     except BrokenPipeError:  # the reader of our output has closed it (`| head`); Python's own flush would raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception as error:
+        if (found := disk_failure(error)) is None:
+            raise
+        print(f"{'failed' if found[1] else 'error'}: {found[0]}", file=sys.stderr)
+        return 1 if found[1] else 2
 
 
 def run(args: argparse.Namespace) -> int:
@@ -301,6 +305,8 @@ def run(args: argparse.Namespace) -> int:
         if name in ("", "llama_jax"):
             raise
         raise UserError(missing_package(name)) from None
+    if signal.getsignal(signal.SIGTERM) is leave:
+        signal.signal(signal.SIGTERM, terminate)
     return work(args)
 
 

@@ -74,18 +74,20 @@ def run(args: argparse.Namespace) -> int:
     except Preempted as error:
         return report(str(error), 75)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return distributed.leave(130)
+        if distributed.several():
+            print("interrupted", file=sys.stderr)
+            os._exit(130)
+        raise
     except BrokenPipeError:
         if distributed.several():
             os._exit(141)
         raise
     except Exception as error:
         if (found := disk_failure(error)) is not None:
-            sentence, full = found
+            sentence, again = found
             cache = f" ($LLAMA_JAX_CACHE is '{default_cache()}')" if str(default_cache()) in sentence else ""
-            print(f"{'failed' if full else 'error'}: {with_urls(sentence)}{cache}", file=sys.stderr)
-            return distributed.leave(1 if full else 2)
+            print(f"{'failed' if again else 'error'}: {with_urls(sentence)}{cache}", file=sys.stderr)
+            return distributed.leave(1 if again else 2)
         if not distributed.several():
             raise
         traceback.print_exc()
@@ -150,7 +152,8 @@ def in_run(path: str) -> bool:
     if is_remote(root):
         return True
     file = Path(root, CONFIG_FILE)
-    if Path(root).is_dir() and not (file.is_file() and read_json(file).get("type") == RunConfig.__name__):
+    found = read_json(file) if file.is_file() else {}
+    if Path(root).is_dir() and not (isinstance(found, dict) and found.get("type") == RunConfig.__name__):
         raise UserError(
             f"'{path}' is not a run: give a config, and --run-dir for a new run's directory, --init-from for weights"
         )

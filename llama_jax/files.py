@@ -15,33 +15,51 @@ import filelock
 PARTIAL = ".partial"  # in the names of files that are not whole yet
 
 
-# What can be wrong with a disk or its permissions, and what to do.
+# What can be wrong with a disk, its permissions or this process's files: (what it means, what to do).
+_ROOM = ("cannot be written", "make room there and run the same command again")
+_RIGHTS = ("cannot be used", "change its permissions or give another place")
 _DISK = {
-    errno.ENOSPC: "make room there and run the same command again",
-    errno.EDQUOT: "make room there and run the same command again",
-    errno.EROFS: "give a place that can be written",
-    errno.EACCES: "change its permissions or give another place",
-    errno.EPERM: "change its permissions or give another place",
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EIO: ("cannot be read or written", "check the disk, then run the same command again"),
+    errno.ESTALE: ("is gone", "mount it again, then run the same command again"),
+    errno.EMFILE: ("cannot be opened", "raise the limit (ulimit -n) and run the same command again"),
+    errno.ENFILE: ("cannot be opened", "end other programs and run the same command again"),
+    errno.EROFS: ("cannot be written", "give a place that can be written"),
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.ENOENT: ("is not there", "bring it back, or give another place"),
 }
+_MISTAKES = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT)
 
 
 def disk_failure(error: BaseException) -> tuple[str, bool] | None:
-    """Return (sentence, whether the disk is full) for a full disk, a read-only one and missing permissions.
+    """Return (sentence, whether the command can be run again as it is) for what the operating system refuses.
 
-    They are known by the number of the operating system's error, and in other libraries' errors by its text. None for
-    all other errors.
+    That are a full or damaged disk, a read-only one, missing permissions and files, and too many open ones. They are
+    known by the number of the system's error, and in other libraries' errors by its text, also where they are the cause
+    of `error`. None for all other errors.
     """
-    for number, way in _DISK.items():
-        if isinstance(error, OSError) and error.errno is not None:
-            found, place = error.errno == number, f"'{error.filename or 'the output'}'"
-        else:
-            found = re.search(rf"{re.escape(os.strerror(number))}|\bos error {number}\b", str(error)) is not None
-            place = "the output"
-        if found:
-            full = number in (errno.ENOSPC, errno.EDQUOT)
-            done = "cannot be written" if full or number == errno.EROFS else "cannot be used"
-            return f"{place} {done} ({os.strerror(number)}): {way}", full
+    for depth, found in enumerate(causes(error)):
+        for number, (done, way) in _DISK.items():
+            if isinstance(found, OSError) and found.errno is not None:
+                known, place = found.errno == number, f"'{found.filename or 'the output'}'"
+            else:
+                text = rf"{re.escape(os.strerror(number))}|\bos error {number}\b"
+                known, place = re.search(text, str(found)) is not None, "the output"
+            # A missing file is looked for on purpose: what follows from that is a mistake of ours.
+            if known and (number != errno.ENOENT or (depth == 0 and isinstance(found, OSError))):
+                return f"{place} {done} ({os.strerror(number)}): {way}", number not in _MISTAKES
     return None
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """Return an error and what it follows from, the nearest first."""
+    found, cause = list[BaseException](), error
+    while cause is not None and cause not in found:
+        found.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return found
 
 
 @contextlib.contextmanager
@@ -99,7 +117,7 @@ def lock(path: Path, *, shared: bool = False, timeout: float = -1) -> Iterator[N
     when the lock is released.
     """
     if not shared:
-        with filelock.FileLock(path, timeout=timeout):
+        with filelock.FileLock(path, timeout=timeout, thread_local=False):  # any thread may release it
             yield
         return
     with path.open("a") as held:

@@ -20,8 +20,8 @@ PACKAGE = ROOT / "llama_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # A package (or module) imports only from those before it. A new one takes its place here.
 ORDER = (
-    "__version__", "installation", "values", "config", "parser", "files", "gguf_header", "figures", "chips", "remote",
-    "screen", "parallel", "tokenizers", "data", "nn", "models", "zoo", "training", "checkpoint", "sampling",
+    "__version__", "installation", "stopping", "values", "config", "parser", "files", "gguf_header", "figures", "chips",
+    "remote", "screen", "parallel", "tokenizers", "data", "nn", "models", "zoo", "training", "checkpoint", "sampling",
     "evaluation", "serving", "run_config", "planning", "run", "inspect", "ablation", "compare_command", "reports",
     "evaluate_command", "report_command", "verify_command", "sample_flags", "chat_terminal", "sample_command",
     "serve_command", "text_commands", "compilations", "key_help", "commands", "__main__",

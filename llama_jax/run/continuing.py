@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from llama_jax.checkpoint import (
+    CHECKPOINTS_DIRECTORY,
     CONFIG_FILE,
     TOKENIZER_DIRECTORY,
     newest_good,
@@ -21,8 +22,10 @@ from llama_jax.data import batches_passed
 from llama_jax.files import PARTIAL
 from llama_jax.models import abstract_params, frozen
 from llama_jax.parallel import make_mesh
-from llama_jax.run.directory import Run, open_run
+from llama_jax.run.directory import DATA_FILE, LOCK_FILE, Run, open_run
+from llama_jax.run.metrics import STARTS_FILE, read_metrics
 from llama_jax.run.programs import preference_of
+from llama_jax.run.reporting import this_start
 from llama_jax.run_config import RunConfig
 from llama_jax.tokenizers import load_tokenizer
 from llama_jax.training import copies_reference, init_state, learning_rate
@@ -58,7 +61,7 @@ def check_directory(run: Run, asked: int | None = None) -> tuple[int, list[dict[
     if not (directory / CONFIG_FILE).exists():
         if directory.exists() and not directory.is_dir():
             raise UserError(f"'{directory}' is a file: give another --run-dir")
-        if directory.is_dir() and any(PARTIAL not in file.name for file in directory.iterdir()):
+        if directory.is_dir() and any(PARTIAL not in f.name and f.name != LOCK_FILE for f in directory.iterdir()):
             raise UserError(f"'{directory}' is not empty and not a run: give another --run-dir")
         _check_writable(directory)
         return 0, [], []
@@ -70,6 +73,7 @@ def check_directory(run: Run, asked: int | None = None) -> tuple[int, list[dict[
             f"'{directory}' continues from its latest checkpoint, of step {step}, not from step {asked}: give "
             f"'{directory}', or begin a new run with these weights by --init-from and another --run-dir"
         )
+    starts = _check_files(before, step)
     if step <= run.config.num_steps:
         _check_writable(directory)
     _check_skipped(before, run, step)
@@ -81,7 +85,33 @@ def check_directory(run: Run, asked: int | None = None) -> tuple[int, list[dict[
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         pairs = {key: [to_json(value) for value in values] for key, values in changes.items()}
         history.append({"step": step, "date": date, "changes": pairs})
-    return step, history, [*lines, *_lines(before, run, step, changes)]
+    return step, history, [*lines, *_lines(before, run, step, changes), *starts]
+
+
+def _check_files(before: Run, step: int) -> list[str]:
+    """Return lines on where and by what versions the run is continued, if not as it was started last.
+
+    Raises UserError where a file is missing that the run had when it was at `step`, or is another one.
+    """
+    directory = before.directory
+    logged = max((line["step"] for line in before.metrics()), default=0)
+    if logged and not (directory / CHECKPOINTS_DIRECTORY).is_dir():
+        raise UserError(
+            f"'{directory}' has metrics up to step {logged} and no '{CHECKPOINTS_DIRECTORY}': bring it back, or give "
+            "another --run-dir"
+        )
+    for name in (TOKENIZER_DIRECTORY, DATA_FILE) if step else ():
+        if not (directory / name).exists():
+            raise UserError(f"'{directory / name}' is missing, which the run at step {step} had: bring it back")
+    starts, _ = read_metrics(directory / STARTS_FILE)
+    last, now = (_flat(start) for start in (starts[-1] if starts else {}, this_start()))
+    return [f"changed: {key}={last[key]} -> {now[key]}" for key in now if key in last and last[key] != now[key]]
+
+
+def _flat(start: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a line of `STARTS_FILE` says, the versions as keys of their own."""
+    versions = start.get("versions")
+    return {**start, **(versions if isinstance(versions, dict) else {}), "versions": None}
 
 
 def _check_writable(directory: Path) -> None:

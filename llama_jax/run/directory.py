@@ -4,7 +4,10 @@ import contextlib
 import functools
 import itertools
 import json
-from collections.abc import Sequence
+import os
+import socket
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from llama_jax.checkpoint import (
 )
 from llama_jax.config import UserError, read_json, to_json
 from llama_jax.data import Batches, Dataset, HostBatch, Vocabulary, batches_passed, prepare_dataset
-from llama_jax.files import replacing, write_text
+from llama_jax.files import lock, replacing, write_text
 from llama_jax.parallel import distributed
 from llama_jax.remote import as_local, local_copy, url_of
 from llama_jax.run.metrics import METRICS_FILE, read_metrics
@@ -35,6 +38,7 @@ from llama_jax.tokenizers import Tokenizer
 SAMPLES_FILE = "samples.txt"
 DATA_FILE = "data.json"
 HISTORY_FILE = "run.json"
+LOCK_FILE = ".lock"  # there while a process writes the run, or was killed
 
 
 class Run:
@@ -73,7 +77,10 @@ class Run:
     def history(self) -> list[dict[str, Any]]:
         """Changes of the config where the run was continued: `step`, `date`, and `changes`, key to [old, new]."""
         file = self.directory / HISTORY_FILE
-        return read_json(file)["history"] if file.is_file() else []
+        found = read_json(file) if file.is_file() else {"history": []}
+        if not isinstance(found, dict) or not isinstance(found.get("history"), list):
+            raise UserError(f"'{file}' is damaged, which says what was changed and when: bring it back")
+        return found["history"]
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -97,13 +104,22 @@ class Run:
 
     def check_dataset(self, dataset: Dataset) -> None:
         """Raise UserError where `dataset` is not the one that this run began with."""
-        file = self.directory / DATA_FILE
-        if file.exists() and read_json(file) != _summary(dataset):
+        began, found = self.summary(), _summary(dataset)
+        if differing := [key for key in found if key in began and found[key] != began[key]]:
+            changes = ", ".join(f"{key} {began[key]}, now {found[key]}" for key in differing)
             path = itertools.chain.from_iterable(own.path for _, own in self.config.data.corpora())
             raise UserError(
                 f"the files of data.path={', '.join(path)} are not what '{self.directory}' began "
-                "with: bring them back, or give another --run-dir"
+                f"with ({changes}): bring them back, or give another --run-dir"
             )
+
+    def summary(self) -> dict[str, Any]:
+        """Return what identifies the run's text, {} before it was started. Raises UserError for a damaged file."""
+        file = self.directory / DATA_FILE
+        found = read_json(file) if file.exists() else {}
+        if not isinstance(found, dict) or (file.exists() and "content_hash" not in found):
+            raise UserError(f"'{file}' is damaged: bring it back")
+        return found
 
     def batch(self, step: int) -> HostBatch:
         """Return the exact global batch of the update from `step` to `step + 1`: numpy arrays [B, T].
@@ -148,6 +164,59 @@ def open_run(directory: str | Path, components: Sequence[type] = ()) -> Run:
     if url is not None:  # a store has no empty directories
         (directory / CHECKPOINTS_DIRECTORY).mkdir(exist_ok=True)
     return Run(directory, read_config(directory / CONFIG_FILE, components), components, url=url)
+
+
+@contextlib.contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Be the only writer of a run's directory within the block; of several processes, process 0 holds the lock.
+
+    A directory that is not there is made, and removed where the block leaves it empty. Raises UserError, with all as it
+    was, where another process writes there. Says so where the file system has no locks.
+    """
+    with contextlib.ExitStack() as stack:
+        distributed.all_agree(lambda: stack.enter_context(_locked(directory)) if distributed.is_main() else None)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    file, holder = directory / LOCK_FILE, "another process"
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    with contextlib.ExitStack() as stack:
+        for path in reversed(made):  # those that are empty at the end
+            stack.callback(_removed, path)
+        try:
+            _lock_in(directory, stack)
+            stack.callback(_removed, file)
+            file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        except TimeoutError:
+            with contextlib.suppress(OSError):
+                holder = file.read_text(errors="replace") or holder
+            raise UserError(
+                f"'{directory}' is written by {holder}: wait for its end, or give another --run-dir"
+            ) from None
+        except OSError as error:
+            if os.access(directory, os.W_OK):  # else it is refused, or nothing is written
+                print(f"'{directory}' has no lock ({error.strerror}): start nothing else in it", file=sys.stderr)
+        yield
+
+
+def _lock_in(directory: Path, stack: contextlib.ExitStack) -> None:
+    """Make a directory and take its lock: again where a process that ended meanwhile has removed it."""
+    for attempt in range(10):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            return stack.enter_context(lock(directory / LOCK_FILE, timeout=0))
+        except FileNotFoundError:
+            if attempt == 9:
+                raise
+    return None
+
+
+def _removed(path: Path) -> None:
+    """Remove a lock that is held, or an empty directory; what stays stops nobody."""
+    with contextlib.suppress(OSError):
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 def start_run(run: Run, dataset: Dataset) -> None:

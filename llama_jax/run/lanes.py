@@ -18,7 +18,7 @@ from llama_jax.planning import mesh_of
 from llama_jax.run.callbacks import Event
 from llama_jax.run.clock import Clock
 from llama_jax.run.continuing import check_directory
-from llama_jax.run.directory import Run, keep_tokenizer, start_run
+from llama_jax.run.directory import Run, keep_tokenizer, start_run, writing
 from llama_jax.run.preparing import open_dataset, prepare
 from llama_jax.run.profiling import Profile
 from llama_jax.run.programs import RunFailed, checked
@@ -151,10 +151,14 @@ class Lane(Loop):
 
     def begin(self, stack: contextlib.ExitStack, closing: "Closing") -> TrainState:
         """Write the run's directory, open its outputs until the end of `stack`, and return the state to begin with."""
-        start, self.run_.history, lines = check_directory(self.run_)
-        start_run(self.run_, self.dataset)
-        self.store = CheckpointStore(self.run_.directory / CHECKPOINTS_DIRECTORY, self.config.checkpoint)
-        stack.callback(closing.close, self.store)
+        directory = self.run_.directory
+        with contextlib.ExitStack() as held:  # until the store is closed
+            held.enter_context(writing(directory))
+            start, self.run_.history, lines = check_directory(self.run_)
+            start_run(self.run_, self.dataset)
+            self.store = CheckpointStore(directory / CHECKPOINTS_DIRECTORY, self.config.checkpoint)
+            held.callback(self.store.close)
+            stack.callback(closing.close, held.pop_all())
         state, more = self._state(self.store)
         self.lines += [*lines, *more, *effects(self.run_, start, state, len(self.validation), self.mfu_per_speed)]
         self.outputs = [stack.enter_context(contextlib.closing(logger(self.run_, start))) for logger in self.loggers]
@@ -212,7 +216,7 @@ class Closing(contextlib.AbstractContextManager["Closing"]):
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "closing")
         self._waiting: list[concurrent.futures.Future[None]] = []
 
-    def close(self, store: CheckpointStore) -> None:
+    def close(self, store: contextlib.ExitStack) -> None:
         """Begin to close a store, after the one before it. Raises SaveFailed where that one could not be written."""
         self.wait()
         self._waiting.append(self._thread.submit(store.close))

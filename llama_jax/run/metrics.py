@@ -22,6 +22,6 @@ def _metrics_of(line: str) -> dict[str, Any] | None:
     """Return a line of metrics, or None for a damaged one. Constants that JSON does not have (NaN) are None, too."""
     try:
         found = json.loads(line, parse_constant=lambda _: None)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # also numbers of too many digits
         return None
     return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None

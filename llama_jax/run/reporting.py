@@ -4,9 +4,12 @@ A destination of one's own is a class that derives from `Logger`, given to `trai
 """
 
 import datetime
+import errno
 import importlib.util
 import json
 import math
+import os
+import re
 import secrets
 import shlex
 import shutil
@@ -20,18 +23,21 @@ import jax
 from llama_jax import __version__
 from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY
 from llama_jax.config import UserError, to_json
+from llama_jax.data import Batches, Dataset
 from llama_jax.files import naming, write_text
 from llama_jax.models import num_parameters
 from llama_jax.planning import device_memory
 from llama_jax.remote import with_urls
 from llama_jax.run.directory import SAMPLES_FILE, Run
-from llama_jax.run.metrics import METRICS_FILE, STARTS_FILE
+from llama_jax.run.metrics import METRICS_FILE, STARTS_FILE, read_metrics
 from llama_jax.run.profiling import recorded
 from llama_jax.run_config import LoggingConfig, RunConfig
 from llama_jax.screen import duration
+from llama_jax.training import TrainState
 
 Metrics = dict[str, Any]
 WANDB_FILE = "wandb_id.txt"
+ROUNDING = 0.01  # of a loss: in bfloat16, on another number of devices
 
 
 class Logger:
@@ -72,19 +78,30 @@ class JsonLines(Logger):
         if damaged:
             self.notice = f"{damaged} damaged lines of '{METRICS_FILE}' are dropped"
         write_text(file, "".join(_json(line) for line in lines if line["step"] <= start_step))
+        self._replayed = next((line for line in lines if line["step"] > start_step), None)
         self._file = file.open("a", encoding="utf-8")
         if start_step < run.config.num_steps:
-            devices, date = jax.devices(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            place = {"devices": len(devices), "device": devices[0].device_kind, "processes": jax.process_count()}
-            versions = {"llama_jax": __version__, "jax": jax.__version__}
-            with naming(run.directory / STARTS_FILE), (run.directory / STARTS_FILE).open("a") as starts:
-                starts.write(_json({"step": start_step, "date": date, **place, "versions": versions}))
+            starts, _ = read_metrics(run.directory / STARTS_FILE)
+            date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            starts.append({"step": start_step, "date": date, **this_start()})
+            write_text(run.directory / STARTS_FILE, "".join(map(_json, starts)))
 
     @override
     def write(self, metrics: Metrics) -> None:
+        if self._replayed is not None and self._replayed["step"] <= metrics["step"]:
+            before, self._replayed = self._replayed, None
+            old, new = before.get("loss"), metrics["loss"]
+            if before["step"] == metrics["step"] and isinstance(old, float) and abs(new - old) > ROUNDING * abs(old):
+                print(
+                    f"WARNING: the loss of step {metrics['step']} was {old:.6g} and is now {new:.6g}, more than "
+                    "rounding: this start does not repeat what the run did",
+                    file=sys.stderr,
+                )
         with naming(self.run.directory / METRICS_FILE):
             self._file.write(_json(metrics))
             self._file.flush()
+            if not os.fstat(self._file.fileno()).st_nlink:  # the directory was removed: all of it would be lost
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
     @override
     def close(self) -> None:
@@ -130,11 +147,15 @@ class WeightsAndBiases(Logger):
 
         super().__init__(run, start_step)
         file = run.directory / WANDB_FILE
-        if not file.exists():
-            write_text(file, secrets.token_hex(4) + "\n")
+        known = file.read_text(encoding="utf-8", errors="replace").strip() if file.exists() else ""
+        if not re.fullmatch(r"[\w-]{1,64}", known, re.ASCII):
+            if file.exists():
+                self.notice = f"'{WANDB_FILE}' was damaged: this start is another run on W&B"
+            known = secrets.token_hex(4)
+            write_text(file, known + "\n")
         self._run = wandb.init(
             project=run.config.logging.wandb_project,
-            id=file.read_text(encoding="utf-8").strip(),
+            id=known,
             resume="allow",
             name=run.directory.name,
             dir=str(run.directory),
@@ -160,6 +181,28 @@ def configured_loggers(config: LoggingConfig) -> list[type[Logger]]:
                 raise UserError(f"logging.{key} needs an extra: pip install 'llama_jax[{logger.extra}]'")
             chosen.append(logger)
     return chosen
+
+
+def this_start() -> Metrics:
+    """Return the devices and the versions of this process, as `STARTS_FILE` has them."""
+    devices, versions = jax.devices(), {"llama_jax": __version__, "jax": jax.__version__}
+    place = {"devices": len(devices), "device": devices[0].device_kind, "processes": jax.process_count()}
+    return {**place, "versions": versions}
+
+
+def receipt(run: Run, dataset: Dataset, batches: Batches, state: TrainState) -> list[str]:
+    """Return a line that says what a continued run has at its first step; none for a new one."""
+    step = int(state.step)
+    if not step:
+        return []
+    sequences = sum(batches.num_sequences(step))
+    epochs = [v for k, v in dataset.proportions(batches, step).items() if k.startswith("epochs/")]
+    arrays = len(jax.tree.leaves(state.opt_state))
+    return [
+        f"restored: step {step}, {sequences * run.config.row_length:,} tokens seen, the data at batch "
+        f"{batches.number(step)} (epoch {', '.join(f'{epoch:.3f}' for epoch in epochs)}), "
+        f"{len(state.params)} parameters, {arrays} arrays of the optimizer {type(run.config.optimizer).__name__}"
+    ]
 
 
 def _json(metrics: Metrics) -> str:

@@ -27,6 +27,7 @@ from llama_jax.checkpoint import (
 from llama_jax.config import UserError
 from llama_jax.parallel import distributed
 from llama_jax.remote import Mirror, Stamps, as_local
+from llama_jax.run.directory import writing
 
 _POLL_SECONDS = 1.0  # between two looks for a new checkpoint
 _MAX_PAUSE_SECONDS = 60.0  # between two attempts while the store cannot be reached
@@ -53,6 +54,8 @@ class StoredRun:
         if self._is_ahead(names):
             return
         self._mirror.fetch(run_files, prune=True)
+        if names:  # a store has no empty directories
+            (self.directory / CHECKPOINTS_DIRECTORY).mkdir(exist_ok=True)
         for step in reversed(whole_steps(self._mirror.local_files())):  # of damaged ones, the one before is fetched
             self._mirror.fetch(functools.partial(run_files, step=step))
             if damage(self.directory / CHECKPOINTS_DIRECTORY / str(step), step) is None:
@@ -169,22 +172,25 @@ def _manifest(step: int) -> str:
 
 @contextlib.contextmanager
 def local_run(run_dir: str | Path) -> Iterator[tuple[Path, StoredRun | None]]:
-    """Yield the directory that a run works in, and its uploader where `run_dir` is a URL, else None.
+    """Yield the directory that a run works in, with its only writer here, and its uploader where `run_dir` is a URL.
 
     When the block ends, also by an error, the rest of a run that was started is uploaded. Raises UserError for a URL
     that cannot be read and written, and for a URL where there are several processes.
     """
     if (local := as_local(run_dir)) is not None:
-        yield local, None
+        with writing(local):
+            yield local, None
         return
-    with contextlib.closing(distributed.all_agree(lambda: _stored(run_dir))) as stored:
+    with contextlib.ExitStack() as stack:
+        stored = distributed.all_agree(lambda: _stored(run_dir, stack))
         yield stored.directory, stored
 
 
-def _stored(run_dir: str | Path) -> StoredRun:
+def _stored(run_dir: str | Path, stack: contextlib.ExitStack) -> StoredRun:
     if distributed.several():
         raise UserError(
             f"--run-dir '{run_dir}' is for one process: of several, give a directory on a file system that all share, "
             "such as a mounted bucket"
         )
-    return StoredRun(run_dir)
+    stack.enter_context(writing(Mirror(run_dir, kind="runs").path))  # of this host: a store has no locks
+    return stack.enter_context(contextlib.closing(StoredRun(run_dir)))

@@ -27,8 +27,18 @@ from llama_jax.run.hardware import check_devices, taken_twice
 from llama_jax.run.preparing import check_shared, first_params, open_dataset, prepare
 from llama_jax.run.profiling import Profile
 from llama_jax.run.programs import RunFailed as RunFailed, checked, programs
-from llama_jax.run.reporting import Logger, configured_loggers, effects, measured, outcome, overview, peak_memory, shown
-from llama_jax.run.signals import termination
+from llama_jax.run.reporting import (
+    Logger,
+    configured_loggers,
+    effects,
+    measured,
+    outcome,
+    overview,
+    peak_memory,
+    receipt,
+    shown,
+)
+from llama_jax.run.signals import Preempted as Preempted, termination
 from llama_jax.run.skipped import SkippedSteps
 from llama_jax.run.stored import StoredRun, local_run
 from llama_jax.run.watchdog import CALLBACKS, Beat, watching
@@ -38,10 +48,6 @@ from llama_jax.training import (
     TrainState,
     peak_flops,
 )
-
-
-class Preempted(Exception):
-    """The run was asked to stop and saved a checkpoint; the command line exits with 75."""
 
 
 def train(
@@ -67,9 +73,13 @@ def train(
     """
     check_callbacks(callbacks)
     run_dir, asked = locate(run_dir)
-    with local_run(run_dir) as (directory, stored), watching(config.checks.stall_seconds) as beat:
+    with (
+        termination() as stopping,
+        local_run(run_dir) as (directory, stored),
+        watching(config.checks.stall_seconds) as beat,
+    ):
         components = (*components, *outside_classes(config))
-        run = _train(Run(directory, config, components), stored, loggers, callbacks, beat, asked, quiet)
+        run = _train(Run(directory, config, components), stored, loggers, callbacks, stopping, beat, asked, quiet)
     run.url = None if stored is None else stored.url
     return run
 
@@ -79,6 +89,7 @@ def _train(
     stored: StoredRun | None,
     loggers: Sequence[type[Logger]],
     callbacks: Sequence[Callback],
+    stopping: Callable[[int], bool],
     beat: Beat,
     asked: int | None = None,
     quiet: bool = False,
@@ -117,7 +128,7 @@ def _train(
         if stored is not None:
             stored.start()
         try:
-            loop.run()
+            loop.run(stopping)
         except SaveFailed as error:
             if distributed.several():  # others may still wait for this one: the command line ends them
                 raise
@@ -167,8 +178,8 @@ class Loop:
         self.skipped = SkippedSteps(run, self.batches.number)
         self.saved = time.monotonic()
 
-    def run(self) -> None:
-        """Train to the end, then write samples."""
+    def run(self, stopping: Callable[[int], bool]) -> None:
+        """Train to the end, or to the step after which `stopping` returns True, then write samples."""
         config, directory, began = self.config, self.run_.directory, time.monotonic()
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(Bar("training", 0, config.num_steps, quiet=self.quiet, silent=not self.main))
@@ -183,8 +194,8 @@ class Loop:
                 stack.enter_context(contextlib.closing(logger(self.run_, start)))
                 for logger in (self.loggers if self.main else ())
             ]
-            stopping = stack.enter_context(termination())
             lines += [
+                *receipt(self.run_, self.dataset, self.batches, state),
                 *self.lines,
                 *effects(self.run_, start, state, len(self.validation), self.mfu_per_speed),
                 *(logger.notice for logger in loggers if logger.notice),

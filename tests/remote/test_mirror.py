@@ -275,8 +275,7 @@ def test_checkpoints_are_uploaded_while_the_run_goes_on(store, monkeypatch: pyte
 
     with local_run(url) as (directory, run):
         assert run is not None
-        assert not directory.exists()
-        directory.mkdir()
+        assert [file.name for file in directory.iterdir()] == [".lock"]
         (directory / "config.json").write_text("{}")
         run.start()
         assert stored(store, "run") == {"config.json": b"{}"}

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from llama_jax import compare_command
 from llama_jax.__main__ import background_error, main
 from llama_jax.files import disk_failure
 from llama_jax.run import Run, RunConfig, open_run
@@ -136,8 +137,32 @@ def test_errors_of_libraries_are_known_by_their_text():
         "the output cannot be written (No space left on device): make room there and run the same command again",
         True,
     )
-    assert disk_failure(OSError(errno.ENOENT, "No such file", "x")) is None
+    assert disk_failure(RuntimeError("libx.so: cannot open: No such file or directory")) is None
     assert disk_failure(KeyError("x")) is None
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ENFILE, errno.EDQUOT, errno.ESTALE, errno.EPERM])
+def test_the_cause_of_an_error_is_what_is_said(number: int):
+    try:
+        try:
+            raise OSError(number, os.strerror(number), "/somewhere")
+        except OSError as error:
+            raise ValueError("Orbax could not") from error
+    except ValueError as error:
+        sentence, again = disk_failure(error) or ("", False)
+    assert sentence.startswith("'/somewhere' ")
+    assert f"({os.strerror(number)}): " in sentence
+    assert again == (number != errno.EPERM)
+
+
+def test_commands_without_jax_say_it_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def fail(_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "/somewhere")
+
+    monkeypatch.setattr(compare_command, "compare_command", fail)
+    assert main(["compare", "/somewhere"]) == 1
+    said = "failed: '/somewhere' cannot be read or written (Input/output error): check the disk, then run the same"
+    assert capsys.readouterr().err == f"{said} command again\n"
 
 
 @pytest.mark.parametrize(

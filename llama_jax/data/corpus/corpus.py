@@ -37,6 +37,7 @@ class Shard:
     documents: Int[np.ndarray, " d"]
     parts: Int[np.ndarray, " p"]
     blocks: Blocks | None = None
+    files: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])  # that are mapped, with their sizes
 
     def read(self, start: int, stop: int) -> Int32[np.ndarray, " n"]:
         """Return tokens `start` to `stop`. Raises UserError where they are not those that were written."""
@@ -44,8 +45,18 @@ class Shard:
             self.blocks.check("tokens", self.tokens, start, stop)
         return self.tokens[start:stop].astype(np.int32)
 
-    def check_places(self) -> None:
-        """Raise UserError where the places of documents and parts are not those that were written."""
+    def check(self) -> None:
+        """Raise UserError where the places of documents and parts are not those that were written.
+
+        So it does where a mapped file has become shorter: to read what it lacks would kill the process.
+        """
+        for file, size in self.files.items():
+            try:
+                left = os.stat(file).st_size
+            except FileNotFoundError:  # its map keeps all of it
+                continue
+            if left < size:
+                raise UserError(f"'{file}' was cut to {left:,} of {size:,} bytes while it was read: bring it back")
         if self.blocks is not None:
             self.blocks.check("documents", self.documents)
             self.blocks.check("parts", self.parts)
@@ -85,7 +96,7 @@ class TokenStream:
     def shard_at(self, place: int) -> tuple[Shard, int]:
         """Return the shard that has this place of the stream, and the place where the shard begins."""
         number = int(np.searchsorted(self.starts, place, side="right")) - 1
-        self.shards[number].check_places()
+        self.shards[number].check()
         return self.shards[number], int(self.starts[number])
 
     def _spans(self, start: int, stop: int) -> Iterator[tuple[Shard, int, int, int]]:
@@ -197,7 +208,9 @@ def _stream(directory: Path, split: Split, index: Json, sizes: dict[str, int]) -
                 array: map_array(file, ARRAYS[array] or index["dtype"], count, sizes.get(file.name))
                 for (array, file), count in zip(files.items(), counts, strict=True)
             }
-            shards.append(Shard(**arrays, blocks=Blocks(summary_file(directory, number), split, files)))
+            mapped = {str(files[array]): values.nbytes for array, values in arrays.items() if len(values)}
+            blocks = Blocks(summary_file(directory, number), split, files)
+            shards.append(Shard(**arrays, blocks=blocks, files=mapped))
     return TokenStream(shards)
 
 

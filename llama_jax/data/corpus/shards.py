@@ -306,11 +306,8 @@ class Blocks:
         first, last = start * size // BLOCK, -(-stop * size // BLOCK)
         if seen[first:last].all():
             return
-        file = self._files[array]
-        # A map of a file that has become shorter ends the process where it is read.
-        whole = not file.exists() or file.stat().st_size == values.nbytes
-        content = memoryview(values).cast("B")
-        for number in range(first, last) if whole else ():
+        file, content = self._files[array], memoryview(values).cast("B")
+        for number in range(first, last):
             if not seen[number]:
                 part = content[number * BLOCK : (number + 1) * BLOCK]
                 seen[number] = f"{xxhash.xxh3_64_intdigest(part):016x}" == sums[16 * number : 16 * (number + 1)]

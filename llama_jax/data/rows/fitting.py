@@ -46,7 +46,7 @@ def fit_rows(
     objective that is not divisible are dropped where no row takes them. Documents begin with `num_before` special
     tokens and end with `num_after`; a `bare` objective does without them.
     """
-    shard.check_places()
+    shard.check()
     starts = shard.documents.astype(np.int64)
     ends = np.append(starts[1:], len(shard.tokens))
     if objective.bare:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args, override
@@ -60,7 +61,7 @@ class Packer:
             self.objective.check_parts(stream.num_documents, sum(len(shard.parts) for shard in stream.shards))
         directory = self.directory(corpus)
         files = {split: directory / f"{split}.json" for split in get_args(Split)}
-        if all(file.exists() for file in files.values()):
+        if all(self._is_whole(corpus, split) for split in files):
             return  # without a lock: the disk may be one that cannot be written
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -68,8 +69,16 @@ class Packer:
             raise UserError(f"'{directory}' cannot be made ({error.strerror}): set another data.cache_dir") from None
         with lock(corpus.directory / "rows.lock"):
             for split, file in files.items():
-                if not file.exists():
+                if not self._is_whole(corpus, split):
+                    if file.exists():
+                        print(f"'{file}' is damaged: it is made again", file=sys.stderr)
                     write_text(file, json.dumps(self._write(directory, split, getattr(corpus, split))))
+
+    def _is_whole(self, corpus: Corpus, split: Split) -> bool:
+        try:
+            return self.open(corpus, split).num_tokens >= 0
+        except (OSError, UserError, ValueError, KeyError, TypeError, RecursionError):
+            return False
 
     def _write(self, directory: Path, split: Split, stream: TokenStream) -> dict[str, int]:
         """Write the arrays of a split's index, shard by shard; return its counts."""
