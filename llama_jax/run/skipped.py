@@ -7,8 +7,10 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+from llama_jax.checkpoint import CheckpointStore, not_finite
 from llama_jax.run.directory import Run
 from llama_jax.run.programs import RunFailed
+from llama_jax.training import TrainState
 
 WINDOW, LEAST = 128, 32  # losses that a new one is compared with: at most, and at least
 
@@ -75,3 +77,15 @@ class SkippedSteps:
                 "others before: go back to the latest checkpoint and leave batches out with "
                 f"`{command} --resume.allow data.skip_batches`"
             )
+
+
+def check_finite(state: TrainState, step: int, store: CheckpointStore) -> None:
+    """Raise RunFailed for a state with a number that is not finite: it is not saved."""
+    if (name := not_finite(state)) is not None:
+        store.check(wait=True)
+        good = max(store.steps(), default=None)
+        raise RunFailed(
+            f"the checkpoint of step {step} is not saved, because '{name}' is not finite: lower "
+            "optimizer.learning_rate and continue with --resume.allow optimizer.learning_rate from "
+            + ("the beginning" if good is None else f"the last good step, {good}")
+        )

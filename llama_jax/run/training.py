@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, CONFIG_FILE, CheckpointStore, SaveFailed, locate, not_finite
+from llama_jax.checkpoint import CHECKPOINTS_DIRECTORY, CONFIG_FILE, CheckpointStore, SaveFailed, locate
 from llama_jax.config import outside_classes
 from llama_jax.data import Dataset, HostBatch, ValidationBatches
 from llama_jax.models import abstract_params
@@ -39,7 +39,7 @@ from llama_jax.run.reporting import (
     shown,
 )
 from llama_jax.run.signals import Preempted as Preempted, termination
-from llama_jax.run.skipped import SkippedSteps
+from llama_jax.run.skipped import SkippedSteps, check_finite
 from llama_jax.run.stored import StoredRun, local_run
 from llama_jax.run.watchdog import CALLBACKS, Beat, watching
 from llama_jax.run_config import RunConfig
@@ -307,19 +307,9 @@ class Loop:
         # Where checkpoints are measured at all, what is measured between them may be the best.
         best = self.config.measures_checkpoints and val_loss is not None and store.is_best(val_loss)
         if saves or best:
-            if (name := not_finite(state)) is not None:
-                raise RunFailed(
-                    f"the checkpoint of step {event.step} is not saved, because '{name}' is not finite: lower "
-                    "optimizer.learning_rate and continue with --resume.allow optimizer.learning_rate from "
-                    f"{self._last_good(store)}"
-                )
+            check_finite(state, event.step, store)
             store.save(state, val_loss=val_loss)
             self.saved, self.skipped.saved = time.monotonic(), event.step
-
-    def _last_good(self, store: CheckpointStore) -> str:
-        store.check(wait=True)
-        step = max(store.steps(), default=None)
-        return "the beginning" if step is None else f"the last good step, {step}"
 
     def _end_saving(self, state: TrainState, store: CheckpointStore) -> None:
         """Wait until the last checkpoint is on disk, and save the state again where it could not be written."""
