@@ -1,5 +1,6 @@
 """Checks for devices that compute wrong numbers without an error: a known program, a step taken twice, equal copies."""
 
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,11 @@ def check_devices() -> None:
                 f"device {device} computes {', '.join(map(str, sorted(found)))} where {expected} is right: replace it, "
                 "or start without its host"
             )
+
+
+def step_at(step: int, every: int | None, train_step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the train step for the update to `step`: at multiples of `every` one that is checked."""
+    return functools.partial(taken_twice, train_step) if every is not None and step % every == 0 else train_step
 
 
 def taken_twice(train_step: Callable[..., Any], state: Any, batch: Any, hyper: Any) -> Any:

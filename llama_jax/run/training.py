@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from llama_jax.run.callbacks import Callback, Event, check_callbacks
 from llama_jax.run.clock import Clock
 from llama_jax.run.continuing import check_directory
 from llama_jax.run.directory import SAMPLES_FILE, Run, open_run, start_run, write_samples
-from llama_jax.run.hardware import check_devices, taken_twice
+from llama_jax.run.hardware import check_devices, step_at
 from llama_jax.run.preparing import check_shared, first_params, open_dataset, prepare
 from llama_jax.run.profiling import Profile
 from llama_jax.run.programs import RunFailed as RunFailed, checked, programs
@@ -253,7 +252,8 @@ class Loop:
                     self._log(pending, clock, bar, loggers)
                     pending = None
                 with bar.timed("compiling the train step") if step == start else contextlib.nullcontext():
-                    state, metrics = self._train_step(done)(state, batch, self.hyper)
+                    take = step_at(done, self.config.checks.every_steps, self.programs.train_step)
+                    state, metrics = take(state, batch, self.hyper)
             # Elsewhere the host waits for the last one's numbers with the next step already on its way.
             if pending is not None:
                 self._log(pending, clock, bar, loggers)
@@ -280,12 +280,6 @@ class Loop:
                 )
                 break
         return state
-
-    def _train_step(self, step: int) -> Callable[..., Any]:
-        """Return the train step for the update to `step`: where it is due, one that is checked."""
-        every = self.config.checks.every_steps
-        checked = every is not None and step % every == 0
-        return functools.partial(taken_twice, self.programs.train_step) if checked else self.programs.train_step
 
     def _report(
         self, state: TrainState, metrics: dict[str, Any], clock: Clock, bar: Bar, loggers: Sequence[Logger]
