@@ -53,6 +53,7 @@ from llama_jax.run import (
     RunConfig,
     RunFailed,
     directory,
+    hardware,
     preparing,
     skipped,
     train,
@@ -337,7 +338,6 @@ def files(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> A
         "programs": lambda config: dataclasses.replace(programs(config), train_step=train_step, eval_step=eval_step),
         "checked": lambda *_: events.append("preflight") or [],
         "check_devices": lambda: events.append("devices"),
-        "taken_twice": lambda step, *args: events.append("twice") or step(*args),
         "watching": lambda seconds: events.append(("watching", seconds)) or watching(None),
     }
     wandb = types.ModuleType("wandb")
@@ -358,6 +358,7 @@ def files(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> A
     with monkeypatch.context() as patch:
         for name, value in values.items():
             patch.setattr(training, name, value)
+        patch.setattr(hardware, "taken_twice", lambda step, *args: events.append("twice") or step(*args))
         patch.setattr(skipped, "LEAST", 3)
         patch.setattr(directory, "generate_text", lambda lm, prompts, **_: ["..."] * len(prompts))
         patch.setattr(preparing, "trained_tokenizer", lambda config, data, _: tokenizer_of(config, data))
