@@ -196,7 +196,7 @@ def _locked(directory: Path) -> Iterator[None]:
                 f"'{directory}' is written by {holder}: wait for its end, or give another --run-dir"
             ) from None
         except OSError as error:
-            if os.access(directory, os.W_OK):  # else it is refused, or nothing is written
+            if directory.is_dir() and os.access(directory, os.W_OK):  # else it is refused, or nothing is written
                 print(f"'{directory}' has no lock ({error.strerror}): start nothing else in it", file=sys.stderr)
         yield
 
