@@ -27,6 +27,7 @@ from llama_jax.data import (
     TokenStream,
     ValidationBatches,
     Vocabulary,
+    damaged_files,
     prepare_corpus,
     prepare_dataset,
 )
@@ -443,3 +444,24 @@ def test_a_corpus_that_is_there_is_only_read(folder, tokenizer, tmp_path: Path, 
     assert opened(config, tokenizer).train[0].num_rows
     with pytest.raises(AssertionError, match="a lock is written"):
         prepare_dataset(config, tokenizer, sequence_length=LENGTH + 1)
+
+
+def test_a_flipped_byte_of_a_plan_is_found(folder, tokenizer, tmp_path: Path):
+    config = dataclasses.replace(mixed(folder, {"prose": 1.0}, packing="best_fit"), cache_dir=str(tmp_path))
+    (corpus,) = prepare_dataset(config, tokenizer, sequence_length=LENGTH)
+    assert damaged_files(corpus) == []
+    files = sorted(corpus.glob("rows/*/train.*"))
+    assert [file.suffix for file in files] == [".json", ".pieces", ".rows"]
+    for file in files:
+        content = file.read_bytes()
+        for place in np.linspace(0, len(content) - 1, 5, dtype=int):
+            file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            assert [file.name in problem for problem in damaged_files(corpus)] == [True]
+            if file.suffix == ".json":  # it is made again
+                opened(config, tokenizer)
+                assert damaged_files(corpus) == []
+                continue
+            (rows,) = opened(config, tokenizer).train
+            with pytest.raises(UserError, match=f"{file.name}' is not what was written to it"):
+                rows.read([(0, row) for row in range(rows.num_rows)])
+        file.write_bytes(content)

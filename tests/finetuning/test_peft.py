@@ -65,6 +65,7 @@ def test_ours_written_and_read_again(family: str, tmp_path: Path):
     assert {file.name for file in (tmp_path / "adapter").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "manifest.json",
     }
 
 

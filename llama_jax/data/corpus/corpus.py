@@ -18,7 +18,16 @@ from jaxtyping import Int, Int32
 from llama_jax.config import Json, UserError
 from llama_jax.data.config import DataConfig, Split
 from llama_jax.data.corpus.documents import OLD, BadRecords, read_texts, sum_scored
-from llama_jax.data.corpus.shards import ARRAYS, Blocks, array_file, summary_file
+from llama_jax.data.corpus.shards import (
+    ARRAYS,
+    BlockHasher,
+    Blocks,
+    array_file,
+    block_sums,
+    sealed,
+    summary_file,
+    unsealed,
+)
 from llama_jax.files import write_text
 
 INDEX = "index.json"
@@ -160,15 +169,29 @@ def damaged_files(directory: Path) -> list[str]:
     Raises OSError where a file cannot be read.
     """
     try:
-        text = (directory / INDEX).read_text()
-        index = json.loads(text)
-        if "sha256" in index and text != _index_text({name: index[name] for name in index if name != "sha256"}):
-            return [f"'{INDEX}' is damaged"]
+        index = unsealed((directory / INDEX).read_text())
         # An earlier version's index has no hashes of the summaries.
         hashes = index.get("summaries", [None] * len(index["splits"]["train"]["tokens"]))
-        return [problem for number, own in enumerate(hashes) for problem in _damaged(directory, number, own)]
+        problems = [problem for number, own in enumerate(hashes) for problem in _damaged(directory, number, own)]
     except _MALFORMED:
         return [f"'{INDEX}' is damaged"]
+    return problems + [problem for file in sorted(directory.glob("rows/*/*.json")) for problem in _damaged_rows(file)]
+
+
+def _damaged_rows(file: Path) -> Iterator[str]:
+    """Yield what is wrong with an index of packed rows (`rows/packing.py`), whose arrays are beside `file`."""
+    try:
+        blocks = unsealed(file.read_text()).get("blocks", {})
+        for array, sums in blocks.items():
+            hasher, content = BlockHasher(), file.with_suffix(f".{array}")
+            if content.stat().st_size:
+                hasher.update(np.memmap(content, np.uint8, "r"))
+            if hasher.text() != sums:
+                yield f"'{content.name}' has other content"
+    except FileNotFoundError as error:
+        yield f"'{Path(error.filename).name}' is missing"
+    except _MALFORMED:
+        yield f"'{file.name}' is damaged"
 
 
 def _damaged(directory: Path, number: int, checksum: str | None) -> Iterator[str]:
@@ -194,11 +217,6 @@ def _problem(file: Path, checksum: str) -> str | None:
     return None if same else f"'{file.name}' has other content"
 
 
-def _index_text(index: Json) -> str:
-    """Return the text of an index, which ends with the hash of the rest."""
-    return json.dumps(index | {"sha256": hashlib.sha256(json.dumps(index).encode()).hexdigest()})
-
-
 def _stream(directory: Path, split: Split, index: Json, sizes: dict[str, int]) -> TokenStream:
     shards = []
     for number, counts in enumerate(zip(*(index["splits"][split][array] for array in ARRAYS), strict=True)):
@@ -209,7 +227,7 @@ def _stream(directory: Path, split: Split, index: Json, sizes: dict[str, int]) -
                 for (array, file), count in zip(files.items(), counts, strict=True)
             }
             mapped = {str(files[array]): values.nbytes for array, values in arrays.items() if len(values)}
-            blocks = Blocks(summary_file(directory, number), split, files)
+            blocks = Blocks(functools.partial(block_sums, summary_file(directory, number), split), files)
             shards.append(Shard(**arrays, blocks=blocks, files=mapped))
     return TokenStream(shards)
 
@@ -288,4 +306,4 @@ def write_index(directory: Path, summaries: list[Json], content_hash: str, confi
             hashlib.sha256(summary_file(directory, number).read_bytes()).hexdigest() for number in range(len(summaries))
         ],
     }
-    write_text(directory / INDEX, _index_text(index))
+    write_text(directory / INDEX, sealed(index))

@@ -268,27 +268,22 @@ class BlockHasher:
 
 
 class Blocks:
-    """The checksums of a shard's arrays by blocks, as its `summary` file has them: compared when a block is first read.
+    """The checksums of arrays by blocks, compared when a block is first read.
 
     A corpus is far larger than what a start should read, so its bytes are compared as they are used: once each.
 
-    files: the file of each array, by its name.
+    sums: returns the checksums by the arrays' names, as `BlockHasher.text` has them.
+    files: the file of each array.
     """
 
-    def __init__(self, summary: Path, split: str, files: Mapping[str, Path]):
-        self._summary, self._split, self._files = summary, split, files
+    def __init__(self, sums: Callable[[], Mapping[str, str]], files: Mapping[str, Path]):
+        self._read, self._files = sums, files
         self._seen: dict[str, np.ndarray] = {}
         self._whole = set[str]()  # arrays of which all has been compared
 
     @functools.cached_property
-    def _sums(self) -> dict[str, str]:
-        """Checksums by array; none of an earlier version's shard."""
-        try:
-            return json.loads(self._summary.read_text())["splits"][self._split].get("blocks", {})
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise UserError(
-                f"'{self._summary}' is damaged: remove '{self._summary.parent}', and it is made again"
-            ) from None
+    def _sums(self) -> Mapping[str, str]:
+        return self._read()
 
     def check(self, array: str, values: np.ndarray, start: int = 0, stop: int | None = None) -> None:
         """Compare the blocks that have elements `start` to `stop` of an array's `values`, those not seen before.
@@ -318,3 +313,25 @@ class Blocks:
                 f"'{file}' is not what was written to it: remove '{file.parent}', and it is made again with the same "
                 "tokens, then start again to continue"
             )
+
+
+def block_sums(summary: Path, split: str) -> dict[str, str]:
+    """Return the checksums of a shard's arrays, as its `summary` file has them; none of an earlier version's shard."""
+    try:
+        return json.loads(summary.read_text())["splits"][split].get("blocks", {})
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f"'{summary}' is damaged: remove '{summary.parent}', and it is made again") from None
+
+
+def sealed(content: Json) -> str:
+    """Return an index as text, which ends with the hash of the rest."""
+    return json.dumps(content | {"sha256": hashlib.sha256(json.dumps(content).encode()).hexdigest()})
+
+
+def unsealed(text: str) -> Json:
+    """Return the index of a text. Raises ValueError where it is damaged; an earlier version's has no hash."""
+    found = json.loads(text)
+    rest = {name: value for name, value in found.items() if name != "sha256"}
+    if len(rest) < len(found) and text != sealed(rest):
+        raise ValueError("its hash is another one")
+    return found

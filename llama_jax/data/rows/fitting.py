@@ -9,6 +9,7 @@ from jaxtyping import Int
 from llama_jax.config import UserError
 from llama_jax.data.config import Packing
 from llama_jax.data.corpus.corpus import Shard
+from llama_jax.data.corpus.shards import Blocks
 from llama_jax.data.objectives.base import Objective
 
 MIN_PIECE = 16  # tokens; where less of a document would fit, the rest of a row stays empty
@@ -20,13 +21,23 @@ class RowIndex:
     """Rows of one shard or of a stream: row r has the pieces `rows[r]` to `rows[r + 1]`.
 
     A piece is (its first token, its number of tokens). `num_tokens` are the positions that the examples fill,
-    `num_dropped` the documents that are in no row.
+    `num_dropped` the documents that are in no row. The arrays may have checksums.
     """
 
     pieces: Int[np.ndarray, "p 2"]
     rows: Int[np.ndarray, " r"]
     num_tokens: int
     num_dropped: int
+    blocks: Blocks | None = None
+
+    def pieces_of(self, row: int) -> list[list[int]]:
+        """Return the pieces of a row. Raises UserError where they are not those that were written."""
+        if self.blocks is not None:
+            self.blocks.check("rows", self.rows, row, row + 2)
+        first, end = self.rows[row : row + 2].tolist()
+        if self.blocks is not None:
+            self.blocks.check("pieces", self.pieces.reshape(-1), 2 * first, 2 * end)
+        return self.pieces[first:end].tolist()
 
 
 def fit_rows(

@@ -11,15 +11,17 @@ from typing import get_args, override
 
 import numpy as np
 
-from llama_jax.config import UserError
+from llama_jax.config import Json, UserError
 from llama_jax.data.config import Packing, Split
 from llama_jax.data.corpus.corpus import Corpus, TokenStream, map_array
+from llama_jax.data.corpus.shards import BlockHasher, Blocks, sealed, unsealed
 from llama_jax.data.objectives.base import FLOATS, Document, Example, Objective, Vocabulary
 from llama_jax.data.objectives.decoder import Causal
 from llama_jax.data.rows.fitting import RowIndex, fit_rows
 from llama_jax.data.rows.windows import HostBatch, Rows
 from llama_jax.files import lock, replacing, write_text
 
+KINDS = ("pieces", "rows")  # of an index's arrays
 FORMAT = 1  # of an index's files; part of their directory's name
 SOURCE = "source_"  # begins the names of fields of the source
 
@@ -72,7 +74,7 @@ class Packer:
                 if not self._is_whole(corpus, split):
                     if file.exists():
                         print(f"'{file}' is damaged: it is made again", file=sys.stderr)
-                    write_text(file, json.dumps(self._write(directory, split, getattr(corpus, split))))
+                    write_text(file, sealed(self._write(directory, split, getattr(corpus, split))))
 
     def _is_whole(self, corpus: Corpus, split: Split) -> bool:
         try:
@@ -80,33 +82,42 @@ class Packer:
         except (OSError, UserError, ValueError, KeyError, TypeError, RecursionError):
             return False
 
-    def _write(self, directory: Path, split: Split, stream: TokenStream) -> dict[str, int]:
-        """Write the arrays of a split's index, shard by shard; return its counts."""
+    def _write(self, directory: Path, split: Split, stream: TokenStream) -> Json:
+        """Write the arrays of a split's index, shard by shard; return its counts and their checksums."""
         before, after = self.vocabulary.num_special
         counts: dict[str, int] = dict.fromkeys(("num_rows", "num_pieces", "num_tokens", "num_dropped"), 0)
         with contextlib.ExitStack() as stack:
-            pieces, rows = (
-                stack.enter_context(stack.enter_context(replacing(directory / f"{split}.{kind}")).open("wb"))
-                for kind in ("pieces", "rows")
-            )
-            rows.write(np.zeros(1, "<i8").tobytes())
+            files = {
+                kind: stack.enter_context(stack.enter_context(replacing(directory / f"{split}.{kind}")).open("wb"))
+                for kind in KINDS
+            }
+            hashers = {kind: BlockHasher() for kind in KINDS}
+
+            def write(kind: str, values: np.ndarray) -> None:
+                values = values.astype("<i8")
+                files[kind].write(values.tobytes())
+                hashers[kind].update(values)
+
+            write("rows", np.zeros(1))
             for shard, start in zip(stream.shards, stream.starts, strict=False):
                 index = fit_rows(shard, self.objective, self.packing, self.capacity, num_before=before, num_after=after)
-                pieces.write((index.pieces + np.array([start, 0])).astype("<i8").tobytes())
-                rows.write((index.rows[1:] + counts["num_pieces"]).astype("<i8").tobytes())
+                write("pieces", index.pieces + np.array([start, 0]))
+                write("rows", index.rows[1:] + counts["num_pieces"])
                 counts["num_rows"] += len(index.rows) - 1
                 counts["num_pieces"] += len(index.pieces)
                 counts["num_tokens"] += index.num_tokens
                 counts["num_dropped"] += index.num_dropped
-        return counts
+        return counts | {"blocks": {kind: hasher.text() for kind, hasher in hashers.items()}}
 
     def open(self, corpus: Corpus, split: Split) -> RowIndex:
         """Return the index of a split's rows; its pieces are places in the stream."""
         directory = self.directory(corpus)
-        counts = json.loads((directory / f"{split}.json").read_text())
-        pieces = _map(directory / f"{split}.pieces", 2 * counts["num_pieces"]).reshape(-1, 2)
-        rows = _map(directory / f"{split}.rows", counts["num_rows"] + 1)
-        return RowIndex(pieces, rows, counts["num_tokens"], counts["num_dropped"])
+        counts = unsealed((directory / f"{split}.json").read_text())
+        files = {kind: directory / f"{split}.{kind}" for kind in KINDS}
+        pieces = _map(files["pieces"], 2 * counts["num_pieces"]).reshape(-1, 2)
+        rows = _map(files["rows"], counts["num_rows"] + 1)
+        blocks = Blocks(lambda: counts.get("blocks", {}), files)
+        return RowIndex(pieces, rows, counts["num_tokens"], counts["num_dropped"], blocks)
 
 
 def _map(file: Path, count: int) -> np.ndarray:
@@ -133,8 +144,7 @@ class PackedRows(Rows):
         batch = empty_batch(objective, len(places), length)
         for number, (epoch, row) in enumerate(places):
             if row < self.num_rows:
-                pieces = self._index.pieces[self._index.rows[row] : self._index.rows[row + 1]].tolist()
-                examples = [self._example(epoch, place, size) for place, size in pieces]
+                examples = [self._example(epoch, place, size) for place, size in self._index.pieces_of(row)]
                 for name, values in pack(examples, length, objective.source_length).items():
                     batch[name][number] = values
         return batch
