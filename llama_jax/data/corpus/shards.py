@@ -330,7 +330,8 @@ def sealed(content: Json) -> str:
 
 def unsealed(text: str) -> Json:
     """Return the index of a text. Raises ValueError where it is damaged; an earlier version's has no hash."""
-    found = json.loads(text)
+    if not isinstance(found := json.loads(text), dict):
+        raise ValueError("no object")
     rest = {name: value for name, value in found.items() if name != "sha256"}
     if len(rest) < len(found) and text != sealed(rest):
         raise ValueError("its hash is another one")
