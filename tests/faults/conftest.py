@@ -80,5 +80,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     ]
     made = f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     head = ["| fault | what is promised | trials | held | |", "|---|---|---:|---:|---|"]
-    page = [TITLE, f"Made on {made}: {sum(part.tried for part in parts)} trials.", "", *head, *rows]
+    share = "" if config.getoption("trials") == 1 else f" (`TRIALS={config.getoption('trials')}`)"
+    page = [TITLE, f"Made on {made}: {sum(part.tried for part in parts)} trials{share}.", "", *head, *rows]
     Path(config.getoption("reliability")).write_text("\n".join(page) + "\n")
