@@ -18,8 +18,9 @@ from jax.sharding import Mesh
 from llama_jax.checkpoint.formats import is_meta, rounded
 from llama_jax.checkpoint.generation import GenerationSettings, read_generation
 from llama_jax.checkpoint.importing import WeightSource, load_params, open_source, stored_dtypes
+from llama_jax.checkpoint.manifest import MANIFEST_FILE, check_manifest
 from llama_jax.checkpoint.peft_reading import is_adapter, open_adapter
-from llama_jax.checkpoint.steps import CHECKPOINTS_DIRECTORY, damage, model_files
+from llama_jax.checkpoint.steps import CHECKPOINTS_DIRECTORY, damage, model_files, reading
 from llama_jax.checkpoint.store import CheckpointStore
 from llama_jax.config import UserError, from_json, read_json
 from llama_jax.data import ChatTemplate
@@ -144,6 +145,8 @@ def read_contents(
     native = (path / CHECKPOINTS_DIRECTORY).is_dir()
     if base is not None and not is_adapter(path):
         raise UserError(f"base={base} is for an adapter, and '{path}' is none: leave it out")
+    if not native:
+        _check_weights(path)
     source = None if native else _opened(path, base, ignore_config_keys)
     if source is not None and dtype is None and is_adapter(path):  # its sums are in float32, whatever is stored
         tensors = {name: rounded(tensor, tensor.dtype) for name, tensor in source.tensors.items()}
@@ -171,6 +174,16 @@ def read_contents(
     if source.form in ("huggingface", "gguf") and not generation.eos_ids and tokenizer is not None:
         generation = dataclasses.replace(generation, eos_ids=tokenizer.eos_ids)
     return Contents(config, params, tokenizer, source.model_type, generation, source=source)
+
+
+def _check_weights(path: Path) -> None:
+    """Raise UserError where the weights of an export are not what was written; its other files may be changed."""
+    with reading(path):
+        problems = (check_manifest(path, only="*.safetensors") or []) if path.is_dir() else []
+    if problems and MANIFEST_FILE not in problems[0]:  # which may be another project's file
+        raise UserError(
+            f"'{path}' is damaged ({problems[0]}): export it again, or remove its {MANIFEST_FILE} where you changed it"
+        )
 
 
 def kept_tokenizer(directory: Path, *, of_sources: bool) -> Tokenizer:

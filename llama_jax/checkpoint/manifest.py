@@ -4,6 +4,7 @@ A directory without a manifest is not checked: an earlier version made it, or th
 """
 
 import concurrent.futures
+import fnmatch
 import json
 import os
 from pathlib import Path
@@ -35,10 +36,11 @@ def write_manifest(directory: Path, step: int | None = None) -> None:
     _sync(directory.parent)
 
 
-def check_manifest(directory: Path, step: int | None = None) -> list[str] | None:
+def check_manifest(directory: Path, step: int | None = None, *, only: str = "*") -> list[str] | None:
     """Return what is wrong with a directory, each damaged, missing or surplus file named; None without a manifest.
 
-    A surplus file is wrong in the checkpoint of a `step` only. Raises OSError where a file cannot be read.
+    A surplus file is wrong in the checkpoint of a `step` only. With `only`, a pattern as in the shell, other files are
+    left out. Raises OSError where a file cannot be read.
     """
     try:
         text = (directory / MANIFEST_FILE).read_text(encoding="utf-8", errors="replace")
@@ -50,7 +52,8 @@ def check_manifest(directory: Path, step: int | None = None) -> list[str] | None
         return [f"'{MANIFEST_FILE}' is of another version"]
     if content["step"] != step:
         return [f"'{MANIFEST_FILE}' is of step {content['step']}"]
-    names, files = _names(directory), content["files"]
+    names = fnmatch.filter(_names(directory), only)
+    files = {name: content["files"][name] for name in fnmatch.filter(content["files"], only)}
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         checks = [pool.submit(_problem, directory, name, *files[name]) for name in names if name in files]
         problems = [problem for check in checks if (problem := check.result()) is not None]

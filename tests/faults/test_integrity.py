@@ -344,6 +344,23 @@ def test_verify_names_what_is_damaged_in_a_run_a_corpus_and_an_export(
         tally(f"`verify`: a bit or an end of a file of {what}", "named", tried=tried[place], held=held[place])
 
 
+def test_a_flipped_bit_of_exported_weights_is_not_loaded(copied: Path, tmp_path: Path):
+    assert main(["convert", str(copied), str(tmp_path / "export"), "--to", "hf"]) == 0
+    (file,) = (tmp_path / "export").glob("*.safetensors")
+    content = file.read_bytes()
+    for offset in np.linspace(0, len(content) - 1, 5, dtype=int):
+        file.write_bytes(flipped(content, int(offset), 3))
+        with pytest.raises(UserError, match=f"is damaged \\('{file.name}' has other content\\): export it again"):
+            load(tmp_path / "export")
+    file.write_bytes(content)
+    # The rest is its owner's, and another project's file of this name says nothing.
+    (tmp_path / "export" / "generation_config.json").write_text("{}")
+    expected = load(tmp_path / "export").model.params()
+    (tmp_path / "export" / MANIFEST_FILE).write_text('{"name": "a web page"}')
+    for name, value in load(tmp_path / "export").model.params().items():
+        assert np.array_equal(value, expected[name])
+
+
 def test_verify_tells_what_is_not_checked(copied: Path, verified: Callable[[Path], tuple[int, str]], capsys):
     shutil.rmtree(copied / "checkpoints/8")
     (copied / "checkpoints/12" / MANIFEST_FILE).unlink()
