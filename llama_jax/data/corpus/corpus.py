@@ -78,6 +78,11 @@ class TokenStream:
         self.shards = list(shards)
         # Where each shard begins in the stream, and at the end the stream's length.
         self.starts = np.cumsum([0, *(len(shard.tokens) for shard in self.shards)], dtype=np.int64)
+        self._checked = set[int]()  # shards, since a batch began
+
+    def begin_batch(self) -> None:
+        """Check each shard once more where it is read next: a check asks the system for the sizes of its files."""
+        self._checked.clear()
 
     @property
     def num_tokens(self) -> int:
@@ -105,7 +110,9 @@ class TokenStream:
     def shard_at(self, place: int) -> tuple[Shard, int]:
         """Return the shard that has this place of the stream, and the place where the shard begins."""
         number = int(np.searchsorted(self.starts, place, side="right")) - 1
-        self.shards[number].check()
+        if number not in self._checked:
+            self.shards[number].check()
+            self._checked.add(number)
         return self.shards[number], int(self.starts[number])
 
     def _spans(self, start: int, stop: int) -> Iterator[tuple[Shard, int, int, int]]:

@@ -140,6 +140,7 @@ class PackedRows(Rows):
 
     @override
     def read(self, places: Sequence[tuple[int, int]]) -> HostBatch:
+        self._stream.begin_batch()
         objective, length = self._packer.objective, self._packer.sequence_length
         batch = empty_batch(objective, len(places), length)
         for number, (epoch, row) in enumerate(places):

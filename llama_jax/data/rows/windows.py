@@ -47,6 +47,7 @@ class WindowRows(Rows):
 
     @override
     def read(self, places: Sequence[tuple[int, int]]) -> HostBatch:
+        self._stream.begin_batch()
         shape = len(places), self._length + 1
         tokens, sizes = np.zeros(shape, np.int32), np.zeros((len(places), 1), np.int64)
         begins = np.zeros(shape, bool)  # True where a document begins inside the row
