@@ -81,6 +81,16 @@ def tries(path: Path) -> object:
     )
 
 
+def with_merges(vocab: bytes) -> Callable[[Path], Path]:
+    """A vocab.json with its merges.txt beside it."""
+
+    def make(folder: Path) -> Path:
+        alone("merges.txt", b"a b\n")(folder)
+        return alone("vocab.json", vocab)(folder)
+
+    return make
+
+
 def tokenizer_cases() -> Iterator[Hostile]:
     def case(name: str, change: Callable[[dict[str, Any]], Any], *, refused: bool = True) -> Hostile:
         return Hostile(
@@ -272,25 +282,19 @@ def tokenizer_cases() -> Iterator[Hostile]:
     yield Hostile(
         "vocab.json",
         "ids of a billion",
-        lambda folder: (
-            alone("merges.txt", b"a b\n")(folder),
-            alone("vocab.json", b'{"a": 0, "b": 1, "ab": 1000000000}')(folder),
-        )[1],
+        with_merges(b'{"a": 0, "b": 1, "ab": 1000000000}'),
         tries,
     )
     yield Hostile(
         "vocab.json",
         "ids beyond 32 bits",
-        lambda folder: (
-            alone("merges.txt", b"a b\n")(folder),
-            alone("vocab.json", b'{"a": 0, "b": 1, "ab": 100000000000}')(folder),
-        )[1],
+        with_merges(b'{"a": 0, "b": 1, "ab": 100000000000}'),
         tries,
     )
     yield Hostile(
         "vocab.json",
         "deep JSON",
-        lambda folder: (alone("merges.txt", b"a b\n")(folder), alone("vocab.json", DEEP)(folder))[1],
+        with_merges(DEEP),
         tries,
     )
     yield Hostile("tiktoken", "ranks with 5000 digits", alone("tokenizer.model", b"YQ== " + b"9" * 5000), tries)
