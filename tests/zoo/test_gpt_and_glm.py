@@ -190,6 +190,7 @@ def _written(folder: Path, family: str) -> dict[str, np.ndarray]:
 
 
 def _with(folder: Path, tensors: dict[str, np.ndarray]) -> None:
+    (folder / "manifest.json").unlink(missing_ok=True)  # released directories have none
     write_safetensors(folder / "model.safetensors", tensors)
 
 
