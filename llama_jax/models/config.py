@@ -250,9 +250,12 @@ class TransformerConfig(ModelConfig, abc.ABC):
     norm: norm of every place that has one, or none.
     tie_embeddings: use the embedding, transposed, as the head.
     overrides: layers whose attention or feed-forward differs.
-    norm_placement: pre normalises what enters a sublayer, post the sum of its result and the residual, sandwich what
-      enters and what leaves.
+    norm_placement: pre normalises what enters a sublayer, output what leaves it (OLMo 2), sandwich both, post the sum
+      of its result and the residual.
+    parallel: attention and feed-forward read the same input, after one norm or each after its own (Wang and Komatsuzaki
+      2021), or none: the feed-forward reads the attention's sum.
     residual: add a sublayer's result to what entered it, or replace that.
+    residual_scale: factor of every sublayer's result.
     positions: positions added to the embeddings, or none.
     position_bias: bias added to the attention scores of all layers, or none.
     embedding_norm: norm after the embeddings, or none.
@@ -276,8 +279,10 @@ class TransformerConfig(ModelConfig, abc.ABC):
     norm: Norm | None
     tie_embeddings: bool
     overrides: tuple[LayerOverride, ...] = ()
-    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    norm_placement: Literal["pre", "post", "sandwich", "output"] = "pre"
+    parallel: Literal["none", "one_norm", "own_norms"] = "none"
     residual: bool = True
+    residual_scale: float = 1.0
     positions: Positions | None = None
     position_bias: PositionBias | None = None
     embedding_norm: Norm | None = None
@@ -296,6 +301,8 @@ class TransformerConfig(ModelConfig, abc.ABC):
             raise UserError(f"logit_softcap={self.logit_softcap} must be above 0, or none")
         if self.norm is None and self.norm_placement != "pre":
             raise UserError(f"norm_placement={self.norm_placement!r} needs a norm")
+        if self.parallel != "none" and not (self.norm_placement == "pre" and self.residual):
+            raise UserError(f"parallel={self.parallel!r} needs norm_placement='pre' and a residual")
         check_overrides("overrides", self.overrides, self.num_layers)
         check_position_bias("position_bias", self.position_bias, self.attention, self.overrides)
         if (limit := self.position_limit) is not None and self.max_positions > limit:

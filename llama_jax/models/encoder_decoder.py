@@ -67,6 +67,8 @@ class EncoderDecoderConfig(TransformerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, 1, "num_encoder_layers")
+        if self.parallel != "none":
+            raise UserError(f"parallel={self.parallel!r} is not there for a decoder that attends to a source")
         check_overrides("encoder_overrides", self.encoder_overrides, self.num_encoder_layers, "num_encoder_layers")
         bias, overrides = self.encoder_position_bias, self.encoder_overrides
         check_position_bias("encoder_position_bias", bias, self.attention, overrides)

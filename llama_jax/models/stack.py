@@ -34,6 +34,8 @@ REMAT_POLICIES: dict[str, Callable[..., Any]] = {
 class Block(nnx.Module):
     """A mixer, attention to a source where there is one, and a feed-forward, each with its residual and norms.
 
+    In a parallel block the feed-forward reads what the mixer reads.
+
     Norms before a sublayer have Llama's names: `input_layernorm`, `cross_attention_layernorm`,
     `post_attention_layernorm`; those after it, or after the sum with the residual, are `attention_norm`,
     `cross_attention_norm` and `feed_forward_norm`.
@@ -48,7 +50,8 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         width, (attention, feed_forward) = config.hidden_size, pieces
-        self.placement, self.residual, self.dropout = config.norm_placement, config.residual, config.dropout
+        self.placement, self.parallel = config.norm_placement, config.parallel != "none"
+        self.residual, self.scale, self.dropout = config.residual, config.residual_scale, config.dropout
 
         def norm(name: str, *placements: str) -> NormLayer | None:
             if config.norm is None or self.placement not in placements:
@@ -56,7 +59,7 @@ class Block(nnx.Module):
             module: Any = config.norm.build(width, rngs=child(rngs, name))
             return module
 
-        before, after = ("pre", "sandwich"), ("post", "sandwich")
+        before, after = ("pre", "sandwich"), ("post", "sandwich", "output")
         self.input_layernorm = norm("input_layernorm", *before)
         self.attention = attention.build(width, rngs=child(rngs, "attention"))
         self.attention_norm = norm("attention_norm", *after)
@@ -65,7 +68,8 @@ class Block(nnx.Module):
             self.cross_attention = cross_attention.build(width, rngs=child(rngs, "cross_attention"))
             self.cross_attention_norm = norm("cross_attention_norm", *after)
         if feed_forward is not None:
-            self.post_attention_layernorm = norm("post_attention_layernorm", *before)
+            own = () if config.parallel == "one_norm" else before
+            self.post_attention_layernorm = norm("post_attention_layernorm", *own)
             self.feed_forward = feed_forward.build(width, rngs=child(rngs, "feed_forward"))
             self.feed_forward_norm = norm("feed_forward_norm", *after)
 
@@ -83,8 +87,8 @@ class Block(nnx.Module):
         `source` is what `CrossAttentionModule.keys` returned for a source, and the context of the attention to it.
         """
         with jax.named_scope("attention"):
-            h = _normed(self.input_layernorm, x)
-            h, cache, *found = self.attention(h, positions=positions, ctx=ctx, cache=cache)
+            entered, normed = x, _normed(self.input_layernorm, x)
+            h, cache, *found = self.attention(normed, positions=positions, ctx=ctx, cache=cache)
             record("attention", lambda: h)
             aux = _named("attention", found[0]) if found else {}
             # The name is for the rematerialization policy that saves attention outputs.
@@ -97,7 +101,11 @@ class Block(nnx.Module):
                 x = self._add(x, h, self.cross_attention_norm, ctx, "cross_attention")
         if hasattr(self, "feed_forward"):
             with jax.named_scope("feed_forward"):
-                h, found = self.feed_forward(_normed(self.post_attention_layernorm, x), ctx=ctx)
+                if not self.parallel:
+                    normed = _normed(self.post_attention_layernorm, x)
+                elif self.post_attention_layernorm is not None:
+                    normed = self.post_attention_layernorm(entered)
+                h, found = self.feed_forward(normed, ctx=ctx)
                 record("feed_forward", lambda: h)
                 aux |= _named("feed_forward", found)
                 x = self._add(x, h, self.feed_forward_norm, ctx, "feed_forward")
@@ -105,9 +113,11 @@ class Block(nnx.Module):
         return x, aux, cache
 
     def _add(self, x: jax.Array, y: jax.Array, norm: NormLayer | None, ctx: ForwardContext, name: str) -> jax.Array:
-        """Return the residual x joined with a sublayer's result y; `norm` is of y (sandwich) or of the sum (post)."""
-        if self.placement == "sandwich":
+        """Return the residual x joined with a sublayer's result y; `norm` is of the sum (post) or of y alone."""
+        if self.placement != "post":
             y = _normed(norm, y)
+        if self.scale != 1:
+            y = self.scale * y
         y = dropout(y, self.dropout, ctx, name)  # before the residual, after a sandwich norm
         x = x + y if self.residual else y
         return _normed(norm, x) if self.placement == "post" else x

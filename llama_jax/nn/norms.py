@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from llama_jax.config import Component, Known
@@ -31,10 +32,12 @@ class RMSNorm(Norm):
 
     eps: added to the mean square.
     cast_last: multiply by the weight in float32 and round after it, as ChatGLM does; Llama and T5 round first.
+    zero_centered: the factor is 1 plus the weight, as in Gemma.
     """
 
     eps: float
     cast_last: bool = False
+    zero_centered: bool = False
 
     def __post_init__(self) -> None:
         check_above_zero(self, "eps")
@@ -48,15 +51,19 @@ class RMSNormModule(nnx.Module):
 
     def __init__(self, config: RMSNorm, width: int, *, rngs: nnx.Rngs):
         self.config = config
-        self.weight = parameter(rngs, "weight", (width,), (None,), std=None)
+        self.weight = parameter(rngs, "weight", (width,), (None,), std=0.0 if config.zero_centered else None)
 
     def __call__(self, x: Float[Array, "*lead d"]) -> Float[Array, "*lead d"]:
         x_32 = x.astype(jnp.float32)
         normed = x_32 * jax.lax.rsqrt(jnp.mean(x_32 * x_32, axis=-1, keepdims=True) + self.config.eps)
         if self.config.cast_last:
-            return (normed * cast_and_gather(self.weight, jnp.float32)).astype(x.dtype)
+            return (normed * self._factor(jnp.float32)).astype(x.dtype)
         # Cast down first, then scale: the order of Meta's and Hugging Face's code.
-        return normed.astype(x.dtype) * cast_and_gather(self.weight, x.dtype)
+        return normed.astype(x.dtype) * self._factor(x.dtype)
+
+    def _factor(self, dtype: DTypeLike) -> jax.Array:
+        weight = cast_and_gather(self.weight, dtype)
+        return 1 + weight if self.config.zero_centered else weight
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,6 +121,7 @@ class YarnScaling(RopeScaling):
     beta_slow: pairs that turn less often are interpolated.
     mscale: numerator of the magnitude, as above.
     mscale_all_dim: denominator of the magnitude, as above.
+    truncate: the ramp begins and ends at whole pairs.
     """
 
     factor: float
@@ -129,6 +130,7 @@ class YarnScaling(RopeScaling):
     beta_slow: float
     mscale: float
     mscale_all_dim: float
+    truncate: bool = True
 
     @classmethod
     def follow(cls, known: Known) -> dict[str, Any]:
@@ -155,8 +157,10 @@ class YarnScaling(RopeScaling):
             return head_dim * math.log(self.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
         # Pairs below `low` turn often and are kept, those above `high` are interpolated, a linear ramp between.
-        low = max(math.floor(pair_with(self.beta_fast)), 0)
-        high = min(math.ceil(pair_with(self.beta_slow)), head_dim - 1)
+        low, high = pair_with(self.beta_fast), pair_with(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
         ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
         return frequencies / self.factor * ramp + frequencies * (1 - ramp)
 

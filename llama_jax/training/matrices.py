@@ -16,7 +16,7 @@ def is_matrix(name: str, value: Any) -> bool:
     """Return whether a parameter is decayed: it has two dimensions or more in each layer, and is neither a bias nor a
     table of biases (T5's of relative positions).
     """
-    return value.ndim - is_stacked(name) >= 2 and not any(part.endswith("bias") for part in name.split("."))
+    return value.ndim - is_stacked(name) >= 2 and not any(part.endswith(("bias", "norm")) for part in name.split("."))
 
 
 def matrix_axes(name: str, shape: tuple[int, ...]) -> tuple[int, int]:

@@ -264,6 +264,8 @@ def _read_scaling(rest: Json, kind: str, max_positions: int) -> RopeScaling | No
     for name in (field.name for field in dataclasses.fields(_SCALINGS[kind])):
         if name == "original_max_positions":
             fields[name] = _pop_rope(rest, kind, _OLD_LENGTH, int, max_positions)
+        elif name == "truncate":
+            fields[name] = _pop_rope(rest, kind, name, bool, True)
         else:
             fields[name] = _pop_rope(rest, kind, name, float, _YARN_DEFAULTS.get(name, _MISSING))
     scaling = _SCALINGS[kind](**fields)
@@ -272,20 +274,25 @@ def _read_scaling(rest: Json, kind: str, max_positions: int) -> RopeScaling | No
         magnitude = scaling.magnitude()
         if abs(_pop_rope(rest, kind, "attention_factor", float, magnitude) - magnitude) > 1e-6:
             raise UserError("config.json has its own rope_scaling.attention_factor, which is not supported")
-        if not _pop_rope(rest, kind, "truncate", bool, True):
-            raise UserError("config.json has rope_scaling.truncate=False, which is not supported")
     return scaling
 
 
-def read_rope(reader: ConfigReader, max_positions: int, theta: float = 10_000.0, *, partial: float = 1.0) -> Json:
+def read_rope(
+    reader: ConfigReader,
+    max_positions: int,
+    theta: float = 10_000.0,
+    *,
+    partial: float = 1.0,
+    other_partials: bool = False,
+) -> Json:
     """Return `theta` and `scaling` of both spellings: `rope_theta` with `rope_scaling`, or `rope_parameters`.
 
-    `partial` is the share of a head that the family rotates, and the only one that may be asked for. Dynamic NTK,
-    which changes nothing up to `max_positions`, counts as none. Raises UserError for a kind that is not supported and
-    for keys that are not known.
+    `partial` is the share of a head that the family rotates, and the only one that may be asked for; with
+    `other_partials` the usual one, and what was asked for is returned too. Dynamic NTK, which changes nothing up to
+    `max_positions`, counts as none. Raises UserError for a kind that is not supported and for keys that are not known.
     """
     theta, before = reader.take("rope_theta", float, theta), reader.take(_OLD_LENGTH, int, None)
-    reader.only(partial_rotary_factor=partial)
+    found = reader.take("partial_rotary_factor", float, partial)
     old, new = reader.take("rope_scaling", dict, {}), reader.take("rope_parameters", dict, {})
     if old and new and old != new:
         raise UserError("config.json has both rope_scaling and rope_parameters, and they differ")
@@ -300,14 +307,15 @@ def read_rope(reader: ConfigReader, max_positions: int, theta: float = 10_000.0,
 
     theta = _pop_rope(rest, kind, "rope_theta", float, theta)
     scaling = _read_scaling(rest, kind, max_positions)
-    if (asked := _pop_rope(rest, kind, "partial_rotary_factor", float, partial)) != partial:
+    asked = _pop_rope(rest, kind, "partial_rotary_factor", float, found)
+    if not other_partials and {asked, found} != {partial}:
         raise UserError(f"config.json has partial_rotary_factor={asked}, and {reader.label} can only have {partial}")
     if rest:
         raise UserError(
             f"config.json has rope_scaling.{next(iter(rest))}, which is not supported with {kind!r}; where it changes "
             f"no logit, pass --ignore-config-keys rope_scaling.{next(iter(rest))}"
         )
-    return {"theta": theta, "scaling": scaling}
+    return {"theta": theta, "scaling": scaling} | ({"partial": asked} if other_partials else {})
 
 
 def write_rope(attention: Any, label: str) -> Json:

@@ -23,8 +23,9 @@ class WeightMapping:
     `pattern` is einops from their layout to ours without the layer dimension: `(n h) d -> d n h`. Axes called
     `two` and `half` have two entries: the first is how interleaved rotary pairs become halves,
     `(n h two) d -> d n (two h)`, and both together how those of half a head do, `(n half h two) d -> d n (half two h)`.
-    Parts that are joined in every head have `n h d -> d n h` and `merged`: the file has the pattern's first two
-    dimensions as one.
+    An axis `x4` has four entries, and so for other numbers: with `(n x4 h two) d -> d n (x4 two h)` the rotary pairs of
+    every quarter of a head become halves. Parts that are joined in every head have `n h d -> d n h` and `merged`: the
+    file has the pattern's first two dimensions as one.
     """
 
     name: str
@@ -43,12 +44,13 @@ class WeightMapping:
 
     def _sizes(self, shape: tuple[int, ...]) -> dict[str, int]:
         """Return the size of every axis for a parameter of `shape`."""
-        sizes = {axis: 2 for axis in _PAIRS if axis in self.pattern}
+        fixed = {axis: 2 for axis in _PAIRS if axis in self.pattern} | {"1": 1}
+        fixed |= {axis: int(axis[1:]) for axis in re.findall(r"\bx\d+\b", self.pattern)}
+        sizes = dict(fixed)
         for group, size in zip(self._sides()[1], shape, strict=True):
-            # At most one axis of a dimension has a free size: the pairs take a factor of two each.
-            for axis in set(group).difference(_PAIRS):
-                sizes[axis] = size // 2 ** (len(group) - 1)
-        return sizes | {"1": 1}
+            for axis in set(group).difference(fixed):  # at most one of a dimension
+                sizes[axis] = size // math.prod(fixed.get(other, 1) for other in group)
+        return sizes
 
     def _rearrange(self, value: np.ndarray, pattern: str, sizes: Mapping[str, int]) -> np.ndarray:
         return einops.rearrange(value, pattern, **{axis: size for axis, size in sizes.items() if axis != "1"})
@@ -150,11 +152,14 @@ def mappings(
 ) -> tuple[WeightMapping, ...]:
     """Return the table of `rows`: from our name to their name, the pattern of the weight and that of the bias, if any.
 
-    `ours` and `theirs` are prefixes of the names; `.weight` and `.bias` follow them. `joined` and `merged` are for the
-    weights alone.
+    `ours` and `theirs` are prefixes of the names; `.weight` and `.bias` follow them. `joined` is for the weights alone,
+    unless they are `merged`.
     """
     found = []
     for name, (source, weight, *bias) in rows.items():
         found.append(WeightMapping(f"{ours}{name}.weight", f"{theirs}{source}.weight", weight, joined, merged))
-        found += [WeightMapping(f"{ours}{name}.bias", f"{theirs}{source}.bias", pattern) for pattern in bias]
+        of_bias = joined if merged else 0
+        found += [
+            WeightMapping(f"{ours}{name}.bias", f"{theirs}{source}.bias", pattern, of_bias, merged) for pattern in bias
+        ]
     return tuple(found)

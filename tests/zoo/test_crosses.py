@@ -17,6 +17,7 @@ from llama_jax.nn import (
     MLP,
     Alibi,
     GroupedQuery,
+    LayerNorm,
     LearnedPositions,
     Mixer,
     MixerModule,
@@ -62,6 +63,17 @@ CROSSES = {
         attention={"qk_norm": RMSNorm(eps=1e-6), "softcap": 2.0},
         logit_softcap=3.0,
         feed_forward=MLP(intermediate_size=24, activation="relu_squared", bias=False),
+    ),
+    "a Llama with results normed, and all queries at once": crossed(
+        LLAMA,
+        norm_placement="output",
+        attention={"qk_norm": RMSNorm(eps=1e-6, zero_centered=True), "qk_norm_over": "width"},
+    ),
+    "a Llama in parallel blocks, with heads normed by their own weights": crossed(
+        LLAMA,
+        parallel="own_norms",
+        residual_scale=0.5,
+        attention={"qk_norm": LayerNorm(eps=1e-6, bias=True), "qk_norm_over": "own_weights"},
     ),
     "a Llama with a sliding window and learned positions": crossed(
         LLAMA, attention={"window": 3, "rope": None}, positions=LearnedPositions(32)
@@ -142,6 +154,9 @@ def test_each_cross_is_another_model(random_params: Callable[[DecoderConfig], An
         {"position_bias": Alibi(num_heads=4)},
         {"logit_softcap": 3.0},
         {"attention": {"softcap": 2.0}},
+        {"parallel": "own_norms"},
+        {"residual_scale": 0.5},
+        {"norm": RMSNorm(eps=1e-5, zero_centered=True)},
         {"attention": {"window": 3}},
         {"attention": {"rope": None}},
         {"positions": SinusoidalPositions()},
@@ -182,6 +197,7 @@ class Average(Mixer):
         ),
         (lambda: crossed(LLAMA, positions=LearnedPositions(16)), "max_positions=32 is more than the 16"),
         (lambda: crossed(LLAMA, norm=None, norm_placement="sandwich"), "norm_placement='sandwich' needs a norm"),
+        (lambda: crossed(LLAMA, parallel="one_norm", norm_placement="post"), "parallel='one_norm' needs"),
         (lambda: crossed(GPT2, attention={"rope": Rope(1e4, None, 6)}), "rotary_dim=6 must be at most head_dim=4"),
         (lambda: crossed(GPT2, attention={"rope": ROPE, "head_dim": 5}), "head_dim=5 must be .*even"),
         (lambda: crossed(GPT2, attention={"num_kv_heads": 3}), "num_kv_heads=3 does not divide num_heads=4"),

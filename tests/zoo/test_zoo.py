@@ -197,7 +197,7 @@ def test_both_spellings_of_rotary_scaling(scaling, expected):
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 3.0}},
             "attention_factor",
         ),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}, "truncate"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": 0}}, "truncate"),
         ({"vocab_size": None}, "vocab_size"),
         ({"hidden_size": "wide"}, "hidden_size='wide'.*int"),
         ({"num_attention_heads": True}, "num_attention_heads"),

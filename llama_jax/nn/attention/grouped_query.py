@@ -1,7 +1,7 @@
 """Grouped-query attention and cross-attention; multi-head (K = N) and multi-query (K = 1) are its ends."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from llama_jax.nn.base import (
 from llama_jax.nn.norms import Norm
 from llama_jax.nn.parameters import Projection, child, joined_products
 from llama_jax.nn.rope import Rope, known_rope
-from llama_jax.parallel import shard
+from llama_jax.parallel import reshape, shard
 
 Cache = ring.Cache
 
@@ -41,7 +41,8 @@ class GroupedQuery(Mixer):
     qkv_bias: biases on the query, key and value projections.
     out_bias: a bias on the output projection.
     scale: of the scores; none for 1/sqrt(head_dim).
-    qk_norm: of each query and key head, before rotary positions (Henry et al. 2020), or none.
+    qk_norm: of queries and keys, before rotary positions (Henry et al. 2020), or none.
+    qk_norm_over: each head, with the same weights (head) or its own (own_weights), or all heads at once (width).
     window: number of keys that a query attends to, itself included (and as many after it in an encoder); none for all.
     softcap: scores are softcap * tanh(scores / softcap), as in Gemma 2; none for as they are.
     dropout: rate on the attention weights.
@@ -55,6 +56,7 @@ class GroupedQuery(Mixer):
     out_bias: bool
     scale: float | None = None
     qk_norm: Norm | None = None
+    qk_norm_over: Literal["head", "own_weights", "width"] = "head"
     window: int | None = None
     softcap: float | None = None
     dropout: float = 0.0
@@ -157,9 +159,8 @@ class GroupedQueryModule(_Projections, MixerModule):
     def __init__(self, config: GroupedQuery, width: int, *, rngs: nnx.Rngs):
         super().__init__(config, width, rngs=rngs)
         self.config = config
-        norm = config.qk_norm
-        self.q_norm = norm and norm.build(config.head_dim, rngs=child(rngs, "q_norm"))
-        self.k_norm = norm and norm.build(config.head_dim, rngs=child(rngs, "k_norm"))
+        self.q_norm = self._norm("q_norm", ("heads", config.num_heads), rngs)
+        self.k_norm = self._norm("k_norm", ("kv_heads", config.num_kv_heads), rngs)
 
     def __call__(
         self, x: Float[Array, "b t d"], *, positions: Int[Array, "b t"], ctx: ForwardContext, cache: Cache | None = None
@@ -169,8 +170,7 @@ class GroupedQueryModule(_Projections, MixerModule):
             ctx = ctx.with_mask(window=config.window)
         products = joined_products(x, *self.same_inputs) or [projection(x) for projection in self.same_inputs]
         q_BTNH, k_BTKH, v_BTKH = products
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        q_BTNH, k_BTKH = self._normed(self.q_norm, q_BTNH, "heads"), self._normed(self.k_norm, k_BTKH, "kv_heads")
         if (rope := config.rope) is not None:
             q_BTNH, k_BTKH = rope.rotate(q_BTNH, positions), rope.rotate(k_BTKH, positions)
         k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)  # the layout of the cache, and of the kernels
@@ -181,6 +181,27 @@ class GroupedQueryModule(_Projections, MixerModule):
             k_BKSH, v_BKSH = read_cache(cache, ("k", "v"), x.dtype)
         options: dict[str, Any] = {"scale": self.scale, "softcap": config.softcap, "dropout": config.dropout}
         return self.o_proj(attend(q_BTNH, k_BKSH, v_BKSH, ctx, **options)), cache
+
+    def _norm(self, name: str, heads: tuple[str, int], rngs: nnx.Rngs) -> Any:
+        """Return the norm of queries or keys; `heads` are the axis and the number of theirs."""
+        config, own = self.config, child(rngs, name)
+        if config.qk_norm is None:
+            return None
+        if config.qk_norm_over == "width":
+            return config.qk_norm.build(heads[1] * config.head_dim, rngs=own)
+        norm: Any = config.qk_norm.build(config.head_dim, rngs=own)
+        if config.qk_norm_over == "own_weights":
+            for weight in ("weight", "bias"):
+                if (value := getattr(norm, weight, None)) is not None:
+                    values = shard(jnp.broadcast_to(value[...], (heads[1], config.head_dim)), heads[0], None)
+                    setattr(norm, weight, nnx.Param(values, axes=(heads[0], None)))
+        return norm
+
+    def _normed(self, norm: Any, x: Float[Array, "b t n h"], heads: str) -> Float[Array, "b t n h"]:
+        if norm is None or self.config.qk_norm_over != "width":
+            return x if norm is None else norm(x)
+        whole = reshape(shard(x, "batch", "sequence", None, None), (*x.shape[:2], -1), "batch", "sequence", None)
+        return reshape(norm(whole), x.shape, "batch", "sequence", heads, None)
 
     @property
     def same_inputs(self) -> tuple[Projection, ...]:

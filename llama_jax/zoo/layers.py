@@ -1,0 +1,58 @@
+"""Layers that take turns: `layer_types` of config.json, and the overrides of a config."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llama_jax.config import Component, UserError
+from llama_jax.models import DecoderConfig, LayerOverride, TransformerConfig
+from llama_jax.nn import Mixer
+from llama_jax.zoo.reading import ConfigReader
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def every(period: int, num_layers: int, kind: str = FULL, others: str = SLIDING) -> tuple[str, ...]:
+    """Return types of layers, the last of every `period` of which is of this `kind`."""
+    return tuple(others if (i + 1) % period else kind for i in range(num_layers))
+
+
+def read_layer_types(
+    reader: ConfigReader, num_layers: int, usual: Sequence[str], known: Sequence[str] = (FULL, SLIDING)
+) -> tuple[str, ...]:
+    """Return the type of every layer, one of `known`; the `usual` ones where the file names none.
+
+    Raises UserError for another type, and for another number of them.
+    """
+    found = reader.take("layer_types", list, list(usual))
+    if len(found) != num_layers or any(kind not in known for kind in found):
+        raise UserError(
+            f"config.json has layer_types={found!r}, which should be {num_layers} of {', '.join(known)} "
+            f"for {reader.label}"
+        )
+    return tuple(found)
+
+
+def in_turns[C: TransformerConfig](config: C, types: Sequence[str], pieces: Mapping[str, Component]) -> C:
+    """Return the model whose layers have the piece of their type: attentions, or feed-forwards.
+
+    That of the first layer is the model's own, the others are overrides, in the order of their first layers.
+    """
+    field = "attention" if isinstance(pieces[types[0]], Mixer) else "feed_forward"
+    first, *others = dict.fromkeys(pieces[kind] for kind in types)
+    overrides = [
+        LayerOverride(tuple(i for i, kind in enumerate(types) if pieces[kind] == piece), piece) for piece in others
+    ]
+    changes: dict[str, Any] = {field: first, "overrides": (*config.overrides, *overrides)}
+    return dataclasses.replace(config, **changes)
+
+
+def write_layer_types(config: DecoderConfig) -> list[str]:
+    """Return the type of every layer: sliding where its attention has a window."""
+    return [FULL if getattr(mixer, "window", None) is None else SLIDING for mixer, _ in config.layer_pieces()]
+
+
+def sliding_window(config: DecoderConfig) -> int | None:
+    """Return the window of the first layer that has one."""
+    windows = [getattr(mixer, "window", None) for mixer, _ in config.layer_pieces()]
+    return next((window for window in windows if window is not None), None)
