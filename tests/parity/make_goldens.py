@@ -9,12 +9,18 @@ Deterministic: the same versions give the same files. Every parameter is random 
 that none can be forgotten unnoticed; logits have standard deviation 1.
 """
 
+import importlib
+import pkgutil
 import sys
 
+import golden_makers
 import torch
-from golden_makers import decoders, deepseek, encoder_decoders, encoders, llama
 
-CASES = llama.CASES | decoders.CASES | encoders.CASES | encoder_decoders.CASES | deepseek.CASES
+# What every module of the folder makes.
+MODULES = [
+    importlib.import_module(f"golden_makers.{found.name}") for found in pkgutil.iter_modules(golden_makers.__path__)
+]
+CASES = {name: make for module in MODULES for name, make in getattr(module, "CASES", {}).items()}
 
 
 @torch.no_grad()
