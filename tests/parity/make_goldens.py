@@ -17,9 +17,8 @@ import golden_makers
 import torch
 
 # What every module of the folder makes.
-MODULES = [
-    importlib.import_module(f"golden_makers.{found.name}") for found in pkgutil.iter_modules(golden_makers.__path__)
-]
+NAMES = [found.name for found in pkgutil.iter_modules(golden_makers.__path__)]
+MODULES = [importlib.import_module(f"golden_makers.{name}") for name in NAMES]
 CASES = {name: make for module in MODULES for name, make in getattr(module, "CASES", {}).items()}
 
 
