@@ -1,6 +1,4 @@
-"""The README's table of the zoo is what `docs/zoo_table.py` writes."""
-
-from pathlib import Path
+"""docs/zoo.md and the README's list of families are what `docs/zoo_table.py` writes."""
 
 import pytest
 import zoo_table
@@ -9,22 +7,30 @@ import llama_jax
 from llama_jax import zoo
 from llama_jax.data import objectives
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text("utf-8")
+PAGE, README = (path.read_text("utf-8") for path in (zoo_table.PAGE, zoo_table.README))
+MEASURED = zoo_table.measured_of(zoo_table.written(PAGE, "families"))
 FAMILIES = zoo.all_presets()
 # Pairs of texts want a head that the released encoders are given or not.
 OPTIONS = {"MaskedLM": {"next_sentence": False}}
 
 
-def test_table_is_the_package_s():
-    """All but the errors, which the parity tests bound: measuring takes as long as those."""
-    found, errors = zoo_table.written(README)
-    assert found == zoo_table.zoo_table(errors) + "\n", "run: python docs/zoo_table.py"
+@pytest.mark.parametrize(
+    ("text", "part", "wanted"),
+    [
+        (PAGE, "families", zoo_table.families_table(MEASURED)),
+        (PAGE, "pieces", zoo_table.pieces_table()),
+        (README, "families", zoo_table.families_list()),
+    ],
+    ids=["families", "pieces", "list"],
+)
+def test_tables_are_the_package_s(text: str, part: str, wanted: str):
+    """All but errors, which the parity tests bound, and speeds: measuring takes as long as those."""
+    assert zoo_table.written(text, part) == wanted, "run: python docs/zoo_table.py"
 
 
 def test_every_family_with_goldens_has_a_small_error():
-    _, errors = zoo_table.written(README)
-    assert set(errors) == set(zoo_table.model_types().values())
-    assert all(0 < float(error) < 5e-5 for error in errors.values())
+    assert set(MEASURED) == set(zoo_table.model_types().values())
+    assert all(0 < float(error) < 5e-5 and float(speed.replace(",", "")) > 0 for error, speed in MEASURED.values())
 
 
 def test_every_family_with_weights_has_goldens():
@@ -42,5 +48,5 @@ def test_models_take_what_their_objectives_give(name):
 def test_titles_tell_families_apart():
     titles = [family.title for family in FAMILIES.values()]
     assert len(set(titles)) == len(titles)
-    assert all(0 < len(title) < 50 for title in titles)
+    assert all(0 < len(title) < 60 for title in titles)
     assert sum(len(family.presets) for family in FAMILIES.values()) == len(llama_jax.presets())

@@ -1,0 +1,135 @@
+"""Which pieces of a decoder go together, and the table of it in docs/zoo.md: chosen by name, as on the command line."""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from markdown_table import markdown
+
+from llama_jax.config import UserError, override
+from llama_jax.models import Compute, DecoderConfig, abstract_params
+from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU
+from llama_jax.training import AdamW, init_state, make_train_step
+
+type Changes = Mapping[str, Any]
+
+BASE = DecoderConfig(
+    vocab_size=40,
+    hidden_size=16,
+    num_layers=1,
+    max_positions=8,
+    attention=GroupedQuery(num_heads=4, num_kv_heads=2, head_dim=4, rope=None, qkv_bias=False, out_bias=False),
+    feed_forward=SwiGLU(intermediate_size=24, bias=False),
+    norm=RMSNorm(eps=1e-5),
+    tie_embeddings=False,
+)
+ATTENTIONS: dict[str, Changes] = {
+    "grouped queries": {},
+    "a window": {"attention.window": 3},
+    "normed heads": {"attention.qk_norm": "RMSNorm"},
+    "latent": {"attention": "LatentAttention"},
+    "sparse": {"attention": "SparseLatentAttention", "attention.index_topk": 3},
+    "Elman": {"attention": "ElmanRNN"},
+    "LSTM": {"attention": "LSTM"},
+    "GRU": {"attention": "GRU"},
+    "n-gram": {"attention": "NGram", "attention.order": 3},
+}
+NORMS: dict[str, Changes] = {
+    "pre": {},
+    "post": {"norm_placement": "post"},
+    "sandwich": {"norm_placement": "sandwich"},
+    "output": {"norm_placement": "output"},
+    "LayerNorm": {"norm": "LayerNorm"},
+    "no norm": {"norm": "none"},
+    "parallel, one norm": {"parallel": "one_norm"},
+    "parallel, own norms": {"parallel": "own_norms"},
+}
+POSITIONS: dict[str, Changes] = {
+    "no positions": {},
+    "rotary": {"attention.rope": Rope(theta=10000.0, scaling=None)},
+    "learned": {"positions": "LearnedPositions"},
+    "sinusoids": {"positions": "SinusoidalPositions"},
+    "ALiBi": {"position_bias": "Alibi"},
+    "relative bias": {"position_bias": "RelativeBias"},
+}
+FEED_FORWARDS: dict[str, Changes] = {
+    "SwiGLU": {},
+    "MLP": {"feed_forward": "MLP", "feed_forward.activation": "gelu_tanh"},
+    "GEGLU": {"feed_forward": "GatedLinearUnit", "feed_forward.activation": "gelu"},
+    "experts": {"feed_forward": "Experts", "feed_forward.num_experts": 4},
+    "no feed-forward": {"feed_forward": "none"},
+}
+GROUPS = {"attention": ATTENTIONS, "norms": NORMS, "positions": POSITIONS, "feed-forward": FEED_FORWARDS}
+
+
+def made(names: tuple[str, ...]) -> DecoderConfig | str:
+    """Return the model with a piece of each group, or the sentence that refuses it."""
+    changes: dict[str, Any] = {}
+    for group, name in zip(GROUPS.values(), names, strict=True):
+        changes |= group[name]
+    try:
+        return override(BASE, changes)
+    except UserError as error:
+        return str(error)
+
+
+def combinations() -> Iterator[tuple[str, ...]]:
+    """Yield every choice of a piece of each group."""
+    yield from itertools.product(*GROUPS.values())
+
+
+def _pairs(names: tuple[str, ...]) -> set[tuple[str, str]]:
+    return set(itertools.combinations(names, 2))
+
+
+def covering() -> list[tuple[str, ...]]:
+    """Return combinations that can be made and have, together, every pair of pieces that some of these has."""
+    possible = [names for names in combinations() if not isinstance(made(names), str)]
+    left = set().union(*map(_pairs, possible))
+    chosen = []
+    while left:
+        chosen.append(max(possible, key=lambda names: len(_pairs(names) & left)))
+        left -= _pairs(chosen[-1])
+    return chosen
+
+
+def trained(config: DecoderConfig) -> tuple[float, dict[str, np.ndarray]]:
+    """Return the loss of one step on two rows of eight random tokens, and the gradient's first moments by name."""
+    rng, hyper = np.random.default_rng(0), AdamW(learning_rate=1e-2, warmup_steps=0).hyper(10)
+    ids = rng.integers(0, config.vocab_size, (2, 9), dtype=np.int32)
+    batch = {
+        "tokens": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "weights": np.ones((2, 8), np.float32),
+        "segment_ids": np.ones((2, 8), np.int32),
+        "positions": np.tile(np.arange(8, dtype=np.int32), (2, 1)),
+    }
+    shapes = abstract_params(config)
+    params = {name: jnp.asarray(rng.normal(0.0, 0.3, a.shape).astype(np.float32)) for name, a in shapes.items()}
+    state, metrics = make_train_step(config, Compute(loss_chunk=4))(init_state(params, hyper), batch, hyper)
+    return float(metrics["loss"]), {name: np.asarray(value) for name, value in state.opt_state[1].mu.items()}
+
+
+def matrix() -> str:
+    """Return the table of what goes together, and the sentences that refuse the rest.
+
+    A cell has the pieces of its column that go with the row's piece in no combination.
+    """
+    sentences: dict[tuple[str, str], set[str]] = {}
+    for names in combinations():
+        found = made(names)
+        for pair in _pairs(names):
+            sentences.setdefault(pair, set()).add("" if not isinstance(found, str) else found)
+    never = {pair: min(found, key=len) for pair, found in sentences.items() if "" not in found}
+    rows = []
+    for group, pieces in GROUPS.items():
+        for piece in pieces:
+            cells = []
+            for other in GROUPS.values():
+                refused = [name for name in other if (piece, name) in never or (name, piece) in never]
+                cells.append("" if other is pieces else f"not {', '.join(refused)}" if refused else "all")
+            rows.append((group, piece, *cells))
+    lines = [f"- {a} with {b}: {sentence}" for (a, b), sentence in never.items()]
+    return markdown("|".join(("group", "piece", *GROUPS)), rows) + "\n\n" + "\n".join(lines)

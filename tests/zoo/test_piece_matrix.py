@@ -1,0 +1,43 @@
+"""Every choice of attention, norms, positions and feed-forward: it trains, or is refused in a sentence."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from piece_matrix import combinations, covering, made, matrix, trained
+
+from llama_jax.parallel import make_mesh
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "zoo.md"
+
+
+def test_what_is_refused_says_what_to_change():
+    """Attention goes with everything, recurrent networks have no scores and no rotary positions."""
+    found = {names: made(names) for names in combinations()}
+    refused = {names: sentence for names, sentence in found.items() if isinstance(sentence, str)}
+    assert 0 < len(refused) < len(found) / 4
+    for (attention, _, positions, _), sentence in refused.items():
+        assert attention in ("Elman", "LSTM", "GRU", "n-gram"), attention
+        assert positions in ("rotary", "ALiBi", "relative bias"), positions
+        assert ": set it to none" in sentence or "has no 'rope'" in sentence, sentence
+
+
+def test_the_page_has_the_matrix():
+    assert matrix() in PAGE.read_text("utf-8"), "run: python docs/zoo_table.py"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", covering(), ids=" + ".join)
+def test_every_pair_trains(names: tuple[str, ...]):
+    config = made(names)
+    assert not isinstance(config, str)
+    with jax.set_mesh(make_mesh({}, jax.devices()[:1])):
+        loss, moments = trained(config)
+    assert np.isfinite(loss)
+    assert abs(loss - np.log(config.vocab_size)) < 1.5
+    for name, moment in moments.items():
+        assert np.isfinite(moment).all(), name
+        # What is added to all keys alike does not change who is seen; an indexer without a loss is not trained.
+        idle = name.endswith("k_proj.bias") or "indexer" in name
+        assert idle or np.abs(moment).max() > 0, f"{name} has no gradient"
