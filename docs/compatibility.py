@@ -47,8 +47,8 @@ PAGE = Path(__file__).resolve().parent / "compatibility.md"
 INTRODUCTION = """# Files that are read, written and refused
 
 Written by `python docs/compatibility.py` from the package's own tables; a test compares the two. An error is one
-sentence that names the file or the key and the way out. Exact parameter counts and parity errors are in the README's
-table of the zoo.
+sentence that names the file or the key and the way out. Exact parameter counts and parity errors are in
+[zoo.md](zoo.md).
 """
 
 
