@@ -78,6 +78,89 @@ def with_bias(norm: Any) -> Any:
     return lambda model: [*norm(model).parameters(), model.lm_head.bias]
 
 
+BLOOM = {
+    "apply_residual_connection_post_layernorm": False,
+    "architectures": ["BloomForCausalLM"],
+    "attention_dropout": 0.0,
+    "attention_softmax_in_fp32": True,
+    "bias_dropout_fusion": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_dropout": 0.0,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "masked_softmax_fusion": True,
+    "model_type": "bloom",
+    "n_embed": 24,
+    "n_inner": None,
+    "n_layer": 3,
+    "num_attention_heads": 6,
+    "offset_alibi": 100,
+    "pad_token_id": 3,
+    "pretraining_tp": 1,
+    "seq_length": 128,
+    "skip_bias_add": True,
+    "skip_bias_add_qkv": False,
+    "slow_but_exact": False,
+    "torch_dtype": "float32",
+    "transformers_version": "4.20.0",
+    "unk_token_id": 0,
+    "use_cache": True,
+    "vocab_size": 64,
+}
+# Cohere's own keys, as Command R7B has them.
+COHERE2 = {
+    "architectures": ["Cohere2ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "cache_implementation": "hybrid",
+    "eos_token_id": 2,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "initializer_range": 0.02,
+    "intermediate_size": 40,
+    "layer_norm_eps": 1e-05,
+    "layer_switch": 4,
+    "logit_scale": 0.25,
+    "max_position_embeddings": 128,
+    "model_type": "cohere2",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "order_of_interleaved_layers": "local_attn_first",
+    "pad_token_id": 0,
+    "position_embedding_type": "rope_gptj",
+    "rope_scaling": None,
+    "rope_theta": 50000,
+    "rotary_pct": 1.0,
+    "sliding_window": 8,
+    "sliding_window_pattern": 4,
+    "torch_dtype": "float32",
+    "transformers_version": "4.48.0.dev0",
+    "use_cache": True,
+    "use_embedding_sharing": True,
+    "use_gated_activation": True,
+    "use_parallel_block": True,
+    "use_parallel_embedding": True,
+    "vocab_size": 64,
+}
+
+
+def falcon(name: str, gain: float = 1.5, **settings: Any) -> Any:
+    usual = SIZES | {"model_type": "falcon", "num_attention_heads": 4, "hidden_size": 32}
+    return gpt(name, usual | settings, gain=gain)
+
+
+def quieter(model: Any) -> None:
+    """Embeddings that do not outweigh what the layers add: a tied head would only repeat the last token."""
+    for parameter in model.transformer.word_embeddings_layernorm.parameters():
+        parameter.data *= 0.25
+
+
+COHERE = SIZES | {"model_type": "cohere", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
+COHERE |= {"intermediate_size": 40, "logit_scale": 0.25, "rope_parameters": {"rope_type": "default", "rope_theta": 8e6}}
 PHI = {"model_type": "phi", "intermediate_size": 40}
 CASES = {
     "gpt_neox": neox("gpt_neox", GPT_NEOX, config=GPT_NEOX),
@@ -100,6 +183,32 @@ CASES = {
         | {"num_attention_heads": 2, "num_key_value_heads": 1, "qk_layernorm": True}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.34}},
         last_norm=with_bias(lambda model: model.model.final_layernorm),
+    ),
+    "falcon_7b": falcon("falcon_7b"),
+    "falcon_40b": falcon(
+        "falcon_40b", new_decoder_architecture=True, num_kv_heads=2, ffn_hidden_size=40, hidden_size=16
+    ),
+    "falcon_11b": falcon(
+        "falcon_11b",
+        new_decoder_architecture=True,
+        num_kv_heads=2,
+        num_ln_in_parallel_attn=1,
+        ffn_hidden_size=40,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 500042.0},
+    ),
+    "falcon_rw": falcon(
+        "falcon_rw", alibi=True, bias=True, multi_query=False, parallel_attn=False, ffn_hidden_size=40, gain=2.5
+    ),
+    "bloom": gpt("bloom", BLOOM, config=BLOOM, change=quieter, gain=2.5),
+    "cohere": causal("cohere", COHERE | {"attention_bias": True}),
+    "cohere_normed_heads": causal("cohere_normed_heads", COHERE | {"use_qk_norm": True, "tie_word_embeddings": False}),
+    "cohere2": causal("cohere2", COHERE2, config=COHERE2),
+    "cohere2_wide_window": causal(
+        "cohere2_wide_window",
+        COHERE
+        | {"model_type": "cohere2", "sliding_window": 32}
+        | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
     ),
     "gptj": gpt("gptj", GPTJ, config=GPTJ, last_norm=with_bias(lambda model: model.transformer.ln_f)),
 }
