@@ -34,7 +34,7 @@ def pythia() -> Case:
     special = {"special_tokens_map.json": special_map(bos_token="<|endoftext|>", eos_token="<|endoftext|>")}
     return Case(
         "GPTNeoXForCausalLM",
-        named(SIZES),
+        named(SIZES | {"hidden_size": 32}),
         fast(settings, tokenizer, **special),
         ("<|endoftext|>",),
         texts=texts,
