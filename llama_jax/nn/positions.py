@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import Component, Known, UserError
-from llama_jax.nn.base import check_at_least, known_heads
+from llama_jax.nn.base import check_above_zero, check_at_least, known_heads
 from llama_jax.nn.parameters import cast_and_gather, embed_lookup, parameter
 from llama_jax.parallel import shard, spec
 
@@ -215,15 +215,18 @@ class Alibi(PositionBias):
     Keys after the query are as far away as those before it.
 
     num_heads: heads of the attention.
+    scale: factor of the slopes, as Falcon-RW scales them with the scores; 1 for as they are.
     """
 
     num_heads: int
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_heads")
+        check_above_zero(self, "scale")
 
     def slopes(self) -> Float[np.ndarray, " n"]:
-        """Return 2^(-8/n), 2^(-16/n)... for a power of two.
+        """Return 2^(-8/n), 2^(-16/n)... for a power of two, times `scale`.
 
         Other numbers of heads begin with those of the power of two below, and fill up with every second slope of twice
         that power, as in the authors' code.
@@ -231,7 +234,7 @@ class Alibi(PositionBias):
         power = 1 << (self.num_heads.bit_length() - 1)  # the largest power of two that is not above num_heads
         some = 2.0 ** (-8 * np.arange(1, power + 1) / power)
         between = 2.0 ** (-4 * np.arange(1, 2 * power, 2) / power)
-        return np.concatenate([some, between[: self.num_heads - power]])
+        return self.scale * np.concatenate([some, between[: self.num_heads - power]])
 
     def build(self, *, rngs: nnx.Rngs) -> "AlibiModule":
         return AlibiModule(self)

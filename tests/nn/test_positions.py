@@ -163,6 +163,7 @@ def test_alibi_has_the_slopes_of_the_paper():
 def test_alibi_falls_with_the_distance_on_both_sides():
     found = bias_of(Alibi(3), np.array([[3, 4]]), np.arange(6))
     expected = -Alibi(3).slopes()[:, None, None] * np.array([[3, 2, 1, 0, 1, 2], [4, 3, 2, 1, 0, 1]])
+    np.testing.assert_allclose(bias_of(Alibi(3, scale=0.5), np.array([[3, 4]]), np.arange(6)), found / 2)
     np.testing.assert_allclose(found, expected[None], rtol=1e-6)
 
 
@@ -270,6 +271,7 @@ def test_yarn_scales_attention(mscale: float, mscale_all_dim: float, magnitude: 
         (lambda: RelativeBias(2, 6, 20, True), "num_buckets=6 must be a multiple of 4"),
         (lambda: RelativeBias(2, 8, 4, False), "max_distance=4 must be above 4"),
         (lambda: Alibi(0), "num_heads=0 must be at least 1"),
+        (lambda: Alibi(4, scale=0.0), "scale=0.0 must be above 0"),
         (lambda: LinearScaling(factor=0.5), "factor=0.5 must be at least 1"),
         (lambda: NTKScaling(factor=0.0), "factor=0.0 must be at least 1"),
         (lambda: Llama3Scaling(8.0, 4.0, 4.0, 512), "high_freq_factor=4.0 must be above low_freq_factor=4.0"),
