@@ -79,6 +79,8 @@ _LLAMA1: Json = {"vocab_size": 32000, "max_positions": 2048, "eps": 1e-6, "theta
 _LLAMA2: Json = {"vocab_size": 32000, "max_positions": 4096, "eps": 1e-5, "theta": 10_000.0}
 _LLAMA3: Json = {"vocab_size": 128_256, "max_positions": 8192, "eps": 1e-5, "theta": 500_000.0}
 _LLAMA31 = _LLAMA3 | {"max_positions": 131_072}
+_SMOL: Json = {"vocab_size": 49_152, "eps": 1e-5, "tie_embeddings": True}
+_YI: Json = {"vocab_size": 64_000, "max_positions": 4096, "eps": 1e-5, "theta": 5_000_000.0}
 _STORIES: Json = {"eps": 1e-5, "theta": 10_000.0, "tie_embeddings": True}
 PRESETS: dict[str, DecoderConfig] = {
     "llama1_7b": llama(**_LLAMA1, **sizes(32, 4096, 32, 32, 11008)),
@@ -95,6 +97,12 @@ PRESETS: dict[str, DecoderConfig] = {
     "llama3_405b": llama(**_LLAMA31, **sizes(126, 16384, 128, 8, 53248), scaling=_stretched(8.0)),
     "llama3_2_1b": llama(**_LLAMA31, **sizes(16, 2048, 32, 8, 8192), scaling=_stretched(32.0), tie_embeddings=True),
     "llama3_2_3b": llama(**_LLAMA31, **sizes(28, 3072, 24, 8, 8192), scaling=_stretched(32.0), tie_embeddings=True),
+    "smollm2_135m": llama(**_SMOL, **sizes(30, 576, 9, 3, 1536), max_positions=8192, theta=100_000.0),
+    "smollm2_360m": llama(**_SMOL, **sizes(32, 960, 15, 5, 2560), max_positions=8192, theta=100_000.0),
+    "smollm2_1_7b": llama(**_SMOL, **sizes(24, 2048, 32, 32, 8192), max_positions=8192, theta=130_000.0),
+    "tinyllama_1_1b": llama(**_LLAMA1 | {"eps": 1e-5}, **sizes(22, 2048, 32, 4, 5632)),
+    "yi_6b": llama(**_YI, **sizes(32, 4096, 32, 4, 11_008)),
+    "yi_34b": llama(**_YI, **sizes(60, 7168, 56, 8, 20_480)),
     "stories260k": llama(**_STORIES, **sizes(5, 64, 8, 4, 172), vocab_size=512, max_positions=512),
     "stories15m": llama(**_STORIES, **sizes(6, 288, 6, 6, 768), vocab_size=32000, max_positions=256),
     "stories42m": llama(**_STORIES, **sizes(8, 512, 8, 8, 1376), vocab_size=32000, max_positions=1024),
@@ -147,6 +155,7 @@ def keys(
     max_positions: int = 2048,
     eps: float = 1e-6,
     tied: bool = False,
+    eps_key: str = "rms_norm_eps",
 ) -> tuple[Key, ...]:
     """Return Llama's keys of config.json, with these values where the keys are absent, and `more` of them."""
     return (
@@ -155,7 +164,7 @@ def keys(
         Key("head_dim", "attention.head_dim", int, None, absent=head_dim),
         Key("intermediate_size", "feed_forward.intermediate_size", int),
         Key("max_position_embeddings", "max_positions", int, max_positions),
-        Key("rms_norm_eps", "norm.eps", float, eps),
+        Key(eps_key, "norm.eps", float, eps),
         Key("attention_dropout", "attention.dropout", float, 0.0, argument="attention_dropout"),
         Key("tie_word_embeddings", "tie_embeddings", bool, tied),
         *more,

@@ -34,8 +34,20 @@ COUNTS = {
     "mistral_large_123b": 122_610_069_504,
     "ministral_8b": 8_019_808_256,
     "smollm3_3b": 3_075_098_624,
+    "starcoder2_3b": 3_030_371_328,
+    "starcoder2_7b": 7_173_923_840,
+    "starcoder2_15b": 15_957_889_024,
+    "opt_125m": 125_239_296,
+    "opt_1_3b": 1_315_758_080,
+    "opt_2_7b": 2_651_596_800,
+    "opt_6_7b": 6_658_473_984,
+    "opt_13b": 12_853_473_280,
+    "opt_30b": 29_974_540_288,
+    "opt_66b": 65_719_701_504,
+    "opt_175b": 174_604_468_224,
+    "internlm3_8b": 8_804_241_408,
 }
-FAMILIES = ("ministral", "mistral", "qwen2", "qwen3", "smollm3")
+FAMILIES = ("internlm3", "ministral", "mistral", "opt", "qwen2", "qwen3", "smollm3", "starcoder2")
 
 
 def test_presets_have_the_published_number_of_parameters():

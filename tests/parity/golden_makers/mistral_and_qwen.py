@@ -1,5 +1,8 @@
 """Goldens of the families that differ from Llama in little: Mistral, Qwen and their like."""
 
+from collections.abc import Callable
+from typing import Any
+
 from golden_makers.causal import TINY, causal
 
 # Keys of released files, most of which are older than those that the library writes today.
@@ -76,6 +79,87 @@ SMOLLM3 = (
     }
 )
 TURNED = {"no_rope_layers": [0, 1, 0, 1], "layer_types": None, "sliding_window": 8, "use_sliding_window": True}
+STARCODER2 = (
+    NO_HEAD_DIM
+    | {key: value for key, value in RELEASED.items() if key != "rms_norm_eps"}
+    | {
+        "architectures": ["Starcoder2ForCausalLM"],
+        "embedding_dropout": 0.1,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_epsilon": 1e-5,
+        "mlp_type": "default",
+        "model_type": "starcoder2",
+        "norm_epsilon": 1e-5,
+        "norm_type": "layer_norm",
+        "residual_dropout": 0.1,
+        "rope_theta": 9999.4420358813,
+        "sliding_window": 8,
+        "use_bias": True,
+    }
+)
+OPT = {
+    "_remove_final_layer_norm": False,
+    "activation_dropout": 0.0,
+    "activation_function": "relu",
+    "architectures": ["OPTForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 2,
+    "do_layer_norm_before": True,
+    "dropout": 0.1,
+    "eos_token_id": 2,
+    "ffn_dim": 40,
+    "hidden_size": 24,
+    "init_std": 0.02,
+    "layerdrop": 0.0,
+    "max_position_embeddings": 48,
+    "model_type": "opt",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "pad_token_id": 1,
+    "prefix": "</s>",
+    "torch_dtype": "float32",
+    "transformers_version": "4.21.0.dev0",
+    "use_cache": True,
+    "vocab_size": 64,
+    "word_embed_proj_dim": 24,
+}
+INTERNLM3 = (
+    TINY
+    | RELEASED
+    | {
+        "architectures": ["InternLM3ForCausalLM"],
+        "bias": False,
+        "model_type": "internlm3",
+        "qkv_bias": False,
+        "rope_scaling": {"factor": 6.0, "rope_type": "dynamic"},
+        "rope_theta": 50000.0,
+        "tie_word_embeddings": False,
+    }
+)
+
+
+def opt(name: str, **changes: Any) -> Callable[[], None]:
+    """OPT's golden; where norms come last, the logits are scaled by the last of them."""
+    settings = OPT | changes
+    first = settings["do_layer_norm_before"]
+
+    def smaller_biases(model: Any) -> None:
+        """Or the next token would hardly depend on the text."""
+        for key, parameter in model.named_parameters():
+            parameter.data *= 0.2 if key.endswith("bias") and not first else 1.0
+
+    return causal(
+        name,
+        settings,
+        config=settings,
+        blocks=lambda model: model.model.decoder.layers,
+        change=smaller_biases,
+        gain=1.5 if first else 4.0,
+        last_norm=lambda model: list(
+            (model.model.decoder if first else model.model.decoder.layers[-1]).final_layer_norm.parameters()
+        ),
+    )
+
 
 CASES = {
     "mistral": causal("mistral", MISTRAL, config=MISTRAL),
@@ -89,6 +173,14 @@ CASES = {
     "qwen2_window": causal("qwen2_window", TINY | SOME_SLIDING | {"model_type": "qwen2"}),
     "qwen3": causal("qwen3", QWEN3, config=QWEN3),
     "qwen3_window": causal("qwen3_window", TINY | SOME_SLIDING | {"model_type": "qwen3", "attention_bias": True}),
+    "internlm3": causal("internlm3", INTERNLM3, config=INTERNLM3),
+    "internlm3_biases": causal("internlm3_biases", TINY | {"model_type": "internlm3", "qkv_bias": True, "bias": True}),
+    "opt": opt("opt"),
+    "opt_norms_last": opt("opt_norms_last", do_layer_norm_before=False, tie_word_embeddings=False),
+    "starcoder2": causal("starcoder2", STARCODER2, config=STARCODER2),
+    "starcoder2_no_biases": causal(
+        "starcoder2_no_biases", TINY | {"model_type": "starcoder2", "use_bias": False, "tie_word_embeddings": False}
+    ),
     "smollm3": causal("smollm3", SMOLLM3, config=SMOLLM3),
     "smollm3_window": causal(
         "smollm3_window", SMOLLM3 | TURNED | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
