@@ -41,7 +41,9 @@ def _read(reader: ConfigReader, fields: Json) -> DecoderConfig:
     usual = [int(kind == SLIDING) for kind in every(period, count)]
     rotated = reader.take("no_rope_layers", list, usual)
     if len(rotated) < count or any(value not in (0, 1) for value in rotated):
-        raise UserError(f"config.json has no_rope_layers={rotated!r}, which should be 0 or 1 for each of {count} layers")
+        raise UserError(
+            f"config.json has no_rope_layers={rotated!r}, which should be 0 or 1 for each of {count} layers"
+        )
     rotated = [bool(value) for value in rotated[:count]]
     types = [FULL if turned or window is None else SLIDING for turned in rotated]
     found = read_layer_types(reader, count, types, (FULL,) if window is None else (FULL, SLIDING))
