@@ -118,7 +118,7 @@ def test_tekken_with_special_tokens_of_its_own(tmp_path: Path):
     assert tokenizer.border is not None
     data["vocab"][3]["rank"] = 4
     (tmp_path / "tekken.json").write_text(json.dumps(data), encoding="utf-8")
-    with pytest.raises(UserError, match="cannot be used as a tokenizer.*do not follow one another"):
+    with pytest.raises(UserError, match=r"cannot be used as a tokenizer.*do not follow one another"):
         load_tokenizer(tmp_path)
 
 

@@ -13,7 +13,6 @@ from directory_makers.cases import (
     decoder_table,
     fast,
     fixed,
-    llama_model,
     named,
 )
 from directory_makers.tokenizer_files import Files, added, as_json
@@ -219,7 +218,13 @@ def mistral_tekken() -> Case:
     sizes = {"default_num_special_tokens": 12, "default_vocab_size": 12 + len(tokens), "num_vocab_tokens": len(tokens)}
     vocab = [{"rank": i, "token_bytes": base64.b64encode(t).decode(), "token_str": None} for i, t in enumerate(tokens)]
     data = {"config": {"pattern": TEKKEN_SPLIT, "version": "v7"} | sizes, "special_tokens": special, "vocab": vocab}
-    settings = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    settings = {
+        "add_bos_token": True,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+    }
     found = {
         "chat_template.jinja": MISTRAL_V7,
         "tekken.json": files.json.dumps(data) + "\n",
