@@ -100,8 +100,8 @@ def open_source(path: str | Path, ignore_config_keys: Collection[str] = ()) -> W
         return _open_meta(path, "meta", *read_meta(path), ignore_config_keys, tokenizer)
     if not has_config:
         raise UserError(
-            f"'{path}' has neither config.json (Hugging Face) nor params.json and consolidated.* (Meta, Mistral): give the "
-            "directory of a run or of a model"
+            f"'{path}' has neither config.json (Hugging Face) nor params.json and consolidated.* (Meta, Mistral): give "
+            "the directory of a run or of a model"
         )
     return _open_huggingface(path, ignore_config_keys, tokenizer)
 

@@ -42,8 +42,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Reads any `tokenizer.json` of the `tokenizers` library, SentencePiece models (those of Llama, Gemma, T5 and
     ChatGLM2), tiktoken's ranks of Llama 3 and of OpenAI's encodings, Mistral's `tekken.json`, Marian's `source.spm`,
     `target.spm` and `vocab.json`, pairs of `vocab.json` and `merges.txt` (`path` is either; both names may begin with
-    the same prefix), BERT's `vocab.txt`, llama2.c's `.bin` and the metadata of GGUF files, with the settings next to them:
-    tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat templates. `path` may be a URL. Raises
+    the same prefix), BERT's `vocab.txt`, llama2.c's `.bin` and the metadata of GGUF files, with the settings next to
+    them: tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat templates. `path` may be a URL. Raises
     UserError for a missing, damaged or unknown file.
     """
     path = local_copy(path, _stored, beside=STORED)
