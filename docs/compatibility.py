@@ -20,7 +20,7 @@ READ = {
     "pytorch_model.bin, pytorch_model-*-of-*.bin": "PyTorch's zip files and those before 1.6, by a reader that calls "
     "nothing",
     "consolidated.*.pth with params.json": "Meta, one file for each model-parallel rank",
-    "consolidated.safetensors": "Meta's names in one file, with params.json or config.json (Llama, Mixtral)",
+    "consolidated.safetensors": "Meta's names in one file, with params.json or config.json (Llama, Mistral, Mixtral)",
     "*.gguf": "llama.cpp's, of the architectures llama (also with experts), gpt2 and chatglm, one file or shards; F32, "
     "F16 and BF16 as they are, quantized types (Q8_0, Q4_0, Q5_0, Q4_K, Q5_K, Q6_K, others of gguf's) as float32",
     "model.safetensors with quantization_config": "GPTQ (2, 4 and 8 bits, both versions, ordered inputs) and AWQ "

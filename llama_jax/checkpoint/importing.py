@@ -100,8 +100,8 @@ def open_source(path: str | Path, ignore_config_keys: Collection[str] = ()) -> W
         return _open_meta(path, "meta", *read_meta(path), ignore_config_keys, tokenizer)
     if not has_config:
         raise UserError(
-            f"'{path}' has neither config.json (Hugging Face) nor params.json and consolidated.*.pth (Meta): give the "
-            "directory of a run or of a model"
+            f"'{path}' has neither config.json (Hugging Face) nor params.json and consolidated.* (Meta, Mistral): give "
+            "the directory of a run or of a model"
         )
     return _open_huggingface(path, ignore_config_keys, tokenizer)
 
@@ -115,7 +115,9 @@ def _open_meta(
     tokenizer: Path | None = None,
 ) -> WeightSource:
     """Return the source of a `params.json` and tensors with Meta's names."""
-    model_type = "mixtral" if params.get("moe") else "llama"
+    model_type = "mixtral" if params.get("moe") else "mistral" if "hidden_dim" in params else "llama"
+    if isinstance(params.get("sliding_window") or params.get("_sliding_window"), list):
+        model_type = "ministral"
     meta = zoo.family(model_type).meta
     assert meta is not None
     tensors = rename_tensors(path, tensors, meta.names)

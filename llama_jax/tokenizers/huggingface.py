@@ -37,8 +37,12 @@ O200K_SPLIT = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# By the name in `settings.CLASSES`; None is GPT-2's expression inside the library.
-SPLITS = {"gpt2": None, "qwen2": CL100K_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")}
+# By the name in `settings.CLASSES`, and Mistral's; None is GPT-2's expression inside the library.
+SPLITS = {
+    "gpt2": None,
+    "qwen2": CL100K_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"),
+    "tekken": O200K_SPLIT.replace(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "").replace(r"\p{N}{1,3}", r"\p{N}"),
+}
 
 
 class HuggingFaceTokenizer(Tokenizer):

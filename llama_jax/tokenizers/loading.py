@@ -14,11 +14,16 @@ from llama_jax.tokenizers.huggingface import json_tokenizer
 from llama_jax.tokenizers.marian import marian_tokenizer
 from llama_jax.tokenizers.sentencepiece import llama2c_tokenizer, sentencepiece_tokenizer
 from llama_jax.tokenizers.settings import Settings, read_settings
-from llama_jax.tokenizers.vocabularies import bert_tokenizer, byte_level_tokenizer, tiktoken_tokenizer
+from llama_jax.tokenizers.vocabularies import (
+    bert_tokenizer,
+    byte_level_tokenizer,
+    tekken_tokenizer,
+    tiktoken_tokenizer,
+)
 
 # In the order in which they decide, as in transformers. The last is known only to be refused.
 FILE_NAMES = (
-    "tokenizer.json", "tokenizer.model", "source.spm", "spiece.model", "vocab.json", "vocab.txt",
+    "tokenizer.json", "tekken.json", "tokenizer.model", "source.spm", "spiece.model", "vocab.json", "vocab.txt",
     "sentencepiece.bpe.model",
 )  # fmt: skip
 # Names of files that may belong to a tokenizer in a directory of a store, which may hold weights as well.
@@ -35,10 +40,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Return the tokenizer in the file `path`, or in the directory `path`, where `FILE_NAMES` are tried in order.
 
     Reads any `tokenizer.json` of the `tokenizers` library, SentencePiece models (those of Llama, Gemma, T5 and
-    ChatGLM2), tiktoken's ranks of Llama 3 and of OpenAI's encodings, Marian's `source.spm`, `target.spm` and
-    `vocab.json`, pairs of `vocab.json` and `merges.txt` (`path` is either; both names may begin with the same prefix),
-    BERT's `vocab.txt`, llama2.c's `.bin` and the metadata of GGUF files, with the settings next to them:
-    tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat templates. `path` may be a URL. Raises
+    ChatGLM2), tiktoken's ranks of Llama 3 and of OpenAI's encodings, Mistral's `tekken.json`, Marian's `source.spm`,
+    `target.spm` and `vocab.json`, pairs of `vocab.json` and `merges.txt` (`path` is either; both names may begin with
+    the same prefix), BERT's `vocab.txt`, llama2.c's `.bin` and the metadata of GGUF files, with the settings next to
+    them: tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat templates. `path` may be a URL. Raises
     UserError for a missing, damaged or unknown file.
     """
     path = local_copy(path, _stored, beside=STORED)
@@ -103,8 +108,8 @@ def with_document_rule(tokenizer: Tokenizer, *, of_sources: bool = False) -> Tok
 
 # The first that does not return None decides. A tokenizer from outside the package is an entry at the front.
 READERS: list[Reader] = [
-    marian_tokenizer, tiktoken_tokenizer, byte_level_tokenizer, json_tokenizer, bert_tokenizer, llama2c_tokenizer,
-    sentencepiece_tokenizer,
+    marian_tokenizer, tiktoken_tokenizer, byte_level_tokenizer, tekken_tokenizer, json_tokenizer, bert_tokenizer,
+    llama2c_tokenizer, sentencepiece_tokenizer,
 ]  # fmt: skip
 
 

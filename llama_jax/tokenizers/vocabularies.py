@@ -1,7 +1,7 @@
 """Tokenizers made from a vocabulary: byte-level BPE, BERT's WordPiece, and words between spaces.
 
 The readers are for files that hold only the vocabulary: GPT-2's pair `vocab.json` and `merges.txt`, BERT's `vocab.txt`,
-tiktoken's ranks. `training.py` makes the same kinds.
+tiktoken's ranks, Mistral's `tekken.json`. `training.py` makes the same kinds.
 """
 
 import base64
@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from llama_jax.config import UserError
+from llama_jax.tokenizers.checking import check_ids
 from llama_jax.tokenizers.config import BERT_SPECIAL
 from llama_jax.tokenizers.huggingface import (
     CL100K_SPLIT as CL100K_SPLIT,
@@ -250,12 +251,27 @@ def _read_ranks(content: bytes) -> dict[bytes, int] | None:
     return ranks if complete else None
 
 
+def _merges(ranks: Mapping[bytes, int]) -> tuple[dict[int, str], list[tuple[str, str]]]:
+    """Return the tokens of tiktoken's ranks in GPT-2's letters, and the merges that make them.
+
+    tiktoken merges the neighbours whose union has the lowest rank, so every way to cut a token in two known ones is a
+    merge, with the token's rank as its priority.
+    """
+    letters = byte_letters()
+    spelled = {rank: "".join(letters[b] for b in token) for token, rank in ranks.items()}
+    merges: list[tuple[str, str]] = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
+        pairs = sorted((ranks[left], ranks[right]) for left, right in cuts if left in ranks and right in ranks)
+        merges += [(spelled[left], spelled[right]) for left, right in pairs]
+    return spelled, merges
+
+
 def tiktoken_tokenizer(path: Path, content: bytes, settings: Settings) -> HuggingFaceTokenizer | None:
     """Return the tokenizer of a tiktoken file of ranks; None for another file.
 
     The encoding is GLM-4's where `settings` name its class (and the special tokens), else it follows from the number of
-    ranks. tiktoken merges the neighbours whose union has the lowest rank, so every way to cut a token in two known ones
-    is a merge, with the token's rank as its priority. Raises UserError where no known encoding has that many ranks.
+    ranks. Raises UserError where no known encoding has that many ranks.
     """
     if (ranks := _read_ranks(content)) is None:
         return None
@@ -269,13 +285,7 @@ def tiktoken_tokenizer(path: Path, content: bytes, settings: Settings) -> Huggin
             f"its {len(ranks)} ranks are those of no known encoding ({known}), and a file of ranks has neither the way "
             "to split text nor the special tokens: use the model's tokenizer.json"
         )
-    letters = byte_letters()
-    spelled = {rank: "".join(letters[b] for b in token) for token, rank in ranks.items()}
-    merges: list[tuple[str, str]] = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
-        pairs = sorted((ranks[left], ranks[right]) for left, right in cuts if left in ranks and right in ranks)
-        merges += [(spelled[left], spelled[right]) for left, right in pairs]
+    spelled, merges = _merges(ranks)
     # Special tokens are in the vocabulary so that each gets its own id, also where ids between are free.
     vocabulary = {text: rank for rank, text in spelled.items()} | encoding.special_tokens
     special = list(encoding.special_tokens)
@@ -283,3 +293,37 @@ def tiktoken_tokenizer(path: Path, content: bytes, settings: Settings) -> Huggin
     names = {"bos_token": encoding.bos, "eos_token": encoding.eos}
     settings = dataclasses.replace(settings, config=names | dict(settings.config))
     return HuggingFaceTokenizer(tokenizer, {"tokenizer.model": content}, settings, prefix=encoding.prefix)
+
+
+# Special tokens of Mistral's files up to version 7, which leave them out (mistralai/mistral-common, tekken.py).
+TEKKEN_SPECIAL = (
+    "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]",
+    "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]",
+)  # fmt: skip
+
+
+def tekken_tokenizer(path: Path, content: bytes, settings: Settings) -> HuggingFaceTokenizer | None:
+    """Return the tokenizer of Mistral's `tekken.json`; None for another file.
+
+    The special tokens come first, padded with `<SPECIAL_20>` and so on, then tiktoken's ranks, of which the file may
+    have more than are used. A prompt begins with BOS. Raises ValueError for a file that does not fit together.
+    """
+    data = json.loads(content) if content.lstrip()[:1] == b"{" else {}
+    config = data.get("config")
+    if not isinstance(config, dict) or not {"pattern", "default_vocab_size"} <= config.keys():
+        return None
+    listed = data.get("special_tokens")
+    named = dict(enumerate(TEKKEN_SPECIAL)) if listed is None else {it["rank"]: it["token_str"] for it in listed}
+    first = config["default_num_special_tokens"]
+    special = [named.get(i, f"<SPECIAL_{i}>") for i in range(check_ids(first))]
+    entries = data["vocab"][: config["default_vocab_size"] - first]
+    ranks = {base64.b64decode(entry["token_bytes"], validate=True): entry["rank"] for entry in entries}
+    if len(set(special)) < first or max(named) >= first or set(ranks.values()) != set(range(len(entries))):
+        raise ValueError("its special tokens or its ranks do not follow one another")
+    spelled, merges = _merges(ranks)
+    vocabulary = {text: first + rank for rank, text in spelled.items()} | {name: i for i, name in enumerate(special)}
+    tokenizer = byte_level_bpe(vocabulary, merges, special, split=config["pattern"], ignore_merges=True)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    settings = dataclasses.replace(settings, config=names | dict(settings.config))
+    return HuggingFaceTokenizer(tokenizer, {"tekken.json": content}, settings, prefix=("<s>",))

@@ -11,7 +11,7 @@ from llama_jax.config import Json, UserError
 from llama_jax.models import DecoderConfig
 from llama_jax.nn import GroupedQuery, RMSNorm, Rope, RopeScaling, SwiGLU
 from llama_jax.zoo import llama
-from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, read_rope, write_rope
+from llama_jax.zoo.reading import CAUSAL, ConfigReader, Key, read_rope, write_rope
 from llama_jax.zoo.registry import Family
 from llama_jax.zoo.weights import TensorNames, mappings
 
@@ -102,16 +102,12 @@ GLM = Family(
         )
     },
     architectures=("GlmForCausalLM", "GlmModel"),
-    keys=(
-        *SIZES,
-        Key("num_key_value_heads", "attention.num_kv_heads", int, None, absent=2),
-        Key("head_dim", "attention.head_dim", int, None, absent=128),
-        Key("intermediate_size", "feed_forward.intermediate_size", int),
-        Key("attention_dropout", "attention.dropout", float, 0.0, argument="attention_dropout"),
-        Key("max_position_embeddings", "max_positions", int, 131_072),
-        Key("rms_norm_eps", "norm.eps", float, 1.5625e-07),
+    keys=llama.keys(
         Key("attention_bias", "attention.qkv_bias", bool, True),
-        Key("tie_word_embeddings", "tie_embeddings", bool, False),
+        kv_heads=2,
+        head_dim=128,
+        max_positions=131_072,
+        eps=1.5625e-07,
     ),
     read=_read_glm,
     write=_write_glm,

@@ -1,7 +1,7 @@
 """Layers that take turns: `layer_types` of config.json, and the overrides of a config."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from llama_jax.config import Component, UserError
@@ -33,7 +33,7 @@ def read_layer_types(
     return tuple(found)
 
 
-def in_turns[C: TransformerConfig](config: C, types: Sequence[str], pieces: Mapping[str, Component]) -> C:
+def in_turns[C: TransformerConfig, K: Hashable](config: C, types: Sequence[K], pieces: Mapping[K, Component]) -> C:
     """Return the model whose layers have the piece of their type: attentions, or feed-forwards.
 
     That of the first layer is the model's own, the others are overrides, in the order of their first layers.
@@ -45,6 +45,12 @@ def in_turns[C: TransformerConfig](config: C, types: Sequence[str], pieces: Mapp
     ]
     changes: dict[str, Any] = {field: first, "overrides": (*config.overrides, *overrides)}
     return dataclasses.replace(config, **changes)
+
+
+def windowed(config: DecoderConfig, types: Sequence[str], window: int | None) -> DecoderConfig:
+    """Return the model whose sliding layers attend to `window` keys."""
+    attention: Any = config.attention
+    return in_turns(config, types, {FULL: attention, SLIDING: dataclasses.replace(attention, window=window)})
 
 
 def write_layer_types(config: DecoderConfig) -> list[str]:

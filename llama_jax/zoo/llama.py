@@ -8,7 +8,7 @@ from typing import Any
 
 from llama_jax.config import Json, UserError
 from llama_jax.models import DecoderConfig
-from llama_jax.nn import GroupedQuery, Llama3Scaling, RMSNorm, Rope, RopeScaling, SwiGLU
+from llama_jax.nn import GroupedQuery, Llama3Scaling, Norm, RMSNorm, Rope, RopeScaling, SwiGLU
 from llama_jax.zoo.known_keys import is_off
 from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, read_rope, typed, write_rope
 from llama_jax.zoo.registry import Family, MetaFiles
@@ -26,11 +26,16 @@ def llama_like(
     scaling: RopeScaling | None = None,
     window: int | None = None,
     attention_bias: bool = False,
+    qkv_bias: bool = False,
+    qk_norm: Norm | None = None,
     attention_dropout: float = 0.0,
     tie_embeddings: bool = False,
     **fields: Any,
 ) -> DecoderConfig:
-    """Return a decoder with Llama's attention, norm and positions; `fields` are the others of `DecoderConfig`."""
+    """Return a decoder with Llama's attention, norm and positions; `fields` are the others of `DecoderConfig`.
+
+    `attention_bias` is for all four projections, `qkv_bias` for three of them.
+    """
     return DecoderConfig(
         hidden_size=hidden_size,
         attention=GroupedQuery(
@@ -38,8 +43,9 @@ def llama_like(
             num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
             head_dim=head_dim or hidden_size // max(num_heads, 1),
             rope=Rope(theta=theta, scaling=scaling),
-            qkv_bias=attention_bias,
+            qkv_bias=attention_bias or qkv_bias,
             out_bias=attention_bias,
+            qk_norm=qk_norm,
             window=window,
             dropout=attention_dropout,
         ),
@@ -49,11 +55,13 @@ def llama_like(
     )
 
 
-def _llama(*, intermediate_size: int, mlp_bias: bool = False, **sizes: Any) -> DecoderConfig:
-    return llama_like(feed_forward=SwiGLU(intermediate_size, bias=mlp_bias), **sizes)
+def llama(*, intermediate_size: int, mlp_bias: bool = False, **others: Any) -> DecoderConfig:
+    """Return a Llama; `others` are the other arguments of `llama_like`."""
+    return llama_like(feed_forward=SwiGLU(intermediate_size, bias=mlp_bias), **others)
 
 
-def _sizes(layers: int, width: int, heads: int, kv_heads: int, ffn: int) -> Json:
+def sizes(layers: int, width: int, heads: int, kv_heads: int, ffn: int) -> Json:
+    """Return the arguments of `llama` for a row of a table of sizes."""
     return {
         "num_layers": layers,
         "hidden_size": width,
@@ -71,26 +79,34 @@ _LLAMA1: Json = {"vocab_size": 32000, "max_positions": 2048, "eps": 1e-6, "theta
 _LLAMA2: Json = {"vocab_size": 32000, "max_positions": 4096, "eps": 1e-5, "theta": 10_000.0}
 _LLAMA3: Json = {"vocab_size": 128_256, "max_positions": 8192, "eps": 1e-5, "theta": 500_000.0}
 _LLAMA31 = _LLAMA3 | {"max_positions": 131_072}
+_SMOL: Json = {"vocab_size": 49_152, "eps": 1e-5, "tie_embeddings": True}
+_YI: Json = {"vocab_size": 64_000, "max_positions": 4096, "eps": 1e-5, "theta": 5_000_000.0}
 _STORIES: Json = {"eps": 1e-5, "theta": 10_000.0, "tie_embeddings": True}
 PRESETS: dict[str, DecoderConfig] = {
-    "llama1_7b": _llama(**_LLAMA1, **_sizes(32, 4096, 32, 32, 11008)),
-    "llama1_13b": _llama(**_LLAMA1, **_sizes(40, 5120, 40, 40, 13824)),
-    "llama1_33b": _llama(**_LLAMA1, **_sizes(60, 6656, 52, 52, 17920)),
-    "llama1_65b": _llama(**_LLAMA1, **_sizes(80, 8192, 64, 64, 22016)),
-    "llama2_7b": _llama(**_LLAMA2, **_sizes(32, 4096, 32, 32, 11008)),
-    "llama2_13b": _llama(**_LLAMA2, **_sizes(40, 5120, 40, 40, 13824)),
+    "llama1_7b": llama(**_LLAMA1, **sizes(32, 4096, 32, 32, 11008)),
+    "llama1_13b": llama(**_LLAMA1, **sizes(40, 5120, 40, 40, 13824)),
+    "llama1_33b": llama(**_LLAMA1, **sizes(60, 6656, 52, 52, 17920)),
+    "llama1_65b": llama(**_LLAMA1, **sizes(80, 8192, 64, 64, 22016)),
+    "llama2_7b": llama(**_LLAMA2, **sizes(32, 4096, 32, 32, 11008)),
+    "llama2_13b": llama(**_LLAMA2, **sizes(40, 5120, 40, 40, 13824)),
     # Never released by itself: the paper's context, and the shape that Code Llama 34B has.
-    "llama2_34b": _llama(**_LLAMA2, **_sizes(48, 8192, 64, 8, 22016)),
-    "llama2_70b": _llama(**_LLAMA2, **_sizes(80, 8192, 64, 8, 28672)),
-    "llama3_8b": _llama(**_LLAMA3, **_sizes(32, 4096, 32, 8, 14336)),
-    "llama3_70b": _llama(**_LLAMA3, **_sizes(80, 8192, 64, 8, 28672)),
-    "llama3_405b": _llama(**_LLAMA31, **_sizes(126, 16384, 128, 8, 53248), scaling=_stretched(8.0)),
-    "llama3_2_1b": _llama(**_LLAMA31, **_sizes(16, 2048, 32, 8, 8192), scaling=_stretched(32.0), tie_embeddings=True),
-    "llama3_2_3b": _llama(**_LLAMA31, **_sizes(28, 3072, 24, 8, 8192), scaling=_stretched(32.0), tie_embeddings=True),
-    "stories260k": _llama(**_STORIES, **_sizes(5, 64, 8, 4, 172), vocab_size=512, max_positions=512),
-    "stories15m": _llama(**_STORIES, **_sizes(6, 288, 6, 6, 768), vocab_size=32000, max_positions=256),
-    "stories42m": _llama(**_STORIES, **_sizes(8, 512, 8, 8, 1376), vocab_size=32000, max_positions=1024),
-    "stories110m": _llama(**_STORIES, **_sizes(12, 768, 12, 12, 2048), vocab_size=32000, max_positions=1024),
+    "llama2_34b": llama(**_LLAMA2, **sizes(48, 8192, 64, 8, 22016)),
+    "llama2_70b": llama(**_LLAMA2, **sizes(80, 8192, 64, 8, 28672)),
+    "llama3_8b": llama(**_LLAMA3, **sizes(32, 4096, 32, 8, 14336)),
+    "llama3_70b": llama(**_LLAMA3, **sizes(80, 8192, 64, 8, 28672)),
+    "llama3_405b": llama(**_LLAMA31, **sizes(126, 16384, 128, 8, 53248), scaling=_stretched(8.0)),
+    "llama3_2_1b": llama(**_LLAMA31, **sizes(16, 2048, 32, 8, 8192), scaling=_stretched(32.0), tie_embeddings=True),
+    "llama3_2_3b": llama(**_LLAMA31, **sizes(28, 3072, 24, 8, 8192), scaling=_stretched(32.0), tie_embeddings=True),
+    "smollm2_135m": llama(**_SMOL, **sizes(30, 576, 9, 3, 1536), max_positions=8192, theta=100_000.0),
+    "smollm2_360m": llama(**_SMOL, **sizes(32, 960, 15, 5, 2560), max_positions=8192, theta=100_000.0),
+    "smollm2_1_7b": llama(**_SMOL, **sizes(24, 2048, 32, 32, 8192), max_positions=8192, theta=130_000.0),
+    "tinyllama_1_1b": llama(**_LLAMA1 | {"eps": 1e-5}, **sizes(22, 2048, 32, 4, 5632)),
+    "yi_6b": llama(**_YI, **sizes(32, 4096, 32, 4, 11_008)),
+    "yi_34b": llama(**_YI, **sizes(60, 7168, 56, 8, 20_480)),
+    "stories260k": llama(**_STORIES, **sizes(5, 64, 8, 4, 172), vocab_size=512, max_positions=512),
+    "stories15m": llama(**_STORIES, **sizes(6, 288, 6, 6, 768), vocab_size=32000, max_positions=256),
+    "stories42m": llama(**_STORIES, **sizes(8, 512, 8, 8, 1376), vocab_size=32000, max_positions=1024),
+    "stories110m": llama(**_STORIES, **sizes(12, 768, 12, 12, 2048), vocab_size=32000, max_positions=1024),
 }
 
 ENDS = {"embedding": ("model.embed_tokens", "v d -> v d"), "norm": ("model.norm", "d -> d")}
@@ -109,6 +125,7 @@ FEED_FORWARD = {
 }
 LAYER = "model.layers.{layer}."
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+NAMES = TensorNames(mappings(ENDS | HEAD) + mappings(NORMS | ATTENTION | _FEED_FORWARD, "layers.", LAYER), TIED)
 
 # Meta's names, with the rotary pairs interleaved: also the layout of llama2.c.
 META_WEIGHTS = mappings(
@@ -131,12 +148,41 @@ META_WEIGHTS = mappings(
 META_TIED = {"output.weight": "tok_embeddings.weight"}
 
 
-def _read(reader: ConfigReader, fields: Json) -> DecoderConfig:
+def keys(
+    *more: Key,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    max_positions: int = 2048,
+    eps: float = 1e-6,
+    tied: bool = False,
+    eps_key: str = "rms_norm_eps",
+) -> tuple[Key, ...]:
+    """Return Llama's keys of config.json, with these values where the keys are absent, and `more` of them."""
+    return (
+        *SIZES,
+        Key("num_key_value_heads", "attention.num_kv_heads", int, None, absent=kv_heads),
+        Key("head_dim", "attention.head_dim", int, None, absent=head_dim),
+        Key("intermediate_size", "feed_forward.intermediate_size", int),
+        Key("max_position_embeddings", "max_positions", int, max_positions),
+        Key(eps_key, "norm.eps", float, eps),
+        Key("attention_dropout", "attention.dropout", float, 0.0, argument="attention_dropout"),
+        Key("tie_word_embeddings", "tie_embeddings", bool, tied),
+        *more,
+    )
+
+
+ATTENTION_BIAS = Key("attention_bias", "attention.qkv_bias", bool, False, argument="attention_bias")
+MLP_BIAS = Key("mlp_bias", "feed_forward.bias", bool, False, argument="mlp_bias")
+
+
+def read(reader: ConfigReader, fields: Json, *, theta: float = 10_000.0, **others: Any) -> DecoderConfig:
+    """Return the Llama of a config.json: `fields` are the values of its `keys`, `others` what its family adds."""
     reader.activation("hidden_act", "silu", only="silu")
-    return _llama(**fields, **read_rope(reader, fields["max_positions"]))
+    return llama(**fields, **others, **read_rope(reader, fields["max_positions"], theta))
 
 
-def _write(config: DecoderConfig, label: str) -> Json:
+def write(config: DecoderConfig, label: str) -> Json:
+    """Return what `read` takes from a config.json itself."""
     return {"hidden_act": "silu", **write_rope(config.attention, label)}
 
 
@@ -174,7 +220,7 @@ def from_meta(params: Json, shapes: Mapping[str, tuple[int, ...]]) -> DecoderCon
         # Not in Meta's files either: the context of the release that has this base or this eps.
         by_theta = {500_000.0: 131_072 if scaling else 8192, 1_000_000.0: 16_384}
         max_positions = by_theta.get(theta) or (2048 if params["norm_eps"] == 1e-6 else 4096)
-    return _llama(
+    return llama(
         vocab_size=shapes["tok_embeddings.weight"][0],  # the file's may be -1
         hidden_size=dim,
         num_layers=params["n_layers"],
@@ -196,21 +242,10 @@ LLAMA = Family(
     label="a Llama",
     presets=PRESETS,
     architectures=("LlamaForCausalLM", "LlamaModel"),
-    keys=(
-        *SIZES,
-        Key("num_key_value_heads", "attention.num_kv_heads", int, None),
-        Key("head_dim", "attention.head_dim", int, None),
-        Key("intermediate_size", "feed_forward.intermediate_size", int),
-        Key("max_position_embeddings", "max_positions", int, 2048),
-        Key("rms_norm_eps", "norm.eps", float, 1e-6),
-        Key("attention_bias", "attention.qkv_bias", bool, False, argument="attention_bias"),
-        Key("attention_dropout", "attention.dropout", float, 0.0, argument="attention_dropout"),
-        Key("mlp_bias", "feed_forward.bias", bool, False, argument="mlp_bias"),
-        Key("tie_word_embeddings", "tie_embeddings", bool, False),
-    ),
-    read=_read,
-    write=_write,
+    keys=keys(ATTENTION_BIAS, MLP_BIAS),
+    read=read,
+    write=write,
     harmless=CAUSAL,
-    names=TensorNames(mappings(ENDS | HEAD) + mappings(NORMS | ATTENTION | FEED_FORWARD, "layers.", LAYER), TIED),
+    names=NAMES,
     meta=MetaFiles(TensorNames(META_WEIGHTS, META_TIED), from_meta),
 )

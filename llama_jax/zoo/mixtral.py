@@ -7,7 +7,7 @@ from llama_jax.config import Json, UserError
 from llama_jax.models import DecoderConfig, LayerOverride
 from llama_jax.nn import Experts, GatedLinearUnit, GroupedQuery, GShardRouter, RelativeBias, RMSNorm, SoftmaxTopK
 from llama_jax.zoo import llama
-from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, read_rope, write_rope
+from llama_jax.zoo.reading import CAUSAL, ConfigReader, Key, read_rope
 from llama_jax.zoo.registry import Family, MetaFiles, Presets
 from llama_jax.zoo.weights import TensorNames, WeightMapping, mappings
 
@@ -85,10 +85,6 @@ def _read(reader: ConfigReader, fields: Json) -> DecoderConfig:
     return llama.llama_like(**fields, **rope, feed_forward=experts)
 
 
-def _write(config: DecoderConfig, label: str) -> Json:
-    return {"hidden_act": "silu", **write_rope(config.attention, label)}
-
-
 def from_meta(params: Json, shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
     """Return the model of Mistral's own `params.json`; the shapes of the tensors show what it leaves out.
 
@@ -113,23 +109,18 @@ MIXTRAL = Family(
     label="a Mixtral",
     presets=PRESETS,
     architectures=("MixtralForCausalLM", "MixtralModel"),
-    keys=(
-        *SIZES,
-        Key("num_key_value_heads", "attention.num_kv_heads", int, None, absent=8),
-        Key("head_dim", "attention.head_dim", int, None),
-        Key("intermediate_size", "feed_forward.intermediate_size", int),
+    keys=llama.keys(
         Key("num_local_experts", "feed_forward.num_experts", int, 8),
         Key("num_experts_per_tok", "feed_forward.router.top_k", int, 2),
         # Per layer; Hugging Face's has its minimum at top_k instead of 1.
         Key("router_aux_loss_coef", "feed_forward.load_balance_loss", float, 0.001),
-        Key("max_position_embeddings", "max_positions", int, 131_072),
         Key("sliding_window", "attention.window", int, None),
-        Key("rms_norm_eps", "norm.eps", float, 1e-5),
-        Key("attention_dropout", "attention.dropout", float, 0.0, argument="attention_dropout"),
-        Key("tie_word_embeddings", "tie_embeddings", bool, False),
+        kv_heads=8,
+        max_positions=131_072,
+        eps=1e-5,
     ),
     read=_read,
-    write=_write,
+    write=llama.write,
     aliases={"num_experts": "num_local_experts"},
     harmless=CAUSAL | {"router_jitter_noise"},
     names=TensorNames(WEIGHTS, llama.TIED, renames=RENAMES),

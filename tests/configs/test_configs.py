@@ -19,7 +19,7 @@ from llama_jax.training import init_state, make_train_step, train_flops_per_toke
 
 # Tokens of a batch.
 PRETRAINING = dict.fromkeys(
-    ("llama1_7b", "llama2_7b", "llama2_70b", "llama3_2_1b", "llama3_8b", "mixtral_8x7b"), 4 * 2**20
+    ("llama1_7b", "llama2_7b", "llama2_70b", "llama3_2_1b", "llama3_8b", "mixtral_8x7b", "qwen3_0_6b"), 4 * 2**20
 )
 # Their layers are those of other configs, of which the train step is built quickly.
 ALIKE = (
@@ -31,12 +31,14 @@ ALIKE = (
     "llama3_2_1b_lora",
     "llama3_8b",
     "mixtures/llama1",
+    "smollm2_135m",
     "tiny_gru",
     "tiny_rnn",
     "tiny_shakespeare",
 )
 BUILT = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in config_names()]
-PRETRAINING |= {"gpt2": 2**19, "gpt3_125m": 2**19, "chatglm2_6b": 4 * 2**20, "pythia_160m": 2**21}
+PRETRAINING |= {"gpt2": 2**19, "gpt3_125m": 2**19, "chatglm2_6b": 4 * 2**20}
+PRETRAINING |= {"pythia_160m": 2**21, "smollm2_135m": 2**20}
 
 
 def command(name: str) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 
 from llama_jax.config import UserError
 from llama_jax.tokenizers import load_tokenizer
-from llama_jax.tokenizers.vocabularies import ENCODINGS, byte_letters
+from llama_jax.tokenizers.vocabularies import ENCODINGS, GPT2_SPLIT, SPLITS, byte_letters
 
 GOLDEN = json.loads(Path(__file__).with_name("bert_cases.json").read_text())
 
@@ -75,6 +75,51 @@ def test_openai_ranks(shared_data: Path, tmp_path: Path):
         assert tokenizer.special_tokens == {"<|endoftext|>": 50256}
         assert (tokenizer.bos_id, tokenizer.eos_ids) == (50256, (50256,))
         assert tokenizer.encode("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]
+
+
+def tekken(ranks: dict[bytes, int], pattern: str, **changes: object) -> dict:
+    """A file as Mistral writes it: with more ranks than are used."""
+    tokens = [*sorted(ranks, key=ranks.__getitem__), b"never"]
+    entries = [
+        {"rank": i, "token_bytes": base64.b64encode(t).decode(), "token_str": None} for i, t in enumerate(tokens)
+    ]
+    sizes = {"num_vocab_tokens": len(tokens), "default_vocab_size": 1000 + len(ranks), "version": "v3"}
+    return {"config": {"pattern": pattern, "default_num_special_tokens": 1000} | sizes, "vocab": entries} | changes
+
+
+def test_tekken_of_gpt2_s_ranks(shared_data: Path, tmp_path: Path):
+    """GPT-2's ids, behind the special tokens."""
+    ranks = gpt2_ranks(shared_data)
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken(ranks, GPT2_SPLIT)), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == 1000 + len(ranks)
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id, tokenizer.unk_id) == (1, (2,), 11, 0)
+    for text, ids in cases(shared_data / "tokenizer_cases", "gpt-2"):
+        assert tokenizer.encode(text) == [1000 + i for i in ids]
+        assert tokenizer.decode([1, *tokenizer.encode(text), 2]) == text
+    asked = tokenizer.encode_prompt("[INST]a[/INST]", special=True)
+    assert asked == [1, 3, 1000 + ranks[b"a"], 4]
+    assert tokenizer.encode("[INST]")[0] != 3
+    again = load_tokenizer(tokenizer.save(tmp_path / "again"))
+    assert again.encode_prompt("[SPECIAL]é") == tokenizer.encode_prompt("[SPECIAL]é")
+
+
+def test_tekken_with_special_tokens_of_its_own(tmp_path: Path):
+    """Capitals begin a word of their own, digits stand alone, and contractions are two words: Mistral's expression."""
+    words = ["Hello", "WORLDly", "'s", " ", "1", "2", "3", "4", "5", " foo", "//\n\n", " ", " xé\u0301", " WE", "'LL"]
+    tokens = dict.fromkeys([*(bytes([b]) for b in range(256)), *(word.encode() for word in words)])
+    ranks = {token: i for i, token in enumerate(tokens)}
+    special = [{"rank": i, "token_str": name} for i, name in enumerate(("<unk>", "<s>", "</s>", "[THINK]"))]
+    data = tekken(ranks, str(SPLITS["tekken"]), special_tokens=special)
+    (tmp_path / "tekken.json").write_text(json.dumps(data), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode(TEXT) == [1000 + ranks[word.encode()] for word in words]
+    assert [tokenizer.special_tokens[name] for name in ("[THINK]", "<SPECIAL_4>", "<SPECIAL_999>")] == [3, 4, 999]
+    assert tokenizer.border is not None
+    data["vocab"][3]["rank"] = 4
+    (tmp_path / "tekken.json").write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(UserError, match=r"cannot be used as a tokenizer.*do not follow one another"):
+        load_tokenizer(tmp_path)
 
 
 TEXT = "HelloWORLDly's 12345 foo//\n\n  x\u00e9\u0301 WE'LL"
