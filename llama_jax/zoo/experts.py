@@ -2,11 +2,15 @@
 
 import dataclasses
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from llama_jax.models import DecoderConfig, LayerOverride, MTPDecoderConfig
-from llama_jax.nn import SwiGLU
+from llama_jax.nn import SigmoidTopK, SwiGLU
 from llama_jax.zoo import llama
 from llama_jax.zoo.weights import TensorNames, WeightMapping, mappings
+
+# DeepSeek-V3, section 4.2, and GLM-4.5, section 2.4; the second is 0.1 in the last third of the training.
+BIAS_UPDATE_RATE, MTP_WEIGHT = 1e-3, 0.3
 
 
 def feed_forwards(shared: str = "shared_experts") -> tuple[WeightMapping, ...]:
@@ -38,6 +42,19 @@ def write_dense(config: DecoderConfig) -> tuple[list[int], int]:
     """Return the layers without experts, and their width; where there are none, a usual one."""
     pieces = [(i, piece) for i, (_, piece) in enumerate(config.stacks()["layers"]) if isinstance(piece, SwiGLU)]
     return [i for i, _ in pieces], pieces[0][1].intermediate_size if pieces else 4 * config.hidden_size
+
+
+def released[C: DecoderConfig](config: C, **experts: Any) -> C:
+    """Return the model without what only its training needs, which no config.json can express.
+
+    `experts` are fields of its feed-forward for which a family has no key.
+    """
+    own: Any = config.feed_forward
+    if isinstance(own.router, SigmoidTopK):
+        experts["router"] = dataclasses.replace(own.router, bias_update_rate=BIAS_UPDATE_RATE)
+    own = dataclasses.replace(own, router_z_loss=0.0, dispatch="auto", **experts)
+    config = dataclasses.replace(config, feed_forward=own)
+    return dataclasses.replace(config, mtp_weight=MTP_WEIGHT) if isinstance(config, MTPDecoderConfig) else config
 
 
 def with_mtp(weights: tuple[WeightMapping, ...]) -> TensorNames:

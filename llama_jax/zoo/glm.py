@@ -4,6 +4,7 @@ GLM Team 2024, arXiv 2406.12793 (table 1): few key/value heads, rotary positions
 on queries, keys and values alone.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,6 +70,16 @@ _CHATGLM_ROWS = _rows(
 )
 
 
+_GLM4_NORMS = {
+    "attention_norm": ("post_self_attn_layernorm", "d -> d"),
+    "feed_forward_norm": ("post_mlp_layernorm", "d -> d"),
+}
+
+
+def _names(rows: dict[str, tuple[str, ...]]) -> TensorNames:
+    return TensorNames(mappings(llama.ENDS | llama.HEAD) + mappings(rows, "layers.", llama.LAYER), llama.TIED)
+
+
 def _read_glm(reader: ConfigReader, fields: Json) -> DecoderConfig:
     reader.activation("hidden_act", "silu", only="silu")
     if fields["num_kv_heads"] is None:
@@ -116,7 +127,42 @@ GLM = Family(
     read=_read_glm,
     write=_write_glm,
     harmless=CAUSAL,
-    names=TensorNames(mappings(llama.ENDS | llama.HEAD) + mappings(_GLM_ROWS, "layers.", llama.LAYER), llama.TIED),
+    names=_names(_GLM_ROWS),
+)
+
+
+def _glm4(layers: int, width: int, heads: int, ffn: int, *, qkv_bias: bool) -> DecoderConfig:
+    return glm(
+        vocab_size=151_552,
+        hidden_size=width,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=2,
+        head_dim=128,
+        intermediate_size=ffn,
+        max_positions=32_768,
+        norm=RMSNorm(eps=1e-5),
+        norm_placement="sandwich",
+        qkv_bias=qkv_bias,
+    )
+
+
+def _read_glm4(reader: ConfigReader, fields: Json) -> DecoderConfig:
+    return _read_glm(reader, fields | {"norm_placement": "sandwich"})
+
+
+GLM4 = dataclasses.replace(
+    GLM,
+    name="glm4",
+    title="GLM-4-0414",
+    label="a GLM-4-0414",
+    presets={
+        "glm4_9b_0414": _glm4(40, 4096, 32, 13_696, qkv_bias=True),
+        "glm4_32b_0414": _glm4(61, 6144, 48, 23_040, qkv_bias=False),
+    },
+    architectures=("Glm4ForCausalLM", "Glm4Model"),
+    read=_read_glm4,
+    names=_names(_GLM_ROWS | _GLM4_NORMS),
 )
 
 

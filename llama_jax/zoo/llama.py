@@ -102,6 +102,7 @@ ATTENTION = {
     "attention.v_proj": ("self_attn.v_proj", "(k h) d -> d k h", "(k h) -> k h"),
     "attention.o_proj": ("self_attn.o_proj", "d (n h) -> n h d", "d -> d"),
 }
+QK_NORMS = {f"attention.{name}_norm": (f"self_attn.{name}_norm", "h -> h") for name in "qk"}
 _FEED_FORWARD = {
     "feed_forward.gate_proj": ("mlp.gate_proj", "f d -> d f", "f -> f"),
     "feed_forward.up_proj": ("mlp.up_proj", "f d -> d f", "f -> f"),

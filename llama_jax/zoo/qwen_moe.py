@@ -11,7 +11,7 @@ from llama_jax.config import Json
 from llama_jax.models import DecoderConfig
 from llama_jax.nn import Experts, RMSNorm, SoftmaxTopK
 from llama_jax.zoo import llama
-from llama_jax.zoo.experts import dense_layers, feed_forwards, write_dense
+from llama_jax.zoo.experts import dense_layers, feed_forwards, released, write_dense
 from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, read_rope, write_rope
 from llama_jax.zoo.registry import Family
 from llama_jax.zoo.weights import TensorNames, mappings
@@ -69,10 +69,7 @@ _QWEN3 = _RELEASED | {"qk_norm": True, "normalize": True, "head_dim": 128, "max_
 _CODER = _QWEN3 | {"theta": 10_000_000.0, "max_positions": 262_144}
 _ROWS = (
     *mappings(llama.ENDS | llama.HEAD),
-    *mappings(llama.NORMS | llama.ATTENTION, "layers.", llama.LAYER),
-    *mappings(
-        {f"{name}_norm": (f"{name}_norm", "h -> h") for name in "qk"}, "layers.attention.", llama.LAYER + "self_attn."
-    ),
+    *mappings(llama.NORMS | llama.ATTENTION | llama.QK_NORMS, "layers.", llama.LAYER),
     *feed_forwards("shared_expert"),
     *mappings({"feed_forward.shared_gate": ("mlp.shared_expert_gate", "o d -> d o")}, "layers.", llama.LAYER),
 )
@@ -136,6 +133,7 @@ QWEN3_MOE = Family(
     aliases={"num_local_experts": "num_experts"},
     harmless=CAUSAL | {"sliding_window", "max_window_layers"},  # only read with use_sliding_window
     names=TensorNames(_ROWS, llama.TIED),
+    released=released,
 )
 QWEN2_MOE = dataclasses.replace(
     QWEN3_MOE,

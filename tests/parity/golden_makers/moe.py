@@ -18,6 +18,14 @@ QWEN2 = {key: value for key, value in EXPERTS.items() if key != "head_dim"} | {
     "shared_expert_intermediate_size": 20,
 }
 
+GLM4 = TINY | {"eos_token_id": [2, 3], "intermediate_size": 28, "model_type": "glm4", "num_hidden_layers": 3}
+GLM4_MOE = {key: value for key, value in EXPERTS.items() if key != "num_experts"} | {
+    "first_k_dense_replace": 2,
+    "model_type": "glm4_moe",
+    "n_routed_experts": 6,
+    "num_nextn_predict_layers": 0,
+}
+
 
 def named(model: Any) -> None:
     """In memory the experts are one tensor, in the released files not."""
@@ -53,5 +61,38 @@ CASES = {
             "use_cache": True,
             "use_sliding_window": False,
         },
+    ),
+    "glm4": causal("glm4", GLM4 | {"attention_bias": True}),
+    "glm4_tied": causal("glm4_tied", GLM4 | {"attention_bias": False, "tie_word_embeddings": True}),
+    # As the release wrote it.
+    "glm4_moe": causal(
+        "glm4_moe",
+        GLM4_MOE | {"attention_bias": True, "routed_scaling_factor": 2.5, "use_qk_norm": True},
+        change=named,
+        config=GLM4_MOE
+        | {
+            "architectures": ["Glm4MoeForCausalLM"],
+            "attention_bias": True,
+            "attention_dropout": 0.0,
+            "hidden_act": "silu",
+            "initializer_range": 0.02,
+            "n_group": 1,
+            "n_shared_experts": 1,
+            "norm_topk_prob": True,
+            "partial_rotary_factor": 0.5,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "routed_scaling_factor": 2.5,
+            "tie_word_embeddings": False,
+            "topk_group": 1,
+            "torch_dtype": "float32",
+            "transformers_version": "4.54.0",
+            "use_cache": True,
+            "use_qk_norm": True,
+        },
+    ),
+    "glm4_moe_groups": causal(
+        "glm4_moe_groups", GLM4_MOE | {"n_group": 3, "n_shared_experts": 2, "norm_topk_prob": False, "topk_group": 2}
     ),
 }
