@@ -1,7 +1,8 @@
-"""DeepSeek-V2 and V2-Lite (arXiv 2405.04434), V3 (arXiv 2412.19437) and V3.2 ("DeepSeek-V3.2-Exp", 2025).
+"""DeepSeek-V2 and V2-Lite (arXiv 2405.04434), V3 (arXiv 2412.19437), R1, V3.1 and V3.2 ("DeepSeek-V3.2-Exp", 2025).
 
 V3 is V2 with experts balanced by a bias, eight-bit files and multi-token prediction; the attention of V3.2 reads only
-the tokens that an indexer chooses. Sizes and YaRN's numbers are from the released configs, their counts are tested.
+the tokens that an indexer chooses. Moonlight (arXiv 2502.16982) and Kimi K2 (arXiv 2507.20534) are of V3's form. Sizes
+and YaRN's numbers are from the released configs, their counts are tested.
 """
 
 import dataclasses
@@ -68,9 +69,9 @@ def _sparse(attention: Any, num_heads: int, head_dim: int, topk: int) -> SparseL
     return SparseLatentAttention(**latent, num_index_heads=num_heads, index_head_dim=head_dim, index_topk=topk)
 
 
-def _rope(mscale: float) -> Rope:
-    scaling = YarnScaling(40.0, 4096, beta_fast=32.0, beta_slow=1.0, mscale=mscale, mscale_all_dim=mscale)
-    return Rope(theta=10_000.0, scaling=scaling)
+def _rope(mscale: float, theta: float = 10_000.0, factor: float = 40.0, beta_fast: float = 32.0) -> Rope:
+    scaling = YarnScaling(factor, 4096, beta_fast=beta_fast, beta_slow=1.0, mscale=mscale, mscale_all_dim=mscale)
+    return Rope(theta=theta, scaling=scaling)
 
 
 _RELEASED: Json = {
@@ -119,23 +120,57 @@ _V2_PRESETS = {
         router=SoftmaxTopK(top_k=6, normalize=False, scaling=16.0, num_groups=8, top_groups=3),
     ),
 }
+
+
+def _router(top_k: int, scaling: float, groups: int = 1, top_groups: int = 1) -> SigmoidTopK:
+    return SigmoidTopK(top_k, True, scaling, groups, top_groups, bias_update_rate=BIAS_UPDATE_RATE)
+
+
+_V3_SIZES: Json = _RELEASED | {
+    "num_layers": 61,
+    "hidden_size": 7168,
+    "q_lora_rank": 1536,
+    "dense_size": 18432,
+    "num_shared": 1,
+    "expert_size": 2048,
+}
 _V3_PRESET = MTPDecoderConfig(
     **_fields(
-        **_RELEASED,
+        **_V3_SIZES,
         vocab_size=129_280,
-        num_layers=61,
-        hidden_size=7168,
         num_heads=128,
-        q_lora_rank=1536,
         rope=_rope(mscale=1.0),
         num_dense=3,
-        dense_size=18432,
         num_experts=256,
-        num_shared=1,
-        expert_size=2048,
-        router=SigmoidTopK(8, True, scaling=2.5, num_groups=8, top_groups=4, bias_update_rate=BIAS_UPDATE_RATE),
+        router=_router(8, 2.5, groups=8, top_groups=4),
         load_balance_loss=1e-4,
     )
+)
+
+
+def _moonshot(**sizes: Any) -> MTPDecoderConfig:
+    return MTPDecoderConfig(**_fields(**sizes, vocab_size=163_840, num_dense=1, load_balance_loss=1e-3))
+
+
+_MOONLIGHT = _moonshot(
+    **_RELEASED | {"max_positions": 8192, "eps": 1e-5},
+    num_layers=27,
+    hidden_size=2048,
+    num_heads=16,
+    q_lora_rank=None,
+    rope=Rope(theta=50_000.0, scaling=None),
+    dense_size=11_264,
+    num_experts=64,
+    num_shared=2,
+    expert_size=1408,
+    router=_router(6, 2.446),
+)
+_KIMI_K2 = _moonshot(
+    **_V3_SIZES | {"max_positions": 131_072},
+    num_heads=64,
+    rope=_rope(mscale=1.0, theta=50_000.0, factor=32.0, beta_fast=1.0),
+    num_experts=384,
+    router=_router(8, 2.827),
 )
 _V32_INDEXER = _sparse(_V3_PRESET.attention, num_heads=64, head_dim=128, topk=2048)
 
@@ -303,10 +338,6 @@ def _with_tensors[C: DecoderConfig](config: C, names: Collection[str]) -> C:
     return dataclasses.replace(config, attention=attention)
 
 
-def _with_mtp_tensors(config: MTPDecoderConfig, names: Collection[str]) -> MTPDecoderConfig:
-    return with_mtp_tensors(_with_tensors(config, names), names)
-
-
 _V3_KEYS = (
     *_keys(q_lora_rank=_Q_LORA_RANK, scaling=2.5, groups=8, top_groups=4),
     Key("norm_topk_prob", "feed_forward.router.normalize", bool, True),
@@ -334,15 +365,21 @@ DEEPSEEK_V2 = Family(
 DEEPSEEK_V3 = dataclasses.replace(
     DEEPSEEK_V2,  # type: ignore[arg-type]
     name="deepseek_v3",
-    title="DeepSeek-V3",
+    title="DeepSeek-V3, R1 and V3.1, Moonlight",
     label="a DeepSeek-V3",
-    presets={"deepseek_v3": _V3_PRESET},
+    presets={
+        **dict.fromkeys(("deepseek_v3", "deepseek_r1", "deepseek_v3_1"), _V3_PRESET),
+        "moonlight_16b_a3b": _MOONLIGHT,
+    },
     architectures=("DeepseekV3ForCausalLM", "DeepseekV3Model"),
     keys=_V3_KEYS,
     read=_read_v3,
     write=_write_v3,
     names=with_mtp(_V3_WEIGHTS),
-    with_tensors=_with_mtp_tensors,
+    with_tensors=lambda config, names: with_mtp_tensors(_with_tensors(config, names), names),
+)
+KIMI_K2 = dataclasses.replace(
+    DEEPSEEK_V3, name="kimi_k2", title="Kimi K2", label="a Kimi K2", presets={"kimi_k2": _KIMI_K2}
 )
 DEEPSEEK_V32 = dataclasses.replace(
     DEEPSEEK_V3,

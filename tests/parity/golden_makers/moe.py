@@ -1,8 +1,12 @@
 """Mixtures of experts and GLM: Qwen2-MoE, Qwen3-MoE, GLM-4-0414, GLM-4.5, Kimi-K2."""
 
+import json
 from typing import Any
 
 from golden_makers.causal import TINY, causal
+from golden_makers.common import GOLDENS
+from golden_makers.deepseek import make_mtp
+from transformers import Glm4MoeForCausalLM
 
 EXPERTS = TINY | {
     "intermediate_size": 28,
@@ -30,6 +34,11 @@ GLM4_MOE = {key: value for key, value in EXPERTS.items() if key != "num_experts"
 def named(model: Any) -> None:
     """In memory the experts are one tensor, in the released files not."""
     assert hasattr(model.model.layers[-1].mlp, "experts")
+
+
+def glm4_moe_mtp() -> None:
+    data = json.loads((GOLDENS / "glm4_moe" / "config.json").read_text())
+    make_mtp("glm4_moe_mtp", Glm4MoeForCausalLM, "glm4_moe", data)
 
 
 CASES = {
@@ -95,4 +104,5 @@ CASES = {
     "glm4_moe_groups": causal(
         "glm4_moe_groups", GLM4_MOE | {"n_group": 3, "n_shared_experts": 2, "norm_topk_prob": False, "topk_group": 2}
     ),
+    "glm4_moe_mtp": glm4_moe_mtp,
 }
