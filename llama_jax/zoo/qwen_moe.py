@@ -7,7 +7,7 @@ biases on queries, keys and values; the third has norms of queries and keys inst
 import dataclasses
 from typing import Any
 
-from llama_jax.config import Json
+from llama_jax.config import Json, UserError
 from llama_jax.models import DecoderConfig
 from llama_jax.nn import Experts, RMSNorm, SoftmaxTopK
 from llama_jax.zoo import llama
@@ -78,8 +78,14 @@ _ROWS = (
 def _read(reader: ConfigReader, fields: Json) -> DecoderConfig:
     reader.activation("hidden_act", "silu", only="silu")
     reader.only(use_sliding_window=False)
-    dense, step = set(reader.take("mlp_only_layers", list, [])), reader.take("decoder_sparse_step", int, 1)
-    layers = [i for i in range(fields["num_layers"]) if i in dense or (i + 1) % step]
+    dense, step = reader.take("mlp_only_layers", list, []), reader.take("decoder_sparse_step", int, 1)
+    num_layers = fields["num_layers"]
+    if step < 1 or not all(i in range(num_layers) for i in dense):
+        raise UserError(
+            f"config.json has decoder_sparse_step={step} and mlp_only_layers={dense}: the step is at least 1, and the "
+            f"numbers of layers are below {num_layers}"
+        )
+    layers = [i for i in range(num_layers) if i in dense or (i + 1) % step]
     overrides = dense_layers(layers, reader.take("intermediate_size", int))
     return qwen_moe(**fields, **read_rope(reader, fields["max_positions"]), overrides=overrides)
 
