@@ -1,4 +1,4 @@
-"""GLM-4 in Hugging Face's format, and ChatGLM2-6B and its base under the names of their own code.
+"""GLM-4 and GLM-4-0414 in Hugging Face's format, and ChatGLM2-6B and ChatGLM3-6B under the names of their own code.
 
 GLM Team 2024, arXiv 2406.12793 (table 1): few key/value heads, rotary positions on the first half of every head, biases
 on queries, keys and values alone.
@@ -167,7 +167,10 @@ GLM4 = dataclasses.replace(
 
 
 def _read_chatglm(reader: ConfigReader, fields: Json) -> DecoderConfig:
-    # rope_ratio divides positions in one release and multiplies the rotary base in the next.
+    # rope_ratio divides positions in ChatGLM2-6B-32K, and multiplies the rotary base in what followed.
+    ratio = reader.take("rope_ratio", float, 1.0)
+    if ratio != 1 and "chatglm2" in str(reader.data.get("_name_or_path")).lower():
+        raise UserError(f"config.json has rope_ratio={ratio}, which is not supported for a ChatGLM2")
     reader.only(
         add_bias_linear=False,
         apply_residual_connection_post_layernorm=False,
@@ -178,18 +181,19 @@ def _read_chatglm(reader: ConfigReader, fields: Json) -> DecoderConfig:
         prefix_projection=False,
         quantization_bit=0,
         rmsnorm=True,
-        rope_ratio=1,
         tie_word_embeddings=False,
         vocab_size=fields["vocab_size"],
     )
     # Without it, queries, keys and values would lie by heads in their tensor. Absent, it is off.
     if not reader.take("multi_query_attention", bool, False):
         raise UserError(f"config.json has multi_query_attention=False, and {reader.label} can only have True")
-    return glm(norm=RMSNorm(fields.pop("eps"), cast_last=True), **fields)
+    return glm(norm=RMSNorm(fields.pop("eps"), cast_last=True), theta=10_000.0 * ratio, **fields)
 
 
 def _write_chatglm(config: DecoderConfig, label: str) -> Json:
+    attention: Any = config.attention
     return {
+        "rope_ratio": write_rope(attention, label)["rope_theta"] / 10_000.0,
         "multi_query_attention": True,
         "rmsnorm": True,
         "post_layer_norm": True,
@@ -201,11 +205,11 @@ def _write_chatglm(config: DecoderConfig, label: str) -> Json:
 
 CHATGLM = Family(
     name="chatglm",
-    title="ChatGLM2-6B and its base",
+    title="ChatGLM2-6B and ChatGLM3-6B",
     label="a ChatGLM2",
     objectives=("Prefix", "Chat"),
     presets={
-        "chatglm2_6b": glm(
+        name: glm(
             vocab_size=65_024,
             hidden_size=4096,
             num_layers=28,
@@ -213,8 +217,14 @@ CHATGLM = Family(
             num_kv_heads=2,
             head_dim=128,
             intermediate_size=13_696,
-            max_positions=32_768,
+            max_positions=positions,
             norm=RMSNorm(eps=1e-5, cast_last=True),
+            theta=theta,
+        )
+        for name, positions, theta in (
+            ("chatglm2_6b", 32_768, 10_000.0),
+            ("chatglm3_6b", 8192, 10_000.0),
+            ("chatglm3_6b_32k", 32_768, 500_000.0),
         )
     },
     architectures=("ChatGLMModel", "ChatGLMForConditionalGeneration"),
