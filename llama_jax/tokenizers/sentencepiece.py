@@ -37,7 +37,7 @@ class SentencePieceTokenizer(Tokenizer):
     With byte fallback and identity normalization (Llama's settings) every string survives encode and decode, except
     that U+2581 becomes a space. `settings` name special tokens and add tokens, and their class may have more: T5's
     sentinels, ChatGLM2's `CHATGLM_SPECIAL`, whose prompts and documents begin with [gMASK] and sop, and ChatGLM3's
-    roles where a file names one. `file_name` is the model's. Raises RuntimeError where `model` is not a SentencePiece model.
+    roles where a file names one. `file_name` is the model's. Raises RuntimeError where `model` is no such model.
     """
 
     def __init__(self, model: bytes, settings: Settings | None = None, file_name: str = "tokenizer.model"):

@@ -44,10 +44,9 @@ def qwen_moe(
         load_balance_loss=load_balance_loss,
     )
     config = llama.llama_like(feed_forward=experts, **fields)
+    attention: Any = config.attention
     norm = RMSNorm(fields["eps"]) if qk_norm else None
-    attention: Any = dataclasses.replace(  # type: ignore[type-var]
-        config.attention, qkv_bias=qkv_bias, out_bias=out_bias, qk_norm=norm
-    )
+    attention = dataclasses.replace(attention, qkv_bias=qkv_bias, out_bias=out_bias, qk_norm=norm)
     return dataclasses.replace(config, attention=attention)
 
 
