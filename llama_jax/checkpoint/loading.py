@@ -171,8 +171,11 @@ def read_contents(
     generation = GenerationSettings()
     if source.form == "huggingface":
         generation = read_generation(source.path, ignore_config_keys)
-    if source.form in ("huggingface", "gguf") and not generation.eos_ids and tokenizer is not None:
-        generation = dataclasses.replace(generation, eos_ids=tokenizer.eos_ids)
+    # ChatGLM3's code, and not its files, ends answers at the marks of turns too.
+    by_code = source.model_type == "chatglm"
+    if source.form in ("huggingface", "gguf") and tokenizer is not None and (by_code or not generation.eos_ids):
+        ends = dict.fromkeys((*generation.eos_ids, *tokenizer.eos_ids))
+        generation = dataclasses.replace(generation, eos_ids=tuple(ends))
     return Contents(config, params, tokenizer, source.model_type, generation, source=source)
 
 

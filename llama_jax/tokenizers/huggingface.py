@@ -37,6 +37,8 @@ O200K_SPLIT = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Kimi's (moonshotai/Kimi-K2-Instruct, tokenization_kimi.py): Chinese characters apart.
+KIMI_SPLIT = r"\p{Han}+|" + O200K_SPLIT.replace(r"\p{M}]", r"\p{M}&&[^\p{Han}]]").replace(r"[\r\n/]", r"[\r\n]")
 # By the name in `settings.CLASSES`, and Mistral's; None is GPT-2's expression inside the library.
 SPLITS = {
     "gpt2": None,

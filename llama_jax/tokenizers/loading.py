@@ -21,10 +21,10 @@ from llama_jax.tokenizers.vocabularies import (
     tiktoken_tokenizer,
 )
 
-# In the order in which they decide, as in transformers. The last is known only to be refused.
+# In the order in which they decide, as in transformers; sentencepiece.bpe.model is known only to be refused.
 FILE_NAMES = (
     "tokenizer.json", "tekken.json", "tokenizer.model", "source.spm", "spiece.model", "vocab.json", "vocab.txt",
-    "sentencepiece.bpe.model",
+    "sentencepiece.bpe.model", "tiktoken.model",
 )  # fmt: skip
 # Names of files that may belong to a tokenizer in a directory of a store, which may hold weights as well.
 STORED = ("*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.jinja")
@@ -40,7 +40,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Return the tokenizer in the file `path`, or in the directory `path`, where `FILE_NAMES` are tried in order.
 
     Reads any `tokenizer.json` of the `tokenizers` library, SentencePiece models (those of Llama, Gemma, T5 and
-    ChatGLM2), tiktoken's ranks of Llama 3 and of OpenAI's encodings, Mistral's `tekken.json`, Marian's `source.spm`,
+    ChatGLM2), tiktoken's ranks of Llama 3, Kimi and OpenAI's encodings, Mistral's `tekken.json`, Marian's `source.spm`,
     `target.spm` and `vocab.json`, pairs of `vocab.json` and `merges.txt` (`path` is either; both names may begin with
     the same prefix), BERT's `vocab.txt`, llama2.c's `.bin` and the metadata of GGUF files, with the settings next to
     them: tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat templates. `path` may be a URL. Raises

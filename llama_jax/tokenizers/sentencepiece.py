@@ -25,10 +25,10 @@ from llama_jax.tokenizers.settings import GENERIC, Added, Settings, exported
 ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
 Kind: Any = ModelProto.SentencePiece
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
-CHATGLM = "ChatGLMTokenizer"
-CLASS_FILES = ("spiece.model", "sentencepiece.bpe.model")
-# In the order of their ids, the first after the model's last piece.
+CHATGLM, CLASS_FILES = "ChatGLMTokenizer", ("spiece.model", "sentencepiece.bpe.model")
+# In the order of their ids, the first after the model's last piece; those of roles follow.
 CHATGLM_SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+CHATGLM3_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -36,8 +36,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     With byte fallback and identity normalization (Llama's settings) every string survives encode and decode, except
     that U+2581 becomes a space. `settings` name special tokens and add tokens, and their class may have more: T5's
-    sentinels, ChatGLM2's `CHATGLM_SPECIAL`, whose prompts and documents begin with [gMASK] and sop. `file_name` is the
-    model's. Raises RuntimeError where `model` is not a SentencePiece model.
+    sentinels, ChatGLM2's `CHATGLM_SPECIAL`, whose prompts and documents begin with [gMASK] and sop, and ChatGLM3's
+    roles where a file names one. `file_name` is the model's. Raises RuntimeError where `model` is no such model.
     """
 
     def __init__(self, model: bytes, settings: Settings | None = None, file_name: str = "tokenizer.model"):
@@ -66,6 +66,7 @@ class SentencePieceTokenizer(Tokenizer):
         if settings.class_name == CHATGLM:
             self.bos_id, self.pad_id = ids["sop"], self.unk_id
             self.start_ids = (ids["[gMASK]"], ids["sop"])
+            self.eos_ids += tuple(ids[name] for name in ("<|user|>", "<|observation|>") if name in ids)
         self.files = {file_name: model, **settings.files}
 
     def _affixes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -189,8 +190,9 @@ def _added(pieces: Sequence[Any], settings: Settings) -> dict[int, Added]:
     """Return the tokens that are added to `pieces` or change one of them, by id."""
     added = dict(settings.added)
     names: Sequence[str] = ()
-    if settings.class_name == CHATGLM:
-        names = CHATGLM_SPECIAL
+    if settings.class_name == CHATGLM:  # whose files may name some of them
+        roles = CHATGLM3_ROLES if {token.content for token in added.values()} & {*CHATGLM3_ROLES} else ()
+        added |= {i: Added(name, special=True) for i, name in enumerate(CHATGLM_SPECIAL + roles, len(pieces))}
     elif settings.rules.suffix:  # T5
         if type(number := settings.config.get("extra_ids", 100)) is not int or not 0 <= number < 1 << 16:
             raise ValueError(f"extra_ids={number!r} is no number of tokens")
@@ -395,5 +397,4 @@ def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
         for cut in range(len(text) - 1, 0, -1)
         if text[:cut] in scores and text[cut:] in scores
     ]
-    found.sort(key=lambda merge: merge[0])  # stable
-    return [(left, right) for _, left, right in found]
+    return [(left, right) for _, left, right in sorted(found, key=lambda merge: merge[0])]  # stable

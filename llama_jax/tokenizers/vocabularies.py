@@ -20,6 +20,7 @@ from llama_jax.tokenizers.config import BERT_SPECIAL
 from llama_jax.tokenizers.huggingface import (
     CL100K_SPLIT as CL100K_SPLIT,
     GPT2_SPLIT as GPT2_SPLIT,
+    KIMI_SPLIT,
     O200K_SPLIT,
     SPLITS as SPLITS,
     HuggingFaceTokenizer,
@@ -270,14 +271,16 @@ def _merges(ranks: Mapping[bytes, int]) -> tuple[dict[int, str], list[tuple[str,
 def tiktoken_tokenizer(path: Path, content: bytes, settings: Settings) -> HuggingFaceTokenizer | None:
     """Return the tokenizer of a tiktoken file of ranks; None for another file.
 
-    The encoding is GLM-4's where `settings` name its class (and the special tokens), else it follows from the number of
-    ranks. Raises UserError where no known encoding has that many ranks.
+    The encoding is GLM-4's or Kimi's where `settings` name the class (and the special tokens), else it follows from the
+    number of ranks. Raises UserError where no known encoding has that many ranks.
     """
     if (ranks := _read_ranks(content)) is None:
         return None
     encoding = ENCODINGS.get(len(ranks))
-    if settings.class_name == "ChatGLM4Tokenizer":
-        special = {token.content: i for i, token in settings.added.items()}
+    special = {token.content: i for i, token in settings.added.items()}
+    if settings.class_name == "TikTokenTokenizer":
+        encoding = Encoding("Kimi", KIMI_SPLIT, special, "[BOS]", "[EOS]")
+    elif settings.class_name == "ChatGLM4Tokenizer":
         encoding = Encoding("GLM-4", CL100K_SPLIT, special, None, END, ("[gMASK]", "<sop>"))
     if encoding is None or set(encoding.special_tokens.values()) & set(ranks.values()):
         known = ", ".join(f"{encoding.name} ({number})" for number, encoding in ENCODINGS.items())

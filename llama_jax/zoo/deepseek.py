@@ -1,7 +1,8 @@
-"""DeepSeek-V2 and V2-Lite (arXiv 2405.04434), V3 (arXiv 2412.19437) and V3.2 ("DeepSeek-V3.2-Exp", 2025).
+"""DeepSeek-V2 and V2-Lite (arXiv 2405.04434), V3 (arXiv 2412.19437), R1, V3.1 and V3.2 ("DeepSeek-V3.2-Exp", 2025).
 
 V3 is V2 with experts balanced by a bias, eight-bit files and multi-token prediction; the attention of V3.2 reads only
-the tokens that an indexer chooses. Sizes and YaRN's numbers are from the released configs, their counts are tested.
+the tokens that an indexer chooses. Moonlight (arXiv 2502.16982) and Kimi K2 (arXiv 2507.20534) are of V3's form. Sizes
+and YaRN's numbers are from the released configs, their counts are tested.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 from llama_jax.config import Json, UserError
-from llama_jax.models import DecoderConfig, LayerOverride, MTPDecoderConfig
+from llama_jax.models import DecoderConfig, MTPDecoderConfig
 from llama_jax.nn import (
     Experts,
     LatentAttention,
@@ -19,19 +20,26 @@ from llama_jax.nn import (
     SigmoidTopK,
     SoftmaxTopK,
     SparseLatentAttention,
-    SwiGLU,
     YarnScaling,
 )
 from llama_jax.zoo import llama
+from llama_jax.zoo.experts import (
+    BIAS_UPDATE_RATE,
+    CHOICE_BIAS,
+    MTP_WEIGHT,
+    dense_layers,
+    feed_forwards,
+    released,
+    with_mtp,
+    with_mtp_tensors,
+    write_dense,
+)
 from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, read_quantization, read_rope, write_rope
 from llama_jax.zoo.registry import Family
-from llama_jax.zoo.weights import TensorNames, WeightMapping, mappings
+from llama_jax.zoo.weights import TensorNames, mappings
 
 _Q_LORA_RANK = 1536
 _LATENT_EPS = 1e-6  # of the norms of the latents, in all of the original code, whatever rms_norm_eps is
-_BIAS_UPDATE_RATE = 1e-3  # V3, section 4.2
-_MTP_WEIGHT = 0.3  # V3, section 4.2; 0.1 in the last third of the training
-
 
 _LATENT = ("num_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope")
 _EXPERTS = ("num_experts", "num_shared", "router", "load_balance_loss")
@@ -45,14 +53,13 @@ def _fields(*, num_layers: int, eps: float, num_dense: int, dense_size: int, exp
     """
     latent = {name: sizes.pop(name) for name in _LATENT}
     experts = {name: sizes.pop(name) for name in _EXPERTS}
-    dense = LayerOverride(tuple(range(min(num_dense, num_layers))), SwiGLU(intermediate_size=dense_size, bias=False))
     sizes.setdefault("tie_embeddings", False)
     return sizes | {
         "num_layers": num_layers,
         "attention": LatentAttention(**latent, eps=_LATENT_EPS),
         "feed_forward": Experts(**experts, intermediate_size=expert_size, activation="silu", gated=True),
         "norm": RMSNorm(eps=eps),
-        "overrides": (dense,) if dense.layers else (),
+        "overrides": dense_layers(range(min(num_dense, num_layers)), dense_size),
     }
 
 
@@ -62,9 +69,9 @@ def _sparse(attention: Any, num_heads: int, head_dim: int, topk: int) -> SparseL
     return SparseLatentAttention(**latent, num_index_heads=num_heads, index_head_dim=head_dim, index_topk=topk)
 
 
-def _rope(mscale: float) -> Rope:
-    scaling = YarnScaling(40.0, 4096, beta_fast=32.0, beta_slow=1.0, mscale=mscale, mscale_all_dim=mscale)
-    return Rope(theta=10_000.0, scaling=scaling)
+def _rope(mscale: float, theta: float = 10_000.0, factor: float = 40.0, beta_fast: float = 32.0) -> Rope:
+    scaling = YarnScaling(factor, 4096, beta_fast=beta_fast, beta_slow=1.0, mscale=mscale, mscale_all_dim=mscale)
+    return Rope(theta=theta, scaling=scaling)
 
 
 _RELEASED: Json = {
@@ -113,38 +120,63 @@ _V2_PRESETS = {
         router=SoftmaxTopK(top_k=6, normalize=False, scaling=16.0, num_groups=8, top_groups=3),
     ),
 }
+
+
+def _router(top_k: int, scaling: float, groups: int = 1, top_groups: int = 1) -> SigmoidTopK:
+    return SigmoidTopK(top_k, True, scaling, groups, top_groups, bias_update_rate=BIAS_UPDATE_RATE)
+
+
+_V3_SIZES: Json = _RELEASED | {
+    "num_layers": 61,
+    "hidden_size": 7168,
+    "q_lora_rank": 1536,
+    "dense_size": 18432,
+    "num_shared": 1,
+    "expert_size": 2048,
+}
 _V3_PRESET = MTPDecoderConfig(
     **_fields(
-        **_RELEASED,
+        **_V3_SIZES,
         vocab_size=129_280,
-        num_layers=61,
-        hidden_size=7168,
         num_heads=128,
-        q_lora_rank=1536,
         rope=_rope(mscale=1.0),
         num_dense=3,
-        dense_size=18432,
         num_experts=256,
-        num_shared=1,
-        expert_size=2048,
-        router=SigmoidTopK(8, True, scaling=2.5, num_groups=8, top_groups=4, bias_update_rate=_BIAS_UPDATE_RATE),
+        router=_router(8, 2.5, groups=8, top_groups=4),
         load_balance_loss=1e-4,
     )
+)
+
+
+def _moonshot(**sizes: Any) -> MTPDecoderConfig:
+    return MTPDecoderConfig(**_fields(**sizes, vocab_size=163_840, num_dense=1, load_balance_loss=1e-3))
+
+
+_MOONLIGHT = _moonshot(
+    **_RELEASED | {"max_positions": 8192, "eps": 1e-5},
+    num_layers=27,
+    hidden_size=2048,
+    num_heads=16,
+    q_lora_rank=None,
+    rope=Rope(theta=50_000.0, scaling=None),
+    dense_size=11_264,
+    num_experts=64,
+    num_shared=2,
+    expert_size=1408,
+    router=_router(6, 2.446),
+)
+_KIMI_K2 = _moonshot(
+    **_V3_SIZES | {"max_positions": 131_072},
+    num_heads=64,
+    rope=_rope(mscale=1.0, theta=50_000.0, factor=32.0, beta_fast=1.0),
+    num_experts=384,
+    router=_router(8, 2.827),
 )
 _V32_INDEXER = _sparse(_V3_PRESET.attention, num_heads=64, head_dim=128, topk=2048)
 
 _ATTENTION = llama.LAYER + "self_attn."
 # Each head of a file has its rotary part last, in interleaved pairs, so heads are joined one by one (`merged`).
 _WHOLE, _PAIRS = "n h c -> c n h", "n (p two) c -> c n (two p)"
-_FEED_FORWARDS = {  # dense, shared and routed
-    f"{ours}{name}": (f"{theirs}{name}", pattern.format(e=e))
-    for ours, theirs, e in (("", "", ""), ("shared.", "shared_experts.", ""), ("experts.", "experts.{expert}.", "e "))
-    for name, pattern in (
-        ("gate_proj", "{e}f d -> {e}d f"),
-        ("up_proj", "{e}f d -> {e}d f"),
-        ("down_proj", "{e}d f -> {e}f d"),
-    )
-}
 _V2_WEIGHTS = (
     *mappings(llama.ENDS | llama.HEAD),
     *mappings(llama.NORMS, "layers.", llama.LAYER),
@@ -174,12 +206,9 @@ _V2_WEIGHTS = (
         "layers.attention.",
         _ATTENTION,
     ),
-    *mappings({"router": ("gate", "e d -> d e")} | _FEED_FORWARDS, "layers.feed_forward.", llama.LAYER + "mlp."),
+    *feed_forwards(),
 )
-_V3_WEIGHTS = (
-    *_V2_WEIGHTS,
-    WeightMapping("layers.feed_forward.router.choice_bias", llama.LAYER + "mlp.gate.e_score_correction_bias", "e -> e"),
-)
+_V3_WEIGHTS = (*_V2_WEIGHTS, CHOICE_BIAS)
 _INDEXER = mappings(
     {
         # Its rotary part comes first, in halves as ours.
@@ -191,27 +220,6 @@ _INDEXER = mappings(
     "layers.attention.indexer.",
     _ATTENTION + "indexer.",
 )
-
-
-def _with_mtp(weights: tuple[WeightMapping, ...]) -> TensorNames:
-    """Return the names with the further blocks of multi-token prediction, which files count as layers after the last.
-
-    They repeat the tensors that they share with the model.
-    """
-    further = tuple(
-        dataclasses.replace(w, name=f"mtp_{w.name}", source=w.source.replace("{layer}", "{after}"))
-        for w in weights
-        if w.name.startswith("layers.")
-    )
-    own = {
-        **{name: (name, "d -> d") for name in ("enorm", "hnorm")},
-        "eh_proj": ("eh_proj", "d c -> c d"),
-        "norm": ("shared_head.norm", "d -> d"),
-    }
-    copies = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
-    # A copy may be of any layer: they follow wherever a model's layers end.
-    tied = {f"model.layers.{after}.{name}": copies[name] for after in range(1000) for name in copies}
-    return TensorNames((*weights, *further, *mappings(own, "mtp_layers.", "model.layers.{after}.")), llama.TIED | tied)
 
 
 def _keys(*, q_lora_rank: int | None, scaling: float, groups: int, top_groups: int) -> tuple[Key, ...]:
@@ -268,9 +276,9 @@ def _read_v2(reader: ConfigReader, fields: Json) -> DecoderConfig:
 def _read_v3(reader: ConfigReader, fields: Json) -> MTPDecoderConfig:
     reader.only(scoring_func="sigmoid", topk_method="noaux_tc", rope_interleave=True)
     router = {name: fields.pop(name) for name in (*_ROUTER, "normalize")}
-    found = _read(reader, fields, SigmoidTopK(**router, bias_update_rate=_BIAS_UPDATE_RATE), num_dense=3)
+    found = _read(reader, fields, SigmoidTopK(**router, bias_update_rate=BIAS_UPDATE_RATE), num_dense=3)
     num_mtp_layers = reader.take("num_nextn_predict_layers", int, 0)
-    return MTPDecoderConfig(**found, num_mtp_layers=num_mtp_layers, mtp_weight=_MTP_WEIGHT)
+    return MTPDecoderConfig(**found, num_mtp_layers=num_mtp_layers, mtp_weight=MTP_WEIGHT)
 
 
 def _read_v32(reader: ConfigReader, fields: Json) -> MTPDecoderConfig:
@@ -285,14 +293,14 @@ def _read_v32(reader: ConfigReader, fields: Json) -> MTPDecoderConfig:
 def _write(config: DecoderConfig, label: str) -> Json:
     """Return the other keys that all have."""
     attention: Any = config.attention
-    dense = [piece for _, piece in config.stacks()["layers"] if isinstance(piece, SwiGLU)]
+    dense, size = write_dense(config)
     return {
         "num_key_value_heads": attention.num_heads,
         "hidden_act": "silu",
         "attention_bias": False,
         "first_k_dense_replace": len(dense),
         "moe_layer_freq": 1,
-        "intermediate_size": dense[0].intermediate_size if dense else 4 * config.hidden_size,
+        "intermediate_size": size,
         "seq_aux": True,
         **write_rope(attention, label),
     }
@@ -312,15 +320,9 @@ def _write_v3(config: MTPDecoderConfig, label: str) -> Json:
 
 def _released[C: DecoderConfig](config: C) -> C:
     """Return the model without what only its training needs, which no config.json can express."""
-    experts: Any = config.feed_forward
-    attention, router = config.attention, experts.router
-    if isinstance(router, SigmoidTopK):
-        router = dataclasses.replace(router, bias_update_rate=_BIAS_UPDATE_RATE)
-    if isinstance(attention, SparseLatentAttention):
-        attention = dataclasses.replace(attention, index_loss_weight=0.0)
-    experts = dataclasses.replace(experts, router=router, router_z_loss=0.0, dispatch="auto")
-    config = dataclasses.replace(config, attention=attention, feed_forward=experts)
-    return dataclasses.replace(config, mtp_weight=_MTP_WEIGHT) if isinstance(config, MTPDecoderConfig) else config
+    if isinstance(attention := config.attention, SparseLatentAttention):
+        config = dataclasses.replace(config, attention=dataclasses.replace(attention, index_loss_weight=0.0))
+    return released(config)
 
 
 def _with_tensors[C: DecoderConfig](config: C, names: Collection[str]) -> C:
@@ -334,13 +336,6 @@ def _with_tensors[C: DecoderConfig](config: C, names: Collection[str]) -> C:
     elif attention.q_lora_rank is not None and "model.layers.0.self_attn.q_proj.weight" in names:
         attention = dataclasses.replace(attention, q_lora_rank=None)
     return dataclasses.replace(config, attention=attention)
-
-
-def _with_mtp_tensors(config: MTPDecoderConfig, names: Collection[str]) -> MTPDecoderConfig:
-    """Return the config without further blocks where a file has none of their tensors: `transformers` writes none."""
-    config = _with_tensors(config, names)
-    after = f"model.layers.{config.num_layers}."
-    return config if any(name.startswith(after) for name in names) else dataclasses.replace(config, num_mtp_layers=0)
 
 
 _V3_KEYS = (
@@ -370,15 +365,21 @@ DEEPSEEK_V2 = Family(
 DEEPSEEK_V3 = dataclasses.replace(
     DEEPSEEK_V2,  # type: ignore[arg-type]
     name="deepseek_v3",
-    title="DeepSeek-V3",
+    title="DeepSeek-V3, R1 and V3.1, Moonlight",
     label="a DeepSeek-V3",
-    presets={"deepseek_v3": _V3_PRESET},
+    presets={
+        **dict.fromkeys(("deepseek_v3", "deepseek_r1", "deepseek_v3_1"), _V3_PRESET),
+        "moonlight_16b_a3b": _MOONLIGHT,
+    },
     architectures=("DeepseekV3ForCausalLM", "DeepseekV3Model"),
     keys=_V3_KEYS,
     read=_read_v3,
     write=_write_v3,
-    names=_with_mtp(_V3_WEIGHTS),
-    with_tensors=_with_mtp_tensors,
+    names=with_mtp(_V3_WEIGHTS),
+    with_tensors=lambda config, names: with_mtp_tensors(_with_tensors(config, names), names),
+)
+KIMI_K2 = dataclasses.replace(
+    DEEPSEEK_V3, name="kimi_k2", title="Kimi K2", label="a Kimi K2", presets={"kimi_k2": _KIMI_K2}
 )
 DEEPSEEK_V32 = dataclasses.replace(
     DEEPSEEK_V3,
@@ -394,5 +395,5 @@ DEEPSEEK_V32 = dataclasses.replace(
         Key("index_topk", "attention.index_topk", int),
     ),
     read=_read_v32,
-    names=_with_mtp((*_V3_WEIGHTS, *_INDEXER)),
+    names=with_mtp((*_V3_WEIGHTS, *_INDEXER)),
 )

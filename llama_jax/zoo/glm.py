@@ -1,9 +1,10 @@
-"""GLM-4 in Hugging Face's format, and ChatGLM2-6B and its base under the names of their own code.
+"""GLM-4 and GLM-4-0414 in Hugging Face's format, and ChatGLM2-6B and ChatGLM3-6B under the names of their own code.
 
 GLM Team 2024, arXiv 2406.12793 (table 1): few key/value heads, rotary positions on the first half of every head, biases
 on queries, keys and values alone.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,6 +70,16 @@ _CHATGLM_ROWS = _rows(
 )
 
 
+_GLM4_NORMS = {
+    "attention_norm": ("post_self_attn_layernorm", "d -> d"),
+    "feed_forward_norm": ("post_mlp_layernorm", "d -> d"),
+}
+
+
+def _names(rows: dict[str, tuple[str, ...]]) -> TensorNames:
+    return TensorNames(mappings(llama.ENDS | llama.HEAD) + mappings(rows, "layers.", llama.LAYER), llama.TIED)
+
+
 def _read_glm(reader: ConfigReader, fields: Json) -> DecoderConfig:
     reader.activation("hidden_act", "silu", only="silu")
     if fields["num_kv_heads"] is None:
@@ -112,12 +123,50 @@ GLM = Family(
     read=_read_glm,
     write=_write_glm,
     harmless=CAUSAL,
-    names=TensorNames(mappings(llama.ENDS | llama.HEAD) + mappings(_GLM_ROWS, "layers.", llama.LAYER), llama.TIED),
+    names=_names(_GLM_ROWS),
+)
+
+
+def _glm4(layers: int, width: int, heads: int, ffn: int, *, qkv_bias: bool) -> DecoderConfig:
+    return glm(
+        vocab_size=151_552,
+        hidden_size=width,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=2,
+        head_dim=128,
+        intermediate_size=ffn,
+        max_positions=32_768,
+        norm=RMSNorm(eps=1e-5),
+        norm_placement="sandwich",
+        qkv_bias=qkv_bias,
+    )
+
+
+def _read_glm4(reader: ConfigReader, fields: Json) -> DecoderConfig:
+    return _read_glm(reader, fields | {"norm_placement": "sandwich"})
+
+
+GLM4 = dataclasses.replace(
+    GLM,
+    name="glm4",
+    title="GLM-4-0414",
+    label="a GLM-4-0414",
+    presets={
+        "glm4_9b_0414": _glm4(40, 4096, 32, 13_696, qkv_bias=True),
+        "glm4_32b_0414": _glm4(61, 6144, 48, 23_040, qkv_bias=False),
+    },
+    architectures=("Glm4ForCausalLM", "Glm4Model"),
+    read=_read_glm4,
+    names=_names(_GLM_ROWS | _GLM4_NORMS),
 )
 
 
 def _read_chatglm(reader: ConfigReader, fields: Json) -> DecoderConfig:
-    # rope_ratio divides positions in one release and multiplies the rotary base in the next.
+    # rope_ratio divides positions in ChatGLM2-6B-32K, and multiplies the rotary base in what followed.
+    ratio = reader.take("rope_ratio", float, 1.0)
+    if ratio != 1 and "chatglm2" in str(reader.data.get("_name_or_path")).lower():
+        raise UserError(f"config.json has rope_ratio={ratio}, which is not supported for a ChatGLM2")
     reader.only(
         add_bias_linear=False,
         apply_residual_connection_post_layernorm=False,
@@ -128,18 +177,19 @@ def _read_chatglm(reader: ConfigReader, fields: Json) -> DecoderConfig:
         prefix_projection=False,
         quantization_bit=0,
         rmsnorm=True,
-        rope_ratio=1,
         tie_word_embeddings=False,
         vocab_size=fields["vocab_size"],
     )
     # Without it, queries, keys and values would lie by heads in their tensor. Absent, it is off.
     if not reader.take("multi_query_attention", bool, False):
         raise UserError(f"config.json has multi_query_attention=False, and {reader.label} can only have True")
-    return glm(norm=RMSNorm(fields.pop("eps"), cast_last=True), **fields)
+    return glm(norm=RMSNorm(fields.pop("eps"), cast_last=True), theta=10_000.0 * ratio, **fields)
 
 
 def _write_chatglm(config: DecoderConfig, label: str) -> Json:
+    attention: Any = config.attention
     return {
+        "rope_ratio": write_rope(attention, label)["rope_theta"] / 10_000.0,
         "multi_query_attention": True,
         "rmsnorm": True,
         "post_layer_norm": True,
@@ -151,11 +201,11 @@ def _write_chatglm(config: DecoderConfig, label: str) -> Json:
 
 CHATGLM = Family(
     name="chatglm",
-    title="ChatGLM2-6B and its base",
+    title="ChatGLM2-6B and ChatGLM3-6B",
     label="a ChatGLM2",
     objectives=("Prefix", "Chat"),
     presets={
-        "chatglm2_6b": glm(
+        name: glm(
             vocab_size=65_024,
             hidden_size=4096,
             num_layers=28,
@@ -163,8 +213,14 @@ CHATGLM = Family(
             num_kv_heads=2,
             head_dim=128,
             intermediate_size=13_696,
-            max_positions=32_768,
+            max_positions=positions,
             norm=RMSNorm(eps=1e-5, cast_last=True),
+            theta=theta,
+        )
+        for name, positions, theta in (
+            ("chatglm2_6b", 32_768, 10_000.0),
+            ("chatglm3_6b", 8192, 10_000.0),
+            ("chatglm3_6b_32k", 32_768, 500_000.0),
         )
     },
     architectures=("ChatGLMModel", "ChatGLMForConditionalGeneration"),

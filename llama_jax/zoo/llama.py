@@ -118,6 +118,7 @@ ATTENTION = {
     "attention.v_proj": ("self_attn.v_proj", "(k h) d -> d k h", "(k h) -> k h"),
     "attention.o_proj": ("self_attn.o_proj", "d (n h) -> n h d", "d -> d"),
 }
+QK_NORMS = {f"attention.{name}_norm": (f"self_attn.{name}_norm", "h -> h") for name in "qk"}
 FEED_FORWARD = {
     "feed_forward.gate_proj": ("mlp.gate_proj", "f d -> d f", "f -> f"),
     "feed_forward.up_proj": ("mlp.up_proj", "f d -> d f", "f -> f"),
@@ -125,7 +126,7 @@ FEED_FORWARD = {
 }
 LAYER = "model.layers.{layer}."
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
-NAMES = TensorNames(mappings(ENDS | HEAD) + mappings(NORMS | ATTENTION | _FEED_FORWARD, "layers.", LAYER), TIED)
+NAMES = TensorNames(mappings(ENDS | HEAD) + mappings(NORMS | ATTENTION | FEED_FORWARD, "layers.", LAYER), TIED)
 
 # Meta's names, with the rotary pairs interleaved: also the layout of llama2.c.
 META_WEIGHTS = mappings(

@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Activation] = {
 # Keys that are harmless in a model that is nothing but a decoder.
 CAUSAL = frozenset({"is_decoder"})
 # Sizes of which every unit has its own entry in a list, before any tensor is looked at.
-_LISTED = re.compile("layer|expert|dense")
+_LISTED = re.compile("(layer|expert|dense)(?!.*_size)")
 # Tools that quantize weights, by `quant_method`.
 _QUANTIZERS = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "mlx": "MLX"}
 

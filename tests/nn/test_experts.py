@@ -18,6 +18,7 @@ WIDTH, ROWS, LENGTH = 6, 3, 20
 MIXTRAL = Experts(8, 10, SoftmaxTopK(2, normalize=True), "silu", gated=True)
 SWITCH = Experts(4, 10, SwitchRouter(jitter=0.0), "relu", gated=False, capacity=3)
 GSHARD = Experts(4, 10, GShardRouter(), "gelu_tanh", gated=True, capacity_factor=0.8)
+QWEN2 = dataclasses.replace(MIXTRAL, num_shared=1, shared_size=7, shared_gate=True)
 V3 = Experts(
     8, 10, SigmoidTopK(2, True, 2.5, 4, 2, 0.01), "silu", gated=True, num_shared=2, load_balance_loss=0.1
 )  # fmt: skip
@@ -98,7 +99,7 @@ def test_output_is_the_sum_over_the_kept_choices(config: Experts, how: str):
         assert config is GSHARD or not kept.any(-1).all(), "some tokens have to be dropped altogether"
 
 
-@pytest.mark.parametrize("config", [dataclasses.replace(MIXTRAL, num_shared=1), V3, SWITCH, GSHARD], ids=range(4))
+@pytest.mark.parametrize("config", [QWEN2, V3, SWITCH, GSHARD], ids=range(4))
 def test_dispatches_have_one_result_and_one_gradient(config: Experts):
     x, direction = inputs(), jnp.asarray(np.random.default_rng(2).normal(size=(ROWS, LENGTH, WIDTH)))
     segments = jnp.asarray(np.arange(LENGTH)[None] < np.array([[20], [13], [5]]), jnp.int32)
@@ -113,6 +114,17 @@ def test_dispatches_have_one_result_and_one_gradient(config: Experts):
     for a, b in zip(jax.tree.leaves(d_found), jax.tree.leaves(d_expected), strict=True):
         assert np.abs(b).max() > 0.01
         np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
+
+
+def test_a_gated_expert_for_all_tokens():
+    """Qwen1.5-MoE's: sigmoid(x g) times down(silu(gate(x)) * up(x)) of a width of its own, besides the chosen ones."""
+    x, params = inputs(), split(QWEN2)[1]
+    w = {name: np.asarray(p["weight"][...]) for name, p in params["shared"].items()}
+    g = np.asarray(params["shared_gate"]["weight"][...])
+    assert (w["up_proj"].shape, g.shape) == ((WIDTH, 7), (WIDTH, 1))
+    gate = x @ w["gate_proj"]
+    shared = (gate / (1 + np.exp(-gate)) * (x @ w["up_proj"])) @ w["down_proj"] / (1 + np.exp(-(x @ g)))
+    np.testing.assert_allclose(call(QWEN2, x)[0], plain(QWEN2, x)[0] + shared, atol=2e-5)
 
 
 @pytest.mark.parametrize("config", [MIXTRAL, SWITCH], ids=["mixtral", "switch"])
@@ -302,6 +314,8 @@ def test_idle_parameters(config: Experts):
     [
         ({"num_experts": 0}, "num_experts=0 must be at least 1"),
         ({"num_shared": -1}, "num_shared=-1 must be at least 0"),
+        ({"shared_gate": True}, "shared_size=None and shared_gate=True are of shared experts, and num_shared=0"),
+        ({"num_shared": 1, "shared_size": 0}, "shared_size=0 must be above 0"),
         ({"capacity": 3, "capacity_factor": 1.0}, "capacity=3 and capacity_factor=1.0: give one of them"),
         ({"capacity_factor": 0.0}, "capacity_factor=0.0 must be above 0, or none to drop nothing"),
         ({"router_z_loss": -1.0}, "router_z_loss=-1.0 must be at least 0"),

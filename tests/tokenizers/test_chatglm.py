@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from llama_jax.config import UserError
+from llama_jax import zoo
+from llama_jax.checkpoint import LanguageModel, load, save
+from llama_jax.config import UserError, override
 from llama_jax.data import DataConfig, Dataset, prepare_dataset
-from llama_jax.data.chat import ChatGLM2Chat, chat_tokens
+from llama_jax.data.chat import ChatGLM2Chat, DirectoryChat, chat_prompt, chat_tokens
 from llama_jax.data.objectives import BlankFilling, Chat, Vocabulary
+from llama_jax.models import Compute, from_params, init_params
 from llama_jax.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog.\n问：你好吗？\n答：我很好。[Round 1]\n" * 4
@@ -71,6 +74,64 @@ def test_a_copy_says_itself_what_it_is(tokenizer: Tokenizer, folder: Path, tmp_p
     released = load_tokenizer(tmp_path / "release")
     assert released.vocab_size == tokenizer.vocab_size
     assert json.loads(released.files["tokenizer_config.json"]) == settings
+
+
+@pytest.fixture(scope="module")
+def chatglm3(pieces: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ChatGLM3-6B is released: its file names some of the tokens, at their ids."""
+    folder, size = tmp_path_factory.mktemp("chatglm3"), pieces.vocab_size
+    pieces.save(folder)
+    names = {1: "[gMASK]", 3: "sop", 6: "<|user|>", 7: "<|assistant|>", 8: "<|observation|>"}
+    template = (
+        "{% for message in messages %}{% if loop.first %}[gMASK]sop{% endif %}"
+        "<|{{ message['role'] }}|>\n {{ message['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    settings = {
+        "added_tokens_decoder": {
+            str(size + i): {"content": name, "special": True, "normalized": False} for i, name in names.items()
+        },
+        "chat_template": template,
+        "eos_token": "</s>",
+        "pad_token": "<unk>",
+        "tokenizer_class": "ChatGLMTokenizer",
+        "unk_token": "<unk>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_chatglm3_s_turns_are_special_tokens(chatglm3: Path, pieces: Tokenizer, tmp_path: Path):
+    """A message is its role's token, the ids of a line end, and those of its text, as ChatGLM3's code joins them."""
+    tokenizer, size = load_tokenizer(chatglm3), pieces.vocab_size
+    roles = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+    added = {name: i for name, i in tokenizer.special_tokens.items() if i >= size}
+    assert added == {name: size + i for i, name in enumerate(NAMES + roles)}
+    assert tokenizer.eos_ids == (*pieces.eos_ids, added["<|user|>"], added["<|observation|>"])
+    expected = [added["[gMASK]"], added["sop"]]
+    talk = [{"role": "system", "content": "quick"}, {"role": "user", "content": "你好吗？ brown"}]
+    for message in talk:
+        expected += [added[f"<|{message['role']}|>"], *pieces.encode("\n"), *pieces.encode(message["content"])]
+    assert chat_prompt(talk, DirectoryChat(), tokenizer) == [*expected, added["<|assistant|>"]]
+    again = load_tokenizer(tokenizer.save(tmp_path / "copy"))
+    assert (again.special_tokens, again.eos_ids) == (tokenizer.special_tokens, tokenizer.eos_ids)
+
+
+def test_chatglm3_s_answers_end_where_the_user_s_turn_begins(chatglm3: Path, tmp_path: Path):
+    """Its config.json has EOS alone, its code all three; an export says so in its files."""
+    config = zoo.presets()["chatglm3_6b"]
+    sizes = {"vocab_size": 352, "hidden_size": 16, "num_layers": 1, "attention.num_heads": 4, "attention.head_dim": 8}
+    config = override(config, sizes | {"feed_forward.intermediate_size": 8, "attention.rope.rotary_dim": 4})
+    model = from_params(config, init_params(config, 0), Compute())
+    save(LanguageModel(config, model, load_tokenizer(chatglm3), model_type="chatglm"), tmp_path / "hf", format="hf")
+    shutil.copytree(chatglm3, tmp_path / "hf", dirs_exist_ok=True)
+    (tmp_path / "hf" / "tokenizer.json").unlink()
+    (tmp_path / "hf" / "generation_config.json").unlink()
+    data = json.loads((tmp_path / "hf" / "config.json").read_text()) | {"eos_token_id": 2}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(data))
+    lm = load(tmp_path / "hf")
+    assert lm.generation.eos_ids == lm.tokenizer.eos_ids
+    assert len(lm.generation.eos_ids) == 3
 
 
 def test_others_get_no_special_tokens(pieces: Tokenizer, tmp_path: Path):

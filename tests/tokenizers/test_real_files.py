@@ -233,6 +233,37 @@ def test_glm4_ranks_have_their_special_tokens_beside_them(tmp_path: Path):
         assert tokenizer.decode([262, 264, 256, 260]) == "12"
 
 
+KIMI = {
+    "HelloWORLDly's 12345//\n\n  xé WE'LL": [
+        259, 87, 79, 82, 76, 68, 108, 121, 39, 115, 32, 281, 282, 271, 10, 10, 32, 32, 120, 195, 169, 32, 87, 69, 39,
+        76, 76,
+    ],
+    "你好world世界 café\n": [262, 266, 228, 184, 150, 231, 149, 140, 32, 99, 97, 102, 195, 169, 10],
+    "Kimi-K2 是什么？": [275, 45, 75, 50, 32, 230, 152, 175, 228, 187, 128, 228, 185, 136, 239, 188, 159],
+    "A漢字b": [65, 280, 98],
+}  # fmt: skip
+
+
+def test_kimi_s_ranks_split_chinese_from_the_rest(tmp_path: Path):
+    """The ids are those of tiktoken 0.14 with the expression of moonshotai/Kimi-K2-Instruct's tokenization_kimi.py."""
+    words = (
+        "He ll Hell Hello", "你 好 你好 wo rl worl world 世 你好w 是 好w", "// ac Ki mi Kimi A漢 字b 漢 字 漢字 123 45"
+    )  # fmt: skip
+    tokens = [bytes([b]) for b in range(256)] + [word.encode() for line in words for word in line.split()]
+    write_ranks(tmp_path / "tiktoken.model", {token: i for i, token in enumerate(tokens)})
+    names = ("[BOS]", "[EOS]", "<|im_end|>", "<|im_user|>", "<|im_assistant|>")
+    added = {str(300 + i): {"content": name, "special": True} for i, name in enumerate(names)}
+    config = {"tokenizer_class": "TikTokenTokenizer", "added_tokens_decoder": added, "bos_token": "[BOS]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "[EOS]"}))
+    for folder in (tmp_path, load_tokenizer(tmp_path).save(tmp_path / "again").parent):
+        tokenizer = load_tokenizer(folder)
+        for text, ids in KIMI.items():
+            assert tokenizer.encode(text) == tokenizer.encode_prompt(text) == ids
+            assert tokenizer.decode(ids) == text
+        assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.vocab_size) == (300, (301, 302), 305)
+        assert tokenizer.encode_prompt("<|im_user|>A漢字b<|im_end|>", special=True) == [303, *KIMI["A漢字b"], 302]
+
+
 def test_unknown_ranks_are_refused(tmp_path: Path):
     file = write_ranks(tmp_path / "ranks", {bytes([b]): b for b in range(256)})
     with pytest.raises(UserError, match=r"ranks' .* 256 ranks are those of no known encoding \(r50k_base \(50256\)"):

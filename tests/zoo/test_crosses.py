@@ -16,6 +16,7 @@ from llama_jax.models import Compute, DecoderConfig, LayerOverride, from_params,
 from llama_jax.nn import (
     MLP,
     Alibi,
+    Experts,
     GroupedQuery,
     LayerNorm,
     LearnedPositions,
@@ -25,6 +26,7 @@ from llama_jax.nn import (
     RMSNorm,
     Rope,
     SinusoidalPositions,
+    SoftmaxTopK,
     SwiGLU,
 )
 from llama_jax.parallel import make_mesh
@@ -74,6 +76,13 @@ CROSSES = {
         parallel="own_norms",
         residual_scale=0.5,
         attention={"qk_norm": LayerNorm(eps=1e-6, bias=True), "qk_norm_over": "own_weights"},
+    ),
+    "a Llama with experts, sandwich norms, and a gated expert for all tokens": crossed(
+        LLAMA,
+        norm_placement="sandwich",
+        feed_forward=Experts(
+            4, 8, SoftmaxTopK(2, False), "silu", gated=True, num_shared=1, shared_size=12, shared_gate=True
+        ),
     ),
     "a Llama with a sliding window and learned positions": crossed(
         LLAMA, attention={"window": 3, "rope": None}, positions=LearnedPositions(32)

@@ -35,6 +35,8 @@ COUNTS = {
     "gpt3_13b": 12_853_386_240,
     "gpt3_175b": 174_604_259_328,
     "chatglm2_6b": 6_243_584_000,
+    "chatglm3_6b": 6_243_584_000,
+    "chatglm3_6b_32k": 6_243_584_000,
     "glm4_9b": 9_399_951_360,
 }
 FAMILIES = {"gpt2": gpt2, "glm": glm, "chatglm": chatglm}
@@ -133,7 +135,7 @@ def test_both_spellings_of_glm_s_rotary_positions():
         ("glm", {"head_dim": 6}, "rotary_dim=3"),
         ("glm", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("chatglm", {"quantization_bit": 4}, "quantization_bit=4"),
-        ("chatglm", {"rope_ratio": 50}, "rope_ratio=50"),
+        ("chatglm", {"rope_ratio": 16, "_name_or_path": "THUDM/chatglm2-6b-32k"}, "rope_ratio=16"),
         ("chatglm", {"pre_seq_len": 128}, "pre_seq_len=128"),
         ("chatglm", {"multi_query_attention": False}, "multi_query_attention=False"),
         ("chatglm", {"multi_query_attention": None}, "multi_query_attention=False"),
@@ -168,8 +170,8 @@ def _changed(config: DecoderConfig, **attention) -> DecoderConfig:
         ("glm", lambda config: _changed(config, rope=Rope(10000.0, None)), r"attention\.rope\.rotary_dim="),
         ("glm", lambda config: chatglm.from_hf(CHATGLM), r"norm\.cast_last=True"),
         ("chatglm", lambda config: dataclasses.replace(config, tie_embeddings=True), "tie_embeddings=True"),
-        ("chatglm", lambda config: _changed(config, rope=Rope(5000.0, None, 4)), r"attention\.rope\.theta=5000"),
-        ("chatglm", lambda config: _changed(config, rope=None), r"attention\.rope=None"),
+        ("chatglm", lambda config: _changed(config, rope=Rope(1e4, LinearScaling(2.0), 4)), r"rope\.scaling="),
+        ("chatglm", lambda config: _changed(config, rope=None), "rope=None"),
     ],
 )  # fmt: skip
 def test_other_models_are_not_exported_as_one(family: str, change, named: str):

@@ -14,7 +14,7 @@ from llama_jax.nn.base import FeedForward, FeedForwardModule, ForwardContext, ch
 from llama_jax.nn.experts.dispatch import Product, apply_experts, ranks
 from llama_jax.nn.experts.routers import Router, Routing, SoftmaxTopK
 from llama_jax.nn.feed_forward import ACTIVATIONS, MLP, Activation, GatedLinearUnit
-from llama_jax.nn.parameters import child, parameter
+from llama_jax.nn.parameters import Projection, child, parameter
 from llama_jax.nn.quantized import Form
 from llama_jax.parallel import spec
 
@@ -32,6 +32,8 @@ class Experts(FeedForward):
     activation: inside of them: relu, relu_squared, gelu_tanh, silu or tanh.
     gated: down(activation(gate(x)) * up(x)) rather than down(activation(up(x))).
     num_shared: number of further experts for every token, as one feed-forward of their widths' sum (DeepSeekMoE).
+    shared_size: width of that feed-forward where it is another; none for the sum.
+    shared_gate: multiply its result by the sigmoid of a linear map of the token to one number (Qwen1.5-MoE).
     capacity_factor: tokens of a row that an expert takes, times experts, over the row's assignments; none for all.
     capacity: the same as a number of tokens, whatever the row's length.
     load_balance_loss: coefficient of E times the sum of load times mean probability, 1 where both are uniform.
@@ -46,6 +48,8 @@ class Experts(FeedForward):
     activation: Activation
     gated: bool
     num_shared: int = 0
+    shared_size: int | None = None
+    shared_gate: bool = False
     capacity_factor: float | None = None
     capacity: int | None = None
     load_balance_loss: float = 0.0
@@ -60,6 +64,12 @@ class Experts(FeedForward):
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_experts", "intermediate_size")
         check_at_least(self, 0, "num_shared", "load_balance_loss", "router_z_loss")
+        if self.num_shared == 0 and (self.shared_size is not None or self.shared_gate):
+            raise UserError(
+                f"shared_size={self.shared_size} and shared_gate={self.shared_gate} are of shared experts, and "
+                "num_shared=0: set it to 1"
+            )
+        check_above_zero(self, "shared_size")
         if self.capacity is not None and self.capacity_factor is not None:
             raise UserError(f"capacity={self.capacity} and capacity_factor={self.capacity_factor}: give one of them")
         check_above_zero(self, "capacity", "capacity_factor", hint=", or none to drop nothing")
@@ -81,7 +91,8 @@ class Experts(FeedForward):
     def shared(self) -> FeedForward:
         """Return the shared experts as one feed-forward."""
         kind = GatedLinearUnit if self.gated else MLP
-        return kind(self.num_shared * self.intermediate_size, self.activation, bias=False)
+        size = self.num_shared * self.intermediate_size if self.shared_size is None else self.shared_size
+        return kind(size, self.activation, bias=False)
 
     @property
     def drops(self) -> bool:
@@ -132,6 +143,10 @@ class ExpertsModule(FeedForwardModule):
         self.router = config.router.build(width, config.num_experts, rngs=child(rngs, "router"))
         self.experts = _Stack(config, width, rngs=child(rngs, "experts"))
         self.shared = config.shared().build(width, rngs=child(rngs, "shared")) if config.num_shared else None
+        gate = child(rngs, "shared_gate")
+        self.shared_gate = (
+            Projection({"embed": width}, {"_one": 1}, bias=False, rngs=gate) if config.shared_gate else None
+        )
 
     def __call__(
         self, x: Float[Array, "b t d"], *, ctx: ForwardContext
@@ -175,7 +190,8 @@ class ExpertsModule(FeedForwardModule):
             )
         if self.shared is not None:
             with jax.named_scope("shared"):
-                y = y + self.shared(x, ctx=ctx)[0]
+                of_shared = self.shared(x, ctx=ctx)[0]
+                y = y + (of_shared if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x)) * of_shared)
         return y, self._auxiliary(routing, ctx, wanted, kept)
 
     def _by_capacity(self, length: int) -> bool:

@@ -27,6 +27,10 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
 )
+DEEPSEEK_SPLIT = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 DECODER = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -448,6 +452,92 @@ def deepseek_v32() -> Case:
     )
 
 
+THOUGHT = (*CHAT[:1], {"role": "assistant", "content": "<think>\nwhy\n</think>\n\nan hour."}, *CHAT[2:])
+
+
+def deepseek_r1() -> Case:
+    """R1: its own splits, the marks of turns and of thoughts in the text, a template that begins a thought."""
+    return thinking(files.DEEPSEEK_R1, ("<think>", "</think>"))
+
+
+def deepseek_v31() -> Case:
+    return thinking(files.DEEPSEEK_V31, ("<think>", "</think>"))
+
+
+def thinking(template: str, marks: tuple[str, ...]) -> Case:
+    names, turns = (
+        ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"),
+        ("<｜User｜>", "<｜Assistant｜>"),
+    )
+    tokenizer = files.byte_level(40, names, ("<｜EOT｜>",), prefix=names[:1], ordinary=(*turns, *marks))
+    splits = (r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", DEEPSEEK_SPLIT)
+    tokenizer.pre_tokenizer = files.split_by(*splits)
+    settings = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": written(names[0]),
+        "chat_template": template,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": written(names[1]),
+        "legacy": True,
+        "model_max_length": 16384,
+        "pad_token": written(names[1]),
+        "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizerFast",
+        "unk_token": None,
+    }
+    return Case(
+        "DeepseekV3ForCausalLM",
+        named(LATENT),
+        fast(settings, tokenizer),
+        names[1:2],
+        texts=(*TEXTS, "12345 河へ行く"),
+        conversations=(SYSTEM, THOUGHT),
+    )
+
+
+def glm4_moe() -> Case:
+    """GLM-4.5: nothing before a text, thoughts in a template in a file of its own."""
+    names = (
+        *("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"),
+        *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+    )
+    ordinary = ("/nothink", "<think>", "</think>", "<tool_call>", "</tool_call>")
+    tokenizer = files.byte_level(50, (), names, pattern=LLAMA3_SPLIT, ordinary=ordinary)
+    settings = {
+        "additional_special_tokens": list(names),
+        "clean_up_tokenization_spaces": False,
+        "do_lower_case": False,
+        "eos_token": "<|endoftext|>",
+        "extra_special_tokens": {},
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": 128000,
+        "pad_token": "<|endoftext|>",
+        "padding_side": "left",
+        "remove_space": False,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    config = DECODER | {
+        "attention_bias": True,
+        "head_dim": 8,
+        "moe_intermediate_size": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "pad_token_id": tokenizer.token_to_id("<|endoftext|>"),
+        "tie_word_embeddings": True,
+        "use_qk_norm": True,
+    }
+    stops = ("<|endoftext|>", "<|user|>", "<|observation|>")
+    return Case(
+        "Glm4MoeForCausalLM",
+        fixed(config),
+        fast(settings, tokenizer, **{"chat_template.jinja": files.GLM45}),
+        stops,
+        config_stops=stops,
+        conversations=(SYSTEM, THOUGHT),
+    )
+
+
 def bart() -> Case:
     """BART: forced first and last tokens; as bart-large-cnn, one row less than tokens."""
     tokenizer = files.roberta_like(50)
@@ -577,6 +667,9 @@ CASES: dict[str, Callable[[], Case]] = {
         deepseek_v2,
         deepseek_v3,
         deepseek_v32,
+        deepseek_r1,
+        deepseek_v31,
+        glm4_moe,
         bart,
         marian,
         t5_v1_0,

@@ -43,6 +43,56 @@ DEEPSEEK = (
     "{% elif message['role'] == 'system' %}{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
+# GLM-4.5: thoughts of earlier answers are left out, an empty pair of marks stays.
+GLM45 = """[gMASK]<sop>
+{%- macro shown(content) -%}
+{%- if content is string -%}{{ content }}
+{%- else -%}{%- for part in content -%}{{ part.text }}{%- endfor -%}{%- endif -%}
+{%- endmacro -%}
+{%- set asked = namespace(last=-1) -%}
+{%- for m in messages -%}{%- if m.role == 'user' -%}{%- set asked.last = loop.index0 -%}{%- endif -%}{%- endfor -%}
+{%- for m in messages -%}
+{%- set text = shown(m.content) -%}
+{%- if m.role == 'assistant' -%}
+{%- set thought = '' -%}
+{%- if '</think>' in text -%}
+{%- set thought = text.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') -%}
+{%- set text = text.split('</think>')[-1].lstrip('\n') -%}
+{%- endif -%}
+<|assistant|>
+{%- if thought and loop.index0 > asked.last -%}{{ '\n<think>' + thought.strip() + '</think>' }}
+{%- else -%}{{ '\n<think></think>' }}{%- endif -%}
+{%- if text.strip() -%}{{ '\n' + text.strip() }}{%- endif -%}
+{%- else -%}
+<|{{ m.role }}|>
+{{ text }}
+{%- if m.role == 'user' and enable_thinking is defined and not enable_thinking -%}{{ '/nothink' }}{%- endif -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|assistant|>
+{%- if enable_thinking is defined and not enable_thinking -%}{{ '\n<think></think>' }}{%- endif -%}
+{%- endif -%}"""
+# DeepSeek-R1: the system's message first, answers without their thoughts, and a thought begun.
+DEEPSEEK_R1 = (
+    "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
+    "{% set found = namespace(system='') %}{%- for message in messages %}{%- if message['role'] == 'system' %}"
+    "{% set found.system = message['content'] %}{%- endif %}{%- endfor %}{{ bos_token }}{{ found.system }}"
+    "{%- for message in messages %}"
+    "{%- if message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}{%- endif %}"
+    "{%- if message['role'] == 'assistant' and message['content'] is not none %}{% set content = message['content'] %}"
+    "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{ '<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>' }}{%- endif %}{%- endfor -%}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{% endif %}"
+)
+# V3.1: thinks where it is asked to, and else begins with the end of a thought.
+DEEPSEEK_V31 = (
+    "{% if not thinking is defined %}{% set thinking = false %}{% endif %}{{ bos_token }}"
+    "{%- for message in messages %}{%- if message['role'] == 'system' %}{{ message['content'] }}"
+    "{%- elif message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}{%- else %}"
+    "{{ '<｜Assistant｜></think>' + message['content'].split('</think>', 1)[-1] + '<｜end▁of▁sentence｜>' }}"
+    "{%- endif %}{%- endfor -%}{%- if add_generation_prompt %}{{ '<｜Assistant｜>' }}"
+    "{{ '<think>' if thinking else '</think>' }}{%- endif %}"
+)
 TOOLS = "{% for tool in tools or [] %}{{ tool['name'] }} {% endfor %}" + CHATML
 
 
@@ -221,6 +271,12 @@ def byte_level(
     if prefix or suffix:
         tokenizer.post_processor = template(tokenizer, prefix, suffix)
     return tokenizer
+
+
+def split_by(*patterns: str) -> Any:
+    """Bytes of texts that are split by one pattern after another."""
+    splits: list[Any] = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def gpt2_files(tokenizer: Tokenizer) -> Files:

@@ -1,6 +1,6 @@
 """Decoder-only families: GPT-2, GLM and ChatGLM2, Mixtral."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -176,9 +176,21 @@ def make_glm() -> None:
 
 def make_chatglm2() -> None:
     """The GLM model under the names of ChatGLM2's own code; both have the same formulas."""
-    own = load_file(GOLDENS / "glm" / "model.safetensors")
+    own, expected = load_file(GOLDENS / "glm" / "model.safetensors"), np.load(GOLDENS / "glm" / "expected.npz")
+    write_chatglm("chatglm2", own, expected, {"_name_or_path": "THUDM/chatglm2-6b"})
+
+
+def make_chatglm3() -> None:
+    """A GLM with the rotary base of ChatGLM3-6B-32K, whose config has its quotient by the usual one."""
+    model, found = find("chatglm3", GlmForCausalLM, GlmConfig.from_dict(GLM | {"rope_theta": 500000.0}))
+    changes = {"_name_or_path": "THUDM/chatglm3-6b-32k", "rope_ratio": 50}
+    write_chatglm("chatglm3", released(model), decoded(model, model.model.layers) | found, changes)
+
+
+def write_chatglm(name: str, own: Tensors, expected: Mapping[str, Any], changes: dict[str, Any]) -> None:
+    """A GLM's tensors under ChatGLM's names, and the config of a release with `changes`."""
     rotary = int(GLM["head_dim"] * GLM["partial_rotary_factor"])
-    inv_freq = 1.0 / GLM["rope_theta"] ** (torch.arange(0, rotary, 2).float() / rotary)
+    inv_freq = 1.0 / (GLM["rope_theta"] * changes.get("rope_ratio", 1)) ** (torch.arange(0, rotary, 2).float() / rotary)
     tensors: Tensors = {
         "transformer.embedding.word_embeddings.weight": own["model.embed_tokens.weight"],
         "transformer.rotary_pos_emb.inv_freq": inv_freq,
@@ -199,7 +211,6 @@ def make_chatglm2() -> None:
             f"{ours}mlp.dense_4h_to_h.weight": own[f"{theirs}mlp.down_proj.weight"],
         }
     config = {
-        "_name_or_path": "THUDM/chatglm2-6b",
         "add_bias_linear": False,
         "add_qkv_bias": True,
         "apply_query_key_layer_scaling": True,
@@ -241,7 +252,7 @@ def make_chatglm2() -> None:
         "transformers_version": "4.27.1",
         "use_cache": True,
     }
-    write("chatglm2", config, tensors, np.load(GOLDENS / "glm" / "expected.npz"))
+    write(name, config | changes, tensors, expected)
 
 
 def make_mixtral() -> None:
@@ -258,5 +269,6 @@ CASES = {
     "gpt2_released_names": make_gpt2_released_names,
     "glm": make_glm,
     "chatglm2": make_chatglm2,
+    "chatglm3": make_chatglm3,
     "mixtral": make_mixtral,
 }

@@ -111,6 +111,15 @@ V3 = COMMON | {
     "topk_group": 2,
     "topk_method": "noaux_tc",
 }
+# Moonshot's two: no groups; one without YaRN and without a latent of the queries, the other with YaRN's shortest ramp.
+MOONLIGHT = V3 | {"n_group": 1, "n_shared_experts": 2, "q_lora_rank": None, "rope_scaling": None, "topk_group": 1}
+KIMI_K2 = V3 | {
+    "model_type": "kimi_k2",
+    "n_group": 1,
+    "rope_scaling": YARN | {"beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+    "routed_scaling_factor": 2.827,
+    "topk_group": 1,
+}
 V32 = {key: value for key, value in V3.items() if key != "auto_map"}
 V32 |= {
     "architectures": ["DeepseekV32ForCausalLM"],
@@ -152,6 +161,17 @@ def make_deepseek_v2() -> None:
 
 def make_deepseek_v3() -> None:
     make("deepseek_v3", DeepseekV3ForCausalLM, DeepseekV3Config.from_dict(V3), V3)
+
+
+def make_moonlight() -> None:
+    make("moonlight", DeepseekV3ForCausalLM, DeepseekV3Config.from_dict(MOONLIGHT), MOONLIGHT)
+
+
+def make_kimi_k2() -> None:
+    """A DeepSeek-V3 in name too, for the library that computes it."""
+    data = KIMI_K2 | {"model_type": "deepseek_v3"}
+    model, expected = make("kimi_k2", DeepseekV3ForCausalLM, DeepseekV3Config.from_dict(data), data)
+    write("kimi_k2", KIMI_K2, released(model), expected)
 
 
 def expand(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -198,14 +218,14 @@ def make_deepseek_v3_fp8() -> None:
     write("deepseek_v3_fp8", config, tensors | quantized, expected)
 
 
-def make_deepseek_v3_mtp() -> None:
-    """The V3 of `deepseek_v3` with a module that predicts the token after the next.
+def make_mtp(name: str, kind: Any, base: str, data: dict[str, Any]) -> None:
+    """The golden `base` with a module that predicts the token after the next.
 
     Its input is the main model's hidden state after the final norm, as in every public inference code (and in the
     model code that some copies of the weights ship); the report leaves it open.
     """
-    config = DeepseekV3Config.from_dict(V3 | {"num_nextn_predict_layers": 1})
-    main = DeepseekV3ForCausalLM.from_pretrained(GOLDENS / "deepseek_v3", **PLAIN).float().eval()
+    config, num_layers = kind.config_class.from_dict(data | {"num_nextn_predict_layers": 1}), data["num_hidden_layers"]
+    main = kind.from_pretrained(GOLDENS / base, **PLAIN).float().eval()
     main.config.num_mtp_layers = config.num_mtp_layers
     modules = MtpModel(main, 1).float().eval()
     layer = modules.layers[0]
@@ -221,11 +241,11 @@ def make_deepseek_v3_mtp() -> None:
     logits = mtp_logits()
     np.testing.assert_allclose(logits, own_mtp_logits(main, layer), atol=2e-6)
 
-    own = load_file(GOLDENS / "deepseek_v3" / "model.safetensors")
-    prefix = f"model.layers.{NUM_LAYERS}."
+    own = load_file(GOLDENS / base / "model.safetensors")
+    prefix = f"model.layers.{num_layers}."
     # Saved as the last layer of a model with one more, the block gets the names of the released files.
-    longer = DeepseekV3ForCausalLM(DeepseekV3Config.from_dict(V3 | {"num_hidden_layers": NUM_LAYERS + 1}))
-    longer.model.layers[NUM_LAYERS].load_state_dict(layer.mtp_block.state_dict())
+    longer = kind(kind.config_class.from_dict(data | {"num_hidden_layers": num_layers + 1}))
+    longer.model.layers[num_layers].load_state_dict(layer.mtp_block.state_dict())
     tensors = own | {key: value for key, value in released(longer).items() if key.startswith(prefix)}
     tensors |= {
         f"{prefix}enorm.weight": layer.enorm.weight,
@@ -235,8 +255,8 @@ def make_deepseek_v3_mtp() -> None:
         f"{prefix}shared_head.head.weight": own["lm_head.weight"].clone(),
         f"{prefix}embed_tokens.weight": own["model.embed_tokens.weight"].clone(),
     }
-    expected = dict(np.load(GOLDENS / "deepseek_v3" / "expected.npz")) | {"mtp_logits": logits}
-    write("deepseek_v3_mtp", V3 | {"num_nextn_predict_layers": 1}, tensors, expected)
+    expected = dict(np.load(GOLDENS / base / "expected.npz")) | {"mtp_logits": logits}
+    write(name, data | {"num_nextn_predict_layers": 1}, tensors, expected)
 
 
 def own_mtp_logits(main: Any, layer: Any) -> torch.Tensor:
@@ -297,7 +317,9 @@ CASES = {
     "deepseek_v2_lite": make_deepseek_v2_lite,
     "deepseek_v2": make_deepseek_v2,
     "deepseek_v3": make_deepseek_v3,
+    "moonlight": make_moonlight,
+    "kimi_k2": make_kimi_k2,
     "deepseek_v3_fp8": make_deepseek_v3_fp8,
-    "deepseek_v3_mtp": make_deepseek_v3_mtp,
+    "deepseek_v3_mtp": lambda: make_mtp("deepseek_v3_mtp", DeepseekV3ForCausalLM, "deepseek_v3", V3),
     "deepseek_v32": make_deepseek_v32,
 }
