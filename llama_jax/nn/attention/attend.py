@@ -315,7 +315,8 @@ def attend(
     """Compute softmax(scale q k^T + bias) v over the keys that the mask allows, by the kernel that the context names.
 
     `softcap` c squashes the scaled scores s to c tanh(s / c); `dropout` zeroes attention weights at this rate, in
-    training; `sinks` are a score of each head that is in the softmax's denominator alone. A sequence that a context axis splits is in zigzag order; there may be more queries than keys, or fewer.
+    training; `sinks` are a score of each head that is in the softmax's denominator alone. A sequence that a context
+    axis splits is in zigzag order; there may be more queries than keys, or fewer.
     """
     record("attend", lambda: Call(q, k, v, ctx, scale, softcap, dropout, sinks=sinks))
     name = choose(q, k, ctx, softcap=softcap, dropout=dropout, sinks=sinks is not None)

@@ -85,8 +85,8 @@ def apply_experts(
 ) -> Float[Array, "b t d"]:
     """Return the sum over a token's kept choices of gate times expert(x).
 
-    `params` are the experts' stored matrices and biases, [E, ...] each, with the logical axes of their dimensions. With the `rank`
-    of each assignment, which is below `capacity` for kept ones, by capacity; without it, sorted.
+    `params` are the experts' stored matrices and biases, [E, ...] each, with the logical axes of their dimensions. With
+    the `rank` of each assignment, which is below `capacity` for kept ones, by capacity; without it, sorted.
     """
     num_experts = next(iter(params.values()))[...].shape[0]
     x = shard(x, "batch", "sequence", None)
