@@ -16,6 +16,7 @@ from llama_jax.models import Compute, DecoderConfig, LayerOverride, from_params,
 from llama_jax.nn import (
     MLP,
     Alibi,
+    Experts,
     GroupedQuery,
     LayerNorm,
     LearnedPositions,
@@ -25,6 +26,7 @@ from llama_jax.nn import (
     RMSNorm,
     Rope,
     SinusoidalPositions,
+    SoftmaxTopK,
     SwiGLU,
 )
 from llama_jax.parallel import make_mesh
@@ -77,6 +79,11 @@ CROSSES = {
     ),
     "a Llama with a sliding window and learned positions": crossed(
         LLAMA, attention={"window": 3, "rope": None}, positions=LearnedPositions(32)
+    ),
+    "a Llama with sinks, a window and experts with biases": crossed(
+        LLAMA,
+        attention={"sinks": True, "window": 3},
+        feed_forward=Experts(4, 24, SoftmaxTopK(2, True, bias=True), "silu", gated=True, bias=True, limit=1.0),
     ),
 }
 

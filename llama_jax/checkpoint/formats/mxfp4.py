@@ -51,7 +51,7 @@ def _matrices(blocks: Tensor, scales: Tensor) -> Tensor:
         packed, exponents = blocks.read(wanted), scales.read(wanted).astype(np.int32) - _BIAS
         codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], _GROUP)
         values = np.ldexp(_BY_CODE[codes], exponents[..., None]).astype(BFLOAT16)
-        values = values.reshape(*values.shape[:-2], -1).swapaxes(-1, -2)
+        values = values.reshape(*packed.shape[:-2], (read.stop - read.start) * _GROUP).swapaxes(-1, -2)
         return values[..., inputs.start - read.start * _GROUP : inputs.stop - read.start * _GROUP, :]
 
     return Tensor((*lead, groups * _GROUP, outputs), BFLOAT16, fetch)
