@@ -109,7 +109,7 @@ def _attention(call: Call, kernel: str, q: jax.Array, k: jax.Array, v: jax.Array
     """Return the attention of a call by a kernel; all arrays are in the order of the text."""
     ctx = dataclasses.replace(call.ctx, kernel=kernel, is_token=None, dropout_key=None).with_mask(**masks)
     sinks = None if call.sinks is None else jnp.linspace(-1.0, 1.0, q.shape[2]).reshape(call.sinks.shape)
-    options = {"scale": call.scale, "sinks": sinks}
+    options: dict[str, Any] = {"scale": call.scale, "sinks": sinks}
     if kernel == "reference":
         return _by_blocks(q, k, v, ctx, options)
     k, v = (zigzag(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (k, v))
