@@ -42,6 +42,16 @@ def test_sizes_are_the_published_ones(name: str):
     assert family.from_hf(family.to_hf(config)) == config
 
 
+@pytest.mark.parametrize(("name", "active"), [("gpt_oss_20b", 3.61e9), ("gpt_oss_120b", 5.13e9)])
+def test_active_parameters_are_the_published_ones(name: str, active: float):
+    """Without the embedding (model card, table 1)."""
+    config, experts = family.presets[name], family.presets[name].feed_forward
+    biases = 3 * config.hidden_size * (experts.num_experts - experts.router.top_k)  # three of the width
+    idle = config.num_layers * (experts.idle_parameters(config.hidden_size) + biases)
+    found = num_parameters(config) - idle - config.vocab_size * config.hidden_size
+    assert found == pytest.approx(active, abs=5e6)
+
+
 def test_the_released_config_is_the_preset():
     assert family.from_hf(RELEASED) == family.presets["gpt_oss_20b"]
 
