@@ -20,6 +20,7 @@ from llama_jax.checkpoint.formats import (
     config_json,
     cut,
     dequantized,
+    from_mxfp4,
     has_weights,
     is_llama2c,
     is_meta,
@@ -153,13 +154,16 @@ def _open_huggingface(path: Path, ignore_config_keys: Collection[str], tokenizer
     if (quantized := read_quantization(path, data)) is not None:
         data.pop("quantization_config", None)
     config, tensors = family.from_hf(data), read_directory(path)
+    quantization = data.get("quantization_config") or {}  # `from_hf` has refused all kinds but two
+    if quantization.get("quant_method") == "mxfp4":
+        tensors = from_mxfp4(path, tensors)
     if quantized is not None:
         tensors, zeros = dequantized(path, tensors, quantized, inputs_first=model_type == "gpt2")
     form, names = "huggingface", family.names_of(config)
     if family.meta is not None and "tok_embeddings.weight" in tensors:  # Meta's names, in one file
         form, names = "meta", family.meta.names
     tensors = rename_tensors(path, tensors, names)
-    if quantization := data.get("quantization_config"):  # `from_hf` has refused all kinds but this one
+    if quantization.get("quant_method") == "fp8":
         tensors = with_scales(path, tensors, quantization["weight_block_size"])
     if family.with_tensors is not None:
         config = family.with_tensors(config, tensors)
@@ -191,7 +195,7 @@ def rename_tensors(path: Path, tensors: Tensors, names: TensorNames) -> Tensors:
     is_known = re.compile("|".join([*patterns, *names.ignored, *map(re.escape, names.tied)]))
     prefixes = dict.fromkeys(f"{source.partition('.')[0]}." for source in sources if "." in source)
     found: Tensors = {}
-    for old, tensor in _separate_experts(tensors).items():
+    for old, tensor in _separate_experts(tensors, is_known).items():
         name = _WRAPPER.sub("", old)
         if "lora_" in name:
             raise UserError(f"'{path}' has '{old}' of an adapter: merge it with PEFT (merge_and_unload) first")
@@ -212,14 +216,15 @@ def rename_tensors(path: Path, tensors: Tensors, names: TensorNames) -> Tensors:
     return found
 
 
-def _separate_experts(tensors: Tensors) -> Tensors:
-    """Return the tensors with one for each expert, where a layer has one for all.
+def _separate_experts(tensors: Tensors, is_known: re.Pattern[str]) -> Tensors:
+    """Return the tensors with one for each expert, where a layer has one for all and the table has not (`is_known`).
 
     These are gate and up projection [E, 2F, D], and down projection [E, D, F].
     """
     found: Tensors = {}
     for name, tensor in tensors.items():
-        if (match := _EXPERTS.fullmatch(name)) is None or len(tensor.shape) != 3:
+        match = None if is_known.search(name) else _EXPERTS.fullmatch(name)
+        if match is None or len(tensor.shape) != 3:
             found[name] = tensor
             continue
         for i in range(tensor.shape[0]):
@@ -329,9 +334,9 @@ def _layer_tensor(
         raise UserError(f"'{source.path}' has '{names[0]}' and its like in different shapes")
     whole = stack(parts) if "{expert}" in weight.source else parts[0]
     sizes = [w.source_shape(shapes[w.name]) for w in fused]
-    if weight.merged and whole.shape[0] % sizes[0][0] == 0:
-        whole = split(whole, sizes[0][0])
     dim = weight.joined
+    if weight.merged and len(whole.shape) >= dim and whole.shape[dim - 1] % sizes[0][dim - 1] == 0:
+        whole = split(whole, dim - 1, sizes[0][dim - 1])
     expected = (*sizes[0][:dim], sum(size[dim] for size in sizes), *sizes[0][dim + 1 :])
     if whole.shape != expected:
         in_file = weight.in_file(expected)

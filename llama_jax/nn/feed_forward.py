@@ -12,12 +12,13 @@ from jaxtyping import Array, Float
 from llama_jax.nn.base import FeedForward, FeedForwardModule, ForwardContext, check_at_least, check_rate, dropout
 from llama_jax.nn.parameters import Projection, child, joined_products
 
-Activation = Literal["relu", "relu_squared", "gelu", "gelu_tanh", "silu", "tanh"]
+Activation = Literal["relu", "relu_squared", "gelu", "gelu_tanh", "quick_gelu", "silu", "tanh"]
 ACTIVATIONS = {
     "relu": jax.nn.relu,
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, "Primer"
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # Hendrycks and Gimpel 2016, section 2
     "silu": jax.nn.silu,
     "tanh": jnp.tanh,
 }
@@ -28,7 +29,7 @@ class MLP(FeedForward):
     """down(activation(up(x))): the feed-forward of Vaswani et al. 2017, BERT, GPT and T5.
 
     intermediate_size: width inside.
-    activation: relu, relu_squared, gelu (exact), gelu_tanh (its approximation), silu or tanh.
+    activation: relu, relu_squared, gelu (exact), gelu_tanh and quick_gelu (approximations), silu or tanh.
     bias: biases on both projections.
     dropout: rate after the activation.
     """
@@ -50,7 +51,7 @@ class GatedLinearUnit(FeedForward):
     """down(activation(gate(x)) * up(x)): ReGLU, GEGLU and their like (Shazeer 2020, eqs. 5 and 6).
 
     intermediate_size: width inside.
-    activation: relu, relu_squared, gelu (exact), gelu_tanh (its approximation), silu or tanh.
+    activation: relu, relu_squared, gelu (exact), gelu_tanh and quick_gelu (approximations), silu or tanh.
     bias: biases on all three projections.
     dropout: rate after the product.
     """

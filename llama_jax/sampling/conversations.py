@@ -29,8 +29,9 @@ def chat(
     is the chat template that a run was trained with, else the one that came with the tokenizer; a text names another
     of the latter's or a built-in one; a `ChatTemplate` of `llama_jax.data` serves models without any, and ends the
     answer with its end of a turn as well. `options` are the fields of `SamplingConfig`, by default with 256 new
-    tokens; `draft` and `draft_tokens` are those of `generate`. Raises UserError where there is no template or it
-    refuses the messages, and as `generate_text` does.
+    tokens; `draft` and `draft_tokens` are those of `generate`. Of an answer in harmony's channels (GPT-OSS) it is the
+    final one's text, empty where the tokens end before it. Raises UserError where there is no template or it refuses
+    the messages, and as `generate_text` does.
     """
     encoded = encoded_chat(lm, messages, template)
     config, speculation = settled(lm, {"max_new_tokens": 256, **options})

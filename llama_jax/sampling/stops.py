@@ -16,13 +16,46 @@ def tokenizer_of(lm: LanguageModel) -> Tokenizer:
     return lm.tokenizer
 
 
+class _Channels:
+    """The final channel's text of an answer in harmony's channels (OpenAI 2025, GPT-OSS); all text of other answers.
+
+    An answer is `<|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...`; from the
+    first channel on, everything but the final one's content is hidden. shows: the text of the next token is shown.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        names = tokenizer.special_tokens
+        self._channel, self._message, self._special = (
+            names.get("<|channel|>"),
+            names.get("<|message|>"),
+            {*names.values()},
+        )
+        self._name: str | None = None  # of the channel, as far as it is written
+        self.shows = True
+
+    def shown(self, token_id: int, text: str) -> str:
+        """Return what of a token's text is shown."""
+        if self._channel is None:
+            return text
+        if token_id == self._channel:
+            self._name, self.shows = "", False
+        elif token_id == self._message and self._name is not None:
+            self.shows = self._name.split()[:1] == ["final"]
+        elif token_id in self._special and self._name is not None:
+            self.shows = False
+        elif self._name is not None and not self.shows:
+            self._name += text
+        return text if self.shows else ""
+
+
 class TextStream:
     """The text of the ids that follow a prompt's ids, without the prompt's own, up to the first stop string.
 
     Where stop strings overlap, the one that begins first ends the text. Text that may be the beginning of one, and
     bytes that may be part of a character, are held back until more ids decide. Special tokens have no text, so that a
     stop string is found across them; one that is the name of a special token is met by this token. Of an
-    encoder-decoder's answer, sentinels and other special tokens are written by name.
+    encoder-decoder's answer, sentinels and other special tokens are written by name, of one in harmony's channels the
+    final one alone.
 
     stopped: a stop string was met; ids that are fed later have no effect.
     num_tokens: fed ids that belong to the text, the one that completed the stop string included.
@@ -32,7 +65,7 @@ class TextStream:
     def __init__(self, lm: LanguageModel, prompt_ids: Iterable[int], stop: Sequence[str] = ()):
         self._tokenizer = tokenizer = tokenizer_of(lm)
         self._stream, self._known = tokenizer.stream(), tokenizer.vocab_size
-        self._stop = tuple(stop)
+        self._stop, self._channels = tuple(stop), _Channels(tokenizer)
         self._stop_ids = {i for name, i in tokenizer.special_tokens.items() if name in self._stop}
         self.stopped, self.num_tokens, self.text = False, 0, ""
         self._held = ""  # may be the beginning of a stop string
@@ -56,7 +89,7 @@ class TextStream:
                 break
             self.num_tokens += 1
             text = self._text(token_id)
-            rest = self._stream.pending[self._prompt_chars :] if self._stop else ""
+            rest = self._stream.pending[self._prompt_chars :] if self._stop and self._channels.shows else ""
             # Such as the line feed of a byte-fallback tokenizer, which is held until a token that is not a byte.
             if rest and any(stop in self._held + text + rest for stop in self._stop):
                 text += self._without_prompt(self._stream.flush())
@@ -69,7 +102,8 @@ class TextStream:
         """Return the text that was held back, where no more ids follow."""
         if self.stopped:
             return ""
-        return self._checked(self._without_prompt(self._stream.flush()), last=True)
+        rest = self._without_prompt(self._stream.flush())
+        return self._checked(rest if self._channels.shows else "", last=True)
 
     def _checked(self, text: str, *, last: bool) -> str:
         """Return what may be shown of the text that was held and `text`, and look for stop strings in it."""
@@ -90,7 +124,7 @@ class TextStream:
         if token_id >= self._known:
             return ""
         if token_id not in self._names:
-            return self._without_prompt(self._stream.feed(token_id))
+            return self._channels.shown(token_id, self._without_prompt(self._stream.feed(token_id)))
         before, self._stream = self._stream.flush(), self._tokenizer.stream()
         return self._without_prompt(before + self._names[token_id])
 

@@ -76,7 +76,8 @@ def attention_calls(config: ModelConfig, compute: Compute, batch: Batch) -> list
 
 def compare(call: Call) -> Agreement | None:
     """Compare the kernel that a call takes with the reference; return None where it is the reference itself."""
-    kernel = choose(call.q, call.k, call.ctx, softcap=call.softcap, dropout=call.dropout)
+    sinks = call.sinks is not None
+    kernel = choose(call.q, call.k, call.ctx, softcap=call.softcap, dropout=call.dropout, sinks=sinks)
     if kernel == "reference":
         return None
     masks = {name: None if x is None else jnp.asarray(x, jnp.int32) for name, x in _drawn(call).items()}
@@ -107,13 +108,15 @@ def _drawn(call: Call) -> dict[str, np.ndarray | None]:
 def _attention(call: Call, kernel: str, q: jax.Array, k: jax.Array, v: jax.Array, masks: dict[str, Any]) -> jax.Array:
     """Return the attention of a call by a kernel; all arrays are in the order of the text."""
     ctx = dataclasses.replace(call.ctx, kernel=kernel, is_token=None, dropout_key=None).with_mask(**masks)
+    sinks = None if call.sinks is None else jnp.linspace(-1.0, 1.0, q.shape[2]).reshape(call.sinks.shape)
+    options: dict[str, Any] = {"scale": call.scale, "sinks": sinks}
     if kernel == "reference":
-        return _by_blocks(q, k, v, ctx, call.scale)
+        return _by_blocks(q, k, v, ctx, options)
     k, v = (zigzag(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (k, v))
-    return unzigzag(attend(zigzag(q), k, v, jax.tree.map(zigzag, ctx), scale=call.scale))
+    return unzigzag(attend(zigzag(q), k, v, jax.tree.map(zigzag, ctx), **options))
 
 
-def _by_blocks(q: jax.Array, k: jax.Array, v: jax.Array, ctx: ForwardContext, scale: float) -> jax.Array:
+def _by_blocks(q: jax.Array, k: jax.Array, v: jax.Array, ctx: ForwardContext, options: dict[str, Any]) -> jax.Array:
     """Return attention by the reference, for as many queries at a time as keep within SCORES."""
     rows, length, heads, _ = q.shape
     split = np.prod([mesh_axis_sizes()[axis] for i in (0, 2) for axis in axes_of(q)[i]], dtype=int)
@@ -133,7 +136,7 @@ def _by_blocks(q: jax.Array, k: jax.Array, v: jax.Array, ctx: ForwardContext, sc
             own = replicate(mask.segment_ids)
             keys = own if mask.key_segment_ids is None else replicate(mask.key_segment_ids)
             of_block = of_block.with_mask(segment_ids=part(own), key_segment_ids=keys)
-        return attend(part(q), k, v, of_block, scale=scale)
+        return attend(part(q), k, v, of_block, **options)
 
     blocks = jax.lax.map(block, jnp.arange(num_blocks) * size)
     y = jnp.concatenate([blocks[i] for i in range(num_blocks)], axis=1)

@@ -17,6 +17,7 @@ _MISSING: Any = object()
 ACTIVATIONS: dict[str, Activation] = {
     **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
     **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"), "gelu_tanh"),
+    "quick_gelu": "quick_gelu",
     "relu": "relu",
     "relu2": "relu_squared",
     **dict.fromkeys(("silu", "swish"), "silu"),

@@ -25,7 +25,7 @@ class WeightMapping:
     `(n h two) d -> d n (two h)`, and both together how those of half a head do, `(n half h two) d -> d n (half two h)`.
     An axis `x4` has four entries, and so for other numbers: with `(n x4 h two) d -> d n (x4 two h)` the rotary pairs of
     every quarter of a head become halves. Parts that are joined in every head have `n h d -> d n h` and `merged`: the
-    file has the pattern's first two dimensions as one.
+    file has the dimension `joined` and the one before it as one. Two that take turns have `e d f 1 -> e d f`, joined 3.
     """
 
     name: str
@@ -124,7 +124,8 @@ class WeightMapping:
 
     def in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape in the file of a tensor that has `shape` in the pattern."""
-        return (shape[0] * shape[1], *shape[2:]) if self.merged else shape
+        dim = self.joined
+        return (*shape[: dim - 1], shape[dim - 1] * shape[dim], *shape[dim + 1 :]) if self.merged else shape
 
     def contiguous_dim(self) -> int:
         """Return our dimension along which blocks of the parameter are blocks in the source, of rows if possible."""

@@ -19,6 +19,8 @@ MIXTRAL = Experts(8, 10, SoftmaxTopK(2, normalize=True), "silu", gated=True)
 SWITCH = Experts(4, 10, SwitchRouter(jitter=0.0), "relu", gated=False, capacity=3)
 GSHARD = Experts(4, 10, GShardRouter(), "gelu_tanh", gated=True, capacity_factor=0.8)
 QWEN2 = dataclasses.replace(MIXTRAL, num_shared=1, shared_size=7, shared_gate=True)
+# The limit is below most values: both are clamped.
+GPT_OSS = Experts(8, 10, SoftmaxTopK(2, True, bias=True), "quick_gelu", gated=True, bias=True, limit=0.5)
 V3 = Experts(
     8, 10, SigmoidTopK(2, True, 2.5, 4, 2, 0.01), "silu", gated=True, num_shared=2, load_balance_loss=0.1
 )  # fmt: skip
@@ -56,11 +58,17 @@ def routing(config: Experts, x):
 
 def expert(config: Experts, params, i, x: np.ndarray) -> np.ndarray:
     """One expert of one token."""
-    w = {name: np.asarray(p["weight"][...])[i] for name, p in params["experts"].items() if p}
+    parts = {name: p for name, p in params["experts"].items() if p}
+    w = {name: np.asarray(p["weight"][...])[i] for name, p in parts.items()}
+    b = {name: np.asarray(p["bias"][...])[i] if config.bias else 0.0 for name, p in parts.items()}
     act = {"relu": lambda a: np.maximum(a, 0), "silu": lambda a: a / (1 + np.exp(-a))}
     act["gelu_tanh"] = lambda a: 0.5 * a * (1 + np.tanh((2 / np.pi) ** 0.5 * (a + 0.044715 * a**3)))
-    f, up = act[config.activation], x @ w["up_proj"]
-    return (f(x @ w["gate_proj"]) * up if config.gated else f(up)) @ w["down_proj"]
+    act["quick_gelu"] = lambda a: a / (1 + np.exp(-1.702 * a))
+    f, up = act[config.activation], x @ w["up_proj"] + b["up_proj"]
+    gate = x @ w["gate_proj"] + b["gate_proj"] if config.gated else None
+    if config.limit is not None:
+        gate, up = np.minimum(gate, config.limit), np.clip(up, -config.limit, config.limit) + 1
+    return (f(up) if gate is None else f(gate) * up) @ w["down_proj"] + b["down_proj"]
 
 
 def plain(config: Experts, x, limits=None) -> tuple[np.ndarray, np.ndarray]:
@@ -84,11 +92,11 @@ def by(config: Experts, how: str) -> Experts:
 
 
 @pytest.mark.parametrize("how", ["dropless", "capacity"])
-@pytest.mark.parametrize("config", [MIXTRAL, SWITCH, GSHARD], ids=["mixtral", "switch", "gshard"])
+@pytest.mark.parametrize("config", [MIXTRAL, SWITCH, GSHARD, GPT_OSS], ids=["mixtral", "switch", "gshard", "gpt_oss"])
 def test_output_is_the_sum_over_the_kept_choices(config: Experts, how: str):
     """Dropped: what comes last to an expert, by choice and then by position. It adds nothing."""
     x = inputs()
-    limits = {MIXTRAL: None, SWITCH: [3] * ROWS, GSHARD: [8] * ROWS}[config]
+    limits = {SWITCH: [3] * ROWS, GSHARD: [8] * ROWS}.get(config)
     expected, kept = plain(config, x, limits)
     y, aux = call(by(config, how), x)
     np.testing.assert_allclose(y, expected, atol=2e-5)
@@ -99,7 +107,7 @@ def test_output_is_the_sum_over_the_kept_choices(config: Experts, how: str):
         assert config is GSHARD or not kept.any(-1).all(), "some tokens have to be dropped altogether"
 
 
-@pytest.mark.parametrize("config", [QWEN2, V3, SWITCH, GSHARD], ids=range(4))
+@pytest.mark.parametrize("config", [QWEN2, V3, SWITCH, GSHARD, GPT_OSS], ids=range(5))
 def test_dispatches_have_one_result_and_one_gradient(config: Experts):
     x, direction = inputs(), jnp.asarray(np.random.default_rng(2).normal(size=(ROWS, LENGTH, WIDTH)))
     segments = jnp.asarray(np.arange(LENGTH)[None] < np.array([[20], [13], [5]]), jnp.int32)

@@ -11,7 +11,7 @@ import pytest
 from contexts import context_of
 from flax import nnx
 
-from llama_jax.nn import Experts, GShardRouter, SigmoidTopK, SwitchRouter
+from llama_jax.nn import Experts, GShardRouter, SigmoidTopK, SoftmaxTopK, SwitchRouter
 from llama_jax.nn.attention.context import unzigzag, zigzag
 from llama_jax.parallel import axes_of, make_mesh, shard
 
@@ -32,6 +32,7 @@ KINDS = {
     "all places": Experts(
         8, 16, SwitchRouter(jitter=0.1), "gelu_tanh", gated=True, dispatch="capacity", router_z_loss=0.1
     ),
+    "biased": Experts(8, 16, SoftmaxTopK(2, True, bias=True), "quick_gelu", gated=True, bias=True, limit=1.0),
 }
 
 
@@ -86,6 +87,7 @@ def of_one_device(kind: str, random: bool) -> dict[str, jax.Array]:
 
 # Quickly: each mesh with one kind, each kind on one mesh.
 QUICKLY = {("dropless", name) for name in MESHES} | {(kind, "expert and fsdp") for kind in KINDS}
+QUICKLY |= {("biased", "expert, data and tensor")}  # a device adds its part of a bias, or adds it once
 CASES = [
     pytest.param(*case, marks=() if case in QUICKLY else pytest.mark.slow) for case in itertools.product(KINDS, MESHES)
 ]

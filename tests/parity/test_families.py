@@ -28,6 +28,7 @@ GENERATING = [
     if "generated" in expected(name)
 ]
 TOLERANCE, FP8_BLOCK = 5e-5, 16
+E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 # Released under other names, or with tensors that others repeat: an export is like this golden.
 EXPORTED_AS = {
@@ -100,12 +101,17 @@ def test_greedy_tokens(name):
 
 
 def tensors_of(name: str) -> dict[str, np.ndarray]:
-    """A golden's trained tensors; those in blocks of fp8 as the numbers they stand for."""
+    """A golden's trained tensors; those in blocks of fp8 or MXFP4 as the numbers they stand for."""
     found = {key: tensor.read() for key, tensor in read_directory(GOLDENS / name).items()}
     for key in [key for key in found if key.endswith("_scale_inv")]:
         weight, scale = found[key.removesuffix("_scale_inv")], found.pop(key)
         scale = scale.repeat(FP8_BLOCK, 0).repeat(FP8_BLOCK, 1)[: weight.shape[0], : weight.shape[1]]
         found[key.removesuffix("_scale_inv")] = weight.astype(np.float32) * scale
+    for name in [key.removesuffix("_blocks") for key in found if key.endswith("_blocks")]:
+        blocks, scale = found.pop(f"{name}_blocks"), found.pop(f"{name}_scales").astype(np.float32)
+        codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(*scale.shape, 32)
+        values = E2M1[codes & 7] * np.where(codes & 8, -1, 1) * 2 ** (scale[..., None] - 127)
+        found[name] = values.reshape(*scale.shape[:-1], -1).swapaxes(-1, -2).astype(np.float32)
     return {key: value for key, value in found.items() if not COMPUTED.fullmatch(key)}
 
 

@@ -65,6 +65,16 @@ def test_a_wrong_kernel_is_refused(mistake: str, mesh, tiny_config: DecoderConfi
         preflight(tiny_config, COMPUTE, batch_of())
 
 
+def test_a_kernel_that_forgets_sinks_is_refused(tiny_config: DecoderConfig, monkeypatch: pytest.MonkeyPatch):
+    config = dataclasses.replace(tiny_config, attention=dataclasses.replace(tiny_config.attention, sinks=True))
+    (agreement,) = preflight(config, COMPUTE, batch_of())
+    assert len(agreement.errors) == 4
+    forgets = lambda q, k, v, mask, sinks, *, scale: kernels.blockwise_attention(q, k, v, mask, scale=scale)  # noqa: E731
+    monkeypatch.setitem(kernels.KERNELS, "blockwise", kernels.Kernel(forgets))
+    with pytest.raises(PreflightFailed, match="'blockwise' disagrees with the reference"):
+        preflight(config, COMPUTE, batch_of())
+
+
 @pytest.mark.parametrize(
     ("kernel", "dtype"),
     [

@@ -87,6 +87,11 @@ CROSSES = {
     "a Llama with a sliding window and learned positions": crossed(
         LLAMA, attention={"window": 3, "rope": None}, positions=LearnedPositions(32)
     ),
+    "a Llama with sinks, a window and experts with biases": crossed(
+        LLAMA,
+        attention={"sinks": True, "window": 3},
+        feed_forward=Experts(4, 24, SoftmaxTopK(2, True, bias=True), "silu", gated=True, bias=True, limit=1.0),
+    ),
 }
 
 STEPS = [name if name.startswith("a GPT-2") else pytest.param(name, marks=pytest.mark.slow) for name in CROSSES]

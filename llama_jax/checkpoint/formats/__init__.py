@@ -21,6 +21,7 @@ from llama_jax.checkpoint.formats.meta import (
     read_llama2c as read_llama2c,
     read_meta as read_meta,
 )
+from llama_jax.checkpoint.formats.mxfp4 import from_mxfp4 as from_mxfp4
 from llama_jax.checkpoint.formats.tensors import (
     Slices as Slices,
     Tensor as Tensor,

@@ -86,16 +86,17 @@ def item(whole: Tensor, index: int) -> Tensor:
     return Tensor(whole.shape[1:], whole.dtype, lambda slices: whole.read((slice(index, index + 1), *slices))[0])
 
 
-def split(whole: Tensor, size: int) -> Tensor:
-    """Return a tensor with its first dimension seen as two, the first of them of this size."""
-    inner = whole.shape[0] // size
+def split(whole: Tensor, dim: int, size: int) -> Tensor:
+    """Return a tensor with its dimension `dim` seen as two, the first of them of this size."""
+    before, inner, after = whole.shape[:dim], whole.shape[dim] // size, whole.shape[dim + 1 :]
 
     def fetch(slices: Slices) -> np.ndarray:
-        start, stop = slices[0].start, slices[0].stop
-        rows = whole.read((slice(start * inner, stop * inner), *slices[2:]))
-        return rows.reshape(stop - start, inner, *rows.shape[1:])[:, slices[1]]
+        start, stop = slices[dim].start, slices[dim].stop
+        rows = whole.read((*slices[:dim], slice(start * inner, stop * inner), *slices[dim + 2 :]))
+        rows = rows.reshape(*rows.shape[:dim], stop - start, inner, *rows.shape[dim + 1 :])
+        return rows[(*(slice(None),) * (dim + 1), slices[dim + 1])]
 
-    return Tensor((size, inner, *whole.shape[1:]), whole.dtype, fetch)
+    return Tensor((*before, size, inner, *after), whole.dtype, fetch)
 
 
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from llama_jax.config import UserError
 from llama_jax.nn.attention import blockwise, context
+from llama_jax.nn.attention.blockwise import Sinks
 from llama_jax.nn.base import ForwardContext, Mask, record, recording
 from llama_jax.parallel import fitting, mesh_axis_sizes, platform, replicate, shard, spec
 
@@ -40,6 +41,7 @@ def reference(
     mask: Mask,
     bias: Float[Array, "#b n t s"] | None = None,
     keep: Bool[Array, "b n t s"] | None = None,
+    sinks: Sinks | None = None,
     *,
     scale: float,
     softcap: float | None = None,
@@ -47,14 +49,15 @@ def reference(
 ) -> Results:
     """Compute attention by the plain formula, all scores at once: the kernel that does everything.
 
-    `bias` is added to the scaled scores; `keep` is false at probabilities that `dropout` zeroes.
+    `bias` is added to the scaled scores; `keep` is false at probabilities that `dropout` zeroes. `sinks` are scores
+    in the softmax's denominator, without a key or value.
     """
 
     def over(size: int) -> Results:
         keys, values = k[:, :, :size], v[:, :, :size]
         allowed = mask.allowed(0, q.shape[1], 0, size)[:, None, None]
         own = None if bias is None else bias[..., :size]
-        probs = _probabilities(q, keys, allowed, own, scale=scale, softcap=softcap)
+        probs = _probabilities(q, keys, allowed, own, sinks, scale=scale, softcap=softcap)
         if keep is not None:
             probs = jnp.where(_per_group(keep[..., :size], k.shape[1]), probs / (1 - dropout), 0)
         return _ungrouped(jnp.einsum("bkgts,bksh->bkgth", probs.astype(v.dtype), values))
@@ -78,7 +81,7 @@ def _sizes(k: Keys, mask: Mask) -> list[int]:
 
 
 def _probabilities(
-    q: Queries, k: Keys, allowed: jax.Array, bias: jax.Array | None, *, scale: float, softcap: float | None
+    q: Queries, k: Keys, allowed: jax.Array, bias: Any, sinks: Any, *, scale: float, softcap: float | None
 ) -> Float[Array, "b kv g t s"]:
     """Return the float32 attention weights, 0 where nothing is `allowed`."""
     scores = blockwise.scores(_grouped(q, k.shape[1]), k, Mask(causal=False), 0, 0, scale)
@@ -86,13 +89,19 @@ def _probabilities(
         scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:
         scores += _per_group(bias, k.shape[1])
-    probs = jax.nn.softmax(jnp.where(allowed, scores, blockwise.MASKED), axis=-1)
+    scores = jnp.where(allowed, scores, blockwise.MASKED)
+    probs = jax.nn.softmax(scores, axis=-1)
+    if sinks is not None:  # the share of the keys, beside the sink's
+        total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+        probs *= jax.nn.sigmoid(total - _per_group(sinks, k.shape[1]))
     return jnp.where(allowed, probs, 0)  # where nothing is allowed the softmax has made 1/S of each
 
 
-def blockwise_attention(q: Queries, k: Keys, v: Values, mask: Mask, *, scale: float) -> Results:
+def blockwise_attention(
+    q: Queries, k: Keys, v: Values, mask: Mask, sinks: Sinks | None = None, *, scale: float
+) -> Results:
     """Compute attention by blocks with an online softmax: memory linear in the sequence, on every platform."""
-    return _ungrouped(blockwise.blockwise(_grouped(q, k.shape[1]), k, v, mask, scale))
+    return _ungrouped(blockwise.blockwise(_grouped(q, k.shape[1]), k, v, mask, sinks, scale))
 
 
 def _refuse_cross(q: Any, k: Any, mask: Mask) -> str | None:
@@ -197,7 +206,9 @@ KERNELS = {
 FASTEST = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
 
 
-def choose(q: Any, k: Any, ctx: ForwardContext, *, softcap: float | None = None, dropout: float = 0.0) -> str:
+def choose(
+    q: Any, k: Any, ctx: ForwardContext, *, softcap: float | None = None, dropout: float = 0.0, sinks: bool = False
+) -> str:
     """Return the name of the kernel that `attend` takes: the context's, or for `auto` the fastest that does all of it.
 
     q and k may be abstract. Raises UserError for an unknown kernel, and for one that cannot do what is asked.
@@ -205,7 +216,7 @@ def choose(q: Any, k: Any, ctx: ForwardContext, *, softcap: float | None = None,
     name = ctx.kernel
     if name != "auto" and name not in KERNELS:
         raise UserError(f"attention_kernel={name!r} does not exist: the kernels are auto, {', '.join(KERNELS)}")
-    refusal = functools.partial(_refusal, q=q, k=k, ctx=ctx, softcap=softcap, dropout=dropout)
+    refusal = functools.partial(_refusal, q=q, k=k, ctx=ctx, softcap=softcap, dropout=dropout, sinks=sinks)
     if name == "auto":
         if q.shape[1] <= blockwise.MIN_QUERY_BLOCK and not _is_split(q, k, ctx.mask):
             return "reference"
@@ -217,7 +228,9 @@ def choose(q: Any, k: Any, ctx: ForwardContext, *, softcap: float | None = None,
     return name
 
 
-def _refusal(kernel: str, q: Any, k: Any, ctx: ForwardContext, softcap: float | None, dropout: float) -> str | None:
+def _refusal(
+    kernel: str, q: Any, k: Any, ctx: ForwardContext, softcap: float | None, dropout: float, sinks: bool
+) -> str | None:
     """Return what of this attention the kernel cannot do, or None."""
     if kernel == "reference":
         return None
@@ -227,6 +240,8 @@ def _refusal(kernel: str, q: Any, k: Any, ctx: ForwardContext, softcap: float | 
         return "a soft cap of the scores"
     if dropout and ctx.dropout_key is not None:
         return "dropout of the attention weights"
+    if sinks and kernel != "blockwise":
+        return "attention sinks"
     if _is_split(q, k, ctx.mask):
         if ctx.mask.key_segment_ids is not None or q.shape[1] != k.shape[2]:
             return "keys of another sequence on mesh.context"
@@ -253,6 +268,7 @@ class Call:
     softcap: float | None
     dropout: float
     chosen: Any = None
+    sinks: Any = None
 
 
 @contextlib.contextmanager
@@ -262,8 +278,8 @@ def calls_of_attend() -> Iterator[list[Call]]:
 
     def keep(name: str, value: Any) -> None:
         if name == "attend" and value.chosen is None:
-            q, k, v, ctx = jax.tree.map(jax.typeof, (value.q, value.k, value.v, value.ctx))
-            calls.append(dataclasses.replace(value, q=q, k=k, v=v, ctx=ctx))
+            q, k, v, ctx, sinks = jax.tree.map(jax.typeof, (value.q, value.k, value.v, value.ctx, value.sinks))
+            calls.append(dataclasses.replace(value, q=q, k=k, v=v, ctx=ctx, sinks=sinks))
 
     with recording(keep):
         yield calls
@@ -278,9 +294,10 @@ def attention_weights(call: Call) -> Float[Array, "b n t s"]:
     if _is_split(q, k, mask):
         q, k = context.unzigzag(q), context.unzigzag(k.swapaxes(1, 2)).swapaxes(1, 2)
         mask = jax.tree.map(context.unzigzag, mask)
-    q, k, mask, bias, chosen = jax.tree.map(replicate, (q, k, mask, call.ctx.position_bias, call.chosen))
+    own = call.ctx.position_bias, call.chosen, call.sinks
+    q, k, mask, bias, chosen, sinks = jax.tree.map(replicate, (q, k, mask, *own))
     allowed = mask.allowed(0, q.shape[1], 0, k.shape[2]) if chosen is None else chosen
-    probs = _probabilities(q, k, allowed[:, None, None], bias, scale=call.scale, softcap=call.softcap)
+    probs = _probabilities(q, k, allowed[:, None, None], bias, sinks, scale=call.scale, softcap=call.softcap)
     return probs.reshape(q.shape[0], q.shape[2], q.shape[1], k.shape[2])
 
 
@@ -293,14 +310,17 @@ def attend(
     scale: float,
     softcap: float | None = None,
     dropout: float = 0.0,
+    sinks: Sinks | None = None,
 ) -> Results:
     """Compute softmax(scale q k^T + bias) v over the keys that the mask allows, by the kernel that the context names.
 
     `softcap` c squashes the scaled scores s to c tanh(s / c); `dropout` zeroes attention weights at this rate, in
-    training. A sequence that a context axis splits is in zigzag order; there may be more queries than keys, or fewer.
+    training; `sinks` are a score of each head that is in the softmax's denominator alone. A sequence that a context
+    axis splits is in zigzag order; there may be more queries than keys, or fewer.
     """
-    record("attend", lambda: Call(q, k, v, ctx, scale, softcap, dropout))
-    name, mask, bias = choose(q, k, ctx, softcap=softcap, dropout=dropout), ctx.mask, ctx.position_bias
+    record("attend", lambda: Call(q, k, v, ctx, scale, softcap, dropout, sinks=sinks))
+    name = choose(q, k, ctx, softcap=softcap, dropout=dropout, sinks=sinks is not None)
+    mask, bias = ctx.mask, ctx.position_bias
     kernel = functools.partial(KERNELS[name].run, scale=scale)
     if mask.segment_ids is not None and mask.key_segment_ids is None and q.shape[1] != k.shape[2]:
         raise ValueError("segment ids need as many queries as keys, or key_segment_ids")
@@ -308,7 +328,8 @@ def attend(
         raise UserError(
             f"the position bias is for {bias.shape[1]} heads and the attention has {q.shape[2]}: make them equal"
         )
-    tables: dict[str, jax.Array] = {} if bias is None else {"bias": bias}  # [B, N, T, S] each, for the reference only
+    # [B, N, T, S] each; all but the sinks are for the reference only.
+    tables = {key: x for key, x in (("bias", bias), ("sinks", sinks)) if x is not None}
     if name == "reference":
         kernel = functools.partial(kernel, softcap=softcap, dropout=dropout)
         if dropout and ctx.dropout_key is not None:
@@ -324,11 +345,13 @@ def attend(
         q, k, v = context.unzigzag(q), *(context.unzigzag(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (k, v))
         return context.zigzag(_sharded(kernel, q, k, v, jax.tree.map(context.unzigzag, mask), tables))
     kernel = functools.partial(_split_attention, scale=scale, strategy=ctx.context_strategy)
-    return _sharded(kernel, q, k, v, mask, {}, sequence="sequence")
+    return _sharded(kernel, q, k, v, mask, tables, sequence="sequence")
 
 
-def _split_attention(q: Queries, k: Keys, v: Values, mask: Mask, *, scale: float, strategy: str) -> Results:
-    return _ungrouped(context.context_attention(_grouped(q, k.shape[1]), k, v, mask, scale, strategy))
+def _split_attention(
+    q: Queries, k: Keys, v: Values, mask: Mask, sinks: Sinks | None = None, *, scale: float, strategy: str
+) -> Results:
+    return _ungrouped(context.context_attention(_grouped(q, k.shape[1]), k, v, mask, sinks, scale, strategy))
 
 
 def _is_split(q: Any, k: Any, mask: Mask) -> bool:

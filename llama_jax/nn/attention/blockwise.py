@@ -28,24 +28,27 @@ Grouped = Float[Array, "b k g t h"]
 Keys = Float[Array, "b k s h"]
 Values = Float[Array, "b k s v"]
 Result = Float[Array, "b k g t v"]
+Sinks = Float[Array, "1 n 1 1"]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def blockwise(q: Grouped, k: Keys, v: Values, mask: Mask, scale: float) -> Result:
-    """Compute softmax(scale q k^T) v, in the dtype of q."""
-    return _vjp_forward(q, k, v, mask, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def blockwise(q: Grouped, k: Keys, v: Values, mask: Mask, sinks: Sinks | None, scale: float) -> Result:
+    """Compute softmax(scale q k^T) v, in the dtype of q; the softmax's denominator has exp(sinks), too."""
+    return _vjp_forward(q, k, v, mask, sinks, scale)[0]
 
 
-def _vjp_forward(q, k, v, mask, scale):
-    out, logsumexp = forward(q, k, v, mask, scale)
+def _vjp_forward(q, k, v, mask, sinks, scale):
+    out, logsumexp = with_sinks(*forward(q, k, v, mask, scale), sinks)
     out = out.astype(q.dtype)
-    return out, (q, k, v, mask, out, logsumexp)
+    return out, (q, k, v, mask, sinks, out, logsumexp)
 
 
 def _vjp_backward(scale, residuals, d_out):
-    q, k, v, mask, out, logsumexp = residuals
-    d_q, d_k, d_v = backward(q, k, v, mask, scale, logsumexp, row_sums(d_out, out), d_out)
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+    q, k, v, mask, sinks, out, logsumexp = residuals
+    delta = row_sums(d_out, out)
+    d_q, d_k, d_v = backward(q, k, v, mask, scale, logsumexp, delta, d_out)
+    d_sinks = sinks_gradient(sinks, logsumexp, delta)
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, d_sinks
 
 
 blockwise.defvjp(_vjp_forward, _vjp_backward)
@@ -54,6 +57,24 @@ blockwise.defvjp(_vjp_forward, _vjp_backward)
 def row_sums(d_out: Result, out: Result) -> Float[Array, "b k g t"]:
     """Return the sum that the softmax's gradient subtracts from each row."""
     return jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+
+
+def with_sinks(
+    out: Result, logsumexp: Float[Array, "b k g t"], sinks: Sinks | None
+) -> tuple[Result, Float[Array, "b k g t"]]:
+    """Return result and logsumexp over all keys and a sink: a score without a value; as they are for None."""
+    if sinks is None:
+        return out, logsumexp
+    total = jnp.logaddexp(logsumexp, sinks.reshape(1, *logsumexp.shape[1:3], 1))
+    return out * jnp.exp(logsumexp - total)[..., None], total
+
+
+def sinks_gradient(sinks: Sinks | None, logsumexp, delta) -> Sinks | None:
+    """Return the gradient in the sinks, for a `logsumexp` with them: `backward`'s of a score whose value is 0."""
+    if sinks is None:
+        return None
+    shares = jnp.exp(sinks.reshape(1, *logsumexp.shape[1:3], 1) - logsumexp)
+    return -(shares * delta).sum((0, 3)).reshape(sinks.shape)
 
 
 def scores(q: Grouped, k: Keys, mask: Mask, first_query, first_key, scale: float) -> Float[Array, "b k g t s"]:

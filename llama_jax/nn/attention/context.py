@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from llama_jax.nn.attention import blockwise
-from llama_jax.nn.attention.blockwise import Grouped, Keys, Result, Values
+from llama_jax.nn.attention.blockwise import Grouped, Keys, Result, Sinks, Values
 from llama_jax.nn.base import Mask, PyTree
 from llama_jax.parallel import axes_of, mesh_axis_sizes
 
@@ -55,16 +55,18 @@ def _reorder(x: jax.Array, order: list[int]) -> jax.Array:
     return jax.sharding.reshard(whole, PartitionSpec(first, (AXIS,), *rest))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def context_attention(q: Grouped, k: Keys, v: Values, mask: Mask, scale: float, strategy: str) -> Result:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def context_attention(
+    q: Grouped, k: Keys, v: Values, mask: Mask, sinks: Sinks | None, scale: float, strategy: str
+) -> Result:
     """Return the local part of the result, inside `shard_map`, where T is the device's two chunks.
 
-    `strategy` is ring or all_gather.
+    `strategy` is ring or all_gather; `sinks` are as in `blockwise`.
     """
-    return _vjp_forward(q, k, v, mask, scale, strategy)[0]
+    return _vjp_forward(q, k, v, mask, sinks, scale, strategy)[0]
 
 
-def _vjp_forward(q, k, v, mask, scale, strategy):
+def _vjp_forward(q, k, v, mask, sinks, scale, strategy):
     size = jax.lax.axis_size(AXIS)
     # The device's own keys come first: every query attends to at least its own, so the logsumexps begin finite.
     first = blockwise.forward(q, k, v, _own_mask(mask, q.shape[3]), scale)
@@ -82,13 +84,13 @@ def _vjp_forward(q, k, v, mask, scale, strategy):
         return carry, {}
 
     carry, _ = _travel(visit, carry, _keys(k, v, mask), {}, size, strategy)
-    out, logsumexp = (_whole(x, 3) for x in carry)
+    out, logsumexp = blockwise.with_sinks(*(_whole(x, 3) for x in carry), sinks)
     out = out.astype(q.dtype)
-    return out, (q, k, v, mask, out, logsumexp)
+    return out, (q, k, v, mask, sinks, out, logsumexp)
 
 
 def _vjp_backward(scale, strategy, residuals, d_out):
-    q, k, v, mask, out, logsumexp = residuals
+    q, k, v, mask, sinks, out, logsumexp = residuals
     size = jax.lax.axis_size(AXIS)
     delta = blockwise.row_sums(d_out, out)
     # `logsumexp` and `delta` are of the whole row, so each part's gradient is exact without the others.
@@ -109,7 +111,8 @@ def _vjp_backward(scale, strategy, residuals, d_out):
 
     d_q, d_keys = _travel(visit, d_q, _keys(k, v, mask), d_keys, size, strategy)
     d_k, d_v = (_whole(d_keys[name], 2).astype(k.dtype) for name in ("k", "v"))
-    return _whole(d_q, 3).astype(q.dtype), d_k, d_v, None
+    d_sinks = blockwise.sinks_gradient(sinks, logsumexp, delta)
+    return _whole(d_q, 3).astype(q.dtype), d_k, d_v, None, d_sinks
 
 
 context_attention.defvjp(_vjp_forward, _vjp_backward)

@@ -23,7 +23,7 @@ from llama_jax.nn.base import (
     known_heads,
 )
 from llama_jax.nn.norms import Norm
-from llama_jax.nn.parameters import Projection, child, joined_products
+from llama_jax.nn.parameters import Projection, cast_and_gather, child, joined_products, parameter
 from llama_jax.nn.rope import Rope, known_rope
 from llama_jax.parallel import reshape, shard
 
@@ -46,6 +46,7 @@ class GroupedQuery(Mixer):
     window: number of keys that a query attends to, itself included (and as many after it in an encoder); none for all.
     softcap: scores are softcap * tanh(scores / softcap), as in Gemma 2; none for as they are.
     dropout: rate on the attention weights.
+    sinks: a trained score of each head that only adds to the softmax's denominator (Xiao et al. 2024; GPT-OSS).
     """
 
     num_heads: int
@@ -60,6 +61,7 @@ class GroupedQuery(Mixer):
     window: int | None = None
     softcap: float | None = None
     dropout: float = 0.0
+    sinks: bool = False
 
     @classmethod
     def follow(cls, known: Known) -> dict[str, Any]:
@@ -161,6 +163,7 @@ class GroupedQueryModule(_Projections, MixerModule):
         self.config = config
         self.q_norm = self._norm("q_norm", ("heads", config.num_heads), rngs)
         self.k_norm = self._norm("k_norm", ("kv_heads", config.num_kv_heads), rngs)
+        self.sinks = parameter(rngs, "sinks", (config.num_heads,), ("heads",), std=0.0) if config.sinks else None
 
     def __call__(
         self, x: Float[Array, "b t d"], *, positions: Int[Array, "b t"], ctx: ForwardContext, cache: Cache | None = None
@@ -180,6 +183,8 @@ class GroupedQueryModule(_Projections, MixerModule):
                 ctx = ctx.with_mask(key_places=ring.places_of(cache))
             k_BKSH, v_BKSH = read_cache(cache, ("k", "v"), x.dtype)
         options: dict[str, Any] = {"scale": self.scale, "softcap": config.softcap, "dropout": config.dropout}
+        if self.sinks is not None:
+            options["sinks"] = cast_and_gather(self.sinks, jnp.float32).reshape(1, -1, 1, 1)
         return self.o_proj(attend(q_BTNH, k_BKSH, v_BKSH, ctx, **options)), cache
 
     def _norm(self, name: str, heads: tuple[str, int], rngs: nnx.Rngs) -> Any:

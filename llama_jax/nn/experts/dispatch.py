@@ -85,8 +85,8 @@ def apply_experts(
 ) -> Float[Array, "b t d"]:
     """Return the sum over a token's kept choices of gate times expert(x).
 
-    `params` are the experts' stored matrices, [E, ...] each, with the logical axes of their dimensions. With the `rank`
-    of each assignment, which is below `capacity` for kept ones, by capacity; without it, sorted.
+    `params` are the experts' stored matrices and biases, [E, ...] each, with the logical axes of their dimensions. With
+    the `rank` of each assignment, which is below `capacity` for kept ones, by capacity; without it, sorted.
     """
     num_experts = next(iter(params.values()))[...].shape[0]
     x = shard(x, "batch", "sequence", None)
@@ -102,12 +102,13 @@ def apply_experts(
     for name, value in matrices.items():
         # `shard_map` has to know that rows which are the same on several devices stay so: a matrix that is split over
         # other axes than the rows is gathered outside of it.
-        if not of_rows.issuperset(axes_of(value)[logical[name].index("embed")]):
+        if "embed" in logical[name] and not of_rows.issuperset(axes_of(value)[logical[name].index("embed")]):
             matrices[name] = gather(value, logical[name])
     axes = {name: axes_of(value) for name, value in matrices.items()}
-    stored = {name: (logical[name].index("embed"), of[logical[name].index("embed")]) for name, of in axes.items()}
+    dims = {name: names.index("embed") for name, names in logical.items() if "embed" in names}  # biases have none
+    stored = {name: (dim, axes[name][dim]) for name, dim in dims.items()}
     split = {
-        axis for name, of in axes.items() for dim, entry in enumerate(of) if dim != stored[name][0] for axis in entry
+        axis for name, of in axes.items() for dim, entry in enumerate(of) if dim != dims.get(name) for axis in entry
     }
     layout = _Layout(stored, AXIS in split, AXIS in axes_of(x)[0] and AXIS in split, tuple(sorted(split)))
     out = spec("batch", "sequence", None, shape=x.shape)

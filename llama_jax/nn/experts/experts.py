@@ -1,6 +1,7 @@
 """The feed-forward of experts: routing, capacity, balance losses and metrics."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from llama_jax.nn.base import FeedForward, FeedForwardModule, ForwardContext, ch
 from llama_jax.nn.experts.dispatch import Product, apply_experts, ranks
 from llama_jax.nn.experts.routers import Router, Routing, SoftmaxTopK
 from llama_jax.nn.feed_forward import ACTIVATIONS, MLP, Activation, GatedLinearUnit
-from llama_jax.nn.parameters import Projection, child, parameter
+from llama_jax.nn.parameters import Projection, cast_and_gather, child, matmul, parameter
 from llama_jax.nn.quantized import Form
 from llama_jax.parallel import spec
 
@@ -29,8 +30,10 @@ class Experts(FeedForward):
     num_experts: number of experts to choose from.
     intermediate_size: width inside of each.
     router: choice of each token's experts and of their gates.
-    activation: inside of them: relu, relu_squared, gelu_tanh, silu or tanh.
+    activation: inside of them: relu, relu_squared, gelu_tanh, quick_gelu, silu or tanh.
     gated: down(activation(gate(x)) * up(x)) rather than down(activation(up(x))).
+    bias: biases on all projections of the chosen experts; the shared ones have none.
+    limit: of gated ones, as in GPT-OSS: gate(x) is at most this, up(x) within this of 0, and 1 is added to it; or none.
     num_shared: number of further experts for every token, as one feed-forward of their widths' sum (DeepSeekMoE).
     shared_size: width of that feed-forward where it is another; none for the sum.
     shared_gate: multiply its result by the sigmoid of a linear map of the token to one number (Qwen1.5-MoE).
@@ -47,6 +50,8 @@ class Experts(FeedForward):
     router: Router
     activation: Activation
     gated: bool
+    bias: bool = False
+    limit: float | None = None
     num_shared: int = 0
     shared_size: int | None = None
     shared_gate: bool = False
@@ -73,6 +78,9 @@ class Experts(FeedForward):
         if self.capacity is not None and self.capacity_factor is not None:
             raise UserError(f"capacity={self.capacity} and capacity_factor={self.capacity_factor}: give one of them")
         check_above_zero(self, "capacity", "capacity_factor", hint=", or none to drop nothing")
+        check_above_zero(self, "limit")
+        if self.limit is not None and (not self.gated or self.num_shared):
+            raise UserError(f"limit={self.limit} is for gated experts without shared ones: set it to none")
         if self.activation == "gelu":  # JAX 0.12 refuses erf inside of `shard_map`
             raise UserError("activation='gelu' is not there for experts: take gelu_tanh, its approximation")
         self.router.check(self.num_experts)
@@ -114,10 +122,13 @@ class _Matrices(nnx.Module):
 
     summed_dims = (1,)
 
-    def __init__(self, num_experts: int, in_dim: tuple[str, int], out_dim: tuple[str, int], *, rngs: nnx.Rngs):
+    def __init__(
+        self, num_experts: int, in_dim: tuple[str, int], out_dim: tuple[str, int], *, bias: bool, rngs: nnx.Rngs
+    ):
         (in_axis, i), (out_axis, o) = in_dim, out_dim
         axes = ("expert", in_axis, out_axis)
         self.weight: nnx.Variable | Form = parameter(rngs, "weight", (num_experts, i, o), axes, std=i**-0.5)
+        self.bias = parameter(rngs, "bias", (num_experts, o), ("expert", out_axis), std=0.0) if bias else None
 
 
 class _Stack(nnx.Module):
@@ -125,14 +136,18 @@ class _Stack(nnx.Module):
 
     def __init__(self, config: Experts, width: int, *, rngs: nnx.Rngs):
         outer, inner, e = ("embed", width), ("mlp", config.intermediate_size), config.num_experts
-        self.gate_proj = _Matrices(e, outer, inner, rngs=child(rngs, "gate_proj")) if config.gated else None
-        self.up_proj = _Matrices(e, outer, inner, rngs=child(rngs, "up_proj"))
-        self.down_proj = _Matrices(e, inner, outer, rngs=child(rngs, "down_proj"))
+        matrices = functools.partial(_Matrices, e, bias=config.bias)
+        self.gate_proj = matrices(outer, inner, rngs=child(rngs, "gate_proj")) if config.gated else None
+        self.up_proj = matrices(outer, inner, rngs=child(rngs, "up_proj"))
+        self.down_proj = matrices(inner, outer, rngs=child(rngs, "down_proj"))
 
     def params(self) -> dict[str, nnx.Variable | Form]:
-        """Return the stored matrices by name."""
-        found = {"gate": self.gate_proj, "up": self.up_proj, "down": self.down_proj}
-        return {name: matrices.weight for name, matrices in found.items() if matrices is not None}
+        """Return the stored matrices by name, and the biases inside of the experts."""
+        named = {"gate": self.gate_proj, "up": self.up_proj, "down": self.down_proj}
+        named = {name: matrices for name, matrices in named.items() if matrices is not None}
+        found: dict[str, nnx.Variable | Form] = {name: matrices.weight for name, matrices in named.items()}
+        biases = {f"{name}_bias": matrices.bias for name, matrices in named.items() if name != "down"}
+        return found | {name: bias for name, bias in biases.items() if bias is not None}
 
 
 class ExpertsModule(FeedForwardModule):
@@ -173,9 +188,19 @@ class ExpertsModule(FeedForwardModule):
             kept = wanted & (rank < self._limit(ctx.is_token, length))
 
         def body(rows: jax.Array, matrices: dict[str, jax.Array], product: Product) -> jax.Array:
-            activation, up = ACTIVATIONS[config.activation], product(rows, matrices["up"])
-            inner = activation(product(rows, matrices["gate"])) * up if config.gated else activation(up)
-            return product(inner, matrices["down"])
+            def projected(name: str) -> jax.Array:
+                y = product(rows, matrices[name])
+                if config.bias:  # a product with ones gives every row the bias of its expert
+                    y += product(jnp.ones_like(rows[..., :1]), matrices[f"{name}_bias"][:, None])
+                return y
+
+            activation, up = ACTIVATIONS[config.activation], projected("up")
+            if not config.gated:
+                return product(activation(up), matrices["down"])
+            gate = projected("gate")
+            if config.limit is not None:
+                gate, up = jnp.minimum(gate, config.limit), jnp.clip(up, -config.limit, config.limit) + 1
+            return product(activation(gate) * up, matrices["down"])
 
         with jax.named_scope("experts"):
             y = apply_experts(
@@ -188,6 +213,10 @@ class ExpertsModule(FeedForwardModule):
                 rank=rank if by_capacity else None,
                 capacity=config.slots(length),
             )
+        if (bias := self.experts.down_proj.bias) is not None:
+            # Outside of the experts, whose results are sums over the devices that split their width.
+            chosen = jax.nn.one_hot(routing.experts, config.num_experts) * (routing.gates * kept)[..., None]
+            y = y + matmul(chosen.sum(2).astype(x.dtype), cast_and_gather(bias, x.dtype))
         if self.shared is not None:
             with jax.named_scope("shared"):
                 of_shared = self.shared(x, ctx=ctx)[0]

@@ -225,6 +225,7 @@ class SoftmaxTopK(_TopK):
     scaling: factor of the gates after that.
     num_groups: equal groups of experts, such as those of a device; 1 for none.
     top_groups: number of groups that a token may go to: those with the likeliest experts.
+    bias: a bias on the logits.
     """
 
     top_k: int
@@ -232,8 +233,12 @@ class SoftmaxTopK(_TopK):
     scaling: float = 1.0
     num_groups: int = 1
     top_groups: int = 1
+    bias: bool = False
 
     best_of_group = 1
+
+    def build(self, width: int, num_experts: int, *, rngs: nnx.Rngs) -> RouterModule:
+        return LinearRouter(self, width, num_experts, bias=self.bias, rngs=rngs)
 
     def route(self, logits: Float[Array, "b t e"], ctx: ForwardContext) -> Routing:
         probabilities = jax.nn.softmax(logits)

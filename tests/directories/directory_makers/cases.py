@@ -31,6 +31,12 @@ DEEPSEEK_SPLIT = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Words by the case of their letters, as OpenAI's o200k.
+O200K_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 DECODER = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -651,6 +657,43 @@ def roberta() -> Case:
     return Case("RobertaForMaskedLM", fixed(ENCODER | {"type_vocab_size": 1}), found)
 
 
+def gpt_oss() -> Case:
+    """o200k_harmony: its split, its special tokens, harmony's template as a file, three stops."""
+    names = ("<|startoftext|>", "<|endoftext|>", "<|reserved_200000|>", "<|return|>", "<|constrain|>", "<|channel|>")
+    names += ("<|start|>", "<|end|>", "<|message|>", "<|call|>", "<|endofprompt|>")
+    tokenizer = files.byte_level(60, (), names, pattern=O200K_SPLIT)
+    settings = {
+        "added_tokens_decoder": decoder_table(tokenizer, names),
+        "bos_token": "<|startoftext|>",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|return|>",
+        "extra_special_tokens": {},
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": 1000000000000000019884624838656,
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    scaling = {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 32,
+        "rope_theta": 150000.0,
+        "rope_type": "yarn",
+        "truncate": False,
+    }
+    config = DECODER | {"head_dim": 4, "max_position_embeddings": 1024, "rope_parameters": scaling}
+    config |= {"intermediate_size": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}
+    said = (*CHAT[:1], {"role": "assistant", "content": "an hour."}, CHAT[2])
+    return Case(
+        "GptOssForCausalLM",
+        named(config),
+        fast(settings, tokenizer, **{"chat_template.jinja": files.HARMONY}),
+        ("<|return|>", "<|endoftext|>", "<|call|>"),
+        conversations=(said, SYSTEM),
+    )
+
+
 CASES: dict[str, Callable[[], Case]] = {
     make.__name__: make
     for make in (
@@ -677,6 +720,7 @@ CASES: dict[str, Callable[[], Case]] = {
         switch_transformers,
         bert,
         roberta,
+        gpt_oss,
     )
 }
 

@@ -93,6 +93,69 @@ DEEPSEEK_V31 = (
     "{%- endif %}{%- endfor -%}{%- if add_generation_prompt %}{{ '<｜Assistant｜>' }}"
     "{{ '<think>' if thinking else '</think>' }}{%- endif %}"
 )
+# Harmony's conversations (OpenAI 2025): what the release's template makes of messages and tools, in fewer words. The
+# date is a constant, which strftime leaves as it is.
+HARMONY = """\
+{%- macro of_type(spec) -%}
+    {%- if spec.type == "array" -%}
+        {{- of_type(spec['items']) + "[]" -}}
+    {%- elif spec.enum is defined -%}
+        {%- for value in spec.enum -%}{{- value | tojson -}}{%- if not loop.last %} | {% endif -%}{%- endfor -%}
+    {%- elif spec.type == "integer" -%}
+        number
+    {%- else -%}
+        {{- spec.type or "any" -}}
+    {%- endif -%}
+{%- endmacro -%}
+{%- macro message(role, channel, content, end) -%}
+    {{- "<|start|>" + role -}}
+    {%- if channel -%}{{- "<|channel|>" + channel -}}{%- endif -%}
+    {{- "<|message|>" + content + end -}}
+{%- endmacro -%}
+{%- set system -%}
+    {{- "You are a little model.\\nKnowledge cutoff: 2024-06\\nCurrent date: " + strftime_now("2025-06-28") -}}
+    {{- "\\n\\nReasoning: " + (reasoning_effort if reasoning_effort is defined else "medium") -}}
+    {{- "\\n\\n# Valid channels: analysis, commentary, final." -}}
+{%- endset -%}
+{{- message("system", none, system, "<|end|>") -}}
+{%- if messages[0].role in ["system", "developer"] -%}
+    {%- set instructions, rest = messages[0].content, messages[1:] -%}
+{%- else -%}
+    {%- set instructions, rest = none, messages -%}
+{%- endif -%}
+{%- if instructions or tools -%}
+    {%- set text = namespace(value="") -%}
+    {%- if instructions -%}{%- set text.value = "# Instructions\\n\\n" + instructions -%}{%- endif -%}
+    {%- for tool in tools or [] -%}
+        {%- set function = tool.function -%}
+        {%- set text.value = text.value + "\\n\\n// " + function.description -%}
+        {%- set text.value = text.value + "\\ntype " + function.name + " = (_: {" -%}
+        {%- for name, spec in function.parameters.properties.items() -%}
+            {%- set text.value = text.value + name + ": " + of_type(spec) + "," -%}
+        {%- endfor -%}
+        {%- set text.value = text.value + "}) => any;" -%}
+    {%- endfor -%}
+    {{- message("developer", none, text.value, "<|end|>") -}}
+{%- endif -%}
+{%- set last_call = namespace(name=none) -%}
+{%- for m in rest -%}
+    {%- if m.role == "assistant" and "<|channel|>" in (m.content or "") -%}
+        {{- raise_exception("An answer has the text of its final channel alone.") -}}
+    {%- elif m.role == "assistant" and m.tool_calls -%}
+        {%- set call = m.tool_calls[0].function -%}
+        {%- set last_call.name = call.name -%}
+        {{- message("assistant to=functions." + call.name, "commentary json", call.arguments | tojson, "<|call|>") -}}
+    {%- elif m.role == "assistant" -%}
+        {%- set closes = loop.last and not add_generation_prompt -%}
+        {{- message("assistant", "final", m.content, "<|return|>" if closes else "<|end|>") -}}
+    {%- elif m.role == "tool" -%}
+        {{- message("functions." + last_call.name + " to=assistant", "commentary", m.content | tojson, "<|end|>") -}}
+    {%- else -%}
+        {{- message(m.role, none, m.content, "<|end|>") -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- "<|start|>assistant" -}}{%- endif -%}
+"""
 TOOLS = "{% for tool in tools or [] %}{{ tool['name'] }} {% endfor %}" + CHATML
 
 
