@@ -28,7 +28,7 @@ class RopeScaling(Component):
         return 1.0
 
     def beyond(self) -> tuple[int, "RopeScaling"] | None:
-        """Return the last length of a text that has these frequencies and the scaling of longer ones, if there is one."""
+        """Return the longest text that has these frequencies, and the scaling of longer ones; None for all texts."""
         return None
 
 

@@ -24,8 +24,8 @@ from llama_jax.nn import (
 )
 from llama_jax.zoo import llama
 from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, read_quantization
-from llama_jax.zoo.rope import read_rope, write_rope
 from llama_jax.zoo.registry import Family
+from llama_jax.zoo.rope import read_rope, write_rope
 from llama_jax.zoo.weights import TensorNames, WeightMapping, mappings
 
 _Q_LORA_RANK = 1536

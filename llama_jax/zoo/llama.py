@@ -11,8 +11,8 @@ from llama_jax.models import DecoderConfig
 from llama_jax.nn import GroupedQuery, Llama3Scaling, RMSNorm, Rope, RopeScaling, SwiGLU
 from llama_jax.zoo.known_keys import is_off
 from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, typed
-from llama_jax.zoo.rope import read_rope, write_rope
 from llama_jax.zoo.registry import Family, MetaFiles
+from llama_jax.zoo.rope import read_rope, write_rope
 from llama_jax.zoo.weights import TensorNames, mappings
 
 
@@ -103,7 +103,7 @@ ATTENTION = {
     "attention.v_proj": ("self_attn.v_proj", "(k h) d -> d k h", "(k h) -> k h"),
     "attention.o_proj": ("self_attn.o_proj", "d (n h) -> n h d", "d -> d"),
 }
-_FEED_FORWARD = {
+FEED_FORWARD = {
     "feed_forward.gate_proj": ("mlp.gate_proj", "f d -> d f", "f -> f"),
     "feed_forward.up_proj": ("mlp.up_proj", "f d -> d f", "f -> f"),
     "feed_forward.down_proj": ("mlp.down_proj", "d f -> f d", "d -> d"),
@@ -212,6 +212,6 @@ LLAMA = Family(
     read=_read,
     write=_write,
     harmless=CAUSAL,
-    names=TensorNames(mappings(ENDS | HEAD) + mappings(NORMS | ATTENTION | _FEED_FORWARD, "layers.", LAYER), TIED),
+    names=TensorNames(mappings(ENDS | HEAD) + mappings(NORMS | ATTENTION | FEED_FORWARD, "layers.", LAYER), TIED),
     meta=MetaFiles(TensorNames(META_WEIGHTS, META_TIED), from_meta),
 )

@@ -167,7 +167,9 @@ def write_rope(attention: Any, label: str) -> Json:
         if kind is None:
             raise UserError(f"{type(scaling).__name__} has no place in {label}")
         keys = {"original_max_positions": _OLD_LENGTH}
-        written = {"rope_type": kind} | {keys.get(n, n): value for n, value in dataclasses.asdict(scaling).items()}
+        fields = {keys.get(name, name): value for name, value in dataclasses.asdict(scaling).items()}
+        lists = {key: list(value) for key, value in fields.items() if isinstance(value, tuple)}
+        written = {"rope_type": kind} | fields | lists
     return {"rope_theta": attention.rope.theta, "rope_scaling": written}
 
 
