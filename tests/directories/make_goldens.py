@@ -12,7 +12,9 @@ whose greedy tokens are clear (the best is MARGIN above the second) and of which
 the length.
 """
 
+import importlib
 import json
+import pkgutil
 import shutil
 import sys
 import tempfile
@@ -26,10 +28,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))
 
-from directory_makers.cases import CASES, Case, model_class
+import directory_makers
+from directory_makers.cases import Case, model_class
 from directory_makers.tokenizer_files import write
 from golden_makers.common import randomize
 
+# What every module of the folder makes.
+NAMES = [found.name for found in pkgutil.iter_modules(directory_makers.__path__)]
+MODULES = [importlib.import_module(f"directory_makers.{name}") for name in NAMES]
+CASES = {name: make for module in MODULES for name, make in getattr(module, "CASES", {}).items()}
 GOLDENS = Path(__file__).parent / "goldens"
 NEW_TOKENS, MARGIN = 12, 0.02
 
