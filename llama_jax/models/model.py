@@ -117,7 +117,10 @@ class Transformer(nnx.Module):
             # Keys of places behind a row's end are masked, so their bias does not matter.
             num_keys = max(x.shape[2] for x in jax.tree.leaves(cache) if x.ndim == 4)  # keys are [B, K, S, H]
             bias = self.bias(places, jnp.arange(num_keys))
-        return places, self.context(Mask(query_places=places), is_token=is_token, position_bias=bias)
+        ctx = self.context(Mask(query_places=places), is_token=is_token, position_bias=bias)
+        if is_token is not None:  # padding has no position of its own, which could make a row a long one
+            places = jnp.minimum(places, places[:, :1] + jnp.maximum(is_token.sum(axis=1)[:, None] - 1, 0))
+        return places, ctx
 
     def bias(self, queries: Int[Array, "#b t"], keys: Int[Array, " s"], *, side: str = "") -> jax.Array | None:
         """Return the bias of the scores between these positions, [1 or B, N, T, S], or None."""

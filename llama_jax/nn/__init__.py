@@ -114,6 +114,7 @@ from llama_jax.nn.recurrent import (
 from llama_jax.nn.rope import (
     LinearScaling as LinearScaling,
     Llama3Scaling as Llama3Scaling,
+    LongRopeScaling as LongRopeScaling,
     NTKScaling as NTKScaling,
     Rope as Rope,
     RopeScaling as RopeScaling,

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import Component, Known, UserError
-from llama_jax.nn.base import check_at_least
+from llama_jax.nn.base import check_above_zero, check_at_least, known_heads
 
 
 class RopeScaling(Component):
@@ -26,6 +26,10 @@ class RopeScaling(Component):
     def score_magnitude(self) -> float:
         """Return the factor of latent attention's scores."""
         return 1.0
+
+    def beyond(self) -> tuple[int, "RopeScaling"] | None:
+        """Return the longest text that has these frequencies, and the scaling of longer ones; None for all texts."""
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +61,20 @@ class Rope:
         return frequencies if self.scaling is None else self.scaling.frequencies(frequencies, self.theta, head_dim)
 
     def rotate(self, x: Float[Array, "b t n h"], positions: Int[Array, "b t"]) -> Float[Array, "b t n h"]:
-        """Return x rotated by its positions; angles are float32 whatever the dtype of x."""
+        """Return x rotated by its positions; angles are float32 whatever the dtype of x.
+
+        Where the scaling differs for long texts, the largest position of each row decides for the whole row.
+        """
         frequencies = jnp.asarray(self.frequencies(x.shape[-1]), jnp.float32)
+        if self.scaling is not None and (beyond := self.scaling.beyond()) is not None:
+            length, scaling = beyond
+            long = jnp.asarray(dataclasses.replace(self, scaling=scaling).frequencies(x.shape[-1]), jnp.float32)
+            is_long = positions.max(axis=1)[:, None, None, None] >= length
+            frequencies = jnp.where(is_long, long, frequencies)
         angles = positions[..., None, None].astype(jnp.float32) * frequencies
         magnitude = 1.0 if self.scaling is None else self.scaling.magnitude()
         cos, sin = magnitude * jnp.cos(angles), magnitude * jnp.sin(angles)
-        rotary, rest = x[..., : 2 * len(frequencies)], x[..., 2 * len(frequencies) :]
+        rotary, rest = jnp.split(x, [2 * frequencies.shape[-1]], axis=-1)
         # Pair i is (x[i], x[i + rotary_dim/2]), which turns by the angle of its position.
         first, second = jnp.split(rotary.astype(jnp.float32), 2, axis=-1)
         rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
@@ -196,3 +208,50 @@ class Llama3Scaling(RopeScaling):
         turns = self.original_max_positions * frequencies / (2 * math.pi)
         keep = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
         return frequencies / self.factor * (1 - keep) + frequencies * keep
+
+
+@dataclasses.dataclass(frozen=True)
+class LongRopeScaling(RopeScaling):
+    """LongRoPE (Ding et al. 2024): each pair is slowed by its own factor, another one in texts beyond the old context.
+
+    short_factor: of every pair, where a row's positions all are within the context of pretraining.
+    long_factor: of every pair in other rows.
+    original_max_positions: the context of pretraining.
+    attention_factor: factor of cos and sin, in short and in long rows.
+    """
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_max_positions: int
+    attention_factor: float
+
+    @classmethod
+    def follow(cls, known: Known) -> dict[str, Any]:
+        same = (1.0,) * ((known.get("rotary_dim") or known_heads(known)[1]) // 2)
+        usual = {"short_factor": same, "long_factor": same, "attention_factor": 1.0}
+        return usual | {"original_max_positions": known.get("max_positions")}
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "original_max_positions")
+        check_above_zero(self, "attention_factor")
+        if not self.short_factor or min(*self.short_factor, *self.long_factor) <= 0:
+            raise UserError("short_factor and long_factor must be a number above 0 for every pair of a head")
+        if len(self.short_factor) != len(self.long_factor):
+            raise UserError(
+                f"short_factor has {len(self.short_factor)} numbers and long_factor {len(self.long_factor)}: both must "
+                "have one for every pair of a head"
+            )
+
+    def magnitude(self) -> float:
+        return self.attention_factor
+
+    def beyond(self) -> tuple[int, RopeScaling]:
+        return self.original_max_positions, dataclasses.replace(self, short_factor=self.long_factor)
+
+    def frequencies(self, frequencies: np.ndarray, theta: float, head_dim: int) -> np.ndarray:
+        if len(self.short_factor) != len(frequencies):
+            raise UserError(
+                f"short_factor and long_factor have {len(self.short_factor)} numbers, and heads have "
+                f"{len(frequencies)} rotary pairs: give one for each"
+            )
+        return frequencies / np.array(self.short_factor)

@@ -17,7 +17,17 @@ from llama_jax.sampling.batch import Batch, Request as Request, Text
 from llama_jax.sampling.beams import beam_search
 from llama_jax.sampling.config import LARGEST
 from llama_jax.sampling.constraints import Constraint, constraint_of
-from llama_jax.sampling.loop import NOT_NUMBERS, CacheSize, Logged, Rows, bucket, can_be_cut, place, power_of_two
+from llama_jax.sampling.loop import (
+    NOT_NUMBERS,
+    CacheSize,
+    Logged,
+    Rows,
+    bucket,
+    can_be_cut,
+    place,
+    power_of_two,
+    turns_by_length,
+)
 from llama_jax.sampling.prefill import Prefill, Prefixes
 from llama_jax.sampling.sampler import Sampler
 from llama_jax.sampling.speculative import MTP, Speculation
@@ -77,7 +87,7 @@ class Engine:
 
     rows: most rows of the batch, rounded up to a power of two.
     length: most tokens of a text, its prompt included; None for the model's positions.
-    prefill_chunk: tokens of prompts that a step runs, at most; prompts of models with recurrent states run whole.
+    prefill_chunk: tokens of prompts that a step runs, at most; those of models with states or LongRoPE run whole.
     decode_chunk: new tokens of a row that a step makes, at most; the first one comes alone.
     cache_dtype: type of the cached keys and values: float32, bfloat16 or int8; None for that of the activations.
     prefix_bytes: memory for the caches of earlier texts, whose common beginnings are not computed again.
@@ -113,13 +123,15 @@ class Engine:
         self._length = min(length or config.length_limit, config.length_limit)
         start = self._settings.decoder_start_id
         self._start_id = int(getattr(config, "decoder_start_id", 0) if start is None else start)
-        self._prefill_chunk = prefill_chunk if (cuts := not config.has_source and can_be_cut(config)) else None
+        cuts = not config.has_source and can_be_cut(config)
+        parts = cuts and not turns_by_length(config)
+        self._prefill_chunk = prefill_chunk if parts else None
         self._dtype = None if cache_dtype is None else jnp.dtype(cache_dtype).name
         if self._dtype not in (None, "float32", "bfloat16", "int8"):
             raise UserError(f"cache_dtype={cache_dtype} must be float32, bfloat16 or int8")
         if self._dtype == "int8" and not (cuts or config.has_source):
             raise UserError("cache_dtype=int8 is for attention, and this model keeps states: leave it out")
-        self._prefixes = Prefixes(self._model, prefix_bytes if cuts else 0)
+        self._prefixes = Prefixes(self._model, prefix_bytes if parts else 0)
         self._speculation, self._room = speculation, speculation.room if speculation else 0
         # Further blocks read texts from their beginning, which would be written over a window's entries.
         whole = config.has_source or (speculation is not None and speculation.kind == MTP)

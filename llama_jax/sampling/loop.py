@@ -121,6 +121,12 @@ def can_be_cut(config: ModelConfig) -> bool:
     return all(a.shape != b.shape for a, b in zip(*shapes, strict=True))
 
 
+def turns_by_length(config: ModelConfig) -> bool:
+    """Return whether keys depend on how long the text is (LongRoPE), so that a prompt's must be computed at once."""
+    ropes = [getattr(mixer, "rope", None) for mixer, _ in config.layer_pieces()]
+    return any(rope is not None and rope.scaling is not None and rope.scaling.beyond() for rope in ropes)
+
+
 def prefill(
     model: Model, size: CacheSize, cache: PyTree | None, tokens: np.ndarray, starts: np.ndarray, counts: np.ndarray
 ) -> PyTree:

@@ -8,9 +8,7 @@ released weights are `Presets`.
 from llama_jax.zoo.reading import (
     ConfigReader as ConfigReader,
     Key as Key,
-    read_rope as read_rope,
     without_keys as without_keys,
-    write_rope as write_rope,
 )
 from llama_jax.zoo.registry import (
     Family as Family,
@@ -23,4 +21,5 @@ from llama_jax.zoo.registry import (
     presets as presets,
     register as register,
 )
+from llama_jax.zoo.rope import read_rope as read_rope, write_rope as write_rope
 from llama_jax.zoo.weights import TensorNames as TensorNames, WeightMapping as WeightMapping, mappings as mappings

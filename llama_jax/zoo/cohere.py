@@ -11,8 +11,9 @@ from llama_jax.models import DecoderConfig
 from llama_jax.nn import LayerNorm, SwiGLU
 from llama_jax.zoo import llama
 from llama_jax.zoo.layers import FULL, SLIDING, every, in_turns, read_layer_types, sliding_window, write_layer_types
-from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, read_rope, write_rope
+from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key
 from llama_jax.zoo.registry import Family
+from llama_jax.zoo.rope import read_rope, write_rope
 from llama_jax.zoo.weights import TensorNames, mappings
 
 

@@ -34,8 +34,9 @@ from llama_jax.zoo.experts import (
     with_mtp_tensors,
     write_dense,
 )
-from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, read_quantization, read_rope, write_rope
+from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, read_quantization
 from llama_jax.zoo.registry import Family
+from llama_jax.zoo.rope import read_rope, write_rope
 from llama_jax.zoo.weights import TensorNames, mappings
 
 _Q_LORA_RANK = 1536

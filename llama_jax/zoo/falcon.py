@@ -11,8 +11,9 @@ from llama_jax.config import Json
 from llama_jax.models import DecoderConfig
 from llama_jax.nn import Activation, Alibi
 from llama_jax.zoo.gpt_neox import NORMS, ends, fused_layers, layer_norm_decoder, rotary
-from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, expect, read_rope, write_rope
+from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, expect
 from llama_jax.zoo.registry import Family
+from llama_jax.zoo.rope import read_rope, write_rope
 from llama_jax.zoo.weights import TensorNames
 
 
@@ -27,7 +28,7 @@ def _falcon(*, alibi: bool = False, theta: float = 10_000.0, scaling: Any = None
 
 def _released(layers: int, width: int, heads: int, kv_heads: int, parallel: str, **fields: Any) -> DecoderConfig:
     usual: Json = {"vocab_size": 65_024, "max_positions": 2048, "bias": False, "tie_embeddings": True}
-    sizes = {"num_layers": layers, "hidden_size": width, "num_heads": heads, "num_kv_heads": kv_heads}
+    sizes: Json = {"num_layers": layers, "hidden_size": width, "num_heads": heads, "num_kv_heads": kv_heads}
     return _falcon(**usual | sizes | fields, parallel=parallel)
 
 

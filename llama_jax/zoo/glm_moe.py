@@ -20,8 +20,9 @@ from llama_jax.zoo.experts import (
     with_mtp_tensors,
     write_dense,
 )
-from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, read_rope, write_rope
+from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key
 from llama_jax.zoo.registry import Family
+from llama_jax.zoo.rope import read_rope, write_rope
 from llama_jax.zoo.weights import mappings
 
 _BALANCE = 1e-4  # section 2.4, no key of config.json

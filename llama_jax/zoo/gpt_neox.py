@@ -11,8 +11,9 @@ from llama_jax.config import Json, UserError
 from llama_jax.models import DecoderConfig
 from llama_jax.nn import MLP, Activation, GroupedQuery, LayerNorm, Norm, Rope, RopeScaling
 from llama_jax.zoo import llama
-from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, read_rope, write_rope
+from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key
 from llama_jax.zoo.registry import Family
+from llama_jax.zoo.rope import read_rope, write_rope
 from llama_jax.zoo.transformer import full_heads
 from llama_jax.zoo.weights import TensorNames, WeightMapping, mappings
 

@@ -62,3 +62,8 @@ def sliding_window(config: DecoderConfig) -> int | None:
     """Return the window of the first layer that has one."""
     windows = [getattr(mixer, "window", None) for mixer, _ in config.layer_pieces()]
     return next((window for window in windows if window is not None), None)
+
+
+def mixers_by_type(config: DecoderConfig) -> dict[str, Any]:
+    """Return an attention of each type that the layers have."""
+    return dict(zip(write_layer_types(config), (mixer for mixer, _ in config.layer_pieces()), strict=True))

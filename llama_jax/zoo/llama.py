@@ -10,8 +10,9 @@ from llama_jax.config import Json, UserError
 from llama_jax.models import DecoderConfig
 from llama_jax.nn import GroupedQuery, Llama3Scaling, Norm, RMSNorm, Rope, RopeScaling, SwiGLU
 from llama_jax.zoo.known_keys import is_off
-from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, read_rope, typed, write_rope
+from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, typed
 from llama_jax.zoo.registry import Family, MetaFiles
+from llama_jax.zoo.rope import read_rope, write_rope
 from llama_jax.zoo.weights import TensorNames, mappings
 
 

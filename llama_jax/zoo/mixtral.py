@@ -7,8 +7,9 @@ from llama_jax.config import Json, UserError
 from llama_jax.models import DecoderConfig, LayerOverride
 from llama_jax.nn import Experts, GatedLinearUnit, GroupedQuery, GShardRouter, RelativeBias, RMSNorm, SoftmaxTopK
 from llama_jax.zoo import llama
-from llama_jax.zoo.reading import CAUSAL, ConfigReader, Key, read_rope
+from llama_jax.zoo.reading import CAUSAL, ConfigReader, Key
 from llama_jax.zoo.registry import Family, MetaFiles, Presets
+from llama_jax.zoo.rope import read_rope
 from llama_jax.zoo.weights import TensorNames, WeightMapping, mappings
 
 _BALANCE = 0.02  # weight of the load-balance loss in Mistral's releases

@@ -12,8 +12,9 @@ from llama_jax.models import DecoderConfig
 from llama_jax.nn import Experts, RMSNorm, SoftmaxTopK
 from llama_jax.zoo import llama
 from llama_jax.zoo.experts import dense_layers, feed_forwards, released, write_dense
-from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, read_rope, write_rope
+from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key
 from llama_jax.zoo.registry import Family
+from llama_jax.zoo.rope import read_rope, write_rope
 from llama_jax.zoo.weights import TensorNames, mappings
 
 

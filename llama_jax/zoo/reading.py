@@ -9,7 +9,7 @@ from typing import Any
 
 from llama_jax.config import Json, UserError
 from llama_jax.models import ModelConfig
-from llama_jax.nn import Activation, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+from llama_jax.nn import Activation
 from llama_jax.zoo.known_keys import is_off, origin
 
 _MISSING: Any = object()
@@ -235,106 +235,6 @@ def write_activation(activation: str, label: str) -> str:
         if own == activation:
             return name
     raise UserError(f"activation={activation} has no place in {label}")
-
-
-# Scalings by rope_type. Their fields are keys of rope_scaling, but for one name; of the others these may be absent.
-_SCALINGS: dict[str, type[Any]] = {"linear": LinearScaling, "llama3": Llama3Scaling, "yarn": YarnScaling}
-_OLD_LENGTH = "original_max_position_embeddings"
-_YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
-
-
-def _pop_rope(rest: Json, kind: str, key: str, type_: Any, default: Any = _MISSING) -> Any:
-    """Take a key of rope_scaling out of `rest`. Raises UserError where it is missing or of another type."""
-    if key not in rest and default is _MISSING:
-        raise UserError(f"config.json has rope_type={kind!r} without '{key}'")
-    return typed(rest.pop(key, default), type_, f"config.json has rope_scaling.{key}")
-
-
-def _read_scaling(rest: Json, kind: str, max_positions: int) -> RopeScaling | None:
-    """Return the scaling of a rope_type, and take its keys out of `rest`."""
-    if kind == "dynamic":
-        # Frequencies change where a text is longer than max_positions, and no text here becomes that long.
-        _pop_rope(rest, kind, "factor", float, 1.0)
-    if kind in ("default", "dynamic"):
-        return None
-    if kind not in _SCALINGS:
-        raise UserError(
-            f"config.json has rope_type={kind!r}, which is not supported: linear, dynamic, yarn and llama3 are"
-        )
-    fields = {}
-    for name in (field.name for field in dataclasses.fields(_SCALINGS[kind])):
-        if name == "original_max_positions":
-            fields[name] = _pop_rope(rest, kind, _OLD_LENGTH, int, max_positions)
-        elif name == "truncate":
-            fields[name] = _pop_rope(rest, kind, name, bool, True)
-        else:
-            fields[name] = _pop_rope(rest, kind, name, float, _YARN_DEFAULTS.get(name, _MISSING))
-    scaling = _SCALINGS[kind](**fields)
-    if kind == "yarn":
-        # Hugging Face computes it where it is not given; another value would be another model.
-        magnitude = scaling.magnitude()
-        if abs(_pop_rope(rest, kind, "attention_factor", float, magnitude) - magnitude) > 1e-6:
-            raise UserError("config.json has its own rope_scaling.attention_factor, which is not supported")
-    return scaling
-
-
-def read_rope(
-    reader: ConfigReader,
-    max_positions: int,
-    theta: float = 10_000.0,
-    *,
-    partial: float = 1.0,
-    other_partials: bool = False,
-) -> Json:
-    """Return `theta` and `scaling` of both spellings: `rope_theta` with `rope_scaling`, or `rope_parameters`.
-
-    `partial` is the share of a head that the family rotates, and the only one that may be asked for; with
-    `other_partials` the usual one, and what was asked for is returned too. Dynamic NTK, which changes nothing up to
-    `max_positions`, counts as none. Raises UserError for a kind that is not supported and for keys that are not known.
-    """
-    theta, before = reader.take("rope_theta", float, theta), reader.take(_OLD_LENGTH, int, None)
-    found = reader.take("partial_rotary_factor", float, partial)
-    old, new = reader.take("rope_scaling", dict, {}), reader.take("rope_parameters", dict, {})
-    if old and new and old != new:
-        raise UserError("config.json has both rope_scaling and rope_parameters, and they differ")
-    rest = {key: value for key, value in (old | new).items() if not is_off(value) or key == "truncate"}
-    kind = typed(rest.pop("rope_type", rest.pop("type", "default")), str, "config.json has rope_scaling.rope_type")
-    rest.pop("type", None)
-    rest.pop("finetuned", None)  # whether the weights were trained with it
-    if before is not None and kind in ("llama3", "yarn"):
-        rest[_OLD_LENGTH] = before
-    if kind in ("default", "linear", "dynamic"):
-        rest.pop(_OLD_LENGTH, None)  # of the weights before; these kinds do not read it
-
-    theta = _pop_rope(rest, kind, "rope_theta", float, theta)
-    scaling = _read_scaling(rest, kind, max_positions)
-    asked = _pop_rope(rest, kind, "partial_rotary_factor", float, found)
-    if not other_partials and {asked, found} != {partial}:
-        raise UserError(f"config.json has partial_rotary_factor={asked}, and {reader.label} can only have {partial}")
-    if rest:
-        raise UserError(
-            f"config.json has rope_scaling.{next(iter(rest))}, which is not supported with {kind!r}; where it changes "
-            f"no logit, pass --ignore-config-keys rope_scaling.{next(iter(rest))}"
-        )
-    return {"theta": theta, "scaling": scaling} | ({"partial": asked} if other_partials else {})
-
-
-def write_rope(attention: Any, label: str) -> Json:
-    """Return `rope_theta` and `rope_scaling` of an attention's rotary positions.
-
-    Raises UserError where it has none, or a scaling that Hugging Face does not have.
-    """
-    if attention.rope is None:
-        raise UserError(f"rope=None has no place in {label}")
-    scaling: Any = attention.rope.scaling
-    written = None
-    if scaling is not None:
-        kind = next((name for name, scaling_type in _SCALINGS.items() if type(scaling) is scaling_type), None)
-        if kind is None:
-            raise UserError(f"{type(scaling).__name__} has no place in {label}")
-        keys = {"original_max_positions": _OLD_LENGTH}
-        written = {"rope_type": kind} | {keys.get(n, n): value for n, value in dataclasses.asdict(scaling).items()}
-    return {"rope_theta": attention.rope.theta, "rope_scaling": written}
 
 
 def read_quantization(reader: ConfigReader) -> None:

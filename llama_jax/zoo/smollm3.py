@@ -10,8 +10,9 @@ from llama_jax.config import Json, UserError
 from llama_jax.models import DecoderConfig
 from llama_jax.zoo import llama
 from llama_jax.zoo.layers import FULL, SLIDING, every, in_turns, read_layer_types, sliding_window, write_layer_types
-from llama_jax.zoo.reading import CAUSAL, ConfigReader, write_rope
+from llama_jax.zoo.reading import CAUSAL, ConfigReader
 from llama_jax.zoo.registry import Family
+from llama_jax.zoo.rope import write_rope
 
 _PERIOD = 4
 

@@ -10,8 +10,9 @@ from llama_jax.config import Json
 from llama_jax.models import DecoderConfig
 from llama_jax.nn import MLP, Activation, LayerNorm
 from llama_jax.zoo import llama
-from llama_jax.zoo.reading import CAUSAL, ConfigReader, Key, read_rope, write_rope
+from llama_jax.zoo.reading import CAUSAL, ConfigReader, Key
 from llama_jax.zoo.registry import Family
+from llama_jax.zoo.rope import read_rope, write_rope
 from llama_jax.zoo.weights import TensorNames, mappings
 
 

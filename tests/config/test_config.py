@@ -151,7 +151,7 @@ def test_nothing_changed_is_the_same(run: Run):
             {"model.attention.rope.scaling.factor": 2.0},
             "unknown key 'model.attention.rope.scaling.factor': model.attention.rope.scaling is None and has no "
             "'factor': choose one first with --model.attention.rope.scaling "
-            "(LinearScaling, Llama3Scaling, NTKScaling, YarnScaling)",
+            "(LinearScaling, Llama3Scaling, LongRopeScaling, NTKScaling, YarnScaling)",
         ),
         (
             {"model.attention.rope.scaling": "Llama3Scaling"},

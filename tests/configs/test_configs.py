@@ -38,7 +38,7 @@ ALIKE = (
 )
 BUILT = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in config_names()]
 PRETRAINING |= {"gpt2": 2**19, "gpt3_125m": 2**19, "chatglm2_6b": 4 * 2**20}
-PRETRAINING |= {"pythia_160m": 2**21, "smollm2_135m": 2**20}
+PRETRAINING |= {"pythia_160m": 2**21, "smollm2_135m": 2**20, "olmo2_1b": 2 * 2**20}
 
 
 def command(name: str) -> list[str]:

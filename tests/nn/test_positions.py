@@ -12,9 +12,11 @@ from flax import nnx
 from llama_jax.config import UserError
 from llama_jax.nn import (
     Alibi,
+    GroupedQuery,
     LearnedPositions,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     NTKScaling,
     PositionBias,
     RelativeBias,
@@ -245,6 +247,38 @@ def test_ntk_keeps_the_fastest_pair_and_slows_the_slowest_by_the_factor():
     np.testing.assert_allclose(found / PLAIN, np.geomspace(1, 1 / 4, PAIRS))
 
 
+LONGROPE = LongRopeScaling(
+    short_factor=tuple(1 + 0.1 * i for i in range(PAIRS)),
+    long_factor=tuple(2.0 + i for i in range(PAIRS)),
+    original_max_positions=12,
+    attention_factor=1.25,
+)
+
+
+@pytest.mark.parametrize("last", [3, 11, 12, 40])
+def test_longrope_slows_each_pair_by_its_factor_and_a_row_decides_for_itself(last: int):
+    """As the paper's formula in complex numbers; the factors are the long ones from the 13th token on."""
+    x, others = vectors(3), vectors(3)
+    positions = np.array([[0, 2, last], [0, 1, 2], [5, 30, 12]])
+    rope = Rope(theta=THETA, scaling=LONGROPE)
+    both = np.stack([x, others, x])
+    found = np.asarray(rope.rotate(jnp.asarray(both[:, :, None]), jnp.asarray(positions)))[:, :, 0]
+    for row, factors in enumerate(
+        (LONGROPE.long_factor if last >= 12 else LONGROPE.short_factor, LONGROPE.short_factor, LONGROPE.long_factor)
+    ):
+        angles = positions[row][:, None] * np.array(PLAIN) / np.array(factors)
+        turned = 1.25 * np.exp(1j * angles) * (both[row][:, :PAIRS] + 1j * both[row][:, PAIRS:])
+        expected = np.concatenate([turned.real, turned.imag], axis=-1)
+        np.testing.assert_allclose(found[row], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_longrope_keeps_products_of_the_same_distance():
+    """In a long row too: shifted by as much, queries and keys have the same product."""
+    x, y, rope = vectors(1), vectors(1), Rope(theta=THETA, scaling=LONGROPE)
+    near, far = (rotated(rope, np.concatenate([x, y]), np.array([start, start + 3])) for start in (20, 45))
+    np.testing.assert_allclose(near[0] @ near[1], far[0] @ far[1], rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("mscale", "mscale_all_dim", "magnitude"),
     [(0.0, 0.0, 0.1 * math.log(4) + 1), (1.0, 1.0, 1.0), (0.707, 1.0, None), (1.0, 0.5, None)],
@@ -274,6 +308,18 @@ def test_yarn_scales_attention(mscale: float, mscale_all_dim: float, magnitude: 
         (lambda: Alibi(4, scale=0.0), "scale=0.0 must be above 0"),
         (lambda: LinearScaling(factor=0.5), "factor=0.5 must be at least 1"),
         (lambda: NTKScaling(factor=0.0), "factor=0.0 must be at least 1"),
+        (
+            lambda: LongRopeScaling((), (), 4, 1.0),
+            "short_factor and long_factor must be a number above 0 for every pair",
+        ),
+        (lambda: LongRopeScaling((1.0, 0.0), (1.0, 1.0), 4, 1.0), "must be a number above 0 for every pair"),
+        (lambda: LongRopeScaling((1.0,), (1.0, 1.0), 4, 1.0), "short_factor has 1 numbers and long_factor 2"),
+        (lambda: LongRopeScaling((1.0,), (1.0,), 0, 1.0), "original_max_positions=0 must be at least 1"),
+        (lambda: LongRopeScaling((1.0,), (1.0,), 4, 0.0), "attention_factor=0.0 must be above 0"),
+        (
+            lambda: GroupedQuery(1, 1, HEAD_DIM + 2, Rope(THETA, LONGROPE), False, False),
+            f"have {PAIRS} numbers, and heads have {PAIRS + 1} rotary pairs",
+        ),
         (lambda: Llama3Scaling(8.0, 4.0, 4.0, 512), "high_freq_factor=4.0 must be above low_freq_factor=4.0"),
     ],
 )

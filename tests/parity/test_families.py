@@ -35,6 +35,7 @@ EXPORTED_AS = {
     "bart_bin": "bart",
     "bert_bin": "bert_pretraining",
     "bert_old_names": "bert_pretraining",
+    "gemma3": "gemma3_text",
     "gpt2_released_names": "gpt2",
     "marian_bin": "marian",
     "t5_v1_0_bin": "t5_v1_0",

@@ -37,6 +37,7 @@ from llama_jax.nn import (
     GroupedQuery,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     LoRA,
     NTKScaling,
     RMSNorm,
@@ -109,6 +110,8 @@ CHANGES: dict[str, Callable[[RunConfig, Path], Any]] = {
     "model.adapters": lambda *_: LoRA(),
     "model.attention.rope.scaling": lambda *_: LinearScaling(7.0),
     "model.attention.rope.rotary_dim": lambda *_: 4,
+    "model.attention.rope.scaling.short_factor": lambda *_: (3.0,) * 8,
+    "model.attention.rope.scaling.long_factor": lambda *_: (5.0,) * 8,
     "model.attention.scale": lambda *_: 0.5,
     "model.attention.qk_norm": lambda *_: RMSNorm(0.5),
     "model.attention.window": lambda *_: 5,
@@ -201,6 +204,7 @@ def variants(base: RunConfig, folder: Path) -> list[RunConfig]:
         NTKScaling(2.0),
         YarnScaling(4.0, 32, 2.0, 1.0, 1.0, 0.5),
         Llama3Scaling(4.0, 1.0, 4.0, 32),
+        LongRopeScaling((1.0,) * 8, (2.0,) * 8, 32, 1.1),
     ]
     # A small theta and more pairs: each of the scalings' thresholds lies between two of them.
     rope = {"model.attention.head_dim": 16, "model.attention.rope.theta": 10.0}

@@ -20,6 +20,7 @@ from llama_jax.nn import (
     GroupedQuery,
     LayerNorm,
     LearnedPositions,
+    LongRopeScaling,
     Mixer,
     MixerModule,
     RelativeBias,
@@ -66,10 +67,14 @@ CROSSES = {
         logit_softcap=3.0,
         feed_forward=MLP(intermediate_size=24, activation="relu_squared", bias=False),
     ),
-    "a Llama with results normed, and all queries at once": crossed(
+    "a Llama with results normed, all queries at once, and LongRoPE beyond its old context": crossed(
         LLAMA,
         norm_placement="output",
-        attention={"qk_norm": RMSNorm(eps=1e-6, zero_centered=True), "qk_norm_over": "width"},
+        attention={
+            "qk_norm": RMSNorm(eps=1e-6, zero_centered=True),
+            "qk_norm_over": "width",
+            "rope": Rope(10000.0, LongRopeScaling((1.0, 1.5), (2.0, 3.0), 2, 1.1)),
+        },
     ),
     "a Llama in parallel blocks, with heads normed by their own weights": crossed(
         LLAMA,
