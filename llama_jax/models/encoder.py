@@ -46,7 +46,8 @@ class EncoderConfig(TransformerConfig):
     pooler: a layer with tanh on the first token.
     pair_head: a head on the pooler that predicts if the second of two texts follows the first.
     num_classes: classes of texts that a classifier distinguishes; 0 for no classifier.
-    classifier: input of the classifier: the pooler (BERT), or a separate dense layer with tanh (RoBERTa).
+    classifier: input of the classifier: the pooler (BERT), or a separate layer with tanh (dense, RoBERTa) or ReLU
+      (relu_dense, DistilBERT).
     classifier_dropout: rate before the classifier; none for `dropout`.
     """
 
@@ -55,7 +56,7 @@ class EncoderConfig(TransformerConfig):
     pooler: bool = False
     pair_head: bool = False
     num_classes: int = 0
-    classifier: Literal["pooler", "dense"] = "pooler"
+    classifier: Literal["pooler", "dense", "relu_dense"] = "pooler"
     classifier_dropout: float | None = None
 
     generates = False
@@ -89,7 +90,7 @@ class EncoderConfig(TransformerConfig):
         outputs = {
             "pooler": width if self.pooler else 0,
             "pair_head": 2 if self.pair_head else 0,
-            "classifier_dense": width if self.num_classes and self.classifier == "dense" else 0,
+            "classifier_dense": width if self.num_classes and self.classifier != "pooler" else 0,
             "classifier": self.num_classes,
         }
         for name, size in outputs.items():
@@ -268,6 +269,8 @@ class Encoder(Transformer):
         rate = config.dropout if config.classifier_dropout is None else config.classifier_dropout
         if config.classifier == "pooler":
             x = self._pool(hidden)
+        elif config.classifier == "relu_dense":
+            x = jax.nn.relu(self.part("classifier_dense")(hidden))
         else:
             x = jnp.tanh(self.part("classifier_dense")(dropout(hidden, rate, ctx, "classifier_dense")))
         return dropout(x, rate, ctx, "classifier")
