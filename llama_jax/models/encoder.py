@@ -43,6 +43,7 @@ class EncoderConfig(TransformerConfig):
 
     num_token_types: kinds of tokens, each with a vector that is added to its embeddings; 0 for none.
     head_transform: activation of a layer, normalised, between the last block and the head of masked tokens, or none.
+    head_transform_bias: a bias on that layer.
     pooler: a layer with tanh on the first token.
     pair_head: a head on the pooler that predicts if the second of two texts follows the first.
     num_classes: classes of texts that a classifier distinguishes; 0 for no classifier.
@@ -53,6 +54,7 @@ class EncoderConfig(TransformerConfig):
 
     num_token_types: int = 0
     head_transform: Activation | None = None
+    head_transform_bias: bool = True
     pooler: bool = False
     pair_head: bool = False
     num_classes: int = 0
@@ -86,7 +88,8 @@ class EncoderConfig(TransformerConfig):
         if self.head_transform is not None:
             assert self.norm is not None
             key = child(rngs, "head_transform")
-            parts["head_transform"] = HeadTransform(width, self.head_transform, self.norm, rngs=key)
+            options = {"bias": self.head_transform_bias, "rngs": key}
+            parts["head_transform"] = HeadTransform(width, self.head_transform, self.norm, **options)
         outputs = {
             "pooler": width if self.pooler else 0,
             "pair_head": 2 if self.pair_head else 0,
@@ -129,9 +132,9 @@ class EncoderConfig(TransformerConfig):
 class HeadTransform(nnx.Module):
     """norm(activation(dense(x)))."""
 
-    def __init__(self, width: int, activation: Activation, norm: Norm, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, activation: Activation, norm: Norm, *, bias: bool, rngs: nnx.Rngs):
         self.activation = activation
-        self.dense = Projection({"embed": width}, {"_out": width}, bias=True, rngs=child(rngs, "dense"))
+        self.dense = Projection({"embed": width}, {"_out": width}, bias=bias, rngs=child(rngs, "dense"))
         self.norm: Any = norm.build(width, rngs=child(rngs, "norm"))
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:

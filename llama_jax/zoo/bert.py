@@ -68,9 +68,7 @@ _HEADS: dict[str, Json] = {
 
 # Patterns of the weight and the bias of each layer of a block.
 _BLOCK = {
-    **dict.fromkeys(
-        ("attention.q_proj", "attention.k_proj", "attention.v_proj"), ("(n h) d -> d n h", "(n h) -> n h")
-    ),
+    **dict.fromkeys(("attention.q_proj", "attention.k_proj", "attention.v_proj"), ("(n h) d -> d n h", "(n h) -> n h")),
     "attention.o_proj": ("d (n h) -> n h d", "d -> d"),
     "attention_norm": ("d -> d", "d -> d"),
     "feed_forward.up_proj": ("f d -> d f", "f -> f"),
@@ -100,9 +98,7 @@ def _weights(
     tables = {"embedding": "word", "token_type_embedding": "token_type", "positions": "position"}
     rows = {name: (f"embeddings.{table}_embeddings", "v d -> v d") for name, table in tables.items()}
     beginning, *names = block
-    layers = {
-        name: (source, *patterns) for source, (name, patterns) in zip(names, _BLOCK.items(), strict=True)
-    }
+    layers = {name: (source, *patterns) for source, (name, patterns) in zip(names, _BLOCK.items(), strict=True)}
     outside = {
         "embedding_norm": ("embeddings.LayerNorm", "d -> d", "d -> d"),
         "pooler": ("pooler.dense", "f d -> d f", "f -> f"),

@@ -46,6 +46,7 @@ class GroupedQuery(Mixer):
     window: number of keys that a query attends to, itself included (and as many after it in an encoder); none for all.
     softcap: scores are softcap * tanh(scores / softcap), as in Gemma 2; none for as they are.
     dropout: rate on the attention weights.
+    pre_norm: a block with norms before its parts has one before this; off where embeddings are normed (ModernBERT).
     """
 
     num_heads: int
@@ -60,6 +61,7 @@ class GroupedQuery(Mixer):
     window: int | None = None
     softcap: float | None = None
     dropout: float = 0.0
+    pre_norm: bool = True
 
     @classmethod
     def follow(cls, known: Known) -> dict[str, Any]:

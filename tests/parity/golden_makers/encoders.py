@@ -100,7 +100,11 @@ def mlm_logits(model: Any) -> torch.Tensor:
 
 def blocks(model: Any) -> Any:
     trunk = model.base_model
-    return trunk.layers if hasattr(trunk, "layers") else (trunk.transformer if hasattr(trunk, "transformer") else trunk.encoder).layer
+    return (
+        trunk.layers
+        if hasattr(trunk, "layers")
+        else (trunk.transformer if hasattr(trunk, "transformer") else trunk.encoder).layer
+    )
 
 
 def encoded(model: Any) -> dict[str, Any]:
