@@ -16,7 +16,7 @@ from llama_jax.tokenizers.sentencepiece import llama2c_tokenizer, sentencepiece_
 from llama_jax.tokenizers.settings import Settings, read_settings
 from llama_jax.tokenizers.vocabularies import bert_tokenizer, byte_level_tokenizer, tiktoken_tokenizer
 
-# In the order in which they decide, as in transformers. The last is known only to be refused.
+# In the order in which they decide, as in transformers.
 FILE_NAMES = (
     "tokenizer.json", "tokenizer.model", "source.spm", "spiece.model", "vocab.json", "vocab.txt",
     "sentencepiece.bpe.model",

@@ -13,16 +13,14 @@ from typing import Any, override
 
 import sentencepiece
 import tokenizers
-from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from llama_jax.config import Json, UserError
 from llama_jax.tokenizers.base import TextStream, Tokenizer
 from llama_jax.tokenizers.checking import AT_SPACES, SPACE as SPACE, check_model, cuts_at_spaces
+from llama_jax.tokenizers.fairseq import ModelProto, in_fairseq_order
 from llama_jax.tokenizers.settings import GENERIC, Added, Settings, exported
 
-# The wheel's classes are made when it is imported: type checkers do not see them.
-ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
 Kind: Any = ModelProto.SentencePiece
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
 CHATGLM = "ChatGLMTokenizer"
@@ -42,6 +40,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, model: bytes, settings: Settings | None = None, file_name: str = "tokenizer.model"):
         self._settings = settings = settings or Settings()
+        self.files = {file_name: model, **settings.files}
+        model = in_fairseq_order(model) if settings.rules.fairseq else model
         self._processor = _processor(model)
         self._model = ModelProto.FromString(model)
         pieces = self._model.pieces
@@ -66,11 +66,10 @@ class SentencePieceTokenizer(Tokenizer):
         if settings.class_name == CHATGLM:
             self.bos_id, self.pad_id = ids["sop"], self.unk_id
             self.start_ids = (ids["[gMASK]"], ids["sop"])
-        self.files = {file_name: model, **settings.files}
 
     def _affixes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        config, suffix = self._settings.config, self._settings.rules.suffix
-        add_bos, add_eos = config.get("add_bos_token", not suffix), config.get("add_eos_token", False) or suffix
+        config, (prefix, suffix) = self._settings.config, (self._settings.rules.prefix, self._settings.rules.suffix)
+        add_bos, add_eos = config.get("add_bos_token", prefix or not suffix), config.get("add_eos_token") or suffix
         return (self.start_ids if add_bos else ()), (self.eos_ids if add_eos else ())
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -191,7 +190,7 @@ def _added(pieces: Sequence[Any], settings: Settings) -> dict[int, Added]:
     names: Sequence[str] = ()
     if settings.class_name == CHATGLM:
         names = CHATGLM_SPECIAL
-    elif settings.rules.suffix:  # T5
+    elif settings.rules.suffix and not settings.rules.fairseq:  # T5
         if type(number := settings.config.get("extra_ids", 100)) is not int or not 0 <= number < 1 << 16:
             raise ValueError(f"extra_ids={number!r} is no number of tokens")
         names = [f"<extra_id_{i}>" for i in reversed(range(number))]
