@@ -326,4 +326,6 @@ DISTILBERT = dataclasses.replace(
     aliases={"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"},
     harmless={"sinusoidal_pos_embds"},  # they are in the file's table of positions, like trained ones
     names=_DISTILBERT_NAMES,
+    released=None,
+    with_tensors=None,
 )

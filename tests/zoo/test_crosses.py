@@ -75,8 +75,11 @@ CROSSES = {
         residual_scale=0.5,
         attention={"qk_norm": LayerNorm(eps=1e-6, bias=True), "qk_norm_over": "own_weights"},
     ),
-    "a Llama with a sliding window and learned positions": crossed(
-        LLAMA, attention={"window": 3, "rope": None}, positions=LearnedPositions(32)
+    "a Llama with a sliding window, learned positions, and no norm before attention but one of embeddings": crossed(
+        LLAMA,
+        attention={"window": 3, "rope": None, "pre_norm": False},
+        positions=LearnedPositions(32),
+        embedding_norm=RMSNorm(eps=1e-5),
     ),
 }
 
