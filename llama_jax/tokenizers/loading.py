@@ -34,8 +34,8 @@ Raises ValueError for a file of its kind that cannot be used, RuntimeError for o
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Return the tokenizer in the file `path`, or in the directory `path`, where `FILE_NAMES` are tried in order.
 
-    Reads any `tokenizer.json` of the `tokenizers` library, SentencePiece models (those of Llama, Gemma, T5,
-    XLM-RoBERTa and ChatGLM2), tiktoken's ranks of Llama 3 and of OpenAI's encodings, Marian's `source.spm`, `target.spm` and
+    Reads any `tokenizer.json` of the `tokenizers` library, SentencePiece models (those of Llama, Gemma, T5, XLM-RoBERTa
+    and ChatGLM2), tiktoken's ranks of Llama 3 and of OpenAI's encodings, Marian's `source.spm`, `target.spm` and
     `vocab.json`, pairs of `vocab.json` and `merges.txt` (`path` is either; both names may begin with the same prefix),
     BERT's `vocab.txt`, llama2.c's `.bin` and the metadata of GGUF files, with the settings next to them:
     tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat templates. `path` may be a URL. Raises
