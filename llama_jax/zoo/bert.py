@@ -201,7 +201,7 @@ def _read_roberta(reader: ConfigReader, fields: Json) -> EncoderConfig:
 
 def _read_distilbert(reader: ConfigReader, fields: Json) -> EncoderConfig:
     reader.only(tie_weights_=True)
-    heads = _read_heads(reader) | {"pooler": False}
+    heads: Json = _read_heads(reader) | {"pooler": False}
     rate = reader.take("seq_classif_dropout", float, 0.2)
     if "num_classes" in heads:
         heads |= {"classifier": "relu_dense", "classifier_dropout": rate}
@@ -290,7 +290,7 @@ ROBERTA = dataclasses.replace(
     write=functools.partial(_write, family="Roberta"),
     names=_ROBERTA_NAMES,
 )
-_XLM_ROBERTA = _ROBERTA | {"vocab_size": 250_002}
+_XLM_ROBERTA: Json = _ROBERTA | {"vocab_size": 250_002}
 XLM_ROBERTA = dataclasses.replace(
     ROBERTA,
     name="xlm-roberta",

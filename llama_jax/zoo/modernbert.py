@@ -101,6 +101,7 @@ def _write(config: EncoderConfig, label: str) -> Json:
         "classifier_bias": transform is not None and config.head_transform_bias,
         "decoder_bias": config.head_bias == "trained",
         "layer_types": types,
+        "pad_token_id": None,  # transformers' own may be beyond the vocabulary
         "local_attention": 128 if window is None else 2 * (window - 1),
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in thetas.items()},
     }
