@@ -24,6 +24,7 @@ from llama_jax.tokenizers.settings import GENERIC, Added, Settings, exported
 Kind: Any = ModelProto.SentencePiece
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
 CHATGLM = "ChatGLMTokenizer"
+MT5_SENTINEL = re.compile(rf"{SPACE}<extra_id_\d+>")  # a piece that begins with a space
 CLASS_FILES = ("spiece.model", "sentencepiece.bpe.model")
 # In the order of their ids, the first after the model's last piece.
 CHATGLM_SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
@@ -186,7 +187,8 @@ class AddedTokens:
 
 def _added(pieces: Sequence[Any], settings: Settings) -> dict[int, Added]:
     """Return the tokens that are added to `pieces` or change one of them, by id."""
-    added = dict(settings.added)
+    added = {i: Added(p.piece[1:], special=True) for i, p in enumerate(pieces) if MT5_SENTINEL.fullmatch(p.piece)}
+    added |= settings.added
     names: Sequence[str] = ()
     if settings.class_name == CHATGLM:
         names = CHATGLM_SPECIAL

@@ -13,11 +13,14 @@ import llama_jax
 from llama_jax import zoo
 from llama_jax.checkpoint import LanguageModel
 from llama_jax.config import UserError
+from llama_jax.data.objectives import Document, SpanCorruption, Vocabulary
 from llama_jax.models import num_parameters
 from llama_jax.nn import MLP, LayerNorm, Rope
+from llama_jax.tokenizers import load_tokenizer
 from llama_jax.zoo.layers import FULL, SLIDING
 
-GOLDENS = Path(__file__).parent.parent / "parity" / "goldens"
+TESTS = Path(__file__).parent.parent
+GOLDENS, DIRECTORIES = TESTS / "parity" / "goldens", TESTS / "directories" / "goldens"
 # Of transformers' own models with the released configs; of mT5 with the head, which is not tied.
 COUNTS = {
     "distilbert_base": 66_362_880,
@@ -192,3 +195,18 @@ def test_packed_rows_are_single_texts(modernbert: LanguageModel):
     np.testing.assert_allclose(together[0], apart[mask == 1], atol=2e-5)
     whole = np.asarray(modernbert.model(jnp.asarray(tokens)))
     assert np.abs(whole - together).max() > 0.1, "packing has to matter"
+
+
+def test_mt5_s_sentinels_are_pieces_of_its_model():
+    """They begin with a space there; in a prompt they may be written out, in a text they are text."""
+    tokenizer = load_tokenizer(DIRECTORIES / "mt5")
+    ids = [tokenizer.special_tokens[f"<extra_id_{i}>"] for i in range(3)]
+    assert ids == [5, 4, 3]
+    found = tokenizer.encode_prompt("the river <extra_id_0> a <extra_id_1>", special=True)
+    apart = [tokenizer.encode(text) for text in ("the river", "a")]
+    assert found == [*apart[0], ids[0], *apart[1], ids[1], *tokenizer.eos_ids]
+    assert not set(ids) & set(tokenizer.encode("the river <extra_id_0> a"))
+    source = Document(np.array(tokenizer.encode(" ".join(["the river sees a house"] * 2)), np.int32))
+    objective = SpanCorruption(num_sentinels=3, source_length=32)
+    example = objective.example(source, np.random.default_rng(0), Vocabulary.of(tokenizer, objective.special_tokens()))
+    assert ids[0] in example["source_tokens"]

@@ -624,9 +624,10 @@ def modernbert() -> Case:
 
 
 def mt5() -> Case:
-    """A model with bytes and no sentinels beside its pieces."""
+    """A model with bytes; its sentinels are pieces that begin with a space."""
     model = files.sentencepiece_model(
         370,
+        user_defined_symbols=[f"▁<extra_id_{i}>" for i in (2, 1, 0)],
         model_type="unigram",
         byte_fallback=True,
         hard_vocab_limit=False,
