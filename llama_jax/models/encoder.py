@@ -43,19 +43,22 @@ class EncoderConfig(TransformerConfig):
 
     num_token_types: kinds of tokens, each with a vector that is added to its embeddings; 0 for none.
     head_transform: activation of a layer, normalised, between the last block and the head of masked tokens, or none.
+    head_transform_bias: a bias on that layer.
     pooler: a layer with tanh on the first token.
     pair_head: a head on the pooler that predicts if the second of two texts follows the first.
     num_classes: classes of texts that a classifier distinguishes; 0 for no classifier.
-    classifier: input of the classifier: the pooler (BERT), or a separate dense layer with tanh (RoBERTa).
+    classifier: input of the classifier: the pooler (BERT), or a separate layer with tanh (dense, RoBERTa) or ReLU
+      (relu_dense, DistilBERT).
     classifier_dropout: rate before the classifier; none for `dropout`.
     """
 
     num_token_types: int = 0
     head_transform: Activation | None = None
+    head_transform_bias: bool = True
     pooler: bool = False
     pair_head: bool = False
     num_classes: int = 0
-    classifier: Literal["pooler", "dense"] = "pooler"
+    classifier: Literal["pooler", "dense", "relu_dense"] = "pooler"
     classifier_dropout: float | None = None
 
     generates = False
@@ -85,11 +88,12 @@ class EncoderConfig(TransformerConfig):
         if self.head_transform is not None:
             assert self.norm is not None
             key = child(rngs, "head_transform")
-            parts["head_transform"] = HeadTransform(width, self.head_transform, self.norm, rngs=key)
+            options = {"bias": self.head_transform_bias, "rngs": key}
+            parts["head_transform"] = HeadTransform(width, self.head_transform, self.norm, **options)
         outputs = {
             "pooler": width if self.pooler else 0,
             "pair_head": 2 if self.pair_head else 0,
-            "classifier_dense": width if self.num_classes and self.classifier == "dense" else 0,
+            "classifier_dense": width if self.num_classes and self.classifier != "pooler" else 0,
             "classifier": self.num_classes,
         }
         for name, size in outputs.items():
@@ -128,9 +132,9 @@ class EncoderConfig(TransformerConfig):
 class HeadTransform(nnx.Module):
     """norm(activation(dense(x)))."""
 
-    def __init__(self, width: int, activation: Activation, norm: Norm, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, activation: Activation, norm: Norm, *, bias: bool, rngs: nnx.Rngs):
         self.activation = activation
-        self.dense = Projection({"embed": width}, {"_out": width}, bias=True, rngs=child(rngs, "dense"))
+        self.dense = Projection({"embed": width}, {"_out": width}, bias=bias, rngs=child(rngs, "dense"))
         self.norm: Any = norm.build(width, rngs=child(rngs, "norm"))
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
@@ -268,6 +272,8 @@ class Encoder(Transformer):
         rate = config.dropout if config.classifier_dropout is None else config.classifier_dropout
         if config.classifier == "pooler":
             x = self._pool(hidden)
+        elif config.classifier == "relu_dense":
+            x = jax.nn.relu(self.part("classifier_dense")(hidden))
         else:
             x = jnp.tanh(self.part("classifier_dense")(dropout(hidden, rate, ctx, "classifier_dense")))
         return dropout(x, rate, ctx, "classifier")

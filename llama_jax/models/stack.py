@@ -60,7 +60,7 @@ class Block(nnx.Module):
             return module
 
         before, after = ("pre", "sandwich"), ("post", "sandwich", "output")
-        self.input_layernorm = norm("input_layernorm", *before)
+        self.input_layernorm = norm("input_layernorm", *(before if getattr(attention, "pre_norm", True) else ()))
         self.attention = attention.build(width, rngs=child(rngs, "attention"))
         self.attention_norm = norm("attention_norm", *after)
         if cross_attention is not None:

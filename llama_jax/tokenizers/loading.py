@@ -21,7 +21,7 @@ from llama_jax.tokenizers.vocabularies import (
     tiktoken_tokenizer,
 )
 
-# In the order in which they decide, as in transformers; sentencepiece.bpe.model is known only to be refused.
+# In the order in which they decide, as in transformers.
 FILE_NAMES = (
     "tokenizer.json", "tekken.json", "tokenizer.model", "source.spm", "spiece.model", "vocab.json", "vocab.txt",
     "sentencepiece.bpe.model", "tiktoken.model",
@@ -39,11 +39,12 @@ Raises ValueError for a file of its kind that cannot be used, RuntimeError for o
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Return the tokenizer in the file `path`, or in the directory `path`, where `FILE_NAMES` are tried in order.
 
-    Reads any `tokenizer.json` of the `tokenizers` library, SentencePiece models (those of Llama, Gemma, T5 and
-    ChatGLM2), tiktoken's ranks of Llama 3, Kimi and OpenAI's encodings, Mistral's `tekken.json`, Marian's `source.spm`,
-    `target.spm` and `vocab.json`, pairs of `vocab.json` and `merges.txt` (`path` is either; both names may begin with
-    the same prefix), BERT's `vocab.txt`, llama2.c's `.bin` and the metadata of GGUF files, with the settings next to
-    them: tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat templates. `path` may be a URL. Raises
+    Reads any `tokenizer.json` of the `tokenizers` library, SentencePiece models (those of Llama, Gemma, T5, XLM-RoBERTa
+    and ChatGLM2), tiktoken's ranks of Llama 3, Kimi and OpenAI's encodings, Mistral's `tekken.json`, Marian's
+    `source.spm`, `target.spm` and `vocab.json`, pairs of `vocab.json` and `merges.txt` (`path` is either; both names
+    may begin with the same prefix), BERT's `vocab.txt`, llama2.c's `.bin` and the metadata of GGUF files, with the
+    settings next to them: tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat templates. `path` may
+    be a URL. Raises
     UserError for a missing, damaged or unknown file.
     """
     path = local_copy(path, _stored, beside=STORED)

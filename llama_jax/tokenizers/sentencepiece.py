@@ -13,19 +13,18 @@ from typing import Any, override
 
 import sentencepiece
 import tokenizers
-from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from llama_jax.config import Json, UserError
 from llama_jax.tokenizers.base import TextStream, Tokenizer
 from llama_jax.tokenizers.checking import AT_SPACES, SPACE as SPACE, check_model, cuts_at_spaces
+from llama_jax.tokenizers.fairseq import ModelProto, in_fairseq_order
 from llama_jax.tokenizers.settings import GENERIC, Added, Settings, exported
 
-# The wheel's classes are made when it is imported: type checkers do not see them.
-ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
 Kind: Any = ModelProto.SentencePiece
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
 CHATGLM, CLASS_FILES = "ChatGLMTokenizer", ("spiece.model", "sentencepiece.bpe.model")
+MT5_SENTINEL = re.compile(rf"{SPACE}<extra_id_\d+>")  # a piece that begins with a space
 # In the order of their ids, the first after the model's last piece; those of roles follow.
 CHATGLM_SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 CHATGLM3_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
@@ -42,6 +41,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, model: bytes, settings: Settings | None = None, file_name: str = "tokenizer.model"):
         self._settings = settings = settings or Settings()
+        self.files = {file_name: model, **settings.files}
+        model = in_fairseq_order(model) if settings.rules.fairseq else model
         self._processor = _processor(model)
         self._model = ModelProto.FromString(model)
         pieces = self._model.pieces
@@ -67,11 +68,10 @@ class SentencePieceTokenizer(Tokenizer):
             self.bos_id, self.pad_id = ids["sop"], self.unk_id
             self.start_ids = (ids["[gMASK]"], ids["sop"])
             self.eos_ids += tuple(ids[name] for name in ("<|user|>", "<|observation|>") if name in ids)
-        self.files = {file_name: model, **settings.files}
 
     def _affixes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        config, suffix = self._settings.config, self._settings.rules.suffix
-        add_bos, add_eos = config.get("add_bos_token", not suffix), config.get("add_eos_token", False) or suffix
+        config, (prefix, suffix) = self._settings.config, (self._settings.rules.prefix, self._settings.rules.suffix)
+        add_bos, add_eos = config.get("add_bos_token", prefix or not suffix), config.get("add_eos_token") or suffix
         return (self.start_ids if add_bos else ()), (self.eos_ids if add_eos else ())
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -188,12 +188,13 @@ class AddedTokens:
 
 def _added(pieces: Sequence[Any], settings: Settings) -> dict[int, Added]:
     """Return the tokens that are added to `pieces` or change one of them, by id."""
-    added = dict(settings.added)
+    added = {i: Added(p.piece[1:], special=True) for i, p in enumerate(pieces) if MT5_SENTINEL.fullmatch(p.piece)}
+    added |= settings.added
     names: Sequence[str] = ()
     if settings.class_name == CHATGLM:  # whose files may name some of them
         roles = CHATGLM3_ROLES if {token.content for token in added.values()} & {*CHATGLM3_ROLES} else ()
         added |= {i: Added(name, special=True) for i, name in enumerate(CHATGLM_SPECIAL + roles, len(pieces))}
-    elif settings.rules.suffix:  # T5
+    elif settings.rules.suffix and not settings.rules.fairseq:  # T5
         if type(number := settings.config.get("extra_ids", 100)) is not int or not 0 <= number < 1 << 16:
             raise ValueError(f"extra_ids={number!r} is no number of tokens")
         names = [f"<extra_id_{i}>" for i in reversed(range(number))]

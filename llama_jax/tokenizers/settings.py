@@ -35,7 +35,8 @@ class TokenizerClass:
     prefix, suffix: keys of the tokens around a prompt where no file gives them.
     splitting: key of `vocabularies.SPLITS`, for byte-level BPE; None where the class reads other files.
     nfc: text is normalized to NFC first.
-    sentencepiece: reads a SentencePiece model whose ids are the model's own.
+    sentencepiece: reads a SentencePiece model, whose ids are the model's own.
+    fairseq: but for the special ones, which are in fairseq's order before the pieces.
     keeps_rule: the class ignores the post-processor of a tokenizer.json.
     """
 
@@ -45,6 +46,7 @@ class TokenizerClass:
     splitting: str | None = None
     nfc: bool = False
     sentencepiece: bool = False
+    fairseq: bool = False
     keeps_rule: bool = False
 
 
@@ -70,6 +72,7 @@ _BERT = TokenizerClass(
 _LLAMA = TokenizerClass(_names(bos="<s>", eos="</s>", unk="<unk>"), prefix=("bos_token",), sentencepiece=True)
 _GEMMA = dataclasses.replace(_LLAMA, names=_names(bos="<bos>", eos="<eos>", unk="<unk>", pad="<pad>"))
 _T5 = TokenizerClass(_names(eos="</s>", unk="<unk>", pad="<pad>"), suffix=("eos_token",), sentencepiece=True)
+_XLM_ROBERTA = dataclasses.replace(_ROBERTA, splitting=None, sentencepiece=True, fairseq=True)
 _MARIAN = dataclasses.replace(_T5, sentencepiece=False)
 # By name, without "Fast".
 CLASSES = {
@@ -90,6 +93,7 @@ CLASSES = {
     "GemmaTokenizer": _GEMMA,
     "T5Tokenizer": _T5,
     "MT5Tokenizer": _T5,
+    "XLMRobertaTokenizer": _XLM_ROBERTA,
     "MarianTokenizer": _MARIAN,
     "ChatGLMTokenizer": TokenizerClass(sentencepiece=True),
 }

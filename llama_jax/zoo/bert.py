@@ -1,7 +1,9 @@
-"""BERT (Devlin et al. 2019, arXiv 1810.04805) and RoBERTa (Liu et al. 2019, arXiv 1907.11692), whole or with one head.
+"""BERT (Devlin et al. 2019, arXiv 1810.04805) and the encoders that are made like it, whole or with one head.
 
-The presets are the encoder with its pooler, as the papers count it; heads are options of its config. RoBERTa has no
-pairs of texts, its positions follow that of padding, and its classifier has a dense layer in place of the pooler.
+The presets are the encoder with its pooler, as the papers count it; heads are options of its config. RoBERTa (Liu et
+al. 2019, arXiv 1907.11692) has no pairs of texts, its positions follow that of padding, and its classifier has a dense
+layer in place of the pooler; XLM-RoBERTa (Conneau et al. 2020, arXiv 1911.02116) is one of a hundred languages.
+DistilBERT (Sanh et al. 2019, arXiv 1910.01108) has neither token types nor a pooler, and names of its own.
 """
 
 import dataclasses
@@ -64,23 +66,39 @@ _HEADS: dict[str, Json] = {
 }
 
 
-def _weights(prefix: str, heads: Mapping[str, str], head_bias: str) -> tuple[WeightMapping, ...]:
+# Patterns of the weight and the bias of each layer of a block.
+_BLOCK = {
+    **dict.fromkeys(("attention.q_proj", "attention.k_proj", "attention.v_proj"), ("(n h) d -> d n h", "(n h) -> n h")),
+    "attention.o_proj": ("d (n h) -> n h d", "d -> d"),
+    "attention_norm": ("d -> d", "d -> d"),
+    "feed_forward.up_proj": ("f d -> d f", "f -> f"),
+    "feed_forward.down_proj": ("d f -> f d", "d -> d"),
+    "feed_forward_norm": ("d -> d", "d -> d"),
+}
+# In that order, below the encoder's name.
+_BERT_BLOCK = (
+    "encoder.layer.{layer}.",
+    *(f"attention.self.{name}" for name in ("query", "key", "value")),
+    *("attention.output.dense", "attention.output.LayerNorm", "intermediate.dense", "output.dense", "output.LayerNorm"),
+)
+_DISTILBERT_BLOCK = (
+    "transformer.layer.{layer}.",
+    *(f"attention.{name}_lin" for name in ("q", "k", "v", "out")),
+    *("sa_layer_norm", "ffn.lin1", "ffn.lin2", "output_layer_norm"),
+)
+
+
+def _weights(
+    prefix: str, heads: Mapping[str, str], head_bias: str, block: tuple[str, ...] = _BERT_BLOCK
+) -> tuple[WeightMapping, ...]:
     """Return the table of a family whose encoder's names begin with `prefix`.
 
-    `heads` are the layers of heads, `head_bias` the tensor of that name.
+    `heads` are the layers of heads, `head_bias` the tensor of that name, `block` the names of a block's layers.
     """
     tables = {"embedding": "word", "token_type_embedding": "token_type", "positions": "position"}
     rows = {name: (f"embeddings.{table}_embeddings", "v d -> v d") for name, table in tables.items()}
-    layers = {
-        "attention.q_proj": ("attention.self.query", "(n h) d -> d n h", "(n h) -> n h"),
-        "attention.k_proj": ("attention.self.key", "(k h) d -> d k h", "(k h) -> k h"),
-        "attention.v_proj": ("attention.self.value", "(k h) d -> d k h", "(k h) -> k h"),
-        "attention.o_proj": ("attention.output.dense", "d (n h) -> n h d", "d -> d"),
-        "attention_norm": ("attention.output.LayerNorm", "d -> d", "d -> d"),
-        "feed_forward.up_proj": ("intermediate.dense", "f d -> d f", "f -> f"),
-        "feed_forward.down_proj": ("output.dense", "d f -> f d", "d -> d"),
-        "feed_forward_norm": ("output.LayerNorm", "d -> d", "d -> d"),
-    }
+    beginning, *names = block
+    layers = {name: (source, *patterns) for source, (name, patterns) in zip(names, _BLOCK.items(), strict=True)}
     outside = {
         "embedding_norm": ("embeddings.LayerNorm", "d -> d", "d -> d"),
         "pooler": ("pooler.dense", "f d -> d f", "f -> f"),
@@ -90,7 +108,7 @@ def _weights(prefix: str, heads: Mapping[str, str], head_bias: str) -> tuple[Wei
     }
     return (
         *mappings(rows | outside, theirs=prefix),
-        *mappings(layers, "layers.", prefix + "encoder.layer.{layer}."),
+        *mappings(layers, "layers.", prefix + beginning),
         *mappings(own),
         WeightMapping("head_bias.bias", head_bias, "d -> d"),
     )
@@ -130,6 +148,20 @@ _ROBERTA_NAMES = TensorNames(
         "lm_head.decoder.bias": "lm_head.bias",
     },
 )
+_DISTILBERT_NAMES = TensorNames(
+    _weights(
+        "distilbert.",
+        {
+            "head_transform.dense": "vocab_transform",
+            "head_transform.norm": "vocab_layer_norm",
+            "classifier_dense": "pre_classifier",
+            "classifier": "classifier",
+        },
+        "vocab_projector.bias",
+        _DISTILBERT_BLOCK,
+    ),
+    tied={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
+)
 
 
 def _read_heads(reader: ConfigReader) -> Json:
@@ -167,6 +199,17 @@ def _read_roberta(reader: ConfigReader, fields: Json) -> EncoderConfig:
     return encoder(**fields, **heads, max_positions=rows - pad - 1, offset=pad + 1)
 
 
+def _read_distilbert(reader: ConfigReader, fields: Json) -> EncoderConfig:
+    reader.only(tie_weights_=True)
+    heads: Json = _read_heads(reader) | {"pooler": False}
+    rate = reader.take("seq_classif_dropout", float, 0.2)
+    if "num_classes" in heads:
+        heads |= {"classifier": "relu_dense", "classifier_dropout": rate}
+    if "head_transform" in heads:
+        heads["head_transform"] = fields["activation"]
+    return encoder(**fields, **heads, eps=1e-12, max_positions=reader.take("max_position_embeddings", int, 512))
+
+
 def _kind(config: EncoderConfig) -> str:
     """Return the class with the heads of a config, without its family's name."""
     if config.num_classes:
@@ -188,6 +231,11 @@ def _write(config: EncoderConfig, label: str, family: str) -> Json:
         data |= {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
         data["classifier_dropout"] = config.classifier_dropout
     return data
+
+
+def _write_distilbert(config: EncoderConfig, label: str) -> Json:
+    data = _write(config, label, "DistilBert")
+    return data | {"seq_classif_dropout": data.pop("classifier_dropout", 0.2)}
 
 
 def _released(config: EncoderConfig) -> EncoderConfig:
@@ -241,4 +289,43 @@ ROBERTA = dataclasses.replace(
     read=_read_roberta,
     write=functools.partial(_write, family="Roberta"),
     names=_ROBERTA_NAMES,
+)
+_XLM_ROBERTA: Json = _ROBERTA | {"vocab_size": 250_002}
+XLM_ROBERTA = dataclasses.replace(
+    ROBERTA,
+    name="xlm-roberta",
+    title="XLM-RoBERTa",
+    label="an XLM-RoBERTa",
+    presets={
+        "xlm_roberta_base": encoder(**_BASE, **_XLM_ROBERTA),
+        "xlm_roberta_large": encoder(**_LARGE, **_XLM_ROBERTA),
+    },
+    architectures=tuple(name.replace("Roberta", "XLMRoberta") for name in ROBERTA.architectures),
+    write=functools.partial(_write, family="XLMRoberta"),
+)
+_DISTILBERT = {"vocab_size": 30_522, "max_positions": 512, "eps": 1e-12, **_BASE, "num_layers": 6}
+DISTILBERT = dataclasses.replace(
+    BERT,
+    name="distilbert",
+    title="DistilBERT",
+    label="a DistilBERT",
+    presets={"distilbert_base": encoder(**_DISTILBERT)},
+    architectures=tuple(f"DistilBert{kind}" for kind in ("Model", "ForMaskedLM", "ForSequenceClassification")),
+    keys=(
+        Key("vocab_size", "vocab_size", int),
+        Key("dim", "hidden_size", int),
+        Key("n_layers", "num_layers", int),
+        Key("n_heads", "attention.num_heads", int),
+        Key("hidden_dim", "feed_forward.intermediate_size", int),
+        Key("activation", "feed_forward.activation", Activation, "gelu"),
+        Key("dropout", "dropout", float, 0.1),
+        Key("attention_dropout", "attention.dropout", float, 0.1, argument="attention_dropout"),
+    ),
+    read=_read_distilbert,
+    write=_write_distilbert,
+    aliases={"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"},
+    harmless={"sinusoidal_pos_embds"},  # they are in the file's table of positions, like trained ones
+    names=_DISTILBERT_NAMES,
+    released=None,
+    with_tensors=None,
 )

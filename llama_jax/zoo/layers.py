@@ -5,7 +5,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from llama_jax.config import Component, UserError
-from llama_jax.models import DecoderConfig, LayerOverride, TransformerConfig
+from llama_jax.models import LayerOverride, TransformerConfig
 from llama_jax.nn import Mixer
 from llama_jax.zoo.reading import ConfigReader
 
@@ -53,12 +53,12 @@ def windowed(config: DecoderConfig, types: Sequence[str], window: int | None) ->
     return in_turns(config, types, {FULL: attention, SLIDING: dataclasses.replace(attention, window=window)})
 
 
-def write_layer_types(config: DecoderConfig) -> list[str]:
+def write_layer_types(config: TransformerConfig) -> list[str]:
     """Return the type of every layer: sliding where its attention has a window."""
     return [FULL if getattr(mixer, "window", None) is None else SLIDING for mixer, _ in config.layer_pieces()]
 
 
-def sliding_window(config: DecoderConfig) -> int | None:
+def sliding_window(config: TransformerConfig) -> int | None:
     """Return the window of the first layer that has one."""
     windows = [getattr(mixer, "window", None) for mixer, _ in config.layer_pieces()]
     return next((window for window in windows if window is not None), None)

@@ -2,7 +2,8 @@
 
 Sizes from the released configs; the counts they give are tested to the digit. Attention scores are not divided by
 sqrt(head_dim), positions are a bias on them, and the logits of the tied head of 1.0 are divided by sqrt(d). In Switch
-Transformers (arXiv 2101.03961) every second feed-forward is a choice of one expert.
+Transformers (arXiv 2101.03961) every second feed-forward is a choice of one expert. mT5 (Xue et al. 2021, arXiv
+2010.11934) is version 1.1 with a vocabulary for a hundred languages.
 """
 
 import dataclasses
@@ -103,6 +104,10 @@ _PRESETS: dict[str, EncoderDecoderConfig] = {
     "t5_v1_1_xl": _preset(24, 2048, 32, 64, 5120, version_1_0=False),
     "t5_v1_1_xxl": _preset(24, 4096, 64, 64, 10240, version_1_0=False),
 }
+_MT5_PRESETS = {
+    f"mt5_{size}": dataclasses.replace(_PRESETS[f"t5_v1_1_{size}"], vocab_size=250_112)
+    for size in ("small", "base", "large", "xl", "xxl")
+}
 
 
 def _names(feed_forward: dict[str, tuple[str, ...]]) -> TensorNames:
@@ -165,8 +170,8 @@ def _read(reader: ConfigReader, fields: Json) -> Json:
     return fields
 
 
-def _read_t5(reader: ConfigReader, fields: Json) -> EncoderDecoderConfig:
-    size, name = fields.pop("intermediate_size"), reader.take("feed_forward_proj", str, "relu")
+def _read_t5(reader: ConfigReader, fields: Json, usual: str = "relu") -> EncoderDecoderConfig:
+    size, name = fields.pop("intermediate_size"), reader.take("feed_forward_proj", str, usual)
     inside = {"bias": False, "dropout": fields["dropout"]}
     if name in _GATED:
         # Both are written, and follow from feed_forward_proj.
@@ -180,6 +185,11 @@ def _read_t5(reader: ConfigReader, fields: Json) -> EncoderDecoderConfig:
         raise UserError(f"config.json has feed_forward_proj={name!r}, which is not supported for a T5: {kinds} are")
     scaled = reader.take("scale_decoder_outputs", bool, fields["version_1_0"])
     return t5(**_read(reader, fields), feed_forward=feed_forward, scaled_logits=scaled)
+
+
+def _read_mt5(reader: ConfigReader, fields: Json) -> EncoderDecoderConfig:
+    reader.only(scale_decoder_outputs=False)
+    return dataclasses.replace(_read_t5(reader, fields, "gated-gelu"), logit_scale=1.0)
 
 
 def _write(config: EncoderDecoderConfig) -> Json:
@@ -244,6 +254,18 @@ T5 = Family(
     # Version 1.1 has other names for what both have.
     names=lambda config: _NAMES_1_1 if isinstance(config.feed_forward, GatedLinearUnit) else _NAMES_1_0,
     with_tensors=_with_tensors,
+)
+_TIED = "tie_word_embeddings"
+MT5 = dataclasses.replace(
+    T5,
+    name="mt5",
+    title="mT5",
+    label="an mT5",
+    presets=_MT5_PRESETS,
+    architectures=("MT5ForConditionalGeneration", "MT5Model"),
+    # Released files say that nothing is tied; transformers 5 writes that it is, whatever the weights are.
+    keys=tuple(dataclasses.replace(key, default=False) if key.key == _TIED else key for key in T5.keys),
+    read=_read_mt5,
 )
 
 

@@ -89,8 +89,11 @@ CROSSES = {
             4, 8, SoftmaxTopK(2, False), "silu", gated=True, num_shared=1, shared_size=12, shared_gate=True
         ),
     ),
-    "a Llama with a sliding window and learned positions": crossed(
-        LLAMA, attention={"window": 3, "rope": None}, positions=LearnedPositions(32)
+    "a Llama with a sliding window, learned positions, and no norm before attention but one of embeddings": crossed(
+        LLAMA,
+        attention={"window": 3, "rope": None, "pre_norm": False},
+        positions=LearnedPositions(32),
+        embedding_norm=RMSNorm(eps=1e-5),
     ),
     "a Llama with sinks, a window and experts with biases": crossed(
         LLAMA,

@@ -47,6 +47,7 @@ class GroupedQuery(Mixer):
     softcap: scores are softcap * tanh(scores / softcap), as in Gemma 2; none for as they are.
     dropout: rate on the attention weights.
     sinks: a trained score of each head that only adds to the softmax's denominator (Xiao et al. 2024; GPT-OSS).
+    pre_norm: a block with norms before its parts has one before this; off where embeddings are normed (ModernBERT).
     """
 
     num_heads: int
@@ -62,6 +63,7 @@ class GroupedQuery(Mixer):
     softcap: float | None = None
     dropout: float = 0.0
     sinks: bool = False
+    pre_norm: bool = True
 
     @classmethod
     def follow(cls, known: Known) -> dict[str, Any]:

@@ -694,6 +694,100 @@ def gpt_oss() -> Case:
     )
 
 
+def distilbert() -> Case:
+    """As released: a tokenizer.json, and settings that name no class."""
+    tokenizer = files.wordpiece(110)
+    tokenizer.post_processor = files.template(tokenizer, ("[CLS]",), ("[SEP]",))
+    config = {"dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 24, "max_position_embeddings": 64}
+    return Case(
+        "DistilBertForMaskedLM", fixed(config), fast({"do_lower_case": True, "model_max_length": 512}, tokenizer)
+    )
+
+
+@functools.cache
+def xlm_roberta_model() -> bytes:
+    return files.sentencepiece_model(
+        130,
+        model_type="unigram",
+        byte_fallback=False,
+        hard_vocab_limit=False,
+        remove_extra_whitespaces=True,
+        normalized=True,
+        split_digits=False,
+    )
+
+
+def xlm_roberta() -> Case:
+    """Both of its files, and settings that name nothing."""
+    model = xlm_roberta_model()
+    found = {"sentencepiece.bpe.model": model, "tokenizer.json": files.xlm_roberta_json(model)}
+    found["tokenizer_config.json"] = as_json({"model_max_length": 512})
+    return Case("XLMRobertaForMaskedLM", fixed(ENCODER | {"type_vocab_size": 1}), found)
+
+
+def xlm_roberta_slow() -> Case:
+    """sentencepiece.bpe.model alone."""
+    found: Files = {"sentencepiece.bpe.model": xlm_roberta_model()}
+    return Case("XLMRobertaForMaskedLM", fixed(ENCODER | {"type_vocab_size": 1}), found)
+
+
+def modernbert() -> Case:
+    tokenizer = files.modernbert_json()
+    names = {f"{name.lower()}_token": f"[{name}]" for name in files.BERT_NAMES}
+    settings = {
+        "added_tokens_decoder": {
+            str(token["id"]): {key: value for key, value in token.items() if key != "id"}
+            for token in files.json.loads(tokenizer)["added_tokens"]
+        },
+        "clean_up_tokenization_spaces": True,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": 8192,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **names,
+    }
+    found: Files = {"tokenizer.json": tokenizer, "tokenizer_config.json": as_json(settings)}
+    found["special_tokens_map.json"] = as_json({key: added(name) for key, name in names.items()})
+    config = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 24}
+    config |= {"local_attention": 8, "max_position_embeddings": 64}
+
+    def with_pad(tokenizer: Any) -> dict[str, Any]:
+        return config | {"pad_token_id": tokenizer.pad_token_id}
+
+    return Case("ModernBertForMaskedLM", with_pad, found, texts=(*TEXTS, "a   house    sees  "))
+
+
+def mt5() -> Case:
+    """A model with bytes; its sentinels are pieces that begin with a space."""
+    model = files.sentencepiece_model(
+        370,
+        user_defined_symbols=[f"▁<extra_id_{i}>" for i in (2, 1, 0)],
+        model_type="unigram",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        remove_extra_whitespaces=True,
+        normalized=True,
+    )
+    settings = {
+        "additional_special_tokens": None,
+        "eos_token": "</s>",
+        "extra_ids": 0,
+        "pad_token": "<pad>",
+        "sp_model_kwargs": {},
+        "tokenizer_class": "T5Tokenizer",
+        "tokenizer_file": None,
+        "unk_token": "<unk>",
+    }
+    tokenizer: Files = {"spiece.model": model, "tokenizer_config.json": as_json(settings)}
+    config = TEXT_TO_TEXT | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    # transformers gives <unk> for what SentencePiece writes in bytes.
+    texts = ("the river sees a house", "Anna's letter, and then the king (at 12:30)\n\nslept.", "can't  hear ﬁve")
+    return Case("MT5ForConditionalGeneration", fixed(config), tokenizer, ("</s>", "."), texts=texts, extra_rows=2)
+
+
 CASES: dict[str, Callable[[], Case]] = {
     make.__name__: make
     for make in (
@@ -721,6 +815,11 @@ CASES: dict[str, Callable[[], Case]] = {
         bert,
         roberta,
         gpt_oss,
+        distilbert,
+        xlm_roberta,
+        xlm_roberta_slow,
+        modernbert,
+        mt5,
     )
 }
 

@@ -162,6 +162,8 @@ TOOLS = "{% for tool in tools or [] %}{{ tool['name'] }} {% endfor %}" + CHATML
 # NFKC would be 240 kB in every file.
 NORMALIZED = (("ﬁ", "fi"), ("Ａ", "A"), ("\u00a0", " "), ("\n", " "), ("\t", " "), ("…", "..."))
 
+BERT_NAMES = ("UNK", "CLS", "SEP", "PAD", "MASK")
+
 
 def sentences(count: int = 400) -> list[str]:
     """Sentences of a little language, every one different."""
@@ -279,6 +281,31 @@ def t5_json(model: bytes, sentinels: int = 100) -> str:
     special = ["<pad>", "</s>", "<unk>", *extra]
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in special])
     tokenizer.post_processor = template(tokenizer, (), ("</s>",))
+    return tokenizer.to_str(pretty=True) + "\n"
+
+
+def xlm_roberta_json(model: bytes) -> str:
+    """tokenizer.json of XLM-RoBERTa: fairseq's special tokens before the pieces, and the mask."""
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    tokenizer = Tokenizer(models.Unigram([*((name, 0.0) for name in special), *pieces(model)[3:], ("<mask>", 0.0)], 3))
+    tokenizer.normalizer = normalizers.Precompiled(normalization(model))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace("▁", "always")]
+    )
+    tokenizer.decoder = decoders.Metaspace("▁", "always")
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in special])
+    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, normalized=False)])
+    tokenizer.post_processor = template(tokenizer, ("<s>",), ("</s>",))
+    return tokenizer.to_str(pretty=True) + "\n"
+
+
+def modernbert_json() -> str:
+    """tokenizer.json of ModernBERT: OLMo's bytes, runs of spaces as added tokens, and BERT's names."""
+    tokenizer = byte_level(60, ("|||IP_ADDRESS|||", "<|padding|>"), ordinary=["    ", "   ", "  "])
+    tokenizer.normalizer = normalizers.NFC()
+    names = [AddedToken(f"[{name}]", lstrip=name == "MASK", normalized=False) for name in BERT_NAMES]
+    tokenizer.add_special_tokens([AddedToken("<|endoftext|>", normalized=False), *names])
+    tokenizer.post_processor = template(tokenizer, ("[CLS]",), ("[SEP]",))
     return tokenizer.to_str(pretty=True) + "\n"
 
 

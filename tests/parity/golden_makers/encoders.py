@@ -77,7 +77,7 @@ def inputs(config: Any) -> dict[str, torch.Tensor]:
     """Two rows, the second with padding; pairs of sentences where the model tells them apart."""
     ids, mask = padded(random_ids((2, LENGTH)), SHORT, config.pad_token_id)
     found = {"input_ids": ids, "attention_mask": mask}
-    if config.type_vocab_size > 1:
+    if getattr(config, "type_vocab_size", 0) > 1:
         found["token_type_ids"] = (torch.arange(LENGTH) >= torch.tensor([[9], [6]])).long() * mask
     return found
 
@@ -86,6 +86,10 @@ def last_norm(model: Any) -> list[torch.Tensor]:
     """What scales the masked-LM logits: the head's norm and its bias."""
     if hasattr(model, "cls"):
         return [*model.cls.predictions.transform.LayerNorm.parameters(), model.cls.predictions.bias]
+    if hasattr(model, "vocab_layer_norm"):
+        return [*model.vocab_layer_norm.parameters(), model.vocab_projector.bias]
+    if hasattr(model, "decoder"):
+        return [*model.head.norm.parameters(), *([] if model.decoder.bias is None else [model.decoder.bias])]
     return [*model.lm_head.layer_norm.parameters(), model.lm_head.bias]
 
 
@@ -94,12 +98,21 @@ def mlm_logits(model: Any) -> torch.Tensor:
     return found.prediction_logits if hasattr(found, "prediction_logits") else found.logits
 
 
+def blocks(model: Any) -> Any:
+    trunk = model.base_model
+    return (
+        trunk.layers
+        if hasattr(trunk, "layers")
+        else (trunk.transformer if hasattr(trunk, "transformer") else trunk.encoder).layer
+    )
+
+
 def encoded(model: Any) -> dict[str, Any]:
     """What an encoder and its heads compute. What stands at padding is not to be compared."""
     given = inputs(model.config)
-    with outputs(numbered("layer", model.base_model.encoder.layer)) as hidden:
+    with outputs(numbered("layer", blocks(model))) as hidden:
         found = model(**given)
-        pooled = model.base_model(**given).pooler_output
+        pooled = getattr(model.base_model(**given), "pooler_output", None)
     expected = {"ids": given["input_ids"], "mask": given["attention_mask"], **hidden}
     if "token_type_ids" in given:
         expected["token_types"] = given["token_type_ids"]
