@@ -208,7 +208,7 @@ WHOLE: dict[str, Callable[[Path], Tokenizer]] = {
     ),
     "a leading space that is dropped": lambda folder: of_model(trained("bpe", add_dummy_prefix=False, **NFKC), folder),
     "a rule over a space": lambda folder: of_model(
-        changed(lambda model: setattr(model.normalizer_spec, "precompiled_charsmap", rule(b"b c", b"x"))), folder
+        changed(lambda model: setattr(model.normalizer_spec, "precompiled_charsmap", rule(b"b d", b"x"))), folder
     ),
     "a letter that becomes a space": lambda folder: of_model(
         changed(lambda model: setattr(model.normalizer_spec, "precompiled_charsmap", rule(b"b", b" "))), folder
@@ -219,11 +219,11 @@ WHOLE: dict[str, Callable[[Path], Tokenizer]] = {
     },
     "a token that strips a space": lambda folder: of_golden("gpt2", folder, {"cat": {"lstrip": True}}),
     "an expression that is not known": lambda folder: in_words(
-        folder, None, pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex("b c"), "isolated"),
+        folder, None, pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex("b d"), "isolated"),
                                                pre_tokenizers.ByteLevel(use_regex=False)])
     ),
     "a replacement that is not known": lambda folder: in_words(
-        folder, normalizers.Replace(tokenizers.Regex("b c"), "x"), pre_tokenizers.Metaspace(**META)
+        folder, normalizers.Replace(tokenizers.Regex("b d"), "x"), pre_tokenizers.Metaspace(**META)
     ),
 }  # fmt: skip
 
@@ -241,10 +241,10 @@ def test_what_may_reach_over_a_border_is_not_cut(
 
 
 def test_a_map_of_one_rule_is_read_as_the_library_reads_it(tmp_path: Path):
-    model = changed(lambda model: setattr(model.normalizer_spec, "precompiled_charsmap", rule(b"b c", b"x")))
+    model = changed(lambda model: setattr(model.normalizer_spec, "precompiled_charsmap", rule(b"b d", b"x")))
     processor = sentencepiece.SentencePieceProcessor()
     processor.LoadFromSerializedProto(model)
-    assert processor.normalize("ab cd") == "\u2581axd"
+    assert processor.normalize("ab de") == "\u2581axe"
 
 
 @pytest.fixture(params=["llama2c/tokenizer.model", "llama2c/tok512.bin", "gpt2/gpt2_vocab.json", "bert/vocab.txt",
