@@ -87,10 +87,8 @@ def replacing(path: Path, *, near: Path | None = None) -> Iterator[Path]:
             yield partial
             partial.replace(path)
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        elif partial.exists():  # a disk that cannot be written refuses to remove what is not there, too
-            partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is gone, or what the block raised is what is wrong
+            shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

