@@ -18,7 +18,7 @@ from hostile_texts import ModelProto, reads
 
 from llama_jax.checkpoint.generation import read_generation
 from llama_jax.gguf_header import read_header
-from llama_jax.tokenizers import load_tokenizer, render
+from llama_jax.tokenizers import load_tokenizer
 
 RATIO = 8.0
 SECONDS = 0.1  # that the shorter file has to take at least: less is noise
@@ -81,10 +81,6 @@ def array_records(n: int, file: Path) -> None:
     records.close()
 
 
-def rendered(path: Path) -> str:
-    return render(path.read_text(), [{"role": "user", "content": "x"}], {})
-
-
 READERS: dict[str, tuple[str, Callable[[int], bytes], Callable[[Path], object]]] = {
     "safetensors": ("model.safetensors", of_tensors, weights),
     "pickle": ("pytorch_model.bin", of_state, weights),
@@ -101,7 +97,6 @@ READERS: dict[str, tuple[str, Callable[[int], bytes], Callable[[Path], object]]]
         lambda n: "\n".join(["[UNK]", "[CLS]", "[SEP]", *(f"x{i}" for i in range(n))]).encode(),
         load_tokenizer,
     ),
-    "chat template": ("a.jinja", lambda n: b"{% if messages %}a{% endif %}" * n, rendered),
     "JSONL": ("a.jsonl", lambda n: b'{"text": "hello"}\n' * n, reads),
     "a line of JSONL": ("a.jsonl", lambda n: b'{"text": "' + b"hello\\n" * n + b'"}\n', reads),
     "JSON": ("a.json", lambda n: b"[" + b'{"text": "a"},' * n + b'{"text": "a"}]', reads),
