@@ -3,16 +3,25 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
+import json
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import filelock
+import xxhash
 
 PARTIAL = ".partial"  # in the names of files that are not whole yet
+# By the last key of a sealed text, which has the checksum of the rest: its kind, the indent and the end of the text.
+_SEALS: dict[str, tuple[Callable[[bytes], str], int | None, str]] = {
+    "sha256": (lambda content: hashlib.sha256(content).hexdigest(), None, ""),
+    "manifest": (xxhash.xxh3_128_hexdigest, 1, "\n"),
+}
 
 
 # What can be wrong with a disk, its permissions or this process's files: (what it means, what to do).
@@ -87,10 +96,8 @@ def replacing(path: Path, *, near: Path | None = None) -> Iterator[Path]:
             yield partial
             partial.replace(path)
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        elif partial.exists():  # a disk that cannot be written refuses to remove what is not there, too
-            partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is gone, or what the block raised is what is wrong
+            shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -99,6 +106,25 @@ def write_text(path: Path, text: str) -> None:
         opened.write(text)
         opened.flush()
         os.fsync(opened.fileno())
+
+
+def sealed(content: dict[str, Any], key: str = "sha256") -> str:
+    """Return an object as JSON that ends with its own checksum, of the kind that `key` names."""
+    checksum, indent, end = _SEALS[key]
+    return json.dumps(content | {key: checksum(json.dumps(content).encode())}, indent=indent) + end
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """Return the object of a sealed text, with its checksum, which an earlier version's lacks.
+
+    Raises ValueError where a byte of it is another.
+    """
+    if not isinstance(found := json.loads(text), dict):
+        raise ValueError("no object")
+    for key in _SEALS.keys() & found.keys():
+        if text != sealed({name: value for name, value in found.items() if name != key}, key):
+            raise ValueError("its checksum is another one")
+    return found
 
 
 def write_files(directory: Path, files: Mapping[str, bytes]) -> None:

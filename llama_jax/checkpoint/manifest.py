@@ -5,14 +5,13 @@ A directory without a manifest is not checked: an earlier version made it, or th
 
 import concurrent.futures
 import fnmatch
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from llama_jax.files import write_text
+from llama_jax.files import sealed, unsealed, write_text
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
@@ -31,7 +30,7 @@ def write_manifest(directory: Path, step: int | None = None) -> None:
         files = dict(zip(names, sums, strict=True))
     for folder in {folder for name in names for folder in Path(name).parents}:
         _sync(directory / folder)
-    write_text(directory / MANIFEST_FILE, _text({"format": FORMAT, "step": step, "files": files}))
+    write_text(directory / MANIFEST_FILE, sealed({"format": FORMAT, "step": step, "files": files}, "manifest"))
     _sync(directory)
     _sync(directory.parent)
 
@@ -99,18 +98,11 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _text(content: dict[str, Any]) -> str:
-    """Return a manifest's text, which ends with the checksum of itself."""
-    checksum = xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
-    return json.dumps(content | {"manifest": checksum}, indent=1) + "\n"
-
-
 def _parsed(text: str) -> dict[str, Any] | None:
     """Return the content of a manifest, None where one byte of it is another than `write_manifest` wrote."""
     try:
-        content = json.loads(text)
-        del content["manifest"]
-        whole = _text(content) == text and {"format", "step"} <= content.keys()
+        content = unsealed(text)
+        whole = {"format", "step", "manifest"} <= content.keys()
         whole &= all(isinstance(size, int) and isinstance(sum_, str) for size, sum_ in content["files"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

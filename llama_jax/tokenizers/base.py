@@ -9,6 +9,7 @@ import itertools
 import json
 import operator
 import re
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from llama_jax.remote import as_local, uploaded, url_of
 
 RULE_FILE = "prompt_rule.json"
 PIECE_CHARS, PIECES = 1 << 16, 8  # of a long text that is encoded, and how many at a time
+WHOLE_CHARS = 1 << 24  # of a text that is not cut without a word
 COMPANION = "tokenizer.model"  # next to a tokenizer.json, for programs that read no other; it is passed on
 SETTINGS_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -87,7 +89,11 @@ class Tokenizer(abc.ABC):
 
     @functools.cached_property
     def border(self) -> re.Pattern[str] | None:
-        """What is left out between two texts whose ids are, one after the other, those of the whole; None: unknown."""
+        """What is left out between two texts whose ids are, one after the other, those of the whole; None: unknown.
+
+        A unigram model adds up the scores of a text in float32: its best segmentation is that of the whole, and of two
+        equally good ones either may be taken.
+        """
         return None
 
     @functools.cached_property
@@ -111,7 +117,7 @@ class Tokenizer(abc.ABC):
         """
         start = list(self.start_ids) if bos else []
         end = [self.eos_ids[0]] if eos and self.eos_ids else []
-        return start + self._encode_checked([text])[0] + end
+        return start + self.encode_batch([text])[0].tolist() + end
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:
@@ -199,10 +205,18 @@ class Tokenizer(abc.ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of every text as int32 arrays, without special tokens, encoded on all cores.
 
-        A long text is cut where `border` matches: the libraries take up to 200 bytes for each of its bytes.
+        A long text is cut where `border` matches: the libraries take up to 200 bytes for each of its bytes. What that
+        costs is printed where no border is known.
         """
-        is_long = any(isinstance(text, str) and len(text) > PIECE_CHARS for text in texts)
-        if not is_long or self.border is None:
+        longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
+        if longest <= PIECE_CHARS or self.border is None:
+            if longest > WHOLE_CHARS:
+                print(
+                    f"a text of {longest:,} characters is tokenized in one piece, as no place is known where this "
+                    f"tokenizer's ids let it be cut: that may take {longest / 5e6:,.0f} GB of memory, and "
+                    "data.document_chars cuts it at line ends",
+                    file=sys.stderr,
+                )
             return [np.array(ids, np.int32) for ids in self._encode_checked(texts)]
         return [self._encode_pieces(text, self.border) for text in texts]
 

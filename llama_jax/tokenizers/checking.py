@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +13,6 @@ from sentencepiece import sentencepiece_model_pb2
 from llama_jax.config import UserError
 
 SPACE = "\u2581"  # a space inside pieces of SentencePiece
-AT_SPACES = re.compile("(?<=[a-z]) (?=[A-Za-z])")  # where the words of a text have a space of their own
 MAX_IDS = 1 << 22  # of a vocabulary: its tables have an entry for each id, also for those without a token
 MAX_GROWTH = 1024.0  # times that normalizers and decoders may lengthen a text
 _LEAF, _HAS_LEAF = 1 << 31, 1 << 8  # bits of a unit of darts-clone
@@ -45,15 +43,20 @@ def _check_map(content: bytes) -> None:
     size = int.from_bytes(content[:4], "little")
     if size % 1024 or not 0 < size <= len(content) - 4 or content[-1:] != b"\0":
         raise RuntimeError("a map of characters that is damaged")
-    units = np.frombuffer(content, "<u4", size // 4, 4)
+    units, offsets = units_of(content)
     inner = np.flatnonzero(units & _LEAF == 0)
-    offsets = (units[inner] >> 10) << ((units[inner] & 1 << 9) >> 6)
-    reached = inner ^ offsets
+    reached = inner ^ offsets[inner]
     if np.any(reached | 255 >= len(units)):
         raise RuntimeError("a map of characters that leaves its table")
     values = units[reached[units[inner] & _HAS_LEAF != 0]] & ~np.uint32(_LEAF)
     if np.any(values >= len(content) - 4 - size):
         raise RuntimeError("a map of characters that leaves its texts")
+
+
+def units_of(content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Return the units of a compiled map of characters and their offsets."""
+    units = np.frombuffer(content, "<u4", int.from_bytes(content[:4], "little") // 4, 4)
+    return units, (units >> 10) << ((units & 1 << 9) >> 6)
 
 
 def check_ids(vocab_size: int) -> int:
@@ -84,15 +87,6 @@ def _growth(part: Any) -> float:
         added = len(str(part.get("content", "")))
         growth *= max(1.0, added / len(text)) if isinstance(text, str) and text else 1.0 + added
     return growth
-
-
-def cuts_at_spaces(model: Any) -> bool:
-    """Return whether the ids of a text are those of its words: BPE as Llama has it, without a piece across words."""
-    spec, pieces = model.normalizer_spec, [piece.piece for piece in model.pieces]
-    plain = spec.name == "identity" and spec.add_dummy_prefix and spec.escape_whitespaces
-    plain = plain and not (spec.remove_extra_whitespaces or spec.precompiled_charsmap)
-    plain = plain and model.trainer_spec.model_type == 2 and not model.trainer_spec.treat_whitespace_as_suffix  # BPE
-    return plain and SPACE in pieces and not any(SPACE in piece.lstrip(SPACE) for piece in pieces)
 
 
 @contextlib.contextmanager

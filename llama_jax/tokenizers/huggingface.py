@@ -12,7 +12,8 @@ from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from llama_jax.config import Json
 from llama_jax.tokenizers.base import COMPANION, TextStream, Tokenizer
-from llama_jax.tokenizers.checking import AT_SPACES, SPACE, check_ids, check_json, library
+from llama_jax.tokenizers.borders import json_border
+from llama_jax.tokenizers.checking import check_ids, check_json, library
 from llama_jax.tokenizers.settings import KEYS, Settings, exported, guess
 
 # Usual names of these tokens, tried where no setting names one.
@@ -89,7 +90,11 @@ class HuggingFaceTokenizer(Tokenizer):
     @functools.cached_property
     @override
     def border(self) -> re.Pattern[str] | None:
-        return _border(json.loads(self._tokenizer.to_str()), self._splitting)
+        splitting = None if self._splitting is None else json.loads(self._splitting.__getstate__())
+        known = [{"Regex": pattern} for pattern in (GPT2_SPLIT, CL100K_SPLIT, O200K_SPLIT, SPLITS["qwen2"])]
+        normalizer = self._tokenizer.normalizer
+        normalize = str if normalizer is None else normalizer.normalize_str
+        return json_border(json.loads(self._tokenizer.to_str()), splitting, known, normalize)
 
     def _special(self, key: str) -> int | None:
         name, settings = self._settings.name(key), self._settings
@@ -193,35 +198,6 @@ def reachable_names(tokenizer: tokenizers.Tokenizer, model: Json, special: Colle
     return merged | (words if model.get("ignore_merges") else set())
 
 
-def _border(data: Json, splitting: pre_tokenizers.PreTokenizer | None) -> re.Pattern[str] | None:
-    """Return the border of a tokenizer (its JSON) whose words have no space but at their start, and no line end within.
-
-    That is known of the ways to split a text that are named here; an added token may reach over a border.
-    """
-    split = {} if splitting is None else json.loads(splitting.__getstate__())
-    parts = split.get("pretokenizers", [split])
-    kinds = [part.get("type") for part in parts]
-    known = [{"Regex": pattern} for pattern in (GPT2_SPLIT, CL100K_SPLIT, O200K_SPLIT, *SPLITS.values())]
-    by_expression = (
-        kinds == ["Split", "ByteLevel"] and parts[0]["pattern"] in known and parts[0]["behavior"] == "Isolated"
-    )
-    by_expression = by_expression and not parts[0]["invert"] and not parts[1]["use_regex"]
-    own = kinds in (["BertPreTokenizer"], ["WhitespaceSplit"]) or (kinds == ["ByteLevel"] and parts[0]["use_regex"])
-    plain = (data["normalizer"] or {}).get("type") in (None, "NFC", "BertNormalizer") and not data["model"].get(
-        "dropout"
-    )
-    reaching = [
-        token for token in data["added_tokens"]
-        if re.search(r"\s", token["content"]) or token["lstrip"] or token["rstrip"] or token["single_word"]
-    ]  # fmt: skip
-    if splitting is None and data["normalizer"] == LLAMA and data["model"]["type"] == "BPE" and not reaching:
-        return None if any(SPACE in piece.lstrip(SPACE) for piece in data["model"]["vocab"]) else AT_SPACES
-    if not (plain and (own or by_expression)) or reaching:
-        return None
-    at_line_ends = "" if parts[-1].get("add_prefix_space") else r"|(?<=\S\n)(?=\w)"
-    return re.compile(rf"(?<=[a-z])(?= [A-Za-z]){at_line_ends}")
-
-
 def _is_word(tokenizer: tokenizers.Tokenizer, name: str) -> bool:
     """Return whether `name` is a separate word in some text."""
     split = tokenizer.pre_tokenizer
@@ -284,14 +260,6 @@ def byte_letters() -> list[str]:
 
 # Decoders whose text of a token depends on nothing but the token, and on whether it is the first.
 LOCAL = {"Metaspace", "WordPiece", "Replace", "Strip"}
-# Llama's spaces.
-LLAMA = {
-    "type": "Sequence",
-    "normalizers": [
-        {"type": "Prepend", "prepend": SPACE},
-        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
-    ],
-}
 BYTE_NAME = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 

@@ -2,15 +2,17 @@
 
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import override
 
 import sentencepiece
 
-from llama_jax.tokenizers.base import SETTINGS_FILE, TextStream, Tokenizer
+from llama_jax.tokenizers.base import PIECE_CHARS, SETTINGS_FILE, TextStream, Tokenizer
+from llama_jax.tokenizers.borders import piece_border
 from llama_jax.tokenizers.checking import check_model
-from llama_jax.tokenizers.sentencepiece import SPACE
+from llama_jax.tokenizers.sentencepiece import SPACE, ModelProto
 from llama_jax.tokenizers.settings import Settings
 
 FILES = ("source.spm", "target.spm", "vocab.json")
@@ -45,6 +47,11 @@ class MarianTokenizer(Tokenizer):
         self.special_tokens = {name: ids[name] for name in names if name in ids}
         self._ids = {piece: i for piece, i in ids.items() if piece not in self.special_tokens}
         self.files = {**files, **settings.files}
+
+    @functools.cached_property
+    @override
+    def border(self) -> re.Pattern[str] | None:
+        return piece_border(ModelProto.FromString(self.files["source.spm"]), (), self._processor.normalize)
 
     def _affixes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (), self.eos_ids
@@ -101,7 +108,7 @@ class _Stream(TextStream):
 
 def _language(text: str) -> tuple[str, str]:
     """Return the name of the target language that `text` begins with, or "", and the rest."""
-    end = text.find("<<") if text.startswith(">>") else -1
+    end = text.find("<<", 0, PIECE_CHARS) if text.startswith(">>") else -1
     return ("", text) if end < 0 else (text[: end + 2], text[end + 2 :])
 
 

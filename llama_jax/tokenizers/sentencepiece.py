@@ -17,7 +17,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from llama_jax.config import Json, UserError
 from llama_jax.tokenizers.base import TextStream, Tokenizer
-from llama_jax.tokenizers.checking import AT_SPACES, SPACE as SPACE, check_model, cuts_at_spaces
+from llama_jax.tokenizers.borders import piece_border
+from llama_jax.tokenizers.checking import SPACE as SPACE, check_model
 from llama_jax.tokenizers.fairseq import ModelProto, in_fairseq_order
 from llama_jax.tokenizers.settings import GENERIC, Added, Settings, exported
 
@@ -51,8 +52,6 @@ class SentencePieceTokenizer(Tokenizer):
             # A piece that is an added token now must not be found in ordinary text.
             self._processor = _processor(_without_text(self._model, self._added).SerializeToString())
         self._text_tokens = AddedTokens({i: token for i, token in self._added.items() if not token.special})
-        if cuts_at_spaces(self._model) and not self._text_tokens:
-            self.border = AT_SPACES
         self.vocab_size = max([len(pieces) - 1, *self._added]) + 1
         kinds = (Kind.UNKNOWN, Kind.CONTROL, Kind.USER_DEFINED)
         added = {i: token.content for i, token in self._added.items()}
@@ -68,6 +67,12 @@ class SentencePieceTokenizer(Tokenizer):
             self.bos_id, self.pad_id = ids["sop"], self.unk_id
             self.start_ids = (ids["[gMASK]"], ids["sop"])
             self.eos_ids += tuple(ids[name] for name in ("<|user|>", "<|observation|>") if name in ids)
+
+    @functools.cached_property
+    @override
+    def border(self) -> re.Pattern[str] | None:
+        texts = [token.content for token in self._added.values() if not token.special]
+        return piece_border(self._model, texts, self._processor.normalize)
 
     def _affixes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         config, (prefix, suffix) = self._settings.config, (self._settings.rules.prefix, self._settings.rules.suffix)

@@ -28,6 +28,7 @@ from llama_jax.tokenizers.settings import settings_of
 
 # The most that a template may write: beyond any context, and little enough to be refused before memory ends.
 MAX_CHARACTERS = 1 << 24
+MAX_TEMPLATE = 1 << 17  # characters of a template: that its lines are counted takes quadratic time
 # The most characters that operations may make, and lines of a compiled template that may run: seconds.
 MAX_MADE, MAX_LINES = 1 << 27, 1 << 22
 # Methods and filters whose result may be as long as the product of what they are given.
@@ -233,6 +234,8 @@ def render(
     plain = [{key: value for key, value in message.items() if value is not None} for message in _plain(messages)]
     try:
         _cost.begin()
+        if len(template) > MAX_TEMPLATE:
+            raise jinja2.TemplateError(f"it has more than {MAX_TEMPLATE} characters")
         compiled = _watched(_environment().from_string(template))
         pieces, size = [], 0
         given = {"messages": plain, "tools": None, "documents": None, "add_generation_prompt": opens_answer}

@@ -47,7 +47,7 @@ def in_turns[C: TransformerConfig, K: Hashable](config: C, types: Sequence[K], p
     return dataclasses.replace(config, **changes)
 
 
-def windowed(config: DecoderConfig, types: Sequence[str], window: int | None) -> DecoderConfig:
+def windowed(config: TransformerConfig, types: Sequence[str], window: int | None) -> TransformerConfig:
     """Return the model whose sliding layers attend to `window` keys."""
     attention: Any = config.attention
     return in_turns(config, types, {FULL: attention, SLIDING: dataclasses.replace(attention, window=window)})
@@ -64,6 +64,6 @@ def sliding_window(config: TransformerConfig) -> int | None:
     return next((window for window in windows if window is not None), None)
 
 
-def mixers_by_type(config: DecoderConfig) -> dict[str, Any]:
+def mixers_by_type(config: TransformerConfig) -> dict[str, Any]:
     """Return an attention of each type that the layers have."""
     return dict(zip(write_layer_types(config), (mixer for mixer, _ in config.layer_pieces()), strict=True))

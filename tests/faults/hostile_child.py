@@ -21,9 +21,9 @@ SECONDS = 30  # until the process is killed
 MEMORY = 12 << 30  # bytes of address space beyond those of the imports
 
 
-def peak() -> int:
-    """Return the most bytes that this process has had in memory."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory(kind: str) -> int:
+    """Return the bytes that this process has in memory ("RSS"), or has had at most since they were reset ("HWM")."""
+    return int(Path("/proc/self/status").read_text().split(f"Vm{kind}:")[1].split()[0]) * 1024
 
 
 def guard() -> None:
@@ -54,7 +54,8 @@ def main(log_file: str, first: int, count: int) -> None:
                 path = case.make(Path(folder))
                 files = path.rglob("*") if path.is_dir() else [path]
                 size = sum(file.stat().st_size for file in files)
-                before, began = peak(), time.process_time()
+                Path("/proc/self/clear_refs").write_text("5")
+                before, began = memory("RSS"), time.process_time()
                 note(log, number=number)
                 signal.alarm(SECONDS)
                 try:
@@ -65,7 +66,7 @@ def main(log_file: str, first: int, count: int) -> None:
                 except BaseException as error:  # Rust's panics too
                     outcome = f"{type(error).__name__}: {str(error)[:300]}"
                 signal.alarm(0)
-                seconds, grown = time.process_time() - began, peak() - before
+                seconds, grown = time.process_time() - began, memory("HWM") - before
                 canary = (Path(folder) / "canary").exists()
                 note(log, number=number, outcome=outcome, size=size, seconds=seconds, grown=grown, canary=canary)
 

@@ -328,7 +328,7 @@ def template_cases() -> Iterator[Hostile]:
         "a join that multiplies": "{% set n = namespace(s='a' * 1000) %}{% for i in range(9) %}{% set n.s = n.s.join(n.s) %}{% endfor %}{{ n.s }}",
         "much text": "{% for i in range(99999) %}{{ messages[0].content * 100 }}{% endfor %}", "a macro that calls itself": "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
         "a class": "{{ ''.__class__.__mro__[1].__subclasses__() }}", "a global": "{{ raise_exception.__globals__ }}", "an import": "{% import 'os' as os %}",
-        "an include": "{% include '/etc/passwd' %}", "deep brackets": "{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}", "a syntax error": "{% if %}", "escapes": "{{ raise_exception('\\x1b[2J') }}",
+        "an include": "{% include '/etc/passwd' %}", "deep brackets": "{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}", "a syntax error": "{% if %}", "a long template": "{{ messages[0].content }}" * 100_000, "escapes": "{{ raise_exception('\\x1b[2J') }}",
         "attributes by a filter": "{{ '' | attr('__class__') }}", "formats of attributes": "{{ '{0.__class__.__mro__}'.format(raise_exception) }}", "padding by indents": "{{ 'a\\nb' | indent(9999999999) }}",
     }.items():  # fmt: skip
         yield Hostile(

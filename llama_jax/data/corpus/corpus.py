@@ -24,11 +24,9 @@ from llama_jax.data.corpus.shards import (
     Blocks,
     array_file,
     block_sums,
-    sealed,
     summary_file,
-    unsealed,
 )
-from llama_jax.files import write_text
+from llama_jax.files import sealed, unsealed, write_text
 
 INDEX = "index.json"
 _MALFORMED = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)  # of damaged JSON

@@ -321,18 +321,3 @@ def block_sums(summary: Path, split: str) -> dict[str, str]:
         return json.loads(summary.read_text())["splits"][split].get("blocks", {})
     except (ValueError, LookupError, TypeError, AttributeError):
         raise UserError(f"'{summary}' is damaged: remove '{summary.parent}', and it is made again") from None
-
-
-def sealed(content: Json) -> str:
-    """Return an index as text, which ends with the hash of the rest."""
-    return json.dumps(content | {"sha256": hashlib.sha256(json.dumps(content).encode()).hexdigest()})
-
-
-def unsealed(text: str) -> Json:
-    """Return the index of a text. Raises ValueError where it is damaged; an earlier version's has no hash."""
-    if not isinstance(found := json.loads(text), dict):
-        raise ValueError("no object")
-    rest = {name: value for name, value in found.items() if name != "sha256"}
-    if len(rest) < len(found) and text != sealed(rest):
-        raise ValueError("its hash is another one")
-    return found

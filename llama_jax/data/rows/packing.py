@@ -14,12 +14,12 @@ import numpy as np
 from llama_jax.config import Json, UserError
 from llama_jax.data.config import Packing, Split
 from llama_jax.data.corpus.corpus import Corpus, TokenStream, map_array
-from llama_jax.data.corpus.shards import BlockHasher, Blocks, sealed, unsealed
+from llama_jax.data.corpus.shards import BlockHasher, Blocks
 from llama_jax.data.objectives.base import FLOATS, Document, Example, Objective, Vocabulary
 from llama_jax.data.objectives.decoder import Causal
 from llama_jax.data.rows.fitting import RowIndex, fit_rows
 from llama_jax.data.rows.windows import HostBatch, Rows
-from llama_jax.files import lock, replacing, write_text
+from llama_jax.files import lock, replacing, sealed, unsealed, write_text
 
 KINDS = ("pieces", "rows")  # of an index's arrays
 FORMAT = 1  # of an index's files; part of their directory's name
