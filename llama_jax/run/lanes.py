@@ -145,7 +145,7 @@ class Lane(Loop):
             start, directory = int(state.step), self.run_.directory / "profile"
             profile = stack.enter_context(Profile(self.config, directory, start, self.bar.say, self.clock))
             try:
-                self._steps(state, self.store, self.bar, self.outputs, self.clock, profile, stopping)
+                self._steps(state, self.bar, self.outputs, self.clock, profile, stopping)
             except RunFailed as error:
                 self.failure = str(error)
 
@@ -159,7 +159,7 @@ class Lane(Loop):
             self.store = CheckpointStore(directory / CHECKPOINTS_DIRECTORY, self.config.checkpoint)
             held.callback(self.store.close)
             stack.callback(closing.close, held.pop_all())
-        state, more = self._state(self.store)
+        state, more = self._state()
         self.lines += [*lines, *more, *effects(self.run_, start, state, len(self.validation), self.mfu_per_speed)]
         self.outputs = [stack.enter_context(contextlib.closing(logger(self.run_, start))) for logger in self.loggers]
         self.clock = Clock(start)
@@ -178,7 +178,7 @@ class Lane(Loop):
             else:
                 with self.clock.paused():
                     event = self._report(state, metrics, *given)
-                    self._save(state, self.store, event, saves or self._saves(step))
+                    self._save(state, event, saves or self._saves(step))
         except RunFailed as error:
             self.failure = str(error)
 

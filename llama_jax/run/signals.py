@@ -1,6 +1,7 @@
 """Termination signals: a run ends after the step that it is in, with a checkpoint."""
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ def termination() -> Iterator[Callable[[int], bool]]:
     that comes after the last step raises Preempted when the block ends, after all that the block still saves.
     """
     received: list[int] = []
+    calls = itertools.count()  # a run may go back to an earlier step, and a sweep has several runs
     steps: list[int] = []
 
     def stop(number: int, _: Any) -> None:
@@ -43,7 +45,7 @@ def termination() -> Iterator[Callable[[int], bool]]:
 
     def stops(step: int) -> bool:
         steps[:] = [step]
-        return multihost_utils.reached_preemption_sync_point(step) if distributed.several() else bool(received)
+        return multihost_utils.reached_preemption_sync_point(next(calls)) if distributed.several() else bool(received)
 
     # Of several processes, JAX itself receives a SIGTERM, and brings it to the others.
     numbers = (signal.SIGINT,) if distributed.several() else (signal.SIGTERM, signal.SIGINT)
