@@ -131,8 +131,6 @@ def _train(
         try:
             loop.run(stopping)
         except SaveFailed as error:
-            if distributed.several():  # others may still wait for this one: the command line ends them
-                raise
             raise RunFailed(f"{error}: make room there, then start again to continue") from error
     return run
 

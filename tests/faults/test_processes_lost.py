@@ -214,3 +214,31 @@ def test_the_loop_of_the_launch_page_finishes_a_run_in_which_a_process_is_killed
     assert codes == [0, 0], told
     assert "failed: process 1 of 2" in told[0]
     assert open_run(tmp_path / "run").steps()[-1] == STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_save_that_one_of_two_cannot_write_is_repeated_by_both(
+    run_config: RunConfig, tmp_path: Path, victim: int, tally: Callable[..., None]
+):
+    """Once: a second failure ends both, and the same command goes on from the last good step."""
+    plain = tmp_path / "plain"
+    assert Group(2, plain / "told", run_config, run_dir=plain / "run").end()[0] == [0, 0]
+    once = Group(2, tmp_path / "once", run_config, victim, "save@4", "REFUSE", run_dir=tmp_path / "once_run")
+    codes, _ = once.end()
+    told = once.told()
+    assert codes == [0, 0], told
+    warning = rf"warning: the checkpoint of step 4 cannot be written .* on process {victim} of 2 .* good one is of step 2: try"
+    held = [len(re.findall(warning, told[0])) == 1, "warning: the" not in told[1], 4 not in open_run(tmp_path / "once_run").steps()]
+    held.append(same(final_state(tmp_path / "once_run"), final_state(plain / "run")))
+    always = Group(2, tmp_path / "always", run_config, victim, "save@4", "REFUSES", run_dir=tmp_path / "run")
+    codes, seconds = always.end()
+    told = always.told()
+    assert codes == [1, 1], told
+    held += [seconds < WITHIN, "failed: the checkpoint of step" in told[0], "make room there, then start" in told[0]]
+    held += ["Traceback" not in text for text in told]
+    again = Group(2, tmp_path / "again", run_config, run_dir=tmp_path / "run")
+    assert again.end()[0] == [0, 0]
+    held += [min(again.rows()) == 3, same(final_state(tmp_path / "run"), final_state(plain / "run"))]
+    promise = "both repeat it once, then end in a sentence; the run continues to the same bits"
+    tally("the disk of one of two processes refuses a checkpoint", promise, tried=len(held), held=sum(held))

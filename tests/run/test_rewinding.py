@@ -60,7 +60,9 @@ def states(run: Run) -> dict[int, list[bytes]]:
     """Return the bytes of every checkpoint's arrays."""
     abstract = jax.eval_shape(init_state, abstract_params(run.config.model), run.config.optimizer.hyper(NUM_STEPS))
     store = CheckpointStore(run.directory / "checkpoints")
-    return {step: [np.asarray(x).tobytes() for x in jax.tree.leaves(store.load(step, abstract))] for step in run.steps()}
+    return {
+        step: [np.asarray(x).tobytes() for x in jax.tree.leaves(store.load(step, abstract))] for step in run.steps()
+    }
 
 
 def lines(run: Run) -> list[dict[str, Any]]:
@@ -147,7 +149,9 @@ def test_the_command_that_began_a_run_continues_it(
     assert again.history == run.history
     assert again.config.data.skip_batches == (4, 5, 11, 12)
     for change in ({"checks.max_rewinds": 0}, {"data.skip_batches": (4, 5, 13)}):
-        with pytest.raises(UserError, match=r"data.skip_batches=\(4, 5, 11, 12\), not .* --resume.allow data.skip_batches"):
+        with pytest.raises(
+            UserError, match=r"data.skip_batches=\(4, 5, 11, 12\), not .* --resume.allow data.skip_batches"
+        ):
             train(override(spiked, change), run.directory)
 
 
