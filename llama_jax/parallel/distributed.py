@@ -116,6 +116,15 @@ def leave(code: int) -> int:
     return code
 
 
+def end(code: int) -> int:
+    """Return `code`, with which all processes end, and part from the others.
+
+    At the end of Python that comes after its threads: those of a save that another process could not write wait long.
+    """
+    jax.distributed.shutdown()
+    return code
+
+
 def own_name() -> str:
     """Return the name of this process in messages."""
     several_of = f"process {_service.process_id} of {_service.num_processes}" if several() else "this process"
