@@ -213,7 +213,7 @@ class CheckpointStore:
 
     def _fail(self, step: int, reason: str, error: BaseException | None = None) -> None:
         """Report a save that has failed: a full disk, an absent store. Raises SaveFailed where it is not repeated."""
-        good = max(self.steps(), default=None)
+        good = max({*self.steps()} - {step}, default=None)
         failed = SaveFailed(
             f"the checkpoint of step {step} cannot be written to '{self.directory}' ({reason}), "
             + ("and there is none before it" if good is None else f"the last good one is of step {good}")

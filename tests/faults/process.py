@@ -25,6 +25,12 @@ from llama_jax.run import training, watchdog
 from llama_jax.run.training import Loop
 
 
+def limit_files(num_bytes: int) -> None:
+    """Let the system refuse files above a size, as a full disk refuses all."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
+
+
 def main(folder: Path, victim: int, moment: str, action: str, argv: list[str]) -> int:
     # JAX lets process 0 alone keep its compilations; here all do, or every test would wait for the others'.
     compiler.distributed = types.SimpleNamespace(global_state=types.SimpleNamespace(process_id=0, client=None))
@@ -33,15 +39,15 @@ def main(folder: Path, victim: int, moment: str, action: str, argv: list[str]) -
     original_fail = CheckpointStore._fail
     work: list[tuple[str, int]] = []
 
-    def strike(kind: str, step: int) -> Any:
+    def strike(kind: str, step: int) -> None:
         if f"{kind}@{step}" == moment and jax.process_index() == victim and not (folder / "struck").exists():
             (folder / "struck").write_text(str(time.time()))
-            if action.startswith("REFUSE"):
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                return resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
             if action == "HANG":
                 time.sleep(1000)
-            os.kill(os.getpid(), getattr(signal, f"SIG{action}"))
+            elif action.startswith("REFUSE"):
+                limit_files(10_000)
+            else:
+                os.kill(os.getpid(), getattr(signal, f"SIG{action}"))
 
     def steps(self: Loop, *args: Any) -> None:
         original = self.beat
@@ -51,21 +57,19 @@ def main(folder: Path, victim: int, moment: str, action: str, argv: list[str]) -
             if kind == "step" and not any(earlier == "step" for earlier, _ in work):
                 strike("compilation", 1)
             work.append((kind, step))
-            if kind != "save":
+            if kind != "save" or action.startswith("REFUSE"):
                 strike(kind, step)
 
         self.beat = beat
         original_steps(self, *args)
 
     def save(self: Loop, *args: Any) -> None:
-        if action.startswith("REFUSE"):
-            strike("save", work[-1][1])
         original_save(self, *args)  # a thread writes the files
         strike("save", work[-1][1])
 
     def fail(self: CheckpointStore, *args: Any) -> None:
         if action == "REFUSE":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            limit_files(resource.RLIM_INFINITY)
         original_fail(self, *args)
 
     def place(values: Any, rows: Any, num_rows: int) -> Any:
