@@ -49,7 +49,7 @@ def main(folder: Path, victim: int, moment: str, action: str, argv: list[str]) -
             else:
                 os.kill(os.getpid(), getattr(signal, f"SIG{action}"))
 
-    def steps(self: Loop, *args: Any) -> None:
+    def steps(self: Loop, *args: Any) -> Any:
         original = self.beat
 
         def beat(kind: str, step: int) -> None:
@@ -61,7 +61,7 @@ def main(folder: Path, victim: int, moment: str, action: str, argv: list[str]) -
                 strike(kind, step)
 
         self.beat = beat
-        original_steps(self, *args)
+        return original_steps(self, *args)
 
     def save(self: Loop, *args: Any) -> None:
         original_save(self, *args)  # a thread writes the files
