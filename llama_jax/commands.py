@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # a damaged checkpoint: Orbax's words come as ours
     keep_compilations(args.command)
     try:
-        return COMMANDS[args.command](args)
+        return distributed.end(COMMANDS[args.command](args))
     except distributed.AgreedError as error:
         return report(f"error: {error}", 2)
     except UserError as error:
@@ -98,7 +98,7 @@ def report(sentence: str, code: int) -> int:
     """Print `sentence` on process 0 and return `code`, which all processes end with."""
     if distributed.is_main():
         print(with_urls(sentence), file=sys.stderr)
-    return code
+    return distributed.end(code)
 
 
 def train_command(args: argparse.Namespace) -> int:

@@ -89,6 +89,8 @@ class ChecksConfig:
       stops.
     spike_zscore: standard deviations by which a loss may exceed the median of those before; where it does by more, the
       run stops, with the batches to leave out. None: any.
+    max_rewinds: times that a run goes back to its latest checkpoint by itself instead, and leaves these batches out
+      (`data.skip_batches`), so many changes of that key in its history. Runs of a sweep stop.
     stall_seconds: seconds, or 20 times the usual where that is longer, that a step, its batch, a validation or a save
       may take before the process ends with exit code 76, to be started again; the first may take 60 times as long. None
       sets no limit.
@@ -99,6 +101,7 @@ class ChecksConfig:
 
     max_skipped_steps: int = 10
     spike_zscore: float | None = None
+    max_rewinds: int = 0
     stall_seconds: float | None = 60.0
     every_steps: int | None = None
     hardware: bool = False
@@ -107,6 +110,8 @@ class ChecksConfig:
         for name in ("max_skipped_steps", "every_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
+        if self.max_rewinds < 0:
+            raise UserError(f"max_rewinds={self.max_rewinds} must be at least 0")
         for name in ("spike_zscore", "stall_seconds"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"{name}={value} must be above 0, or none")

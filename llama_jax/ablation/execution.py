@@ -16,7 +16,6 @@ from llama_jax.checkpoint import SaveFailed
 from llama_jax.config import UserError, override
 from llama_jax.files import write_text
 from llama_jax.run import (
-    Closing,
     Preempted,
     Prepared,
     Run,
@@ -150,9 +149,8 @@ class Sweeper:
         with (
             Bar("sweep", 0, total, quiet=self.quiet, slow=True) as bar,
             termination() as stopping,
-            Closing() as closing,
         ):
-            self._bar, self._stopping, self._closing = bar, stopping, closing
+            self._bar, self._stopping = bar, stopping
             for variant in untuned:
                 self._tune(variant, tunings[variant.name])
             jobs: list[Job] = []
@@ -167,7 +165,6 @@ class Sweeper:
                     jobs.append(Job(variant.name, f"seed {seed}", prepared, run, run.config.num_steps, failed))
             try:
                 self._run(jobs)
-                closing.wait()
             except SaveFailed as error:
                 raise RunFailed(f"{error}: make room there, then call it again to continue") from error
 
@@ -217,9 +214,9 @@ class Sweeper:
         with jax.set_mesh(lane_mesh() if num_lanes > 1 else jobs[0].prepared.mesh):
             lanes = [job.prepared.lane(job.run, self._advance, job.until) for job in jobs]
             if num_lanes > 1:
-                train_together(lanes, num_lanes, self._closing, self._stopping, measured=measured)
+                train_together(lanes, num_lanes, self._stopping, measured=measured)
             else:
-                lanes[0].train(self._closing, self._stopping, measured=measured)
+                lanes[0].train(self._stopping, measured=measured)
         for job, lane in zip(jobs, lanes, strict=True):
             if lane.failure is not None:
                 self._bar.say(f"{job.variant}, {job.what} failed: {lane.failure}", always=True)

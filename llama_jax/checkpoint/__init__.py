@@ -5,6 +5,7 @@ module in `formats/`.
 """
 
 from llama_jax.checkpoint.exporting import export_hf as export_hf
+from llama_jax.checkpoint.flat_state import from_disk as from_disk, not_finite as not_finite, to_disk as to_disk
 from llama_jax.checkpoint.generation import (
     GenerationSettings as GenerationSettings,
     default_stops as default_stops,
@@ -48,9 +49,6 @@ from llama_jax.checkpoint.store import (
     CheckpointConfig as CheckpointConfig,
     CheckpointStore as CheckpointStore,
     SaveFailed as SaveFailed,
-    from_disk as from_disk,
-    not_finite as not_finite,
-    to_disk as to_disk,
 )
 from llama_jax.checkpoint.verifying import (
     ConversionError as ConversionError,

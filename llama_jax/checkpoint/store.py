@@ -13,7 +13,8 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from llama_jax.checkpoint.flat_state import from_disk, param_key, to_disk
 from llama_jax.checkpoint.manifest import write_manifest
 from llama_jax.checkpoint.steps import COMMIT_FILE, damage, saved_steps
 from llama_jax.config import UserError
@@ -91,7 +93,6 @@ class CheckpointStore:
             distributed.broadcast_from_main(self._make_directory)
         losses = {step: _stored_loss(self.directory / str(step)) for step in (self.steps() if config else ())}
         self._measured = {step: loss for step, loss in losses.items() if loss is not None}
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None  # the step that is being written
         self._failed: SaveFailed | None = None  # of a save that the next one repeats
         self._repeats = False  # the save under way
@@ -126,7 +127,7 @@ class CheckpointStore:
         """Start saving `state` under its step; the arrays are copied before this returns, so they may be donated.
 
         A loss that is not finite is not kept. A save that fails is told on stderr, and the next one repeats it: see
-        `check`. Raises SaveFailed where that fails too, and with several processes for the first.
+        `check`. Raises SaveFailed where that fails too.
         """
         step = int(state.step)
         self._settle()
@@ -137,9 +138,9 @@ class CheckpointStore:
         context = ocp.Context()
         # Replicas of a small array would each write a slice of it, and compile it.
         context.array.saving.min_slice_bytes_for_replica_parallel = 1 << 20
+        if missing := distributed.broadcast_from_main(lambda: self._missing_space(arrays)):
+            return self._fail(step, missing)
         try:
-            if missing := distributed.broadcast_from_main(lambda: self._missing_space(arrays)):
-                raise OSError(errno.ENOSPC, missing)
             with context:
                 response = ocp.save_checkpointables_async(
                     str(self.directory / str(step)),
@@ -148,9 +149,11 @@ class CheckpointStore:
                     custom_metadata={_LOSS: self._measured[step]} if step in self._measured else None,
                 )
         except _FAILURES as error:
-            self._fail(step, error)
-        else:
-            self._saving = step, self._thread.submit(self._finish, step, response)
+            if distributed.several():  # the others wait for this one in Orbax
+                raise
+            return self._fail(step, _reason(error), error)
+        self._saving = step, _in_background(self._finish, step, response)
+        return None
 
     def _missing_space(self, arrays: Mapping[str, Any]) -> str:
         """Return a text where a checkpoint does not fit, which is known before anything is written, else an empty one.
@@ -184,39 +187,44 @@ class CheckpointStore:
     def check(self, *, wait: bool = False) -> bool:
         """Return whether a save has failed and has to be made again: of those that have ended, or of all (`wait`).
 
-        Raises SaveFailed where the repetition has failed.
+        Of several processes the failure of one is that of all. Raises SaveFailed where the repetition has failed.
         """
-        if self._saving is not None and (wait or self._saving[1].done()):
-            self._settle()
+        self._settle(wait=wait)
         return self._failed is not None
 
-    def _settle(self) -> None:
-        """Wait for the save that is under way; one that is interrupted here can be waited for again."""
-        if self._saving is None:
-            return
-        step, saving = self._saving
-        try:
-            saving.result()
-        except _FAILURES as error:
-            self._saving = None
-            self._fail(step, error)
-        self._saving = None
+    def _settle(self, *, wait: bool = True) -> None:
+        """Look for the end of the save under way, or `wait` for it; if this is interrupted, it can be called again."""
+        while self._saving is not None:
+            step, saving = self._saving
+            if wait:  # several processes look again and again: where one has failed, Orbax lets the others wait for it
+                concurrent.futures.wait([saving], 1 if distributed.several() else None)
+            error = saving.exception() if saving.done() else None
+            if error is not None and not isinstance(error, _FAILURES):
+                raise error
+            place = f", on {distributed.own_name()}" if distributed.several() else ""
+            ends = distributed.exchange([saving.done(), error and f"{_reason(error)}{place}"])
+            reasons = [reason for _, reason in ends if reason is not None]
+            if reasons or all(done for done, _ in ends):
+                self._saving = None
+            elif not wait:
+                return
+            if reasons:
+                self._fail(step, reasons[0], error)
 
-    def _fail(self, step: int, error: Exception) -> None:
+    def _fail(self, step: int, reason: str, error: BaseException | None = None) -> None:
         """Report a save that has failed: a full disk, an absent store. Raises SaveFailed where it is not repeated."""
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[:200]
-        good = max(self.steps(), default=None)
+        good = max({*self.steps()} - {step}, default=None)
         failed = SaveFailed(
             f"the checkpoint of step {step} cannot be written to '{self.directory}' ({reason}), "
             + ("and there is none before it" if good is None else f"the last good one is of step {good}")
         )
         failed.__cause__ = error
-        if distributed.several():
-            raise failed
-        self._clear(ignore_errors=True)
+        if distributed.is_main():
+            self._clear(ignore_errors=True)
         if self._repeats:
             raise failed
-        print(f"warning: {failed}: trying once more", file=sys.stderr)
+        if distributed.is_main():
+            print(f"warning: {failed}: trying once more", file=sys.stderr)
         self._failed = failed
 
     def wait(self) -> None:
@@ -227,11 +235,11 @@ class CheckpointStore:
             raise failed
 
     def close(self) -> None:
-        """Wait as `wait` does, and end the thread that saves."""
-        try:
+        """Wait as `wait` does; one of several processes waits for its own part, since it may be the only one to end."""
+        if not distributed.several():
             self.wait()
-        finally:
-            self._thread.shutdown()
+        elif self._saving is not None:
+            concurrent.futures.wait([self._saving[1]])
 
     def load(self, step: int, abstract: TrainState) -> TrainState:
         """Return the state of `step`, bit for bit, in the shardings of `abstract` on the current mesh."""
@@ -239,13 +247,13 @@ class CheckpointStore:
 
     def load_params(self, step: int, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """Return the parameters of `step` in the shardings and dtypes of `abstract`, without the optimizer's arrays."""
-        wanted = {"step": jax.ShapeDtypeStruct((), jnp.int32)} | {_param_key(n): value for n, value in abstract.items()}
+        wanted = {"step": jax.ShapeDtypeStruct((), jnp.int32)} | {param_key(n): value for n, value in abstract.items()}
         loaded = self._load(step, wanted, whole=False)
-        return {name: loaded[_param_key(name)] for name in abstract}
+        return {name: loaded[param_key(name)] for name in abstract}
 
     def dtypes(self, step: int) -> dict[str, np.dtype]:
         """Return the stored dtypes of the parameters of `step`, by name."""
-        return {name.removeprefix(_param_key("")): value.dtype for name, value in self._saved(step).items()}
+        return {name.removeprefix(param_key("")): value.dtype for name, value in self._saved(step).items()}
 
     def _load(self, step: int, abstract: dict[str, Any], *, whole: bool) -> dict[str, jax.Array]:
         """Return the arrays of `abstract`, all that the checkpoint has (`whole`) or some of them.
@@ -321,6 +329,25 @@ class CheckpointStore:
             raise UserError(f"{place} has '{min(surplus)}', which this config does not have")
 
 
+def _in_background(function: Callable[..., None], *args: Any) -> concurrent.futures.Future[None]:
+    """Return the result of a call in a thread, which a process does not wait for when it ends."""
+    future = concurrent.futures.Future[None]()
+
+    def call() -> None:
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, name="checkpoint", daemon=True).start()
+    return future
+
+
+def _reason(error: BaseException) -> str:
+    """Return the operating system's text for an error, or the beginning of its own."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[:200]
+
+
 def _stored_loss(checkpoint: Path) -> float | None:
     """Return the validation loss that a checkpoint was saved with, None without one and where it cannot be read."""
     for name in (COMMIT_FILE, "metrics/metrics"):  # the second is an earlier version's
@@ -334,18 +361,6 @@ def _stored_loss(checkpoint: Path) -> float | None:
     return None
 
 
-def not_finite(state: TrainState) -> str | None:
-    """Return the name of the first array of a state that has a number which is not finite, None without one."""
-    arrays = {name: x for name, x in to_disk(state).items() if jnp.issubdtype(x.dtype, jnp.inexact)}
-    found = np.asarray(_finite(list(arrays.values())))
-    return None if found.all() else list(arrays)[int(found.argmin())]
-
-
-@jax.jit
-def _finite(arrays: list[jax.Array]) -> jax.Array:
-    return jnp.stack([jnp.isfinite(x).all() for x in arrays])
-
-
 def _placed(abstract: Any) -> Sharding:
     """Return the sharding of an abstract array on the current mesh, or this host's first device without a mesh.
 
@@ -356,29 +371,3 @@ def _placed(abstract: Any) -> Sharding:
         return abstract.sharding or SingleDeviceSharding(jax.local_devices()[0])
     assert isinstance(mesh, Mesh)
     return NamedSharding(mesh, jax.typeof(abstract).sharding.spec)
-
-
-def _param_key(name: str) -> str:
-    return f"params.{name}"
-
-
-def to_disk(state: TrainState) -> dict[str, Any]:
-    """Return a train state as the flat dict that is saved, with buffers among the parameters."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(state.opt_state)
-    optimizer = {"optimizer." + jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in paths}
-    return (
-        {"step": state.step}
-        | {_param_key(name): value for name, value in (state.params | state.buffers).items()}
-        | optimizer
-    )
-
-
-def from_disk(flat: dict[str, Any], like: TrainState) -> TrainState:
-    """Return the train state of a flat dict, in the structure of `like`: the inverse of `to_disk`."""
-    opt_keys = [key for key in to_disk(like) if key.startswith("optimizer.")]
-    return TrainState(
-        step=flat["step"],
-        params={name: flat[_param_key(name)] for name in like.params},
-        opt_state=jax.tree.unflatten(jax.tree.structure(like.opt_state), [flat[key] for key in opt_keys]),
-        buffers={name: flat[_param_key(name)] for name in like.buffers},
-    )

@@ -116,6 +116,15 @@ def leave(code: int) -> int:
     return code
 
 
+def end(code: int) -> int:
+    """Return `code`, with which all processes end, and part from the others.
+
+    At the end of Python that comes after its threads: those of a save that another process could not write wait long.
+    """
+    jax.distributed.shutdown()
+    return code
+
+
 def own_name() -> str:
     """Return the name of this process in messages."""
     several_of = f"process {_service.process_id} of {_service.num_processes}" if several() else "this process"
@@ -173,14 +182,22 @@ def all_agree[T](function: Callable[[], T]) -> T:
 def broadcast_from_main[T](function: Callable[[], T]) -> T:
     """Call `function` on process 0 alone and return its result, a JSON value, on all; so is its UserError raised."""
     value = all_agree(lambda: function() if is_main() else None)
-    return cast(T, _exchange(value, PATIENCE)[0] if several() else value)
+    return cast(T, exchange(value)[0])
+
+
+def exchange(value: Any) -> list[Any]:
+    """Return the JSON values of all processes, in their order, on all; they call it at the same point."""
+    return _exchange(value, PATIENCE) if several() else [value]
 
 
 def _exchange(value: Any, seconds: int) -> list[Any]:
     """Return the values of all processes, in their order; raise JaxRuntimeError where one does not come in time."""
-    key = f"llama_jax/{next(_exchanges)}"  # all processes make the same exchanges in the same order
+    number = next(_exchanges)  # all processes make the same exchanges in the same order
+    key = f"llama_jax/{number}"
     _service.client.key_value_set(f"{key}/{_service.process_id:08}", json.dumps(value))
     _service.client.wait_at_barrier(key, seconds * 1000)
+    if is_main():  # all have read the values of the one before
+        _service.client.key_value_delete(f"llama_jax/{number - 1}/")
     return [json.loads(text) for _, text in sorted(_service.client.key_value_dir_get(f"{key}/"))]
 
 

@@ -21,7 +21,6 @@ from .configs import (
 from .continuing import CHANGEABLE as CHANGEABLE
 from .directory import Run as Run, open_run as open_run
 from .lanes import (
-    Closing as Closing,
     Lane as Lane,
     Prepared as Prepared,
     prepare_runs as prepare_runs,

@@ -1,6 +1,5 @@
 """Runs of a sweep in one process: what they share is prepared once, and their loops print nothing."""
 
-import concurrent.futures
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -133,33 +132,31 @@ class Lane(Loop):
         """Return the batch of the first step, on the devices."""
         return self._on_devices(self.batches.batch(0))
 
-    def train(self, closing: "Closing", stopping: Callable[[int], bool], *, measured: bool = False) -> None:
-        """Train to the end; the last checkpoint is on disk when `closing` has closed. `measured` sets `memory`.
+    def train(self, stopping: Callable[[int], bool], *, measured: bool = False) -> None:
+        """Train to the end. `measured` sets `memory`.
 
         Raises Preempted where `stopping` returns True after a step.
         """
         with contextlib.ExitStack() as stack:
-            state = self.begin(stack, closing)
+            state = self.begin(stack)
             if measured:  # the first step then compiles nothing
                 self.memory = memory_of(self.programs.train_step, state, self.first_batch(), self.hyper)
             start, directory = int(state.step), self.run_.directory / "profile"
             profile = stack.enter_context(Profile(self.config, directory, start, self.bar.say, self.clock))
             try:
-                self._steps(state, self.store, self.bar, self.outputs, self.clock, profile, stopping)
+                self._end_saving(self._steps(state, self.bar, self.outputs, self.clock, profile, stopping))
             except RunFailed as error:
                 self.failure = str(error)
 
-    def begin(self, stack: contextlib.ExitStack, closing: "Closing") -> TrainState:
+    def begin(self, stack: contextlib.ExitStack) -> TrainState:
         """Write the run's directory, open its outputs until the end of `stack`, and return the state to begin with."""
         directory = self.run_.directory
-        with contextlib.ExitStack() as held:  # until the store is closed
-            held.enter_context(writing(directory))
-            start, self.run_.history, lines = check_directory(self.run_)
-            start_run(self.run_, self.dataset)
-            self.store = CheckpointStore(directory / CHECKPOINTS_DIRECTORY, self.config.checkpoint)
-            held.callback(self.store.close)
-            stack.callback(closing.close, held.pop_all())
-        state, more = self._state(self.store)
+        stack.enter_context(writing(directory))
+        start, self.run_.history, lines = check_directory(self.run_)
+        start_run(self.run_, self.dataset)
+        self.store = CheckpointStore(directory / CHECKPOINTS_DIRECTORY, self.config.checkpoint)
+        stack.callback(self.store.close)
+        state, more = self._state()
         self.lines += [*lines, *more, *effects(self.run_, start, state, len(self.validation), self.mfu_per_speed)]
         self.outputs = [stack.enter_context(contextlib.closing(logger(self.run_, start))) for logger in self.loggers]
         self.clock = Clock(start)
@@ -178,7 +175,7 @@ class Lane(Loop):
             else:
                 with self.clock.paused():
                     event = self._report(state, metrics, *given)
-                    self._save(state, self.store, event, saves or self._saves(step))
+                    self._save(state, event, saves or self._saves(step))
         except RunFailed as error:
             self.failure = str(error)
 
@@ -207,30 +204,6 @@ def memory_of(train_step: Any, *args: Any) -> tuple[int, int]:
     found = train_step.lower(*args).compile().memory_analysis()
     state = found.alias_size_in_bytes  # it is donated
     return state, found.argument_size_in_bytes + found.output_size_in_bytes - state + found.temp_size_in_bytes
-
-
-class Closing(contextlib.AbstractContextManager["Closing"]):
-    """Stores that are closed by a thread, while the next run begins; at the end of the block, all of them are."""
-
-    def __init__(self) -> None:
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "closing")
-        self._waiting: list[concurrent.futures.Future[None]] = []
-
-    def close(self, store: contextlib.ExitStack) -> None:
-        """Begin to close a store, after the one before it. Raises SaveFailed where that one could not be written."""
-        self.wait()
-        self._waiting.append(self._thread.submit(store.close))
-
-    def wait(self) -> None:
-        """Return when all stores are closed. Raises SaveFailed where one cannot be written."""
-        while self._waiting:
-            self._waiting.pop().result()
-
-    def __exit__(self, *_: object) -> None:
-        try:
-            self.wait()
-        finally:
-            self._thread.shutdown()
 
 
 class _Silent(Bar):

@@ -25,6 +25,7 @@ def termination() -> Iterator[Callable[[int], bool]]:
     that comes after the last step raises Preempted when the block ends, after all that the block still saves.
     """
     received: list[int] = []
+    point = 0  # of JAX, which has to ascend: a run may go back, and a sweep has several runs
     steps: list[int] = []
 
     def stop(number: int, _: Any) -> None:
@@ -42,8 +43,9 @@ def termination() -> Iterator[Callable[[int], bool]]:
             print("stopping after this step; once more to stop at once", file=sys.stderr)
 
     def stops(step: int) -> bool:
-        steps[:] = [step]
-        return multihost_utils.reached_preemption_sync_point(step) if distributed.several() else bool(received)
+        nonlocal point
+        steps[:], point = [step], max(step, point + 1)
+        return multihost_utils.reached_preemption_sync_point(point) if distributed.several() else bool(received)
 
     # Of several processes, JAX itself receives a SIGTERM, and brings it to the others.
     numbers = (signal.SIGINT,) if distributed.several() else (signal.SIGTERM, signal.SIGINT)

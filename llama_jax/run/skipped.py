@@ -4,7 +4,7 @@ import collections
 import math
 import shlex
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from llama_jax.checkpoint import CheckpointStore, not_finite
@@ -13,6 +13,14 @@ from llama_jax.run.programs import RunFailed
 from llama_jax.training import TrainState
 
 WINDOW, LEAST = 128, 32  # losses that a new one is compared with: at most, and at least
+
+
+class BadBatches(RunFailed):
+    """Bad numbers: `what` was found at a step, and the numbers of the `batches` that may be the reason, ascending."""
+
+    def __init__(self, what: str, advice: str, batches: Iterable[int]):
+        super().__init__(f"{what}: {advice}")
+        self.what, self.batches = what, sorted(batches)
 
 
 class SkippedSteps:
@@ -41,7 +49,7 @@ class SkippedSteps:
         )
 
     def check(self, metrics: dict[str, Any]) -> None:
-        """Raise RunFailed where too many steps in a row were skipped, or all but the first of a short run, and for a
+        """Raise BadBatches where too many steps in a row were skipped, or all but the first of a short run, and for a
         spike of the loss.
         """
         if not self.in_a_row:
@@ -51,15 +59,17 @@ class SkippedSteps:
         step, good = metrics["step"], metrics["step"] - self.in_a_row
         name, what = ("grad_norm", "norm of the gradient") if math.isfinite(metrics["loss"]) else ("loss", "loss")
         # Those from the latest checkpoint on: of the ones before it, none can be left out any more.
-        batches = ",".join(str(self._number(past)) for past in range(max(good, self.saved), step))
-        raise RunFailed(
-            f"the {what} at step {step} is {float(metrics[name])}, the last update was that of step {good}: lower "
-            f"optimizer.learning_rate, raise optimizer.warmup_steps or add {batches} to data.skip_batches, and "
-            "continue from the latest checkpoint with --resume.allow and the key"
+        batches = [self._number(past) for past in range(max(good, self.saved), step)]
+        raise BadBatches(
+            f"the {what} at step {step} is {float(metrics[name])}, the last update was that of step {good}",
+            "lower optimizer.learning_rate, raise optimizer.warmup_steps or add "
+            f"{','.join(map(str, batches))} to data.skip_batches, and continue from the latest checkpoint with "
+            "--resume.allow and the key",
+            batches,
         )
 
     def _check_spike(self, step: int, loss: float) -> None:
-        """Raise RunFailed where a loss is far above the median of those before, in their median absolute deviations."""
+        """Raise BadBatches for a loss far above the median of those before, in their median absolute deviations."""
         limit, before = self._config.checks.spike_zscore, [*self._losses]
         self._losses.append(loss)
         if limit is None or len(before) < LEAST:
@@ -72,10 +82,12 @@ class SkippedSteps:
             batches = {self._number(past) for past in range(max(step - 2, self.saved), step)}
             skipped = ",".join(map(str, sorted({*self._config.data.skip_batches, *batches})))
             command = f"python -m llama_jax train {shlex.quote(str(self._run.directory))} --data.skip-batches {skipped}"
-            raise RunFailed(
+            raise BadBatches(
                 f"the loss at step {step} is {loss:.4f}, {zscore:.0f} deviations above the median {median:.4f} of the "
-                "others before: go back to the latest checkpoint and leave batches out with "
-                f"`{command} --resume.allow data.skip_batches`"
+                "others before",
+                "go back to the latest checkpoint and leave batches out with "
+                f"`{command} --resume.allow data.skip_batches`",
+                batches,
             )
 
 

@@ -16,11 +16,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.parallel import MeshConfig, make_mesh, platform
 from llama_jax.planning import device_memory
-from llama_jax.run.lanes import Closing, Lane, memory_of
+from llama_jax.run.lanes import Lane, memory_of
 from llama_jax.run.programs import KEPT
 from llama_jax.run.training import Preempted
 from llama_jax.run_config import RunConfig
-from llama_jax.training import compiler_options
+from llama_jax.training import TrainState, compiler_options
 
 SMALL_FLOPS = 1e8  # of a step; above, runs of one device are faster one after another
 MOST_LANES = 16  # of a device
@@ -54,7 +54,6 @@ def lane_mesh() -> Mesh:
 def train_together(
     lanes: Sequence[Lane],
     num_lanes: int,
-    closing: Closing,
     stopping: Callable[[int], bool],
     *,
     measured: bool = False,
@@ -78,7 +77,7 @@ def train_together(
         return jax.device_put(jax.tree.map(lambda *x: np.stack(x), *filled), sharding)
 
     with contextlib.ExitStack() as stack:
-        states = [jax.device_get(lane.begin(stack, closing)) for lane in lanes]
+        states = [jax.device_get(lane.begin(stack)) for lane in lanes]
         steps = [int(state.step) for state in states]
         batches = _Shared(lanes, steps)
         for lane in lanes:
@@ -89,6 +88,7 @@ def train_together(
             if measured:
                 sizes = memory_of(step, state, batch, hyper)  # of a device
                 first.memory = sizes[0] * len(devices) // size, sizes[1] * len(devices) // size
+        ends: list[TrainState | None] = [None] * len(lanes)
         running = [lane.until > at for lane, at in zip(lanes, steps, strict=True)]
         while any(running):
             with jax.set_mesh(mesh):
@@ -106,9 +106,14 @@ def train_together(
                 own = jax.device_put(_pick(host, i), lane_sharding()) if ready[i] else None
                 lane.log({"step": steps[i], **_pick(metrics, i)}, own, saves=preempted)
                 running[i] = lane.failure is None and steps[i] < lane.until
+                if lane.failure is None and (preempted or not running[i]):
+                    ends[i] = own
+            if not preempted and any(running):
+                continue
+            for lane, end in zip(lanes, ends, strict=True):
+                if end is not None:
+                    lane._end_saving(end)
             if preempted:
-                for lane in lanes:
-                    lane.store.wait()
                 raise Preempted(f"stopped at step {max(steps)} with a checkpoint saved: start again to continue")
 
 

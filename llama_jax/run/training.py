@@ -37,16 +37,14 @@ from llama_jax.run.reporting import (
     receipt,
     shown,
 )
+from llama_jax.run.rewinding import rewinding
 from llama_jax.run.signals import Preempted as Preempted, termination
 from llama_jax.run.skipped import SkippedSteps, check_finite
 from llama_jax.run.stored import StoredRun, local_run
 from llama_jax.run.watchdog import CALLBACKS, Beat, watching
 from llama_jax.run_config import RunConfig
 from llama_jax.screen import Bar
-from llama_jax.training import (
-    TrainState,
-    peak_flops,
-)
+from llama_jax.training import TrainState, peak_flops
 
 
 def train(
@@ -68,7 +66,7 @@ def train(
 
     Returns the finished run, one that a callback has stopped, or one that is beyond `num_steps`, unchanged. Raises
     UserError for a config that cannot run here or that is not this directory's and for a callback that fails, RunFailed
-    when the loss is no longer finite (`checks`), Preempted after a termination signal, with a checkpoint saved.
+    for a loss that is not finite or jumps (`checks`), Preempted after a termination signal, with a checkpoint saved.
     """
     check_callbacks(callbacks)
     run_dir, asked = locate(run_dir)
@@ -78,24 +76,28 @@ def train(
         watching(config.checks.stall_seconds) as beat,
     ):
         components = (*components, *outside_classes(config))
-        run = _train(Run(directory, config, components), stored, loggers, callbacks, stopping, beat, asked, quiet)
+        options = loggers, callbacks, stopping, beat, quiet
+        run = Run(directory, config, components)
+        # When it rewinds, `stored` has started to upload.
+        run = rewinding(run, lambda r: _train(r, *options, stored, asked), lambda r: _train(r, *options))
     run.url = None if stored is None else stored.url
     return run
 
 
 def _train(
     run: Run,
-    stored: StoredRun | None,
     loggers: Sequence[type[Logger]],
     callbacks: Sequence[Callback],
     stopping: Callable[[int], bool],
     beat: Beat,
+    quiet: bool,
+    stored: StoredRun | None = None,
     asked: int | None = None,
-    quiet: bool = False,
 ) -> Run:
     """Train in the run's local directory; `asked` is the step to continue from, where one was given."""
     config = run.config
     devices = jax.devices()  # several processes find their devices together
+    beat(CALLBACKS, 0)  # what takes any time; a rewind comes here from a step
     step, run.history, lines = distributed.broadcast_from_main(lambda: check_directory(run, asked))
     if step > config.num_steps:
         if distributed.is_main():
@@ -129,8 +131,6 @@ def _train(
         try:
             loop.run(stopping)
         except SaveFailed as error:
-            if distributed.several():  # others may still wait for this one: the command line ends them
-                raise
             raise RunFailed(f"{error}: make room there, then start again to continue") from error
     return run
 
@@ -176,6 +176,7 @@ class Loop:
         self.losses: list[float] = []  # since the last line
         self.skipped = SkippedSteps(run, self.batches.number)
         self.saved = time.monotonic()
+        self.store: CheckpointStore
 
     def run(self, stopping: Callable[[int], bool]) -> None:
         """Train to the end, or to the step after which `stopping` returns True, then write samples."""
@@ -183,10 +184,9 @@ class Loop:
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(Bar("training", 0, config.num_steps, quiet=self.quiet, silent=not self.main))
             bar.say(*self.begins, *self.dataset.describe(self.batches, config.num_steps))
-            store = stack.enter_context(
-                contextlib.closing(CheckpointStore(directory / CHECKPOINTS_DIRECTORY, config.checkpoint))
-            )
-            state, lines = distributed.all_agree(lambda: self._state(store))
+            self.store = CheckpointStore(directory / CHECKPOINTS_DIRECTORY, config.checkpoint)
+            stack.callback(self.store.close)
+            state, lines = distributed.all_agree(self._state)
             bar.step = start = int(state.step)
             stack.callback(lambda: self.beat("last save", bar.step))  # that the store waits for when it is closed
             loggers = [
@@ -200,32 +200,30 @@ class Loop:
                 *(logger.notice for logger in loggers if logger.notice),
             ]
             bar.say(*lines, always=True)
-            directory = self.run_.directory / "profile"
             clock = Clock(start)
-            profile = stack.enter_context(Profile(config, directory, start, bar.say, clock))
-            state = self._steps(state, store, bar, loggers, clock, profile, stopping)
+            profile = stack.enter_context(Profile(config, directory / "profile", start, bar.say, clock))
+            state = self._steps(state, bar, loggers, clock, profile, stopping)
             self.beat("last save", bar.step)
-            self._end_saving(state, store)
+            self._end_saving(state)
         if config.logging.sample_prompts:
             self.beat("samples", config.num_steps)
             write_samples(self.run_, self.run_.load(), self.sample_tokens, SAMPLES_FILE)
         if self.main:
             bar.say(*outcome(self.run_, time.monotonic() - began), always=True)
 
-    def _state(self, store: CheckpointStore) -> tuple[TrainState, list[str]]:
+    def _state(self) -> tuple[TrainState, list[str]]:
         """Return the latest checkpoint's state, or a new one, and lines for the log that describe it."""
         # As process 0 sees it: others may see an older state of a shared file system.
-        step = distributed.broadcast_from_main(lambda: max(store.steps(), default=None))
+        step = distributed.broadcast_from_main(lambda: max(self.store.steps(), default=None))
         if step is None:
             params, lines = first_params(self.config, self.run_.components)
             return self.programs.init_state(params, self.hyper), lines
         abstract = jax.eval_shape(self.programs.init_state, abstract_params(self.config.model), self.hyper)
-        return store.load(step, abstract), []
+        return self.store.load(step, abstract), []
 
     def _steps(
         self,
         state: TrainState,
-        store: CheckpointStore,
         bar: Bar,
         loggers: Sequence[Logger],
         clock: Clock,
@@ -260,18 +258,18 @@ class Loop:
             entry = pending = {"step": done} | metrics
             bar.advance(done)
             preempted = stopping(done)
-            saves = store.check() or preempted or self._saves(done)
+            saves = self._saves(done) or preempted
             if not (saves or self._validates(done) or self._samples(done) or (self.callbacks and self._logs(done))):
                 continue
             jax.block_until_ready(metrics)
             with clock.paused():
                 event = self._report(state, entry, clock, bar, loggers)
                 self.beat("save", done)
-                self._save(state, store, event, saves)
+                self._save(state, event, saves)
             pending = None
             if preempted:
                 self.beat("last save", done)
-                self._end_saving(state, store)
+                self._end_saving(state)
                 raise Preempted(f"stopped at step {done} with a checkpoint saved: start again to continue")
             if event.reason is not None and done < num_steps:
                 bar.say(
@@ -294,22 +292,22 @@ class Loop:
         self.beat(CALLBACKS if self.callbacks else "log", step)
         return self._log(metrics | val, clock, bar, loggers, state)
 
-    def _save(self, state: TrainState, store: CheckpointStore, event: Event, saves: bool) -> None:
+    def _save(self, state: TrainState, event: Event, saves: bool) -> None:
         """Save a checkpoint where one is due, a callback asks for one, or the validation finds one of the best."""
         saves = saves or event.saves or event.reason is not None
         val_loss = event.get("val_loss")
         # Where checkpoints are measured at all, what is measured between them may be the best.
-        best = self.config.measures_checkpoints and val_loss is not None and store.is_best(val_loss)
+        best = self.config.measures_checkpoints and val_loss is not None and self.store.is_best(val_loss)
         if saves or best:
-            check_finite(state, event.step, store)
-            store.save(state, val_loss=val_loss)
+            check_finite(state, event.step, self.store)
+            self.store.save(state, val_loss=val_loss)
             self.saved, self.skipped.saved = time.monotonic(), event.step
 
-    def _end_saving(self, state: TrainState, store: CheckpointStore) -> None:
+    def _end_saving(self, state: TrainState) -> None:
         """Wait until the last checkpoint is on disk, and save the state again where it could not be written."""
-        if store.check(wait=True):
-            store.save(state)
-        store.wait()
+        if self.store.check(wait=True):
+            self.store.save(state)
+        self.store.wait()
 
     def _logs(self, step: int) -> bool:
         """Return whether the metrics of `step` are logged, where it is not validated."""
@@ -324,9 +322,9 @@ class Loop:
         return every is not None and step % every == 0 and bool(prompts)
 
     def _saves(self, step: int) -> bool:
-        """Return whether a checkpoint of `step` is due; by time, process 0 decides."""
-        checkpoint = self.config.checkpoint
-        if step == self.config.num_steps or any(step % every == 0 for every in checkpoint.intervals):
+        """Return whether a checkpoint of `step` is due, or again where it failed; by time, process 0 decides."""
+        config, checkpoint = self.config, self.config.checkpoint
+        if self.store.check() or step == config.num_steps or any(step % every == 0 for every in checkpoint.intervals):
             return True
         minutes = checkpoint.every_minutes  # several processes wait for the decision: not at each step
         if minutes is None or (distributed.several() and not self._logs(step)):

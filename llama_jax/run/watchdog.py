@@ -43,6 +43,7 @@ class Watchdog:
         self._seen: dict[str, tuple[str, float]] = {}  # the last sign of life of other processes, and when it came
         self._told: str | None = None  # why another process has ended
         self._closed = threading.Event()
+        self._signs = threading.Thread(target=self._exchange, name="signs of life", daemon=True)
 
     def beat(self, kind: str, step: int) -> None:
         """Note that the main thread begins a kind of work, for the update to `step`."""
@@ -57,13 +58,14 @@ class Watchdog:
                 self._seen[f"{distributed.ALIVE}/{0:08}/now"] = "process 0", self._now
             # Where process 0 has ended, JAX aborts the others.
             ctypes.CDLL(None).signal(int(signal.SIGABRT), _aborted)
-            threading.Thread(target=self._exchange, name="signs of life", daemon=True).start()
+            self._signs.start()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def close(self) -> None:
         """End the threads."""
         self._closed.set()
         if distributed.several():
+            self._signs.join(EVERY)
             ctypes.CDLL(None).signal(int(signal.SIGABRT), None)
 
     def limit(self, kind: str) -> float:

@@ -1,6 +1,8 @@
 """A sweep is its runs: the same numbers as one after another by hand, also where it was stopped and called again."""
 
+import concurrent.futures
 import dataclasses
+import errno
 import json
 import re
 from pathlib import Path
@@ -11,8 +13,9 @@ import pytest
 
 import llama_jax
 from llama_jax.ablation import SweepRecord, read_sweep
+from llama_jax.checkpoint import store
 from llama_jax.config import UserError, override
-from llama_jax.run import RunConfig, open_run, train
+from llama_jax.run import RunConfig, RunFailed, open_run, train
 
 VARIANTS = {"base": {}, "MQA": {"model.attention.num_kv_heads": 1}, "slow": {"optimizer.learning_rate": 1e-3}}
 SEEDS = (0, 3)
@@ -134,6 +137,58 @@ def test_a_sweep_that_was_stopped_goes_on(
     assert numbers(read_sweep(tmp_path / "s")) != numbers(sweep)
     llama_jax.ablate(sweep_base, VARIANTS, seeds=SEEDS, run_dir=tmp_path / "s", quiet=True)
     assert numbers(read_sweep(tmp_path / "s")) == numbers(sweep)
+
+
+@pytest.fixture
+def failing_saves(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Numbers of saves of a step that fail, by "RUN/STEP"; each save has ended when the next step begins."""
+    left: dict[str, int] = {}
+    save, background = store.ocp.save_checkpointables_async, store._in_background
+
+    class Failing:
+        def result(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def failing(path: str, *args: Any, **kwargs: Any) -> Any:
+        variant, seed, _, step = Path(path).parts[-4:]
+        name = f"{variant}/{seed}/{step}"
+        left[name] = left.get(name, 0) - 1
+        return Failing() if left[name] >= 0 else save(path, *args, **kwargs)
+
+    def awaited(*args: Any) -> Any:
+        future = background(*args)
+        concurrent.futures.wait([future])
+        return future
+
+    monkeypatch.setattr(store.ocp, "save_checkpointables_async", failing)
+    monkeypatch.setattr(store, "_in_background", awaited)
+    return left
+
+
+@pytest.mark.parametrize("mesh", [{}, pytest.param({"mesh.fsdp": jax.device_count()}, marks=pytest.mark.slow)])
+def test_a_save_that_fails_is_repeated_at_the_next_step_as_by_train(
+    mesh: dict[str, int],
+    sweep: SweepRecord,
+    sweep_base: RunConfig,
+    tmp_path: Path,
+    failing_saves: dict[str, int],
+    capsys: pytest.CaptureFixture[str],
+):
+    """Those of one run at step 2 and at the end, of another one twice in a row, which ends the sweep."""
+    config = override(sweep_base, mesh)
+    failing_saves.update({"base/seed-0/2": 1, "base/seed-0/4": 1, "MQA/seed-3/2": 1, "MQA/seed-3/3": 1})
+    with pytest.raises(RunFailed, match=r"step 3 cannot be written to .*MQA.seed-3.* none before it: make room there"):
+        llama_jax.ablate(config, VARIANTS, seeds=SEEDS, run_dir=tmp_path / "s", quiet=True)
+    llama_jax.ablate(config, VARIANTS, seeds=SEEDS, run_dir=tmp_path / "s", quiet=True)
+    warnings = re.findall(
+        r"warning: the checkpoint of step (\d) .*/(.*)/checkpoints.*once more", capsys.readouterr().err
+    )
+    assert sorted(warnings) == [("2", "seed-0"), ("2", "seed-3"), ("4", "seed-0")]
+    found = read_sweep(tmp_path / "s")
+    assert mesh or numbers(found) == numbers(sweep)
+    steps = {(trial.variant, trial.seed): open_run(trial.directory).committed_steps() for trial in found.trials}
+    assert steps.pop(("base", 0)) == [3, 4]
+    assert set(map(tuple, steps.values())) == {(2, 4)}
 
 
 def test_more_seeds_and_variants_are_added(sweep_base: RunConfig, tmp_path: Path):

@@ -145,7 +145,7 @@ def test_an_interrupt_while_the_last_save_is_awaited_loses_neither_it_nor_its_fa
             interrupted.set()
             raise KeyboardInterrupt
 
-        patched.setattr(concurrent.futures.Future, "result", interrupt)
+        patched.setattr(concurrent.futures, "wait", interrupt)
         with pytest.raises(KeyboardInterrupt):
             store.wait()
     with pytest.raises(SaveFailed, match="Input/output") if fails else contextlib.nullcontext():

@@ -1,11 +1,12 @@
 """`train` as one of several processes, watched: driver.py FOLDER MOMENT CONFIG [--key value ...].
 
 MOMENT is `stop@N` (all processes are asked to end after step N), `hide@I` (process I sees no file that another one
-writes), `crash@N` (process 1 fails before step N), `call@N` (a callback of process 0 ends the run at step N) or
-`never`. Into FOLDER go the global batches by step and the global state as it was saved and loaded, put together from
-the parts of all processes.
+writes), `crash@N` (process 1 fails before step N), `call@N` (a callback of process 0 ends the run at step N),
+`spike@N` (the loss of step N is 1000 when it is first taken) or `never`. Into FOLDER go the global batches by step and
+the global state as it was saved and loaded, put together from the parts of all processes.
 """
 
+import dataclasses
 import functools
 import sys
 import types
@@ -20,11 +21,27 @@ from jax.experimental import multihost_utils
 
 from llama_jax import __main__ as command_line, commands
 from llama_jax.checkpoint import CheckpointStore, to_disk
-from llama_jax.run import Event, preparing, training
+from llama_jax.run import Event, preparing, skipped, training
 
 
 def whole(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:
     return {name: multihost_utils.process_allgather(array, tiled=True) for name, array in arrays.items()}
+
+
+def spike_at(step: int) -> None:
+    made, taken = training.programs, list[int]()
+
+    def programs(config: Any) -> Any:
+        found = made(config)
+
+        def train_step(state: Any, *args: Any) -> Any:
+            taken.append(int(state.step) + 1)
+            state, metrics = found.train_step(state, *args)
+            return state, metrics | ({"loss": np.float32(1000)} if taken[-1] == step == len(taken) else {})
+
+        return dataclasses.replace(found, train_step=train_step)
+
+    training.programs, skipped.LEAST = programs, 3
 
 
 def main(folder: Path, moment: str, argv: list[str]) -> int:
@@ -71,6 +88,8 @@ def main(folder: Path, moment: str, argv: list[str]) -> int:
         training.check_shared = preparing.check_shared = unseen
     if kind == "stop":
         multihost_utils.reached_preemption_sync_point = lambda step: step == int(number)
+    if kind == "spike":
+        spike_at(int(number))
     if kind == "call":
 
         def callback(event: Event) -> dict[str, float]:

@@ -237,3 +237,28 @@ def test_process_0_decides_what_callbacks_and_clocks_ask_for(config: RunConfig, 
     assert [line["process"] for line in run.metrics()] == [0.0] * 3
     total = sum(float(np.abs(value).sum()) for value in run.load().model.params().values())
     assert run.metrics()[-1]["total"] == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_rewind_as_they_are_continued_by_hand(config: RunConfig, tmp_path: Path):
+    options: dict[str, Any] = {"checkpoint__every_steps": 2, "checks__spike_zscore": 100}
+    own = Processes(2, 1, tmp_path / "own", config, "spike@4", checks__max_rewinds=1, **options)
+    codes, outs, errors = own.end()
+    assert codes == [0, 0], errors
+    assert outs[0].count(": rewind 1 of 1, without batches 2,3\n") == 1
+    assert outs[1] + "".join(errors) == ""
+
+    stopped = Processes(2, 1, tmp_path / "by_hand", config, "spike@4", **options)
+    codes, _, errors = stopped.end()
+    assert codes == [1, 1], errors
+    assert "--data.skip-batches 2,3 --resume.allow data.skip_batches`" in errors[0]
+    skip = {"data__skip_batches": "2,3", "resume__allow": "data.skip_batches"}
+    by_hand = Processes(2, 1, tmp_path / "by_hand", config, **options, **skip)
+    codes, _, errors = by_hand.end()
+    assert codes == [0, 0], errors
+
+    for step in (4, 6):
+        assert_same(own.watched(f"saved_{step}"), by_hand.watched(f"saved_{step}"))
+    found, expected = (open_run(tmp_path / name / "run") for name in ("own", "by_hand"))
+    assert losses(found) == losses(expected)
+    assert [entry["changes"] for entry in found.history] == [entry["changes"] for entry in expected.history]

@@ -1,12 +1,14 @@
 """`train` as one of several processes, struck at a moment: process.py FOLDER VICTIM MOMENT ACTION CONFIG [--key ...].
 
-Process VICTIM sends itself the signal ACTION (KILL or STOP), or goes on no more (HANG), at MOMENT: when it begins its
+Process VICTIM sends itself the signal ACTION (KILL or STOP), goes on no more (HANG), or the disk refuses its files for
+one save (REFUSE) or from then on (REFUSES), at MOMENT: when it begins its
 `compilation@1`, or the `batch@N`, `step@N` or `validation@N` of the update to step N, or in the middle of `save@N`, or
 `never`; once for a FOLDER. Each process writes the hashes of its rows of a step's batch into FOLDER.
 """
 
 import hashlib
 import os
+import resource
 import signal
 import sys
 import time
@@ -18,8 +20,15 @@ import jax
 from jax._src import compiler
 
 from llama_jax import __main__ as command_line
+from llama_jax.checkpoint import CheckpointStore
 from llama_jax.run import training, watchdog
 from llama_jax.run.training import Loop
+
+
+def limit_files(num_bytes: int) -> None:
+    """Let the system refuse files above a size, as a full disk refuses all."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
 
 
 def main(folder: Path, victim: int, moment: str, action: str, argv: list[str]) -> int:
@@ -27,6 +36,7 @@ def main(folder: Path, victim: int, moment: str, action: str, argv: list[str]) -
     compiler.distributed = types.SimpleNamespace(global_state=types.SimpleNamespace(process_id=0, client=None))
     watchdog.FIRST = 2  # nothing that is compiled here takes minutes
     original_steps, original_save, original_place = Loop._steps, Loop._save, training.to_devices
+    original_fail = CheckpointStore._fail
     work: list[tuple[str, int]] = []
 
     def strike(kind: str, step: int) -> None:
@@ -34,9 +44,12 @@ def main(folder: Path, victim: int, moment: str, action: str, argv: list[str]) -
             (folder / "struck").write_text(str(time.time()))
             if action == "HANG":
                 time.sleep(1000)
-            os.kill(os.getpid(), getattr(signal, f"SIG{action}"))
+            elif action.startswith("REFUSE"):
+                limit_files(10_000)
+            else:
+                os.kill(os.getpid(), getattr(signal, f"SIG{action}"))
 
-    def steps(self: Loop, *args: Any) -> None:
+    def steps(self: Loop, *args: Any) -> Any:
         original = self.beat
 
         def beat(kind: str, step: int) -> None:
@@ -44,15 +57,20 @@ def main(folder: Path, victim: int, moment: str, action: str, argv: list[str]) -
             if kind == "step" and not any(earlier == "step" for earlier, _ in work):
                 strike("compilation", 1)
             work.append((kind, step))
-            if kind != "save":
+            if kind != "save" or action.startswith("REFUSE"):
                 strike(kind, step)
 
         self.beat = beat
-        original_steps(self, *args)
+        return original_steps(self, *args)
 
     def save(self: Loop, *args: Any) -> None:
         original_save(self, *args)  # a thread writes the files
         strike("save", work[-1][1])
+
+    def fail(self: CheckpointStore, *args: Any) -> None:
+        if action == "REFUSE":
+            limit_files(resource.RLIM_INFINITY)
+        original_fail(self, *args)
 
     def place(values: Any, rows: Any, num_rows: int) -> Any:
         if work and work[-1][0] == "step":
@@ -61,7 +79,7 @@ def main(folder: Path, victim: int, moment: str, action: str, argv: list[str]) -
                     file.write(f"{work[-1][1]} {row} {hashlib.sha256(tokens.tobytes()).hexdigest()}\n")
         return original_place(values, rows, num_rows)
 
-    Loop._steps, Loop._save, training.to_devices = steps, save, place
+    Loop._steps, Loop._save, training.to_devices, CheckpointStore._fail = steps, save, place, fail
     return command_line.main(["train", *argv])
 
 

@@ -214,3 +214,36 @@ def test_the_loop_of_the_launch_page_finishes_a_run_in_which_a_process_is_killed
     assert codes == [0, 0], told
     assert "failed: process 1 of 2" in told[0]
     assert open_run(tmp_path / "run").steps()[-1] == STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_save_that_one_of_two_cannot_write_is_repeated_by_both(
+    run_config: RunConfig, tmp_path: Path, victim: int, tally: Callable[..., None]
+):
+    """Once: a second failure ends both, and the same command goes on from the last good step."""
+
+    def trained(name: str, *strike: Any, run: str = "") -> tuple[list[int], list[str], float, Group]:
+        group = Group(2, tmp_path / name, run_config, *strike, run_dir=tmp_path / "runs" / (run or name))
+        group.victim = -1  # it ends by itself
+        codes, seconds = group.end()
+        return codes, group.told(), seconds, group
+
+    assert trained("plain")[0] == [0, 0]
+    codes, told, *_ = trained("once", victim, "save@4", "REFUSE")
+    assert codes == [0, 0], told
+    (line,) = told[0].splitlines()
+    assert re.fullmatch(
+        rf"warning: .* step 4 cannot be .* on process {victim} of 2 .* of step 2: trying once more", line
+    )
+    plain = final_state(tmp_path / "runs" / "plain")
+    held = [told[1] == "", same(final_state(tmp_path / "runs" / "once"), plain)]
+    held.append(4 not in open_run(tmp_path / "runs" / "once").steps())
+    codes, told, seconds, _ = trained("always", victim, "save@4", "REFUSES")
+    assert codes == [1, 1], told
+    assert re.fullmatch(r"failed: the checkpoint of step .*: make room there, then start.*", told[0].splitlines()[-1])
+    held += [seconds < WITHIN, len(told[0].splitlines()) == 2, told[1] == ""]
+    codes, told, _, again = trained("again", run="always")
+    held += [codes == [0, 0], min(again.rows()) == 3, same(final_state(tmp_path / "runs" / "always"), plain)]
+    promise = "both repeat it once, then end in a sentence; the run continues to the same bits"
+    tally(f"the disk of process {victim} of 2 refuses a checkpoint", promise, tried=len(held), held=sum(held))
