@@ -1,4 +1,4 @@
-"""GPT-NeoX, GPT-J, Phi, Falcon, Cohere and BLOOM: exact sizes, every spelling of a config.json, nothing of it ignored."""
+"""GPT-NeoX, GPT-J, Phi, Falcon, Cohere, BLOOM: exact sizes, every spelling of a config.json, nothing of it ignored."""
 
 import dataclasses
 import json
