@@ -27,7 +27,7 @@ def _falcon(*, alibi: bool = False, theta: float = 10_000.0, scaling: Any = None
 
 def _released(layers: int, width: int, heads: int, kv_heads: int, parallel: str, **fields: Any) -> DecoderConfig:
     usual: Json = {"vocab_size": 65_024, "max_positions": 2048, "bias": False, "tie_embeddings": True}
-    sizes = {"num_layers": layers, "hidden_size": width, "num_heads": heads, "num_kv_heads": kv_heads}
+    sizes: Json = {"num_layers": layers, "hidden_size": width, "num_heads": heads, "num_kv_heads": kv_heads}
     return _falcon(**usual | sizes | fields, parallel=parallel)
 
 
