@@ -1,4 +1,4 @@
-"""BLOOM (arXiv 2211.05100): ALiBi, a norm after the embeddings, and GPT-2's blocks; and MPT, ALiBi without biases."""
+"""BLOOM (arXiv 2211.05100): ALiBi, a norm after the embeddings, and GPT-2's blocks otherwise."""
 
 import dataclasses
 from typing import Any

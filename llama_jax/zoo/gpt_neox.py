@@ -11,6 +11,7 @@ from llama_jax.config import Json, UserError
 from llama_jax.models import DecoderConfig
 from llama_jax.nn import MLP, Activation, GroupedQuery, LayerNorm, Norm, Rope, RopeScaling
 from llama_jax.zoo import llama
+from llama_jax.zoo.gpt2 import GPT2
 from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key
 from llama_jax.zoo.registry import Family
 from llama_jax.zoo.rope import read_rope, write_rope
@@ -87,8 +88,7 @@ def fused_layers(
 
     In it each key head, with its value head, follows the `group` query heads that share it.
     """
-    some = f"(x{group} h)", f"(k x{group})"
-    queries = ("k h", "k h") if group == 1 else (f"k {some[0]}", f"{some[1]} h")
+    queries = ("k h", "k h") if group == 1 else (f"k (x{group} h)", f"(k x{group}) h")
     sides = {"q": queries, "k": ("k h", "k h"), "v": ("k h", "k h")}
     fused = {
         f"{name}_proj": ("query_key_value", f"{theirs} d -> d {ours}", f"{theirs} -> {ours}")
@@ -324,12 +324,7 @@ GPTJ = Family(
     ),
     read=_read_gptj,
     write=lambda config, label: {"embd_pdrop": config.dropout, "rotary": True},
-    aliases={
-        "hidden_size": "n_embd",
-        "max_position_embeddings": "n_positions",
-        "num_attention_heads": "n_head",
-        "num_hidden_layers": "n_layer",
-    },
+    aliases=GPT2.aliases,
     harmless=CAUSAL | {"embd_pdrop"},
     names=_gptj_names,
 )
