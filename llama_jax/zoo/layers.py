@@ -47,6 +47,12 @@ def in_turns[C: TransformerConfig, K: Hashable](config: C, types: Sequence[K], p
     return dataclasses.replace(config, **changes)
 
 
+def read_windows(reader: ConfigReader, usual: Sequence[str], window: int | None) -> tuple[str, ...]:
+    """Return the type of every layer, as `read_layer_types` does; without a window all must be full."""
+    known = (FULL,) if window is None else (FULL, SLIDING)
+    return read_layer_types(reader, len(usual), [FULL if window is None else kind for kind in usual], known)
+
+
 def windowed(config: DecoderConfig, types: Sequence[str], window: int | None) -> DecoderConfig:
     """Return the model whose sliding layers attend to `window` keys."""
     attention: Any = config.attention
