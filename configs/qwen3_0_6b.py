@@ -2,9 +2,9 @@
 
 python train.py qwen3_0_6b --data.path corpus/ --tokenizer.path Qwen3-0.6B-Base
 
-From the report (arXiv 2505.09388, section 3.2): over 30T tokens at context 4096. Two stages follow there, of 5T tokens of
-science, code and reasoning and of texts of 32,768 tokens. The report gives neither batch nor learning rates: they are
-those of Llama 3 8B here, as in the other files of this folder.
+From the report (arXiv 2505.09388, section 3.2): over 30T tokens at context 4096. Two stages follow there, of 5T tokens
+of science, code and reasoning and of texts of 32,768 tokens. The report gives neither batch nor learning rates: they
+are those of Llama 3 8B here.
 
 Cost: 596,049,920 parameters, 7,152,557 steps, 1.50e23 FLOPs without recomputation. Expected result: not run to the end
 with this package; nothing is claimed.

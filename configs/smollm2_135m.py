@@ -3,14 +3,14 @@
 python train.py smollm2_135m --data.path corpus/ --tokenizer.path SmolLM2-135M
 
 From the paper (arXiv 2502.02737): 2T tokens, AdamW 0.9/0.95, 2000 warm-up steps to 3e-3, which stays and falls to zero
-in the last 20% of the steps. The paper gives the batch of the 1.7B alone, 2M tokens at context 2048: this is half of it.
-Weight decay and clipping are the package's, and the mixture of the data is not part of this file.
+in the last 20% of the steps. The batch is half of the 2M tokens that the paper gives for the 1.7B, at its context of
+2048. Weight decay and clipping are the package's, and the mixture of the data is not part of this file.
 
 Cost: 134,515,008 parameters, 1,907,348 steps, 2.04e21 FLOPs without recomputation. Expected result: not run to the end
 with this package; nothing is claimed.
 
-SmolLM2-135M is the release's directory, for its tokenizer; without --tokenizer.path a byte-level BPE of 49,152 tokens is
-trained on the corpus.
+SmolLM2-135M is the release's directory, for its tokenizer; without --tokenizer.path a byte-level BPE of 49,152 tokens
+is trained on the corpus.
 """
 
 from llama_jax.data import DataConfig

@@ -116,9 +116,7 @@ def _open_meta(
     tokenizer: Path | None = None,
 ) -> WeightSource:
     """Return the source of a `params.json` and tensors with Meta's names."""
-    model_type = "mixtral" if params.get("moe") else "mistral" if "hidden_dim" in params else "llama"
-    if isinstance(params.get("sliding_window") or params.get("_sliding_window"), list):
-        model_type = "ministral"
+    model_type = zoo.model_type_of_params(params)
     meta = zoo.family(model_type).meta
     assert meta is not None
     tensors = rename_tensors(path, tensors, meta.names)

@@ -18,6 +18,7 @@ from llama_jax.zoo.registry import (
     families as families,
     family as family,
     model_type_of as model_type_of,
+    model_type_of_params as model_type_of_params,
     presets as presets,
     register as register,
 )

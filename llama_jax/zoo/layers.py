@@ -47,7 +47,13 @@ def in_turns[C: TransformerConfig, K: Hashable](config: C, types: Sequence[K], p
     return dataclasses.replace(config, **changes)
 
 
-def windowed(config: TransformerConfig, types: Sequence[str], window: int | None) -> TransformerConfig:
+def read_windows(reader: ConfigReader, usual: Sequence[str], window: int | None) -> tuple[str, ...]:
+    """Return the type of every layer, as `read_layer_types` does; without a window all must be full."""
+    known = (FULL,) if window is None else (FULL, SLIDING)
+    return read_layer_types(reader, len(usual), [FULL if window is None else kind for kind in usual], known)
+
+
+def windowed[C: TransformerConfig](config: C, types: Sequence[str], window: int | None) -> C:
     """Return the model whose sliding layers attend to `window` keys."""
     attention: Any = config.attention
     return in_turns(config, types, {FULL: attention, SLIDING: dataclasses.replace(attention, window=window)})

@@ -11,7 +11,7 @@ from typing import Any
 from llama_jax.config import Json, UserError
 from llama_jax.models import DecoderConfig
 from llama_jax.zoo import llama
-from llama_jax.zoo.layers import FULL, SLIDING, read_layer_types, sliding_window, windowed, write_layer_types
+from llama_jax.zoo.layers import FULL, SLIDING, read_windows, sliding_window, windowed, write_layer_types
 from llama_jax.zoo.llama import sizes
 from llama_jax.zoo.reading import CAUSAL, ConfigReader, Key
 from llama_jax.zoo.registry import Family, MetaFiles
@@ -77,8 +77,7 @@ MISTRAL = Family(
 
 def _read_turns(reader: ConfigReader, fields: Json) -> DecoderConfig:
     window = reader.take("sliding_window", int, None, absent=4096)
-    usual = [FULL if window is None else SLIDING] * fields["num_layers"]
-    types = read_layer_types(reader, len(usual), usual, (FULL,) if window is None else (FULL, SLIDING))
+    types = read_windows(reader, [SLIDING] * fields["num_layers"], window)
     return windowed(llama.read(reader, fields), types, window)
 
 

@@ -10,7 +10,7 @@ from llama_jax.config import Json
 from llama_jax.models import DecoderConfig
 from llama_jax.nn import RMSNorm
 from llama_jax.zoo import llama
-from llama_jax.zoo.layers import FULL, SLIDING, read_layer_types, sliding_window, windowed, write_layer_types
+from llama_jax.zoo.layers import FULL, SLIDING, read_windows, sliding_window, windowed, write_layer_types
 from llama_jax.zoo.llama import sizes
 from llama_jax.zoo.reading import CAUSAL, ConfigReader
 from llama_jax.zoo.registry import Family
@@ -40,8 +40,8 @@ def _read(reader: ConfigReader, fields: Json, **others: Any) -> DecoderConfig:
     first = reader.take("max_window_layers", int, 28)
     if not reader.take("use_sliding_window", bool, False):
         window = None
-    usual = [FULL if window is None or i < first else SLIDING for i in range(fields["num_layers"])]
-    types = read_layer_types(reader, len(usual), usual, (FULL,) if window is None else (FULL, SLIDING))
+    usual = [FULL if i < first else SLIDING for i in range(fields["num_layers"])]
+    types = read_windows(reader, usual, window)
     return windowed(llama.read(reader, fields, **others), types, window)
 
 

@@ -146,6 +146,15 @@ def model_type_of(data: Json, where: object) -> str:
     )
 
 
+def model_type_of_params(params: Json) -> str:
+    """Return the family of a `params.json`: Mistral's code writes `hidden_dim`, which Meta's has not."""
+    if params.get("moe"):
+        return "mixtral"
+    if isinstance(params.get("sliding_window") or params.get("_sliding_window"), list):
+        return "ministral"
+    return "mistral" if "hidden_dim" in params else "llama"
+
+
 def presets() -> dict[str, ModelConfig]:
     """Return the configs of published models by name: `llama2_7b`, `llama3_8b`, `stories15m`..."""
     return {name: config for entry in all_presets().values() for name, config in entry.presets.items()}

@@ -9,7 +9,7 @@ from typing import Any
 from llama_jax.config import Json, UserError
 from llama_jax.models import DecoderConfig
 from llama_jax.zoo import llama
-from llama_jax.zoo.layers import FULL, SLIDING, every, in_turns, read_layer_types, sliding_window, write_layer_types
+from llama_jax.zoo.layers import FULL, SLIDING, every, in_turns, read_windows, sliding_window, write_layer_types
 from llama_jax.zoo.reading import CAUSAL, ConfigReader
 from llama_jax.zoo.registry import Family
 from llama_jax.zoo.rope import write_rope
@@ -46,9 +46,8 @@ def _read(reader: ConfigReader, fields: Json) -> DecoderConfig:
             f"config.json has no_rope_layers={rotated!r}, which should be 0 or 1 for each of {count} layers"
         )
     rotated = [bool(value) for value in rotated[:count]]
-    types = [FULL if turned or window is None else SLIDING for turned in rotated]
-    found = read_layer_types(reader, count, types, (FULL,) if window is None else (FULL, SLIDING))
-    return _in_turns(llama.read(reader, fields, theta=2_000_000.0), rotated, found, window)
+    types = read_windows(reader, [FULL if turned else SLIDING for turned in rotated], window)
+    return _in_turns(llama.read(reader, fields, theta=2_000_000.0), rotated, types, window)
 
 
 def _write(config: DecoderConfig, label: str) -> Json:

@@ -163,6 +163,15 @@ def test_qwen_has_windows_from_a_layer_on():
         assert windows(found) == [4096] * 28
 
 
+def test_mistral_has_a_window_where_the_key_is_absent_and_none_where_it_is_null():
+    data = {key: value for key, value in RELEASED["mistral_7b_v0_1"].items() if key != "sliding_window"}
+    assert windows(zoo.family("mistral").from_hf(data)) == [4096] * 32
+    assert windows(zoo.family("mistral").from_hf(data | {"sliding_window": None})) == [None] * 32
+    assert windows(zoo.family("ministral").from_hf(zoo.family("ministral").to_hf(zoo.presets()["ministral_8b"]))) == [
+        None, 32_768, 32_768, 32_768,
+    ] * 9  # fmt: skip
+
+
 def test_smollm3_turns_where_the_list_has_ones():
     family, data = zoo.family("smollm3"), RELEASED["smollm3_3b"]
     for listed in (None, [1, 1, 1, 0] * 9, [0, 1] * 18, [0] * 36):

@@ -9,6 +9,7 @@ from directory_makers.cases import (
     DECODER,
     NO_LEADING_SPACE,
     SYSTEM,
+    TEXTS,
     Case,
     decoder_table,
     fast,
@@ -139,6 +140,7 @@ def qwen_settings(tokenizer: Any) -> dict[str, Any]:
     }
 
 
+QWEN_TEXT = (*TEXTS, "the se\u0301a")  # becomes one letter
 STOPS = ("<|im_end|>", "<|endoftext|>")
 
 
@@ -152,6 +154,7 @@ def qwen2() -> Case:
         STOPS,
         config_stops=STOPS[:1],
         conversations=(CHAT, SYSTEM),
+        texts=QWEN_TEXT,
         extra_rows=4,
     )
 
@@ -167,6 +170,7 @@ def qwen3() -> Case:
         files.gpt2_files(tokenizer) | settings,
         STOPS,
         config_stops=STOPS[:1],
+        texts=QWEN_TEXT,
         conversations=(SYSTEM, (CHAT[0], thought, CHAT[2])),
     )
 
