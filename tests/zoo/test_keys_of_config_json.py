@@ -80,8 +80,11 @@ def test_keys_that_change_no_logit_are_taken(name: str):
     )
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("key", CHANGING)
+# Those that a family has itself, with these values.
+OWN = {("glm4_moe", "use_qk_norm"), ("qwen3_moe", "use_qk_norm"), ("qwen2_moe", "qkv_bias")}
+
+
+@pytest.mark.parametrize(("name", "key"), [(n, k) for k in CHANGING for n in CONFIGS if (n, k) not in OWN])
 def test_keys_that_may_change_a_logit_are_refused_by_name(name: str, key: str):
     data, value = CONFIGS[name], CHANGING[key]
     if key == "is_encoder_decoder":
@@ -202,7 +205,8 @@ def test_classes_are_told_by_their_names(name: str):
     for spelling in (own, own.upper(), f"TF{own}", f"Flax{own}"):
         assert family.from_hf(data | {"architectures": [spelling]}) == config
         without = {key: value for key, value in data.items() if key != "model_type"}
-        assert zoo.model_type_of(without | {"architectures": [spelling]}, "config.json") == name
+        found = zoo.model_type_of(without | {"architectures": [spelling]}, "config.json")
+        assert found == name or zoo.family(found).architectures == family.architectures  # Kimi K2 has DeepSeek-V3's
     for other in ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice"):
         with pytest.raises(UserError, match=f"{other}.*--ignore-config-keys architectures"):
             family.from_hf(data | {"architectures": [own.partition("For")[0] + other]})
