@@ -1,4 +1,4 @@
-"""Mixtures of experts and GLM: Qwen2-MoE, Qwen3-MoE, GLM-4-0414, GLM-4.5, Kimi-K2."""
+"""Mixtures of experts and GLM: Qwen2-MoE, Qwen3-MoE, OLMoE, GLM-4-0414, GLM-4.5."""
 
 import json
 from typing import Any
@@ -28,6 +28,13 @@ GLM4_MOE = {key: value for key, value in EXPERTS.items() if key != "num_experts"
     "model_type": "glm4_moe",
     "n_routed_experts": 6,
     "num_nextn_predict_layers": 0,
+}
+
+
+OLMOE = {key: value for key, value in EXPERTS.items() if key not in ("head_dim", "moe_intermediate_size")} | {
+    "intermediate_size": 10,
+    "model_type": "olmoe",
+    "num_hidden_layers": 3,
 }
 
 
@@ -71,6 +78,7 @@ CASES = {
             "use_sliding_window": False,
         },
     ),
+    "olmoe": causal("olmoe", OLMOE, change=named),
     "glm4": causal("glm4", GLM4 | {"attention_bias": True}),
     "glm4_tied": causal("glm4_tied", GLM4 | {"attention_bias": False, "tie_word_embeddings": True}),
     # As the release wrote it.
