@@ -14,12 +14,14 @@ import numpy as np
 
 from llama_jax import zoo
 from llama_jax.checkpoint.formats import (
+    BLOCK_BYTES,
     Tensor,
     Tensors,
     architecture_of,
     config_json,
     cut,
     dequantized,
+    equal,
     from_mxfp4,
     has_weights,
     is_llama2c,
@@ -43,8 +45,6 @@ from llama_jax.zoo import TensorNames, WeightMapping, without_keys
 
 type Form = Literal["huggingface", "meta", "llama2c", "gguf"]
 
-# Bytes of a large matrix that are read, permuted and cast at a time.
-_BLOCK_BYTES = 1 << 24
 # Prefixes of training tools, anywhere in a name.
 _WRAPPER = re.compile(r"(?<![^.])(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Computed, not trained: tables of rotary positions, and the numbers of positions.
@@ -151,18 +151,15 @@ def _open_huggingface(path: Path, ignore_config_keys: Collection[str], tokenizer
     family, zeros = zoo.family(model_type), []
     if (quantized := read_quantization(path, data)) is not None:
         data.pop("quantization_config", None)
-    config, tensors = family.from_hf(data), read_directory(path)
-    quantization = data.get("quantization_config") or {}  # `from_hf` has refused all kinds but two
-    if quantization.get("quant_method") == "mxfp4":
-        tensors = from_mxfp4(path, tensors)
+    config, tensors = family.from_hf(data), from_mxfp4(path, read_directory(path))
     if quantized is not None:
         tensors, zeros = dequantized(path, tensors, quantized, inputs_first=model_type == "gpt2")
     form, names = "huggingface", family.names_of(config)
     if family.meta is not None and "tok_embeddings.weight" in tensors:  # Meta's names, in one file
         form, names = "meta", family.meta.names
     tensors = rename_tensors(path, tensors, names)
-    if quantization.get("quant_method") == "fp8":
-        tensors = with_scales(path, tensors, quantization["weight_block_size"])
+    if block := (data.get("quantization_config") or {}).get("weight_block_size"):  # of fp8 alone
+        tensors = with_scales(path, tensors, block)
     if family.with_tensors is not None:
         config = family.with_tensors(config, tensors)
         names = family.names_of(config) if form == "huggingface" else names
@@ -215,9 +212,9 @@ def rename_tensors(path: Path, tensors: Tensors, names: TensorNames) -> Tensors:
 
 
 def _separate_experts(tensors: Tensors, is_known: re.Pattern[str]) -> Tensors:
-    """Return the tensors with one for each expert, where a layer has one for all and the table has not (`is_known`).
+    """Return the tensors with one for each expert where a layer has one for all, and the table has not (`is_known`):
 
-    These are gate and up projection [E, 2F, D], and down projection [E, D, F].
+    gate and up projection [E, 2F, D], and down projection [E, D, F].
     """
     found: Tensors = {}
     for name, tensor in tensors.items():
@@ -282,7 +279,7 @@ def _match(
             continue
         if (original := tied.get(name)) in source.tensors:
             # Files of tied models may repeat a tensor.
-            if _equal(source.tensors[name], source.tensors[original]):
+            if equal(source.tensors[name], source.tensors[original]):
                 continue
             raise UserError(f"'{source.path}' has a separate '{name}', which is tied in its config")
         raise UserError(f"'{source.path}' has the tensor '{name}', for which its config has no place")
@@ -349,15 +346,6 @@ def _layer_tensor(
     return cut(whole, dim, start, start + sizes[index][dim])
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors have the same elements, read block by block."""
-    if a.shape != b.shape:
-        return False
-    rows = max(1, _BLOCK_BYTES // (4 * math.prod(a.shape[1:])))
-    blocks = (slice(i, i + rows) for i in range(0, a.shape[0], rows))
-    return all(np.array_equal(a.read((block,)), b.read((block,))) for block in blocks)
-
-
 def _load(weight: WeightMapping, tensors: Sequence[Tensor], a: jax.ShapeDtypeStruct) -> jax.Array:
     """Return the parameter `a` (shape, dtype, sharding), read shard by shard from the tensors of its layers."""
     sharding = a.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -396,7 +384,7 @@ def _fill(
     """Write the part `slices` of one layer of a parameter of `shape` into `out`, block by block."""
     dim = weight.contiguous_dim()
     start, stop = slices[dim].start, slices[dim].stop
-    step = max(1, (stop - start) * _BLOCK_BYTES // max(1, 4 * out.size))
+    step = max(1, (stop - start) * BLOCK_BYTES // max(1, 4 * out.size))
     for begin in range(start, stop, step):
         block = slice(begin, min(begin + step, stop))
         wanted = (*slices[:dim], block, *slices[dim + 1 :])

@@ -5,7 +5,7 @@ from typing import Any
 
 from llama_jax.config import Json, UserError
 from llama_jax.models import DecoderConfig
-from llama_jax.nn import Experts, RopeScaling, SoftmaxTopK, YarnScaling
+from llama_jax.nn import Experts, SoftmaxTopK, YarnScaling
 from llama_jax.zoo import llama
 from llama_jax.zoo.layers import FULL, SLIDING, every, in_turns, read_layer_types, sliding_window, write_layer_types
 from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key
@@ -16,30 +16,12 @@ from llama_jax.zoo.weights import TensorNames, WeightMapping, mappings
 _YARN = YarnScaling(32.0, 4096, beta_fast=32.0, beta_slow=1.0, mscale=0.0, mscale_all_dim=0.0, truncate=False)
 
 
-def _gpt_oss(
-    types: tuple[str, ...],
-    *,
-    intermediate_size: int,
-    num_experts: int,
-    top_k: int,
-    limit: float,
-    load_balance_loss: float,
-    scaling: RopeScaling | None,
-    window: int | None,
-    **fields: Any,
-) -> DecoderConfig:
-    """Return the model whose layers have these `types`; `fields` are those of `llama_like`."""
-    experts = Experts(
-        num_experts=num_experts,
-        intermediate_size=intermediate_size,
-        router=SoftmaxTopK(top_k, normalize=True, bias=True),
-        activation="quick_gelu",
-        gated=True,
-        bias=True,
-        limit=limit,
-        load_balance_loss=load_balance_loss,
-    )
-    config = llama.llama_like(**fields, num_layers=len(types), feed_forward=experts, scaling=scaling)
+def _gpt_oss(types: tuple[str, ...], *, window: int | None, top_k: int, **fields: Any) -> DecoderConfig:
+    """Return the model whose layers have these `types`; `fields` are those of `Experts` and of `llama_like`."""
+    own = {name: fields.pop(name) for name in ("num_experts", "intermediate_size", "limit", "load_balance_loss")}
+    router = SoftmaxTopK(top_k, normalize=True, bias=True)
+    experts = Experts(router=router, activation="quick_gelu", gated=True, bias=True, **own)
+    config = llama.llama_like(num_layers=len(types), feed_forward=experts, **fields)
     full = dataclasses.replace(config.attention, sinks=True)  # type: ignore[call-overload]
     return in_turns(config, types, {SLIDING: dataclasses.replace(full, window=window), FULL: full})
 
@@ -95,9 +77,6 @@ def _write(config: DecoderConfig, label: str) -> Json:
 
 
 _MLP, _EXPERTS = llama.LAYER + "mlp.", "layers.feed_forward.experts."
-# Columns of gate and up take turns in one tensor.
-_TURNS = ("gate_proj", "up_proj")
-
 GPT_OSS = Family(
     name="gpt_oss",
     title="GPT-OSS",
@@ -136,7 +115,7 @@ GPT_OSS = Family(
                     ("weight", "", "e d f 1 -> e d f", 3),
                     ("bias", "_bias", "e f 1 -> e f", 2),
                 )
-                for name in _TURNS
+                for name in ("gate_proj", "up_proj")  # whose columns take turns in one tensor
             ),
             WeightMapping(f"{_EXPERTS}down_proj.weight", f"{_MLP}experts.down_proj", "e f d -> e f d"),
             WeightMapping(f"{_EXPERTS}down_proj.bias", f"{_MLP}experts.down_proj_bias", "e d -> e d"),

@@ -23,11 +23,13 @@ from llama_jax.checkpoint.formats.meta import (
 )
 from llama_jax.checkpoint.formats.mxfp4 import from_mxfp4 as from_mxfp4
 from llama_jax.checkpoint.formats.tensors import (
+    BLOCK_BYTES as BLOCK_BYTES,
     Slices as Slices,
     Tensor as Tensor,
     Tensors as Tensors,
     block_scaled as block_scaled,
     cut as cut,
+    equal as equal,
     item as item,
     joined as joined,
     rounded as rounded,

@@ -16,6 +16,7 @@ type Tensors = dict[str, Tensor]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SCALE_SUFFIX = "_scale_inv"
 MAX_DIMS = 32  # of a tensor in a file
+BLOCK_BYTES = 1 << 24  # of a large matrix that are read, permuted and cast at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +127,15 @@ def transposed(whole: Tensor) -> Tensor:
 def rounded(whole: Tensor, dtype: np.dtype) -> Tensor:
     """Return a tensor that is cast to `dtype` when it is read."""
     return Tensor(whole.shape, dtype, lambda slices: whole.read(slices).astype(dtype))
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors have the same elements, read block by block."""
+    if a.shape != b.shape:
+        return False
+    rows = max(1, BLOCK_BYTES // (4 * math.prod(a.shape[1:])))
+    blocks = (slice(i, i + rows) for i in range(0, a.shape[0], rows))
+    return all(np.array_equal(a.read((block,)), b.read((block,))) for block in blocks)
 
 
 def block_scaled(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
