@@ -195,6 +195,7 @@ _SANDWICH = {
 }
 _LAYER = {**_SANDWICH, **llama.ATTENTION, **llama.FEED_FORWARD}
 _ENDS = mappings(llama.ENDS | llama.HEAD)
+_GEMMA3_NAMES = TensorNames(_ENDS + mappings(_LAYER | _ATTENTION_NORMS, "layers.", llama.LAYER), llama.TIED)
 
 GEMMA = Family(
     name="gemma",
@@ -257,7 +258,7 @@ GEMMA3_TEXT = dataclasses.replace(
     read=_read_gemma3,
     write=_write_gemma3,
     aliases={"_sliding_window_pattern": "sliding_window_pattern"},
-    names=TensorNames(_ENDS + mappings(_LAYER | _ATTENTION_NORMS, "layers.", llama.LAYER), llama.TIED),
+    names=_GEMMA3_NAMES,
 )
 # Read from the files of the whole; what is written is the text model.
 GEMMA3 = dataclasses.replace(
@@ -275,7 +276,7 @@ GEMMA3 = dataclasses.replace(
     write=lambda config, label: GEMMA3_TEXT.to_hf(config),
     harmless={"vision_config", "mm_tokens_per_image"},
     names=dataclasses.replace(
-        GEMMA3_TEXT.names,
+        _GEMMA3_NAMES,
         renames=((r"^(model\.)?language_model\.", ""),),
         ignored=(r"(model\.)?(vision_tower|multi_modal_projector)\..*",),
     ),

@@ -61,13 +61,13 @@ def _read_scaling(rest: Json, kind: str, max_positions: int) -> RopeScaling | No
 
 def _read_longrope(rest: Json, max_positions: int) -> LongRopeScaling:
     kind = "longrope"
-    factors = [
+    short, long = (
         tuple(typed(x, float, f"config.json has rope_scaling.{name}") for x in _pop_rope(rest, kind, name, list))
         for name in ("short_factor", "long_factor")
-    ]
+    )
     original = _pop_rope(rest, kind, _OLD_LENGTH, int, max_positions)
     usual = long_magnitude(_pop_rope(rest, kind, "factor", float, max_positions / original), original)
-    return LongRopeScaling(*factors, original, _pop_rope(rest, kind, "attention_factor", float, usual))
+    return LongRopeScaling(short, long, original, _pop_rope(rest, kind, "attention_factor", float, usual))
 
 
 def long_magnitude(factor: float, original: int) -> float:
