@@ -216,8 +216,8 @@ def test_a_row_of_longrope_is_that_of_its_prompt_alone():
     rng = np.random.default_rng(0)
     params = {name: jnp.asarray(rng.normal(size=a.shape), jnp.float32) for name, a in abstract_params(config).items()}
     model = from_params(config, params, Compute(dtype="float32"))
-    prompts = [rng.integers(0, 40, length).tolist() for length in (4, 30, 12)]
-    engine = Engine(model, rows=4, prefill_chunk=8)
+    prompts = [rng.integers(0, 40, length).tolist() for length in (5, 30, 12, 4, 5, 5)]
+    engine = Engine(model, rows=8, prefill_chunk=8)
     found = {engine.add(Request(tuple(prompt), SamplingConfig(3, 0.0))): [] for prompt in prompts}
     while not engine.idle:
         for piece in engine.step():
