@@ -133,10 +133,12 @@ def model_type_of(data: Json, where: object) -> str:
         return data["model_type"]
     names = data.get("architectures")
     for name in names if isinstance(names, list) else ():
-        for model_type in families():
-            known = {plain_name(architecture) for architecture in family(model_type).architectures}
-            if isinstance(name, str) and plain_name(name) in known:
-                return model_type
+        found = {}  # by model_type the place of the class: the usual one of a family is not another's
+        for model_type in families() if isinstance(name, str) else ():
+            known = [plain_name(architecture) for architecture in family(model_type).architectures]
+            found |= {model_type: known.index(plain_name(name))} if plain_name(name) in known else {}
+        if found:
+            return min(found, key=lambda model_type: found[model_type])
     raise UserError(
         f"'{where}' has no model_type, and no architectures that are known: it is not a Hugging Face config"
     )
