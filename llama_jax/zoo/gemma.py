@@ -10,22 +10,14 @@ from llama_jax.config import Json
 from llama_jax.models import DecoderConfig
 from llama_jax.nn import GatedLinearUnit, LinearScaling, RMSNorm, Rope
 from llama_jax.zoo import llama
-from llama_jax.zoo.layers import (
-    FULL,
-    SLIDING,
-    every,
-    in_turns,
-    mixers_by_type,
-    read_layer_types,
-    sliding_window,
-    write_layer_types,
-)
+from llama_jax.zoo.layers import FULL, SLIDING, every, in_turns, mixers_by_type, read_layer_types, write_turns
 from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key
 from llama_jax.zoo.registry import Family
 from llama_jax.zoo.rope import read_rope, read_ropes, write_rope, write_ropes
 from llama_jax.zoo.weights import TensorNames, mappings
 
 _TANH = "gelu_pytorch_tanh"
+_ACTIVATIONS: Json = {"hidden_act": _TANH, "hidden_activation": _TANH}
 
 
 def gemma(
@@ -102,6 +94,7 @@ def _keys(kv_heads: int, max_positions: int) -> tuple[Key, ...]:
     return (
         Key("num_key_value_heads", "attention.num_kv_heads", int, absent=kv_heads),
         Key("head_dim", "attention.head_dim", int, absent=256),
+        Key("intermediate_size", "feed_forward.intermediate_size", int, absent=24_576 if kv_heads == 16 else 9216),
         Key("max_position_embeddings", "max_positions", int, absent=max_positions),
         Key("rms_norm_eps", "norm.eps", float, 1e-6),
         Key("attention_bias", "attention.qkv_bias", bool, False, argument="attention_bias"),
@@ -130,7 +123,7 @@ def _read(reader: ConfigReader, fields: Json) -> DecoderConfig:
 
 
 def _write(config: DecoderConfig, label: str) -> Json:
-    return {"hidden_act": _TANH, "hidden_activation": _TANH, **write_rope(config.attention, label)}
+    return _ACTIVATIONS | write_rope(config.attention, label)
 
 
 def _read_turns(reader: ConfigReader, fields: Json, period: int) -> Json:
@@ -146,13 +139,8 @@ def _read_turns(reader: ConfigReader, fields: Json, period: int) -> Json:
 
 def _write_turns(config: DecoderConfig) -> Json:
     attention: Any = config.attention
-    return {
-        "hidden_act": _TANH,
-        "hidden_activation": _TANH,
-        "layer_types": write_layer_types(config),
-        "sliding_window": sliding_window(config),
-        "query_pre_attn_scalar": round(1 / attention.scale**2) if attention.scale else attention.head_dim,
-    }
+    scalar = round(1 / attention.scale**2) if attention.scale else attention.head_dim
+    return {**_ACTIVATIONS, **write_turns(config), "query_pre_attn_scalar": scalar}
 
 
 def _read_gemma2(reader: ConfigReader, fields: Json) -> DecoderConfig:
@@ -195,6 +183,7 @@ _SANDWICH = {
 }
 _LAYER = {**_SANDWICH, **llama.ATTENTION, **llama.FEED_FORWARD}
 _ENDS = mappings(llama.ENDS | llama.HEAD)
+_GEMMA3_NAMES = TensorNames(_ENDS + mappings(_LAYER | _ATTENTION_NORMS, "layers.", llama.LAYER), llama.TIED)
 
 GEMMA = Family(
     name="gemma",
@@ -205,7 +194,6 @@ GEMMA = Family(
     architectures=("GemmaForCausalLM", "GemmaModel"),
     keys=(
         *SIZES,
-        Key("intermediate_size", "feed_forward.intermediate_size", int),
         *_keys(kv_heads=16, max_positions=8192),
     ),
     read=_read,
@@ -226,7 +214,6 @@ GEMMA2 = dataclasses.replace(
     architectures=("Gemma2ForCausalLM", "Gemma2Model"),
     keys=(
         *SIZES,
-        Key("intermediate_size", "feed_forward.intermediate_size", int),
         *_keys(kv_heads=4, max_positions=8192),
         *_caps(50.0, 30.0),
     ),
@@ -251,7 +238,6 @@ GEMMA3_TEXT = dataclasses.replace(
         Key("hidden_size", "hidden_size", int, absent=2304),
         Key("num_hidden_layers", "num_layers", int, absent=26),
         Key("num_attention_heads", "attention.num_heads", int, absent=8),
-        Key("intermediate_size", "feed_forward.intermediate_size", int, absent=9216),
         *_keys(kv_heads=4, max_positions=131_072),
         *_caps(None, None),
     ),

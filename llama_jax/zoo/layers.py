@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from llama_jax.config import Component, UserError
+from llama_jax.config import Component, Json, UserError
 from llama_jax.models import LayerOverride, TransformerConfig
 from llama_jax.nn import Mixer
 from llama_jax.zoo.reading import ConfigReader
@@ -62,6 +62,11 @@ def windowed[C: TransformerConfig](config: C, types: Sequence[str], window: int 
 def write_layer_types(config: TransformerConfig) -> list[str]:
     """Return the type of every layer: sliding where its attention has a window."""
     return [FULL if getattr(mixer, "window", None) is None else SLIDING for mixer, _ in config.layer_pieces()]
+
+
+def write_turns(config: TransformerConfig) -> Json:
+    """Return `layer_types` and `sliding_window`."""
+    return {"layer_types": write_layer_types(config), "sliding_window": sliding_window(config)}
 
 
 def sliding_window(config: TransformerConfig) -> int | None:

@@ -10,19 +10,10 @@ from llama_jax.config import Json
 from llama_jax.models import DecoderConfig
 from llama_jax.nn import RMSNorm, Rope, SwiGLU, YarnScaling
 from llama_jax.zoo import llama
-from llama_jax.zoo.layers import (
-    FULL,
-    SLIDING,
-    every,
-    in_turns,
-    mixers_by_type,
-    read_layer_types,
-    sliding_window,
-    write_layer_types,
-)
-from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key
+from llama_jax.zoo.layers import FULL, SLIDING, every, in_turns, mixers_by_type, read_layer_types, write_turns
+from llama_jax.zoo.reading import CAUSAL, ConfigReader, Key
 from llama_jax.zoo.registry import Family
-from llama_jax.zoo.rope import read_rope, read_ropes, write_rope, write_ropes
+from llama_jax.zoo.rope import read_rope, read_ropes, write_ropes
 from llama_jax.zoo.weights import TensorNames, mappings
 
 _THETA = 500_000.0
@@ -65,10 +56,6 @@ def _read_olmo2(reader: ConfigReader, fields: Json) -> DecoderConfig:
     return olmo(**fields, **read_rope(reader, fields["max_positions"]))
 
 
-def _write_olmo2(config: DecoderConfig, label: str) -> Json:
-    return {"hidden_act": "silu", **write_rope(config.attention, label)}
-
-
 def _read_olmo3(reader: ConfigReader, fields: Json) -> DecoderConfig:
     reader.activation("hidden_act", "silu", only="silu")
     layers, ropes = fields["num_layers"], read_ropes(reader, fields["max_positions"], _THETA)
@@ -82,8 +69,7 @@ def _read_olmo3(reader: ConfigReader, fields: Json) -> DecoderConfig:
 
 
 def _write_olmo3(config: DecoderConfig, label: str) -> Json:
-    turns = {"layer_types": write_layer_types(config), "sliding_window": sliding_window(config)}
-    return {"hidden_act": "silu", **turns, **write_ropes(mixers_by_type(config), label)}
+    return {"hidden_act": "silu", **write_turns(config), **write_ropes(mixers_by_type(config), label)}
 
 
 _NORMS = {
@@ -105,18 +91,11 @@ OLMO2 = Family(
     },
     architectures=("Olmo2ForCausalLM", "Olmo2Model"),
     keys=(
-        *SIZES,
-        Key("num_key_value_heads", "attention.num_kv_heads", int, None),
-        Key("head_dim", "attention.head_dim", int, None),
-        Key("intermediate_size", "feed_forward.intermediate_size", int),
-        Key("max_position_embeddings", "max_positions", int, 2048),
+        *(key for key in llama.LLAMA.keys if key.key not in ("rms_norm_eps", "mlp_bias")),
         Key("rms_norm_eps", "norm.eps", float, 1e-5),
-        Key("attention_bias", "attention.qkv_bias", bool, False, argument="attention_bias"),
-        Key("attention_dropout", "attention.dropout", float, 0.0, argument="attention_dropout"),
-        Key("tie_word_embeddings", "tie_embeddings", bool, False),
     ),
     read=_read_olmo2,
-    write=_write_olmo2,
+    write=llama.LLAMA.write,
     harmless=CAUSAL,
     names=TensorNames(
         mappings(llama.ENDS | llama.HEAD)

@@ -133,14 +133,12 @@ def model_type_of(data: Json, where: object) -> str:
         return data["model_type"]
     names = data.get("architectures")
     for name in names if isinstance(names, list) else ():
-        found = {
-            model_type: classes.index(plain_name(name))
-            for model_type in families()
-            if isinstance(name, str)
-            and plain_name(name) in (classes := [plain_name(known) for known in family(model_type).architectures])
-        }
+        found = {}  # by model_type the place of the class: the usual one of a family is not another's
+        for model_type in families() if isinstance(name, str) else ():
+            known = [plain_name(architecture) for architecture in family(model_type).architectures]
+            found |= {model_type: known.index(plain_name(name))} if plain_name(name) in known else {}
         if found:
-            return min(found, key=found.__getitem__)  # where the class is the most usual one
+            return min(found, key=lambda model_type: found[model_type])
     raise UserError(
         f"'{where}' has no model_type, and no architectures that are known: it is not a Hugging Face config"
     )

@@ -2,12 +2,15 @@
 
 import copy
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from llama_jax import zoo
 from llama_jax.config import Json, UserError, override
-from llama_jax.models import num_parameters
+from llama_jax.models import Compute, abstract_params, from_params, num_parameters
 from llama_jax.nn import LinearScaling, LongRopeScaling, Rope
+from llama_jax.sampling import Engine, Request, SamplingConfig
 
 # Sums of the released files' tensors, a tied head counted once; of Gemma 3 the text model's.
 COUNTS = {
@@ -201,6 +204,29 @@ def test_longrope_in_its_spellings():
 def test_config_json_that_cannot_be(name: str, change: Json, sentence: str):
     with pytest.raises(UserError, match=sentence):
         zoo.family(PRESETS[name]).from_hf(RELEASED[name] | change)
+
+
+def test_a_row_of_longrope_is_that_of_its_prompt_alone():
+    """Short beside long, padded prompts, prompts in more tokens than a chunk has: as the full forward of each alone."""
+    config = override(zoo.presets()["phi4_mini"], {
+        "vocab_size": 40, "hidden_size": 16, "num_layers": 2, "attention.num_heads": 2, "attention.num_kv_heads": 1,
+        "attention.head_dim": 8, "attention.rope": Rope(10_000.0, LongRopeScaling((1.0, 1.1), (3.0, 9.0), 8, 1.2), 4),
+        "feed_forward.intermediate_size": 24, "max_positions": 64,
+    })  # fmt: skip
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.normal(size=a.shape), jnp.float32) for name, a in abstract_params(config).items()}
+    model = from_params(config, params, Compute(dtype="float32"))
+    prompts = [rng.integers(0, 40, length).tolist() for length in (5, 30, 12, 4, 5, 5)]
+    engine = Engine(model, rows=8, prefill_chunk=8)
+    found = {engine.add(Request(tuple(prompt), SamplingConfig(3, 0.0))): [] for prompt in prompts}
+    while not engine.idle:
+        for piece in engine.step():
+            found[piece.ticket] += piece.token_ids
+    for prompt, new in zip(prompts, found.values(), strict=True):
+        ids = list(prompt)
+        for _ in range(3):
+            ids.append(int(np.asarray(model(np.array([ids])))[0, -1].argmax()))
+        assert new == ids[len(prompt) :]
 
 
 def test_a_granite_without_factors_is_a_llama():
