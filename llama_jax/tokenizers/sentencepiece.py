@@ -71,8 +71,7 @@ class SentencePieceTokenizer(Tokenizer):
     @functools.cached_property
     @override
     def border(self) -> re.Pattern[str] | None:
-        texts = [token.content for token in self._added.values() if not token.special]
-        return piece_border(self._model, texts, self._processor.normalize)
+        return piece_border(self._model, self._text_tokens.by_content, self._processor.normalize)
 
     def _affixes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         config, (prefix, suffix) = self._settings.config, (self._settings.rules.prefix, self._settings.rules.suffix)
@@ -168,27 +167,26 @@ class AddedTokens:
     """Tokens by id that are found in a text before a model splits the rest of it."""
 
     def __init__(self, tokens: Mapping[int, Added]):
-        self._tokens = {token.content: (i, token) for i, token in tokens.items()}
+        self.by_content = {token.content: (i, token) for i, token in tokens.items()}
         # Of several at one place the longest is found.
         longest_first = sorted(tokens.values(), key=lambda token: -len(token.content))
         forms = [(re.escape(token.content), token.single_word) for token in longest_first]
         self._pattern = re.compile("|".join(rf"(?<!\w){form}(?!\w)" if word else form for form, word in forms))
 
     def __bool__(self) -> bool:
-        return bool(self._tokens)
+        return bool(self.by_content)
 
     def split(self, text: str) -> list[str | int]:
         """Return the ids of the tokens in `text`, and the texts between them."""
         parts: list[str | int] = []
         end, strips = 0, False
         for match in self._pattern.finditer(text) if self else ():
-            i, token = self._tokens[match[0]]
+            i, token = self.by_content[match[0]]
             between = text[end : match.start()]
             between = between.lstrip() if strips else between
             parts += [between.rstrip() if token.lstrip else between, i]
             end, strips = match.end(), token.rstrip
-        rest = text[end:]
-        return [part for part in (*parts, rest.lstrip() if strips else rest) if part != ""]
+        return [part for part in (*parts, text[end:].lstrip() if strips else text[end:]) if part != ""]
 
 
 def _added(pieces: Sequence[Any], settings: Settings) -> dict[int, Added]:
@@ -233,8 +231,7 @@ def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
 
 def _without_text(model: Any, ids: Iterable[int]) -> Any:
     """Return a copy of `model` with the pieces `ids` made control pieces, which are never found in a text."""
-    changed = ModelProto()
-    changed.CopyFrom(model)
+    changed = ModelProto.FromString(model.SerializeToString())
     for i in ids:
         if i < len(changed.pieces):
             changed.pieces[i].type = Kind.CONTROL
@@ -299,8 +296,7 @@ def llama2c_tokenizer(path: Path, content: bytes, settings: Settings) -> Sentenc
             model.pieces.add(piece=piece.decode(), score=score)
         except (struct.error, UnicodeDecodeError, OverflowError):
             return None
-        position += 8 + length
-        longest = max(longest, length)
+        position, longest = position + 8 + length, max(longest, length)
     if len(model.pieces) < 259 or content[:4] != struct.pack("<i", longest):
         return None
     for i, piece in enumerate(model.pieces):
