@@ -8,8 +8,9 @@ from llama_jax.models import DecoderConfig
 from llama_jax.zoo import llama
 from llama_jax.zoo.experts import feed_forwards, released
 from llama_jax.zoo.qwen_moe import qwen_moe
-from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key, read_rope, write_rope
+from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key
 from llama_jax.zoo.registry import Family
+from llama_jax.zoo.rope import read_rope, write_rope
 from llama_jax.zoo.weights import TensorNames, mappings
 
 
