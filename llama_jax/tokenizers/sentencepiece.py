@@ -373,9 +373,7 @@ def sentencepiece_json(model: Any, added: Mapping[int, Added], *, prefixes_first
 
 
 def _normalization(normalizer: Any, first_only: bool) -> normalizers.Sequence:
-    steps: list[Any] = []
-    if normalizer.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(normalizer.precompiled_charsmap))
+    steps: list[Any] = [normalizers.Precompiled(table)] if (table := normalizer.precompiled_charsmap) else []
     if normalizer.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if first_only:
