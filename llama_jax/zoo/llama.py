@@ -31,19 +31,22 @@ def llama_like(
     qk_norm: Norm | None = None,
     attention_dropout: float = 0.0,
     tie_embeddings: bool = False,
+    partial: float = 1.0,
     **fields: Any,
 ) -> DecoderConfig:
     """Return a decoder with Llama's attention, norm and positions; `fields` are the others of `DecoderConfig`.
 
-    `attention_bias` is for all four projections, `qkv_bias` for three of them.
+    `attention_bias` is for all four projections, `qkv_bias` for three of them. `partial` is the share of a head that is
+    rotated.
     """
+    head_dim = head_dim or hidden_size // max(num_heads, 1)
     return DecoderConfig(
         hidden_size=hidden_size,
         attention=GroupedQuery(
             num_heads=num_heads,
             num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
-            head_dim=head_dim or hidden_size // max(num_heads, 1),
-            rope=Rope(theta=theta, scaling=scaling),
+            head_dim=head_dim,
+            rope=Rope(theta, scaling, rotary_dim=None if partial == 1 else int(head_dim * partial)),
             qkv_bias=attention_bias or qkv_bias,
             out_bias=attention_bias,
             qk_norm=qk_norm,

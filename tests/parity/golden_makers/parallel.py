@@ -176,6 +176,33 @@ def quieter(model: Any) -> None:
 
 COHERE = SIZES | {"model_type": "cohere", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
 COHERE |= {"intermediate_size": 40, "logit_scale": 0.25, "rope_parameters": {"rope_type": "default", "rope_theta": 8e6}}
+# As StableLM 2's 12B has them.
+STABLELM = {
+    "architectures": ["StableLmForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_dropout": 0.0,
+    "hidden_size": 32,
+    "initializer_range": 0.02,
+    "intermediate_size": 40,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 128,
+    "model_type": "stablelm",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.25,
+    "qk_layernorm": True,
+    "rope_theta": 10000,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "transformers_version": "4.40.0",
+    "use_cache": True,
+    "use_parallel_residual": True,
+    "use_qkv_bias": False,
+    "vocab_size": 64,
+}
 PHI = {"model_type": "phi", "intermediate_size": 40}
 CASES = {
     "gpt_neox": neox("gpt_neox", GPT_NEOX, config=GPT_NEOX),
@@ -222,6 +249,14 @@ CASES = {
         COHERE
         | {"model_type": "cohere2", "sliding_window": 32}
         | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    ),
+    "stablelm": causal("stablelm", STABLELM, config=STABLELM),
+    "stablelm_in_turn": causal(
+        "stablelm_in_turn",
+        SIZES
+        | {"model_type": "stablelm", "intermediate_size": 40, "num_key_value_heads": 3, "use_qkv_bias": True}
+        | {"tie_word_embeddings": True}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}},
     ),
     "gptj": gpt("gptj", GPTJ, config=GPTJ, last_norm=with_bias(lambda model: model.transformer.ln_f)),
 }
