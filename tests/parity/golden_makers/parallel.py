@@ -176,6 +176,38 @@ def quieter(model: Any) -> None:
 
 COHERE = SIZES | {"model_type": "cohere", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
 COHERE |= {"intermediate_size": 40, "logit_scale": 0.25, "rope_parameters": {"rope_type": "default", "rope_theta": 8e6}}
+# As StarCoder has them.
+BIGCODE = {
+    "activation_function": "gelu",
+    "architectures": ["GPTBigCodeForCausalLM"],
+    "attention_softmax_in_fp32": True,
+    "attn_pdrop": 0.1,
+    "bos_token_id": 1,
+    "embd_pdrop": 0.1,
+    "eos_token_id": 2,
+    "inference_runner": 0,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "max_batch_size": None,
+    "max_sequence_length": None,
+    "model_type": "gpt_bigcode",
+    "multi_query": True,
+    "n_embd": 32,
+    "n_head": 4,
+    "n_inner": 40,
+    "n_layer": 3,
+    "n_positions": 64,
+    "pad_key_length": True,
+    "pre_allocate_kv_cache": False,
+    "resid_pdrop": 0.1,
+    "scale_attention_softmax_in_fp32": True,
+    "scale_attn_weights": True,
+    "torch_dtype": "float32",
+    "transformers_version": "4.28.1",
+    "use_cache": True,
+    "validate_runner_input": True,
+    "vocab_size": 64,
+}
 # As StableLM 2's 12B has them.
 STABLELM = {
     "architectures": ["StableLmForCausalLM"],
@@ -257,6 +289,11 @@ CASES = {
         | {"model_type": "stablelm", "intermediate_size": 40, "num_key_value_heads": 3, "use_qkv_bias": True}
         | {"tie_word_embeddings": True}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}},
+    ),
+    "gpt_bigcode": gpt("gpt_bigcode", BIGCODE, config=BIGCODE),
+    "gpt_bigcode_all_heads": gpt(
+        "gpt_bigcode_all_heads",
+        SIZES | {"model_type": "gpt_bigcode", "multi_query": False, "tie_word_embeddings": False},
     ),
     "gptj": gpt("gptj", GPTJ, config=GPTJ, last_norm=with_bias(lambda model: model.transformer.ln_f)),
 }
