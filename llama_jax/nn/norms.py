@@ -57,13 +57,9 @@ class RMSNormModule(nnx.Module):
         x_32 = x.astype(jnp.float32)
         normed = x_32 * jax.lax.rsqrt(jnp.mean(x_32 * x_32, axis=-1, keepdims=True) + self.config.eps)
         if self.config.cast_last:
-            return (normed * self._factor(jnp.float32)).astype(x.dtype)
+            return (normed * _factor(self, jnp.float32)).astype(x.dtype)
         # Cast down first, then scale: the order of Meta's and Hugging Face's code.
-        return normed.astype(x.dtype) * self._factor(x.dtype)
-
-    def _factor(self, dtype: DTypeLike) -> jax.Array:
-        weight = cast_and_gather(self.weight, dtype)
-        return 1 + weight if self.config.zero_centered else weight
+        return normed.astype(x.dtype) * _factor(self, x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +68,12 @@ class LayerNorm(Norm):
 
     eps: added to the variance.
     bias: add a bias.
+    zero_centered: the factor is 1 plus the weight, as in Nemotron.
     """
 
     eps: float
     bias: bool
+    zero_centered: bool = False
 
     def __post_init__(self) -> None:
         check_above_zero(self, "eps")
@@ -88,14 +86,19 @@ class LayerNormModule(nnx.Module):
     """Layer normalisation, computed in float32."""
 
     def __init__(self, config: LayerNorm, width: int, *, rngs: nnx.Rngs):
-        self.eps = config.eps
-        self.weight = parameter(rngs, "weight", (width,), (None,), std=None)
+        self.config = config
+        self.weight = parameter(rngs, "weight", (width,), (None,), std=0.0 if config.zero_centered else None)
         self.bias = parameter(rngs, "bias", (width,), (None,), std=0.0) if config.bias else None
 
     def __call__(self, x: Float[Array, "*lead d"]) -> Float[Array, "*lead d"]:
         x_32 = x.astype(jnp.float32)
         # The variance is of centred values: the mean of squares less the squared mean would cancel.
         centred = x_32 - jnp.mean(x_32, axis=-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
-        y = y * cast_and_gather(self.weight, jnp.float32)
+        y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.config.eps)
+        y = y * _factor(self, jnp.float32)
         return (y if self.bias is None else y + cast_and_gather(self.bias, jnp.float32)).astype(x.dtype)
+
+
+def _factor(norm: RMSNormModule | LayerNormModule, dtype: DTypeLike) -> jax.Array:
+    weight = cast_and_gather(norm.weight, dtype)
+    return 1 + weight if norm.config.zero_centered else weight

@@ -11,7 +11,7 @@ from llama_jax.models import DecoderConfig
 from llama_jax.nn import LayerNorm
 from llama_jax.zoo import llama
 from llama_jax.zoo.gpt_neox import write_rotary
-from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key
+from llama_jax.zoo.reading import CAUSAL, ConfigReader, Key
 from llama_jax.zoo.registry import Family
 from llama_jax.zoo.rope import read_rope
 from llama_jax.zoo.weights import TensorNames, mappings
@@ -45,6 +45,9 @@ def _write(config: DecoderConfig, label: str) -> Json:
 _NORM = ("d -> d", "d -> d")
 # Each head's norm is a tensor of its own.
 _QK = {f"attention.{name}_norm": (f"self_attn.{name}_layernorm.norms.{{expert}}", "e h -> e h") for name in "qk"}
+_ROWS = llama.ATTENTION | llama.FEED_FORWARD | {name: (name, *_NORM) for name in llama.NORMS} | _QK
+_ENDS = llama.ENDS | llama.HEAD | {"norm": ("model.norm", *_NORM)}
+NAMES = TensorNames(mappings(_ENDS) + mappings(_ROWS, "layers.", llama.LAYER), llama.TIED)
 STABLELM = Family(
     name="stablelm",
     title="StableLM 3B and StableLM 2",
@@ -56,28 +59,17 @@ STABLELM = Family(
         "stablelm_2_12b": _released(100_352, 40, 5120, 32, 8, 13_824, parallel="one_norm", qk_norm=True),
     },
     architectures=("StableLmForCausalLM", "StableLmModel"),
-    keys=(
-        *SIZES,
-        Key("num_key_value_heads", "attention.num_kv_heads", int, None, absent=32),
-        Key("intermediate_size", "feed_forward.intermediate_size", int, 6912),
-        Key("max_position_embeddings", "max_positions", int, 4096),
-        Key("layer_norm_eps", "norm.eps", float, 1e-5),
+    keys=llama.keys(
         Key("use_qkv_bias", "attention.qkv_bias", bool, False, argument="qkv_bias"),
         Key("hidden_dropout", "dropout", float, 0.0),
-        Key("attention_dropout", "attention.dropout", float, 0.0, argument="attention_dropout"),
-        Key("tie_word_embeddings", "tie_embeddings", bool, False),
+        kv_heads=32,
+        max_positions=4096,
+        eps=1e-5,
+        eps_key="layer_norm_eps",
     ),
     read=_read,
     write=_write,
     aliases={"norm_eps": "layer_norm_eps", "rope_pct": "partial_rotary_factor"},
     harmless=CAUSAL,
-    names=TensorNames(
-        mappings(llama.ENDS | llama.HEAD | {"norm": ("model.norm", *_NORM)})
-        + mappings(
-            llama.ATTENTION | llama.FEED_FORWARD | {name: (name, *_NORM) for name in llama.NORMS} | _QK,
-            "layers.",
-            llama.LAYER,
-        ),
-        llama.TIED,
-    ),
+    names=NAMES,
 )

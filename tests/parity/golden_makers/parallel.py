@@ -174,8 +174,42 @@ def quieter(model: Any) -> None:
         parameter.data *= 0.25
 
 
+def offset(model: Any) -> None:
+    """The factor of these norms is 1 plus the weight: here as far from 1 as that of others."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            parameter.data -= 1
+
+
 COHERE = SIZES | {"model_type": "cohere", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
 COHERE |= {"intermediate_size": 40, "logit_scale": 0.25, "rope_parameters": {"rope_type": "default", "rope_theta": 8e6}}
+# As Minitron has them.
+NEMOTRON = {
+    "architectures": ["NemotronForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "head_dim": 8,
+    "hidden_act": "relu2",
+    "hidden_size": 24,
+    "initializer_range": 0.0134,
+    "intermediate_size": 40,
+    "max_position_embeddings": 128,
+    "mlp_bias": False,
+    "model_type": "nemotron",
+    "norm_eps": 1e-05,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "transformers_version": "4.45.0",
+    "use_cache": True,
+    "vocab_size": 64,
+}
 # As StarCoder has them.
 BIGCODE = {
     "activation_function": "gelu",
@@ -294,6 +328,21 @@ CASES = {
     "gpt_bigcode_all_heads": gpt(
         "gpt_bigcode_all_heads",
         SIZES | {"model_type": "gpt_bigcode", "multi_query": False, "tie_word_embeddings": False},
+    ),
+    "nemotron": causal(
+        "nemotron",
+        NEMOTRON,
+        config=NEMOTRON,
+        last_norm=lambda model: [model.lm_head.weight],
+        change=offset,
+    ),
+    "nemotron_biases": causal(
+        "nemotron_biases",
+        SIZES
+        | {"model_type": "nemotron", "intermediate_size": 40, "num_key_value_heads": 3, "hidden_act": "gelu"}
+        | {"attention_bias": True, "mlp_bias": True, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+        last_norm=lambda model: [model.lm_head.weight],
+        change=offset,
     ),
     "gptj": gpt("gptj", GPTJ, config=GPTJ, last_norm=with_bias(lambda model: model.transformer.ln_f)),
 }
