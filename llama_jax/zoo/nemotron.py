@@ -19,9 +19,14 @@ from llama_jax.zoo.stablelm import NAMES
 
 
 def _nemotron(
-    *, intermediate_size: int, eps: float, activation: Activation = "relu_squared", mlp_bias: bool = False, **fields: Any
+    *,
+    intermediate_size: int,
+    eps: float,
+    activation: Activation = "relu_squared",
+    mlp_bias: bool = False,
+    **fields: Any,
 ) -> DecoderConfig:
-    config = llama.llama_like(eps=eps, feed_forward=MLP(intermediate_size, activation, bias=mlp_bias), **fields)
+    config = llama.llama_like(eps=eps, feed_forward=MLP(intermediate_size, activation, bias=mlp_bias), **more)
     return dataclasses.replace(config, norm=LayerNorm(eps, bias=True, zero_centered=True))
 
 

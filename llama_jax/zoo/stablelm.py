@@ -20,7 +20,9 @@ from llama_jax.zoo.weights import TensorNames, mappings
 def _stablelm(*, eps: float = 1e-5, theta: float = 10_000.0, qk_norm: bool = False, **fields: Any) -> DecoderConfig:
     norm = LayerNorm(eps, bias=False) if qk_norm else None
     config = llama.llama(eps=eps, theta=theta, qk_norm=norm, **fields)
-    attention: Any = dataclasses.replace(config.attention, qk_norm_over="own_weights" if qk_norm else "head")
+    attention: Any = config.attention
+    if qk_norm:
+        attention = dataclasses.replace(attention, qk_norm_over="own_weights")
     return dataclasses.replace(config, attention=attention, norm=LayerNorm(eps, bias=True))
 
 

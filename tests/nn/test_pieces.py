@@ -69,6 +69,9 @@ def test_layer_norm_is_the_formula():
         high = module(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32))
         assert low.dtype == jnp.bfloat16
         np.testing.assert_array_equal(low, high.astype(jnp.bfloat16))
+    offset, p = built(LayerNorm(eps=1e-2, bias=True, zero_centered=True))
+    expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-2) * (1 + p["weight"])
+    np.testing.assert_allclose(offset(jnp.asarray(x)), expected + p["bias"], atol=1e-5)
 
 
 def test_rms_norm_rounds_before_or_after_its_weight():

@@ -80,7 +80,7 @@ CROSSES = {
         LLAMA,
         parallel="own_norms",
         residual_scale=0.5,
-        attention={"qk_norm": LayerNorm(eps=1e-6, bias=True), "qk_norm_over": "own_weights"},
+        attention={"qk_norm": LayerNorm(1e-6, bias=True, zero_centered=True), "qk_norm_over": "own_weights"},
     ),
     "a Llama with experts, sandwich norms, and a gated expert for all tokens": crossed(
         LLAMA,
