@@ -26,7 +26,7 @@ def _nemotron(
     mlp_bias: bool = False,
     **fields: Any,
 ) -> DecoderConfig:
-    config = llama.llama_like(eps=eps, feed_forward=MLP(intermediate_size, activation, bias=mlp_bias), **more)
+    config = llama.llama_like(eps=eps, feed_forward=MLP(intermediate_size, activation, bias=mlp_bias), **fields)
     return dataclasses.replace(config, norm=LayerNorm(eps, bias=True, zero_centered=True))
 
 
