@@ -1,7 +1,4 @@
-"""BigCode's SantaCoder (arXiv 2301.03988) and StarCoder (arXiv 2305.06161): GPT-2 with one key head.
-
-Sizes from the papers and from the released configs.
-"""
+"""BigCode's SantaCoder (arXiv 2301.03988) and StarCoder (arXiv 2305.06161): GPT-2 with one key head."""
 
 import dataclasses
 from typing import Any
@@ -16,10 +13,8 @@ from llama_jax.zoo.weights import TensorNames, mappings
 
 
 def _bigcode(*, max_positions: int, num_kv_heads: int = 1, **fields: Any) -> DecoderConfig:
-    positions = LearnedPositions(max_positions)
-    return layer_norm_decoder(
-        **fields, num_kv_heads=num_kv_heads, rope=None, max_positions=max_positions, positions=positions
-    )
+    places: Json = {"max_positions": max_positions, "positions": LearnedPositions(max_positions), "rope": None}
+    return layer_norm_decoder(**fields, **places, num_kv_heads=num_kv_heads)
 
 
 def _released(layers: int, width: int, heads: int, **fields: Any) -> DecoderConfig:

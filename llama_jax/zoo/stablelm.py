@@ -1,7 +1,4 @@
-"""Stability AI's StableLM 3B and StableLM 2 (arXiv 2402.17834): Llama's blocks with LayerNorm and partial rotation.
-
-Sizes from the released configs.
-"""
+"""Stability AI's StableLM 3B and StableLM 2 (arXiv 2402.17834): Llama's blocks with LayerNorm and partial rotation."""
 
 import dataclasses
 from typing import Any
