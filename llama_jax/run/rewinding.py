@@ -35,6 +35,8 @@ def rewinding(run: Run, first: Callable[[Run], Run], again: Callable[[Run], Run]
 
 
 def _leaving_out(run: Run, batches: Sequence[int], resume: ResumeConfig | None = None) -> Run:
+    if resume is None and tuple(batches) == run.config.data.skip_batches:
+        return run
     data = dataclasses.replace(run.config.data, skip_batches=tuple(batches))
     config = dataclasses.replace(run.config, data=data, resume=resume or run.config.resume)
     return Run(run.directory, config, run.components)

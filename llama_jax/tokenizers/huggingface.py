@@ -91,7 +91,8 @@ class HuggingFaceTokenizer(Tokenizer):
     @override
     def border(self) -> re.Pattern[str] | None:
         splitting = None if self._splitting is None else json.loads(self._splitting.__getstate__())
-        known = [{"Regex": pattern} for pattern in (GPT2_SPLIT, CL100K_SPLIT, O200K_SPLIT, SPLITS["qwen2"])]
+        patterns = GPT2_SPLIT, CL100K_SPLIT, O200K_SPLIT, SPLITS["qwen2"], SPLITS["tekken"]
+        known = [{"Regex": pattern} for pattern in patterns]
         normalizer = self._tokenizer.normalizer
         normalize = str if normalizer is None else normalizer.normalize_str
         return json_border(json.loads(self._tokenizer.to_str()), splitting, known, normalize)

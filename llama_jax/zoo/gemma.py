@@ -165,11 +165,10 @@ def _write_gemma3(config: DecoderConfig, label: str) -> Json:
 
 def _read_wrapped(reader: ConfigReader, fields: Json) -> DecoderConfig:
     """Return the text model of a Gemma 3 that reads images too; its own config.json stands for itself."""
-    text = reader.take("text_config", dict, {})
-    if not text:
+    if "hidden_size" in reader.data:
         reader.taken |= reader.data.keys()
         return GEMMA3_TEXT.from_hf(reader.data | {"architectures": None})
-    config = GEMMA3_TEXT.from_hf(text | {"architectures": None})
+    config = GEMMA3_TEXT.from_hf(reader.take("text_config", dict) | {"architectures": None})
     reader.only(tie_word_embeddings=config.tie_embeddings)
     return config
 

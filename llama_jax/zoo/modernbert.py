@@ -80,7 +80,7 @@ def _read_thetas(reader: ConfigReader) -> dict[str, float]:
 
 def _read(reader: ConfigReader, fields: Json) -> EncoderConfig:
     take = reader.take
-    reader.only(tie_word_embeddings=True, embedding_dropout=0.0)
+    reader.only(tie_word_embeddings=True)
     usual = _usual_types(layers := fields.pop("num_layers"), take("global_attn_every_n_layers", int, 3))
     bias, head_bias = take("classifier_bias", bool, False), take("decoder_bias", bool, True)
     transform = reader.activation("classifier_activation", "gelu")
@@ -150,8 +150,9 @@ MODERNBERT = Family(
     ),
     read=_read,
     write=_write,
-    # Of classifiers and of losses; the last two the original code does not read.
+    # Of classifiers, losses and training; the last two the original code does not read.
     harmless={
+        "embedding_dropout",
         *("classifier_pooling", "deterministic_flash_attn", "reference_compile", "repad_logits_with_grad"),
         *("sparse_prediction", "sparse_pred_ignore_index", "layer_norm_eps", "position_embedding_type"),
     },

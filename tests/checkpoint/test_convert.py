@@ -336,7 +336,7 @@ def test_host_memory_is_one_shard(wide_export, monkeypatch, mesh):
         start = -raw.ctypes.data % 64 + dtype.itemsize
         return raw[start : start + raw.size - 128].view(dtype).reshape(shape)
 
-    monkeypatch.setattr(importing, "_BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr(importing, "BLOCK_BYTES", 1 << 16)
     monkeypatch.setattr(importing, "_host_buffer", unaligned)
     source = open_source(folder)
     with jax.set_mesh(make_mesh(mesh)):

@@ -20,7 +20,9 @@ from llama_jax.models import abstract_params
 
 TYPES = {name: model_type for name, model_type in model_types().items() if model_type != "llama"}
 CASES = sorted(TYPES)
-# Quickly one of each architecture: the forwards of all are compared layer by layer.
+# Quickly one of each family, and of each architecture what is generated; the rest in the slow tier.
+FIRST = {model_type: name for name, model_type in sorted(TYPES.items(), reverse=True)}
+EACH = [pytest.param(name, marks=() if FIRST[TYPES[name]] == name else pytest.mark.slow) for name in CASES]
 QUICKLY = {"bart", "chatglm2", "deepseek_v32", "glm", "gpt2", "mixtral", "t5_v1_1"}
 GENERATING = [
     pytest.param(name, marks=() if name in QUICKLY else pytest.mark.slow)
@@ -59,7 +61,7 @@ def computed(name: str) -> dict[str, np.ndarray]:
     return zoo_table.computed(loaded(name), expected(name))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EACH)
 def test_layer_by_layer(name):
     golden, found = expected(name), computed(name)
     layers = sorted(key for key in golden if re.fullmatch(r"(encoder_)?layer_\d+", key))
@@ -70,7 +72,7 @@ def test_layer_by_layer(name):
         assert difference(golden, found, key) < TOLERANCE, key
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EACH)
 def test_logits(name):
     golden, found = expected(name), computed(name)
     heads = [key for key in ("logits", *HEADS) if key in golden]
@@ -116,7 +118,7 @@ def tensors_of(name: str) -> dict[str, np.ndarray]:
     return {key: value for key, value in found.items() if not COMPUTED.fullmatch(key)}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EACH)
 def test_export_gives_the_tensors_back(name, tmp_path):
     llama_jax.save(loaded(name), tmp_path / "export", format="hf")
     assert open_source(tmp_path / "export").config == loaded(name).config

@@ -214,6 +214,7 @@ def variants(base: RunConfig, folder: Path) -> list[RunConfig]:
         base,
         override(base, own),  # weights of others come with their tokenizer
         override(base, {"checks.spike_zscore": 5.0}),
+        override(base, {"model.attention.qk_norm": RMSNorm(0.5)}),
         override(base, {"data.path": (), "data.sources": sources, "data.validation_fraction": 0.0}),
         *(override(base, rope | {"model.attention.rope.scaling": scaling}) for scaling in scalings),
     ]

@@ -212,7 +212,7 @@ def test_a_split_dimension_is_the_reshaped_one(data: st.DataObject):
         rows_read.append(value[part].shape[0])
         return value[part]
 
-    tensor = split(Tensor(value.shape, value.dtype, fetch), 4)
+    tensor = split(Tensor(value.shape, value.dtype, fetch), 0, 4)
     assert (tensor.shape, tensor.dtype) == ((4, 3, 5), value.dtype)
     np.testing.assert_array_equal(tensor.read(slices), value.reshape(4, 3, 5)[slices])
     assert sum(rows_read) == 3 * len(range(4)[slices[0]] if slices else range(4)), "of the heads that are asked for"

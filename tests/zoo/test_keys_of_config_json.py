@@ -86,14 +86,19 @@ OWN = {("glm4_moe", "use_qk_norm"), ("qwen3_moe", "use_qk_norm"), ("qwen2_moe", 
 
 @pytest.mark.parametrize(("name", "key"), [(n, k) for k in CHANGING for n in CONFIGS if (n, k) not in OWN])
 def test_keys_that_may_change_a_logit_are_refused_by_name(name: str, key: str):
+    """Or a family has them, and they give another model."""
     family, data, value = zoo.family(name), CONFIGS[name], CHANGING[key]
-    if key == "is_encoder_decoder":
+    if key == "is_encoder_decoder" or data.get(key) == value:
         value = not data.get(key, False)
-    elif key != "layer_types" and key in family.to_hf(family.from_hf(data)):  # the family has it
-        assert family.from_hf(data | {key: value}) != family.from_hf(data)
-        return
-    with pytest.raises(UserError, match=key):
-        family.from_hf(data | {key: value})
+    try:
+        found = family.from_hf(data | {key: value})
+    except UserError as error:
+        found = str(error)
+    if isinstance(found, str):
+        assert key in found
+    else:
+        assert key in data, "a key of other families is taken"
+        assert found != family.from_hf(data)
 
 
 @settings(max_examples=25)
@@ -137,6 +142,8 @@ def _transformers() -> Iterator[tuple[str, str]]:
 def _complete(name: str) -> dict[str, Any]:
     """A config of the library's defaults, with a choice of experts where it leaves that open."""
     data = TRANSFORMERS["families"][name]
+    if name == "glm4_moe":  # its 96 heads are 42.7 wide there
+        data = data | {"head_dim": 128}
     return data | {"num_experts_per_tok": data["num_experts_per_tok"] or 2} if "num_experts_per_tok" in data else data
 
 
@@ -152,6 +159,8 @@ def test_a_key_that_is_left_out_means_what_it_means_there(name: str):
             found = str(error)
         # Whether there are further blocks, and a latent of V2's queries, the tensors tell.
         told = key in ("num_nextn_predict_layers", "q_lora_rank")
+        # mT5's head is its own, whatever transformers 5 writes there; GLM-4.5's heads are not its width's share.
+        told |= (name, key) in (("mt5", "tie_word_embeddings"), ("glm4_moe", "head_dim"))
         assert told or found == whole or (isinstance(found, str) and key in found), (key, found)
 
 
@@ -160,7 +169,7 @@ def test_other_names_of_sizes(name: str):
     family, data = zoo.family(name), _complete(name)
     whole = family.from_hf(data)
     for alias, key in TRANSFORMERS["aliases"][name].items():
-        if key not in data:
+        if key not in data or "token" in alias:  # which token has which meaning changes no logit
             continue
         renamed = {k: value for k, value in data.items() if k != key} | {alias: data[key]}
         assert family.from_hf(renamed) == whole, alias
@@ -261,5 +270,5 @@ def test_released_configs_are_read_and_have_the_published_number_of_parameters(s
 def test_activations_have_several_names(name: str, key: str, spellings: tuple[str, ...]):
     family = zoo.family(name)
     assert len({family.from_hf(CONFIGS[name] | {key: spelling}) for spelling in spellings}) == 1
-    with pytest.raises(UserError, match=f"{key}='quick_gelu'"):
-        family.from_hf(CONFIGS[name] | {key: "quick_gelu"})
+    with pytest.raises(UserError, match=f"{key}='gelu_11'"):
+        family.from_hf(CONFIGS[name] | {key: "gelu_11"})
