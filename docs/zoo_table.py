@@ -91,7 +91,8 @@ def loads(model_type: str) -> str:
         folder = GOLDENS / name
         config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
         architectures += [f"`{architecture}`" for architecture in config.get("architectures", ())]
-        forms += ["fp8 blocks"] if "quantization_config" in config else []
+        method = config.get("quantization_config", {}).get("quant_method")
+        forms += [{"fp8": "fp8 blocks", "mxfp4": "MXFP4"}[method]] if method else []
         kinds = {"*.safetensors": "safetensors", "*.bin": "`.bin`", "consolidated.*.pth": "Meta's `.pth`"}
         forms += [form for pattern, form in kinds.items() if any(folder.glob(pattern))]
     return "; ".join(", ".join(dict.fromkeys(words)) for words in (architectures, forms) if words)

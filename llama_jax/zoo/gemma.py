@@ -173,7 +173,6 @@ def _read_wrapped(reader: ConfigReader, fields: Json) -> DecoderConfig:
     return config
 
 
-_ATTENTION_NORMS = {f"attention.{x}_norm": (f"self_attn.{x}_norm", "d -> d") for x in "qk"}
 _SANDWICH = {
     "input_layernorm": ("input_layernorm", "d -> d"),
     "attention_norm": ("post_attention_layernorm", "d -> d"),
@@ -182,7 +181,7 @@ _SANDWICH = {
 }
 _LAYER = {**_SANDWICH, **llama.ATTENTION, **llama.FEED_FORWARD}
 _ENDS = mappings(llama.ENDS | llama.HEAD)
-_GEMMA3_NAMES = TensorNames(_ENDS + mappings(_LAYER | _ATTENTION_NORMS, "layers.", llama.LAYER), llama.TIED)
+_GEMMA3_NAMES = TensorNames(_ENDS + mappings(_LAYER | llama.QK_NORMS, "layers.", llama.LAYER), llama.TIED)
 
 GEMMA = Family(
     name="gemma",
@@ -221,7 +220,6 @@ GEMMA2 = dataclasses.replace(
     aliases={"sliding_window_size": "sliding_window"},
     names=TensorNames(_ENDS + mappings(_LAYER, "layers.", llama.LAYER), llama.TIED),
 )
-_GEMMA3_NAMES = TensorNames(_ENDS + mappings(_LAYER | _ATTENTION_NORMS, "layers.", llama.LAYER), llama.TIED)
 GEMMA3_TEXT = dataclasses.replace(
     GEMMA,
     name="gemma3_text",

@@ -81,7 +81,6 @@ QWEN2 = Family(
     harmless=CAUSAL,
     names=llama.NAMES,
 )
-_HEAD_NORMS = {f"attention.{name}_norm": (f"self_attn.{name}_norm", "h -> h") for name in "qk"}
 QWEN3 = Family(
     name="qwen3",
     title="Qwen3",
@@ -100,5 +99,5 @@ QWEN3 = Family(
     read=lambda reader, fields: _read(reader, fields, qk_norm=RMSNorm(eps=fields["eps"])),
     write=_write,
     harmless=CAUSAL,
-    names=TensorNames((*llama.NAMES.weights, *mappings(_HEAD_NORMS, "layers.", llama.LAYER)), llama.TIED),
+    names=TensorNames((*llama.NAMES.weights, *mappings(llama.QK_NORMS, "layers.", llama.LAYER)), llama.TIED),
 )
