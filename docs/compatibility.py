@@ -68,6 +68,9 @@ class _Asked(dict):
         self._asked.add(key)
         return super().get(key, default)
 
+    def __or__(self, other: Any) -> "_Asked":
+        return _Asked({**self, **other}, self._asked)
+
 
 def keys_read(family: zoo.Family) -> tuple[str, ...]:
     """Return the keys of config.json that decide something."""

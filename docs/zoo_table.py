@@ -184,7 +184,7 @@ def replaced(text: str, part: str, new: str) -> str:
 
 def families_list() -> str:
     """Return the titles of all families, and the number of their presets."""
-    titles = ", ".join(family.title for family in zoo.all_presets().values())
+    titles = "; ".join(family.title for family in zoo.all_presets().values())
     return f"{titles}: {len(llama_jax.presets())} presets."
 
 
