@@ -189,7 +189,7 @@ def _on_each_device(
     """Return `state_space`, computed by each device for its rows and heads, without communication in the loop."""
     groups = jnp.arange(x.shape[2]) // (x.shape[2] // b.shape[2])
     if not mesh_axis_sizes():
-        return state_space(x, decay, b, c, groups, starts, state)
+        return state_space(x, decay, b, c, groups, starts, state, CHUNK)
     x, decay = shard(x, "batch", None, "heads", None), shard(decay, "batch", None, "heads")
     state, groups = shard(state, "batch", "heads", None, None), shard(groups, "heads")
     b, c = (shard(values, "batch", None, None, None) for values in (b, c))
@@ -199,7 +199,7 @@ def _on_each_device(
     def local(x: Any, decay: Any, b: Any, c: Any, groups: Any, starts: Any, state: Any) -> tuple[jax.Array, jax.Array]:
         if heads:  # marked as varying, so that gradients are summed over the devices after the loop and not in it
             b, c = (jax.lax.pcast(values, heads, to="varying") for values in (b, c))
-        return state_space(x, decay, b, c, groups, starts, state)
+        return state_space(x, decay, b, c, groups, starts, state, CHUNK)
 
     out = jax.P(rows or None, None, heads or None), jax.P(rows or None, heads or None)
     return jax.shard_map(local, out_specs=out)(x, decay, b, c, groups, starts, state)
@@ -213,7 +213,7 @@ def state_space(
     groups: Int[Array, " n"],
     starts: Bool[Array, "b t"] | None,
     state: Float[Array, "b n h s"],
-    chunk: int = CHUNK,
+    chunk: int,
 ) -> tuple[Float[Array, "b t n h"], Float[Array, "b n h s"]]:
     """Return y and the last state of S' = exp(decay) S + x b, y = c S', for chunks of `chunk` tokens.
 

@@ -293,7 +293,9 @@ def past_inputs(
         segments = shard(segments, "batch", None)
         # -1, which is no segment id: inputs before the row belong to none of its documents.
         padded = jnp.pad(segments, ((0, 0), (num_before, 0)), constant_values=-1)
-        same = [(back(padded, distance) == segments).reshape(batch, length, *(1,) * len(dims)) for distance in range(count)]
+        same = [
+            (back(padded, distance) == segments).reshape(batch, length, *(1,) * len(dims)) for distance in range(count)
+        ]
         window = [jnp.where(seen, values, 0) for seen, values in zip(same, window, strict=True)]
     if cache is None:
         return window, None

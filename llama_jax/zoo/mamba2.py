@@ -96,8 +96,10 @@ MAMBA2 = Family(
     write=_write,
     # Of first values, and how many tokens their code computes at once.
     harmless={
-        "chunk_size", "rescale_prenorm_residual", "time_step_floor", "time_step_max", "time_step_min", "time_step_rank",
-    },  # fmt: skip
+        "chunk_size",
+        "rescale_prenorm_residual",
+        *(f"time_step_{name}" for name in ("floor", "max", "min", "rank")),
+    },
     names=TensorNames(
         mappings(
             {
