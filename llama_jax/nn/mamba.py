@@ -84,7 +84,7 @@ class _Convolution(nnx.Module):
 
     def __init__(self, dims: dict[str, int], config: Mamba2, *, rngs: nnx.Rngs):
         shape, axes = tuple(dims.values()), tuple(None if name[0] == "_" else name for name in dims)
-        size = config.conv_kernel
+        self.axes, size = axes, config.conv_kernel
         self.weight = parameter(rngs, "weight", (*shape, size), (*axes, None), std=size**-0.5)
         self.bias = parameter(rngs, "bias", shape, axes, std=0.0) if config.conv_bias else None
 
@@ -93,7 +93,7 @@ class _Convolution(nnx.Module):
     ) -> tuple[Float[Array, "b t *dims"], Float[Array, "b s *dims"] | None]:
         """Return the result and the cache, the last inputs."""
         weight = cast_and_gather(self.weight, x.dtype)
-        window, cache = past_inputs(x, weight.shape[-1], ctx, cache)
+        window, cache = past_inputs(x, self.axes, weight.shape[-1], ctx, cache)
         # The last of the kernel is the token's own.
         y = sum(weight[..., -1 - back] * values for back, values in enumerate(window))
         return jax.nn.silu(y if self.bias is None else y + cast_and_gather(self.bias, x.dtype)), cache
@@ -130,14 +130,16 @@ class Mamba2Module(MixerModule):
     ) -> tuple[Float[Array, "b t d"], PyTree]:
         check_recurrence(self.config, ctx, x.shape[1], causal=True)
         config, past, dtype = self.config, {} if cache is None else dict(cache), x.dtype
-        if ctx.is_token is not None:
-            x = jnp.where(shard(ctx.is_token, "batch", None)[..., None], x, 0)  # 0 times what padding may be, nan
+        if ctx.is_token is not None:  # what padding may be, times 0, may be nan
+            x = jnp.where(shard(ctx.is_token, "batch", "sequence")[..., None], x, 0)
         u, past["x"] = self.x_conv(self.x_proj(x), ctx, past.get("x"))
         b, past["b"] = self.b_conv(self.b_proj(x), ctx, past.get("b"))
         c, past["c"] = self.c_conv(self.c_proj(x), ctx, past.get("c"))
-        u, b, c, z = (values.astype(jnp.float32) for values in (u, b, c, self.z_proj(x)))
+        z = shard(self.z_proj(x), "batch", None, "heads", None)
+        u, b, c, z = (values.astype(jnp.float32) for values in (u, b, c, z))
 
-        dt = jax.nn.softplus(self.dt_proj(x).astype(jnp.float32) + cast_and_gather(self.dt_bias, jnp.float32))
+        dt = shard(self.dt_proj(x), "batch", None, "heads").astype(jnp.float32)
+        dt = jax.nn.softplus(dt + cast_and_gather(self.dt_bias, jnp.float32))
         dt = jnp.clip(dt, config.min_step, config.max_step)
         if ctx.is_token is not None:
             dt = jnp.where(shard(ctx.is_token, "batch", None)[..., None], dt, 0)  # the state stays

