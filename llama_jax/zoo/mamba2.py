@@ -39,9 +39,11 @@ def _read(reader: ConfigReader, fields: Json) -> DecoderConfig:
     if reader.take("expand", int, 2) * fields["hidden_size"] != inner:
         raise UserError(f"config.json has num_heads * head_dim = {inner}, which is not expand * hidden_size")
     limits = reader.take("time_step_limit", list, [0.0, float("inf")])
-    if len(limits) != 2:
+    numbers = [limit.get("__float__") if isinstance(limit, dict) else limit for limit in limits]
+    numbers = [float("inf") if number == "Infinity" else number for number in numbers]
+    if len(numbers) != 2 or not all(isinstance(number, int | float) for number in numbers):
         raise UserError(f"config.json has time_step_limit={limits}: it must be the least and the largest step")
-    low, high = (float(limit["__float__"] if isinstance(limit, dict) else limit) for limit in limits)
+    low, high = map(float, numbers)
     return _mamba2(**fields, min_step=low, max_step=None if high == float("inf") else high)
 
 
