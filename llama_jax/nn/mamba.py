@@ -83,10 +83,10 @@ class _Convolution(nnx.Module):
     """silu of a sum over the last tokens, of each number by itself, with a bias if asked for."""
 
     def __init__(self, dims: dict[str, int], config: Mamba2, *, rngs: nnx.Rngs):
-        shape, axes = tuple(dims.values()), tuple(None if name[0] == "_" else name for name in dims)
-        self.axes, size = axes, config.conv_kernel
-        self.weight = parameter(rngs, "weight", (*shape, size), (*axes, None), std=size**-0.5)
-        self.bias = parameter(rngs, "bias", shape, axes, std=0.0) if config.conv_bias else None
+        self.shape, self.axes = tuple(dims.values()), tuple(None if name[0] == "_" else name for name in dims)
+        size = config.conv_kernel
+        self.weight = parameter(rngs, "weight", (*self.shape, size), (*self.axes, None), std=size**-0.5)
+        self.bias = parameter(rngs, "bias", self.shape, self.axes, std=0.0) if config.conv_bias else None
 
     def __call__(
         self, x: Float[Array, "b t *dims"], ctx: ForwardContext, cache: Float[Array, "b s *dims"] | None
@@ -164,15 +164,12 @@ class Mamba2Module(MixerModule):
         return shard(jnp.zeros(shape, jnp.float32), "batch", "heads", None, None)
 
     def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> PyTree:
-        config = self.config
-        heads, groups = (config.num_heads, config.head_dim), (config.num_groups, config.state_size)
-        last = (batch, config.conv_kernel - 1)
-        return {
-            "x": shard(jnp.zeros((*last, *heads), dtype), "batch", None, "heads", None),
-            "b": shard(jnp.zeros((*last, *groups), dtype), "batch", None, None, None),
-            "c": shard(jnp.zeros((*last, *groups), dtype), "batch", None, None, None),
-            "state": self._first_state(batch),
+        convolutions, size = {"x": self.x_conv, "b": self.b_conv, "c": self.c_conv}, self.config.conv_kernel - 1
+        past = {
+            name: shard(jnp.zeros((batch, size, *conv.shape), dtype), "batch", None, *conv.axes)
+            for name, conv in convolutions.items()
         }
+        return past | {"state": self._first_state(batch)}
 
 
 def _first_values(rngs: nnx.Rngs, name: str, num_heads: int) -> nnx.Param:

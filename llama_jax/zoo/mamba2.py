@@ -39,11 +39,10 @@ def _read(reader: ConfigReader, fields: Json) -> DecoderConfig:
     if reader.take("expand", int, 2) * fields["hidden_size"] != inner:
         raise UserError(f"config.json has num_heads * head_dim = {inner}, which is not expand * hidden_size")
     limits = reader.take("time_step_limit", list, [0.0, float("inf")])
-    numbers = [limit.get("__float__") if isinstance(limit, dict) else limit for limit in limits]
-    numbers = [float("inf") if number == "Infinity" else number for number in numbers]
+    numbers = [float("inf") if limit == {"__float__": "Infinity"} else limit for limit in limits]
     if len(numbers) != 2 or not all(isinstance(number, int | float) for number in numbers):
         raise UserError(f"config.json has time_step_limit={limits}: it must be the least and the largest step")
-    low, high = map(float, numbers)
+    low, high = (float(number) for number in numbers)
     return _mamba2(**fields, min_step=low, max_step=None if high == float("inf") else high)
 
 
