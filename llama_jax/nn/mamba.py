@@ -233,7 +233,9 @@ def state_space(
         document = jnp.cumsum(starts, axis=1)[..., None]  # 0 for that of the state
         total = jnp.cumsum(decay, axis=1)
         same = causal & (document[:, :, None] == document[:, None])
-        between = jnp.exp(jnp.where(same, total[:, :, None] - total[:, None], -jnp.inf))  # [B, T, S, N]
+        # Sums of the decays after s up to t, [B, T, S, N]: differences of `total` would cancel.
+        sums = jnp.cumsum(jnp.where(causal & ~causal.swapaxes(0, 1), decay[:, :, None], 0), axis=1)
+        between = jnp.exp(jnp.where(same, sums, -jnp.inf))
         scores = jnp.einsum("btgk,bsgk->btsg", c, b)[..., groups] * between
         kept = jnp.where(document == 0, jnp.exp(total), 0)
         y = jnp.einsum("btsn,bsnh->btnh", scores, x)
