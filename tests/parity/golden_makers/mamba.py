@@ -28,13 +28,14 @@ GROUPS = {
 }
 
 
-def mamba(name: str, settings: dict[str, Any]) -> Any:
+def mamba(name: str, settings: dict[str, Any], **options: Any) -> Any:
     return causal(
         name,
         settings,
         blocks=lambda model: model.backbone.layers,
         last_norm=lambda model: list(model.backbone.norm_f.parameters()),
+        **options,
     )
 
 
-CASES = {"mamba2": mamba("mamba2", TINY), "mamba2_groups": mamba("mamba2_groups", TINY | GROUPS)}
+CASES = {"mamba2": mamba("mamba2", TINY), "mamba2_groups": mamba("mamba2_groups", TINY | GROUPS, gain=1.1)}
