@@ -35,6 +35,7 @@ ATTENTIONS: dict[str, Changes] = {
     "LSTM": {"attention": "LSTM"},
     "GRU": {"attention": "GRU"},
     "n-gram": {"attention": "NGram", "attention.order": 3},
+    "Mamba-2": {"attention": "Mamba2"},
 }
 NORMS: dict[str, Changes] = {
     "pre": {},

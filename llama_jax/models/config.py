@@ -228,7 +228,7 @@ def check_position_bias(
     if bias is None:
         return
     for mixer in (attention, *(change.piece for change in overrides if isinstance(change.piece, Mixer))):
-        heads = getattr(mixer, "num_heads", None)
+        heads = getattr(mixer, "num_heads", None) if mixer.has_scores else None
         if heads is None:
             raise UserError(
                 f"{name} is for the scores of attention, and {type(mixer).__name__} has none: set it to none"

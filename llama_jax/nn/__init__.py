@@ -69,6 +69,7 @@ from llama_jax.nn.feed_forward import (
     GatedLinearUnit as GatedLinearUnit,
     SwiGLU as SwiGLU,
 )
+from llama_jax.nn.mamba import Mamba2 as Mamba2
 from llama_jax.nn.norms import LayerNorm as LayerNorm, Norm as Norm, RMSNorm as RMSNorm
 from llama_jax.nn.parameters import (
     EMBEDDING_STD as EMBEDDING_STD,

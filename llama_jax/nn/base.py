@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -229,7 +229,9 @@ class MixerModule(nnx.Module):
 
 
 class Mixer(Piece):
-    """Config of a mixer."""
+    """Config of a mixer. `has_scores` is False where it has heads, and no scores that a bias could be added to."""
+
+    has_scores: ClassVar[bool] = True
 
     def build(self, width: int, *, rngs: nnx.Rngs) -> MixerModule:
         """Return the module for inputs of this width."""

@@ -10,7 +10,7 @@ from flax import nnx
 from llama_jax import presets
 from llama_jax.config import UserError, override
 from llama_jax.models import Compute, DecoderConfig, abstract_params, assemble, cache_bytes, nbytes
-from llama_jax.nn import LSTM, LatentAttention, Mixer, MixerModule, NGram, SparseLatentAttention
+from llama_jax.nn import LSTM, LatentAttention, Mamba2, Mixer, MixerModule, NGram, SparseLatentAttention
 from llama_jax.parallel import make_mesh
 
 
@@ -32,14 +32,14 @@ def allocated(config: DecoderConfig, length: int, rows: int, dtype: str) -> int:
     return nbytes(jax.eval_shape(make, abstract_params(config)))
 
 
-@pytest.mark.parametrize("piece", [None, LSTM, NGram, LatentAttention, SparseLatentAttention])
+@pytest.mark.parametrize("piece", [None, LSTM, NGram, Mamba2, LatentAttention, SparseLatentAttention])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_is_what_decoding_allocates(piece: type | None, dtype: str, two_layers: DecoderConfig):
     more = {"attention.order": 4} if piece is NGram else {}
     config = override(two_layers, WINDOWED if piece is None else {"attention": piece.__name__} | more)
     assert cache_bytes(config, 24, 4, dtype) == allocated(config, 24, 4, dtype) > 0
     grows = cache_bytes(config, 25, 4, dtype) > cache_bytes(config, 24, 4, dtype)
-    assert grows == (piece not in (LSTM, NGram, None))  # None has a window
+    assert grows == (piece not in (LSTM, NGram, Mamba2, None))  # None has a window
 
 
 def test_is_of_all_devices_together(tiny_config: DecoderConfig):

@@ -13,7 +13,7 @@ import pytest
 import llama_jax
 from llama_jax.config import UserError
 from llama_jax.models import DecoderConfig, LayerOverride, Model
-from llama_jax.nn import LSTM, LatentAttention, NGram, Rope, SparseLatentAttention
+from llama_jax.nn import LSTM, LatentAttention, Mamba2, NGram, Rope, SparseLatentAttention
 from llama_jax.parallel import make_mesh
 from llama_jax.sampling import (
     Engine,
@@ -359,7 +359,7 @@ def test_windows_on_a_mesh_with_guesses_and_rounded(options: dict, windowed, mak
             assert text[len(prompt) :] == logits.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("network", [LSTM(16), NGram(3, 24)])
+@pytest.mark.parametrize("network", [LSTM(16), NGram(3, 24), Mamba2(4, 4, 8)])
 def test_models_with_states(network, two_layers: DecoderConfig, make_model, requests: list[Request]):
     """They run their prompts whole, and take part in everything else."""
     model = make_model(dataclasses.replace(two_layers, attention=network))

@@ -17,6 +17,7 @@ from llama_jax.nn import (
     FeedForward,
     FeedForwardModule,
     GroupedQuery,
+    Mamba2,
     Mixer,
     MixerModule,
     NGram,
@@ -245,7 +246,7 @@ def test_fair_mixers_pass(mesh: dict[str, int], with_mixer):
 
 @pytest.mark.parametrize(
     "mixer",
-    [NGram(3, 8), GRU(8), GroupedQuery(4, 2, 8, None, True, True, window=4, softcap=5.0)],
+    [NGram(3, 8), GRU(8), Mamba2(4, 4, 8), GroupedQuery(4, 2, 8, None, True, True, window=4, softcap=5.0)],
     ids=lambda mixer: type(mixer).__name__,
 )
 def test_mixers_of_the_package_pass(mixer: Mixer, with_mixer):
