@@ -157,7 +157,7 @@ class _Cell(nnx.Module):
         """
         inputs = shard(self.input_proj(x), "batch", None, None)
         weight = self.state_proj.matrix(jnp.dtype("float32"))
-        flags = jax.tree.map(lambda x: shard(x, "batch", None), (_begins(ctx, reverse=reverse), ctx.is_token))
+        flags = jax.tree.map(lambda x: shard(x, "batch", None), (begins(ctx, reverse=reverse), ctx.is_token))
         rows = axes_of(inputs)[0] if mesh_axis_sizes() else ()
 
         def local(inputs: jax.Array, weight: jax.Array, flags: PyTree, state: State) -> tuple[jax.Array, State]:
@@ -192,7 +192,7 @@ class RecurrentModule(MixerModule):
     def __call__(
         self, x: Float[Array, "b t d"], *, positions: Int[Array, "b t"], ctx: ForwardContext, cache: State = None
     ) -> tuple[Float[Array, "b t d"], State]:
-        _check(self.config, ctx, x.shape[1], causal=True)
+        check_text(self.config, ctx, x.shape[1], causal=True)
         y, state = self.cell(x, ctx, self.cell.first_state(x.shape[0]) if cache is None else cache)
         return _projected(y, self.o_proj), None if cache is None else state
 
@@ -213,7 +213,7 @@ class BidirectionalRNNModule(MixerModule):
     def __call__(
         self, x: Float[Array, "b t d"], *, positions: Int[Array, "b t"], ctx: ForwardContext, cache: PyTree = None
     ) -> tuple[Float[Array, "b t d"], PyTree]:
-        _check(self.config, ctx, x.shape[1], causal=False)
+        check_text(self.config, ctx, x.shape[1], causal=False)
         state = self.left.first_state(x.shape[0])
         from_left, _ = self.left(x, ctx, state)
         from_right, _ = self.right(x, ctx, state, reverse=True)
@@ -242,7 +242,7 @@ class NGramModule(MixerModule):
         ctx: ForwardContext,
         cache: Float[Array, "b s d"] | None = None,
     ) -> tuple[Float[Array, "b t d"], PyTree]:
-        _check(self.config, ctx, x.shape[1], causal=True)
+        check_text(self.config, ctx, x.shape[1], causal=True)
         batch, length, _ = x.shape
         before = self.init_cache(batch, length, x.dtype) if cache is None else cache.astype(x.dtype)
         num_before = before.shape[1]
@@ -294,7 +294,7 @@ def _choose(condition: Bool[Array, " b"], yes: State, no: State) -> State:
     return jax.tree.map(lambda a, b: jnp.where(condition[:, None], a, b), yes, no)
 
 
-def _begins(ctx: ForwardContext, *, reverse: bool) -> Bool[Array, "b t"] | None:
+def begins(ctx: ForwardContext, *, reverse: bool = False) -> Bool[Array, "b t"] | None:
     """Return where a document begins in reading order; `reverse` reads from the right."""
     segment_ids = ctx.mask.segment_ids
     if segment_ids is None:
@@ -303,7 +303,7 @@ def _begins(ctx: ForwardContext, *, reverse: bool) -> Bool[Array, "b t"] | None:
     return jnp.pad(changes, ((0, 0), (0, 1) if reverse else (1, 0)))
 
 
-def _check(config: Mixer, ctx: ForwardContext, length: int, *, causal: bool) -> None:
+def check_text(config: Mixer, ctx: ForwardContext, length: int, *, causal: bool) -> None:
     """Raise UserError for what a recurrence cannot do."""
     mask = ctx.mask
     name = f"attention={type(config).__name__}"
