@@ -76,13 +76,13 @@ class GatedDeltaNetModule(MixerModule):
         heads, kernel = config.num_key_heads, config.conv_kernel
         self.values = config.num_value_heads // heads
         outer, by_head = {"embed": width}, {"kv_heads": heads}
-        self.channels = {"q": config.key_dim, "k": config.key_dim, "v": self.values * config.value_dim}
-        fused = by_head | {"_qkvz": sum(self.channels.values()) + self.channels["v"]}
+        self.channels = config.key_dim, config.key_dim, self.values * config.value_dim  # of q, k and v
+        fused = by_head | {"_qkvz": sum(self.channels) + self.channels[-1]}
         self.in_proj_qkvz = Projection(outer, fused, bias=False, rngs=child(rngs, "in_proj_qkvz"))
         self.in_proj_ba = Projection(
             outer, by_head | {"_ba": 2 * self.values}, bias=False, rngs=child(rngs, "in_proj_ba")
         )
-        for name, size in self.channels.items():
+        for name, size in zip("qkv", self.channels, strict=True):
             weight = parameter(rngs, f"conv_{name}", (heads, size, kernel), ("kv_heads", None, None), std=kernel**-0.5)
             setattr(self, f"conv_{name}", weight)
         key, size = child(rngs, "A_log")["params"].key[...], config.num_value_heads
@@ -90,7 +90,7 @@ class GatedDeltaNetModule(MixerModule):
         self.A_log = nnx.Param(jnp.log(decay), axes=(None,))
         self.dt_bias = parameter(rngs, "dt_bias", (size,), (None,), std=None)
         self.norm = RMSNorm(config.eps).build(config.value_dim, rngs=child(rngs, "norm"))
-        out = by_head | {"_values": self.channels["v"]}
+        out = by_head | {"_values": self.channels[-1]}
         self.out_proj = Projection(out, outer, bias=False, rngs=child(rngs, "out_proj"))
 
     def __call__(
@@ -103,7 +103,7 @@ class GatedDeltaNetModule(MixerModule):
         is_token = None if ctx.is_token is None else shard(ctx.is_token, "batch", None)[..., None, None]
         if is_token is not None:
             qkvz = jnp.where(is_token, qkvz, 0)
-        qkv, z = jnp.split(qkvz, [sum(self.channels.values())], -1)
+        qkv, z = jnp.split(qkvz, [sum(self.channels)], -1)
         inputs = jnp.concatenate([held["inputs"].astype(x.dtype), qkv], axis=1)
         q, k, v = jnp.split(jax.nn.silu(self._convolved(inputs, ctx)), [config.key_dim, 2 * config.key_dim], -1)
         v, z = (self._by_value(values) for values in (v, z))
@@ -136,7 +136,7 @@ class GatedDeltaNetModule(MixerModule):
             segments = shard(segments, "batch", None)
             # -1, which is no segment id: inputs before the row belong to none of its documents.
             padded = jnp.pad(segments, ((0, 0), (before, 0)), constant_values=-1)
-        weights = [cast_and_gather(getattr(self, f"conv_{name}"), jnp.float32) for name in self.channels]
+        weights = [cast_and_gather(getattr(self, f"conv_{name}"), jnp.float32) for name in "qkv"]
         weight, found = jnp.concatenate(weights, axis=1), []
         for place in range(before + 1):
             values = inputs[:, place : place + length].astype(jnp.float32)
@@ -151,7 +151,7 @@ class GatedDeltaNetModule(MixerModule):
         return reshape(values, shape, *_HEADS, None)
 
     def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> Cache:
-        config, channels = self.config, sum(self.channels.values())
+        config, channels = self.config, sum(self.channels)
         heads = config.num_key_heads
         state = jnp.zeros((batch, heads, self.values, config.key_dim, config.value_dim), jnp.float32)
         inputs = jnp.zeros((batch, config.conv_kernel - 1, heads, channels), jnp.float32)

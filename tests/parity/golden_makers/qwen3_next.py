@@ -28,7 +28,9 @@ def centered(model) -> None:
 
 
 CASES = {
-    "qwen3_next": causal("qwen3_next", QWEN3_NEXT, change=centered, last_norm=lambda model: [model.lm_head.weight]),
+    "qwen3_next": causal(
+        "qwen3_next", QWEN3_NEXT, change=centered, last_norm=lambda model: [model.lm_head.weight], gain=1.0
+    ),
     "qwen3_next_dense": causal(
         "qwen3_next_dense",
         QWEN3_NEXT
@@ -42,5 +44,6 @@ CASES = {
         },
         change=centered,
         last_norm=lambda model: [model.lm_head.weight],
+        gain=1.0,
     ),
 }
