@@ -1,4 +1,4 @@
-"""Recurrent networks, the gated delta rule and the n-gram model: the formulas, the state as a cache, documents kept apart, eight devices."""
+"""Recurrent networks, the gated delta rule, the n-gram model: formulas, the state as a cache, documents, devices."""
 
 import contextlib
 import dataclasses
