@@ -17,7 +17,7 @@ from llama_jax.config import Known, UserError
 from llama_jax.nn.base import ForwardContext, Mixer, MixerModule, check_above_zero, check_at_least, known_heads
 from llama_jax.nn.norms import RMSNorm
 from llama_jax.nn.parameters import Projection, cast_and_gather, child, parameter
-from llama_jax.nn.recurrent import begins, check_text
+from llama_jax.nn.recurrent import begins, check_recurrence, past_inputs
 from llama_jax.parallel import reshape, shard, spec
 
 Cache = dict[str, jax.Array]
@@ -97,15 +97,15 @@ class GatedDeltaNetModule(MixerModule):
         self, x: Float[Array, "b t d"], *, positions: Int[Array, "b t"], ctx: ForwardContext, cache: Cache | None = None
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
         config, (batch, length, _) = self.config, x.shape
-        check_text(config, ctx, length, causal=True)
+        check_recurrence(config, ctx, length, causal=True)
         held = self.init_cache(batch, length, x.dtype) if cache is None else cache
         qkvz, ba = (shard(projection(x), *_HEADS) for projection in (self.in_proj_qkvz, self.in_proj_ba))
         is_token = None if ctx.is_token is None else shard(ctx.is_token, "batch", None)[..., None, None]
         if is_token is not None:
             qkvz = jnp.where(is_token, qkvz, 0)
         qkv, z = jnp.split(qkvz, [sum(self.channels)], -1)
-        inputs = jnp.concatenate([held["inputs"].astype(x.dtype), qkv], axis=1)
-        q, k, v = jnp.split(jax.nn.silu(self._convolved(inputs, ctx)), [config.key_dim, 2 * config.key_dim], -1)
+        window, inputs = past_inputs(qkv, config.conv_kernel, ctx, held["inputs"])
+        q, k, v = jnp.split(jax.nn.silu(self._convolved(window)), [config.key_dim, 2 * config.key_dim], -1)
         v, z = (self._by_value(values) for values in (v, z))
         q, k = (y * jax.lax.rsqrt(jnp.sum(y * y, -1, keepdims=True) + _L2_EPS) for y in (q, k))
         b, a = jnp.split(ba.astype(jnp.float32), 2, -1)
@@ -116,34 +116,18 @@ class GatedDeltaNetModule(MixerModule):
         decay, beta = jnp.exp(-jnp.exp(log_rate) * jax.nn.softplus(a + dt_bias)), jax.nn.sigmoid(b)
         if is_token is not None:  # padding leaves the state as it is
             decay, beta = jnp.where(is_token, decay, 1), jnp.where(is_token, beta, 0)
-        if (starts := begins(ctx)) is not None:
+        if (starts := begins(ctx, reverse=False)) is not None:
             decay = jnp.where(shard(starts, "batch", None)[..., None, None], 0, decay)
         y, state = delta_rule(q * config.key_dim**-0.5, k, v, decay, beta, held["state"])
         y = self.norm(y.astype(x.dtype)) * jax.nn.silu(z.astype(jnp.float32))
         y = self.out_proj(reshape(y.astype(x.dtype), (batch, length, config.num_key_heads, -1), *_HEADS))
-        if cache is None:
-            return y, None
-        # The last inputs before the end of each row, after which there is padding.
-        ends = shard(jnp.full(batch, length) if ctx.is_token is None else ctx.is_token.sum(-1), "batch")
-        last = jax.vmap(lambda row, end: jax.lax.dynamic_slice_in_dim(row, end, config.conv_kernel - 1))
-        return y, {"state": state, "inputs": last(inputs, ends).astype(cache["inputs"].dtype)}
+        return y, None if cache is None else {"state": state, "inputs": inputs}
 
-    def _convolved(self, inputs: Float[Array, "b s k c"], ctx: ForwardContext) -> Float[Array, "b t k c"]:
-        """Return the convolution, float32, of inputs that begin `conv_kernel - 1` places before the first."""
-        before = self.config.conv_kernel - 1
-        length, segments = inputs.shape[1] - before, ctx.mask.segment_ids
-        if segments is not None:
-            segments = shard(segments, "batch", None)
-            # -1, which is no segment id: inputs before the row belong to none of its documents.
-            padded = jnp.pad(segments, ((0, 0), (before, 0)), constant_values=-1)
+    def _convolved(self, window: list[Float[Array, "b t k c"]]) -> Float[Array, "b t k c"]:
+        """Return the convolution, float32, of the inputs 0, 1, ... places back."""
         weights = [cast_and_gather(getattr(self, f"conv_{name}"), jnp.float32) for name in "qkv"]
-        weight, found = jnp.concatenate(weights, axis=1), []
-        for place in range(before + 1):
-            values = inputs[:, place : place + length].astype(jnp.float32)
-            if segments is not None:
-                same = padded[:, place : place + length] == segments
-                values = jnp.where(same[..., None, None], values, 0)
-            found.append(values * weight[..., place])
+        weight = jnp.flip(jnp.concatenate(weights, axis=1), -1)  # the last entry is the token's own
+        found = [values.astype(jnp.float32) * weight[..., back] for back, values in enumerate(window)]
         return sum(found[1:], found[0])
 
     def _by_value(self, values: Float[Array, "b t k c"]) -> Float[Array, "b t k r j"]:

@@ -192,7 +192,7 @@ class RecurrentModule(MixerModule):
     def __call__(
         self, x: Float[Array, "b t d"], *, positions: Int[Array, "b t"], ctx: ForwardContext, cache: State = None
     ) -> tuple[Float[Array, "b t d"], State]:
-        check_text(self.config, ctx, x.shape[1], causal=True)
+        check_recurrence(self.config, ctx, x.shape[1], causal=True)
         y, state = self.cell(x, ctx, self.cell.first_state(x.shape[0]) if cache is None else cache)
         return _projected(y, self.o_proj), None if cache is None else state
 
@@ -213,7 +213,7 @@ class BidirectionalRNNModule(MixerModule):
     def __call__(
         self, x: Float[Array, "b t d"], *, positions: Int[Array, "b t"], ctx: ForwardContext, cache: PyTree = None
     ) -> tuple[Float[Array, "b t d"], PyTree]:
-        check_text(self.config, ctx, x.shape[1], causal=False)
+        check_recurrence(self.config, ctx, x.shape[1], causal=False)
         state = self.left.first_state(x.shape[0])
         from_left, _ = self.left(x, ctx, state)
         from_right, _ = self.right(x, ctx, state, reverse=True)
@@ -242,31 +242,10 @@ class NGramModule(MixerModule):
         ctx: ForwardContext,
         cache: Float[Array, "b s d"] | None = None,
     ) -> tuple[Float[Array, "b t d"], PyTree]:
-        check_text(self.config, ctx, x.shape[1], causal=True)
-        batch, length, _ = x.shape
-        before = self.init_cache(batch, length, x.dtype) if cache is None else cache.astype(x.dtype)
-        num_before = before.shape[1]
-        inputs_BSD = jnp.concatenate([before, shard(x, "batch", None, None)], axis=1)
-
-        def inputs_back(values: jax.Array, distance: int) -> jax.Array:
-            return jax.lax.slice_in_dim(values, num_before - distance, num_before - distance + length, axis=1)
-
-        window = [inputs_back(inputs_BSD, distance) for distance in range(self.config.order - 1)]
-        if (segments := ctx.mask.segment_ids) is not None:
-            segments = shard(segments, "batch", None)
-            # -1, which is no segment id: inputs before the row belong to none of its documents.
-            padded = jnp.pad(segments, ((0, 0), (num_before, 0)), constant_values=-1)
-            window = [
-                jnp.where((inputs_back(padded, distance) == segments)[..., None], values, 0)
-                for distance, values in enumerate(window)
-            ]
+        check_recurrence(self.config, ctx, x.shape[1], causal=True)
+        window, cache = past_inputs(shard(x, "batch", None, None), self.config.order - 1, ctx, cache)
         # [B, T, D, n - 1]: the projection contracts width and distance at once.
         hidden = jnp.tanh(self.up_proj(jnp.stack(window, axis=-1)))
-        if cache is not None:
-            # The last inputs before the end of each row, after which there is padding.
-            ends = jnp.full(batch, length) if ctx.is_token is None else ctx.is_token.sum(-1)
-            last = jax.vmap(lambda row, end: jax.lax.dynamic_slice_in_dim(row, end, num_before))
-            cache = last(inputs_BSD, shard(ends, "batch")).astype(cache.dtype)
         return _projected(hidden, self.down_proj), cache
 
     def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> Float[Array, "b s d"]:
@@ -294,7 +273,39 @@ def _choose(condition: Bool[Array, " b"], yes: State, no: State) -> State:
     return jax.tree.map(lambda a, b: jnp.where(condition[:, None], a, b), yes, no)
 
 
-def begins(ctx: ForwardContext, *, reverse: bool = False) -> Bool[Array, "b t"] | None:
+def past_inputs(
+    x: Float[Array, "b t *dims"], count: int, ctx: ForwardContext, cache: Float[Array, "b s *dims"] | None
+) -> tuple[list[Float[Array, "b t *dims"]], Float[Array, "b s *dims"] | None]:
+    """Return the inputs 0, 1, ... `count` - 1 places back, zero before a document's first, and the cache after them.
+
+    The cache has the last `count` - 1 inputs before x.
+    """
+    batch, length, *dims = x.shape
+    num_before = count - 1
+    before = jnp.zeros_like(x, shape=(batch, num_before, *dims)) if cache is None else cache.astype(x.dtype)
+    inputs = jnp.concatenate([before, x], axis=1)
+
+    def back(values: jax.Array, distance: int) -> jax.Array:
+        return jax.lax.slice_in_dim(values, num_before - distance, num_before - distance + length, axis=1)
+
+    window = [back(inputs, distance) for distance in range(count)]
+    if (segments := ctx.mask.segment_ids) is not None:
+        segments = shard(segments, "batch", None)
+        # -1, which is no segment id: inputs before the row belong to none of its documents.
+        padded = jnp.pad(segments, ((0, 0), (num_before, 0)), constant_values=-1)
+        same = [
+            (back(padded, distance) == segments).reshape(batch, length, *(1,) * len(dims)) for distance in range(count)
+        ]
+        window = [jnp.where(seen, values, 0) for seen, values in zip(same, window, strict=True)]
+    if cache is None:
+        return window, None
+    # The last inputs before the end of each row, after which there is padding.
+    ends = jnp.full(batch, length) if ctx.is_token is None else ctx.is_token.sum(-1)
+    last = jax.vmap(lambda row, end: jax.lax.dynamic_slice_in_dim(row, end, num_before))
+    return window, last(inputs, shard(ends, "batch")).astype(cache.dtype)
+
+
+def begins(ctx: ForwardContext, *, reverse: bool) -> Bool[Array, "b t"] | None:
     """Return where a document begins in reading order; `reverse` reads from the right."""
     segment_ids = ctx.mask.segment_ids
     if segment_ids is None:
@@ -303,7 +314,7 @@ def begins(ctx: ForwardContext, *, reverse: bool = False) -> Bool[Array, "b t"] 
     return jnp.pad(changes, ((0, 0), (0, 1) if reverse else (1, 0)))
 
 
-def check_text(config: Mixer, ctx: ForwardContext, length: int, *, causal: bool) -> None:
+def check_recurrence(config: Mixer, ctx: ForwardContext, length: int, *, causal: bool) -> None:
     """Raise UserError for what a recurrence cannot do."""
     mask = ctx.mask
     name = f"attention={type(config).__name__}"

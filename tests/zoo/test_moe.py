@@ -1,4 +1,4 @@
-"""Mixtures of experts, Qwen3-Next, and GLM's later generations: published sizes, released config.json files, what is refused."""
+"""Mixtures of experts, Qwen3-Next, and GLM's later generations: sizes, released config.json files, refusals."""
 
 import json
 
