@@ -20,7 +20,7 @@ from llama_jax.nn.parameters import Projection, cast_and_gather, child, paramete
 from llama_jax.nn.recurrent import begins, check_recurrence, past_inputs
 from llama_jax.parallel import reshape, shard, spec
 
-Cache = dict[str, jax.Array]
+Cache = dict[str, Any]  # arrays
 _HEADS = ("batch", None, "kv_heads", None)
 _L2_EPS = 1e-6  # added to the squared lengths of queries and keys
 

@@ -32,12 +32,13 @@ def qwen3_next(
 ) -> DecoderConfig:
     """Return a Qwen3-Next; `delta` are sizes of `GatedDeltaNet`, `fields` the arguments of `qwen_moe`."""
     config = qwen_moe.qwen_moe(**fields, partial=PARTIAL)
-    norm, attention = RMSNorm(fields["eps"], zero_centered=True), config.attention
+    attention: Any = config.attention
+    norm = RMSNorm(fields["eps"], zero_centered=True)
     linear = tuple(i for i, kind in enumerate(layer_types) if kind == LINEAR)
     if linear:
         overrides = (LayerOverride(linear, GatedDeltaNet(**delta, eps=fields["eps"])), *overrides)
-    gated: Any = dataclasses.replace(attention, gated=True, qk_norm=norm)
-    return dataclasses.replace(config, attention=gated, norm=norm, overrides=overrides)
+    attention = dataclasses.replace(attention, gated=True, qk_norm=norm)
+    return dataclasses.replace(config, attention=attention, norm=norm, overrides=overrides)
 
 
 _A_LAYER = {
