@@ -104,7 +104,7 @@ class GatedDeltaNetModule(MixerModule):
         if is_token is not None:
             qkvz = jnp.where(is_token, qkvz, 0)
         qkv, z = jnp.split(qkvz, [sum(self.channels)], -1)
-        window, inputs = past_inputs(qkv, config.conv_kernel, ctx, held["inputs"])
+        window, inputs = past_inputs(qkv, _HEADS[2:], config.conv_kernel, ctx, held["inputs"])
         q, k, v = jnp.split(jax.nn.silu(self._convolved(window)), [config.key_dim, 2 * config.key_dim], -1)
         v, z = (self._by_value(values) for values in (v, z))
         q, k = (y * jax.lax.rsqrt(jnp.sum(y * y, -1, keepdims=True) + _L2_EPS) for y in (q, k))

@@ -243,7 +243,7 @@ class NGramModule(MixerModule):
         cache: Float[Array, "b s d"] | None = None,
     ) -> tuple[Float[Array, "b t d"], PyTree]:
         check_recurrence(self.config, ctx, x.shape[1], causal=True)
-        window, cache = past_inputs(shard(x, "batch", None, None), self.config.order - 1, ctx, cache)
+        window, cache = past_inputs(x, (None,), self.config.order - 1, ctx, cache)
         # [B, T, D, n - 1]: the projection contracts width and distance at once.
         hidden = jnp.tanh(self.up_proj(jnp.stack(window, axis=-1)))
         return _projected(hidden, self.down_proj), cache
@@ -274,16 +274,21 @@ def _choose(condition: Bool[Array, " b"], yes: State, no: State) -> State:
 
 
 def past_inputs(
-    x: Float[Array, "b t *dims"], count: int, ctx: ForwardContext, cache: Float[Array, "b s *dims"] | None
+    x: Float[Array, "b t *dims"],
+    axes: tuple[str | None, ...],
+    count: int,
+    ctx: ForwardContext,
+    cache: Float[Array, "b s *dims"] | None,
 ) -> tuple[list[Float[Array, "b t *dims"]], Float[Array, "b s *dims"] | None]:
     """Return the inputs 0, 1, ... `count` - 1 places back, zero before a document's first, and the cache after them.
 
-    The cache has the last `count` - 1 inputs before x.
+    The cache has the last `count` - 1 inputs before x. `axes` are the logical axes of the dimensions after the first
+    two, of which the second is not split.
     """
     batch, length, *dims = x.shape
     num_before = count - 1
-    before = jnp.zeros_like(x, shape=(batch, num_before, *dims)) if cache is None else cache.astype(x.dtype)
-    inputs = jnp.concatenate([before, x], axis=1)
+    before = jnp.zeros((batch, num_before, *dims), x.dtype) if cache is None else cache.astype(x.dtype)
+    inputs = jnp.concatenate([shard(values, "batch", None, *axes) for values in (before, x)], axis=1)
 
     def back(values: jax.Array, distance: int) -> jax.Array:
         return jax.lax.slice_in_dim(values, num_before - distance, num_before - distance + length, axis=1)
