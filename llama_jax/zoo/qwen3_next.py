@@ -113,6 +113,5 @@ QWEN3_NEXT = dataclasses.replace(
     ),
     read=_read,
     write=_write,
-    harmless=llama.LLAMA.harmless,
     names=TensorNames(_ROWS, llama.TIED, ignored=(r"mtp\..*",)),
 )
