@@ -29,11 +29,13 @@ ATTENTIONS: dict[str, Changes] = {
     "grouped queries": {},
     "a window": {"attention.window": 3},
     "normed heads": {"attention.qk_norm": "RMSNorm"},
+    "gated": {"attention.gated": True},
     "latent": {"attention": "LatentAttention"},
     "sparse": {"attention": "SparseLatentAttention", "attention.index_topk": 3},
     "Elman": {"attention": "ElmanRNN"},
     "LSTM": {"attention": "LSTM"},
     "GRU": {"attention": "GRU"},
+    "delta rule": {"attention": "GatedDeltaNet"},
     "n-gram": {"attention": "NGram", "attention.order": 3},
     "Mamba-2": {"attention": "Mamba2"},
 }

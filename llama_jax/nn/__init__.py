@@ -52,6 +52,7 @@ from llama_jax.nn.base import (
     record as record,
     recording as recording,
 )
+from llama_jax.nn.delta import GatedDeltaNet as GatedDeltaNet
 from llama_jax.nn.experts.experts import Experts as Experts, ExpertsModule as ExpertsModule
 from llama_jax.nn.experts.routers import (
     GShardRouter as GShardRouter,

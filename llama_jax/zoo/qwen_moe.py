@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any
 
 from llama_jax.config import Json, UserError
-from llama_jax.models import DecoderConfig
+from llama_jax.models import DecoderConfig, LayerOverride
 from llama_jax.nn import Experts, RMSNorm, SoftmaxTopK
 from llama_jax.zoo import llama
 from llama_jax.zoo.experts import dense_layers, feed_forwards, released, write_dense
@@ -67,7 +67,7 @@ _RELEASED: Json = {"vocab_size": 151_936, "eps": 1e-6, "theta": 1_000_000.0}
 _QWEN2 = _RELEASED | {"qkv_bias": True, "normalize": False}
 _QWEN3 = _RELEASED | {"qk_norm": True, "normalize": True, "head_dim": 128, "max_positions": 40_960}
 _CODER = _QWEN3 | {"theta": 10_000_000.0, "max_positions": 262_144}
-_ROWS = (
+ROWS = (
     *mappings(llama.ENDS | llama.HEAD),
     *mappings(llama.NORMS | llama.ATTENTION | llama.QK_NORMS, "layers.", llama.LAYER),
     *feed_forwards("shared_expert"),
@@ -76,18 +76,25 @@ _ROWS = (
 
 
 def _read(reader: ConfigReader, fields: Json) -> DecoderConfig:
-    reader.activation("hidden_act", "silu", only="silu")
     reader.only(use_sliding_window=False)
+    overrides = read_dense(reader, fields["num_layers"])
+    return qwen_moe(**fields, **read_rope(reader, fields["max_positions"]), overrides=overrides)
+
+
+def read_dense(reader: ConfigReader, num_layers: int) -> tuple[LayerOverride, ...]:
+    """Return the overrides of the layers without experts, by `mlp_only_layers` and `decoder_sparse_step`.
+
+    Raises UserError for numbers that no layer has, and for another activation than SiLU.
+    """
+    reader.activation("hidden_act", "silu", only="silu")
     dense, step = reader.take("mlp_only_layers", list, []), reader.take("decoder_sparse_step", int, 1)
-    num_layers = fields["num_layers"]
     if step < 1 or not all(i in range(num_layers) for i in dense):
         raise UserError(
             f"config.json has decoder_sparse_step={step} and mlp_only_layers={dense}: the step is at least 1, and the "
             f"numbers of layers are below {num_layers}"
         )
     layers = [i for i in range(num_layers) if i in dense or (i + 1) % step]
-    overrides = dense_layers(layers, reader.take("intermediate_size", int))
-    return qwen_moe(**fields, **read_rope(reader, fields["max_positions"]), overrides=overrides)
+    return dense_layers(layers, reader.take("intermediate_size", int))
 
 
 def _read_qwen3(reader: ConfigReader, fields: Json) -> DecoderConfig:
@@ -95,22 +102,33 @@ def _read_qwen3(reader: ConfigReader, fields: Json) -> DecoderConfig:
     return _read(reader, fields | {"out_bias": fields["qkv_bias"], "qk_norm": True})
 
 
-def _write(config: DecoderConfig, label: str) -> Json:
+def write(config: DecoderConfig, label: str) -> Json:
+    """Return what the families with experts take from a config.json themselves."""
     layers, size = write_dense(config)
     own = {"decoder_sparse_step": 1, "mlp_only_layers": layers, "intermediate_size": size, "use_sliding_window": False}
     return {"hidden_act": "silu", **own, **write_rope(config.attention, label)}
 
 
-def _keys(kv_heads: int, experts: int, expert_size: int, top_k: int, bias: str, biased: bool) -> tuple[Key, ...]:
+def keys(
+    kv_heads: int,
+    experts: int,
+    expert_size: int,
+    top_k: int,
+    bias: str = "attention_bias",
+    biased: bool = False,
+    *,
+    head_dim: int | None = None,
+    normalize: bool = False,
+) -> tuple[Key, ...]:
     """Return the keys of a generation with its defaults; `bias` is the name of that of queries, keys and values."""
     return (
         *SIZES,
         Key("num_key_value_heads", "attention.num_kv_heads", int, None, absent=kv_heads),
-        Key("head_dim", "attention.head_dim", int, None),
+        Key("head_dim", "attention.head_dim", int, None, absent=head_dim),
         Key("num_experts", "feed_forward.num_experts", int, experts),
         Key("moe_intermediate_size", "feed_forward.intermediate_size", int, expert_size, argument="expert_size"),
         Key("num_experts_per_tok", "feed_forward.router.top_k", int, top_k),
-        Key("norm_topk_prob", "feed_forward.router.normalize", bool, False),
+        Key("norm_topk_prob", "feed_forward.router.normalize", bool, normalize),
         # Per layer; Hugging Face's has its minimum at top_k instead of 1.
         Key("router_aux_loss_coef", "feed_forward.load_balance_loss", float, 0.001),
         Key("max_position_embeddings", "max_positions", int, 32_768),
@@ -133,12 +151,12 @@ QWEN3_MOE = Family(
         "qwen3_coder_480b_a35b": qwen_moe(**_CODER, **_sizes(62, 6144, 96, 8, 160, 2560, 8)),
     },
     architectures=("Qwen3MoeForCausalLM", "Qwen3MoeModel"),
-    keys=_keys(4, 128, 768, 8, "attention_bias", False),
+    keys=keys(4, 128, 768, 8),
     read=_read_qwen3,
-    write=_write,
+    write=write,
     aliases={"num_local_experts": "num_experts"},
     harmless=CAUSAL | {"sliding_window", "max_window_layers"},  # only read with use_sliding_window
-    names=TensorNames(_ROWS, llama.TIED),
+    names=TensorNames(ROWS, llama.TIED),
     released=released,
 )
 QWEN2_MOE = dataclasses.replace(
@@ -156,7 +174,7 @@ QWEN2_MOE = dataclasses.replace(
     },
     architectures=("Qwen2MoeForCausalLM", "Qwen2MoeModel"),
     keys=(
-        *_keys(16, 60, 1408, 4, "qkv_bias", True),
+        *keys(16, 60, 1408, 4, "qkv_bias", True),
         Key("shared_expert_intermediate_size", "feed_forward.shared_size", int, 5632),
     ),
     read=_read,

@@ -1,4 +1,4 @@
-"""Recurrent networks, Mamba-2 and the n-gram model: the formulas, the state as a cache, documents, eight devices."""
+"""Recurrent networks, Mamba-2, the delta rule, the n-gram model: formulas, the state as a cache, documents, devices."""
 
 import contextlib
 import dataclasses
@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contexts import context_of
+from delta_formula import delta_in_numpy
 from flax import nnx
 
 from llama_jax.config import UserError
-from llama_jax.nn import GRU, LSTM, BidirectionalRNN, ElmanRNN, Mamba2, Mixer, NGram, mamba
+from llama_jax.nn import GRU, LSTM, BidirectionalRNN, ElmanRNN, GatedDeltaNet, Mamba2, Mixer, NGram, mamba
 from llama_jax.parallel import make_mesh, shard, spec
 from llama_jax.planning import Program, read_collectives
 
@@ -24,6 +25,7 @@ MIXERS = {
     "elman": ElmanRNN(state_size=6),
     "lstm": LSTM(state_size=8),
     "gru": GRU(state_size=5),
+    "delta": GatedDeltaNet(num_key_heads=2, num_value_heads=4, key_dim=3, value_dim=5, conv_kernel=3, eps=1e-2),
     "bigram": NGram(order=2, hidden_size=8),
     "4-gram": NGram(order=4, hidden_size=6),
     "mamba": Mamba2(4, 2, state_size=3, num_groups=2, conv_kernel=3, bias=True, min_step=0.2, max_step=1.5),
@@ -89,6 +91,8 @@ def in_numpy(config: Mixer, weights: Weights, x: np.ndarray) -> np.ndarray:
         return y @ w["down_proj.weight"] + w["down_proj.bias"] if "down_proj.weight" in w else y
     if isinstance(config, Mamba2):
         return mamba_in_numpy(config, w, x)
+    if isinstance(config, GatedDeltaNet):
+        return delta_in_numpy(config, w, x)
     if isinstance(config, BidirectionalRNN):
         left = states_in_numpy(config.network, w, "left", x)
         right = states_in_numpy(config.network, w, "right", x[::-1])[::-1]
@@ -219,7 +223,7 @@ def test_the_cache_does_not_grow_with_the_text(name: str):
     assert shapes(10, jnp.bfloat16) == shapes(10_000, jnp.bfloat16)
     size = sum(np.prod(shape) for shape, _ in shapes(10, jnp.bfloat16)) / 3
     states = {"elman": 6, "lstm": 2 * 8, "gru": 5, "bigram": 0, "4-gram": 2 * WIDTH}
-    states["mamba"] = 4 * 2 * 3 + 2 * (4 * 2 + 2 * 2 * 3)
+    states |= {"delta": 4 * 3 * 5 + 2 * 2 * (3 + 3 + 10), "mamba": 4 * 2 * 3 + 2 * (4 * 2 + 2 * 2 * 3)}
     assert size == states[name]
     if not isinstance(config, NGram | Mamba2):  # of whose caches last inputs are a part
         assert {dtype for _, dtype in shapes(10, jnp.bfloat16)} == {jnp.dtype("float32")}
@@ -281,6 +285,7 @@ def loss_and_gradient(config: Mixer, weights: Any, x: jax.Array, segment_ids: ja
     ("name", "mesh"),
     [
         ("lstm", {"data": 8}),
+        ("delta", {"data": 2, "fsdp": 2, "tensor": 2}),
         ("two elmans", {"data": 2, "fsdp": 2, "tensor": 2}),
         ("4-gram", {"data": 2, "fsdp": 2, "tensor": 2}),
         ("mamba", {"data": 2, "fsdp": 2, "tensor": 2}),
@@ -303,7 +308,9 @@ def test_eight_devices_compute_what_one_does(name: str, mesh: dict[str, int]):
         np.testing.assert_allclose(np.asarray(a), b, atol=1e-5 * float(jnp.abs(b).max()), rtol=2e-6)
 
 
-@pytest.mark.parametrize(("name", "mesh"), [("lstm", {"data": 8}), ("mamba", {"data": 4, "tensor": 2})])
+@pytest.mark.parametrize(
+    ("name", "mesh"), [("lstm", {"data": 8}), ("delta", {"data": 8}), ("mamba", {"data": 4, "tensor": 2})]
+)
 def test_devices_do_not_talk_at_every_place(name: str, mesh: dict[str, int]):
     """The gradient of a recurrence's weight is summed over the devices once, not in the loop over places."""
     config, weights = MIXERS[name], weights_of(MIXERS[name])
@@ -365,6 +372,8 @@ def test_a_bidirectional_network_is_for_encoders():
     ("config", "change", "sentence"),
     [
         (GRU(5), {"state_size": 0}, "state_size=0 must be at least 1"),
+        (MIXERS["delta"], {"num_value_heads": 3}, "num_value_heads=3 must be a multiple of num_key_heads=2"),
+        (MIXERS["delta"], {"eps": 0.0}, "eps=0.0 must be above 0"),
         (NGram(2, 5), {"order": 1}, "order=1 must be at least 2"),
         (NGram(2, 5), {"hidden_size": 0}, "hidden_size=0 must be at least 1"),
         (MIXERS["mamba"], {"num_groups": 3}, "num_groups=3 must divide num_heads=4"),

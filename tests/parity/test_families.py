@@ -163,3 +163,9 @@ def test_surplus_tensor_is_refused_by_name(model_type, tmp_path):
 def test_unknown_key_is_refused_by_name(model_type, tmp_path):
     with pytest.raises(llama_jax.UserError, match="secret_option"):
         changed(FAMILIES[model_type], tmp_path / "changed", key="secret_option")
+
+
+def test_further_blocks_of_qwen3_next_are_left_out(tmp_path):
+    assert changed("qwen3_next", tmp_path / "changed", surplus="mtp.fc.weight").keys() == (
+        changed("qwen3_next", tmp_path / "same").keys()
+    )

@@ -14,8 +14,8 @@ FAMILIES = (
     "bart", "bert", "bloom", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "distilbert", "falcon",
     "gemma", "gemma2", "gemma3", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox",
     "gpt_oss", "gptj", "granite", "llama", "mamba2", "marian", "ministral", "mistral", "mixtral", "modernbert", "mt5",
-    "nemotron", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "roberta",
-    "smollm3", "stablelm", "starcoder2", "switch_transformers", "t5", "xlm-roberta",
+    "nemotron", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+    "qwen3_next", "roberta", "smollm3", "stablelm", "starcoder2", "switch_transformers", "t5", "xlm-roberta",
 )  # fmt: skip
 
 found = {

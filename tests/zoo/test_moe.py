@@ -1,4 +1,4 @@
-"""Mixtures of experts, and GLM's later generations: published sizes, released config.json files, what is refused."""
+"""Mixtures of experts, Qwen3-Next, and GLM's later generations: sizes, released config.json files, refusals."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from llama_jax import zoo
 from llama_jax.config import UserError
 from llama_jax.models import num_parameters
-from llama_jax.nn import Experts, SwiGLU
+from llama_jax.nn import Experts, GroupedQuery, SwiGLU
 
 # Of transformers' models on torch's meta device, without the routers' biases, which are no parameters.
 COUNTS = {
@@ -17,6 +17,7 @@ COUNTS = {
     "qwen3_235b_a22b": ("qwen3_moe", 235_093_634_560),
     "qwen3_coder_30b_a3b": ("qwen3_moe", 30_532_122_624),
     "qwen3_coder_480b_a35b": ("qwen3_moe", 480_154_875_392),
+    "qwen3_next_80b_a3b": ("qwen3_next", 79_674_391_296),
     "olmoe_1b_7b": ("olmoe", 6_919_161_856),
     "glm4_9b_0414": ("glm4", 9_400_279_040),
     "glm4_32b_0414": ("glm4", 32_566_081_536),
@@ -49,6 +50,15 @@ RELEASED = {
         "num_experts_per_tok": 8, "num_hidden_layers": 62, "num_key_value_heads": 8, "qkv_bias": False,
         "rope_scaling": None, "rope_theta": 10000000, "shared_expert_intermediate_size": 0, "sliding_window": None,
         "use_qk_norm": True,
+    },
+    "qwen3_next_80b_a3b": QWEN | {
+        "architectures": ["Qwen3NextForCausalLM"], "full_attention_interval": 4, "head_dim": 256, "hidden_size": 2048,
+        "intermediate_size": 5120, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32, "linear_value_head_dim": 128, "max_position_embeddings": 262144,
+        "mlp_only_layers": [], "moe_intermediate_size": 512, "norm_topk_prob": True, "num_attention_heads": 16,
+        "num_experts": 512, "num_experts_per_tok": 10, "num_hidden_layers": 48, "num_key_value_heads": 2,
+        "partial_rotary_factor": 0.25, "rope_scaling": None, "rope_theta": 10000000,
+        "shared_expert_intermediate_size": 512,
     },
     "olmoe_1b_7b": {
         "architectures": ["OlmoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None,
@@ -115,6 +125,9 @@ def test_the_released_config_is_the_preset(name: str):
         ("qwen3_coder_480b_a35b", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size=8"),
         ("qwen3_coder_480b_a35b", {"qkv_bias": True}, "qkv_bias=True, which is not supported"),
         ("qwen3_coder_480b_a35b", {"mlp_only_layers": [62]}, r"mlp_only_layers=\[62\].*below 62"),
+        ("qwen3_next_80b_a3b", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5, and a Qwen3-Next can only"),
+        ("qwen3_next_80b_a3b", {"layer_types": ["linear_attention"]}, "layer_types=.*48 of full_attention, linear_att"),
+        ("qwen3_next_80b_a3b", {"linear_num_value_heads": 24}, "num_value_heads=24 must be a multiple"),
         ("olmoe_1b_7b", {"clip_qkv": 8.0}, "clip_qkv=8.0, which is not supported for an OLMoE"),
         ("glm4_5_air", {"partial_rotary_factor": 1.0}, "partial_rotary_factor=1.0, and a GLM-4.5 can only have 0.5"),
         ("glm4_5_air", {"scoring_func": "softmax"}, "scoring_func='softmax', which is not supported"),
@@ -144,6 +157,21 @@ def test_layers_without_experts(change: dict, sparse):
     assert [i for i, piece in enumerate(pieces) if isinstance(piece, Experts)] == list(sparse)
     assert {piece.intermediate_size for piece in pieces if isinstance(piece, SwiGLU)} <= {18944}
     assert family.from_hf(family.to_hf(config)) == config
+
+
+def test_layers_with_the_delta_rule():
+    """Those that `layer_types` names, or all but the last of every `full_attention_interval`; both are written."""
+    family, released = zoo.family("qwen3_next"), RELEASED["qwen3_next_80b_a3b"]
+    config = family.from_hf(released | {"full_attention_interval": 3, "mlp_only_layers": [4]})
+    assert [i for i, (piece, _) in enumerate(config.layer_pieces()) if isinstance(piece, GroupedQuery)] == [
+        *range(2, 48, 3)
+    ]
+    data = family.to_hf(config)
+    assert data["layer_types"] == 16 * ["linear_attention", "linear_attention", "full_attention"]
+    assert family.from_hf(data) == config
+    for kind in ("full_attention", "linear_attention"):
+        config = family.from_hf(released | {"layer_types": [kind] * 48})
+        assert family.from_hf(family.to_hf(config)) == config
 
 
 def test_what_only_training_knows_does_not_keep_a_model_from_hugging_face():
