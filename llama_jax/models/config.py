@@ -231,7 +231,8 @@ def check_position_bias(
         heads = getattr(mixer, "num_heads", None) if mixer.has_scores else None
         if heads is None:
             raise UserError(
-                f"{name} is for the scores of attention, and {type(mixer).__name__} has none: set it to none"
+                f"{name} is for the scores of attention, and {type(mixer).__name__} has none that take it: "
+                "set it to none"
             )
         if heads != bias.num_heads:
             raise UserError(f"{name}.num_heads={bias.num_heads} must be the attention's num_heads={heads}")

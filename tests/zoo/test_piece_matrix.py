@@ -18,7 +18,7 @@ def test_what_is_refused_says_what_to_change():
     refused = {names: sentence for names, sentence in found.items() if isinstance(sentence, str)}
     assert 0 < len(refused) < len(found) / 3
     for (attention, _, positions, _), sentence in refused.items():
-        assert attention in ("Elman", "LSTM", "GRU", "delta rule", "n-gram", "Mamba-2"), attention
+        assert attention in ("sparse", "Elman", "LSTM", "GRU", "delta rule", "n-gram", "Mamba-2"), attention
         assert positions in ("rotary", "ALiBi", "relative bias"), positions
         assert ": set it to none" in sentence or "has no 'rope'" in sentence, sentence
 

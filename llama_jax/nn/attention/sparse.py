@@ -50,6 +50,7 @@ class SparseLatentAttention(LatentAttention):
     index_topk: int
     index_loss_weight: float = 0.0
     index_warmup: bool = False
+    has_scores = False  # the indexer knows of no bias
 
     @classmethod
     def follow(cls, known: Known) -> dict[str, Any]:
