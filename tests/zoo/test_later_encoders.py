@@ -131,7 +131,6 @@ def test_heads_are_those_of_the_architecture(name: str, kind: str, heads: dict[s
         ("xlm-roberta", {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
         ("xlm-roberta", {"is_decoder": True}, "is_decoder=True"),
         ("modernbert", {"tie_word_embeddings": False}, "tie_word_embeddings=False"),
-        ("modernbert", {"embedding_dropout": 0.1}, "embedding_dropout=0.1"),
         ("modernbert", {"layer_types": [FULL]}, "layer_types="),
         ("modernbert", {"layer_types": ["chunked_attention"] * 5}, "layer_types="),
         ("modernbert", {"rope_parameters": {FULL: {"rope_type": "yarn", "factor": 2.0}}}, "rope_parameters.full_att"),
