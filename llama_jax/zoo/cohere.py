@@ -10,7 +10,7 @@ from llama_jax.config import Json
 from llama_jax.models import DecoderConfig
 from llama_jax.nn import LayerNorm, SwiGLU
 from llama_jax.zoo import llama
-from llama_jax.zoo.layers import FULL, SLIDING, every, in_turns, read_layer_types, sliding_window, write_layer_types
+from llama_jax.zoo.layers import FULL, SLIDING, every, in_turns, read_layer_types, write_turns
 from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key
 from llama_jax.zoo.registry import Family
 from llama_jax.zoo.rope import read_rope, write_rope
@@ -119,8 +119,7 @@ def _write_2(config: DecoderConfig, label: str) -> Json:
     rotary = next((mixer for mixer, _ in config.layer_pieces() if getattr(mixer, "rope", None)), config.attention)
     return {
         "hidden_act": "silu",
-        "layer_types": write_layer_types(config),
-        "sliding_window": sliding_window(config),
+        **write_turns(config),
         **write_rope(rotary, label),
     }
 

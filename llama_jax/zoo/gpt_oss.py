@@ -7,7 +7,7 @@ from llama_jax.config import Json, UserError
 from llama_jax.models import DecoderConfig
 from llama_jax.nn import Experts, SoftmaxTopK, YarnScaling
 from llama_jax.zoo import llama
-from llama_jax.zoo.layers import FULL, SLIDING, every, in_turns, read_layer_types, sliding_window, write_layer_types
+from llama_jax.zoo.layers import FULL, SLIDING, every, in_turns, read_layer_types, write_turns
 from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key
 from llama_jax.zoo.registry import Family
 from llama_jax.zoo.rope import read_rope, write_rope
@@ -69,8 +69,7 @@ def _write(config: DecoderConfig, label: str) -> Json:
     return {
         "hidden_act": "silu",
         "swiglu_alpha": 1.702,
-        "layer_types": write_layer_types(config),
-        "sliding_window": sliding_window(config),
+        **write_turns(config),
         # Where it is null, the model has the scaling of the release.
         **rope | {"rope_scaling": rope["rope_scaling"] or {"rope_type": "default"}},
     }

@@ -59,22 +59,18 @@ def windowed[C: TransformerConfig](config: C, types: Sequence[str], window: int 
     return in_turns(config, types, {FULL: attention, SLIDING: dataclasses.replace(attention, window=window)})
 
 
-def write_layer_types(config: TransformerConfig) -> list[str]:
+def _types(config: TransformerConfig) -> list[str]:
     """Return the type of every layer: sliding where its attention has a window."""
     return [FULL if getattr(mixer, "window", None) is None else SLIDING for mixer, _ in config.layer_pieces()]
 
 
 def write_turns(config: TransformerConfig) -> Json:
-    """Return `layer_types` and `sliding_window`."""
-    return {"layer_types": write_layer_types(config), "sliding_window": sliding_window(config)}
-
-
-def sliding_window(config: TransformerConfig) -> int | None:
-    """Return the window of the first layer that has one."""
-    windows = [getattr(mixer, "window", None) for mixer, _ in config.layer_pieces()]
-    return next((window for window in windows if window is not None), None)
+    """Return `layer_types`, and as `sliding_window` the window of the first layer that has one."""
+    windows = (getattr(mixer, "window", None) for mixer, _ in config.layer_pieces())
+    window = next((window for window in windows if window is not None), None)
+    return {"layer_types": _types(config), "sliding_window": window}
 
 
 def mixers_by_type(config: TransformerConfig) -> dict[str, Any]:
     """Return an attention of each type that the layers have."""
-    return dict(zip(write_layer_types(config), (mixer for mixer, _ in config.layer_pieces()), strict=True))
+    return dict(zip(_types(config), (mixer for mixer, _ in config.layer_pieces()), strict=True))

@@ -11,7 +11,7 @@ from typing import Any
 from llama_jax.config import Json, UserError
 from llama_jax.models import DecoderConfig
 from llama_jax.zoo import llama
-from llama_jax.zoo.layers import FULL, SLIDING, read_windows, sliding_window, windowed, write_layer_types
+from llama_jax.zoo.layers import FULL, SLIDING, read_windows, windowed, write_turns
 from llama_jax.zoo.llama import sizes
 from llama_jax.zoo.reading import CAUSAL, ConfigReader, Key
 from llama_jax.zoo.registry import Family, MetaFiles
@@ -81,9 +81,8 @@ def _read_turns(reader: ConfigReader, fields: Json) -> DecoderConfig:
     return windowed(llama.read(reader, fields), types, window)
 
 
-def _write_turns(config: DecoderConfig, label: str) -> Json:
-    turns = {"layer_types": write_layer_types(config), "sliding_window": sliding_window(config)}
-    return llama.write(config, label) | turns
+def _write_ministral(config: DecoderConfig, label: str) -> Json:
+    return llama.write(config, label) | write_turns(config)
 
 
 MINISTRAL = dataclasses.replace(
@@ -95,5 +94,5 @@ MINISTRAL = dataclasses.replace(
     architectures=("MinistralForCausalLM", "MinistralModel"),
     keys=llama.keys(kv_heads=8, max_positions=131_072),
     read=_read_turns,
-    write=_write_turns,
+    write=_write_ministral,
 )

@@ -11,7 +11,7 @@ from typing import Any
 from llama_jax.config import Json, UserError
 from llama_jax.models import EncoderConfig
 from llama_jax.nn import Activation, GatedLinearUnit, GroupedQuery, LayerNorm, Rope
-from llama_jax.zoo.layers import FULL, SLIDING, in_turns, read_layer_types, sliding_window, write_layer_types
+from llama_jax.zoo.layers import FULL, SLIDING, in_turns, mixers_by_type, read_layer_types, write_turns
 from llama_jax.zoo.reading import SIZES, ConfigReader, Key, write_activation
 from llama_jax.zoo.registry import Family
 from llama_jax.zoo.transformer import full_heads
@@ -92,15 +92,16 @@ def _read(reader: ConfigReader, fields: Json) -> EncoderConfig:
 
 
 def _write(config: EncoderConfig, label: str) -> Json:
-    types, window, transform = write_layer_types(config), sliding_window(config), config.head_transform
-    ropes = {kind: getattr(mixer, "rope", None) for kind, (mixer, _) in zip(types, config.layer_pieces(), strict=True)}
+    turns, transform = write_turns(config), config.head_transform
+    window = turns["sliding_window"]
+    ropes = {kind: getattr(mixer, "rope", None) for kind, mixer in mixers_by_type(config).items()}
     thetas = _THETAS | {kind: rope.theta for kind, rope in ropes.items() if rope is not None}
     return {
         "architectures": ["ModernBertModel" if transform is None else "ModernBertForMaskedLM"],
         "classifier_activation": write_activation(transform or "gelu", label),
         "classifier_bias": transform is not None and config.head_transform_bias,
         "decoder_bias": config.head_bias == "trained",
-        "layer_types": types,
+        "layer_types": turns["layer_types"],
         "pad_token_id": None,  # transformers' own may be beyond the vocabulary
         "local_attention": 128 if window is None else 2 * (window - 1),
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in thetas.items()},

@@ -10,7 +10,7 @@ from llama_jax.zoo.experts import feed_forwards, released
 from llama_jax.zoo.qwen_moe import qwen_moe
 from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key
 from llama_jax.zoo.registry import Family
-from llama_jax.zoo.rope import read_rope, write_rope
+from llama_jax.zoo.rope import read_rope
 from llama_jax.zoo.weights import TensorNames, mappings
 
 
@@ -23,10 +23,6 @@ def _olmoe(**fields: Any) -> DecoderConfig:
 def _read(reader: ConfigReader, fields: Json) -> DecoderConfig:
     reader.activation("hidden_act", "silu", only="silu")
     return _olmoe(**fields, out_bias=fields["qkv_bias"], **read_rope(reader, fields["max_positions"]))
-
-
-def _write(config: DecoderConfig, label: str) -> Json:
-    return {"hidden_act": "silu", **write_rope(config.attention, label)}
 
 
 OLMOE = Family(
@@ -66,7 +62,7 @@ OLMOE = Family(
         Key("tie_word_embeddings", "tie_embeddings", bool, False),
     ),
     read=_read,
-    write=_write,
+    write=llama.write,
     aliases={"num_local_experts": "num_experts"},
     harmless=CAUSAL,
     names=TensorNames(

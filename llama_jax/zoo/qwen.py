@@ -10,7 +10,7 @@ from llama_jax.config import Json
 from llama_jax.models import DecoderConfig
 from llama_jax.nn import RMSNorm
 from llama_jax.zoo import llama
-from llama_jax.zoo.layers import FULL, SLIDING, read_windows, sliding_window, windowed, write_layer_types
+from llama_jax.zoo.layers import FULL, SLIDING, read_windows, windowed, write_turns
 from llama_jax.zoo.llama import sizes
 from llama_jax.zoo.reading import CAUSAL, ConfigReader
 from llama_jax.zoo.registry import Family
@@ -46,11 +46,11 @@ def _read(reader: ConfigReader, fields: Json, **others: Any) -> DecoderConfig:
 
 
 def _write(config: DecoderConfig, label: str) -> Json:
-    types = write_layer_types(config)
+    turns = write_turns(config)
+    types = turns["layer_types"]
     return llama.write(config, label) | {
-        "layer_types": types,
+        **turns,
         "max_window_layers": types.index(SLIDING) if SLIDING in types else len(types),
-        "sliding_window": sliding_window(config),
         "use_sliding_window": SLIDING in types,
     }
 

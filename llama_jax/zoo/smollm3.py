@@ -9,7 +9,7 @@ from typing import Any
 from llama_jax.config import Json, UserError
 from llama_jax.models import DecoderConfig
 from llama_jax.zoo import llama
-from llama_jax.zoo.layers import FULL, SLIDING, every, in_turns, read_windows, sliding_window, write_layer_types
+from llama_jax.zoo.layers import FULL, SLIDING, every, in_turns, read_windows, write_turns
 from llama_jax.zoo.reading import CAUSAL, ConfigReader
 from llama_jax.zoo.registry import Family
 from llama_jax.zoo.rope import write_rope
@@ -52,14 +52,13 @@ def _read(reader: ConfigReader, fields: Json) -> DecoderConfig:
 
 def _write(config: DecoderConfig, label: str) -> Json:
     mixers: list[Any] = [mixer for mixer, _ in config.layer_pieces()]
-    window = sliding_window(config)
+    turns = write_turns(config)
     return {
         "hidden_act": "silu",
-        "layer_types": write_layer_types(config),
+        **turns,
         "no_rope_layer_interval": _PERIOD,
         "no_rope_layers": [int(mixer.rope is not None) for mixer in mixers],
-        "sliding_window": window,
-        "use_sliding_window": window is not None,
+        "use_sliding_window": turns["sliding_window"] is not None,
         **write_rope(next((mixer for mixer in mixers if mixer.rope is not None), mixers[0]), label),
     }
 
