@@ -29,7 +29,7 @@ ATTENTIONS: dict[str, Changes] = {
     "grouped queries": {},
     "a window": {"attention.window": 3},
     "normed heads": {"attention.qk_norm": "RMSNorm"},
-    "gated": {"attention.gated": True},
+    "output gate": {"attention.output_gate": True},
     "latent": {"attention": "LatentAttention"},
     "sparse": {"attention": "SparseLatentAttention", "attention.index_topk": 3},
     "Elman": {"attention": "ElmanRNN"},

@@ -102,7 +102,7 @@ def pieces(config: ModelConfig) -> str:
     """Return the pieces of a model in words: of each group those that its layers have."""
     found: dict[str, None] = {}
     for mixer, feed_forward in config.layer_pieces():
-        features = ("window", "gated", "qk_norm", "softcap", "sinks", "qkv_bias")
+        features = ("window", "output_gate", "qk_norm", "softcap", "sinks", "qkv_bias")
         has = [name.replace("_", " ") for name in features if getattr(mixer, name, None)]
         rope = getattr(mixer, "rope", None)
         has += ["no rotary positions" if rope is None else "rotary"] if hasattr(mixer, "rope") else []

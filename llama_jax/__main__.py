@@ -5,6 +5,7 @@ imported before a command runs, so that `--help` is quick.
 """
 
 import argparse
+import atexit
 import difflib
 import os
 import platform
@@ -237,6 +238,8 @@ def console(argv: Sequence[str] | None = None) -> NoReturn:
         except OSError as error:
             print(f"warning: the allocator's settings were not applied: {error}", file=sys.stderr)
     signal.signal(signal.SIGTERM, leave)
+    # Called last: Python's own end takes handlers away, and a signal would then make a failure of what is done.
+    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
     sys.unraisablehook = threading.excepthook = background_error
     code = main(argv)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(code))  # all is done

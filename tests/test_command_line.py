@@ -340,6 +340,15 @@ def test_the_allocator_s_settings(start: list[str], tmp_path: Path):
         assert started("-c", watched + "runpy.run_path('train.py', run_name='__main__')") == "None {}"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="on_exit of glibc")
+def test_a_signal_while_python_ends_changes_no_exit_code():
+    """What is done is done: a SIGTERM after Python has taken its handlers away, by a function of the C library."""
+    late = "import ctypes; libc = ctypes.CDLL(None); libc.on_exit(libc.kill, ctypes.c_void_p(15)); "  # kill(0, SIGTERM)
+    code = late + "from llama_jax.__main__ import console; console(['plan', '--help'])"
+    ended = subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, start_new_session=True, timeout=120)
+    assert ended.returncode == 0
+
+
 def test_help_without_a_config_names_the_configs(capsys: pytest.CaptureFixture[str]):
     assert main(["train", "--help"]) == 0
     assert "tiny_python" in capsys.readouterr().out

@@ -37,7 +37,7 @@ def qwen3_next(
     linear = tuple(i for i, kind in enumerate(layer_types) if kind == LINEAR)
     if linear:
         overrides = (LayerOverride(linear, GatedDeltaNet(**delta, eps=fields["eps"])), *overrides)
-    attention = dataclasses.replace(attention, gated=True, qk_norm=norm)
+    attention = dataclasses.replace(attention, output_gate=True, qk_norm=norm)
     return dataclasses.replace(config, attention=attention, norm=norm, overrides=overrides)
 
 

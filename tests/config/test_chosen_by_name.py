@@ -106,6 +106,7 @@ def test_what_is_taken_over():
     experts: Any = override(python, {"model.feed_forward": "Experts", "model.feed_forward.num_experts": 4}).model
     assert isinstance(experts.feed_forward, Experts)
     assert experts.feed_forward.intermediate_size == python.model.feed_forward.intermediate_size
+    assert experts.feed_forward.gated, "as SwiGLU is, whatever fields attention has"
     back: Any = override(CONFIGS["tiny_gru"], {"model.attention": "GroupedQuery"}).model.attention
     assert isinstance(back, GroupedQuery)
     assert back.rope == Rope(theta=10000.0, scaling=None)

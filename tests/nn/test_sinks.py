@@ -87,7 +87,8 @@ def test_kernels_are_the_formula(kernel: str, mask: str, monkeypatch: pytest.Mon
 )
 def test_a_mesh_changes_nothing(mesh: dict[str, int], kernel: str, method: str):
     with jax.set_mesh(make_mesh(mesh)):
-        check(found(kernel, method, "documents"), "documents")
+        results = found(kernel, method, "documents")
+    check(results, "documents")
 
 
 @pytest.mark.parametrize("kernel", ["splash", "cudnn"])

@@ -48,7 +48,7 @@ class GroupedQuery(Mixer):
     dropout: rate on the attention weights.
     sinks: a trained score of each head that only adds to the softmax's denominator (Xiao et al. 2024; GPT-OSS).
     pre_norm: a block with norms before its parts has one before this; off where embeddings are normed (ModernBERT).
-    gated: the result times the sigmoid of a gate, which the query projection gives behind each query (Qwen3-Next).
+    output_gate: the result times the sigmoid of a gate, which the query projection gives behind each query (Qwen3-Next).
     """
 
     num_heads: int
@@ -65,7 +65,7 @@ class GroupedQuery(Mixer):
     dropout: float = 0.0
     sinks: bool = False
     pre_norm: bool = True
-    gated: bool = False
+    output_gate: bool = False
 
     @classmethod
     def follow(cls, known: Known) -> dict[str, Any]:
@@ -155,7 +155,7 @@ class _Projections(nnx.Module):
         outer, heads = {"embed": width}, {"heads": config.num_heads, "_head_dim": config.head_dim}
         kv_heads = {"kv_heads": config.num_kv_heads, "_head_dim": config.head_dim}
         bias, std = config.qkv_bias, shrunk * width**-0.5
-        queries = heads | {"_head_dim": config.head_dim * (1 + getattr(config, "gated", False))}
+        queries = heads | {"_head_dim": config.head_dim * (1 + getattr(config, "output_gate", False))}
         self.q_proj = Projection(outer, queries, bias=bias, rngs=child(rngs, "q_proj"), std=std)
         self.k_proj = Projection(outer, kv_heads, bias=bias, rngs=child(rngs, "k_proj"))
         self.v_proj = Projection(outer, kv_heads, bias=bias, rngs=child(rngs, "v_proj"))
@@ -180,7 +180,7 @@ class GroupedQueryModule(_Projections, MixerModule):
             ctx = ctx.with_mask(window=config.window)
         products = joined_products(x, *self.same_inputs) or [projection(x) for projection in self.same_inputs]
         q_BTNH, k_BTKH, v_BTKH = products
-        q_BTNH, *gate = jnp.split(q_BTNH, 1 + config.gated, -1)
+        q_BTNH, *gate = jnp.split(q_BTNH, 1 + config.output_gate, -1)
         q_BTNH, k_BTKH = self._normed(self.q_norm, q_BTNH, "heads"), self._normed(self.k_norm, k_BTKH, "kv_heads")
         if (rope := config.rope) is not None:
             q_BTNH, k_BTKH = rope.rotate(q_BTNH, positions), rope.rotate(k_BTKH, positions)
@@ -194,7 +194,7 @@ class GroupedQueryModule(_Projections, MixerModule):
         if self.sinks is not None:
             options["sinks"] = cast_and_gather(self.sinks, jnp.float32).reshape(1, -1, 1, 1)
         y = attend(q_BTNH, k_BKSH, v_BKSH, ctx, **options)
-        return self.o_proj(y * jax.nn.sigmoid(gate[0]) if config.gated else y), cache
+        return self.o_proj(y * jax.nn.sigmoid(gate[0]) if config.output_gate else y), cache
 
     def _norm(self, name: str, heads: tuple[str, int], rngs: nnx.Rngs) -> Any:
         """Return the norm of queries or keys; `heads` are the axis and the number of theirs."""
