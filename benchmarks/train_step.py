@@ -1,10 +1,11 @@
-"""Training steps a second, ours and the peers': forward, backward, clipping and AdamW in float32 on the CPU.
+"""Training steps a second, ours and the peers': forward, backward, clipping and AdamW on the CPU, in float32 and bfloat16.
 
 python benchmarks/train_step.py --torch-python .../bin/python --tunix-python .../bin/python
 """
 
 from rounds import main
-from works import TRAIN_STEP
+from works import TRAIN_STEP, TRAIN_VARIANTS
 
 if __name__ == "__main__":
-    main("Compare the speed of a training step with the peers'.", TRAIN_STEP, steps=3, peers=["torch", "tunix"])
+    title = "Compare the speed of a training step with the peers'."
+    main(title, TRAIN_STEP, steps=3, peers=["torch", "tunix"], variants=TRAIN_VARIANTS)

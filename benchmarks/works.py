@@ -25,6 +25,12 @@ TRAIN_STEP = {
     "stories15m": STORIES15M | {"task": "train", "batch_size": 8, "sequence_length": 256},
     "56m": LLAMA56M | {"task": "train", "batch_size": 4, "sequence_length": 512},
 }
+# Beside float32; torch's are what its users take: `torch.compile`, and autocast of the forward pass and the loss.
+TRAIN_VARIANTS = {
+    "llama_jax-bf16": {"dtype": "bfloat16"},
+    "torch-compiled": {"compiled": True},
+    "torch-compiled-bf16": {"compiled": True, "dtype": "bfloat16"},
+}
 DECODE = {
     f"stories15m-batch{b}": STORIES15M | {"task": "decode", "batch_size": b, "prompt_length": 8, "new_tokens": 128}
     for b in (1, 8, 32)

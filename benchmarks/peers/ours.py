@@ -63,7 +63,8 @@ def train(work: Work) -> tuple[int, Run]:
         clip_norm=CLIP,
     )
     hyper = optimizer.hyper(num_steps=1000)
-    step = make_train_step(model_config(work), COMPUTE, compiler_options=CPU_COMPILER_OPTIONS)
+    compute = dataclasses.replace(COMPUTE, dtype=work.get("dtype", "float32"))
+    step = make_train_step(model_config(work), compute, compiler_options=CPU_COMPILER_OPTIONS)
     params = weights(work)
     num_parameters = count(params)
     state = init_state(params, hyper)

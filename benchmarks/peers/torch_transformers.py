@@ -1,4 +1,4 @@
-"""Peer: transformers' Llama in PyTorch, eager: a training step with the fused AdamW, and `generate`."""
+"""Peer: transformers' Llama in PyTorch, eager or compiled: a training step with the fused AdamW, and `generate`."""
 
 import numpy as np
 import torch
@@ -72,12 +72,15 @@ def train(work: Work) -> tuple[int, Run]:
     ]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPS, fused=True)
     batches = training_tokens(work)
+    forward = torch.compile(model) if work.get("compiled") else model
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=work.get("dtype") == "bfloat16")
 
     def run(steps: int) -> list:
         losses = []
         for _ in range(steps):
             tokens = torch.from_numpy(next(batches).astype(np.int64))
-            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            with autocast:
+                loss = forward(input_ids=tokens, labels=tokens, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, CLIP)
             optimizer.step()

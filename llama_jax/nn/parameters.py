@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from llama_jax.config import UserError
 from llama_jax.nn.adapters import LoRA, current_context
 from llama_jax.nn.base import dropout
+from llama_jax.nn.products import product
 from llama_jax.nn.quantized import Form, multiplied
 from llama_jax.parallel import axes_of, fitting, mesh_axis_sizes, reshape, shard, spec
 
@@ -299,7 +300,10 @@ def matmul(
     # XLA:CPU compiles the weight gradient of a three-dimensional product badly: flatten batch and sequence, unless the
     # sequence is split too (merging two split dimensions is a shuffle).
     x = reshape(x, (b * t, i), batch, in_axis)
-    y = jnp.einsum(f"td,{dims}->tf", x, w, preferred_element_type=dtype, out_sharding=spec(batch, out_axis))
+    if x.dtype == w.dtype == jnp.bfloat16 and not mesh_axis_sizes():
+        y = product(x, w, transposed, dtype)
+    else:
+        y = jnp.einsum(f"td,{dims}->tf", x, w, preferred_element_type=dtype, out_sharding=spec(batch, out_axis))
     return reshape(y, (b, t, o), batch, sequence, out_axis)
 
 

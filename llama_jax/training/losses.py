@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llama_jax.nn import PyTree
-from llama_jax.parallel import axes_of, mesh_axis_sizes, shard
+from llama_jax.parallel import axes_of, mesh_axis_sizes, platform, shard
 
 Head = Callable[[jax.Array, PyTree], jax.Array]
 
@@ -194,14 +194,16 @@ def _chunk_loss(
     z_loss, smoothing = options
     lse, own, is_target = _target_logits(logits, targets, vocab_axes)
     size = _psum(logits.shape[-1], vocab_axes)
-    mean = _psum(jnp.sum(logits, axis=-1), vocab_axes) / size
+    used = smoothing != 0
+    mean = jax.lax.cond(used, lambda: jnp.sum(logits, axis=-1), lambda: jnp.zeros_like(lse))
+    mean = _psum(mean, vocab_axes) / size
 
     def total(of_target: jax.Array, used: jax.Array | bool = True) -> jax.Array:
         # Values without weight, and terms that are not used, may be infinite: 0 times inf would be NaN.
         return jnp.sum(jnp.where((weights != 0) & used, weights * of_target, 0))
 
     ce = total(lse - own)
-    loss = ce + total(smoothing * (own - mean), smoothing != 0) + total(z_loss * lse**2, z_loss != 0)
+    loss = ce + total(smoothing * (own - mean), used) + total(z_loss * lse**2, z_loss != 0)
     return loss, ce, lse, is_target, size
 
 
@@ -217,7 +219,10 @@ def _target_logits(
     else:
         lse = jax.nn.logsumexp(logits, axis=-1)
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-    own = _psum(jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1), vocab_axes)
+    if platform() == "cpu" and not vocab_axes:  # a masked sum, as TPUs want it, is two passes over all logits here
+        own = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
+    else:
+        own = _psum(jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1), vocab_axes)
     return lse, own, is_target
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from llama_jax.nn.base import Mask
+from llama_jax.nn.products import turned
 
 MASKED = -1e30  # finite, so that a fully masked block does not make inf - inf
 # Where running maxima begin: below every score and so far above MASKED that exp(MASKED - NOTHING) is 0. In a row where
@@ -120,6 +121,7 @@ def backward(q, k, v, mask: Mask, scale: float, logsumexp, delta, d_out) -> tupl
     `logsumexp` and `delta` (`row_sums`) are those over all keys of the row, also where k and v are a part of them.
     """
     q, mask, zero = _together(q, mask)
+    rows = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])  # noqa: E731 (the heads of a group, stacked)
 
     def block(carry, begin, size, first, stop):
         q_i, d_out_i, lse_i, delta_i = (_block(x, begin, size, 3) for x in (q, d_out, logsumexp, delta))
@@ -132,8 +134,8 @@ def backward(q, k, v, mask: Mask, scale: float, logsumexp, delta, d_out) -> tupl
             d_p = jnp.einsum("bkgth,bksh->bkgts", d_out_i, v_j, preferred_element_type=jnp.float32)
             d_s = (p * (d_p - delta_i) * scale).astype(q.dtype)
             # Transposed: XLA:CPU would copy the whole block of scores to bring the summed dimension last.
-            d_v_j = jnp.einsum("bkgth,bkgts->bkhs", d_out_i, p.astype(q.dtype)).swapaxes(2, 3)
-            d_k_j = jnp.einsum("bkgth,bkgts->bkhs", q_i, d_s).swapaxes(2, 3)
+            d_v_j = turned(turned(rows(d_out_i)) @ rows(p.astype(q.dtype)))
+            d_k_j = turned(turned(rows(q_i)) @ rows(d_s))
             return d_q_i + jnp.einsum("bkgts,bksh->bkgth", d_s, k_j), (d_k_j, d_v_j)
 
         d_q_i, d_keys = _over_keys(step, jnp.zeros(q_i.shape, jnp.float32), zero, first, stop)
