@@ -1,4 +1,4 @@
-"""Training steps a second, ours and the peers': forward, backward, clipping and AdamW on the CPU, in float32 and bfloat16.
+"""Training steps a second, ours and the peers': forward, backward, clipping and AdamW, float32 and bfloat16.
 
 python benchmarks/train_step.py --torch-python .../bin/python --tunix-python .../bin/python
 """

@@ -300,7 +300,7 @@ def matmul(
     # XLA:CPU compiles the weight gradient of a three-dimensional product badly: flatten batch and sequence, unless the
     # sequence is split too (merging two split dimensions is a shuffle).
     x = reshape(x, (b * t, i), batch, in_axis)
-    if x.dtype == w.dtype == jnp.bfloat16 and not mesh_axis_sizes():
+    if x.dtype == w.dtype and not mesh_axis_sizes():
         y = product(x, w, transposed, dtype)
     else:
         y = jnp.einsum(f"td,{dims}->tf", x, w, preferred_element_type=dtype, out_sharding=spec(batch, out_axis))

@@ -1,10 +1,10 @@
-"""Matrix products of bfloat16 whose gradients are such products too, in the form that XLA:CPU has fast kernels for.
+"""Matrix products whose gradients are products of the same dtype, in the form that XLA:CPU has fast kernels for.
 
-Left to JAX, the gradient of a product with a float32 result is a product of float32 matrices, and the gradient of the
-weight sums over the first dimension of both, which XLA:CPU does in float32: on a processor with AMX a fifth of the speed.
+Left to JAX, the gradient of a bfloat16 product with a float32 result is a product of float32 matrices. That of the
+weight sums over the first dimension of both, which XLA:CPU does in float32: a fifth of the speed, where there is AMX.
 """
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,14 @@ from llama_jax.parallel import platform
 
 
 def turned(x: jax.Array) -> jax.Array:
-    """Return x with its last two dimensions swapped; of bfloat16 on a CPU in memory, and not inside of a product."""
-    if platform() != "cpu" or x.dtype != jnp.bfloat16:
+    """Return x with its last two dimensions swapped: on a CPU in memory, and not inside of a product."""
+    if platform() != "cpu":
         return x.swapaxes(-1, -2)
     rows = Layout(tuple(range(x.ndim)))
     return with_layout_constraint(with_layout_constraint(x, rows).swapaxes(-1, -2), rows)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def product(x: jax.Array, w: jax.Array, transposed: bool, dtype: DTypeLike | None) -> jax.Array:
+def _product(x: jax.Array, w: jax.Array, transposed: bool, dtype: DTypeLike | None) -> jax.Array:
     """Return x w: [M, I] x [I, O] (or [O, I], transposed) -> [M, O], in `dtype`; None for the dtype of x.
 
     Gradients are products in the dtype of x, to which that of a float32 result is rounded.
@@ -31,11 +30,16 @@ def product(x: jax.Array, w: jax.Array, transposed: bool, dtype: DTypeLike | Non
     return jnp.einsum("mi,oi->mo" if transposed else "mi,io->mo", x, w, preferred_element_type=dtype)
 
 
-def _forward(x: jax.Array, w: jax.Array, transposed: bool, dtype: DTypeLike | None) -> tuple[jax.Array, tuple]:
-    return product(x, w, transposed, dtype), (x, w)
+product = jax.custom_vjp(_product, nondiff_argnums=(2, 3))
 
 
-def _backward(transposed: bool, _: DTypeLike | None, residuals: tuple, d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _forward(x: jax.Array, w: jax.Array, *static: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(x, w, *static), (x, w)  # of `product` itself the policies of recomputation would not see the dot
+
+
+def _backward(
+    transposed: bool, _: DTypeLike | None, residuals: tuple[jax.Array, jax.Array], d_y: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, w = residuals
     d_y = d_y.astype(x.dtype)
     d_x = jnp.einsum("mo,oi->mi" if transposed else "mo,io->mi", d_y, w)

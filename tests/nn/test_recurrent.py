@@ -305,7 +305,8 @@ def test_eight_devices_compute_what_one_does(name: str, mesh: dict[str, int]):
         found = loss_and_gradient(config, placed, x, segments)
         assert found[1][1].addressable_shards[0].data.shape[0] * mesh["data"] * mesh.get("fsdp", 1) == 8
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(np.asarray(a), b, atol=1e-5 * float(jnp.abs(b).max()), rtol=2e-6)
+        # Mamba's gradients in float32 are themselves up to 1.8e-5 of their size away from those in float64.
+        np.testing.assert_allclose(np.asarray(a), b, atol=2e-5 * float(jnp.abs(b).max()), rtol=2e-6)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ class GroupedQuery(Mixer):
     dropout: rate on the attention weights.
     sinks: a trained score of each head that only adds to the softmax's denominator (Xiao et al. 2024; GPT-OSS).
     pre_norm: a block with norms before its parts has one before this; off where embeddings are normed (ModernBERT).
-    output_gate: the result times the sigmoid of a gate, which the query projection gives behind each query (Qwen3-Next).
+    output_gate: the result times the sigmoid of a gate, which the query projection gives after each query (Qwen3-Next).
     """
 
     num_heads: int
