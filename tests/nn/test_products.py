@@ -1,0 +1,52 @@
+"""Products and their gradients: the formula, and in bfloat16 no product of float32 matrices."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.models import Compute, DecoderConfig, init_params
+from llama_jax.nn.products import product, turned
+from llama_jax.training import AdamW, init_state, make_train_step
+
+# Rows, inputs, outputs: each side the larger one once, and odd sizes.
+SIZES = [(12, 8, 5), (7, 3, 40), (16, 33, 4)]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_product_and_its_gradients_are_the_formula(dtype, sizes: tuple[int, int, int], transposed: bool):
+    m, i, o = sizes
+    rng = np.random.default_rng(0)
+    x, w, d_y = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((m, i), (i, o), (m, o)))
+    y, pull = jax.vjp(lambda x, w: product(x, w.T if transposed else w, transposed, jnp.float32), x, w)
+    d_x, d_w = pull(d_y.astype(jnp.float32))
+    assert (y.dtype, d_x.dtype, d_w.dtype) == (jnp.float32, dtype, dtype)
+    exact_x, exact_w, exact_d = (np.asarray(a, np.float64) for a in (x, w, d_y))
+    tolerance = 1e-5 if dtype == jnp.float32 else 2**-7
+    for found, wanted in ((y, exact_x @ exact_w), (d_x, exact_d @ exact_w.T), (d_w, exact_x.T @ exact_d)):
+        np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_turned_swaps_the_last_two(dtype):
+    x = jnp.arange(2 * 3 * 5, dtype=dtype).reshape(2, 3, 5)
+    np.testing.assert_array_equal(jax.jit(turned)(x), np.asarray(x).swapaxes(1, 2))
+    lanes = jnp.stack([x, x + 1])
+    np.testing.assert_array_equal(jax.jit(jax.vmap(turned))(lanes), np.asarray(lanes).swapaxes(2, 3))
+
+
+def test_a_step_in_bfloat16_has_no_product_of_float32(tiny_config: DecoderConfig):
+    """Of weights, attention's blocks and the head, forward and backward: XLA has the fast products for these alone."""
+    hyper = AdamW(learning_rate=1e-3, warmup_steps=0).hyper(num_steps=10)
+    state = jax.eval_shape(init_state, jax.eval_shape(lambda: init_params(tiny_config, 0)), hyper)
+    fields = {"tokens": jnp.int32, "targets": jnp.int32, "positions": jnp.int32, "segment_ids": jnp.int32}
+    batch = {name: jax.ShapeDtypeStruct((2, 16), dtype) for name, dtype in (fields | {"weights": jnp.float32}).items()}
+    step = make_train_step(tiny_config, Compute(dtype="bfloat16", attention_kernel="blockwise"))
+    text = step.lower(state, batch, hyper).as_text()
+    found = re.findall(r"stablehlo\.dot_general.* : \(tensor<[\dx]*x(\w+)>, tensor<[\dx]*x(\w+)>\)", text)
+    assert len(found) > 20
+    assert set(found) == {("bf16", "bf16")}
