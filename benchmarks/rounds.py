@@ -25,8 +25,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from llama_jax.__main__ import TUNABLES
 
 OURS = "llama_jax"
+PLAIN = "plain"
 SCRIPTS = {
     OURS: "ours.py",
+    PLAIN: "plain.py",
     "torch": "torch_transformers.py",
     "tunix": "google_tunix.py",
     "llamacpp": "llamacpp.py",
@@ -55,7 +57,7 @@ class Worker:
         hidden = ("PYTHONPATH", "VIRTUAL_ENV", "XLA_FLAGS")
         environment = {key: value for key, value in os.environ.items() if key not in hidden}
         environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-        environment |= TUNABLES if package == OURS else {}
+        environment |= TUNABLES if package in (OURS, PLAIN) else {}
         self.name = name
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the worker)
         self.process = subprocess.Popen(
@@ -178,8 +180,9 @@ def compare(
         peers[name]["compile_seconds"] = warm_up[name].seconds - statistics.median(t[name].seconds for t in done)
         if work["task"] == "decode":
             peers[name]["first_token_seconds"] = statistics.median(turns[name].first_seconds or 0 for turns in done)
-        if OURS in workers:
-            ratios = [turns[OURS].tokens_per_second / turns[name].tokens_per_second for turns in done]
+        ours = f"{OURS}-bf16" if name.endswith("-bf16") and f"{OURS}-bf16" in workers else OURS
+        if ours in workers:
+            ratios = [turns[ours].tokens_per_second / turns[name].tokens_per_second for turns in done]
             peers[name]["ours_over_this"] = statistics.median(ratios)
     details = [{name: asdict(turn) for name, turn in turns.items()} for turns in done]
     return {"work": work, "steps": steps, "same_work": difference is None, "difference": difference} | {
@@ -199,7 +202,7 @@ def show(title: str, outcome: dict, console: Console) -> None:
             name,
             f"{peer['tokens_per_second']:.0f}",
             f"{peer['slowest']:.0f} to {peer['fastest']:.0f}",
-            "" if ratio is None or name == OURS else f"{ratio:.2f}",
+            "" if ratio is None or (name.split("-")[0] == OURS and ratio == 1) else f"{ratio:.2f}",
             f"{peer['first_token_seconds'] * 1e3:.1f}" if "first_token_seconds" in peer else "",
             f"{peer['compile_seconds']:.1f}",
             "" if others is None else f"{others:.0%}",
@@ -213,10 +216,30 @@ def show(title: str, outcome: dict, console: Console) -> None:
         console.print(f"NOT the same work: {outcome['difference']}")
 
 
+def slower(outcomes: dict[str, dict], before: dict[str, dict]) -> list[str]:
+    """Return a line for each ratio to `plain` that is more than a tenth below the one of the file."""
+    lines = []
+    for work, outcome in outcomes.items():
+        for name in [name for name in outcome["peers"] if name.split("-")[0] == PLAIN]:
+            now, then = (found[work]["peers"][name]["ours_over_this"] for found in (outcomes, before))
+            if now < 0.9 * then:
+                lines.append(f"{work}: {now:.2f} times {name}, and {then:.2f} times when the file was written")
+    return lines
+
+
 def main(
-    description: str, works: dict[str, dict], steps: int, peers: list[str], variants: dict[str, dict] | None = None
+    description: str,
+    works: dict[str, dict],
+    steps: int,
+    peers: list[str],
+    variants: dict[str, dict] | None = None,
+    *,
+    plain: bool = False,
 ) -> None:
-    """Run the command line of a benchmark; exits with 1 where the peers computed different things."""
+    """Run the command line of a benchmark; exits with 1 where the peers computed different things.
+
+    `plain` adds the reference of peers/plain.py, and the options that compare the ratio to it with a file's.
+    """
     parser = argparse.ArgumentParser(
         description=description, epilog="A peer whose interpreter is not given is left out. See benchmarks/README.md."
     )
@@ -236,12 +259,15 @@ def main(
     parser.add_argument("--steps", type=int, default=steps, help=f"steps in a turn (default: {steps})")
     parser.add_argument("--num-cores", type=int, default=2, help="processors to run on (default: 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
+    if plain:
+        help = "fail where the ratio to the plain reference is more than a tenth below the one in FILE"
+        parser.add_argument("--guard", type=Path, metavar="FILE", help=help)
     args = parser.parse_args()
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     if hasattr(os, "sched_setaffinity"):  # inherited by the peers
         os.sched_setaffinity(0, sorted(cores())[: args.num_cores])
-    pythons = {} if args.without_ours else {OURS: sys.executable}
+    pythons = {} if args.without_ours else {OURS: sys.executable} | ({PLAIN: sys.executable} if plain else {})
     for name in peers:
         if python := getattr(args, f"{name}_python"):
             pythons[name] = python
@@ -250,12 +276,14 @@ def main(
     if not pythons:
         parser.error("nothing to run: give the interpreter of a peer, or leave --without-ours away")
     about = machine()
-    console.print(f"{about['processor']}, {about['cores']} cores, {about['system']}; float32; {args.rounds} rounds")
+    console.print(f"{about['processor']}, {about['cores']} cores, {about['system']}; {args.rounds} rounds")
     outcomes, chosen = {}, {name: (variants or {})[name] for name in getattr(args, "variants", ())}
     for name in args.work or works:
         outcomes[name] = compare(works[name], pythons, chosen, args.rounds, args.steps, console)
         show(name, outcomes[name], console)
     if args.json:
         args.json.write_text(json.dumps({"machine": about, "outcomes": outcomes}, indent=1) + "\n")
-    if not all(outcome["same_work"] for outcome in outcomes.values()):
+    lines = slower(outcomes, json.loads(args.guard.read_text())["outcomes"]) if plain and args.guard else []
+    console.print(*lines, sep="\n", end="\n" if lines else "")
+    if lines or not all(outcome["same_work"] for outcome in outcomes.values()):
         raise SystemExit(1)

@@ -28,6 +28,7 @@ TRAIN_STEP = {
 # Beside float32; torch's are what its users take: `torch.compile`, and autocast of the forward pass and the loss.
 TRAIN_VARIANTS = {
     "llama_jax-bf16": {"dtype": "bfloat16"},
+    "plain-bf16": {"dtype": "bfloat16"},
     "torch-compiled": {"compiled": True},
     "torch-compiled-bf16": {"compiled": True, "dtype": "bfloat16"},
 }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import re
 import statistics
 from collections.abc import Sequence
@@ -159,9 +160,34 @@ def published_table() -> str:
     )
 
 
+TRAINING = {"stories15m": "stories15M's shape, batch 8 x 256", "56m": "56M parameters, batch 4 x 512"}
+PEERS = {
+    "torch": "torch, eager",
+    "torch-compiled": "`torch.compile`",
+    "torch-compiled-bf16": "`torch.compile`",
+    "tunix": "tunix",
+}
+
+
+def training_table() -> str:
+    """Return the tokens a second of a train step that benchmarks/train_step.py measured last."""
+    measured = json.loads((ROOT / "benchmarks" / "results" / "train_step.json").read_text())["outcomes"]
+    rows = []
+    for work, what in TRAINING.items():
+        for dtype, suffix in (("float32", ""), ("bfloat16", "-bf16")):
+            peers = measured[work]["peers"]
+            cells: dict[str, str] = dict.fromkeys(PEERS.values(), "")
+            for name, heading in PEERS.items():
+                if name.endswith("-bf16") == bool(suffix):
+                    found = peers[name]
+                    cells[heading] = f"{found['tokens_per_second']:,.0f} ({found['ours_over_this']:.2f})"
+            rows.append((what, dtype, f"{peers[f'llama_jax{suffix}']['tokens_per_second']:,.0f}", *cells.values()))
+    return markdown("train step|in|llama_jax>|" + "|".join(f"{name}>" for name in dict.fromkeys(PEERS.values())), rows)
+
+
 README, PLANNING = "README.md", "docs/planning.md"
 TABLES = {
-    README: {"plans": plans_table, "published runs": published_table},
+    README: {"plans": plans_table, "published runs": published_table, "training": training_table},
     PLANNING: {"memory": memory_table, "context": context_table, "collectives": collectives_table},
 }
 

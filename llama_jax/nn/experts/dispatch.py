@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llama_jax.nn.attention.context import unzigzag, zigzag
 from llama_jax.nn.base import PyTree
 from llama_jax.nn.parameters import gather
+from llama_jax.nn.products import product, turned
 from llama_jax.parallel import axes_of, mesh_axis_sizes, platform, shard, spec
 
 AXIS = "expert"
@@ -145,7 +146,7 @@ def _apply_local(
         slot = (own * b + jnp.arange(b)[:, None, None]) * capacity + choice["rank"]
         num_slots = here * b * capacity
         slot = jnp.where(own < here, slot, num_slots).reshape(-1)
-        product: Product = functools.partial(jnp.einsum, "eci,eio->eco")
+        product: Product = _of_each
     else:
         slot, num_slots, product = _sorted_slots(own.reshape(-1), here)
     assignment = jnp.full(num_slots, slot.size).at[slot].set(jnp.arange(slot.size), mode="drop", unique_indices=True)
@@ -248,6 +249,11 @@ def _combine_backward(assignment, d_picked):
 _combine.defvjp(_combine_forward, _combine_backward)
 
 
+def _of_each(rows: jax.Array, w: jax.Array) -> jax.Array:
+    """Multiply every expert's rows with its matrix: [E, C, I] x [E, I, O] -> [E, C, O]."""
+    return jax.vmap(lambda rows, w: product(rows, w, False, None))(*_alike(rows, w))
+
+
 @jax.custom_vjp
 def _blocked(rows: jax.Array, w: jax.Array, of_block: jax.Array, ends: jax.Array) -> jax.Array:
     """Multiply each block of rows with its expert's matrix: [blocks * M, I] x [E, I, O] -> [blocks * M, O].
@@ -279,11 +285,12 @@ def _blocked_backward(residuals, d_out):
 
     def of_expert(expert, d_w):
         def add(i, total):
-            return total + jnp.einsum("mi,mo->io", _block(rows, i, size), _block(d_out, i, size))
+            part = jnp.dot(turned(_block(rows, i, size)), _block(d_out, i, size), preferred_element_type=jnp.float32)
+            return total + part
 
-        total = _zeros_like(w.shape[1:], rows)
         first = jnp.where(expert > 0, ends[expert - 1], 0)
-        return jax.lax.dynamic_update_index_in_dim(d_w, jax.lax.fori_loop(first, ends[expert], add, total), expert, 0)
+        total = jax.lax.fori_loop(first, ends[expert], add, _zeros_like(w.shape[1:], rows, jnp.float32))
+        return jax.lax.dynamic_update_index_in_dim(d_w, total.astype(d_w.dtype), expert, 0)
 
     d_w = _zeros_like(w.shape, rows)
     d_w = jax.lax.fori_loop(0, w.shape[0], of_expert, d_w)
@@ -297,6 +304,6 @@ def _block(rows, i, size):
     return jax.lax.dynamic_slice_in_dim(rows, i * size, size)
 
 
-def _zeros_like(shape, rows):
+def _zeros_like(shape, rows, dtype=None):
     """Return zeros that vary over the same mesh axes as `rows`: a loop's carry has to keep its type."""
-    return _alike(jnp.zeros(shape, rows.dtype), rows)[0]
+    return _alike(jnp.zeros(shape, dtype or rows.dtype), rows)[0]
