@@ -46,7 +46,7 @@ def model(kind: str, base: DecoderConfig) -> ModelConfig:
     if kind == "decoder":
         return dataclasses.replace(base, attention=attention, feed_forward=mlp, dropout=RATE)
     if kind == "adapters":
-        return dataclasses.replace(base, adapters=LoRA(rank=2, targets=("all-linear",), dropout=RATE))
+        return dataclasses.replace(base, adapters=LoRA(rank=2, alpha=2.0, targets=("all-linear",), dropout=RATE))
     experts = Experts(4, 8, SwitchRouter(jitter=0.3), "silu", gated=True, load_balance_loss=0.1)
     return dataclasses.replace(base, feed_forward=experts, dropout=RATE)
 
@@ -86,5 +86,5 @@ def test_a_step_with_dropout_is_that_of_one_device(
         found = run(mesh, context=context, seed=0)
         assert found.keys() == expected.keys()
         for name, value in expected.items():
-            limit = 1e-5 * np.abs(value).max()
+            limit = 1e-5 * np.abs(value).max() + 1e-7  # a bias of keys moves no softmax: its gradient is rounding
             np.testing.assert_allclose(found[name], value, rtol=0, atol=limit, err_msg=f"{name} on {mesh}")
