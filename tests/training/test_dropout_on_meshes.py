@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+from llama_jax.config import override
 from llama_jax.models import Compute, DecoderConfig, ModelConfig, abstract_params, frozen
 from llama_jax.nn import MLP, Experts, LoRA, SwitchRouter
 from llama_jax.parallel import make_mesh
@@ -39,9 +41,15 @@ def batch() -> dict[str, np.ndarray]:
 def model(kind: str, base: DecoderConfig) -> ModelConfig:
     """Return a model that draws for embeddings, attention weights, feed-forwards, routers or adapters."""
     if kind == "encoder":
-        sizes = {"vocab_size": 40, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "intermediate_size": 24}
+        sizes: dict[str, Any] = {
+            "vocab_size": 40,
+            "hidden_size": 16,
+            "num_layers": 2,
+            "num_heads": 4,
+            "intermediate_size": 24,
+        }
         return encoder(**sizes, max_positions=LENGTH, eps=1e-12, dropout=RATE, attention_dropout=RATE)
-    attention = dataclasses.replace(base.attention, dropout=RATE)
+    attention = override(base.attention, {"dropout": RATE})
     mlp = MLP(24, "gelu", bias=True, dropout=RATE)
     if kind == "decoder":
         return dataclasses.replace(base, attention=attention, feed_forward=mlp, dropout=RATE)
@@ -52,7 +60,7 @@ def model(kind: str, base: DecoderConfig) -> ModelConfig:
 
 
 def step(
-    config: ModelConfig, values: dict[str, jax.Array], mesh: dict[str, int], *, parts: int, context: str, seed: int
+    config: ModelConfig, values: dict[str, jax.Array], mesh: dict[str, int], *, parts: int, context: Any, seed: int
 ) -> dict[str, np.ndarray]:
     """Return the metrics and, by parameter, the gradient of one step on a mesh; {} is one device."""
     hyper = OPTIMIZER.hyper(10, seed)
