@@ -48,11 +48,11 @@ from llama_jax.nn.base import (
     PyTree as PyTree,
     check_at_least as check_at_least,
     check_rate as check_rate,
-    dropout as dropout,
     record as record,
     recording as recording,
 )
 from llama_jax.nn.delta import GatedDeltaNet as GatedDeltaNet
+from llama_jax.nn.draws import draw as draw, dropout as dropout
 from llama_jax.nn.experts.experts import Experts as Experts, ExpertsModule as ExpertsModule
 from llama_jax.nn.experts.routers import (
     GShardRouter as GShardRouter,

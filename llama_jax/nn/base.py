@@ -1,4 +1,4 @@
-"""Masks, the context of a forward pass, dropout, and the base classes of the pieces of a model."""
+"""Masks, the context of a forward pass, and the base classes of the pieces of a model."""
 
 import contextlib
 import contextvars
@@ -15,7 +15,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.config import Component, Known, UserError
-from llama_jax.parallel import spec
 
 type Recorder = Callable[[str, Any], None]
 
@@ -152,23 +151,6 @@ def record(name: str, value: Callable[[], Any]) -> None:
     """Give `value()`, of the trace under way, to those who look inside the model; do nothing where nobody does."""
     if (recorder := _recorder.get()) is not None:
         recorder(name, value())
-
-
-def dropout(
-    x: Float[Array, "b *rest"],
-    rate: float,
-    ctx: ForwardContext,
-    name: str,
-    axes: tuple[str | None, ...] = ("batch", "sequence", None),
-) -> Float[Array, "b *rest"]:
-    """Zero each number at this rate and scale up the others (Srivastava et al. 2014); do nothing outside of training.
-
-    `name` tells it from the layer's other dropouts; `axes` are the logical axes of x's dimensions.
-    """
-    if rate == 0 or ctx.dropout_key is None:
-        return x
-    keep = jax.random.bernoulli(ctx.random_key(name), 1 - rate, x.shape, out_sharding=spec(*axes, shape=x.shape))
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
 def check_rate(name: str, rate: float) -> None:

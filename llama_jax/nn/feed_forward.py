@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from llama_jax.nn.base import FeedForward, FeedForwardModule, ForwardContext, check_at_least, check_rate, dropout
+from llama_jax.nn.base import FeedForward, FeedForwardModule, ForwardContext, check_at_least, check_rate
+from llama_jax.nn.draws import dropout
 from llama_jax.nn.parameters import Projection, child, joined_products
 
 Activation = Literal["relu", "relu_squared", "gelu", "gelu_tanh", "quick_gelu", "silu", "tanh"]

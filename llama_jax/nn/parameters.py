@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from llama_jax.config import UserError
 from llama_jax.nn.adapters import LoRA, current_context
-from llama_jax.nn.base import dropout
+from llama_jax.nn.draws import dropout
 from llama_jax.nn.products import product
 from llama_jax.nn.quantized import Form, multiplied
 from llama_jax.parallel import axes_of, fitting, mesh_axis_sizes, reshape, shard, spec

@@ -46,7 +46,7 @@ def stored(config: Experts) -> nnx.State:
     return init()
 
 
-def run(config: Experts, random: bool, rows: int = ROWS):
+def run(config: Experts, rows: int = ROWS):
     """Output, auxiliary arrays and gradients by path on the current mesh, of rows with padding at their end."""
     graphdef = nnx.split(nnx.eval_shape(lambda: config.build(WIDTH, rngs=nnx.Rngs(params=0))))[0]
     rng = np.random.default_rng(1)
@@ -59,7 +59,7 @@ def run(config: Experts, random: bool, rows: int = ROWS):
     def f(params, rest, x, segments, direction, key):
         def loss(params, x):
             module = nnx.merge(graphdef, params, rest)
-            ctx = context_of(segment_ids=segments, dropout_key=key if random else None)
+            ctx = context_of(segment_ids=segments, dropout_key=key if config.needs_rng else None)
             y, aux = module(x, ctx=ctx)
             return (y * direction).sum() + sum(v for k, v in aux.items() if "loss" in k), (y, aux)
 
@@ -81,8 +81,8 @@ def assert_same(found, expected) -> None:
 
 
 @functools.cache
-def of_one_device(kind: str, random: bool) -> dict[str, jax.Array]:
-    return run(KINDS[kind], random)[0]
+def of_one_device(kind: str) -> dict[str, jax.Array]:
+    return run(KINDS[kind])[0]
 
 
 # Quickly: each mesh with one kind, each kind on one mesh.
@@ -97,20 +97,18 @@ CASES = [
 def test_eight_devices_are_one(kind: str, name: str):
     config = KINDS[kind]
     with jax.set_mesh(make_mesh(MESHES[name])):
-        # Where the sequence is split, numbers are drawn in its zigzag order: other ones.
-        random = config.needs_rng and "context" not in name
-        found, params = run(config, random)
+        found, params = run(config)
         sizes = MESHES[name]
         up = params["experts"]["up_proj"]["weight"][...]
         parts = sizes["expert"] * sizes.get("fsdp", 1) * sizes.get("tensor", 1)
         assert up.addressable_shards[0].data.size * parts == up.size
         assert "expert" in axes_of(jax.eval_shape(lambda: shard(jnp.zeros((ROWS, LENGTH)), "batch", "sequence")))[0]
-    assert_same(found, of_one_device(kind, random))
+    assert_same(found, of_one_device(kind))
 
 
 @pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
 def test_one_row_that_is_whole_on_every_device(dispatch: str):
     config = dataclasses.replace(KINDS["dropless"], dispatch=dispatch)
-    expected, _ = run(config, False, rows=1)
+    expected, _ = run(config, rows=1)
     with jax.set_mesh(make_mesh({"expert": 2, "fsdp": 2, "tensor": 2})):
-        assert_same(run(config, False, rows=1)[0], expected)
+        assert_same(run(config, rows=1)[0], expected)

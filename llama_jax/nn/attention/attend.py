@@ -22,6 +22,7 @@ from llama_jax.config import UserError
 from llama_jax.nn.attention import blockwise, context
 from llama_jax.nn.attention.blockwise import Sinks
 from llama_jax.nn.base import ForwardContext, Mask, record, recording
+from llama_jax.nn.draws import kept
 from llama_jax.parallel import fitting, mesh_axis_sizes, platform, replicate, shard, spec
 
 LANES = 128  # numbers in the last dimension of a TPU's vector registers
@@ -334,9 +335,7 @@ def attend(
         kernel = functools.partial(kernel, softcap=softcap, dropout=dropout)
         if dropout and ctx.dropout_key is not None:
             shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[2])
-            split = spec("batch", "heads", None, None, shape=shape)
-            key = ctx.random_key("attention weights")
-            tables["keep"] = jax.random.bernoulli(key, 1 - dropout, shape, out_sharding=split)
+            tables["keep"] = kept(dropout, ctx, "attention weights", shape, ("batch", "heads", None, None))
     if not mesh_axis_sizes():
         return kernel(q, k, v, mask, **tables)
     if not _is_split(q, k, mask):

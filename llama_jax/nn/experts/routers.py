@@ -1,6 +1,7 @@
 """The choice of a token's experts and of their gates, computed in float32."""
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -10,8 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.config import Known, UserError
 from llama_jax.nn.base import ForwardContext, Piece, check_at_least, check_rate
+from llama_jax.nn.draws import draw
 from llama_jax.nn.parameters import buffer, cast_and_gather, matmul, parameter
-from llama_jax.parallel import reshape, spec
+from llama_jax.parallel import reshape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +130,8 @@ class _JitteredRouter(LinearRouter):
         x = x.astype(jnp.float32)
         if self.config.jitter > 0 and ctx.dropout_key is not None:
             low, high = 1 - self.config.jitter, 1 + self.config.jitter
-            key, split = ctx.random_key("jitter"), spec("batch", "sequence", None, shape=x.shape)
-            x = x * jax.random.uniform(key, x.shape, jnp.float32, low, high, out_sharding=split)
+            factors = functools.partial(jax.random.uniform, dtype=jnp.float32, minval=low, maxval=high)
+            x = x * draw(factors, ctx, "jitter", x.shape, ("batch", "sequence", None))
         return super().__call__(x, ctx=ctx)
 
 
@@ -156,10 +158,8 @@ class GShardRouter(Router):
         gates /= gates.sum(-1, keepdims=True)
         sent = None
         if ctx.dropout_key is not None:
-            shape = gates.shape[:2]
-            split = spec("batch", "sequence", shape=shape)
-            draw = jax.random.uniform(ctx.random_key("second"), shape, out_sharding=split)
-            sent = jnp.stack([jnp.ones_like(draw, bool), draw < 2 * gates[..., 1]], -1)
+            drawn = draw(jax.random.uniform, ctx, "second", gates.shape[:2], ("batch", "sequence"))
+            sent = jnp.stack([jnp.ones_like(drawn, bool), drawn < 2 * gates[..., 1]], -1)
         return Routing(experts, gates, logits, probabilities, counted=1, sent=sent)
 
 
