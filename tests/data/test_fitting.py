@@ -1,5 +1,7 @@
 """Rows hold every token exactly once, none is too long, and best fit wastes no more than cutting."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -89,6 +91,39 @@ def test_best_fit_fills_what_fits():
     assert len(cut.rows) - 1 == 3
     # Examples of 6 to 2: with 3 in the roomier of the rows that take it, 2 would need a third row.
     assert len(planned(make_shard([5, 4, 3, 2, 1]), Causal(), "best_fit", (10,)).rows) - 1 == 2
+
+
+def best_fit(pieces: list[tuple[int, int]], length: int) -> list[list[tuple[int, int]]]:
+    """Rows of pieces (start, size) by the definition: one piece after another, and all rows looked at for each."""
+    rows: list[list[int]] = []
+    changed: list[tuple[int, int]] = []  # by row: the room that is left, and minus the number of the last change
+    for number, piece in sorted(enumerate(pieces), key=lambda item: -item[1][1]):
+        needed = piece[1] - 1  # a causal example's first token is no target
+        fitting = [row for row, (room, _) in enumerate(changed) if room >= needed]
+        row = min(fitting, key=lambda row: changed[row], default=len(rows))
+        if row == len(rows):
+            rows.append([])
+            changed.append((length, 0))
+        rows[row].append(number)
+        changed[row] = changed[row][0] - needed, -sum(map(len, rows))
+    return [[pieces[number] for number in sorted(row)] for row in rows]
+
+
+@given(
+    sizes=st.one_of(
+        st.lists(st.integers(0, 70), max_size=80), st.lists(st.sampled_from([0, 1, 2, 3, 5, 8, 9, 60]), max_size=200)
+    ),
+    length=st.integers(1, 40),
+)
+@settings(max_examples=300, deadline=None)
+def test_best_fit_is_its_definition(sizes: list[int], length: int):
+    plan = planned(make_shard(sizes), Causal(), "best_fit", (length,))
+    pieces: list[tuple[int, int]] = []
+    for start, size in zip(make_shard(sizes).documents.tolist(), sizes, strict=True):
+        places = range(start, start + size + SPECIAL - 1, length)
+        pieces += [(place, min(length + 1, start + size + SPECIAL - place)) for place in places]
+    found = [list(map(tuple, plan.pieces[a:b].tolist())) for a, b in itertools.pairwise(plan.rows.tolist())]
+    assert found == best_fit(pieces, length)
 
 
 @pytest.mark.parametrize("packing", ["cut", "best_fit"])

@@ -1,5 +1,6 @@
 """Documents fitted into rows: the pieces that share each row."""
 
+import bisect
 import dataclasses
 from collections.abc import Sequence
 
@@ -78,9 +79,8 @@ def fit_rows(
         useful = (lengths <= np.array(capacity)[:, None]).all(0) & (lengths > 0).all(0)
         pieces, lengths = np.stack([starts, ends - starts], axis=1)[useful], lengths[:, useful]
         row_of = _next_fit(lengths, capacity) if packing == "cut" else _best_fit(lengths, capacity)
-    order = np.argsort(row_of, kind="stable")
-    num_rows = int(row_of.max(initial=-1)) + 1
-    rows = np.searchsorted(row_of[order], np.arange(num_rows + 1))
+    rows = np.append(0, np.cumsum(np.bincount(row_of)))
+    order = np.argsort(row_of.astype(np.min_scalar_type(len(rows))), kind="stable")  # of 16 bits, it is a radix sort
     return RowIndex(pieces[order], rows, num_tokens=int(lengths.sum()), num_dropped=int((~useful).sum()))
 
 
@@ -161,6 +161,8 @@ def _next_fit(lengths: np.ndarray, capacity: tuple[int, ...]) -> np.ndarray:
 
 def _best_fit(lengths: np.ndarray, capacity: tuple[int, ...]) -> np.ndarray:
     """Return the row of each example: the longest first, each into the row that it leaves the least room in."""
+    if len(capacity) == 1:
+        return _best_fit_by_length(lengths[0], capacity[0])
     shares = lengths / np.array(capacity)[:, None]
     order = np.argsort(-shares.max(0), kind="stable")
     # Rows are looked up by the room in the stream that will be full first.
@@ -192,6 +194,46 @@ def _best_fit(lengths: np.ndarray, capacity: tuple[int, ...]) -> np.ndarray:
         rooms |= 1 << (room - size)
         row_of[piece] = row
     return row_of
+
+
+def _best_fit_by_length(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """Return the row of each example as `_best_fit` does, where rows have one stream: all of a length at once.
+
+    A row that takes an example is the fullest with room for the next one of this length, while it has that room. Of
+    rows with equal room, the last that came to have it is taken first.
+    """
+    counts = np.bincount(lengths)
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms: list[int] = []  # ascending, those that `by_room` has rows of
+    row_of: list[int] = []  # of the examples from the longest on
+    num_rows = 0
+    for size in np.flatnonzero(counts)[::-1].tolist():
+        count = int(counts[size])
+        while count:
+            place = bisect.bisect_left(rooms, size)
+            room = rooms[place] if place < len(rooms) else capacity
+            each = min(room // size, count) if size else count  # examples that a row takes
+            wanted = -(-count // each)
+            if place < len(rooms):
+                taken = by_room[room][: -wanted - 1 : -1]
+                del by_room[room][-wanted:]
+                if not by_room[room]:
+                    del rooms[place]
+            else:
+                taken = list(range(num_rows, num_rows + wanted))
+                num_rows += wanted
+            placed = min(count, each * len(taken))
+            full, last = divmod(placed, each)
+            row_of += taken if each == 1 else [row for row in taken for _ in range(each)][:placed]
+            for rows, left in ((taken[:full], room - each * size), (taken[full:], room - last * size)):
+                if rows:
+                    if not by_room[left]:
+                        bisect.insort(rooms, left)
+                    by_room[left] += rows
+            count -= placed
+    result = np.empty(len(lengths), np.int64)
+    result[np.argsort((capacity - lengths).astype(np.min_scalar_type(capacity)), kind="stable")] = row_of
+    return result
 
 
 def _takes(rows: list[int], others: list[list[int]], sizes: list[int]) -> int | None:
