@@ -1,6 +1,5 @@
 """The plan of rows is the same bytes by any number of processes, after any kill, and after parts were lost."""
 
-import itertools
 import shutil
 import signal
 import subprocess

@@ -167,20 +167,22 @@ def _best_fit(lengths: np.ndarray, capacity: tuple[int, ...]) -> np.ndarray:
     order = np.argsort(-shares.max(0), kind="stable")
     # Rows are looked up by the room in the stream that will be full first.
     streams = np.argsort(-shares.sum(1), kind="stable")
-    lengths, capacity = lengths[streams], tuple(capacity[i] for i in streams)
+    first, second = (capacity[i] for i in streams)
     row_of = np.zeros(lengths.shape[1], np.int64)
-    by_room: list[list[int]] = [[] for _ in range(capacity[0] + 1)]
+    by_room: list[list[int]] = [[] for _ in range(first + 1)]
     rooms = 0  # bit r is set where `by_room[r]` has rows: the least room that suffices is the lowest bit of a shift
-    others: list[list[int]] = []  # room in the other streams, by row
-    for piece, (size, *sizes) in zip(order.tolist(), lengths.T[order].tolist(), strict=True):
-        row, room = len(others), capacity[0]
+    others: list[int] = []  # room in the other stream, by row
+    for piece, size, other in zip(order.tolist(), *lengths[np.ix_(streams, order)].tolist(), strict=True):
+        row, room = len(others), first
         enough = rooms >> size << size
         for _ in range(MAX_TRIES):
             if not enough:
                 break
             lowest = enough & -enough
             candidates = by_room[lowest.bit_length() - 1]
-            place = _takes(candidates, others, sizes)
+            last = len(candidates) - 1
+            tried = range(last, max(last - MAX_TRIES, -1), -1)
+            place = next((place for place in tried if others[candidates[place]] >= other), None)
             if place is not None:
                 row, room = candidates.pop(place), lowest.bit_length() - 1
                 if not candidates:
@@ -188,8 +190,8 @@ def _best_fit(lengths: np.ndarray, capacity: tuple[int, ...]) -> np.ndarray:
                 break
             enough ^= lowest
         if row == len(others):
-            others.append(list(capacity[1:]))
-        others[row] = _left(others[row], sizes)
+            others.append(second)
+        others[row] -= other
         by_room[room - size].append(row)
         rooms |= 1 << (room - size)
         row_of[piece] = row
@@ -234,11 +236,3 @@ def _best_fit_by_length(lengths: np.ndarray, capacity: int) -> np.ndarray:
     result = np.empty(len(lengths), np.int64)
     result[np.argsort((capacity - lengths).astype(np.min_scalar_type(capacity)), kind="stable")] = row_of
     return result
-
-
-def _takes(rows: list[int], others: list[list[int]], sizes: list[int]) -> int | None:
-    """Return the index in `rows` of one of the last few that takes these sizes in its other streams."""
-    for place in range(len(rows) - 1, max(len(rows) - 1 - MAX_TRIES, -1), -1):
-        if all(a >= b for a, b in zip(others[rows[place]], sizes, strict=True)):
-            return place
-    return None
