@@ -136,15 +136,12 @@ def test_best_fit_is_its_definition(sizes: list[int], length: int):
 @given(pairs=st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), max_size=MAX_TRIES))
 @settings(max_examples=200, deadline=None)
 def test_best_fit_of_pairs_is_its_definition(pairs: list[tuple[int, int]]):
-    plan = planned(
-        make_shard([a + b for a, b in pairs], [a for a, _ in pairs]),
-        ParallelText(source_length=70),
-        "best_fit",
-        (80, 70),
-    )
-    starts = np.cumsum([0, *(a + b + SPECIAL for a, b in pairs)])[:-1] + 1
+    shard = make_shard([a + b for a, b in pairs], [a for a, _ in pairs])
+    plan = planned(shard, ParallelText(source_length=70), "best_fit", (80, 70))
     expected = best_fit([(b + 1, a + 1) for a, b in pairs], (80, 70))
-    assert plan.pieces.tolist() == [[starts[number], sum(pairs[number])] for row in expected for number in row]
+    assert plan.pieces.tolist() == [
+        [shard.documents[number] + 1, sum(pairs[number])] for row in expected for number in row
+    ]
     assert np.diff(plan.rows).tolist() == list(map(len, expected))
 
 

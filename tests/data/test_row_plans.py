@@ -1,20 +1,28 @@
 """The plan of rows is the same bytes by any number of processes, after any kill, and after parts were lost."""
 
+import functools
+import io
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from llama_jax.config import override
 from llama_jax.data import Corpus, DataConfig, Vocabulary, prepare_corpus
 from llama_jax.data.objectives import Causal, SpanCorruption
 from llama_jax.data.readers import records
 from llama_jax.data.rows import packing
 from llama_jax.data.rows.fitting import fit_rows
 from llama_jax.data.rows.packing import PART, Packer
+from llama_jax.run import Run, RunConfig, preparing
+from llama_jax.screen import Bar
 from llama_jax.tokenizers import train_tokenizer
 
 OBJECTIVES = [Causal(), SpanCorruption(source_length=20, start_token="bos")]
@@ -136,12 +144,10 @@ packer = Packer(Causal(), "best_fit", Vocabulary.of(load_tokenizer(sys.argv[2]))
 def progress(done, total):
     if done:
         os.kill(os.getpid(), signal.SIGKILL)
-def slow_work(packer, directory, config):
+def slow_work(*args, work=packing._part_work):
     import time
-    from llama_jax.data import Corpus
-    corpus = Corpus(directory, config)
-    # Slow, so that the parent is killed before all parts are written.
-    return lambda _, part, __: (time.sleep(0.5), packer.write_part(corpus, *part))
+    make = work(*args)
+    return lambda *job: (time.sleep(0.5), make(*job))  # so that the parent is killed before all parts are written
 packing._part_work = slow_work
 packer.write(corpus, num_workers=int(sys.argv[3]), progress=progress)
 """
@@ -176,3 +182,16 @@ def test_a_plan_that_was_killed_goes_on(corpus, monkeypatch: pytest.MonkeyPatch,
     packers[0].write(corpus, num_workers=1)
     assert len(fitted) == PARTS - len(finished)
     assert files_of(corpus) == expected
+
+
+def test_a_terminal_shows_a_bar_for_each_work(run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = io.StringIO()
+    console = Console(width=80, force_terminal=True, file=file, color_system=None)
+    monkeypatch.setattr(preparing, "Bar", functools.partial(Bar, console=console))
+    config = override(run_config, {"data.packing": "best_fit", "data.cache_dir": str(tmp_path / "cache")})
+    preparing.prepare(Run(tmp_path, config), config.mesh, 8)
+    (corpus,) = (Corpus(index.parent, config.data) for index in tmp_path.rglob("index.json"))
+    total = sum(corpus.num_documents.values())
+    shown = [line for line in re.split(r"[\r\n]", file.getvalue()) if " in " in line]
+    assert [line.split("  ")[0].split("\x1b")[0] for line in shown] == ["tokenizing", "planning rows"]
+    assert f" {total}/{total} " in shown[-1]

@@ -90,37 +90,38 @@ class Packer:
             for file in missing.values():
                 if file.exists():
                     print(f"'{file}' is damaged: it is made again", file=sys.stderr)
-            self._write_parts(corpus, list(missing), num_workers, progress)
+            self._write_parts(corpus, directory, list(missing), num_workers, progress)
             for split, file in missing.items():
                 write_text(file, sealed(self._write(corpus, directory, split)))
             for leftover in (*directory.glob(f"*{PART}"), *directory.glob(f".*{PARTIAL}*")):
                 leftover.unlink(missing_ok=True)
 
     def _write_parts(
-        self, corpus: Corpus, splits: Sequence[Split], num_workers: int | None, progress: Callable[[int, int], None]
+        self,
+        corpus: Corpus,
+        directory: Path,
+        splits: Sequence[Split],
+        num_workers: int | None,
+        progress: Callable[[int, int], None],
     ) -> None:
         """Write the parts of these splits' indexes that are not there, each that of a shard."""
         sizes = {(split, n): len(s.documents) for split in splits for n, s in enumerate(getattr(corpus, split).shards)}
-        missing = [part for part in sizes if not self.part_file(corpus, *part).exists()]
+        missing = [part for part in sizes if not _part_file(directory, *part).exists()]
         jobs = {number: (part, sizes[part]) for number, part in enumerate(missing)}
         total, left = sum(sizes.values()), sum(size for _, size in jobs.values())
         num_workers = min(num_workers or min(os.cpu_count() or 1, left // WORTH_A_PROCESS), len(jobs))
         progress(total - left, total)  # the first part may take long
         if num_workers > 1:
-            start = functools.partial(_part_work, self, corpus.directory, corpus.config)
+            start = functools.partial(_part_work, self, directory, corpus.directory, corpus.config)
             make_in_processes("rows", jobs, start, num_workers, lambda done: progress(total - left + done, total))
             return
         for part, size in jobs.values():
-            self.write_part(corpus, *part)
+            self.write_part(directory, corpus, *part)
             left -= size
             progress(total - left, total)
 
-    def part_file(self, corpus: Corpus, split: Split, number: int) -> Path:
-        """Return the file of the rows of a split's shard `number`, until the whole index is written."""
-        return self.directory(corpus) / f"{split}-{number:05}{PART}"
-
-    def write_part(self, corpus: Corpus, split: Split, number: int) -> None:
-        """Fit the documents of a split's shard `number` into rows and write them."""
+    def write_part(self, directory: Path, corpus: Corpus, split: Split, number: int) -> None:
+        """Fit the documents of a split's shard `number` into rows and write these to a file in `directory`."""
         index = self._fit(getattr(corpus, split).shards[number])
         content = index.pieces.astype("<i8").tobytes() + index.rows.astype("<i8").tobytes()
         header = {
@@ -130,20 +131,8 @@ class Packer:
             "num_tokens": index.num_tokens,
             "num_dropped": index.num_dropped,
         }
-        with replacing(self.part_file(corpus, split, number)) as partial:
+        with replacing(_part_file(directory, split, number)) as partial:
             partial.write_bytes(sealed(header).encode() + b"\n" + content)
-
-    def _read_part(self, corpus: Corpus, split: Split, number: int) -> RowIndex | None:
-        """Return what `write_part` has written; None where it is missing, damaged or of another corpus."""
-        try:
-            header, content = self.part_file(corpus, split, number).read_bytes().split(b"\n", 1)
-            counts = unsealed(header.decode())
-            if (counts["corpus"], counts["checksum"]) != (corpus.content_hash, xxhash.xxh3_128_hexdigest(content)):
-                return None
-            pieces, rows = np.split(np.frombuffer(content, "<i8"), [2 * counts["num_pieces"]])
-            return RowIndex(pieces.reshape(-1, 2), rows, counts["num_tokens"], counts["num_dropped"])
-        except (OSError, ValueError, KeyError, RecursionError):
-            return None
 
     def _fit(self, shard: Shard) -> RowIndex:
         before, after = self.vocabulary.num_special
@@ -173,7 +162,7 @@ class Packer:
 
             write("rows", np.zeros(1))
             for number, (shard, start) in enumerate(zip(stream.shards, stream.starts, strict=False)):
-                index = self._read_part(corpus, split, number) or self._fit(shard)
+                index = _read_part(_part_file(directory, split, number), corpus) or self._fit(shard)
                 write("pieces", index.pieces + np.array([start, 0]))
                 write("rows", index.rows[1:] + counts["num_pieces"])
                 counts["num_rows"] += len(index.rows) - 1
@@ -193,9 +182,27 @@ class Packer:
         return RowIndex(pieces, rows, counts["num_tokens"], counts["num_dropped"], blocks)
 
 
-def _part_work(packer: Packer, directory: Path, config: DataConfig) -> Work[tuple[Split, int]]:
-    corpus = Corpus(directory, config)
-    return lambda _, part, __: packer.write_part(corpus, *part)
+def _part_work(packer: Packer, directory: Path, corpus: Path, config: DataConfig) -> Work[tuple[Split, int]]:
+    opened = Corpus(corpus, config)
+    return lambda _, part, __: packer.write_part(directory, opened, *part)
+
+
+def _part_file(directory: Path, split: Split, number: int) -> Path:
+    """Return the file of the rows of a split's shard `number`, until the whole index is written."""
+    return directory / f"{split}-{number:05}{PART}"
+
+
+def _read_part(file: Path, corpus: Corpus) -> RowIndex | None:
+    """Return what `write_part` has written; None where it is missing, damaged or of another corpus."""
+    try:
+        header, content = file.read_bytes().split(b"\n", 1)
+        counts = unsealed(header.decode())
+        if (counts["corpus"], counts["checksum"]) != (corpus.content_hash, xxhash.xxh3_128_hexdigest(content)):
+            return None
+        pieces, rows = np.split(np.frombuffer(content, "<i8"), [2 * counts["num_pieces"]])
+        return RowIndex(pieces.reshape(-1, 2), rows, counts["num_tokens"], counts["num_dropped"])
+    except (OSError, ValueError, KeyError, RecursionError):
+        return None
 
 
 def _map(file: Path, count: int) -> np.ndarray:
