@@ -37,11 +37,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     for number in range(4):
         (folder / f"{number}.jsonl").write_text("".join(f'{{"text": "{t}"}}\n' for t in texts[number::4]))
     names = {name for objective in OBJECTIVES for name in objective.special_tokens()}
-    tokenizer = train_tokenizer(texts, vocab_size=300 + len(names), special_tokens=sorted(names))
+    tokenizer = train_tokenizer(texts, vocab_size=271 + len(names), special_tokens=sorted(names))
     tokenizer.save(folder / "tokenizer")
     config = DataConfig(path=(f"{folder}/*.jsonl",), validation_fraction=0.2, cache_dir=str(folder / "cache"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "SHARD_BYTES", 1)
+        patch.setattr(records, "SHARD_BYTES", min(file.stat().st_size for file in folder.glob("*.jsonl")))
         made = prepare_corpus(config, tokenizer, num_workers=1)
     assert len(made.train.shards) + len(made.validation.shards) == PARTS
     packers[:] = [Packer(objective, "best_fit", Vocabulary.of(tokenizer), 24) for objective in OBJECTIVES]
@@ -175,9 +175,7 @@ def test_a_plan_that_was_killed_goes_on(corpus, monkeypatch: pytest.MonkeyPatch,
         time.sleep(0.5)
     finished = [name for name in before if name.endswith(PART) and not name.startswith(".")]
     assert 1 <= len(finished) < PARTS
-    (corpus.directory / "rows" / os.listdir(corpus.directory / "rows")[0] / ".train-00000.part.partial-0").write_text(
-        ""
-    )
+    (packers[0].directory(corpus) / f".train-00000{PART}.partial-0").write_text("left")
     fitted = counted(monkeypatch)
     packers[0].write(corpus, num_workers=1)
     assert len(fitted) == PARTS - len(finished)
@@ -192,6 +190,6 @@ def test_a_terminal_shows_a_bar_for_each_work(run_config: RunConfig, tmp_path: P
     preparing.prepare(Run(tmp_path, config), config.mesh, 8)
     (corpus,) = (Corpus(index.parent, config.data) for index in tmp_path.rglob("index.json"))
     total = sum(corpus.num_documents.values())
-    shown = [line for line in re.split(r"[\r\n]", file.getvalue()) if " in " in line]
-    assert [line.split("  ")[0].split("\x1b")[0] for line in shown] == ["tokenizing", "planning rows"]
-    assert f" {total}/{total} " in shown[-1]
+    shown = re.findall(r"(tokenizing|planning rows)  \S+ +(\d+)/(\d+)  in", file.getvalue())
+    assert [work for work, *_ in shown] == ["tokenizing", "planning rows"]
+    assert shown[-1][1:] == (str(total), str(total))
