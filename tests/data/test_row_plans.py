@@ -154,11 +154,12 @@ packer.write(corpus, num_workers=int(sys.argv[3]), progress=progress)
 
 
 @pytest.mark.slow
-def test_processes_write_the_same_plan(corpus, packer):
-    expected = written(corpus, packer)
-    steps = []
+def test_processes_write_the_same_plan(corpus, packer, monkeypatch: pytest.MonkeyPatch):
+    expected, steps = written(corpus, packer), []
+    fitted = counted(monkeypatch)  # in this process
     packer.write(corpus, num_workers=2, progress=lambda *step: steps.append(step))
     assert files_of(corpus) == expected
+    assert not fitted
     assert steps == sorted(steps)
     assert steps[-1][0] == steps[-1][1] == sum(corpus.num_documents.values())
 

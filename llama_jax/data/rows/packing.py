@@ -28,7 +28,7 @@ from llama_jax.files import PARTIAL, lock, replacing, sealed, unsealed, write_te
 KINDS = ("pieces", "rows")  # of an index's arrays
 FORMAT = 1  # of an index's files; part of their directory's name
 PART = ".part"  # ends the names of files of one shard's rows, which are there until the index is
-WORTH_A_PROCESS = 1 << 20  # documents whose planning takes about as long as a process needs to start
+WORTH_A_PROCESS = 1 << 21  # documents whose planning takes about as long as a process needs to start
 SOURCE = "source_"  # begins the names of fields of the source
 
 
@@ -105,7 +105,9 @@ class Packer:
         progress: Callable[[int, int], None],
     ) -> None:
         """Write the parts of these splits' indexes that are not there, each that of a shard."""
-        sizes = {(split, n): len(s.documents) for split in splits for n, s in enumerate(getattr(corpus, split).shards)}
+        sizes: dict[tuple[Split, int], int] = {
+            (split, n): len(s.documents) for split in splits for n, s in enumerate(getattr(corpus, split).shards)
+        }
         missing = [part for part in sizes if not _part_file(directory, *part).exists()]
         jobs = {number: (part, sizes[part]) for number, part in enumerate(missing)}
         total, left = sum(sizes.values()), sum(size for _, size in jobs.values())
