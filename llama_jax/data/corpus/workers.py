@@ -49,7 +49,7 @@ def make_shards(
         make_in_processes("shards", jobs, start, num_workers, progress)
 
 
-def _shard_work(directory: Path, key: str, config: DataConfig, tokenizer: Path) -> Work[list[Unit]]:
+def _shard_work(directory: Path, key: str, config: DataConfig, tokenizer: Path | str) -> Work[list[Unit]]:
     return ShardMaker(directory, key, config, load_tokenizer(tokenizer)).make
 
 
