@@ -25,20 +25,22 @@ def prepare_dataset(
     tokenizer: Tokenizer,
     *,
     sequence_length: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> list[Path]:
     """Tokenize the corpora of `config` and pack their rows, as far as this is not done; return their directories.
 
-    Raises UserError where a corpus cannot be prepared, and where the tokenizer lacks a token of the objective.
+    `progress` is called with the name of the work, the amount that is done, and all of it, for one corpus after
+    another. Raises UserError where a corpus cannot be prepared, and where the tokenizer lacks a token of the objective.
     """
     vocabulary = Vocabulary.of(tokenizer, config.objective.texts())
     config.objective.check(vocabulary)
     packer = Packer(config.objective, config.packing, vocabulary, sequence_length)
     corpora = []
     for _, source in config.corpora():
-        corpus = prepare_corpus(source, tokenizer, progress=progress, needs_validation=not config.sources)
+        tokenizing, planning = (functools.partial(progress, work) for work in ("tokenizing", "planning rows"))
+        corpus = prepare_corpus(source, tokenizer, progress=tokenizing, needs_validation=not config.sources)
         if packer.needs_index:
-            packer.write(corpus)
+            packer.write(corpus, progress=planning)
         corpora.append(corpus)
     if config.validation_fraction > 0:
         check_split("validation", _sum(corpus.num_documents for corpus in corpora), config)

@@ -131,10 +131,12 @@ def _prepare_dataset(config: RunConfig, tokenizer: Tokenizer, quiet: bool) -> li
     bar: Bar | None = None
     with contextlib.ExitStack() as stack:
 
-        def progress(done: int, total: int) -> None:
+        def progress(work: str, done: int, total: int) -> None:
             nonlocal bar
-            bar = bar or stack.enter_context(Bar("tokenizing", 0, total, quiet=quiet, slow=True))
-            bar.advance(done)
+            if bar is None or bar.description != work:
+                stack.close()
+                bar = stack.enter_context(Bar(work, 0, total, quiet=quiet, slow=True))
+            bar.advance(done, total)
 
         return prepare_dataset(config.data, tokenizer, sequence_length=config.sequence_length, progress=progress)
 

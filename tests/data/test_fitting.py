@@ -1,12 +1,14 @@
 """Rows hold every token exactly once, none is too long, and best fit wastes no more than cutting."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from llama_jax.data import Shard
 from llama_jax.data.objectives import BlankFilling, Causal, MaskedLM, Objective, ParallelText, SpanCorruption
-from llama_jax.data.rows.fitting import RowIndex, fit_rows
+from llama_jax.data.rows.fitting import MAX_TRIES, RowIndex, fit_rows
 
 SPECIAL = 2  # BOS and EOS around every document
 
@@ -89,6 +91,58 @@ def test_best_fit_fills_what_fits():
     assert len(cut.rows) - 1 == 3
     # Examples of 6 to 2: with 3 in the roomier of the rows that take it, 2 would need a third row.
     assert len(planned(make_shard([5, 4, 3, 2, 1]), Causal(), "best_fit", (10,)).rows) - 1 == 2
+
+
+def best_fit(lengths: list[tuple[int, ...]], capacity: tuple[int, ...]) -> list[list[int]]:
+    """Rows of examples by the definition: one example after another, and all rows looked at for each."""
+    shares = [[Fraction(size, room) for size, room in zip(sizes, capacity, strict=True)] for sizes in lengths]
+    fullest = max(range(len(capacity)), key=lambda stream: sum(share[stream] for share in shares))
+    rows: list[list[int]] = []
+    rooms: list[list[int]] = []  # by row and stream
+    changed: list[int] = []  # by row: the number of examples that were in rows when it last changed
+    for number in sorted(range(len(lengths)), key=lambda number: -max(shares[number])):
+        sizes = lengths[number]
+        fitting = [row for row, room in enumerate(rooms) if all(a >= b for a, b in zip(room, sizes, strict=True))]
+        row = min(fitting, key=lambda row: (rooms[row][fullest], -changed[row]), default=len(rows))
+        if row == len(rows):
+            rows.append([])
+            rooms.append(list(capacity))
+            changed.append(0)
+        rows[row].append(number)
+        rooms[row] = [a - b for a, b in zip(rooms[row], sizes, strict=True)]
+        changed[row] = sum(map(len, rows))
+    return [sorted(row) for row in rows]
+
+
+@given(
+    sizes=st.one_of(
+        st.lists(st.integers(0, 70), max_size=80), st.lists(st.sampled_from([0, 1, 2, 3, 5, 8, 9, 60]), max_size=200)
+    ),
+    length=st.integers(1, 40),
+)
+@settings(max_examples=100, deadline=None)
+def test_best_fit_is_its_definition(sizes: list[int], length: int):
+    shard = make_shard(sizes)
+    plan = planned(shard, Causal(), "best_fit", (length,))
+    pieces: list[tuple[int, int]] = []
+    for start, size in zip(shard.documents.tolist(), sizes, strict=True):
+        places = range(start, start + size + SPECIAL - 1, length)
+        pieces += [(place, min(length + 1, start + size + SPECIAL - place)) for place in places]
+    expected = best_fit([(size - 1,) for _, size in pieces], (length,))  # a first token is no target
+    assert plan.pieces.tolist() == [list(pieces[number]) for row in expected for number in row]
+    assert np.diff(plan.rows).tolist() == list(map(len, expected))
+
+
+@given(pairs=st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=MAX_TRIES))
+@settings(max_examples=100, deadline=None)
+def test_best_fit_of_pairs_is_its_definition(pairs: list[tuple[int, int]]):
+    shard = make_shard([a + b for a, b in pairs], [a for a, _ in pairs])
+    plan = planned(shard, ParallelText(source_length=70), "best_fit", (80, 70))
+    expected = best_fit([(b + 1, a + 1) for a, b in pairs], (80, 70))
+    assert plan.pieces.tolist() == [
+        [shard.documents[number] + 1, sum(pairs[number])] for row in expected for number in row
+    ]
+    assert np.diff(plan.rows).tolist() == list(map(len, expected))
 
 
 @pytest.mark.parametrize("packing", ["cut", "best_fit"])

@@ -134,7 +134,7 @@ class Corpus:
 
     def __init__(self, directory: Path, config: DataConfig):
         index = json.loads((directory / INDEX).read_text())
-        self.directory, self._config = directory, config
+        self.directory, self.config = directory, config
         self.content_hash: str = index["content_hash"]
         self.tokenizer: str = index["tokenizer"]
         self.skipped: list[str] = index["skipped"]
@@ -155,7 +155,7 @@ class Corpus:
 
     def texts(self, split: Split) -> Iterator[str]:
         """Yield the documents' text again, read from the original files."""
-        return read_texts(self._config, split)
+        return read_texts(self.config, split)
 
     def left_out(self) -> list[str]:
         """Return lines that report the files and records that are not in the corpus."""

@@ -1,5 +1,6 @@
 """Documents fitted into rows: the pieces that share each row."""
 
+import bisect
 import dataclasses
 from collections.abc import Sequence
 
@@ -78,9 +79,8 @@ def fit_rows(
         useful = (lengths <= np.array(capacity)[:, None]).all(0) & (lengths > 0).all(0)
         pieces, lengths = np.stack([starts, ends - starts], axis=1)[useful], lengths[:, useful]
         row_of = _next_fit(lengths, capacity) if packing == "cut" else _best_fit(lengths, capacity)
-    order = np.argsort(row_of, kind="stable")
-    num_rows = int(row_of.max(initial=-1)) + 1
-    rows = np.searchsorted(row_of[order], np.arange(num_rows + 1))
+    rows = np.append(0, np.cumsum(np.bincount(row_of)))
+    order = np.argsort(row_of.astype(np.min_scalar_type(len(rows))), kind="stable")  # of 16 bits, it is a radix sort
     return RowIndex(pieces[order], rows, num_tokens=int(lengths.sum()), num_dropped=int((~useful).sum()))
 
 
@@ -161,24 +161,28 @@ def _next_fit(lengths: np.ndarray, capacity: tuple[int, ...]) -> np.ndarray:
 
 def _best_fit(lengths: np.ndarray, capacity: tuple[int, ...]) -> np.ndarray:
     """Return the row of each example: the longest first, each into the row that it leaves the least room in."""
+    if len(capacity) == 1:
+        return _best_fit_by_length(lengths[0], capacity[0])
     shares = lengths / np.array(capacity)[:, None]
     order = np.argsort(-shares.max(0), kind="stable")
     # Rows are looked up by the room in the stream that will be full first.
     streams = np.argsort(-shares.sum(1), kind="stable")
-    lengths, capacity = lengths[streams], tuple(capacity[i] for i in streams)
+    first, second = (capacity[i] for i in streams)
     row_of = np.zeros(lengths.shape[1], np.int64)
-    by_room: list[list[int]] = [[] for _ in range(capacity[0] + 1)]
+    by_room: list[list[int]] = [[] for _ in range(first + 1)]
     rooms = 0  # bit r is set where `by_room[r]` has rows: the least room that suffices is the lowest bit of a shift
-    others: list[list[int]] = []  # room in the other streams, by row
-    for piece, (size, *sizes) in zip(order.tolist(), lengths.T[order].tolist(), strict=True):
-        row, room = len(others), capacity[0]
+    others: list[int] = []  # room in the other stream, by row
+    for piece, size, other in zip(order.tolist(), *lengths[np.ix_(streams, order)].tolist(), strict=True):
+        row, room = len(others), first
         enough = rooms >> size << size
         for _ in range(MAX_TRIES):
             if not enough:
                 break
             lowest = enough & -enough
             candidates = by_room[lowest.bit_length() - 1]
-            place = _takes(candidates, others, sizes)
+            last = len(candidates) - 1
+            tried = range(last, max(last - MAX_TRIES, -1), -1)
+            place = next((place for place in tried if others[candidates[place]] >= other), None)
             if place is not None:
                 row, room = candidates.pop(place), lowest.bit_length() - 1
                 if not candidates:
@@ -186,17 +190,49 @@ def _best_fit(lengths: np.ndarray, capacity: tuple[int, ...]) -> np.ndarray:
                 break
             enough ^= lowest
         if row == len(others):
-            others.append(list(capacity[1:]))
-        others[row] = _left(others[row], sizes)
+            others.append(second)
+        others[row] -= other
         by_room[room - size].append(row)
         rooms |= 1 << (room - size)
         row_of[piece] = row
     return row_of
 
 
-def _takes(rows: list[int], others: list[list[int]], sizes: list[int]) -> int | None:
-    """Return the index in `rows` of one of the last few that takes these sizes in its other streams."""
-    for place in range(len(rows) - 1, max(len(rows) - 1 - MAX_TRIES, -1), -1):
-        if all(a >= b for a, b in zip(others[rows[place]], sizes, strict=True)):
-            return place
-    return None
+def _best_fit_by_length(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """Return the row of each example as `_best_fit` does, where rows have one stream: all of a length at once.
+
+    A row that takes an example is the fullest with room for the next one of this length, while it has that room. Of
+    rows with equal room, the last that came to have it is taken first.
+    """
+    counts = np.bincount(lengths)
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms: list[int] = []  # ascending, those that `by_room` has rows of
+    row_of: list[int] = []  # of the examples from the longest on
+    num_rows = 0
+    for size in np.flatnonzero(counts)[::-1].tolist():
+        count = int(counts[size])
+        while count:
+            place = bisect.bisect_left(rooms, size)
+            room = rooms[place] if place < len(rooms) else capacity
+            each = min(room // size, count) if size else count  # examples that a row takes
+            wanted = -(-count // each)
+            if place < len(rooms):
+                taken = by_room[room][: -wanted - 1 : -1]
+                del by_room[room][-wanted:]
+                if not by_room[room]:
+                    del rooms[place]
+            else:
+                taken = list(range(num_rows, num_rows + wanted))
+                num_rows += wanted
+            placed = min(count, each * len(taken))
+            full, last = divmod(placed, each)
+            row_of += taken if each == 1 else [row for row in taken for _ in range(each)][:placed]
+            for rows, left in ((taken[:full], room - each * size), (taken[full:], room - last * size)):
+                if rows:
+                    if not by_room[left]:
+                        bisect.insort(rooms, left)
+                    by_room[left] += rows
+            count -= placed
+    result = np.empty(len(lengths), np.int64)
+    result[np.argsort((capacity - lengths).astype(np.min_scalar_type(capacity)), kind="stable")] = row_of
+    return result

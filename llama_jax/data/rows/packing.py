@@ -2,27 +2,33 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args, override
 
 import numpy as np
+import xxhash
 
 from llama_jax.config import Json, UserError
-from llama_jax.data.config import Packing, Split
-from llama_jax.data.corpus.corpus import Corpus, TokenStream, map_array
+from llama_jax.data.config import DataConfig, Packing, Split
+from llama_jax.data.corpus.corpus import Corpus, Shard, TokenStream, map_array
 from llama_jax.data.corpus.shards import BlockHasher, Blocks
+from llama_jax.data.corpus.workers import Work, make_in_processes
 from llama_jax.data.objectives.base import FLOATS, Document, Example, Objective, Vocabulary
 from llama_jax.data.objectives.decoder import Causal
 from llama_jax.data.rows.fitting import RowIndex, fit_rows
 from llama_jax.data.rows.windows import HostBatch, Rows
-from llama_jax.files import lock, replacing, sealed, unsealed, write_text
+from llama_jax.files import PARTIAL, lock, replacing, sealed, unsealed, write_text
 
 KINDS = ("pieces", "rows")  # of an index's arrays
 FORMAT = 1  # of an index's files; part of their directory's name
+PART = ".part"  # ends the names of files of one shard's rows, which are there until the index is
+WORTH_A_PROCESS = 1 << 21  # documents whose planning takes about as long as a process needs to start
 SOURCE = "source_"  # begins the names of fields of the source
 
 
@@ -57,8 +63,18 @@ class Packer:
                 digest.update(np.asarray(lengths, np.int64).tobytes())
         return corpus.directory / "rows" / digest.hexdigest()[:32]
 
-    def write(self, corpus: Corpus) -> None:
-        """Write the index of a corpus's rows, unless it is there. Raises UserError where no row takes a token."""
+    def write(
+        self,
+        corpus: Corpus,
+        *,
+        num_workers: int | None = None,
+        progress: Callable[[int, int], None] = lambda *_: None,
+    ) -> None:
+        """Write the index of a corpus's rows, unless it is there: the same one, however often it was interrupted.
+
+        `num_workers` processes fit the shards (default: as many as cores, few for few documents). `progress` is called
+        with the documents that are done, and all documents. Raises UserError where no row takes a token.
+        """
         for stream in (corpus.train, corpus.validation):
             self.objective.check_parts(stream.num_documents, sum(len(shard.parts) for shard in stream.shards))
         directory = self.directory(corpus)
@@ -70,11 +86,59 @@ class Packer:
         except OSError as error:
             raise UserError(f"'{directory}' cannot be made ({error.strerror}): set another data.cache_dir") from None
         with lock(corpus.directory / "rows.lock"):
-            for split, file in files.items():
-                if not self._is_whole(corpus, split):
-                    if file.exists():
-                        print(f"'{file}' is damaged: it is made again", file=sys.stderr)
-                    write_text(file, sealed(self._write(directory, split, getattr(corpus, split))))
+            missing = {split: file for split, file in files.items() if not self._is_whole(corpus, split)}
+            for file in missing.values():
+                if file.exists():
+                    print(f"'{file}' is damaged: it is made again", file=sys.stderr)
+            self._write_parts(corpus, directory, list(missing), num_workers, progress)
+            for split, file in missing.items():
+                write_text(file, sealed(self._write(corpus, directory, split)))
+            for leftover in (*directory.glob(f"*{PART}"), *directory.glob(f".*{PARTIAL}*")):
+                leftover.unlink(missing_ok=True)
+
+    def _write_parts(
+        self,
+        corpus: Corpus,
+        directory: Path,
+        splits: Sequence[Split],
+        num_workers: int | None,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        """Write the parts of these splits' indexes that are not there, each that of a shard."""
+        sizes: dict[tuple[Split, int], int] = {
+            (split, n): len(s.documents) for split in splits for n, s in enumerate(getattr(corpus, split).shards)
+        }
+        missing = [part for part in sizes if not _part_file(directory, *part).exists()]
+        jobs = {number: (part, sizes[part]) for number, part in enumerate(missing)}
+        total, left = sum(sizes.values()), sum(size for _, size in jobs.values())
+        num_workers = min(num_workers or min(os.cpu_count() or 1, left // WORTH_A_PROCESS), len(jobs))
+        progress(total - left, total)  # the first part may take long
+        if num_workers > 1:
+            start = functools.partial(_part_work, self, directory, corpus.directory, corpus.config)
+            make_in_processes("rows", jobs, start, num_workers, lambda done: progress(total - left + done, total))
+            return
+        for part, size in jobs.values():
+            self.write_part(directory, corpus, *part)
+            left -= size
+            progress(total - left, total)
+
+    def write_part(self, directory: Path, corpus: Corpus, split: Split, number: int) -> None:
+        """Fit the documents of a split's shard `number` into rows and write these to a file in `directory`."""
+        index = self._fit(getattr(corpus, split).shards[number])
+        content = index.pieces.astype("<i8").tobytes() + index.rows.astype("<i8").tobytes()
+        header = {
+            "corpus": corpus.content_hash,
+            "checksum": xxhash.xxh3_128_hexdigest(content),
+            "num_pieces": len(index.pieces),
+            "num_tokens": index.num_tokens,
+            "num_dropped": index.num_dropped,
+        }
+        with replacing(_part_file(directory, split, number)) as partial:
+            partial.write_bytes(sealed(header).encode() + b"\n" + content)
+
+    def _fit(self, shard: Shard) -> RowIndex:
+        before, after = self.vocabulary.num_special
+        return fit_rows(shard, self.objective, self.packing, self.capacity, num_before=before, num_after=after)
 
     def _is_whole(self, corpus: Corpus, split: Split) -> bool:
         try:
@@ -82,9 +146,9 @@ class Packer:
         except (OSError, UserError, ValueError, KeyError, TypeError, RecursionError):
             return False
 
-    def _write(self, directory: Path, split: Split, stream: TokenStream) -> Json:
+    def _write(self, corpus: Corpus, directory: Path, split: Split) -> Json:
         """Write the arrays of a split's index, shard by shard; return its counts and their checksums."""
-        before, after = self.vocabulary.num_special
+        stream: TokenStream = getattr(corpus, split)
         counts: dict[str, int] = dict.fromkeys(("num_rows", "num_pieces", "num_tokens", "num_dropped"), 0)
         with contextlib.ExitStack() as stack:
             files = {
@@ -99,8 +163,8 @@ class Packer:
                 hashers[kind].update(values)
 
             write("rows", np.zeros(1))
-            for shard, start in zip(stream.shards, stream.starts, strict=False):
-                index = fit_rows(shard, self.objective, self.packing, self.capacity, num_before=before, num_after=after)
+            for number, (shard, start) in enumerate(zip(stream.shards, stream.starts, strict=False)):
+                index = _read_part(_part_file(directory, split, number), corpus) or self._fit(shard)
                 write("pieces", index.pieces + np.array([start, 0]))
                 write("rows", index.rows[1:] + counts["num_pieces"])
                 counts["num_rows"] += len(index.rows) - 1
@@ -118,6 +182,29 @@ class Packer:
         rows = _map(files["rows"], counts["num_rows"] + 1)
         blocks = Blocks(lambda: counts.get("blocks", {}), files)
         return RowIndex(pieces, rows, counts["num_tokens"], counts["num_dropped"], blocks)
+
+
+def _part_work(packer: Packer, directory: Path, corpus: Path, config: DataConfig) -> Work[tuple[Split, int]]:
+    opened = Corpus(corpus, config)
+    return lambda _, part, __: packer.write_part(directory, opened, *part)
+
+
+def _part_file(directory: Path, split: Split, number: int) -> Path:
+    """Return the file of the rows of a split's shard `number`, until the whole index is written."""
+    return directory / f"{split}-{number:05}{PART}"
+
+
+def _read_part(file: Path, corpus: Corpus) -> RowIndex | None:
+    """Return what `write_part` has written; None where it is missing, damaged or of another corpus."""
+    try:
+        header, content = file.read_bytes().split(b"\n", 1)
+        counts = unsealed(header.decode())
+        if (counts["corpus"], counts["checksum"]) != (corpus.content_hash, xxhash.xxh3_128_hexdigest(content)):
+            return None
+        pieces, rows = np.split(np.frombuffer(content, "<i8"), [2 * counts["num_pieces"]])
+        return RowIndex(pieces.reshape(-1, 2), rows, counts["num_tokens"], counts["num_dropped"])
+    except (OSError, ValueError, KeyError, RecursionError):
+        return None
 
 
 def _map(file: Path, count: int) -> np.ndarray:
