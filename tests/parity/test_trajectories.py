@@ -70,6 +70,7 @@ def test_forty_steps(name: str):
         expected = dict(golden)
     losses, norms, changes = train(name)
     assert expected["losses"][0] - expected["losses"][-1] > 0.5, "it has to learn something"
+    np.testing.assert_allclose(expected["losses_float32"], expected["losses"], rtol=LOSSES, err_msg="torch's own")
     np.testing.assert_allclose(losses, expected["losses"], rtol=LOSSES)
     np.testing.assert_allclose(norms, expected["grad_norms"], rtol=GRADIENTS)
     assert sorted(changes) == expected["tensors"].tolist()
