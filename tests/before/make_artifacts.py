@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import tiny_run
-from before.reading import LAST, STOPPED, cpu, digests, read_stopped
+from before.reading import LAST, STOPPED, digests, read_stopped
 
 import llama_jax
 from llama_jax import zoo
@@ -100,7 +100,7 @@ def write_texts(name: str, folder: Path) -> None:
 
 
 def main(target: Path) -> None:
-    expected = {"cpu": cpu()}
+    expected = {}
     target.mkdir(parents=True)
     for name, config in configs(target):
         folder = target / name
@@ -110,7 +110,6 @@ def main(target: Path) -> None:
         run = llama_jax.train(config, "run")
         expected[name] = {
             "stopped": read_stopped(run, STOPPED),
-            "final": digests(run.load(step=LAST).model.params()),
             "means": {k: float(np.abs(np.asarray(v)).mean()) for k, v in run.load(step=LAST).model.params().items()},
             "metrics": [
                 {k: v for k, v in line.items() if k in ("step", "loss", "val_loss", "grad_norm", "learning_rate")}

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,13 +29,3 @@ def read_stopped(run: llama_jax.Run, step: int) -> dict[str, Any]:
         "prompt": lm.tokenizer.encode("the cat sat"),
     }
     return found
-
-
-def cpu() -> str:
-    """Return the processor's name, with its family where this is not the archive's, 25: both kinds have one name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name, family = (
-        next((line.partition(": ")[2] for line in lines if line.startswith(key)), "")
-        for key in ("model name", "cpu family")
-    )
-    return name if family == "25" else f"{name}, family {family}"
