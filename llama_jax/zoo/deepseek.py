@@ -43,7 +43,7 @@ _Q_LORA_RANK = 1536
 _LATENT_EPS = 1e-6  # of the norms of the latents, in all of the original code, whatever rms_norm_eps is
 
 _LATENT = ("num_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope")
-_EXPERTS = ("num_experts", "num_shared", "router", "load_balance_loss")
+_EXPERTS = ("num_experts", "num_shared", "router", "load_balance_loss", "balance_over")
 _ROUTER = ("top_k", "num_groups", "top_groups", "scaling")
 
 
@@ -52,6 +52,7 @@ def _fields(*, num_layers: int, eps: float, num_dense: int, dense_size: int, exp
 
     `sizes` are the others of the config, those of its attention (`_LATENT`) and of its experts (`_EXPERTS`).
     """
+    sizes.setdefault("balance_over", "row")
     latent = {name: sizes.pop(name) for name in _LATENT}
     experts = {name: sizes.pop(name) for name in _EXPERTS}
     sizes.setdefault("tie_embeddings", False)
@@ -260,6 +261,7 @@ def _read(reader: ConfigReader, fields: Json, router: Router, *, num_dense: int)
         num_dense=reader.take("first_k_dense_replace", int, num_dense),
         dense_size=reader.take("intermediate_size", int),
         router=router,
+        balance_over="row" if reader.take("seq_aux", bool, True) else "batch",
     )
 
 
@@ -294,6 +296,7 @@ def _read_v32(reader: ConfigReader, fields: Json) -> MTPDecoderConfig:
 def _write(config: DecoderConfig, label: str) -> Json:
     """Return the other keys that all have."""
     attention: Any = config.attention
+    experts: Any = config.feed_forward
     dense, size = write_dense(config)
     return {
         "num_key_value_heads": attention.num_heads,
@@ -302,7 +305,7 @@ def _write(config: DecoderConfig, label: str) -> Json:
         "first_k_dense_replace": len(dense),
         "moe_layer_freq": 1,
         "intermediate_size": size,
-        "seq_aux": True,
+        "seq_aux": experts.balance_over == "row",
         **write_rope(attention, label),
     }
 
@@ -323,7 +326,8 @@ def _released[C: DecoderConfig](config: C) -> C:
     """Return the model without what only its training needs, which no config.json can express."""
     if isinstance(attention := config.attention, SparseLatentAttention):
         config = dataclasses.replace(config, attention=dataclasses.replace(attention, index_loss_weight=0.0))
-    return released(config)
+    experts: Any = config.feed_forward
+    return released(config, balance_over="row" if experts.balance_over == "row" else "batch")
 
 
 def _with_tensors[C: DecoderConfig](config: C, names: Collection[str]) -> C:
@@ -358,7 +362,7 @@ DEEPSEEK_V2 = Family(
         "num_local_experts": "n_routed_experts",
         "num_mtp_layers": "num_nextn_predict_layers",
     },
-    harmless=CAUSAL | {"attention_dropout", "seq_aux"},  # latent attention has no dropout here
+    harmless=CAUSAL | {"attention_dropout"},  # latent attention has no dropout here
     names=TensorNames(_V2_WEIGHTS, llama.TIED),
     released=_released,
     with_tensors=_with_tensors,
