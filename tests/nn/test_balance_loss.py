@@ -113,6 +113,7 @@ def test_the_loss_and_its_gradient_are_the_papers(name: str):
     np.testing.assert_allclose(d_found, d_expected, atol=1e-5 * np.abs(d_expected).max())
 
 
+@pytest.mark.slow
 def test_over_which_tokens_is_seen():
     """Rows of different texts, and layers, are no sums of each other."""
     config = Experts(E, 4, SOFTMAX, "relu", gated=False, load_balance_loss=ALPHA)

@@ -33,7 +33,7 @@ def golden() -> dict[str, np.ndarray]:
 
 
 NAMES = sorted(name for name in golden() if name not in ("ids", "mask") and not name.endswith("_loss"))
-HYPER = AdamW(learning_rate=0.0, warmup_steps=1, weight_decay=0.0, z_loss=0.0).hyper(2)
+HYPER = AdamW(learning_rate=0.01, warmup_steps=1, weight_decay=0.0, z_loss=0.0).hyper(2)
 
 
 def batch() -> dict[str, np.ndarray]:
