@@ -58,8 +58,8 @@ def deepseek(w: jax.Array, scores: Callable[[jax.Array], jax.Array], choice: Cal
 
 
 def in_groups(s: jax.Array) -> jax.Array:
-    """The 2 highest of the 2 groups of 2 whose highest is highest."""
-    best = highest(s.reshape(-1, 3, 2).max(-1), 2)
+    """The 2 of the group of 2 whose highest is highest."""
+    best = highest(s.reshape(-1, 3, 2).max(-1), 1)
     return highest(jnp.where(best.repeat(2, -1) > 0, s, -1.0), 2)
 
 
@@ -70,7 +70,7 @@ def transformers(*ws: jax.Array) -> jax.Array:
 
 
 SOFTMAX = SoftmaxTopK(2, normalize=True)
-V2, V3 = SoftmaxTopK(2, False, 1.0, 3, 2), SigmoidTopK(2, True, 2.5, 3, 2, 0.01)
+V2, V3 = SoftmaxTopK(2, False, 1.0, 3, 1), SigmoidTopK(2, True, 2.5, 3, 2, 0.01)
 CASES = {
     "switch": (SwitchRouter(jitter=0.0), "batch", ALPHA, switch),
     # Its formula has 1/E where ours has E.
