@@ -50,4 +50,4 @@ from llama_jax.models.model import (
     initialize as initialize,
 )
 from llama_jax.models.mtp import MTPDecoder as MTPDecoder, MTPDecoderConfig as MTPDecoderConfig
-from llama_jax.models.stack import OF as OF, STATISTIC as STATISTIC, Layers as Layers
+from llama_jax.models.stack import OF as OF, PRODUCT as PRODUCT, STATISTIC as STATISTIC, Layers as Layers

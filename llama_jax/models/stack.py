@@ -20,6 +20,7 @@ type NormLayer = Callable[[jax.Array], jax.Array]
 type Source = tuple[dict[str, jax.Array], ForwardContext]
 
 STATISTIC = "statistic."
+PRODUCT = "product."  # before the name of a loss: its factors in each layer, [2, E]
 OF = "of."  # before the name of a share: the number that it is a share of, for means over micro-batches
 
 # What the backward pass of a layer finds saved; it computes the rest again.
@@ -145,7 +146,7 @@ def of_stack(stack: str, aux: Aux) -> Aux:
         if name.startswith(STATISTIC):
             found[f"{STATISTIC}{stack}.{name.removeprefix(STATISTIC)}"] = value
         else:
-            kind = next((kind for kind in ("loss.", OF) if name.startswith(kind)), "")
+            kind = next((kind for kind in ("loss.", PRODUCT, OF) if name.startswith(kind)), "")
             found[f"{kind}{side}{name.removeprefix(kind)}"] = value
     return found
 

@@ -117,10 +117,17 @@ class ForwardContext:
 
     def row_means(self, values: Float[Array, "b t *_"]) -> Float[Array, "b *_"]:
         """Return the means over the tokens of each row, [B, T, ...] -> [B, ...]: 0 where a row has none."""
+        return self._means(values, (1,))
+
+    def batch_means(self, values: Float[Array, "b t *_"]) -> Float[Array, "*_"]:
+        """Return the means over the tokens of all rows, [B, T, ...] -> [...]: 0 where there are none."""
+        return self._means(values, (0, 1))
+
+    def _means(self, values: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         if self.is_token is None:
-            return values.mean(1)
+            return values.mean(axes)
         is_token = self.is_token.reshape(*self.is_token.shape, *(1,) * (values.ndim - 2))
-        return jnp.where(is_token, values, 0).sum(1) / jnp.maximum(is_token.sum(1), 1)
+        return jnp.where(is_token, values, 0).sum(axes) / jnp.maximum(is_token.sum(axes), 1)
 
     def mean_of_rows(self, values: Float[Array, " b"]) -> Float[Array, ""]:
         """Return the mean over the rows that have tokens, [B] -> []: 0 where none has."""
@@ -231,8 +238,9 @@ class FeedForwardModule(nnx.Module):
         """Map [B, T, D] to ([B, T, D], auxiliary arrays by name; {} where there are none).
 
         `loss.NAME` is a scalar that training adds to the mean cross-entropy, weighted already; a mean over the rows, so
-        that parts of a batch add up. `statistic.NAME` is what the module's `buffer` NAME is updated with. Others are
-        metrics: scalars or vectors, whose mean over the layers is logged.
+        that parts of a batch add up. `product.NAME` has two vectors [2, E]: the loss of that name is the dot product of
+        their means over the layers of a stack. `statistic.NAME` is what the module's `buffer` NAME is updated with.
+        Others are metrics: scalars or vectors, whose mean over the layers is logged.
         """
         raise NotImplementedError
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from llama_jax.data import Preference
-from llama_jax.models import OF, STATISTIC, Compute, LossTerm, ModelConfig, Params, assemble, buffers, frozen
+from llama_jax.models import OF, PRODUCT, STATISTIC, Compute, LossTerm, ModelConfig, Params, assemble, buffers, frozen
 from llama_jax.nn import Experts, seed_key, zigzag
 from llama_jax.parallel import reshape, shard
 from llama_jax.training.losses import cross_entropy
@@ -176,6 +176,7 @@ def _loss(
         total += term.coefficient * loss / count
         metrics[term.name] = ce / count
     amounts, wholes = _take_shares(aux)
+    _multiply(aux)
     if whole is not None:  # the layers' losses are means over the rows that have tokens, the rest over micro-batches
         of_losses, of_others = _num_rows(batch) / whole.num_rows, 1 / whole.num_parts
         aux = {name: value * (of_losses if name.startswith("loss.") else of_others) for name, value in aux.items()}
@@ -299,6 +300,15 @@ def _take_shares(aux: Metrics) -> tuple[Metrics, Metrics]:
     """
     wholes = {name.removeprefix(OF): aux.pop(name) for name in [*aux] if name.startswith(OF)}
     return {name: (aux.pop(name).T * whole.T).T for name, whole in wholes.items()}, wholes
+
+
+def _multiply(aux: Metrics) -> None:
+    """Replace the factors of losses in `aux` [layers, 2, E] by the sums of the products of their means over layers."""
+    for name in [name for name in aux if name.startswith(PRODUCT)]:
+        one, other = aux.pop(name).mean(0)
+        loss = "loss." + name.removeprefix(PRODUCT)
+        # Other layers may have this loss each by itself.
+        aux[loss] = jnp.append(aux.get(loss, jnp.zeros(0)), one @ other)
 
 
 def _ratio(amount: jax.Array, whole: jax.Array) -> jax.Array:

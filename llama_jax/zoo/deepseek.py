@@ -1,8 +1,7 @@
 """DeepSeek-V2 and V2-Lite (arXiv 2405.04434), V3 (arXiv 2412.19437), R1, V3.1 and V3.2 ("DeepSeek-V3.2-Exp", 2025).
 
-V3 is V2 with experts balanced by a bias, eight-bit files and multi-token prediction; the attention of V3.2 reads only
-the tokens that an indexer chooses. Moonlight (arXiv 2502.16982) and Kimi K2 (arXiv 2507.20534) are of V3's form. Sizes
-and YaRN's numbers are from the released configs, their counts are tested.
+V3 is V2 with experts balanced by a bias, eight-bit files and multi-token prediction; V3.2 attends to the tokens that an
+indexer chooses. Moonlight (arXiv 2502.16982) and Kimi K2 (2507.20534) have V3's form. Sizes are the released configs'.
 """
 
 import dataclasses
@@ -43,7 +42,7 @@ _Q_LORA_RANK = 1536
 _LATENT_EPS = 1e-6  # of the norms of the latents, in all of the original code, whatever rms_norm_eps is
 
 _LATENT = ("num_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope")
-_EXPERTS = ("num_experts", "num_shared", "router", "load_balance_loss")
+_EXPERTS = ("num_experts", "num_shared", "router", "load_balance_loss", "balance_over")
 _ROUTER = ("top_k", "num_groups", "top_groups", "scaling")
 
 
@@ -52,9 +51,9 @@ def _fields(*, num_layers: int, eps: float, num_dense: int, dense_size: int, exp
 
     `sizes` are the others of the config, those of its attention (`_LATENT`) and of its experts (`_EXPERTS`).
     """
+    sizes = {"balance_over": "row", "tie_embeddings": False} | sizes
     latent = {name: sizes.pop(name) for name in _LATENT}
     experts = {name: sizes.pop(name) for name in _EXPERTS}
-    sizes.setdefault("tie_embeddings", False)
     return sizes | {
         "num_layers": num_layers,
         "attention": LatentAttention(**latent, eps=_LATENT_EPS),
@@ -260,6 +259,7 @@ def _read(reader: ConfigReader, fields: Json, router: Router, *, num_dense: int)
         num_dense=reader.take("first_k_dense_replace", int, num_dense),
         dense_size=reader.take("intermediate_size", int),
         router=router,
+        balance_over="row" if reader.take("seq_aux", bool, True) else "batch",
     )
 
 
@@ -302,7 +302,7 @@ def _write(config: DecoderConfig, label: str) -> Json:
         "first_k_dense_replace": len(dense),
         "moe_layer_freq": 1,
         "intermediate_size": size,
-        "seq_aux": True,
+        "seq_aux": config.feed_forward.balance_over == "row",  # type: ignore[union-attr]
         **write_rope(attention, label),
     }
 
@@ -310,8 +310,7 @@ def _write(config: DecoderConfig, label: str) -> Json:
 def _write_v2(config: DecoderConfig, label: str) -> Json:
     router: Any = config.feed_forward.router  # type: ignore[union-attr]
     method = "greedy" if router.num_groups == 1 else "group_limited_greedy"
-    own = {"scoring_func": "softmax", "topk_method": method, "norm_topk_prob": router.normalize}
-    return _write(config, label) | own
+    return _write(config, label) | {"scoring_func": "softmax", "topk_method": method, "norm_topk_prob": False}
 
 
 def _write_v3(config: MTPDecoderConfig, label: str) -> Json:
@@ -323,7 +322,8 @@ def _released[C: DecoderConfig](config: C) -> C:
     """Return the model without what only its training needs, which no config.json can express."""
     if isinstance(attention := config.attention, SparseLatentAttention):
         config = dataclasses.replace(config, attention=dataclasses.replace(attention, index_loss_weight=0.0))
-    return released(config)
+    by_row = config.feed_forward.balance_over == "row"  # type: ignore[union-attr]
+    return released(config, balance_over="row" if by_row else "batch")
 
 
 def _with_tensors[C: DecoderConfig](config: C, names: Collection[str]) -> C:
@@ -358,7 +358,7 @@ DEEPSEEK_V2 = Family(
         "num_local_experts": "n_routed_experts",
         "num_mtp_layers": "num_nextn_predict_layers",
     },
-    harmless=CAUSAL | {"attention_dropout", "seq_aux"},  # latent attention has no dropout here
+    harmless=CAUSAL | {"attention_dropout"},  # latent attention has no dropout here
     names=TensorNames(_V2_WEIGHTS, llama.TIED),
     released=_released,
     with_tensors=_with_tensors,

@@ -57,6 +57,12 @@ def released[C: DecoderConfig](config: C, **experts: Any) -> C:
     return dataclasses.replace(config, mtp_weight=MTP_WEIGHT) if isinstance(config, MTPDecoderConfig) else config
 
 
+def balanced_jointly[C: DecoderConfig](config: C) -> C:
+    """Return the model with the one balance loss of all layers that `router_aux_loss_coef` is for in transformers."""
+    own: Any = config.feed_forward
+    return dataclasses.replace(config, feed_forward=dataclasses.replace(own, balance_over="layers"))
+
+
 def with_mtp(weights: tuple[WeightMapping, ...]) -> TensorNames:
     """Return the names with the further blocks of multi-token prediction, which files count as layers after the last.
 

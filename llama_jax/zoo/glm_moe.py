@@ -162,5 +162,5 @@ GLM4_MOE = Family(
         )
     ),
     with_tensors=with_mtp_tensors,
-    released=lambda config: released(config, load_balance_loss=_BALANCE),
+    released=lambda config: released(config, load_balance_loss=_BALANCE, balance_over="row"),
 )

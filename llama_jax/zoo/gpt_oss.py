@@ -7,6 +7,7 @@ from llama_jax.config import Json, UserError
 from llama_jax.models import DecoderConfig
 from llama_jax.nn import Experts, SoftmaxTopK, YarnScaling
 from llama_jax.zoo import llama
+from llama_jax.zoo.experts import balanced_jointly
 from llama_jax.zoo.layers import FULL, SLIDING, every, in_turns, read_layer_types, write_turns
 from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key
 from llama_jax.zoo.registry import Family
@@ -20,7 +21,7 @@ def _gpt_oss(types: tuple[str, ...], *, window: int | None, top_k: int, **fields
     """Return the model whose layers have these `types`; `fields` are those of `Experts` and of `llama_like`."""
     own = {name: fields.pop(name) for name in ("num_experts", "intermediate_size", "limit", "load_balance_loss")}
     router = SoftmaxTopK(top_k, normalize=True, bias=True)
-    experts = Experts(router=router, activation="quick_gelu", gated=True, bias=True, **own)
+    experts = Experts(router=router, activation="quick_gelu", gated=True, bias=True, balance_over="layers", **own)
     config = llama.llama_like(num_layers=len(types), feed_forward=experts, **fields)
     full = dataclasses.replace(config.attention, sinks=True)  # type: ignore[call-overload]
     return in_turns(config, types, {SLIDING: dataclasses.replace(full, window=window), FULL: full})
@@ -121,4 +122,5 @@ GPT_OSS = Family(
         ),
         llama.TIED,
     ),
+    released=balanced_jointly,
 )

@@ -7,6 +7,7 @@ from llama_jax.config import Json, UserError
 from llama_jax.models import DecoderConfig, LayerOverride
 from llama_jax.nn import Experts, GatedLinearUnit, GroupedQuery, GShardRouter, RelativeBias, RMSNorm, SoftmaxTopK
 from llama_jax.zoo import llama
+from llama_jax.zoo.experts import balanced_jointly
 from llama_jax.zoo.reading import CAUSAL, ConfigReader, Key
 from llama_jax.zoo.registry import Family, MetaFiles, Presets
 from llama_jax.zoo.rope import read_rope
@@ -23,6 +24,7 @@ def _experts(intermediate_size: int, num_experts: int, top_k: int, load_balance_
         activation="silu",
         gated=True,
         load_balance_loss=load_balance_loss,
+        balance_over="layers",
     )
 
 
@@ -113,7 +115,6 @@ MIXTRAL = Family(
     keys=llama.keys(
         Key("num_local_experts", "feed_forward.num_experts", int, 8),
         Key("num_experts_per_tok", "feed_forward.router.top_k", int, 2),
-        # Per layer; Hugging Face's has its minimum at top_k instead of 1.
         Key("router_aux_loss_coef", "feed_forward.load_balance_loss", float, 0.001),
         Key("sliding_window", "attention.window", int, None),
         kv_heads=8,
@@ -125,6 +126,7 @@ MIXTRAL = Family(
     aliases={"num_experts": "num_local_experts"},
     harmless=CAUSAL | {"router_jitter_noise"},
     names=TensorNames(WEIGHTS, llama.TIED, renames=RENAMES),
+    released=balanced_jointly,
     meta=MetaFiles(TensorNames(META_WEIGHTS, llama.META_TIED), from_meta),
 )
 

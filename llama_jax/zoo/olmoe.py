@@ -6,7 +6,7 @@ from typing import Any
 from llama_jax.config import Json
 from llama_jax.models import DecoderConfig
 from llama_jax.zoo import llama
-from llama_jax.zoo.experts import feed_forwards, released
+from llama_jax.zoo.experts import balanced_jointly, feed_forwards, released
 from llama_jax.zoo.qwen_moe import qwen_moe
 from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key
 from llama_jax.zoo.registry import Family
@@ -53,7 +53,6 @@ OLMOE = Family(
         Key("num_experts", "feed_forward.num_experts", int, 64),
         Key("num_experts_per_tok", "feed_forward.router.top_k", int, 8),
         Key("norm_topk_prob", "feed_forward.router.normalize", bool, False),
-        # Per layer; Hugging Face's has its minimum at top_k instead of 1.
         Key("router_aux_loss_coef", "feed_forward.load_balance_loss", float, 0.01),
         Key("max_position_embeddings", "max_positions", int, 4096),
         Key("rms_norm_eps", "norm.eps", float, 1e-5),
@@ -73,5 +72,5 @@ OLMOE = Family(
         ),
         llama.TIED,
     ),
-    released=released,
+    released=lambda config: balanced_jointly(released(config)),
 )

@@ -11,7 +11,7 @@ from llama_jax.config import Json, UserError
 from llama_jax.models import DecoderConfig, LayerOverride
 from llama_jax.nn import Experts, RMSNorm, SoftmaxTopK
 from llama_jax.zoo import llama
-from llama_jax.zoo.experts import dense_layers, feed_forwards, released, write_dense
+from llama_jax.zoo.experts import balanced_jointly, dense_layers, feed_forwards, released, write_dense
 from llama_jax.zoo.reading import CAUSAL, SIZES, ConfigReader, Key
 from llama_jax.zoo.registry import Family
 from llama_jax.zoo.rope import read_rope, write_rope
@@ -43,6 +43,7 @@ def qwen_moe(
         shared_size=shared_size,
         shared_gate=shared,
         load_balance_loss=load_balance_loss,
+        balance_over="layers",
     )
     config = llama.llama_like(feed_forward=experts, **fields)
     attention: Any = config.attention
@@ -129,7 +130,6 @@ def keys(
         Key("moe_intermediate_size", "feed_forward.intermediate_size", int, expert_size, argument="expert_size"),
         Key("num_experts_per_tok", "feed_forward.router.top_k", int, top_k),
         Key("norm_topk_prob", "feed_forward.router.normalize", bool, normalize),
-        # Per layer; Hugging Face's has its minimum at top_k instead of 1.
         Key("router_aux_loss_coef", "feed_forward.load_balance_loss", float, 0.001),
         Key("max_position_embeddings", "max_positions", int, 32_768),
         Key("rms_norm_eps", "norm.eps", float, 1e-6),
@@ -157,7 +157,7 @@ QWEN3_MOE = Family(
     aliases={"num_local_experts": "num_experts"},
     harmless=CAUSAL | {"sliding_window", "max_window_layers"},  # only read with use_sliding_window
     names=TensorNames(ROWS, llama.TIED),
-    released=released,
+    released=lambda config: balanced_jointly(released(config)),
 )
 QWEN2_MOE = dataclasses.replace(
     QWEN3_MOE,

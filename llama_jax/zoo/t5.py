@@ -289,7 +289,8 @@ def _switch(
 
 
 def _experts(size: int, num_experts: int, jitter: float, bias: bool, **options: Any) -> Experts:
-    return Experts(num_experts, size, SwitchRouter(jitter, bias=bias), activation="relu", gated=False, **options)
+    router = SwitchRouter(jitter, bias=bias)
+    return Experts(num_experts, size, router, activation="relu", gated=False, balance_over="batch", **options)
 
 
 def _read_switch(reader: ConfigReader, fields: Json) -> EncoderDecoderConfig:
@@ -345,6 +346,18 @@ def _write_switch(config: EncoderDecoderConfig, label: str) -> Json:
     return data
 
 
+def _released_switch(config: EncoderDecoderConfig) -> EncoderDecoderConfig:
+    """Return the model with the balance loss of the paper, the only one that a config.json can express."""
+
+    def balanced(override: LayerOverride) -> LayerOverride:
+        piece = override.piece
+        piece = dataclasses.replace(piece, balance_over="batch") if isinstance(piece, Experts) else piece
+        return dataclasses.replace(override, piece=piece)
+
+    encoder, decoder = (tuple(map(balanced, layers)) for layers in (config.encoder_overrides, config.overrides))
+    return dataclasses.replace(config, encoder_overrides=encoder, overrides=decoder)
+
+
 SWITCH_TRANSFORMERS = dataclasses.replace(
     T5,
     name="switch_transformers",
@@ -377,5 +390,6 @@ SWITCH_TRANSFORMERS = dataclasses.replace(
             "experts.down_proj": ("mlp.experts.expert_{expert}.wo", "e d f -> e f d"),
         }
     ),
+    released=_released_switch,
     with_tensors=None,
 )

@@ -166,6 +166,20 @@ def test_a_step_trains_all_blocks_and_balances_their_experts(balanced):
         assert metrics[-1][name] < 0.3 * value, name
 
 
+@pytest.mark.slow
+def test_a_stack_of_one_layer_has_the_loss_of_the_batch_times_top_k(balanced, random_params):
+    """Which is what transformers' loss of all layers is for one; that of further blocks has another name."""
+    found, hyper = {}, AdamW(learning_rate=0.01, warmup_steps=1).hyper(5)
+    for over in ("batch", "layers"):
+        experts = dataclasses.replace(balanced.feed_forward, load_balance_loss=0.1, balance_over=over)
+        own = dataclasses.replace(balanced, feed_forward=experts, num_layers=1)
+        state = jax.jit(init_state)(random_params(own), hyper)
+        found[over] = make_train_step(own, COMPUTE)(state, batch_of(own.vocab_size), hyper)[1]
+    for name in ("load_balance_loss", "mtp_load_balance_loss"):
+        assert float(found["batch"][name]) > 0.09
+        np.testing.assert_allclose(found["layers"][name], 2 * found["batch"][name], rtol=1e-5)
+
+
 def test_eight_devices_compute_what_one_computes(config, random_params):
     params, batch = random_params(config), batch_of(config.vocab_size, [9, 7])
     expected, _ = means(config, COMPUTE, params, batch)

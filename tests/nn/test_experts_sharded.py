@@ -32,6 +32,12 @@ KINDS = {
     "all places": Experts(
         8, 16, SwitchRouter(jitter=0.1), "gelu_tanh", gated=True, dispatch="capacity", router_z_loss=0.1
     ),
+    "balanced over the batch": Experts(
+        8, 16, SwitchRouter(jitter=0.0), "relu", gated=False, load_balance_loss=0.1, balance_over="batch"
+    ),
+    "balanced over layers": Experts(
+        8, 16, SoftmaxTopK(2, True), "silu", gated=True, load_balance_loss=0.1, balance_over="layers"
+    ),
     "biased": Experts(8, 16, SoftmaxTopK(2, True, bias=True), "quick_gelu", gated=True, bias=True, limit=1.0),
 }
 
@@ -61,7 +67,8 @@ def run(config: Experts, rows: int = ROWS):
             module = nnx.merge(graphdef, params, rest)
             ctx = context_of(segment_ids=segments, dropout_key=key if config.needs_rng else None)
             y, aux = module(x, ctx=ctx)
-            return (y * direction).sum() + sum(v for k, v in aux.items() if "loss" in k), (y, aux)
+            losses = [v.prod(0).sum() if "product" in k else v for k, v in aux.items() if "loss" in k or "product" in k]
+            return (y * direction).sum() + sum(losses), (y, aux)
 
         gradient, (y, aux) = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
         return gradient, unzigzag(y), aux
@@ -87,6 +94,7 @@ def of_one_device(kind: str) -> dict[str, jax.Array]:
 
 # Quickly: each mesh with one kind, each kind on one mesh.
 QUICKLY = {("dropless", name) for name in MESHES} | {(kind, "expert and fsdp") for kind in KINDS}
+QUICKLY |= {("balanced over layers", "expert and context"), ("balanced over the batch", "expert and context")}
 QUICKLY |= {("biased", "expert, data and tensor")}  # a device adds its part of a bias, or adds it once
 CASES = [
     pytest.param(*case, marks=() if case in QUICKLY else pytest.mark.slow) for case in itertools.product(KINDS, MESHES)

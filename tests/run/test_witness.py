@@ -34,6 +34,7 @@ from llama_jax.models import Compute, DecoderConfig, abstract_params
 from llama_jax.models.config import LayerOverride
 from llama_jax.nn import (
     Alibi,
+    Experts,
     GroupedQuery,
     LinearScaling,
     Llama3Scaling,
@@ -43,7 +44,9 @@ from llama_jax.nn import (
     RMSNorm,
     RopeScaling,
     SinusoidalPositions,
+    SoftmaxTopK,
     SwiGLU,
+    SwitchRouter,
     YarnScaling,
 )
 from llama_jax.parallel import make_mesh, spec
@@ -116,6 +119,12 @@ CHANGES: dict[str, Callable[[RunConfig, Path], Any]] = {
     "model.attention.qk_norm": lambda *_: RMSNorm(0.5),
     "model.attention.window": lambda *_: 5,
     "model.attention.softcap": lambda *_: 5.0,
+    "model.feed_forward.router": lambda *_: SwitchRouter(0.0),
+    "model.feed_forward.activation": lambda *_: "relu",
+    "model.feed_forward.limit": lambda *_: 1.0,
+    "model.feed_forward.shared_size": lambda *_: 8,
+    "model.feed_forward.capacity": lambda *_: 4,
+    "model.feed_forward.capacity_factor": lambda *_: 1.0,
     "tokenizer.path": lambda _, folder: str(folder / "tokenizer"),
     "tokenizer.vocab_size": lambda *_: 290,
     "tokenizer.special_tokens": lambda *_: ("<pad>",),
@@ -208,6 +217,8 @@ def variants(base: RunConfig, folder: Path) -> list[RunConfig]:
     ]
     # A small theta and more pairs: each of the scalings' thresholds lies between two of them.
     rope = {"model.attention.head_dim": 16, "model.attention.rope.theta": 10.0}
+    groups = SoftmaxTopK(1, normalize=False, num_groups=2, top_groups=1)
+    experts = Experts(4, 16, groups, "silu", gated=True, load_balance_loss=0.1)
     path, own = base.data.path, {"tokenizer.path": str(folder / "tokenizer")}
     sources = (Source("some", (path[0] + "/0*.txt",), share=0.5), Source("more", (path[0] + "/1*.txt",), share=0.5))
     return [
@@ -215,6 +226,8 @@ def variants(base: RunConfig, folder: Path) -> list[RunConfig]:
         override(base, own),  # weights of others come with their tokenizer
         override(base, {"checks.spike_zscore": 5.0}),
         override(base, {"model.attention.qk_norm": RMSNorm(0.5)}),
+        override(base, {"model.feed_forward": experts}),
+        override(base, {"model.feed_forward": dataclasses.replace(experts, num_shared=1)}),
         override(base, {"data.path": (), "data.sources": sources, "data.validation_fraction": 0.0}),
         *(override(base, rope | {"model.attention.rope.scaling": scaling}) for scaling in scalings),
     ]

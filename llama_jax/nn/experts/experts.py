@@ -39,7 +39,12 @@ class Experts(FeedForward):
     shared_gate: multiply its result by the sigmoid of a linear map of the token to one number (Qwen1.5-MoE).
     capacity_factor: tokens of a row that an expert takes, times experts, over the row's assignments; none for all.
     capacity: the same as a number of tokens, whatever the row's length.
-    load_balance_loss: coefficient of E times the sum of load times mean probability, 1 where both are uniform.
+    load_balance_loss: coefficient of E times the sum over experts of load times mean probability, about 1 at the least;
+      a load is an expert's share of the assignments. Losses of layers are added up.
+    balance_over: tokens that loads and probabilities are means over, of a part where the batch is accumulated. row: of
+      each row, then the mean over rows (DeepSeek; GShard, whose k is E squared times the coefficient). batch: of all
+      rows (Switch). layers: of all rows in all layers of a stack, one loss, whose loads add up to top_k instead of 1
+      (router_aux_loss_coef of Mixtral, Qwen, OLMoE and GPT-OSS in transformers).
     router_z_loss: coefficient of the mean squared logsumexp of the router's logits.
     dispatch: capacity multiplies equal numbers of rows for all experts, dropless the rows that there are, with the same
       result; auto takes the faster.
@@ -58,6 +63,7 @@ class Experts(FeedForward):
     capacity_factor: float | None = None
     capacity: int | None = None
     load_balance_loss: float = 0.0
+    balance_over: Literal["row", "batch", "layers"] = "row"
     router_z_loss: float = 0.0
     dispatch: Literal["auto", "capacity", "dropless"] = "auto"
 
@@ -168,9 +174,9 @@ class ExpertsModule(FeedForwardModule):
     ) -> tuple[Float[Array, "b t d"], dict[str, jax.Array]]:
         """Map [B, T, D] to [B, T, D], with auxiliary arrays.
 
-        `loss.load_balance` and `loss.router_z` where they have a coefficient; `experts_load` [E], each expert's share
-        of the assignments; `dropped_share`, the share of those without a slot; for both, their number under `of.`, by
-        which micro-batches are weighted.
+        `loss.load_balance` (of all layers together its factors, `product.load_balance`) and `loss.router_z` where they
+        have a coefficient; `experts_load` [E], each expert's share of the assignments; `dropped_share`, the share of
+        those without a slot; for both, their number under `of.`, by which micro-batches are weighted.
         """
         config, length = self.config, x.shape[1]
         with jax.named_scope("router"):
@@ -259,11 +265,16 @@ class ExpertsModule(FeedForwardModule):
         aux |= {f"statistic.router.{name}": value for name, value in self.router.statistics(counts.mean(0)).items()}
 
         if config.load_balance_loss > 0:
-            # The fraction of a row's assignments has no gradient; the mean probability passes it to the router.
-            load = assignments[:, :, : routing.counted].sum((1, 2))
-            load = load / jnp.maximum(load.sum(-1, keepdims=True), 1.0)
-            balance = ctx.mean_of_rows((load * ctx.row_means(routing.probabilities)).sum(-1))
-            aux["loss.load_balance"] = config.load_balance_loss * config.num_experts * balance
+            # Assignments have no gradient; the mean probability passes it to the router.
+            of_rows = config.balance_over == "row"
+            means = ctx.row_means if of_rows else ctx.batch_means
+            load = means(jax.nn.one_hot(routing.counted, config.num_experts).sum(2))
+            probability = config.load_balance_loss * config.num_experts * means(routing.probabilities)
+            if config.balance_over == "layers":
+                aux["product.load_balance"] = jnp.stack([load, probability])
+            else:
+                balance = (load * probability).sum(-1) / routing.counted.shape[-1]
+                aux["loss.load_balance"] = ctx.mean_of_rows(balance) if of_rows else balance
         if config.router_z_loss > 0:
             z = ctx.mean_of_rows(ctx.row_means(jax.nn.logsumexp(routing.logits, -1) ** 2))
             aux["loss.router_z"] = config.router_z_loss * z

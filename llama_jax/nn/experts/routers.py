@@ -24,7 +24,7 @@ class Routing:
     gates: [B, T, K], factors of the experts' outputs.
     logits: [B, T, E], for the router-z loss.
     probabilities: [B, T, E], for the balance loss; they sum to 1.
-    counted: number of a token's choices that the balance loss counts, the first ones.
+    counted: [B, T, C], the experts of every token that the balance loss counts.
     sent: [B, T, K], false at choices that are not made use of; None where all are.
     """
 
@@ -32,7 +32,7 @@ class Routing:
     gates: Float[Array, "b t k"]
     logits: Float[Array, "b t e"]
     probabilities: Float[Array, "b t e"]
-    counted: int
+    counted: Int[Array, "b t c"]
     sent: Bool[Array, "b t k"] | None = None
 
 
@@ -122,7 +122,7 @@ class SwitchRouter(Router):
     def route(self, logits: Float[Array, "b t e"], ctx: ForwardContext) -> Routing:
         probabilities = jax.nn.softmax(logits)
         experts = _best(probabilities, 1)
-        return Routing(experts, _of(probabilities, experts), logits, probabilities, counted=1)
+        return Routing(experts, _of(probabilities, experts), logits, probabilities, counted=experts)
 
 
 class _JitteredRouter(LinearRouter):
@@ -160,7 +160,7 @@ class GShardRouter(Router):
         if ctx.dropout_key is not None:
             drawn = draw(jax.random.uniform, ctx, "second", gates.shape[:2], ("batch", "sequence"))
             sent = jnp.stack([jnp.ones_like(drawn, bool), drawn < 2 * gates[..., 1]], -1)
-        return Routing(experts, gates, logits, probabilities, counted=1, sent=sent)
+        return Routing(experts, gates, logits, probabilities, counted=experts[..., :1], sent=sent)
 
 
 class _TopK(Router):
@@ -246,7 +246,7 @@ class SoftmaxTopK(_TopK):
         gates = _of(probabilities, experts)
         if self.normalize:
             gates /= gates.sum(-1, keepdims=True)
-        return Routing(experts, gates * self.scaling, logits, probabilities, counted=self.top_k)
+        return Routing(experts, gates * self.scaling, logits, probabilities, counted=experts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +254,8 @@ class SigmoidTopK(_TopK):
     """The highest sigmoids, chosen with a bias that no gradient trains (DeepSeek-V3, section 2.1.2, eq. 12 to 16).
 
     Each step moves the bias of every expert by `bias_update_rate`, up where its load was below the mean, down where it
-    was above. Gates are the sigmoids without the bias.
+    was above. Gates are the sigmoids without the bias; the balance loss counts the `top_k` highest of these, whatever
+    the bias and the groups (eq. 18).
 
     top_k: number of experts that a token goes to.
     normalize: divide its gates by their sum.
@@ -288,7 +289,8 @@ class SigmoidTopK(_TopK):
         if self.normalize:
             gates /= gates.sum(-1, keepdims=True) + 1e-20
         probabilities = scores / (scores.sum(-1, keepdims=True) + 1e-20)
-        return Routing(experts, gates * self.scaling, logits, probabilities, counted=self.top_k)
+        counted = _best(scores, self.top_k)
+        return Routing(experts, gates * self.scaling, logits, probabilities, counted=counted)
 
 
 @dataclasses.dataclass(frozen=True)
