@@ -35,10 +35,10 @@ BEGIN, END = "<!-- code: written by docs/measure_code.py -->", "<!-- end of code
 NUM_LONGEST = 5
 
 # What the numbers may be at most; tests/docs/test_measure_code.py compares.
-MAX_FILES = 46
-MAX_FRAMES = 11
+MAX_FILES = 48
+MAX_FRAMES = 12
 MAX_COMPLEXITY = 15
-MAX_LINES = 47_000
+MAX_LINES = 47_300
 
 
 class Recorder:

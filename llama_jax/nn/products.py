@@ -4,7 +4,7 @@ Left to JAX, the gradient of a bfloat16 product with a float32 result is a produ
 weight sums over the first dimension of both, which XLA:CPU does in float32: a fifth of the speed, where there is AMX.
 """
 
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,19 +22,20 @@ def turned(x: jax.Array) -> jax.Array:
     return with_layout_constraint(with_layout_constraint(x, rows).swapaxes(-1, -2), rows)
 
 
-def _product(x: jax.Array, w: jax.Array, transposed: bool, dtype: DTypeLike | None) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def product(x: jax.Array, w: jax.Array, transposed: bool, dtype: DTypeLike | None) -> jax.Array:
     """Return x w: [M, I] x [I, O] (or [O, I], transposed) -> [M, O], in `dtype`; None for the dtype of x.
 
     Gradients are products in the dtype of x, to which that of a float32 result is rounded.
     """
-    return jnp.einsum("mi,oi->mo" if transposed else "mi,io->mo", x, w, preferred_element_type=dtype)
+    return _forward(x, w, transposed, dtype)[0]
 
 
-product = jax.custom_vjp(_product, nondiff_argnums=(2, 3))
-
-
-def _forward(x: jax.Array, w: jax.Array, *static: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(x, w, *static), (x, w)  # of `product` itself the policies of recomputation would not see the dot
+def _forward(
+    x: jax.Array, w: jax.Array, transposed: bool, dtype: DTypeLike | None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    # Not by calling `product`, in which the policies of recomputation would not see the dot.
+    return jnp.einsum("mi,oi->mo" if transposed else "mi,io->mo", x, w, preferred_element_type=dtype), (x, w)
 
 
 def _backward(
