@@ -69,7 +69,8 @@ def test_layer_by_layer(name):
     assert [key for key in found if re.fullmatch(r"(encoder_)?layer_\d+", key) and key not in layers] == []
     for key in layers:
         assert golden[key].std() > 0.1
-        assert difference(golden, found, key) < TOLERANCE, key
+        # Rounding goes with the size of a layer's numbers, and with the kernels of a processor.
+        assert difference(golden, found, key) < TOLERANCE * max(1, golden[key].std()), key
 
 
 @pytest.mark.parametrize("name", EACH)
