@@ -217,9 +217,10 @@ def show(title: str, outcome: dict, console: Console) -> None:
 
 
 def slower(outcomes: dict[str, dict], before: dict[str, dict]) -> list[str]:
-    """Return a line for each ratio to `plain` that is more than a tenth below the one of the file."""
+    """Return a line for each ratio to `plain` that is more than a tenth below the one of the file, where it has one."""
     lines = []
-    for work, outcome in outcomes.items():
+    for work in outcomes.keys() & before.keys():
+        outcome = outcomes[work]
         for name in [name for name in outcome["peers"] if name.split("-")[0] == PLAIN]:
             now, then = (found[work]["peers"][name]["ours_over_this"] for found in (outcomes, before))
             if now < 0.9 * then:
