@@ -45,6 +45,7 @@ class Turn:
     cpu_seconds: float
     others: float | None  # share of the processors that other processes used meanwhile; None where unknown
     result: list
+    peak_bytes: int | None  # largest resident memory of its process so far; None where unknown
     first_seconds: float | None = None  # of decoding: prompts and one token
 
 
@@ -110,7 +111,7 @@ def take_turn(worker: Worker, work: dict, steps: int) -> Turn:
         others = max(0.0, busy_after - busy - answer["cpu_seconds"]) / (wall * (os.cpu_count() or 1))
     first = worker.ask(cmd="run", steps=1, new_tokens=1)["seconds"] if work["task"] == "decode" else None
     speed = steps * tokens_per_step(work) / answer["seconds"]
-    return Turn(speed, answer["seconds"], answer["cpu_seconds"], others, answer["result"], first)
+    return Turn(speed, answer["seconds"], answer["cpu_seconds"], others, answer["result"], answer["peak_bytes"], first)
 
 
 def same_work(work: dict, exact: list[str], setups: dict[str, dict], rounds: list[dict[str, Turn]]) -> str | None:
@@ -178,6 +179,7 @@ def compare(
             "parameters": setups[name]["parameters"],
         }
         peers[name]["compile_seconds"] = warm_up[name].seconds - statistics.median(t[name].seconds for t in done)
+        peers[name]["peak_bytes"] = done[-1][name].peak_bytes
         if work["task"] == "decode":
             peers[name]["first_token_seconds"] = statistics.median(turns[name].first_seconds or 0 for turns in done)
         ours = f"{OURS}-bf16" if name.endswith("-bf16") and f"{OURS}-bf16" in workers else OURS
@@ -193,8 +195,8 @@ def compare(
 
 def show(title: str, outcome: dict, console: Console) -> None:
     table = Table(title=title, title_justify="left")
-    times = ("first token (ms)", "compile (s)")
-    for column in ("peer", "tokens/s", "slowest to fastest", "llama_jax / peer", *times, "used by others", "versions"):
+    costs = ("first token (ms)", "compile (s)", "peak (MiB)")
+    for column in ("peer", "tokens/s", "slowest to fastest", "llama_jax / peer", *costs, "used by others", "versions"):
         table.add_column(column, justify="left" if column in ("peer", "versions") else "right")
     for name, peer in outcome["peers"].items():
         ratio, others = peer.get("ours_over_this"), peer["others_median"]
@@ -205,6 +207,7 @@ def show(title: str, outcome: dict, console: Console) -> None:
             "" if ratio is None or (name.split("-")[0] == OURS and ratio == 1) else f"{ratio:.2f}",
             f"{peer['first_token_seconds'] * 1e3:.1f}" if "first_token_seconds" in peer else "",
             f"{peer['compile_seconds']:.1f}",
+            "" if peer["peak_bytes"] is None else f"{peer['peak_bytes'] / 2**20:,.0f}",
             "" if others is None else f"{others:.0%}",
             ", ".join(f"{package} {version}" for package, version in peer["versions"].items()),
         )
@@ -274,6 +277,8 @@ def main(
             pythons[name] = python
         else:
             console.print(f"{name}: left out, no --{name}-python given.")
+    if plain and args.guard and args.without_ours:
+        parser.error("--guard compares ours with the plain reference: leave --without-ours away")
     if not pythons:
         parser.error("nothing to run: give the interpreter of a peer, or leave --without-ours away")
     about = machine()

@@ -4,7 +4,7 @@ Imported by interpreters of several environments: the standard library and numpy
 
 One JSON object a line, on stdin and stdout:
     {"cmd": "setup", "work": {...}}  ->  {"parameters": n, "versions": {...}, "setup_seconds": s}
-    {"cmd": "run", "steps": n}       ->  {"seconds": s, "cpu_seconds": s, "result": [...]}
+    {"cmd": "run", "steps": n}       ->  {"seconds": s, "cpu_seconds": s, "peak_bytes": n, "result": [...]}
 A run of decoding may have `new_tokens`, in place of those of the work.
 `result` is what the work computed (the losses of a training turn, the tokens of a decoding one). The weights, the
 tokens and the optimizer's settings are the same for all, so that equal results prove equal work.
@@ -19,6 +19,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 
@@ -83,6 +84,15 @@ def prompt_tokens(work: Work) -> np.ndarray:
     return tokens
 
 
+def peak_bytes() -> int | None:
+    """Return the largest resident memory of this process so far, where Linux tells."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
 def serve(packages: list[str], tasks: dict[str, Callable[[Work], tuple[int, Run]]]) -> None:
     """Answer requests until stdin closes. A task builds its model and returns (parameter count, run)."""
     # Libraries print: what they write to stdout goes to stderr, the protocol keeps the real one.
@@ -106,6 +116,7 @@ def serve(packages: list[str], tasks: dict[str, Callable[[Work], tuple[int, Run]
             reply = {
                 "seconds": time.perf_counter() - start,
                 "cpu_seconds": time.process_time() - cpu_start,
+                "peak_bytes": peak_bytes(),
                 "result": result,
             }
         channel.write(json.dumps(reply) + "\n")
