@@ -11,9 +11,9 @@ from typing import Any
 from llama_jax.checkpoint import CheckpointConfig
 from llama_jax.config import UserError, from_json, leaves, load_config_module, override, read_json, to_json
 from llama_jax.data import Classification, DataConfig
-from llama_jax.models import Compute, ModelConfig
+from llama_jax.models import Compute, ModelConfig, check_pipeline
 from llama_jax.nn import seed_value
-from llama_jax.parallel import MeshConfig, batch_parts
+from llama_jax.parallel import LOGICAL_AXES, MeshConfig, batch_parts
 from llama_jax.tokenizers import TokenizerConfig
 from llama_jax.training import Optimizer, schedule_of_name, train_flops_per_token
 
@@ -254,12 +254,13 @@ class RunConfig:
         sizes = self.mesh.sizes(num_devices)
         rows, parts = batch_parts(sizes), self.optimizer.accumulation_steps
         if self.global_batch_size // parts % rows:
-            experts = " x mesh.expert" if sizes["expert"] > 1 else ""
+            axes = [axis for axis in LOGICAL_AXES["batch"] if sizes[axis] > 1 or axis in ("data", "fsdp")]
             accumulated = f" x optimizer.accumulation_steps={parts}" if parts > 1 else ""
             raise UserError(
-                f"global_batch_size={self.global_batch_size} is not divisible by mesh.data x mesh.fsdp{experts}={rows}"
-                f"{accumulated}: take a multiple of {rows * parts}"
+                f"global_batch_size={self.global_batch_size} is not divisible by "
+                f"{' x '.join(f'mesh.{axis}' for axis in axes)}={rows}{accumulated}: take a multiple of {rows * parts}"
             )
+        check_pipeline(self.model, self.compute, sizes, self.global_batch_size // parts)
         if sizes["context"] > 1 and not self.model.splits_sequence:
             raise UserError(
                 f"mesh.context={sizes['context']} cannot split the sequences of {type(self.model).__name__}: take 1, "

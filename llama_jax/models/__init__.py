@@ -50,4 +50,5 @@ from llama_jax.models.model import (
     initialize as initialize,
 )
 from llama_jax.models.mtp import MTPDecoder as MTPDecoder, MTPDecoderConfig as MTPDecoderConfig
+from llama_jax.models.pipeline import check_pipeline as check_pipeline, num_microbatches as num_microbatches
 from llama_jax.models.stack import OF as OF, PRODUCT as PRODUCT, STATISTIC as STATISTIC, Layers as Layers

@@ -3,7 +3,7 @@
 import abc
 import collections
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
@@ -48,6 +48,10 @@ class Compute:
       there, and holds all of them on every device.
     preflight: check before the first step that no piece of the model sees later tokens or returns what it must not, and
       that the attention kernel agrees with the reference; do not start otherwise.
+    pipeline_microbatches: parts of a batch that go through the stages of mesh.pipeline one after another, a multiple of
+      these; none takes four for each stage, or as many as the rows allow.
+    pipeline_repeats: how often each part goes around the stages (the circular schedule), through as many parts of a
+      stage's layers: less idle time, more sent.
     loss_chunk: positions of each row whose logits exist at a time in the loss.
     """
 
@@ -56,6 +60,8 @@ class Compute:
     remat: Literal["none", "full", "dots", "attention"] = "none"
     attention_kernel: str = "auto"
     context: Literal["ring", "all_gather"] = "ring"
+    pipeline_microbatches: int | None = None
+    pipeline_repeats: int = 1
     loss_chunk: int = 128
     preflight: bool = True
 
@@ -64,7 +70,9 @@ class Compute:
             raise UserError(
                 f"attention_kernel={self.attention_kernel!r} does not exist: the kernels are auto, {', '.join(KERNELS)}"
             )
-        check_at_least(self, 1, "loss_chunk")
+        check_at_least(self, 1, "loss_chunk", "pipeline_repeats")
+        if self.pipeline_microbatches is not None:
+            check_at_least(self, 1, "pipeline_microbatches")
 
     @property
     def jax_dtype(self) -> jnp.dtype:
@@ -175,6 +183,32 @@ def full_score_flops(mixers: Iterable[Mixer], length: int) -> float:
         times * (2 * sum(mixer.score_flops(keys) for keys in range(1, length + 1)) - length * mixer.score_flops(1))
         for mixer, times in collections.Counter(mixers).items()
     )
+
+
+def repeating_pattern(pieces: Sequence[Hashable]) -> tuple[int, int]:
+    """Return (leading, period): after `leading` layers the rest repeats every `period`, with the smallest sum."""
+    total = len(pieces)
+    best = (total, 0)
+    for leading in range(total):
+        rest = pieces[leading:]
+        for period in range(1, len(rest) // 2 + 1):
+            repeats = len(rest) % period == 0 and all(rest[i] == rest[i % period] for i in range(len(rest)))
+            if repeats and leading + period < sum(best):
+                best = (leading, period)
+    return best
+
+
+def repeating_pattern(pieces: Sequence[Hashable]) -> tuple[int, int]:
+    """Return (leading, period): after `leading` layers the rest repeats every `period`, with the smallest sum."""
+    total = len(pieces)
+    best = (total, 0)
+    for leading in range(total):
+        rest = pieces[leading:]
+        for period in range(1, len(rest) // 2 + 1):
+            repeats = len(rest) % period == 0 and all(rest[i] == rest[i % period] for i in range(len(rest)))
+            if repeats and leading + period < sum(best):
+                best = (leading, period)
+    return best
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ trains, are in the dict like parameters.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,9 +19,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from llama_jax.config import UserError
-from llama_jax.models.config import Compute, ModelConfig, Pieces
+from llama_jax.models.config import Compute, ModelConfig, Pieces, repeating_pattern
 from llama_jax.models.stack import Layers
 from llama_jax.nn import ALL_PROJECTIONS as ALL, Buffer, Keys, PyTree, child, seed_key
+from llama_jax.parallel import axes_of, split_layers
 
 Params = dict[str, jax.Array]
 
@@ -195,12 +196,12 @@ def _init_stack(config: ModelConfig, stack: str, pieces: tuple[Pieces, ...], bas
     params: Params = {}
     for name, groups in stacked.items():
         if len(groups) == 1:
-            params[name] = groups[0][1]
+            params[name] = split_layers(groups[0][1])
         else:
             order = [i for layers, _ in groups for i in layers]
             # Kinds of layers were made apart: put their values into the order of the layers.
             joined = jnp.concatenate([value for _, value in groups])
-            params[name] = joined[jnp.array(sorted(range(len(order)), key=order.__getitem__))]
+            params[name] = split_layers(joined[jnp.array(sorted(range(len(order)), key=order.__getitem__))])
     return params
 
 
@@ -229,19 +230,6 @@ def _shapes_and_specs(
     return {name: (a.shape, None if mesh.empty else a.sharding.spec) for name, a in abstract.items()}
 
 
-def repeating_pattern(pieces: Sequence[Hashable]) -> tuple[int, int]:
-    """Return (leading, period): after `leading` layers the rest repeats every `period`, with the smallest sum."""
-    total = len(pieces)
-    best = (total, 0)
-    for leading in range(total):
-        rest = pieces[leading:]
-        for period in range(1, len(rest) // 2 + 1):
-            repeats = len(rest) % period == 0 and all(rest[i] == rest[i % period] for i in range(len(rest)))
-            if repeats and leading + period < sum(best):
-                best = (leading, period)
-    return best
-
-
 def per_layer(config: ModelConfig, params: Params, stack: str = "layers") -> list[dict[str, jax.Array]]:
     """Return the parameters of each layer of a stack, from the stacked ones."""
     layers: list[dict[str, jax.Array]] = [{} for _ in config.stacks()[stack]]
@@ -249,7 +237,8 @@ def per_layer(config: ModelConfig, params: Params, stack: str = "layers") -> lis
         if not name.startswith(f"{stack}."):
             continue
         # split, not indexing: its transpose is one concatenation, where L slices would add L full-size arrays.
-        for i, value in zip(owners, jax.lax.split(params[name], [1] * len(owners)), strict=True):
+        values = jax.lax.split(split_layers(params[name], whole=True), [1] * len(owners))
+        for i, value in zip(owners, values, strict=True):
             layers[i][name.removeprefix(f"{stack}.")] = value.reshape(value.shape[1:])
     return layers
 
@@ -280,6 +269,10 @@ def _take(value: jax.Array, owners: tuple[int, ...], chosen: range) -> jax.Array
     if rows == list(range(value.shape[0])):
         return value
     start, step = rows[0], rows[1] - rows[0]
+    if any(axes_of(value)[0]):  # a stage has whole repeats of the pattern, and no stage a slice of all
+        spec = jax.typeof(value).sharding.spec
+        pattern = jnp.reshape(value, (-1, step, *value.shape[1:]), out_sharding=jax.P(spec[0], None, *spec[1:]))
+        return pattern[:, start]
     return value[start : rows[-1] + 1 : step]
 
 

@@ -99,8 +99,8 @@ class Transformer(nnx.Module):
             positions = zigzag(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
         ctx = self.row_context(mask, tokens.shape[1], key, side=side)
         x = self.embed(tokens, positions, ctx, side=side, add=add)
-        layers, remat = getattr(self, f"{side}layers"), self.compute.remat
-        x, aux = layers(x, positions=positions, ctx=ctx, source=source, remat=remat, outputs=outputs)
+        layers = getattr(self, f"{side}layers")
+        x, aux = layers(x, positions=positions, ctx=ctx, source=source, compute=self.compute, outputs=outputs)
         return self.final(x, ctx, side=side), ctx, aux
 
     def row_context(self, mask: Mask, length: int, key: jax.Array | None, *, side: str = "") -> ForwardContext:

@@ -11,8 +11,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from llama_jax.models.config import Pieces, TransformerConfig
+from llama_jax.config import UserError
+from llama_jax.models.config import Compute, Pieces, TransformerConfig
+from llama_jax.models.pipeline import pipelined
 from llama_jax.nn import CrossAttention, ForwardContext, PyTree, child, drawing_from, dropout, record
+from llama_jax.parallel import mesh_axis_sizes
 
 type Aux = dict[str, jax.Array]
 type NormLayer = Callable[[jax.Array], jax.Array]
@@ -183,7 +186,7 @@ class Layers(nnx.Module):
         positions: Int[Array, "b t"],
         ctx: ForwardContext,
         source: tuple[jax.Array, ForwardContext] | None = None,
-        remat: str = "none",
+        compute: Compute,
         outputs: list[jax.Array] | None = None,
     ) -> tuple[Float[Array, "b t d"], Aux]:
         """Return the last block's result, and the layers' auxiliary arrays, each [layers that have it, ...].
@@ -192,6 +195,7 @@ class Layers(nnx.Module):
         appended to `outputs`, for which layers must be unrolled.
         """
         assert outputs is None or not self.repeated
+        remat = compute.remat
         record("stack", lambda: (self.name, x))
         fixed = {"positions": positions, "ctx": ctx, "source": source}
         found: dict[str, list[jax.Array]] = {}
@@ -208,6 +212,10 @@ class Layers(nnx.Module):
             # Within a scan XLA cannot merge the computation with its repetition in the backward pass, so nothing has to
             # prevent it.
             step = rematerialized(functools.partial(_apply_blocks, graphdef, **fixed), remat, prevent_cse=False)
+            if mesh_axis_sizes().get("pipeline", 1) > 1:
+                assert not self.leading
+                assert source is None
+                return pipelined(functools.partial(_scanned, graphdef, remat), state, x, positions, ctx, compute), {}
             # The number of the first layer of each repeat is for random keys only.
             first, period = len(self.leading), len(self.repeated)
             number = None if ctx.dropout_key is None else first + period * jnp.arange(_num_repeats(state))
@@ -244,6 +252,17 @@ def _apply_blocks(
             x, aux, _ = block(x, positions=positions, ctx=own, source=of_source)
         found.append(aux)
     return x, found
+
+
+def _scanned(
+    graphdef: PyTree, remat: str, state: PyTree, x: jax.Array, positions: jax.Array, ctx: ForwardContext
+) -> jax.Array:
+    """Apply the layers of one stage of a pipeline."""
+    step = functools.partial(_apply_blocks, graphdef, positions=positions, ctx=ctx, source=None)
+    x, aux = jax.lax.scan(rematerialized(step, remat, prevent_cse=False), x, (state, None))
+    if names := sorted({name for of_block in aux for name in of_block}):
+        raise UserError(f"mesh.pipeline does not go with layers that return {', '.join(names)}: set it to 1")
+    return x
 
 
 def rematerialized[F: Callable[..., Any]](function: F, remat: str, *, prevent_cse: bool = True) -> F:

@@ -15,10 +15,12 @@ from llama_jax.parallel.mesh import (
     fitting as fitting,
     make_mesh as make_mesh,
     mesh_axis_sizes as mesh_axis_sizes,
+    over_slices as over_slices,
     platform as platform,
     replicate as replicate,
     reshape as reshape,
     shard as shard,
     spec as spec,
+    split_layers as split_layers,
     split_over as split_over,
 )

@@ -18,10 +18,10 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from llama_jax.config import UserError
 
-MESH_AXES = ("data", "fsdp", "tensor", "context", "expert")
+MESH_AXES = ("pipeline", "data", "fsdp", "tensor", "context", "expert")
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     # activations
-    "batch": ("data", "fsdp", "expert"),
+    "batch": ("pipeline", "data", "fsdp", "expert"),  # around the layers; within them a microbatch is on one stage
     "sequence": ("context",),
     # activations and parameters alike
     "heads": ("tensor",),
@@ -31,6 +31,8 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "expert": ("expert",),
     # parameters only: the model dimension of a weight; gathered before use
     "embed": ("fsdp",),
+    # the stacked layers of a parameter: on each stage its own
+    "layers": ("pipeline",),
 }
 
 
@@ -38,6 +40,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
 class MeshConfig:
     """Number of devices along each mesh axis; -1 (one axis at most) takes the devices that the others leave.
 
+    pipeline: stages of layers, which pass microbatches on to the next one; all around them splits the batch over it.
     data: copies of the parameters; splits the batch.
     fsdp: splits the batch and the parameters.
     tensor: splits heads, feed-forward width and vocabulary.
@@ -45,6 +48,7 @@ class MeshConfig:
     expert: splits experts; all other layers split the batch over it.
     """
 
+    pipeline: int = 1
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
@@ -77,8 +81,8 @@ class MeshConfig:
 def make_mesh(config: MeshConfig | dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Return a mesh with explicit axes over `devices` (default: all).
 
-    Between TPU slices runs the data axis, or else fsdp; all other axes stay within one. Raises UserError when the sizes
-    do not fit the devices or their slices.
+    Between TPU slices run pipeline and data, or else fsdp; all other axes stay within one. Raises UserError when the
+    sizes do not fit the devices or their slices.
     """
     if isinstance(config, dict):
         for axis in config.keys() - set(MESH_AXES):
@@ -93,13 +97,13 @@ def _arrange(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
     """Return the devices in the shape of the mesh, neighbours on an axis close to each other in the network."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
-        outer = next((axis for axis in ("data", "fsdp") if sizes[axis] % slices == 0), None)
-        if outer is None:
+        across = over_slices(sizes, slices)
+        if across is None:
             raise UserError(
-                f"mesh.data={sizes['data']} and mesh.fsdp={sizes['fsdp']} do not fit {slices} slices, from one to "
-                f"another of which only these axes can run: make one of them a multiple of {slices}"
+                f"mesh.pipeline={sizes['pipeline']}, mesh.data={sizes['data']} and mesh.fsdp={sizes['fsdp']} do not "
+                f"fit {slices} slices, from one to another of which only these axes can run: make one of them a "
+                f"multiple of {slices}"
             )
-        across = {axis: slices if axis == outer else 1 for axis in sizes}
         within = [size // across[axis] for axis, size in sizes.items()]
         make = functools.partial(create_hybrid_device_mesh, within, tuple(across.values()), devices)
     else:
@@ -108,6 +112,17 @@ def _arrange(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
         return make()
     except NotImplementedError:  # no side of the torus has an axis's size: an axis then runs along a part of one
         return make(allow_split_physical_axes=True)
+
+
+def over_slices(sizes: Mapping[str, int], num_slices: int) -> dict[str, int] | None:
+    """Return how many of the slices each axis spans: all that pipeline can, then data or else fsdp the rest.
+
+    Returns None where they do not fit.
+    """
+    stages = math.gcd(sizes["pipeline"], num_slices)
+    rest = num_slices // stages
+    outer = next((axis for axis in ("data", "fsdp") if sizes[axis] % rest == 0), None)
+    return None if outer is None else dict.fromkeys(sizes, 1) | {outer: rest, "pipeline": stages}
 
 
 def batch_parts(sizes: Mapping[str, int]) -> int:
@@ -201,6 +216,14 @@ def einsum(subscripts: str, *operands: jax.Array, out: Sequence[str | None]) -> 
     }
     partition = spec(*out, shape=[sizes[letter] for letter in result])
     return jnp.einsum(subscripts, *operands, out_sharding=partition)
+
+
+def split_layers(x: jax.Array, *, whole: bool = False) -> jax.Array:
+    """Return stacked parameters [L, ...], each stage of the pipeline with its own layers, or every device with all."""
+    if mesh_axis_sizes().get("pipeline", 1) == 1:
+        return x
+    first = () if whole else split_over("layers", x.shape[0])
+    return jax.sharding.reshard(x, PartitionSpec(first or None, *jax.typeof(x).sharding.spec[1:]))
 
 
 def reshape(x: jax.Array, shape: Sequence[int], *names: str | None) -> jax.Array:

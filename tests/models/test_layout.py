@@ -21,7 +21,7 @@ from llama_jax.models import (
     num_parameters,
     per_layer,
 )
-from llama_jax.models.layout import repeating_pattern
+from llama_jax.models.config import repeating_pattern
 from llama_jax.nn import GroupedQuery, SwiGLU
 from llama_jax.parallel import make_mesh
 

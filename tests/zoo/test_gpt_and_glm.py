@@ -12,7 +12,8 @@ from llama_jax.checkpoint import LanguageModel, load, load_params, open_source, 
 from llama_jax.checkpoint.formats import read_directory, write_safetensors
 from llama_jax.config import UserError
 from llama_jax.models import Compute, DecoderConfig, abstract_params, build, num_parameters
-from llama_jax.models.layout import assemble, repeating_pattern
+from llama_jax.models.config import repeating_pattern
+from llama_jax.models.layout import assemble
 from llama_jax.nn import GroupedQuery, LearnedPositions, LinearScaling, RMSNorm, Rope
 from llama_jax.zoo.gpt2 import gpt3 as make_gpt3
 
