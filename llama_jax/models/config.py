@@ -198,19 +198,6 @@ def repeating_pattern(pieces: Sequence[Hashable]) -> tuple[int, int]:
     return best
 
 
-def repeating_pattern(pieces: Sequence[Hashable]) -> tuple[int, int]:
-    """Return (leading, period): after `leading` layers the rest repeats every `period`, with the smallest sum."""
-    total = len(pieces)
-    best = (total, 0)
-    for leading in range(total):
-        rest = pieces[leading:]
-        for period in range(1, len(rest) // 2 + 1):
-            repeats = len(rest) % period == 0 and all(rest[i] == rest[i % period] for i in range(len(rest)))
-            if repeats and leading + period < sum(best):
-                best = (leading, period)
-    return best
-
-
 @dataclasses.dataclass(frozen=True)
 class LayerOverride:
     """Layers whose attention or feed-forward differs from the model's."""

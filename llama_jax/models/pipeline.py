@@ -42,23 +42,21 @@ def check_pipeline(config: ModelConfig, compute: Compute, sizes: dict[str, int],
     key, stacks = f"mesh.pipeline={stages}", config.stacks()
     if len(stacks) > 1 or config.has_source:
         raise UserError(f"{key} is for one stack of layers, and {kind} has {' and '.join(stacks)}: set it to 1")
-    for axis in ("context", "expert"):
-        if sizes[axis] > 1:
-            raise UserError(f"{key} does not go with mesh.{axis}={sizes[axis]}: set one of them to 1")
     (pieces,) = stacks.values()
     if any(isinstance(feed_forward, Experts) for _, feed_forward in pieces):
-        raise UserError(f"{key} does not go with experts, whose losses are of the whole batch: set it to 1")
+        raise UserError(f"{key} does not go with experts, whose balance is that of a whole batch: set it to 1")
     if config.needs_rng:
-        raise UserError(f"{key} does not go with dropout, whose draws are of the whole batch: set one of them to 1 or 0")
+        raise UserError(
+            f"{key} does not go with dropout, whose draws are for a whole batch: set it to 1, or dropout to 0"
+        )
     if not compute.scan_layers:
         raise UserError(f"{key} needs compute.scan_layers=true: stages hold parts of the stacked layers")
     leading, period = repeating_pattern(pieces)
     if leading or len(pieces) % (period * stages * repeats):
-        what = f"{leading} layers of other kinds before the others" if leading else f"{len(pieces)} layers"
-        each = f", repeating every {period}" if period > 1 else ""
+        found = f"{len(pieces) - leading} of {len(pieces)} layers with a pattern of {period}" if period else "none"
         raise UserError(
-            f"{key} with compute.pipeline_repeats={repeats} needs layers that repeat alike in a multiple of "
-            f"{stages * repeats}, and the model has {what}{each}: take other numbers of stages and repeats"
+            f"{key} with compute.pipeline_repeats={repeats} needs equal layers, or a pattern of them that repeats "
+            f"{stages * repeats} times or a multiple of that, and the model has {found}: take other numbers"
         )
     _of_stage(compute, stages, rows // batch_parts(sizes))
 
@@ -74,8 +72,8 @@ def _of_stage(compute: Compute, stages: int, rows: int) -> int:
         return max(n for n in range(1, MICROBATCHES + 1) if rows % n == 0)
     if wanted % stages or rows % (wanted // stages):
         raise UserError(
-            f"compute.pipeline_microbatches={wanted} must be mesh.pipeline={stages} times a divisor of {rows}, the rows "
-            "of a device: take another number, or none"
+            f"compute.pipeline_microbatches={wanted} must be mesh.pipeline={stages} times a divisor of {rows}, the "
+            "rows of a device: take another number, or none"
         )
     return wanted // stages
 
@@ -95,12 +93,13 @@ def pipelined(
     sizes = mesh_axis_sizes()
     stages, parts = sizes[AXIS], batch_parts(sizes)
     if len(x) % parts:
-        raise UserError(f"a batch of {len(x)} rows cannot go through mesh.pipeline={stages}: take a multiple of {parts}")
+        raise UserError(f"a batch of {len(x)} rows does not fit mesh.pipeline={stages}: take a multiple of {parts}")
     count = _of_stage(compute, stages, len(x) // parts)
     # Arrays [B, T] travel with their microbatch; a bias of the scores is the same for all rows.
     others, tree = jax.tree.flatten((positions, ctx))
     of_rows = [leaf.ndim == 2 for leaf in others]
-    rows, fixed = ([leaf for leaf, own in zip(others, of_rows, strict=True) if own == wanted] for wanted in (True, False))
+    rows = [leaf for leaf in others if leaf.ndim == 2]
+    fixed = [leaf for leaf in others if leaf.ndim != 2]
     local = functools.partial(_run, apply, count, compute.pipeline_repeats, stages, tree, of_rows)
     specs = P(AXIS), P(AXIS), P()
     # The checks of what differs between stages would not see through the `shard_map` of attention within.
@@ -198,15 +197,15 @@ def _below(x: jax.Array, leading: int) -> P:
 
 
 def _cut(x: jax.Array, count: int) -> jax.Array:
-    """Return rows [B, ...] as [count, B / count, ...]: every n-th row, so that a microbatch has rows of every device."""
-    rest = (None,) * (x.ndim - 1)
-    return jnp.moveaxis(reshape(x, (x.shape[0] // count, count, *x.shape[1:]), "batch", None, *rest), 1, 0)
+    """Return rows [B, ...] as [count, B / count, ...]: every n-th row, so that all devices have some of each."""
+    axes = "batch", None, "sequence", *(None,) * (x.ndim - 2)
+    return jnp.moveaxis(reshape(x, (x.shape[0] // count, count, *x.shape[1:]), *axes), 1, 0)
 
 
 def _joined(x: jax.Array) -> jax.Array:
     """Return the inverse of `_cut`."""
-    rest = (None,) * (x.ndim - 2)
-    return reshape(jnp.moveaxis(x, 0, 1), (x.shape[0] * x.shape[1], *x.shape[2:]), "batch", *rest)
+    axes = "batch", "sequence", *(None,) * (x.ndim - 3)
+    return reshape(jnp.moveaxis(x, 0, 1), (x.shape[0] * x.shape[1], *x.shape[2:]), *axes)
 
 
 def _put(x: jax.Array, y: jax.Array, index: jax.Array) -> jax.Array:

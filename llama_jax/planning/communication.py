@@ -3,7 +3,8 @@
 Formulas: "How to scale your model" (jax-ml.github.io/scaling-book), chapters 3 and 5. The traffic follows from how
 this package computes: weights are split over `fsdp` in storage only and gathered in the compute type for their product;
 `tensor` sums the outputs of products over split dimensions; `context` passes keys and values around a ring; `expert`
-brings tokens to their experts and back.
+brings tokens to their experts and back; `pipeline` sends microbatches on to the next stage, and those that wait for the
+first one, or have left the last, to the one before.
 """
 
 import dataclasses
@@ -31,12 +32,17 @@ class Traffic:
 
     @property
     def hidden(self) -> bool:
-        """Return whether a TPU computes meanwhile: in gathers and hops; XLA compiles sums as operations that wait."""
-        return self.kind in ("all-gather", "collective-permute")
+        """Return whether a TPU computes meanwhile: in gathers and hops; XLA compiles sums as operations that wait.
+
+        A stage of a pipeline waits for what it computes next.
+        """
+        return self.kind in ("all-gather", "collective-permute") and self.axis != "pipeline"
 
     def seconds(self, network: Network) -> tuple[float, float]:
         """Return the times (over links within a slice or node, between these), by bandwidth alone."""
         if self.kind == "collective-permute":
+            if self.axis == "pipeline" and network.outer > 1:  # all stages wait for the slowest hop
+                return 0.0, self.bytes / network.dcn
             return (self.bytes / network.hop, 0.0) if network.ici else (0.0, self.bytes / network.dcn)
         twice = 2 if self.kind == "all-reduce" else 1
 
@@ -55,6 +61,8 @@ def traffic(local: Local) -> list[Traffic]:
         found += _of_keys(local)
     if local.sizes["expert"] > 1:
         found += _of_tokens(local)
+    if local.sizes["pipeline"] > 1:
+        found += _of_microbatches(local)
     total: dict[tuple[str, str, str, bool], int] = {}
     for t in found:
         key = (t.purpose, t.kind, t.axis, t.backward)
@@ -67,26 +75,29 @@ def _of_weights(local: Local) -> list[Traffic]:
     # With nothing computed again, the backward pass finds the gathered weights of the layers saved.
     again = local.config.compute.remat != "none"
     for weight in local.model.weights:
-        size = local.micro_batches * weight.copies * weight.used * local.itemsize
+        # A pipeline gathers its layers, and sums their gradients, at every tick.
+        times = local.schedule.gathers if weight.layers else 1
+        size = round(local.micro_batches * weight.copies * weight.used * local.itemsize * times)
         kept = size
         if weight.is_gathered:
             tied = weight.name == "embedding.weight" and local.config.model.tie_embeddings
-            times = 2 if tied else 1  # for its rows, and then as the head
-            found += [Traffic("parameters", "all-gather", "fsdp", False, times * size)]
+            # If tied, for its rows, and then as the head.
+            found += [Traffic("parameters", "all-gather", "fsdp", False, (2 if tied else 1) * size)]
             found += [Traffic("parameters", "all-gather", "fsdp", True, size)] if weight.layers and again else []
             found += [Traffic("gradients", "reduce-scatter", "fsdp", True, size)]
             kept //= local.sizes["fsdp"]
         elif local.sizes["fsdp"] > 1:
             found += [Traffic("gradients", "all-reduce", "fsdp", True, size)]
-        for axis in ("data", "context", "expert"):
-            if local.sizes[axis] > 1 and not (axis == "expert" and weight.experts):
+        for axis in ("pipeline", "data", "context", "expert"):
+            split = weight.experts if axis == "expert" else weight.layers and axis == "pipeline"
+            if local.sizes[axis] > 1 and not split:
                 found += [Traffic("gradients", "all-reduce", axis, True, kept)]
     return found
 
 
 def _of_activations(local: Local) -> list[Traffic]:
-    tokens = local.tokens * local.micro_batches * local.itemsize
-    width = local.config.model.hidden_size
+    outside = local.tokens * local.micro_batches * local.itemsize
+    tokens, width = round(outside * local.schedule.work), local.config.model.hidden_size
     found: list[tuple[bool, int]] = []
     inputs: dict[str, int] = {}
     for weight in local.model.weights:
@@ -98,7 +109,7 @@ def _of_activations(local: Local) -> list[Traffic]:
         if weight.splits and weight.layers:  # the gradient of its input is a sum too; for all that share it, one
             inputs[weight.module] = tokens * weight.copies * weight.inputs
     if local.model.vocab_splits:
-        found += [(False, tokens * width), (True, tokens * width)]  # embedded tokens; the loss's gradient
+        found += [(False, outside * width), (True, outside * width)]  # embedded tokens; the loss's gradient
     found += [(True, size) for size in inputs.values()]
     return [Traffic("activations", "all-reduce", "tensor", backward, size) for backward, size in found]
 
@@ -115,7 +126,7 @@ def _of_tokens(local: Local) -> list[Traffic]:
 def _of_keys(local: Local) -> list[Traffic]:
     """Return keys and values, and in the backward pass also their float32 gradients."""
     context = local.sizes["context"]
-    keys = local.model.keys * local.tokens * local.micro_batches
+    keys = round(local.model.keys * local.tokens * local.micro_batches * local.schedule.work)
     again = 1 if local.config.compute.remat == "none" else 2
     ring = local.config.compute.context == "ring"
     # Around the ring a device passes on the parts of others; gradients go one hop further, back to their owner.
@@ -126,3 +137,17 @@ def _of_keys(local: Local) -> list[Traffic]:
         Traffic("keys and values", kinds[0], "context", True, again * forward),
         Traffic("gradients of keys and values", kinds[1], "context", True, context * keys * 4),
     ]
+
+
+def _of_microbatches(local: Local) -> list[Traffic]:
+    """Return what stages send: each tick's result, those that wait or are done, and the layers of repeated rounds."""
+    schedule = local.schedule
+    size = local.micro_batches * local.tokens // schedule.of_stage * local.itemsize * local.config.model.hidden_size
+    size *= schedule.ticks + schedule.microbatches + schedule.stages
+    found = [Traffic("activations", "collective-permute", "pipeline", backward, size) for backward in (False, True)]
+    if schedule.repeats > 1:
+        layers = 4 * local.micro_batches * sum(w.stored for w in local.model.weights if w.layers)
+        found += [
+            Traffic("parameters", "collective-permute", "pipeline", backward, layers) for backward in (False, True)
+        ]
+    return found

@@ -50,6 +50,9 @@ class Plan:
     mfu: share of the chips' peak that `flops` take.
     tokens_per_second: of all chips.
     days: for all updates.
+    bubble: share of the layers' ticks in which a stage of a pipeline has nothing to work on.
+    microbatches: that go through the pipeline one after another.
+    repeats: times that each goes around its stages.
     """
 
     topology: str
@@ -70,6 +73,9 @@ class Plan:
     mfu: float
     tokens_per_second: float
     days: float
+    bubble: float
+    microbatches: int
+    repeats: int
 
     @property
     def total_bytes(self) -> int:
@@ -116,7 +122,9 @@ def estimate(config: RunConfig, topology: Topology, *, efficiency: float = EFFIC
             exposed = chip.platform == "tpu" and not sent.hidden
             add(waited if exposed else busy, name, inside)
             add(seconds, name, inside if exposed else 0.0)
-            add(busy, DCN if chip.platform == "tpu" else NETWORK, between)
+            waits = sent.axis == "pipeline"
+            add(waited if waits else busy, DCN if chip.platform == "tpu" else NETWORK, between)
+            add(seconds, DCN if chip.platform == "tpu" else NETWORK, between if waits else 0.0)
         longest = max(busy, key=lambda name: busy[name])
         add(waited, longest, busy[longest])
         for name, value in busy.items():
@@ -144,6 +152,9 @@ def estimate(config: RunConfig, topology: Topology, *, efficiency: float = EFFIC
         mfu=flops / (step_seconds * topology.num_chips * chip.peak_flops),
         tokens_per_second=tokens / step_seconds,
         days=config.num_steps * step_seconds / 86400,
+        bubble=local.schedule.bubble,
+        microbatches=local.schedule.microbatches,
+        repeats=local.schedule.repeats,
     )
 
 
@@ -152,7 +163,7 @@ class _Pass:
     """The work of one device in one pass: FLOPs of matrix products, bytes to and from HBM, and its traffic."""
 
     flops: float
-    bytes: int
+    bytes: float
     traffic: list[Traffic]
 
 
@@ -161,23 +172,24 @@ def _passes(local: Local, sent: list[Traffic], kernel: str) -> list[_Pass]:
     model, size, policy, parts = local.model, local.itemsize, local.config.compute.remat, local.micro_batches
     tokens = local.tokens * parts
     head = model["embedding.weight" if local.config.model.tie_embeddings else "lm_head.weight"]
-    layers = 2 * tokens * sum(w.layers * w.met for w in model.products)
+    computed = tokens * local.schedule.work  # in the layers
+    layers = 2 * computed * sum(w.layers * w.met for w in model.products)
     logits = 2 * tokens * head.used
-    scores = tokens * model.scores * local.config.row_length / 2
+    scores = computed * model.scores * local.config.row_length / 2
     # A product whose result only a sum consumes is not computed again: the feed-forward's last, or one that is saved.
     skipped = [w for w in model.products if w.returns and (policy == "attention" or w.of_feed_forward)]
-    repeated = layers - 2 * tokens * sum(w.layers * w.met for w in skipped)
+    repeated = layers - 2 * computed * sum(w.layers * w.met for w in skipped)
     again = {"none": 0.0, "dots": scores}.get(policy, repeated + scores)
     of = widths(local)
-    gathered = parts * size * sum(w.layers * w.used for w in model.products)
+    gathered = parts * local.schedule.gathers * size * sum(w.layers * w.used for w in model.products)
     # Reads and writes of each product, and the few passes over the residual stream between them.
-    flow = tokens * size * (of.inputs + of.outputs + 6 * of.residual)
+    flow = computed * size * (of.inputs + of.outputs + 6 * of.residual)
     stored = 4 * sum(w.stored for w in model.weights)
     recomputed = 0 if policy == "none" else 1
     # Blocks leave out the keys that come later in the text.
     seen = local.config.row_length // (1 if kernel == "reference" else 2)
     in_forward, in_backward = (
-        n * tokens * seen * model.heads * local.config.model.num_layers for n in SCORE_BYTES.get(kernel, (0, 0))
+        n * computed * seen * model.heads * local.config.model.num_layers for n in SCORE_BYTES.get(kernel, (0, 0))
     )
     runs = 1 + local.pairs  # the model, and the reference of pairs of answers
     forward = _Pass(

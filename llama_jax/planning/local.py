@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from llama_jax.config import UserError
 from llama_jax.data import Preference
-from llama_jax.models import ModelConfig, cache_shapes, frozen, layer_rngs
+from llama_jax.models import ModelConfig, cache_shapes, frozen, layer_rngs, num_microbatches
 from llama_jax.nn import ExpertsModule, Projection
 from llama_jax.parallel import batch_parts, mesh_axis_sizes, spec, split_over
 from llama_jax.run_config import RunConfig
@@ -27,7 +27,7 @@ class LocalWeight:
 
     name: as `models.layout` has it.
     layers: layers that have it; 0 for one around them.
-    stored: elements, of all layers.
+    stored: elements, of all layers; with a pipeline, those of its stage.
     used: elements of one layer, gathered for its product.
     met: elements of one layer that a token is multiplied with; of experts, only those that it is sent to.
     inputs: elements per token that its product takes; 0 where it takes part in none.
@@ -36,6 +36,7 @@ class LocalWeight:
     splits: True where the tensor axis splits the result of its product.
     returns: True where its product returns to the residual stream.
     experts: True for weights of experts, of which a token meets a few.
+    is_gathered: True where it is stored in parts that its product needs together.
     """
 
     name: str
@@ -49,16 +50,12 @@ class LocalWeight:
     splits: bool
     returns: bool
     experts: bool
+    is_gathered: bool
 
     @property
     def copies(self) -> int:
         """Return the number of layers that have it, 1 for one around them."""
         return max(1, self.layers)
-
-    @property
-    def is_gathered(self) -> bool:
-        """Return whether it is stored in parts that its product needs together."""
-        return self.stored < self.copies * self.used
 
     @property
     def module(self) -> str:
@@ -102,7 +99,7 @@ class LocalModel:
 
 
 @functools.lru_cache(maxsize=4096)
-def _local_model(model: ModelConfig, fsdp: int, tensor: int, expert: int) -> LocalModel:
+def _local_model(model: ModelConfig, pipeline: int, fsdp: int, tensor: int, expert: int) -> LocalModel:
     """Return one device's part by the axes that split parameters; the others make no difference."""
     heads = [getattr(mixer, "num_heads", 1) for mixer, _ in model.layer_pieces()]
     found, keys = _weights(model), _keys(model, tensor)  # before the mesh: they set another one
@@ -111,7 +108,7 @@ def _local_model(model: ModelConfig, fsdp: int, tensor: int, expert: int) -> Loc
         # Where the axis does not divide the heads, every device has all of them.
         parts = tensor if all(n % tensor == 0 for n in heads) else 1
         return LocalModel(
-            weights=tuple(_localized(name, weight) for name, weight in found.items()),
+            weights=tuple(_localized(name, weight, pipeline) for name, weight in found.items()),
             vocab=model.vocab_size // (tensor if vocab else 1),
             vocab_splits=bool(vocab),
             heads=max(heads) // parts,
@@ -128,6 +125,45 @@ def _keys(model: ModelConfig, tensor: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What a device computes in the layers of one batch, in ticks of a pipeline.
+
+    stages: of the pipeline; with one there is no pipeline, and one tick.
+    repeats: rounds of each microbatch.
+    microbatches: that the batch is cut into.
+    """
+
+    stages: int = 1
+    repeats: int = 1
+    microbatches: int = 1
+
+    @property
+    def ticks(self) -> int:
+        """Number of times that a stage applies a round's part of its layers."""
+        return self.repeats * self.microbatches + self.stages - 1
+
+    @property
+    def bubble(self) -> float:
+        """Share of the ticks in which a stage has no microbatch to work on."""
+        return (self.stages - 1) / self.ticks
+
+    @property
+    def work(self) -> float:
+        """Computation of the layers, by that of the batch's own tokens: more than 1 by the bubble."""
+        return self.ticks / (self.repeats * self.microbatches)
+
+    @property
+    def of_stage(self) -> int:
+        """Microbatches that a stage holds: parts of a device's tokens that it computes at a tick."""
+        return self.microbatches // self.stages
+
+    @property
+    def gathers(self) -> float:
+        """Number of times that a device gathers weights, by all of the model's layers once."""
+        return self.of_stage * self.work
+
+
+@dataclasses.dataclass(frozen=True)
 class Local:
     """A run's train step on one device of a mesh.
 
@@ -135,12 +171,14 @@ class Local:
     sizes: of the mesh axes.
     model: the device's part of the model.
     tokens: tokens of a micro-batch on the device.
+    schedule: of the pipeline.
     """
 
     config: RunConfig
     sizes: dict[str, int]
     model: LocalModel
     tokens: int
+    schedule: Schedule = Schedule()
 
     @staticmethod
     def of(config: RunConfig, num_chips: int) -> "Local":
@@ -148,8 +186,12 @@ class Local:
         config.check_mesh(num_chips)
         sizes = config.mesh.sizes(num_chips)
         rows = config.global_batch_size // config.optimizer.accumulation_steps // batch_parts(sizes)
-        model = _local_model(config.model, sizes["fsdp"], sizes["tensor"], sizes["expert"])
-        return Local(config, sizes, model, rows * (config.row_length // sizes["context"]))
+        model = _local_model(config.model, sizes["pipeline"], sizes["fsdp"], sizes["tensor"], sizes["expert"])
+        tokens, schedule, stages = rows * (config.row_length // sizes["context"]), Schedule(), sizes["pipeline"]
+        if stages > 1:
+            count = num_microbatches(config.compute, stages, rows)
+            schedule = Schedule(stages, config.compute.pipeline_repeats, count)
+        return Local(config, sizes, model, tokens, schedule)
 
     @property
     def micro_batches(self) -> int:
@@ -211,15 +253,17 @@ def _weights(model: ModelConfig) -> dict[str, _Weight]:
 
 
 @functools.lru_cache(maxsize=1024)
-def optimizer_bytes(optimizer: Optimizer, model: ModelConfig, fsdp: int, tensor: int, expert: int) -> int:
+def optimizer_bytes(
+    optimizer: Optimizer, model: ModelConfig, pipeline: int, fsdp: int, tensor: int, expert: int
+) -> int:
     """Return the bytes of the optimizer's state on one device of a mesh of these axes, the others being 1."""
     params: dict[str, jax.ShapeDtypeStruct] = {}
     fixed, found = frozen(model), _weights(model)  # before the mesh: they enter one, too
-    with abstract_mesh({"fsdp": fsdp, "tensor": tensor, "expert": expert}):
+    with abstract_mesh({"pipeline": pipeline, "fsdp": fsdp, "tensor": tensor, "expert": expert}):
         for name, weight in found.items():
             layers = (weight.layers,) if weight.layers else ()
             shape = (*layers, *weight.shape)
-            partition = spec(*(None for _ in layers), *weight.axes, shape=shape)
+            partition = spec(*("layers" for _ in layers), *weight.axes, shape=shape)
             assert partition is not None
             sharding = NamedSharding(jax.sharding.get_abstract_mesh(), partition)
             params[name] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
@@ -245,7 +289,7 @@ def _of_module(prefix: str, module: nnx.Module, layers: int) -> dict[str, _Weigh
     }
 
 
-def _localized(name: str, weight: _Weight) -> LocalWeight:
+def _localized(name: str, weight: _Weight, stages: int) -> LocalWeight:
     # Storage alone splits the model dimension; for a product it is gathered.
     gathered = tuple(None if axis == "embed" else axis for axis in weight.axes)
 
@@ -259,7 +303,7 @@ def _localized(name: str, weight: _Weight) -> LocalWeight:
     return LocalWeight(
         name=name,
         layers=weight.layers,
-        stored=max(1, weight.layers) * size(weight.axes),
+        stored=max(1, weight.layers // stages) * size(weight.axes),
         used=size(gathered),
         met=times * size(gathered, slice(first, None)),
         inputs=rows * size(gathered, ins) if weight.in_dims else 0,
@@ -268,6 +312,7 @@ def _localized(name: str, weight: _Weight) -> LocalWeight:
         splits=weight.in_dims > 0 and size(gathered, outs) < math.prod(weight.shape[outs]),
         returns=weight.in_dims > 0 and weight.axes[outs] == ("embed",),
         experts=weight.choices > 0,
+        is_gathered=size(weight.axes) < size(gathered),
     )
 
 

@@ -54,7 +54,7 @@ def argument_bytes(local: Local) -> dict[str, int]:
     batch = local.tokens * local.micro_batches * arrays * BATCH_ITEMSIZE
     copies = local.pairs and local.config.model.adapters is None  # adapters leave the base as it is
     optimizer = dataclasses.replace(local.config.optimizer, accumulation_steps=1)  # does not change the state
-    splits = (local.sizes[axis] for axis in ("fsdp", "tensor", "expert"))
+    splits = (local.sizes[axis] for axis in ("pipeline", "fsdp", "tensor", "expert"))
     state = 4 + optimizer_bytes(optimizer, local.config.model, *splits)  # with the step's number
     reference = {"reference": 4 * stored} if copies else {}
     return {"parameters": 4 * stored, **reference, "optimizer": state, "batch": batch}
@@ -93,18 +93,19 @@ def widths(local: Local) -> Widths:
 
 def saved_bytes(local: Local) -> int:
     """Return the bytes that the forward pass of all layers keeps for the backward pass, by remat policy."""
-    of, size, policy = widths(local), local.itemsize, local.config.compute.remat
+    of, size, policy, schedule = widths(local), local.itemsize, local.config.compute.remat, local.schedule
+    tokens = math.ceil(local.tokens * schedule.work)  # the bubble's are kept, too
     if policy == "full":
-        return of.residual * size * local.tokens
+        return of.residual * size * tokens
     if policy == "attention":
-        return 2 * of.residual * size * local.tokens
+        return 2 * of.residual * size * tokens
     if policy == "dots":  # only a sum consumes a feed-forward's result, so it is not kept
-        return (2 * of.residual + of.outputs) * size * local.tokens
+        return (2 * of.residual + of.outputs) * size * tokens
     # All of it: two norms in float32 and rounded, attention's result before it is reshaped, three steps of a gated
     # nonlinearity; and the weights as they were gathered.
     per_token = 2 * of.residual * (4 + size) + size * (of.inputs + of.outputs + of.mixed + 3 * of.inner)
     gathered = sum(w.layers * w.used * size for w in local.model.products if w.is_gathered)
-    return per_token * local.tokens + gathered
+    return per_token * tokens + math.ceil(gathered * schedule.gathers)
 
 
 def _tile_padding(local: Local, platform: str) -> int:
@@ -131,6 +132,12 @@ def _places(local: Local, chip: Chip) -> list[dict[str, float]]:
     chunk = 4 * local.model.vocab * tokens / math.ceil(length / local.config.compute.loss_chunk)
     d_head = 4 * head.used  # summed over the chunks in float32; reduced over the devices when all else is done
     hidden = tokens * model.hidden_size * size
+    # A stage works on one of its microbatches at a time, and has them all, with their gradients, to pass them on.
+    schedule, at_once = local.schedule, tokens / local.schedule.of_stage
+    passed = 2 * hidden + 4 * at_once * model.hidden_size * size if schedule.stages > 1 else 0
+    if schedule.stages > 1:  # the gradients of a tick are added to those before; repeats have copies in their order
+        running += 4 * of_layers
+        cast += 2 * 4 * of_layers if schedule.repeats > 1 else 0
     largest = size * max((w.used for w in local.model.products), default=0)
     layer = size * sum(w.used for w in local.model.products) / len(set(model.layer_pieces()))
     gathered = layer * (GATHERED_ON_CHIP if largest <= chip.on_chip else GATHERED_LAYERS)
@@ -154,7 +161,7 @@ def _places(local: Local, chip: Chip) -> list[dict[str, float]]:
             "activations": saved,
             "weights": cast + gathered,
             "logits": d_head,
-            "layer": max(0.0, working * tokens * size - ON_CHIP * chip.on_chip) + hidden + attention,
+            "layer": max(0.0, working * at_once * size - ON_CHIP * chip.on_chip) + hidden + passed + attention,
         },
         {
             "gradients": 4 * of_layers + running,
@@ -168,16 +175,17 @@ def _places(local: Local, chip: Chip) -> list[dict[str, float]]:
 def _attention_workspace(local: Local, platform: str) -> float:
     """Return the bytes of scores and float32 gradients in attention's backward pass."""
     length = local.config.row_length // local.sizes["context"]
+    tokens = local.tokens / local.schedule.of_stage
     kernel = attention_kernel(local, platform)
     if kernel == "splash":
         return 0
     if kernel == "cudnn":
-        return local.tokens * length  # documents are kept apart by a dense mask
+        return tokens * length  # documents are kept apart by a dense mask
     if kernel == "reference":
-        return 3 * 4 * local.model.heads * local.tokens * local.config.row_length
+        return 3 * 4 * local.model.heads * tokens * local.config.row_length
     block = max(MIN_QUERY_BLOCK, math.ceil(length / MAX_QUERY_BLOCKS))
-    scores = SCORE_COPIES * 4 * local.model.heads * block * min(KEY_BLOCK, length) * local.tokens / length
-    keys = local.model.keys / local.config.model.num_layers * local.tokens
+    scores = SCORE_COPIES * 4 * local.model.heads * block * min(KEY_BLOCK, length) * tokens / length
+    keys = local.model.keys / local.config.model.num_layers * tokens
     # Gradients of keys and values in float32, twice; gathered, those of all parts of the sequence.
     gathered = local.sizes["context"] if local.config.compute.context == "all_gather" else 0
     return scores + 2 * 4 * keys + gathered * (4 + local.itemsize) * keys
@@ -211,7 +219,9 @@ def sampling_memory(config: RunConfig, num_chips: int, batch: int, length: int) 
     with abstract_mesh(sizes):
         cache = cache_bytes(config.model, batch, length, compute_dtype(config))
     return {
-        "parameters": local.itemsize * sum(w.stored for w in local.model.weights),
+        # A pipeline's stages split the batch here, and all have all layers.
+        "parameters": local.itemsize
+        * sum(w.stored * (sizes["pipeline"] if w.layers else 1) for w in local.model.weights),
         "cache": cache,
         "weights": local.itemsize * max(w.used for w in local.model.weights if w.is_gathered)
         if any(w.is_gathered for w in local.model.weights)

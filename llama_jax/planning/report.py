@@ -177,9 +177,15 @@ def _time_table(plan: Plan) -> Table:
 
 
 def _summary(plan: Plan) -> Text:
+    bubble = (
+        f"\npipeline: {plan.microbatches} microbatches"
+        + (f", {plan.repeats} times around" if plan.repeats > 1 else "")
+        + f"; {plan.bubble:.1%} of the ticks are its bubble"
+    )
     return Text(
         f"{plan.parameters:,} parameters, {plan.flops:.3g} FLOPs a step, bound by {plan.bound}\n"
         f"MFU {plan.mfu:.1%}, {plan.tokens_per_second:,.0f} tokens/s, {plan.days:,.1f} days"
+        + (bubble if plan.bubble else "")
     )
 
 

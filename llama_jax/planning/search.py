@@ -46,7 +46,11 @@ def suggestion(config: RunConfig, topology: Topology, plan: Plan) -> Candidate |
     options = (
         list(_accumulations(config)),
         [{"compute.remat": name} for name in _stronger(config)] if not plan.fits else [],
-        [_mesh_change(config, plan, sizes) for sizes in meshes(topology.num_chips) if sizes != plan.mesh],
+        [
+            _mesh_change(config, plan, sizes)
+            for sizes in meshes(topology.num_chips, topology.num_slices)
+            if sizes != plan.mesh
+        ],
     )
     for count in range(1, len(options) + 1):
         found = [
@@ -78,7 +82,7 @@ def search(config: RunConfig, topology: Topology) -> list[Candidate]:
     Of equally fast ones the simpler layout, then the one that needs less memory.
     """
     found = []
-    for sizes in meshes(topology.num_chips):
+    for sizes in meshes(topology.num_chips, topology.num_slices):
         mesh = {f"mesh.{axis}": size for axis, size in sizes.items()}
         for parts, remat in itertools.product(_parts(config, sizes), REMAT_ORDER):
             changes = mesh | {"optimizer.accumulation_steps": parts, "compute.remat": remat}
@@ -111,17 +115,22 @@ def _rank(candidate: Candidate) -> tuple[float, int, int]:
     return float(f"{plan.step_seconds:.3g}"), sum(size > 1 for size in plan.mesh.values()), plan.total_bytes
 
 
-def meshes(num_chips: int) -> Iterator[dict[str, int]]:
-    """Yield all ways to split chips over the axes of a dense model; the expert axis stays 1."""
+def meshes(num_chips: int, num_slices: int = 1) -> Iterator[dict[str, int]]:
+    """Yield all ways to split chips over the axes of a dense model; the expert axis stays 1.
+
+    The stages of a pipeline are slices, or several slices each.
+    """
 
     def divisors(n: int) -> list[int]:
         return [d for d in range(1, n + 1) if n % d == 0]
 
-    for tensor in divisors(num_chips):
-        for context in divisors(num_chips // tensor):
-            for data in divisors(num_chips // tensor // context):
-                fsdp = num_chips // tensor // context // data
-                yield dict(zip(MESH_AXES, (data, fsdp, tensor, context, 1), strict=True))
+    for pipeline in divisors(num_slices):
+        chips = num_chips // pipeline
+        for tensor in divisors(chips):
+            for context in divisors(chips // tensor):
+                for data in divisors(chips // tensor // context):
+                    fsdp = chips // tensor // context // data
+                    yield dict(zip(MESH_AXES, (pipeline, data, fsdp, tensor, context, 1), strict=True))
 
 
 def _try(config: RunConfig, topology: Topology, changes: dict[str, Any]) -> Candidate | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from llama_jax.chips import CHIPS, Chip, chip_named, chip_of
 from llama_jax.config import UserError
+from llama_jax.parallel import over_slices
 from llama_jax.values import near_names
 
 
@@ -117,8 +118,8 @@ class Topology:
     def networks(self, sizes: dict[str, int]) -> dict[str, Network]:
         """Return the links between the devices of each mesh axis larger than 1; `sizes` is in the order of the mesh.
 
-        As `parallel.make_mesh` lays them out: data, or else fsdp, spans slices, the innermost axes get the torus axes
-        first, and fill a node. Raises UserError for sizes that do not multiply to the slices or the torus.
+        As `parallel.make_mesh` lays them out: pipeline and data, or else fsdp, span slices, the innermost axes get the
+        torus axes first, and fill a node. Raises UserError for sizes that do not multiply to the slices or the torus.
         """
         missing = "network" if self.num_slices > 1 and not self.chip.network else "link" if not self.chip.link else ""
         if missing and self.num_chips > 1:
@@ -199,12 +200,13 @@ def _form(chip: Chip) -> str:
 
 
 def _split_slices(sizes: dict[str, int], topology: Topology) -> tuple[dict[str, int], dict[str, int]]:
-    """Return (inner, outer) sizes of each axis: data runs across the slices, or else fsdp."""
-    outer, n = dict.fromkeys(sizes, 1), topology.num_slices
-    across = next((axis for axis in ("data", "fsdp") if sizes.get(axis, 1) % n == 0), None)
-    if across is None:
-        raise UserError(f"topology {topology} has {n} slices: mesh.data or mesh.fsdp has to be a multiple of {n}")
-    outer[across] = n
+    """Return (inner, outer) sizes of each axis: pipeline and data run across the slices, or else fsdp."""
+    n = topology.num_slices
+    outer = over_slices(sizes, n)
+    if outer is None:
+        raise UserError(
+            f"topology {topology} has {n} slices: mesh.pipeline, mesh.data or mesh.fsdp has to be a multiple of {n}"
+        )
     return {axis: size // outer[axis] for axis, size in sizes.items()}, outer
 
 
