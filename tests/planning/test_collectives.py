@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -32,14 +33,14 @@ PARAMETERS = 4 * sum(math.prod(p.shape) for p in abstract_params(TINY).values())
 HIDDEN = 4 * BATCH * LENGTH * TINY.hidden_size
 
 
-def on_cpu(**mesh: int) -> list[Collective]:
+def on_cpu(changes: dict[str, Any] | None = None, rows: int = BATCH, /, **mesh: int) -> list[Collective]:
     """Collectives of the train step on eight CPU devices, in float32; sums of a few scalars left out."""
     kernel = "blockwise" if "context" in mesh else "reference"  # the latter has no ring
     config = planned(
-        model=TINY,
+        model=dataclasses.replace(TINY, **(changes or {})),
         compute=Compute(dtype="float32", attention_kernel=kernel, loss_chunk=LENGTH),
         mesh=MeshConfig(**({"fsdp": 1} | mesh)),
-        global_batch_size=BATCH,
+        global_batch_size=rows,
         sequence_length=LENGTH,
     )
     lowered, jax_mesh = lower_step(config, jax.devices())
@@ -90,6 +91,22 @@ def test_a_ring_sends_keys_and_values_and_gathers_neither():
     # Forward, backward, and their gradients backward; besides them little: segment ids.
     assert 3 * around <= total(found, "collective-permute") < 1.1 * 3 * around
     assert PARAMETERS <= total(found, "all-reduce") < 1.01 * PARAMETERS
+
+
+@pytest.mark.slow
+def test_a_pipeline_sends_microbatches_and_gathers_no_layers():
+    """Eight microbatches over four stages: what a stage sends at each tick, and sums for what lies around the layers."""
+    rows, stages, ticks = 16, 4, 11
+    found = on_cpu({"num_layers": 8}, rows, pipeline=stages, fsdp=2)
+    hidden = 4 * LENGTH * TINY.hidden_size  # of a microbatch, one row on each device
+    sent = [c for c in found if c.kind == "collective-permute"]
+    assert {c.axes for c in sent} == {("pipeline",)}
+    # Each tick's result to the next stage and a waiting microbatch to the one before, forward and backward.
+    assert total(sent, "collective-permute") == 2 * (2 * ticks + 1) * hidden
+    around = 4 * sum(math.prod(p.shape) for name, p in abstract_params(TINY).items() if not name.startswith("layers."))
+    over_stages = [c for c in found if "pipeline" in c.axes and c.kind != "collective-permute"]
+    assert {c.kind for c in over_stages} == {"all-reduce"}, "no layers are gathered"
+    assert total(over_stages, "all-reduce") < 1.01 * around
 
 
 def test_together_each_kind_stays_on_its_axis():
