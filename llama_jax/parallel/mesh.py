@@ -119,9 +119,9 @@ def over_slices(sizes: Mapping[str, int], num_slices: int) -> dict[str, int] | N
 
     Returns None where they do not fit.
     """
-    stages = math.gcd(sizes["pipeline"], num_slices)
+    stages = math.gcd(sizes.get("pipeline", 1), num_slices)
     rest = num_slices // stages
-    outer = next((axis for axis in ("data", "fsdp") if sizes[axis] % rest == 0), None)
+    outer = next((axis for axis in ("data", "fsdp") if sizes.get(axis, 1) % rest == 0), None)
     return None if outer is None else dict.fromkeys(sizes, 1) | {outer: rest, "pipeline": stages}
 
 

@@ -14,7 +14,7 @@ from llama_jax.parallel import MESH_AXES, MeshConfig, einsum, fitting, make_mesh
 from llama_jax.parallel.mesh import _arrange
 
 
-@given(st.permutations([1, 1, 2, 2, 2]), st.integers(0, 4))
+@given(st.permutations([1, 1, 1, 2, 2, 2]), st.integers(0, 5))
 def test_one_open_axis_takes_what_is_left(sizes: list[int], hole: int):
     full = dict(zip(MESH_AXES, sizes, strict=True))
     assert MeshConfig(**(full | {MESH_AXES[hole]: -1})).sizes(8) == full
@@ -27,7 +27,7 @@ def test_one_open_axis_takes_what_is_left(sizes: list[int], hole: int):
         ({"fsdp": -1, "tensor": 3}, r"mesh \(fsdp 2, tensor 3\) takes 6 devices and there are 8"),
         ({"fsdp": -1, "tensor": 16}, r"mesh \(tensor 16\) takes 16 devices and there are 8"),
         ({}, r"mesh \(all axes 1\) takes 1 devices and there are 8"),
-        ({"tensr": 8}, "mesh axis 'tensr' does not exist: the axes are data, fsdp, tensor, context, expert"),
+        ({"tensr": 8}, "mesh axis 'tensr' does not exist: the axes are pipeline, data, fsdp, tensor, context, expert"),
         ({"tensor": 0}, "tensor=0 must be at least 1, or -1"),
         ({"tensor": -1, "fsdp": -1}, "tensor=-1: fsdp is -1 too"),
     ],
@@ -48,7 +48,13 @@ class Chip:
 
 @pytest.mark.parametrize(
     ("sizes", "outer"),
-    [({"data": 4, "fsdp": 2}, "data"), ({"data": 2, "fsdp": 4}, "fsdp"), ({"fsdp": 8}, "fsdp")],
+    [
+        ({"data": 4, "fsdp": 2}, "data"),
+        ({"data": 2, "fsdp": 4}, "fsdp"),
+        ({"fsdp": 8}, "fsdp"),
+        ({"pipeline": 4, "data": 2}, "pipeline"),
+        ({"pipeline": 8}, "pipeline"),
+    ],
 )
 def test_one_axis_runs_from_slice_to_slice(sizes: dict[str, int], outer: str):
     chips = [Chip(i, i // 2) for i in range(8)]  # four slices of two
@@ -58,6 +64,14 @@ def test_one_axis_runs_from_slice_to_slice(sizes: dict[str, int], outer: str):
         if name != outer:
             assert (slices == slices.take([0], axis=axis)).all(), name
     assert sorted(set(slices.flat)) == [0, 1, 2, 3]
+
+
+def test_a_pipeline_and_one_other_axis_run_from_slice_to_slice():
+    chips = [Chip(i, i // 2) for i in range(8)]  # four slices of two
+    sizes = dict.fromkeys(MESH_AXES, 1) | {"pipeline": 2, "data": 2, "tensor": 2}
+    slices = np.vectorize(lambda chip: chip.slice_index)(_arrange(sizes, chips)).reshape(2, 2, 2)
+    assert (slices == slices[..., :1]).all()
+    assert sorted(slices[..., 0].flat) == [0, 1, 2, 3]
 
 
 def test_slices_that_no_axis_fits():

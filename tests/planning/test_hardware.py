@@ -169,9 +169,11 @@ def test_one_axis_crosses_slices():
     data = topology.networks(sizes(data=2, fsdp=64))
     assert (data["data"].outer, data["fsdp"].outer) == (2, 1)
     assert data["data"].dcn == CHIPS["v5e"].network
+    stages = topology.networks(sizes(pipeline=2, data=2, fsdp=32))
+    assert (stages["pipeline"].inner, stages["pipeline"].outer, stages["data"].outer) == (1, 2, 1)
     fsdp = topology.networks(sizes(fsdp=64, tensor=2))["fsdp"]
     assert (fsdp.inner, fsdp.outer, fsdp.dcn) == (32, 2, 32 * CHIPS["v5e"].network)
-    with pytest.raises(UserError, match=r"2x v5e:8x8 has 2 slices: mesh.data or mesh.fsdp has to be a multiple of 2"):
+    with pytest.raises(UserError, match=r"2x v5e:8x8 has 2 slices: mesh.pipeline, mesh.data or mesh.fsdp has to be"):
         topology.networks(sizes(tensor=128))
 
 
