@@ -74,6 +74,27 @@ def collectives_table() -> str:
     return markdown("run|chips|mesh|collective|GiB a chip sends in a step>|behind products>", rows)
 
 
+LARGE = "llama3_405b --topology '16x v5p:4x8x8' --compute.remat attention --mesh.tensor 2"
+PIPELINES = (
+    LARGE,
+    f"{LARGE} --mesh.pipeline 2",
+    f"{LARGE} --mesh.pipeline 2 --compute.pipeline-repeats 3",
+    f"{LARGE} --mesh.pipeline 2 --compute.pipeline-repeats 9",
+)
+
+
+def pipeline_table() -> str:
+    """Return plans of the largest model with and without a pipeline."""
+    rows = []
+    for command in PIPELINES:
+        found = plan(command).plan
+        memory = gib(found.total_bytes), gib(found.capacity)
+        busy = (duration(found.seconds.get(name, 0.0)) for name in ("matrix units", "DCN"))
+        speed = duration(found.step_seconds), f"{found.mfu:.1%}"
+        rows.append((mesh_text(found.mesh), found.repeats, f"{found.bubble:.1%}", *memory, *busy, *speed))
+    return markdown("mesh|repeats>|bubble>|GiB a chip>|of>|matrix units>|DCN>|step>|MFU>", rows)
+
+
 @dataclasses.dataclass(frozen=True)
 class Published:
     """A published run of MaxText, with its MFU (attention counted in full) or tokens/s a chip."""
@@ -188,7 +209,12 @@ def training_table() -> str:
 README, PLANNING = "README.md", "docs/planning.md"
 TABLES = {
     README: {"plans": plans_table, "published runs": published_table, "training": training_table},
-    PLANNING: {"memory": memory_table, "context": context_table, "collectives": collectives_table},
+    PLANNING: {
+        "memory": memory_table,
+        "context": context_table,
+        "collectives": collectives_table,
+        "pipeline": pipeline_table,
+    },
 }
 
 

@@ -30,6 +30,7 @@ ALIKE = (
     "llama3_2_1b_dpo",
     "llama3_2_1b_lora",
     "llama3_8b",
+    "llama3_405b",
     "mixtures/llama1",
     "smollm2_135m",
     "tiny_gru",
@@ -38,6 +39,7 @@ ALIKE = (
 )
 BUILT = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in config_names()]
 PRETRAINING |= {"gpt2": 2**19, "gpt3_125m": 2**19, "chatglm2_6b": 4 * 2**20}
+PRETRAINING |= {"llama3_405b": 16 * 2**20}
 PRETRAINING |= {"pythia_160m": 2**21, "smollm2_135m": 2**20, "olmo2_1b": 2 * 2**20}
 
 

@@ -16,8 +16,11 @@ from llama_jax.models import Compute, abstract_params
 from llama_jax.nn import SwiGLU
 from llama_jax.parallel import MeshConfig
 from llama_jax.planning import Collective
+from llama_jax.planning.communication import traffic
+from llama_jax.planning.local import Local
 from llama_jax.planning.xla.compiled import describe, lower_step
 from llama_jax.planning.xla.hlo import bytes_of
+from llama_jax.run_config import RunConfig
 
 GOLDENS = Path(__file__).parent / "goldens"
 BATCH, LENGTH = 8, 32
@@ -33,17 +36,20 @@ PARAMETERS = 4 * sum(math.prod(p.shape) for p in abstract_params(TINY).values())
 HIDDEN = 4 * BATCH * LENGTH * TINY.hidden_size
 
 
-def on_cpu(changes: dict[str, Any] | None = None, rows: int = BATCH, /, **mesh: int) -> list[Collective]:
-    """Collectives of the train step on eight CPU devices, in float32; sums of a few scalars left out."""
+def on_mesh(changes: dict[str, Any] | None = None, rows: int = BATCH, /, **mesh: int) -> RunConfig:
     kernel = "blockwise" if "context" in mesh else "reference"  # the latter has no ring
-    config = planned(
+    return planned(
         model=dataclasses.replace(TINY, **(changes or {})),
         compute=Compute(dtype="float32", attention_kernel=kernel, loss_chunk=LENGTH),
         mesh=MeshConfig(**({"fsdp": 1} | mesh)),
         global_batch_size=rows,
         sequence_length=LENGTH,
     )
-    lowered, jax_mesh = lower_step(config, jax.devices())
+
+
+def on_cpu(changes: dict[str, Any] | None = None, rows: int = BATCH, /, **mesh: int) -> list[Collective]:
+    """Collectives of the train step on eight CPU devices, in float32; sums of a few scalars left out."""
+    lowered, jax_mesh = lower_step(on_mesh(changes, rows, **mesh), jax.devices())
     step = describe(lowered.compile(), jax_mesh, 0.0)
     # XLA:CPU keeps sums over groups of one device, in which nothing travels.
     found = [c for c in step.collectives if c.wire_bytes > 256]
@@ -94,19 +100,22 @@ def test_a_ring_sends_keys_and_values_and_gathers_neither():
 
 
 @pytest.mark.slow
-def test_a_pipeline_sends_microbatches_and_gathers_no_layers():
-    """Eight microbatches over four stages: what a stage sends at each tick, and sums for what lies around the layers."""
-    rows, stages, ticks = 16, 4, 11
-    found = on_cpu({"num_layers": 8}, rows, pipeline=stages, fsdp=2)
-    hidden = 4 * LENGTH * TINY.hidden_size  # of a microbatch, one row on each device
+def test_a_pipeline_sends_microbatches_and_what_the_planner_says():
+    """Eight microbatches over four stages: hops at each tick, and sums for what lies around the layers."""
+    changes, mesh = {"num_layers": 8}, {"pipeline": 4, "fsdp": 2}
+    found = on_cpu(changes, 16, **mesh)
     sent = [c for c in found if c.kind == "collective-permute"]
     assert {c.axes for c in sent} == {("pipeline",)}
-    # Each tick's result to the next stage and a waiting microbatch to the one before, forward and backward.
-    assert total(sent, "collective-permute") == 2 * (2 * ticks + 1) * hidden
-    around = 4 * sum(math.prod(p.shape) for name, p in abstract_params(TINY).items() if not name.startswith("layers."))
     over_stages = [c for c in found if "pipeline" in c.axes and c.kind != "collective-permute"]
     assert {c.kind for c in over_stages} == {"all-reduce"}, "no layers are gathered"
-    assert total(over_stages, "all-reduce") < 1.01 * around
+    wanted: dict[tuple[str, str], int] = {}
+    for t in traffic(Local.of(on_mesh(changes, 16, **mesh), 8)):
+        wanted[t.kind, t.axis] = wanted.get((t.kind, t.axis), 0) + t.bytes
+    assert total(sent, "collective-permute") == wanted["collective-permute", "pipeline"]
+    assert total(found, "all-gather") == wanted["all-gather", "fsdp"], "at each tick those of the stage's layers"
+    of_ends = wanted["all-reduce", "pipeline"]
+    norm = 4 * TINY.hidden_size  # its sum over both axes is one operation
+    assert of_ends // 2 <= total(over_stages, "all-reduce") <= 1.5 * of_ends + norm
 
 
 def test_together_each_kind_stays_on_its_axis():
