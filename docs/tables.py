@@ -74,7 +74,7 @@ def collectives_table() -> str:
     return markdown("run|chips|mesh|collective|GiB a chip sends in a step>|behind products>", rows)
 
 
-LARGE = "llama3_405b --topology '16x v5p:4x8x8' --compute.remat attention --mesh.tensor 2"
+LARGE = "llama3_405b --topology '16x v5p:4x8x8'"
 PIPELINES = (
     LARGE,
     f"{LARGE} --mesh.pipeline 2",

@@ -46,7 +46,10 @@ def on_stages(mesh: dict[str, int]) -> jax.sharding.Mesh:
     ("stages", "repeats", "count"),
     [
         *((2, 1, 2), (4, 1, 8), (2, 2, 2), (4, 2, 12)),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((8, 1, 16), (2, 3, 6), (4, 4, 8), (4, 3, 4), (8, 2, 8))),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((8, 1, 16), (2, 3, 6), (4, 4, 8), (4, 3, 4), (8, 2, 8))
+        ),
     ],
 )
 def test_every_row_goes_through_all_layers_in_their_order(stages: int, repeats: int, count: int):

@@ -66,8 +66,7 @@ def test_stages_send_hidden_states_and_no_gradients_of_layers():
 
 @pytest.mark.slow
 def test_the_largest_model_is_planned_on_4096_chips():
-    config = override(load_config("llama3_405b"), {"mesh.tensor": 2, "compute.remat": "attention"})
-    machine = Topology.parse("16x v5p:4x8x8")
+    config, machine = load_config("llama3_405b"), Topology.parse("16x v5p:4x8x8")
     plans = {
         repeats: estimate(override(config, {"mesh.pipeline": 2, "compute.pipeline_repeats": repeats}), machine)
         for repeats in (1, 9)

@@ -52,5 +52,5 @@ def test_what_cannot_be_is_refused_before_anything_is_written(run_config: RunCon
     with pytest.raises(UserError, match="needs equal layers"):
         train(override(run_config, PIPELINE), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match="mesh.pipeline x mesh.data x mesh.fsdp=8: take a multiple of 8"):
+    with pytest.raises(UserError, match=r"mesh\.pipeline x mesh\.data x mesh\.fsdp=8: take a multiple of 8"):
         train(override(run_config, PIPELINE | {"model.num_layers": 2, "global_batch_size": 12}), tmp_path / "run")
