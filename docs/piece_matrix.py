@@ -1,5 +1,6 @@
 """Which pieces of a decoder go together, and the table of it in docs/zoo.md: chosen by name, as on the command line."""
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -67,6 +68,7 @@ FEED_FORWARDS: dict[str, Changes] = {
 GROUPS = {"attention": ATTENTIONS, "norms": NORMS, "positions": POSITIONS, "feed-forward": FEED_FORWARDS}
 
 
+@functools.cache
 def made(names: tuple[str, ...]) -> DecoderConfig | str:
     """Return the model with a piece of each group, or the sentence that refuses it."""
     changes: dict[str, Any] = {}

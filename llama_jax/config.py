@@ -234,9 +234,10 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
         raise UserError(f"{prefix}{error}") from None
 
 
-def _with_default(cls: type) -> set[str]:
-    missing = dataclasses.MISSING
-    return {f.name for f in dataclasses.fields(cls) if not (f.default is missing and f.default_factory is missing)}
+@functools.cache
+def _with_default(cls: type) -> frozenset[str]:
+    missing, fields = dataclasses.MISSING, dataclasses.fields(cls)
+    return frozenset(f.name for f in fields if not (f.default is missing and f.default_factory is missing))
 
 
 def _unknown(prefix: str, key: str, cls: type, given: _Given) -> UserError:

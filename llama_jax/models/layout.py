@@ -10,7 +10,7 @@ trains, are in the dict like parameters.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -36,10 +36,10 @@ def is_stacked(name: str) -> bool:
 
 
 class _Template:
-    """Structure of a module without values, of which `merge` makes the module."""
+    """Structure of a module without values, which `nnx.eval_shape` made; `merge` makes the module of it."""
 
-    def __init__(self, make: Callable[[], nnx.Module]):
-        self.graphdef, state = nnx.split(nnx.eval_shape(make))
+    def __init__(self, module: nnx.Module):
+        self.graphdef, state = nnx.split(module)
         self.shapes = _flat(state)
         self.treedef = jax.tree.structure(state)
         leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda x: isinstance(x, nnx.Variable))[0]
@@ -73,16 +73,16 @@ def _templates(config: ModelConfig) -> tuple[dict[str, _Template], dict[str, lis
         return nnx.Rngs(params=key())
 
     def of_stack(stack: str, layers: tuple[Pieces, ...]) -> list[_Template]:
-        kinds = {
-            pieces: _Template(lambda pieces=pieces: config.build_block(stack, pieces, rngs=layer_rngs(config, key())))
-            for pieces in dict.fromkeys(layers)
-        }
+        def block(pieces: Pieces) -> nnx.Module:
+            return nnx.eval_shape(lambda: config.build_block(stack, pieces, rngs=layer_rngs(config, key())))
+
+        kinds = {pieces: _Template(block(pieces)) for pieces in dict.fromkeys(layers)}
         return [kinds[pieces] for pieces in layers]
 
     # A template is the same on all meshes, so it is made without one.
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        names = list(nnx.eval_shape(lambda: nnx.Dict(config.build_parts(rngs=rngs()))))
-        parts = {name: _Template(lambda name=name: config.build_parts(rngs=rngs())[name]) for name in names}
+        built = nnx.eval_shape(lambda: nnx.Dict(config.build_parts(rngs=rngs())))
+        parts = {name: _Template(part) for name, part in built.items()}
         stacks = {stack: of_stack(stack, layers) for stack, layers in config.stacks().items()}
     if config.adapters is not None:
         _check_targets(config, {name for blocks in stacks.values() for block in blocks for name in block.shapes})
