@@ -7,6 +7,7 @@ python sample.py runs/tiny_python --prompt "def main("
 import ast
 import gzip
 import lzma
+import math
 import sysconfig
 
 import jax
@@ -21,7 +22,7 @@ from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU
 from llama_jax.run import LoggingConfig, Run, RunConfig
 from llama_jax.sampling import generate_text
 from llama_jax.tokenizers import TokenizerConfig
-from llama_jax.training import AdamW
+from llama_jax.training import Muon
 
 
 def get_config() -> RunConfig:
@@ -57,14 +58,14 @@ def get_config() -> RunConfig:
             ),
             validation_fraction=0.05,
         ),
-        optimizer=AdamW(learning_rate=2.5e-3, warmup_steps=40),
-        num_steps=700,
-        global_batch_size=max(4, jax.device_count()),  # the demo runs on whatever is there
+        optimizer=Muon(learning_rate=8e-3, warmup_steps=40),
+        num_steps=340,
+        global_batch_size=math.lcm(16, jax.device_count()),  # the demo runs on whatever is there
         sequence_length=256,
         compute=Compute(dtype="bfloat16", scan_layers=False),
-        checkpoint=CheckpointConfig(every_steps=350),
+        checkpoint=CheckpointConfig(every_steps=170),
         logging=LoggingConfig(
-            every_steps=10, validate_every_steps=350, sample_prompts=("def main(", "class ", "import ")
+            every_steps=10, validate_every_steps=170, sample_prompts=("def main(", "class ", "import ")
         ),
     )
 

@@ -20,6 +20,7 @@ SIZES = {
     "global_batch_size": 8,
     "sequence_length": 128,
     "num_steps": 300,
+    "optimizer": "AdamW",
     "optimizer.learning_rate": 3e-3,
     "optimizer.warmup_steps": 30,
     "logging.validate_every_steps": 100,

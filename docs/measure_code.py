@@ -125,7 +125,7 @@ def record_run(folder: Path) -> dict[str, list[str]]:
         {
             "num_steps": 1, "global_batch_size": 2, "sequence_length": 16, "data.path": str(folder / "text.txt"),
             "data.exclude": (), "data.cache_dir": str(folder / "cache"), "data.validation_fraction": 0.0,
-            "tokenizer.path": str(tokenizer), "model.hidden_size": 16, "model.num_layers": 2,
+            "tokenizer.path": str(tokenizer), "optimizer": "AdamW", "model.hidden_size": 16, "model.num_layers": 2,
             "logging.sample_prompts": (),
         },
     )  # fmt: skip

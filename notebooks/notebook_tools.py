@@ -62,6 +62,7 @@ def small(changes=None):
         "global_batch_size": 8,
         "sequence_length": 128,
         "num_steps": 150,
+        "optimizer": "AdamW",
         "optimizer.learning_rate": 4e-3,
         "optimizer.warmup_steps": 20,
         "logging.validate_every_steps": 75,

@@ -95,6 +95,8 @@ config = llama_jax.load_config(
         "logging.every_steps": 1,
         "logging.validation_batches": 8,
         "logging.sample_prompts": [],
+        "optimizer": "AdamW",
+        "optimizer.learning_rate": 2.5e-3,
         "optimizer.warmup_steps": 10,
     },
 )
