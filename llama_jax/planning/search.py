@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llama_jax.config import UserError, override
+from llama_jax.nn import Experts
 from llama_jax.parallel import MESH_AXES, MeshConfig, batch_parts
 from llama_jax.planning.estimate import Plan, estimate
 from llama_jax.planning.topology import Topology
@@ -78,7 +79,7 @@ def search(config: RunConfig, topology: Topology) -> list[Candidate]:
     Of equally fast ones the simpler layout, then the one that needs less memory.
     """
     found = []
-    for sizes in meshes(topology.num_chips):
+    for sizes in meshes(topology.num_chips, _num_experts(config)):
         mesh = {f"mesh.{axis}": size for axis, size in sizes.items()}
         for parts, remat in itertools.product(_parts(config, sizes), REMAT_ORDER):
             changes = mesh | {"optimizer.accumulation_steps": parts, "compute.remat": remat}
@@ -111,17 +112,23 @@ def _rank(candidate: Candidate) -> tuple[float, int, int]:
     return float(f"{plan.step_seconds:.3g}"), sum(size > 1 for size in plan.mesh.values()), plan.total_bytes
 
 
-def meshes(num_chips: int) -> Iterator[dict[str, int]]:
-    """Yield all ways to split chips over the axes of a dense model; the expert axis stays 1."""
+def meshes(num_chips: int, num_experts: int = 1) -> Iterator[dict[str, int]]:
+    """Yield all ways to split chips over the axes; the expert axis, by default 1, divides the number of experts."""
 
     def divisors(n: int) -> list[int]:
         return [d for d in range(1, n + 1) if n % d == 0]
 
-    for tensor in divisors(num_chips):
-        for context in divisors(num_chips // tensor):
-            for data in divisors(num_chips // tensor // context):
-                fsdp = num_chips // tensor // context // data
-                yield dict(zip(MESH_AXES, (data, fsdp, tensor, context, 1), strict=True))
+    for expert, tensor in itertools.product(divisors(math.gcd(num_chips, num_experts)), divisors(num_chips)):
+        for context in divisors(num_chips // expert // tensor) if num_chips % (expert * tensor) == 0 else ():
+            for data in divisors(num_chips // expert // tensor // context):
+                fsdp = num_chips // expert // tensor // context // data
+                yield dict(zip(MESH_AXES, (data, fsdp, tensor, context, expert), strict=True))
+
+
+def _num_experts(config: RunConfig) -> int:
+    """Return the greatest common divisor of the layers' numbers of experts, 1 where there are none."""
+    numbers = [piece.num_experts for _, piece in config.model.layer_pieces() if isinstance(piece, Experts)]
+    return math.gcd(*numbers) if numbers else 1
 
 
 def _try(config: RunConfig, topology: Topology, changes: dict[str, Any]) -> Candidate | None:

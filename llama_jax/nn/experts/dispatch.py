@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.nn.attention.context import unzigzag, zigzag
 from llama_jax.nn.base import PyTree
-from llama_jax.nn.experts.exchange import AXIS, apply_exchanged, sends_less
+from llama_jax.nn.experts.exchange import AXIS, apply_exchanged, sends_assignments
 from llama_jax.nn.experts.groups import Body, Groups, Product, alike
 from llama_jax.nn.parameters import gather
 from llama_jax.nn.products import product
@@ -128,7 +128,7 @@ def _apply_local(
     by_capacity = "rank" in choice
     # What a device sends for each token: its slots to other devices, or itself to all of them.
     exchange = layout.rows_split and by_capacity and num_experts * capacity <= devices * x.shape[1]
-    if layout.rows_split and not by_capacity and sends_less(choice["experts"].shape[-1], devices):
+    if layout.rows_split and not by_capacity and sends_assignments(choice["experts"].shape[-1], devices):
         flat = {name: value.reshape(-1, value.shape[-1]) for name, value in {"x": x, **choice}.items()}
         y = apply_exchanged(body, matrices=matrices, num_experts=num_experts, **flat).reshape(x.shape)
         return _sum_over(y, [axis for axis in layout.summed if axis != AXIS])

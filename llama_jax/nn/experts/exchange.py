@@ -25,9 +25,17 @@ ROOM, LEAST = 1.25, 256
 type Matrices = dict[str, jax.Array]
 
 
-def sends_less(choices: int, devices: int) -> bool:
-    """Return whether a token's assignments to their experts are no more bytes than the token to all devices."""
-    return choices <= devices
+def sends_assignments(choices: int, devices: int) -> bool:
+    """Return whether sorted assignments go to the devices of their experts, or each token to all devices.
+
+    `choices` is the number of experts of a token. What sends fewer bytes is taken, or, of equal ones, less memory.
+    """
+    return 1 < devices >= choices
+
+
+def taken_rows(choices: int, devices: int) -> float:
+    """Return the rows for which a device has room at a time where nothing is dropped, for each of its own tokens."""
+    return ROOM * choices if sends_assignments(choices, devices) else devices * choices
 
 
 class _Slices(NamedTuple):
