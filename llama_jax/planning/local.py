@@ -73,6 +73,11 @@ class LocalWeight:
         return self.name.rsplit(".", 2)[0]
 
     @property
+    def is_up(self) -> bool:
+        """Return whether it makes what a feed-forward's activation multiplies, of experts only the shared ones'."""
+        return self.of_feed_forward and self.name.endswith("up_proj.weight") and not self.experts
+
+    @property
     def of_feed_forward(self) -> bool:
         """Return whether it belongs to a feed-forward."""
         return self.name.split(".")[1] == "feed_forward"

@@ -13,7 +13,9 @@ from llama_jax.planning.estimate import Plan, estimate
 from llama_jax.planning.topology import Topology
 from llama_jax.run_config import RunConfig
 
-REMAT_ORDER = ("none", "dots", "attention", "full")  # from the one that keeps most to the one that keeps least
+# From the one that keeps most on the device to the one that keeps least; `offload` keeps less, and computes less again.
+REMAT_ORDER = ("none", "dots", "projections", "attention", "full")
+REMATS = (*REMAT_ORDER, "offload")
 WORTH = 0.95  # a change that is to save time has to bring it below this part
 MAX_DOUBLINGS = 12  # of the chips, before there is no advice
 
@@ -81,7 +83,7 @@ def search(config: RunConfig, topology: Topology) -> list[Candidate]:
     found = []
     for sizes in meshes(topology.num_chips, _num_experts(config)):
         mesh = {f"mesh.{axis}": size for axis, size in sizes.items()}
-        for parts, remat in itertools.product(_parts(config, sizes), REMAT_ORDER):
+        for parts, remat in itertools.product(_parts(config, sizes), REMATS):
             changes = mesh | {"optimizer.accumulation_steps": parts, "compute.remat": remat}
             candidate = _try(config, topology, changes)
             if candidate and candidate.plan.fits:
@@ -151,7 +153,7 @@ def _sensible(config: RunConfig, sizes: dict[str, int]) -> bool:
 
 
 def _stronger(config: RunConfig) -> tuple[str, ...]:
-    return REMAT_ORDER[REMAT_ORDER.index(config.compute.remat) + 1 :]
+    return REMATS[REMATS.index(config.compute.remat) + 1 :]
 
 
 def _accumulations(config: RunConfig) -> Iterator[dict[str, Any]]:
