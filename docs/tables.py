@@ -115,6 +115,8 @@ def published_mfu(run: Published) -> float:
 def predicted_mfu(run: Published, efficiency: float) -> float:
     """Return the planner's MFU if matrix units reach this part of their peak."""
     topology = Topology.parse(run.topology)
+    # MaxText's runs set options by which gathers overlap.
+    topology = dataclasses.replace(topology, chip=dataclasses.replace(topology.chip, overlaps=True))
     config = RunConfig(
         tokenizer=TokenizerConfig(
             path="tokenizer.model", kind="bpe", vocab_size=0

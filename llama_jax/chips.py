@@ -94,6 +94,7 @@ class Chip:
     wraps: size of a torus axis that is closed to a ring: exactly this (v5e, v6e), or a multiple (v4, v5p); 0 for GPUs.
     host: bytes per second to the memory of its host, and the same back; 0 where it is not known.
     host_memory: a chip's share of that memory.
+    overlaps: True for a TPU whose programs gather and pass on while they multiply, by libtpu's default settings.
     target: description for XLA's compiler; None for TPUs, which libtpu knows, and for GPUs that are not compiled for.
     """
 
@@ -109,6 +110,7 @@ class Chip:
     wraps: int = 0
     host: float = 0.0
     host_memory: float = 0.0
+    overlaps: bool = False
     target: GpuTarget | None = None
 
     @property
@@ -139,6 +141,7 @@ CHIPS = {
             16,
             PCIE,
             384e9 / 8,
+            True,
         ),
         Chip(
             "v5p",

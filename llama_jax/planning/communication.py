@@ -33,7 +33,7 @@ class Traffic:
 
     @property
     def hidden(self) -> bool:
-        """Return whether a TPU computes meanwhile: in gathers and hops; XLA compiles sums as operations that wait."""
+        """Return whether a TPU that overlaps computes meanwhile: in gathers and hops; all else waits for sums."""
         return self.kind in ("all-gather", "collective-permute")
 
     def seconds(self, network: Network) -> tuple[float, float]:

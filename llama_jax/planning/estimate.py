@@ -1,8 +1,9 @@
 """The plan of a train step: memory, and time by the roofline.
 
 Time: in the forward pass, the backward pass and the update, matrix units, HBM and networks work at the same time, so
-that a pass takes as long as its slowest resource ("How to scale your model", chapters 1 and 5). Only the sums that TPUs
-exchange over ICI are not hidden: XLA compiles them as operations that everything else waits for. Latency is left out.
+that a pass takes as long as its slowest resource ("How to scale your model", chapters 1 and 5). Not hidden is what XLA
+compiles as operations that everything else waits for: the sums that TPUs exchange over ICI, and on chips without
+`overlaps` gathers and hops, too. Latency is left out.
 Matrix units reach a fixed part of their peak, `EFFICIENCY`.
 """
 
@@ -131,7 +132,7 @@ def estimate(config: RunConfig, topology: Topology, *, efficiency: float | None 
         for sent in one.traffic:
             inside, between = sent.seconds(networks[sent.axis])
             name = f"{'ICI' if chip.platform == 'tpu' else 'NVLink'} {sent.axis}"
-            exposed = chip.platform == "tpu" and not sent.hidden
+            exposed = chip.platform == "tpu" and not (chip.overlaps and sent.hidden)
             add(waited if exposed else busy, name, inside)
             add(seconds, name, inside if exposed else 0.0)
             add(busy, DCN if chip.platform == "tpu" else NETWORK, between)

@@ -162,7 +162,8 @@ def test_offload_keeps_products_in_the_host_and_computes_less_again(llama: RunCo
 
 
 def test_a_host_that_is_too_small_or_not_known_is_no_place(llama: RunConfig):
-    offload = override(llama, {"compute.remat": "offload"})
+    offload = override(llama, {"compute.remat": "offload", "optimizer.accumulation_steps": 4})
+    assert estimate(offload, Topology.parse("v5e:8x8")).fits
     small = Topology(dataclasses.replace(Topology.parse("v5e:8x8").chip, host_memory=1e9), (8, 8))
     plan = estimate(offload, small)
     assert plan.total_bytes <= plan.capacity
