@@ -130,9 +130,8 @@ def test_every_remat_policy_computes_the_same_in_its_own_memory(two_layers, rand
         memory[policy] = compiled.memory_analysis().temp_size_in_bytes
     assert memory["full"] == min(memory.values())
     assert memory["none"] == max(memory.values())
-    assert set(memory) == set(get_args(Compute.__dataclass_fields__["remat"].type))
-    assert memory.pop("offload") == memory["projections"], "the memory of a CPU is that of the host"
     assert len(set(memory.values())) == len(memory), memory
+    assert set(memory) == set(get_args(Compute.__dataclass_fields__["remat"].type))
 
 
 def test_tied_head_reads_the_embedding(two_layers, random_params):
