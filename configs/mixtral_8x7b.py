@@ -4,8 +4,8 @@ python train.py mixtral_8x7b --data.path corpus/ --tokenizer.path tokenizer.mode
 
 AdamW 0.9/0.95 with eps 1e-5, weight decay 0.1, clipping at 1.0, 2000 warm-up steps to 3e-4, cosine to a tenth, 4M
 tokens a batch in rows of 8192, 2.0T tokens. No token is dropped; the balance loss has the coefficient of the released
-config. --mesh.expert splits the experts over devices, which split the batch in all other layers; every device then
-needs room for all tokens, unless model.feed_forward.capacity_factor bounds them.
+config. --mesh.expert splits the experts over devices, which split the batch in all other layers; a device then
+needs room for its share of the assignments, and takes more in rounds.
 
 Cost: 46,702,792,704 parameters, 476,837 steps, 1.66e23 FLOPs without recomputation. Expected result: not run to the end
 with this package; nothing is claimed.

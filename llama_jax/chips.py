@@ -92,6 +92,9 @@ class Chip:
     max_shape: the largest torus; of a GPU, how many share NVLink.
     on_chip: bytes of a TPU's memory that the compiler places arrays in itself.
     wraps: size of a torus axis that is closed to a ring: exactly this (v5e, v6e), or a multiple (v4, v5p); 0 for GPUs.
+    host: bytes per second to the memory of its host, and the same back; 0 where it is not known.
+    host_memory: a chip's share of that memory.
+    overlaps: True for a TPU whose programs gather and pass on while they multiply, by libtpu's default settings.
     target: description for XLA's compiler; None for TPUs, which libtpu knows, and for GPUs that are not compiled for.
     """
 
@@ -105,6 +108,9 @@ class Chip:
     max_shape: tuple[int, ...] = (8,)
     on_chip: int = 0
     wraps: int = 0
+    host: float = 0.0
+    host_memory: float = 0.0
+    overlaps: bool = False
     target: GpuTarget | None = None
 
     @property
@@ -113,16 +119,58 @@ class Chip:
         return "tpu" if self.wraps else "gpu"
 
 
+PCIE = 1.5e10
 H100 = GpuTarget("NVIDIA H100 80GB HBM3", 9, 132, 1.98, 84942979072, 3352320000000, 52428800)
 H200 = GpuTarget("NVIDIA H200 141GB HBM3e", 9, 132, 1.98, 151397597184, 4800000000000, 52428800)
 B200 = GpuTarget("NVIDIA B200", 10, 148, 1.965, 191514411008, 7672320000000, 132644864)
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", ("TPU v4",), 275e12, 30.75 * GIB, 1.2e12, 4.5e10, 6.25e9, (16, 16, 16), wraps=4),
-        Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 8.1e11, 5e10, 3.125e9, (16, 16), 128 * MIB, 16),
-        Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 95.74 * GIB, 2.765e12, 1e11, 6.25e9, (16, 20, 28), 128 * MIB, 4),
-        Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * GIB, 1.6e12, 1e11, 1.25e10, (16, 16), 128 * MIB, 16),
+        # Hosts: PCIe as "How to scale your model" has it, and the memory of Google Cloud's machines over their chips.
+        Chip("v4", ("TPU v4",), 275e12, 30.75 * GIB, 1.2e12, 4.5e10, 6.25e9, (16, 16, 16), 0, 4, PCIE, 407e9 / 4),
+        Chip(
+            "v5e",
+            ("TPU v5 lite", "TPU v5e"),
+            197e12,
+            15.75 * GIB,
+            8.1e11,
+            5e10,
+            3.125e9,
+            (16, 16),
+            128 * MIB,
+            16,
+            PCIE,
+            384e9 / 8,
+            True,
+        ),
+        Chip(
+            "v5p",
+            ("TPU v5", "TPU v5p"),
+            459e12,
+            95.74 * GIB,
+            2.765e12,
+            1e11,
+            6.25e9,
+            (16, 20, 28),
+            128 * MIB,
+            4,
+            PCIE,
+            448e9 / 4,
+        ),
+        Chip(
+            "v6e",
+            ("TPU v6 lite", "TPU v6e"),
+            918e12,
+            31.25 * GIB,
+            1.6e12,
+            1e11,
+            1.25e10,
+            (16, 16),
+            128 * MIB,
+            16,
+            PCIE,
+            1440e9 / 8,
+        ),
         Chip("h100", ("NVIDIA H100 80GB HBM3",), 989e12, 80e9, 3.35e12, 4.5e11, 5e10, (8,), target=H100),
         Chip("h200", ("NVIDIA H200",), 989e12, 141e9, 4.8e12, 4.5e11, 5e10, (8,), target=H200),
         Chip("b200", ("NVIDIA B200",), 2250e12, 180e9, 8e12, 9e11, 5e10, (8,), target=B200),

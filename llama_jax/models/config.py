@@ -42,7 +42,8 @@ class Compute:
     dtype: type of activations; auto is bfloat16 on TPU and GPU, float32 on CPU. Softmax, norms and loss stay float32.
     scan_layers: compile the repeating pattern of layers once and scan over it; off is faster on CPU.
     remat: what the backward pass computes again: none of it, a full layer, all but dots (products with weights), all
-      but attention outputs.
+      but attention outputs, all but these and the projections of grouped-query attention; offload keeps the latter two,
+      the inputs of layers and one of a gated feed-forward's two products in the memory of the host.
     attention_kernel: kernel by name (reference, blockwise, splash on TPU, cudnn on GPU), or auto.
     context: how keys and values reach the other parts of a sequence split over mesh.context; all_gather is sooner
       there, and holds all of them on every device.
@@ -57,7 +58,7 @@ class Compute:
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     scan_layers: bool = True
-    remat: Literal["none", "full", "dots", "attention"] = "none"
+    remat: Literal["none", "full", "dots", "projections", "attention", "offload"] = "none"
     attention_kernel: str = "auto"
     context: Literal["ring", "all_gather"] = "ring"
     pipeline_microbatches: int | None = None

@@ -31,7 +31,14 @@ REMAT_POLICIES: dict[str, Callable[..., Any]] = {
     "none": jax.checkpoint_policies.everything_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "projections": jax.checkpoint_policies.save_only_these_names("projections", "attention"),
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer", "projections", "attention", "up"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -90,12 +97,13 @@ class Block(nnx.Module):
 
         `source` is what `CrossAttentionModule.keys` returned for a source, and the context of the attention to it.
         """
+        # These names are for rematerialization policies, which save or offload what has them.
+        x = checkpoint_name(x, "layer")
         with jax.named_scope("attention"):
             entered, normed = x, _normed(self.input_layernorm, x)
             h, cache, *found = self.attention(normed, positions=positions, ctx=ctx, cache=cache)
             record("attention", lambda: h)
             aux = _named("attention", found[0]) if found else {}
-            # The name is for the rematerialization policy that saves attention outputs.
             x = self._add(x, checkpoint_name(h, "attention"), self.attention_norm, ctx, "attention")
         if source is not None:
             with jax.named_scope("cross_attention"):

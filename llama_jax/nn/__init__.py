@@ -53,6 +53,7 @@ from llama_jax.nn.base import (
 )
 from llama_jax.nn.delta import GatedDeltaNet as GatedDeltaNet
 from llama_jax.nn.draws import draw as draw, dropout as dropout
+from llama_jax.nn.experts.exchange import sends_assignments as sends_assignments, taken_rows as taken_rows
 from llama_jax.nn.experts.experts import Experts as Experts, ExpertsModule as ExpertsModule
 from llama_jax.nn.experts.routers import (
     GShardRouter as GShardRouter,

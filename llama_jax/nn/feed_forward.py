@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from llama_jax.nn.base import FeedForward, FeedForwardModule, ForwardContext, check_at_least, check_rate
@@ -115,5 +116,6 @@ class FeedForwardProjections(FeedForwardModule):
     ) -> tuple[Float[Array, "b t d"], dict[str, jax.Array]]:
         activation = ACTIVATIONS[self.config.activation]
         *gate, up = joined_products(x, *self.same_inputs) or [projection(x) for projection in self.same_inputs]
+        up = checkpoint_name(up, "up")
         h = activation(gate[0]) * up if gate else activation(up)
         return self.down_proj(dropout(h, self.config.dropout, ctx, "feed_forward", ("batch", "sequence", "mlp"))), {}

@@ -12,13 +12,15 @@ import dataclasses
 from llama_jax.planning.local import Local
 from llama_jax.planning.topology import Network
 
+SENT = "ragged-all-to-all"
+
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
     """All collectives of one kind over one mesh axis, for the same purpose.
 
     purpose: parameters, gradients, activations, tokens of experts, keys and values, or their gradients.
-    kind: all-gather, reduce-scatter, all-reduce or collective-permute.
+    kind: all-gather, reduce-scatter, all-reduce, collective-permute or ragged-all-to-all.
     axis: of the mesh.
     backward: True in the backward pass.
     bytes: per device and step: the result of a gather, the input of the others.
@@ -32,7 +34,7 @@ class Traffic:
 
     @property
     def hidden(self) -> bool:
-        """Return whether a TPU computes meanwhile: in gathers and hops; XLA compiles sums as operations that wait.
+        """Return whether a TPU that overlaps computes meanwhile: in gathers and hops; all else waits for sums.
 
         A stage of a pipeline waits for what it computes next.
         """
@@ -45,11 +47,12 @@ class Traffic:
                 return 0.0, self.bytes / network.dcn
             return (self.bytes / network.hop, 0.0) if network.ici else (0.0, self.bytes / network.dcn)
         twice = 2 if self.kind == "all-reduce" else 1
+        links = network.distance if self.kind == SENT else 1  # others send to their neighbours alone
 
         def share(size: int, bandwidth: float) -> float:
             return twice * self.bytes * (size - 1) / size / bandwidth if size > 1 else 0.0
 
-        return share(network.inner, network.ici), share(network.outer, network.dcn)
+        return links * share(network.inner, network.ici), share(network.outer, network.dcn)
 
 
 def traffic(local: Local) -> list[Traffic]:
@@ -116,11 +119,19 @@ def _of_activations(local: Local) -> list[Traffic]:
 
 def _of_tokens(local: Local) -> list[Traffic]:
     """Return the tokens sent to the devices of all experts and back, as many as where nothing is dropped."""
-    layers = sum(weight.layers for weight in local.model.weights if weight.experts and weight.returns)
-    size = layers * local.sizes["expert"] * local.tokens * local.micro_batches * local.itemsize
-    size *= local.config.model.hidden_size
-    kinds = ("all-gather", "reduce-scatter")
-    return [Traffic("tokens", kind, "expert", backward, size) for kind in kinds for backward in (False, True)]
+    found, devices = [], local.sizes["expert"]
+    for weight in local.model.weights:
+        if not (weight.experts and weight.returns):
+            continue
+        size = weight.layers * local.tokens * local.micro_batches * local.itemsize * local.config.model.hidden_size
+        if weight.exchanged:
+            # There and back; backward the tokens once more, the results' gradients, and the tokens' gradients back.
+            times = ((False, 2), (True, 3))
+            found += [Traffic("tokens", SENT, "expert", back, n * weight.choices * size) for back, n in times]
+        else:
+            kinds = ("all-gather", "reduce-scatter")
+            found += [Traffic("tokens", k, "expert", back, devices * size) for k in kinds for back in (False, True)]
+    return found
 
 
 def _of_keys(local: Local) -> list[Traffic]:

@@ -1,31 +1,35 @@
 """The plan of a train step: memory, and time by the roofline.
 
 Time: in the forward pass, the backward pass and the update, matrix units, HBM and networks work at the same time, so
-that a pass takes as long as its slowest resource ("How to scale your model", chapters 1 and 5). Only the sums that TPUs
-exchange over ICI are not hidden: XLA compiles them as operations that everything else waits for. Latency is left out.
-Matrix units reach `EFFICIENCY` of their peak.
+that a pass takes as long as its slowest resource ("How to scale your model", chapters 1 and 5). Not hidden is what XLA
+compiles as operations that everything else waits for: the sums that TPUs exchange over ICI, and on chips without
+`overlaps` gathers and hops, too. Latency is left out.
+Matrix units reach a fixed part of their peak, `EFFICIENCY`.
 """
 
 import dataclasses
 import functools
 from typing import Any
 
+from llama_jax.config import UserError
 from llama_jax.models import num_parameters
 from llama_jax.planning.communication import Traffic, traffic
 from llama_jax.planning.local import Local
-from llama_jax.planning.memory import argument_bytes, attention_kernel, memory, sampling_memory, widths
+from llama_jax.planning.memory import argument_bytes, attention_kernel, host_bytes, memory, sampling_memory, widths
 from llama_jax.planning.topology import Topology
 from llama_jax.run_config import RunConfig
 from llama_jax.training import train_flops_per_token
 
 # Of the peak of the matrix units, in products and attention together: the geometric mean over MaxText's published runs
 # of the share that their times leave for it (docs/tables.py computes it).
-EFFICIENCY = 0.637
+EFFICIENCY = 0.608
+# The same of the runs on one chip alone.
+EFFICIENCY_OF = {"v4": 0.664, "v5e": 0.696, "v5p": 0.755, "v6e": 0.526}
 # Bytes to and from HBM for each score, in the forward and the backward pass, where attention is XLA's: float32 scores
 # are written, read for their maximum and read for their exponential; backward, weights and gradients are rounded,
 # written once and read by their products. A kernel (splash, cuDNN) keeps all of it on the chip.
 SCORE_BYTES = {"blockwise": (12, 14), "reference": (12, 14)}
-MATRIX_UNITS, HBM, DCN, NETWORK = "matrix units", "HBM", "DCN", "network"
+MATRIX_UNITS, HBM, HOST, DCN, NETWORK = "matrix units", "HBM", "host", "DCN", "network"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Plan:
     memory: bytes on each device, by kind.
     argument_bytes: the part of it that the step takes as arguments; exact.
     capacity: bytes that each device has.
+    host_bytes: bytes in the host's memory for each device.
+    host_capacity: bytes that the host has for each device; 0 where that is not known.
     seconds: time of one update that each resource is busy.
     step_seconds: of one update.
     bound: the resource that the step waits for.
@@ -67,6 +73,8 @@ class Plan:
     memory: dict[str, int]
     argument_bytes: int
     capacity: int
+    host_bytes: int
+    host_capacity: int
     seconds: dict[str, float]
     step_seconds: float
     bound: str
@@ -84,13 +92,13 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Return whether the memory of a device is enough."""
-        return self.total_bytes <= self.capacity
+        """Return whether the memory of a device, and the host's, is enough."""
+        return self.total_bytes <= self.capacity and self.host_bytes <= self.host_capacity
 
     @property
     def communication_bound(self) -> bool:
         """Return whether the step waits for a network."""
-        return self.bound not in (MATRIX_UNITS, HBM)
+        return self.bound not in (MATRIX_UNITS, HBM, HOST)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
@@ -102,11 +110,20 @@ def _model_flops(model: Any, sequence_length: int) -> tuple[int, float]:
     return num_parameters(model), train_flops_per_token(model, sequence_length)
 
 
-def estimate(config: RunConfig, topology: Topology, *, efficiency: float = EFFICIENCY) -> Plan:
-    """Return the plan of a run's step on a machine. Raises UserError for a mesh that fits neither chips nor batch."""
+def estimate(config: RunConfig, topology: Topology, *, efficiency: float | None = None) -> Plan:
+    """Return the plan of a run's step on a machine. Raises UserError for a mesh that fits neither chips nor batch.
+
+    `efficiency`: the part of their peak that matrix units reach; None for what was fitted for this chip.
+    """
     local = Local.of(config, topology.num_chips)
     networks = topology.networks(local.sizes)
-    chip = topology.chip
+    chip, kept = topology.chip, host_bytes(local)
+    if kept and not (chip.host and chip.host_memory):
+        raise UserError(
+            f"compute.remat={config.compute.remat!r}: the host of {chip.name} is not known: take another policy, or "
+            "give host and host_memory with --chip"
+        )
+    efficiency = EFFICIENCY_OF.get(chip.name, EFFICIENCY) if efficiency is None else efficiency
     seconds: dict[str, float] = {}
     waited: dict[str, float] = {}
 
@@ -116,10 +133,12 @@ def estimate(config: RunConfig, topology: Topology, *, efficiency: float = EFFIC
 
     for one in _passes(local, traffic(local), attention_kernel(local, chip.platform)):
         busy = {MATRIX_UNITS: one.flops / (chip.peak_flops * efficiency), HBM: one.bytes / chip.bandwidth}
+        if kept and one.flops:  # written in the forward pass, read in the backward pass
+            busy[HOST] = local.micro_batches * kept / chip.host
         for sent in one.traffic:
             inside, between = sent.seconds(networks[sent.axis])
             name = f"{'ICI' if chip.platform == 'tpu' else 'NVLink'} {sent.axis}"
-            exposed = chip.platform == "tpu" and not sent.hidden
+            exposed = chip.platform == "tpu" and not (chip.overlaps and sent.hidden)
             add(waited if exposed else busy, name, inside)
             add(seconds, name, inside if exposed else 0.0)
             waits = sent.axis == "pipeline"
@@ -146,6 +165,8 @@ def estimate(config: RunConfig, topology: Topology, *, efficiency: float = EFFIC
         memory=memory(local, chip),
         argument_bytes=sum(argument_bytes(local).values()),
         capacity=int(chip.memory),
+        host_bytes=kept,
+        host_capacity=int(chip.host_memory),
         seconds=seconds,
         step_seconds=step_seconds,
         bound=max(waited, key=lambda name: waited[name]),
@@ -177,7 +198,9 @@ def _passes(local: Local, sent: list[Traffic], kernel: str) -> list[_Pass]:
     logits = 2 * tokens * head.used
     scores = computed * model.scores * local.config.row_length / 2
     # A product whose result only a sum consumes is not computed again: the feed-forward's last, or one that is saved.
-    skipped = [w for w in model.products if w.returns and (policy == "attention" or w.of_feed_forward)]
+    last = [w for w in model.products if w.returns and (policy == "attention" or w.of_feed_forward)]
+    of_attention = [w for w in model.products if policy in ("projections", "offload") and not w.of_feed_forward]
+    skipped = [*last, *of_attention, *(w for w in model.products if policy == "offload" and w.is_up)]
     repeated = layers - 2 * computed * sum(w.layers * w.met for w in skipped)
     again = {"none": 0.0, "dots": scores}.get(policy, repeated + scores)
     of = widths(local)

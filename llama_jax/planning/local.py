@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from llama_jax.config import UserError
 from llama_jax.data import Preference
 from llama_jax.models import ModelConfig, cache_shapes, frozen, layer_rngs, num_microbatches
-from llama_jax.nn import ExpertsModule, Projection
+from llama_jax.nn import ExpertsModule, Projection, sends_assignments, taken_rows
 from llama_jax.parallel import batch_parts, mesh_axis_sizes, spec, split_over
 from llama_jax.run_config import RunConfig
 from llama_jax.training import Optimizer, state_bytes
@@ -35,8 +35,9 @@ class LocalWeight:
     sums: True where its product is a sum over the tensor axis.
     splits: True where the tensor axis splits the result of its product.
     returns: True where its product returns to the residual stream.
-    experts: True for weights of experts, of which a token meets a few.
+    choices: experts that a token goes to, where it is a weight of experts, of which a token meets a few; else 0.
     is_gathered: True where it is stored in parts that its product needs together.
+    exchanged: True for experts to whose devices assignments are sent, not all tokens to all devices.
     """
 
     name: str
@@ -49,8 +50,14 @@ class LocalWeight:
     sums: bool
     splits: bool
     returns: bool
-    experts: bool
+    choices: int
     is_gathered: bool
+    exchanged: bool
+
+    @property
+    def experts(self) -> bool:
+        """Return whether it is a weight of experts."""
+        return self.choices > 0
 
     @property
     def copies(self) -> int:
@@ -61,6 +68,11 @@ class LocalWeight:
     def module(self) -> str:
         """Return the module that it belongs to: `layers.attention`."""
         return self.name.rsplit(".", 2)[0]
+
+    @property
+    def is_up(self) -> bool:
+        """Return whether it makes what a feed-forward's activation multiplies, of experts only the shared ones'."""
+        return self.of_feed_forward and self.name.endswith("up_proj.weight") and not self.experts
 
     @property
     def of_feed_forward(self) -> bool:
@@ -297,8 +309,8 @@ def _localized(name: str, weight: _Weight, stages: int) -> LocalWeight:
         return math.prod(weight.shape[dims]) // _parts(spec(*axes[dims], shape=weight.shape[dims]))
 
     first, times = (1, weight.choices) if weight.choices else (0, 1)
-    # Where nothing is dropped there is room for the tokens of all devices, since all may choose the experts of one.
-    rows = times if weight.drops or not weight.choices else times * mesh_axis_sizes().get("expert", 1)
+    devices = mesh_axis_sizes().get("expert", 1)
+    rows = times if weight.drops or not weight.choices else taken_rows(times, devices)
     ins, outs = slice(first, first + weight.in_dims), slice(first + weight.in_dims, None)
     return LocalWeight(
         name=name,
@@ -306,13 +318,14 @@ def _localized(name: str, weight: _Weight, stages: int) -> LocalWeight:
         stored=max(1, weight.layers // stages) * size(weight.axes),
         used=size(gathered),
         met=times * size(gathered, slice(first, None)),
-        inputs=rows * size(gathered, ins) if weight.in_dims else 0,
-        outputs=rows * size(gathered, outs) if weight.in_dims else 0,
+        inputs=math.ceil(rows * size(gathered, ins)) if weight.in_dims else 0,
+        outputs=math.ceil(rows * size(gathered, outs)) if weight.in_dims else 0,
         sums=weight.in_dims > 0 and size(gathered, ins) < math.prod(weight.shape[ins]),
         splits=weight.in_dims > 0 and size(gathered, outs) < math.prod(weight.shape[outs]),
         returns=weight.in_dims > 0 and weight.axes[outs] == ("embed",),
-        experts=weight.choices > 0,
+        choices=weight.choices,
         is_gathered=size(weight.axes) < size(gathered),
+        exchanged=not weight.drops and weight.choices > 0 and sends_assignments(weight.choices, devices),
     )
 
 

@@ -20,7 +20,7 @@ from llama_jax.run_config import RunConfig
 BATCH_ITEMSIZE = 4
 # Of the inputs and outputs of a layer's products and of its residual stream: how many times over they are alive at once
 # in its backward pass.
-WORKING_SET = {"none": 1.15, "dots": 1.8, "attention": 2.0, "full": 2.0}
+WORKING_SET = {"none": 1.15, "dots": 1.8, "projections": 2.0, "attention": 2.0, "full": 2.0, "offload": 2.0}
 ON_CHIP = 0.9  # of a TPU's on-chip memory, which XLA fills with a layer's arrays
 # Whole weights and gradients of weights alive at once, in layers: less where a weight fits into on-chip memory.
 GATHERED_LAYERS, GATHERED_ON_CHIP = 1.5, 0.8
@@ -67,6 +67,7 @@ class Widths:
     residual: between the layers.
     inputs: inputs of products; once where several take the same.
     outputs: results of products that do not return to the residual stream.
+    projected: results of the products before attention.
     mixed: input of attention's last product.
     inner: input of a feed-forward's last product.
     """
@@ -74,6 +75,7 @@ class Widths:
     residual: int
     inputs: int
     outputs: int
+    projected: int
     mixed: int
     inner: int
 
@@ -86,6 +88,7 @@ def widths(local: Local) -> Widths:
         residual=local.config.model.num_layers * local.config.model.hidden_size,
         inputs=sum(width for _, width in inputs),
         outputs=sum(w.layers * w.outputs for w in local.model.products if not w.returns),
+        projected=sum(w.layers * w.outputs for w in local.model.products if not (w.returns or w.of_feed_forward)),
         mixed=sum(w.layers * w.inputs for w in last if not w.of_feed_forward),
         inner=sum(w.layers * w.inputs for w in last if w.of_feed_forward),
     )
@@ -99,6 +102,10 @@ def saved_bytes(local: Local) -> int:
         return of.residual * size * tokens
     if policy == "attention":
         return 2 * of.residual * size * tokens
+    if policy == "projections":
+        return (2 * of.residual + of.projected) * size * tokens
+    if policy == "offload":  # of a layer, while it is written or read
+        return host_bytes(local) // local.config.model.num_layers
     if policy == "dots":  # only a sum consumes a feed-forward's result, so it is not kept
         return (2 * of.residual + of.outputs) * size * tokens
     # All of it: two norms in float32 and rounded, attention's result before it is reshaped, three steps of a gated
@@ -106,6 +113,14 @@ def saved_bytes(local: Local) -> int:
     per_token = 2 * of.residual * (4 + size) + size * (of.inputs + of.outputs + of.mixed + 3 * of.inner)
     gathered = sum(w.layers * w.used * size for w in local.model.products if w.is_gathered)
     return per_token * tokens + math.ceil(gathered * schedule.gathers)
+
+
+def host_bytes(local: Local) -> int:
+    """Return the bytes that the forward pass of all layers keeps in the host's memory."""
+    if local.config.compute.remat != "offload":
+        return 0
+    of, up = widths(local), sum(w.layers * w.outputs for w in local.model.products if w.is_up)
+    return (2 * of.residual + of.projected + up) * local.itemsize * math.ceil(local.tokens * local.schedule.work)
 
 
 def _tile_padding(local: Local, platform: str) -> int:

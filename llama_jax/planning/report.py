@@ -164,6 +164,9 @@ def _memory_table(report: Report) -> Table:
     table.add_row("= beyond them", gib(total), *([gib(rest)] if memory else []))
     table.add_row("total", gib(plan.total_bytes), *([gib(memory.total)] if memory else []), style="bold")
     table.add_row("device", gib(plan.capacity))
+    if plan.host_bytes:
+        table.add_row("in its host", gib(plan.host_bytes))
+        table.add_row("host", gib(plan.host_capacity))
     return table
 
 

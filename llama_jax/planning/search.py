@@ -7,12 +7,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llama_jax.config import UserError, override
+from llama_jax.nn import Experts
 from llama_jax.parallel import MESH_AXES, MeshConfig, batch_parts
 from llama_jax.planning.estimate import Plan, estimate
 from llama_jax.planning.topology import Topology
 from llama_jax.run_config import RunConfig
 
-REMAT_ORDER = ("none", "dots", "attention", "full")  # from the one that keeps most to the one that keeps least
+# From the one that keeps most on the device to the one that keeps least; `offload` keeps less, and computes less again.
+REMAT_ORDER = ("none", "dots", "projections", "attention", "full")
+REMATS = (*REMAT_ORDER, "offload")
 WORTH = 0.95  # a change that is to save time has to bring it below this part
 MAX_DOUBLINGS = 12  # of the chips, before there is no advice
 
@@ -48,7 +51,7 @@ def suggestion(config: RunConfig, topology: Topology, plan: Plan) -> Candidate |
         [{"compute.remat": name} for name in _stronger(config)] if not plan.fits else [],
         [
             _mesh_change(config, plan, sizes)
-            for sizes in meshes(topology.num_chips, topology.num_slices)
+            for sizes in meshes(topology.num_chips, num_slices=topology.num_slices)
             if sizes != plan.mesh
         ],
     )
@@ -82,9 +85,9 @@ def search(config: RunConfig, topology: Topology) -> list[Candidate]:
     Of equally fast ones the simpler layout, then the one that needs less memory.
     """
     found = []
-    for sizes in meshes(topology.num_chips, topology.num_slices):
+    for sizes in meshes(topology.num_chips, _num_experts(config), topology.num_slices):
         mesh = {f"mesh.{axis}": size for axis, size in sizes.items()}
-        for parts, remat in itertools.product(_parts(config, sizes), REMAT_ORDER):
+        for parts, remat in itertools.product(_parts(config, sizes), REMATS):
             changes = mesh | {"optimizer.accumulation_steps": parts, "compute.remat": remat}
             candidate = _try(config, topology, changes)
             if candidate and candidate.plan.fits:
@@ -115,8 +118,8 @@ def _rank(candidate: Candidate) -> tuple[float, int, int]:
     return float(f"{plan.step_seconds:.3g}"), sum(size > 1 for size in plan.mesh.values()), plan.total_bytes
 
 
-def meshes(num_chips: int, num_slices: int = 1) -> Iterator[dict[str, int]]:
-    """Yield all ways to split chips over the axes of a dense model; the expert axis stays 1.
+def meshes(num_chips: int, num_experts: int = 1, num_slices: int = 1) -> Iterator[dict[str, int]]:
+    """Yield all ways to split chips over the axes; the expert axis, by default 1, divides the number of experts.
 
     The stages of a pipeline are slices, or several slices each.
     """
@@ -126,11 +129,17 @@ def meshes(num_chips: int, num_slices: int = 1) -> Iterator[dict[str, int]]:
 
     for pipeline in divisors(num_slices):
         chips = num_chips // pipeline
-        for tensor in divisors(chips):
-            for context in divisors(chips // tensor):
-                for data in divisors(chips // tensor // context):
-                    fsdp = chips // tensor // context // data
-                    yield dict(zip(MESH_AXES, (pipeline, data, fsdp, tensor, context, 1), strict=True))
+        for expert, tensor in itertools.product(divisors(math.gcd(chips, num_experts)), divisors(chips)):
+            for context in divisors(chips // expert // tensor) if chips % (expert * tensor) == 0 else ():
+                for data in divisors(chips // expert // tensor // context):
+                    fsdp = chips // expert // tensor // context // data
+                    yield dict(zip(MESH_AXES, (pipeline, data, fsdp, tensor, context, expert), strict=True))
+
+
+def _num_experts(config: RunConfig) -> int:
+    """Return the greatest common divisor of the layers' numbers of experts, 1 where there are none."""
+    numbers = [piece.num_experts for _, piece in config.model.layer_pieces() if isinstance(piece, Experts)]
+    return math.gcd(*numbers) if numbers else 1
 
 
 def _try(config: RunConfig, topology: Topology, changes: dict[str, Any]) -> Candidate | None:
@@ -153,7 +162,7 @@ def _sensible(config: RunConfig, sizes: dict[str, int]) -> bool:
 
 
 def _stronger(config: RunConfig) -> tuple[str, ...]:
-    return REMAT_ORDER[REMAT_ORDER.index(config.compute.remat) + 1 :]
+    return REMATS[REMATS.index(config.compute.remat) + 1 :]
 
 
 def _accumulations(config: RunConfig) -> Iterator[dict[str, Any]]:

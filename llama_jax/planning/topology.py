@@ -21,6 +21,7 @@ class Network:
     outer: slices or nodes that the axis spans.
     ici: bytes per second at which a device receives from the others of its slice; 0 where there are none.
     hop: the same from one neighbour alone.
+    distance: mean number of links between two devices of a slice, all of which carry what one sends to the other.
     dcn: bytes per second between slices, all `inner` devices together; 0 where the axis spans one slice.
     """
 
@@ -28,6 +29,7 @@ class Network:
     outer: int
     ici: float
     hop: float
+    distance: float
     dcn: float
 
 
@@ -132,9 +134,10 @@ class Topology:
         for axis, size in sizes.items():
             if size == 1:
                 continue
-            ici, hop = torus.get(axis, (self.chip.link, self.chip.link)) if inner[axis] > 1 else (0.0, 0.0)
+            alone = (self.chip.link, self.chip.link, 1.0) if inner[axis] > 1 else (0.0, 0.0, 1.0)
+            ici, hop, distance = torus.get(axis, alone)
             dcn = self.chip.network * inner[axis] if outer[axis] > 1 else 0.0
-            found[axis] = Network(inner[axis], outer[axis], ici, hop or dcn, dcn)
+            found[axis] = Network(inner[axis], outer[axis], ici, hop or dcn, distance, dcn)
         return found
 
     def _closed(self, size: int) -> bool:
@@ -142,11 +145,11 @@ class Topology:
             return size == self.chip.wraps
         return all(s % self.chip.wraps == 0 for s in self.shape)  # optical switches close whole cubes only
 
-    def _torus(self, sizes: dict[str, int]) -> dict[str, tuple[float, float]]:
-        """Return (bandwidth, bandwidth of a hop) of each mesh axis: its share of the torus axes along which it lies."""
+    def _torus(self, sizes: dict[str, int]) -> dict[str, tuple[float, float, float]]:
+        """Return (bandwidth, bandwidth of a hop, distance) of each mesh axis, by the torus axes along which it lies."""
         whole = {i: size for i, size in enumerate(self.shape) if size > 1}
         left = dict(whole)
-        found: dict[str, tuple[float, float]] = {}
+        found: dict[str, tuple[float, float, float]] = {}
         rest = []
         for axis, size in reversed([(axis, size) for axis, size in sizes.items() if size > 1]):
             free = [i for i in left if left[i] == whole[i]]
@@ -155,15 +158,17 @@ class Topology:
             if chosen is None:
                 rest.append((axis, size))
                 continue
-            found[axis] = (sum(self._ring(whole[i], whole[i], 1) for i in chosen), self.chip.link)
+            bandwidth = sum(self._ring(whole[i], whole[i], 1) for i in chosen)
+            found[axis] = (bandwidth, self.chip.link, self._distance([whole[i] for i in chosen]))
             left = {i: n for i, n in left.items() if i not in chosen}
         for axis, size in rest:  # a part of a torus axis, whose links it shares with the axes that have the other parts
-            bandwidth, need, stride = 0.0, size, 1
+            bandwidth, need, stride, parts = 0.0, size, 1, []
             for i in sorted(left, key=lambda i: -left[i]):
                 part = math.gcd(need, left[i])
                 if part > 1:
                     stride = whole[i] // left[i]
                     bandwidth += self._ring(whole[i], part, stride)
+                    parts.append(part)
                     left[i] //= part
                     need //= part
             if need > 1:
@@ -171,8 +176,13 @@ class Topology:
                 raise UserError(
                     f"mesh.{axis}={size} cannot be laid along a torus of {shape}: take a divisor of its sizes"
                 )
-            found[axis] = (bandwidth, self.chip.link / stride)
+            found[axis] = (bandwidth, self.chip.link / stride, self._distance(parts))
         return found
+
+    @staticmethod
+    def _distance(sizes: list[int]) -> float:
+        # A quarter of a closed ring, whose links run both ways; on a line, with half of these, the middle has as much.
+        return max(1.0, sum(sizes) / 4)
 
     def _ring(self, whole: int, part: int, stride: int) -> float:
         """Return the bandwidth of both directions of a closed ring, one of a line; `stride` rings share the links."""

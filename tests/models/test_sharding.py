@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,10 +106,17 @@ def test_loss_and_gradient_are_those_of_one_device(name: str, config, random_par
     assert held == expected_bytes(params, MESHES[name])
 
 
-@pytest.mark.parametrize("name", ["tensor", "fsdp, tensor and context"])
-def test_keys_gathered_and_remat(name: str, config, random_params, expected):
+@pytest.mark.parametrize(
+    ("name", "remat"),
+    [
+        ("tensor", "full"),
+        ("fsdp, tensor and context", "full"),
+        pytest.param("fsdp, tensor and context", "offload", marks=pytest.mark.slow),
+    ],
+)
+def test_keys_gathered_and_remat(name: str, remat: Any, config, random_params, expected):
     with jax.set_mesh(make_mesh(MESHES[name])):
-        compute = dataclasses.replace(COMPUTE, context="all_gather", remat="full")
+        compute = dataclasses.replace(COMPUTE, context="all_gather", remat=remat)
         assert_same(on_mesh(config, compute, random_params(config), batch_of(config.vocab_size))[:2], expected)
 
 

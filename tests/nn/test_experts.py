@@ -12,7 +12,7 @@ from flax import nnx
 
 from llama_jax.config import UserError
 from llama_jax.nn import Experts, GShardRouter, SigmoidTopK, SoftmaxTopK, SwitchRouter
-from llama_jax.nn.experts import dispatch
+from llama_jax.nn.experts import groups
 
 WIDTH, ROWS, LENGTH = 6, 3, 20
 MIXTRAL = Experts(8, 10, SoftmaxTopK(2, normalize=True), "silu", gated=True)
@@ -161,7 +161,7 @@ def test_gradients_are_those_of_every_expert_on_every_token(config: Experts):
 @pytest.mark.parametrize("block", [1, 4, 64])
 def test_sorted_rows_of_any_block(block: int, monkeypatch):
     """Groups far smaller than a block, and larger."""
-    monkeypatch.setitem(dispatch.BLOCKS, "cpu", block)
+    monkeypatch.setitem(groups.BLOCKS, "cpu", block)
     config = dataclasses.replace(MIXTRAL, intermediate_size=9 + block, dispatch="dropless")
     x = jnp.concatenate([inputs(), jnp.repeat(inputs()[:, :1], 30, axis=1)], 1)  # one expert gets most
     np.testing.assert_allclose(call(config, x)[0], plain(config, x)[0], atol=2e-5)
@@ -176,7 +176,7 @@ def test_ragged_dot_is_the_same(monkeypatch):
 
     config = dataclasses.replace(MIXTRAL, intermediate_size=7, dispatch="dropless")
     expected = both(config)
-    monkeypatch.delitem(dispatch.BLOCKS, "cpu")
+    monkeypatch.delitem(groups.BLOCKS, "cpu")
     found = both(dataclasses.replace(config, load_balance_loss=0.5))  # a program of its own
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)

@@ -13,6 +13,7 @@ from flax import nnx
 
 from llama_jax.nn import Experts, GShardRouter, SigmoidTopK, SoftmaxTopK, SwitchRouter
 from llama_jax.nn.attention.context import unzigzag, zigzag
+from llama_jax.nn.experts import exchange
 from llama_jax.parallel import axes_of, make_mesh, shard
 
 WIDTH, ROWS, LENGTH = 12, 8, 16
@@ -120,3 +121,46 @@ def test_one_row_that_is_whole_on_every_device(dispatch: str):
     expected, _ = run(config, rows=1)
     with jax.set_mesh(make_mesh({"expert": 2, "fsdp": 2, "tensor": 2})):
         assert_same(run(config, rows=1)[0], expected)
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoOfEight(SoftmaxTopK):
+    """A router that sends all tokens to the last two experts, and few to the others."""
+
+    def route(self, logits, ctx):
+        return super().route(logits + 4.0 * (jnp.arange(8) >= 6), ctx)
+
+
+@pytest.mark.parametrize(
+    ("name", "room"),
+    [
+        ("expert", 0.3),
+        pytest.param("expert", 1.25, marks=pytest.mark.slow),
+        pytest.param("expert, data and tensor", 1.25, marks=pytest.mark.slow),
+    ],
+)
+def test_a_device_with_most_of_the_rows_takes_them_in_rounds(name: str, room: float, monkeypatch):
+    monkeypatch.setattr(exchange, "ROOM", room)
+    monkeypatch.setattr(exchange, "LEAST", 1)
+    config = dataclasses.replace(KINDS["biased"], router=TwoOfEight(2, True), load_balance_loss=0.0)
+    expected, _ = run(config)
+    most = ROWS * LENGTH * 2 * float(expected["experts_load"].max())  # on a device with one expert
+    assert most > 3 * exchange.ROOM * ROWS * LENGTH * 2 / 8
+    with jax.set_mesh(make_mesh(MESHES[name])):
+        assert_same(run(config)[0], expected)
+
+
+def test_rows_are_sent_as_ragged_all_to_all_documents_it():
+    """The example of `jax.lax.ragged_all_to_all`, and rows of `into` that nothing is written to."""
+    rows = jnp.asarray([[1.0], [2], [2], [3], [4], [0]])
+    slices = [[0, 1], [0, 1]], [[1, 2], [1, 1]], [[0, 0], [1, 2]], [[1, 1], [2, 1]]
+
+    @jax.jit
+    @functools.partial(jax.shard_map, out_specs=jax.P("expert"))
+    def send(rows, into, slices):
+        return exchange.exchange(rows, into, exchange._Slices(*slices))
+
+    with jax.set_mesh(make_mesh({"expert": 2}, jax.devices()[:2])):
+        split = functools.partial(jax.sharding.reshard, out_shardings=jax.P("expert"))
+        found = send(split(rows), split(jnp.full((8, 1), 9.0)), [split(jnp.asarray(s).reshape(-1)) for s in slices])
+    assert found[:, 0].tolist() == [1, 3, 9, 9, 2, 2, 4, 9]

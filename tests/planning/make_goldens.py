@@ -30,7 +30,7 @@ from jax.sharding import (  # noqa: E402
 from llama_jax.config import to_json  # noqa: E402
 from llama_jax.data import DataConfig  # noqa: E402
 from llama_jax.models import Compute, DecoderConfig  # noqa: E402
-from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU  # noqa: E402
+from llama_jax.nn import Experts, GroupedQuery, RMSNorm, Rope, SoftmaxTopK, SwiGLU  # noqa: E402
 from llama_jax.parallel import MeshConfig  # noqa: E402
 from llama_jax.planning import CompiledStep, compile_step  # noqa: E402
 from llama_jax.planning.xla.compiled import ENVIRONMENT, get_devices  # noqa: E402
@@ -95,7 +95,16 @@ LAYOUTS = {
     "fsdp_tensor_torus": layout({"fsdp": 4, "tensor": 4}, 32, 256),
     "two_slices": layout({"data": 2, "fsdp": 4}, 16, 256),
 }
-TOPOLOGIES = dict.fromkeys(LAYOUTS, "v5e:2x4") | {"fsdp_torus": "v5e:4x4", "fsdp_tensor_torus": "v5e:4x4"}
+# Without `minimum`: what experts send is compared with the planner's formulas.
+EXPERTS = layout(
+    {"fsdp": 2, "expert": 4},
+    16,
+    256,
+    model=dataclasses.replace(
+        MODEL, num_layers=2, feed_forward=Experts(8, 1024, SoftmaxTopK(2, normalize=True), "silu", gated=True)
+    ),
+)
+TOPOLOGIES = dict.fromkeys([*LAYOUTS, "experts"], "v5e:2x4") | {"fsdp_torus": "v5e:4x4", "fsdp_tensor_torus": "v5e:4x4"}
 TOPOLOGIES["two_slices"] = "2x v5e:2x2"
 
 
@@ -110,7 +119,7 @@ def totals(step: CompiledStep) -> dict[str, dict[str, int]]:
 
 
 def compile_layout(name: str) -> CompiledStep:
-    return compile_step(LAYOUTS[name], TOPOLOGIES[name])
+    return compile_step(EXPERTS if name == "experts" else LAYOUTS[name], TOPOLOGIES[name])
 
 
 def make_golden(name: str) -> None:
@@ -213,6 +222,6 @@ if __name__ == "__main__":
     os.environ.update(ENVIRONMENT)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
-    for name in sys.argv[1:] or [*PROGRAMS, *LAYOUTS]:
+    for name in sys.argv[1:] or [*PROGRAMS, *TOPOLOGIES]:
         print(name, flush=True)
         make_program(name) if name in PROGRAMS else make_golden(name)

@@ -148,6 +148,30 @@ def test_stronger_remat_keeps_less_and_computes_more(llama: RunConfig, mesh: dic
     assert busy == sorted(busy)
 
 
+def test_offload_keeps_products_in_the_host_and_computes_less_again(llama: RunConfig):
+    machine = Topology.parse("v5e:8x8")
+    plans = {name: estimate(override(llama, {"compute.remat": name}), machine) for name in (*REMAT_ORDER, "offload")}
+    assert plans["offload"].total_bytes < plans["full"].total_bytes
+    rows, width, inner = 1024 // 64, 4096, 11008
+    # Of every layer: its input, queries, keys, values, attention's result, and one product of the feed-forward.
+    assert plans["offload"].host_bytes == 32 * rows * 4096 * (5 * width + inner) * 2
+    assert {plan.host_bytes for name, plan in plans.items() if name != "offload"} == {0}
+    busy = {name: plan.seconds["matrix units"] for name, plan in plans.items()}
+    assert busy["dots"] < busy["offload"] < busy["projections"]
+    assert plans["offload"].seconds["host"] == pytest.approx(2 * plans["offload"].host_bytes / machine.chip.host)
+
+
+def test_a_host_that_is_too_small_or_not_known_is_no_place(llama: RunConfig):
+    offload = override(llama, {"compute.remat": "offload", "optimizer.accumulation_steps": 4})
+    assert estimate(offload, Topology.parse("v5e:8x8")).fits
+    small = Topology(dataclasses.replace(Topology.parse("v5e:8x8").chip, host_memory=1e9), (8, 8))
+    plan = estimate(offload, small)
+    assert plan.total_bytes <= plan.capacity
+    assert not plan.fits
+    with pytest.raises(UserError, match=r"compute\.remat='offload': the host of h100 is not known"):
+        estimate(offload, Topology.parse("h100:8x8"))
+
+
 def test_full_remat_keeps_the_layers_inputs_alone(llama: RunConfig):
     kept = saved_bytes(local(with_mesh(llama, {"fsdp": 64}), 64))
     assert kept == 32 * (1024 // 64) * 4096 * 4096 * 2  # layers x rows x positions x width, in bfloat16

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
@@ -179,7 +180,7 @@ class GroupedQueryModule(_Projections, MixerModule):
         if config.window is not None:
             ctx = ctx.with_mask(window=config.window)
         products = joined_products(x, *self.same_inputs) or [projection(x) for projection in self.same_inputs]
-        q_BTNH, k_BTKH, v_BTKH = products
+        q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(y, "projections") for y in products)
         q_BTNH, *gate = jnp.split(q_BTNH, 1 + config.output_gate, -1)
         q_BTNH, k_BTKH = self._normed(self.q_norm, q_BTNH, "heads"), self._normed(self.k_norm, k_BTKH, "kv_heads")
         if (rope := config.rope) is not None:

@@ -7,12 +7,12 @@ combine the results are two gathers, each the gradient of the other: nothing is 
 
 Experts lie over the mesh axis `expert`, their width over `tensor`. Each device computes its experts' part of its
 tokens. Where the batch lies over `expert` too, tokens are gathered along it and results summed, or, where that sends
-less, the slots of an expert are sent to the device that has it.
+less, the slots of an expert are sent to the device that has it (`exchange.py`: those of sorted assignments).
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +20,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.nn.attention.context import unzigzag, zigzag
 from llama_jax.nn.base import PyTree
+from llama_jax.nn.experts.exchange import AXIS, apply_exchanged, sends_assignments
+from llama_jax.nn.experts.groups import Body, Groups, Product, alike
 from llama_jax.nn.parameters import gather
-from llama_jax.nn.products import product, turned
-from llama_jax.parallel import axes_of, mesh_axis_sizes, platform, shard, spec
-
-AXIS = "expert"
-# Rows that a product takes of one expert at a time; groups are padded to a multiple. Other platforms have `ragged_dot`.
-BLOCKS = {"cpu": 64, "gpu": 256, "cuda": 256}
-
-type Product = Callable[[jax.Array, jax.Array], jax.Array]
-# The network of an expert: rows [..., D] and matrices by name, multiplied by the product alone -> [..., D].
-type Body = Callable[[jax.Array, dict[str, jax.Array], Product], jax.Array]
+from llama_jax.nn.products import product
+from llama_jax.parallel import axes_of, mesh_axis_sizes, shard, spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +128,10 @@ def _apply_local(
     by_capacity = "rank" in choice
     # What a device sends for each token: its slots to other devices, or itself to all of them.
     exchange = layout.rows_split and by_capacity and num_experts * capacity <= devices * x.shape[1]
+    if layout.rows_split and not by_capacity and sends_assignments(choice["experts"].shape[-1], devices):
+        flat = {name: value.reshape(-1, value.shape[-1]) for name, value in {"x": x, **choice}.items()}
+        y = apply_exchanged(body, matrices=matrices, num_experts=num_experts, **flat).reshape(x.shape)
+        return _sum_over(y, [axis for axis in layout.summed if axis != AXIS])
     if layout.rows_split and not exchange:
         x, choice = jax.tree.map(lambda a: jax.lax.all_gather(a, AXIS, axis=0, tiled=True), (x, choice))
     b, t, d = x.shape
@@ -151,7 +149,7 @@ def _apply_local(
         slot, num_slots, product = _sorted_slots(own.reshape(-1), here)
     assignment = jnp.full(num_slots, slot.size).at[slot].set(jnp.arange(slot.size), mode="drop", unique_indices=True)
     # Out-of-range slots mean "none": scatter drops them, and the gathers below fill zeros.
-    rows = _dispatch(*_alike(x.reshape(b * t, d), slot.reshape(b * t, k), assignment))
+    rows = _dispatch(*alike(x.reshape(b * t, d), slot.reshape(b * t, k), assignment))
     if by_capacity:
         rows = rows.reshape(here, b * capacity, d)
         if exchange:
@@ -162,54 +160,27 @@ def _apply_local(
         rows = rows.reshape(num_slots, d)
     else:
         rows = body(rows, matrices, product)
-    picked = _combine(*_alike(rows, slot, assignment)).reshape(b, t, k, d).astype(jnp.float32)
+    picked = _combine(*alike(rows, slot, assignment)).reshape(b, t, k, d).astype(jnp.float32)
     y = (picked * choice["gates"][..., None]).sum(2).astype(x.dtype)
     # Along `expert`, gathered rows are summed and split again in one step below; exchanged ones are complete.
-    summed = tuple(axis for axis in layout.summed if axis != AXIS or not layout.rows_split)
-    if summed:
-        y = jax.lax.psum(y, summed)
+    y = _sum_over(y, [axis for axis in layout.summed if axis != AXIS or not layout.rows_split])
     if layout.rows_split and not exchange:
         y = jax.lax.psum_scatter(y, AXIS, scatter_dimension=0, tiled=True)
     return y
 
 
-def _sorted_slots(own: Int[Array, " a"], num_experts: int) -> tuple[jax.Array, int, Product]:
-    """Return slots of assignments sorted by expert, their number, and the product of rows there with their matrices.
+def _sum_over(y: jax.Array, axes: list[str]) -> jax.Array:
+    return jax.lax.psum(y, tuple(axes)) if axes else y
 
-    Where `ragged_dot` would multiply every row with every expert, groups are padded to blocks.
-    """
-    a, largest = own.size, BLOCKS.get(platform())
-    block = 1
-    while block < min(largest or 1, a / num_experts):
-        block *= 2
-    # Each expert's last block may be partly empty, and no more blocks than assignments have a row.
-    num_blocks = min(a, a // block + num_experts)
+
+def _sorted_slots(own: Int[Array, " a"], num_experts: int) -> tuple[jax.Array, int, Product]:
+    """Return slots of assignments sorted by expert, their number, and the product of rows there with their matrices."""
+    groups = Groups.of(own.size, num_experts)
     order = jnp.argsort(own, stable=True)  # stable: the slots, and so the sums, do not depend on the platform
     first = jnp.searchsorted(own[order], jnp.arange(num_experts + 1))
     counts = jnp.diff(first)
-    blocks = (counts + block - 1) // block
-    ends = jnp.cumsum(blocks)
-    padding = jnp.append(block * (ends - blocks), 0) - first
-    slot = jnp.argsort(order) + padding[own]
-    slot = jnp.where(own < num_experts, slot, num_blocks * block)
-    if largest is None:
-        return slot, a, lambda rows, w: jax.lax.ragged_dot(rows, w, counts)
-    of_block = jnp.minimum(jnp.searchsorted(ends, jnp.arange(num_blocks), side="right"), num_experts - 1)
-
-    def product(rows: jax.Array, w: jax.Array) -> jax.Array:
-        return _blocked(*_alike(rows, w), of_block, ends)
-
-    return slot, num_blocks * block, product
-
-
-def _alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Mark arrays in a `shard_map` as varying over all mesh axes over which any of them varies."""
-    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
-    axes = frozenset().union(*varying)
-    return tuple(
-        jax.lax.pcast(array, tuple(axes - own), to="varying") if axes - own else array
-        for array, own in zip(arrays, varying, strict=True)
-    )
+    slot = jnp.argsort(order) + (jnp.append(groups.first(counts), 0) - first)[own]
+    return jnp.where(own < num_experts, slot, groups.num_slots), groups.num_slots, groups.product(counts)
 
 
 @jax.custom_vjp
@@ -251,59 +222,4 @@ _combine.defvjp(_combine_forward, _combine_backward)
 
 def _of_each(rows: jax.Array, w: jax.Array) -> jax.Array:
     """Multiply every expert's rows with its matrix: [E, C, I] x [E, I, O] -> [E, C, O]."""
-    return jax.vmap(lambda rows, w: product(rows, w, False, None))(*_alike(rows, w))
-
-
-@jax.custom_vjp
-def _blocked(rows: jax.Array, w: jax.Array, of_block: jax.Array, ends: jax.Array) -> jax.Array:
-    """Multiply each block of rows with its expert's matrix: [blocks * M, I] x [E, I, O] -> [blocks * M, O].
-
-    `of_block` is the expert of each block, `ends` the number of blocks up to each expert's last.
-    """
-    return _each_block(rows, w, of_block, ends, transposed=False)
-
-
-def _each_block(rows, w, of_block, ends, *, transposed: bool):
-    size = rows.shape[0] // of_block.shape[0]
-
-    def step(i, out):
-        w_i = jax.lax.dynamic_index_in_dim(w, of_block[i], keepdims=False)
-        y = jnp.einsum("mo,io->mi" if transposed else "mi,io->mo", _block(rows, i, size), w_i)
-        return jax.lax.dynamic_update_slice_in_dim(out, y, i * size, 0)
-
-    out = _zeros_like((rows.shape[0], w.shape[1 if transposed else 2]), rows)
-    return jax.lax.fori_loop(0, ends[-1], step, out)
-
-
-def _blocked_forward(rows, w, of_block, ends):
-    return _blocked(rows, w, of_block, ends), (rows, w, of_block, ends)
-
-
-def _blocked_backward(residuals, d_out):
-    rows, w, of_block, ends = residuals
-    size = rows.shape[0] // of_block.shape[0]
-
-    def of_expert(expert, d_w):
-        def add(i, total):
-            part = jnp.dot(turned(_block(rows, i, size)), _block(d_out, i, size), preferred_element_type=jnp.float32)
-            return total + part
-
-        first = jnp.where(expert > 0, ends[expert - 1], 0)
-        total = jax.lax.fori_loop(first, ends[expert], add, _zeros_like(w.shape[1:], rows, jnp.float32))
-        return jax.lax.dynamic_update_index_in_dim(d_w, total.astype(d_w.dtype), expert, 0)
-
-    d_w = _zeros_like(w.shape, rows)
-    d_w = jax.lax.fori_loop(0, w.shape[0], of_expert, d_w)
-    return _each_block(d_out, w, of_block, ends, transposed=True), d_w, None, None
-
-
-_blocked.defvjp(_blocked_forward, _blocked_backward)
-
-
-def _block(rows, i, size):
-    return jax.lax.dynamic_slice_in_dim(rows, i * size, size)
-
-
-def _zeros_like(shape, rows, dtype=None):
-    """Return zeros that vary over the same mesh axes as `rows`: a loop's carry has to keep its type."""
-    return _alike(jnp.zeros(shape, dtype or rows.dtype), rows)[0]
+    return jax.vmap(lambda rows, w: product(rows, w, False, None))(*alike(rows, w))

@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float
 
 from llama_jax.config import Known, UserError
 from llama_jax.nn.base import FeedForward, FeedForwardModule, ForwardContext, check_above_zero, check_at_least
-from llama_jax.nn.experts.dispatch import Product, apply_experts, ranks
+from llama_jax.nn.experts.dispatch import apply_experts, ranks
+from llama_jax.nn.experts.groups import Product
 from llama_jax.nn.experts.routers import Router, Routing, SoftmaxTopK
 from llama_jax.nn.feed_forward import ACTIVATIONS, MLP, Activation, GatedLinearUnit
 from llama_jax.nn.parameters import Projection, cast_and_gather, child, matmul, parameter

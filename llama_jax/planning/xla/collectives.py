@@ -167,6 +167,8 @@ def _read(program: Program, site: Site, kind: str, mesh_shape: Mapping[str, int]
     # The further operands of a permutation are where the result is written.
     operands = op.operands[:1] if kind == "collective-permute" else op.operands
     arrays = [array for operand in operands for array in arrays_of(computation[operand].shape)]
+    if kind == "ragged-all-to-all":  # from a part of the rows to a part of the places: no more than the fewer of them
+        arrays = [min(arrays[:2], key=bytes_of)]
     if kind == "all-gather":  # results; the shape of a started one has the inputs, too
         arrays = list(arrays_of(op.shape))[len(arrays) if op.opcode.endswith("-start") else 0 :]
     if pairs := _PAIRS.search(op.attributes):

@@ -133,7 +133,9 @@ class Program:
 
     def is_product(self, instruction: Instruction) -> bool:
         """Return whether an instruction is a product of matrices, a Pallas kernel, or calls one."""
-        if instruction.opcode in ("dot", "convolution") or instruction.target == "tpu_custom_call":
+        if instruction.target == "tpu_custom_call":
+            return not instruction.name.startswith("ragged-dot-metadata")  # sizes of groups, before their products
+        if instruction.opcode in ("dot", "convolution"):
             return True
         return self.multiplies(instruction.attribute("calls") or instruction.attribute("body"))
 
