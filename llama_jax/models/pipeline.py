@@ -146,10 +146,7 @@ def _run(
         held, (x, *own) = exchange(*carry, number)
         travelling, constant = iter(own), iter(fixed)
         leaves = [next(travelling if is_row else constant) for is_row in of_rows]
-        # Bound to the tick: in the gradient of a scan JAX moves out what does not change in it, and all of a stage's
-        # weights would be gathered ahead, and kept.
-        chunk, x = jax.lax.optimization_barrier((chunk_of(number), x))
-        y = apply(chunk, x, *jax.tree.unflatten(tree, leaves))
+        y = apply(chunk_of(number), x, *jax.tree.unflatten(tree, leaves))
         return (held, [jax.lax.ppermute(value, AXIS, up) for value in (y, *own)]), None
 
     num_ticks = repeats * count * stages + stages - 1

@@ -266,8 +266,15 @@ def _scanned(
     graphdef: PyTree, remat: str, state: PyTree, x: jax.Array, positions: jax.Array, ctx: ForwardContext
 ) -> jax.Array:
     """Apply the layers of one stage of a pipeline."""
-    step = functools.partial(_apply_blocks, graphdef, positions=positions, ctx=ctx, source=None)
-    x, aux = jax.lax.scan(rematerialized(step, remat, prevent_cse=False), x, (state, None))
+    apply = functools.partial(_apply_blocks, graphdef, positions=positions, ctx=ctx, source=None)
+
+    def bound(x: jax.Array, layer: PyTree) -> tuple[jax.Array, list[Aux]]:
+        # In the gradient of a scan, here that over ticks, JAX moves out what does not change in it: all of a stage's
+        # weights would be gathered ahead, and kept. Behind a barrier that is computed again they belong to the tick.
+        return apply(*jax.lax.optimization_barrier((x, layer)))
+
+    step = apply if remat == "none" else rematerialized(bound, remat, prevent_cse=False)
+    x, aux = jax.lax.scan(step, x, (state, None))
     if names := sorted({name for of_block in aux for name in of_block}):
         raise UserError(f"mesh.pipeline does not go with layers that return {', '.join(names)}: set it to 1")
     return x

@@ -85,7 +85,9 @@ def _of_weights(local: Local) -> list[Traffic]:
         if weight.is_gathered:
             tied = weight.name == "embedding.weight" and local.config.model.tie_embeddings
             # If tied, for its rows, and then as the head.
-            found += [Traffic("parameters", "all-gather", "fsdp", False, (2 if tied else 1) * size)]
+            # With nothing computed again a stage gathers its layers once for all ticks.
+            once = size if again or not weight.layers else round(size / times / local.schedule.stages)
+            found += [Traffic("parameters", "all-gather", "fsdp", False, (2 if tied else 1) * once)]
             found += [Traffic("parameters", "all-gather", "fsdp", True, size)] if weight.layers and again else []
             found += [Traffic("gradients", "reduce-scatter", "fsdp", True, size)]
             kept //= local.sizes["fsdp"]

@@ -112,7 +112,7 @@ def saved_bytes(local: Local) -> int:
     # nonlinearity; and the weights as they were gathered.
     per_token = 2 * of.residual * (4 + size) + size * (of.inputs + of.outputs + of.mixed + 3 * of.inner)
     gathered = sum(w.layers * w.used * size for w in local.model.products if w.is_gathered)
-    return per_token * tokens + math.ceil(gathered * schedule.gathers)
+    return per_token * tokens + gathered // schedule.stages
 
 
 def host_bytes(local: Local) -> int:

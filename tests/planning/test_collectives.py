@@ -38,9 +38,10 @@ HIDDEN = 4 * BATCH * LENGTH * TINY.hidden_size
 
 def on_mesh(changes: dict[str, Any] | None = None, rows: int = BATCH, /, **mesh: int) -> RunConfig:
     kernel = "blockwise" if "context" in mesh else "reference"  # the latter has no ring
+    remat = "full" if "pipeline" in mesh else "none"
     return planned(
         model=dataclasses.replace(TINY, **(changes or {})),
-        compute=Compute(dtype="float32", attention_kernel=kernel, loss_chunk=LENGTH),
+        compute=Compute(dtype="float32", attention_kernel=kernel, loss_chunk=LENGTH, remat=remat),
         mesh=MeshConfig(**({"fsdp": 1} | mesh)),
         global_batch_size=rows,
         sequence_length=LENGTH,
