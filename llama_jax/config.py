@@ -236,8 +236,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
 
 @functools.cache
 def _with_default(cls: type) -> frozenset[str]:
-    missing, fields = dataclasses.MISSING, dataclasses.fields(cls)
-    return frozenset(f.name for f in fields if not (f.default is missing and f.default_factory is missing))
+    return frozenset(f.name for f in dataclasses.fields(cls) if f.default is not f.default_factory)  # else both MISSING
 
 
 def _unknown(prefix: str, key: str, cls: type, given: _Given) -> UserError:

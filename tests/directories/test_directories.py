@@ -55,21 +55,21 @@ def check_texts(lm: llama_jax.LanguageModel, golden: dict[str, Any]) -> None:
         assert (found.finish_reason == "stop") == (entry["stopped_by"] is not None)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES, scope="module")
 def test_prompt_ids(name):
     tokenizer = loaded(name).tokenizer
     for entry in expected(name)["texts"]:
         assert tokenizer.encode_prompt(entry["text"]) == entry["ids"], entry["text"]
 
 
-@pytest.mark.parametrize("name", GENERATING)
+@pytest.mark.parametrize("name", GENERATING, scope="module")
 def test_greedy_text_and_stop(name):
     golden, lm = expected(name), loaded(name)
     assert sorted(lm.generation.eos_ids) == sorted(golden["eos_ids"])
     check_texts(lm, golden)
 
 
-@pytest.mark.parametrize("name", CHATTING)
+@pytest.mark.parametrize("name", CHATTING, scope="module")
 def test_chat(name):
     golden, lm = expected(name), loaded(name)
     for entry in golden["conversations"]:
@@ -86,7 +86,7 @@ def test_encoder_logits(name):
         assert logits.argmax(-1).tolist() == entry["best_ids"]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES, scope="module")
 def test_export_read_by_us(name, tmp_path):
     golden = expected(name)
     llama_jax.save(loaded(name), tmp_path / "export", format="hf")

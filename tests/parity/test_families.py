@@ -61,7 +61,7 @@ def computed(name: str) -> dict[str, np.ndarray]:
     return zoo_table.computed(loaded(name), expected(name))
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", EACH, scope="module")
 def test_layer_by_layer(name):
     golden, found = expected(name), computed(name)
     layers = sorted(key for key in golden if re.fullmatch(r"(encoder_)?layer_\d+", key))
@@ -73,7 +73,7 @@ def test_layer_by_layer(name):
         assert difference(golden, found, key) < TOLERANCE * max(1, golden[key].std()), key
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", EACH, scope="module")
 def test_logits(name):
     golden, found = expected(name), computed(name)
     heads = [key for key in ("logits", *HEADS) if key in golden]
@@ -84,7 +84,7 @@ def test_logits(name):
             assert 0.9 < golden[key].std() < 1.1
 
 
-@pytest.mark.parametrize("name", GENERATING)
+@pytest.mark.parametrize("name", GENERATING, scope="module")
 def test_greedy_tokens(name):
     """With the cache; the goldens' own margins are far above the error.
 
@@ -119,7 +119,7 @@ def tensors_of(name: str) -> dict[str, np.ndarray]:
     return {key: value for key, value in found.items() if not COMPUTED.fullmatch(key)}
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", EACH, scope="module")
 def test_export_gives_the_tensors_back(name, tmp_path):
     llama_jax.save(loaded(name), tmp_path / "export", format="hf")
     assert open_source(tmp_path / "export").config == loaded(name).config

@@ -61,7 +61,7 @@ def step(config: Any, params: dict[str, np.ndarray], mesh: dict[str, int]) -> tu
         return float(metrics["loss"]), {name: np.asarray(value) for name, value in state.opt_state[1].mu.items()}
 
 
-@pytest.mark.parametrize("model_type", NAMES)
+@pytest.mark.parametrize("model_type", NAMES, scope="module")
 def test_a_step_of_packed_rows_on_eight_devices_is_that_of_one(model_type: str):
     lm = loaded(model_type)
     params = {name: np.asarray(value) for name, value in lm.model.params().items()}
@@ -74,7 +74,7 @@ def test_a_step_of_packed_rows_on_eight_devices_is_that_of_one(model_type: str):
         assert idle or np.abs(value).max() > 0, f"{name} has no gradient"
 
 
-@pytest.mark.parametrize("model_type", NAMES)
+@pytest.mark.parametrize("model_type", NAMES, scope="module")
 def test_a_document_of_a_packed_row_is_as_alone(model_type: str):
     batch = packed(loaded(model_type).config.vocab_size)
     half, model = LENGTH // 2, loaded(model_type).model
@@ -83,7 +83,7 @@ def test_a_document_of_a_packed_row_is_as_alone(model_type: str):
         np.testing.assert_allclose(whole[:, part], model(batch["tokens"][:, part]), atol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", NAMES)
+@pytest.mark.parametrize("model_type", NAMES, scope="module")
 def test_adapters_begin_as_the_model(model_type: str):
     lm, ids = loaded(model_type), expected(NAMES[model_type])["ids"][:, :8]
     config = dataclasses.replace(lm.config, adapters=LoRA(rank=2, targets=("all-linear",)))
@@ -93,7 +93,7 @@ def test_adapters_begin_as_the_model(model_type: str):
     np.testing.assert_allclose(adapted(ids), lm.model(ids), atol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", NAMES)
+@pytest.mark.parametrize("model_type", NAMES, scope="module")
 def test_in_eight_bits_it_is_nearly_the_same(model_type: str):
     ids = expected(NAMES[model_type])["ids"]
     quantized = llama_jax.load(GOLDENS / NAMES[model_type], dtype="float32", quantize="int8")
@@ -104,7 +104,7 @@ def test_in_eight_bits_it_is_nearly_the_same(model_type: str):
     assert tokens.shape[1] >= 4
 
 
-@pytest.mark.parametrize("model_type", NAMES)
+@pytest.mark.parametrize("model_type", NAMES, scope="module")
 def test_its_presets_are_planned(model_type: str):
     for name, preset in all_presets()[model_type].presets.items():
         sizes = {"sequence_length": min(1024, preset.max_positions), "tokenizer.vocab_size": 300}
