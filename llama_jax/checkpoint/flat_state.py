@@ -45,4 +45,5 @@ def not_finite(state: TrainState) -> str | None:
 
 @jax.jit
 def _finite(arrays: list[jax.Array]) -> jax.Array:
-    return jnp.stack([jnp.isfinite(x).all() for x in arrays])
+    # 0 times a number is finite where the number is; XLA:CPU adds faster than it counts.
+    return jnp.stack([jnp.isfinite((x * 0).sum()) for x in arrays])

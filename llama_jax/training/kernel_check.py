@@ -10,7 +10,7 @@ import numpy as np
 
 from llama_jax.models import Compute, ModelConfig, abstract_params, assemble
 from llama_jax.nn import Call, ForwardContext, attend, calls_of_attend, choose, unzigzag, zigzag
-from llama_jax.parallel import axes_of, mesh_axis_sizes, replicate, shard
+from llama_jax.parallel import axes_of, mesh_axis_sizes, platform, replicate, shard
 from llama_jax.training.step import Batch, model_batch
 
 # Scores that the reference may have on a device at a time; where there are more, it works in blocks of queries.
@@ -81,7 +81,9 @@ def compare(call: Call) -> Agreement | None:
     if kernel == "reference":
         return None
     masks = {name: None if x is None else jnp.asarray(x, jnp.int32) for name, x in _drawn(call).items()}
-    errors = jax.jit(functools.partial(_errors, call, kernel))(masks)
+    # It runs once: fully optimized, XLA:CPU compiles it for three times as long, to the same bits.
+    options = {"xla_backend_optimization_level": 1} if platform() == "cpu" else None
+    errors = jax.jit(functools.partial(_errors, call, kernel), compiler_options=options)(masks)
     return Agreement(kernel, {name: float(error) for name, error in errors.items()})
 
 

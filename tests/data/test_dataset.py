@@ -37,6 +37,7 @@ from llama_jax.data.objectives import (
     Causal,
     Chat,
     Document,
+    Example,
     MaskedLM,
     ParallelText,
     Prefix,
@@ -238,6 +239,23 @@ def test_noise_is_another_in_every_epoch_and_the_same_again(folder, tokenizer):
     assert (first == same.read([(0, 3)])["tokens"]).all()
     assert (first != rows.read([(1, 3)])["tokens"]).any()
     assert (first != other.read([(0, 3)])["tokens"]).any()
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropped(Causal):
+    """Half of the loss, drawn."""
+
+    def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
+        example = super().example(document, rng, vocabulary)
+        return example | {"weights": rng.integers(2, size=len(example["weights"])).astype(np.float32)}
+
+
+def test_noise_of_a_class_that_draws_is_that_of_the_place(folder, tokenizer):
+    """Its base draws nothing, and so has no seed: the class has one, whatever was read before."""
+    config = mixed(folder, {"prose": 1.0}, objective=Dropped())
+    rows, same = (opened(config, tokenizer, seed=0).train[0] for _ in range(2))
+    rows.read([(0, 1)])
+    assert (rows.read([(0, 3)])["weights"] == same.read([(0, 3)])["weights"]).all()
 
 
 def test_a_small_source_may_have_none_held_out(folder, tokenizer):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from first_values import first_values
 
-from llama_jax.models import Compute, DecoderConfig
+from llama_jax.models import Compute, DecoderConfig, abstract_params
 from llama_jax.nn import Experts, SoftmaxTopK
 from llama_jax.parallel import make_mesh
 from llama_jax.run.training import to_devices
@@ -47,6 +47,20 @@ def batch_of(seed: int = 0) -> dict[str, np.ndarray]:
         "segment_ids": (1 + second).astype(np.int32),
         "positions": np.where(second, columns - starts, columns).astype(np.int32),
     }
+
+
+@pytest.mark.slow
+def test_a_scanned_step_has_one_size_for_every_depth(tiny_config: DecoderConfig):
+    """Of what is compiled: unrolled, each layer has its own part of the program."""
+
+    def size(num_layers: int, *, scan: bool) -> int:
+        config = dataclasses.replace(tiny_config, num_layers=num_layers)
+        state = jax.eval_shape(lambda params: init_state(params, HYPER), abstract_params(config))
+        step: Any = make_train_step(config, Compute(scan_layers=scan))
+        return step.lower(state, batch_of(), HYPER).as_text().count("\n")
+
+    assert size(3, scan=True) == size(48, scan=True)
+    assert size(4, scan=False) - size(3, scan=False) > 0.1 * size(3, scan=True)
 
 
 def run(

@@ -95,7 +95,7 @@ class TokenStream:
     def read(self, start: int, stop: int) -> Int32[np.ndarray, " n"]:
         """Return tokens `start` to `stop` (or the stream's end)."""
         pieces = [shard.read(a, b) for shard, _, a, b in self._spans(start, stop)]
-        return np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
+        return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.int32), *pieces])
 
     def document_starts(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
         """Return the places in [start, stop) where documents begin."""
@@ -107,7 +107,7 @@ class TokenStream:
 
     def shard_at(self, place: int) -> tuple[Shard, int]:
         """Return the shard that has this place of the stream, and the place where the shard begins."""
-        number = int(np.searchsorted(self.starts, place, side="right")) - 1
+        number = int(self.starts.searchsorted(place, side="right")) - 1
         if number not in self._checked:
             self.shards[number].check()
             self._checked.add(number)

@@ -133,8 +133,16 @@ class Objective(Component):
     """A document that does not fit is cut; else it is left out."""
     looks_ahead: ClassVar[bool] = False
     """A model may attend to tokens behind the one to predict: the objective is for encoders."""
+    draws: ClassVar[bool] = True
+    """Examples take random numbers: those of other objectives are not seeded, which costs more than an example."""
     source_length: int | None = None
     """Source positions in a row; None without a source."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # What a class says of its `example` is not true of another one's.
+        if "example" in vars(cls) and "draws" not in vars(cls):
+            cls.draws = True
 
     @property
     def wants_other(self) -> bool:

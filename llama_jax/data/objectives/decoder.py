@@ -22,15 +22,16 @@ class LeftToRight(Objective):
 
     def shifted(self, tokens: np.ndarray) -> Example:
         """Return the example in which every target counts."""
-        targets = tokens[1:]
-        return as_example(
-            tokens=tokens[:-1], targets=targets, weights=np.ones(len(targets)), positions=np.arange(len(targets))
-        )
+        size = max(len(tokens) - 1, 0)
+        weights, positions = np.ones(size, np.float32), np.arange(size, dtype=np.int32)
+        return as_example(tokens=tokens[:-1], targets=tokens[1:], weights=weights, positions=positions)
 
 
 @dataclasses.dataclass(frozen=True)
 class Causal(LeftToRight):
     """Every token from those before it (Radford et al. 2018)."""
+
+    draws: ClassVar[bool] = False
 
     @override
     def example(self, document: Document, rng: np.random.Generator, vocabulary: Vocabulary) -> Example:
@@ -60,6 +61,8 @@ class Prefix(LeftToRight):
 @dataclasses.dataclass(frozen=True)
 class Chat(LeftToRight):
     """Supervised fine-tuning: like Causal, with a loss at the tokens of answers (odd parts) alone."""
+
+    draws: ClassVar[bool] = False
 
     @override
     def check_parts(self, num_documents: int, num_parts: int) -> None:
@@ -119,27 +122,24 @@ class BlankFilling(Objective):
         counts = noise.noise_counts(np.array([len(text)]), self.noise_density, self.mean_span_length)
         num_noise, num_spans = (int(x[0]) for x in counts)
         sizes = 1 + noise.poisson_parts(rng, num_noise - num_spans, num_spans)
-        spans = noise.scattered(rng, len(text), sizes)
-        part_a = noise.replaced(text, spans, [mask] * num_spans)
+        starts = noise.scattered(rng, len(text), sizes)
+        part_a = noise.replaced(text, starts, sizes, mask)
         # A mask's place in part A: there, each span before it has become one token.
-        places = np.array([span.start for span in spans], np.int64) - (np.cumsum(sizes) - sizes) + np.arange(num_spans)
-        tokens, targets, positions = [part_a], [np.zeros(len(part_a))], [np.arange(len(part_a))]
-        blocks = [np.zeros(len(part_a))]
-        for i in rng.permutation(num_spans):
-            span = text[spans[i]]
-            tokens += [[start], span]
-            targets += [span, [end]]
-            positions += [np.full(len(span) + 1, places[i])]
-            blocks += [np.arange(len(span) + 1) + 1]
-        index = np.arange(len(text) + 2 * num_spans)
+        masks = starts - (np.cumsum(sizes) - sizes) + np.arange(num_spans)
+        order = rng.permutation(num_spans)
+        sizes = sizes[order]
+        spans, borders = text[noise.places(starts[order], sizes)], np.cumsum(sizes)
+        index, none = np.arange(len(text) + 2 * num_spans), np.zeros(len(part_a), np.int32)
         in_a = index < len(part_a)
         example = as_example(
-            tokens=np.concatenate(tokens),
-            targets=np.concatenate(targets),
+            tokens=np.concatenate([part_a, np.insert(spans, borders - sizes, start)]),
+            targets=np.concatenate([none, np.insert(spans, borders, end)]),
             weights=~in_a,
-            positions=np.concatenate(positions) if self.two_dimensional else index,
+            positions=index,
             prefix=in_a,
         )
         if self.two_dimensional:
-            example |= as_example(block_positions=np.concatenate(blocks))
+            positions = np.concatenate([index[: len(part_a)], np.repeat(masks[order], sizes + 1)])
+            within = noise.places(np.ones(num_spans, np.int64), sizes + 1)
+            example |= as_example(positions=positions, block_positions=np.concatenate([none, within]))
         return example

@@ -125,11 +125,10 @@ class SpanCorruption(SequenceToSequence):
         taken = noise.positive_parts(rng, num_noise, num_spans)
         num_kept = len(text) - num_noise
         kept = noise.positive_parts(rng, num_kept, num_spans) if num_kept else np.zeros(num_spans, np.int64)
-        ends = np.cumsum(kept + taken)
-        spans = [slice(int(end - size), int(end)) for end, size in zip(ends, taken, strict=True)]
+        starts = np.cumsum(kept + taken) - taken
         sentinels = [vocabulary.id(name) for name in self.special_tokens()[:num_spans]]
-        target = [piece for sentinel, span in zip(sentinels, spans, strict=True) for piece in ([sentinel], text[span])]
-        return self.pair(noise.replaced(text, spans, sentinels), np.concatenate([*target, text[:0]]), vocabulary)
+        target = np.insert(text[noise.places(starts, taken)], np.cumsum(taken) - taken, sentinels)
+        return self.pair(noise.replaced(text, starts, taken, sentinels), target, vocabulary)
 
     def _counts(self, length: Numbers) -> tuple[np.ndarray, np.ndarray]:
         """Return (noise tokens, spans) of texts of these lengths."""
@@ -182,8 +181,9 @@ class Denoising(SequenceToSequence):
         counts = noise.noise_counts(np.array([len(text)]), self.noise_density, self.mean_span_length)
         num_noise, num_spans = (int(x[0]) for x in counts)
         source = permuted(rng, text, vocabulary.sentence_ends) if self.permute_sentences else text
-        spans = noise.scattered(rng, len(text), noise.poisson_parts(rng, num_noise, num_spans))
-        source = noise.replaced(source, spans, [vocabulary.id(self.mask_token)] * num_spans)
+        sizes = noise.poisson_parts(rng, num_noise, num_spans)
+        starts = noise.scattered(rng, len(text), sizes)
+        source = noise.replaced(source, starts, sizes, vocabulary.id(self.mask_token))
         return self.pair(source, text, vocabulary)
 
 

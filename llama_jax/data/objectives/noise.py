@@ -48,17 +48,18 @@ def poisson_parts(rng: np.random.Generator, total: int, count: int) -> np.ndarra
     return rng.multinomial(total, np.full(count, 1 / count)) if count else np.zeros(0, np.int64)
 
 
-def scattered(rng: np.random.Generator, length: int, sizes: np.ndarray) -> list[slice]:
-    """Draw places for spans of these sizes in a text of that length: in order and apart, though they may touch."""
+def scattered(rng: np.random.Generator, length: int, sizes: np.ndarray) -> np.ndarray:
+    """Draw where spans of these sizes begin in a text of that length: in order and apart, though they may touch."""
     gaps = parts(rng, length - int(sizes.sum()), len(sizes) + 1)
-    starts = np.cumsum(gaps[:-1]) + np.cumsum(sizes) - sizes
-    return [slice(int(start), int(start + size)) for start, size in zip(starts, sizes, strict=True)]
+    return np.cumsum(gaps[:-1]) + np.cumsum(sizes) - sizes
 
 
-def replaced(tokens: np.ndarray, spans: Sequence[slice], by: Sequence[int]) -> np.ndarray:
-    """Return `tokens` with one token of `by` in place of each span."""
-    pieces, end = [], 0
-    for span, token in zip(spans, by, strict=True):
-        pieces += [tokens[end : span.start], [token]]
-        end = span.stop
-    return np.concatenate([*pieces, tokens[end:]]).astype(np.int64)
+def places(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Return the places of all tokens of spans, one span after another."""
+    return np.arange(sizes.sum()) + np.repeat(starts - np.cumsum(sizes) + sizes, sizes)
+
+
+def replaced(tokens: np.ndarray, starts: np.ndarray, sizes: np.ndarray, by: Sequence[int] | int) -> np.ndarray:
+    """Return `tokens` with one token of `by`, or that one, in place of each span."""
+    kept = np.delete(tokens, places(starts, sizes))
+    return np.insert(kept.astype(np.int64), starts - np.cumsum(sizes) + sizes, by)

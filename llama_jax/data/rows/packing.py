@@ -29,6 +29,7 @@ KINDS = ("pieces", "rows")  # of an index's arrays
 FORMAT = 1  # of an index's files; part of their directory's name
 PART = ".part"  # ends the names of files of one shard's rows, which are there until the index is
 WORTH_A_PROCESS = 1 << 21  # documents whose planning takes about as long as a process needs to start
+UNUSED = np.random.default_rng(0)
 SOURCE = "source_"  # begins the names of fields of the source
 
 
@@ -239,14 +240,14 @@ class PackedRows(Rows):
 
     def _example(self, epoch: int, place: int, size: int) -> Example:
         """Return the example of the piece of `size` tokens at `place` in the stream."""
-        rng = np.random.default_rng([*self._seed, epoch, place])
+        objective, vocabulary = self._packer.objective, self._packer.vocabulary
+        rng = np.random.default_rng([*self._seed, epoch, place]) if objective.draws else UNUSED
         shard, offset = self._stream.shard_at(place)
         local = place - offset
-        document = int(np.searchsorted(shard.documents, local, side="right")) - 1
+        document = int(shard.documents.searchsorted(local, side="right")) - 1
         # Parts that began before the piece begin with it.
-        first, last = np.searchsorted(shard.parts, [shard.documents[document], local + size])
+        first, last = shard.parts.searchsorted([shard.documents[document], local + size])
         parts = np.maximum(shard.parts[first:last] - local, 0)
-        objective, vocabulary = self._packer.objective, self._packer.vocabulary
         num_documents = len(shard.documents)
         other = None
         if objective.wants_other and num_documents > 1:  # a random document of the same shard
@@ -254,8 +255,7 @@ class PackedRows(Rows):
             start, end = [*shard.documents[number : number + 2], len(shard.tokens)][:2]
             before, after = vocabulary.num_special if objective.bare else (0, 0)
             other = shard.read(int(start) + before, int(end) - after)
-        tokens = self._stream.read(place, place + size)
-        return objective.example(Document(tokens, parts, other), rng, vocabulary)
+        return objective.example(Document(shard.read(local, local + size), parts, other), rng, vocabulary)
 
 
 def pack(examples: Sequence[Example], length: int, source_length: int | None) -> Example:
@@ -279,11 +279,12 @@ def pack(examples: Sequence[Example], length: int, source_length: int | None) ->
             raise ValueError("the fields of an example's stream must be equally long")
         if sum(sizes) > capacity:
             raise ValueError(f"examples of {sum(sizes)} {prefix}positions do not fit into a row of {capacity}")
-        padding = (0, capacity - sum(sizes))
+        padding = capacity - sum(sizes)
         for name in stream:
-            row[name] = np.pad(np.concatenate([example[name] for example in examples]), padding)
-        numbers = np.arange(1, len(examples) + 1, dtype=np.int32)
-        row[f"{prefix}segment_ids"] = np.pad(np.repeat(numbers, sizes), padding)
+            parts = [example[name] for example in examples]
+            row[name] = np.concatenate([*parts, np.zeros(padding, parts[0].dtype)])
+        numbers = np.append(np.arange(1, len(examples) + 1, dtype=np.int32), np.int32(0))
+        row[f"{prefix}segment_ids"] = np.repeat(numbers, [*sizes, padding])
     return row
 
 
