@@ -24,7 +24,7 @@ from llama_jax.installation import missing_package
 from llama_jax.parser import BASE, DTYPE, IGNORED_KEYS, MESH, RUN_PATH, STEP, TOKENIZER, Argument, Command, Parser, flag
 from llama_jax.sample_flags import SAMPLE
 from llama_jax.serve_command import SERVE
-from llama_jax.stopping import background_error, end, leave, terminate
+from llama_jax.stopping import background_error, leave, terminate
 from llama_jax.values import printable
 
 # Settings of glibc's allocator, read when a process starts: a training step on a CPU takes and frees all of its memory,
@@ -243,7 +243,7 @@ def console(argv: Sequence[str] | None = None) -> NoReturn:
     sys.unraisablehook = threading.excepthook = background_error
     code = main(argv)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(code))  # all is done
-    end(code)
+    sys.exit(code)
 
 
 def can_restart() -> bool:

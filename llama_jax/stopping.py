@@ -6,7 +6,6 @@ import sys
 import threading
 from typing import Any, NoReturn
 
-COMPILING = "compiling ahead"  # the name of a thread that compiles what a run may need
 STOPPED = "stopped by SIGTERM before the end: start again"
 
 
@@ -14,15 +13,6 @@ def leave(*_: Any) -> NoReturn:
     """End a command that has not begun at once: modules of C++ make another error of what interrupts their import."""
     os.write(2, f"{STOPPED}\n".encode())
     os._exit(75)
-
-
-def end(code: int) -> NoReturn:
-    """Exit with `code`. Where a thread still compiles for a run that has not begun, nothing waits for it."""
-    if any(thread.name == COMPILING for thread in threading.enumerate()):
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 def terminate(*_: Any) -> NoReturn:

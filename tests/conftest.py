@@ -5,7 +5,6 @@ import gc
 import itertools
 import os
 import pkgutil
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
@@ -49,7 +48,6 @@ from llama_jax.config import override  # noqa: E402
 from llama_jax.models import DecoderConfig, abstract_params  # noqa: E402
 from llama_jax.nn import SwiGLU  # noqa: E402
 from llama_jax.run import Run, RunConfig, train  # noqa: E402
-from llama_jax.stopping import COMPILING  # noqa: E402
 
 MAX_MAPPINGS = 20_000
 TESTS = itertools.count(1)
@@ -81,15 +79,12 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left() -> Iterator[None]:
+def _few_mappings() -> Iterator[None]:
     """A process may map 65,530 pieces of memory (Linux's vm.max_map_count) and XLA's CPU programs take several each.
 
     Without this, one that runs half the tests, or one module of all families, ends in a segmentation fault.
     """
     yield
-    for thread in threading.enumerate():
-        if thread.name == COMPILING:  # of a run that has failed: it compiles into the next test
-            thread.join()
     maps = Path("/proc/self/maps")
     if next(TESTS) % 10 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MAX_MAPPINGS:
         jax.clear_caches()

@@ -33,5 +33,4 @@ from .objectives import (
     Vocabulary as Vocabulary,
 )
 from .readers import Record as Record, add_reader as add_reader, units_by_shard as units_by_shard
-from .rows.packing import empty_batch as empty_batch
 from .rows.windows import HostBatch as HostBatch

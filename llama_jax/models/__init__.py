@@ -48,7 +48,6 @@ from llama_jax.models.model import (
     build as build,
     from_params as from_params,
     initialize as initialize,
-    lower_initialize as lower_initialize,
 )
 from llama_jax.models.mtp import MTPDecoder as MTPDecoder, MTPDecoderConfig as MTPDecoderConfig
 from llama_jax.models.pipeline import check_pipeline as check_pipeline, num_microbatches as num_microbatches

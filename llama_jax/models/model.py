@@ -8,6 +8,7 @@ from typing import Any, ClassVar, no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
@@ -328,13 +329,8 @@ def initialize(config: ModelConfig, seed: int) -> Params:
     return _initializer(jax.default_backend())(config, seed_value(seed))
 
 
-def lower_initialize(config: ModelConfig, seed: int) -> jax.stages.Lowered:
-    """Return the program of `initialize` on the current mesh, lowered."""
-    return _initializer(jax.default_backend()).lower(config, seed_value(seed))
-
-
 @functools.cache
-def _initializer(platform: str) -> Any:  # jitted
+def _initializer(platform: str) -> Callable[[ModelConfig, np.ndarray], Params]:
     # Runs once: fully optimized, XLA:CPU compiles random bits for a second per shape, and they come no faster.
     options = {"xla_backend_optimization_level": 1} if platform == "cpu" else None
     return jax.jit(init_params, static_argnums=0, compiler_options=options)

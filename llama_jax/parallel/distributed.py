@@ -225,12 +225,6 @@ def place_rows(x: np.ndarray, rows: Sequence[int], num_rows: int) -> jax.Array:
     return jax.make_array_from_callback(shape, _batch_sharding(shape), part)
 
 
-def abstract_rows(x: np.ndarray, num_rows: int) -> jax.ShapeDtypeStruct:
-    """Return the type of what `place_rows` makes of rows like `x`."""
-    shape = (num_rows, *x.shape[1:])
-    return jax.ShapeDtypeStruct(shape, x.dtype, sharding=_batch_sharding(shape))
-
-
 def _batch_sharding(shape: Sequence[int]) -> NamedSharding:
     mesh, partition = jax.sharding.get_mesh(), spec("batch", "sequence", shape=shape)
     assert isinstance(mesh, Mesh)

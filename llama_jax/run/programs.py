@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import sys
 import types
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
@@ -35,11 +35,11 @@ KEPT = 8  # configs
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """Jitted programs of a run: its steps, and `init_state` of parameters and hyper-parameters."""
+    """Programs of a run: its steps, and `init_state` of parameters and hyper-parameters."""
 
-    train_step: Any
-    eval_step: Any
-    init_state: Any
+    train_step: Callable[..., Any]
+    eval_step: Callable[..., Any]
+    init_state: Callable[..., Any]
 
 
 def programs(config: RunConfig) -> Programs:

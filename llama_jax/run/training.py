@@ -18,7 +18,6 @@ from llama_jax.models import abstract_params
 from llama_jax.parallel import distributed, make_mesh, platform
 from llama_jax.planning import mesh_of
 from llama_jax.remote import with_urls
-from llama_jax.run.ahead import Ahead
 from llama_jax.run.callbacks import Callback, Event, check_callbacks
 from llama_jax.run.clock import Clock
 from llama_jax.run.continuing import check_directory
@@ -75,10 +74,9 @@ def train(
         termination() as stopping,
         local_run(run_dir) as (directory, stored),
         watching(config.checks.stall_seconds) as beat,
-        Ahead() as ahead,
     ):
         components = (*components, *outside_classes(config))
-        options = loggers, callbacks, stopping, beat, ahead, quiet
+        options = loggers, callbacks, stopping, beat, quiet
         run = Run(directory, config, components)
         # When it rewinds, `stored` has started to upload.
         run = rewinding(run, lambda r: _train(r, *options, stored, asked), lambda r: _train(r, *options))
@@ -92,7 +90,6 @@ def _train(
     callbacks: Sequence[Callback],
     stopping: Callable[[int], bool],
     beat: Beat,
-    ahead: Ahead,
     quiet: bool,
     stored: StoredRun | None = None,
     asked: int | None = None,
@@ -107,7 +104,6 @@ def _train(
             print(with_urls(f"'{run.directory}' is at step {step}, past num_steps={config.num_steps}: nothing changed"))
         return open_run(run.directory, run.components)
     mesh = mesh_of(config, devices)
-    ahead.start(config, mesh, programs(config), step)
     # All that can be wrong is found out before anything is written; of several processes, the first does it for all.
     directories, vocabulary, sample_tokens = distributed.broadcast_from_main(
         lambda: prepare(run, mesh, len(devices), quiet)
@@ -116,12 +112,15 @@ def _train(
         distributed.all_agree(check_devices)
     jax_mesh = make_mesh(mesh)
     with jax.set_mesh(jax_mesh):
-        given = sample_tokens, lines, loggers, callbacks, quiet
-        loop = distributed.all_agree(lambda: Loop(run, open_dataset(run, directories, vocabulary), *given))
+        loop = distributed.all_agree(
+            lambda: Loop(
+                run, open_dataset(run, directories, vocabulary), sample_tokens, lines, loggers, callbacks, quiet
+            )
+        )
         if config.compute.preflight and step < config.num_steps:
             batch = loop._on_devices(loop.batches.batch(step))
             loop.lines += distributed.all_agree(lambda: checked(config, batch))
-    loop.beat, loop.ahead = beat, ahead
+    loop.beat = beat
     # After the check of the model's pieces, and outside the mesh: the estimate of memory sets another one.
     loop.begins = overview(run, dataclasses.replace(config, mesh=mesh), step)
     with jax.set_mesh(jax_mesh):
@@ -174,7 +173,6 @@ class Loop:
         self.lines, self.loggers = list(lines), [*configured_loggers(config.logging), *loggers]
         self.callbacks, self.begins, self.quiet = tuple(callbacks), list[str](), quiet
         self.beat: Beat = lambda kind, step: None
-        self.ahead = Ahead()
         self.losses: list[float] = []  # since the last line
         self.skipped = SkippedSteps(run, self.batches.number)
         self.saved = time.monotonic()
@@ -252,7 +250,6 @@ class Loop:
                     self._log(pending, clock, bar, loggers)
                     pending = None
                 with bar.timed("compiling the train step") if step == start else contextlib.nullcontext():
-                    self.ahead.wait()
                     take = step_at(done, self.config.checks.every_steps, self.programs.train_step)
                     state, metrics = take(state, batch, self.hyper)
             # Elsewhere the host waits for the last one's numbers with the next step already on its way.
