@@ -40,7 +40,7 @@ T --num-steps= | num_steps='' is not of type int
 T --optimizer.learning-rate 0,1 | give a number such as 0.1 or 1e-4
 T --optimizer.learning-rate -1 | optimizer.learning_rate=-1.0 must be above 0
 T --seed -1 | seed=-1 must be at least 0 and below 2**64
-T --mesh 8 | mesh='8' is not of type MeshConfig: change its keys, such as mesh.data
+T --mesh 8 | mesh='8' is not of type MeshConfig: change its keys, such as mesh.pipeline
 T --mesh.fsdp 3 | devices and there are 8
 T --optimizer adamw | did you mean 'AdamW'?
 T --model.attention Latent | did you mean 'LatentAttention' or 'SparseLatentAttention'?
