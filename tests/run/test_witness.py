@@ -145,6 +145,7 @@ CHANGES: dict[str, Callable[[RunConfig, Path], Any]] = {
     "compute.dtype": lambda *_: "float32",
     "compute.attention_kernel": lambda *_: "blockwise",
     "compute.loss_chunk": lambda *_: 8,
+    "compute.pipeline_microbatches": lambda *_: 2,
     "init_from": lambda _, folder: str(folder / "nowhere"),
     "mesh.fsdp": lambda *_: 4,
     "checkpoint.keep_best": lambda *_: 3,
@@ -338,6 +339,12 @@ def program_on_a_mesh(config: RunConfig) -> Any:
         return program(config)
 
 
+def program_of_stages(config: RunConfig) -> Any:
+    """With four layers over two stages."""
+    with jax.set_mesh(make_mesh({"pipeline": 2}, jax.devices()[:2])):
+        return program(dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=4)))
+
+
 def files(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What a run writes and where it sends it, the steps' arithmetic left out."""
     events: list[Any] = []
@@ -419,7 +426,7 @@ def test_every_leaf_has_a_witness(base: RunConfig, folder: Path, tmp_path: Path,
                 continue
             assert new != config, key
             told_only = key.startswith(("checkpoint.", "logging.", "checks.", "profile.", "resume."))
-            for look in (*cheap, written) if told_only else (*cheap, program, program_on_a_mesh, written):
+            for look in (*cheap, written) if told_only else (*cheap, program, program_on_a_mesh, program_of_stages, written):
                 if seen(look, config) != seen(look, new):
                     witnesses[key] = look.__name__
                     break

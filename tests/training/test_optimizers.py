@@ -153,7 +153,7 @@ def test_same_on_a_mesh_and_sharded_like_the_parameters(small: DecoderConfig, op
                 assert before == jax.tree.map(lambda x: x.sharding, state.opt_state)
             held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.opt_state))
             assert state_bytes(optimizer, abstract_params(small)) == held
-            splits = (mesh.get(axis, 1) for axis in ("fsdp", "tensor", "expert"))
+            splits = (mesh.get(axis, 1) for axis in ("pipeline", "fsdp", "tensor", "expert"))
             assert optimizer_bytes(optimizer, small, *splits) == held
             for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
                 for name, value in state.params.items():
