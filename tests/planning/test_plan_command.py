@@ -66,7 +66,7 @@ def test_json_for_programs(capsys: pytest.CaptureFixture[str]):
     code, out, _ = told([*argv, "--sample-batch", "64", "--sample-length", "4096"], capsys)
     data = json.loads(out)
     assert (code, data["fits"]) == (0, True)
-    assert data["plan"]["mesh"] == {"data": 1, "fsdp": 32, "tensor": 2, "context": 1, "expert": 1}
+    assert data["plan"]["mesh"] == {"pipeline": 1, "data": 1, "fsdp": 32, "tensor": 2, "context": 1, "expert": 1}
     assert data["sampling"]["fits"]
     assert data["remedy"] is None
     assert data["candidates"][0]["plan"]["fits"]
