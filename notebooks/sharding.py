@@ -72,6 +72,7 @@ MEANINGS = {
     "vocab": "entries of the vocabulary",
     "expert": "experts",
     "embed": "model width, of weights only: gathered before use",
+    "layers": "stacked layers, of weights only: each stage has its own",
 }
 for name, axes in LOGICAL_AXES.items():
     table.add_row(name, ", ".join(axes), MEANINGS[name])
