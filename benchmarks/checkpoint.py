@@ -19,20 +19,31 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+sys.path.append(str(Path(__file__).parent / "peers"))
+from ours import batch, model_config
 
 from llama_jax.__main__ import TUNABLES
 from llama_jax.checkpoint import CheckpointConfig, CheckpointStore
 from llama_jax.checkpoint.steps import damage
-from llama_jax.models import Compute, DecoderConfig, abstract_params, initialize
-from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU
+from llama_jax.models import Compute, abstract_params, initialize
 from llama_jax.run.skipped import check_finite
 from llama_jax.training import AdamW, Hyper, TrainState, init_state, make_train_step
 
-ROWS, LENGTH, STEPS, EVERY = 1, 128, 4, CheckpointConfig().every_steps or 1000
+LENGTH, STEPS, EVERY = 128, 4, CheckpointConfig().every_steps or 1000
 CHUNK = 1 << 22  # bytes of a plain reading
+SHAPE = {
+    "vocab_size": 8192,
+    "hidden_size": 768,
+    "num_heads": 12,
+    "num_kv_heads": 12,
+    "head_dim": 64,
+    "intermediate_size": 2048,
+    "tie_embeddings": True,
+}
 
 
 class Turns:
@@ -59,7 +70,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--directory", help="on the disk to measure (default: that of temporary files)")
     args = parser.parse_args()
-    config = decoder(args.layers)
+    config = model_config(SHAPE | {"num_layers": args.layers})
     hyper = AdamW(learning_rate=1e-3, warmup_steps=1).hyper(1000, 0)
     train_step = make_train_step(config, Compute(scan_layers=True))
     state = init_state(initialize(config, 0), hyper)
@@ -88,31 +99,8 @@ def main() -> None:
     print(f"all that it takes of the processor is {(of_saved / of_step) / EVERY:.3%} of theirs")
 
 
-def decoder(num_layers: int) -> DecoderConfig:
-    return DecoderConfig(
-        vocab_size=8192,
-        hidden_size=768,
-        num_layers=num_layers,
-        max_positions=LENGTH,
-        attention=GroupedQuery(
-            num_heads=12,
-            num_kv_heads=12,
-            head_dim=64,
-            rope=Rope(theta=10000.0, scaling=None),
-            qkv_bias=False,
-            out_bias=False,
-        ),
-        feed_forward=SwiGLU(intermediate_size=2048, bias=False),
-        norm=RMSNorm(eps=1e-5),
-        tie_embeddings=True,
-    )
-
-
 def take_step(train_step: Callable[..., Any], state: TrainState, hyper: Hyper) -> TrainState:
-    tokens = jnp.ones((ROWS, LENGTH), jnp.int32)
-    batch = {"tokens": tokens, "targets": tokens, "segment_ids": tokens, "weights": tokens.astype(jnp.float32)}
-    batch["positions"] = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), tokens.shape)
-    state, metrics = train_step(state, batch, hyper)
+    state, metrics = train_step(state, batch(np.ones((1, LENGTH), np.int32)), hyper)
     jax.block_until_ready(metrics)
     return state
 
