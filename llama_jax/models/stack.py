@@ -217,13 +217,13 @@ class Layers(nnx.Module):
                 outputs.append(x)
         if self.repeated:
             graphdef, state = nnx.split(self.repeated)
-            # Within a scan XLA cannot merge the computation with its repetition in the backward pass, so nothing has to
-            # prevent it.
-            step = rematerialized(functools.partial(_apply_blocks, graphdef, **fixed), remat, prevent_cse=False)
             if mesh_axis_sizes().get("pipeline", 1) > 1:
                 assert not self.leading
                 assert source is None
                 return pipelined(functools.partial(_scanned, graphdef, remat), state, x, positions, ctx, compute), {}
+            # Within a scan XLA cannot merge the computation with its repetition in the backward pass, so nothing has to
+            # prevent it.
+            step = rematerialized(functools.partial(_apply_blocks, graphdef, **fixed), remat, prevent_cse=False)
             # The number of the first layer of each repeat is for random keys only.
             first, period = len(self.leading), len(self.repeated)
             number = None if ctx.dropout_key is None else first + period * jnp.arange(_num_repeats(state))

@@ -6,11 +6,11 @@ import math
 import jax
 import pytest
 from hypothesis import given, strategies as st
-from make_goldens import MODEL, planned
+from make_goldens import planned
+from test_collectives import TINY
 
 from llama_jax.config import UserError, override
 from llama_jax.models import Compute, abstract_params
-from llama_jax.nn import SwiGLU
 from llama_jax.parallel import MeshConfig, make_mesh
 from llama_jax.planning import Topology, estimate, search
 from llama_jax.planning.communication import traffic
@@ -18,14 +18,7 @@ from llama_jax.planning.local import Local, Schedule
 from llama_jax.planning.memory import argument_bytes
 from llama_jax.run_config import RunConfig, load_config
 
-TINY = dataclasses.replace(
-    MODEL,
-    vocab_size=512,
-    hidden_size=64,
-    num_layers=4,
-    attention=dataclasses.replace(MODEL.attention, head_dim=8),
-    feed_forward=SwiGLU(intermediate_size=96, bias=False),
-)
+TINY = dataclasses.replace(TINY, num_layers=4)
 
 
 def tiny(**mesh: int) -> RunConfig:
