@@ -28,10 +28,11 @@ from llama_jax.stopping import background_error, leave, terminate
 from llama_jax.values import printable
 
 # Settings of glibc's allocator, read when a process starts: a training step on a CPU takes and frees all of its memory,
-# so that huge pages that are kept save much of its time (benchmarks/ has the figures).
+# so that huge pages that are kept save much of its time (benchmarks/ has the figures). A thread's cache of small pieces
+# would hold what one thread frees and another needs, and each piece the memory beside it.
 TUNABLES = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1"
-    ":glibc.malloc.trim_threshold=4611686018427387904"
+    ":glibc.malloc.trim_threshold=4611686018427387904:glibc.malloc.tcache_count=0"
 }
 RESTARTED = "llama_jax_restarted"  # the -X option of a process that was started again with TUNABLES
 KINDS = ("bpe", "unigram", "byte_bpe", "wordpiece", "whitespace")  # of tokenizers; a test compares them

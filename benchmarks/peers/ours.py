@@ -1,6 +1,7 @@
 """This library: `make_train_step` and `generate`, as a user would call them."""
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -24,9 +25,10 @@ from worker import (
 
 from llama_jax.models import Compute, DecoderConfig, from_params
 from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU
+from llama_jax.run.hardware import settle
 from llama_jax.training import CPU_COMPILER_OPTIONS, AdamW, init_state, make_train_step
 
-COMPUTE = Compute(dtype="float32", scan_layers=False, loss_chunk=256)
+COMPUTE = Compute(dtype="float32", scan_layers=False)
 
 
 def model_config(work: Work) -> DecoderConfig:
@@ -68,15 +70,17 @@ def train(work: Work) -> tuple[int, Run]:
     params = weights(work)
     num_parameters = count(params)
     state = init_state(params, hyper)
-    batches = training_tokens(work)
+    batches, taken = training_tokens(work), itertools.count()
 
     def run(steps: int) -> list:
         nonlocal state
         losses = []
         for _ in range(steps):
-            state, metrics = step(state, batch(next(batches)), hyper)
-            losses.append(metrics["loss"])
-        return [float(loss) for loss in losses]
+            tokens = batch(next(batches))
+            settle(next(taken), step, state, tokens, hyper)  # as `train` does
+            state, metrics = step(state, tokens, hyper)
+            losses.append(float(metrics["loss"]))
+        return losses
 
     return num_parameters, run
 

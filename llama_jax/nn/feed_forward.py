@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import jax
@@ -24,6 +25,23 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
     "tanh": jnp.tanh,
 }
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def activated(activation: Callable[[jax.Array], jax.Array], x: jax.Array, up: jax.Array | None = None) -> jax.Array:
+    """Return activation(x), times `up` where there is one; the backward pass computes it again from both."""
+    return activation(x) if up is None else activation(x) * up
+
+
+def _activated_backward(
+    activation: Callable[[jax.Array], jax.Array], inputs: tuple[jax.Array, jax.Array | None], d_y: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    x, up = inputs
+    x = jnp.where(d_y > jnp.inf, 0, x)  # as `products.never`, for each value: they may be split over devices
+    return jax.vjp(functools.partial(activated.fun, activation), x, up)[1](d_y)
+
+
+activated.defvjp(lambda activation, x, up=None: (activated(activation, x, up), (x, up)), _activated_backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,5 +135,5 @@ class FeedForwardProjections(FeedForwardModule):
         activation = ACTIVATIONS[self.config.activation]
         *gate, up = joined_products(x, *self.same_inputs) or [projection(x) for projection in self.same_inputs]
         up = checkpoint_name(up, "up")
-        h = activation(gate[0]) * up if gate else activation(up)
+        h = activated(activation, *gate, up)
         return self.down_proj(dropout(h, self.config.dropout, ctx, "feed_forward", ("batch", "sequence", "mlp"))), {}

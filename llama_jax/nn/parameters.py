@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from llama_jax.config import UserError
 from llama_jax.nn.adapters import LoRA, current_context
 from llama_jax.nn.draws import dropout
-from llama_jax.nn.products import product
+from llama_jax.nn.products import never, product
 from llama_jax.nn.quantized import Form, multiplied
 from llama_jax.parallel import axes_of, fitting, mesh_axis_sizes, reshape, shard, spec
 
@@ -142,7 +142,8 @@ def _rows_forward(table, index):
 def _rows_backward(residuals, d_rows):
     # Summed in float32: the gradient of a frequent token's row is a sum of thousands.
     table, index = residuals
-    d_table = jnp.zeros_like(table, jnp.float32).at[index].add(d_rows.astype(jnp.float32))
+    zeros = jnp.full(table.shape, never(d_rows), jnp.float32)  # made when they are needed
+    d_table = zeros.at[index].add(d_rows.astype(jnp.float32))
     return d_table.astype(table.dtype), None
 
 

@@ -22,6 +22,16 @@ def turned(x: jax.Array) -> jax.Array:
     return with_layout_constraint(with_layout_constraint(x, rows).swapaxes(-1, -2), rows)
 
 
+def never(y: jax.Array) -> jax.Array:
+    """Return False, as a value that cannot be had before y [...], an array of this device alone.
+
+    For what a backward pass computes again. XLA:CPU drops barriers before it looks for equal values and orders the
+    operations: it finds such a value in the forward pass and keeps it, or computes it there. No value is above
+    infinity.
+    """
+    return y.reshape(-1)[0] > jnp.inf
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def product(x: jax.Array, w: jax.Array, transposed: bool, dtype: DTypeLike | None) -> jax.Array:
     """Return x w: [M, I] x [I, O] (or [O, I], transposed) -> [M, O], in `dtype`; None for the dtype of x.
@@ -44,6 +54,7 @@ def _backward(
     x, w = residuals
     d_y = d_y.astype(x.dtype)
     d_x = jnp.einsum("mo,oi->mi" if transposed else "mo,io->mi", d_y, w)
+    x = jnp.where(never(d_y), 0, x)  # else it would be turned, below, in the forward pass
     a, b = (d_y, x) if transposed else (x, d_y)
     # a^T b by a copy of the smaller one: of a head's logits the copy would cost as much as the product.
     return d_x, turned(a) @ b if a.shape[1] <= 2 * b.shape[1] else turned(turned(b) @ a)

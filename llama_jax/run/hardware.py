@@ -1,6 +1,11 @@
-"""Checks for devices that compute wrong numbers without an error: a known program, a step taken twice, equal copies."""
+"""Checks for devices that compute wrong numbers without an error, and the memory that a process keeps.
 
+A known program, a step taken twice, equal copies; the heap of glibc.
+"""
+
+import ctypes
 import functools
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +16,12 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from llama_jax.config import UserError
+from llama_jax.parallel import platform
 from llama_jax.run.programs import RunFailed
 
 SIZE = 512  # of the matrices of the known program
 ROUNDS = 8  # of it on each device
+SETTLING = 4  # steps of a process before which what is free is given back
 
 
 def check_devices() -> None:
@@ -57,6 +64,26 @@ def taken_twice(train_step: Callable[..., Any], state: Any, batch: Any, hyper: A
                 "without the host"
             )
     return after
+
+
+def settle(taken: int, train_step: Any, *args: Any) -> None:
+    """Prepare the memory for a step after `taken` of this process: compile it, and give back what it cannot use.
+
+    XLA:CPU takes the temporary arrays of a step as one block. Free blocks that the compiler left are too small for it,
+    and what comes to lie in the freed block of the step before makes that one too small, until the blocks of two or
+    three steps are kept and small ones have places of their own. Given back before the first steps, only one of them
+    is ever resident.
+    """
+    if taken == 0:
+        train_step.lower(*args).compile()  # the call then compiles nothing
+    if taken < SETTLING:
+        release_freed_memory()
+
+
+def release_freed_memory() -> None:
+    """Give the system back what this process has freed, on a CPU and where glibc keeps it, as the commands tell it."""
+    if platform() == "cpu" and sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 def different_copies(tree: Any, found: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from llama_jax.run.callbacks import Callback, Event, check_callbacks
 from llama_jax.run.clock import Clock
 from llama_jax.run.continuing import check_directory
 from llama_jax.run.directory import SAMPLES_FILE, Run, open_run, start_run, write_samples
-from llama_jax.run.hardware import check_devices, step_at
+from llama_jax.run.hardware import check_devices, release_freed_memory, settle, step_at
 from llama_jax.run.preparing import check_shared, first_params, open_dataset, prepare
 from llama_jax.run.profiling import Profile
 from llama_jax.run.programs import RunFailed as RunFailed, checked, programs
@@ -250,6 +250,7 @@ class Loop:
                     self._log(pending, clock, bar, loggers)
                     pending = None
                 with bar.timed("compiling the train step") if step == start else contextlib.nullcontext():
+                    settle(step - start, self.programs.train_step, state, batch, self.hyper)
                     take = step_at(done, self.config.checks.every_steps, self.programs.train_step)
                     state, metrics = take(state, batch, self.hyper)
             # Elsewhere the host waits for the last one's numbers with the next step already on its way.
@@ -358,9 +359,9 @@ class Loop:
                 values |= self.dataset.proportions(self.batches, step)
             speed = clock.speed(step)
             if speed is not None:
-                values["tokens_per_second"] = speed * self.tokens_per_step
+                values["tokens_per_second"] = per_second = speed * self.tokens_per_step
                 if self.mfu_per_speed is not None:
-                    values["mfu"] = values["tokens_per_second"] * self.mfu_per_speed
+                    values["mfu"] = per_second * self.mfu_per_speed
             values |= peak_memory()
             values["skipped"] = float(self.skipped.since_line)
             event |= values
@@ -382,6 +383,7 @@ class Loop:
             self.beat("validation", step)
             part = self.programs.eval_step(state.params | state.buffers, self._on_devices(batch))
             nats, targets = nats + float(part[0]), targets + float(part[1])
+        release_freed_memory()
         if not targets:  # chats of which no answer is held out
             return {}
         values = {"val_loss": nats / targets}

@@ -1,5 +1,7 @@
 """Products and their gradients: the formula, and in bfloat16 no product of float32 matrices."""
 
+import functools
+import math
 import re
 
 import jax
@@ -8,6 +10,10 @@ import numpy as np
 import pytest
 
 from llama_jax.models import Compute, DecoderConfig, init_params
+from llama_jax.nn import ACTIVATIONS
+from llama_jax.nn.attention.blockwise import blockwise
+from llama_jax.nn.base import Mask
+from llama_jax.nn.feed_forward import activated
 from llama_jax.nn.products import product, turned
 from llama_jax.training import AdamW, init_state, make_train_step
 
@@ -50,3 +56,43 @@ def test_a_step_in_bfloat16_has_no_product_of_float32(tiny_config: DecoderConfig
     found = re.findall(r"stablehlo\.dot_general.* : \(tensor<[\dx]*x(\w+)>, tensor<[\dx]*x(\w+)>\)", text)
     assert len(found) > 20
     assert set(found) == {("bf16", "bf16")}
+
+
+AGAIN = {
+    # A layer that has to keep its input [...] alone, and what is larger than that: its scores, three steps of SwiGLU.
+    "attention": (lambda q, w: blockwise(q, q[:, :, 0] * w, q[:, :, 0], Mask(), None, 1.0), (1, 2, 1, 128, 8)),
+    "nonlinearity": (lambda x, w: activated(ACTIVATIONS["silu"], x * w, x + w), (256, 256)),
+}
+
+
+@pytest.mark.parametrize("piece", AGAIN)
+def test_the_backward_pass_computes_again(piece: str):
+    """XLA:CPU would find the values of the forward pass, and keep them."""
+    layer, shape = AGAIN[piece]
+
+    def temporary_bytes(layers: int) -> int:
+        def loss(weights, x):
+            for w in weights:
+                x = layer(x, w)
+            return (x**2).sum()
+
+        gradient = jax.jit(jax.grad(loss))
+        return gradient.lower(jnp.ones(layers), jnp.ones(shape)).compile().memory_analysis().temp_size_in_bytes
+
+    inputs = 3 if piece == "attention" else 1  # keys and the result are as large as the queries
+    of_layer = (temporary_bytes(6) - temporary_bytes(4)) / 2
+    assert of_layer < 1.3 * inputs * 4 * math.prod(shape)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_has_its_own_gradient(name: str):
+    activation = ACTIVATIONS[name]
+    x, up, d_y = jax.random.normal(jax.random.key(0), (3, 5, 7))
+    x = x.at[0, 0].set(0)
+    for inputs, formula in (((x,), activation), ((x, up), lambda x, up: activation(x) * up)):
+        (y, pull), (plain_y, plain) = (
+            jax.vjp(functools.partial(activated, activation), *inputs),
+            jax.vjp(formula, *inputs),
+        )
+        for found, wanted in zip((y, *pull(d_y)), (plain_y, *plain(d_y)), strict=True):
+            np.testing.assert_array_equal(found, wanted)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from llama_jax.nn.base import Mask
-from llama_jax.nn.products import turned
+from llama_jax.nn.products import never, turned
 
 MASKED = -1e30  # finite, so that a fully masked block does not make inf - inf
 # Where running maxima begin: below every score and so far above MASKED that exp(MASKED - NOTHING) is 0. In a row where
@@ -120,7 +120,7 @@ def backward(q, k, v, mask: Mask, scale: float, logsumexp, delta, d_out) -> tupl
 
     `logsumexp` and `delta` (`row_sums`) are those over all keys of the row, also where k and v are a part of them.
     """
-    q, mask, zero = _together(q, mask)
+    q, mask, zero = _together(jnp.where(never(d_out), 0, q), mask)  # so that no scores of the forward pass are kept
     rows = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])  # noqa: E731 (the heads of a group, stacked)
 
     def block(carry, begin, size, first, stop):

@@ -15,7 +15,7 @@ from llama_jax.nn.base import FeedForward, FeedForwardModule, ForwardContext, ch
 from llama_jax.nn.experts.dispatch import apply_experts, ranks
 from llama_jax.nn.experts.groups import Product
 from llama_jax.nn.experts.routers import Router, Routing, SoftmaxTopK
-from llama_jax.nn.feed_forward import ACTIVATIONS, MLP, Activation, GatedLinearUnit
+from llama_jax.nn.feed_forward import ACTIVATIONS, MLP, Activation, GatedLinearUnit, activated
 from llama_jax.nn.parameters import Projection, cast_and_gather, child, matmul, parameter
 from llama_jax.nn.quantized import Form
 from llama_jax.parallel import spec
@@ -203,11 +203,11 @@ class ExpertsModule(FeedForwardModule):
 
             activation, up = ACTIVATIONS[config.activation], projected("up")
             if not config.gated:
-                return product(activation(up), matrices["down"])
+                return product(activated(activation, up), matrices["down"])
             gate = projected("gate")
             if config.limit is not None:
                 gate, up = jnp.minimum(gate, config.limit), jnp.clip(up, -config.limit, config.limit) + 1
-            return product(activation(gate) * up, matrices["down"])
+            return product(activated(activation, gate, up), matrices["down"])
 
         with jax.named_scope("experts"):
             y = apply_experts(
