@@ -91,8 +91,8 @@ def train(work: Work) -> tuple[int, Run]:
         losses = []
         for _ in range(steps):
             state, value = step(state, next(batches))
-            losses.append(value)
-        return [float(value) for value in losses]
+            losses.append(float(value))
+        return losses
 
     return sum(value.size for value in params.values()), run
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from llama_jax.config import Component, Known
 from llama_jax.nn.base import check_above_zero
 from llama_jax.nn.parameters import cast_and_gather, parameter
+from llama_jax.nn.products import scaled
 
 
 class Norm(Component):
@@ -57,9 +58,9 @@ class RMSNormModule(nnx.Module):
         x_32 = x.astype(jnp.float32)
         normed = x_32 * jax.lax.rsqrt(jnp.mean(x_32 * x_32, axis=-1, keepdims=True) + self.config.eps)
         if self.config.cast_last:
-            return (normed * _factor(self, jnp.float32)).astype(x.dtype)
+            return scaled(normed, _factor(self, jnp.float32)).astype(x.dtype)
         # Cast down first, then scale: the order of Meta's and Hugging Face's code.
-        return normed.astype(x.dtype) * _factor(self, x.dtype)
+        return scaled(normed.astype(x.dtype), _factor(self, x.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ class LayerNormModule(nnx.Module):
         # The variance is of centred values: the mean of squares less the squared mean would cancel.
         centred = x_32 - jnp.mean(x_32, axis=-1, keepdims=True)
         y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.config.eps)
-        y = y * _factor(self, jnp.float32)
+        y = scaled(y, _factor(self, jnp.float32))
         return (y if self.bias is None else y + cast_and_gather(self.bias, jnp.float32)).astype(x.dtype)
 
 

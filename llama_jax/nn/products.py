@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
-from llama_jax.parallel import platform
+from llama_jax.parallel import mesh_axis_sizes, platform
 
 
 def turned(x: jax.Array) -> jax.Array:
@@ -61,3 +61,23 @@ def _backward(
 
 
 product.defvjp(_forward, _backward)
+
+
+def scaled(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Return x [..., *S] times w [*S]; the gradient in w is a product with ones, where all is on one device."""
+    return x * w if mesh_axis_sizes() else _scaled(x, w)
+
+
+@jax.custom_vjp
+def _scaled(x: jax.Array, w: jax.Array) -> jax.Array:
+    return x * w
+
+
+def _scaled_backward(residuals: tuple[jax.Array, jax.Array], d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = residuals
+    products = (d_y.astype(jnp.float32) * x).reshape(-1, w.size)
+    d_w = jnp.ones(len(products)) @ products  # XLA:CPU is slow in sums of columns
+    return d_y * w, d_w.reshape(w.shape).astype(w.dtype)
+
+
+_scaled.defvjp(lambda x, w: (x * w, (x, w)), _scaled_backward)

@@ -4,12 +4,14 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import Component, Known, UserError
 from llama_jax.nn.base import check_above_zero, check_at_least, known_heads
+from llama_jax.parallel import platform
 
 
 class RopeScaling(Component):
@@ -74,6 +76,8 @@ class Rope:
         angles = positions[..., None, None].astype(jnp.float32) * frequencies
         magnitude = 1.0 if self.scaling is None else self.scaling.magnitude()
         cos, sin = magnitude * jnp.cos(angles), magnitude * jnp.sin(angles)
+        if platform() == "cpu":  # else XLA would compute them again for every head of every layer
+            cos, sin = jax.lax.optimization_barrier((cos, sin))
         rotary, rest = jnp.split(x, [2 * frequencies.shape[-1]], axis=-1)
         # Pair i is (x[i], x[i + rotary_dim/2]), which turns by the angle of its position.
         first, second = jnp.split(rotary.astype(jnp.float32), 2, axis=-1)

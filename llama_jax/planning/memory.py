@@ -108,9 +108,9 @@ def saved_bytes(local: Local) -> int:
         return host_bytes(local) // local.config.model.num_layers
     if policy == "dots":  # only a sum consumes a feed-forward's result, so it is not kept
         return (2 * of.residual + of.outputs) * size * tokens
-    # All of it: two norms in float32 and rounded, attention's result before it is reshaped, three steps of a gated
+    # All of it: two norms in float32 and rounded, attention's result before it is reshaped, the result of a
     # nonlinearity; and the weights as they were gathered.
-    per_token = 2 * of.residual * (4 + size) + size * (of.inputs + of.outputs + of.mixed + 3 * of.inner)
+    per_token = 2 * of.residual * (4 + size) + size * (of.inputs + of.outputs + of.mixed + of.inner)
     gathered = sum(w.layers * w.used * size for w in local.model.products if w.is_gathered)
     return per_token * tokens + gathered // schedule.stages
 

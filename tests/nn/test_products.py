@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from llama_jax.models import Compute, DecoderConfig, init_params
-from llama_jax.nn import ACTIVATIONS
+from llama_jax.nn import ACTIVATIONS, Rope
 from llama_jax.nn.attention.blockwise import blockwise
 from llama_jax.nn.base import Mask
 from llama_jax.nn.feed_forward import activated
-from llama_jax.nn.products import product, turned
+from llama_jax.nn.products import product, scaled, turned
 from llama_jax.training import AdamW, init_state, make_train_step
 
 # Rows, inputs, outputs: each side the larger one once, and odd sizes.
@@ -53,7 +53,8 @@ def test_a_step_in_bfloat16_has_no_product_of_float32(tiny_config: DecoderConfig
     batch = {name: jax.ShapeDtypeStruct((2, 16), dtype) for name, dtype in (fields | {"weights": jnp.float32}).items()}
     step = make_train_step(tiny_config, Compute(dtype="bfloat16", attention_kernel="blockwise"))
     text = step.lower(state, batch, hyper).as_text()
-    found = re.findall(r"stablehlo\.dot_general.* : \(tensor<[\dx]*x(\w+)>, tensor<[\dx]*x(\w+)>\)", text)
+    matrix = r"tensor<\d+x\d+[\dx]*x(\w+)>"
+    found = re.findall(rf"stablehlo\.dot_general.* : \({matrix}, {matrix}\)", text)
     assert len(found) > 20
     assert set(found) == {("bf16", "bf16")}
 
@@ -96,3 +97,31 @@ def test_an_activation_has_its_own_gradient(name: str):
         )
         for found, wanted in zip((y, *pull(d_y)), (plain_y, *plain(d_y)), strict=True):
             np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_scale_and_its_gradients_are_the_formula(dtype, shape: tuple[int, ...]):
+    rng = np.random.default_rng(0)
+    x, w, d_y = (jnp.asarray(rng.normal(size=size), dtype) for size in ((4, 5, *shape), shape, (4, 5, *shape)))
+    y, pull = jax.vjp(scaled, x, w)
+    d_x, d_w = pull(d_y)
+    assert (y.dtype, d_x.dtype, d_w.dtype) == (dtype, dtype, dtype)
+    exact_x, exact_w, exact_d = (np.asarray(a, np.float64) for a in (x, w, d_y))
+    tolerance = 1e-5 if dtype == jnp.float32 else 2**-7
+    wanted = exact_x * exact_w, exact_d * exact_w, (exact_x * exact_d).sum((0, 1))
+    for found, exact in zip((y, d_x, d_w), wanted, strict=True):
+        np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_angles_have_one_cosine_for_all_heads_and_layers():
+    """XLA:CPU would compute it in each place that multiplies by it."""
+    rope = Rope(theta=10000.0, scaling=None)
+
+    def layers(x: jax.Array, positions: jax.Array) -> jax.Array:
+        for _ in range(3):
+            x = turned(rope.rotate(x, positions)) @ jnp.ones((x.shape[2], x.shape[3]))
+        return x.sum()
+
+    gradient = jax.jit(jax.grad(layers)).lower(jnp.ones((2, 8, 4, 4)), jnp.zeros((2, 8), jnp.int32))
+    assert len(re.findall(r" cosine\(", gradient.compile().as_text())) == 1
