@@ -361,3 +361,30 @@ def test_help_of_the_other_commands(command: str, capsys: pytest.CaptureFixture[
         main([command, "--help"])
     assert ended.value.code == 0
     assert "usage" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_freed_memory_that_is_kept_goes_back_when_it_is_released():
+    code = """
+import re
+from pathlib import Path
+import numpy as np
+from llama_jax.run.hardware import release_freed_memory
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+before = resident()
+blocks = [np.ones(500_000) for _ in range(80)]  # 4 MB each
+last = np.ones(10)  # above them
+del blocks
+kept = resident() - before
+release_freed_memory()
+print(kept, resident() - before)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | TUNABLES
+    )
+    kept, left = map(float, found.stdout.split())
+    assert kept > 250
+    assert left < 50

@@ -69,7 +69,6 @@ class Widths:
     outputs: results of products that do not return to the residual stream.
     projected: results of the products before attention.
     mixed: input of attention's last product.
-    inner: input of a feed-forward's last product.
     """
 
     residual: int
@@ -77,7 +76,6 @@ class Widths:
     outputs: int
     projected: int
     mixed: int
-    inner: int
 
 
 def widths(local: Local) -> Widths:
@@ -90,7 +88,6 @@ def widths(local: Local) -> Widths:
         outputs=sum(w.layers * w.outputs for w in local.model.products if not w.returns),
         projected=sum(w.layers * w.outputs for w in local.model.products if not (w.returns or w.of_feed_forward)),
         mixed=sum(w.layers * w.inputs for w in last if not w.of_feed_forward),
-        inner=sum(w.layers * w.inputs for w in last if w.of_feed_forward),
     )
 
 
@@ -108,9 +105,9 @@ def saved_bytes(local: Local) -> int:
         return host_bytes(local) // local.config.model.num_layers
     if policy == "dots":  # only a sum consumes a feed-forward's result, so it is not kept
         return (2 * of.residual + of.outputs) * size * tokens
-    # All of it: two norms in float32 and rounded, attention's result before it is reshaped, the result of a
-    # nonlinearity; and the weights as they were gathered.
-    per_token = 2 * of.residual * (4 + size) + size * (of.inputs + of.outputs + of.mixed + of.inner)
+    # All of it: two norms in float32 and rounded, inputs and results of products (a nonlinearity is computed again),
+    # attention's result before it is reshaped; and the weights as they were gathered.
+    per_token = 2 * of.residual * (4 + size) + size * (of.inputs + of.outputs + of.mixed)
     gathered = sum(w.layers * w.used * size for w in local.model.products if w.is_gathered)
     return per_token * tokens + gathered // schedule.stages
 

@@ -74,7 +74,7 @@ def settle(taken: int, train_step: Any, *args: Any) -> None:
     three steps are kept and small ones have places of their own. Given back before the first steps, only one of them
     is ever resident.
     """
-    if taken == 0:
+    if taken == 0 and isinstance(train_step, jax.stages.Wrapped):  # jitted
         train_step.lower(*args).compile()  # the call then compiles nothing
     if taken < SETTLING:
         release_freed_memory()

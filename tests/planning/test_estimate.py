@@ -74,9 +74,10 @@ def test_argument_bytes_are_those_of_a_real_state(workload: RunConfig, name: str
 def test_memory_is_near_what_xla_says(command: str):
     plan = compiled_plans.plan(command).plan
     memory = compiled_plans.compiled_memory(command)
-    # The hyper-parameters, the step, Adam's count; the estimate has the last two.
+    # The hyper-parameters, the step, Adam's count; the estimate has the last two. There is one more than there was when
+    # most of the plans were compiled.
     scalar = 4 if Topology.parse(plan.topology).chip.platform == "gpu" else 512
-    assert memory.arguments - plan.argument_bytes == 12 * scalar - 2 * 4
+    assert memory.arguments - plan.argument_bytes in [numbers * scalar - 2 * 4 for numbers in (12, 13)]
     assert 0.95 * memory.total <= plan.total_bytes <= 1.15 * memory.total
     assert plan.fits
 
