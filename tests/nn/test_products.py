@@ -57,6 +57,8 @@ def test_a_step_in_bfloat16_has_no_product_of_float32(tiny_config: DecoderConfig
     found = re.findall(rf"stablehlo\.dot_general.* : \({matrix}, {matrix}\)", text)
     assert len(found) > 20
     assert set(found) == {("bf16", "bf16")}
+    norms = sum("norm" in name for name in state.params)  # whose gradients are products of a vector with a matrix
+    assert text.count("stablehlo.dot_general") == len(found) + norms
 
 
 AGAIN = {
