@@ -9,6 +9,9 @@ BIN := .venv/bin
 # --budget: processor seconds that one test may take; the summary has the sum of each directory (tests/budget.py).
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
+# Where it is set, each process of the tests and of the demo would compile the whole package from its text.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install test test-slow faults lint docs notebooks claims demo
 
 install: .venv/installed
@@ -37,8 +40,9 @@ lint: install
 test: lint
 	$(BIN)/pytest $(PARALLEL) --budget 80
 
+# All, or a part of them: PART=1/4.
 test-slow: install
-	$(BIN)/pytest -m slow $(PARALLEL) --budget 200
+	$(BIN)/pytest -m slow $(PARALLEL) --budget 200 --part $(or $(PART),1/1)
 
 # All trials of faults, quick and slow, into docs/reliability.md, or a share of them: TRIALS=0.2.
 faults: install

@@ -16,11 +16,13 @@ import llama_jax
 from llama_jax.__main__ import parse
 from llama_jax.config import from_json, to_json
 from llama_jax.planning import CompiledStep, Memory, Report, Topology
+from llama_jax.run_config import RunConfig
 
 FILE = Path(__file__).with_suffix(".json")
 COMPILED: dict[str, dict[str, Any]] = json.loads(FILE.read_text("utf-8")) if FILE.exists() else {}  # by plan
 BLOCKWISE = "--compute.attention-kernel blockwise"  # cuDNN's cannot be compiled without its GPU
 LONG = "--sequence-length 131072 --model.max-positions 131072 --global-batch-size 32"
+GATHERED = "--compute.context all_gather"
 
 # Arguments of `python -m llama_jax plan`. The README's: 4M tokens a batch, and `remat full` as the configs have.
 README_PLANS = {
@@ -40,6 +42,8 @@ MORE_PLANS = [
     # A row in four and in eight parts (above: in sixteen), the parameters always over eight chips.
     f"llama3_8b --topology v5p:2x4x4 {LONG} --mesh.context 4 --optimizer.accumulation-steps 4",
     f"llama3_8b --topology v5p:4x4x4 {LONG} --mesh.context 8 --optimizer.accumulation-steps 4",
+    # Splash attention, of gathered keys and values.
+    f"llama3_8b --topology v5p:4x4x8 {LONG} --mesh.context 4 {GATHERED}",
     "llama3_8b --topology v5p:4x4x4",
     "llama3_8b --topology v5p:4x4x8 --global-batch-size 256 --compute.remat dots",
     "llama3_2_1b --topology v5e:4x4 --global-batch-size 64",
@@ -54,7 +58,7 @@ MORE_PLANS = [
     "llama2_7b --topology v5p:4x4x4 --global-batch-size 64 --compute.remat none",
     "llama2_70b --topology v5p:4x8x8 --global-batch-size 256 --mesh.tensor 4 --compute.remat attention",
     f"llama3_8b --topology h200:4x8 {BLOCKWISE}",
-    f"llama3_8b --topology h100:4x8 --global-batch-size 256 --compute.remat attention {BLOCKWISE}",
+    f"llama3_8b --topology h200:4x8 --global-batch-size 256 --compute.remat attention {BLOCKWISE}",
     f"llama3_8b --topology h200:4x8 --global-batch-size 128 --compute.remat dots {BLOCKWISE}",
     f"llama3_8b --topology b200:4x8 --global-batch-size 32 --compute.remat none {BLOCKWISE}",
     f"llama3_2_1b --topology h100:8 --global-batch-size 64 {BLOCKWISE}",
@@ -70,12 +74,20 @@ TUNED_ON = {
     "llama2_7b --topology v6e:4x8 --global-batch-size 32 --compute.remat dots --mesh.tensor 2",
 }
 PLANS = [*README_PLANS, *MORE_PLANS]
+# Compiled before TPUs had their form of projections and rotary positions, and GPUs their options (2026-12-01).
+EARLIER = {f"llama3_8b --topology v5p:4x4x8 {LONG} --mesh.context 4 {GATHERED}"}
+
+
+def of_command(command: str) -> tuple[RunConfig, Topology]:
+    """Return what `python -m llama_jax plan COMMAND` is about."""
+    args = parse(["plan", *shlex.split(command)])
+    return llama_jax.load_config(args.config, args.keys), Topology.parse(args.topology)
 
 
 def plan(command: str, *, compile: bool = False) -> Report:
     """What `python -m llama_jax plan COMMAND` finds."""
-    args = parse(["plan", *shlex.split(command)])
-    return llama_jax.plan(llama_jax.load_config(args.config, args.keys), args.topology, compile=compile)
+    config, topology = of_command(command)
+    return llama_jax.plan(config, str(topology), compile=compile)
 
 
 def summary(step: CompiledStep) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from markdown_table import markdown
@@ -12,7 +13,7 @@ from markdown_table import markdown
 from llama_jax.config import UserError, override
 from llama_jax.models import Compute, DecoderConfig, abstract_params
 from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU
-from llama_jax.training import AdamW, init_state, make_train_step
+from llama_jax.training.step import losses
 
 type Changes = Mapping[str, Any]
 
@@ -89,20 +90,25 @@ def _pairs(names: tuple[str, ...]) -> set[tuple[str, str]]:
     return set(itertools.combinations(names, 2))
 
 
+@functools.cache
 def covering() -> list[tuple[str, ...]]:
     """Return combinations that can be made and have, together, every pair of pieces that some of these has."""
-    possible = [names for names in combinations() if not isinstance(made(names), str)]
-    left = set().union(*map(_pairs, possible))
-    chosen = []
+    return cover({names: _pairs(names) for names in combinations() if not isinstance(made(names), str)})
+
+
+def cover[Name](sets: Mapping[Name, Set[Any]]) -> list[Name]:
+    """Return names whose sets have, together, every element of all sets: few, by taking the most useful one first."""
+    left = set[Any]().union(*sets.values())
+    chosen = list[Name]()
     while left:
-        chosen.append(max(possible, key=lambda names: len(_pairs(names) & left)))
-        left -= _pairs(chosen[-1])
+        chosen.append(max(sets, key=lambda name: len(sets[name] & left)))
+        left -= sets[chosen[-1]]
     return chosen
 
 
-def trained(config: DecoderConfig) -> tuple[float, dict[str, np.ndarray]]:
-    """Return the loss of one step on two rows of eight random tokens, and the gradient's first moments by name."""
-    rng, hyper = np.random.default_rng(0), AdamW(learning_rate=1e-2, warmup_steps=0).hyper(10)
+def gradient(config: DecoderConfig) -> tuple[float, dict[str, np.ndarray]]:
+    """Return the mean loss of two rows of eight random tokens, and its gradient by parameter."""
+    rng = np.random.default_rng(0)
     ids = rng.integers(0, config.vocab_size, (2, 9), dtype=np.int32)
     batch = {
         "tokens": ids[:, :-1],
@@ -113,8 +119,15 @@ def trained(config: DecoderConfig) -> tuple[float, dict[str, np.ndarray]]:
     }
     shapes = abstract_params(config)
     params = {name: jnp.asarray(rng.normal(0.0, 0.3, a.shape).astype(np.float32)) for name, a in shapes.items()}
-    state, metrics = make_train_step(config, Compute(loss_chunk=4))(init_state(params, hyper), batch, hyper)
-    return float(metrics["loss"]), {name: np.asarray(value) for name, value in state.opt_state[1].mu.items()}
+
+    @jax.jit
+    @jax.value_and_grad
+    def mean_loss(params: dict[str, jax.Array], batch: dict[str, np.ndarray]) -> jax.Array:
+        ((_, loss, _),), _ = losses(params, batch, config, Compute(loss_chunk=4))
+        return loss / ids[:, 1:].size
+
+    loss, found = mean_loss(params, batch)
+    return float(loss), {name: np.asarray(value) for name, value in found.items()}
 
 
 def matrix() -> str:

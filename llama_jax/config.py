@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-import importlib.util
 import inspect
 import json
 import re
@@ -373,12 +372,10 @@ def find_config(name: str | Path) -> Path:
 def load_config_module(name: str | Path) -> types.ModuleType:
     """Return the config's module, executed: its docstring has the command, `get_config()` returns the config."""
     file = find_config(name)
-    spec = importlib.util.spec_from_file_location(f"llama_jax_config_{file.stem}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
+    module = types.ModuleType(f"llama_jax_config_{file.stem}")
+    module.__file__ = str(file)
+    try:  # from its text: a compiled file beside it would be left, and taken for the next text of its second and size
+        exec(compile(file.read_bytes(), file, "exec"), vars(module))
     except SyntaxError as error:
         raise UserError(f"config file '{error.filename}' is not Python: line {error.lineno}: {error.msg}") from None
     except ModuleNotFoundError as error:

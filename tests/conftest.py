@@ -4,7 +4,7 @@ import dataclasses
 import gc
 import itertools
 import os
-import pkgutil
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
@@ -32,12 +32,8 @@ import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-# The planner has no arrays, and is called a thousand times in a search.
-PACKAGES = [
-    f"llama_jax.{package.name}"
-    for package in pkgutil.iter_modules([str(ROOT / "llama_jax")])
-    if package.name != "planning"
-]
+# Those whose annotations say shapes. Elsewhere types alone are checked, and that by pyright: here each call would pay.
+PACKAGES = [f"llama_jax.{name}" for name in ("data", "evaluation", "models", "nn", "sampling", "training")]
 # An int is a float to type checkers, and to users.
 install_import_hook(PACKAGES, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
@@ -58,6 +54,9 @@ settings.load_profile("llama_jax")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--budget", type=float, metavar="SECONDS", help="limit of one test's processor time")
+    parser.addoption(
+        "--part", default="1/1", metavar="K/N", help="the K-th of N parts of the tests: some of every file"
+    )
     parser.addoption("--trials", type=float, default=1.0, metavar="SHARE", help="share of these trials to make")
     parser.addoption("--reliability", metavar="FILE", help="make all trials of tests/faults and write their counts")
 
@@ -69,6 +68,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "filterwarnings", "ignore:Do not use the `random` module:hypothesis.errors.HypothesisDeprecationWarning"
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the tests of other parts out. All cases of one test are in one part: they share fixtures and programs."""
+    k, n = map(int, config.getoption("part").split("/"))
+    here = [zlib.crc32(item.nodeid.split("[")[0].encode()) % n == k - 1 for item in items]
+    config.hook.pytest_deselected(items=[item for item, kept in zip(items, here, strict=True) if not kept])
+    items[:] = itertools.compress(items, here)
 
 
 def pytest_collection_finish() -> None:

@@ -22,14 +22,12 @@ from llama_jax.run import (
     RunFailed,
     lane_mesh,
     lanes_at_once,
-    learned_from,
     prepare_runs,
     termination,
     train_together,
 )
 from llama_jax.run_config import RunConfig
 from llama_jax.screen import Bar
-from llama_jax.tokenizers import Tokenizer
 
 METRIC = "val_loss"
 
@@ -105,7 +103,6 @@ class Sweeper:
         Raises UserError for the first variant that cannot run.
         """
         shared: dict[Any, tuple[Path, Prepared]] = {}
-        tokenizers: dict[Any, Tokenizer] = {}
 
         def texts_of(config: RunConfig) -> Any:
             """Return a value that is equal for configs with one tokenizer and corpus."""
@@ -115,9 +112,8 @@ class Sweeper:
             config, texts = variant.config, texts_of(variant.config)
             own = self.place / ("" if texts == texts_of(base) else self.records[variant.name].directory)
             place, other = shared.get(texts, (own, None))
-            known = tokenizers.get(learned := learned_from(config))
             try:
-                found = prepare_runs(config, place, variant.components, tokenizer=known, quiet=self.quiet)
+                found = prepare_runs(config, place, variant.components, quiet=self.quiet)
                 if other is not None and other.config.sequence_length == config.sequence_length:
                     found = dataclasses.replace(found, datasets=other.datasets)
                 if self.unfinished(variant):
@@ -125,7 +121,6 @@ class Sweeper:
             except (UserError, RunFailed) as error:
                 raise UserError(f"variant '{variant.name}': {error}") from error
             shared.setdefault(texts, (place, found))
-            tokenizers.setdefault(learned, found.tokenizer)
             self._prepared[variant.name] = found
         self.place.mkdir(parents=True, exist_ok=True)
         self.write()

@@ -19,9 +19,11 @@ from .corpus.corpus import (
 from .corpus.documents import ScoredBytes as ScoredBytes, read_pieces as read_pieces, read_texts as read_texts
 from .corpus.files import find_files as find_files
 from .corpus.prepare import (
+    cache_directory as cache_directory,
     corpus_directory as corpus_directory,
     prepare_corpus as prepare_corpus,
     prepare_shards as prepare_shards,
+    texts_hash as texts_hash,
 )
 from .dataset import Dataset as Dataset, prepare_dataset as prepare_dataset
 from .objectives import (

@@ -17,6 +17,7 @@ from llama_jax.models.config import (
     LayerOverride as LayerOverride,
     ModelConfig as ModelConfig,
     TransformerConfig as TransformerConfig,
+    loss_chunks as loss_chunks,
 )
 from llama_jax.models.decoder import Decoder as Decoder, DecoderConfig as DecoderConfig
 from llama_jax.models.encoder import Encoder as Encoder, EncoderConfig as EncoderConfig

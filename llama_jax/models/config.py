@@ -32,7 +32,20 @@ from llama_jax.parallel import platform
 # The largest length of a sequence: int32 counts as far.
 NO_LIMIT = 2**31 - 1
 
+LOSS_TOKENS = 2048  # of a device, whose logits exist at a time
+
 type Pieces = tuple[Mixer, FeedForward | None]
+
+
+def loss_chunks(chunk: int | None, rows: int, length: int, platform: str) -> int:
+    """Return in how many chunks a device computes the loss of its rows; `chunk` is `Compute.loss_chunk`.
+
+    The sum of the head's gradient is read and written for each chunk. On accelerators that takes as long as its product
+    for 660 (v5p) to 2,240 tokens (v6e), by their FLOP/s and bytes/s.
+    """
+    if chunk is None:
+        chunk = 128 if platform == "cpu" else max(1, LOSS_TOKENS >> (rows - 1).bit_length())
+    return -(-length // chunk)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +66,8 @@ class Compute:
       these; none takes four for each stage, or as many as the rows allow.
     pipeline_repeats: how often each part goes around the stages (the circular schedule), through as many parts of a
       stage's layers: less idle time, more sent.
-    loss_chunk: positions of each row whose logits exist at a time in the loss.
+    loss_chunk: positions of each row whose logits exist at a time in the loss; none takes 128 on CPU, elsewhere up to
+      2,048 tokens of a device.
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -63,7 +77,7 @@ class Compute:
     context: Literal["ring", "all_gather"] = "ring"
     pipeline_microbatches: int | None = None
     pipeline_repeats: int = 1
-    loss_chunk: int = 128
+    loss_chunk: int | None = None
     preflight: bool = True
 
     def __post_init__(self) -> None:
@@ -71,9 +85,10 @@ class Compute:
             raise UserError(
                 f"attention_kernel={self.attention_kernel!r} does not exist: the kernels are auto, {', '.join(KERNELS)}"
             )
-        check_at_least(self, 1, "loss_chunk", "pipeline_repeats")
-        if self.pipeline_microbatches is not None:
-            check_at_least(self, 1, "pipeline_microbatches")
+        check_at_least(self, 1, "pipeline_repeats")
+        for name in ("loss_chunk", "pipeline_microbatches"):
+            if getattr(self, name) is not None:
+                check_at_least(self, 1, name)
 
     @property
     def jax_dtype(self) -> jnp.dtype:

@@ -10,6 +10,7 @@ from llama_jax.nn.adapters import (
     LoRA as LoRA,
     drawing_from as drawing_from,
 )
+from llama_jax.nn.attention.accelerated import LANES as LANES
 from llama_jax.nn.attention.attend import (
     FASTEST as FASTEST,
     KERNELS as KERNELS,

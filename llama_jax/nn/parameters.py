@@ -22,7 +22,7 @@ from llama_jax.nn.adapters import LoRA, current_context
 from llama_jax.nn.draws import dropout
 from llama_jax.nn.products import never, product
 from llama_jax.nn.quantized import Form, multiplied
-from llama_jax.parallel import axes_of, fitting, mesh_axis_sizes, reshape, shard, spec
+from llama_jax.parallel import axes_of, einsum, fitting, mesh_axis_sizes, platform, reshape, shard, spec
 
 # Of first values of the embedding and the head: logits start near zero and the first loss near ln V.
 EMBEDDING_STD = 0.02
@@ -184,10 +184,14 @@ class Projection(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [B, T, *in_dims] to [B, T, *out_dims], in the dtype of x."""
         inputs, outputs = (self.in_shape, self.in_axes), (self.out_shape, self.out_axes)
-        if (y := multiplied(x, self.weight, len(self.in_shape))) is None:
-            y = _in_dims(matmul(*_operands(x, self.weight, inputs, outputs)), outputs)
-        else:
+        if (y := multiplied(x, self.weight, len(self.in_shape))) is not None:
             y = y.astype(x.dtype).reshape(*y.shape[:-1], *self.out_shape)
+        elif platform() == "tpu":  # heads are dimensions of the product, in the order of attention: nothing is copied
+            i, o = "ij"[: len(self.in_shape)], "op"[: len(self.out_shape)]
+            axes = "batch", "sequence", *_gathered(self.out_axes)
+            y = einsum(f"bt{i},{i}{o}->bt{o}", x, cast_and_gather(self.weight, x.dtype), out=axes)
+        else:
+            y = _in_dims(matmul(*_operands(x, self.weight, inputs, outputs)), outputs)
         if self.adapter is not None:
             rank, barrier = ((self.adapter.rank,), (None,)), jax.lax.optimization_barrier
             axes = ("batch", "sequence", *_gathered(self.in_axes))

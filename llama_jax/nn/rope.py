@@ -78,11 +78,42 @@ class Rope:
         cos, sin = magnitude * jnp.cos(angles), magnitude * jnp.sin(angles)
         if platform() == "cpu":  # else XLA would compute them again for every head of every layer
             cos, sin = jax.lax.optimization_barrier((cos, sin))
+        if platform() == "tpu":
+            return _turned(x, cos, sin)
         rotary, rest = jnp.split(x, [2 * frequencies.shape[-1]], axis=-1)
         # Pair i is (x[i], x[i + rotary_dim/2]), which turns by the angle of its position.
         first, second = jnp.split(rotary.astype(jnp.float32), 2, axis=-1)
         rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
         return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated
+
+
+@jax.custom_vjp
+def _turned(x: Float[Array, "b t n h"], cos: Float[Array, "b t 1 r"], sin: Float[Array, "b t 1 r"]) -> jax.Array:
+    """Return what `Rope.rotate` computes, for TPUs: there halves of a head would be copied to places of their own.
+
+    The other number of each pair is found by a product with a permutation, which is exact.
+    """
+    half, rest = cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]
+    first = np.arange(half)
+    exchange = np.zeros((x.shape[-1], x.shape[-1]))
+    exchange[first + half, first], exchange[first, first + half] = -1, 1
+    other = jnp.einsum(
+        "btnh,hg->btng",
+        x,
+        jnp.asarray(exchange, x.dtype),
+        precision=jax.lax.Precision.HIGHEST,  # else float32 would be rounded to bfloat16
+        preferred_element_type=jnp.float32,
+    )
+    cos, sin = (jnp.concatenate([angle, angle], axis=-1) for angle in (cos, sin))
+    cos, sin = (jnp.pad(y, ((0, 0), (0, 0), (0, 0), (0, rest)), constant_values=v) for y, v in ((cos, 1), (sin, 0)))
+    return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
+
+
+# The gradient is turned back. By a call of `_turned`, so that no policy keeps the product for the backward pass.
+_turned.defvjp(
+    lambda x, cos, sin: (_turned(x, cos, sin), (cos, sin)),
+    lambda angles, d_y: (_turned(d_y, angles[0], -angles[1]), None, None),
+)
 
 
 def known_rope(known: Known) -> Rope | None:

@@ -24,6 +24,7 @@ from llama_jax.planning.topology import Topology as Topology
 from llama_jax.planning.xla import (
     Collective as Collective,
     CompiledStep as CompiledStep,
+    Cycles as Cycles,
     DoesNotFit as DoesNotFit,
     Memory as Memory,
     Program as Program,

@@ -1,4 +1,4 @@
-"""Traffic between the devices of a train step: the least that a layout needs, and how long it takes.
+"""Traffic between the devices of a train step: what a layout needs, and how long it takes.
 
 Formulas: "How to scale your model" (jax-ml.github.io/scaling-book), chapters 3 and 5. The traffic follows from how
 this package computes: weights are split over `fsdp` in storage only and gathered in the compute type for their product;
@@ -40,28 +40,33 @@ class Traffic:
         """
         return self.kind in ("all-gather", "collective-permute") and self.axis != "pipeline"
 
+    def rounds(self, network: Network) -> int:
+        """Return how often a ring passes the bytes on: twice for sums, and for what XLA compiles as sums."""
+        as_sums = {"all-gather": network.gathers_by_sums, "reduce-scatter": network.scatters_by_sums}
+        return 2 if as_sums.get(self.kind, self.kind == "all-reduce") else 1
+
     def seconds(self, network: Network) -> tuple[float, float]:
         """Return the times (over links within a slice or node, between these), by bandwidth alone."""
         if self.kind == "collective-permute":
             if self.axis == "pipeline" and network.outer > 1:  # all stages wait for the slowest hop
                 return 0.0, self.bytes / network.dcn
             return (self.bytes / network.hop, 0.0) if network.ici else (0.0, self.bytes / network.dcn)
-        twice = 2 if self.kind == "all-reduce" else 1
+        rounds = self.rounds(network)
         links = network.distance if self.kind == SENT else 1  # others send to their neighbours alone
 
         def share(size: int, bandwidth: float) -> float:
-            return twice * self.bytes * (size - 1) / size / bandwidth if size > 1 else 0.0
+            return rounds * self.bytes * (size - 1) / size / bandwidth if size > 1 else 0.0
 
         return links * share(network.inner, network.ici), share(network.outer, network.dcn)
 
 
-def traffic(local: Local) -> list[Traffic]:
-    """Return all traffic of one step."""
+def traffic(local: Local, kernel: str = "blockwise") -> list[Traffic]:
+    """Return all traffic of one step, whose attention is computed by `kernel`."""
     found = _of_weights(local)
     if local.sizes["tensor"] > 1:
         found += _of_activations(local)
     if local.sizes["context"] > 1:
-        found += _of_keys(local)
+        found += _of_keys(local, kernel)
     if local.sizes["expert"] > 1:
         found += _of_tokens(local)
     if local.sizes["pipeline"] > 1:
@@ -136,11 +141,12 @@ def _of_tokens(local: Local) -> list[Traffic]:
     return found
 
 
-def _of_keys(local: Local) -> list[Traffic]:
+def _of_keys(local: Local, kernel: str) -> list[Traffic]:
     """Return keys and values, and in the backward pass also their float32 gradients."""
     context = local.sizes["context"]
     keys = round(local.model.keys * local.tokens * local.micro_batches * local.schedule.work)
-    again = 1 if local.config.compute.remat == "none" else 2
+    # In the backward pass what is computed again travels again, and once more where attention keeps no gathered keys.
+    again = (local.config.compute.remat != "none") + (kernel != "splash")
     ring = local.config.compute.context == "ring"
     # Around the ring a device passes on the parts of others; gradients go one hop further, back to their owner.
     forward = (context - 1 if ring else context) * keys * local.itemsize

@@ -22,9 +22,9 @@ from llama_jax.training import train_flops_per_token
 
 # Of the peak of the matrix units, in products and attention together: the geometric mean over MaxText's published runs
 # of the share that their times leave for it (docs/tables.py computes it).
-EFFICIENCY = 0.608
+EFFICIENCY = 0.62
 # The same of the runs on one chip alone.
-EFFICIENCY_OF = {"v4": 0.664, "v5e": 0.696, "v5p": 0.755, "v6e": 0.526}
+EFFICIENCY_OF = {"v4": 0.671, "v5e": 0.729, "v5p": 0.763, "v6e": 0.534}
 # Bytes to and from HBM for each score, in the forward and the backward pass, where attention is XLA's: float32 scores
 # are written, read for their maximum and read for their exponential; backward, weights and gradients are rounded,
 # written once and read by their products. A kernel (splash, cuDNN) keeps all of it on the chip.
@@ -131,7 +131,8 @@ def estimate(config: RunConfig, topology: Topology, *, efficiency: float | None 
         if value:
             times[name] = times.get(name, 0.0) + value
 
-    for one in _passes(local, traffic(local), attention_kernel(local, chip.platform)):
+    kernel = attention_kernel(local, chip.platform)
+    for one in _passes(local, traffic(local, kernel), kernel):
         busy = {MATRIX_UNITS: one.flops / (chip.peak_flops * efficiency), HBM: one.bytes / chip.bandwidth}
         if kept and one.flops:  # written in the forward pass, read in the backward pass
             busy[HOST] = local.micro_batches * kept / chip.host

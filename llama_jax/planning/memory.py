@@ -12,7 +12,8 @@ from typing import Any
 
 from llama_jax.chips import Chip, chip_of
 from llama_jax.config import UserError
-from llama_jax.nn import FASTEST, KEY_BLOCK, MAX_QUERY_BLOCKS, MIN_QUERY_BLOCK
+from llama_jax.models import loss_chunks
+from llama_jax.nn import FASTEST, KEY_BLOCK, LANES, MAX_QUERY_BLOCKS, MIN_QUERY_BLOCK
 from llama_jax.parallel import batch_parts
 from llama_jax.planning.local import Local, abstract_mesh, cache_bytes, compute_dtype, optimizer_bytes
 from llama_jax.run_config import RunConfig
@@ -141,7 +142,8 @@ def _places(local: Local, chip: Chip) -> list[dict[str, float]]:
     cast = of_layers * size if size < 4 else 0  # all layers at once: the casts are moved out of the loop over layers
     running = 4 * stored if local.micro_batches > 1 else 0  # the sum over the parts so far
     length = local.config.row_length // local.sizes["context"]
-    chunk = 4 * local.model.vocab * tokens / math.ceil(length / local.config.compute.loss_chunk)
+    rows = math.ceil(tokens / length)
+    chunk = 4 * local.model.vocab * tokens / loss_chunks(local.config.compute.loss_chunk, rows, length, chip.platform)
     d_head = 4 * head.used  # summed over the chunks in float32; reduced over the devices when all else is done
     hidden = tokens * model.hidden_size * size
     # A stage works on one of its microbatches at a time, and has them all, with their gradients, to pass them on.
@@ -189,17 +191,17 @@ def _attention_workspace(local: Local, platform: str) -> float:
     length = local.config.row_length // local.sizes["context"]
     tokens = local.tokens / local.schedule.of_stage
     kernel = attention_kernel(local, platform)
-    if kernel == "splash":
-        return 0
+    keys = local.model.keys / local.config.model.num_layers * tokens
+    gathered = local.sizes["context"] if local.config.compute.context == "all_gather" else 0
+    if kernel == "splash":  # keys and values of all parts of the sequence, and their gradients
+        return 2 * local.itemsize * gathered * keys if local.sizes["context"] > 1 else 0
     if kernel == "cudnn":
         return tokens * length  # documents are kept apart by a dense mask
     if kernel == "reference":
         return 3 * 4 * local.model.heads * tokens * local.config.row_length
     block = max(MIN_QUERY_BLOCK, math.ceil(length / MAX_QUERY_BLOCKS))
     scores = SCORE_COPIES * 4 * local.model.heads * block * min(KEY_BLOCK, length) * tokens / length
-    keys = local.model.keys / local.config.model.num_layers * tokens
     # Gradients of keys and values in float32, twice; gathered, those of all parts of the sequence.
-    gathered = local.sizes["context"] if local.config.compute.context == "all_gather" else 0
     return scores + 2 * 4 * keys + gathered * (4 + local.itemsize) * keys
 
 
@@ -208,10 +210,15 @@ def attention_kernel(local: Local, platform: str) -> str:
     name = local.config.compute.attention_kernel
     if name != "auto":
         return name
-    if local.sizes["context"] > 1:
+    fastest, parts = FASTEST[platform], local.sizes["context"]
+    if fastest == "cudnn":  # it has no soft caps, for which the reference is left, and no sinks
+        mixers = [mixer for mixer, _ in local.config.model.layer_pieces()]
+        if any(getattr(mixer, "softcap", None) for mixer in mixers):
+            return "reference"
+        fastest = "blockwise" if any(getattr(mixer, "sinks", False) for mixer in mixers) else fastest
+    if parts > 1 and (fastest != "splash" or local.config.compute.context != "all_gather"):
         return "blockwise"
-    fastest = FASTEST[platform]  # splash needs whole blocks of 128
-    return "blockwise" if fastest == "splash" and local.config.row_length % 128 else fastest
+    return "blockwise" if fastest == "splash" and local.config.row_length % (LANES * parts) else fastest
 
 
 def sampling_memory(config: RunConfig, num_chips: int, batch: int, length: int) -> dict[str, int]:

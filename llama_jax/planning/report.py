@@ -69,7 +69,7 @@ class Report:
         columns.add_row(_memory_table(self), _time_table(self.plan))
         parts += [columns, Text(), _summary(self.plan)]
         if self.compiled is not None:
-            parts += [Text(), _collectives_table(self.compiled)]
+            parts += [Text(), _collectives_table(self.compiled), *_cycles(self.compiled)]
         if self.compile_failure is not None:
             parts += [Text(), Text(f"does not fit by XLA: {self.compile_failure}")]
         if self.sampling is not None:
@@ -204,6 +204,13 @@ def _collectives_table(compiled: CompiledStep) -> Table:
     for (kind, axes, overlapped), (size, count) in sorted(rows.items(), key=lambda item: -item[1][0]):
         table.add_row(kind, axes, f"{size / 2**20:,.1f}", f"{count:,.0f}", "yes" if overlapped else "no")
     return table
+
+
+def _cycles(compiled: CompiledStep) -> list[Text]:
+    cycles = dataclasses.asdict(compiled.cycles)
+    total = sum(cycles.values())
+    kinds = ", ".join(f"{kind} {n / total:.1%}" for kind, n in cycles.items() if n)
+    return [Text(f"{total:,} cycles without Pallas kernels and waits, by the compiler: {kinds}")] if total else []
 
 
 def _sampling(plan: SamplingPlan) -> Text:

@@ -12,6 +12,8 @@ from llama_jax.config import UserError
 from llama_jax.parallel import over_slices
 from llama_jax.values import near_names
 
+SUMMING = ("data", "context")  # axes of which every device has gradients of the same weights
+
 
 @dataclasses.dataclass(frozen=True)
 class Network:
@@ -23,6 +25,8 @@ class Network:
     hop: the same from one neighbour alone.
     distance: mean number of links between two devices of a slice, all of which carry what one sends to the other.
     dcn: bytes per second between slices, all `inner` devices together; 0 where the axis spans one slice.
+    scatters_by_sums: whether XLA sums whole arrays on every device, to cut them, where a reduce-scatter is enough.
+    gathers_by_sums: whether it gathers by sums of arrays that are zero elsewhere.
     """
 
     inner: int
@@ -31,6 +35,8 @@ class Network:
     hop: float
     distance: float
     dcn: float
+    scatters_by_sums: bool = False
+    gathers_by_sums: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,22 +140,35 @@ class Topology:
         for axis, size in sizes.items():
             if size == 1:
                 continue
-            alone = (self.chip.link, self.chip.link, 1.0) if inner[axis] > 1 else (0.0, 0.0, 1.0)
-            ici, hop, distance = torus.get(axis, alone)
+            link = self.chip.link if inner[axis] > 1 else 0.0
+            ici, hop, distance, sides = torus.get(axis, (link, link, 1.0, ()))
             dcn = self.chip.network * inner[axis] if outer[axis] > 1 else 0.0
-            found[axis] = Network(inner[axis], outer[axis], ici, hop or dcn, distance, dcn)
+            scatters, gathers = self._by_sums(sides)
+            # Gradients that another axis sums, too, are summed over both at once, those of gathered keys also alone.
+            together = axis == "fsdp" and any(inner.get(a, 1) > 1 for a in SUMMING)
+            scatters = scatters or (bool(torus) and (together or axis == "context"))
+            found[axis] = Network(inner[axis], outer[axis], ici, hop or dcn, distance, dcn, scatters, gathers)
         return found
+
+    @staticmethod
+    def _by_sums(sides: Sequence[int]) -> tuple[bool, bool]:
+        """Return what libtpu 0.0.52 does by sums over these sides, as read in programs: (scatters, gathers).
+
+        It scatters over 2x2, 2x4 and 4x8 and over parts of a side, and sums over squares and all three sides.
+        """
+        cube, square = len(sides) == 3, len(sides) == 2 and sides[0] == sides[1] > 2
+        return cube or square, cube and min(sides) > 2
 
     def _closed(self, size: int) -> bool:
         if self.chip.max_shape == (16, 16):
             return size == self.chip.wraps
         return all(s % self.chip.wraps == 0 for s in self.shape)  # optical switches close whole cubes only
 
-    def _torus(self, sizes: dict[str, int]) -> dict[str, tuple[float, float, float]]:
-        """Return (bandwidth, bandwidth of a hop, distance) of each mesh axis, by the torus axes along which it lies."""
+    def _torus(self, sizes: dict[str, int]) -> dict[str, tuple[float, float, float, tuple[int, ...]]]:
+        """Return (bandwidth, that of a hop, distance, whole sides) of each mesh axis, by the torus axes below it."""
         whole = {i: size for i, size in enumerate(self.shape) if size > 1}
         left = dict(whole)
-        found: dict[str, tuple[float, float, float]] = {}
+        found: dict[str, tuple[float, float, float, tuple[int, ...]]] = {}
         rest = []
         for axis, size in reversed([(axis, size) for axis, size in sizes.items() if size > 1]):
             free = [i for i in left if left[i] == whole[i]]
@@ -159,7 +178,8 @@ class Topology:
                 rest.append((axis, size))
                 continue
             bandwidth = sum(self._ring(whole[i], whole[i], 1) for i in chosen)
-            found[axis] = (bandwidth, self.chip.link, self._distance([whole[i] for i in chosen]))
+            sides = tuple(whole[i] for i in chosen)
+            found[axis] = (bandwidth, self.chip.link, self._distance(sides), sides)
             left = {i: n for i, n in left.items() if i not in chosen}
         for axis, size in rest:  # a part of a torus axis, whose links it shares with the axes that have the other parts
             bandwidth, need, stride, parts = 0.0, size, 1, []
@@ -176,11 +196,11 @@ class Topology:
                 raise UserError(
                     f"mesh.{axis}={size} cannot be laid along a torus of {shape}: take a divisor of its sizes"
                 )
-            found[axis] = (bandwidth, self.chip.link / stride, self._distance(parts))
+            found[axis] = (bandwidth, self.chip.link / stride, self._distance(parts), ())
         return found
 
     @staticmethod
-    def _distance(sizes: list[int]) -> float:
+    def _distance(sizes: Sequence[int]) -> float:
         # A quarter of a closed ring, whose links run both ways; on a line, with half of these, the middle has as much.
         return max(1.0, sum(sizes) / 4)
 

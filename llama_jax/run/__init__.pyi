@@ -26,7 +26,6 @@ from .lanes import (
     prepare_runs as prepare_runs,
 )
 from .metrics import METRICS_FILE as METRICS_FILE, STARTS_FILE as STARTS_FILE, read_metrics as read_metrics
-from .preparing import learned_from as learned_from
 from .programs import programs as programs
 from .reporting import Logger as Logger
 from .resuming import config_to_continue as config_to_continue, resume as resume

@@ -202,15 +202,19 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _lock_in(directory: Path, stack: contextlib.ExitStack) -> None:
-    """Make a directory and take its lock: again where a process that ended meanwhile has removed it."""
-    for attempt in range(10):
+    """Make a directory and take its lock: again where a process that ended meanwhile has removed it.
+
+    `mkdir` says FileExistsError where the directory was there and is gone before it looks what it is. Raises
+    TimeoutError where others hold the lock, or make and remove the directory all the time.
+    """
+    for _ in range(100):
         try:
             directory.mkdir(parents=True, exist_ok=True)
             return stack.enter_context(lock(directory / LOCK_FILE, timeout=0))
-        except FileNotFoundError:
-            if attempt == 9:
+        except (FileNotFoundError, FileExistsError):
+            if os.path.lexists(directory) and not directory.is_dir():
                 raise
-    return None
+    raise TimeoutError
 
 
 def _removed(path: Path) -> None:

@@ -92,23 +92,14 @@ class Prepared:
                 self.lines.extend(checked(self.config, lane.first_batch()))
 
 
-def prepare_runs(
-    config: RunConfig,
-    place: Path,
-    components: Sequence[type] = (),
-    *,
-    tokenizer: Tokenizer | None = None,
-    quiet: bool = False,
-) -> Prepared:
+def prepare_runs(config: RunConfig, place: Path, components: Sequence[type] = (), *, quiet: bool = False) -> Prepared:
     """Prepare the tokenizer and the data of a config's runs.
 
-    The tokenizer is the given one, the one in the directory `place` if it is there, or a new one.
-    Raises UserError for everything that cannot run here.
+    The tokenizer is the one in the directory `place` if it is there, or a new one. Raises UserError for everything that
+    cannot run here.
     """
     devices = jax.devices()
     run, mesh = Run(place, config, components), mesh_of(config, devices)
-    if tokenizer is not None:
-        run.tokenizer = tokenizer
     directories, vocabulary, _ = prepare(run, mesh, len(devices), quiet)
     return Prepared(config, tuple(components), make_mesh(mesh), run.tokenizer, directories, vocabulary)
 

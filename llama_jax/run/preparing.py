@@ -2,23 +2,37 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
-from collections.abc import Hashable, Sequence
+import json
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llama_jax.checkpoint import CONFIG_FILE, TOKENIZER_DIRECTORY, config_of, load, merge
+from llama_jax.checkpoint import (
+    CONFIG_FILE,
+    TOKENIZER_DIRECTORY,
+    check_manifest,
+    config_of,
+    load,
+    merge,
+    write_manifest,
+)
 from llama_jax.config import UserError
 from llama_jax.data import (
-    Causal,
     DataConfig,
     Dataset,
     Preference,
     SequenceToSequence,
     Vocabulary,
+    cache_directory,
     prepare_dataset,
     read_texts,
+    texts_hash,
 )
+from llama_jax.files import replacing
 from llama_jax.models import ModelConfig, Params, abstract_params, initialize, merge_adapters
 from llama_jax.parallel import MeshConfig
 from llama_jax.run.directory import Run
@@ -26,7 +40,14 @@ from llama_jax.run.reporting import configured_loggers
 from llama_jax.run_config import RunConfig
 from llama_jax.sampling import encode_prompt
 from llama_jax.screen import Bar
-from llama_jax.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer, with_document_rule
+from llama_jax.tokenizers import (
+    TRAINING,
+    Tokenizer,
+    TokenizerConfig,
+    load_tokenizer,
+    train_tokenizer,
+    with_document_rule,
+)
 
 SAMPLE_TOKENS = 128
 EMBEDDING = "embedding.weight"
@@ -44,7 +65,9 @@ def prepare(run: Run, mesh: MeshConfig, num_devices: int, quiet: bool = False) -
     configured_loggers(config.logging)
     if config.init_from is not None and not (run.directory / CONFIG_FILE).exists():
         inheritance(config, run.components)
-    tokenizer = run.tokenizer = _tokenizer(run, quiet)
+    is_trained = config.tokenizer.path is None and not _has_tokenizer(run)
+    kept = kept_directory(config.tokenizer, config.data) if is_trained else None
+    tokenizer = run.tokenizer = _tokenizer(run, kept, quiet)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, more than model.vocab_size={config.model.vocab_size}: "
@@ -54,6 +77,8 @@ def prepare(run: Run, mesh: MeshConfig, num_devices: int, quiet: bool = False) -
     _check_start(config, vocabulary)
     sample_tokens = _sample_tokens(config, tokenizer)
     directories = [str(directory.absolute()) for directory in _prepare_dataset(config, tokenizer, quiet)]
+    if kept is not None:
+        keep_trained(tokenizer, kept)  # not before: what is refused leaves nothing behind
     return [directories, dataclasses.asdict(vocabulary), sample_tokens]
 
 
@@ -63,38 +88,63 @@ def check_shared(file: Path, key: str) -> None:
         raise UserError(f"'{file}' was written by process 0 and is not here: set {key} to a place that all hosts share")
 
 
-def _tokenizer(run: Run, quiet: bool) -> Tokenizer:
+def _has_tokenizer(run: Run) -> bool:
+    return "tokenizer" in vars(run) or (run.directory / TOKENIZER_DIRECTORY).is_dir()
+
+
+def _tokenizer(run: Run, kept: Path | None, quiet: bool) -> Tokenizer:
     """Return the run's tokenizer, from its directory once it is there; a sweep's runs are given theirs."""
-    if "tokenizer" in vars(run) or (run.directory / TOKENIZER_DIRECTORY).is_dir():
+    if _has_tokenizer(run):
         return run.tokenizer
-    config = run.config.tokenizer
-    found = trained_tokenizer(config, run.config.data, quiet) if config.path is None else load_tokenizer(config.path)
+    config, data = run.config.tokenizer, run.config.data
+    found = trained_tokenizer(config, data, kept, quiet) if config.path is None else load_tokenizer(config.path)
     return with_document_rule(found, of_sources=run.config.model.has_source)
 
 
-def learned_from(config: RunConfig) -> Hashable:
-    """Return a value that is equal for configs whose tokenizers are the same: one file, or one training."""
-    data = config.data
-    texts = tuple(
-        dataclasses.replace(own, objective=Causal(), packing="cut", num_prefetch=0, skip_batches=())
-        for _, own in data.corpora()
-    )
-    return config.tokenizer, texts, data.objective.special_tokens(), config.model.has_source
+def trained_tokenizer(
+    config: TokenizerConfig, data: DataConfig, kept: Path | None = None, quiet: bool = False
+) -> Tokenizer:
+    """Return a tokenizer trained on the training documents, with the special tokens that the objective needs.
 
-
-def trained_tokenizer(config: TokenizerConfig, data: DataConfig, quiet: bool = False) -> Tokenizer:
-    """Return a tokenizer trained on the training documents, with the special tokens that the objective needs."""
+    kept: `kept_directory` of the same arguments; what `keep_trained` has left there is read in place of it.
+    """
+    if kept is not None and kept.is_dir():
+        if check_manifest(kept) == []:
+            return load_tokenizer(kept)
+        shutil.rmtree(kept)
     texts = itertools.chain.from_iterable(read_texts(source, "train") for _, source in data.corpora())
-    of_chats = data.chat_template.special_tokens() if data.chat_template is not None else ()
-    special = tuple(dict.fromkeys((*config.special_tokens, *data.objective.special_tokens(), *of_chats)))
     with Bar("training the tokenizer", 0, None, quiet=quiet, slow=True) as bar:
         return train_tokenizer(
             bar.counted(texts),
             kind=config.kind,
             vocab_size=config.vocab_size,
-            special_tokens=special,
+            special_tokens=_special_tokens(config, data),
             progress=bar.advance,
         )
+
+
+def kept_directory(config: TokenizerConfig, data: DataConfig) -> Path:
+    """Return the directory of a trained tokenizer in the cache, named by a hash of all that decides it."""
+    texts = [texts_hash(source) for _, source in data.corpora()]
+    libraries = [version("sentencepiece"), version("tokenizers")]
+    key = json.dumps([TRAINING, libraries, config.kind, config.vocab_size, _special_tokens(config, data), texts])
+    return cache_directory(data) / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+def keep_trained(tokenizer: Tokenizer, kept: Path) -> None:
+    """Keep a trained tokenizer in its directory, if it is not there."""
+    if kept.is_dir():
+        return
+    with contextlib.suppress(OSError):  # another process was first, or the disk is full, which the run will say
+        kept.parent.mkdir(exist_ok=True)
+        with replacing(kept) as partial:
+            tokenizer.save(partial)
+            write_manifest(partial)
+
+
+def _special_tokens(config: TokenizerConfig, data: DataConfig) -> tuple[str, ...]:
+    of_chats = data.chat_template.special_tokens() if data.chat_template is not None else ()
+    return tuple(dict.fromkeys((*config.special_tokens, *data.objective.special_tokens(), *of_chats)))
 
 
 def _sample_tokens(config: RunConfig, tokenizer: Tokenizer) -> int:

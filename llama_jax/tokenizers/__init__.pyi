@@ -16,4 +16,4 @@ from .loading import (
 )
 from .settings import Settings as Settings, settings_of as settings_of
 from .templates import render as render, special_names as special_names
-from .training import train_tokenizer as train_tokenizer
+from .training import TRAINING as TRAINING, train_tokenizer as train_tokenizer

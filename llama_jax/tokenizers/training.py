@@ -19,6 +19,7 @@ from llama_jax.tokenizers.sentencepiece import SentencePieceTokenizer, with_dumm
 from llama_jax.tokenizers.settings import Settings
 from llama_jax.tokenizers.vocabularies import byte_level_bpe, whitespace, wordpiece
 
+TRAINING = 1  # part of the key of kept tokenizers: another number where the same texts give another tokenizer
 COVERAGE = 0.99995  # of the characters; rare ones are left to bytes, or unknown
 # White space of regular expressions and of Rust (Unicode's White_Space; Python's \s has four more).
 SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"

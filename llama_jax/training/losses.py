@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llama_jax.models import loss_chunks
 from llama_jax.nn import PyTree
 from llama_jax.parallel import axes_of, mesh_axis_sizes, platform, shard
 
@@ -23,15 +24,15 @@ def cross_entropy(
     *,
     z_loss: float | jax.Array = 0.0,
     label_smoothing: float | jax.Array = 0.0,
-    chunk: int = 128,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Return (weighted sum of smoothed ce + z_loss * logsumexp^2, weighted sum of ce), in nats.
 
     `head(hidden, weight)` gives logits; `weight` is the head's as it is stored on the mesh. Logits exist for `chunk`
-    positions of each row at a time, split over the vocabulary where the head is. Where a gradient is wanted, the
-    forward pass computes it in the same walk: three products a chunk and nothing computed twice. z-loss: Chowdhery et
-    al. 2022 (PaLM), section 5. Label smoothing e takes 1 - e of the target and e of the vocabulary's mean (Szegedy et
-    al. 2016, section 7).
+    positions of each row at a time (`loss_chunks`), split over the vocabulary where the head is. Where a gradient is
+    wanted, the forward pass computes it in the same walk: three products a chunk and nothing computed twice. z-loss:
+    Chowdhery et al. 2022 (PaLM), section 5. Label smoothing e takes 1 - e of the target and e of the vocabulary's mean
+    (Szegedy et al. 2016, section 7).
     """
     hidden = shard(hidden, "batch", "sequence", None)
     targets, weights = (shard(x, "batch", "sequence") for x in (targets, weights))
@@ -40,7 +41,7 @@ def cross_entropy(
 
 
 def token_cross_entropy(
-    head: Head, weight: PyTree, hidden: Float[Array, "b t d"], targets: Int[Array, "b t"], *, chunk: int = 128
+    head: Head, weight: PyTree, hidden: Float[Array, "b t d"], targets: Int[Array, "b t"], *, chunk: int | None = None
 ) -> Float[Array, "b t"]:
     """Return the cross-entropy of every target in nats, computed as by `cross_entropy`; it is never differentiated."""
     hidden, targets = shard(hidden, "batch", "sequence", None), shard(targets, "batch", "sequence")
@@ -49,7 +50,7 @@ def token_cross_entropy(
     def local(weight: PyTree, hidden: jax.Array, targets: jax.Array) -> jax.Array:
         weight = jax.tree.map(lambda w, axes: _gather(w, axes, layout.vocab), weight, layout.stored)
         length = hidden.shape[1]
-        num_chunks = -(-length // chunk)
+        num_chunks = loss_chunks(chunk, len(targets), length, platform())
 
         def values(xs: tuple[jax.Array, jax.Array]) -> jax.Array:
             lse, own, _ = _target_logits(head(xs[0], weight), xs[1], layout.vocab)
@@ -64,15 +65,15 @@ def token_cross_entropy(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(head: Head, chunk: int, *arrays: PyTree) -> PyTree:
+def _chunked(head: Head, chunk: int | None, *arrays: PyTree) -> PyTree:
     return _walk(head, chunk, False, *arrays)[0]
 
 
-def _chunked_forward(head: Head, chunk: int, *arrays: PyTree) -> PyTree:
+def _chunked_forward(head: Head, chunk: int | None, *arrays: PyTree) -> PyTree:
     return _walk(head, chunk, True, *arrays)
 
 
-def _chunked_backward(head: Head, chunk: int, residuals: PyTree, cotangents: PyTree) -> PyTree:
+def _chunked_backward(head: Head, chunk: int | None, residuals: PyTree, cotangents: PyTree) -> PyTree:
     d_weight, d_hidden = residuals
     d_total = cotangents[0]  # the second output is a metric that is never differentiated
     scale = lambda d: (d * d_total).astype(d.dtype)  # noqa: E731
@@ -101,7 +102,9 @@ def _layout(head: Head, weight: PyTree, hidden: jax.Array) -> _Layout:
     return _Layout(tuple(axis for entry in axes_of(hidden)[:2] for axis in entry), vocab_axes, stored)
 
 
-def _walk(head: Head, chunk: int, with_gradient: bool, weight: PyTree, hidden: jax.Array, *others: PyTree) -> PyTree:
+def _walk(
+    head: Head, chunk: int | None, with_gradient: bool, weight: PyTree, hidden: jax.Array, *others: PyTree
+) -> PyTree:
     """Return ((loss, ce), (d_weight, d_hidden)); None for the gradients where they are not wanted.
 
     `others` are targets, weights and (z_loss, label_smoothing).
@@ -120,7 +123,7 @@ def _walk(head: Head, chunk: int, with_gradient: bool, weight: PyTree, hidden: j
 
 def _local_walk(
     head: Head,
-    chunk: int,
+    chunk: int | None,
     with_gradient: bool,
     layout: _Layout,
     weight: PyTree,
@@ -132,7 +135,7 @@ def _local_walk(
     """Return what `_walk` does, from a device's part of the arrays, in chunks of positions."""
     weight = jax.tree.map(lambda w, axes: _gather(w, axes, layout.vocab), weight, layout.stored)
     length = hidden.shape[1]
-    num_chunks = -(-length // chunk)
+    num_chunks = loss_chunks(chunk, len(targets), length, platform())
     z_loss, smoothing = options
 
     def step(carry: PyTree, xs: tuple[jax.Array, ...]) -> PyTree:

@@ -24,12 +24,31 @@ Metrics = dict[str, jax.Array]
 CPU_COMPILER_OPTIONS = {"xla_cpu_prefer_vector_width": 512}
 # On TPU v5e and v6e `ragged_dot` would else multiply every row with every expert.
 EXPERTS_COMPILER_OPTIONS = {"xla_tpu_enable_ragged_dot_kernel": True}
+# On GPUs each layer would else wait for its weights before its first product, and for its gradients after the last.
+GPU_COMPILER_OPTIONS: dict[str, Any] = dict.fromkeys(
+    ("xla_gpu_pipeline_all_gather", "xla_gpu_pipeline_reduce_scatter", "xla_gpu_pipeline_all_reduce"),
+    "COLLECTIVE_PIPELINING_MODE_ON",
+)
 
 
 def compiler_options(config: ModelConfig, platform: str) -> dict[str, Any] | None:
     """Return the options that the train step of this model is compiled with; None for XLA's defaults."""
+    if platform == "gpu":
+        return GPU_COMPILER_OPTIONS if _has_options(*GPU_COMPILER_OPTIONS.items()) else None
     experts = any(isinstance(piece, Experts) for _, piece in config.layer_pieces())
     return {"cpu": CPU_COMPILER_OPTIONS, "tpu": EXPERTS_COMPILER_OPTIONS if experts else None}.get(platform)
+
+
+@functools.cache
+def _has_options(*options: tuple[str, Any]) -> bool:
+    """Return whether the XLA of this JAX knows these options; those of GPUs have other names in some versions."""
+    try:
+        jax.jit(lambda: 0).lower().compile(compiler_options=dict(options))
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        return False
+    return True
 
 
 @functools.partial(

@@ -251,7 +251,8 @@ def test_a_tokenizer_is_trained_once_for_the_same_texts(
 
     monkeypatch.setattr(preparing, "train_tokenizer", train_tokenizer)
     variants = {"base": {}, "packed": {"data.packing": "best_fit"}, "left out": {"data.exclude": "00.txt"}}
-    llama_jax.ablate(sweep_base, variants, seeds=1, steps=1, run_dir=tmp_path / "s", quiet=True)
+    base = override(sweep_base, {"data.cache_dir": str(tmp_path / "cache")})
+    llama_jax.ablate(base, variants, seeds=1, steps=1, run_dir=tmp_path / "s", quiet=True)
     assert len(trained) == 2
 
 

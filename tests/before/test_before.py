@@ -33,7 +33,7 @@ def expected(before: Path) -> dict[str, Any]:
     return json.loads((before / "expected.json").read_text())
 
 
-@pytest.fixture(params=RUNS)
+@pytest.fixture
 def stopped(request: pytest.FixtureRequest, before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a run that stopped after 4 of its 6 steps; the folder that it was started in is the current one."""
     shutil.copytree(before / request.param, tmp_path / request.param)
@@ -41,12 +41,17 @@ def stopped(request: pytest.FixtureRequest, before: Path, tmp_path: Path, monkey
     return request.param
 
 
-def test_a_run_is_read_and_continued(stopped: str, expected: dict[str, Any]):
-    run = llama_jax.open_run("run")
-    assert read_stopped(run, STOPPED) == expected[stopped]["stopped"]
+@pytest.mark.parametrize("stopped", RUNS, indirect=True)
+def test_a_run_is_read(stopped: str, expected: dict[str, Any]):
+    assert read_stopped(llama_jax.open_run("run"), STOPPED) == expected[stopped]["stopped"]
 
+
+@pytest.mark.parametrize(
+    "stopped", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in RUNS[1:])], indirect=True
+)
+def test_a_run_is_continued(stopped: str, expected: dict[str, Any]):
     quick = {"compute.preflight": False, "logging.sample_prompts": ()}
-    run = llama_jax.train(llama_jax.override(run.config, quick), "run")
+    run = llama_jax.train(llama_jax.override(llama_jax.open_run("run").config, quick), "run")
     final = run.load(step=LAST).model.params()
     # The balance loss of the experts has counted other tokens since, those of DeepSeek-V3's equation 18.
     close, close_lines = (1e-3, 1e-3) if stopped == "experts" else (1e-4, 1e-5)

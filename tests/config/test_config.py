@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import types
@@ -352,6 +353,17 @@ def test_configs_are_found_beside_the_package_and_inside(configs: Path):
     assert find_config(configs / "llama_jax" / "_configs" / "tiny_two.py").name == "tiny_two.py"
 
 
+def test_a_config_is_read_from_its_text(configs: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nothing is left beside it, and a text of the same size in the same second is not taken for the one before."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file = configs / "mine.py"
+    for value in (1, 2):
+        file.write_text(f"def get_config():\n    return {value}\n")
+        os.utime(file, (1, 1))
+        assert load_config_module(file).get_config() == value
+    assert not list(configs.rglob("__pycache__"))
+
+
 def test_a_config_that_is_not_there(configs: Path):
     with pytest.raises(UserError, match="there is no config 'tinyone': did you mean 'tiny_one'"):
         find_config("tinyone")
@@ -364,16 +376,17 @@ def test_a_config_that_is_not_there(configs: Path):
         load_config_module(configs / "empty.py")
 
 
-@pytest.mark.parametrize("module", ["llama_jax.run_config", "llama_jax.data.config"])
-def test_choices_are_complete_although_imports_are_lazy(module: str):
-    """In a process that has imported one module, as in one that has imported all."""
-    code = f"""
-import importlib, pkgutil, {module}, llama_jax
+def test_choices_are_complete_although_imports_are_lazy():
+    """In a process that has imported one module, and another that imports it, as in one that has imported all."""
+    code = """
+import importlib, pkgutil, llama_jax.data.config, llama_jax
 from llama_jax.config import Component, choices
-found = {{base: choices(base) for base in Component.__subclasses__()}}
+found = [(base, choices(base)) for base in Component.__subclasses__()]
+import llama_jax.run_config
+found += [(base, choices(base)) for base in Component.__subclasses__()]
 for other in pkgutil.walk_packages(llama_jax.__path__, "llama_jax."):
     importlib.import_module(other.name)
-assert found and all(choices(base) == names for base, names in found.items())
+assert found and all(choices(base) == names for base, names in found)
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stderr) == (0, "")

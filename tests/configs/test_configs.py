@@ -23,7 +23,10 @@ PRETRAINING = dict.fromkeys(
 )
 # Their layers are those of other configs, of which the train step is built quickly.
 ALIKE = (
+    "chatglm2_6b",
+    "gpt3_125m",
     "llama1_7b",
+    "llama2_70b",
     "llama2_7b",
     "llama3_2_1b",
     "llama3_2_1b_chat",
@@ -32,8 +35,13 @@ ALIKE = (
     "llama3_8b",
     "llama3_405b",
     "mixtures/llama1",
+    "olmo2_1b",
+    "pythia_160m",
+    "qwen3_0_6b",
     "smollm2_135m",
+    "t5_small",
     "tiny_gru",
+    "tiny_python",
     "tiny_rnn",
     "tiny_shakespeare",
 )

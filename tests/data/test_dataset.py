@@ -115,7 +115,7 @@ def test_any_restart_on_any_number_of_processes_continues(folder, tokenizer, obj
     expected = [hash_of([whole.batch(step)]) for step in range(24)]
     assert len(set(expected)) == 24
     rng = np.random.default_rng(7)
-    for num_processes in (1, 2, 8):
+    for num_processes in (1, 4):
         start = int(rng.integers(0, 16))
         parts = [
             # Opened anew, as another process would.

@@ -181,6 +181,7 @@ def test_a_signal_to_one_stops_all_at_the_same_step(config: RunConfig, tmp_path:
     assert outs[1] == ""
 
 
+@pytest.mark.slow
 def test_a_mistake_is_told_once(config: RunConfig, tmp_path: Path):
     both = Processes(2, 1, tmp_path, config, model__attention__num_kv_heads=3)
     codes, outs, errors = both.end()

@@ -58,6 +58,7 @@ def test_own_attention_decodes_with_its_cache(own_config: DecoderConfig):
         assert len(set(row[length : length + 6])) > 1
 
 
+@pytest.mark.slow
 def test_own_attention_trains_alike_on_a_mesh(own_config: DecoderConfig):
     tokens = np.random.default_rng(0).integers(0, own_config.vocab_size, (8, 17)).astype(np.int32)
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((8, 16), np.float32)}

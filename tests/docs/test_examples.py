@@ -33,6 +33,7 @@ def test_short(example: Path):
     assert sum(line.strip() != "" for line in example.read_text("utf-8").splitlines()) < MAX_LINES
 
 
+@pytest.mark.slow
 def test_train_on_own_text(tiny: tuple[str, ...], capsys: pytest.CaptureFixture[str]):
     main_of("train_on_own_text")(*tiny)
     printed = capsys.readouterr().out
@@ -40,6 +41,7 @@ def test_train_on_own_text(tiny: tuple[str, ...], capsys: pytest.CaptureFixture[
     assert printed.splitlines()[-1].startswith("The ")
 
 
+@pytest.mark.slow
 def test_own_attention(tiny: tuple[str, ...], capsys: pytest.CaptureFixture[str]):
     main_of("own_attention")(*tiny)
     assert "loss [" in capsys.readouterr().out.splitlines()[-1]

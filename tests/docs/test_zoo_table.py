@@ -1,5 +1,6 @@
 """docs/zoo.md and the README's list of families are what `docs/zoo_table.py` writes."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -19,7 +20,7 @@ OPTIONS = {"MaskedLM": {"next_sentence": False}}
 @pytest.mark.parametrize(
     ("text", "part", "wanted"),
     [
-        (PAGE, "families", lambda: zoo_table.families_table(MEASURED)),
+        pytest.param(PAGE, "families", lambda: zoo_table.families_table(MEASURED), marks=pytest.mark.slow),
         (PAGE, "pieces", zoo_table.pieces_table),
         (README, "families", zoo_table.families_list),
     ],
@@ -28,6 +29,15 @@ OPTIONS = {"MaskedLM": {"next_sentence": False}}
 def test_tables_are_the_package_s(text: str, part: str, wanted: Callable[[], str]):
     """All but errors, which the parity tests bound, and speeds: measuring takes as long as those."""
     assert zoo_table.written(text, part) == wanted(), "run: python docs/zoo_table.py"
+
+
+def test_the_table_but_for_numbers_of_parameters(monkeypatch: pytest.MonkeyPatch):
+    """Which each family's tests compare with the published ones."""
+    counts = dict(re.findall(r"`(\w+)` ([\d,]+)", zoo_table.written(PAGE, "families")))
+    names = {config: name for name, config in llama_jax.presets().items()}
+    counted = lambda config: int(counts[names[config]].replace(",", ""))  # noqa: E731
+    monkeypatch.setattr(llama_jax, "num_parameters", counted)
+    assert zoo_table.written(PAGE, "families") == zoo_table.families_table(MEASURED), "run: python docs/zoo_table.py"
 
 
 def test_every_family_with_goldens_has_a_small_error():

@@ -15,8 +15,9 @@ def lm(finished_run: Run) -> LanguageModel:
 
 
 def logprobs_of(lm: LanguageModel, ids: list[int]) -> np.ndarray:
-    """Those of all ids but the first, by one forward pass."""
-    logits = np.asarray(lm.model(np.array([ids[:-1]]))[0], np.float64)
+    """Those of all ids but the first, by one forward pass; one program serves texts of all lengths."""
+    padded = np.array([[*ids[:-1], *[0] * (16 - len(ids))]])
+    logits = np.asarray(lm.model(padded)[0], np.float64)[: len(ids) - 1]
     return (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[np.arange(len(ids) - 1), ids[1:]]
 
 

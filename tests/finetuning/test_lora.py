@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
-from first_values import first_values
 
 import llama_jax
 from llama_jax.config import UserError
@@ -17,7 +16,6 @@ from llama_jax.models import (
     abstract_params,
     from_params,
     frozen,
-    init_params,
     initialize,
     merge_adapters,
     num_parameters,
@@ -30,11 +28,12 @@ from llama_jax.zoo.t5 import t5
 
 GOLDENS = Path(__file__).parent / "goldens"
 TOKENS = ((np.arange(24).reshape(2, 12) * 7 + 3) % 64).astype(np.int32)
+COMPUTE = llama_jax.models.Compute(dtype="float32")
 EVERY = LoRA(rank=3, alpha=6.0, targets=("all-linear",))
 
 
 def tiny(**changes):
-    return dataclasses.replace(tiny_run.get_config().model, num_layers=2, **changes)
+    return dataclasses.replace(tiny_run.get_config().model, **changes)
 
 
 LATENT = LatentAttention(
@@ -49,15 +48,21 @@ LATENT = LatentAttention(
 )
 
 
-def with_random_adapters(config, params):
-    """The parameters with adapters that are not zero."""
-    keys = jax.random.split(jax.random.key(1), len(params))
-    return {
-        name: value + 0.1 * jax.random.normal(key, value.shape) if name.endswith(ADAPTERS) else value
-        for key, (name, value) in zip(keys, sorted(params.items()), strict=True)
-    }
+def random_values(config, *, adapters=True):
+    """Parameters by name, made on the host: to compile `initialize` takes seconds. `adapters` or zero ones."""
+    rng, values = np.random.default_rng(1), {}
+    for name, a in abstract_params(config).items():
+        value = 0.1 * rng.normal(size=a.shape).astype(np.float32)
+        zero = name.endswith("lora_b") and not adapters
+        values[name] = np.zeros_like(value) if zero else 1 + value if "norm" in name else value
+    return values
 
 
+def model_of(config, values):
+    return from_params(config, {name: jnp.asarray(value) for name, value in values.items()}, COMPUTE)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])
 def test_zero_adapters_are_the_base_bit_for_bit(family: str):
     base = llama_jax.load(GOLDENS / family / "base", dtype="float32")
@@ -69,7 +74,7 @@ def test_zero_adapters_are_the_base_bit_for_bit(family: str):
 
 def test_first_values_of_a_model_with_adapters_are_those_without():
     config = tiny()
-    plain, adapted = (init_params(c, 0) for c in (config, dataclasses.replace(config, adapters=EVERY)))
+    plain, adapted = (initialize(c, 0) for c in (config, dataclasses.replace(config, adapters=EVERY)))
     assert set(plain) == frozen(dataclasses.replace(config, adapters=EVERY)) < set(adapted)
     for name, value in plain.items():
         np.testing.assert_array_equal(value, adapted[name])
@@ -80,23 +85,26 @@ def test_first_values_of_a_model_with_adapters_are_those_without():
 
 
 @pytest.mark.parametrize("mixer", ["grouped", pytest.param("latent", marks=pytest.mark.slow)])
-def test_merged_is_unmerged(mixer: str):
-    config = tiny(adapters=EVERY, **({"attention": LATENT} if mixer == "latent" else {}))
-    params = with_random_adapters(config, initialize(config, 0))
-    lm = llama_jax.LanguageModel(config, from_params(config, params, llama_jax.models.Compute()), None)
+def test_merged_is_unmerged_and_zero_adapters_are_the_base(mixer: str):
+    config = tiny(num_layers=2, adapters=EVERY, **({"attention": LATENT} if mixer == "latent" else {}))
+    values = random_values(config)
+    lm = llama_jax.LanguageModel(config, model_of(config, values), None)
     merged = llama_jax.merge(lm)
     assert merged.config == dataclasses.replace(config, adapters=None)
-    np.testing.assert_allclose(merged.model(TOKENS), lm.model(TOKENS), atol=1e-5)
-    base = from_params(merged.config, {n: params[n] for n in merged.model.params()}, llama_jax.models.Compute())
-    assert np.abs(base(TOKENS) - lm.model(TOKENS)).max() > 0.1
-    # With a cache, too, where latent attention multiplies with its projections in another order.
-    prompts = TOKENS[:, :5].tolist()
-    found = [llama_jax.generate(m, prompts, max_new_tokens=6, temperature=0) for m in (lm, merged)]
-    np.testing.assert_array_equal(*found)
+    logits = np.asarray(lm.model(TOKENS))
+    np.testing.assert_allclose(merged.model(TOKENS), logits, atol=1e-5)
+    base = np.asarray(model_of(merged.config, {n: values[n] for n in merged.model.params()})(TOKENS))
+    assert np.abs(base - logits).max() > 0.1
+    np.testing.assert_array_equal(model_of(config, random_values(config, adapters=False))(TOKENS), base)
+    if mixer == "latent":  # which multiplies with its projections in another order where it has a cache
+        prompts = TOKENS[:, :5].tolist()
+        found = [llama_jax.generate(m, prompts, max_new_tokens=6, temperature=0) for m in (lm, merged)]
+        np.testing.assert_array_equal(*found)
 
 
-def test_adapters_of_an_encoder_decoder(tmp_path: Path):
-    """Of both stacks and of the attention to the source: zero at first, merged as any other, read again as PEFT's."""
+@pytest.fixture(scope="module")
+def encoder_decoder():
+    """A model with adapters, its inputs and its logits; the base, whose logits are those with zero adapters."""
     base = t5(
         vocab_size=64,
         hidden_size=16,
@@ -109,24 +117,29 @@ def test_adapters_of_an_encoder_decoder(tmp_path: Path):
         version_1_0=True,
     )
     config = dataclasses.replace(base, adapters=EVERY)
-    params, first = initialize(base, 0), initialize(config, 0)
-    inputs = {"source": TOKENS, "target": TOKENS[:, :6]}
-    compute = llama_jax.models.Compute(dtype="float32")
-    np.testing.assert_array_equal(
-        from_params(config, first, compute)(**inputs), from_params(base, params, compute)(**inputs)
-    )
-    adapted = with_random_adapters(config, first)
+    inputs, values = {"source": TOKENS, "target": TOKENS[:, :6]}, random_values(config)
+    plain = model_of(base, {name: values[name] for name in abstract_params(base)})
+    lm = llama_jax.LanguageModel(config, model_of(config, values), None, "t5")
+    return lm, inputs, np.asarray(lm.model(**inputs)), dataclasses.replace(lm, config=base, model=plain)
+
+
+def test_adapters_of_an_encoder_decoder(encoder_decoder):
+    """Of both stacks and of the attention to the source: zero ones are the base, others are merged as any other's."""
+    lm, inputs, logits, base = encoder_decoder
     for part in ("encoder_layers.attention.q_proj", "layers.cross_attention.k_proj", "layers.feed_forward.down_proj"):
-        assert part + ADAPTERS[0] in adapted
-    lm = llama_jax.LanguageModel(config, from_params(config, adapted, compute), None, "t5")
-    expected = np.asarray(lm.model(**inputs))
-    assert np.abs(expected - from_params(base, params, compute)(**inputs)).max() > 0.01
-    np.testing.assert_allclose(llama_jax.merge(lm).model(**inputs), expected, atol=1e-5)
-    llama_jax.save(
-        dataclasses.replace(lm, config=base, model=from_params(base, params, compute)), tmp_path / "b", format="hf"
-    )
+        assert part + ADAPTERS[0] in lm.model.params()
+    expected = np.asarray(base.model(**inputs))
+    np.testing.assert_array_equal(model_of(lm.config, random_values(lm.config, adapters=False))(**inputs), expected)
+    assert np.abs(logits - expected).max() > 0.01
+    np.testing.assert_allclose(llama_jax.merge(lm).model(**inputs), logits, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_adapters_of_an_encoder_decoder_are_read_again_as_those_of_peft(encoder_decoder, tmp_path: Path):
+    lm, inputs, logits, base = encoder_decoder
+    llama_jax.save(base, tmp_path / "b", format="hf")
     llama_jax.save_adapters(lm, tmp_path / "a", base=tmp_path / "b")
-    np.testing.assert_allclose(llama_jax.load(tmp_path / "a", dtype="float32").model(**inputs), expected, atol=1e-5)
+    np.testing.assert_allclose(llama_jax.load(tmp_path / "a", dtype="float32").model(**inputs), logits, atol=1e-5)
 
 
 def test_scale():
@@ -168,21 +181,26 @@ def batch_of(rows: int) -> dict[str, jax.Array]:
 def test_a_step_makes_gradients_and_moments_for_adapters_alone():
     run = tiny_run.get_config()
     config = tiny(adapters=EVERY)
-    params = initialize(config, 0)
+    before = random_values(config, adapters=False)
+    params = {name: jnp.array(value) for name, value in before.items()}
     hyper = dataclasses.replace(run.optimizer, weight_decay=0.0).hyper(10)
-    state = init_state(params, hyper, frozen(config))
+    begin = jax.jit(init_state, static_argnums=2)
+    state = begin(params, hyper, frozen(config))
     assert set(state.params) == {name for name in params if name.endswith(ADAPTERS)}
     moments = sum(x.size for x in jax.tree.leaves(state.opt_state))
     assert moments < 2 * num_parameters(config, trained=True) + 10
-    memory = {}
-    for name, own, names in (("lora", config, frozen(config)), ("all", tiny(), frozenset())):
-        first = init_state(initialize(own, 0), hyper, names)
-        lowered = make_train_step(own, run.compute).lower(first, batch_of(2), hyper)
-        memory[name] = lowered.compile().memory_analysis()
+    base = {name: params[name] for name in frozen(config)}
+    compiled = {
+        name: make_train_step(own, run.compute).lower(first, batch_of(2), hyper).compile()
+        for name, own, first in (
+            ("lora", config, state),
+            ("all", tiny(), jax.eval_shape(lambda: begin(base, hyper, frozenset()))),
+        )
+    }
+    memory = {name: program.memory_analysis() for name, program in compiled.items()}
     assert memory["lora"].argument_size_in_bytes < 0.6 * memory["all"].argument_size_in_bytes
     assert memory["lora"].temp_size_in_bytes < memory["all"].temp_size_in_bytes
-    before = {name: np.asarray(value) for name, value in params.items()}
-    after, _ = make_train_step(config, run.compute)(state, batch_of(2), hyper)
+    after, _ = compiled["lora"](state, batch_of(2), hyper)
     for name, value in (after.params | after.buffers).items():
         # At the first step A's gradient is zero, since B is.
         assert np.array_equal(value, before[name]) != name.endswith("lora_b"), name
@@ -191,10 +209,11 @@ def test_a_step_makes_gradients_and_moments_for_adapters_alone():
 def test_dropout_is_on_the_inputs_of_adapters_and_only_in_training():
     config = tiny(adapters=dataclasses.replace(EVERY, dropout=0.5))
     assert config.needs_rng
-    params = with_random_adapters(config, initialize(config, 0))
+    params = random_values(config)
 
+    @jax.jit
     def loss(key, params):
-        return float(losses(params, batch_of(2), config, tiny_run.get_config().compute, key=key)[0][0][2])
+        return losses(params, batch_of(2), config, tiny_run.get_config().compute, key=key)[0][0][2]
 
     quiet = {name: value * (not name.endswith("lora_b")) for name, value in params.items()}
     first, second = jax.random.key(0), jax.random.key(1)
@@ -211,16 +230,16 @@ def test_adapters_are_split_as_their_weights():
             weight, a, b = (params[f"layers.{name}.{end}"].sharding.spec for end in ("weight", "lora_a", "lora_b"))
             inputs = len(a) - 2
             assert tuple(weight) == (*a[: inputs + 1], *b[2:])
-        values = with_random_adapters(config, first_values(config))
-        merged = merge_adapters(config, values)[1]
+        host = random_values(config)
+        values = {name: jax.device_put(value, params[name].sharding) for name, value in host.items()}
+        merged = jax.jit(lambda values: merge_adapters(config, values)[1])(values)
         assert (
             merged["layers.attention.q_proj.weight"].sharding.spec
             == params["layers.attention.q_proj.weight"].sharding.spec
         )
-        model = from_params(config, values, llama_jax.models.Compute(), jax.sharding.get_mesh())
+        model = from_params(config, values, COMPUTE, jax.sharding.get_mesh())
         split = np.asarray(model(np.tile(TOKENS, (2, 1))))[:2]
-    alone = from_params(config, {n: jnp.asarray(np.asarray(v)) for n, v in values.items()}, llama_jax.models.Compute())
-    np.testing.assert_allclose(split, alone(TOKENS), atol=1e-5)
+    np.testing.assert_allclose(split, model_of(config, host)(TOKENS), atol=1e-5)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ import llama_jax
 from llama_jax.__main__ import main
 from llama_jax.checkpoint.formats import read_safetensors, write_safetensors
 from llama_jax.config import UserError
-from llama_jax.models import ADAPTERS, Compute, from_params, initialize
+from llama_jax.models import ADAPTERS, Compute, abstract_params, from_params
 from llama_jax.nn import LoRA
 from llama_jax.tokenizers import load_tokenizer, train_tokenizer
 
@@ -32,10 +32,10 @@ def adapted(family: str, adapters: LoRA) -> llama_jax.LanguageModel:
     """The family's base with random adapters."""
     base = llama_jax.load(GOLDENS / family / "base", dtype="float32")
     config = dataclasses.replace(base.config, adapters=adapters)
-    params = initialize(config, 0) | base.model.params()
-    for i, name in enumerate(sorted(params)):
+    params, rng = base.model.params(), np.random.default_rng(0)
+    for name, a in abstract_params(config).items():
         if name.endswith(ADAPTERS):
-            params[name] += 0.1 * jax.random.normal(jax.random.key(i), params[name].shape)
+            params[name] = jnp.asarray(0.2 * rng.normal(size=a.shape), jnp.float32)
     return dataclasses.replace(base, config=config, model=from_params(config, params, Compute(dtype="float32")))
 
 

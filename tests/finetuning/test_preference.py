@@ -1,6 +1,7 @@
 """Direct preference optimization: the loss of TRL, the same on every mesh and in micro-batches; texts and chats."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -40,15 +41,18 @@ def batch_of(rows: list[list[dict[str, list[int]]]], length: int = 24) -> dict[s
     return {name: jnp.stack([jnp.asarray(row[name]) for row in packed]) for name in packed[0]}
 
 
-def policy_and_reference():
+@functools.cache
+def golden():
+    """Config and, on the host, the state before the first step."""
     policy, base = (llama_jax.load(GOLDENS / "llama" / name, dtype="float32") for name in ("adapter", "base"))
-    return policy.config, policy.model.params(), base.model.params()
+    begin = jax.jit(init_state, static_argnums=2, static_argnames="reference")
+    state = begin(base.model.params(), HYPER, frozen(policy.config), reference=True)
+    return policy.config, jax.tree.map(np.asarray, dataclasses.replace(state, params=policy.model.params()))
 
 
 def golden_state():
-    config, policy, base = policy_and_reference()
-    state = init_state(base, HYPER, frozen(config), reference=True)
-    return config, dataclasses.replace(state, params=policy)
+    config, state = golden()
+    return config, jax.tree.map(jnp.array, state)  # copies, for the step takes them over
 
 
 def step_of(config, **options):
@@ -75,9 +79,8 @@ def test_the_gradient_is_that_of_trl():
     config, state = golden_state()
     batch = batch_of([GOLDEN["pairs"]])
     options = {"buffers": state.buffers, "hyper": HYPER, "config": config, "preference": OBJECTIVE}
-    grads, _ = jax.grad(_loss, has_aux=True)(
-        state.params, batch, None, None, compute=Compute(dtype="float32"), **options
-    )
+    loss = functools.partial(_loss, compute=Compute(dtype="float32"), **options)
+    grads, _ = jax.jit(lambda params: jax.grad(loss, has_aux=True)(params, batch, None, None))(state.params)
     norm = float(jnp.linalg.norm(grads["layers.attention.q_proj.weight"][0].ravel()))
     assert norm == pytest.approx(GOLDEN["q_proj_gradient_norm"], rel=1e-4)
 
@@ -108,7 +111,7 @@ def test_the_step_is_the_same_however_pairs_lie(one_step, kind: str):
         batch = {name: shard(jnp.asarray(np.asarray(x)), "batch", "sequence") for name, x in batch.items()}
         shardings = {name: a.sharding for name, a in abstract_params(config).items()}
         put = lambda name, x: jax.device_put(np.asarray(x), shardings[name.removeprefix("reference.")])  # noqa: E731
-        first = init_state({n: put(n, x) for n, x in state.params.items()}, HYPER, reference=False)
+        first = jax.jit(init_state)({n: put(n, x) for n, x in state.params.items()}, HYPER)
         state = dataclasses.replace(first, buffers={n: put(n, x) for n, x in state.buffers.items()})
         after, found = step_of(config, accumulation_steps=steps)(state, batch, HYPER)
     for name in ("loss", *GOLDEN["metrics"]):

@@ -15,7 +15,10 @@ GOLDENS = Path(__file__).parent.parent / "parity" / "goldens"
 TOKENS = np.random.default_rng(0).integers(0, 40, (2, 12))
 
 
-@pytest.mark.parametrize("mesh", [None, {"fsdp": 2, "tensor": 4}], ids=["one device", "mesh"])
+@pytest.mark.parametrize(
+    "mesh",
+    [pytest.param(None, id="one device"), pytest.param({"fsdp": 2, "tensor": 4}, id="mesh", marks=pytest.mark.slow)],
+)
 def test_last_row_is_the_models_own(mesh: Any, two_layers: DecoderConfig, random_params: Any):
     jax_mesh = mesh and llama_jax.parallel.make_mesh(mesh)
     model = from_params(two_layers, random_params(two_layers), Compute(dtype="float32"), jax_mesh)

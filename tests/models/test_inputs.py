@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from llama_jax.config import UserError
-from llama_jax.models import Compute, DecoderConfig, EncoderConfig, EncoderDecoderConfig, Model, build, from_params
+from llama_jax.models import Compute, DecoderConfig, EncoderConfig, EncoderDecoderConfig, Model, from_params
 from llama_jax.nn import MLP, CrossAttention, GroupedQuery, LayerNorm, LearnedPositions
 
 OK = np.array([[3, 5, 7], [1, 0, 2]])
@@ -32,8 +33,8 @@ CONFIGS = {
 
 
 @pytest.fixture(scope="module")
-def models() -> dict[str, Model]:
-    return {name: build(config) for name, config in CONFIGS.items()}
+def models(random_params: Callable) -> dict[str, Model]:
+    return {name: from_params(config, random_params(config), Compute()) for name, config in CONFIGS.items()}
 
 
 MISTAKES: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
@@ -106,8 +107,9 @@ def test_traced_arrays_are_checked_by_their_shapes(models: dict[str, Model]):
             jax.jit(lambda x: model.module(x))(jnp.asarray(LONG))
 
 
-def test_positions_of_a_formula_go_on(tiny_config: DecoderConfig):
-    model = build(dataclasses.replace(tiny_config, max_positions=8))
+def test_positions_of_a_formula_go_on(tiny_config: DecoderConfig, random_params: Callable):
+    config = dataclasses.replace(tiny_config, max_positions=8)
+    model = from_params(config, random_params(config), Compute())
     assert np.isfinite(model(np.zeros((1, 12), int))).all()
 
 

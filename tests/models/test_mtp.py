@@ -209,18 +209,20 @@ def test_any_norm_will_do(config, random_params):
     assert jnp.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("length", [1, 2])
 def test_rows_shorter_than_what_is_predicted(config, random_params, length: int):
     """There is nothing further to say, and no gradient of it."""
     params = random_params(config)
     batch = {name: x[:, :length] for name, x in batch_of(config.vocab_size).items()}
     batch["weights"] = jnp.ones((ROWS, length))
 
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
     def further(params):
         (_, *rest), _ = losses(params, batch, config, COMPUTE)
         return sum(loss for _, loss, _ in rest), [p.weights for p, *_ in rest]
 
-    (loss, weights), gradient = jax.value_and_grad(further, has_aux=True)(params)
+    (loss, weights), gradient = further(params)
     assert [float(w.sum()) for w in weights] == [ROWS * max(0, length - depth) for depth in (1, 2)]
     assert (float(loss) > 0) == (length > 1)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))

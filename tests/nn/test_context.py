@@ -39,7 +39,9 @@ def results(kernel: str, method: str, q, k, v, direction, mask: Mask):
     return attention_and_gradients(q, k, v, direction, ctx, scale=SCALE)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    "mask", [pytest.param(m, marks=pytest.mark.slow if m in ("causal", "window") else ()) for m in MASKS]
+)
 @pytest.mark.parametrize(
     ("mesh", "method"),
     [

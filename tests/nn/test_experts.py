@@ -57,9 +57,9 @@ def routing(config: Experts, x):
 
 
 def expert(config: Experts, params, i, x: np.ndarray) -> np.ndarray:
-    """One expert of one token."""
+    """One expert of one token, in float64."""
     parts = {name: p for name, p in params["experts"].items() if p}
-    w = {name: np.asarray(p["weight"][...])[i] for name, p in parts.items()}
+    w = {name: np.asarray(p["weight"][...], np.float64)[i] for name, p in parts.items()}
     b = {name: np.asarray(p["bias"][...])[i] if config.bias else 0.0 for name, p in parts.items()}
     act = {"relu": lambda a: np.maximum(a, 0), "silu": lambda a: a / (1 + np.exp(-a))}
     act["gelu_tanh"] = lambda a: 0.5 * a * (1 + np.tanh((2 / np.pi) ** 0.5 * (a + 0.044715 * a**3)))
@@ -87,6 +87,11 @@ def plain(config: Experts, x, limits=None) -> tuple[np.ndarray, np.ndarray]:
     return y, kept
 
 
+def assert_close(found, expected) -> None:
+    """Within float32's rounding of the largest value: what is summed is as large where its sum is small."""
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
 def by(config: Experts, how: str) -> Experts:
     return dataclasses.replace(config, dispatch=how)
 
@@ -99,7 +104,7 @@ def test_output_is_the_sum_over_the_kept_choices(config: Experts, how: str):
     limits = {SWITCH: [3] * ROWS, GSHARD: [8] * ROWS}.get(config)
     expected, kept = plain(config, x, limits)
     y, aux = call(by(config, how), x)
-    np.testing.assert_allclose(y, expected, atol=2e-5)
+    assert_close(y, expected)
     np.testing.assert_allclose(aux["dropped_share"], 1 - kept.mean(), atol=1e-6)
     if limits is not None:
         assert 0.05 < 1 - kept.mean() < 0.6
@@ -132,7 +137,7 @@ def test_a_gated_expert_for_all_tokens():
     assert (w["up_proj"].shape, g.shape) == ((WIDTH, 7), (WIDTH, 1))
     gate = x @ w["gate_proj"]
     shared = (gate / (1 + np.exp(-gate)) * (x @ w["up_proj"])) @ w["down_proj"] / (1 + np.exp(-(x @ g)))
-    np.testing.assert_allclose(call(QWEN2, x)[0], plain(QWEN2, x)[0] + shared, atol=2e-5)
+    assert_close(call(QWEN2, x)[0], plain(QWEN2, x)[0] + shared)
 
 
 @pytest.mark.parametrize("config", [MIXTRAL, SWITCH], ids=["mixtral", "switch"])
@@ -164,7 +169,7 @@ def test_sorted_rows_of_any_block(block: int, monkeypatch):
     monkeypatch.setitem(groups.BLOCKS, "cpu", block)
     config = dataclasses.replace(MIXTRAL, intermediate_size=9 + block, dispatch="dropless")
     x = jnp.concatenate([inputs(), jnp.repeat(inputs()[:, :1], 30, axis=1)], 1)  # one expert gets most
-    np.testing.assert_allclose(call(config, x)[0], plain(config, x)[0], atol=2e-5)
+    assert_close(call(config, x)[0], plain(config, x)[0])
 
 
 def test_ragged_dot_is_the_same(monkeypatch):
@@ -247,7 +252,7 @@ def test_a_lone_token_is_never_dropped(config: Experts):
     tight = dataclasses.replace(config, capacity=None, capacity_factor=0.01)
     y, aux = call(tight, x, query_places=jnp.arange(5)[:, None])
     assert float(aux["dropped_share"]) == 0
-    np.testing.assert_allclose(y, plain(tight, x)[0], atol=1e-5)
+    assert_close(y, plain(tight, x)[0])
 
 
 def test_permuted_experts_change_nothing():

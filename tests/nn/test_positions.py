@@ -24,6 +24,7 @@ from llama_jax.nn import (
     RopeScaling,
     SinusoidalPositions,
     YarnScaling,
+    rope as implementation,
 )
 from llama_jax.parallel import make_mesh, shard
 
@@ -68,6 +69,37 @@ def test_a_part_of_a_head_turns_as_a_small_head_and_the_rest_stays():
     np.testing.assert_array_equal(
         rotated(Rope(THETA, None, HEAD_DIM), x, positions), rotated(Rope(THETA, None), x, positions)
     )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        Rope(THETA, None),
+        Rope(THETA, LinearScaling(factor=2.0), rotary_dim=6),
+        Rope(THETA, YarnScaling(4.0, 64, 32, 1, 1, 0)),
+    ],
+    ids=["whole", "part", "magnitude"],
+)
+def test_the_form_for_tpus_is_the_same_turn(rope: Rope, dtype, monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(0)
+    x, d_y = (jnp.asarray(rng.normal(size=(2, 5, 3, HEAD_DIM)), dtype) for _ in range(2))
+    positions = jnp.asarray(rng.integers(0, 100, (2, 5)))
+
+    def both() -> tuple[jax.Array, ...]:
+        y, pull = jax.vjp(lambda x: rope.rotate(x, positions), x)
+        return y, *pull(d_y)
+
+    wanted = both()
+    monkeypatch.setattr(implementation, "platform", lambda: "tpu")
+    for ours, theirs in zip(both(), wanted, strict=True):
+        assert ours.dtype == dtype
+        # A step of the dtype: the sum of two products may be rounded once more.
+        np.testing.assert_allclose(
+            *(np.asarray(a, np.float32) for a in (ours, theirs)),
+            rtol=1e-6,
+            atol=3e-7 if dtype == jnp.float32 else 2**-7,
+        )
 
 
 def test_learned_positions_are_rows_of_the_table_after_its_offset():

@@ -75,13 +75,17 @@ def results(name: str, q, k, v, direction, mask: Mask):
     return out, *pull(direction)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def whole_and_block(queries: int, mask: Mask, query: int, key: int) -> tuple[jax.Array, jax.Array]:
+    return mask.allowed(0, queries, 0, LENGTH), mask.allowed(query, 5, key, 20)
+
+
 @pytest.mark.parametrize("case", MASKS)
 def test_who_sees_whom(case: str):
     mask = MASKS[case]
     expected = allowed_by(mask)
-    found = mask.allowed(0, expected.shape[1], 0, LENGTH)
+    found, block = whole_and_block(expected.shape[1], mask, 7, 11)
     np.testing.assert_array_equal(np.broadcast_to(found, expected.shape), expected)
-    block = mask.allowed(jnp.int32(7), 5, jnp.int32(11), 20)
     np.testing.assert_array_equal(np.broadcast_to(block, (BATCH, 5, 20)), expected[:, 7:12, 11:31])
 
 

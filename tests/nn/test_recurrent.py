@@ -182,8 +182,12 @@ def test_an_encoder_does_not_see_padding():
         np.testing.assert_allclose(y[:length], in_numpy(config, weights, row[:length]), atol=2e-6)
 
 
-@pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "context": 2}])
-@pytest.mark.parametrize("name", MIXERS)
+MESH = {"data": 2, "fsdp": 2, "context": 2}
+# Of each kind of cache one on a mesh, too; the rest in the slow tier.
+ON_MESH = [pytest.param(name, MESH, marks=() if name in ("lstm", "mamba") else pytest.mark.slow) for name in MIXERS]
+
+
+@pytest.mark.parametrize(("name", "mesh"), [*((name, None) for name in MIXERS), *ON_MESH])
 def test_continued_with_the_cache_is_the_whole_text(name: str, mesh: dict[str, int] | None):
     """Rows of different lengths, padded, twice; then token by token."""
     config, weights, x = MIXERS[name], weights_of(MIXERS[name]), inputs()
@@ -236,13 +240,15 @@ def test_padding_teaches_nothing_whatever_it_is(name: str):
     segments = SEGMENTS.copy()
     segments[-1] = 0
 
-    def gradient(x: np.ndarray) -> Weights:
-        told = (segments > 0)[..., None]
-        loss = lambda weights: (run(config, weights, x, segment_ids=segments)[0] * told).sum()  # noqa: E731
-        return jax.grad(loss)(weights)
+    told = (segments > 0)[..., None]
 
-    expected = gradient(x)
-    found = gradient(np.where((segments > 0)[..., None], x, 1e30).astype(np.float32))
+    @jax.jit
+    @jax.grad
+    def gradient(weights: Weights, x: jax.Array) -> jax.Array:
+        return (run(config, weights, x, segment_ids=segments)[0] * told).sum()
+
+    expected = gradient(weights, x)
+    found = gradient(weights, np.where(told, x, 1e30).astype(np.float32))
     for key, value in expected.items():
         assert np.abs(value).max() > 0.01
         np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-5, err_msg=key)

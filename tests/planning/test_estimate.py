@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 from typing import Any
 
 import compiled_plans
@@ -18,7 +19,7 @@ from llama_jax.parallel import make_mesh, spec
 from llama_jax.planning import Plan, Topology, estimate, estimate_sampling
 from llama_jax.planning.communication import Traffic, traffic
 from llama_jax.planning.local import Local
-from llama_jax.planning.memory import argument_bytes, saved_bytes
+from llama_jax.planning.memory import argument_bytes, attention_kernel, saved_bytes
 from llama_jax.planning.search import REMAT_ORDER
 from llama_jax.run_config import RunConfig
 from llama_jax.training import init_state, train_flops_per_token
@@ -74,13 +75,35 @@ def test_argument_bytes_are_those_of_a_real_state(workload: RunConfig, name: str
 def test_memory_is_near_what_xla_says(command: str):
     plan = compiled_plans.plan(command).plan
     memory = compiled_plans.compiled_memory(command)
-    # The hyper-parameters, the step, Adam's count; the estimate has the last two. Those without recomputation were
-    # compiled last, with one hyper-parameter more.
-    numbers = 13 if "--compute.remat none" in command else 12
+    numbers = 13  # the hyper-parameters, the step, Adam's count; the estimate has the last two
     scalar = 4 if Topology.parse(plan.topology).chip.platform == "gpu" else 512
     assert memory.arguments - plan.argument_bytes == numbers * scalar - 2 * 4
     assert 0.95 * memory.total <= plan.total_bytes <= 1.15 * memory.total
     assert plan.fits
+
+
+@pytest.mark.parametrize("command", compiled_plans.PLANS)
+def test_bytes_on_the_wire_are_near_those_of_the_program(command: str):
+    config, topology = compiled_plans.of_command(command)
+    workload = local(config, topology.num_chips)
+    networks = topology.networks(workload.sizes)
+
+    def sent(one: Traffic) -> float:
+        network = networks[one.axis]
+        devices = network.inner * network.outer
+        hop = one.kind == "collective-permute"
+        return one.bytes if hop else one.rounds(network) * one.bytes * (devices - 1) / devices
+
+    found = sum(entry["bytes"] for entry in compiled_plans.COMPILED[command]["collectives"].values())
+    kernel = attention_kernel(workload, topology.chip.platform)
+    assert 0.93 * found <= sum(map(sent, traffic(workload, kernel))) <= 1.1 * found
+
+
+@pytest.mark.parametrize("command", [c for c in compiled_plans.PLANS if re.search("--topology [hb][12]00:4x8", c)])
+def test_gpus_send_gradients_beside_products(command: str):
+    """Without `GPU_COMPILER_OPTIONS` they send none of them so."""
+    sums = [sent for kind, sent in compiled_plans.COMPILED[command]["collectives"].items() if "reduce-scatter" in kind]
+    assert sum(sent["overlapped"] for sent in sums) > 0.8 * sum(sent["bytes"] for sent in sums)
 
 
 def test_pairs_cost_a_reference_and_its_forward_pass(llama: RunConfig):
@@ -110,6 +133,26 @@ def test_attention_without_a_kernel_waits_for_memory(llama: RunConfig):
     assert (blocks.seconds["HBM"] - kernel.seconds["HBM"]) * 2.765e12 == pytest.approx(scores * (2 * 12 + 14))
     assert kernel.bound == "matrix units"
     assert blocks.bound == "HBM"
+
+
+def test_on_a_context_axis_gathered_keys_have_a_kernel_and_a_ring_has_blocks(llama: RunConfig):
+    long = override(llama, {"model.max_positions": 131072, "sequence_length": 131072, "global_batch_size": 64})
+    ring, gathered = (
+        estimate(override(long, {"mesh.context": 4, "compute.context": method}), Topology.parse("v5p:4x4x4"))
+        for method in ("ring", "all_gather")
+    )
+    scores = 131072 * (131072 // 2) * 32 * 32
+    assert (ring.seconds["HBM"] - gathered.seconds["HBM"]) * 2.765e12 == pytest.approx(scores * (2 * 12 + 14))
+
+
+@pytest.mark.parametrize(
+    ("changes", "on_gpu"),
+    [({}, "cudnn"), ({"model.attention.softcap": 50.0}, "reference"), ({"model.attention.sinks": True}, "blockwise")],
+    ids=str,
+)
+def test_what_cudnn_cannot_do_has_another_kernel(changes: dict[str, Any], on_gpu: str, llama: RunConfig):
+    workload = local(override(llama, changes), 8)
+    assert [attention_kernel(workload, name) for name in ("tpu", "gpu")] == ["splash", on_gpu]
 
 
 @pytest.mark.parametrize("changes", [{}, {"model.tie_embeddings": True}], ids=str)

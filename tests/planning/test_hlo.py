@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ from hypothesis import given, strategies as st
 from llama_jax.config import from_json, to_json
 from llama_jax.planning import Collective, Program, read_collectives
 from llama_jax.planning.xla.collectives import parse_groups
-from llama_jax.planning.xla.hlo import arrays_of, bytes_of
+from llama_jax.planning.xla.hlo import Cycles, arrays_of, bytes_of
 
 PROGRAMS = Path(__file__).parent / "programs"
 MIB = 2**20
@@ -113,6 +114,16 @@ def test_a_ring():
     assert ring.asynchronous
     assert ring.overlapped
     assert Program((PROGRAMS / "ring.txt").read_text()).product_flops() == 7 * 2 * 512 * 512 * 1024
+
+
+def test_cycles_count_as_often_as_their_loop_runs():
+    text = (PROGRAMS / "layers.txt").read_text()
+    assert Program(text).cycles() == Cycles(), "the golden programs have none"
+    # A product and an update in the loop over six layers, and a conversion inside of a fusion.
+    for name, cycles in (("fusion.73", 100), ("bitcast_dynamic-update-slice_fusion.2", 10), ("fusion.95", 1)):
+        estimate = f'backend_config={{"window_config":{{"estimated_cycles":"{cycles}"}}}}'
+        text = re.sub(rf"^  %{re.escape(name)} = .*$", rf"\g<0>, {estimate}", text, flags=re.M)
+    assert Program(text).cycles() == Cycles(products=600, others=60)
 
 
 def test_slices():

@@ -11,7 +11,7 @@ from rich.console import Console
 
 import llama_jax
 from llama_jax.__main__ import main
-from llama_jax.planning import Collective, CompiledStep, DoesNotFit, Memory, Report, Topology, estimate
+from llama_jax.planning import Collective, CompiledStep, Cycles, DoesNotFit, Memory, Report, Topology, estimate
 from llama_jax.run_config import RunConfig
 
 # Searches with run-time type checks take minutes.
@@ -129,6 +129,7 @@ COMPILED = CompiledStep(
     collectives=(
         Collective("all-gather", ("fsdp",), 64, ("bf16[512,1024]",), 1 << 20, (32,), True, True, False, "gather"),
     ),
+    cycles=Cycles(products=3000, copies=1000),
     seconds=1.0,
 )
 
@@ -157,6 +158,7 @@ def test_xla_s_figures_stand_beside_the_estimate_and_decide(compiler, capsys: py
     assert compiler.requests == [(config, "v5e:8x8")]
     assert re.search(r"= arguments +1\.18 +1\.00", out)
     assert re.search(r"all-gather +fsdp +32\.0 +32 +yes", out)
+    assert "by the compiler: products 75.0%, copies 25.0%" in " ".join(out.split())
     compiler.answer = DoesNotFit("Used 20.1G of 15.75G hbm.")
     code, out, _ = told(["llama2_7b", "--topology", "v5e:16x16", "--compile"], capsys)
     assert code == 1

@@ -35,13 +35,10 @@ def minutes(loss_of: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> list[
 @pytest.mark.parametrize(
     ("changes", "steps"),
     [
-        ({"every_minutes": 4.0}, [4, 8, 12, 14]),
         ({"every_minutes": 3.5}, [4, 8, 12, 14]),
         ({"every_minutes": 5.0, "every_steps": 3}, [3, 6, 9, 12, 14]),  # every save starts the clock again
         ({"every_minutes": 4.0, "every_steps": 7}, [4, 7, 11, 14]),
-        ({"keep_every_steps": 6}, [6, 12, 14]),
         ({"every_minutes": 4.0, "keep_every_steps": 6}, [4, 6, 10, 12, 14]),
-        ({}, [14]),
     ],
 )
 def test_times_of_checkpoints(
@@ -67,8 +64,9 @@ def test_kept_ones_stay(quick: RunConfig, minutes: list[float], loss_of: dict[in
 def test_a_checkpoint_by_time_continues_the_same_run(
     run_config: RunConfig, finished_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    config = override(run_config, {"checkpoint.every_steps": None, "checkpoint.every_minutes": 1e-9})
-    run = train(override(config, {"checkpoint.keep_last": 99}), tmp_path / "run")
+    change = {"checkpoint.every_steps": None, "checkpoint.every_minutes": 1e-9, "checkpoint.keep_last": 99}
+    config = override(run_config, change | {"logging.sample_prompts": ()})
+    run = train(config, tmp_path / "run")
     for step in run.steps()[5:]:
         shutil.rmtree(run.directory / "checkpoints" / str(step))
     lines = [[line["loss"], line["grad_norm"]] for line in train(config, run.directory).metrics()]

@@ -59,8 +59,7 @@ def config(run_config: RunConfig) -> RunConfig:
             "num_steps": 8,
             "global_batch_size": 8,
             "mesh.data": 2,
-            "mesh.fsdp": 2,
-            "mesh.tensor": 2,
+            "mesh.fsdp": 4,
             "optimizer.warmup_steps": 4,
             "optimizer.learning_rate": 1e-2,
             "compute.preflight": False,  # tests/run/test_translation.py has it
@@ -144,7 +143,7 @@ def test_source_and_target_are_as_long_as_positions_each(config: RunConfig):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"mesh.context": 2, "mesh.tensor": 1}, "mesh.context=2 cannot split the sequences of EncoderDecoderConfig"),
+        ({"mesh.data": 1, "mesh.context": 2}, "mesh.context=2 cannot split the sequences of EncoderDecoderConfig"),
         (
             {"model.decoder_start_id": 2},
             "model.decoder_start_id=2 is not the token 3 that data.objective.start_token='pad' puts first",

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from llama_jax.config import override
-from llama_jax.models import LayerOverride
-from llama_jax.nn import Experts, SigmoidTopK, SoftmaxTopK, SwiGLU
+from llama_jax.nn import Experts, SigmoidTopK, SoftmaxTopK
 from llama_jax.run import Run, RunConfig, open_run, train
 from llama_jax.sampling import generate_text
 
@@ -45,16 +44,14 @@ def continued(run: Run, directory: Path) -> Run:
 
 @pytest.mark.parametrize("name", [pytest.param("mixtral", marks=pytest.mark.slow), "v3"])
 def test_train_continue_and_sample(name: str, run_config: RunConfig, tmp_path: Path):
-    dense = {"feed_forward": SwiGLU(48, bias=False), "overrides": (LayerOverride((1,), V3),), "num_layers": 2}
-    config = config_with(run_config, **({"feed_forward": MIXTRAL, "num_layers": 2} if name == "mixtral" else dense))
+    layers, experts = (2, MIXTRAL) if name == "mixtral" else (1, V3)
+    config = config_with(run_config, feed_forward=experts, num_layers=layers)
     run = train(config, tmp_path / "run")
     lines = run.metrics()
     assert lines[-1]["loss"] < lines[0]["loss"] - 1
-    experts = config.model.layer_pieces()[1][1]
     for line in lines:
         assert np.sum(line["experts_load"]) == pytest.approx(1, abs=1e-5)
         assert len(line["experts_load"]) == experts.num_experts
-        layers = 2 if name == "mixtral" else 1
         least = layers * experts.load_balance_loss
         assert least * 0.9 < line["load_balance_loss"] < least * 4
     shares = [line["dropped_share"] for line in lines]
@@ -67,10 +64,10 @@ def test_train_continue_and_sample(name: str, run_config: RunConfig, tmp_path: P
         assert {key: a[key] for key in ("loss", "grad_norm", "experts_load")} == {
             key: b[key] for key in ("loss", "grad_norm", "experts_load")
         }
-    lm = open_run(run.directory).load()
-    texts = generate_text(lm, ["the cat", "made such"], max_new_tokens=6, temperature=0.0)
-    assert all(text for text in texts)
-    if name == "v3":
+    if name == "mixtral":
+        lm = open_run(run.directory).load()
+        assert all(generate_text(lm, ["the cat", "made such"], max_new_tokens=6, temperature=0.0))
+    else:
         biases = [np.asarray(open_run(run.directory).load(step).model.params()[BIAS]) for step in (4, 8)]
         assert biases[0].shape == (1, 8)
         # Each of the steps has moved each bias by the rate, or left it.

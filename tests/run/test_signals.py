@@ -1,7 +1,6 @@
 """A termination signal in any phase of a run ends it in order: 75, a sentence, and the next start goes on."""
 
 import os
-import shutil
 import signal
 import threading
 from pathlib import Path
@@ -12,18 +11,15 @@ import pytest
 from llama_jax.__main__ import main
 from llama_jax.checkpoint import CheckpointStore
 from llama_jax.config import override
-from llama_jax.run import RunConfig, open_run, preparing, train, training
+from llama_jax.run import RunConfig, open_run, preparing, training
 from llama_jax.run.signals import Preempted, termination
 
 NOTHING = "stopped before a step was done: nothing was trained yet, start again to continue\n"
 
 
-@pytest.fixture
-def begun(quick: RunConfig, loss_of: dict[int, float], tmp_path: Path) -> Path:
-    """A run of six steps that is at its fourth."""
-    run = train(override(quick, {"logging.sample_prompts": ("the cat",)}), tmp_path / "run")
-    shutil.rmtree(run.directory / "checkpoints" / "6")
-    return run.directory
+@pytest.fixture(scope="module")
+def quick(quick: RunConfig) -> RunConfig:
+    return override(quick, {"logging.sample_prompts": ("the cat",)})
 
 
 @pytest.mark.parametrize(

@@ -387,7 +387,7 @@ def files(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> A
         patch.setattr(hardware, "taken_twice", lambda step, *args: events.append("twice") or step(*args))
         patch.setattr(skipped, "LEAST", 3)
         patch.setattr(directory, "generate_text", lambda lm, prompts, **_: ["..."] * len(prompts))
-        patch.setattr(preparing, "trained_tokenizer", lambda config, data, _: tokenizer_of(config, data))
+        patch.setattr(preparing, "trained_tokenizer", lambda config, data, *_: tokenizer_of(config, data))
         patch.setattr(jax.profiler, "trace", trace)
         patch.setitem(sys.modules, "wandb", wandb)
         run = train(config, folder / "run")

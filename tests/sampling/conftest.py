@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from llama_jax.checkpoint import LanguageModel
@@ -19,7 +21,10 @@ def make_model(random_params: Callable) -> MakeModel:
 
     def make(config: DecoderConfig, mesh: jax.sharding.Mesh | None = None) -> Model:
         # Layers that count for more than the embedding: otherwise greedy texts are one token again and again.
-        params = {name: 3 * v if name.endswith("proj.weight") else v for name, v in random_params(config).items()}
+        params = {
+            name: jnp.asarray(3 * np.asarray(v)) if name.endswith("proj.weight") else v
+            for name, v in random_params(config).items()
+        }
         if mesh is not None:
             with jax.set_mesh(mesh):
                 params = {name: jax.device_put(params[name], a.sharding) for name, a in abstract_params(config).items()}

@@ -29,7 +29,7 @@ def settings_of(folder: Path, generation: dict, config: dict | None = None) -> G
 
 
 def test_logits_are_those_of_transformers(tmp_path: Path):
-    for (number, prompt), cases in itertools.groupby(GOLDENS["processed"], key=lambda case: case[:2]):
+    for number, cases in itertools.groupby(GOLDENS["processed"], key=lambda case: case[0]):
         cases = list(cases)
         settings = settings_of(tmp_path, GOLDENS["settings"][number] | {"eos_token_id": GOLDENS["eos"]})
         sampler = Sampler(
@@ -39,12 +39,10 @@ def test_logits_are_those_of_transformers(tmp_path: Path):
         for row, case in zip(tokens, cases, strict=True):
             row[: len(case[2])] = case[2]
         lengths = np.array([len(case[2]) for case in cases], np.int32)
-        text = Written(jnp.asarray(tokens), jnp.asarray(lengths), jnp.full(len(cases), prompt, jnp.int32))
+        text = Written(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray([case[1] for case in cases]))
         logits = jnp.broadcast_to(jnp.asarray(GOLDENS["scores"][number], jnp.float32), (len(cases), 12))
         expected = np.array([[-np.inf if x is None else x for x in case[3]] for case in cases])
-        np.testing.assert_allclose(
-            sampler.controlled(logits, text), expected, rtol=1e-6, err_msg=f"{settings} {prompt}"
-        )
+        np.testing.assert_allclose(sampler.controlled(logits, text), expected, rtol=1e-6, err_msg=f"{settings}")
 
 
 def test_a_mesh_changes_no_logits(tmp_path: Path):
@@ -66,7 +64,7 @@ def test_a_mesh_changes_no_logits(tmp_path: Path):
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("number", range(len(GOLDENS["generated"])))
+@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 3])
 def test_greedy_tokens_are_those_of_transformers(number: int, tmp_path: Path):
     """The first has BART's forced start: [2, 0, ...]."""
     name, generation, expected = GOLDENS["generated"][number]
@@ -166,13 +164,11 @@ def test_controls_of_ones_own(tmp_path: Path):
         free = generate(lm, prompts, **settings)[:, 3:]
         assert (generate(lm, prompts, **settings, controls=[only_odd])[:, 3:] % 2 == 1).all()
         assert not (free % 2 == 1).all()
-        np.testing.assert_array_equal(generate(lm, prompts, **settings, controls=[Bonus(0.0)])[:, 3:], free)
+    np.testing.assert_array_equal(generate(lm, prompts, **drawn, controls=[Bonus(0.0)])[:, 3:], free)
     before = loop._advance._cache_size()
     assert (generate(lm, prompts, **drawn, controls=[Bonus(1e6)])[:, 3:] == 5).all()
     assert loop._advance._cache_size() == before, "another number needs no other program"
     with pytest.raises(UserError, match="every token is forbidden at new token 1 of prompt 0"):
         generate(lm, prompts, controls=[lambda logits, written: jnp.full_like(logits, -jnp.inf)])
-    with pytest.raises(UserError, match="not numbers"):
-        generate(lm, prompts, controls=[lambda logits, written: logits * jnp.nan])
     with pytest.raises(UserError, match=r"return the same shape and type"):
         generate(lm, prompts, controls=[lambda logits, written: logits[:, :3]])

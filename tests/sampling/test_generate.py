@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,32 +87,13 @@ def test_what_stands_behind_a_prompt_has_no_effect(model: Model, prompts: np.nda
     np.testing.assert_array_equal(generate(model, wide, **settings)[:, :17], expected)
 
 
-def test_rows_know_nothing_of_each_other(model: Model, prompts: np.ndarray):
-    settings = {"max_new_tokens": 8}
-    out = generate(model, prompts, **settings, prompt_lengths=LENGTHS)
-    order = [2, 0, 3, 1]
-    np.testing.assert_array_equal(
-        generate(model, prompts[order], **settings, prompt_lengths=LENGTHS[order]), out[order]
-    )
-    alone = generate(model, prompts[:1, :5], **settings)
-    np.testing.assert_array_equal(alone[0], out[0, :13])
-    settings["temperature"] = 1.5
-    drawn = generate(model, prompts, **settings, prompt_lengths=LENGTHS)
-    np.testing.assert_array_equal(generate(model, prompts[:2], **settings, prompt_lengths=LENGTHS[:2]), drawn[:2])
-
-
-def test_seeds_choose_and_repeat(model: Model, prompts: np.ndarray):
-    def draw(seed: int) -> bytes:
-        return generate(model, prompts, temperature=1.0, top_k=20, top_p=0.95, seed=seed).tobytes()
-
-    assert draw(1) == draw(1)
-    assert len({draw(seed) for seed in range(4)}) == 4
+def test_rows_of_one_prompt_differ(model: Model, prompts: np.ndarray):
     same = generate(model, np.repeat(prompts[:1], 4, axis=0), temperature=1.5)
-    assert len({row.tobytes() for row in same}) == 4, "rows of one prompt have to differ"
+    assert len({row.tobytes() for row in same}) == 4
 
 
 def test_every_position_draws_anew(model: Model, prompts: np.ndarray):
-    new = generate(model, prompts[:1], temperature=1e6)[0, 9:]  # all tokens alike: only the draw decides
+    new = generate(model, prompts, temperature=1e6)[0, 9:]  # all tokens alike: only the draw decides
     assert len(set(new.tolist())) > 6
 
 
@@ -170,10 +152,10 @@ def test_a_mesh_changes_nothing(
     axes: dict, num_rows: int, model: Model, make_model, two_layers: DecoderConfig, prompts
 ):
     sharded = make_model(two_layers, make_mesh(axes))
-    settings = {"prompt_lengths": LENGTHS[:num_rows], "eos_id": 7}
-    for drawn in ({}, {"temperature": 1.0, "top_k": 30, "top_p": 0.9, "seed": 3}):
-        out = generate(sharded, prompts[:num_rows], **settings, **drawn)
-        np.testing.assert_array_equal(out, generate(model, prompts[:num_rows], **settings, **drawn))
+    settings: dict[str, Any] = {"prompt_lengths": LENGTHS[:num_rows], "eos_id": 7}
+    settings |= {"temperature": 1.0, "top_k": 30, "top_p": 0.9, "seed": 3}
+    out = generate(sharded, prompts[:num_rows], **settings)
+    np.testing.assert_array_equal(out, generate(model, prompts[:num_rows], **settings))
 
 
 def test_the_context_is_the_limit(model: Model, prompts: np.ndarray):
@@ -218,9 +200,9 @@ def test_what_cannot_be_continued(change: dict, sentence: str, model: Model):
 
 def test_rows_of_different_lengths_are_padded(model: Model, prompts: np.ndarray):
     rows = [prompt[:length].tolist() for prompt, length in zip(prompts, LENGTHS, strict=True)]
-    expected = generate(model, prompts, max_new_tokens=6, prompt_lengths=LENGTHS)
-    np.testing.assert_array_equal(generate(model, rows, max_new_tokens=6), expected)
-    np.testing.assert_array_equal(generate(model, [np.array(row) for row in rows], max_new_tokens=6), expected)
+    expected = generate(model, prompts, max_new_tokens=8, prompt_lengths=LENGTHS)
+    np.testing.assert_array_equal(generate(model, rows, max_new_tokens=8), expected)
+    np.testing.assert_array_equal(generate(model, [np.array(row) for row in rows], max_new_tokens=8), expected)
 
 
 def test_a_row_ends_at_any_of_several_stops(model: Model, prompts: np.ndarray):
@@ -244,6 +226,7 @@ def test_numbers_of_any_size(model: Model, prompts: np.ndarray):
 
     seeds = (0, 1, 2**31, 2**32, 2**32 + 1, 2**33, 2**63 + 5, 2**64 - 1)
     assert len({draw(seed=seed) for seed in seeds}) == len(seeds)
+    assert draw(seed=1) == draw(seed=1)
     assert draw(top_k=2**31) == draw(top_k=2**70) == draw(top_k=40)
     for temperature in (1e-38, 1e-45, 1e-300):
         assert draw(temperature=temperature) == draw(temperature=0)
@@ -257,7 +240,7 @@ def test_logits_that_are_not_numbers_end_sampling(model: Model, prompts: np.ndar
     broken = from_params(model.config, params, Compute(dtype="float32"))
     for settings in ({}, {"temperature": 1.0, "top_p": 0.9}):
         with pytest.raises(UserError, match=r"the logits are not numbers .* at new token 1 of prompt 0"):
-            generate(broken, prompts[:2], **settings)
+            generate(broken, prompts, **settings)
 
 
 def test_tied_heads_too(make_model, two_layers: DecoderConfig, prompts: np.ndarray):

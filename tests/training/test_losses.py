@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, strategies as st
 
-from llama_jax.models import Compute, DecoderConfig, assemble
+from llama_jax.models import Compute, DecoderConfig, assemble, loss_chunks
 from llama_jax.parallel import make_mesh
 from llama_jax.training import cross_entropy
 from llama_jax.training.step import losses
@@ -39,21 +40,35 @@ def values() -> dict[str, jax.Array]:
     }
 
 
-@pytest.mark.parametrize("z_loss", [0.0, 0.3])
-@pytest.mark.parametrize("chunk", [1, 4, 5, 12, 100])
-def test_chunked_is_plain_with_gradients(values: dict[str, jax.Array], chunk: int, z_loss: float):
-    def value_and_grads(loss: Any):
-        wanted = lambda w, h: loss(head, w, h, values["targets"], values["weights"], z_loss=z_loss)  # noqa: E731
-        return jax.jit(jax.value_and_grad(wanted, argnums=(0, 1), has_aux=True))(values["weight"], values["hidden"])
+plain_gradient = jax.jit(jax.value_and_grad(functools.partial(plain, head), argnums=(0, 1), has_aux=True))
 
-    ours = value_and_grads(lambda *args, **kwargs: cross_entropy(*args, **kwargs, chunk=chunk))
-    theirs = value_and_grads(plain)
+
+# Every chunk with a z-loss, and one without.
+@pytest.mark.parametrize(("chunk", "z_loss"), [(1, 0.3), (4, 0.3), (5, 0.3), (12, 0.3), (100, 0.3), (5, 0.0)])
+def test_chunked_is_plain_with_gradients(values: dict[str, jax.Array], chunk: int, z_loss: float):
+    @jax.jit
+    def found(weight: jax.Array, hidden: jax.Array, *rest: jax.Array) -> Any:
+        ours = functools.partial(cross_entropy, head, z_loss=z_loss, chunk=chunk)
+        # Without a gradient another function runs.
+        return jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(weight, hidden, *rest), ours(
+            weight, hidden, *rest
+        )
+
+    arrays = [values[name] for name in ("weight", "hidden", "targets", "weights")]
+    ours, (total, ce) = found(*arrays)
+    theirs = plain_gradient(*arrays, z_loss)
     assert float(theirs[0][0]) > 10
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    # Without a gradient another function runs.
-    total, ce = jax.jit(functools.partial(cross_entropy, head, z_loss=z_loss, chunk=chunk))(**values)
     np.testing.assert_allclose([total, ce], theirs[0], rtol=1e-6)
+
+
+@given(st.integers(1, 4096), st.sampled_from(["tpu", "gpu"]))
+def test_a_chunk_has_as_many_tokens_as_fit(rows: int, platform: str):
+    positions = 8192 // loss_chunks(None, rows, 8192, platform)
+    assert rows * positions <= 2048 < 2 * rows * positions or positions == 1
+    assert loss_chunks(None, rows, 8192, "cpu") == 8192 // 128
+    assert loss_chunks(7, rows, 8192, platform) == -(-8192 // 7)
 
 
 def test_gradient_follows_what_the_loss_is_multiplied_with(values: dict[str, jax.Array]):
@@ -104,38 +119,28 @@ def test_padding_that_a_chunk_adds_has_no_weight(values: dict[str, jax.Array]):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_model_loss_is_that_of_its_logits(tiny_config: DecoderConfig, random_params: Any, tied: bool):
+    """Also of parameters that nobody has placed on the mesh: a head that is whole everywhere counts once."""
     config = DecoderConfig(**(tiny_config.__dict__ | {"tie_embeddings": tied}))
-    params, batch = random_params(config), batch_of(config, 2, 10)
+    arrays = random_params(config), batch_of(config, 2, 10)
 
-    def ours(params: Any) -> jax.Array:
+    def ours(params: Any, batch: Any) -> jax.Array:
         return losses(params, batch, config, Compute(loss_chunk=4), z_loss=0.1)[0][0][1]
 
-    def theirs(params: Any) -> jax.Array:
+    def theirs(params: Any, batch: Any) -> jax.Array:
         logits = assemble(config, params, Compute())(
             batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
         )
         return plain(lambda logits, _: logits, None, logits, batch["targets"], batch["weights"], 0.1)[0]
 
-    ours, theirs = (jax.jit(jax.value_and_grad(f))(params) for f in (ours, theirs))
-    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
-    for name, value in theirs[1].items():
-        np.testing.assert_allclose(ours[1][name], value, rtol=1e-3, atol=1e-4 * float(jnp.abs(value).max()))
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_head_that_is_whole_everywhere_counts_once(tiny_config: DecoderConfig, random_params: Any, tied: bool):
-    """Parameters that nobody has placed on the mesh: the loss and the gradient are those of one device."""
-    config = DecoderConfig(**(tiny_config.__dict__ | {"tie_embeddings": tied}))
-    params, batch = random_params(config), batch_of(config, 2, 16)
-    loss = lambda params, batch: losses(params, batch, config, Compute(), z_loss=0.0)[0][0][1]  # noqa: E731
-    expected = jax.jit(jax.value_and_grad(loss))(params, batch)
+    expected, found = (jax.jit(jax.value_and_grad(f))(*arrays) for f in (theirs, ours))
     mesh = make_mesh({"tensor": 2}, jax.devices()[:2])
     with jax.set_mesh(mesh):
-        everywhere = jax.device_put((params, batch), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-        found = jax.jit(jax.value_and_grad(loss))(*everywhere)
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+        everywhere = jax.device_put(arrays, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+        on_mesh = jax.jit(jax.value_and_grad(ours))(*everywhere)
+    np.testing.assert_allclose([found[0], on_mesh[0]], [expected[0]] * 2, rtol=1e-5)
     for name, value in expected[1].items():
-        np.testing.assert_allclose(found[1][name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(found[1][name], value, rtol=1e-3, atol=1e-4 * np.abs(value).max(), err_msg=name)
+        np.testing.assert_allclose(on_mesh[1][name], found[1][name], rtol=1e-3, atol=1e-5, err_msg=name)
 
 
 def batch_of(config: DecoderConfig, rows: int, length: int) -> dict[str, jax.Array]:

@@ -215,11 +215,15 @@ def with_mixer(tiny_config: DecoderConfig):
 
 # One that only its gradient gives away, one that only its values do, and one that reads the documents.
 ON_A_MESH = ("the next token", "a choice by the next token", "the next document")
+QUICKLY = (*ON_A_MESH, "chunks")
 
 
 @pytest.mark.parametrize(
     ("cheat", "mesh"),
-    [*((cheat, MESHES[0]) for cheat in CHEATS), *((cheat, MESHES[1]) for cheat in ON_A_MESH)],
+    [
+        *(pytest.param(c, MESHES[0], marks=() if c in QUICKLY else pytest.mark.slow) for c in CHEATS),
+        *((cheat, MESHES[1]) for cheat in ON_A_MESH),
+    ],
     ids=lambda value: value if isinstance(value, str) else "mesh" if value == MESHES[1] else "one device",
 )
 def test_a_mixer_that_sees_later_tokens_is_refused(cheat: str, mesh: dict[str, int], with_mixer):
@@ -232,10 +236,11 @@ def test_a_gate_of_0_hides_nothing(with_mixer):
         check(with_mixer(Toy("the next token", gated=True)))
 
 
-def test_other_pieces_are_checked_too(tiny_config: DecoderConfig):
+def test_other_pieces_are_checked_too(with_mixer):
+    config = with_mixer(Toy("the mean of the document so far"))
     for field, piece in (("norm", SequenceNorm()), ("embedding_norm", SequenceNorm()), ("feed_forward", Peeking())):
         with pytest.raises(UserError, match=f"{field}={type(piece).__name__} lets a token see later"):
-            check(dataclasses.replace(tiny_config, **{field: piece}))
+            check(dataclasses.replace(config, **{field: piece}))
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=["one device", "mesh"])

@@ -4,12 +4,10 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from first_values import first_values
 
-from llama_jax.models import Compute, DecoderConfig, frozen
+from llama_jax.models import Compute, DecoderConfig, abstract_params, frozen
 from llama_jax.nn import Experts, SigmoidTopK
 from llama_jax.parallel import make_mesh
 from llama_jax.run.training import to_devices
@@ -29,6 +27,13 @@ def batch_of(seed: int) -> dict[str, np.ndarray]:
     weights = ones.astype(np.float32)
     rest = {"weights": weights, "segment_ids": ones, "positions": places}
     return {"tokens": ids[:, :-1], "targets": ids[:, 1:]} | rest
+
+
+def first_values(config: DecoderConfig) -> dict[str, jax.Array]:
+    """Random values on the current mesh."""
+    rng, places = np.random.default_rng(0), abstract_params(config)
+    drawn = {name: ("norm" in name) + 0.1 * rng.normal(size=a.shape) for name, a in places.items()}
+    return {name: jax.device_put(np.float32(x), places[name].sharding) for name, x in drawn.items()}
 
 
 def host(state: Any) -> Any:
@@ -78,15 +83,15 @@ def test_each_lane_skips_for_itself(tiny_config: DecoderConfig):
     hyper = AdamW(learning_rate=0.01, warmup_steps=2).hyper(10)
     step = make_train_step(tiny_config, Compute(loss_chunk=4)).__wrapped__  # type: ignore[attr-defined]
     with jax.set_mesh(make_mesh({}, jax.devices()[:1])):
-        state = init_state(first_values(tiny_config), hyper)
+        state = jax.jit(init_state)(first_values(tiny_config), hyper)
         good, bad = batch_of(0), batch_of(0)
         bad["weights"][0, 0] = np.nan
-        lanes = jax.tree.map(lambda *x: jnp.stack(x), *[state] * 3)
-        batches = {name: jnp.stack([good[name], bad[name], good[name]]) for name in good}
+        lanes = jax.tree.map(lambda x: np.stack([np.asarray(x)] * 3), state)
+        batches = {name: np.stack([good[name], bad[name], good[name]]) for name in good}
         after, metrics = jax.jit(jax.vmap(step, in_axes=(0, 0, None)))(lanes, batches, hyper)
     assert metrics["skipped"].tolist() == [0, 1, 0]
     assert after.step.tolist() == [1, 1, 1]
-    first, second, third = (jax.tree.map(lambda x, i=i: np.array(x[i]), after) for i in range(3))
+    first, second, third = (jax.tree.map(lambda x, i=i: x[i], host(after)) for i in range(3))
     assert_same_bits(second.params, host(state).params)
     assert_same_bits(first, third)
     assert not np.array_equal(first.params["lm_head.weight"], second.params["lm_head.weight"])

@@ -1,18 +1,23 @@
-"""What every released decoder has to do beside its own formulas: train on a mesh, pack, adapt, quantize, be planned."""
+"""What every released decoder has to do beside its own formulas: train on a mesh, pack, adapt, quantize, be planned.
+
+What is compiled for long is done with the decoders of which some choice is not in another."""
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from piece_matrix import cover
 from zoo_table import GOLDENS, expected, model_types
 
 import llama_jax
+from llama_jax.checkpoint.loading import config_of
 from llama_jax.config import override
 from llama_jax.models import Compute, DecoderConfig, abstract_params, from_params, init_params
-from llama_jax.nn import LoRA
+from llama_jax.nn import LoRA, parameters, rope
 from llama_jax.parallel import make_mesh
 from llama_jax.planning import Topology, estimate
 from llama_jax.run.training import to_devices
@@ -29,6 +34,24 @@ NAMES = {
     if isinstance(next(iter(all_presets()[model_type].presets.values())), DecoderConfig)
 }
 pytestmark = pytest.mark.slow
+
+
+def choices(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield what a config chooses, by name: types of pieces and options; of a number only whether it is 0 or 1."""
+    if dataclasses.is_dataclass(value):
+        yield path, type(value)
+        for field in dataclasses.fields(value):
+            yield from choices(getattr(value, field.name), f"{path}.{field.name}")
+    elif isinstance(value, tuple):
+        yield path, bool(value)
+        for part in value:
+            yield from choices(part, f"{path}[]")
+    else:
+        yield path, value if isinstance(value, bool | str | None) or value in (0, 1) else "number"
+
+
+# Decoders that make, together, every choice that one of them makes: another compiles the same pieces again.
+DIFFERENT = cover({name: set(choices(config_of(GOLDENS / golden))) for name, golden in NAMES.items()})
 
 
 @functools.cache
@@ -50,6 +73,19 @@ def packed(vocab_size: int) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.parametrize("model_type", DIFFERENT)
+def test_logits_in_the_form_for_tpus_are_the_same(model_type: str, monkeypatch: pytest.MonkeyPatch):
+    lm = loaded(model_type)
+    tokens = packed(lm.config.vocab_size)["tokens"]
+    wanted = jax.jit(lambda: lm.model(tokens))()
+    for module in (parameters, rope):
+        monkeypatch.setattr(module, "platform", lambda: "tpu")
+    jax.clear_caches()  # else what was traced for a CPU is taken
+    found = jax.jit(lambda: lm.model(tokens))()
+    jax.clear_caches()
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * float(abs(wanted).max()))
+
+
 def step(config: Any, params: dict[str, np.ndarray], mesh: dict[str, int]) -> tuple[float, dict[str, np.ndarray]]:
     """Loss of a step on the mesh, and the first moments that it leaves."""
     hyper = AdamW(learning_rate=1e-2, warmup_steps=0).hyper(10)
@@ -61,7 +97,7 @@ def step(config: Any, params: dict[str, np.ndarray], mesh: dict[str, int]) -> tu
         return float(metrics["loss"]), {name: np.asarray(value) for name, value in state.opt_state[1].mu.items()}
 
 
-@pytest.mark.parametrize("model_type", NAMES, scope="module")
+@pytest.mark.parametrize("model_type", DIFFERENT, scope="module")
 def test_a_step_of_packed_rows_on_eight_devices_is_that_of_one(model_type: str):
     lm = loaded(model_type)
     params = {name: np.asarray(value) for name, value in lm.model.params().items()}
@@ -83,7 +119,7 @@ def test_a_document_of_a_packed_row_is_as_alone(model_type: str):
         np.testing.assert_allclose(whole[:, part], model(batch["tokens"][:, part]), atol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", NAMES, scope="module")
+@pytest.mark.parametrize("model_type", DIFFERENT, scope="module")
 def test_adapters_begin_as_the_model(model_type: str):
     lm, ids = loaded(model_type), expected(NAMES[model_type])["ids"][:, :8]
     config = dataclasses.replace(lm.config, adapters=LoRA(rank=2, targets=("all-linear",)))
@@ -93,7 +129,7 @@ def test_adapters_begin_as_the_model(model_type: str):
     np.testing.assert_allclose(adapted(ids), lm.model(ids), atol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", NAMES, scope="module")
+@pytest.mark.parametrize("model_type", DIFFERENT, scope="module")
 def test_in_eight_bits_it_is_nearly_the_same(model_type: str):
     ids = expected(NAMES[model_type])["ids"]
     quantized = llama_jax.load(GOLDENS / NAMES[model_type], dtype="float32", quantize="int8")

@@ -1,11 +1,11 @@
-"""Every choice of attention, norms, positions and feed-forward: it trains, or is refused in a sentence."""
+"""Every choice of attention, norms, positions and feed-forward: it has gradients, or is refused in a sentence."""
 
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from piece_matrix import combinations, covering, made, matrix, trained
+from piece_matrix import ATTENTIONS, combinations, covering, gradient, made, matrix
 
 from llama_jax.parallel import make_mesh
 
@@ -28,16 +28,16 @@ def test_the_page_has_the_matrix():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", covering(), ids=" + ".join)
-def test_every_pair_trains(names: tuple[str, ...]):
-    config = made(names)
-    assert not isinstance(config, str)
-    with jax.set_mesh(make_mesh({}, jax.devices()[:1])):
-        loss, moments = trained(config)
-    assert np.isfinite(loss)
-    assert abs(loss - np.log(config.vocab_size)) < 1.5
-    for name, moment in moments.items():
-        assert np.isfinite(moment).all(), name
-        # What is added to all keys alike does not change who is seen; an indexer without a loss is not trained.
-        idle = name.endswith("k_proj.bias") or "indexer" in name
-        assert idle or np.abs(moment).max() > 0, f"{name} has no gradient"
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_every_pair_has_gradients(attention: str):
+    for names in (names for names in covering() if names[0] == attention):
+        config = made(names)
+        assert not isinstance(config, str)
+        with jax.set_mesh(make_mesh({}, jax.devices()[:1])):
+            loss, found = gradient(config)
+        assert abs(loss - np.log(config.vocab_size)) < 1.5, names
+        for name, value in found.items():
+            assert np.isfinite(value).all(), (names, name)
+            # What is added to all keys alike does not change who is seen; an indexer without a loss is not trained.
+            idle = name.endswith("k_proj.bias") or "indexer" in name
+            assert idle or np.abs(value).max() > 0, f"{names}: {name} has no gradient"

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 import llama_jax
 from llama_jax import zoo
@@ -111,6 +111,7 @@ def _shape(weight: WeightMapping) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("weight", WEIGHTS, ids=lambda w: f"{w.name} {w.pattern}")
+@settings(max_examples=30)
 @given(data=st.data())
 def test_reading_a_part_is_a_part_of_reading_all(weight, data):
     shape = _shape(weight)

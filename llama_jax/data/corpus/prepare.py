@@ -211,20 +211,33 @@ def _shard_maker(
     return ShardMaker(path, key, config, tokenizer)
 
 
-def _options(config: DataConfig, tokenizer: Tokenizer) -> list[Any]:
-    options = [config.fields, config.document_chars, config.max_record_bytes, config.validation_fraction]
+def _options(config: DataConfig, tokenizer: Tokenizer | None) -> list[Any]:
+    options: list[Any] = [config.fields, config.document_chars, config.max_record_bytes, config.validation_fraction]
     if config.chat_template is None:
         return options
-    own = [dict(tokenizer.chat_templates)] if isinstance(config.chat_template, DirectoryChat) else []
-    return [*options, to_json(config.chat_template), *own]
+    options.append(to_json(config.chat_template))
+    if tokenizer is not None and isinstance(config.chat_template, DirectoryChat):
+        options.append(dict(tokenizer.chat_templates))
+    return options
 
 
 def _content_hash(files: list[CorpusFile], config: DataConfig, tokenizer: Tokenizer) -> str:
     digest = hashlib.sha256(json.dumps([FORMAT, _options(config, tokenizer), tokenizer.fingerprint]).encode())
+    return _with_contents(digest, files, config).hexdigest()
+
+
+def texts_hash(config: DataConfig) -> str:
+    """Return a hash of all that decides what `read_texts` gives: the files' contents and the options."""
+    _check_destination(config, None)
+    digest = hashlib.sha256(json.dumps([FORMAT, _options(config, None)]).encode())
+    return _with_contents(digest, find_files(config), config).hexdigest()
+
+
+def _with_contents(digest: "hashlib._Hash", files: list[CorpusFile], config: DataConfig) -> "hashlib._Hash":
     cache = cache_directory(config)
     with contextlib.suppress(OSError):  # reported where the corpus itself cannot be written
         cache.mkdir(parents=True, exist_ok=True)
     for file, content in zip(files, digests(files, cache / "digests.jsonl"), strict=True):
         packed = bool(packing_of(file.path))
         digest.update(f"{content} {kind_of(file.path).name} {packed}\n".encode())
-    return digest.hexdigest()
+    return digest

@@ -20,19 +20,20 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from llama_jax.config import UserError
 from llama_jax.nn.attention import blockwise, context
-from llama_jax.nn.attention.blockwise import Sinks
+from llama_jax.nn.attention.accelerated import (
+    Queries,
+    Results,
+    cudnn,
+    cudnn_refuses,
+    splash,
+    splash_refuses,
+)
+from llama_jax.nn.attention.blockwise import Keys, Sinks, Values
 from llama_jax.nn.base import ForwardContext, Mask, record, recording
 from llama_jax.nn.draws import kept
 from llama_jax.parallel import fitting, mesh_axis_sizes, platform, replicate, shard, spec
 
-LANES = 128  # numbers in the last dimension of a TPU's vector registers
-SPLASH_BLOCK = 512
 PART_BYTES = 1 << 19  # of keys: reading fewer costs less than choosing them
-
-Queries = Float[Array, "b t n h"]
-Keys = Float[Array, "b k s h"]
-Values = Float[Array, "b k s v"]
-Results = Float[Array, "b t n v"]
 
 
 def reference(
@@ -105,91 +106,6 @@ def blockwise_attention(
     return _ungrouped(blockwise.blockwise(_grouped(q, k.shape[1]), k, v, mask, sinks, scale))
 
 
-def _refuse_cross(q: Any, k: Any, mask: Mask) -> str | None:
-    """Return what neither splash nor cuDNN can do: both are for a sequence that attends to itself, or None."""
-    if mask.query_places is not None or mask.key_places is not None:
-        return "queries at places of a cache"
-    if mask.key_segment_ids is not None:
-        return "keys of another sequence"
-    if q.shape[1] != k.shape[2]:
-        return f"{q.shape[1]} queries of {k.shape[2]} keys"
-    return "a prefix that is seen whole" if mask.prefix is not None else None
-
-
-def splash_refuses(q: Any, k: Any, mask: Mask) -> str | None:
-    """Return what of this splash attention cannot do, or None."""
-    misfit = f"a sequence of {q.shape[1]}, no multiple of {LANES}" if q.shape[1] % LANES else None
-    return _refuse_cross(q, k, mask) or misfit
-
-
-def splash(q: Queries, k: Keys, v: Values, mask: Mask, *, scale: float) -> Results:
-    """Compute attention by splash attention (Pallas, part of JAX).
-
-    It is interpreted where there is no TPU: slow, for tests.
-    """
-    from jax.experimental.pallas.ops.tpu import splash_attention as sa  # imports Pallas, which takes a while
-
-    length, shape = q.shape[1], (q.shape[1], q.shape[1])
-    if mask.window is not None:
-        head = sa.LocalMask(shape, (mask.window - 1, 0 if mask.causal else mask.window - 1), 0)
-    else:
-        head = sa.CausalMask(shape) if mask.causal else sa.FullMask(shape)
-    block = max(size for size in range(LANES, SPLASH_BLOCK + 1, LANES) if length % size == 0)
-    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-    # Made anew in every trace: its tables are arrays of the trace, since the devices may not be here.
-    kernel = sa.make_splash_mha(
-        sa.MultiHeadMask([head] * q.shape[2]),
-        block_sizes=sa.BlockSizes(**dict.fromkeys(names, block)),
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=platform() != "tpu",
-    )
-    q = (q * scale).astype(q.dtype).swapaxes(1, 2)
-    segments = None if mask.segment_ids is None else sa.SegmentIds(mask.segment_ids, mask.segment_ids)
-    y: Any = jax.vmap(kernel)(q, k, v, segments)
-    return y.swapaxes(1, 2)
-
-
-def cudnn_refuses(q: Any, k: Any, mask: Mask) -> str | None:
-    """Return what of this cuDNN's attention cannot do, or None."""
-    if reason := _refuse_cross(q, k, mask):
-        return reason
-    if mask.window is not None and not mask.causal:
-        return "a window that reaches beyond the query"
-    if mask.segment_ids is not None and q.shape[1] % 2:
-        return f"documents in a sequence of {q.shape[1]}, an odd length"
-    if q.dtype not in (jnp.float16, jnp.bfloat16):
-        return f"{np.dtype(q.dtype).name}"
-    return f"a head_dim of {q.shape[-1]}" if q.shape[-1] % 8 or q.shape[-1] > 256 else None
-
-
-def cudnn(q: Queries, k: Keys, v: Values, mask: Mask, *, scale: float) -> Results:
-    """Compute attention by cuDNN's flash attention, on an NVIDIA GPU.
-
-    Documents are kept apart by a dense mask [B, 1, T, T], since the kernel takes no segment ids; values of another
-    size than the keys are padded.
-    """
-    v_head_dim, head_dim = v.shape[-1], max(q.shape[-1], v.shape[-1])
-    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, head_dim - x.shape[-1]))) for x in (q, k, v))
-    allowed = None
-    if mask.segment_ids is not None:
-        allowed = (mask.segment_ids[:, :, None] == mask.segment_ids[:, None])[:, None]
-    window = None
-    if mask.window is not None:
-        window = (mask.window - 1, 0 if mask.causal else mask.window - 1)
-    y = jax.nn.dot_product_attention(
-        q,
-        k.swapaxes(1, 2),
-        v.swapaxes(1, 2),
-        mask=allowed,
-        scale=scale,
-        is_causal=mask.causal,
-        local_window_size=window,
-        implementation="cudnn",
-    )
-    return y[..., :v_head_dim]
-
-
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """An attention kernel: `run(q, k, v, mask, scale=)`, and `refuses(q, k, mask)`, what it cannot do or None."""
@@ -237,11 +153,11 @@ def _refusal(
         return None
     if ctx.position_bias is not None:
         return "a bias of the scores"
-    if softcap is not None:
+    if softcap is not None and kernel != "splash":
         return "a soft cap of the scores"
     if dropout and ctx.dropout_key is not None:
         return "dropout of the attention weights"
-    if sinks and kernel != "blockwise":
+    if sinks and kernel == "cudnn":
         return "attention sinks"
     if _is_split(q, k, ctx.mask):
         if ctx.mask.key_segment_ids is not None or q.shape[1] != k.shape[2]:
@@ -249,8 +165,10 @@ def _refusal(
         if ctx.mask.prefix is not None:
             # A device's keys would be needed by queries before them: the zigzag order balances the causal work only.
             return "a prefix that is seen whole on a sequence split over mesh.context"
-        if kernel != "blockwise":
+        if kernel == "cudnn":
             return "a sequence split over mesh.context"
+        if kernel == "splash" and ctx.context_strategy != "all_gather":
+            return "a ring over mesh.context (with compute.context='all_gather' it can)"
     return KERNELS[kernel].refuses(q, k, ctx.mask)
 
 
@@ -331,8 +249,10 @@ def attend(
         )
     # [B, N, T, S] each; all but the sinks are for the reference only.
     tables = {key: x for key, x in (("bias", bias), ("sinks", sinks)) if x is not None}
+    if name in ("reference", "splash"):
+        kernel = functools.partial(kernel, softcap=softcap)
     if name == "reference":
-        kernel = functools.partial(kernel, softcap=softcap, dropout=dropout)
+        kernel = functools.partial(kernel, dropout=dropout)
         if dropout and ctx.dropout_key is not None:
             shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[2])
             tables["keep"] = kept(dropout, ctx, "attention weights", shape, ("batch", "heads", None, None))
@@ -343,7 +263,10 @@ def attend(
     if name == "reference":  # works in the order of the text only
         q, k, v = context.unzigzag(q), *(context.unzigzag(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (k, v))
         return context.zigzag(_sharded(kernel, q, k, v, jax.tree.map(context.unzigzag, mask), tables))
-    kernel = functools.partial(_split_attention, scale=scale, strategy=ctx.context_strategy)
+    if name == "splash":
+        kernel = functools.partial(kernel, parts=mesh_axis_sizes()[context.AXIS])
+    else:
+        kernel = functools.partial(_split_attention, scale=scale, strategy=ctx.context_strategy)
     return _sharded(kernel, q, k, v, mask, tables, sequence="sequence")
 
 

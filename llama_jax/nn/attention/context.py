@@ -5,7 +5,8 @@ With n devices the sequence has 2n chunks, and device d holds chunks d and 2n-1-
 pairs of every other device: its late chunk with the other's early one, and the two early or the two late ones.
 
 Keys and values come from the other devices around a ring, one hop while the last part is computed (Liu et al. 2023), or
-all at once (`all_gather`), which holds all of them on every device. The parts join by their logsumexp.
+all at once (`all_gather`), which holds all of them on every device. The parts join by their logsumexp. Splash attention
+takes gathered keys in the order of the text (`gathered`), and the places of its queries.
 """
 
 import dataclasses
@@ -46,6 +47,28 @@ def unzigzag(x: jax.Array) -> jax.Array:
         return x
     order = chunk_order(mesh_axis_sizes()[AXIS])
     return _reorder(x, sorted(range(len(order)), key=order.__getitem__))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(x: jax.Array, axis: int) -> jax.Array:
+    """Return the parts of all devices in the order of the text, inside `shard_map`; float32 sums its gradient."""
+    order = chunk_order(jax.lax.axis_size(AXIS))
+    chunks = jnp.split(jax.lax.all_gather(x, AXIS, axis=axis, tiled=True), len(order), axis)
+    return jnp.concatenate([chunks[i] for i in sorted(range(len(order)), key=order.__getitem__)], axis)
+
+
+def _gathered_forward(x: jax.Array, axis: int) -> tuple[jax.Array, None]:
+    return gathered(x, axis), None
+
+
+def _gathered_backward(axis: int, _: None, d_y: jax.Array) -> tuple[jax.Array]:
+    order = chunk_order(jax.lax.axis_size(AXIS))
+    chunks = jnp.split(d_y.astype(jnp.float32), len(order), axis)
+    zigzagged = jnp.concatenate([chunks[i] for i in order], axis)
+    return (jax.lax.psum_scatter(zigzagged, AXIS, scatter_dimension=axis, tiled=True).astype(d_y.dtype),)
+
+
+gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def _reorder(x: jax.Array, order: list[int]) -> jax.Array:

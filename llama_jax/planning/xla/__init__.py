@@ -7,4 +7,4 @@ from llama_jax.planning.xla.compiled import (
     Memory as Memory,
     compile_step as compile_step,
 )
-from llama_jax.planning.xla.hlo import Program as Program
+from llama_jax.planning.xla.hlo import Cycles as Cycles, Program as Program

@@ -33,7 +33,7 @@ from llama_jax.models import abstract_params, frozen
 from llama_jax.parallel import make_mesh, spec
 from llama_jax.planning.topology import Topology
 from llama_jax.planning.xla.collectives import SLICE_IDS, Collective, read_collectives
-from llama_jax.planning.xla.hlo import Program
+from llama_jax.planning.xla.hlo import Cycles, Program
 from llama_jax.run_config import RunConfig
 from llama_jax.training import compiler_options, init_state, make_train_step
 
@@ -95,6 +95,7 @@ class CompiledStep:
     flops: of the products of matrices in one step, on one device, with all that is computed again; Pallas kernels, into
       which XLA does not see, are not counted.
     collectives: exchanges between the devices.
+    cycles: of a step on one device, as libtpu estimates them.
     seconds: how long the compilation took.
     """
 
@@ -102,6 +103,7 @@ class CompiledStep:
     memory: Memory
     flops: int
     collectives: tuple[Collective, ...]
+    cycles: Cycles
     seconds: float
 
 
@@ -235,6 +237,7 @@ def describe(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, seconds: fl
         ),
         flops=program.product_flops(),
         collectives=read_collectives(program, dict(mesh.shape), ids),
+        cycles=program.cycles(),
         seconds=seconds,
     )
 
