@@ -38,7 +38,7 @@ lint: install
 	$(BIN)/pyright
 
 test: lint
-	$(BIN)/pytest $(PARALLEL) --budget 80
+	$(BIN)/pytest $(PARALLEL) --budget 40
 
 # All, or a part of them: PART=1/4.
 test-slow: install

@@ -70,8 +70,21 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the tests of other parts out. All cases of one test are in one part: they share fixtures and programs."""
+    """Mark cases as slow that `quick` does not name, and leave the tests of other parts out.
+
+    All cases of one test are in one part: they share fixtures and programs.
+    """
+    missing: dict[str, set[str]] = {}
+    for item in items:
+        if (mark := item.get_closest_marker("quick")) is not None:
+            case = item.name.partition("[")[2][:-1]
+            missing.setdefault(item.nodeid.partition("[")[0], set(mark.args)).discard(case)
+            if case not in mark.args:
+                item.add_marker("slow")
+    if any(missing.values()) and not any("::" in arg for arg in config.args):
+        raise pytest.UsageError(f"no cases of these tests: { ({name: ids for name, ids in missing.items() if ids}) }")
     k, n = map(int, config.getoption("part").split("/"))
     here = [zlib.crc32(item.nodeid.split("[")[0].encode()) % n == k - 1 for item in items]
     config.hook.pytest_deselected(items=[item for item, kept in zip(items, here, strict=True) if not kept])

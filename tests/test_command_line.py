@@ -226,6 +226,7 @@ def test_as_a_process(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_whoever_has_seen_enough(finished_run: Run):
     """`sample.py ... | head -c 1`: into a pipe that nobody reads."""
     options = ["--prompt", "a", "--max-new-tokens", "40"]

@@ -238,6 +238,7 @@ PIECES = {
 COMPONENTS = (*(type(piece) for piece in PIECES.values()), Halving)
 
 
+@pytest.mark.slow
 def test_one_run_with_everything_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     texts = tiny_run.write_texts(tmp_path / "texts")
     poem = "\n".join(file.read_text() for file in sorted(texts.iterdir()))

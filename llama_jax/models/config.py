@@ -85,10 +85,7 @@ class Compute:
             raise UserError(
                 f"attention_kernel={self.attention_kernel!r} does not exist: the kernels are auto, {', '.join(KERNELS)}"
             )
-        check_at_least(self, 1, "pipeline_repeats")
-        for name in ("loss_chunk", "pipeline_microbatches"):
-            if getattr(self, name) is not None:
-                check_at_least(self, 1, name)
+        check_at_least(self, 1, "pipeline_repeats", "loss_chunk", "pipeline_microbatches")
 
     @property
     def jax_dtype(self) -> jnp.dtype:

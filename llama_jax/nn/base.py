@@ -167,10 +167,10 @@ def check_rate(name: str, rate: float) -> None:
 
 
 def check_at_least(config: object, least: int, *names: str) -> None:
-    """Raise UserError where one of these fields of `config` is below `least`."""
+    """Raise UserError where one of these fields of `config` is below `least`; None is allowed."""
     for name in names:
-        if getattr(config, name) < least:
-            raise UserError(f"{name}={getattr(config, name)} must be at least {least}")
+        if (value := getattr(config, name)) is not None and value < least:
+            raise UserError(f"{name}={value} must be at least {least}")
 
 
 def check_above_zero(config: object, *names: str, hint: str = "") -> None:

@@ -23,6 +23,7 @@ def wide(sweep_base: RunConfig) -> RunConfig:
     return override(sweep_base, {**sizes, "model.feed_forward.intermediate_size": 344})
 
 
+@pytest.mark.quick("1-parameters", "4-flops", "MLP-parameters", "LatentAttention-flops", "3-parameters", "LSTM-flops")
 @pytest.mark.parametrize("quantity", ["parameters", "flops"])
 @pytest.mark.parametrize(
     "changes",

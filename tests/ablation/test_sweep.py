@@ -39,6 +39,7 @@ def numbers(sweep: SweepRecord) -> dict[tuple[str, int], list[dict[str, float]]]
     }
 
 
+@pytest.mark.slow
 def test_the_runs_are_those_of_train(sweep: SweepRecord, sweep_base: RunConfig, tmp_path: Path):
     found = numbers(sweep)
     assert list(found) == [(name, seed) for name in VARIANTS for seed in SEEDS]
@@ -79,6 +80,7 @@ def test_one_after_another_they_are_those_of_train_bit_by_bit(sweep_base: RunCon
     assert numbers(dataclasses.replace(found, trials=(by_hand,))) == numbers(found)
 
 
+@pytest.mark.slow
 def test_variants_of_a_seed_have_one_order_of_data_and_shared_first_values(sweep: SweepRecord):
     base, mqa = (open_run(sweep.trials_of(name)[1].directory) for name in ("base", "MQA"))
     for step in range(3):
@@ -165,7 +167,8 @@ def failing_saves(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return left
 
 
-@pytest.mark.parametrize("mesh", [{}, pytest.param({"mesh.fsdp": jax.device_count()}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{}, {"mesh.fsdp": jax.device_count()}])
 def test_a_save_that_fails_is_repeated_at_the_next_step_as_by_train(
     mesh: dict[str, int],
     sweep: SweepRecord,
@@ -191,6 +194,7 @@ def test_a_save_that_fails_is_repeated_at_the_next_step_as_by_train(
     assert set(map(tuple, steps.values())) == {(2, 4)}
 
 
+@pytest.mark.slow
 def test_more_seeds_and_variants_are_added(sweep_base: RunConfig, tmp_path: Path):
     config = override(sweep_base, {"num_steps": 2})
     llama_jax.ablate(config, {"base": {}}, seeds=1, run_dir=tmp_path / "s", quiet=True)

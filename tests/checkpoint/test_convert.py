@@ -72,6 +72,7 @@ def test_the_same_model_in_every_form_is_the_same_parameters():
             np.testing.assert_array_equal(params[key], value, err_msg=f"{name} {key}")
 
 
+@pytest.mark.quick("llama_gqa", "llama_mqa_biases", "llama_tied")
 @pytest.mark.parametrize("name", LLAMAS)
 def test_import_export_import_is_the_identity(name, tmp_path):
     """And the logits are those of the tensors, by the numpy model; other families' `tests/parity` has."""
@@ -103,6 +104,7 @@ def _dtypes(folder: Path) -> dict[str, str]:
     return {name: tensor.dtype.name for name, tensor in read_directory(folder).items()}
 
 
+@pytest.mark.quick("bfloat16")
 @pytest.mark.parametrize("narrow", [jnp.bfloat16, np.float16])
 def test_a_conversion_keeps_every_type(copy, narrow, tmp_path):
     """There and back, through a native copy too; `dtype` is one for all."""
@@ -203,6 +205,7 @@ def test_export_does_not_overwrite(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.slow
 def test_parameters_with_no_place_are_not_exported(tmp_path):
     source, params = _load("llama_gqa")
     with pytest.raises(UserError, match=r"'layers\.router\.weight' has no place"):
@@ -294,6 +297,7 @@ def test_any_mesh_gets_the_same_values(shape):
         np.testing.assert_array_equal(np.asarray(value), expected[key], err_msg=key)
 
 
+@pytest.mark.slow
 def test_a_sharded_model_exports_under_its_mesh(tmp_path):
     with jax.set_mesh(make_mesh({"fsdp": 4, "tensor": 2})):
         source, params = _load("llama_gqa")
@@ -321,6 +325,7 @@ def test_every_number_is_read_once_for_all_shards_together():
     assert elements_read == {name: np.prod(tensor.shape) for name, tensor in source.tensors.items()}
 
 
+@pytest.mark.quick("mesh1")
 @pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 8}])
 def test_host_memory_is_one_shard(wide_export, monkeypatch, mesh):
     """numpy's allocations, followed by tracemalloc, while 8 devices take copies as an accelerator does."""

@@ -52,6 +52,7 @@ def test_a_native_copy_keeps_the_rule_of_prompts(lm: LanguageModel, tmp_path: Pa
     assert again.encode_prompt("two fish") == again.encode("two fish", bos=True)
 
 
+@pytest.mark.quick("None", "{'fsdp': 2, 'tensor': 4}")
 @pytest.mark.parametrize("mesh", [None, {"fsdp": 8}, {"fsdp": 2, "tensor": 4}], ids=str)
 def test_native_and_back_is_the_identity(lm: LanguageModel, native: Path, mesh: Any):
     again = load(native, mesh=mesh)

@@ -64,6 +64,7 @@ ALL = (
 )  # fmt: skip
 
 
+@pytest.mark.quick("bart", "bert_old_names", "deepseek_v32", "gpt2", "t5_v1_0")
 @pytest.mark.parametrize("name", ALL)
 def test_wrappers_and_computed_tensors_change_nothing(name: str, tmp_path: Path):
     config, tensors = golden(name)

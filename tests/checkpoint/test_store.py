@@ -96,6 +96,7 @@ def held() -> tuple[int, int]:
     return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts what Linux lists under /proc")
 def test_saving_and_loading_hold_nothing(tmp_path: Path):
     """After 60 checkpoints as after 10, and after 20 loads as after one, but for a few that are just ending."""

@@ -23,6 +23,7 @@ def small(name: str) -> DecoderConfig:
     return override(model, sizes | {"vocab_size": VOCAB, "hidden_size": WIDTH, "max_positions": 64})
 
 
+@pytest.mark.quick("tiny_ngram", "tiny_lstm")
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_is_the_argmax_of_the_full_forward(name: str):
     """Prompts of different lengths in one batch, each continued from its own state."""
@@ -41,6 +42,7 @@ def test_greedy_is_the_argmax_of_the_full_forward(name: str):
         np.testing.assert_array_equal(scores[length - 1 : length + count - 1].argmax(-1), row)
 
 
+@pytest.mark.slow
 def test_a_bidirectional_encoder_learns_what_was_masked():
     """And sees neither padding nor the texts beside: where it stands in a row changes nothing."""
     config = EncoderConfig(

@@ -21,31 +21,6 @@ from llama_jax.training import init_state, make_train_step, train_flops_per_toke
 PRETRAINING = dict.fromkeys(
     ("llama1_7b", "llama2_7b", "llama2_70b", "llama3_2_1b", "llama3_8b", "mixtral_8x7b", "qwen3_0_6b"), 4 * 2**20
 )
-# Their layers are those of other configs, of which the train step is built quickly.
-ALIKE = (
-    "chatglm2_6b",
-    "gpt3_125m",
-    "llama1_7b",
-    "llama2_70b",
-    "llama2_7b",
-    "llama3_2_1b",
-    "llama3_2_1b_chat",
-    "llama3_2_1b_dpo",
-    "llama3_2_1b_lora",
-    "llama3_8b",
-    "llama3_405b",
-    "mixtures/llama1",
-    "olmo2_1b",
-    "pythia_160m",
-    "qwen3_0_6b",
-    "smollm2_135m",
-    "t5_small",
-    "tiny_gru",
-    "tiny_python",
-    "tiny_rnn",
-    "tiny_shakespeare",
-)
-BUILT = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in config_names()]
 PRETRAINING |= {"gpt2": 2**19, "gpt3_125m": 2**19, "chatglm2_6b": 4 * 2**20}
 PRETRAINING |= {"llama3_405b": 16 * 2**20}
 PRETRAINING |= {"pythia_160m": 2**21, "smollm2_135m": 2**20, "olmo2_1b": 2 * 2**20}
@@ -79,7 +54,8 @@ def test_the_command_in_the_docstring_is_complete(name: str):
     assert config_of(name).data.path or config_of(name).data.sources
 
 
-@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.quick("bert_base", "mixtral_8x7b")
+@pytest.mark.parametrize("name", config_names())
 def test_train_step_builds_with_nothing_allocated(name: str):
     config = config_of(name)
     config.check_mesh(8)

@@ -38,6 +38,7 @@ def rows_of(name: str) -> dict[str, np.ndarray]:
     return {field: np.stack([row[field] for row in rows]) for field in rows[0]}
 
 
+@pytest.mark.quick("gpt2")
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_documents_are_separate_documents(name: str, random_params: Any):
     config: DecoderConfig = MODELS[name]

@@ -16,7 +16,7 @@ from llama_jax.run import load_config
 from llama_jax.training import kernel_check, preflight
 from llama_jax.training.kernel_check import Agreement, PreflightFailed
 
-ROWS, MOST_HEADS, MOST_HEAD_DIM, LONG = 2, 2, 16, 512
+ROWS, MOST_HEADS, MOST_HEAD_DIM = 2, 2, 16
 # Targets and sources of encoder-decoders beside their config's own.
 LENGTHS = [(200, 100), (300, 129), (129, 300), (512, 114)]
 
@@ -73,13 +73,8 @@ def own_lengths(name: str) -> tuple[int, int | None]:
     return config.sequence_length, config.data.objective.source_length
 
 
-def is_long(name: str) -> bool:
-    return max(length or 0 for length in own_lengths(name)) > LONG
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if is_long(name) else name for name in config_names()]
-)
+@pytest.mark.quick("t5_small", "tiny_gru", "tiny_lstm", "tiny_ngram", "tiny_rnn")
+@pytest.mark.parametrize("name", config_names())
 def test_a_config_passes_at_its_own_lengths(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernel_check, "compare", compare_once)
     agreements = check(name, own_lengths(name), monkeypatch)
@@ -90,7 +85,8 @@ def test_a_config_passes_at_its_own_lengths(name: str, monkeypatch: pytest.Monke
 ENCODER_DECODERS = [name for name in config_names() if own_lengths(name)[1] is not None]
 
 
-@pytest.mark.parametrize("lengths", [LENGTHS[0], *(pytest.param(pair, marks=pytest.mark.slow) for pair in LENGTHS[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
 def test_an_encoder_decoder_passes_at_other_lengths(name: str, lengths, monkeypatch: pytest.MonkeyPatch):
     agreements = check(name, lengths, monkeypatch)

@@ -64,6 +64,7 @@ class Counting(Tokenizer):
         return self.inner.stream()
 
 
+@pytest.mark.quick("1000")
 @pytest.mark.parametrize("shard_bytes", [1 << 26, 1000])
 def test_all_the_text_is_there(config, tokenizer, monkeypatch: pytest.MonkeyPatch, shard_bytes: int):
     monkeypatch.setattr(records, "SHARD_BYTES", shard_bytes)

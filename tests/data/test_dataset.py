@@ -104,6 +104,7 @@ def hash_of(parts: list[HostBatch]) -> str:
     return digest.hexdigest()
 
 
+@pytest.mark.quick("Causal-cut", "Causal-best_fit", "BlankFilling-best_fit", "SpanCorruption-cut")
 @pytest.mark.parametrize("packing", ["cut", "best_fit"])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: type(objective).__name__)
 def test_any_restart_on_any_number_of_processes_continues(folder, tokenizer, objective, packing: str):

@@ -35,11 +35,6 @@ def expected(name: str) -> dict[str, Any]:
 
 
 GENERATING = [name for name in CASES if "eos_ids" in expected(name)]
-# Their models are those of others, but for their vocabularies.
-ALIKE = {
-    "deepseek_r1", "deepseek_v31", "gpt2_slow", "llama_slow", "llama_smollm2", "llama_yi", "mistral", "mt5",
-}  # fmt: skip
-MODELS = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in GENERATING]
 
 
 @functools.cache
@@ -82,6 +77,24 @@ def check_ids(lm: llama_jax.LanguageModel, golden: dict[str, Any]) -> None:
             assert (entry["greedy_ids"][-1] in text.stop_ids(lm)) == (entry["stopped_by"] is not None)
 
 
+@pytest.mark.quick(
+    "bart",
+    "bert",
+    "bloom",
+    "deepseek_v31",
+    "gemma2",
+    "glm",
+    "gpt2_slow",
+    "gpt_oss",
+    "llama3",
+    "llama_slow",
+    "llama_yi",
+    "marian",
+    "mistral_tekken",
+    "qwen3",
+    "t5_v1_1",
+    "xlm_roberta_slow",
+)
 @pytest.mark.parametrize("name", CASES, scope="module")
 def test_ids_texts_and_stops(name):
     golden, lm = expected(name), loaded(name)
@@ -89,7 +102,8 @@ def test_ids_texts_and_stops(name):
     assert sorted(lm.generation.eos_ids) == sorted(golden.get("eos_ids", lm.generation.eos_ids))
 
 
-@pytest.mark.parametrize("name", MODELS, scope="module")
+@pytest.mark.quick("bart", "gpt2", "llama3", "t5_v1_1")
+@pytest.mark.parametrize("name", GENERATING, scope="module")
 def test_greedy_text_and_stop(name):
     check_texts(loaded(name), expected(name))
 
@@ -101,6 +115,7 @@ def test_chat():
         assert llama_jax.chat(loaded("llama_chatml"), entry["messages"], **options) == entry["greedy_text"]
 
 
+@pytest.mark.quick("bert", "modernbert", "xlm_roberta_slow")
 @pytest.mark.parametrize("name", [name for name in CASES if name not in GENERATING])
 def test_encoder_logits(name):
     texts = expected(name)["texts"]
@@ -114,6 +129,7 @@ def test_encoder_logits(name):
         assert logits.argmax(-1).tolist() == entry["best_ids"]
 
 
+@pytest.mark.quick("bart", "bert", "deepseek_v31", "gemma2", "gpt2_slow", "gpt_oss", "llama3", "marian", "t5_v1_1")
 @pytest.mark.parametrize("name", CASES, scope="module")
 def test_export_read_by_us(name, tmp_path):
     """Config, weights, tokenizer and generation, of which all that is written follows."""

@@ -160,6 +160,7 @@ def copy(loaded: dict[str, Any]) -> dict[str, Any]:
     return {step: {name: np.array(value) for name, value in state.items()} for step, state in loaded.items()}
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_at_the_same_step(config: RunConfig, tmp_path: Path):
     rarely = {"logging__validate_every_steps": 100000, "checkpoint__every_steps": 100000}
     two = Processes(2, 1, tmp_path, config, num_steps=100000, **rarely)

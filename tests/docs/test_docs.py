@@ -45,6 +45,7 @@ def own_config(own_attention: type, tiny_config: DecoderConfig) -> DecoderConfig
     return dataclasses.replace(tiny_config, attention=own_attention(4, 8, Rope(10000.0, None)))
 
 
+@pytest.mark.slow
 def test_own_attention_decodes_with_its_cache(own_config: DecoderConfig):
     # Embeddings and head of the size of the rest: first values are small, and write one token again and again.
     params = llama_jax.build(own_config, seed=0).params()

@@ -54,6 +54,7 @@ def test_sample_released_model(capsys: pytest.CaptureFixture[str]):
     assert printed.count("\nHello") == 3
 
 
+@pytest.mark.slow
 def test_shard_on_mesh(capsys: pytest.CaptureFixture[str]):
     main_of("shard_on_mesh")()
     printed = capsys.readouterr().out

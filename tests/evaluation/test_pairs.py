@@ -46,6 +46,7 @@ def classifier() -> LanguageModel:
     return LanguageModel(config, build(config, seed=3, compute=Compute(dtype="float32")), tokenizer)
 
 
+@pytest.mark.slow
 def test_texts_are_read_alone_and_without_padding(classifier: LanguageModel):
     """Each is classified as by a call on its ids between [CLS] and [SEP], whatever else is in the batch."""
     tokenizer, labels = classifier.tokenizer, ("x", "y", "z")

@@ -10,6 +10,7 @@ from typing import Any
 
 import hostile_fuzz
 import hostile_texts
+import pytest
 from hostile_cases import Hostile
 
 HERE = Path(__file__).resolve().parent
@@ -72,6 +73,7 @@ def tell(cases: list[Hostile], outcomes: dict[int, dict[str, Any]], what: str, t
         tally(f"{what}: {format}", promise, tried=len(good), held=sum(good), figures=figures)
 
 
+@pytest.mark.slow
 def test_files_that_were_made_to_harm(tmp_path: Path, tally):
     cases = hostile_texts.cases()
     assert len(cases) > 250

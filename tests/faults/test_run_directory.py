@@ -130,6 +130,7 @@ def test_a_directory_that_is_removed_meanwhile_has_a_lock_like_any(
     assert not errors
 
 
+@pytest.mark.slow
 def test_no_side_file_stops_a_run(
     trained: Run, num_trials: Callable[[int, int], int], tally: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ):
@@ -228,6 +229,7 @@ def test_two_prepares_in_one_cache(finished_run: Run, tmp_path: Path, tally: Cal
     assert all(np.array_equal(c.train.read(0, 10**9), found[0].train.read(0, 10**9)) for c in found), same
 
 
+@pytest.mark.slow
 def test_a_reader_while_checkpoints_are_written(
     trained: Run, num_trials: Callable[[int, int], int], tally: Callable[..., None]
 ):

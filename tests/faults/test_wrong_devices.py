@@ -57,6 +57,7 @@ def test_any_bit_in_any_copy_is_found(num_trials: Callable[[int, int], int], tal
     tally("one bit of one device's copy of an array", "found, and the device named", tried=tried, held=held)
 
 
+@pytest.mark.quick("copy")
 @pytest.mark.parametrize("fault", ["once", "copy"])
 def test_a_run_stops_at_the_next_check_with_the_device_named(
     run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
@@ -84,6 +85,7 @@ def test_a_run_stops_at_the_next_check_with_the_device_named(
     assert run.metrics()[-1]["step"] == 5
 
 
+@pytest.mark.slow
 def test_steps_that_are_checked_are_the_same_steps(run_config: RunConfig, finished_run: Any, tmp_path: Path):
     change = {"checks.every_steps": 3, "checks.hardware": True, "logging.sample_prompts": ()}
     run = train(override(run_config, change), tmp_path / "run")

@@ -72,6 +72,7 @@ def test_zero_adapters_are_the_base_bit_for_bit(family: str):
     np.testing.assert_array_equal(model(TOKENS), base.model(TOKENS))
 
 
+@pytest.mark.slow
 def test_first_values_of_a_model_with_adapters_are_those_without():
     config = tiny()
     plain, adapted = (initialize(c, 0) for c in (config, dataclasses.replace(config, adapters=EVERY)))
@@ -123,6 +124,7 @@ def encoder_decoder():
     return lm, inputs, np.asarray(lm.model(**inputs)), dataclasses.replace(lm, config=base, model=plain)
 
 
+@pytest.mark.slow
 def test_adapters_of_an_encoder_decoder(encoder_decoder):
     """Of both stacks and of the attention to the source: zero ones are the base, others are merged as any other's."""
     lm, inputs, logits, base = encoder_decoder
@@ -178,6 +180,7 @@ def batch_of(rows: int) -> dict[str, jax.Array]:
     }
 
 
+@pytest.mark.slow
 def test_a_step_makes_gradients_and_moments_for_adapters_alone():
     run = tiny_run.get_config()
     config = tiny(adapters=EVERY)

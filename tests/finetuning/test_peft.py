@@ -47,6 +47,7 @@ OURS = {
 }
 
 
+@pytest.mark.quick("llama_with_biases", "mixtral")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_of_peft_give_its_logits(family: str):
     lm = llama_jax.load(GOLDENS / family / "adapter", dtype="float32")
@@ -131,6 +132,7 @@ def test_files_of_a_tokenizer_are_passed_on(tmp_path: Path):
     assert load_tokenizer(given).fingerprint == expected.fingerprint
 
 
+@pytest.mark.slow
 def test_weights_keep_their_type_and_adapters_their_precision(tmp_path: Path):
     """Of a base in bfloat16: loaded as float32 the sum is not rounded, converted it is in bfloat16, once."""
     shutil.copytree(GOLDENS / "llama", tmp_path / "llama")

@@ -75,6 +75,7 @@ def test_loss_and_metrics_are_those_of_trl(one_step):
         assert float(metrics[name]) == pytest.approx(value, abs=2e-5), name
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_trl():
     config, state = golden_state()
     batch = batch_of([GOLDEN["pairs"]])
@@ -92,9 +93,8 @@ def test_the_reference_stays(one_step):
         np.testing.assert_array_equal(after.buffers[name], value)
 
 
-@pytest.mark.parametrize(
-    "kind", ["packed", *(pytest.param(k, marks=pytest.mark.slow) for k in ("accumulated", "mesh", "context"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["packed", "accumulated", "mesh", "context"])
 def test_the_step_is_the_same_however_pairs_lie(one_step, kind: str):
     config, _, wanted, metrics = one_step
     pairs, state, steps = GOLDEN["pairs"], golden_state()[1], 1
@@ -165,9 +165,8 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize(
-    "form", ["chats", *(pytest.param(f, marks=pytest.mark.slow) for f in ("texts", "conversations"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["chats", "texts", "conversations"])
 def test_a_run_prefers_the_chosen_answers(form: str, tmp_path: Path):
     record, fields = FORMS[form]
     file = tmp_path / "pairs.jsonl"

@@ -22,7 +22,6 @@ HERE = Path(__file__).parent
 GOLDENS = HERE.parent / "parity" / "goldens"
 EXPECTED = dict(np.load(HERE / "attentions.npz"))
 IDS = EXPECTED.pop("ids")
-QUICK = ("llama_gqa", "deepseek_v32")
 TEXT = np.array([[5, 9, 3, 9, 5, 7, 8, 2, 1, 6, 6, 4]])
 
 
@@ -34,9 +33,8 @@ def golden_maps(name: str, mesh: dict[str, int] | None = None) -> Any:
     return attention_maps(lm, IDS[:, : EXPECTED[name].shape[3]])
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in EXPECTED]
-)
+@pytest.mark.quick("llama_gqa")
+@pytest.mark.parametrize("name", EXPECTED)
 def test_are_those_of_transformers(name: str):
     maps = golden_maps(name)
     assert maps.layers == tuple(range(len(EXPECTED[name])))

@@ -109,6 +109,7 @@ def drawn(figure: Any) -> None:
     figure.savefig(io.BytesIO(), format="png", dpi=30)
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn(finished_run: Run, tiny_config: DecoderConfig):
     """Warnings, such as those of characters that the font lacks, are errors here."""
     lm, text = finished_run.load(), "the cat\n\t中 $x$"

@@ -90,6 +90,7 @@ def assert_same(found: Any, expected: Any, rtol: float = 1e-5) -> None:
         np.testing.assert_allclose(found[1][name], want, atol=limit, err_msg=name)
 
 
+@pytest.mark.slow
 def test_packed_is_separate(config: EncoderDecoderConfig, params: dict[str, jax.Array]):
     """Loss, gradient and every document's own hidden values: learned positions begin anew, and no document reads
     another's source."""

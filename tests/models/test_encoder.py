@@ -57,6 +57,7 @@ def everything(module: Any, tokens: jax.Array, others: dict[str, jax.Array]) -> 
     return found
 
 
+@pytest.mark.quick("roberta")
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_padding_is_not_seen_on_either_side(kind: str, request, random_params):
     config = request.getfixturevalue(kind)
@@ -146,6 +147,7 @@ def test_packed_losses_are_the_means_over_the_texts(classes: bool, bert, random_
         np.testing.assert_allclose(together[name], float(values.sum()) / float(weights[name]), rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_sharded_is_one_device(bert, random_params):
     params, batch = random_params(bert), batch_of((9, 12))
     (loss, _), gradient = loss_and_gradient(bert, Compute(), params, batch)

@@ -82,6 +82,7 @@ def batch_of(config: EncoderDecoderConfig) -> dict[str, jax.Array]:
     return {name: jnp.asarray(x) for name, x in batch.items()}
 
 
+@pytest.mark.slow
 def test_a_source_sees_itself_and_a_target_its_source_and_what_stands_before_it(config, random_params):
     config = dataclasses.replace(config, tie_embeddings=False, vocab_size=64, num_encoder_layers=1, num_layers=1)
     config = dataclasses.replace(config, encoder_overrides=())
@@ -111,6 +112,7 @@ def test_a_source_sees_itself_and_a_target_its_source_and_what_stands_before_it(
     np.testing.assert_array_equal(encoded[:, source] > 0, SOURCE[:, None] == SOURCE)
 
 
+@pytest.mark.slow
 def test_packed_documents_are_separate_documents(config, random_params):
     params, batch = random_params(config), batch_of(config)
     model = from_params(config, params, Compute())
@@ -165,6 +167,7 @@ def loss_and_gradient(config: EncoderDecoderConfig, compute: Compute, params: An
     return run(params, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "remat"), [(1, "none"), pytest.param(2, "full", marks=pytest.mark.slow, id="scanned and recomputed")]
 )

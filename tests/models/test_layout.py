@@ -89,6 +89,7 @@ def test_first_values_are_the_same_on_every_mesh(two_layers, first_values):
         np.testing.assert_array_equal(np.asarray(found[name]), value, err_msg=name)
 
 
+@pytest.mark.slow
 def test_first_values_know_neither_depth_nor_neighbours(two_layers, first_values):
     changed = dataclasses.replace(
         two_layers,

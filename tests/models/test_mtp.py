@@ -83,6 +83,7 @@ def logits_of(config: MTPDecoderConfig, params, tokens):
     return assemble(config, params, COMPUTE)(tokens)
 
 
+@pytest.mark.slow
 def test_each_further_block_is_to_say_one_token_further(config, random_params):
     params, batch = random_params(config), batch_of(config.vocab_size, [9, 7])
     found, _ = means(config, COMPUTE, params, batch)
@@ -143,6 +144,7 @@ def test_scanned_and_recomputed_are_the_same(config, random_params):
         np.testing.assert_allclose(found[name][0], mean, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_trains_all_blocks_and_balances_their_experts(balanced):
     """Biases of both stacks move, each by the load of its own layers."""
     hyper = AdamW(learning_rate=2e-2, warmup_steps=1).hyper(80)
@@ -180,6 +182,7 @@ def test_a_stack_of_one_layer_has_the_loss_of_the_batch_times_top_k(balanced, ra
         np.testing.assert_allclose(found["layers"][name], 2 * found["batch"][name], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_eight_devices_compute_what_one_computes(config, random_params):
     params, batch = random_params(config), batch_of(config.vocab_size, [9, 7])
     expected, _ = means(config, COMPUTE, params, batch)
@@ -209,6 +212,7 @@ def test_any_norm_will_do(config, random_params):
     assert jnp.isfinite(logits).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2])
 def test_rows_shorter_than_what_is_predicted(config, random_params, length: int):
     """There is nothing further to say, and no gradient of it."""

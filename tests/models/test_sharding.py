@@ -31,8 +31,6 @@ MESHES = {
     "fsdp, tensor and context": {"fsdp": 2, "tensor": 2, "context": 2},
 }
 # The data axis is in the test of three steps.
-QUICKLY = ("tensor", "fsdp, tensor and context")
-ALL_MESHES = [name if name in QUICKLY else pytest.param(name, marks=pytest.mark.slow) for name in MESHES]
 BATCH, LENGTH = 8, 32
 LEAVES = ("tokens", "targets", "weights", "segment_ids", "positions")
 
@@ -96,7 +94,8 @@ def expected_bytes(params: dict[str, jax.Array], sizes: dict[str, int]) -> float
     return total
 
 
-@pytest.mark.parametrize("name", ALL_MESHES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MESHES)
 def test_loss_and_gradient_are_those_of_one_device(name: str, config, random_params, expected):
     params = random_params(config)
     with jax.set_mesh(make_mesh(MESHES[name])):
@@ -107,10 +106,8 @@ def test_loss_and_gradient_are_those_of_one_device(name: str, config, random_par
     assert held == expected_bytes(params, MESHES[name])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name == "fsdp, tensor and context" else pytest.param(name, marks=pytest.mark.slow) for name in MESHES],
-)
+@pytest.mark.quick("fsdp, tensor and context")
+@pytest.mark.parametrize("name", MESHES)
 def test_the_form_for_tpus_is_the_same(name: str, config, random_params, expected, monkeypatch: pytest.MonkeyPatch):
     """Heads are dimensions of the products, pairs are turned by a permutation."""
     for module in (parameters, rope):
@@ -125,13 +122,10 @@ def test_the_form_for_tpus_is_the_same(name: str, config, random_params, expecte
     assert_same((loss, gradient), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "remat"),
-    [
-        ("fsdp, tensor and context", "full"),
-        pytest.param("tensor", "full", marks=pytest.mark.slow),
-        pytest.param("fsdp, tensor and context", "offload", marks=pytest.mark.slow),
-    ],
+    [("fsdp, tensor and context", "full"), ("tensor", "full"), ("fsdp, tensor and context", "offload")],
 )
 def test_keys_gathered_and_remat(name: str, remat: Any, config, random_params, expected):
     with jax.set_mesh(make_mesh(MESHES[name])):
@@ -139,19 +133,9 @@ def test_keys_gathered_and_remat(name: str, remat: Any, config, random_params, e
         assert_same(on_mesh(config, compute, random_params(config), batch_of(config.vocab_size))[:2], expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "tied"),
-    [
-        ("fsdp, tensor and context", True),
-        *(
-            pytest.param(name, tied, marks=pytest.mark.slow)
-            for name, tied in (
-                *(("tensor", True), ("tensor", False), ("fsdp", True), ("fsdp", False)),
-                ("fsdp, tensor and context", False),
-            )
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["tensor", "fsdp", "fsdp, tensor and context"])
 def test_an_odd_vocabulary_and_one_row(name: str, tied: bool, config, random_params):
     """Neither 41 tokens nor one row can be split: both are whole on every device."""
     odd = dataclasses.replace(config, vocab_size=41, tie_embeddings=tied)
@@ -164,6 +148,7 @@ def test_an_odd_vocabulary_and_one_row(name: str, tied: bool, config, random_par
     assert_same((loss, gradient), expected)
 
 
+@pytest.mark.quick("data and tensor", "fsdp and context", "fsdp, tensor and context")
 @pytest.mark.parametrize("name", MESHES)
 def test_activations_are_split(name: str, config):
     """The hidden states of the trunk: rows over data and fsdp, positions over context."""
@@ -207,6 +192,7 @@ def steps_of_one_device(scanned, random_params):
     return three_steps(scanned, 1, {k: jnp.copy(v) for k, v in random_params(scanned).items()}, whole=True)
 
 
+@pytest.mark.quick("fsdp, tensor and context")
 @pytest.mark.parametrize("name", ["data", "fsdp, tensor and context"])
 def test_three_steps_are_those_of_one_device(name: str, scanned, random_params, steps_of_one_device):
     """With two layers in a scan."""

@@ -96,6 +96,7 @@ def run(run_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(config, tmp_path_factory.mktemp("toy") / "run")
 
 
+@pytest.mark.slow
 def test_trains_on_eight_devices_as_on_one(run: Run):
     config = run.config
     step, hyper = make_train_step(config.model, Compute()), config.optimizer.hyper(config.num_steps)

@@ -58,6 +58,7 @@ def test_only_the_used_part_of_a_cache_is_read(last: int, monkeypatch: pytest.Mo
     np.testing.assert_allclose(kernels.reference(q, k, v, mask, scale=SCALE), whole, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_near_as_the_reference_in_bfloat16():
     length, kv_heads, mask = 39, 2, Mask(segment_ids=jnp.asarray(SEGMENTS))
     exact = results("reference", *inputs(length, kv_heads), mask)
@@ -85,9 +86,8 @@ def test_memory_of_the_gradient_is_linear_in_the_sequence(monkeypatch: pytest.Mo
     assert long < plain_long / 4
 
 
-@pytest.mark.parametrize(
-    "case", ["segments, grouped", *(pytest.param(case, marks=pytest.mark.slow) for case in ("causal", "prefill"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["segments, grouped", "causal", "prefill"])
 def test_no_masks_are_kept_for_a_scan_over_layers(case: str, monkeypatch: pytest.MonkeyPatch):
     """JAX computes what is the same in all layers once, before the scan: not all blocks of the mask, then."""
     for name, size in {"MAX_QUERY_BLOCKS": 4, "MIN_QUERY_BLOCK": 32, "KEY_BLOCK": 32}.items():

@@ -153,8 +153,6 @@ CASES = {
     "prefix in a window, documents": Case(29, 29, causal=True, prefix=True, window=7, segments=True),
     "queries at places of a cache": Case(13, 31, causal=True, cache=True, head_dims=(8, 10), heads=(4, 4)),
     "causal, documents": Case(27, 27, causal=True, segments=True, heads=(4, 1)),
-}
-MORE = {
     "more queries": Case(31, 13),
     "more keys": Case(9, 29, heads=(4, 4)),
     "as many": Case(23, 23, heads=(4, 1), head_dims=(8, 5)),
@@ -166,9 +164,15 @@ MORE = {
 }
 
 
-@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)])
+@pytest.mark.quick(
+    "causal, documents",
+    "cross attention of documents, long source",
+    "prefix in a window, documents",
+    "queries at places of a cache",
+)
+@pytest.mark.parametrize("case", CASES)
 def test_reference_and_blockwise_are_the_formula(case: str):
-    sees = check((CASES | MORE)[case], "reference", "blockwise")
+    sees = check(CASES[case], "reference", "blockwise")
     if case in ("cross attention of documents", "window, queries beyond the last key's"):
         assert not sees.all(), "else it shows nothing of queries that see nothing"
 
@@ -216,6 +220,7 @@ ACCELERATED = {
 }
 
 
+@pytest.mark.quick("causal, documents")
 @pytest.mark.parametrize("case", ACCELERATED)
 def test_kernels_of_others_are_the_formula(case: str, monkeypatch: pytest.MonkeyPatch):
     """Splash is interpreted. In cuDNN's place stands what JAX computes of the same call elsewhere."""

@@ -102,6 +102,7 @@ def loss(config: Experts, *ws: jax.Array) -> jax.Array:
     return (one * other).sum()
 
 
+@pytest.mark.quick("switch", "deepseek v3")
 @pytest.mark.parametrize("name", CASES)
 def test_the_loss_and_its_gradient_are_the_papers(name: str):
     router, over, coefficient, formula = CASES[name]

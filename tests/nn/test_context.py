@@ -39,17 +39,16 @@ def results(kernel: str, method: str, q, k, v, direction, mask: Mask):
     return attention_and_gradients(q, k, v, direction, ctx, scale=SCALE)
 
 
-@pytest.mark.parametrize(
-    "mask", [pytest.param(m, marks=pytest.mark.slow if m in ("causal", "window") else ()) for m in MASKS]
-)
+@pytest.mark.quick("2x4-ring-window and segments", "2x2x2-all_gather-segments")
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(
     ("mesh", "method"),
     [
         ({"data": 2, "context": 4}, "ring"),
         ({"data": 2, "context": 2, "tensor": 2}, "all_gather"),
-        pytest.param({"context": 8}, "ring", marks=pytest.mark.slow),
-        pytest.param({"context": 8}, "all_gather", marks=pytest.mark.slow),
-        pytest.param({"data": 2, "context": 2, "tensor": 2}, "ring", marks=pytest.mark.slow),
+        ({"context": 8}, "ring"),
+        ({"context": 8}, "all_gather"),
+        ({"data": 2, "context": 2, "tensor": 2}, "ring"),
     ],
     ids=["2x4-ring", "2x2x2-all_gather", "8-ring", "8-all_gather", "2x2x2-ring"],
 )
@@ -86,6 +85,7 @@ def test_zigzag_is_a_permutation_and_comes_back():
         np.testing.assert_array_equal(jax.jit(context.unzigzag)(y), x)
 
 
+@pytest.mark.slow
 def test_no_device_holds_all_keys_in_the_ring():
     """Temporaries per device fall as the context axis grows; gathering, they do not."""
 

@@ -33,6 +33,11 @@ def drawn(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> dict[str, jax
     return jax.jit(both)(zigzag(shard(jnp.ones(shape), *axes)), jax.random.key(3))
 
 
+@pytest.mark.quick(
+    "(4, 48, 6)-('batch', 'sequence', None)-{'data': 2, 'context': 4}",
+    "(4, 16, 8)-('batch', 'sequence', 'mlp')-{'data': 4, 'tensor': 2}",
+    "(3, 15, 5)-('batch', 'sequence', None)-{'context': 8}",
+)
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize(
     ("shape", "axes"),

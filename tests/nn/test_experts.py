@@ -96,6 +96,7 @@ def by(config: Experts, how: str) -> Experts:
     return dataclasses.replace(config, dispatch=how)
 
 
+@pytest.mark.quick("mixtral-capacity", "switch-capacity", "gpt_oss-dropless")
 @pytest.mark.parametrize("how", ["dropless", "capacity"])
 @pytest.mark.parametrize("config", [MIXTRAL, SWITCH, GSHARD, GPT_OSS], ids=["mixtral", "switch", "gshard", "gpt_oss"])
 def test_output_is_the_sum_over_the_kept_choices(config: Experts, how: str):
@@ -112,6 +113,7 @@ def test_output_is_the_sum_over_the_kept_choices(config: Experts, how: str):
         assert config is GSHARD or not kept.any(-1).all(), "some tokens have to be dropped altogether"
 
 
+@pytest.mark.quick("2")
 @pytest.mark.parametrize("config", [QWEN2, V3, SWITCH, GSHARD, GPT_OSS], ids=range(5))
 def test_dispatches_have_one_result_and_one_gradient(config: Experts):
     x, direction = inputs(), jnp.asarray(np.random.default_rng(2).normal(size=(ROWS, LENGTH, WIDTH)))
@@ -140,6 +142,7 @@ def test_a_gated_expert_for_all_tokens():
     assert_close(call(QWEN2, x)[0], plain(QWEN2, x)[0] + shared)
 
 
+@pytest.mark.quick("switch")
 @pytest.mark.parametrize("config", [MIXTRAL, SWITCH], ids=["mixtral", "switch"])
 def test_gradients_are_those_of_every_expert_on_every_token(config: Experts):
     """Of all products, weighted: what no dispatch is needed for."""
@@ -163,6 +166,7 @@ def test_gradients_are_those_of_every_expert_on_every_token(config: Experts):
         np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
 
 
+@pytest.mark.quick("4")
 @pytest.mark.parametrize("block", [1, 4, 64])
 def test_sorted_rows_of_any_block(block: int, monkeypatch):
     """Groups far smaller than a block, and larger."""
@@ -187,6 +191,7 @@ def test_ragged_dot_is_the_same(monkeypatch):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.quick("1")
 @pytest.mark.parametrize("config", [V3, SWITCH, GSHARD, dataclasses.replace(GSHARD, router_z_loss=0.3)], ids=range(4))
 def test_padding_does_not_count(config: Experts):
     """Rows with padding anywhere give what the rows without it give, and tell it."""
@@ -207,6 +212,7 @@ def test_padding_does_not_count(config: Experts):
 ALL_LOSSES = [dataclasses.replace(config, load_balance_loss=0.1, router_z_loss=0.3) for config in (V3, SWITCH, GSHARD)]
 
 
+@pytest.mark.quick("switch")
 @pytest.mark.parametrize("config", ALL_LOSSES, ids=["v3", "switch", "gshard"])
 def test_rows_of_padding_count_nothing(config: Experts):
     """Neither beside rows with tokens nor alone, where losses, gradients and shares are zeros."""

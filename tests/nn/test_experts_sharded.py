@@ -93,16 +93,8 @@ def of_one_device(kind: str) -> dict[str, jax.Array]:
     return run(KINDS[kind])[0]
 
 
-# Quickly: each mesh with one kind, each kind on one mesh.
-QUICKLY = {("dropless", name) for name in MESHES} | {(kind, "expert and fsdp") for kind in KINDS}
-QUICKLY |= {("balanced over layers", "expert and context"), ("balanced over the batch", "expert and context")}
-QUICKLY |= {("biased", "expert, data and tensor")}  # a device adds its part of a bias, or adds it once
-CASES = [
-    pytest.param(*case, marks=() if case in QUICKLY else pytest.mark.slow) for case in itertools.product(KINDS, MESHES)
-]
-
-
-@pytest.mark.parametrize(("kind", "name"), CASES)
+@pytest.mark.quick("balanced over the batch-expert and fsdp")
+@pytest.mark.parametrize(("kind", "name"), list(itertools.product(KINDS, MESHES)))
 def test_eight_devices_are_one(kind: str, name: str):
     config = KINDS[kind]
     with jax.set_mesh(make_mesh(MESHES[name])):
@@ -115,6 +107,7 @@ def test_eight_devices_are_one(kind: str, name: str):
     assert_same(found, of_one_device(kind))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
 def test_one_row_that_is_whole_on_every_device(dispatch: str):
     config = dataclasses.replace(KINDS["dropless"], dispatch=dispatch)
@@ -131,13 +124,10 @@ class TwoOfEight(SoftmaxTopK):
         return super().route(logits + 4.0 * (jnp.arange(8) >= 6), ctx)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "room"),
-    [
-        ("expert", 0.3),
-        pytest.param("expert", 1.25, marks=pytest.mark.slow),
-        pytest.param("expert, data and tensor", 1.25, marks=pytest.mark.slow),
-    ],
+    [("expert", 0.3), ("expert", 1.25), ("expert, data and tensor", 1.25)],
 )
 def test_a_device_with_most_of_the_rows_takes_them_in_rounds(name: str, room: float, monkeypatch):
     monkeypatch.setattr(exchange, "ROOM", room)

@@ -141,6 +141,7 @@ def test_packed_is_separate():
         np.testing.assert_allclose(packed[:, begin:end], alone, atol=3e-6)
 
 
+@pytest.mark.slow
 def test_eight_devices_compute_what_one_computes():
     assert_sharded_is_unsharded(CONFIG)
 
@@ -155,6 +156,7 @@ def results(name: str, q, k, v, direction, mask: Mask):
     return out, *pull(direction)
 
 
+@pytest.mark.quick("splash-128-12")
 @pytest.mark.parametrize(("kernel", "length", "v_head_dim"), [("blockwise", 40, 5), ("splash", 128, 12)])
 def test_values_may_have_another_size_than_keys(kernel: str, length: int, v_head_dim: int, monkeypatch):
     monkeypatch.setattr(blockwise, "MIN_QUERY_BLOCK", 12)

@@ -300,6 +300,7 @@ class BiasOfWidth:
         return RelativeBias(4, 8, 16, bidirectional=False).build(rngs=rngs)
 
 
+@pytest.mark.quick("fsdp")
 @pytest.mark.parametrize("mesh", [{"data": 4, "tensor": 2}, {"fsdp": 2, "tensor": 4}], ids=["4x2", "fsdp"])
 def test_on_a_mesh_everything_is_the_same_and_so_is_what_is_dropped(mesh: dict[str, int]):
     mixer = dataclasses.replace(

@@ -80,6 +80,7 @@ def whole_and_block(queries: int, mask: Mask, query: int, key: int) -> tuple[jax
     return mask.allowed(0, queries, 0, LENGTH), mask.allowed(query, 5, key, 20)
 
 
+@pytest.mark.quick("leading, documents", "nothing", "queries at places of a cache")
 @pytest.mark.parametrize("case", MASKS)
 def test_who_sees_whom(case: str):
     mask = MASKS[case]
@@ -89,6 +90,7 @@ def test_who_sees_whom(case: str):
     np.testing.assert_array_equal(np.broadcast_to(block, (BATCH, 5, 20)), expected[:, 7:12, 11:31])
 
 
+@pytest.mark.quick("leading, documents", "queries at places of a cache")
 @pytest.mark.parametrize("case", MASKS)
 def test_blockwise_is_the_reference(case: str):
     mask = MASKS[case]

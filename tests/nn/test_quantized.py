@@ -98,13 +98,14 @@ def test_one_row_in_bfloat16_is_the_product_of_float32() -> None:
     np.testing.assert_allclose(y, x.astype(jnp.float32) @ w.astype(jnp.float32), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.quick("grouped query-int4")
 @pytest.mark.parametrize(
     ("attention", "feed_forward", "tied", "format"),
     [
         (QUERY, FEED_FORWARD, True, "int4"),
         (LATENT, EXPERTS, False, "int8"),
-        pytest.param(QUERY, FEED_FORWARD, True, "int8", marks=pytest.mark.slow),
-        pytest.param(LATENT, EXPERTS, False, "int4", marks=pytest.mark.slow),
+        (QUERY, FEED_FORWARD, True, "int8"),
+        (LATENT, EXPERTS, False, "int4"),
     ],
     ids=["grouped query-int4", "latent, experts-int8", "grouped query-int8", "latent, experts-int4"],
 )
@@ -140,9 +141,8 @@ def test_what_cannot_be_quantized_is_refused() -> None:
         quantized.quantized("int4")
 
 
-@pytest.mark.parametrize(
-    "sizes", [{"tensor": 2, "fsdp": 2}, pytest.param({"fsdp": 4}, marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.quick("int4-{'tensor': 2, 'fsdp': 2}")
+@pytest.mark.parametrize("sizes", [{"tensor": 2, "fsdp": 2}, {"fsdp": 4}], ids=str)
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_a_mesh_computes_the_same(format: str, sizes: dict[str, int]) -> None:
     alone, tokens = model().quantized(format), np.random.default_rng(0).integers(0, 64, (4, 8))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -163,6 +164,7 @@ def test_is_the_formula(name: str):
     np.testing.assert_allclose(found, [in_numpy(config, weights, row) for row in x], atol=ATOL[name])
 
 
+@pytest.mark.quick("lstm", "4-gram", "mamba")
 @pytest.mark.parametrize("name", BOTH)
 def test_packed_documents_are_separate_documents(name: str):
     """Each document as if it stood alone; so is the padding behind the last, of which nothing is asked."""
@@ -183,11 +185,10 @@ def test_an_encoder_does_not_see_padding():
 
 
 MESH = {"data": 2, "fsdp": 2, "context": 2}
-# Of each kind of cache one on a mesh, too; the rest in the slow tier.
-ON_MESH = [pytest.param(name, MESH, marks=() if name in ("lstm", "mamba") else pytest.mark.slow) for name in MIXERS]
 
 
-@pytest.mark.parametrize(("name", "mesh"), [*((name, None) for name in MIXERS), *ON_MESH])
+@pytest.mark.quick("lstm-None", "delta-None", "4-gram-None", "mamba-mesh13")
+@pytest.mark.parametrize(("name", "mesh"), list(itertools.product(MIXERS, (None, MESH))))
 def test_continued_with_the_cache_is_the_whole_text(name: str, mesh: dict[str, int] | None):
     """Rows of different lengths, padded, twice; then token by token."""
     config, weights, x = MIXERS[name], weights_of(MIXERS[name]), inputs()
@@ -233,6 +234,7 @@ def test_the_cache_does_not_grow_with_the_text(name: str):
         assert {dtype for _, dtype in shapes(10, jnp.bfloat16)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.quick("lstm", "delta", "4-gram")
 @pytest.mark.parametrize("name", BOTH)
 def test_padding_teaches_nothing_whatever_it_is(name: str):
     """Also in a row that has nothing else: weights learn what they learn without it."""
@@ -254,6 +256,7 @@ def test_padding_teaches_nothing_whatever_it_is(name: str):
         np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-5, err_msg=key)
 
 
+@pytest.mark.quick("lstm", "delta", "4-gram")
 @pytest.mark.parametrize("name", BOTH)
 def test_gradients_reach_what_may_be_seen(name: str):
     config, weights, x = BOTH[name], weights_of(BOTH[name]), inputs(rows=1)
@@ -287,6 +290,7 @@ def loss_and_gradient(config: Mixer, weights: Any, x: jax.Array, segment_ids: ja
     return jax.value_and_grad(loss, argnums=(0, 1))(weights, x)
 
 
+@pytest.mark.quick("lstm-mesh0", "4-gram-mesh3")
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [
@@ -315,6 +319,7 @@ def test_eight_devices_compute_what_one_does(name: str, mesh: dict[str, int]):
         np.testing.assert_allclose(np.asarray(a), b, atol=2e-5 * float(jnp.abs(b).max()), rtol=2e-6)
 
 
+@pytest.mark.quick("lstm-mesh0")
 @pytest.mark.parametrize(
     ("name", "mesh"), [("lstm", {"data": 8}), ("delta", {"data": 8}), ("mamba", {"data": 4, "tensor": 2})]
 )

@@ -68,6 +68,7 @@ def check(results, mask: str) -> None:
         np.testing.assert_allclose(one, wanted, atol=5e-6)
 
 
+@pytest.mark.quick("reference-documents", "blockwise-documents")
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("kernel", ["reference", "blockwise"])
 def test_kernels_are_the_formula(kernel: str, mask: str, monkeypatch: pytest.MonkeyPatch):
@@ -76,13 +77,14 @@ def test_kernels_are_the_formula(kernel: str, mask: str, monkeypatch: pytest.Mon
     check(found(kernel, "ring", mask), mask)
 
 
+@pytest.mark.quick("mesh0-blockwise-ring")
 @pytest.mark.parametrize(
     ("mesh", "kernel", "method"),
     [
         ({"data": 2, "tensor": 4}, "blockwise", "ring"),
         ({"context": 4, "tensor": 2}, "blockwise", "ring"),
-        pytest.param({"data": 2, "context": 4}, "blockwise", "all_gather", marks=pytest.mark.slow),
-        pytest.param({"context": 4, "tensor": 2}, "reference", "ring", marks=pytest.mark.slow),
+        ({"data": 2, "context": 4}, "blockwise", "all_gather"),
+        ({"context": 4, "tensor": 2}, "reference", "ring"),
     ],
 )
 def test_a_mesh_changes_nothing(mesh: dict[str, int], kernel: str, method: str):

@@ -186,6 +186,7 @@ def loss_of(config, values, x, ctx, positions):
     return jax.value_and_grad(loss)(values)
 
 
+@pytest.mark.quick("warm-up")
 @pytest.mark.parametrize("config", [LEARNING, WARMUP], ids=["sparse", "warm-up"])
 def test_the_indexers_loss_is_the_formula(config: SparseLatentAttention):
     """Equations 3 (over all keys) and 4 (over the chosen ones); padding does not count."""
@@ -206,6 +207,7 @@ def test_the_indexers_loss_is_the_formula(config: SparseLatentAttention):
         assert (float(jnp.abs(value).max()) > 1e-4) == ("indexer" in name), name
 
 
+@pytest.mark.slow
 def test_rows_of_padding_teach_the_indexer_nothing():
     values, x, positions = values_of(LEARNING), inputs(LENGTH, 2), jnp.tile(jnp.arange(LENGTH), (2, 1))
     segments = jnp.ones((2, LENGTH), jnp.int32)
@@ -218,6 +220,7 @@ def test_rows_of_padding_teach_the_indexer_nothing():
         np.testing.assert_array_equal(value, np.zeros(value.shape))
 
 
+@pytest.mark.slow
 def test_the_indexer_learns_from_its_own_loss_alone():
     values, x, (ctx, positions) = values_of(CONFIG), inputs(), documents()
     _, (gradient, d_x) = with_gradients(CONFIG, values, x, inputs(seed=2), ctx, positions)
@@ -230,6 +233,7 @@ def test_the_indexer_learns_from_its_own_loss_alone():
     np.testing.assert_allclose(d_x_learning, d_x, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_indexer_learns_to_choose():
     """In the warm-up stage its loss falls, and what it then chooses weighs more than before."""
     config = dataclasses.replace(WARMUP, index_loss_weight=1.0)
@@ -244,6 +248,7 @@ def test_the_indexer_learns_to_choose():
     assert losses[-1] > 0
 
 
+@pytest.mark.slow
 def test_eight_devices_compute_what_one_computes():
     assert_sharded_is_unsharded(LEARNING)
 

@@ -62,7 +62,8 @@ def assert_theirs(found: np.ndarray, name: str) -> None:
     np.testing.assert_allclose(found / scale, expected / scale, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "mixtral" else pytest.mark.slow) for n in NAMES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_an_imported_coefficient_gives_transformers_gradient(name: str):
     assert_theirs(on({}, Compute(), name), name)
 

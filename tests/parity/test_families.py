@@ -21,17 +21,10 @@ from llama_jax.models import abstract_params
 
 TYPES = {name: model_type for name, model_type in model_types().items() if model_type != "llama"}
 CASES = sorted(TYPES)
-# Quickly the logits of one of each family, and of each architecture the layers and what is generated; the rest in the
-# slow tier. Decoders with rotary positions and a cache of keys are Llama's.
-FIRST = {model_type: name for name, model_type in sorted(TYPES.items(), reverse=True)}
-EACH = [pytest.param(name, marks=() if FIRST[TYPES[name]] == name else pytest.mark.slow) for name in CASES]
-QUICKLY = {"bart", "deepseek_v32", "gpt2", "t5_v1_1"}
-LAYERS = [pytest.param(name, marks=() if name in QUICKLY else pytest.mark.slow) for name in CASES]
-GENERATING = [
-    pytest.param(name, marks=() if name in QUICKLY else pytest.mark.slow)
-    for name in CASES
-    if "generated" in expected(name)
-]
+# Each kind of architecture, and what is peculiar to one of them.
+QUICK = ("bart", "bert_bin", "bloom", "chatglm2", "cohere2", "deepseek_v32", "gemma2", "gpt2", "gpt_oss", "mamba2")
+QUICK += ("mixtral", "modernbert", "qwen3", "qwen3_next", "t5_v1_0")
+GENERATING = [name for name in CASES if "generated" in expected(name)]
 TOLERANCE, FP8_BLOCK = 5e-5, 16
 E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
@@ -68,7 +61,8 @@ def of_heads(module, arguments, named, *, heads: tuple[str, ...]) -> dict[str, j
     return {key: (module if key == "logits" else getattr(module, key))(*arguments, **named) for key in heads}
 
 
-@pytest.mark.parametrize("name", LAYERS, scope="module")
+@pytest.mark.quick("gpt2", "t5_v1_1")
+@pytest.mark.parametrize("name", CASES, scope="module")
 def test_layer_by_layer(name):
     golden, found = expected(name), computed(name)
     layers = sorted(key for key in golden if re.fullmatch(r"(encoder_)?layer_\d+", key))
@@ -80,7 +74,8 @@ def test_layer_by_layer(name):
         assert difference(golden, found, key) < TOLERANCE * max(1, golden[key].std()), key
 
 
-@pytest.mark.parametrize("name", EACH, scope="module")
+@pytest.mark.quick(*QUICK)
+@pytest.mark.parametrize("name", CASES, scope="module")
 def test_logits(name):
     golden = expected(name)
     heads = tuple(key for key in ("logits", *HEADS) if key in golden)
@@ -94,6 +89,7 @@ def test_logits(name):
             assert 0.9 < golden[key].std() < 1.1
 
 
+@pytest.mark.quick("gpt2", "t5_v1_1")
 @pytest.mark.parametrize("name", GENERATING, scope="module")
 def test_greedy_tokens(name):
     """With the cache; the goldens' own margins are far above the error.
@@ -129,10 +125,11 @@ def tensors_of(name: str) -> dict[str, np.ndarray]:
     return {key: value for key, value in found.items() if not COMPUTED.fullmatch(key)}
 
 
-@pytest.mark.parametrize("name", EACH, scope="module")
+@pytest.mark.quick(*QUICK)
+@pytest.mark.parametrize("name", CASES, scope="module")
 def test_export_gives_the_tensors_back(name, tmp_path, monkeypatch: pytest.MonkeyPatch):
-    """Quickly, only the export of a few also compares logits, which `test_logits` holds of these tensors."""
-    if FIRST[TYPES[name]] == name and name not in QUICKLY:
+    """In the quick tier an export does not compare logits, which `test_logits` does of these tensors."""
+    if name in QUICK and name != "gpt2":
         monkeypatch.setattr(exporting, "check_conversion", lambda *_: {})
     llama_jax.save(loaded(name), tmp_path / "export", format="hf")
     assert open_source(tmp_path / "export").config == loaded(name).config

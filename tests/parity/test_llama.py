@@ -28,6 +28,7 @@ def _model(name: str, *, scan: bool):
     return assemble(source.config, params, Compute(dtype="float32"), scan=scan)
 
 
+@pytest.mark.quick("llama_gqa", "llama_mqa_biases", "llama_rope_yarn", "meta_llama2_2_shards")
 @pytest.mark.parametrize("name", CASES)
 def test_layer_by_layer(name):
     expected = np.load(GOLDENS / name / "expected.npz")
@@ -49,6 +50,7 @@ def test_layer_by_layer(name):
         np.testing.assert_allclose(found, expected["logits"], atol=TOLERANCE, err_msg=of)
 
 
+@pytest.mark.quick("llama_gqa", "llama_mqa_biases", "llama_rope_yarn", "meta_llama3_4_shards")
 @pytest.mark.parametrize("name", CASES)
 def test_logits_of_a_scan_over_layers(name):
     expected = np.load(GOLDENS / name / "expected.npz")
@@ -56,6 +58,7 @@ def test_logits_of_a_scan_over_layers(name):
     np.testing.assert_allclose(logits, expected["logits"], atol=TOLERANCE)
 
 
+@pytest.mark.quick("llama_gqa", "llama_rope_yarn")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in GENERATING else pytest.mark.slow) for name in CASES]
 )

@@ -12,7 +12,7 @@ from llama_jax.checkpoint.formats import read_directory, write_safetensors
 from llama_jax.nn.attention import attend as kernels
 
 NAMES, TOLERANCE, LONGEST = ("bart", "marian", "t5_v1_0"), 5e-5, 300
-LENGTHS = ("129_300", *(pytest.param(lengths, marks=pytest.mark.slow) for lengths in ("100_200", "40_260")))
+LENGTHS = ("129_300", "100_200", "40_260")
 
 
 def lengthened(name: str, folder: Path) -> Path:
@@ -30,8 +30,8 @@ def lengthened(name: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-# Marian's differ from Bart's in their positions alone.
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "marian" else ()) for n in NAMES])
+@pytest.mark.quick("t5_v1_0-129_300")
+@pytest.mark.parametrize("name", NAMES)
 def test_logits_of_targets_longer_than_their_sources(name: str, lengths: str, tmp_path: Path):
     lm = llama_jax.load(lengthened(name, tmp_path), dtype="float32")
     with np.load(GOLDENS / f"long_targets_{name}.npz") as golden:

@@ -67,12 +67,14 @@ def total(collectives: list[Collective], *of_kinds: str) -> int:
     return sum(c.count * c.bytes for c in collectives if c.kind in of_kinds)
 
 
+@pytest.mark.slow
 def test_data_reduces_the_gradients_and_nothing_else():
     found = on_cpu(data=8)
     assert kinds(found) == {("all-reduce", ("data",))}
     assert PARAMETERS <= total(found, "all-reduce") < 1.01 * PARAMETERS
 
 
+@pytest.mark.slow
 def test_fsdp_gathers_the_parameters_and_reduces_the_gradients():
     found = on_cpu(fsdp=8)
     assert {kind for kind, _ in kinds(found)} <= {"all-gather", "all-reduce", "reduce-scatter"}
@@ -80,6 +82,7 @@ def test_fsdp_gathers_the_parameters_and_reduces_the_gradients():
     assert 0.99 * PARAMETERS <= total(found, "all-reduce", "reduce-scatter") < 1.01 * PARAMETERS
 
 
+@pytest.mark.slow
 def test_tensor_sums_activations_and_never_gathers_logits():
     found = on_cpu(tensor=8)
     assert kinds(found) == {("all-reduce", ("tensor",))}
@@ -88,6 +91,7 @@ def test_tensor_sums_activations_and_never_gathers_logits():
     assert (1 + 2 * TINY.num_layers) * HIDDEN < total(found, "all-reduce") < (3 + 8 * TINY.num_layers) * HIDDEN
 
 
+@pytest.mark.slow
 def test_a_ring_sends_keys_and_values_and_gathers_neither():
     found = on_cpu(context=8)
     assert {kind for kind, _ in kinds(found)} == {"collective-permute", "all-reduce", "all-gather"}

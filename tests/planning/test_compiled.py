@@ -34,6 +34,7 @@ def small(two_layers: DecoderConfig) -> RunConfig:
     return dataclasses.replace(LAYOUTS["fsdp_tensor"], model=two_layers, global_batch_size=8, sequence_length=16)
 
 
+@pytest.mark.quick("0.1")
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_arguments_are_what_a_device_holds(small: RunConfig, dropout: float):
     small = dataclasses.replace(small, model=dataclasses.replace(small.model, dropout=dropout))
@@ -53,6 +54,7 @@ def test_arguments_are_what_a_device_holds(small: RunConfig, dropout: float):
     assert from_json(RunConfig, json.loads(json.dumps(to_json(small)))) == small
 
 
+@pytest.mark.quick("gpt2", "bert_base")
 @pytest.mark.parametrize("name", ["gpt2", "bert_base", "deepseek_v3"])
 def test_nothing_is_computed_on_devices_that_may_not_be_here(small: RunConfig, name: str):
     """With learned positions and dropout; with an encoder's heads; with experts, buffers and two stacks."""

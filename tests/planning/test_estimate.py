@@ -50,6 +50,7 @@ PAIRS = {"data.objective": "Preference"}
 CASES = [*((name, {}) for name in MESHES), ("combined", ODD), ("fsdp", ODD), ("fsdp", PAIRS)]
 
 
+@pytest.mark.quick("data-changes0", "more tensor than heads-changes3", "combined-changes5")
 @pytest.mark.parametrize(("name", "changes"), CASES)
 def test_argument_bytes_are_those_of_a_real_state(workload: RunConfig, name: str, changes: dict[str, Any]):
     workload = with_mesh(workload, MESHES[name], **changes)

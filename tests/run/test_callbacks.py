@@ -65,6 +65,7 @@ def test_a_callback_saves_and_stops_and_the_run_goes_on(
     assert "stopped" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_with_callbacks(run_config: RunConfig, tmp_path: Path, finished_run: Run):
     """Also where they evaluate the model, and stop in between; what they load is what is saved."""
     loaded: list[LanguageModel] = []

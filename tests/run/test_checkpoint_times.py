@@ -32,6 +32,7 @@ def minutes(loss_of: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> list[
     return now
 
 
+@pytest.mark.quick("changes1-steps1")
 @pytest.mark.parametrize(
     ("changes", "steps"),
     [
@@ -49,6 +50,7 @@ def test_times_of_checkpoints(
     assert train(dataclasses.replace(config, num_steps=14), tmp_path / "run").steps() == steps
 
 
+@pytest.mark.slow
 def test_kept_ones_stay(quick: RunConfig, minutes: list[float], loss_of: dict[int, float], tmp_path: Path):
     """Beside the last and the best, also where the run is continued."""
     loss_of.update({-3: 0.1})
@@ -61,6 +63,7 @@ def test_kept_ones_stay(quick: RunConfig, minutes: list[float], loss_of: dict[in
     assert train(config, run.directory).steps() == [3, 5, 10, 13, 14]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_by_time_continues_the_same_run(
     run_config: RunConfig, finished_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

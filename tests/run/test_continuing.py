@@ -134,6 +134,7 @@ def test_batches_that_the_message_names_can_be_left_out(
     assert np.array_equal(run.batch(8)["tokens"], plain.batch(last)["tokens"])
 
 
+@pytest.mark.slow
 def test_a_spike_stops_the_run_with_the_command_that_leaves_its_batches_out(
     quick: RunConfig, loss_of: dict[int, float], tmp_path: Path
 ):
@@ -348,6 +349,7 @@ def test_a_window_that_began_before_is_recorded_from_where_the_run_continues(
     assert recorded == [str(begun / "profile")]
 
 
+@pytest.mark.quick("1-4-losses1-kept1", "20-5-losses3-kept3")
 @pytest.mark.parametrize(
     ("every", "validate", "losses", "kept"),
     [

@@ -72,6 +72,7 @@ def run(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(config, tmp_path_factory.mktemp("encoder_decoder") / "run")
 
 
+@pytest.mark.slow
 def test_it_learns_and_continues(run: Run, tmp_path: Path):
     lines = run.metrics()
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.3
@@ -103,6 +104,7 @@ def test_each_stack_balances_its_own_experts(run: Run):
     np.testing.assert_allclose(biases["layers.feed_forward.router.choice_bias"], [moved.sum(0)], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_it_answers(run: Run):
     prompt, _, answer = (run.directory / "samples.txt").read_text().partition("\n")
     assert prompt == PROMPT

@@ -84,6 +84,7 @@ def fine_tuning(pretrained: Run, **changes) -> RunConfig:
     return dataclasses.replace(config, **{"num_steps": 40} | new | changes)
 
 
+@pytest.mark.slow
 def test_pretraining_continues_where_it_stopped(pretrained: Run, tmp_path: Path):
     metrics = pretrained.metrics()
     assert all(np.isfinite([line["loss"], line["pair_loss"]]).all() for line in metrics)
@@ -121,6 +122,7 @@ def test_a_fine_tuned_classifier_is_right_about_texts_it_has_not_seen(pretrained
     assert (found["n"], found["accuracy"], found["f1_macro"], found["mcc"]) == (asked, 1.0, 1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_weights_that_it_is_given(pretrained: Run, tmp_path: Path):
     config = fine_tuning(pretrained, num_steps=1)
     still = dataclasses.replace(config.optimizer, learning_rate=1e-30)

@@ -42,7 +42,8 @@ def continued(run: Run, directory: Path) -> Run:
     return train(run.config, directory)
 
 
-@pytest.mark.parametrize("name", [pytest.param("mixtral", marks=pytest.mark.slow), "v3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "v3"])
 def test_train_continue_and_sample(name: str, run_config: RunConfig, tmp_path: Path):
     layers, experts = (2, MIXTRAL) if name == "mixtral" else (1, V3)
     config = config_with(run_config, feed_forward=experts, num_layers=layers)

@@ -39,10 +39,6 @@ NAMES = (*DEEPSEEK, *BASELINES, *GPTS)
 CONTAINED = {"deepseek_v3", "tiny_rnn", "tiny_gru"}
 
 
-def slow_except(*quick: str, names: tuple[str, ...] = NAMES) -> list[Any]:
-    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
-
-
 def model_of(name: str) -> DecoderConfig:
     """A model of the family, tiny: two layers, with everything that its training has, and no dropout but GPT-2's."""
     sizes: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "vocab_size": VOCAB, "max_positions": 64}
@@ -79,7 +75,8 @@ def run_of(name: str, run_config: RunConfig) -> RunConfig:
     return override(config, steps)
 
 
-@pytest.mark.parametrize("name", slow_except("tiny_lstm", names=tuple(n for n in NAMES if n not in CONTAINED)))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in CONTAINED])
 def test_trains_samples_and_continues(name: str, run_config: RunConfig, tmp_path: Path):
     """Two steps after those of a checkpoint are those of the run that was never stopped."""
     config = run_of(name, run_config)
@@ -113,7 +110,8 @@ def batch_of(name: str) -> dict[str, np.ndarray]:
     return batch
 
 
-@pytest.mark.parametrize("name", slow_except("tiny_ngram", "chatglm2_6b"))
+@pytest.mark.quick("tiny_ngram")
+@pytest.mark.parametrize("name", NAMES)
 def test_learns_one_batch_by_heart(name: str):
     dropout = {"dropout": 0.0, "attention.dropout": 0.0} if name == "gpt2" else {}
     config, batch = override(model_of(name), dropout), batch_of(name)

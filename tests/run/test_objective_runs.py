@@ -18,9 +18,6 @@ OBJECTIVES = [
     SpanCorruption(source_length=32, start_token="bos"),
     Denoising(source_length=32),
 ]
-# Two of different rows quickly; every objective in a model: tests/data/objectives.
-QUICKLY = (BlankFilling, SpanCorruption)
-RUNS = [o if isinstance(o, QUICKLY) else pytest.param(o, marks=pytest.mark.slow) for o in OBJECTIVES]
 
 
 def config_with(run_config: RunConfig, tmp_path: Path, **data) -> RunConfig:
@@ -36,7 +33,8 @@ def config_with(run_config: RunConfig, tmp_path: Path, **data) -> RunConfig:
     return config
 
 
-@pytest.mark.parametrize("objective", RUNS, ids=lambda objective: type(objective).__name__)
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: type(objective).__name__)
 def test_a_mixture_of_packed_rows_trains_and_continues(run_config, tmp_path: Path, objective):
     config = config_with(run_config, tmp_path, objective=objective, packing="best_fit")
     whole = train(config, tmp_path / "whole")
@@ -61,6 +59,7 @@ def test_a_mixture_of_packed_rows_trains_and_continues(run_config, tmp_path: Pat
     assert last["num_targets"] == batch["weights"].sum()
 
 
+@pytest.mark.slow
 def test_epochs_tie_a_run_to_its_length(run_config, tmp_path: Path):
     config = config_with(run_config, tmp_path)
     train(config, tmp_path / "run")

@@ -287,6 +287,7 @@ def test_configs_are_values(run_config: RunConfig):
     assert hash(run_config.model) == hash(dataclasses.replace(run_config.model))
 
 
+@pytest.mark.slow
 def test_a_kernel_that_disagrees_does_not_start(run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def ignores_documents(q, k, v, mask, *, scale):
         return kernels.blockwise_attention(q, k, v, dataclasses.replace(mask, segment_ids=None), scale=scale)

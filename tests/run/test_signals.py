@@ -22,6 +22,7 @@ def quick(quick: RunConfig) -> RunConfig:
     return override(quick, {"logging.sample_prompts": ("the cat",)})
 
 
+@pytest.mark.quick("llama_jax.run.preparing-prepare_dataset-None", "Loop-_on_devices-None", "CheckpointStore-save-6")
 @pytest.mark.parametrize(
     ("owner", "name", "step"),
     [

@@ -85,6 +85,7 @@ def test_what_is_no_source_has_no_effect(model: Model, source: np.ndarray, answe
     np.testing.assert_array_equal(by_length, answers[:2])
 
 
+@pytest.mark.slow
 def test_rows_and_meshes_change_nothing(model: Model, make_model, source: np.ndarray, answers: np.ndarray):
     order = [2, 0]
     alone = generate(model, source[order], source_mask=MASK[order], max_new_tokens=NEW)
@@ -110,6 +111,7 @@ def test_an_answer_ends_at_eos(model: Model, source: np.ndarray, answers: np.nda
         assert (row[count:] == eos_id).all()
 
 
+@pytest.mark.slow
 def test_sentinels_of_prompts_and_answers_go_by_name(answering: LanguageModel):
     tokenizer = answering.tokenizer
     assert tokenizer is not None
@@ -131,6 +133,7 @@ def test_sentinels_of_prompts_and_answers_go_by_name(answering: LanguageModel):
     assert greedy.token_ids == expected[: len(greedy.token_ids)]
 
 
+@pytest.mark.slow
 def test_only_the_answer_is_printed(answering: LanguageModel, tmp_path, capsys: pytest.CaptureFixture):
     texts = generate_text(answering, PROMPTS, max_new_tokens=10, temperature=0)
     assert len(set(texts)) == 3

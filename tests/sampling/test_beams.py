@@ -17,14 +17,10 @@ from llama_jax.sampling import Encoded, SamplingConfig, completed, generate, gen
 
 HERE = Path(__file__).parent
 GOLDENS = json.loads((HERE / "beam_goldens.json").read_text())
-# An encoder-decoder and a decoder; the others are slow.
-QUICK = {8, 22}
 
 
-@pytest.mark.parametrize(
-    "number",
-    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in range(len(GOLDENS["cases"]))],
-)
+@pytest.mark.quick("22")
+@pytest.mark.parametrize("number", range(len(GOLDENS["cases"])))
 def test_sequences_and_scores_are_those_of_transformers(number: int, tmp_path: Path, lm: LanguageModel):
     name, settings, arguments, expected = GOLDENS["cases"][number]
     folder = Path(shutil.copytree(HERE.parent / "parity" / "goldens" / name, tmp_path / name))
@@ -45,6 +41,7 @@ def test_sequences_and_scores_are_those_of_transformers(number: int, tmp_path: P
         assert (row[end:] == eos[0]).all()
 
 
+@pytest.mark.slow
 def test_one_prompt_alone_and_a_mesh_change_nothing(two_layers: DecoderConfig, model: Model, make_model):
     prompts, options = [[5, 9, 3, 2, 7], [1, 3, 4], [8]], {"num_beams": 3, "num_samples": 2, "max_new_tokens": 6}
     together = generate(model, prompts, eos_id=[2, 7], **options)

@@ -64,7 +64,8 @@ def test_a_mesh_changes_no_logits(tmp_path: Path):
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 3])
+@pytest.mark.quick("3")
+@pytest.mark.parametrize("number", range(4))
 def test_greedy_tokens_are_those_of_transformers(number: int, tmp_path: Path):
     """The first has BART's forced start: [2, 0, ...]."""
     name, generation, expected = GOLDENS["generated"][number]
@@ -156,6 +157,7 @@ def test_a_text_ends_at_every_stop_of_the_files_and_at_no_other(lm: LanguageMode
     assert found.finish_reason == "length"
 
 
+@pytest.mark.slow
 def test_controls_of_ones_own(tmp_path: Path):
     """A function and a pytree change which token is chosen, greedy and drawn, after those of the files."""
     lm, prompts = load(PARITY / "llama_gqa"), [[1, 4, 9], [3, 2, 7]]

@@ -95,6 +95,7 @@ def test_the_prompt_is_the_rendered_text(chatting: LanguageModel):
     assert answer
 
 
+@pytest.mark.slow
 def test_templates_travel_with_the_model(chatting: LanguageModel, tmp_path: Path):
     expected = chat(chatting, USER, max_new_tokens=8, temperature=0.9, seed=2**63)
     for form in ("native", "hf"):

@@ -125,6 +125,7 @@ def test_the_greedy_text_of_the_engine_is_that_of_full_forwards(model: Model, re
     assert_greedy(model, prompt, alone(model, prompt, GREEDY))
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing(make_model, two_layers, requests: list[Request], expected: list[list[int]]):
     engine = Engine(make_model(two_layers, make_mesh({"data": 2, "fsdp": 2, "tensor": 2})), rows=4, decode_chunk=4)
     tickets = [engine.add(request) for request in requests[:4]]
@@ -299,6 +300,7 @@ def attentions(two_layers: DecoderConfig) -> dict[str, Mixer]:
     }
 
 
+@pytest.mark.quick("window")
 @pytest.mark.parametrize("kind", ["latent", "sparse", "window"])
 def test_rounded_keys_and_values_change_logits_by_little(kind: str, attentions, tiny_config, make_model):
     model = make_model(dataclasses.replace(tiny_config, attention=attentions[kind]))
@@ -317,6 +319,7 @@ def test_rounded_keys_and_values_change_logits_by_little(kind: str, attentions, 
     assert 0 < error < (0.3 if kind == "sparse" else 0.1)  # another key may be chosen
 
 
+@pytest.mark.slow
 def test_rows_in_int8_are_as_alone(attentions, two_layers: DecoderConfig, make_model):
     """With every kind of attention in a layer of its own; the last row begins as the first."""
     others = tuple(LayerOverride((i,), attentions[kind]) for i, kind in enumerate(("sparse", "window"), 1))
@@ -339,6 +342,7 @@ def windowed(two_layers: DecoderConfig) -> DecoderConfig:
     return dataclasses.replace(two_layers, overrides=(LayerOverride((0,), own),))
 
 
+@pytest.mark.slow
 def test_layers_with_a_window_keep_only_it(windowed: DecoderConfig, make_model, requests: list[Request]):
     """Refilled rows, chunks, known beginnings, a batch that grows: each text is that of full forwards."""
     model = make_model(windowed)
@@ -361,6 +365,7 @@ def test_layers_with_a_window_keep_only_it(windowed: DecoderConfig, make_model, 
     assert shapes[1] >= len(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"axes": {"data": 2, "fsdp": 2, "tensor": 2}}, {"draft": "prompt"}])
 def test_windows_on_a_mesh_and_with_guesses(options: dict, windowed, make_model, prompts: Prompts):
     model = make_model(windowed, make_mesh(options["axes"]) if "axes" in options else None)
@@ -371,6 +376,7 @@ def test_windows_on_a_mesh_and_with_guesses(options: dict, windowed, make_model,
         assert_greedy(one, prompt, ids(found[ticket, 0]))
 
 
+@pytest.mark.slow
 def test_models_with_states(two_layers: DecoderConfig, make_model, prompts: Prompts):
     """They run their prompts whole, a short one with a long one's padding, and take part in everything else."""
     others = LayerOverride((1,), NGram(3, 24)), LayerOverride((2,), Mamba2(4, 4, 8))
@@ -388,6 +394,7 @@ def test_models_with_states(two_layers: DecoderConfig, make_model, prompts: Prom
         Engine(model, cache_dtype="int8")
 
 
+@pytest.mark.slow
 def test_real_weights_tell_their_story(shared_data: Path):
     """In refilled rows of eight devices, after a shared beginning, character by character; in int8 within bounds."""
     folder = shared_data / "llama2c"

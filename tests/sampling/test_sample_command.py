@@ -83,6 +83,7 @@ def test_every_setting_is_a_flag(field: dataclasses.Field):
     assert dataclasses.replace(found, **{field.name: field.default}) == SamplingConfig(**others)
 
 
+@pytest.mark.slow
 def test_prompts_come_from_files(saved: Path, texts: dict[str, str], tmp_path: Path, capsys, monkeypatch):
     lines = tmp_path / "prompts.txt"
     lines.write_text("red\r\n\nblue\n")
@@ -123,6 +124,7 @@ def test_speed_is_on_stderr(saved: Path, capsys):
         assert re.fullmatch(pattern, capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_conversations_come_from_files(chatting: LanguageModel, saved_chat: Path, tmp_path: Path, capsys):
     talk = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     file = tmp_path / "chats.jsonl"
@@ -163,6 +165,7 @@ def test_mistakes_are_one_sentence(more: list[str], sentence: str, saved: Path, 
     assert sentence in shown.err
 
 
+@pytest.mark.slow
 def test_commands_of_a_conversation(chatting: LanguageModel, saved_chat: Path, tmp_path: Path, capsys, monkeypatch):
     file = tmp_path / "talk.jsonl"
     typed = [

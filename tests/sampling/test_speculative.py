@@ -34,6 +34,7 @@ def mtp() -> LanguageModel:
 DRAWN: dict[str, Any] = {"max_new_tokens": 14, "eos_id": [2, 17, 40], "temperature": 0.9, "top_p": 0.9, "seed": 3}
 
 
+@pytest.mark.quick("prompt")
 @pytest.mark.parametrize("kind", ["prompt", "model", "mtp"])
 def test_tokens_are_those_without_guesses(kind: str, model: Model, draft: Model, mtp: LanguageModel):
     lm, guess = (mtp, "mtp") if kind == "mtp" else (model, draft if kind == "model" else "prompt")
@@ -44,6 +45,7 @@ def test_tokens_are_those_without_guesses(kind: str, model: Model, draft: Model,
     assert speculation.proposed > speculation.accepted
 
 
+@pytest.mark.slow
 def test_a_model_guesses_itself(model: Model):
     """The same model with the same keys draws the same tokens: all of its guesses are right."""
     speculation = Speculation(model)
@@ -53,6 +55,7 @@ def test_a_model_guesses_itself(model: Model):
     assert str(speculation) == "60 of 60 drafted tokens accepted (100%), 5.00 tokens per forward pass"
 
 
+@pytest.mark.slow
 def test_further_blocks_guess_what_they_were_trained_to(mtp: LanguageModel):
     speculation = Speculation("mtp")
     rng = np.random.default_rng(0)
@@ -90,6 +93,7 @@ def test_the_distribution_is_that_of_the_sampler(two_layers: DecoderConfig, make
     assert stats.chisquare(observed[real], expected[real] / expected[real].sum() * count).pvalue > 0.001
 
 
+@pytest.mark.slow
 def test_the_end_of_the_positions(two_layers: DecoderConfig, make_model):
     """Guesses behind the last position are no reason to stop before it."""
     model = make_model(dataclasses.replace(two_layers, positions=LearnedPositions(16, offset=0), max_positions=16))
@@ -97,6 +101,7 @@ def test_the_end_of_the_positions(two_layers: DecoderConfig, make_model):
     np.testing.assert_array_equal(generate(model, [[3, 4], [7]], max_new_tokens=14, draft=model), plain)
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing(two_layers: DecoderConfig, make_model, model: Model):
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     sharded, draft = (make_model(dataclasses.replace(two_layers, num_layers=n), mesh) for n in (2, 1))
@@ -108,6 +113,7 @@ def test_a_mesh_changes_nothing(two_layers: DecoderConfig, make_model, model: Mo
         generate(sharded, PROMPTS, draft=model)
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_looks_its_answer_up():
     lm, speculation = load(PARITY / "t5_v1_0"), Speculation("prompt", 3)
     plain = generate(lm, PROMPTS[:2], max_new_tokens=14)
@@ -115,6 +121,7 @@ def test_an_encoder_decoder_looks_its_answer_up():
     assert speculation.accepted > 0
 
 
+@pytest.mark.slow
 def test_texts_take_a_draft(lm: LanguageModel):
     options: dict[str, Any] = {"max_new_tokens": 8, "seed": 4}
     (plain,) = generate_text(lm, "one fish", **options)

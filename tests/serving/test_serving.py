@@ -279,6 +279,7 @@ def test_metrics_count_what_was_done(client: httpx.Client):
     assert grown["time_between_tokens_seconds_count"] == 10
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_those_of_the_model(ai: openai.OpenAI, lm: LanguageModel):
     (one,) = complete(lm, ["red"], SamplingConfig(max_new_tokens=5, temperature=0, logprobs=2))
     assert one.logprobs is not None

@@ -55,14 +55,9 @@ MISTAKES = {
 }
 
 
-# One that takes several documents, one that only its gradient gives away, and one that is a thousandth off.
-QUICK = ("ignores segment ids", "has no gradient of the keys", "scales wrongly")
-
-
-@pytest.mark.parametrize("mistake", [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in MISTAKES])
-@pytest.mark.parametrize(
-    "mesh", [None, pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow)], ids=["one device", "mesh"]
-)
+@pytest.mark.quick("one device-scales wrongly")
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("mesh", [None, {"fsdp": 4, "tensor": 2}], ids=["one device", "mesh"])
 def test_a_wrong_kernel_is_refused(mistake: str, mesh, tiny_config: DecoderConfig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(kernels.KERNELS, "blockwise", MISTAKES[mistake])
     sentence = r"'blockwise' disagrees with the reference: the (result|gradient of)"
@@ -71,6 +66,7 @@ def test_a_wrong_kernel_is_refused(mistake: str, mesh, tiny_config: DecoderConfi
         preflight(tiny_config, COMPUTE, batch_of())
 
 
+@pytest.mark.slow
 def test_a_kernel_that_forgets_sinks_is_refused(tiny_config: DecoderConfig, monkeypatch: pytest.MonkeyPatch):
     config = dataclasses.replace(tiny_config, attention=dataclasses.replace(tiny_config.attention, sinks=True))
     (agreement,) = preflight(config, COMPUTE, batch_of())
@@ -82,17 +78,11 @@ def test_a_kernel_that_forgets_sinks_is_refused(tiny_config: DecoderConfig, monk
 
 
 ONE_DEVICE, MESH = {"data": 1}, {"fsdp": 2, "tensor": 2, "context": 2}
-QUICKLY = [("blockwise", "float32", MESH), ("splash", "bfloat16", ONE_DEVICE)]
-SLOWLY = [
-    case
-    for case in itertools.product(("blockwise", "splash"), ("float32", "bfloat16"), (ONE_DEVICE, MESH))
-    if case not in QUICKLY
-]
+RIGHT = list(itertools.product(("blockwise", "splash"), ("float32", "bfloat16"), (ONE_DEVICE, MESH)))
 
 
-@pytest.mark.parametrize(
-    ("kernel", "dtype", "mesh"), [*QUICKLY, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOWLY)], ids=str
-)
+@pytest.mark.quick("splash-bfloat16-{'data': 1}")
+@pytest.mark.parametrize(("kernel", "dtype", "mesh"), RIGHT, ids=str)
 def test_a_right_kernel_passes(kernel: str, dtype: str, mesh: dict[str, int], tiny_config: DecoderConfig):
     length = 256 if kernel == "splash" and "context" in mesh else 128
     count = int(np.prod(list(mesh.values())))
@@ -106,6 +96,7 @@ def test_a_right_kernel_passes(kernel: str, dtype: str, mesh: dict[str, int], ti
     assert all(error > 0 for error in agreement.errors.values()), "the same program twice shows nothing"
 
 
+@pytest.mark.slow
 def test_the_reference_goes_by_blocks_where_it_would_not_fit(tiny_config: DecoderConfig, monkeypatch):
     """With a prefix, which is split into blocks as the documents are."""
     ones = jnp.ones((2, 64), jnp.int32)

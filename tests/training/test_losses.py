@@ -117,6 +117,7 @@ def test_padding_that_a_chunk_adds_has_no_weight(values: dict[str, jax.Array]):
     np.testing.assert_allclose(totals, totals[0], rtol=1e-6)
 
 
+@pytest.mark.quick("True")
 @pytest.mark.parametrize("tied", [False, True])
 def test_model_loss_is_that_of_its_logits(tiny_config: DecoderConfig, random_params: Any, tied: bool):
     """Also of parameters that nobody has placed on the mesh: a head that is whole everywhere counts once."""

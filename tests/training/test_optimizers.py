@@ -41,8 +41,6 @@ OPTIMIZERS = (
     Adafactor(1e-2, 2, min_factored=4),
     Muon(1e-2, 2),
 )
-# They work entry by entry; Muon's products of matrices and Adafactor's factors do not.
-SLOWLY = dict.fromkeys((Lion, SGD), pytest.mark.slow)
 MATRICES = {"embedding.weight": (6, 4), "layers.q_proj.weight": (2, 8, 2, 4), "layers.o_proj.weight": (2, 2, 4, 8)}
 MATRICES |= {"layers.experts.up_proj.weight": (2, 3, 8, 5)}
 VECTORS = {"layers.norm.weight": (2, 8), "norm.weight": (8,), "layers.q_proj.bias": (2, 2, 4)}
@@ -104,6 +102,7 @@ def reference(optimizer: Optimizer, rate: float) -> optax.GradientTransformation
     return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), inner)
 
 
+@pytest.mark.quick("Lion", "Muon")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=ids)
 def test_is_optax_one(optimizer: Optimizer):
     ours, theirs = params(), apart(params())
@@ -150,7 +149,8 @@ def updated(state: TrainState, hyper: Hyper, number: jax.Array) -> TrainState:
     return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
 
 
-@pytest.mark.parametrize("optimizer", [pytest.param(o, marks=SLOWLY.get(type(o), ())) for o in OPTIMIZERS], ids=ids)
+@pytest.mark.quick("Muon")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=ids)
 def test_same_on_a_mesh_and_sharded_like_the_parameters(small: DecoderConfig, optimizer: Optimizer):
     """Also: the layout of the state is the same before and after a step, and the planner's bytes are those held."""
     results = []
@@ -232,6 +232,7 @@ class Steps(Schedule):
         return jnp.where(step < self.half_from, 1.0, 0.5)
 
 
+@pytest.mark.slow
 def test_one_of_ones_own_is_chosen_run_and_continued(run_config: RunConfig, tmp_path: Path):
     own = (Signs, Steps)
     changes = {"optimizer": "Signs", "optimizer.schedule": "Steps", "optimizer.schedule.half_from": 4}

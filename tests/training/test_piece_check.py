@@ -213,19 +213,9 @@ def with_mixer(tiny_config: DecoderConfig):
     return lambda mixer: dataclasses.replace(tiny_config, hidden_size=32, attention=mixer, feed_forward=None)
 
 
-# One that only its gradient gives away, one that only its values do, and one that reads the documents.
-ON_A_MESH = ("the next token", "a choice by the next token", "the next document")
-QUICKLY = (*ON_A_MESH, "chunks")
-
-
-@pytest.mark.parametrize(
-    ("cheat", "mesh"),
-    [
-        *(pytest.param(c, MESHES[0], marks=() if c in QUICKLY else pytest.mark.slow) for c in CHEATS),
-        *((cheat, MESHES[1]) for cheat in ON_A_MESH),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "mesh" if value == MESHES[1] else "one device",
-)
+@pytest.mark.quick("the next token-one device", "the next document-one device", "a choice by the next token-mesh")
+@pytest.mark.parametrize("mesh", MESHES, ids=["one device", "mesh"])
+@pytest.mark.parametrize("cheat", CHEATS)
 def test_a_mixer_that_sees_later_tokens_is_refused(cheat: str, mesh: dict[str, int], with_mixer):
     with pytest.raises(UserError, match=r"attention=Toy lets a token see later tokens .* compute\.preflight=false"):
         check(with_mixer(Toy(cheat)), mesh)
@@ -249,6 +239,7 @@ def test_fair_mixers_pass(mesh: dict[str, int], with_mixer):
         assert check(with_mixer(Toy(fair)), mesh) == []
 
 
+@pytest.mark.quick("GRU", "GroupedQuery")
 @pytest.mark.parametrize(
     "mixer",
     [NGram(3, 8), GRU(8), Mamba2(4, 4, 8), GroupedQuery(4, 2, 8, None, True, True, window=4, softcap=5.0)],
@@ -258,10 +249,12 @@ def test_mixers_of_the_package_pass(mixer: Mixer, with_mixer):
     assert check(with_mixer(mixer)) == []
 
 
+@pytest.mark.slow
 def test_a_prefix_is_seen_whole(tiny_config: DecoderConfig):
     assert check(tiny_config, prefix=jnp.ones((8, 32), jnp.int32)) == []
 
 
+@pytest.mark.slow
 def test_an_encoder_sees_both_sides(tiny_config: DecoderConfig):
     fields = {f.name: getattr(tiny_config, f.name) for f in dataclasses.fields(tiny_config)}
     for mixer in (tiny_config.attention, BidirectionalRNN(GRU(8))):

@@ -87,7 +87,8 @@ def test_one_pair_in_a_row_is_a_prefix_language_model(two_layers: DecoderConfig,
 
 
 # A decoder joins a source before its target as a prefix.
-@pytest.mark.parametrize("kind", [pytest.param("prefix", marks=pytest.mark.slow), "source"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["prefix", "source"])
 def test_a_step_on_a_mesh_and_in_parts_is_that_of_one_device(kind: str, tiny_config, random_params):
     params, batch = random_params(tiny_config), batch_of(kind)
 
@@ -136,7 +137,8 @@ def test_a_batch_without_either_is_the_plain_program(tiny_config: DecoderConfig,
 COMPUTE = Compute(attention_kernel="blockwise")
 
 
-@pytest.mark.parametrize("kind", [pytest.param("prefix", marks=pytest.mark.slow), "source"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["prefix", "source"])
 def test_a_kernel_that_forgets_the_prefix_is_refused(kind: str, tiny_config, monkeypatch: pytest.MonkeyPatch):
     batch = {name: jnp.asarray(x) for name, x in batch_of(kind).items()}
     (agreement,) = preflight(tiny_config, COMPUTE, batch)

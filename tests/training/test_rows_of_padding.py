@@ -51,6 +51,7 @@ def step_of(config, params, real: list[bool], parts: int = 1):
     return jax.tree.map(np.asarray, metrics), jax.tree.map(np.asarray, state.params)
 
 
+@pytest.mark.slow
 def test_nothing_but_padding_changes_nothing(config, random_params):
     params = random_params(config)
     metrics, after = step_of(config, params, [False, False])

@@ -78,6 +78,7 @@ def test_nothing_is_updated_by_numbers_that_are_not_finite(tiny_config: DecoderC
         assert_same_bits(host(state).opt_state, before.opt_state)
 
 
+@pytest.mark.slow
 def test_each_lane_skips_for_itself(tiny_config: DecoderConfig):
     """Steps in lock step (`run.together`): the lane beside a skipped one takes the step that it takes alone."""
     hyper = AdamW(learning_rate=0.01, warmup_steps=2).hyper(10)

@@ -137,6 +137,7 @@ def test_three_steps_on_a_mesh_are_those_of_one_device(
     assert_same(run(tiny_config, mesh), on_one_device)
 
 
+@pytest.mark.slow
 def test_the_same_bits_each_time_and_those_of_one_device_but_for_rounding(
     tiny_config: DecoderConfig, on_one_device: Any
 ):
@@ -153,12 +154,14 @@ def test_accumulation_is_the_large_batch(tiny_config: DecoderConfig, on_one_devi
     assert_same(run(tiny_config, mesh, parts=parts), on_one_device)
 
 
+@pytest.mark.slow
 def test_accumulation_unrolled_with_a_tied_head_on_a_mesh_is_the_large_batch(tiny_config: DecoderConfig):
     """Also though the parts have different numbers of targets."""
     config, compute = dataclasses.replace(tiny_config, tie_embeddings=True), Compute(scan_layers=False, loss_chunk=8)
     assert_same(run(config, {"data": 2, "fsdp": 2, "tensor": 2}, compute=compute, parts=2), run(config, None))
 
 
+@pytest.mark.slow
 def test_shares_of_unequal_parts_are_those_of_the_whole(tiny_config: DecoderConfig):
     """What experts report of parts, and of devices' rows, with different numbers of real tokens."""
     experts = Experts(4, 8, SoftmaxTopK(2, normalize=True), "silu", gated=True, capacity_factor=0.75)

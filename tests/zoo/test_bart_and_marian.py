@@ -195,6 +195,7 @@ def written(name: str, folder: Path, change, **config) -> llama_jax.LanguageMode
     return llama_jax.load(folder, dtype="float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["BartModel", "BartForConditionalGeneration"])
 def test_a_file_of_the_trunk_alone(architecture: str, tmp_path):
     """As bart-base was released: names without a prefix, and no bias of the logits."""
@@ -215,6 +216,7 @@ def test_a_file_of_the_trunk_alone(architecture: str, tmp_path):
     assert llama_jax.load(tmp_path / "again").config == lm.config
 
 
+@pytest.mark.slow
 def test_marian_never_writes_padding(tmp_path):
     """Not with the highest logit of all; what else it writes stays the same."""
 

@@ -135,6 +135,7 @@ def test_what_no_bert_has_is_not_exported(change: dict[str, Any], named: str):
         bert.to_hf(config)
 
 
+@pytest.mark.quick("Bert")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_pooler_beside_a_head_is_kept(name: str, random_params, tmp_path):
     """As in the first releases, whose config.json speaks of the masked-token head alone."""

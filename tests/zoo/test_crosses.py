@@ -102,8 +102,6 @@ CROSSES = {
     ),
 }
 
-STEPS = [name if name.startswith("a GPT-2") else pytest.param(name, marks=pytest.mark.slow) for name in CROSSES]
-
 
 def batch_of() -> dict[str, np.ndarray]:
     """Rows of two documents each."""
@@ -130,7 +128,8 @@ def step(config: DecoderConfig, mesh: dict[str, int]) -> tuple[float, dict[str, 
         return float(metrics["loss"]), {name: np.asarray(value) for name, value in state.opt_state[1].mu.items()}
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CROSSES)
 def test_a_step_on_eight_devices_is_that_of_one(name: str):
     (loss, gradient), (expected_loss, expected) = step(CROSSES[name], MESH), step(CROSSES[name], {})
     assert loss == pytest.approx(expected_loss, rel=1e-5)
@@ -159,6 +158,7 @@ def decoded(module: Any, tokens: jax.Array) -> jax.Array:
     return jnp.concatenate([prompt, rest[:, :, 0].swapaxes(0, 1)], axis=1)
 
 
+@pytest.mark.quick("a GPT-2 with rotary positions", "a Llama with ALiBi and sandwich norms")
 @pytest.mark.parametrize("name", CROSSES)
 def test_cached_decoding_is_the_full_forward(name: str, random_params: Callable[[DecoderConfig], Any]):
     config = CROSSES[name]
@@ -169,6 +169,7 @@ def test_cached_decoding_is_the_full_forward(name: str, random_params: Callable[
     np.testing.assert_allclose(model.run(decoded, tokens), full, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_each_cross_is_another_model(random_params: Callable[[DecoderConfig], Any]):
     """Of those that have the parameters of what they are made of, none computes the same."""
     tokens = jnp.asarray(batch_of()["tokens"][:2])
@@ -230,6 +231,7 @@ def test_impossible_crosses_are_refused(change: Callable[[], DecoderConfig], sen
         change()
 
 
+@pytest.mark.slow
 def test_a_kernel_refuses_what_it_cannot_do():
     tokens = jnp.zeros((1, 4), jnp.int32)
     for name, reason in (

@@ -206,6 +206,7 @@ def test_config_json_that_cannot_be(name: str, change: Json, sentence: str):
         zoo.family(PRESETS[name]).from_hf(RELEASED[name] | change)
 
 
+@pytest.mark.slow
 def test_a_row_of_longrope_is_that_of_its_prompt_alone():
     """Short beside long, padded prompts, prompts in more tokens than a chunk has: as the full forward of each alone."""
     config = override(zoo.presets()["phi4_mini"], {

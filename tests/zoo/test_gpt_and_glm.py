@@ -81,6 +81,7 @@ def test_gpt3_sees_all_and_near_tokens_by_turns(name: str):
     assert repeating_pattern(config.stacks()["layers"]) == (0, 2)
 
 
+@pytest.mark.slow
 def test_gpt3_s_two_kinds_of_layers_are_scanned():
     config = make_gpt3(6, 8, 4, window=2, max_positions=8, vocab_size=8)
     layers = assemble(config, build(config).params(), Compute(scan_layers=True)).layers
@@ -213,6 +214,7 @@ def test_missing_surplus_and_wrong_tensors_are_named(tmp_path: Path):
             load_params(source, abstract_params(source.config))
 
 
+@pytest.mark.slow
 def test_a_head_that_gpt2_repeats_has_to_be_its_embedding(tmp_path: Path):
     folder = tmp_path / "model"
     tensors = _written(folder, "gpt2")

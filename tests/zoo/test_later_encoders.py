@@ -180,6 +180,7 @@ def modernbert() -> LanguageModel:
     return llama_jax.load(GOLDENS / "modernbert", dtype="float32")
 
 
+@pytest.mark.slow
 def test_packed_rows_are_single_texts(modernbert: LanguageModel):
     """The unpadded computation of its paper: several texts, longer and shorter than a window, in one row."""
     lengths = (9, 2, 13)

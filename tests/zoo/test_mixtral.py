@@ -84,6 +84,7 @@ def test_what_mixtral_cannot_have_is_not_exported(change: dict, sentence: str, t
         mixtral.to_hf(dataclasses.replace(tiny, feed_forward=experts))
 
 
+@pytest.mark.slow
 def test_export_and_import_are_the_same_weights(tiny: DecoderConfig, exported: Path, random_params):
     """On one device, and split over the experts."""
     expected = random_params(tiny)
@@ -102,6 +103,7 @@ def test_export_and_import_are_the_same_weights(tiny: DecoderConfig, exported: P
         np.testing.assert_array_equal(np.asarray(found[name]), value, err_msg=name)
 
 
+@pytest.mark.slow
 def test_split_over_experts_says_the_same(exported: Path):
     tokens = np.random.default_rng(0).integers(0, 40, (8, 12)).astype(np.int32)
     alone = load(exported, dtype="float32").model(tokens)

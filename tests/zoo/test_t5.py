@@ -69,6 +69,7 @@ def test_version_1_1_in_old_and_new_files():
     assert t5.with_tensors(tied, {"shared.weight"}) == tied == t5.from_hf(t5.to_hf(tied))
 
 
+@pytest.mark.slow
 def test_sources_longer_than_n_positions():
     """Distances have no end: the same logits and tokens as transformers', from a source of 600."""
     lm, golden = llama_jax.load(GOLDENS / "t5_v1_0", dtype="float32"), np.load(GOLDENS / "t5_long_source.npz")

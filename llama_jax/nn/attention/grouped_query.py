@@ -82,8 +82,7 @@ class GroupedQuery(Mixer):
             raise UserError(f"rope.rotary_dim={self.rope.rotary_dim} must be at most head_dim={self.head_dim}")
         if self.rope is not None:
             self.rope.frequencies(self.head_dim)  # refuses a scaling for heads of another size
-        if self.window is not None:
-            check_at_least(self, 1, "window")
+        check_at_least(self, 1, "window")
         check_above_zero(self, "scale", "softcap")
         check_rate("dropout", self.dropout)
 
