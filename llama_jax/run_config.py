@@ -12,7 +12,7 @@ from llama_jax.checkpoint import CheckpointConfig
 from llama_jax.config import UserError, from_json, leaves, load_config_module, override, read_json, to_json
 from llama_jax.data import Classification, DataConfig
 from llama_jax.models import Compute, ModelConfig, check_pipeline
-from llama_jax.nn import seed_value
+from llama_jax.nn import check_above_zero, check_at_least, seed_value
 from llama_jax.parallel import LOGICAL_AXES, MeshConfig, batch_parts
 from llama_jax.tokenizers import TokenizerConfig
 from llama_jax.training import Optimizer, schedule_of_name, train_flops_per_token
@@ -40,9 +40,7 @@ class LoggingConfig:
     wandb_project: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "validate_every_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        check_at_least(self, 1, "every_steps", "validate_every_steps")
         if self.validation_batches is not None and self.validation_batches < 1:
             raise UserError(f"validation_batches={self.validation_batches} must be at least 1, or none for all")
         if self.sample_every_steps is not None and self.sample_every_steps < 1:
@@ -61,8 +59,7 @@ class ProfileConfig:
     num_steps: int = 3
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise UserError(f"num_steps={self.num_steps} must be at least 1")
+        check_at_least(self, 1, "num_steps")
         if self.start_step is not None and self.start_step < 0:
             raise UserError(f"start_step={self.start_step} must be at least 0, or none")
 
@@ -107,14 +104,9 @@ class ChecksConfig:
     hardware: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_skipped_steps", "every_steps"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name}={value} must be at least 1")
-        if self.max_rewinds < 0:
-            raise UserError(f"max_rewinds={self.max_rewinds} must be at least 0")
-        for name in ("spike_zscore", "stall_seconds"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise UserError(f"{name}={value} must be above 0, or none")
+        check_at_least(self, 1, "max_skipped_steps", "every_steps")
+        check_at_least(self, 0, "max_rewinds")
+        check_above_zero(self, "spike_zscore", "stall_seconds", hint=", or none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,9 +150,7 @@ class RunConfig:
     resume: ResumeConfig = ResumeConfig()
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "global_batch_size", "sequence_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        check_at_least(self, 1, "num_steps", "global_batch_size", "sequence_length")
         self._check_lengths()
         seed_value(self.seed)
         takes, gives = self.model.batch_fields, self.data.objective.fields()

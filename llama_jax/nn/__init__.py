@@ -47,6 +47,7 @@ from llama_jax.nn.base import (
     Mixer as Mixer,
     MixerModule as MixerModule,
     PyTree as PyTree,
+    check_above_zero as check_above_zero,
     check_at_least as check_at_least,
     check_rate as check_rate,
     record as record,

@@ -176,7 +176,7 @@ def check_at_least(config: object, least: int, *names: str) -> None:
 def check_above_zero(config: object, *names: str, hint: str = "") -> None:
     """Raise UserError where one of these fields of `config` is 0 or below; None is allowed."""
     for name in names:
-        if (value := getattr(config, name)) is not None and value <= 0:
+        if (value := getattr(config, name)) is not None and not value > 0:
             raise UserError(f"{name}={value} must be above 0{hint}")
 
 
