@@ -3,9 +3,9 @@
 python train.py tiny_lstm --data.path input.txt
 python sample.py runs/tiny_lstm --prompt "ROMEO:"
 
-Vocabulary, documents and batches are those of tiny_shakespeare, so that the losses compare. Cost: 500 steps of 4096
-tokens with a model of 1,050,624 parameters, minutes on a few CPU cores. Expected result: a loss that starts near
-ln 1024 = 6.93; on Tiny Shakespeare 2.12 bits per byte of held-out text at the end.
+Vocabulary and documents are those of tiny_shakespeare, so that the losses compare. Cost: 500 steps of 4096 tokens with
+a model of 1,050,624 parameters, minutes on a few CPU cores. Expected result: a loss that starts near ln 1024 =
+6.93; on Tiny Shakespeare 2.12 bits per byte of held-out text at the end.
 """
 
 from llama_jax.checkpoint import CheckpointConfig
