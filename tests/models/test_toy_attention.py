@@ -108,6 +108,7 @@ def test_trains_on_eight_devices_as_on_one(run: Run):
     np.testing.assert_allclose([line["loss"] for line in run.metrics()], losses, rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_its_checkpoint_is_read_where_it_is_named(run: Run):
     lm = load(run.directory, components=COMPONENTS)
     assert lm.config == run.config.model

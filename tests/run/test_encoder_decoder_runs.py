@@ -87,6 +87,7 @@ def test_it_learns_and_continues(run: Run, tmp_path: Path):
     assert [(line["loss"], line["grad_norm"]) for line in again.metrics()] == wanted
 
 
+@pytest.mark.slow
 def test_each_stack_balances_its_own_experts(run: Run):
     params = run.load().model.params()
     biases = {name: np.asarray(value) for name, value in params.items() if name.endswith("choice_bias")}

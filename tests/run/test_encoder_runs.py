@@ -135,6 +135,7 @@ def test_a_run_begins_with_the_weights_that_it_is_given(pretrained: Run, tmp_pat
         np.testing.assert_array_equal(after[name], before[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_begun_with_is_told_before_anything_is_written(pretrained: Run, tmp_path: Path):
     config = fine_tuning(pretrained)
     with pytest.raises(UserError, match=r"init_from=.* needs the tokenizer.*set tokenizer.path"):
@@ -147,6 +148,7 @@ def test_what_cannot_be_begun_with_is_told_before_anything_is_written(pretrained
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_an_encoder_is_asked_for_no_text(pretrained: Run):
     with pytest.raises(UserError, match="EncoderConfig continues no texts"):
         sample_command(parse(["sample", str(pretrained.directory), "--prompt", "cat"]))
