@@ -168,9 +168,7 @@ def loss_and_gradient(config: EncoderDecoderConfig, compute: Compute, params: An
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("layers", "remat"), [(1, "none"), pytest.param(2, "full", marks=pytest.mark.slow, id="scanned and recomputed")]
-)
+@pytest.mark.parametrize(("layers", "remat"), [(1, "none"), pytest.param(2, "full", id="scanned and recomputed")])
 def test_eight_devices_are_one(layers: int, remat: Any, config, random_params):
     config = dataclasses.replace(config, num_encoder_layers=layers, num_layers=layers, encoder_overrides=())
     params, batch = random_params(config), batch_of(config)

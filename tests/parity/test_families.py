@@ -128,8 +128,8 @@ def tensors_of(name: str) -> dict[str, np.ndarray]:
 @pytest.mark.quick(*QUICK)
 @pytest.mark.parametrize("name", CASES, scope="module")
 def test_export_gives_the_tensors_back(name, tmp_path, monkeypatch: pytest.MonkeyPatch):
-    """In the quick tier an export does not compare logits, which `test_logits` does of these tensors."""
-    if name in QUICK and name != "gpt2":
+    """Quickly, only the export of a few also compares logits, which `test_logits` holds of these tensors."""
+    if name in QUICK and name not in ("bart", "deepseek_v32", "gpt2"):
         monkeypatch.setattr(exporting, "check_conversion", lambda *_: {})
     llama_jax.save(loaded(name), tmp_path / "export", format="hf")
     assert open_source(tmp_path / "export").config == loaded(name).config

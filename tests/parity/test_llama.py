@@ -17,8 +17,6 @@ from llama_jax.sampling import generate
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = sorted(folder.name for pattern in ("llama_*", "meta_*") for folder in GOLDENS.glob(pattern))
-# Quickly those of other heads and positions; the rest are the same programs with other weights, or nearly.
-GENERATING = {"llama_gqa", "llama_mqa_biases", "llama_rope_yarn", "llama_tied"}
 TOLERANCE = 2e-5
 
 
@@ -59,9 +57,7 @@ def test_logits_of_a_scan_over_layers(name):
 
 
 @pytest.mark.quick("llama_gqa", "llama_rope_yarn")
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in GENERATING else pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_greedy_tokens(name):
     """With the cache; the goldens' own margins are far above the error."""
     expected = np.load(GOLDENS / name / "expected.npz")
