@@ -389,3 +389,37 @@ print(kept, resident() - before)
     kept, left = map(float, found.stdout.split())
     assert kept > 250
     assert left < 50
+
+
+@pytest.mark.slow
+def test_the_temporary_arrays_of_one_step_are_resident_at_a_time(tmp_path: Path):
+    code = """
+import sys
+from pathlib import Path
+from llama_jax.config import override
+from llama_jax.run import train, training
+from llama_jax.run.hardware import settle
+from tests.tiny_run import get_config, write_texts
+
+resident, temporary = [], []
+
+def watched(taken, step, state, *args):
+    if not taken:
+        temporary.append(step.lower(state, *args).compile().memory_analysis().temp_size_in_bytes)
+    settle(taken, step, state, *args)
+    resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
+
+training.settle = watched
+wide = {"model.hidden_size": 256, "model.feed_forward.intermediate_size": 1024, "model.num_layers": 3}
+once = {"num_steps": 20, "checkpoint.every_steps": 20, "logging.validate_every_steps": 20}  # nothing between the steps
+texts = {"data.path": (str(write_texts(Path(sys.argv[1]) / "texts")),), "global_batch_size": 32, "sequence_length": 64}
+train(override(get_config(), wide | once | texts), Path(sys.argv[1]) / "run")
+print(temporary[0], resident[0], max(resident))
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True, text=True, check=True, cwd=HERE.parent, env=os.environ | TUNABLES | {"XLA_FLAGS": ""},
+    )  # fmt: skip
+    block, first, highest = map(int, found.stdout.splitlines()[-1].split())
+    assert block > 2**25, found.stdout
+    assert highest < first + 1.5 * block

@@ -6,6 +6,7 @@ A known program, a step taken twice, equal copies; the heap of glibc.
 import ctypes
 import functools
 import sys
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,8 @@ from llama_jax.run.programs import RunFailed
 
 SIZE = 512  # of the matrices of the known program
 ROUNDS = 8  # of it on each device
-SETTLING = 4  # steps of a process before which what is free is given back
+FREEING = 5e-4  # seconds after a step in which its temporary arrays are freed
+LARGE = 2**24  # bytes of a state whose steps take much longer than that
 
 
 def check_devices() -> None:
@@ -66,18 +68,19 @@ def taken_twice(train_step: Callable[..., Any], state: Any, batch: Any, hyper: A
     return after
 
 
-def settle(taken: int, train_step: Any, *args: Any) -> None:
-    """Prepare the memory for a step after `taken` of this process: compile it, and give back what it cannot use.
+def settle(taken: int, train_step: Any, state: Any, batch: Any, hyper: Any) -> None:
+    """Prepare a CPU's memory for a step after `taken` of this process; compiles the first.
 
     XLA:CPU takes the temporary arrays of a step as one block. Free blocks that the compiler left are too small for it,
-    and what comes to lie in the freed block of the step before makes that one too small, until the blocks of two or
-    three steps are kept and small ones have places of their own. Given back before the first steps, only one of them
-    is ever resident.
+    and are given back. It frees the block only after it says that the step has ended: a next step in the same moment
+    would take a place of its own, and two or three blocks would stay resident.
     """
-    if taken == 0 and isinstance(train_step, jax.stages.Wrapped):  # jitted
-        train_step.lower(*args).compile()  # the call then compiles nothing
-    if taken < SETTLING:
+    if taken == 0:
+        if isinstance(train_step, jax.stages.Wrapped):  # jitted
+            train_step.lower(state, batch, hyper).compile()  # the call then compiles nothing
         release_freed_memory()
+    elif platform() == "cpu" and sum(leaf.nbytes for leaf in jax.tree.leaves(state)) >= LARGE:
+        time.sleep(FREEING)
 
 
 def release_freed_memory() -> None:
