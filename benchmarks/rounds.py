@@ -123,7 +123,7 @@ def same_work(work: dict, exact: list[str], setups: dict[str, dict], rounds: lis
         results = {name: np.array(turn.result) for name, turn in turns.items() if name in exact}
         first = next(iter(results.values()))
         # Greedy tokens may part where two logits nearly tie, so the beginning has to agree.
-        compared = slice(None) if work["task"] == "train" else (slice(None), slice(16))
+        compared = (slice(None), slice(16)) if work["task"] == "decode" else slice(None)
         for name, result in results.items():
             if result.shape != first.shape or not np.allclose(result[compared], first[compared], rtol=1e-3):
                 return f"in round {i + 1} {name} computed {result}, {next(iter(results))} {first}"
@@ -213,7 +213,7 @@ def show(title: str, outcome: dict, console: Console) -> None:
         )
     console.print(table)
     if outcome["same_work"]:
-        same = "losses agree" if outcome["work"]["task"] == "train" else "tokens agree"
+        same = "losses agree" if outcome["work"]["task"] in ("train", "evaluate") else "tokens agree"
         console.print(f"The same work: parameter counts and {same} in every round (of all but the variants).")
     else:
         console.print(f"NOT the same work: {outcome['difference']}")

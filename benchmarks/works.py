@@ -25,6 +25,12 @@ TRAIN_STEP = {
     "stories15m": STORIES15M | {"task": "train", "batch_size": 8, "sequence_length": 256},
     "56m": LLAMA56M | {"task": "train", "batch_size": 4, "sequence_length": 512},
 }
+# What needs no gradient: the loss of the same batches, and the first token after long prompts.
+FORWARD = {f"{name}-evaluate": work | {"task": "evaluate"} for name, work in TRAIN_STEP.items()} | {
+    f"{name}-prefill": shape | {"task": "prefill", "batch_size": 4, "prompt_length": 512, "new_tokens": 1}
+    for name, shape in {"stories15m": STORIES15M, "56m": LLAMA56M}.items()
+}
+FORWARD_VARIANTS = {"torch-compiled": {"compiled": True, "static_cache": True}}
 # Beside float32; torch's are what its users take: `torch.compile`, and autocast of the forward pass and the loss.
 TRAIN_VARIANTS = {
     "llama_jax-bf16": {"dtype": "bfloat16"},
@@ -47,5 +53,6 @@ DECODE_VARIANTS = {
 
 
 def tokens_per_step(work: dict) -> int:
-    """Tokens that one step trains on, or that one decoding generates."""
-    return work["batch_size"] * (work["sequence_length"] if work["task"] == "train" else work["new_tokens"])
+    """Tokens that one step trains on or evaluates, that one decoding generates, or of the prompts of one prefill."""
+    length = {"decode": "new_tokens", "prefill": "prompt_length"}.get(work["task"], "sequence_length")
+    return work["batch_size"] * work[length]

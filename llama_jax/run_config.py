@@ -41,10 +41,8 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "every_steps", "validate_every_steps")
-        if self.validation_batches is not None and self.validation_batches < 1:
-            raise UserError(f"validation_batches={self.validation_batches} must be at least 1, or none for all")
-        if self.sample_every_steps is not None and self.sample_every_steps < 1:
-            raise UserError(f"sample_every_steps={self.sample_every_steps} must be at least 1, or none for never")
+        check_at_least(self, 1, "validation_batches", hint=", or none for all")
+        check_at_least(self, 1, "sample_every_steps", hint=", or none for never")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +58,7 @@ class ProfileConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_steps")
-        if self.start_step is not None and self.start_step < 0:
-            raise UserError(f"start_step={self.start_step} must be at least 0, or none")
+        check_at_least(self, 0, "start_step", hint=", or none")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from worker import (
 from llama_jax.models import Compute, DecoderConfig, from_params
 from llama_jax.nn import GroupedQuery, RMSNorm, Rope, SwiGLU
 from llama_jax.run.hardware import settle
-from llama_jax.training import CPU_COMPILER_OPTIONS, AdamW, init_state, make_train_step
+from llama_jax.training import CPU_COMPILER_OPTIONS, AdamW, init_state, make_eval_step, make_train_step
 
 COMPUTE = Compute(dtype="float32", scan_layers=False)
 
@@ -83,6 +83,16 @@ def train(work: Work) -> tuple[int, Run]:
         return losses
 
     return num_parameters, run
+
+
+def evaluate(work: Work) -> tuple[int, Run]:
+    step, params, batches = make_eval_step(model_config(work), COMPUTE), weights(work), training_tokens(work)
+
+    def run(steps: int) -> list:
+        sums = [step(params, batch(next(batches))) for _ in range(steps)]
+        return [float(nats / targets) for nats, targets in sums]
+
+    return count(params), run
 
 
 def batch(tokens: np.ndarray) -> dict[str, np.ndarray]:
@@ -143,4 +153,4 @@ def products(work: Work, params: dict[str, jax.Array]) -> Run:
 
 
 if __name__ == "__main__":
-    serve(["jax", "flax"], {"train": train, "decode": decode})
+    serve(["jax", "flax"], {"train": train, "evaluate": evaluate, "decode": decode, "prefill": decode})

@@ -91,6 +91,19 @@ def train(work: Work) -> tuple[int, Run]:
     return sum(w.numel() for w in weights), run
 
 
+def evaluate(work: Work) -> tuple[int, Run]:
+    model = build(work).eval()
+    batches = training_tokens(work)
+    forward = torch.compile(model) if work.get("compiled") else model
+
+    @torch.no_grad()
+    def run(steps: int) -> list:
+        tokens = [torch.from_numpy(next(batches).astype(np.int64)) for _ in range(steps)]
+        return [forward(input_ids=x, labels=x, use_cache=False).loss.item() for x in tokens]
+
+    return sum(w.numel() for w in model.parameters()), run
+
+
 def decode(work: Work) -> tuple[int, Run]:
     model = build(work).eval()
     prompts = torch.from_numpy(prompt_tokens(work).astype(np.int64))
@@ -112,4 +125,4 @@ def decode(work: Work) -> tuple[int, Run]:
 
 
 if __name__ == "__main__":
-    serve(["torch", "transformers"], {"train": train, "decode": decode})
+    serve(["torch", "transformers"], {"train": train, "evaluate": evaluate, "decode": decode, "prefill": decode})

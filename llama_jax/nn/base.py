@@ -166,11 +166,11 @@ def check_rate(name: str, rate: float) -> None:
         raise UserError(f"{name}={rate} must be at least 0 and below 1")
 
 
-def check_at_least(config: object, least: int, *names: str) -> None:
+def check_at_least(config: object, least: int, *names: str, hint: str = "") -> None:
     """Raise UserError where one of these fields of `config` is below `least`; None is allowed."""
     for name in names:
         if (value := getattr(config, name)) is not None and value < least:
-            raise UserError(f"{name}={value} must be at least {least}")
+            raise UserError(f"{name}={value} must be at least {least}{hint}")
 
 
 def check_above_zero(config: object, *names: str, hint: str = "") -> None:

@@ -61,8 +61,7 @@ class LatentAttention(Mixer):
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        if self.q_lora_rank is not None and self.q_lora_rank < 1:
-            raise UserError(f"q_lora_rank={self.q_lora_rank} must be at least 1, or none")
+        check_at_least(self, 1, "q_lora_rank", hint=", or none")
         if self.rope is not None and self.qk_rope_head_dim % 2:
             raise UserError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even for rotary positions")
         if self.rope is not None and self.rope.rotary_dim is not None:
