@@ -28,6 +28,7 @@ from llama_jax.checkpoint.flat_state import from_disk, param_key, to_disk
 from llama_jax.checkpoint.manifest import write_manifest
 from llama_jax.checkpoint.steps import COMMIT_FILE, damage, saved_steps
 from llama_jax.config import UserError
+from llama_jax.nn import check_above_zero, check_at_least
 from llama_jax.parallel import distributed
 from llama_jax.training import TrainState
 
@@ -59,12 +60,9 @@ class CheckpointConfig:
     keep_every_steps: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("every_steps", 1), ("keep_last", 1), ("keep_best", 0), ("keep_every_steps", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name}={value} must be at least {least}")
-        if self.every_minutes is not None and not self.every_minutes > 0:
-            raise UserError(f"every_minutes={self.every_minutes} must be above 0, or none")
+        check_at_least(self, 1, "every_steps", "keep_last", "keep_every_steps")
+        check_at_least(self, 0, "keep_best")
+        check_above_zero(self, "every_minutes", hint=", or none")
 
     @property
     def intervals(self) -> list[int]:

@@ -111,15 +111,14 @@ class DataConfig:
             _check_words(name, getattr(self, name))
         if not 0 <= self.validation_fraction < 1:
             raise UserError(f"validation_fraction={self.validation_fraction} must be at least 0 and less than 1")
-        if self.document_chars is not None and self.document_chars < 1:
-            raise UserError(
-                f"document_chars={self.document_chars} must be at least 1, or none to leave documents whole"
-            )
+        chars = self.document_chars
+        if chars is not None and chars < 1:
+            raise UserError(f"document_chars={chars} must be at least 1, or none to leave documents whole")
         if not self.fields or not all(self.fields) or len(set(self.fields)) < len(self.fields):
             raise UserError(f"fields={','.join(self.fields)} must name one field or several different ones")
-        if self.document_chars is not None and len(self.fields) > 1:
+        if chars is not None and len(self.fields) > 1:
             raise UserError(
-                f"document_chars={self.document_chars} cannot cut documents of {len(self.fields)} parts: set it to "
+                f"document_chars={chars} cannot cut documents of {len(self.fields)} parts: set it to "
                 "none or name one field"
             )
         if self.max_record_bytes < 1:

@@ -44,6 +44,11 @@ def _activated_backward(
 activated.defvjp(lambda activation, x, up=None: (activated(activation, x, up), (x, up)), _activated_backward)
 
 
+def _check(config: "MLP | GatedLinearUnit | SwiGLU") -> None:
+    check_at_least(config, 1, "intermediate_size")
+    check_rate("dropout", config.dropout)
+
+
 @dataclasses.dataclass(frozen=True)
 class MLP(FeedForward):
     """down(activation(up(x))): the feed-forward of Vaswani et al. 2017, BERT, GPT and T5.
@@ -59,8 +64,7 @@ class MLP(FeedForward):
     bias: bool
     dropout: float = 0.0
 
-    def __post_init__(self) -> None:
-        _check(self)
+    __post_init__ = _check
 
     def build(self, width: int, *, rngs: nnx.Rngs) -> "FeedForwardProjections":
         return FeedForwardProjections(self, width, gated=False, rngs=rngs)
@@ -81,8 +85,7 @@ class GatedLinearUnit(FeedForward):
     bias: bool
     dropout: float = 0.0
 
-    def __post_init__(self) -> None:
-        _check(self)
+    __post_init__ = _check
 
     def build(self, width: int, *, rngs: nnx.Rngs) -> "FeedForwardProjections":
         return FeedForwardProjections(self, width, gated=True, rngs=rngs)
@@ -101,16 +104,10 @@ class SwiGLU(FeedForward):
     activation: ClassVar[Activation] = "silu"
     dropout: ClassVar[float] = 0.0
 
-    def __post_init__(self) -> None:
-        _check(self)
+    __post_init__ = _check
 
     def build(self, width: int, *, rngs: nnx.Rngs) -> "FeedForwardProjections":
         return FeedForwardProjections(self, width, gated=True, rngs=rngs)
-
-
-def _check(config: MLP | GatedLinearUnit | SwiGLU) -> None:
-    check_at_least(config, 1, "intermediate_size")
-    check_rate("dropout", config.dropout)
 
 
 class FeedForwardProjections(FeedForwardModule):

@@ -127,8 +127,7 @@ class NGram(Mixer):
     hidden_size: int
 
     def __post_init__(self) -> None:
-        if self.order < 2:
-            raise UserError(f"order={self.order} must be at least 2: a token predicted from the one before it")
+        check_at_least(self, 2, "order", hint=": a token predicted from the one before it")
         check_at_least(self, 1, "hidden_size")
 
     def build(self, width: int, *, rngs: nnx.Rngs) -> "NGramModule":

@@ -58,6 +58,20 @@ def test_only_the_used_part_of_a_cache_is_read(last: int, monkeypatch: pytest.Mo
     np.testing.assert_allclose(kernels.reference(q, k, v, mask, scale=SCALE), whole, atol=1e-6)
 
 
+@pytest.mark.parametrize("length", [32, 29])
+@pytest.mark.parametrize("begin", [0, 3, 11])
+def test_blocks_of_a_cache_after_the_last_query_are_not_read(begin: int, length: int):
+    """For each block of queries; beyond the block of keys with its last one stands what makes any result NaN."""
+    q, k, v, _ = inputs(length, 2, queries=15)
+    mask = Mask(query_places=begin + jnp.array([np.arange(15), np.arange(15) // 2]))
+    whole = kernels.reference(q, k, v, mask, scale=SCALE)
+    for queries in (12, 15):
+        read = -(-(begin + queries) // 4) * 4
+        keys, values = (x.at[:, :, read:].set(jnp.nan) for x in (k, v))
+        found = kernels.blockwise_attention(q, keys, values, mask, scale=SCALE)
+        np.testing.assert_allclose(found[:, :queries], whole[:, :queries], atol=1e-6)
+
+
 @pytest.mark.slow
 def test_bfloat16_is_as_near_as_the_reference_in_bfloat16():
     length, kv_heads, mask = 39, 2, Mask(segment_ids=jnp.asarray(SEGMENTS))

@@ -2,8 +2,8 @@
 
 Neither direction ever holds more than a [T/16, 512] block of scores per head, and blocks of keys that no query of a
 block attends to are not computed: a causal block of queries reads only the keys up to its end, a window only those from
-its beginning on. Where there is a prefix, or queries are at any places, all keys are read. A query without any key to
-attend to gets zeros, and passes no gradient.
+its beginning on. With a prefix, or keys at any places, all are read; with queries at any places (a cache) those up to
+the last query, in the forward pass. A query without any key to attend to gets zeros, and passes no gradient.
 
 Queries are grouped here: q [B, K, G, T, H], k [B, K, S, H] and v [B, K, S, V], whose heads may have another size.
 """
@@ -93,6 +93,8 @@ def forward(q: Grouped, k: Keys, v: Values, mask: Mask, scale: float) -> tuple[R
     Results over different sets of keys join by it. It is NOTHING in rows without an allowed key.
     """
     q, mask, zero = _together(q, mask)
+    # Of a cache, whose keys are in their order, those after the last query of a block are not read.
+    in_cache = mask.query_places is not None and mask.key_places is None and mask.causal and mask.prefix is None
 
     def block(carry, begin, size, first, stop):
         q_i = _block(q, begin, size, 3)
@@ -108,7 +110,10 @@ def forward(q: Grouped, k: Keys, v: Values, mask: Mask, scale: float) -> tuple[R
 
         shape = q_i.shape[:-1]
         init = (jnp.full(shape, NOTHING), jnp.zeros(shape), jnp.zeros((*shape, v.shape[3]), jnp.float32))
-        (top, total, out), _ = _over_keys(step, init, zero, first, stop)
+        if in_cache:
+            top, total, out = _over_seen(step, init, zero, stop, _block(mask.query_places, begin, size, 1).max() + 1)
+        else:
+            (top, total, out), _ = _over_keys(step, init, zero, first, stop)
         total = jnp.where(total > 0, total, 1)  # no key was allowed: `out` is 0, and stays it
         return carry, (out / total[..., None], top + jnp.log(total))
 
@@ -199,6 +204,17 @@ def _over_keys(step, carry, zero: jax.Array, first: int, stop: int):
         carry, y = step(carry, start, stop - start)
         ys.append(y)
     return carry, jax.tree.map(lambda *a: jnp.concatenate(a, axis=2), *ys)
+
+
+def _over_seen(step, carry, zero: jax.Array, stop: int, seen: jax.Array):
+    """Call `step` for the blocks of `stop` keys that begin before `seen`, known at run time only; return carry."""
+    size = min(KEY_BLOCK // 2, stop)  # smaller ones compute less that is masked
+    full = stop // size * size
+    count = -(-jnp.minimum(full, seen) // size)
+    carry = jax.lax.fori_loop(0, count, lambda i, carry: step(carry, zero + i * size, size)[0], carry)
+    if full < stop:
+        carry = jax.lax.cond(seen > full, lambda c: step(c, zero + full, stop - full)[0], lambda c: c, carry)
+    return carry
 
 
 def _joined(blocks: jax.Array, axis: int) -> jax.Array:

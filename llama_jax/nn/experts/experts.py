@@ -81,11 +81,10 @@ class Experts(FeedForward):
                 f"shared_size={self.shared_size} and shared_gate={self.shared_gate} are of shared experts, and "
                 "num_shared=0: set it to 1"
             )
-        check_above_zero(self, "shared_size")
+        check_above_zero(self, "shared_size", "limit")
         if self.capacity is not None and self.capacity_factor is not None:
             raise UserError(f"capacity={self.capacity} and capacity_factor={self.capacity_factor}: give one of them")
         check_above_zero(self, "capacity", "capacity_factor", hint=", or none to drop nothing")
-        check_above_zero(self, "limit")
         if self.limit is not None and (not self.gated or self.num_shared):
             raise UserError(f"limit={self.limit} is for gated experts without shared ones: set it to none")
         if self.activation == "gelu":  # JAX 0.12 refuses erf inside of `shard_map`
